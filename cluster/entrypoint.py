@@ -1,0 +1,81 @@
+"""How every `python -m <package>.<name> key=value …` starts and ends.
+
+Exit code 0 is success, 2 a refused input or gate with one line on standard error, 1 a failure with its traceback.
+Hydra's own reporting exits 1 for an unknown override, so composition is run with its errors let through.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.errors import ConfigError, RefusedError
+from cluster.settings import load
+
+C = TypeVar("C")
+
+PACKAGES = ("cluster", "feature_jobs", "jobs", "serve_apps", "configs")
+REFUSED = 2
+
+
+def job(config_name: str, schema: type[C]) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+    """Make `function(config)` the main of a module, configured by `configs/<config_name>.yaml`."""
+
+    def decorate(function: Callable[[C], None]) -> Callable[[], None]:
+        def task(config: DictConfig) -> None:
+            try:
+                refuse_shadowed_packages()
+                function(load(config, schema))
+            except RefusedError as error:
+                refuse(error)
+
+        def main() -> None:
+            # Read by Hydra when it runs: raise instead of printing and exiting 1.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base=None, config_path="pkg://configs", config_name=config_name)(task)()
+            except (HydraException, OmegaConfBaseException) as error:
+                refuse(ConfigError(_first_lines(error)))
+
+        return main
+
+    return decorate
+
+
+def refuse(error: RefusedError) -> None:
+    """Print one line and exit 2."""
+    print(f"refused: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(REFUSED)
+
+
+def refuse_shadowed_packages() -> None:
+    """Raise when a folder on the path stands in front of one of our packages.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin.parent.parent != home:
+            where = origin.parent if origin else "a folder without __init__.py"
+            raise ConfigError(
+                f"Package '{name}' is found at {where}, not beside '{home / 'cluster'}': a folder of yours has the "
+                f"name of one of Falaj's packages ({', '.join(PACKAGES)}). Rename it, or start from another folder."
+            )
+
+
+def _first_lines(error: Exception) -> str:
+    cause = error.__cause__
+    text = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
+    return " ".join(text.split())

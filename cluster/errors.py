@@ -1,0 +1,134 @@
+"""What can go wrong, as one tree.
+
+    FalajError
+    ├── RefusedError (ValueError)     the caller's mistake or a closed gate: exit code 2, one line, no traceback
+    │   ├── ConfigError               a configuration key or value
+    │   ├── ClusterNotRunning         a job needs a cluster and finds none
+    │   ├── ClusterAlreadyUp
+    │   ├── PortInUse
+    │   ├── CompilerMissing
+    │   ├── DefinitionError           a feature definition that cannot work
+    │   │   ├── FeatureViewNotFound
+    │   │   └── FeatureServiceNotFound
+    │   ├── SourceError               a source that is missing, empty or unreadable
+    │   │   └── SchemaMismatch        a column is missing or has the wrong type
+    │   ├── BatchRefused              too many bad rows: nothing of the batch was stored
+    │   ├── TrainingSetError
+    │   ├── ModelNotFound
+    │   ├── ArtifactTampered          a file is not the one that was registered
+    │   ├── LedgerCorrupt             the hash chain is broken
+    │   ├── RolloutError
+    │   ├── InvalidRequest            HTTP 400
+    │   ├── Unauthenticated           HTTP 401
+    │   └── AccessDenied              HTTP 403
+    └── Inconsistent                  our own books do not add up: exit code 1
+
+A message says what happened, to which thing, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FalajError(Exception):
+    """Anything the platform raises on purpose."""
+
+
+class RefusedError(FalajError, ValueError):
+    """The caller's mistake or a closed gate."""
+
+
+class ConfigError(RefusedError):
+    """A configuration key or value that cannot be used."""
+
+
+class ClusterNotRunning(RefusedError):
+    """A job needs a running cluster."""
+
+
+class ClusterAlreadyUp(RefusedError):
+    """`cluster.up` found a cluster of this project running."""
+
+
+class PortInUse(RefusedError):
+    """A port the cluster needs is taken."""
+
+
+class CompilerMissing(RefusedError):
+    """DeepSpeed compiles an operator at start and finds no C++ compiler."""
+
+
+class DefinitionError(RefusedError):
+    """A feature definition that cannot work."""
+
+
+class FeatureViewNotFound(DefinitionError):
+    """No feature view of that name."""
+
+
+class FeatureServiceNotFound(DefinitionError):
+    """No feature service of that name."""
+
+
+class SourceError(RefusedError):
+    """A source that is missing, empty or unreadable."""
+
+
+class SchemaMismatch(SourceError):
+    """A source column is missing or has the wrong type."""
+
+
+class BatchRefused(RefusedError):
+    """Too many bad rows: nothing of the batch was stored."""
+
+
+class TrainingSetError(RefusedError):
+    """A training set that cannot be built or used."""
+
+
+class ModelNotFound(RefusedError):
+    """No such model, version or alias."""
+
+
+class ArtifactTampered(RefusedError):
+    """A model file is not the one that was registered."""
+
+
+class LedgerCorrupt(RefusedError):
+    """The hash chain is broken at `seq`."""
+
+    def __init__(self, message: str, *, seq: int) -> None:
+        super().__init__(message)
+        self.seq = seq
+
+
+class RolloutError(RefusedError):
+    """A rollout command that does not fit the rollout's state."""
+
+
+class InvalidRequest(RefusedError):
+    """A request that cannot be answered as it stands (HTTP 400)."""
+
+
+class Unauthenticated(RefusedError):
+    """No valid identity (HTTP 401)."""
+
+
+class AccessDenied(RefusedError):
+    """A known identity without the right (HTTP 403)."""
+
+
+class Inconsistent(FalajError):
+    """Our own books do not add up; nothing was committed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of a not-found message: the nearest name, then all known ones."""
+    names = sorted(known)
+    if not names:
+        return " None is known yet."
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{guess} Known: {', '.join(names)}."

@@ -1,0 +1,134 @@
+"""Signed checkpoints: who holds one elsewhere can prove that a tail was cut off or a chain rewritten.
+
+The signature is Ed25519 over `<seq>:<hash>`. The private key is a file of the keys folder until the key store takes
+it over; the public key beside it is what an auditor gets.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from cluster.errors import ConfigError, LedgerCorrupt
+from cluster.ledger.chain import Entry
+from cluster.ledger.events import CheckpointSigned
+
+PRIVATE_NAME = "ledger.pem"
+PUBLIC_NAME = "ledger.pub.pem"
+
+
+class Signer:
+    """Signs checkpoints with an Ed25519 key."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.key_id = key_id(key.public_key())
+
+    def sign(self, message: bytes) -> str:
+        """The signature in base64."""
+        return base64.b64encode(self._key.sign(message)).decode()
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """The first 16 hex digits of the SHA-256 of the raw public key."""
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def ensure_signer(keys: Path) -> Signer:
+    """The signer of a keys folder, its key made on first use with mode 0600."""
+    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private = keys / PRIVATE_NAME
+    if not private.exists():
+        key = Ed25519PrivateKey.generate()
+        public_bytes = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        (keys / PUBLIC_NAME).write_bytes(public_bytes)
+        private_bytes = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        descriptor = os.open(private, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(private_bytes)
+    signer = load_signer(keys)
+    assert signer is not None
+    return signer
+
+
+def load_signer(keys: Path) -> Signer | None:
+    """The signer of a keys folder, none where no key was made yet.
+
+    Raises:
+        ConfigError: the key file holds no Ed25519 private key.
+    """
+    path = keys / PRIVATE_NAME
+    if not path.exists():
+        return None
+    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path} holds no Ed25519 private key. Restore the ledger's signing key.")
+    return Signer(key)
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """A public key in PEM.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a public key in PEM: {error}.") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{path} holds no Ed25519 public key.")
+    return key
+
+
+def checkpoint(signer: Signer, entry: Entry) -> CheckpointSigned:
+    """The checkpoint that vouches for the chain up to an entry."""
+    return CheckpointSigned(
+        upto_seq=entry.seq,
+        upto_hash=entry.hash,
+        key_id=signer.key_id,
+        signature=signer.sign(_message(entry.seq, entry.hash)),
+    )
+
+
+def check_signatures(entries: Iterable[Entry], key: Ed25519PublicKey) -> Iterator[Entry]:
+    """Pass entries on, each checkpoint among them proven to be signed by `key` for the entry it names.
+
+    Raises:
+        LedgerCorrupt: naming the checkpoint's seq.
+    """
+    hashes: dict[int, str] = {}
+    for entry in entries:
+        event = entry.event() if entry.type == CheckpointSigned.__name__ else None
+        if isinstance(event, CheckpointSigned):
+            _check_one(event, seq=entry.seq, known=hashes.get(event.upto_seq), key=key)
+            hashes.clear()
+        hashes[entry.seq] = entry.hash
+        yield entry
+
+
+def _check_one(event: CheckpointSigned, *, seq: int, known: str | None, key: Ed25519PublicKey) -> None:
+    if known != event.upto_hash:
+        raise LedgerCorrupt(
+            f"Checkpoint {seq} vouches for another event {event.upto_seq} than the one here.", seq=seq
+        )
+    try:
+        key.verify(base64.b64decode(event.signature), _message(event.upto_seq, event.upto_hash))
+    except (InvalidSignature, ValueError) as error:
+        raise LedgerCorrupt(f"Checkpoint {seq} is not signed by the given key.", seq=seq) from error
+
+
+def _message(seq: int, entry_hash: str) -> bytes:
+    return f"{seq}:{entry_hash}".encode()

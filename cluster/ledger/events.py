@@ -1,0 +1,256 @@
+"""What can happen on the platform: one frozen dataclass an event type, JSON values only.
+
+The class name is the event's `type` in the ledger. Fields are part of a permanent record: add with a default,
+never rename or remove.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import LedgerCorrupt
+
+Json = Any
+"""str, int, float, bool, None, or lists and string-keyed dicts of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerEvent:
+    """Base of all events."""
+
+    @property
+    def type(self) -> str:
+        return type(self).__name__
+
+    def payload(self) -> dict[str, Json]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStarted(LedgerEvent):
+    cluster_id: str
+    region: str
+    num_cpus: int
+    num_gpus: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStopped(LedgerEvent):
+    cluster_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureViewApplied(LedgerEvent):
+    view: str
+    version: str
+    definition: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureServiceApplied(LedgerEvent):
+    service: str
+    version: str
+    views: dict[str, str]
+    """View name to view version, in the order of the service."""
+    view_order: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchIngested(LedgerEvent):
+    view: str
+    view_version: str
+    ingest_id: str
+    source: str
+    source_digest: str
+    rows_in: int
+    rows_stored: int
+    rows_quarantined: int
+    table_version: int
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Quarantined rows by reason."""
+    quarantine: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchRefused(LedgerEvent):
+    view: str
+    source: str
+    source_digest: str
+    reason: str
+    rows_in: int = 0
+    rows_bad: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewMaterialized(LedgerEvent):
+    view: str
+    view_version: str
+    table_version: int
+    as_of: str
+    entities: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSetBuilt(LedgerEvent):
+    service: str
+    service_version: str
+    rows: int
+    row_hash: str
+    entities_hash: str
+    table_versions: dict[str, int]
+    view_versions: dict[str, str]
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepFinished(LedgerEvent):
+    model: str
+    family: str
+    trials: int
+    metric: str
+    best: dict[str, Json]
+    results: list[dict[str, Json]]
+    training_set_hash: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRegistered(LedgerEvent):
+    name: str
+    version: int
+    family: str
+    task: str
+    manifest_hash: str
+    files: dict[str, str]
+    """File name to SHA-256 in hex."""
+    lineage: dict[str, Json]
+    metrics: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEvaluated(LedgerEvent):
+    name: str
+    version: int
+    data_hash: str
+    rows: int
+    metrics: dict[str, Json]
+    slices: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AliasMoved(LedgerEvent):
+    name: str
+    alias: str
+    version: int
+    previous: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDeployed(LedgerEvent):
+    name: str
+    version: int
+    variant: str
+    app: str
+    route_prefix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactRefused(LedgerEvent):
+    name: str
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStarted(LedgerEvent):
+    model: str
+    rollout: str
+    salt: str
+    treatment_version: int
+    treatment_variant: str
+    champion_version: int
+    weight: float
+    """Percent of units in the treatment arm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutWeightChanged(LedgerEvent):
+    model: str
+    rollout: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutPromoted(LedgerEvent):
+    model: str
+    rollout: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRolledBack(LedgerEvent):
+    model: str
+    rollout: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardrailBreached(LedgerEvent):
+    model: str
+    rollout: str
+    metric: str
+    treatment: float
+    control: float
+    threshold: float
+    treatment_outcomes: int
+    control_outcomes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomesReceived(LedgerEvent):
+    model: str
+    accepted: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelMonitored(LedgerEvent):
+    model: str
+    variant: str
+    version: int
+    periods: dict[str, Json]
+    drift: dict[str, Json]
+    inputs: dict[str, str]
+    results: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSigned(LedgerEvent):
+    upto_seq: int
+    upto_hash: str
+    key_id: str
+    signature: str
+    """Ed25519 over `<upto_seq>:<upto_hash>`, base64."""
+
+
+_TYPES: dict[str, type[LedgerEvent]] = {cls.__name__: cls for cls in LedgerEvent.__subclasses__()}
+
+
+def parse(type_name: str, payload: dict[str, Json], *, seq: int) -> LedgerEvent:
+    """The typed event of a stored payload.
+
+    Raises:
+        LedgerCorrupt: an unknown type, or fields that do not fit it.
+    """
+    cls = _TYPES.get(type_name)
+    if cls is None:
+        raise LedgerCorrupt(
+            f"Event {seq} has the unknown type '{type_name}'; this release is older than the ledger.", seq=seq
+        )
+    try:
+        return cls(**payload)
+    except TypeError as error:
+        raise LedgerCorrupt(f"Event {seq} is no valid {type_name}: {error}.", seq=seq) from error

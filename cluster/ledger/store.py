@@ -1,0 +1,176 @@
+"""The ledger's table: SQLite by default, PostgreSQL by URL.
+
+Appending takes the whole ledger's write lock, reads the head and links the new entry to it in one transaction, so
+concurrent writers queue up and never fork the chain. SQLite takes the lock with BEGIN IMMEDIATE, PostgreSQL with an
+advisory lock that ends with the transaction.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from cluster.errors import ConfigError
+from cluster.ledger.chain import GENESIS, Entry, canonical, link, plain
+from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
+from cluster.ledger.events import LedgerEvent
+from cluster.settings import PlatformConfig
+from cluster.storage import is_uri, layout, local
+
+_LOCK_KEY = 0x0FA1A7
+_PAGE = 1000
+
+METADATA = sa.MetaData()
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column(
+        "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=False
+    ),
+    sa.Column("time", sa.String(32), nullable=False),
+    sa.Column("type", sa.String(64), nullable=False, index=True),
+    sa.Column("actor", sa.String(256), nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("prev_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+)
+
+
+class Ledger:
+    """Append-only events in a SQL database."""
+
+    def __init__(self, url: str, *, signer: Signer | None = None, checkpoint_every: int = 50) -> None:
+        """Connect, and create the table where there is none.
+
+        Args:
+            url: SQLAlchemy URL, `sqlite:///…` or `postgresql+psycopg://…`.
+            signer: signs a checkpoint after every `checkpoint_every` events; none signs no checkpoints.
+        """
+        self._engine = _engine(url)
+        self._signer = signer
+        self._checkpoint_every = checkpoint_every
+        with self.writing() as connection:
+            METADATA.create_all(connection)
+
+    @property
+    def engine(self) -> sa.Engine:
+        """For projections that live beside the events."""
+        return self._engine
+
+    def append(self, event: LedgerEvent, *, actor: str) -> Entry:
+        """Add one event, durably; a checkpoint follows when one is due."""
+        payload = plain(event.payload())
+        with self.writing() as connection:
+            entry = _append(connection, event.type, actor, payload)
+            if self._signer is not None and entry.seq % self._checkpoint_every == 0:
+                mark = checkpoint(self._signer, entry)
+                _append(connection, mark.type, "system:ledger", mark.payload())
+        return entry
+
+    def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
+        """Entries in order, all or of one type, with `seq > after`; read in pages, so that writers are not held up."""
+        while True:
+            query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
+            if kind is not None:
+                query = query.where(EVENTS.c.type == kind.__name__)
+            with self._engine.connect() as connection:
+                rows = connection.execute(query).all()
+            for row in rows:
+                yield _entry(row)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1].seq
+
+    def head(self) -> int:
+        """The last seq, 0 when there is no event yet."""
+        with self._engine.connect() as connection:
+            return int(
+                connection.execute(sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))).scalar_one()
+            )
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction that holds the ledger's write lock; it commits at the end, and not when an error passes."""
+        with self._engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
+            yield connection
+            connection.commit()
+
+
+def open_ledger(config: PlatformConfig) -> Ledger:
+    """The configured ledger, with its checkpoint signer once `cluster.up` has made the key."""
+    places = layout(config.storage)
+    url = config.ledger.url
+    if url is None:
+        if is_uri(places.root):
+            raise ConfigError(f"storage.root {places.root} is remote: give ledger.url a PostgreSQL database.")
+        Path(places.root).mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{places.ledger_path}"
+    signer = None if is_uri(places.root) else load_signer(local(places.keys))
+    return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
+
+
+def _append(connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]) -> Entry:
+    last = connection.execute(
+        sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
+    ).first()
+    entry = link(
+        seq=last.seq + 1 if last else 1,
+        time=dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
+        type=type_name,
+        actor=actor,
+        payload=payload,
+        prev_hash=last.hash if last else GENESIS,
+    )
+    connection.execute(
+        EVENTS.insert().values(
+            seq=entry.seq,
+            time=entry.time,
+            type=entry.type,
+            actor=entry.actor,
+            payload=canonical(entry.payload).decode(),
+            prev_hash=entry.prev_hash,
+            hash=entry.hash,
+        )
+    )
+    return entry
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    return Entry(
+        seq=row.seq,
+        time=row.time,
+        type=row.type,
+        actor=row.actor,
+        payload=json.loads(row.payload),
+        prev_hash=row.prev_hash,
+        hash=row.hash,
+    )
+
+
+def _engine(url: str) -> sa.Engine:
+    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+
+        @sa.event.listens_for(engine, "connect")
+        def configure(connection: Any, _record: Any) -> None:
+            # The driver's own implicit BEGIN would come too late to take the write lock before the head is read.
+            connection.isolation_level = None
+            connection.execute("PRAGMA busy_timeout = 30000")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+
+    return engine

@@ -1,0 +1,162 @@
+"""Hydra composes, these dataclasses validate, and the code sees nothing but them.
+
+Every job's configuration inherits `PlatformConfig`, so a tier can set the platform's sections once for all jobs.
+OmegaConf cannot hold frozen dataclasses or `Literal`, hence mutable slots and enums.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Tier(enum.Enum):
+    """The size of the installation the defaults are for."""
+
+    smb_cpu = "smb_cpu"
+    enterprise_gpu = "enterprise_gpu"
+
+
+class OnlineKind(enum.Enum):
+    """The engine of the online store."""
+
+    lmdb = "lmdb"
+
+
+@dataclass(kw_only=True, slots=True)
+class StorageConfig:
+    """Where all state lies."""
+
+    root: str = ".falaj"
+    """Any fsspec URI, or a path relative to the project root."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LedgerConfig:
+    """The event ledger."""
+
+    url: str | None = None
+    """SQLAlchemy URL; none means SQLite at `<storage.root>/ledger.db`."""
+    checkpoint_every: int = 50
+    """Events between two signed checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"ledger.checkpoint_every must be at least 1, got {self.checkpoint_every}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class OnlineConfig:
+    """The online store."""
+
+    kind: OnlineKind = OnlineKind.lmdb
+    map_size_gib: float = 4.0
+    """Upper bound of the store's file; the file is sparse."""
+
+    def __post_init__(self) -> None:
+        if self.map_size_gib <= 0:
+            raise ValueError(f"online.map_size_gib must be positive, got {self.map_size_gib}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PortsConfig:
+    """TCP ports of a local cluster, all on loopback but Ray's own."""
+
+    gcs: int = 6379
+    dashboard: int = 8265
+    serve_http: int = 8000
+    edge: int = 8443
+    edge_metrics: int = 8404
+    ray_metrics: int = 8080
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """A Ray head node."""
+
+    num_cpus: int = 8
+    """Logical CPUs; more than there are, where waiting dominates."""
+    num_gpus: int = 0
+    region: str = "local"
+    """Value of the node label `ray.io/availability-region`."""
+    object_store_mib: int = 1024
+    ports: PortsConfig = field(default_factory=PortsConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_cpus < 1:
+            raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
+        if self.object_store_mib < 128:
+            raise ValueError(f"cluster.object_store_mib must be at least 128, got {self.object_store_mib}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScalingConfig:
+    """Workers of a distributed training run."""
+
+    num_workers: int = 2
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"scaling.num_workers must be at least 1, got {self.num_workers}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplicaConfig:
+    """Replicas of one served model version."""
+
+    num_replicas: int = 1
+    num_cpus: float = 0.1
+    """Logical CPUs a replica reserves."""
+    num_gpus: float = 0.0
+    """Fraction of a GPU; logical, without memory isolation."""
+    max_ongoing_requests: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_replicas < 1:
+            raise ValueError(f"replica.num_replicas must be at least 1, got {self.num_replicas}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlatformConfig:
+    """The sections every job shares; `configs/platform.yaml` and `configs/tier/` fill them."""
+
+    tier: Tier = Tier.smb_cpu
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    replica: ReplicaConfig = field(default_factory=ReplicaConfig)
+
+
+def load(config: DictConfig, schema: type[T]) -> T:
+    """Validate a composed configuration into its dataclass.
+
+    Raises:
+        ConfigError: an unknown key, a missing mandatory value, a wrong type or a value out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        return cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_describe(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0].rstrip(".")
+    key = f"'{error.full_key}': " if error.full_key else ""
+    if reason.startswith("Structured config of type") or "Missing mandatory value" in reason:
+        return f"Configuration {key}a value is needed; give it as `{error.full_key}=…`."
+    return f"Configuration {key}{reason}. See `--cfg job` for what is set."

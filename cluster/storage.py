@@ -1,0 +1,190 @@
+"""Where state lies, and the one way to write and read it.
+
+Every path is an fsspec URI or a path of this machine. Writes are whole or absent: a temporary name in the same folder,
+flushed to disk, then a rename. All Parquet of features, quarantine and predictions passes through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from cluster.errors import ConfigError
+from cluster.settings import StorageConfig
+
+ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
+RECORD_NAME = "cluster.json"
+
+
+def project_root() -> Path:
+    """The folder relative paths are resolved against.
+
+    The variable that `cluster.up` sets for all its processes, else the nearest folder above that has a cluster's
+    record, else the current folder.
+    """
+    if root := os.environ.get(ROOT_VARIABLE):
+        return Path(root)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".falaj" / RECORD_NAME).exists():
+            return folder
+    return here
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path names a file system other than this machine's."""
+    return "://" in path and not path.startswith("file://")
+
+
+def resolve(path: str) -> str:
+    """An absolute path or URI; a relative path counts from the project root."""
+    if is_uri(path):
+        return path.rstrip("/")
+    return str(project_root() / Path(path.removeprefix("file://")).expanduser())
+
+
+def local(path: str) -> Path:
+    """A path that must be on this machine.
+
+    Raises:
+        ConfigError: the path is a remote URI.
+    """
+    if is_uri(path):
+        raise ConfigError(
+            f"'{path}' is remote, but this state must be on a local disk. Set a local storage.root."
+        )
+    return Path(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders below `storage.root`."""
+
+    root: str
+
+    @property
+    def ledger_path(self) -> str:
+        return f"{self.root}/ledger.db"
+
+    @property
+    def online(self) -> str:
+        return f"{self.root}/online"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.root}/keys"
+
+    @property
+    def tls(self) -> str:
+        return f"{self.root}/tls"
+
+    @property
+    def edge(self) -> str:
+        return f"{self.root}/edge"
+
+    @property
+    def demo(self) -> str:
+        return f"{self.root}/demo"
+
+    def features(self, view: str) -> str:
+        return f"{self.root}/features/{view}"
+
+    def quarantine(self, view: str) -> str:
+        return f"{self.root}/quarantine/{view}"
+
+    def models(self, name: str) -> str:
+        return f"{self.root}/models/{name}"
+
+    def model(self, name: str, version: int) -> str:
+        return f"{self.root}/models/{name}/{version}"
+
+    def predictions(self, model: str) -> str:
+        return f"{self.root}/predictions/{model}"
+
+    def outcomes(self, model: str) -> str:
+        return f"{self.root}/outcomes/{model}"
+
+    def monitor(self, model: str) -> str:
+        return f"{self.root}/monitor/{model}"
+
+
+def layout(storage: StorageConfig) -> Layout:
+    """The layout of a configured storage root."""
+    return Layout(resolve(storage.root))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    fs, path = url_to_fs(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with fs.open(temporary, "wb") as file:
+            file.write(data)
+            if not is_uri(uri):
+                file.flush()
+                os.fsync(file.fileno())
+        _replace(fs, temporary, path)
+    except BaseException:
+        if fs.exists(temporary):
+            fs.rm(temporary)
+        raise
+
+
+def _replace(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
+    if fs.protocol in ("file", ("file", "local")):
+        os.replace(temporary, path)
+    else:
+        fs.mv(temporary, path)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file."""
+    fs, path = url_to_fs(uri)
+    return bytes(fs.cat_file(path))
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = url_to_fs(uri)
+    return bool(fs.exists(path))
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """The files directly below a folder, sorted; none when there is no folder."""
+    fs, path = url_to_fs(uri)
+    if not fs.exists(path):
+        return []
+    found = sorted(str(name) for name in fs.ls(path, detail=False) if str(name).endswith(suffix))
+    return [fs.unstrip_protocol(name) if is_uri(uri) else name for name in found]
+
+
+def sha256(uri: str) -> str:
+    """The SHA-256 of a file's content, in hex, read in pieces."""
+    fs, path = url_to_fs(uri)
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_parquet(table: pa.Table, uri: str) -> int:
+    """Write a table as one Parquet file, whole or not at all; gives its size in bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue()
+    write_bytes(uri, data)
+    return int(data.size)
+
+
+def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file, or only some of its columns."""
+    fs, path = url_to_fs(uri)
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)

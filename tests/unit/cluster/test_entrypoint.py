@@ -1,0 +1,101 @@
+"""How a job starts and ends: exit codes, one-line refusals, help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+from dataclasses import dataclass
+from cluster.entrypoint import job
+from cluster.errors import SourceError
+from cluster.settings import PlatformConfig
+
+@job("platform", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    if config.storage.root == "refuse":
+        raise SourceError("Source 'a' is empty.\\nGive another.")
+    if config.storage.root == "fail":
+        raise RuntimeError("boom")
+    print("root", config.storage.root)
+
+main()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, program.name, *arguments],
+        cwd=program.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_success_is_0_and_leaves_no_files(program: Path) -> None:
+    """Hydra's run folder is off."""
+    result = run(program, "storage.root=x")
+    assert (result.returncode, result.stdout) == (0, "root x\n")
+    assert [path.name for path in program.parent.iterdir()] == ["program.py"]
+
+
+def test_a_refusal_is_2_with_one_line(program: Path) -> None:
+    """No traceback, whatever the message's own line breaks."""
+    result = run(program, "storage.root=refuse")
+    assert result.returncode == 2
+    assert result.stderr == "refused: Source 'a' is empty. Give another.\n"
+
+
+def test_a_failure_is_1_with_its_traceback(program: Path) -> None:
+    """What we did not foresee is shown whole."""
+    result = run(program, "storage.root=fail")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "boom" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("storage.rot=x", "rot"),
+        ("nonsense=1", "nonsense"),
+        ("cluster.num_cpus=many", "many"),
+        ("cluster.num_cpus=0", "cluster.num_cpus must be at least 1, got 0"),
+        ("tier=huge", "huge"),
+    ],
+)
+def test_a_bad_override_is_2_and_names_it(program: Path, override: str, said: str) -> None:
+    """Unknown key, wrong type, out of range, unknown group: each in one line."""
+    result = run(program, override)
+    assert result.returncode == 2
+    assert result.stderr.startswith("refused: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_config_are_shown(program: Path, flags: list[str]) -> None:
+    """Both print and exit 0."""
+    result = run(program, *flags)
+    assert result.returncode == 0
+    assert "storage" in result.stdout
+
+
+def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
+    """A user's own `jobs/` in front of ours is a clear refusal."""
+    (program.parent / "jobs").mkdir()
+    (program.parent / "jobs" / "__init__.py").touch()
+    result = run(program)
+    assert result.returncode == 2
+    assert "Package 'jobs' is found at" in result.stderr

@@ -1,0 +1,186 @@
+"""The ledger: what a chain proves, and that concurrent writers never fork it."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import LedgerCorrupt
+from cluster.ledger import Ledger
+from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
+from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
+from cluster.ledger.events import AliasMoved, CheckpointSigned, ClusterStopped
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+PAYLOADS = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), JSON, max_size=3)
+
+
+def chain(payloads: list[dict[str, Any]]) -> list[Entry]:
+    entries: list[Entry] = []
+    for seq, payload in enumerate(payloads, start=1):
+        prev_hash = entries[-1].hash if entries else GENESIS
+        time = "2026-01-01T00:00:00.000000+00:00"
+        entries.append(
+            link(seq=seq, time=time, type="T", actor="a", payload=plain(payload), prev_hash=prev_hash)
+        )
+    return entries
+
+
+@given(st.lists(PAYLOADS, max_size=5))
+def test_an_export_reads_back_and_verifies(payloads: list[dict[str, Any]]) -> None:
+    """Canonical JSON survives a round trip through text for every JSON value."""
+    entries = chain(payloads)
+    assert list(check(read_lines(entry.line() for entry in entries))) == entries
+
+
+@given(st.lists(PAYLOADS, min_size=2, max_size=6), st.data())
+def test_any_single_change_is_found_at_its_place(payloads: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Changing one field of one entry is reported with that entry's seq."""
+    entries = chain(payloads)
+    position = data.draw(st.integers(0, len(entries) - 1))
+    name, value = data.draw(
+        st.sampled_from([("actor", "mallory"), ("type", "U"), ("payload", {"z": 1}), ("time", "x")])
+    )
+    entries[position] = dataclasses.replace(entries[position], **{name: value})
+    with pytest.raises(LedgerCorrupt) as caught:
+        list(check(entries))
+    assert caught.value.seq == position + 1
+
+
+@given(st.lists(PAYLOADS, min_size=2, max_size=6), st.data())
+def test_a_removed_entry_is_found(payloads: list[dict[str, Any]], data: st.DataObject) -> None:
+    """A gap is reported, unless it is the tail."""
+    entries = chain(payloads)
+    position = data.draw(st.integers(0, len(entries) - 2))
+    del entries[position]
+    with pytest.raises(LedgerCorrupt) as caught:
+        list(check(entries))
+    assert caught.value.seq == position + 1
+
+
+def test_large_integers_become_strings_and_nan_null() -> None:
+    """JSON readers elsewhere would round them."""
+    written = plain({"n": 2**53 + 1, "m": 2**53 - 1, "x": float("nan"), "f": 2.0**60})
+    assert written == {"n": str(2**53 + 1), "m": 2**53 - 1, "x": None, "f": str(2**60)}
+
+
+def test_events_are_typed_and_survive_reopening(tmp_path: Path) -> None:
+    """What was appended is read back as the same event, by type and after a seq."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
+    ledger = Ledger(url)
+    ledger.append(ClusterStopped(cluster_id="c"), actor="user:a")
+    ledger.append(moved, actor="user:b")
+    ledger.close()
+    reopened = Ledger(url)
+    assert [entry.event() for entry in reopened.entries(AliasMoved)] == [moved]
+    assert [entry.seq for entry in reopened.entries(after=1)] == [2]
+    assert reopened.head() == 2
+
+
+def _append_many(url: str, writer: int) -> None:
+    ledger = Ledger(url)
+    for number in range(25):
+        ledger.append(ClusterStopped(cluster_id=f"{writer}-{number}"), actor=f"user:{writer}")
+
+
+def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
+    """Four processes append 25 events each: 100 events in one chain."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(url, writer)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    entries = list(check(Ledger(url).entries()))
+    assert len(entries) == 100
+    assert len({entry.payload["cluster_id"] for entry in entries}) == 100
+
+
+def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
+    """After five events with one checkpoint every two, an auditor with the public key accepts the chain."""
+    signer = ensure_signer(tmp_path / "keys")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", signer=signer, checkpoint_every=2)
+    for number in range(5):
+        ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
+    key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
+    entries = list(check_signatures(check(ledger.entries()), key))
+    assert any(entry.type == CheckpointSigned.__name__ for entry in entries)
+    assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
+
+
+def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
+    """Somebody who recomputes every hash after a change still lacks the signing key."""
+    signer = ensure_signer(tmp_path / "keys")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", signer=signer, checkpoint_every=2)
+    for number in range(4):
+        ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
+    forged: list[Entry] = []
+    for entry in ledger.entries():
+        fields = dataclasses.asdict(entry) | {"prev_hash": forged[-1].hash if forged else GENESIS}
+        del fields["hash"]
+        if entry.seq == 1:
+            fields["payload"] = {"cluster_id": "forged"}
+        forged.append(link(**fields))
+    key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
+    assert len(list(check(forged))) == len(forged)
+    with pytest.raises(LedgerCorrupt, match="Checkpoint"):
+        list(check_signatures(check(forged), key))
+
+
+def ledger_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.ledger", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
+    """Export, verify the export, break it, and see exit code 2 with the first bad seq."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    for number in range(3):
+        ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
+    export = tmp_path / "export.jsonl"
+    assert ledger_command("--root", str(tmp_path), "export", "--output", str(export)).returncode == 0
+    assert ledger_command("verify", "--file", str(export)).returncode == 0
+    lines = export.read_text().splitlines()
+    lines[1] = lines[1].replace('"cluster_id":"1"', '"cluster_id":"9"')
+    export.write_text("\n".join(lines) + "\n")
+    broken = ledger_command("verify", "--file", str(export))
+    assert broken.returncode == 2
+    assert "Event 2 was changed" in broken.stderr
+
+
+def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:
+    """`verify` reads the database itself when no file is given."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    for number in range(3):
+        ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
+    with ledger.writing() as connection:
+        connection.execute(sa.text("UPDATE events SET actor = 'mallory' WHERE seq = 3"))
+    result = ledger_command("--root", str(tmp_path), "verify")
+    assert result.returncode == 2
+    assert "Event 3" in result.stderr
+
+
+settings.register_profile("fast", max_examples=60, deadline=None)
+settings.load_profile("fast")

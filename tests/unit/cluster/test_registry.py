@@ -1,0 +1,122 @@
+"""Model versions and aliases as a projection of the ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ArtifactTampered, ModelNotFound, RefusedError
+from cluster.ledger import Ledger
+from cluster.ledger.events import ClusterStopped
+from cluster.registry import Lineage, ModelVersion, Registry, verify_files
+from cluster.storage import Layout
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
+
+
+def register(registry: Registry, tmp_path: Path, *, name: str = "m", content: str = "{}") -> ModelVersion:
+    source = tmp_path / "built"
+    source.mkdir(exist_ok=True)
+    (source / "model.json").write_text(content)
+    (source / "model.txt").write_text("tree")
+    lineage = Lineage(training_set_hash="abc", table_versions={"person": 3}, seed=7)
+    return registry.register(
+        source,
+        name=name,
+        family="lightgbm",
+        task="binary",
+        lineage=lineage,
+        metrics={"auc": 0.9},
+        actor="user:a",
+    )
+
+
+def test_versions_count_up_and_keep_their_lineage(registry: Registry, tmp_path: Path) -> None:
+    """The second registration is version 2, and what it came from can be read back."""
+    register(registry, tmp_path)
+    second = register(registry, tmp_path)
+    assert second.version == 2
+    assert registry.get("m", "latest") == second
+    assert second.lineage.table_versions == {"person": 3}
+    assert verify_files(second.uri, second.manifest_hash) == second.files
+
+
+def test_a_dropped_projection_is_rebuilt_from_the_events(registry: Registry, tmp_path: Path) -> None:
+    """Versions and aliases are the same before and after."""
+    register(registry, tmp_path)
+    register(registry, tmp_path)
+    registry.move_alias("m", "champion", 2, actor="user:a", reason="first")
+    registry.move_alias("m", "champion", 1, actor="user:a", reason="second")
+    before = (registry.versions("m"), registry.aliases("m"), registry.get("m"))
+    registry.rebuild()
+    assert (registry.versions("m"), registry.aliases("m"), registry.get("m")) == before
+    assert before[1] == {"champion": 1}
+
+
+def test_two_registries_on_one_ledger_agree(registry: Registry, tmp_path: Path) -> None:
+    """A reader in another process sees what was just registered."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    other = Registry(ledger, Layout(str(tmp_path)))
+    register(registry, tmp_path)
+    ledger.append(ClusterStopped(cluster_id="c"), actor="user:a")
+    assert other.versions("m") == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "said"),
+    [("mm", 1, "Did you mean 'm'"), ("m", 9, "no version 9"), ("m", "best", "no alias 'best'")],
+)
+def test_what_is_not_there_is_named(
+    registry: Registry, tmp_path: Path, name: str, version: int | str, said: str
+) -> None:
+    """Unknown model, version and alias each say what is known."""
+    register(registry, tmp_path)
+    with pytest.raises(ModelNotFound, match=said):
+        registry.get(name, version)
+
+
+@pytest.mark.parametrize("harm", ["change", "add", "remove", "manifest"])
+def test_a_tampered_folder_is_refused(registry: Registry, tmp_path: Path, harm: str) -> None:
+    """Whatever differs from what was registered is found before anything is parsed."""
+    version = register(registry, tmp_path)
+    folder = Path(version.uri)
+    match harm:
+        case "change":
+            (folder / "model.txt").write_text("other")
+        case "add":
+            (folder / "extra.json").write_text("{}")
+        case "remove":
+            (folder / "model.txt").unlink()
+        case "manifest":
+            (folder / "manifest.json").write_text('{"files":{}}')
+    with pytest.raises(ArtifactTampered):
+        verify_files(version.uri, version.manifest_hash)
+
+
+def test_pickle_is_no_allowed_format(registry: Registry, tmp_path: Path) -> None:
+    """A format that can run code is never registered."""
+    source = tmp_path / "bad"
+    source.mkdir()
+    (source / "model.pkl").write_bytes(b"")
+    with pytest.raises(RefusedError, match=r"model\.pkl"):
+        registry.register(
+            source,
+            name="m",
+            family="f",
+            task="binary",
+            lineage=Lineage(training_set_hash=""),
+            metrics={},
+            actor="a",
+        )
+    assert registry.names() == []
+
+
+def test_a_crash_before_the_event_leaves_no_version(registry: Registry, tmp_path: Path) -> None:
+    """The folder of a registration that died is passed over by the next one."""
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    assert register(registry, tmp_path).version == 2
+    assert registry.versions("m") == [2]

@@ -1,0 +1,59 @@
+"""Storage: whole files or none, and where relative paths point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster import storage
+from cluster.errors import ConfigError
+from cluster.settings import StorageConfig
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash before the rename keeps the old content and no temporary file."""
+    target = tmp_path / "a" / "file"
+    storage.write_bytes(str(target), b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(storage.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_bytes(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("root", ["local", "memory://bucket"])
+def test_parquet_and_bytes_round_trip_on_any_file_system(tmp_path: Path, root: str) -> None:
+    """The same calls work on a folder and on an fsspec URI."""
+    base = str(tmp_path) if root == "local" else root
+    table = pa.table({"a": [1, 2], "b": ["x", None]})
+    size = storage.write_parquet(table, f"{base}/t/part.parquet")
+    assert storage.read_parquet(f"{base}/t/part.parquet").equals(table)
+    assert storage.read_parquet(f"{base}/t/part.parquet", columns=["b"]).column_names == ["b"]
+    assert size == len(storage.read_bytes(f"{base}/t/part.parquet"))
+    [found] = storage.list_files(f"{base}/t", ".parquet")
+    assert storage.read_parquet(found).equals(table)
+
+
+def test_relative_paths_count_from_the_project_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded root wins; without it, the nearest folder above with a cluster's record."""
+    monkeypatch.setenv(storage.ROOT_VARIABLE, str(tmp_path / "recorded"))
+    assert storage.resolve("data/x.parquet") == str(tmp_path / "recorded" / "data" / "x.parquet")
+    monkeypatch.delenv(storage.ROOT_VARIABLE)
+    (tmp_path / ".falaj").mkdir()
+    (tmp_path / ".falaj" / "cluster.json").write_text("{}")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    assert storage.layout(StorageConfig()).root == str(tmp_path / ".falaj")
+    assert storage.resolve("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_state_that_must_be_local_says_so() -> None:
+    """A remote root is refused where only a local disk works."""
+    with pytest.raises(ConfigError, match="local disk"):
+        storage.local("s3://bucket/models")
