@@ -1,0 +1,63 @@
+# make demo: the whole loop on real data. make test: every check. make down: end what was started.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := cluster feature_jobs jobs serve_apps
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo down test unit lint format bench lock clean
+
+help:
+	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
+	@echo "make test    every test; starts and ends its own cluster"
+	@echo "make down    end what make demo started"
+	@echo "make unit    tests without Ray       make lint    ruff, mypy, import-linter"
+	@echo "make bench   all benches, or BENCH=<name>"
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+		{ echo "refused: Falaj needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=…"; exit 2; }
+	@command -v c++ >/dev/null || { echo "refused: no C++ compiler (c++) found; DeepSpeed needs one. Install g++."; exit 2; }
+	@echo "installing the pinned lock into $(VENV); this takes some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m jobs.pipeline
+
+down: $(STAMP)
+	@$(BIN)/python -m cluster.down
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+unit: $(STAMP)
+	@$(BIN)/python -m pytest tests/unit tests/configs
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for bench in $(if $(BENCH),$(BENCH),$(basename $(notdir $(wildcard tests/bench/[a-z]*.py)))); do \
+		$(BIN)/python tests/bench/$$bench.py || exit 1; done
+
+# A new lock from pyproject.toml: resolve in an empty environment, then look at the difference before committing.
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/pip install --quiet '.[dev]'
+	@build/lock/bin/pip freeze --exclude falaj | sed 's/+cpu$$//' > requirements.lock
+
+clean: down
+	rm -rf .falaj

@@ -1,0 +1,1 @@
+"""Jobs that train, sweep, evaluate, monitor and tie the whole loop together; a folder per job."""

@@ -1,0 +1,50 @@
+"""`python -m jobs.pipeline`: the demo. Starts a cluster where none is up, runs what is not finished, sums it up."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from cluster.entrypoint import job
+from cluster.session import read_record
+from cluster.storage import layout, local
+from jobs.pipeline.config import PipelineConfig
+from jobs.pipeline.runner import Runner, StageFailed
+from jobs.pipeline.stages import Stage, plan
+from jobs.pipeline.summary import summarise, write_report
+from jobs.pipeline.table import print_summary
+
+
+@job("pipeline", PipelineConfig)
+def main(config: PipelineConfig) -> None:
+    """Run the demo from where it stands."""
+    demo = local(layout(config.storage).demo)
+    demo.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    runner = Runner(demo)
+    stages = plan(config, demo)
+    ensure_cluster(config, runner, demo, stages)
+    try:
+        for position, stage in enumerate(stages, start=1):
+            runner.run(stage, position=position, of=len(stages))
+    except StageFailed as error:
+        raise SystemExit(f"{error}\nThe cluster is left up; `make demo` resumes here, `make down` ends it.") from None
+    summary = summarise(config, runner, demo)
+    write_report(config, runner, demo, summary)
+    record = read_record(config.storage)
+    print_summary(summary, record, seconds=time.perf_counter() - started, demo=demo)
+
+
+def ensure_cluster(config: PipelineConfig, runner: Runner, demo: Path, stages: list[Stage]) -> None:
+    """Bring a cluster up where none is, and serve again what a finished deployment had put there."""
+    if read_record(config.storage) is not None:
+        print("The cluster is up.", flush=True)
+        return
+    log = demo / "logs" / "cluster.log"
+    runner.execute(("cluster.up",), log=log)
+    if "deploy" in runner.finished:
+        runner.execute(("serve_apps.deploy", "action=restore"), log=log)
+
+
+if __name__ == "__main__":
+    main()

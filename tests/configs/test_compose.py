@@ -1,0 +1,34 @@
+"""Every job's configuration composes, for every tier, and fits its dataclass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import configs
+from cluster.settings import PlatformConfig, load
+
+ROOT = Path(configs.__file__).parent
+JOBS = sorted(path.stem for path in ROOT.glob("*.yaml"))
+TIERS = sorted(path.stem for path in (ROOT / "tier").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", JOBS)
+def test_every_configuration_composes(name: str, tier: str) -> None:
+    """The platform's sections are there and valid, whatever the tier."""
+    with initialize_config_module("configs", version_base=None):
+        config = compose(name, overrides=[f"tier={tier}"])
+    sections = {key: config[key] for key in PlatformConfig.__dataclass_fields__ if key in config}
+    platform = load(OmegaConf.create(sections), PlatformConfig)
+    assert platform.tier.value == tier
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "hydra"))
+def test_every_group_has_options(group: str) -> None:
+    """An empty group would fail only when somebody picks from it."""
+    options = list((ROOT / group).glob("*.yaml"))
+    assert options or group.startswith("__")
