@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import hydra
 from hydra.errors import HydraException
@@ -51,7 +51,7 @@ def job(config_name: str, schema: type[C]) -> Callable[[Callable[[C], None]], Ca
     return decorate
 
 
-def refuse(error: RefusedError) -> None:
+def refuse(error: RefusedError) -> NoReturn:
     """Print one line and exit 2."""
     print(f"refused: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(REFUSED)

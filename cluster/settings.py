@@ -71,8 +71,11 @@ class PortsConfig:
     """TCP ports of a local cluster, all on loopback but Ray's own."""
 
     gcs: int = 6379
+    ray_client: int = 10001
     dashboard: int = 8265
     serve_http: int = 8000
+    replicas: int = 30000
+    """First of 1,000 ports from which Serve's replicas take theirs."""
     edge: int = 8443
     edge_metrics: int = 8404
     ray_metrics: int = 8080

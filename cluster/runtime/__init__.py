@@ -1,0 +1,20 @@
+"""Verify, load and run a model version; jobs and serve_apps both use it, so both predict the same."""
+
+from cluster.runtime.encoding import Encoder, encode
+from cluster.runtime.loader import load_model, open_model
+from cluster.runtime.model import Model
+from cluster.runtime.predictions import Predictions
+from cluster.runtime.signature import InputSpec, ModelSignature, Task, parse_signature
+
+__all__ = [
+    "Encoder",
+    "InputSpec",
+    "Model",
+    "ModelSignature",
+    "Predictions",
+    "Task",
+    "encode",
+    "load_model",
+    "open_model",
+    "parse_signature",
+]

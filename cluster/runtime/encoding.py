@@ -7,9 +7,8 @@ as Arrow columns and is encoded at once. Both give the same matrix, which a prop
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -28,109 +27,119 @@ _NAN = math.nan
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+class Encoder:
+    """The encoding of one signature, with its category tables built once."""
+
+    def __init__(self, signature: ModelSignature) -> None:
+        self._inputs = signature.inputs
+        self._by_value = [_by_value(spec) for spec in signature.inputs]
+
+    def __call__(self, columns: Columns) -> Matrix:
+        """The model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
+
+        A null is NaN, and so is a category that training did not know. What an explicit NaN in a request means is
+        the caller's decision; here it is a missing number. float32 holds integers exactly up to 2^24.
+
+        Raises:
+            InvalidRequest: naming the input that is missing, of the wrong type, too large, or of another length.
+        """
+        if isinstance(columns, pa.Table):
+            return self._encode_table(columns)
+        encoded = []
+        for spec, by_value in zip(self._inputs, self._by_value, strict=True):
+            if spec.name not in columns:
+                raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, columns)}")
+            encoded.append([by_value(value) for value in columns[spec.name]])
+        self._check_lengths(encoded)
+        return np.array(encoded, dtype=np.float32).T.copy()
+
+    def _check_lengths(self, encoded: list[list[float]]) -> None:
+        num_rows = len(encoded[0])
+        for spec, values in zip(self._inputs, encoded, strict=True):
+            if len(values) != num_rows:
+                raise InvalidRequest(
+                    f"Input '{spec.name}' has {len(values)} values, '{self._inputs[0].name}' has {num_rows}."
+                )
+
+    def _encode_table(self, table: pa.Table) -> Matrix:
+        matrix = np.empty((table.num_rows, len(self._inputs)), dtype=np.float32)
+        for position, spec in enumerate(self._inputs):
+            if spec.name not in table.column_names:
+                raise InvalidRequest(
+                    f"Input '{spec.name}' is missing.{did_you_mean(spec.name, table.column_names)}"
+                )
+            matrix[:, position] = _encode_column(spec, table.column(spec.name))
+        return matrix
+
+
 def encode(signature: ModelSignature, columns: Columns) -> Matrix:
-    """The model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
-
-    A null is NaN, and so is a category that training did not know. What an explicit NaN in a request means is the
-    caller's decision; here it is a missing number. float32 holds integers exactly up to 2^24.
-
-    Raises:
-        InvalidRequest: naming the input that is missing, of the wrong type, infinite, or of another length.
-    """
-    if isinstance(columns, pa.Table):
-        return _encode_table(signature, columns)
-    encoded = [_encode_values(spec, _column(columns, spec.name)) for spec in signature.inputs]
-    num_rows = len(encoded[0])
-    for spec, values in zip(signature.inputs, encoded, strict=True):
-        if len(values) != num_rows:
-            raise InvalidRequest(
-                f"Input '{spec.name}' has {len(values)} values, '{signature.inputs[0].name}' has {num_rows}."
-            )
-    return np.array(encoded, dtype=np.float32).T.copy()
+    """`Encoder(signature)(columns)`, for a single use."""
+    return Encoder(signature)(columns)
 
 
-def _column(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
-    try:
-        return columns[name]
-    except KeyError:
-        raise InvalidRequest(f"Input '{name}' is missing.{did_you_mean(name, columns)}") from None
-
-
-def _encode_values(spec: InputSpec, values: Sequence[Any]) -> list[float]:
+def _by_value(spec: InputSpec) -> Callable[[Any], float]:
     if spec.categories is None:
-        return [_number(spec, value) for value in values]
-    codes = _codes(spec.categories)
-    wanted = _kind(spec.categories)
-    return [_code(spec, value, codes, wanted) for value in values]
+        return _number_encoder(spec)
+    return _category_encoder(spec, spec.categories)
 
 
-def _number(spec: InputSpec, value: Any) -> float:
-    if value is None:
-        return _NAN
-    if isinstance(value, bool | np.bool_) != (spec.dtype == "bool") or not isinstance(
-        value, Real | np.number | np.bool_
-    ):
-        raise _wrong_type(spec, value)
-    number = float(value)
-    if abs(number) > _LARGEST:
-        raise InvalidRequest(
-            f"Input '{spec.name}' is {value!r}, beyond what a float32 can hold ({_LARGEST:.3g})."
-        )
+def _number_encoder(spec: InputSpec) -> Callable[[Any], float]:
+    is_flag = spec.dtype == "bool"
+
+    def number(value: Any) -> float:
+        if value is None:
+            return _NAN
+        if isinstance(value, bool | np.bool_) != is_flag or not isinstance(value, Real | np.bool_):
+            raise _wrong_type(spec, value)
+        try:
+            result = float(value)
+        except OverflowError:
+            result = math.inf
+        if abs(result) > _LARGEST:
+            raise InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({_LARGEST:.3g}).")
+        return result
+
     return number
 
 
-def _code(spec: InputSpec, value: Any, codes: dict[Label, float], wanted: type) -> float:
-    if value is None or value != value:
-        return _NAN
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise _wrong_type(spec, value)
-    return codes.get(value, _NAN)
+def _category_encoder(spec: InputSpec, categories: tuple[Label, ...]) -> Callable[[Any], float]:
+    codes = {category: float(code) for code, category in enumerate(categories)}
+    is_flag = all(isinstance(category, bool) for category in categories)
+    wanted: type = str if all(isinstance(category, str) for category in categories) else Real
 
+    def code(value: Any) -> float:
+        if value is None or value != value:
+            return _NAN
+        if not isinstance(value, wanted) or isinstance(value, bool) != is_flag:
+            raise _wrong_type(spec, value)
+        return codes.get(value, _NAN)
 
-@functools.cache
-def _codes(categories: tuple[Label, ...]) -> dict[Label, float]:
-    return {category: float(code) for code, category in enumerate(categories)}
-
-
-@functools.cache
-def _kind(categories: tuple[Label, ...]) -> type:
-    if all(isinstance(category, str) for category in categories):
-        return str
-    return bool if all(isinstance(category, bool) for category in categories) else Real
+    return code
 
 
 def _wrong_type(spec: InputSpec, value: Any) -> InvalidRequest:
     wanted = spec.dtype if spec.categories is None else f"a category of type {spec.dtype}"
-    return InvalidRequest(f"Input '{spec.name}' must be {wanted} or null, got {value!r}.")
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+    return InvalidRequest(f"Input '{spec.name}' must be {wanted} or null, got {shown}.")
 
 
-def _encode_table(signature: ModelSignature, table: pa.Table) -> Matrix:
-    matrix = np.empty((table.num_rows, len(signature.inputs)), dtype=np.float32)
-    for position, spec in enumerate(signature.inputs):
-        if spec.name not in table.column_names:
-            raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, table.column_names)}")
-        encode_column = _encode_numbers if spec.categories is None else _encode_categories
-        matrix[:, position] = encode_column(spec, table.column(spec.name))
-    return matrix
+def _encode_column(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    if pa.types.is_null(column.type):
+        return np.full(len(column), _NAN)
+    if spec.categories is None:
+        return _encode_numbers(spec, column)
+    return _encode_categories(spec, column)
 
 
 def _encode_numbers(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
     kind = column.type
-    if pa.types.is_boolean(kind) != (spec.dtype == "bool") or not _is_number(kind):
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if not is_number or pa.types.is_boolean(kind) != (spec.dtype == "bool"):
         raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}, got a column of {kind}.")
     numbers = pc.fill_null(column.cast(pa.float64(), safe=False), _NAN).to_numpy()
     if np.any(np.abs(numbers) > _LARGEST):
-        raise InvalidRequest(f"Input '{spec.name}' has values beyond what a float32 can hold ({_LARGEST:.3g}).")
+        raise InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({_LARGEST:.3g}).")
     return np.asarray(numbers, dtype=np.float64)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-    )
 
 
 def _encode_categories(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.float64]:

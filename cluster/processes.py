@@ -1,0 +1,67 @@
+"""Finding and ending exactly the processes that a cluster started.
+
+Every process of a cluster inherits an environment variable with the cluster's id, so neither a recycled pid nor
+somebody else's Ray is ever touched.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import psutil
+
+ID_VARIABLE = "FALAJ_CLUSTER_ID"
+
+
+def find(cluster_id: str) -> list[psutil.Process]:
+    """The processes, other than this one, that carry a cluster's id."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(ID_VARIABLE) == cluster_id:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def end(cluster_id: str, *, grace_s: float = 8.0) -> int:
+    """End a cluster's processes, asking first; gives how many there were."""
+    ended = 0
+    for signal_name, wait_s in (("terminate", grace_s), ("kill", 5.0)):
+        processes = find(cluster_id)
+        ended = max(ended, len(processes))
+        for process in processes:
+            try:
+                getattr(process, signal_name)()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=wait_s)
+    return ended
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a TCP port can be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def answers(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something listens on a TCP port."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
+
+
+def owner(port: int) -> str:
+    """The process that listens on a port, as far as it can be seen."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return "another process"

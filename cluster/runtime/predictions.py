@@ -1,0 +1,51 @@
+"""A model's answers: its scores, and the same as rows in the shape of the HTTP contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.runtime.signature import Label, ModelSignature, Task
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """What a model says about some rows."""
+
+    signature: ModelSignature
+    scores: Scores
+    """Float64. Binary: probability of the positive class, [rows]. Multiclass: probabilities, [rows, classes].
+    Regression: values, [rows]."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON object a row.
+
+        Binary gives `probability` and `label`, multiclass `probabilities` by class and `label`, regression `value`.
+        """
+        classes = self.signature.classes
+        match self.signature.task, classes:
+            case Task.binary, (negative, positive):
+                threshold = self.signature.threshold
+                return [
+                    {"probability": score, "label": positive if score >= threshold else negative}
+                    for score in self.scores.tolist()
+                ]
+            case Task.multiclass, tuple():
+                return [_multiclass_row(classes, scores) for scores in self.scores.tolist()]
+            case _:
+                return [{"value": score} for score in self.scores.tolist()]
+
+    def labels(self) -> list[Label]:
+        """The answered class of each row; empty for a regression."""
+        return [row["label"] for row in self.rows() if "label" in row]
+
+
+def _multiclass_row(classes: tuple[Label, ...], scores: list[float]) -> dict[str, Any]:
+    best = max(range(len(scores)), key=scores.__getitem__)
+    named = {str(name): score for name, score in zip(classes, scores, strict=True)}
+    return {"probabilities": named, "label": classes[best]}

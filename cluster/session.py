@@ -1,0 +1,127 @@
+"""How a process finds the running cluster and attaches to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.errors import ClusterNotRunning
+from cluster.processes import ID_VARIABLE, answers
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
+
+RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
+NAMESPACE = "falaj"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterRecord:
+    """What `cluster.up` wrote down about the cluster it started."""
+
+    cluster_id: str
+    project_root: str
+    storage_root: str
+    ray_address: str
+    dashboard_url: str
+    edge_url: str
+    metrics_url: str
+    ray_metrics_url: str
+    serve_http_url: str
+    token_path: str
+    temp_dir: str
+    ports: dict[str, int]
+    pids: dict[str, int]
+    started_at: str
+
+    def environment(self) -> dict[str, str]:
+        """What a shell needs to reach the cluster."""
+        return {
+            "RAY_ADDRESS": self.ray_address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": self.token_path,
+            ROOT_VARIABLE: self.project_root,
+            RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
+        }
+
+
+def record_path(storage: StorageConfig) -> str:
+    """Where the record of a storage root's cluster lies; beside the project for a remote root."""
+    root = layout(storage).root
+    return f"{project_root() / '.falaj' if is_uri(root) else root}/{RECORD_NAME}"
+
+
+def write_record(record: ClusterRecord, storage: StorageConfig) -> None:
+    """Write the record down."""
+    write_bytes(record_path(storage), json.dumps(asdict(record), indent=1).encode())
+
+
+def find_record(storage: StorageConfig) -> ClusterRecord | None:
+    """The record, whether its cluster still runs or not."""
+    for path in (record_path(storage), os.environ.get(RECORD_VARIABLE)):
+        if path and Path(path).exists():
+            return ClusterRecord(**json.loads(Path(path).read_text()))
+    return None
+
+
+def read_record(storage: StorageConfig) -> ClusterRecord | None:
+    """The record of a cluster that runs, or none."""
+    record = find_record(storage)
+    return record if record is not None and is_up(record) else None
+
+
+def is_up(record: ClusterRecord) -> bool:
+    """Whether the recorded head node answers."""
+    address = urlsplit(f"//{record.ray_address}")
+    return answers(address.port or 0, address.hostname or "127.0.0.1")
+
+
+def require_record(config: PlatformConfig) -> ClusterRecord:
+    """The record of the running cluster.
+
+    Raises:
+        ClusterNotRunning: there is none, or its head no longer answers.
+    """
+    record = find_record(config.storage)
+    if record is None:
+        raise ClusterNotRunning(
+            f"No Falaj cluster is up for {layout(config.storage).root}. Run `python -m cluster.up` there, or let this shell "
+            'know of one elsewhere with `eval "$(python -m cluster.status --env)"`.'
+        )
+    if not is_up(record):
+        raise ClusterNotRunning(
+            f"The cluster recorded for {record.storage_root} does not answer at {record.ray_address}. "
+            "Run `python -m cluster.down`, then `python -m cluster.up`."
+        )
+    return record
+
+
+def attach(config: PlatformConfig) -> ClusterRecord:
+    """Attach this process to the running cluster, as a driver.
+
+    Raises:
+        ClusterNotRunning: there is none.
+    """
+    record = require_record(config)
+    os.environ.update(record.environment())
+    # Ray reads its environment when it is imported.
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+    return record
+
+
+__all__ = [
+    "ID_VARIABLE",
+    "ClusterRecord",
+    "attach",
+    "find_record",
+    "read_record",
+    "require_record",
+    "write_record",
+]

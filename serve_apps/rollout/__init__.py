@@ -1,0 +1,1 @@
+"""Rollouts: who gets which version, decided by pure functions over ledger events."""

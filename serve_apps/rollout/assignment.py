@@ -1,0 +1,61 @@
+"""Which arm a unit belongs to, computed here just as the edge computes it.
+
+A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. Treatment takes buckets
+from 0 upwards and its concurrent control arm as many from 9999 downwards, so that ramping up never moves a unit from one
+arm to the other. Beyond 50 % the arms meet: control gets what is left, and inference has ended.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import xxhash
+
+BUCKETS = 10_000
+
+
+class Arm(enum.StrEnum):
+    """A unit's part in a rollout."""
+
+    treatment = "treatment"
+    control = "control"
+    outside = "outside"
+    """The champion answers, outside the experiment."""
+    none = "none"
+    """The request named no unit: the champion answers, outside any experiment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Two bounds in buckets: treatment is below the first, control at or above the second."""
+
+    treatment_below: int
+    control_from: int
+
+
+def bounds(weight: float) -> Bounds:
+    """The bounds of a treatment weight in percent.
+
+    Raises:
+        ValueError: the weight is outside 0 to 100.
+    """
+    if not 0 <= weight <= 100:
+        raise ValueError(f"A weight is 0 to 100 percent, got {weight}.")
+    treatment = round(weight * BUCKETS / 100)
+    return Bounds(treatment, max(BUCKETS - treatment, treatment))
+
+
+def bucket(salt: str, unit: bytes) -> int:
+    """A unit's bucket, 0 to 9999."""
+    return int(xxhash.xxh32_intdigest(salt.encode() + b":" + unit)) % BUCKETS
+
+
+def assign(salt: str, unit: bytes, limits: Bounds) -> Arm:
+    """A unit's arm; an empty unit counts as none."""
+    if not unit:
+        return Arm.none
+    place = bucket(salt, unit)
+    if place < limits.treatment_below:
+        return Arm.treatment
+    return Arm.control if place >= limits.control_from else Arm.outside

@@ -1,0 +1,84 @@
+"""Where every model stands, as a pure fold over ledger events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from cluster.ledger.events import (
+    AliasMoved,
+    LedgerEvent,
+    ModelDeployed,
+    RolloutPromoted,
+    RolloutRolledBack,
+    RolloutStarted,
+    RolloutWeightChanged,
+)
+from cluster.registry import CHAMPION
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A rollout that runs."""
+
+    id: str
+    salt: str
+    treatment_version: int
+    treatment_variant: str
+    weight: float
+    """Percent of units."""
+    started_at: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelState:
+    """What the edge should do for one model."""
+
+    champion_version: int | None = None
+    apps: dict[int, str] = field(default_factory=dict)
+    """Deployed version to the name of its Serve application."""
+    rollout: Rollout | None = None
+
+
+States = dict[str, ModelState]
+
+
+def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
+    """The states after one more event; events of other kinds change nothing."""
+    match event:
+        case ModelDeployed(name=name, version=version, app=app):
+            before = states.get(name, ModelState())
+            return states | {name: replace(before, apps=before.apps | {version: app})}
+        case AliasMoved(name=name, alias=alias, version=version) if alias == CHAMPION:
+            return states | {name: replace(states.get(name, ModelState()), champion_version=version)}
+        case RolloutStarted():
+            rollout = Rollout(
+                id=event.rollout,
+                salt=event.salt,
+                treatment_version=event.treatment_version,
+                treatment_variant=event.treatment_variant,
+                weight=event.weight,
+                started_at=time,
+            )
+            return _with_rollout(states, event.model, rollout)
+        case RolloutWeightChanged(model=model, rollout=rollout_id, weight=weight):
+            current = states.get(model, ModelState()).rollout
+            if current is None or current.id != rollout_id:
+                return states
+            return _with_rollout(states, model, replace(current, weight=weight))
+        case RolloutPromoted(model=model) | RolloutRolledBack(model=model):
+            return _with_rollout(states, model, None)
+        case _:
+            return states
+
+
+def fold(events: Iterable[LedgerEvent]) -> States:
+    """The states after all events."""
+    states: States = {}
+    for event in events:
+        states = apply(states, event)
+    return states
+
+
+def _with_rollout(states: States, model: str, rollout: Rollout | None) -> States:
+    return states | {model: replace(states.get(model, ModelState()), rollout=rollout)}
