@@ -1,7 +1,8 @@
 """Finding and ending exactly the processes that a cluster started.
 
 Every process of a cluster inherits an environment variable with the cluster's id, so neither a recycled pid nor
-somebody else's Ray is ever touched.
+somebody else's Ray is ever touched. Ray's workers overwrite their environment when they set their title: those are known
+by their parents or, when these are gone, by the files they hold open in the cluster's own temporary folder.
 """
 
 from __future__ import annotations
@@ -15,15 +16,30 @@ ID_VARIABLE = "FALAJ_CLUSTER_ID"
 
 
 def find(cluster_id: str) -> list[psutil.Process]:
-    """The processes, other than this one, that carry a cluster's id."""
-    found = []
+    """The processes, other than this one and those above it, that belong to a cluster."""
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(ID_VARIABLE) == cluster_id:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if process.pid not in spared and _belongs(process, cluster_id):
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found
+    return [process for pid, process in found.items() if pid not in spared]
+
+
+def temp_dir(cluster_id: str) -> str:
+    """A cluster's own folder for sockets and Ray's sessions; Unix socket paths end at about 100 characters."""
+    return f"/tmp/falaj-{cluster_id}"  # noqa: S108 (made with mode 0700)
+
+
+def _belongs(process: psutil.Process, cluster_id: str) -> bool:
+    if process.environ().get(ID_VARIABLE) == cluster_id:
+        return True
+    if not process.name().startswith(("ray", "python", "gcs", "haproxy")):
+        return False
+    folder = f"{temp_dir(cluster_id)}/"
+    return any(file.path.startswith(folder) for file in process.open_files())
 
 
 def end(cluster_id: str, *, grace_s: float = 8.0) -> int:

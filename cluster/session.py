@@ -89,8 +89,8 @@ def require_record(config: PlatformConfig) -> ClusterRecord:
     record = find_record(config.storage)
     if record is None:
         raise ClusterNotRunning(
-            f"No Falaj cluster is up for {layout(config.storage).root}. Run `python -m cluster.up` there, or let this shell "
-            'know of one elsewhere with `eval "$(python -m cluster.status --env)"`.'
+            f"No Falaj cluster is up for {layout(config.storage).root}. Run `python -m cluster.up` there, or let "
+            'this shell know of one elsewhere with `eval "$(python -m cluster.status --env)"`.'
         )
     if not is_up(record):
         raise ClusterNotRunning(

@@ -7,8 +7,8 @@ OmegaConf cannot hold frozen dataclasses or `Literal`, hence mutable slots and e
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -155,6 +155,18 @@ def load(config: DictConfig, schema: type[T]) -> T:
         raise ConfigError(_describe(error)) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def to_plain(config: PlatformConfig) -> dict[str, Any]:
+    """The platform's sections of a configuration as plain values that can cross a process boundary."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    names = {each.name for each in fields(PlatformConfig)}
+    return {key: value for key, value in cast(dict[str, Any], values).items() if key in names}
+
+
+def from_plain(values: dict[str, Any]) -> PlatformConfig:
+    """The configuration that `to_plain` was given."""
+    return load(OmegaConf.create(values), PlatformConfig)
 
 
 def _describe(error: OmegaConfBaseException) -> str:

@@ -111,8 +111,7 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         ray_metrics_url=f"http://127.0.0.1:{ports['ray_metrics']}/metrics",
         serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
         token_path=f"{layout(config.storage).keys}/ray_token",
-        # Unix socket paths end at about 100 characters, so not below the storage root.
-        temp_dir=f"/tmp/falaj-{cluster_id}",  # noqa: S108 (made by Ray, mode 0700 by us)
+        temp_dir=processes.temp_dir(cluster_id),
         ports=ports,
         pids={},
         started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from cluster.errors import InvalidRequest, did_you_mean
 from cluster.runtime.signature import InputSpec, Label, ModelSignature
 
 Matrix = npt.NDArray[np.float32]
-Columns = Mapping[str, Sequence[Any]] | pa.Table
+Columns: TypeAlias = Mapping[str, Sequence[Any]] | pa.Table
 
 _NAN = math.nan
 _LARGEST = float(np.finfo(np.float32).max)
@@ -103,9 +103,9 @@ def _number_encoder(spec: InputSpec) -> Callable[[Any], float]:
 
 
 def _category_encoder(spec: InputSpec, categories: tuple[Label, ...]) -> Callable[[Any], float]:
-    codes = {category: float(code) for code, category in enumerate(categories)}
+    codes: dict[Any, float] = {category: float(code) for code, category in enumerate(categories)}
     is_flag = all(isinstance(category, bool) for category in categories)
-    wanted: type = str if all(isinstance(category, str) for category in categories) else Real
+    wanted: Any = str if all(isinstance(category, str) for category in categories) else Real
 
     def code(value: Any) -> float:
         if value is None or value != value:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from cluster.artifact import verify_files
 from cluster.errors import ArtifactTampered, RefusedError
-from cluster.runtime.model import Engine, LightGBMEngine, Model, OnnxEngine, check_scores
-from cluster.runtime.signature import FILE, parse_signature
+from cluster.runtime.model import Engine, Model
+from cluster.runtime.signature import LIGHTGBM_FILE, ONNX_FILE, SIGNATURE_FILE, parse_signature
 from cluster.storage import read_bytes
 
-LIGHTGBM_FILE = "model.txt"
-ONNX_FILE = "model.onnx"
+_NEEDED = (SIGNATURE_FILE, LIGHTGBM_FILE, ONNX_FILE)
 
 
 def load_model(uri: str, manifest_hash: str, *, num_threads: int = 1) -> Model:
@@ -29,7 +28,7 @@ def load_model(uri: str, manifest_hash: str, *, num_threads: int = 1) -> Model:
     """
     files = verify_files(uri, manifest_hash)
     return _load(
-        {name: _read(uri, name, digest) for name, digest in files.items() if _is_needed(name)}, num_threads
+        {name: _read(uri, name, digest) for name, digest in files.items() if name in _NEEDED}, num_threads
     )
 
 
@@ -39,12 +38,9 @@ def open_model(folder: Path, *, num_threads: int = 1) -> Model:
     Raises:
         RefusedError: the files make no model.
     """
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if _is_needed(path.name)}
-    return _load(files, num_threads)
-
-
-def _is_needed(name: str) -> bool:
-    return name in (FILE, LIGHTGBM_FILE, ONNX_FILE)
+    return _load(
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.name in _NEEDED}, num_threads
+    )
 
 
 def _read(uri: str, name: str, digest: str) -> bytes:
@@ -56,19 +52,22 @@ def _read(uri: str, name: str, digest: str) -> bytes:
 
 
 def _load(files: dict[str, bytes], num_threads: int) -> Model:
-    if FILE not in files:
-        raise RefusedError(f"The model folder has no {FILE}. Train the version again.")
-    model = Model(parse_signature(files[FILE]), _engine(files, num_threads))
-    check_scores(model)
-    return model
+    if SIGNATURE_FILE not in files:
+        raise RefusedError(f"The model folder has no {SIGNATURE_FILE}. Train the version again.")
+    return Model(parse_signature(files[SIGNATURE_FILE]), _engine(files, num_threads))
 
 
 def _engine(files: dict[str, bytes], num_threads: int) -> Engine:
+    # Imported here: LightGBM takes two seconds to import, and a replica needs only one of the engines.
     match ONNX_FILE in files, LIGHTGBM_FILE in files:
         case True, False:
+            from cluster.runtime.onnx_engine import OnnxEngine
+
             return OnnxEngine(files[ONNX_FILE], num_threads=num_threads)
         case False, True:
-            return LightGBMEngine(files[LIGHTGBM_FILE].decode(), num_threads=num_threads)
+            from cluster.runtime.lightgbm_engine import LightGBMEngine
+
+            return LightGBMEngine(files[LIGHTGBM_FILE].decode(errors="replace"), num_threads=num_threads)
         case _:
             raise RefusedError(
                 f"A model folder needs either {ONNX_FILE} or {LIGHTGBM_FILE}, not both or none."

@@ -15,7 +15,12 @@ from cluster.errors import RefusedError
 
 Label = str | int | float | bool
 
-FILE = "model.json"
+SIGNATURE_FILE = "model.json"
+LIGHTGBM_FILE = "model.txt"
+ONNX_FILE = "model.onnx"
+ONNX_INPUT = "inputs"
+ONNX_OUTPUT = "scores"
+
 NUMERIC = frozenset(
     {
         "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -113,7 +118,9 @@ def parse_signature(text: str | bytes) -> ModelSignature:
         classes = _tuple(fields.pop("classes"))
         return ModelSignature(task=task, inputs=inputs, classes=classes, **fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RefusedError(f"{FILE} is no model signature: {error}. Train the version again.") from error
+        raise RefusedError(
+            f"{SIGNATURE_FILE} is no model signature: {error}. Train the version again."
+        ) from error
 
 
 def _tuple(values: list[Label] | None) -> tuple[Label, ...] | None:

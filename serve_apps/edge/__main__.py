@@ -18,6 +18,7 @@ from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, serve_targets
 from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.state import state_file
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +29,8 @@ class EdgeConfig(PlatformConfig):
     """Address the edge listens on."""
     replica_host: str | None = "127.0.0.1"
     """Where replicas listen; none takes the addresses that Serve publishes."""
-    max_body_bytes: int = 1_000_000
+    max_body_bytes: int = 32_000_000
+    """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 2
 
 
@@ -60,10 +62,10 @@ def main(config: EdgeConfig) -> None:
         ledger=open_ledger(config),
         fetch_targets=serve_targets(record, host=config.replica_host),
         haproxy=HAProxy(
-            config=edge / "haproxy.cfg", admin_socket=Path(files.admin_socket), access_log=edge / "access.jsonl"
+            config=edge / "haproxy.cfg", admin_socket=Path(files.admin_socket), access_folder=edge / "access"
         ),
         settings=files,
-        state_file=edge / "state.json",
+        state_file=state_file(config),
     )
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())

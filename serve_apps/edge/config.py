@@ -8,10 +8,11 @@ from http import HTTPStatus
 
 from cluster.security.identity import ALGORITHM, AUDIENCE, ISSUER
 from cluster.security.policy import ALLOWED, Action
-from serve_apps.edge.routes import Backend, Routes
+from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 
 OUTCOMES_APP = "outcomes"
 ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
+_LIVE, _READY = '{"live":true}', '{"ready":true}'
 MODEL_NAME = "[A-Za-z0-9._-]+"
 
 
@@ -68,7 +69,9 @@ def _global(settings: EdgeSettings) -> str:
 
 
 def _defaults(settings: EdgeSettings) -> str:
-    files = "\n".join(f"    errorfile {status} {settings.error_folder}/{status}.http" for status in ERROR_STATUSES)
+    files = "\n".join(
+        f"    errorfile {status} {settings.error_folder}/{status}.http" for status in ERROR_STATUSES
+    )
     return f"""http-errors json
 {files}
 
@@ -112,8 +115,8 @@ def _health(routes: Routes) -> str:
     missing = [name for name in routes.champions if not _known(routes, name)]
     ready = f" if {{ path /v2/health/ready }} {healthy}".rstrip()
     lines = [
-        f"    http-request return status 200 {_content('{"live":true}')} if {{ path /v2/health/live }}",
-        *([] if missing else [f"    http-request return status 200 {_content('{"ready":true}')}{ready}"]),
+        f"    http-request return status 200 {_content(_LIVE)} if {{ path /v2/health/live }}",
+        *([] if missing else [f"    http-request return status 200 {_content(_READY)}{ready}"]),
         f"    http-request return status 503 {_json(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
     ]
     return "\n".join(lines)
@@ -157,8 +160,11 @@ def _authorise() -> str:
     lines = []
     for action, roles in ALLOWED.items():
         names = " ".join(sorted(roles))
-        refusal = f"http-request return status 403 {_json(403, f'Your role may not {action.replace("_", " ")}.')}"
-        lines.append(f"    {refusal} if {{ var(txn.action) -m str {action} }} !{{ var(txn.role) -m str {names} }}")
+        message = f"Your role may not {action.value.replace('_', ' ')}."
+        refusal = f"http-request return status 403 {_json(403, message)}"
+        lines.append(
+            f"    {refusal} if {{ var(txn.action) -m str {action} }} !{{ var(txn.role) -m str {names} }}"
+        )
     return "\n".join(lines)
 
 
@@ -192,7 +198,7 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-header x-falaj-request-id %[unique-id]
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
-    http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str - }}
+    http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str {NO_ROLLOUT} }}
     http-request set-header x-falaj-unit-hash %[var(txn.unit_hash)] if has_unit
     http-request set-path /%[var(txn.backend)]%[path]"""
 

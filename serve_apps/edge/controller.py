@@ -23,6 +23,7 @@ from cluster.storage import write_bytes
 from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.routes import Routes, routes
+from serve_apps.edge.state import EdgeState, write_state
 from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.05
@@ -73,6 +74,7 @@ class Controller:
         wanted = routes(self._states, self._targets)
         if wanted != self._applied:
             self._bring(wanted)
+            news = True
         if self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
         if news:
@@ -121,8 +123,10 @@ class Controller:
                     self._haproxy.load(render(wanted, self._settings))
 
     def _write_state(self) -> None:
-        content = {"applied_seq": self._seq, "pid": self._haproxy.pid}
-        write_bytes(str(self._state_file), json.dumps(content).encode())
+        backends = [backend.name for backend in self._applied.backends] if self._applied else []
+        write_state(
+            self._state_file, EdgeState(applied_seq=self._seq, backends=backends, pid=self._haproxy.pid)
+        )
 
 
 def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:

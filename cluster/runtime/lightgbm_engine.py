@@ -1,0 +1,52 @@
+"""Runs LightGBM's own text format."""
+
+from __future__ import annotations
+
+import re
+
+import lightgbm as lgb
+import numpy as np
+
+from cluster.errors import RefusedError
+from cluster.runtime.encoding import Matrix
+from cluster.runtime.predictions import Scores
+from cluster.runtime.signature import LIGHTGBM_FILE
+
+
+class LightGBMEngine:
+    """A LightGBM text model."""
+
+    def __init__(self, text: str, *, num_threads: int = 1) -> None:
+        """Parse the text.
+
+        Raises:
+            RefusedError: it is no LightGBM model.
+        """
+        _check(text)
+        try:
+            self._booster = lgb.Booster(model_str=text)
+        except lgb.basic.LightGBMError as error:
+            raise RefusedError(f"{LIGHTGBM_FILE} is no LightGBM text model: {error}.") from error
+        self._num_threads = num_threads
+
+    @property
+    def num_inputs(self) -> int:
+        return int(self._booster.num_feature())
+
+    def scores(self, matrix: Matrix) -> Scores:
+        return np.asarray(self._booster.predict(matrix, num_threads=self._num_threads), dtype=np.float64)
+
+
+def _check(text: str) -> None:
+    """Follow the table of tree sizes: LightGBM itself aborts the process where a tree is not where it should be."""
+    header, blank, trees = text.partition("\n\n")
+    sizes = re.search(r"^tree_sizes=([0-9 ]*)$", header, re.MULTILINE)
+    if not text.startswith("tree\n") or not blank or sizes is None:
+        raise RefusedError(f"{LIGHTGBM_FILE} is no LightGBM text model. Train the version again.")
+    position = 0
+    for number, size in enumerate(sizes[1].split()):
+        if not trees.startswith(f"Tree={number}\n", position):
+            raise RefusedError(f"{LIGHTGBM_FILE} is damaged: tree {number} is not where its header says.")
+        position += int(size)
+    if not trees.startswith("end of trees", position):
+        raise RefusedError(f"{LIGHTGBM_FILE} is damaged: its last tree is cut off.")

@@ -1,0 +1,86 @@
+"""Serve applications, and what it takes to have one running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from cluster.errors import ArtifactTampered, FalajError
+from cluster.registry import ModelVersion, verify_files
+from cluster.settings import PlatformConfig, to_plain
+from serve_apps.edge.config import OUTCOMES_APP
+from serve_apps.outcomes.outcomes import Outcomes
+from serve_apps.predictor.predictor import Predictor
+
+GRACE_S = 5.0
+HEALTH_PERIOD_S = 2.0
+
+
+class DeployFailed(FalajError):
+    """An application did not become healthy."""
+
+
+def app_name(version: ModelVersion) -> str:
+    """The Serve application of a model version."""
+    return f"{version.name}-v{version.version}"
+
+
+def is_running(name: str) -> bool:
+    """Whether an application is healthy."""
+    app = serve.status().applications.get(name)
+    return app is not None and app.status == ApplicationStatus.RUNNING
+
+
+def ensure_model(config: PlatformConfig, version: ModelVersion) -> str:
+    """Have a model version's application running; gives its name.
+
+    Raises:
+        ArtifactTampered: before anything is started; what serves now goes on serving.
+        DeployFailed: a replica did not start.
+    """
+    name = app_name(version)
+    if not is_running(name):
+        verify_files(version.uri, version.manifest_hash)
+        replica = config.replica
+        options = {
+            "num_replicas": replica.num_replicas,
+            "max_ongoing_requests": replica.max_ongoing_requests,
+            "ray_actor_options": {"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
+        }
+        _run(
+            name,
+            serve.deployment(Predictor, name="predictor", **_common(), **options).bind(
+                to_plain(config), version.name, version.version
+            ),
+        )
+    return name
+
+
+def ensure_outcomes(config: PlatformConfig) -> None:
+    """Have the outcomes application running."""
+    if not is_running(OUTCOMES_APP):
+        options = {"ray_actor_options": {"num_cpus": 0.1}}
+        _run(
+            OUTCOMES_APP,
+            serve.deployment(Outcomes, name="outcomes", **_common(), **options).bind(to_plain(config)),
+        )
+
+
+def _common() -> dict[str, Any]:
+    return {"graceful_shutdown_timeout_s": GRACE_S, "health_check_period_s": HEALTH_PERIOD_S}
+
+
+def _run(name: str, app: serve.Application) -> None:
+    try:
+        serve.run(app, name=name, route_prefix=f"/{name}", blocking=False)
+    except RuntimeError as error:
+        status = serve.status().applications.get(name)
+        message = status.message if status else str(error)
+        serve.delete(name, _blocking=False)
+        if ArtifactTampered.__name__ in message:
+            raise ArtifactTampered(
+                f"The replica of {name} refused its files. See the ledger's ArtifactRefused."
+            ) from error
+        raise DeployFailed(f"Application {name} did not start: {message}") from error

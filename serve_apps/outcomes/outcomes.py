@@ -1,0 +1,110 @@
+"""`POST /v1/outcomes` as a Serve application: check everything, write everything, then answer."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import re
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import InvalidRequest, ModelNotFound
+from cluster.ledger import open_ledger
+from cluster.ledger.chain import canonical
+from cluster.ledger.events import OutcomesReceived
+from cluster.records import OutcomeRecord, SegmentWriter
+from cluster.registry import Registry
+from cluster.security.identity import TokenVerifier
+from cluster.security.policy import Action
+from cluster.settings import from_plain
+from cluster.storage import layout, local
+from serve_apps.access import AccessCheck
+from serve_apps.http import Unavailable, answer, read_json, refusal
+
+MAX_OUTCOMES = 10_000
+_FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
+_ID = re.compile(r"[0-9a-zA-Z-]{1,64}")
+
+
+def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[str, list[OutcomeRecord]]:
+    """The model and the outcomes of a request's body.
+
+    Raises:
+        InvalidRequest: naming the first outcome that is wrong.
+    """
+    model, items = body.get("model"), body.get("outcomes")
+    if not isinstance(model, str):
+        raise InvalidRequest('Give "model" as text.')
+    if not isinstance(items, list) or not 1 <= len(items) <= MAX_OUTCOMES:
+        raise InvalidRequest(f'Give "outcomes" as a list of 1 to {MAX_OUTCOMES} objects.')
+    return model, [_outcome(position, item, received_at) for position, item in enumerate(items)]
+
+
+def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecord:
+    where = f"outcomes[{position}]"
+    if not isinstance(item, dict) or item.keys() - _FIELDS:
+        raise InvalidRequest(f"{where} must be an object with {', '.join(sorted(_FIELDS))}.")
+    prediction_id, row, outcome = item.get("prediction_id"), item.get("row", 0), item.get("outcome")
+    if not isinstance(prediction_id, str) or not _ID.fullmatch(prediction_id):
+        raise InvalidRequest(f"{where}.prediction_id must be the id of an answer, got {prediction_id!r}.")
+    if not isinstance(row, int) or isinstance(row, bool) or row < 0:
+        raise InvalidRequest(f"{where}.row must be a whole number from 0, got {row!r}.")
+    if not isinstance(outcome, str | int | float):
+        raise InvalidRequest(f"{where}.outcome must be a label or a number, got {outcome!r}.")
+    observed_at = item.get("observed_at", received_at.isoformat())
+    try:
+        observed = dt.datetime.fromisoformat(observed_at)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"{where}.observed_at must be an ISO 8601 instant, got {observed_at!r}."
+        ) from error
+    return OutcomeRecord(
+        prediction_id=prediction_id,
+        row=row,
+        outcome=outcome,
+        observed_at=(observed.replace(tzinfo=dt.UTC) if observed.tzinfo is None else observed).isoformat(),
+        received_at=received_at.isoformat(),
+    )
+
+
+class Outcomes:
+    """Takes outcomes of all models."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Open the ledger.
+
+        Args:
+            config: the platform's configuration as plain values.
+        """
+        platform = from_plain(config)
+        self._places = layout(platform.storage)
+        self._ledger = open_ledger(platform)
+        self._registry = Registry(self._ledger, self._places)
+        self._access = AccessCheck(TokenVerifier.of(self._places))
+        self._writers: dict[str, SegmentWriter] = {}
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request."""
+        try:
+            principal = self._access(request.headers.get("authorization"), Action.write_outcome)
+            body = await read_json(request)
+            model, records = parse_outcomes(body, received_at=dt.datetime.now(dt.UTC))
+            self._write(model, records, actor=f"{principal.role}:{principal.subject}")
+            return answer({"accepted": len(records)})
+        except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
+            return refusal(error)
+
+    def _write(self, model: str, records: list[OutcomeRecord], *, actor: str) -> None:
+        if model not in self._writers:
+            if model not in self._registry.names():
+                raise ModelNotFound(f"No model '{model}'.")
+            self._writers[model] = SegmentWriter(local(self._places.outcomes(model)))
+        try:
+            self._writers[model].append(*records)
+        except OSError as error:
+            raise Unavailable(f"The outcomes cannot be written down: {error}.") from error
+        content = canonical([[record.prediction_id, record.row, str(record.outcome)] for record in records])
+        digest = hashlib.sha256(content).hexdigest()
+        self._ledger.append(OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor)

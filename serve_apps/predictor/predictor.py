@@ -1,0 +1,203 @@
+"""The replica: a plain class, made a deployment in `app.py`.
+
+A request's path through it is short on purpose: the token from a cache, the features from memory-mapped pages, the
+model in this process, one write, the answer.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+import uuid
+from typing import Any
+
+from feature_jobs.store.online import FeatureReader, open_online
+from ray.serve import metrics
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import ArtifactTampered, InvalidRequest, ModelNotFound
+from cluster.ledger import open_ledger
+from cluster.ledger.events import ArtifactRefused
+from cluster.records import PredictionRecord, SegmentWriter
+from cluster.registry import ModelVersion, Registry
+from cluster.runtime.loader import load_model
+from cluster.runtime.model import Model
+from cluster.security.identity import TokenVerifier, current_actor
+from cluster.security.policy import Action
+from cluster.settings import PlatformConfig, from_plain
+from cluster.storage import layout, local
+from feature_jobs.store.catalog import service_spec
+from serve_apps.access import AccessCheck
+from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.predictor import inference_protocol
+from serve_apps.predictor.request import parse_predict
+
+DEFAULT_VARIANT = "champion"
+PREDICTION_ID = "x-falaj-prediction-id"
+
+
+class Predictor:
+    """Answers requests for one model version."""
+
+    def __init__(self, config: dict[str, Any], name: str, version: int) -> None:
+        """Verify, load and warm the version; Serve sends no request before this has returned.
+
+        Args:
+            config: the platform's configuration as plain values.
+            name: of the model.
+            version: its number.
+
+        Raises:
+            ArtifactTampered: a file is not the one that was registered; an event says so.
+        """
+        platform = from_plain(config)
+        places = layout(platform.storage)
+        ledger = open_ledger(platform)
+        self._version = Registry(ledger, places).get(name, version)
+        self._model = self._load(platform, self._version)
+        signature = self._model.signature
+        self._inputs = {spec.name: spec for spec in signature.inputs}
+        self._access = AccessCheck(TokenVerifier.of(places))
+        self._log = SegmentWriter(local(places.predictions(name)))
+        self._reader: FeatureReader | None = None
+        if signature.service:
+            spec = service_spec(ledger, signature.service, signature.service_version)
+            self._reader = FeatureReader(spec, open_online(platform.online, places))
+        ledger.close()
+        tags = {"model": name, "version": str(version)}
+        self._answered = metrics.Counter(
+            "falaj_predictions", "answers", tag_keys=("model", "version", "status")
+        )
+        self._answered.set_default_tags(tags)
+        self._seconds = metrics.Histogram(
+            "falaj_prediction_seconds",
+            "time in the replica",
+            boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
+            tag_keys=("model", "version"),
+        )
+        self._seconds.set_default_tags(tags)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request."""
+        started = time.perf_counter()
+        try:
+            response = await self._answer(request)
+        except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
+            response = refusal(error)
+        self._answered.inc(tags={"status": str(response.status_code)})
+        self._seconds.observe(time.perf_counter() - started)
+        return response
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+        authorization = request.headers.get("authorization")
+        name = self._version.name
+        match request.method, path:
+            case "POST", path if path == f"/v1/models/{name}:predict":
+                self._access(authorization, Action.predict)
+                return self._predict(request, await read_json(request))
+            case "POST", path if path == f"/v2/models/{name}/infer":
+                self._access(authorization, Action.predict)
+                return self._infer(request, await read_json(request))
+            case "GET", path if path == f"/v2/models/{name}":
+                self._access(authorization, Action.read_metadata)
+                signature = self._model.signature
+                return answer(inference_protocol.metadata(name, self._version.version, signature))
+            case "GET", path if path == f"/v2/models/{name}/ready":
+                self._access(authorization, Action.read_metadata)
+                return answer({"name": name, "ready": True})
+            case _:
+                raise ModelNotFound(
+                    f"{request.method} {path} is not served here; this replica serves '{name}'."
+                )
+
+    def _predict(self, request: Request, body: dict[str, Any]) -> Response:
+        asked = parse_predict(body, self._inputs, now=dt.datetime.now(dt.UTC))
+        columns, status = self._features(asked.entities, asked.overrides, asked.as_of)
+        rows = self._model.predict(columns).rows()
+        prediction_id = self._write(request, asked.as_of, asked.entities, columns, rows)
+        content = {
+            "prediction_id": prediction_id,
+            "model_version": str(self._version.version),
+            "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
+            "predictions": rows,
+        }
+        if status:
+            content["features_status"] = status
+        return answer(content, headers={PREDICTION_ID: prediction_id})
+
+    def _infer(self, request: Request, body: dict[str, Any]) -> Response:
+        asked = inference_protocol.parse_infer(body, self._inputs)
+        rows = self._model.predict(asked.columns).rows()
+        entities: list[dict[str, Any]] = [{} for _ in rows]
+        prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows)
+        content = {
+            "model_name": self._version.name,
+            "model_version": str(self._version.version),
+            "id": asked.id if asked.id is not None else prediction_id,
+            "parameters": {
+                "prediction_id": prediction_id,
+                "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
+            },
+            "outputs": inference_protocol.outputs(self._model.signature, rows),
+        }
+        return answer(content, headers={PREDICTION_ID: prediction_id})
+
+    def _features(
+        self, entities: list[dict[str, Any]], overrides: dict[str, list[Any]], as_of: dt.datetime
+    ) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+        """The model's columns in its own order, and the status of those that are not all present."""
+        if self._reader is None:
+            if missing := self._inputs.keys() - overrides.keys():
+                raise InvalidRequest(
+                    f"Model '{self._version.name}' has no feature service: give input '{min(missing)}' in \"features\"."
+                )
+            return {name: overrides[name] for name in self._inputs}, {}
+        vectors = self._reader.read(entities, as_of)
+        columns = {name: overrides.get(name, vectors.columns[name]) for name in self._inputs}
+        read = (name for name in self._inputs if name not in overrides)
+        status = {name: vectors.status[name] for name in read if set(vectors.status[name]) != {"present"}}
+        return columns, status
+
+    def _write(
+        self,
+        request: Request,
+        as_of: dt.datetime,
+        entities: list[dict[str, Any]],
+        columns: dict[str, list[Any]],
+        rows: list[dict[str, Any]],
+    ) -> str:
+        """Write the answer down before it leaves; gives its id."""
+        headers = request.headers
+        prediction_id = uuid.uuid4().hex
+        record = PredictionRecord(
+            prediction_id=prediction_id,
+            request_id=headers.get("x-falaj-request-id", ""),
+            time=dt.datetime.now(dt.UTC).isoformat(),
+            model=self._version.name,
+            version=self._version.version,
+            variant=headers.get("x-falaj-variant", DEFAULT_VARIANT),
+            rollout=headers.get("x-falaj-rollout", ""),
+            arm=headers.get("x-falaj-arm", "none"),
+            unit_hash=headers.get("x-falaj-unit-hash", ""),
+            as_of=as_of.isoformat(),
+            entities=entities,
+            features=columns,
+            predictions=rows,
+        )
+        try:
+            self._log.append(record)
+        except OSError as error:
+            raise Unavailable(
+                f"The prediction cannot be written down, so it is not given: {error}."
+            ) from error
+        return prediction_id
+
+    def _load(self, platform: PlatformConfig, version: ModelVersion) -> Model:
+        try:
+            return load_model(version.uri, version.manifest_hash)
+        except ArtifactTampered as error:
+            event = ArtifactRefused(name=version.name, version=version.version, reason=str(error))
+            open_ledger(platform).append(event, actor=current_actor())
+            raise

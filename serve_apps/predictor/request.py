@@ -1,0 +1,114 @@
+"""What a client may ask, checked and turned into plain values; nothing here touches a store or a model."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import InvalidRequest, did_you_mean
+from cluster.runtime.signature import InputSpec
+
+MAX_ENTITIES = 1000
+MAX_INTEGER = 2**63
+_KNOWN_FIELDS = frozenset({"entities", "features", "as_of"})
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByKey:
+    """A request of `:predict`: features are read by the entities' keys."""
+
+    entities: list[dict[str, Any]]
+    overrides: dict[str, list[Scalar]]
+    """Input to one value per entity, taking the place of what the store holds."""
+    as_of: dt.datetime
+
+
+def parse_predict(body: dict[str, Any], inputs: dict[str, InputSpec], *, now: dt.datetime) -> ByKey:
+    """The request in a `:predict` body.
+
+    Raises:
+        InvalidRequest: saying which field is wrong, and how.
+    """
+    if unknown := body.keys() - _KNOWN_FIELDS:
+        raise InvalidRequest(f"Unknown field '{min(unknown)}'.{did_you_mean(min(unknown), _KNOWN_FIELDS)}")
+    entities = _entities(body.get("entities"))
+    overrides = {
+        name: override(inputs, name, value, len(entities))
+        for name, value in _object(body, "features").items()
+    }
+    return ByKey(entities=entities, overrides=overrides, as_of=_as_of(body.get("as_of"), now))
+
+
+def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) -> list[Scalar]:
+    """One value per entity for an input, from a single value or a list.
+
+    Raises:
+        InvalidRequest: an unknown input, a wrong number of values, or one of the wrong type.
+    """
+    spec = inputs.get(name)
+    if spec is None:
+        raise InvalidRequest(f"The model has no input '{name}'.{did_you_mean(name, inputs)}")
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise InvalidRequest(f"Input '{name}' has {len(values)} values for {count} entities.")
+    for one in values:
+        check_value(spec, one)
+    return values
+
+
+def check_value(spec: InputSpec, value: Any) -> None:
+    """Refuse what is no scalar of the input's type; null is always allowed.
+
+    Raises:
+        InvalidRequest
+    """
+    if value is None:
+        return
+    if isinstance(value, dict | list):
+        raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
+    textual = spec.dtype in ("string", "large_string")
+    if isinstance(value, str) != textual:
+        wanted = "text" if textual else "a number"
+        raise InvalidRequest(f"Input '{spec.name}' must be {wanted}, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+        raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        raise InvalidRequest(f"Input '{spec.name}' must be finite, got {value}.")
+
+
+def _entities(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest('Give "entities" as a list with at least one object of entity keys.')
+    if len(value) > MAX_ENTITIES:
+        raise InvalidRequest(f"A request has at most {MAX_ENTITIES} entities, got {len(value)}.")
+    for position, entity in enumerate(value):
+        if not isinstance(entity, dict) or not entity:
+            raise InvalidRequest(f"entities[{position}] must be an object of entity keys.")
+        for key, one in entity.items():
+            if not isinstance(one, str | int) or isinstance(one, bool):
+                raise InvalidRequest(
+                    f"entities[{position}].{key} must be text or a whole number, got {one!r}."
+                )
+            if isinstance(one, int) and abs(one) >= MAX_INTEGER:
+                raise InvalidRequest(f"entities[{position}].{key} is beyond 64 bits.")
+    return value
+
+
+def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name) or {}
+    if not isinstance(value, dict):
+        raise InvalidRequest(f'"{name}" must be an object, got {type(value).__name__}.')
+    return value
+
+
+def _as_of(value: Any, now: dt.datetime) -> dt.datetime:
+    if value is None:
+        return now
+    try:
+        instant = dt.datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {value!r}.') from error
+    return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)

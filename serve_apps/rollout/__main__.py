@@ -1,0 +1,194 @@
+"""`python -m serve_apps.rollout action=… model=…`: start, change, show, promote, roll back, check."""
+
+from __future__ import annotations
+
+import enum
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.entrypoint import job
+from cluster.errors import ModelNotFound, RolloutError, did_you_mean
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import (
+    GuardrailBreached,
+    RolloutPromoted,
+    RolloutRolledBack,
+    RolloutStarted,
+    RolloutWeightChanged,
+)
+from cluster.records import read_outcomes, read_predictions
+from cluster.registry import CHAMPION, Registry
+from cluster.runtime.signature import Task
+from cluster.security.identity import current_actor
+from cluster.session import attach, require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout, local, resolve, write_bytes
+from serve_apps.deploy import deploy
+from serve_apps.edge.state import wait_until_applied
+from serve_apps.rollout.guardrail import Finding, Verdict, judge
+from serve_apps.rollout.state import ModelState, Rollout, read_states
+
+
+class RolloutAction(enum.Enum):
+    """What to do."""
+
+    start = "start"
+    weight = "weight"
+    show = "show"
+    promote = "promote"
+    rollback = "rollback"
+    check = "check"
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig(PlatformConfig):
+    """The command; see `configs/rollout.yaml`."""
+
+    action: RolloutAction = RolloutAction.show
+    model: str = "???"
+    version: str = "latest"
+    weight: float = 10.0
+    variant: str = "challenger"
+    reason: str = "by command"
+    min_outcomes: int = 200
+    max_drop: float = 0.05
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 100:
+            raise ValueError(f"weight must be above 0 and at most 100 percent, got {self.weight}.")
+        if self.min_outcomes < 1:
+            raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
+
+
+@job("rollout", RolloutConfig)
+def main(config: RolloutConfig) -> None:
+    """Run one command."""
+    require_record(config)
+    ledger = open_ledger(config)
+    states = read_states(ledger)
+    if config.model not in states:
+        raise ModelNotFound(f"Model '{config.model}' is not deployed.{did_you_mean(config.model, states)}")
+    state = states[config.model]
+    match config.action:
+        case RolloutAction.start:
+            result = start(config, ledger, state)
+        case RolloutAction.weight:
+            result = change_weight(config, ledger, running(config, state))
+        case RolloutAction.show:
+            result = asdict(state)
+        case RolloutAction.promote:
+            result = promote(config, ledger, running(config, state))
+        case RolloutAction.rollback:
+            result = roll_back(config, ledger, running(config, state), reason=config.reason)
+        case RolloutAction.check:
+            result = check(config, ledger, running(config, state))
+    print(json.dumps(result, indent=1))
+    if config.output is not None:
+        write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
+
+
+def running(config: RolloutConfig, state: ModelState) -> Rollout:
+    """The rollout that runs.
+
+    Raises:
+        RolloutError: none does.
+    """
+    if state.rollout is None:
+        raise RolloutError(f"No rollout of '{config.model}' runs. Start one with `action=start version=…`.")
+    return state.rollout
+
+
+def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str, Any]:
+    """Deploy the version if need be, then send it its share of units."""
+    if state.rollout is not None:
+        raise RolloutError(
+            f"Rollout {state.rollout.id} of '{config.model}' runs already: promote it or roll it back first."
+        )
+    version = Registry(ledger, layout(config.storage)).get(config.model, config.version)
+    if state.champion_version is None or version.version == state.champion_version:
+        raise RolloutError(
+            f"Version {version.version} is the champion of '{config.model}': there is nothing to try."
+        )
+    attach(config)
+    app = deploy(config, ledger, version, variant=config.variant)
+    wait_until_applied(config, ledger.head(), app=app)
+    event = RolloutStarted(
+        model=config.model,
+        rollout=secrets.token_hex(4),
+        salt=secrets.token_hex(8),
+        treatment_version=version.version,
+        treatment_variant=config.variant,
+        champion_version=state.champion_version,
+        weight=config.weight,
+    )
+    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    return event.payload()
+
+
+def change_weight(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+    """Give the treatment another share of units."""
+    event = RolloutWeightChanged(model=config.model, rollout=rollout.id, weight=config.weight)
+    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    return event.payload()
+
+
+def promote(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+    """Make the treatment champion, then end the rollout; in this order no unit goes back in between."""
+    registry = Registry(ledger, layout(config.storage))
+    version, actor = rollout.treatment_version, current_actor()
+    registry.move_alias(config.model, CHAMPION, version, actor=actor, reason=f"rollout {rollout.id} promoted")
+    event = RolloutPromoted(model=config.model, rollout=rollout.id, version=version)
+    wait_until_applied(config, ledger.append(event, actor=actor).seq)
+    return event.payload()
+
+
+def roll_back(config: RolloutConfig, ledger: Ledger, rollout: Rollout, *, reason: str) -> dict[str, Any]:
+    """Send every unit to the champion again; gives the time from the event to the edge."""
+    event = RolloutRolledBack(model=config.model, rollout=rollout.id, reason=reason)
+    started = time.perf_counter()
+    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
+
+
+def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+    """Judge the rollout by its outcomes, and roll it back when the rule is breached."""
+    finding = find(config, ledger, rollout)
+    result: dict[str, Any] = asdict(finding)
+    if finding.verdict is Verdict.breached:
+        event = GuardrailBreached(
+            model=config.model,
+            rollout=rollout.id,
+            metric=finding.metric,
+            treatment=finding.treatment or 0.0,
+            control=finding.control or 0.0,
+            threshold=config.max_drop,
+            treatment_outcomes=finding.treatment_outcomes,
+            control_outcomes=finding.control_outcomes,
+        )
+        ledger.append(event, actor=current_actor())
+        reason = f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"
+        result |= roll_back(config, ledger, rollout, reason=reason)
+    return result
+
+
+def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
+    """The finding over the rollout's own predictions and their outcomes."""
+    places = layout(config.storage)
+    task = Task(Registry(ledger, places).get(config.model, rollout.treatment_version).task)
+    predictions = read_predictions(local(places.predictions(config.model)))
+    outcomes = read_outcomes(local(places.outcomes(config.model)))
+    if predictions.is_empty() or outcomes.is_empty():
+        raise RolloutError(
+            f"'{config.model}' has no predictions with outcomes yet; there is nothing to judge."
+        )
+    mine = predictions.filter(predictions["rollout"] == rollout.id)
+    matched = mine.join(outcomes, on=["prediction_id", "row"], how="inner")
+    return judge(matched, task=task, min_outcomes=config.min_outcomes, max_drop=config.max_drop)
+
+
+if __name__ == "__main__":
+    main()
