@@ -1,8 +1,8 @@
 """Finding and ending exactly the processes that a cluster started.
 
 Every process of a cluster inherits an environment variable with the cluster's id, so neither a recycled pid nor
-somebody else's Ray is ever touched. Ray's workers overwrite their environment when they set their title: those are known
-by their parents or, when these are gone, by the files they hold open in the cluster's own temporary folder.
+somebody else's Ray is ever touched. Ray's workers overwrite their environment when they set their title: those are
+known by their parents or, when these are gone, by the files they hold open in the cluster's own temporary folder.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
@@ -44,32 +42,30 @@ def ensure_model(config: PlatformConfig, version: ModelVersion) -> str:
     if not is_running(name):
         verify_files(version.uri, version.manifest_hash)
         replica = config.replica
-        options = {
-            "num_replicas": replica.num_replicas,
-            "max_ongoing_requests": replica.max_ongoing_requests,
-            "ray_actor_options": {"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
-        }
-        _run(
-            name,
-            serve.deployment(Predictor, name="predictor", **_common(), **options).bind(
-                to_plain(config), version.name, version.version
-            ),
+        predictor = serve.deployment(
+            Predictor,
+            name="predictor",
+            num_replicas=replica.num_replicas,
+            max_ongoing_requests=replica.max_ongoing_requests,
+            ray_actor_options={"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
+            graceful_shutdown_timeout_s=GRACE_S,
+            health_check_period_s=HEALTH_PERIOD_S,
         )
+        _run(name, predictor.bind(to_plain(config), version.name, version.version))  # type: ignore[attr-defined]
     return name
 
 
 def ensure_outcomes(config: PlatformConfig) -> None:
     """Have the outcomes application running."""
     if not is_running(OUTCOMES_APP):
-        options = {"ray_actor_options": {"num_cpus": 0.1}}
-        _run(
-            OUTCOMES_APP,
-            serve.deployment(Outcomes, name="outcomes", **_common(), **options).bind(to_plain(config)),
+        outcomes = serve.deployment(
+            Outcomes,
+            name="outcomes",
+            ray_actor_options={"num_cpus": 0.1},
+            graceful_shutdown_timeout_s=GRACE_S,
+            health_check_period_s=HEALTH_PERIOD_S,
         )
-
-
-def _common() -> dict[str, Any]:
-    return {"graceful_shutdown_timeout_s": GRACE_S, "health_check_period_s": HEALTH_PERIOD_S}
+        _run(OUTCOMES_APP, outcomes.bind(to_plain(config)))  # type: ignore[attr-defined]
 
 
 def _run(name: str, app: serve.Application) -> None:

@@ -76,9 +76,9 @@ def deploy(config: PlatformConfig, ledger: Ledger, version: ModelVersion, *, var
 def restore(config: PlatformConfig, ledger: Ledger, registry: Registry) -> None:
     """Start the application of every model's champion and running treatment."""
     for name, state in read_states(ledger).items():
-        wanted = {state.champion_version, state.rollout.treatment_version if state.rollout else None}
-        for number in sorted(wanted - {None}, key=int):
-            app = ensure_model(config, registry.get(name, int(number or 0)))
+        wanted = (state.champion_version, state.rollout.treatment_version if state.rollout else None)
+        for number in (version for version in wanted if version is not None):
+            app = ensure_model(config, registry.get(name, number))
             wait_until_applied(config, ledger.head(), app=app)
             print(f"restored {app}")
 

@@ -35,6 +35,7 @@ from serve_apps.predictor.request import parse_predict
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
+_TAGS: Any = ("model", "version")  # Ray annotates a tuple of one
 
 
 class Predictor:
@@ -66,15 +67,13 @@ class Predictor:
             self._reader = FeatureReader(spec, open_online(platform.online, places))
         ledger.close()
         tags = {"model": name, "version": str(version)}
-        self._answered = metrics.Counter(
-            "falaj_predictions", "answers", tag_keys=("model", "version", "status")
-        )
+        self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
         self._answered.set_default_tags(tags)
         self._seconds = metrics.Histogram(
             "falaj_prediction_seconds",
             "time in the replica",
             boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
-            tag_keys=("model", "version"),
+            tag_keys=_TAGS,
         )
         self._seconds.set_default_tags(tags)
 
@@ -117,7 +116,7 @@ class Predictor:
         columns, status = self._features(asked.entities, asked.overrides, asked.as_of)
         rows = self._model.predict(columns).rows()
         prediction_id = self._write(request, asked.as_of, asked.entities, columns, rows)
-        content = {
+        content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
             "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
@@ -132,7 +131,7 @@ class Predictor:
         rows = self._model.predict(asked.columns).rows()
         entities: list[dict[str, Any]] = [{} for _ in rows]
         prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows)
-        content = {
+        content: dict[str, Any] = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
             "id": asked.id if asked.id is not None else prediction_id,

@@ -1,8 +1,8 @@
 """Which arm a unit belongs to, computed here just as the edge computes it.
 
 A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. Treatment takes buckets
-from 0 upwards and its concurrent control arm as many from 9999 downwards, so that ramping up never moves a unit from one
-arm to the other. Beyond 50 % the arms meet: control gets what is left, and inference has ended.
+from 0 upwards and its concurrent control arm as many from 9999 downwards, so that ramping up never moves a unit from
+one arm to the other. Beyond 50 % the arms meet: control gets what is left, and inference has ended.
 """
 
 from __future__ import annotations

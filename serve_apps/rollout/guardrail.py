@@ -77,7 +77,8 @@ def score(frame: pl.DataFrame, task: Task) -> float | None:
                 return None
             return float(roc_auc_score(outcome, frame["probability"].to_numpy()))
         case Task.multiclass:
-            return float((frame["outcome"].cast(pl.String) == frame["label"].cast(pl.String)).mean() or 0.0)
+            right = frame["outcome"].cast(pl.String) == frame["label"].cast(pl.String)
+            return int(right.sum()) / frame.height
         case Task.regression:
             truth, value = frame["outcome"].to_numpy(), frame["value"].to_numpy()
             spread = float(((truth - truth.mean()) ** 2).sum())
