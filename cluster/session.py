@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.errors import ClusterNotRunning
-from cluster.processes import ID_VARIABLE, answers
+import ray
+from ray._raylet import Config  # type: ignore[attr-defined]
+
+from cluster.errors import ClusterNotRunning, RefusedError
+from cluster.processes import answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
 
@@ -108,20 +111,18 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     """
     record = require_record(config)
     os.environ.update(record.environment())
-    # Ray reads its environment when it is imported.
-    import ray
-
     if not ray.is_initialized():
+        # Ray read the authentication mode when it was imported; this is how ray.init itself makes it read again.
+        Config.initialize("")
         ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
     return record
 
 
-__all__ = [
-    "ID_VARIABLE",
-    "ClusterRecord",
-    "attach",
-    "find_record",
-    "read_record",
-    "require_record",
-    "write_record",
-]
+def refusal_behind(error: BaseException) -> BaseException:
+    """The refusal that a worker raised, if one is behind a Ray error; else the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RefusedError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

@@ -1,0 +1,280 @@
+"""`python -m feature_jobs.ingest definitions=m view=v [source.path=…]`: a batch from its source into a feature table.
+
+Ray Data reads, transforms and checks; then it is decided whether the batch is fit to be stored at all; then Ray tasks
+write the buckets' files and the driver commits them. Killed at any point, the same command run again finishes the job:
+files without a commit are dead weight, and a commit without its event is found by the batch's id.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from deltalake import DeltaTable
+from ray.exceptions import RayError
+
+from cluster.entrypoint import job
+from cluster.errors import BatchRefused, DefinitionError, Inconsistent
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import BatchIngested
+from cluster.ledger.events import BatchRefused as BatchRefusedEvent
+from cluster.security.identity import current_actor
+from cluster.session import attach, refusal_behind
+from cluster.settings import PlatformConfig
+from cluster.storage import layout, write_parquet
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import load_definitions, view_spec
+from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.files import SourceFiles, head, open_source
+from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.validation import RAW, REASON, prepare
+
+HEAD_ROWS = 1000
+BATCH_ROWS = 131_072
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceOverride:
+    """Where the batch comes from, if not from the view's own source."""
+
+    path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class IngestConfig(PlatformConfig):
+    """What is ingested."""
+
+    definitions: str = "feature_jobs.census"
+    view: str = "???"
+    source: SourceOverride = field(default_factory=SourceOverride)
+    max_bad_share: float = 0.05
+    """Above this share of bad rows the whole batch is refused."""
+    num_buckets: int = 8
+    """Of a new table; a table keeps the number it was made with."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
+        if self.num_buckets < 1:
+            raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """A batch after transform and checks: its blocks in source order."""
+
+    blocks: list[Any]
+    """Object references to validated tables."""
+    sizes: list[int]
+    reasons: dict[str, int]
+
+    @property
+    def rows_bad(self) -> int:
+        return sum(self.reasons.values())
+
+
+@job("ingest", IngestConfig)
+def main(config: IngestConfig) -> None:
+    """Ingest one batch."""
+    attach(config)
+    ledger = open_ledger(config)
+    places = layout(config.storage)
+    view = applied_view(config, ledger)
+    files = open_source(config.source.path or view.source.path, places)
+    ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
+    if any(entry.payload["ingest_id"] == ingest_id for entry in ledger.entries(BatchIngested)):
+        print(f"view {view.name}: this content is ingested already; nothing to do")
+        return
+    uri = places.features(view.name)
+    table = offline.open_table(uri)
+    before = offline.committed(table, ingest_id) if table is not None else None
+    if before is None:
+        checked = check(view, files)
+        decide(config, ledger, view, files, checked)
+        before = store(config, view, checked, ingest_id, uri=uri, quarantine=places.quarantine(view.name))
+    batch, version = before
+    record(ledger, view, files, batch, version)
+    print(
+        f"view {view.name}: {batch.rows_in} rows in = {batch.rows_stored} stored + "
+        f"{batch.rows_quarantined} quarantined, table version {version}"
+    )
+
+
+def applied_view(config: IngestConfig, ledger: Ledger) -> FeatureView:
+    """The view as its module defines it, if that is what was applied.
+
+    Raises:
+        DefinitionError: it was not applied, or was changed since.
+    """
+    view = load_definitions(config.definitions).view(config.view)
+    if view_spec(ledger, view.name).version != view.version:
+        raise DefinitionError(
+            f"View '{view.name}' was changed since it was applied. "
+            f"Run `python -m feature_jobs.apply definitions={config.definitions}`."
+        )
+    return view
+
+
+def check(view: FeatureView, files: SourceFiles) -> Checked:
+    """Read, transform and check the whole batch with Ray Data.
+
+    Raises:
+        RefusedError: columns that do not fit the view.
+        Inconsistent: Ray Data gave another number of rows than the files have.
+    """
+    now = dt.datetime.now(dt.UTC)
+    for path in files.paths:
+        prepare(head(path, HEAD_ROWS), view, now=now)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    # The newer reader starts a pool of actors to read footers, which takes longer than a batch of this size.
+    context.use_datasource_v2 = False
+    dataset = ray.data.read_parquet(files.paths).map_batches(
+        lambda block: prepare(block, view, now=now),
+        batch_format="pyarrow",
+        batch_size=BATCH_ROWS,
+        zero_copy_batch=True,
+    )
+    try:
+        blocks = dataset.to_arrow_refs()
+        counts = ray.get([_count.remote(block) for block in blocks])
+    except RayError as error:
+        raise refusal_behind(error) from error
+    sizes = [size for size, _ in counts]
+    if sum(sizes) != files.rows:
+        raise Inconsistent(f"View '{view.name}': the files have {files.rows} rows, {sum(sizes)} were read.")
+    reasons: Counter[str] = Counter()
+    for _, of_block in counts:
+        reasons.update(of_block)
+    return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons))
+
+
+def decide(
+    config: IngestConfig, ledger: Ledger, view: FeatureView, files: SourceFiles, checked: Checked
+) -> None:
+    """Refuse a batch with too many bad rows before any of it is written.
+
+    Raises:
+        BatchRefused: with the most frequent reason.
+    """
+    share = checked.rows_bad / files.rows
+    if share <= config.max_bad_share:
+        return
+    reason, count = max(checked.reasons.items(), key=lambda item: item[1])
+    most = f"mostly: {reason} ({count})"
+    message = f"{share:.1%} of {files.rows} rows are bad, at most {config.max_bad_share:.1%} may be; {most}"
+    event = BatchRefusedEvent(
+        view=view.name,
+        source=config.source.path or view.source.path,
+        source_digest=files.digest,
+        reason=message,
+        rows_in=files.rows,
+        rows_bad=checked.rows_bad,
+    )
+    ledger.append(event, actor=current_actor())
+    raise BatchRefused(
+        f"View '{view.name}': {message}. Nothing was stored. Mend the source, or raise max_bad_share."
+    )
+
+
+def store(
+    config: IngestConfig, view: FeatureView, checked: Checked, ingest_id: str, *, uri: str, quarantine: str
+) -> tuple[offline.Batch, int]:
+    """Write the good rows to their buckets and the bad ones to quarantine, then commit.
+
+    Raises:
+        Inconsistent: rows in are not rows stored and quarantined; nothing was committed.
+    """
+    schema = row_schema(ray.get(_schema.remote(checked.blocks[0])))
+    table = offline.open_table(uri)
+    if table is None:
+        table = offline.create_table(uri, schema, num_buckets=config.num_buckets)
+    offline.check_schema(table, schema, view=view.name)
+    table = DeltaTable(uri)
+    seq = offline.last_seq(table)
+    parts = []
+    for block, size in zip(checked.blocks, checked.sizes, strict=True):
+        name = f"{ingest_id}-{uuid.uuid4().hex[:8]}"
+        settings = {"uri": uri, "keys": view.join_keys, "buckets": offline.num_buckets(table), "name": name}
+        parts.append(_write.remote(block, seq + 1, settings))
+        seq += size
+    written = ray.get(parts)
+    files = [file for of_block, _ in written for file in of_block]
+    bad = pa.concat_tables([rows for _, rows in written])
+    batch = offline.Batch(
+        ingest_id=ingest_id,
+        rows_in=sum(checked.sizes),
+        rows_stored=sum(file.rows for file in files),
+        rows_quarantined=bad.num_rows,
+        reasons=checked.reasons,
+        quarantine=f"{ingest_id}.parquet" if bad.num_rows else None,
+    )
+    if batch.rows_stored + batch.rows_quarantined != batch.rows_in:
+        raise Inconsistent(
+            f"View '{view.name}': {batch.rows_in} rows in are not {batch.rows_stored} stored + "
+            f"{batch.rows_quarantined} quarantined. Nothing was committed."
+        )
+    if batch.quarantine is not None:
+        write_parquet(bad, f"{quarantine}/{batch.quarantine}")
+    return batch, offline.commit(table, schema, files, batch, seq=seq)
+
+
+def record(ledger: Ledger, view: FeatureView, files: SourceFiles, batch: offline.Batch, version: int) -> None:
+    """Say in the ledger what is in the table."""
+    event = BatchIngested(
+        view=view.name,
+        view_version=view.version,
+        ingest_id=batch.ingest_id,
+        source=", ".join(path.rsplit("/", 1)[-1] for path in files.paths),
+        source_digest=files.digest,
+        rows_in=batch.rows_in,
+        rows_stored=batch.rows_stored,
+        rows_quarantined=batch.rows_quarantined,
+        table_version=version,
+        reasons=batch.reasons,
+        quarantine=batch.quarantine,
+    )
+    ledger.append(event, actor=current_actor())
+
+
+def row_schema(validated: pa.Schema) -> pa.Schema:
+    """The stored columns of validated rows."""
+    kept = [column for column in validated if column.name not in (REASON, RAW)]
+    return pa.schema([*kept, pa.field(offline.INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
+
+
+@ray.remote(num_cpus=0.1)
+def _count(block: pa.Table) -> tuple[int, dict[str, int]]:
+    reasons = pc.value_counts(block[REASON].drop_null()).to_pylist()
+    return block.num_rows, {one["values"]: one["counts"] for one in reasons}
+
+
+@ray.remote(num_cpus=0.1)
+def _schema(block: pa.Table) -> pa.Schema:
+    return block.schema
+
+
+@ray.remote
+def _write(
+    block: pa.Table, first_seq: int, settings: dict[str, Any]
+) -> tuple[list[offline.BucketFile], pa.Table]:
+    now = pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP)
+    count = block.num_rows
+    block = block.append_column(offline.INGESTED, pa.repeat(now, count))
+    block = block.append_column(SEQ, pa.array(range(first_seq, first_seq + count), pa.int64()))
+    good = block.filter(pc.is_null(block[REASON])).drop_columns([REASON, RAW])
+    bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, offline.INGESTED, SEQ])
+    bad = bad.rename_columns(["reason", "raw", offline.INGESTED, SEQ])
+    return offline.write_files(good, **settings) if good.num_rows else [], bad
+
+
+if __name__ == "__main__":
+    main()

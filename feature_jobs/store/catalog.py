@@ -1,0 +1,252 @@
+"""From a user's module to the ledger, and from the ledger back to plain specifications.
+
+Applying is the only step that needs the definitions' code at hand besides ingestion: whoever reads features (training
+sets, the online store, replicas) rebuilds `ViewSpec` and `ServiceSpec` from events and never imports a user's module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound, did_you_mean
+from cluster.ledger import Ledger
+from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
+from feature_jobs.store.definitions import FeatureService, FeatureView
+
+N = TypeVar("N", FeatureView, FeatureService)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldSpec:
+    """A feature as the ledger knows it."""
+
+    name: str
+    dtype: str
+    sensitivity: str
+    categorical: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec:
+    """A view as the ledger knows it: what is needed to read it."""
+
+    name: str
+    version: str
+    join_keys: list[str]
+    fields: list[FieldSpec]
+    ttl_s: float | None
+
+    @property
+    def columns(self) -> list[str]:
+        """Output column names, `<view>__<feature>`."""
+        return [f"{self.name}__{field.name}" for field in self.fields]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSpec:
+    """A service as the ledger knows it."""
+
+    name: str
+    version: str
+    views: list[ViewSpec]
+
+    @property
+    def columns(self) -> list[str]:
+        """Output column names of all views, in order."""
+        return [column for view in self.views for column in view.columns]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, to cross a process boundary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ServiceSpec:
+        """The spec that `to_dict` gave."""
+        views = [
+            ViewSpec(**{**view, "fields": [FieldSpec(**field) for field in view["fields"]]})
+            for view in data["views"]
+        ]
+        return cls(name=data["name"], version=data["version"], views=views)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Definitions:
+    """All views and services of a module."""
+
+    module: str
+    views: dict[str, FeatureView]
+    services: dict[str, FeatureService]
+
+    def view(self, name: str) -> FeatureView:
+        """The view of that name.
+
+        Raises:
+            FeatureViewNotFound: the module has none.
+        """
+        if name not in self.views:
+            raise FeatureViewNotFound(
+                f"No feature view '{name}' in {self.module}.{did_you_mean(name, self.views)}"
+            )
+        return self.views[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """What an apply changed: names to versions."""
+
+    views: dict[str, str]
+    services: dict[str, str]
+
+
+def load_definitions(module: str) -> Definitions:
+    """Import a module and gather the views and services among its names.
+
+    Raises:
+        DefinitionError: the module is missing, broken, holds no view, or names two things alike.
+    """
+    loaded = _import(module)
+    values = list(vars(loaded).values())
+    services = _by_name([value for value in values if isinstance(value, FeatureService)], module)
+    inner = [view for service in services.values() for view in service.views]
+    views = _by_name([value for value in values if isinstance(value, FeatureView)] + inner, module)
+    if not views:
+        raise DefinitionError(f"Module '{module}' holds no FeatureView at its top level.")
+    return Definitions(module=module, views=views, services=services)
+
+
+def apply(definitions: Definitions, ledger: Ledger, *, actor: str) -> Applied:
+    """Record views and services whose newest recorded version is another."""
+    known = {name: spec.version for name, spec in view_specs(ledger).items()}
+    views = {name: view for name, view in definitions.views.items() if known.get(name) != view.version}
+    for view in views.values():
+        definition = view.definition()
+        ledger.append(
+            FeatureViewApplied(view=view.name, version=view.version, definition=definition), actor=actor
+        )
+    recorded = {
+        entry.payload["service"]: entry.payload["version"] for entry in ledger.entries(FeatureServiceApplied)
+    }
+    services = {
+        name: service
+        for name, service in definitions.services.items()
+        if recorded.get(name) != service.version
+    }
+    for service in services.values():
+        ledger.append(_service_event(service), actor=actor)
+    return Applied(
+        views={name: view.version for name, view in views.items()},
+        services={name: service.version for name, service in services.items()},
+    )
+
+
+def view_specs(ledger: Ledger) -> dict[str, ViewSpec]:
+    """The newest version of every applied view."""
+    return {spec.name: spec for spec in _all_views(ledger).values()}
+
+
+def view_spec(ledger: Ledger, name: str) -> ViewSpec:
+    """The newest version of an applied view.
+
+    Raises:
+        FeatureViewNotFound: no view of that name was applied.
+    """
+    known = view_specs(ledger)
+    if name not in known:
+        raise FeatureViewNotFound(
+            f"No feature view '{name}' has been applied.{did_you_mean(name, known)} "
+            "Run `python -m feature_jobs.apply`."
+        )
+    return known[name]
+
+
+def service_spec(ledger: Ledger, name: str, version: str | None = None) -> ServiceSpec:
+    """A version of an applied service, by default the newest.
+
+    Raises:
+        FeatureServiceNotFound: no such service or version was applied.
+    """
+    applied = [entry.payload for entry in ledger.entries(FeatureServiceApplied)]
+    of_name = [payload for payload in applied if payload["service"] == name]
+    if not of_name:
+        known = {payload["service"] for payload in applied}
+        raise FeatureServiceNotFound(
+            f"No feature service '{name}' has been applied.{did_you_mean(name, known)} "
+            "Run `python -m feature_jobs.apply`."
+        )
+    fitting = [payload for payload in of_name if version in (None, payload["version"])]
+    if not fitting:
+        versions = [payload["version"] for payload in of_name]
+        raise FeatureServiceNotFound(
+            f"Feature service '{name}' has no version '{version}'.{did_you_mean(str(version), versions)}"
+        )
+    payload = fitting[-1]
+    views = _all_views(ledger)
+    return ServiceSpec(
+        name=name,
+        version=payload["version"],
+        views=[views[view, payload["views"][view]] for view in payload["view_order"]],
+    )
+
+
+def _all_views(ledger: Ledger) -> dict[tuple[str, str], ViewSpec]:
+    """Every version of every view; a version applied again counts as the newest."""
+    specs: dict[tuple[str, str], ViewSpec] = {}
+    for entry in ledger.entries(FeatureViewApplied):
+        key = entry.payload["view"], entry.payload["version"]
+        specs.pop(key, None)
+        specs[key] = _view_spec(entry.payload["version"], entry.payload["definition"])
+    return specs
+
+
+def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
+    fields = [
+        FieldSpec(**{name: field[name] for name in FieldSpec.__dataclass_fields__})
+        for field in definition["schema"]
+    ]
+    return ViewSpec(
+        name=definition["name"],
+        version=version,
+        join_keys=list(definition["join_keys"]),
+        fields=fields,
+        ttl_s=definition["ttl_s"],
+    )
+
+
+def _service_event(service: FeatureService) -> FeatureServiceApplied:
+    return FeatureServiceApplied(
+        service=service.name,
+        version=service.version,
+        views={view.name: view.version for view in service.views},
+        view_order=[view.name for view in service.views],
+    )
+
+
+def _import(module: str) -> ModuleType:
+    # `ray job submit` runs in the uploaded folder, which is not always on the path.
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise DefinitionError(
+                f"No module '{module}' for definitions. Start from the folder that holds it, or put it on PYTHONPATH."
+            ) from error
+        raise DefinitionError(
+            f"Definitions module '{module}' imports '{error.name}', which is missing."
+        ) from error
+
+
+def _by_name(found: Iterable[N], module: str) -> dict[str, N]:
+    named: dict[str, N] = {}
+    for item in found:
+        if named.setdefault(item.name, item) is not item:
+            raise DefinitionError(f"Module '{module}' holds two definitions named '{item.name}'.")
+    return named

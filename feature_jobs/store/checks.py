@@ -1,0 +1,118 @@
+"""Declarative rules for single rows: which rows of a batch fail, and in what words.
+
+They are data, so a view's version and the ledger record what was checked. A null passes every rule but `NotNull`, as in
+SQL: whether a value may be absent and what it may be are separate decisions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import DefinitionError
+
+
+@dataclass(frozen=True, slots=True)
+class Check(ABC):
+    """A rule for one column."""
+
+    column: str
+
+    @property
+    @abstractmethod
+    def reason(self) -> str:
+        """What is wrong with a row that fails."""
+
+    @abstractmethod
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """One non-null bool a row: true where the row fails."""
+
+    def verify(self, dtype: str | None) -> None:  # noqa: B027 (most rules fit any column)
+        """Raise when the rule cannot be asked of a column of this dtype; None is a join key's."""
+
+    def definition(self) -> dict[str, Any]:
+        """The rule as it stands in the ledger."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"check": type(self).__name__} | {
+            name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class NotNull(Check):
+    """The value must be there."""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.column} is null"
+
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        return pc.is_null(column)
+
+
+@dataclass(frozen=True, slots=True)
+class Range(Check):
+    """The value must lie between two bounds, both included; an absent bound does not bind."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimum is None and self.maximum is None:
+            raise DefinitionError(f"Range('{self.column}') needs a minimum or a maximum.")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise DefinitionError(
+                f"Range('{self.column}'): minimum {self.minimum} is above maximum {self.maximum}."
+            )
+
+    def verify(self, dtype: str | None) -> None:
+        if dtype is not None and not dtype.startswith(("int", "float")):
+            raise DefinitionError(
+                f"Range('{self.column}') needs a numeric column, '{self.column}' is {dtype}."
+            )
+
+    @property
+    def reason(self) -> str:
+        low = "" if self.minimum is None else f"{self.minimum:g}"
+        high = "" if self.maximum is None else f"{self.maximum:g}"
+        return f"{self.column} outside {low}..{high}"
+
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        fails = pc.equal(pc.is_null(column), None)
+        if self.minimum is not None:
+            fails = pc.or_kleene(fails, pc.less(column, self.minimum))
+        if self.maximum is not None:
+            fails = pc.or_kleene(fails, pc.greater(column, self.maximum))
+        return pc.fill_null(fails, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed(Check):
+    """The value must be one of a few."""
+
+    values: Sequence[str | int | bool] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
+        if not self.values:
+            raise DefinitionError(f"Allowed('{self.column}') needs values.")
+
+    def verify(self, dtype: str | None) -> None:
+        kind = {"string": str, "bool": bool, "int32": int, "int64": int}.get(dtype or "")
+        if dtype is not None and not all(type(value) is kind for value in self.values):
+            raise DefinitionError(
+                f"Allowed('{self.column}'): the values {list(self.values)} do not fit dtype {dtype}."
+            )
+
+    @property
+    def reason(self) -> str:
+        return f"{self.column} is none of the allowed values"
+
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        known = pc.is_in(column, value_set=pa.array(self.values, type=column.type))
+        return pc.and_(pc.invert(known), pc.is_valid(column))

@@ -1,0 +1,293 @@
+"""What a team writes down about its features: plain objects in any importable module.
+
+Everything is checked when the object is made, so a definition that exists can be applied. A view's version is a hash
+over its whole definition and its transform's source, so the ledger can tell which code made a row. Governance fields
+(sensitivity, owner, purposes, region, retention, subject key) are part of the definition from the start.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.errors import DefinitionError, did_you_mean
+from cluster.ledger.chain import canonical
+from feature_jobs.store.checks import Check
+from feature_jobs.store.source_code import source_code
+
+Transform = Callable[[pa.Table], pa.Table]
+"""A pure function over Arrow tables that keeps the number and order of rows."""
+
+DTYPES: dict[str, pa.DataType] = {
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "string": pa.string(),
+    "timestamp": pa.timestamp("us", "UTC"),
+}
+RESERVED = frozenset({"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket"})
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+class Sensitivity(enum.StrEnum):
+    """How a column must be protected."""
+
+    PUBLIC = "public"
+    INTERNAL = "internal"
+    PERSONAL = "personal"
+    SENSITIVE = "sensitive"
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A thing that features describe, and the columns that identify it."""
+
+    name: str
+    _: KW_ONLY
+    join_keys: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _check_name("Entity", self.name)
+        object.__setattr__(self, "join_keys", _names(f"Entity '{self.name}'", "join_keys", self.join_keys))
+        if not self.join_keys:
+            raise DefinitionError(f"Entity '{self.name}' has no join key. Give join_keys=['…'].")
+        for key in self.join_keys:
+            _check_name(f"Join key of entity '{self.name}'", key)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A feature: a column of a view."""
+
+    name: str
+    dtype: str
+    _: KW_ONLY
+    sensitivity: Sensitivity = Sensitivity.INTERNAL
+    categorical: bool = False
+    """Whether the values are codes without an order."""
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("Field", self.name)
+        if self.dtype not in DTYPES:
+            raise DefinitionError(
+                f"Field '{self.name}' has the unknown dtype '{self.dtype}'.{did_you_mean(self.dtype, DTYPES)}"
+            )
+        object.__setattr__(self, "sensitivity", Sensitivity(self.sensitivity))
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """Parquet files: a path, a folder or a glob, on this machine or by any fsspec URI.
+
+    A relative path counts from the project root; `{storage}` at its start stands for the storage root.
+    """
+
+    path: str
+    _: KW_ONLY
+    event_timestamp: str
+    """Column that says when a row was true in the world."""
+    created_timestamp: str | None = None
+    """Column that says when the source knew it."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise DefinitionError("A FileSource needs a path.")
+        if not self.event_timestamp:
+            raise DefinitionError(f"FileSource('{self.path}') needs event_timestamp, the name of a column.")
+        if self.created_timestamp == self.event_timestamp:
+            object.__setattr__(self, "created_timestamp", None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureView:
+    """Features of one kind of entity, from one source."""
+
+    name: str
+    _: KW_ONLY
+    entities: Sequence[Entity]
+    source: FileSource
+    schema: Sequence[Field]
+    ttl: timedelta | None = None
+    """How long a value counts after its event; none means forever."""
+    transform: Transform | None = None
+    checks: Sequence[Check] = ()
+    owner: str = ""
+    purposes: Sequence[str] = ()
+    region: str | None = None
+    retention: timedelta | None = None
+    subject_key: str | None = None
+    """The column that identifies a natural person, for erasure."""
+    created_lag: timedelta = timedelta(0)
+    """From event to knowledge, where the source has no created timestamp."""
+
+    def __post_init__(self) -> None:
+        _check_name("Feature view", self.name)
+        if "__" in self.name:
+            raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
+        for name in ("entities", "schema", "checks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "purposes", _names(f"View '{self.name}'", "purposes", self.purposes))
+        self._check_columns()
+        self._check_rules()
+        self._check_times()
+
+    @property
+    def join_keys(self) -> list[str]:
+        """The columns that identify a row's entity, in order."""
+        return [key for entity in self.entities for key in entity.join_keys]
+
+    @property
+    def version(self) -> str:
+        """Content hash of the definition and the transform's code: 12 hex digits."""
+        return content_hash(self.definition())
+
+    def definition(self) -> dict[str, Any]:
+        """The whole definition as JSON, enough to read the view without this object."""
+        return {
+            "name": self.name,
+            "entities": [
+                {"name": entity.name, "join_keys": list(entity.join_keys)} for entity in self.entities
+            ],
+            "join_keys": self.join_keys,
+            "schema": [
+                {
+                    "name": field.name,
+                    "dtype": field.dtype,
+                    "sensitivity": field.sensitivity.value,
+                    "categorical": field.categorical,
+                    "description": field.description,
+                }
+                for field in self.schema
+            ],
+            "ttl_s": _seconds(self.ttl),
+            "source": {
+                "path": self.source.path,
+                "event_timestamp": self.source.event_timestamp,
+                "created_timestamp": self.source.created_timestamp,
+            },
+            "created_lag_s": _seconds(self.created_lag),
+            "transform": _describe(self.transform),
+            "checks": [check.definition() for check in self.checks],
+            "owner": self.owner,
+            "purposes": list(self.purposes),
+            "region": self.region,
+            "retention_s": _seconds(self.retention),
+            "subject_key": self.subject_key,
+        }
+
+    def _check_columns(self) -> None:
+        if not self.entities or not self.join_keys:
+            raise DefinitionError(f"View '{self.name}' has no entity. Give entities=[Entity(…)].")
+        if not self.schema:
+            raise DefinitionError(f"View '{self.name}' has no features. Give schema=[Field(…)].")
+        seen: set[str] = set()
+        for key in self.join_keys:
+            self._check_column(key, "join key", seen)
+        for field in self.schema:
+            if field.name in self.join_keys:
+                raise DefinitionError(
+                    f"View '{self.name}': '{field.name}' is a join key and cannot be a feature too. "
+                    "Remove it from the schema, or give the feature another name in the transform."
+                )
+            self._check_column(field.name, "field", seen)
+
+    def _check_column(self, name: str, what: str, seen: set[str]) -> None:
+        if name in RESERVED:
+            raise DefinitionError(f"View '{self.name}': the {what} name '{name}' is kept for the platform.")
+        if name in seen:
+            raise DefinitionError(f"View '{self.name}' names the {what} '{name}' twice.")
+        seen.add(name)
+
+    def _check_rules(self) -> None:
+        dtypes = {field.name: field.dtype for field in self.schema}
+        columns = [*self.join_keys, *dtypes]
+        for check in self.checks:
+            if not isinstance(check, Check):
+                raise DefinitionError(
+                    f"View '{self.name}': {check!r} is no check. Use NotNull, Range or Allowed."
+                )
+            if check.column not in columns:
+                raise DefinitionError(
+                    f"View '{self.name}' checks the unknown column '{check.column}'."
+                    f"{did_you_mean(check.column, columns)}"
+                )
+            check.verify(dtypes.get(check.column))
+        if self.subject_key is not None and self.subject_key not in columns:
+            raise DefinitionError(
+                f"View '{self.name}': subject_key '{self.subject_key}' is no column of it."
+                f"{did_you_mean(self.subject_key, columns)}"
+            )
+
+    def _check_times(self) -> None:
+        for name in ("ttl", "retention"):
+            value = getattr(self, name)
+            if value is not None and value <= timedelta(0):
+                raise DefinitionError(f"View '{self.name}': {name} must be positive, got {value}.")
+        if self.created_lag < timedelta(0):
+            raise DefinitionError(
+                f"View '{self.name}': created_lag must not be negative, got {self.created_lag}."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureService:
+    """The features one model reads: views, in order.
+
+    A join key that the entity rows lack is taken from the feature of the same name of an earlier view.
+    """
+
+    name: str
+    _: KW_ONLY
+    views: Sequence[FeatureView]
+
+    def __post_init__(self) -> None:
+        _check_name("Feature service", self.name)
+        object.__setattr__(self, "views", tuple(self.views))
+        names = [view.name for view in self.views]
+        if not names:
+            raise DefinitionError(f"Feature service '{self.name}' has no view.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DefinitionError(f"Feature service '{self.name}' names the view '{twice[0]}' twice.")
+
+    @property
+    def version(self) -> str:
+        """Content hash of the name and the views' versions, in order: 12 hex digits."""
+        return content_hash({"name": self.name, "views": [[view.name, view.version] for view in self.views]})
+
+
+def content_hash(value: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()[:12]
+
+
+def _describe(transform: Transform | None) -> dict[str, str] | None:
+    if transform is None:
+        return None
+    code = source_code(transform)
+    name = f"{transform.__module__}:{getattr(transform, '__qualname__', '?')}"
+    return {"name": name, "sha256": hashlib.sha256(code.encode()).hexdigest()}
+
+
+def _seconds(span: timedelta | None) -> float | None:
+    return None if span is None else span.total_seconds()
+
+
+def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
+
+
+def _names(owner: str, what: str, values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise DefinitionError(f"{owner}: {what} must be a list, got '{values}'. Write [{values!r}].")
+    return tuple(values)

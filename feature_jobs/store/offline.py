@@ -1,0 +1,272 @@
+"""Feature tables: Delta tables in a fixed number of entity-hash buckets, each file sorted by availability.
+
+Workers write the Parquet files, the driver commits them in one Delta transaction. The commit carries the batch's id and
+the last `ingest_seq` given out as application transactions: a batch can never be committed twice, and two ingestions at
+once cannot give out the same sequence numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
+from cluster.storage import read_parquet, write_parquet
+from feature_jobs.store.buckets import bucket_of
+from feature_jobs.store.point_in_time import AVAILABLE, CREATED, EVENT, SEQ
+
+BUCKET, INGESTED = "bucket", "ingested_at"
+TIMESTAMP = pa.timestamp("us", "UTC")
+_SEQ_APP, _BATCH_APP = "falaj.seq", "falaj.batch."
+_BUCKETS_KEY, _BATCH_KEY = "falaj.buckets", "falaj.batch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketFile:
+    """A file of one bucket."""
+
+    path: str
+    """Relative to the table."""
+    bucket: int
+    rows: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What a commit says of the batch it holds."""
+
+    ingest_id: str
+    rows_in: int
+    rows_stored: int
+    rows_quarantined: int
+    reasons: dict[str, int]
+    quarantine: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One version of a feature table, as plain data that any worker can read from."""
+
+    uri: str
+    version: int
+    num_buckets: int
+    key_types: dict[str, str]
+    """Join key to `int64` or `string`."""
+    files: tuple[BucketFile, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all buckets."""
+        return sum(file.rows for file in self.files)
+
+    def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
+        """A bucket's rows: join keys, the three columns that order them, and the given features."""
+        wanted = [*self.key_types, EVENT, CREATED, SEQ, *columns]
+        tables = [
+            _with_columns(read_parquet(f"{self.uri}/{file.path}"), wanted)
+            for file in self.files
+            if file.bucket == bucket
+        ]
+        if not tables:
+            return pl.DataFrame()
+        return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
+
+
+def key_types(schema: pa.Schema, keys: Sequence[str]) -> dict[str, str]:
+    """How join keys are stored: whole numbers as int64, text as string.
+
+    Raises:
+        SchemaMismatch: a key of another type.
+    """
+    types = {}
+    for key in keys:
+        given = schema.field(key).type
+        if pa.types.is_integer(given):
+            types[key] = "int64"
+        elif pa.types.is_string(given) or pa.types.is_large_string(given) or pa.types.is_dictionary(given):
+            types[key] = "string"
+        else:
+            raise SchemaMismatch(f"Join key '{key}' has type {given}; give whole numbers or text.")
+    return types
+
+
+def open_table(uri: str) -> DeltaTable | None:
+    """A feature table, none where nothing was ingested yet."""
+    try:
+        return DeltaTable(uri)
+    except TableNotFoundError:
+        return None
+
+
+def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable:
+    """Make an empty feature table."""
+    Path(uri).mkdir(parents=True, exist_ok=True)
+    return DeltaTable.create(
+        uri,
+        schema=Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32()))),
+        partition_by=[BUCKET],
+        configuration={_BUCKETS_KEY: str(num_buckets)},
+        mode="ignore",
+        raise_if_key_not_exists=False,
+    )
+
+
+def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
+    """Refuse a batch whose columns changed their type; new columns are added to the table.
+
+    Raises:
+        SchemaMismatch: naming the column and both types.
+    """
+    known = pa.schema(table.schema().to_arrow())
+    for column in schema:
+        position = known.get_field_index(column.name)
+        if position < 0:
+            table.alter.add_columns(Schema.from_arrow(pa.schema([column])).fields)
+        elif known.field(position).type != column.type and not _same_text(
+            known.field(position).type, column.type
+        ):
+            raise SchemaMismatch(
+                f"Column '{column.name}' of view '{view}' is stored as {known.field(position).type}, the batch has "
+                f"{column.type}. Give the new column another name."
+            )
+
+
+def num_buckets(table: DeltaTable) -> int:
+    """The number of buckets the table was made with."""
+    return int(table.metadata().configuration[_BUCKETS_KEY])
+
+
+def last_seq(table: DeltaTable) -> int:
+    """The last `ingest_seq` given out, -1 in an empty table."""
+    version = table.transaction_version(_SEQ_APP)
+    return -1 if version is None else int(version)
+
+
+def write_files(
+    rows: pa.Table, *, uri: str, keys: Sequence[str], buckets: int, name: str
+) -> list[BucketFile]:
+    """Write rows to their buckets, one file each, sorted by availability."""
+    frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(
+        pl.Series(BUCKET, bucket_of(rows, keys, num_buckets=buckets))
+    )
+    files = []
+    for part in frame.partition_by(BUCKET, maintain_order=True):
+        bucket = int(part[BUCKET][0])
+        path = f"{BUCKET}={bucket}/{name}.parquet"
+        content = part.drop(BUCKET).sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(rows.schema)
+        size = write_parquet(content, f"{uri}/{path}")
+        files.append(BucketFile(path=path, bucket=bucket, rows=part.height, size_bytes=size))
+    return files
+
+
+def commit(
+    table: DeltaTable, schema: pa.Schema, files: Sequence[BucketFile], batch: Batch, *, seq: int
+) -> int:
+    """Add files in one transaction; gives the new table version.
+
+    Args:
+        table: as it was when the sequence numbers were given out.
+        schema: of the rows.
+        files: what workers wrote.
+        batch: what the commit says of itself.
+        seq: the last `ingest_seq` in the files.
+
+    Raises:
+        SourceError: another ingestion committed meanwhile; running this one again is safe.
+    """
+    now = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(
+            file.path,
+            file.size_bytes,
+            {BUCKET: str(file.bucket)},
+            now,
+            True,
+            json.dumps({"numRecords": file.rows}),
+        )
+        for file in files
+    ]
+    properties = CommitProperties(
+        custom_metadata={_BATCH_KEY: json.dumps(asdict(batch))},
+        max_commit_retries=0,
+        app_transactions=[Transaction(_SEQ_APP, seq), Transaction(_BATCH_APP + batch.ingest_id, 1)],
+    )
+    full = Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32())))
+    try:
+        table.create_write_transaction(
+            actions, mode="append", schema=full, partition_by=[BUCKET], commit_properties=properties
+        )
+    except CommitFailedError as error:
+        raise SourceError(
+            f"Another ingestion into {table.table_uri} committed meanwhile; nothing of this one was stored. "
+            "Run it again."
+        ) from error
+    return int(DeltaTable(table.table_uri).version())
+
+
+def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
+    """A batch that is in the table already, with the version that added it."""
+    if table.transaction_version(_BATCH_APP + ingest_id) is None:
+        return None
+    for entry in table.history():
+        if _BATCH_KEY in entry:
+            batch = Batch(**json.loads(entry[_BATCH_KEY]))
+            if batch.ingest_id == ingest_id:
+                return batch, int(entry["version"])
+    return None
+
+
+def snapshot(uri: str, *, view: str, keys: Sequence[str], version: int | None = None) -> Snapshot:
+    """A version of a feature table, by default the newest.
+
+    Raises:
+        TrainingSetError: nothing was ingested into the view yet.
+    """
+    table = open_table(uri)
+    if table is None:
+        raise TrainingSetError(
+            f"View '{view}' has no rows yet. Run `python -m feature_jobs.ingest view={view}`."
+        )
+    if version is not None:
+        table.load_as_version(version)
+    actions: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    files = tuple(
+        BucketFile(
+            path=action["path"],
+            bucket=int(action[f"partition.{BUCKET}"]),
+            rows=int(action["num_records"]),
+            size_bytes=int(action["size_bytes"]),
+        )
+        for action in sorted(actions, key=lambda action: str(action["path"]))
+    )
+    return Snapshot(
+        uri=uri,
+        version=int(table.version()),
+        num_buckets=num_buckets(table),
+        key_types=key_types(pa.schema(table.schema().to_arrow()), keys),
+        files=files,
+    )
+
+
+def _with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The columns in order; one that an older file lacks is null."""
+    missing = [name for name in names if name not in table.column_names]
+    for name in missing:
+        table = table.append_column(name, pa.nulls(table.num_rows))
+    return table.select(list(names))
+
+
+def _same_text(one: pa.DataType, other: pa.DataType) -> bool:
+    names = {str(one), str(other)}
+    return names <= {"string", "large_string", "string_view"}

@@ -1,0 +1,130 @@
+"""The point-in-time join over all views of a service, bucket by bucket.
+
+Only the entity rows are hashed: each view's rows lie in the bucket of their keys already. A bucket is one unit of work,
+done in this process while the work is small and in a Ray task each when it is large; memory is bounded by a bucket.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from cluster.errors import TrainingSetError
+from feature_jobs.store.buckets import bucket_of
+from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.definitions import DTYPES
+from feature_jobs.store.offline import Snapshot
+from feature_jobs.store.point_in_time import EVENT, join
+
+POSITION = "__position"
+Part = tuple[int, pl.DataFrame]
+"""A bucket, and the entity rows in it."""
+JoinParts = Callable[[Snapshot, ViewSpec, list[Part]], list[pl.DataFrame]]
+
+
+def build(
+    spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, *, join_parts: JoinParts
+) -> pa.Table:
+    """Every entity row in its order, its columns, then `<view>__<feature>` of each view.
+
+    Args:
+        spec: the service.
+        snapshots: the pinned table of each view.
+        entities: join keys and `event_timestamp`, with any other columns.
+        join_parts: joins the buckets of one view, here or in Ray tasks.
+
+    Raises:
+        TrainingSetError: a key or the timestamp is missing or has the wrong type.
+    """
+    times = event_times(entities)
+    output = entities
+    for view in spec.views:
+        snapshot = snapshots[view.name]
+        keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
+        asked = pa.table({**keys, EVENT: times})
+        for column, values in zip(
+            view.columns, joined(view, snapshot, asked, join_parts).columns, strict=True
+        ):
+            output = output.append_column(column, values)
+    return output
+
+
+def joined(view: ViewSpec, snapshot: Snapshot, asked: pa.Table, join_parts: JoinParts) -> pa.Table:
+    """The features of one view for keys and times, in their order."""
+    buckets = bucket_of(asked, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
+    frame = pl.DataFrame(pl.from_arrow(asked)).with_row_index(POSITION)
+    parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]
+    answers = join_parts(snapshot, view, parts)
+    names = [field.name for field in view.fields]
+    schema = pa.schema([pa.field(field.name, DTYPES[field.dtype]) for field in view.fields])
+    if not answers:
+        return schema.empty_table()
+    whole = pl.concat(answers, how="vertical_relaxed").sort(POSITION).select(names)
+    return whole.to_arrow().cast(schema)
+
+
+def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part]) -> list[pl.DataFrame]:
+    """Join the buckets one after the other in this process."""
+    return [join_bucket(snapshot, view, part) for part in parts]
+
+
+def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part) -> pl.DataFrame:
+    """One bucket's entity rows with their features and positions."""
+    bucket, asked = part
+    names = [field.name for field in view.fields]
+    features = snapshot.read(bucket, names)
+    if features.is_empty():
+        nothing = [pl.lit(None).alias(name) for name in names]
+        return asked.select(POSITION, *nothing)
+    ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
+    found = join(asked, features, keys=list(snapshot.key_types), columns=names, ttl=ttl)
+    return found.with_columns(asked[POSITION])
+
+
+def event_times(entities: pa.Table) -> pa.ChunkedArray:
+    """The entity rows' times as UTC microseconds; without a zone they are UTC.
+
+    Raises:
+        TrainingSetError: no such column, another type, or a null.
+    """
+    if EVENT not in entities.column_names:
+        raise TrainingSetError(
+            f"The entity rows lack '{EVENT}'. They have: {', '.join(entities.column_names)}."
+        )
+    column = entities[EVENT]
+    if not pa.types.is_timestamp(column.type):
+        raise TrainingSetError(f"'{EVENT}' of the entity rows must be a timestamp, got {column.type}.")
+    if column.null_count:
+        raise TrainingSetError(f"'{EVENT}' is null in {column.null_count} entity rows. Give each a time.")
+    return column.cast(pa.timestamp("us", column.type.tz)).cast(DTYPES["timestamp"])
+
+
+def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: pa.Table) -> pa.ChunkedArray:
+    """A view's join key: from the entity rows, else from the feature of that name of an earlier view.
+
+    Raises:
+        TrainingSetError: neither has it, or its type does not fit.
+    """
+    earlier = [f"{other.name}__{key}" for other in spec.views[: spec.views.index(view)]]
+    name = next((one for one in [key, *reversed(earlier)] if one in output.column_names), None)
+    if name is None:
+        raise TrainingSetError(
+            f"View '{view.name}' needs the join key '{key}', which neither the entity rows nor an earlier view of "
+            f"service '{spec.name}' has."
+        )
+    wanted = pa.int64() if kind == "int64" else pa.string()
+    try:
+        column = output[name]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_string(column.type) != pa.types.is_string(wanted) and not pa.types.is_large_string(
+            column.type
+        ):
+            raise pa.ArrowInvalid(f"it is {column.type}")
+        return column.cast(wanted)
+    except pa.ArrowException as error:
+        raise TrainingSetError(f"Join key '{key}' must be {wanted}: {error}.") from error

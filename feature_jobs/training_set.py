@@ -1,0 +1,142 @@
+"""`python -m feature_jobs.training_set service=s entities=e.parquet output=o.parquet`: features as they were known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import ray
+
+from cluster.entrypoint import job
+from cluster.errors import TrainingSetError
+from cluster.ledger import open_ledger
+from cluster.ledger.events import TrainingSetBuilt
+from cluster.security.identity import current_actor
+from cluster.session import attach, require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import exists, layout, read_parquet, resolve, write_bytes, write_parquet
+from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.training_set import JoinParts, Part, build, join_bucket, join_here
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingSetConfig(PlatformConfig):
+    """What is joined."""
+
+    definitions: str = "feature_jobs.census"
+    """Named for symmetry with the other commands: the service is read as it was applied."""
+    service: str = "???"
+    entities: str = "???"
+    """Parquet with join keys and `event_timestamp`; other columns, a label for one, pass through."""
+    output: str = "???"
+    """Parquet to write; its manifest lies beside it."""
+    task_rows: int = 3_000_000
+    """Entity and feature rows of a view above which each bucket is a Ray task."""
+
+
+@job("training_set", TrainingSetConfig)
+def main(config: TrainingSetConfig) -> None:
+    """Build a training set and its manifest."""
+    require_record(config)
+    ledger = open_ledger(config)
+    places = layout(config.storage)
+    spec = service_spec(ledger, config.service)
+    entities = read_entities(config.entities)
+    snapshots = {
+        view.name: snapshot(places.features(view.name), view=view.name, keys=view.join_keys)
+        for view in spec.views
+    }
+    largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
+    join_parts: JoinParts = join_here
+    if largest > config.task_rows:
+        attach(config)
+        join_parts = join_in_tasks
+    table = build(spec, snapshots, entities, join_parts=join_parts)
+    output = resolve(config.output)
+    write_parquet(table, output)
+    manifest = describe(spec, snapshots, entities, table)
+    event = TrainingSetBuilt(
+        service=spec.name,
+        service_version=spec.version,
+        rows=table.num_rows,
+        row_hash=manifest["row_hash"],
+        entities_hash=manifest["entities_hash"],
+        table_versions=manifest["table_versions"],
+        view_versions=manifest["view_versions"],
+        output=output.rsplit("/", 1)[-1],
+    )
+    seq = ledger.append(event, actor=current_actor()).seq
+    write_bytes(manifest_path(output), json.dumps(manifest | {"seq": seq}, indent=1).encode())
+    print(
+        f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {manifest['row_hash'][:16]}"
+    )
+
+
+def manifest_path(output: str) -> str:
+    """Where a training set's manifest lies."""
+    return f"{output.removesuffix('.parquet')}.manifest.json"
+
+
+def read_entities(path: str) -> pa.Table:
+    """The entity rows.
+
+    Raises:
+        TrainingSetError: there is no such file, it is no Parquet, or it has no rows.
+    """
+    uri = resolve(path)
+    if not exists(uri):
+        raise TrainingSetError(f"No entity rows at {uri}. Give a Parquet file with `entities=…`.")
+    try:
+        table = read_parquet(uri)
+    except pa.ArrowException as error:
+        raise TrainingSetError(f"{uri} cannot be read as Parquet: {error}") from error
+    if table.num_rows == 0:
+        raise TrainingSetError(f"{uri} has no rows.")
+    return table
+
+
+def describe(
+    spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, table: pa.Table
+) -> dict[str, Any]:
+    """The manifest: all that is needed to build the same rows again and to know that they are the same."""
+    columns = [
+        {
+            "name": name,
+            "dtype": field.dtype,
+            "categorical": field.categorical or field.dtype == "string",
+            "view": view.name,
+            "feature": field.name,
+        }
+        for view in spec.views
+        for name, field in zip(view.columns, view.fields, strict=True)
+    ]
+    return {
+        "service": spec.name,
+        "service_version": spec.version,
+        "view_versions": {view.name: view.version for view in spec.views},
+        "table_versions": {name: pinned.version for name, pinned in snapshots.items()},
+        "entities_hash": row_hash(entities),
+        "row_hash": row_hash(table),
+        "rows": table.num_rows,
+        "columns": columns,
+        "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
+    }
+
+
+def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part]) -> list[pl.DataFrame]:
+    """Join each bucket in a Ray task of its own."""
+    return ray.get([_join_bucket.remote(pinned, view, part) for part in parts])
+
+
+@ray.remote
+def _join_bucket(pinned: Snapshot, view: ViewSpec, part: Part) -> pl.DataFrame:
+    return join_bucket(pinned, view, part)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Monitoring: NannyML over what was predicted, with and without outcomes."""

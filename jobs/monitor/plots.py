@@ -1,0 +1,77 @@
+"""Plots as SVG text, drawn here because a dozen points need no plotting library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WIDTH, HEIGHT, MARGIN = 560, 240, 48
+
+
+def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric: str) -> str:
+    """Estimated performance with its confidence band's ends, and realised performance, per period."""
+    keys = list(periods)
+    estimates = [periods[key]["estimate"] for key in keys]
+    realisations = [periods[key]["realisation"] for key in keys]
+    values = [
+        value
+        for one in estimates
+        for value in (one["value"], one["lower"], one["upper"])
+        if value is not None
+    ]
+    values += [one["value"] for one in realisations if one and one["value"] is not None]
+    low, high = min(values), max(values)
+    pad = (high - low) * 0.15 or 0.01
+    scale = _Scale(low - pad, high + pad, len(keys))
+    parts = [_axes(scale, keys, metric)]
+    for position, (estimate, real) in enumerate(zip(estimates, realisations, strict=True)):
+        x = scale.x(position)
+        if estimate["lower"] is not None and estimate["upper"] is not None:
+            parts.append(_line(x, scale.y(estimate["lower"]), x, scale.y(estimate["upper"]), "band"))
+        if estimate["value"] is not None:
+            parts.append(
+                f'<circle class="estimated" cx="{x:.1f}" cy="{scale.y(estimate["value"]):.1f}" r="5"/>'
+            )
+        if real and real["value"] is not None:
+            y = scale.y(real["value"])
+            parts.append(f'<rect class="realised" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
+    label = f"{variant}: {metric}, estimated (circle) and realised (square) per period"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"<title>{label}</title><style>{_STYLE}</style>{''.join(parts)}</svg>"
+    )
+
+
+_STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#667}line{stroke:#bbc;stroke-width:1}"
+    "line.band{stroke:#2a78b8;stroke-width:2;opacity:.5}circle.estimated{fill:#2a78b8}rect.realised{fill:#c8622b}"
+)
+
+
+class _Scale:
+    def __init__(self, low: float, high: float, count: int) -> None:
+        self.low, self.high, self._count = low, high, count
+
+    def x(self, position: int) -> float:
+        return MARGIN + (WIDTH - 2 * MARGIN) * (position + 0.5) / self._count
+
+    def y(self, value: float) -> float:
+        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - self.low) / (self.high - self.low)
+
+
+def _axes(scale: _Scale, keys: list[str], metric: str) -> str:
+    parts = []
+    for step in range(5):
+        value = scale.low + (scale.high - scale.low) * step / 4
+        y = scale.y(value)
+        parts.append(_line(MARGIN, y, WIDTH - MARGIN, y, "grid"))
+        parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3f}</text>')
+    for position, key in enumerate(keys):
+        parts.append(
+            f'<text x="{scale.x(position):.1f}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{key}</text>'
+        )
+    parts.append(f'<text x="{MARGIN}" y="{MARGIN - 16}">{metric}</text>')
+    return "".join(parts)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
