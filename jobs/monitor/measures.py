@@ -151,7 +151,10 @@ def _measure(row: Any) -> Measure | None:
     value = _number(row.get("value"))
     if value is None:
         return None
-    lower, upper = _number(row.get("lower_confidence_boundary")), _number(row.get("upper_confidence_boundary"))
+    lower, upper = (
+        _number(row.get("lower_confidence_boundary")),
+        _number(row.get("upper_confidence_boundary")),
+    )
     error = _number(row.get("sampling_error"))
     if error is not None and lower is None and upper is None:
         lower, upper = value - 3 * error, value + 3 * error

@@ -28,7 +28,9 @@ def main(config: PipelineConfig) -> None:
         for position, stage in enumerate(stages, start=1):
             runner.run(stage, position=position, of=len(stages))
     except StageFailed as error:
-        raise SystemExit(f"{error}\nThe cluster is left up; `make demo` resumes here, `make down` ends it.") from None
+        raise SystemExit(
+            f"{error}\nThe cluster is left up; `make demo` resumes here, `make down` ends it."
+        ) from None
     summary = summarise(config, runner, demo)
     write_report(config, runner, demo, summary)
     record = read_record(config.storage)

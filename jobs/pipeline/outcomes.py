@@ -64,7 +64,9 @@ def _read(path: str) -> pl.DataFrame:
 async def _post(config: OutcomesConfig, outcomes: list[dict[str, Any]]) -> int:
     record = require_record(config)
     context = ssl.create_default_context(cafile=f"{layout(config.storage).tls}/ca.pem")
-    token = mint_token(layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900)
+    token = mint_token(
+        layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900
+    )
     accepted = 0
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=context), headers={"Authorization": f"Bearer {token}"}

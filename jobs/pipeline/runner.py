@@ -49,7 +49,9 @@ class Runner:
         self._state = demo / "state.json"
         self.finished: dict[str, Finished] = {}
         if self._state.exists():
-            self.finished = {name: Finished(**entry) for name, entry in json.loads(self._state.read_text()).items()}
+            self.finished = {
+                name: Finished(**entry) for name, entry in json.loads(self._state.read_text()).items()
+            }
 
     def run(self, stage: Stage, *, position: int, of: int) -> None:
         """Run a stage unless it is finished.
@@ -67,8 +69,12 @@ class Runner:
         for command in commands:
             self.execute(command, log=self._demo / "logs" / f"{stage.name}.log")
         seconds = time.perf_counter() - started
-        self.finished[stage.name] = Finished(seconds=seconds, commands=[list(command) for command in commands])
-        content = {name: {"seconds": done.seconds, "commands": done.commands} for name, done in self.finished.items()}
+        self.finished[stage.name] = Finished(
+            seconds=seconds, commands=[list(command) for command in commands]
+        )
+        content = {
+            name: {"seconds": done.seconds, "commands": done.commands} for name, done in self.finished.items()
+        }
         write_bytes(str(self._state), json.dumps(content, indent=1).encode())
         print(f"        {seconds:.1f} s", flush=True)
 
@@ -76,7 +82,9 @@ class Runner:
         """The JSON outputs written so far, by file stem."""
         skip = {"state.json", "summary.json"}
         files = (path for path in self._demo.glob("*.json") if path.name not in skip)
-        return {path.stem: json.loads(path.read_text()) for path in files if not path.stem.endswith(".manifest")}
+        return {
+            path.stem: json.loads(path.read_text()) for path in files if not path.stem.endswith(".manifest")
+        }
 
     def execute(self, command: Command, *, log: Path) -> None:
         """Run one command line, its output to a log file and its last line to the terminal now and then."""

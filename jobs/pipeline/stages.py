@@ -139,7 +139,10 @@ def _year(config: PipelineConfig, source: Path, demo: Path, year: int) -> list[S
             title=f"{year} arrives: ingest and bring the online store up to its last day",
             commands=lambda _: [
                 *_ingest(source, year),
-                *(("feature_jobs.materialize", f"view={view}", f"as_of={end}") for view in ("person", "cohort")),
+                *(
+                    ("feature_jobs.materialize", f"view={view}", f"as_of={end}")
+                    for view in ("person", "cohort")
+                ),
             ],
         ),
         Stage(
@@ -238,9 +241,19 @@ def _start(config: PipelineConfig, version: int, *, weight: float, variant: str)
 
 
 def _score(
-    config: PipelineConfig, source: Path, demo: Path, year: int, *, offset: int, count: int, name: str | None = None
+    config: PipelineConfig,
+    source: Path,
+    demo: Path,
+    year: int,
+    *,
+    offset: int,
+    count: int,
+    name: str | None = None,
 ) -> list[Command]:
-    people, answers = f"people={source}/entities_{year}.parquet", f"answers={demo}/answers_{name or year}.parquet"
+    people, answers = (
+        f"people={source}/entities_{year}.parquet",
+        f"answers={demo}/answers_{name or year}.parquet",
+    )
     return [
         (
             "jobs.pipeline.traffic",
@@ -251,5 +264,11 @@ def _score(
             f"requests={count}",
             f"offset={offset}",
         ),
-        ("jobs.pipeline.outcomes", f"model={config.model}", people, answers, f"observed_at={year + 1}-03-31T00:00:00Z"),
+        (
+            "jobs.pipeline.outcomes",
+            f"model={config.model}",
+            people,
+            answers,
+            f"observed_at={year + 1}-03-31T00:00:00Z",
+        ),
     ]

@@ -76,7 +76,9 @@ def _training_set(ledger: Ledger) -> dict[str, Any]:
     return {"rows": last.payload["rows"], "hash": last.payload["row_hash"]}
 
 
-def _variants(config: PipelineConfig, registry: Registry, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _variants(
+    config: PipelineConfig, registry: Registry, results: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {}
     for variant, output in CANDIDATES.items():
         version = registry.get(config.model, results[output]["version"])
@@ -100,7 +102,10 @@ def _answers(demo: Path) -> pl.DataFrame:
 def _shares(config: PipelineConfig, answers: pl.DataFrame) -> dict[str, dict[str, float]]:
     weights = {"champion": 1 - config.challenger_weight / 100, "challenger": config.challenger_weight / 100}
     return {
-        variant: {"weight": weight, "share": answers.filter(pl.col("variant") == variant).height / answers.height}
+        variant: {
+            "weight": weight,
+            "share": answers.filter(pl.col("variant") == variant).height / answers.height,
+        }
         for variant, weight in weights.items()
     }
 

@@ -79,15 +79,21 @@ def main(config: TrafficConfig) -> None:
     frame = pl.DataFrame(answers).rename({"key": config.key})
     write_parquet(frame.to_arrow(), resolve(config.answers))
     statuses = Counter(answer.status for answer in answers)
-    print(f"sent {len(answers)} requests in {seconds:.1f} s ({len(answers) / seconds:.0f}/s), statuses {dict(statuses)}")
+    print(
+        f"sent {len(answers)} requests in {seconds:.1f} s ({len(answers) / seconds:.0f}/s), statuses {dict(statuses)}"
+    )
     if statuses[200] != len(answers):
-        raise Inconsistent(f"{len(answers) - statuses[200]} of {len(answers)} requests failed; see {config.answers}.")
+        raise Inconsistent(
+            f"{len(answers) - statuses[200]} of {len(answers)} requests failed; see {config.answers}."
+        )
 
 
 async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
     record = require_record(config)
     context = ssl.create_default_context(cafile=f"{layout(config.storage).tls}/ca.pem")
-    token = mint_token(layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900)
+    token = mint_token(
+        layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900
+    )
     todo = iter(keys)
     answers: list[Answer] = []
     async with aiohttp.ClientSession(
@@ -106,7 +112,9 @@ async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
     return answers
 
 
-async def _ask(client: aiohttp.ClientSession, record: ClusterRecord, config: TrafficConfig, key: int) -> Answer:
+async def _ask(
+    client: aiohttp.ClientSession, record: ClusterRecord, config: TrafficConfig, key: int
+) -> Answer:
     url = f"{record.edge_url}/v1/models/{config.model}:predict"
     body = {"entities": [{config.key: key}], "as_of": config.as_of}
     started = time.perf_counter()

@@ -1,0 +1,145 @@
+"""Metrics as pure functions over scores and targets; training and evaluation both report these.
+
+A metric that is not defined for the rows given, an AUC where only one class occurs, is None: a NaN cannot be written
+into the ledger and would read as a number in a table.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.runtime import Predictions, Task
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+NUM_BINS = 10
+_EPSILON = 1e-15
+
+
+def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
+    """The metrics of a model's task.
+
+    Args:
+        predictions: of some rows.
+        target: of the same rows; class positions (int64) for binary and multiclass, values for a regression.
+    """
+    signature = predictions.signature
+    match signature.task:
+        case Task.binary:
+            return binary_metrics(predictions.scores, target, threshold=signature.threshold)
+        case Task.multiclass:
+            return multiclass_metrics(predictions.scores, target)
+        case Task.regression:
+            return regression_metrics(predictions.scores, target)
+
+
+def headline(task: Task, metrics: dict[str, Any]) -> tuple[str, float]:
+    """The one metric a line of output has room for."""
+    name = {Task.binary: "auc", Task.multiclass: "accuracy", Task.regression: "rmse"}[task]
+    value = metrics[name]
+    return name, math.nan if value is None else float(value)
+
+
+def binary_metrics(probabilities: Floats, target: Integers, *, threshold: float = 0.5) -> dict[str, Any]:
+    """AUC, accuracy, log loss, Brier score, expected calibration error and the calibration bins behind it."""
+    bins = calibration(probabilities, target)
+    return {
+        "rows": len(target),
+        "positive_rate": _mean(target),
+        "selection_rate": _mean(probabilities >= threshold),
+        "mean_probability": _mean(probabilities),
+        "auc": roc_auc(probabilities, target),
+        "accuracy": _mean((probabilities >= threshold) == (target == 1)),
+        "log_loss": log_loss(np.stack([1 - probabilities, probabilities], axis=1), target),
+        "brier": _mean((probabilities - target) ** 2),
+        "ece": expected_calibration_error(bins),
+        "calibration": bins,
+    }
+
+
+def multiclass_metrics(probabilities: Floats, target: Integers) -> dict[str, Any]:
+    """Accuracy, log loss, Brier score over all classes, and the mean one-against-rest AUC of classes that occur."""
+    num_classes = probabilities.shape[1]
+    one_hot = np.eye(num_classes)[target]
+    aucs = [roc_auc(probabilities[:, k], (target == k).astype(np.int64)) for k in range(num_classes)]
+    known = [auc for auc in aucs if auc is not None]
+    return {
+        "rows": len(target),
+        "accuracy": _mean(probabilities.argmax(axis=1) == target),
+        "auc": sum(known) / len(known) if known else None,
+        "log_loss": log_loss(probabilities, target),
+        "brier": _mean(((probabilities - one_hot) ** 2).sum(axis=1)),
+    }
+
+
+def regression_metrics(values: Floats, target: Floats) -> dict[str, Any]:
+    """Root mean squared error, mean absolute error, R2 and the mean error (bias)."""
+    error = values - target
+    spread = float(((target - target.mean()) ** 2).sum()) if len(target) else 0.0
+    return {
+        "rows": len(target),
+        "rmse": math.sqrt(float((error**2).mean())) if len(target) else None,
+        "mae": _mean(np.abs(error)),
+        "r2": 1.0 - float((error**2).sum()) / spread if spread > 0 else None,
+        "bias": _mean(error),
+    }
+
+
+def roc_auc(scores: Floats, target: Integers) -> float | None:
+    """Area under the ROC curve as the Mann-Whitney statistic over mid-ranks (Hanley & McNeil 1982)."""
+    num_positive = int((target == 1).sum())
+    num_negative = len(target) - num_positive
+    if num_positive == 0 or num_negative == 0:
+        return None
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_ranks = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = float(mid_ranks[inverse][target == 1].sum())
+    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+
+
+def log_loss(probabilities: Floats, target: Integers) -> float | None:
+    """Mean negative log-likelihood of [rows, classes], probabilities kept away from 0 and 1."""
+    if len(target) == 0:
+        return None
+    given = probabilities[np.arange(len(target)), target]
+    return float(-np.log(np.clip(given, _EPSILON, 1.0)).mean())
+
+
+def calibration(
+    probabilities: Floats, target: Integers, *, num_bins: int = NUM_BINS
+) -> list[dict[str, float | int]]:
+    """Equal-width bins of the predicted probability that hold any rows, with what came true in each."""
+    which = np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
+    bins: list[dict[str, float | int]] = []
+    for number in range(num_bins):
+        inside = which == number
+        if not inside.any():
+            continue
+        bins.append(
+            {
+                "lower": number / num_bins,
+                "upper": (number + 1) / num_bins,
+                "rows": int(inside.sum()),
+                "mean_probability": float(probabilities[inside].mean()),
+                "positive_rate": float((target[inside] == 1).mean()),
+            }
+        )
+    return bins
+
+
+def expected_calibration_error(bins: list[dict[str, float | int]]) -> float | None:
+    """Mean gap between predicted and observed rate, weighted by rows (Naeini et al. 2015)."""
+    rows = sum(one["rows"] for one in bins)
+    if not rows:
+        return None
+    gaps = (one["rows"] * abs(one["mean_probability"] - one["positive_rate"]) for one in bins)
+    return float(sum(gaps) / rows)
+
+
+def _mean(values: npt.NDArray[Any]) -> float | None:
+    return float(values.mean()) if len(values) else None

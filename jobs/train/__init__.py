@@ -1,0 +1,1 @@
+"""Training: from a training set to a registered model version."""

@@ -1,0 +1,199 @@
+"""From a training set on disk to an encoded matrix, a target, and the rows that are held out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import TrainingSetError, did_you_mean
+from cluster.runtime import InputSpec, ModelSignature, encode
+from cluster.runtime.encoding import Matrix
+from cluster.runtime.signature import Label
+from cluster.storage import exists, read_bytes, read_parquet, resolve, sha256
+from jobs.train.config import LearningConfig, SplitConfig
+from jobs.train.target import Target, encode_target, learn_classes
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSet:
+    """A training set as it lies on disk."""
+
+    table: pa.Table
+    manifest: dict[str, Any]
+    """Empty when none lies beside the file."""
+    hash: str
+    """The manifest's row hash, else the file's SHA-256."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """What a model family learns from."""
+
+    signature: ModelSignature
+    matrix: Matrix
+    """float32 [rows, inputs], NaN where missing."""
+    target: Target
+    fit: Mask
+    """Rows to fit on."""
+    validation: Mask
+    """Rows for early stopping."""
+    held_out: Mask
+    """Rows that fitting never sees."""
+
+
+def read_training_set(path: str) -> TrainingSet:
+    """A training set and its manifest.
+
+    Raises:
+        TrainingSetError: the file is missing, no Parquet, or empty.
+    """
+    uri = resolve(path)
+    if not exists(uri):
+        raise TrainingSetError(
+            f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
+        )
+    try:
+        table = read_parquet(uri)
+    except pa.ArrowException as error:
+        raise TrainingSetError(f"{uri} cannot be read as Parquet: {error}") from error
+    if table.num_rows == 0:
+        raise TrainingSetError(f"Training set {uri} has no rows.")
+    beside = f"{uri.removesuffix('.parquet')}.manifest.json"
+    manifest = json.loads(read_bytes(beside)) if exists(beside) else {}
+    return TrainingSet(table=table, manifest=manifest, hash=manifest.get("row_hash") or sha256(uri))
+
+
+def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
+    """Split, learn the signature from the rows to fit on, and encode.
+
+    Raises:
+        TrainingSetError: a column is missing, or a part of the split has no rows.
+    """
+    held_out = held_out_mask(config.split, source.table, seed=config.seed)
+    rest = np.flatnonzero(~held_out)
+    order = np.random.default_rng(config.seed).permutation(rest)
+    num_validation = max(1, int(len(rest) * config.validation_share))
+    validation, fit = np.zeros(len(held_out), np.bool_), np.zeros(len(held_out), np.bool_)
+    validation[order[:num_validation]] = True
+    fit[order[num_validation:]] = True
+    for name, mask in (("held-out", held_out), ("training", fit)):
+        if not mask.any():
+            raise TrainingSetError(f"The split leaves no {name} rows of {len(held_out)}; change `split`.")
+    signature = learn_signature(config, source, fit=fit, threshold=threshold)
+    labels = label_column(source.table, config.label)
+    return Dataset(
+        signature=signature,
+        matrix=encode(signature, source.table),
+        target=encode_target(signature.task, labels, classes=signature.classes, label=config.label),
+        fit=fit,
+        validation=validation,
+        held_out=held_out,
+    )
+
+
+def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
+    """The rows that are held out.
+
+    Raises:
+        TrainingSetError: the split's column is missing or holds no whole numbers.
+    """
+    if split.column is None:
+        draw = np.random.default_rng(seed).integers(split.modulo, size=table.num_rows)
+        return np.asarray(draw == split.remainder)
+    if split.column not in table.column_names:
+        raise TrainingSetError(
+            f"The training set has no column '{split.column}' to split by."
+            f"{did_you_mean(split.column, table.column_names)} Set `split.column=null` to draw rows by the seed."
+        )
+    column = table[split.column]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise TrainingSetError(f"Column '{split.column}' must hold whole numbers without nulls to split by.")
+    return np.asarray(column.to_numpy() % split.modulo == split.remainder)
+
+
+def learn_signature(
+    config: LearningConfig, source: TrainingSet, *, fit: Mask, threshold: float
+) -> ModelSignature:
+    """Inputs, categories and classes, from the rows to fit on alone.
+
+    Raises:
+        TrainingSetError: an input is missing or cannot be one.
+    """
+    table, manifest = source.table, source.manifest
+    rows = table.filter(pa.array(fit))
+    declared = {column["name"]: bool(column["categorical"]) for column in manifest.get("columns", [])}
+    try:
+        inputs = tuple(
+            _input(rows[name], name, config, declared.get(name)) for name in input_names(config, source)
+        )
+        return ModelSignature(
+            task=config.task,
+            inputs=inputs,
+            label=config.label,
+            classes=learn_classes(config.task, label_column(table, config.label), label=config.label),
+            service=manifest.get("service", ""),
+            service_version=manifest.get("service_version", ""),
+            threshold=threshold,
+        )
+    except ValueError as error:
+        raise TrainingSetError(str(error)) from error
+
+
+def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
+    """The columns to learn from.
+
+    Raises:
+        TrainingSetError: a configured column is missing.
+    """
+    table = source.table
+    for name in [*(config.inputs or []), *config.exclude]:
+        if name not in table.column_names:
+            raise TrainingSetError(
+                f"The training set has no column '{name}'.{did_you_mean(name, table.column_names)}"
+            )
+    names = config.inputs
+    if names is None and source.manifest:
+        names = [column["name"] for column in source.manifest["columns"]]
+    if names is None:
+        apart = {config.label, config.split.column, "event_timestamp"}
+        names = [
+            field.name
+            for field in table.schema
+            if field.name not in apart and not pa.types.is_timestamp(field.type)
+        ]
+    return [name for name in names if name not in config.exclude]
+
+
+def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
+    """The label.
+
+    Raises:
+        TrainingSetError: there is no such column.
+    """
+    if label not in table.column_names:
+        raise TrainingSetError(
+            f"The training set has no label '{label}'.{did_you_mean(label, table.column_names)}"
+        )
+    return table[label]
+
+
+def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared: bool | None) -> InputSpec:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (textual or declared):
+        return InputSpec(name=name, dtype=str(kind))
+    categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(kind).drop_null()).to_pylist()))
+    if len(categories) > config.max_categories:
+        raise TrainingSetError(
+            f"Input '{name}' has {len(categories)} categories, more than {config.max_categories}: exclude it, or raise "
+            "max_categories."
+        )
+    return InputSpec(name=name, dtype="string" if textual else str(kind), categories=categories)

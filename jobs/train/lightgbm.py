@@ -1,0 +1,87 @@
+"""Gradient-boosted trees (Ke et al. 2017), fitted in one Ray task with early stopping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightgbm
+import ray
+
+from cluster.runtime import Task
+from cluster.runtime.signature import LIGHTGBM_FILE
+from jobs.train.data import Dataset
+from jobs.train.families import FitContext
+
+
+@dataclass(kw_only=True, slots=True)
+class Parameters:
+    """Hyper-parameters, as LightGBM names them."""
+
+    learning_rate: float = 0.05
+    num_leaves: int = 31
+    min_data_in_leaf: int = 40
+    feature_fraction: float = 0.8
+    bagging_fraction: float = 0.9
+    lambda_l2: float = 1.0
+    cat_smooth: float = 10.0
+    rounds: int = 600
+    """At most; early stopping usually ends before."""
+    patience: int = 30
+    """Rounds without a better validation loss before stopping."""
+    num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.patience < 1:
+            raise ValueError("model.rounds and model.patience must be at least 1.")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
+
+
+def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
+    """Fit the trees and write them in LightGBM's text format."""
+    remote = _fit.options(num_cpus=parameters.num_threads)
+    text = ray.get(remote.remote(dataset, parameters, context.seed))
+    (context.folder / LIGHTGBM_FILE).write_text(text)
+
+
+@ray.remote
+def _fit(dataset: Dataset, parameters: Parameters, seed: int) -> str:
+    signature = dataset.signature
+    settings = {
+        **_objective(dataset),
+        "learning_rate": parameters.learning_rate,
+        "num_leaves": parameters.num_leaves,
+        "min_data_in_leaf": parameters.min_data_in_leaf,
+        "feature_fraction": parameters.feature_fraction,
+        "bagging_fraction": parameters.bagging_fraction,
+        "bagging_freq": 1,
+        "lambda_l2": parameters.lambda_l2,
+        "cat_smooth": parameters.cat_smooth,
+        "num_threads": parameters.num_threads,
+        "seed": seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "verbosity": -1,
+    }
+    train = lightgbm.Dataset(
+        dataset.matrix[dataset.fit], dataset.target[dataset.fit], categorical_feature=signature.categorical
+    )
+    validation = train.create_valid(dataset.matrix[dataset.validation], dataset.target[dataset.validation])
+    booster = lightgbm.train(
+        settings,
+        train,
+        num_boost_round=parameters.rounds,
+        valid_sets=[validation],
+        callbacks=[lightgbm.early_stopping(parameters.patience, verbose=False)],
+    )
+    return str(booster.model_to_string(num_iteration=booster.best_iteration))
+
+
+def _objective(dataset: Dataset) -> dict[str, str | int]:
+    match dataset.signature.task:
+        case Task.binary:
+            return {"objective": "binary"}
+        case Task.multiclass:
+            return {"objective": "multiclass", "num_class": dataset.signature.num_scores}
+        case Task.regression:
+            return {"objective": "regression"}

@@ -1,0 +1,1 @@
+"""The network family: Ray Train spreads it over workers, DeepSpeed shards it."""

@@ -1,0 +1,60 @@
+"""From weights to what is served: an ONNX graph that takes the encoded matrix, and the same weights as safetensors."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from cluster.errors import Inconsistent
+from cluster.runtime.encoding import Matrix
+from cluster.runtime.onnx_engine import OnnxEngine
+from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT
+from jobs.train.tabular_network.network import NetworkShape, ScoringNetwork, TabularNetwork
+
+WEIGHTS_FILE = "model.safetensors"
+OPSET = 18
+TOLERANCE = 1e-5
+
+
+def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) -> None:
+    """Write `model.onnx` and `model.safetensors`.
+
+    Args:
+        shape: of the network.
+        weights: its consolidated weights.
+        folder: where the files go.
+        sample: encoded rows on which the graph must score as the network does.
+
+    Raises:
+        Inconsistent: the graph scores the sample differently.
+    """
+    network = TabularNetwork(shape)
+    network.load_state_dict(load_file(str(weights)))
+    scoring = ScoringNetwork(network)
+    rows = torch.tensor(sample)
+    with warnings.catch_warnings():
+        # The exporter's own deprecations; its graph is compared with the network below.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            scoring,
+            (rows,),
+            str(folder / ONNX_FILE),
+            input_names=[ONNX_INPUT],
+            output_names=[ONNX_OUTPUT],
+            dynamic_axes={ONNX_INPUT: {0: "rows"}, ONNX_OUTPUT: {0: "rows"}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    with torch.no_grad():
+        expected = scoring(rows).numpy()
+    actual = OnnxEngine((folder / ONNX_FILE).read_bytes()).scores(sample)
+    if not np.allclose(actual, expected, atol=TOLERANCE, rtol=TOLERANCE):
+        raise Inconsistent(
+            f"The exported graph differs from the network by {np.abs(actual - expected).max():.2e}."
+        )
+    shutil.copyfile(weights, folder / WEIGHTS_FILE)

@@ -1,0 +1,133 @@
+"""The driver's side of the network: shape from the data, Ray Train for the fitting, export of what came out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.runtime import Task
+from jobs.train.data import Dataset
+from jobs.train.families import FitContext
+from jobs.train.tabular_network.export import WEIGHTS_FILE, export
+from jobs.train.tabular_network.loop import train_loop
+from jobs.train.tabular_network.network import NetworkShape
+
+
+@dataclass(kw_only=True, slots=True)
+class Parameters:
+    """Hyper-parameters of the network."""
+
+    learning_rate: float = 0.004
+    width: int = 128
+    depth: int = 2
+    embedding_dim: int = 8
+    dropout: float = 0.1
+    weight_decay: float = 0.01
+    epochs: int = 8
+    batch_size: int = 1024
+    """Rows a step over all workers together."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "embedding_dim", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must lie between 0 and 1, got {self.dropout}.")
+
+
+def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
+    """Train over the workers, then write ONNX and safetensors."""
+    shape = network_shape(dataset, parameters)
+    result = trainer(dataset, parameters, shape, context).fit()
+    if result.checkpoint is None:
+        raise RuntimeError("Training ended without a checkpoint.")
+    with result.checkpoint.as_directory() as folder:
+        export(shape, Path(folder) / WEIGHTS_FILE, context.folder, sample=dataset.matrix[:64])
+
+
+def trainer(
+    dataset: Dataset, parameters: Parameters, shape: NetworkShape, context: FitContext, **run: Any
+) -> TorchTrainer:
+    """The Ray Train trainer of one run.
+
+    Args:
+        dataset: what is learned.
+        parameters: of the network and its optimizer.
+        shape: of the network.
+        context: workers, DeepSpeed stage, where checkpoints go.
+        run: further fields of Ray's RunConfig, a sweep's callbacks for one.
+    """
+    scaling = context.scaling
+    target = scaled_target(dataset, shape)
+    data = {
+        "fit": (dataset.matrix[dataset.fit], target[dataset.fit]),
+        "validation": (dataset.matrix[dataset.validation], target[dataset.validation]),
+    }
+    config = {
+        "data": ray.put(data),
+        "shape": asdict(shape),
+        "parameters": asdict(parameters),
+        "deepspeed": asdict(context.deepspeed),
+        "seed": context.seed,
+        "device": "cuda" if scaling.gpus_per_worker else "cpu",
+    }
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=context.run_name,
+            storage_path=context.runs,
+            failure_config=FailureConfig(max_failures=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            **run,
+        ),
+    )
+
+
+def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
+    """The network's shape, with means and scales of the rows to fit on."""
+    signature = dataset.signature
+    categorical = signature.categorical
+    numeric = [i for i in range(len(signature.inputs)) if i not in categorical]
+    numbers = dataset.matrix[dataset.fit][:, numeric]
+    means = np.nan_to_num(np.nanmean(numbers, axis=0)) if numeric else np.zeros(0)
+    spreads = np.nan_to_num(np.nanstd(numbers, axis=0)) if numeric else np.zeros(0)
+    target = dataset.target[dataset.fit]
+    regression = signature.task is Task.regression
+    return NetworkShape(
+        task=signature.task.value,
+        num_outputs=signature.num_scores,
+        categorical=categorical,
+        cardinalities=[len(signature.inputs[i].categories or ()) for i in categorical],
+        numeric=numeric,
+        means=[float(value) for value in means],
+        scales=[float(value) or 1.0 for value in spreads],
+        target_mean=float(target.mean()) if regression else 0.0,
+        target_scale=(float(target.std()) or 1.0) if regression else 1.0,
+        width=parameters.width,
+        depth=parameters.depth,
+        embedding_dim=parameters.embedding_dim,
+        dropout=parameters.dropout,
+    )
+
+
+def scaled_target(dataset: Dataset, shape: NetworkShape) -> Any:
+    """The target as the loss takes it, float32 [rows]."""
+    return ((dataset.target - shape.target_mean) / shape.target_scale).astype(np.float32)
