@@ -72,9 +72,8 @@ def main(config: TrainingSetConfig) -> None:
     )
     seq = ledger.append(event, actor=current_actor()).seq
     write_bytes(manifest_path(output), json.dumps(manifest | {"seq": seq}, indent=1).encode())
-    print(
-        f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {manifest['row_hash'][:16]}"
-    )
+    short = manifest["row_hash"][:16]
+    print(f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {short}")
 
 
 def manifest_path(output: str) -> str:

@@ -1,8 +1,8 @@
 """The online store: one packed value per entity and view, read in this process.
 
 LMDB maps the store into memory, so a read is a look-up and an unpack, and readers see either all of a materialisation
-or nothing of it. Times travel with the values: time-to-live is applied at the reader's own `as_of`, and a value from after
-it is never given.
+or nothing of it. Times travel with the values: time-to-live is applied at the reader's own `as_of`, and a value from
+after it is never given.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How good a model version is on rows it has not seen: metrics, calibration and slices."""
+"""Evaluation of a registered version: quality, calibration, and the same for each group of people."""

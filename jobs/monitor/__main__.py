@@ -5,8 +5,10 @@ NannyML runs in a Ray task, so that the job shows on the dashboard and takes its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
 import polars as pl
@@ -18,14 +20,14 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
 from cluster.records import read_outcomes, read_predictions
 from cluster.registry import ModelVersion, Registry
-from cluster.runtime.loader import load_model
-from cluster.runtime.signature import Task
+from cluster.runtime import Task, load_model
 from cluster.security.identity import current_actor
 from cluster.session import attach
 from cluster.storage import exists, layout, local, read_parquet, resolve, sha256, write_bytes
-from jobs.monitor.config import MonitorConfig
-from jobs.monitor.frames import build, held_out
-from jobs.monitor.measures import METRICS, drift, estimated, realised
+from jobs.monitor.chunks import CHUNK, cut
+from jobs.monitor.config import MonitorConfig, SplitConfig
+from jobs.monitor.frames import build
+from jobs.monitor.measures import METRICS, SHORT, Measures, drift, estimated, realised
 from jobs.monitor.plots import performance_plot
 
 
@@ -39,28 +41,31 @@ def main(config: MonitorConfig) -> None:
     ledger = open_ledger(config)
     places = layout(config.storage)
     registry = Registry(ledger, places)
-    served = logged(config)
-    reference = held_out(pl.DataFrame(pl.from_arrow(read_parquet(reference_uri))), config.split)
-    folder = f"{places.monitor(config.model)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    reference = held_out(pl.DataFrame(pl.from_arrow(read_parquet(reference_uri))), config)
+    run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
-    for (variant, number), rows in served.group_by("variant", "version", maintain_order=True):
+    for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):
         version = registry.get(config.model, int(str(number)))
         figures = measure(config, version, reference, rows)
-        results[str(variant)] = figures | {"version": version.version}
+        results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
-        uri = f"{folder}/{variant}.json"
-        write_bytes(uri, json.dumps(figures, indent=1).encode())
+        folder = f"{places.monitor(config.model)}/{run}"
+        write_bytes(f"{folder}/{variant}.json", json.dumps(figures, indent=1).encode())
         if figures["periods"]:
             plot = performance_plot(str(variant), figures["periods"], metric=figures["metric"])
             write_bytes(f"{folder}/{variant}.svg", plot.encode())
+        identities = "".join(sorted(rows["prediction_id"].to_list()))
         event = ModelMonitored(
             model=config.model,
             variant=str(variant),
             version=version.version,
             periods=figures["periods"],
-            drift={name: alerts for name, alerts in drifted(figures).items() if alerts},
-            inputs={"reference": sha256(reference_uri), "predictions": str(rows.height)},
-            results=f"{variant}.json",
+            drift=drifted(figures),
+            inputs={
+                "reference": sha256(reference_uri),
+                "predictions": hashlib.sha256(identities.encode()).hexdigest(),
+            },
+            results=f"{run}/{variant}.json",
         )
         ledger.append(event, actor=current_actor())
     if config.output is not None:
@@ -81,79 +86,101 @@ def logged(config: MonitorConfig) -> pl.DataFrame:
     outcomes = read_outcomes(local(places.outcomes(config.model)))
     if outcomes.is_empty():
         return predictions.with_columns(outcome=pl.lit(None))
-    return predictions.join(
-        outcomes.select("prediction_id", "row", "outcome"), on=["prediction_id", "row"], how="left"
-    )
+    known = outcomes.select("prediction_id", "row", "outcome")
+    return predictions.join(known, on=["prediction_id", "row"], how="left")
+
+
+def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
+    """The reference's rows that the model was not fitted on, in order of time.
+
+    Raises:
+        TrainingSetError: a column is missing, or no row is left.
+    """
+    split = config.split or SplitConfig(column=None)
+    for name in (config.timestamp, split.column):
+        if name is not None and name not in reference.columns:
+            raise TrainingSetError(
+                f"The reference has no column '{name}'; set `timestamp` and `split.column` to fit."
+            )
+    if split.column is not None:
+        reference = reference.filter(pl.col(split.column) % split.modulo == split.remainder)
+    if reference.is_empty():
+        raise TrainingSetError(f"No reference row has {split.column} % {split.modulo} == {split.remainder}.")
+    return reference.sort(config.timestamp)
 
 
 def measure(
     config: MonitorConfig, version: ModelVersion, reference: pl.DataFrame, rows: pl.DataFrame
 ) -> dict[str, Any]:
-    """All figures of one variant, `periods` by year; too few rows give none and say so."""
-    metric = METRICS[Task(version.task)]
-    head = {"metric": metric, "rows": rows.height, "outcomes": int(rows["outcome"].is_not_null().sum())}
-    if rows.height < config.min_rows:
-        return head | {
-            "status": f"too few rows: {rows.height} of {config.min_rows}",
-            "periods": {},
-            "drift": {},
-        }
-    values = ray.get(_measure.remote(version.uri, version.manifest_hash, reference, rows, config))
+    """All figures of one variant by chunk; too few rows give none and say so."""
+    head = {
+        "version": version.version,
+        "metric": SHORT[METRICS[Task(version.task)]],
+        "rows": rows.height,
+        "outcomes": int(rows["outcome"].is_not_null().sum()),
+    }
+    served = cut(rows, config.period, min_rows=config.min_rows)
+    if served.is_empty():
+        status = f"no chunk has {config.min_rows} rows: no statement"
+        return head | {"status": status, "periods": {}, "drift": {}}
+    values = ray.get(
+        _measure.remote(version.uri, version.manifest_hash, reference, served, config.label, config.min_rows)
+    )
     return head | {"status": "measured"} | values
 
 
 @ray.remote
 def _measure(
-    uri: str, manifest_hash: str, reference: pl.DataFrame, rows: pl.DataFrame, config: MonitorConfig
+    uri: str, manifest_hash: str, reference: pl.DataFrame, served: pl.DataFrame, label: str, min_outcomes: int
 ) -> dict[str, Any]:
-    model = load_model(uri, manifest_hash)
-    frames = build(
-        model=model,
-        reference=reference,
-        served=rows,
-        label=config.label,
-        timestamp=config.timestamp,
-        period=config.period,
-    )
-    estimates, realisations = estimated(frames), realised(frames)
-    name = "auc" if METRICS[frames.task] == "roc_auc" else METRICS[frames.task]
+    frames = build(model=load_model(uri, manifest_hash), reference=reference, served=served, label=label)
+    estimates, realisations = estimated(frames), realised(frames, min_outcomes=min_outcomes)
+    name = SHORT[METRICS[frames.task]]
     periods = {}
-    for key, estimate in estimates.items():
-        real = realisations.get(key)
-        periods[period_name(key, config.period)] = {
-            f"estimated_{name}": estimate["value"],
-            f"realised_{name}": real["value"] if real else None,
-            "rows": estimate["rows"],
-            "outcomes": real["rows"] if real else 0,
-            "estimate": estimate,
-            "realisation": real,
+    for chunk in frames.chunks:
+        of_chunk = served.filter(pl.col(CHUNK) == chunk)
+        periods[chunk] = {
+            f"estimated_{name}": _value(estimates, chunk),
+            f"realised_{name}": _value(realisations, chunk),
+            "rows": of_chunk.height,
+            "outcomes": int(of_chunk["outcome"].is_not_null().sum()),
+            "estimate": asdict(estimates[chunk]) if chunk in estimates else None,
+            "realisation": asdict(realisations[chunk]) if chunk in realisations else None,
         }
-    return {"periods": periods, "drift": drift(frames)}
+    distances = {
+        column: {chunk: asdict(one) for chunk, one in by_chunk.items()}
+        for column, by_chunk in drift(frames).items()
+    }
+    return {"periods": periods, "drift": distances}
 
 
-def period_name(key: str, period: str) -> str:
-    """A monthly chunk that stands for its year, as yearly surveys give, is called by the year."""
-    return key[:4] if period == "M" else key
+def _value(measures: Measures, chunk: str) -> float | None:
+    return measures[chunk].value if chunk in measures else None
 
 
 def drifted(figures: dict[str, Any]) -> dict[str, list[str]]:
-    """Feature to the chunks in which it left its threshold."""
-    return {
-        name: [key for key, one in chunks.items() if one["alert"]]
-        for name, chunks in figures["drift"].items()
+    """Column to the chunks in which it left its threshold."""
+    found = {
+        name: [chunk for chunk, one in by_chunk.items() if one["alert"]]
+        for name, by_chunk in figures["drift"].items()
     }
+    return {name: chunks for name, chunks in found.items() if chunks}
 
 
 def describe(variant: str, figures: dict[str, Any]) -> str:
     """One line for people."""
     if not figures["periods"]:
         return f"{variant}: {figures['status']}"
-    parts = []
-    for year, one in figures["periods"].items():
-        values = [value for key, value in one.items() if key.startswith(("estimated_", "realised_"))]
-        shown = " / ".join("no outcomes" if value is None else f"{value:.3f}" for value in values)
-        parts.append(f"{year} {shown}")
-    return f"{variant}: {figures['metric']} estimated / realised: {', '.join(parts)}"
+    metric = figures["metric"]
+    shown = [
+        f"{chunk} {_shown(one[f'estimated_{metric}'])} / {_shown(one[f'realised_{metric}'])}"
+        for chunk, one in figures["periods"].items()
+    ]
+    return f"{variant}: {metric} estimated / realised: {', '.join(shown)}"
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from cluster.settings import PlatformConfig
+
+
+class Period(enum.Enum):
+    """Calendar length of a chunk, in UTC."""
+
+    year = "year"
+    month = "month"
+    day = "day"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,16 +30,17 @@ class SplitConfig:
 class MonitorConfig(PlatformConfig):
     """What is compared with what."""
 
-    model: str = "???"
-    reference: str = "???"
+    model: str
+    reference: str
     """Training set (Parquet); its held-out rows, scored anew, are the reference."""
-    label: str = "???"
+    label: str
+    """Column of the reference with the true values."""
     timestamp: str = "event_timestamp"
     """Column of the reference that says when a row was true."""
-    period: str = "M"
-    """Length of a chunk, as a pandas offset; thresholds come from the reference's own chunks."""
+    period: Period = Period.year
+    """Length of a chunk of served rows, by their `as_of`."""
     split: SplitConfig | None = None
     min_rows: int = 300
-    """Fewer rows of a variant are reported as too few and not estimated."""
+    """Nothing is said about a chunk with fewer rows, nor about realised performance with fewer outcomes."""
     output: str | None = None
     """JSON file."""

@@ -115,7 +115,9 @@ def _inputs(signature: ModelSignature, rows: pl.DataFrame) -> pd.DataFrame:
     for name in signature.columns:
         if _is_categorical(signature, name):
             values = rows[name].to_list()
-            columns[name] = np.array([MISSING if value is None else str(value) for value in values], dtype=object)
+            columns[name] = np.array(
+                [MISSING if value is None else str(value) for value in values], dtype=object
+            )
         else:
             columns[name] = rows[name].cast(pl.Float64).to_numpy()
     return pd.DataFrame(columns)
@@ -130,7 +132,7 @@ def _coder(signature: ModelSignature) -> Callable[[Any], Any]:
     # A class travels through JSON: 1, 1.0 and True are one key of a dict, and "1" is added to them.
     match signature.task, signature.classes:
         case Task.binary, (negative, positive):
-            codes = {str(negative): 0, str(positive): 1, negative: 0, positive: 1}
+            codes: dict[Any, Any] = {str(negative): 0, str(positive): 1, negative: 0, positive: 1}
         case Task.multiclass, tuple() as classes:
             codes = {key: str(name) for name in classes for key in (str(name), name)}
         case _:

@@ -1,7 +1,7 @@
 """NannyML's estimators over two plain frames: the reference, and what was served.
 
-CBPE estimates performance from calibrated probabilities, and so cannot see concept drift; realised performance can, once
-outcomes are in. Both are reported side by side and neither replaces the other. DLE estimates a regression's error.
+CBPE estimates performance from calibrated probabilities, and so cannot see concept drift; realised performance can,
+once outcomes are in. Both are reported side by side and neither replaces the other. DLE estimates a regression's error.
 Drift is the Jensen-Shannon distance alone: tests with p-values call any difference significant when chunks are large.
 A threshold is three standard deviations around the mean of the reference's chunks, an interval three sampling errors to
 either side; both are NannyML's.
@@ -169,7 +169,8 @@ def _measure(row: Any) -> Measure | None:
 
 
 def _chunk(day: str, chunks: list[str]) -> str:
-    return chunks[(pd.Timestamp(day) - pd.Timestamp("2000-01-01")).days]
+    position = (pd.Timestamp(day) - pd.Timestamp("2000-01-01")).days
+    return chunks[int(position)]
 
 
 def _number(value: Any) -> float | None:

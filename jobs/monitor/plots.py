@@ -18,20 +18,20 @@ def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric
         for value in (one["value"], one["lower"], one["upper"])
         if value is not None
     ]
-    values += [one["value"] for one in realisations if one and one["value"] is not None]
+    values += [one["value"] for one in realisations if one]
     low, high = min(values), max(values)
     pad = (high - low) * 0.15 or 0.01
     scale = _Scale(low - pad, high + pad, len(keys))
     parts = [_axes(scale, keys, metric)]
     for position, (estimate, real) in enumerate(zip(estimates, realisations, strict=True)):
         x = scale.x(position)
-        if estimate["lower"] is not None and estimate["upper"] is not None:
+        if estimate and estimate["lower"] is not None and estimate["upper"] is not None:
             parts.append(_line(x, scale.y(estimate["lower"]), x, scale.y(estimate["upper"]), "band"))
-        if estimate["value"] is not None:
+        if estimate:
             parts.append(
                 f'<circle class="estimated" cx="{x:.1f}" cy="{scale.y(estimate["value"]):.1f}" r="5"/>'
             )
-        if real and real["value"] is not None:
+        if real:
             y = scale.y(real["value"])
             parts.append(f'<rect class="realised" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
     label = f"{variant}: {metric}, estimated (circle) and realised (square) per period"

@@ -9,9 +9,10 @@ from cluster.entrypoint import job
 from cluster.session import read_record
 from cluster.storage import layout, local
 from jobs.pipeline.config import PipelineConfig
+from jobs.pipeline.report import write_report
 from jobs.pipeline.runner import Runner, StageFailed
 from jobs.pipeline.stages import Stage, plan
-from jobs.pipeline.summary import summarise, write_report
+from jobs.pipeline.summary import summarise
 from jobs.pipeline.table import print_summary
 
 
@@ -32,8 +33,8 @@ def main(config: PipelineConfig) -> None:
             f"{error}\nThe cluster is left up; `make demo` resumes here, `make down` ends it."
         ) from None
     summary = summarise(config, runner, demo)
-    write_report(config, runner, demo, summary)
     record = read_record(config.storage)
+    write_report(config, runner, summary, record, demo=demo)
     print_summary(summary, record, seconds=time.perf_counter() - started, demo=demo)
 
 

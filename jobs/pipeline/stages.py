@@ -105,8 +105,10 @@ def _training(demo: Path, config: PipelineConfig) -> list[Stage]:
             commands=lambda results: [
                 (
                     "jobs.evaluate",
-                    *data,
+                    f"name={config.model}",
+                    f"training_set={demo}/train.parquet",
                     f"version={results[candidate]['version']}",
+                    "slices=[person__SEX,person__RAC1P]",
                     f"output={demo}/evaluate_{candidate}.json",
                 )
                 for candidate in ("lightgbm", "network")

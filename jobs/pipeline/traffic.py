@@ -18,7 +18,8 @@ import xxhash
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
-from cluster.security.identity import Role, mint_token
+from cluster.security.identity import mint_token
+from cluster.security.policy import Role
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout, read_parquet, resolve, write_parquet
@@ -62,7 +63,9 @@ class Answer:
 
 def choose(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[int]:
     """People in an order that does not depend on the file's: by a hash of their key."""
-    return sorted(people[key], key=lambda value: xxhash.xxh32_intdigest(str(value)))[offset : offset + count]
+    return sorted(people[key], key=lambda value: xxhash.xxh32_intdigest(str(value).encode()))[
+        offset : offset + count
+    ]
 
 
 @job("traffic", TrafficConfig)

@@ -68,14 +68,14 @@ class Predictor:
         ledger.close()
         tags = {"model": name, "version": str(version)}
         self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
-        self._answered.set_default_tags(tags)
+        self._answered.set_default_tags(dict(tags))
         self._seconds = metrics.Histogram(
             "falaj_prediction_seconds",
             "time in the replica",
             boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
             tag_keys=_TAGS,
         )
-        self._seconds.set_default_tags(tags)
+        self._seconds.set_default_tags(dict(tags))
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""

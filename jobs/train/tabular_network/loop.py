@@ -116,9 +116,9 @@ def _report(engine: Any, shape: NetworkShape, validation: tuple[Any, Any], epoch
 
 def consolidated(engine: Any) -> dict[str, torch.Tensor]:
     """The whole network's weights on the CPU, for every ZeRO stage; all ranks must call it."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    with GatheredParameters(list(engine.module.parameters()), modifier_rank=None):
+    with zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=None):
         return {
             name: value.detach().cpu().clone().contiguous()
             for name, value in engine.module.state_dict().items()

@@ -1,0 +1,58 @@
+"""A table's content as one SHA-256 that does not depend on the library that holds it.
+
+Hashed are the columns' names and logical types and, in order, each column's validity and values. Chunks, dictionaries,
+offsets' width and what lies under a null do not count; nor does which NaN a NaN is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def row_hash(table: pa.Table) -> str:
+    """The SHA-256, in hex, over names, types, validity and values."""
+    columns = [_plain(table[name]) for name in table.column_names]
+    types = [str(column.type) for column in columns]
+    header = [table.num_rows, *zip(table.column_names, types, strict=True)]
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for column in columns:
+        valid = column.is_valid().to_numpy()
+        digest.update(np.packbits(valid).tobytes())
+        for part in _values(column):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without dictionaries, and with one type for text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    return column
+
+
+def _values(column: pa.ChunkedArray) -> list[bytes]:
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        return [np.packbits(pc.fill_null(column, False).to_numpy()).tobytes()]
+    if pa.types.is_floating(kind):
+        numbers = pc.fill_null(column, 0.0).to_numpy()
+        return [np.where(np.isnan(numbers), np.array(np.nan, numbers.dtype), numbers).tobytes()]
+    if pa.types.is_integer(kind):
+        return [pc.fill_null(column, 0).to_numpy().tobytes()]
+    if pa.types.is_timestamp(kind) or pa.types.is_date64(kind):
+        return [pc.fill_null(column.cast(pa.int64()), 0).to_numpy().tobytes()]
+    if not pa.types.is_string(kind):
+        column = pa.chunked_array(
+            [[None if one is None else str(one) for one in column.to_pylist()]], pa.string()
+        )
+    text = pc.fill_null(column, "")
+    lengths = pc.binary_length(text).to_numpy().astype("<i8").tobytes()
+    return [lengths, "".join(text.to_pylist()).encode()]

@@ -1,0 +1,140 @@
+"""One real cluster for all integration tests, on free ports, in a project of its own outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster import processes
+from cluster.security.identity import mint_token
+from cluster.security.policy import Role
+from cluster.session import ClusterRecord, find_record
+from cluster.settings import PortsConfig, StorageConfig
+from cluster.storage import Layout
+
+NUM_REPLICA_PORTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A folder with a `.falaj` of its own, and the ways to run the platform's commands in it."""
+
+    root: Path
+    ports: dict[str, int]
+    env: dict[str, str]
+
+    @property
+    def storage_root(self) -> Path:
+        return self.root / ".falaj"
+
+    @property
+    def record(self) -> ClusterRecord:
+        record = find_record(StorageConfig(root=str(self.storage_root)))
+        assert record is not None, f"no cluster is recorded below {self.root}"
+        return record
+
+    @property
+    def edge_url(self) -> str:
+        return self.record.edge_url
+
+    def run(
+        self, module: str, *args: str, cwd: Path | None = None, check: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python -m module args`; with `check`, a failure shows what the command printed."""
+        return self.run_python("-m", module, *args, cwd=cwd, check=check, **env)
+
+    def run_python(
+        self, *args: str, cwd: Path | None = None, check: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the interpreter."""
+        result = subprocess.run(
+            [sys.executable, *args],
+            cwd=cwd or self.root,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        if check and result.returncode:
+            pytest.fail(
+                f"{args} exited {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+            )
+        return result
+
+    def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
+        overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
+        return self.run("cluster.up", *overrides, *args, check=check, **env)
+
+    def stranger(self) -> Project:
+        """The same project from a shell that was told nothing."""
+        env = {name: value for name, value in self.env.items() if not name.startswith(("RAY_", "FALAJ_"))}
+        return Project(root=self.root, ports=self.ports, env=env)
+
+    def token(
+        self, role: str = "service", *, subject: str = "tester", purpose: str = "testing", ttl_s: int = 900
+    ) -> str:
+        """A token of this project's dev issuer."""
+        places = Layout(str(self.storage_root))
+        return mint_token(places, subject=subject, role=Role(role), purpose=purpose, ttl_s=ttl_s)
+
+
+def new_project(root: Path) -> Project:
+    """A project on free ports, in a shell that knows of no cluster."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "FALAJ_", "PYTHONPATH"))
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    return Project(root=root, ports=free_ports(), env=clean)
+
+
+def free_ports() -> dict[str, int]:
+    """A port for each of the cluster's, below the range from which the kernel takes ports for clients."""
+    names = list(PortsConfig.__dataclass_fields__)
+    for base in random.sample(range(12_000, 28_000, NUM_REPLICA_PORTS + 100), 14):
+        ports = {name: base + i for i, name in enumerate(names)} | {"replicas": base + 100}
+        if all(processes.port_is_free(port, "0.0.0.0") for port in ports.values()):
+            return ports
+    raise AssertionError("no free block of ports")
+
+
+def exports(output: str) -> dict[str, str]:
+    """The variables of `export NAME=value` lines, read as a shell reads them."""
+    words = [shlex.split(line) for line in output.splitlines()]
+    assert all(word == "export" and len(rest) == 1 for word, *rest in words), output
+    return dict(rest[0].split("=", 1) for _, *rest in words)
+
+
+@pytest.fixture(scope="session")
+def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A running cluster; `.env` is what `cluster.status --env` tells a shell."""
+    project = new_project(tmp_path_factory.mktemp("project"))
+    project.up()
+    record = project.record
+    try:
+        project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
+        yield project
+    finally:
+        project.run("cluster.down")
+        left = processes.find(record.cluster_id)
+        processes.end(record.cluster_id)
+    assert left == []
+
+
+@pytest.fixture
+def empty_project(tmp_path: Path) -> Iterator[Project]:
+    """A project without a cluster; one that a test starts is ended."""
+    project = new_project(tmp_path / "project")
+    yield project
+    project.run("cluster.down")

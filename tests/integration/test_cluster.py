@@ -1,0 +1,236 @@
+"""The cluster's life: up, status, down, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from cluster import processes
+from cluster.ledger import open_ledger
+from cluster.ledger.events import ClusterStarted, ClusterStopped, LedgerEvent
+from cluster.session import is_up
+from cluster.settings import PlatformConfig, StorageConfig
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+TOKEN = ("token", "--sub", "alice", "--role", "service", "--purpose", "testing")
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refused command."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def status_of(url: str, *, token: str | None = None, ca: Path | None = None) -> int:
+    """The HTTP status of a GET."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    context = ssl.create_default_context(cafile=str(ca)) if ca else None
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def events(project: Project, kind: type[LedgerEvent]) -> list[LedgerEvent]:
+    """A project's events of one type."""
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    return [entry.event() for entry in ledger.entries(kind)]
+
+
+def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: Project) -> None:
+    """The edge speaks TLS under our CA; Ray's dashboard wants its token."""
+    record = falaj_cluster.record
+    ca = falaj_cluster.storage_root / "tls" / "ca.pem"
+    assert status_of(f"{record.edge_url}/v2/health/live", ca=ca) == 200
+    assert status_of(f"{record.edge_url}/v2/models/none", ca=ca) == 401
+    assert status_of(f"{record.dashboard_url}/api/cluster_status") == 401
+    ray_token = Path(record.token_path).read_text().strip()
+    assert status_of(f"{record.dashboard_url}/api/cluster_status", token=ray_token) == 200
+    assert status_of(record.metrics_url) == 200
+    assert status_of(record.ray_metrics_url) == 200
+
+
+def test_the_edge_refuses_an_older_tls(falaj_cluster: Project) -> None:
+    """TLS 1.3 is the least."""
+    context = ssl.create_default_context(cafile=str(falaj_cluster.storage_root / "tls" / "ca.pem"))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with (
+        socket.create_connection(("127.0.0.1", falaj_cluster.ports["edge"]), timeout=10) as plain,
+        pytest.raises(ssl.SSLError),
+    ):
+        context.wrap_socket(plain, server_hostname="localhost")
+
+
+def test_secrets_are_for_their_owner_only(falaj_cluster: Project) -> None:
+    """Private keys and Ray's token have mode 0600."""
+    root = falaj_cluster.storage_root
+    secret = [root / "keys" / name for name in ("ray_token", "issuer.pem", "ledger.pem")]
+    for path in [*secret, root / "tls" / "edge.pem", root / "tls" / "ca.key"]:
+        assert path.stat().st_mode & 0o777 == 0o600, path
+
+
+def test_the_node_has_the_configured_size_and_region(falaj_cluster: Project) -> None:
+    """Logical resources and the region label come from the configuration."""
+    program = (
+        "from cluster.session import attach; from cluster.settings import PlatformConfig; import json, ray;"
+        "attach(PlatformConfig()); [node] = ray.nodes();"
+        "print(json.dumps({'cpus': ray.cluster_resources()['CPU'], 'labels': node['Labels']}))"
+    )
+    result = falaj_cluster.run_python("-c", program, check=True)
+    node = json.loads(result.stdout.splitlines()[-1])
+    [started] = events(falaj_cluster, ClusterStarted)
+    assert isinstance(started, ClusterStarted)
+    assert node["cpus"] == started.num_cpus == 8
+    assert node["labels"]["ray.io/availability-region"] == started.region == "local"
+
+
+def test_a_shell_in_another_folder_attaches_with_what_status_prints(
+    falaj_cluster: Project, tmp_path: Path
+) -> None:
+    """`status --env` is all that a shell needs, wherever it stands."""
+    program = (
+        "from cluster.session import attach; from cluster.settings import PlatformConfig;"
+        "print(attach(PlatformConfig()).cluster_id)"
+    )
+    result = falaj_cluster.run_python("-c", program, cwd=tmp_path, check=True)
+    assert result.stdout.split()[-1] == falaj_cluster.record.cluster_id
+    assert not (tmp_path / ".falaj").exists()
+
+
+def test_a_shell_below_the_project_needs_no_variables(falaj_cluster: Project) -> None:
+    """The record is found in the folders above."""
+    below = falaj_cluster.root / "notebooks" / "one"
+    below.mkdir(parents=True)
+    result = falaj_cluster.stranger().run("cluster.status", "--json", cwd=below, check=True)
+    assert json.loads(result.stdout)["cluster_id"] == falaj_cluster.record.cluster_id
+
+
+def test_status_names_what_listens_and_who_guards_it(falaj_cluster: Project) -> None:
+    """Every port of the cluster is shown; what is not on loopback is guarded by the token."""
+    text = falaj_cluster.run("cluster.status", check=True).stdout
+    for name in ("gcs", "dashboard", "edge", "edge_metrics", "ray_metrics"):
+        assert f":{falaj_cluster.ports[name]} " in text
+    listening = text.partition("listening")[2].strip().splitlines()
+    open_to_all = [line for line in listening if not line.strip().startswith(("127.", "::1", "::ffff:127."))]
+    assert all("token" in line for line in open_to_all), open_to_all
+
+
+def test_dashboard_serve_and_edge_listen_on_loopback_only(falaj_cluster: Project) -> None:
+    """A stranger on the network reaches none of them."""
+    ports = {falaj_cluster.ports[name] for name in ("dashboard", "serve_http", "edge", "edge_metrics")}
+    addresses = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+def test_a_second_up_is_refused_and_harms_nothing(falaj_cluster: Project) -> None:
+    """The refusal names the cluster that is up."""
+    before = falaj_cluster.record
+    message = refusal(falaj_cluster.up(check=False))
+    assert before.edge_url in message
+    assert "cluster.down" in message
+    assert falaj_cluster.record == before
+    assert is_up(before)
+
+
+def test_a_busy_port_is_named_with_its_owner(empty_project: Project) -> None:
+    """Nothing is started or left behind."""
+    with socket.create_server(("127.0.0.1", empty_project.ports["edge"])):
+        message = refusal(empty_project.up(check=False))
+    assert str(empty_project.ports["edge"]) in message
+    assert "python" in message
+    assert "cluster.ports.edge=" in message
+    assert not (empty_project.storage_root / "cluster.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("CXX", "/nowhere/c++", "Install g++"),
+        ("RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "1", "Unset it"),
+        ("RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "1", "Unset it"),
+        ("RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE", "1", "Unset it"),
+    ],
+)
+def test_an_unfit_machine_is_refused(empty_project: Project, name: str, value: str, part: str) -> None:
+    """No compiler, or a variable that lets a Parquet file run code."""
+    message = refusal(empty_project.up(check=False, **{name: value}))
+    assert part in message
+    assert not (empty_project.storage_root / "cluster.json").exists()
+
+
+def test_without_a_cluster_jobs_and_status_are_refused_and_down_has_nothing_to_do(
+    empty_project: Project,
+) -> None:
+    """They say how to start one; ending nothing is no error."""
+    assert "cluster.up" in refusal(empty_project.run("cluster.status", "--env"))
+    assert "cluster.up" in refusal(empty_project.run("feature_jobs.apply"))
+    assert "cluster.up" in refusal(empty_project.run("cluster.security.identity", *TOKEN))
+    assert empty_project.run("cluster.down", check=True).stdout.strip() == "no cluster is up"
+
+
+def test_an_unknown_setting_is_refused(empty_project: Project) -> None:
+    """A typo in an override starts nothing."""
+    assert "num_cpu" in refusal(empty_project.up("cluster.num_cpu=2", check=False))
+    assert "num_cpus" in refusal(empty_project.up("cluster.num_cpus=many", check=False))
+
+
+def test_a_failed_start_leaves_nothing_and_shows_the_log(empty_project: Project) -> None:
+    """An edge that cannot start takes Ray down with it; once mended, the same command works."""
+    certificate = empty_project.storage_root / "tls" / "edge.pem"
+    certificate.parent.mkdir(parents=True)
+    certificate.write_text("no certificate")
+    result = empty_project.up(check=False)
+    assert result.returncode == 1
+    assert "The edge did not start" in result.stderr
+    assert "edge.pem" in result.stderr
+    assert all(processes.port_is_free(port) for port in empty_project.ports.values())
+    assert not (empty_project.storage_root / "cluster.json").exists()
+    assert events(empty_project, ClusterStarted) == []
+
+
+def test_up_kill_down_up(falaj_cluster: Project, empty_project: Project) -> None:
+    """A cluster whose head was killed is refused by jobs, ended by down and started anew; another one lives on."""
+    empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
+    first = empty_project.record
+    [head] = [process for process in processes.find(first.cluster_id) if process.name() == "gcs_server"]
+    head.kill()
+    head.wait(10)
+    message = refusal(empty_project.run("feature_jobs.apply"))
+    assert "does not answer" in message
+    assert "cluster.down" in message
+    assert first.cluster_id in empty_project.run("cluster.down", check=True).stdout
+    assert processes.find(first.cluster_id) == []
+    assert not Path(first.temp_dir).exists()
+    empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
+    second = empty_project.record
+    empty_project.run("cluster.down", check=True)
+    assert processes.find(second.cluster_id) == []
+    assert [event.cluster_id for event in events(empty_project, ClusterStarted)] == [
+        first.cluster_id,
+        second.cluster_id,
+    ]
+    assert [event.cluster_id for event in events(empty_project, ClusterStopped)] == [
+        first.cluster_id,
+        second.cluster_id,
+    ]
+    assert is_up(falaj_cluster.record)
+    assert status_of(falaj_cluster.record.metrics_url) == 200

@@ -1,0 +1,148 @@
+"""The shipped example: real people, synthetic dates, and no publication that knows the future."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from feature_jobs.census import cohort, employment, person
+from feature_jobs.census.cohorts import MIN_OUTCOMES, TRAILING, month_ends, publications, rates
+from feature_jobs.census.source import (
+    FIRST_FAULT_ID,
+    NUM_FAULTS,
+    deliver,
+    entities,
+    outcomes,
+    records,
+)
+from feature_jobs.census.transforms import age_band, schooling, with_bands
+from feature_jobs.store.validation import REASON, prepare
+
+NOW = datetime(2020, 1, 1, tzinfo=UTC)
+ROWS_BY_YEAR = {2015: 68_785, 2016: 69_126, 2017: 69_635, 2018: 70_131}
+
+
+@pytest.fixture(scope="module")
+def census() -> pl.DataFrame:
+    return records()
+
+
+@pytest.fixture(scope="module")
+def known(census: pl.DataFrame) -> pl.DataFrame:
+    return outcomes(census)
+
+
+def test_every_real_record_is_there_once(census: pl.DataFrame) -> None:
+    """Years as the packaged tables have them, each person with an outcome, surveyed in the year."""
+    assert ROWS_BY_YEAR == dict(census.group_by("year").len().sort("year").iter_rows())
+    assert census["person_id"].is_unique().all()
+    assert {0, 1} == set(census["employed"].unique())
+    assert (census["surveyed_at"].dt.year() == census["year"]).all()
+
+
+def test_dates_depend_on_the_id_alone(census: pl.DataFrame) -> None:
+    """The same person is surveyed on the same day, however the table is ordered, and days spread over the year."""
+    assert records().equals(census)
+    per_month = census.filter(pl.col("year") == 2015)["surveyed_at"].dt.month().value_counts()
+    assert per_month.filter(pl.col("surveyed_at") < 12)["count"].min() > 5000  # type: ignore[operator]
+
+
+def test_no_publication_holds_an_outcome_not_known_then(known: pl.DataFrame) -> None:
+    """Counted again from the outcomes: those known at publication, of the year up to the month's end."""
+    banded = known.with_columns(
+        age_band=pl.Series(age_band(known.to_arrow()["AGEP"])), schooling=pl.Series(schooling(known.to_arrow()["SCHL"]))
+    )
+    published = publications(known, year=2016)
+    assert published.height > 500
+    for row in published.sample(40, seed=1).iter_rows(named=True):
+        then = banded.filter(
+            (pl.col("age_band") == row["age_band"])
+            & (pl.col("schooling") == row["schooling"])
+            & (pl.col("known_at") <= row["published_at"])
+            & (pl.col("surveyed_at") <= row["month_end"])
+            & (pl.col("surveyed_at") > row["month_end"] - TRAILING)
+        )
+        assert (then.height, then["employed"].mean()) == (row["outcomes"], pytest.approx(row["employment_rate"]))
+
+
+def test_outcome_that_arrives_after_publication_changes_nothing_in_it(known: pl.DataFrame) -> None:
+    """Turning every outcome that was not known yet around leaves the publication as it is."""
+    month_end, at = month_ends(2016)[5], month_ends(2016)[5] + timedelta(days=3)
+    banded = known.with_columns(age_band=pl.lit("a"), schooling=pl.lit("s"))
+    turned = banded.with_columns(
+        employed=pl.when(pl.col("known_at") > at).then(1 - pl.col("employed")).otherwise("employed")
+    )
+    assert not turned.equals(banded)
+    expected = rates(banded, month_end=month_end, published_at=at)
+    assert expected.equals(rates(turned, month_end=month_end, published_at=at))
+
+
+def test_correction_has_the_late_outcomes_too(known: pl.DataFrame) -> None:
+    """Same month, later publication, never fewer outcomes, on the whole more."""
+    published = publications(known, year=2016).sort("published_at")
+    counts = published.group_by("month_end", "age_band", "schooling", maintain_order=True).agg("outcomes")
+    twice = counts.filter(pl.col("outcomes").list.len() == 2)["outcomes"]
+    assert (twice.list.last() >= twice.list.first()).all()
+    assert twice.list.last().sum() > twice.list.first().sum()
+
+
+def test_cohort_too_small_is_not_published(known: pl.DataFrame) -> None:
+    """A rate over a handful of people is noise, and points at them."""
+    assert publications(known, year=2015)["outcomes"].min() == MIN_OUTCOMES
+
+
+def test_own_outcome_is_never_known_when_a_person_is_asked_about(census: pl.DataFrame, known: pl.DataFrame) -> None:
+    """The cohort rate cannot leak the label of the person it describes."""
+    asked = entities(census)
+    assert (known["known_at"] > asked["event_timestamp"]).all()
+
+
+def test_person_is_published_before_being_asked_about(census: pl.DataFrame) -> None:
+    """Otherwise every feature would be missing."""
+    people = deliver(census.head(1000), faults=0)
+    assert (people["published_at"] <= entities(census.head(1000))["event_timestamp"]).all()
+
+
+def test_planted_faults_are_all_that_is_bad(census: pl.DataFrame) -> None:
+    """Each fault is found, with ids that no real person has; every real person passes."""
+    of_year = census.filter(pl.col("year") == 2017)
+    delivery = deliver(of_year, faults=NUM_FAULTS)
+    found = prepare(delivery.to_arrow(), person, now=NOW)
+    bad = found.filter(found[REASON].is_valid())
+    assert (NUM_FAULTS, ROWS_BY_YEAR[2017] + NUM_FAULTS) == (bad.num_rows, found.num_rows)
+    assert min(bad["person_id"].to_pylist()) >= FIRST_FAULT_ID > census["person_id"].max()  # type: ignore[operator]
+    said = " ".join(bad[REASON].to_pylist())
+    assert all(word in said for word in ("AGEP", "SCHL", "event_timestamp lies in the future"))
+    assert entities(of_year).height == ROWS_BY_YEAR[2017]
+
+
+def test_every_publication_passes_its_own_checks(known: pl.DataFrame) -> None:
+    """No band that the person view gives is unknown to the cohort view."""
+    found = prepare(publications(known, year=2018).to_arrow(), cohort, now=NOW)
+    assert found[REASON].null_count == found.num_rows
+
+
+def test_bands_have_readable_names_and_no_gaps() -> None:
+    """Lower bounds are included; what is no age or code has no band."""
+    ages = pa.chunked_array([[0.0, 15.9, 16.0, 25.0, 34.0, 64.0, 65.0, 94.0, -1.0, None]])
+    assert ["0-15", "0-15", "16-24", "25-34", "25-34", "55-64", "65+", "65+", None, None] == age_band(ages).to_pylist()
+    codes = pa.chunked_array([["0", "16", "18", "21", "24", None]])
+    expected = ["none", "high-school", "some-college", "bachelor", "graduate", None]
+    assert expected == schooling(codes).to_pylist()
+
+
+def test_transform_keeps_rows_and_order(census: pl.DataFrame) -> None:
+    """A pure function over a table: the same rows, two more columns."""
+    table = census.head(100).to_arrow()
+    banded = with_bands(table)
+    assert table.equals(banded.select(table.column_names))
+    assert ["age_band", "schooling"] == banded.column_names[-2:]
+
+
+def test_service_gives_the_cohort_its_keys_from_the_person() -> None:
+    """The views are in the order that lets the join keys be found."""
+    assert ["person", "cohort"] == [view.name for view in employment.views]
+    assert set(cohort.join_keys) <= {field.name for field in person.schema}

@@ -1,0 +1,135 @@
+"""Definitions say at once what is wrong with them, and their version follows their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import DefinitionError
+from feature_jobs.store import (
+    Allowed,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    NotNull,
+    Range,
+    Sensitivity,
+)
+
+PERSON = Entity("person", join_keys=["person_id"])
+SOURCE = FileSource("income.parquet", event_timestamp="at", created_timestamp="known")
+FACTOR = 2
+
+
+def double(table: pa.Table) -> pa.Table:
+    return _scaled(table)
+
+
+def _scaled(table: pa.Table) -> pa.Table:
+    return table.set_column(0, "amount", pa.array([value.as_py() * FACTOR for value in table["amount"]]))
+
+
+def view(**changes: Any) -> FeatureView:
+    """A view that can be applied, with some parts changed."""
+    parts: dict[str, Any] = {
+        "entities": [PERSON],
+        "source": SOURCE,
+        "schema": [Field("amount", "float64", sensitivity=Sensitivity.PERSONAL), Field("sector", "string")],
+        "ttl": timedelta(days=365),
+        "owner": "risk",
+        "purposes": ["credit_scoring"],
+    }
+    return FeatureView("income", **(parts | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Field("amount", "flaot64"), "unknown dtype 'flaot64'. Did you mean 'float64'"),
+        (lambda: Field("total amount", "int64"), "letters, digits and underscores"),
+        (lambda: Entity("person", join_keys=[]), "no join key"),
+        (lambda: Entity("person", join_keys="person_id"), "must be a list"),
+        (lambda: FileSource("", event_timestamp="at"), "needs a path"),
+        (lambda: view(entities=[]), "no entity"),
+        (lambda: view(schema=[]), "no features"),
+        (lambda: view(schema=[Field("a", "int64"), Field("a", "string")]), "the field 'a' twice"),
+        (lambda: view(schema=[Field("person_id", "int64")]), "join key and cannot be a feature too"),
+        (lambda: view(schema=[Field("ingest_seq", "int64")]), "kept for the platform"),
+        (lambda: view(checks=[NotNull("amuont")]), "unknown column 'amuont'. Did you mean 'amount'"),
+        (lambda: view(checks=["amount > 0"]), "is no check"),
+        (lambda: view(checks=[Range("sector", minimum=0)]), "needs a numeric column"),
+        (lambda: view(checks=[Allowed("sector", values=[1])]), "do not fit dtype string"),
+        (lambda: Range("amount"), "minimum or a maximum"),
+        (lambda: Range("amount", minimum=2, maximum=1), "above maximum"),
+        (lambda: Allowed("sector"), "needs values"),
+        (lambda: view(ttl=timedelta(0)), "ttl must be positive"),
+        (lambda: view(created_lag=timedelta(days=-1)), "created_lag must not be negative"),
+        (lambda: view(subject_key="persn_id"), "Did you mean 'person_id'"),
+        (lambda: view(purposes="credit"), "purposes must be a list"),
+        (lambda: view(transform="double"), "must be a plain function"),
+        (lambda: FeatureService("credit", views=[]), "no view"),
+        (lambda: FeatureService("credit", views=[view(), view()]), "names the view 'income' twice"),
+        (lambda: FeatureView("a__b", entities=[PERSON], source=SOURCE, schema=[Field("x", "int64")]), "'__'"),
+    ],
+)
+def test_mistake_is_named(make: Callable[[], Any], words: str) -> None:
+    """A definition that cannot work does not come to be, and the message says why."""
+    with pytest.raises(DefinitionError, match=".*") as caught:
+        made = make()
+        made.definition()
+    assert words in str(caught.value)
+
+
+def test_version_is_stable_for_the_same_definition() -> None:
+    """Equal content, equal version: applying twice changes nothing."""
+    assert view(transform=double).version == view(transform=double).version
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ttl": timedelta(days=364)},
+        {"owner": "sales"},
+        {"purposes": []},
+        {"region": "eu"},
+        {"subject_key": "person_id"},
+        {"checks": [NotNull("amount")]},
+        {"transform": double},
+        {"created_lag": timedelta(days=1)},
+        {"schema": [Field("amount", "float64"), Field("sector", "string")]},
+    ],
+)
+def test_version_follows_every_part(changes: dict[str, Any]) -> None:
+    """What governance or readers depend on is part of the version."""
+    assert view().version != view(**changes).version
+
+
+def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed factor in a helper is a changed feature."""
+    before = view(transform=double).version
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert view(transform=double).version != before
+
+
+def test_service_version_follows_its_views_and_their_order() -> None:
+    """A service is its views' versions, in order."""
+    one, other = view(), replace(view(), name="wealth")
+    versions = {
+        FeatureService("credit", views=views).version
+        for views in ([one, other], [other, one], [one], [replace(one, owner="x"), other])
+    }
+    assert 4 == len(versions)
+
+
+def test_definition_holds_governance_per_column() -> None:
+    """Sensitivity, owner and purposes reach the ledger."""
+    definition = view().definition()
+    assert ["personal", "internal"] == [field["sensitivity"] for field in definition["schema"]]
+    assert ("risk", ["credit_scoring"]) == (definition["owner"], definition["purposes"])

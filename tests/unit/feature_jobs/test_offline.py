@@ -1,0 +1,169 @@
+"""Feature tables: what is committed is what any Delta reader sees, once, at every version."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
+from feature_jobs.store import offline
+from feature_jobs.store.offline import Batch, BucketFile, snapshot
+
+TIME = pa.timestamp("us", "UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+BASE = [("person_id", pa.int64()), ("amount", pa.float64())]
+TIMES = [("event_timestamp", TIME), ("created_timestamp", TIME), ("ingested_at", TIME), ("ingest_seq", pa.int64())]
+SCHEMA = pa.schema([*BASE, *TIMES])
+
+
+def rows(first: int, count: int, *, schema: pa.Schema = SCHEMA, **columns: Any) -> pa.Table:
+    """Rows of persons `first` and on; later persons have earlier events."""
+    numbers = range(first, first + count)
+    event = [START - timedelta(hours=number) for number in numbers]
+    values = {
+        "person_id": list(numbers),
+        "amount": [float(number) for number in numbers],
+        "event_timestamp": event,
+        "created_timestamp": event,
+        "ingested_at": [START] * count,
+        "ingest_seq": list(numbers),
+    }
+    return pa.table({name: (values | columns)[name] for name in schema.names}, schema=schema)
+
+
+def batch(ingest_id: str, count: int) -> Batch:
+    """What a commit says."""
+    return Batch(
+        ingest_id=ingest_id, rows_in=count, rows_stored=count, rows_quarantined=0, reasons={}, quarantine=None
+    )
+
+
+def write(uri: str, table: pa.Table, name: str) -> list[BucketFile]:
+    """Bucket files that nothing refers to yet."""
+    return offline.write_files(table, uri=uri, keys=["person_id"], buckets=4, name=name)
+
+
+def ingest(uri: str, table: pa.Table, ingest_id: str) -> int:
+    """All of an ingestion but Ray; gives the table version."""
+    opened = offline.open_table(uri) or offline.create_table(uri, table.schema, num_buckets=4)
+    offline.check_schema(opened, table.schema, view="income")
+    opened = DeltaTable(uri)
+    seq = offline.last_seq(opened) + table.num_rows
+    return offline.commit(
+        opened, table.schema, write(uri, table, ingest_id), batch(ingest_id, table.num_rows), seq=seq
+    )
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"{tmp_path}/features/income"
+
+
+def test_foreign_delta_reader_sees_the_committed_rows(uri: str) -> None:
+    """The table is plain Delta: Polars reads the same rows that were written."""
+    ingest(uri, rows(0, 50), "a")
+    ingest(uri, rows(50, 50), "b")
+    actual = pl.scan_delta(uri).collect().sort("person_id")
+    expected = pl.DataFrame(pl.from_arrow(rows(0, 100)))
+    assert expected.equals(actual.select(expected.columns))
+    assert {0, 1, 2, 3} == set(actual["bucket"])
+
+
+def test_bucket_files_are_sorted_by_availability(uri: str) -> None:
+    """Each file, so that a bucket is merged and not sorted."""
+    ingest(uri, rows(0, 50), "a")
+    for file in snapshot(uri, view="income", keys=["person_id"]).files:
+        times = pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"]
+        assert times.is_sorted()
+
+
+def test_buckets_together_are_the_table(uri: str) -> None:
+    """Every row lies in exactly one bucket."""
+    ingest(uri, rows(0, 50), "a")
+    pinned = snapshot(uri, view="income", keys=["person_id"])
+    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
+    assert list(range(50)) == sorted(found["person_id"])
+    assert 50 == pinned.rows
+
+
+def test_pinned_version_never_sees_later_rows(uri: str) -> None:
+    """A training set can be built again after more data came."""
+    first = ingest(uri, rows(0, 50), "a")
+    ingest(uri, rows(50, 50), "b")
+    assert 50 == snapshot(uri, view="income", keys=["person_id"], version=first).rows
+    assert 100 == snapshot(uri, view="income", keys=["person_id"]).rows
+
+
+def test_files_without_commit_are_no_rows(uri: str) -> None:
+    """A crash before the commit leaves the table as it was."""
+    ingest(uri, rows(0, 10), "a")
+    write(uri, rows(10, 10), "crashed")
+    assert 10 == snapshot(uri, view="income", keys=["person_id"]).rows
+    assert 10 == pl.scan_delta(uri).select(pl.len()).collect().item()
+
+
+def test_commit_without_ledger_event_is_found_by_its_id(uri: str) -> None:
+    """A crash between commit and event is mended with what the commit says of itself."""
+    ingest(uri, rows(0, 10), "a")
+    version = ingest(uri, rows(10, 7), "b")
+    ingest(uri, rows(17, 5), "c")
+    table = DeltaTable(uri)
+    assert (batch("b", 7), version) == offline.committed(table, "b")
+    assert offline.committed(table, "never") is None
+
+
+def test_of_two_ingestions_at_once_one_stores_nothing(uri: str) -> None:
+    """Both gave out the same sequence numbers, so only one may commit them."""
+    ingest(uri, rows(0, 10), "a")
+    ours, theirs = DeltaTable(uri), DeltaTable(uri)
+    offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b"), batch("b", 5), seq=14)
+    with pytest.raises(SourceError, match="Another ingestion"):
+        offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c"), batch("c", 5), seq=14)
+    assert 15 == snapshot(uri, view="income", keys=["person_id"]).rows
+
+
+def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str) -> None:
+    """Later batches have greater numbers."""
+    table = offline.create_table(uri, SCHEMA, num_buckets=4)
+    assert -1 == offline.last_seq(table)
+    ingest(uri, rows(0, 10), "a")
+    assert 9 == offline.last_seq(DeltaTable(uri))
+
+
+def test_new_feature_is_null_in_older_rows(uri: str) -> None:
+    """A view may grow; what was stored stays readable."""
+    ingest(uri, rows(0, 5), "a")
+    wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
+    ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b")
+    pinned = snapshot(uri, view="income", keys=["person_id"])
+    parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
+    found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
+    assert [None] * 5 + ["x"] * 5 == found["sector"].to_list()
+    assert [None] * 5 + ["x"] * 5 == pl.read_delta(uri).sort("person_id")["sector"].to_list()
+
+
+def test_changed_dtype_is_refused(uri: str) -> None:
+    """Naming the column and both types; the table is as it was."""
+    ingest(uri, rows(0, 5), "a")
+    other = pa.schema([BASE[0], ("amount", pa.string()), *TIMES])
+    with pytest.raises(SchemaMismatch, match="'amount'.*double.*string"):
+        ingest(uri, rows(5, 5, schema=other, amount=["x"] * 5), "b")
+    assert 5 == snapshot(uri, view="income", keys=["person_id"]).rows
+
+
+def test_table_keeps_its_number_of_buckets(uri: str) -> None:
+    """Whatever a later configuration says."""
+    offline.create_table(uri, SCHEMA, num_buckets=4)
+    assert 4 == offline.num_buckets(offline.create_table(uri, SCHEMA, num_buckets=16))
+
+
+def test_view_without_rows_says_what_to_run(uri: str) -> None:
+    """Nothing was ingested yet."""
+    with pytest.raises(TrainingSetError, match=r"feature_jobs\.ingest view=income"):
+        snapshot(uri, view="income", keys=["person_id"])

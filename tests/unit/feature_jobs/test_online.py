@@ -1,0 +1,182 @@
+"""The online store: what a request may see at its own time, and never half a materialisation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import InvalidRequest
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online import FeatureReader, OnlineRow, OnlineStore, microseconds, open_online
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+SMALL = OnlineConfig(map_size_gib=0.01)
+
+
+def view(name: str, keys: list[str], *, ttl_h: float | None = None, **fields: str) -> ViewSpec:
+    """A view's spec from feature names and dtypes."""
+    specs = [
+        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
+        for field, dtype in fields.items()
+    ]
+    ttl_s = None if ttl_h is None else ttl_h * 3600
+    return ViewSpec(name=name, version="v1", join_keys=keys, fields=specs, ttl_s=ttl_s)
+
+
+PERSON = view("person", ["person_id"], ttl_h=10, amount="float64", age_band="string")
+COHORT = view("cohort", ["age_band"], rate="float64")
+SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
+
+
+def hour(number: float) -> datetime:
+    """A moment after the start."""
+    return START + timedelta(hours=number)
+
+
+def row(key: int | str, *values: Any, event: float = 1, available: float | None = None) -> OnlineRow:
+    """An entity's row, known when it happened unless said otherwise."""
+    known = event if available is None else available
+    return OnlineRow(
+        keys=(key,), event_us=microseconds(hour(event)), available_us=microseconds(hour(known)), values=values
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[OnlineStore]:
+    opened = open_online(SMALL, Layout(str(tmp_path)), readonly=False)
+    opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
+    opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
+    yield opened
+    opened.close()
+
+
+def read(store: OnlineStore, entity: Mapping[str, Any], *, at: float = 5) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and status of one entity, by column."""
+    vectors = FeatureReader(SERVICE, store).read([entity], hour(at))
+    assert SERVICE.columns == list(vectors.columns) == list(vectors.status)
+    values = {name: column[0] for name, column in vectors.columns.items()}
+    return values, {name: str(column[0]) for name, column in vectors.status.items()}
+
+
+def test_join_key_comes_from_an_earlier_view(store: OnlineStore) -> None:
+    """As in the training set: the person's band is the key of the cohort."""
+    values, status = read(store, {"person_id": 1})
+    assert {"person__amount": 10.0, "person__age_band": "young", "cohort__rate": 0.5} == values
+    assert {"present"} == set(status.values())
+
+
+def test_join_key_of_the_request_goes_before_that_of_a_view(store: OnlineStore) -> None:
+    """What the request says counts."""
+    assert 0.7 == read(store, {"person_id": 1, "age_band": "old"})[0]["cohort__rate"]
+
+
+def test_null_and_missing_are_told_apart(store: OnlineStore) -> None:
+    """The source said nothing of the amount; nobody said anything of a stranger, or of a stranger's cohort."""
+    assert "null" == read(store, {"person_id": 2})[1]["person__amount"]
+    assert {"missing"} == set(read(store, {"person_id": 99})[1].values())
+
+
+def test_ttl_is_measured_at_the_request(store: OnlineStore) -> None:
+    """Age equal to the limit still counts; an expired person has no cohort."""
+    assert "present" == read(store, {"person_id": 1}, at=11)[1]["person__amount"]
+    values, status = read(store, {"person_id": 1}, at=11.001)
+    assert (None, "expired") == (values["person__amount"], status["person__amount"])
+    assert (None, "missing") == (values["cohort__rate"], status["cohort__rate"])
+
+
+@pytest.mark.parametrize("known", [row(1, 9.0, "old", event=6), row(1, 9.0, "old", event=2, available=6)])
+def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: OnlineRow) -> None:
+    """Neither one that happened later nor one that became known later."""
+    store.replace(PERSON, {"person_id": "int64"}, [known])
+    values, status = read(store, {"person_id": 1}, at=5.999)
+    assert (None, "missing") == (values["person__amount"], status["person__amount"])
+    assert 9.0 == read(store, {"person_id": 1}, at=6)[0]["person__amount"]
+
+
+def test_rows_keep_order_and_repetitions(store: OnlineStore) -> None:
+    """One item per entity asked, strangers between."""
+    asked = [{"person_id": one} for one in (2, 1, 99, 1)]
+    assert [0.7, 0.5, None, 0.5] == FeatureReader(SERVICE, store).read(asked, hour(5)).columns["cohort__rate"]
+
+
+@pytest.mark.parametrize(
+    ("entity", "words"),
+    [
+        ({"persn_id": 1}, "lacks the key 'person_id'"),
+        ({"person_id": "1"}, "must be a whole number"),
+        ({"person_id": 1, "age_band": 3}, "must be text"),
+    ],
+)
+def test_key_that_is_absent_or_of_another_type_is_refused(
+    store: OnlineStore, entity: dict[str, Any], words: str
+) -> None:
+    """A wrong type would otherwise look like an unknown entity."""
+    with pytest.raises(InvalidRequest, match=words):
+        read(store, entity)
+
+
+def test_materialisation_replaces_all_rows_of_its_view_only(store: OnlineStore) -> None:
+    """An entity that is no longer known is gone; other views are as they were."""
+    assert 1 == store.replace(PERSON, {"person_id": "int64"}, [row(2, 20.0, "old")])
+    assert "missing" == read(store, {"person_id": 1})[1]["person__amount"]
+    assert (20.0, 0.7) == tuple(read(store, {"person_id": 2})[0][name] for name in ("person__amount", "cohort__rate"))
+
+
+def test_view_whose_name_begins_like_another_is_left_alone(store: OnlineStore) -> None:
+    """`person` and `person2` share a beginning, not rows."""
+    other = view("person2", ["person_id"], amount="float64")
+    store.replace(other, {"person_id": "int64"}, [row(1, 5.0)])
+    store.replace(PERSON, {"person_id": "int64"}, [])
+    service = ServiceSpec(name="s", version="1", views=[other])
+    assert [5.0] == FeatureReader(service, store).read([{"person_id": 1}], hour(2)).columns["person2__amount"]
+
+
+def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
+    """An error halfway is as if it had not begun."""
+
+    def failing() -> Iterator[OnlineRow]:
+        yield row(1, 99.0, "old")
+        raise OSError("bucket lost")
+
+    with pytest.raises(OSError, match="bucket lost"):
+        store.replace(PERSON, {"person_id": "int64"}, failing())
+    assert 10.0 == read(store, {"person_id": 1})[0]["person__amount"]
+
+
+def test_store_without_any_materialisation_knows_nothing(tmp_path: Path) -> None:
+    """A replica may start first."""
+    empty = open_online(SMALL, Layout(str(tmp_path / "new")))
+    assert {"missing"} == set(read(empty, {"person_id": 1})[1].values())
+    empty.close()
+
+
+WRITER = """
+import sys
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ViewSpec
+from feature_jobs.store.online import OnlineRow, open_online
+field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
+view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
+store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), readonly=False)
+store.replace(view, {"person_id": "int64"}, [OnlineRow(keys=(1,), event_us=0, available_us=0, values=[7.0])])
+"""
+
+
+def test_open_reader_sees_what_another_process_writes(tmp_path: Path) -> None:
+    """A replica is not restarted for a materialisation."""
+    service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
+    replica = open_online(SMALL, Layout(str(tmp_path)))
+    reader = FeatureReader(service, replica)
+    assert [None] == reader.read([{"person_id": 1}], START).columns["person__amount"]
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)
+    assert [7.0] == reader.read([{"person_id": 1}], START).columns["person__amount"]
+    replica.close()

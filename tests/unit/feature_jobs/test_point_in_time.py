@@ -1,0 +1,154 @@
+"""The point-in-time join, against DuckDB as an independent oracle and on the cases that trap naive ones."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import duckdb
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_jobs.store.point_in_time import join, latest
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+KEYS = {"person": pl.Int64, "place": pl.String}
+TIME = pl.Datetime("us", "UTC")
+FEATURES = KEYS | {
+    "event_timestamp": TIME,
+    "created_timestamp": TIME,
+    "ingest_seq": pl.Int64,
+    "amount": pl.Float64,
+    "sector": pl.String,
+}
+
+# The definition itself, one row at a time: filter what was known, take the greatest, then look at its age.
+ORACLE = """
+SELECT best.amount, best.sector
+FROM entities AS e
+LEFT JOIN LATERAL (
+    SELECT * FROM features AS f
+    WHERE f.person = e.person AND f.place = e.place
+      AND f.event_timestamp <= e.event_timestamp AND f.created_timestamp <= e.event_timestamp
+    ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
+    LIMIT 1
+) AS best ON best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl_us} AS BIGINT))
+ORDER BY e.position
+"""
+
+hours = st.integers(0, 12).map(lambda hour: START + timedelta(hours=hour))
+people = st.integers(1, 3)
+places = st.sampled_from(["n", "s"])
+amounts = st.none() | st.integers(0, 9).map(float)
+sectors = st.none() | st.sampled_from(["a", "b", "c"])
+
+
+@st.composite
+def feature_frames(draw: st.DrawFn) -> pl.DataFrame:
+    """Few keys and few moments, so that ties, corrections and late rows abound."""
+    rows = draw(st.lists(st.tuples(people, places, hours, hours, amounts, sectors), max_size=25))
+    order = draw(st.permutations(range(len(rows))))
+    data = [(*row[:4], seq, *row[4:]) for row, seq in zip(rows, order, strict=True)]
+    return pl.DataFrame(data, schema=FEATURES, orient="row")
+
+
+entity_frames = st.lists(
+    st.tuples(st.none() | st.integers(1, 4), st.none() | places, hours), max_size=15
+).map(lambda rows: pl.DataFrame(rows, schema=KEYS | {"event_timestamp": TIME}, orient="row"))
+
+
+@pytest.fixture(scope="module")
+def oracle() -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
+
+
+@settings(max_examples=300, deadline=None)
+@given(features=feature_frames(), entities=entity_frames, ttl_h=st.none() | st.integers(1, 12))
+def test_join_agrees_with_the_definition_in_sql(
+    oracle: duckdb.DuckDBPyConnection, features: pl.DataFrame, entities: pl.DataFrame, ttl_h: int | None
+) -> None:
+    """Ties, late corrections, null values and keys, and both edges of the time-to-live."""
+    ttl = None if ttl_h is None else timedelta(hours=ttl_h)
+    actual = join(entities, features, keys=list(KEYS), columns=["amount", "sector"], ttl=ttl)
+    oracle.register("features", features.to_arrow())
+    oracle.register("entities", entities.with_row_index("position").to_arrow())
+    ttl_us = int((ttl or timedelta(days=3650)).total_seconds() * 1e6)
+    assert oracle.execute(ORACLE.format(ttl_us=ttl_us)).fetchall() == actual.rows()
+
+
+@settings(max_examples=100, deadline=None)
+@given(features=feature_frames(), as_of=hours)
+def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
+    """What is materialised online is what the training set would have seen."""
+    rows = latest(features, keys=list(KEYS), as_of=as_of)
+    asked = features.select(list(KEYS)).unique(maintain_order=True).with_columns(
+        pl.lit(as_of).cast(TIME).alias("event_timestamp")
+    )
+    joined = join(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None)
+    assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
+
+
+def rows(*given: tuple[int, int, float | None]) -> pl.DataFrame:
+    """Feature rows of one person from (event hour, created hour, amount)."""
+    data: list[tuple[Any, ...]] = [
+        (1, "n", START + timedelta(hours=event), START + timedelta(hours=created), seq, amount, None)
+        for seq, (event, created, amount) in enumerate(given)
+    ]
+    return pl.DataFrame(data, schema=FEATURES, orient="row")
+
+
+def ask(features: pl.DataFrame, *asked: int, ttl: timedelta | None = None) -> list[float | None]:
+    """The amounts known at some hours."""
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+    entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
+    return join(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)["amount"].to_list()
+
+
+def test_late_event_never_overwrites_newer_value() -> None:
+    """A correction of an old event that arrives last changes nothing."""
+    assert [2.0] == ask(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10)
+
+
+def test_correction_counts_from_when_it_was_known() -> None:
+    """Before its creation the first value holds, from then on the corrected one."""
+    assert [1.0, 9.0] == ask(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8)
+
+
+def test_row_is_unseen_before_its_event_even_if_created_earlier() -> None:
+    """A value announced ahead is not true yet."""
+    assert [None, 1.0] == ask(rows((5, 2, 1.0)), 4, 5)
+
+
+def test_last_ingested_wins_a_full_tie() -> None:
+    """Same event, same creation: what was stored later counts."""
+    assert [2.0] == ask(rows((1, 1, 1.0), (1, 1, 2.0)), 3)
+
+
+def test_null_value_hides_the_older_one() -> None:
+    """A known absence is an answer."""
+    assert [None] == ask(rows((1, 1, 1.0), (2, 2, None)), 3)
+
+
+def test_ttl_includes_its_edge_and_reaches_for_no_older_row() -> None:
+    """Age equal to the limit still counts; a microsecond more does not, whatever else is there."""
+    features = rows((1, 1, 1.0), (4, 4, 2.0))
+    assert [2.0, None] == ask(features, 6, 7, ttl=timedelta(hours=2))
+
+
+def test_expired_newer_event_is_not_replaced_by_correction_of_older_event() -> None:
+    """Time-to-live is applied to the answer, not to the candidates."""
+    assert [None] == ask(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6))
+
+
+def test_rows_keep_order_and_repetitions() -> None:
+    """As many answers as questions, in their order."""
+    assert [2.0, 1.0, 2.0, None] == ask(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0)
+
+
+def test_no_features_at_all_gives_nulls() -> None:
+    """An empty bucket is no error."""
+    assert [None, None] == ask(rows(), 1, 2)

@@ -1,0 +1,191 @@
+"""The training set of a service: every entity row, in order, with what was known at its time."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import TrainingSetError
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import Batch, Snapshot, snapshot
+from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.training_set import build, join_here
+
+TIME = pa.timestamp("us", "UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+TIMES = [("event_timestamp", TIME), ("created_timestamp", TIME), ("ingested_at", TIME), ("ingest_seq", pa.int64())]
+
+
+def hours(*given: float) -> list[datetime]:
+    """Moments after the start."""
+    return [START + timedelta(hours=hour) for hour in given]
+
+
+def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) -> ViewSpec:
+    """A view's spec from feature names and dtypes."""
+    specs = [
+        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
+        for field, dtype in fields.items()
+    ]
+    ttl_s = None if ttl_h is None else ttl_h * 3600
+    return ViewSpec(name=name, version="v1", join_keys=keys, fields=specs, ttl_s=ttl_s)
+
+
+def store(folder: Path, spec: ViewSpec, event: list[datetime], **columns: pa.Array) -> Snapshot:
+    """A feature table with some rows, known when they happened."""
+    uri = f"{folder}/{spec.name}"
+    given = {name: pa.array(values) for name, values in columns.items()}
+    schema = pa.schema([*((name, values.type) for name, values in given.items()), *TIMES])
+    seq = list(range(len(event)))
+    rows = pa.table([*given.values(), event, event, event, seq], schema=schema)
+    table = offline.create_table(uri, schema, num_buckets=4)
+    files = offline.write_files(rows, uri=uri, keys=spec.join_keys, buckets=4, name="a")
+    said = Batch(
+        ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
+    )
+    offline.commit(DeltaTable(table.table_uri), schema, files, said, seq=len(seq))
+    return snapshot(uri, view=spec.name, keys=spec.join_keys)
+
+
+PERSON = view("person", ["person_id"], age_band="string", amount="float64", seen="timestamp")
+COHORT = view("cohort", ["age_band"], ttl_h=10, rate="float64", size="int64")
+SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Snapshot]:
+    folder = tmp_path_factory.mktemp("features")
+    seen = pa.array(hours(0, 0, 0), TIME)
+    person = store(
+        folder, PERSON, hours(1, 1, 5), person_id=[1, 2, 1], age_band=["young", "old", "old"],
+        amount=[10.0, None, 11.0], seen=seen,
+    )  # fmt: skip
+    cohort = store(folder, COHORT, hours(2, 4), age_band=["young", "old"], rate=[0.5, 0.7], size=[3, 4])
+    return {"person": person, "cohort": cohort}
+
+
+def entities(ids: Any, *at: float, **more: Any) -> pa.Table:
+    """Entity rows."""
+    return pa.table({"person_id": ids, "event_timestamp": pa.array(hours(*at), TIME), **more})
+
+
+def built(snapshots: dict[str, Snapshot], asked: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
+    """The training set."""
+    return build(service, snapshots, asked, join_parts=join_here)
+
+
+def test_every_row_in_order_with_its_columns_first(snapshots: dict[str, Snapshot]) -> None:
+    """Repetitions, unknown entities and extra columns of any type included."""
+    label = pa.array(["a", "b", "a", "c", "b"]).dictionary_encode()
+    asked = entities([2, 1, 1, 99, 1], 6, 6, 3, 6, 6, label=label)
+    table = built(snapshots, asked)
+    assert asked.equals(table.select(asked.column_names))
+    assert [*asked.column_names, *SERVICE.columns] == table.column_names
+    assert [None, 11.0, 10.0, None, 11.0] == table["person__amount"].to_pylist()
+
+
+def test_join_key_comes_from_an_earlier_view(snapshots: dict[str, Snapshot]) -> None:
+    """The cohort is the one the person was in at that time; without a person there is none."""
+    table = built(snapshots, entities([1, 1, 2, 99], 3, 6, 6, 6))
+    assert ["young", "old", "old", None] == table["person__age_band"].to_pylist()
+    assert [0.5, 0.7, 0.7, None] == table["cohort__rate"].to_pylist()
+
+
+def test_join_key_of_the_entity_row_goes_before_that_of_a_view(snapshots: dict[str, Snapshot]) -> None:
+    """What the entity rows say counts."""
+    table = built(snapshots, entities([1], 6, age_band=["young"]))
+    assert [0.5] == table["cohort__rate"].to_pylist()
+
+
+def test_ttl_of_the_view_counts(snapshots: dict[str, Snapshot]) -> None:
+    """Ten hours after the event the rate still holds, not later."""
+    assert [0.7, None] == built(snapshots, entities([2, 2], 14, 14.1))["cohort__rate"].to_pylist()
+
+
+def test_columns_have_the_declared_types_even_without_any_value(snapshots: dict[str, Snapshot]) -> None:
+    """A training set of strangers has the same schema as any other."""
+    known, strangers = (built(snapshots, entities([one], 6)) for one in (1, 99))
+    assert known.schema.equals(strangers.schema)
+    assert pa.int64() == known.schema.field("cohort__size").type
+    assert TIME == known.schema.field("person__seen").type
+
+
+def test_narrow_and_coded_keys_are_the_same_keys(snapshots: dict[str, Snapshot]) -> None:
+    """int32 or int64, a dictionary or plain text: the same entity."""
+    expected = built(snapshots, entities([1, 2], 6, 6, age_band=["young", "old"]))["cohort__rate"]
+    coded = pa.array(["young", "old"]).dictionary_encode()
+    asked = entities(pa.array([1, 2], pa.int32()), 6, 6, age_band=coded)
+    assert expected.equals(built(snapshots, asked)["cohort__rate"])
+
+
+def test_times_of_other_zones_and_units_are_understood(snapshots: dict[str, Snapshot]) -> None:
+    """pandas writes nanoseconds; a time without a zone is UTC."""
+    at = hours(3)
+    for kind in (pa.timestamp("ns", "UTC"), pa.timestamp("ms"), pa.timestamp("us", "Asia/Dubai")):
+        values = at if kind.tz else [at[0].replace(tzinfo=None)]
+        asked = pa.table({"person_id": [1], "event_timestamp": pa.array(values, kind)})
+        assert [10.0] == built(snapshots, asked)["person__amount"].to_pylist()
+
+
+def test_nanosecond_after_the_event_counts_as_after(snapshots: dict[str, Snapshot]) -> None:
+    """Finer times than ours are cut to ours."""
+    at = pa.array([int(hours(1)[0].timestamp()) * 10**9 + 1], pa.timestamp("ns", "UTC"))
+    asked = pa.table({"person_id": [1], "event_timestamp": at})
+    assert [10.0] == built(snapshots, asked)["person__amount"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (entities([1], 1).drop_columns(["event_timestamp"]), "event_timestamp"),
+        (entities([1], 1).drop_columns(["person_id"]), "person_id"),
+        (entities(["one"], 1), "person_id"),
+        (entities(pa.array(["1"], pa.large_string()), 1), "person_id"),
+        (entities([1.5], 1), "person_id"),
+        (entities([1], 1, person__amount=[2.0]), "person__amount"),
+        (entities([1], 1, age_band=[3]), "age_band"),
+        (pa.table({"person_id": [1], "event_timestamp": ["2024-01-01"]}), "event_timestamp"),
+        (pa.table({"person_id": [1], "event_timestamp": pa.array([None], TIME)}), "event_timestamp"),
+    ],
+)
+def test_entities_that_cannot_be_joined_are_refused_by_column(
+    snapshots: dict[str, Snapshot], asked: pa.Table, words: str
+) -> None:
+    """Missing, null, of the wrong type, or in the way."""
+    with pytest.raises(TrainingSetError, match=words):
+        built(snapshots, asked)
+
+
+def test_row_hash_survives_parquet_chunks_and_codes(tmp_path: Path) -> None:
+    """The same rows, however they are held."""
+    table = pa.table({"t": ["a", None, "b"], "n": [1.5, None, float("nan")], "b": [True, None, False]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    coded = table.set_column(0, "t", table["t"].combine_chunks().dictionary_encode())
+    wide = table.set_column(0, "t", table["t"].cast(pa.large_string()))
+    chunked = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    same = [pq.read_table(tmp_path / "t.parquet"), coded, wide, chunked, pl.DataFrame(table).to_arrow()]
+    assert {row_hash(table)} == {row_hash(one) for one in same}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"t": ["a", "b"], "n": [1, 2]},
+        {"t": ["a", None], "n": [2, 1]},
+        {"t": ["a", ""], "n": [1, 2]},
+        {"t": ["a", None], "m": [1, 2]},
+        {"n": [1, 2], "t": ["a", None]},
+        {"t": ["a", None], "n": [1.0, 2.0]},
+    ],
+)
+def test_row_hash_sees_every_difference(other: dict[str, list[Any]]) -> None:
+    """Values, nulls, order, names, types."""
+    assert row_hash(pa.table({"t": ["a", None], "n": [1, 2]})) != row_hash(pa.table(other))

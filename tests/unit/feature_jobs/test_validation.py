@@ -1,0 +1,172 @@
+"""What a batch must look like, what is cast, what is refused, and what only goes to quarantine."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import SchemaMismatch, SourceError
+from feature_jobs.store import Allowed, Entity, FeatureView, Field, FileSource, NotNull, Range
+from feature_jobs.store.validation import RAW, REASON, prepare
+
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+AT = datetime(2024, 1, 1, tzinfo=UTC)
+TIME = pa.timestamp("us", "UTC")
+
+
+def view(dtype: str = "float64", **changes: Any) -> FeatureView:
+    """A view of one feature, `amount`."""
+    parts: dict[str, Any] = {
+        "entities": [Entity("person", join_keys=["person_id"])],
+        "source": FileSource("x.parquet", event_timestamp="at"),
+        "schema": [Field("amount", dtype)],
+    }
+    return FeatureView("income", **(parts | changes))
+
+
+def block(amount: Any, *, keys: Any = None, at: Any = None, **more: Any) -> pa.Table:
+    """A source block; times and keys are right unless given."""
+    amount = amount if isinstance(amount, pa.Array) else pa.array(amount)
+    keys = pa.array(range(len(amount))) if keys is None else keys
+    at = pa.array([AT] * len(amount), TIME) if at is None else at
+    return pa.table({"person_id": keys, "amount": amount, "at": at, **more})
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "expected"),
+    [
+        (pa.array([1, None], pa.int32()), "int64", [1, None]),
+        (pa.array([1, 2], pa.uint8()), "int32", [1, 2]),
+        (pa.array([1, 2], pa.int64()), "float64", [1.0, 2.0]),
+        (pa.array([1.0, None]), "int64", [1, None]),
+        (pa.array([1.5, float("nan")]), "float64", [1.5, None]),
+        (pa.array([1.5, None], pa.float32()), "float64", [1.5, None]),
+        (pa.array([0.5], pa.float64()), "float32", [0.5]),
+        (pa.array(["a", "b"]).dictionary_encode(), "string", ["a", "b"]),
+        (pa.array(["16", "21", None]).dictionary_encode(), "int64", [16, 21, None]),
+        (pa.array(["a"], pa.large_string()), "string", ["a"]),
+        (pa.nulls(2), "string", [None, None]),
+        (pa.array([date(2024, 1, 2)]), "timestamp", [datetime(2024, 1, 2, tzinfo=UTC)]),
+        (pa.array([datetime(2024, 1, 2)]), "timestamp", [datetime(2024, 1, 2, tzinfo=UTC)]),
+    ],
+)
+def test_lossless_cast_is_made(source: pa.Array, dtype: str, expected: list[Any]) -> None:
+    """A source may be narrower, wider or coded, as long as every value stays what it is."""
+    assert expected == prepare(block(source), view(dtype), now=NOW)["amount"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "actual"),
+    [
+        (pa.array(["1"]), "float64", "string"),
+        (pa.array(["1"]), "int64", "string"),
+        (pa.array([1]), "string", "int64"),
+        (pa.array([1.5]), "int64", "double"),
+        (pa.array([2**40]), "int32", "int64"),
+        (pa.array([2**53 + 1]), "float64", "int64"),
+        (pa.array([0.1]), "float32", "double"),
+        (pa.array([1]), "bool", "int64"),
+        (pa.array([True]), "int64", "bool"),
+        (pa.array(["x"]).dictionary_encode(), "int64", "dictionary"),
+        (pa.array([20240101]), "timestamp", "int64"),
+    ],
+)
+def test_wrong_dtype_refuses_naming_column_expected_and_actual(
+    source: pa.Array, dtype: str, actual: str
+) -> None:
+    """A value is never changed to fit."""
+    with pytest.raises(SchemaMismatch, match="'amount'") as caught:
+        prepare(block(source), view(dtype), now=NOW)
+    expected = {"float64": "double", "float32": "float"}.get(dtype, dtype)
+    assert f"should be {expected}" in str(caught.value)
+    assert actual in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["person_id", "amount", "at"])
+def test_missing_column_is_named(name: str) -> None:
+    """Key, feature or timestamp: the message says which."""
+    with pytest.raises(SchemaMismatch, match=f"Column '{name}'.*is missing"):
+        prepare(block([1.0]).drop_columns([name]), view(), now=NOW)
+
+
+def test_float_keys_are_refused() -> None:
+    """A float cannot identify anything."""
+    with pytest.raises(SchemaMismatch, match="'person_id'"):
+        prepare(block([1.0], keys=pa.array([0.5])), view(), now=NOW)
+
+
+def reasons(batch: pa.Table, **changes: Any) -> list[str | None]:
+    """Why each row is bad."""
+    found: list[str | None] = prepare(batch, view(**changes), now=NOW)[REASON].to_pylist()
+    return found
+
+
+def test_rule_fails_only_the_rows_that_break_it() -> None:
+    """Bounds are included, null passes all rules but NotNull."""
+    checks = [Range("amount", minimum=0, maximum=10)]
+    bad = "amount outside 0..10"
+    assert [None, None, bad, bad, None] == reasons(block([0.0, 10.0, -0.1, 10.1, None]), checks=checks)
+    assert [None, "amount is null"] == reasons(block([1.0, None]), checks=[NotNull("amount")])
+    allowed = [Allowed("amount", values=["a"])]
+    expected = [None, "amount is none of the allowed values", None]
+    assert expected == reasons(block(["a", "b", None]), dtype="string", checks=allowed)
+
+
+def test_row_with_two_faults_names_both() -> None:
+    """All that is wrong with a row is said at once."""
+    batch = block([-1.0], keys=pa.array([None], pa.int64()))
+    assert ["person_id is null; amount outside 0.."] == reasons(batch, checks=[Range("amount", minimum=0)])
+
+
+def test_time_that_is_absent_or_far_ahead_is_a_bad_row() -> None:
+    """A day's slack for clocks, no more."""
+    at = pa.array([None, NOW + timedelta(days=1), NOW + timedelta(days=1, seconds=1)], TIME)
+    said = reasons(block([1.0, 1.0, 1.0], at=at))
+    assert said[1] is None
+    assert "event_timestamp is null" in str(said[0])
+    assert "event_timestamp lies in the future" in str(said[2])
+
+
+def test_bad_row_keeps_what_the_source_said() -> None:
+    """The quarantine can be mended from: the raw row, columns outside the schema included."""
+    batch = block([-1.0, 1.0], note=pa.array(["typed twice", "fine"]))
+    found = prepare(batch, view(checks=[Range("amount", minimum=0)]), now=NOW)
+    first, second = found[RAW].to_pylist()
+    assert second is None
+    assert ("typed twice", -1.0) == (json.loads(first)["note"], json.loads(first)["amount"])
+
+
+def test_created_is_event_plus_lag_where_the_source_does_not_say() -> None:
+    """Per view without the column, and per row where it is null."""
+    known = pa.array([AT + timedelta(days=9), None], TIME)
+    source = FileSource("x.parquet", event_timestamp="at", created_timestamp="known")
+    lag = timedelta(days=2)
+    batch = block([1.0, 1.0], known=known)
+    declared = prepare(batch, view(source=source, created_lag=lag), now=NOW)["created_timestamp"]
+    assert [AT + timedelta(days=9), AT + lag] == declared.to_pylist()
+    assert [AT, AT] == prepare(batch, view(), now=NOW)["created_timestamp"].to_pylist()
+
+
+def _fails(table: pa.Table) -> pa.Table:
+    return table.append_column("amount2", table["no such column"])
+
+
+def _drops(table: pa.Table) -> pa.Table:
+    return table.slice(1)
+
+
+@pytest.mark.parametrize(("transform", "words"), [(_fails, "no such column"), (_drops, "one row for each of 2")])
+def test_transform_that_cannot_be_trusted_refuses_the_batch(transform: Any, words: str) -> None:
+    """An error inside, or rows lost: the batch is refused, not cut short."""
+    with pytest.raises(SourceError, match=words):
+        prepare(block([1.0, 2.0]), view(transform=transform), now=NOW)
+
+
+def test_empty_block_is_fine() -> None:
+    """Ray Data may hand over a block without rows."""
+    empty = block([1.0]).slice(0, 0)
+    assert 0 == prepare(empty, view(checks=[Range("amount", minimum=0)]), now=NOW).num_rows
