@@ -42,6 +42,11 @@ def build(
     """
     times = event_times(entities)
     output = entities
+    for name in spec.columns:
+        if name in entities.column_names:
+            raise TrainingSetError(
+                f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
+            )
     for view in spec.views:
         snapshot = snapshots[view.name]
         keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
@@ -100,7 +105,8 @@ def event_times(entities: pa.Table) -> pa.ChunkedArray:
         raise TrainingSetError(f"'{EVENT}' of the entity rows must be a timestamp, got {column.type}.")
     if column.null_count:
         raise TrainingSetError(f"'{EVENT}' is null in {column.null_count} entity rows. Give each a time.")
-    return column.cast(pa.timestamp("us", column.type.tz)).cast(DTYPES["timestamp"])
+    # Half a microsecond later is no earlier, so cutting off is right.
+    return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(DTYPES["timestamp"])
 
 
 def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: pa.Table) -> pa.ChunkedArray:
@@ -121,9 +127,8 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
         column = output[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if pa.types.is_string(column.type) != pa.types.is_string(wanted) and not pa.types.is_large_string(
-            column.type
-        ):
+        textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        if textual != pa.types.is_string(wanted):
             raise pa.ArrowInvalid(f"it is {column.type}")
         return column.cast(wanted)
     except pa.ArrowException as error:

@@ -100,11 +100,11 @@ def new_project(root: Path) -> Project:
 
 
 def free_ports() -> dict[str, int]:
-    """A port for each of the cluster's, below the range from which the kernel takes ports for clients."""
+    """A port for each of the cluster's, between the ports of Ray's workers and those of the kernel's clients."""
     names = list(PortsConfig.__dataclass_fields__)
-    for base in random.sample(range(12_000, 28_000, NUM_REPLICA_PORTS + 100), 14):
+    for base in random.sample(range(20_000, 31_000, NUM_REPLICA_PORTS + 100), 10):
         ports = {name: base + i for i, name in enumerate(names)} | {"replicas": base + 100}
-        if all(processes.port_is_free(port, "0.0.0.0") for port in ports.values()):
+        if all(processes.port_is_free(port, "") for port in ports.values()):
             return ports
     raise AssertionError("no free block of ports")
 
@@ -137,4 +137,5 @@ def empty_project(tmp_path: Path) -> Iterator[Project]:
     """A project without a cluster; one that a test starts is ended."""
     project = new_project(tmp_path / "project")
     yield project
-    project.run("cluster.down")
+    if (project.storage_root / "cluster.json").exists():
+        project.run("cluster.down", check=True)

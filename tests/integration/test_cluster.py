@@ -161,22 +161,6 @@ def test_a_busy_port_is_named_with_its_owner(empty_project: Project) -> None:
     assert not (empty_project.storage_root / "cluster.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "part"),
-    [
-        ("CXX", "/nowhere/c++", "Install g++"),
-        ("RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "1", "Unset it"),
-        ("RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "1", "Unset it"),
-        ("RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE", "1", "Unset it"),
-    ],
-)
-def test_an_unfit_machine_is_refused(empty_project: Project, name: str, value: str, part: str) -> None:
-    """No compiler, or a variable that lets a Parquet file run code."""
-    message = refusal(empty_project.up(check=False, **{name: value}))
-    assert part in message
-    assert not (empty_project.storage_root / "cluster.json").exists()
-
-
 def test_without_a_cluster_jobs_and_status_are_refused_and_down_has_nothing_to_do(
     empty_project: Project,
 ) -> None:

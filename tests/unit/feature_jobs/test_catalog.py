@@ -53,9 +53,9 @@ def test_apply_twice_records_once(folder: Path, ledger: Ledger) -> None:
     definitions = load_definitions(write(folder, "defs_once"))
     first = apply(definitions, ledger, actor="user:test")
     second = apply(definitions, ledger, actor="user:test")
-    assert (["income"], ["credit"]) == (list(first.views), list(first.services))
-    assert ({}, {}) == (second.views, second.services)
-    assert 2 == ledger.head()
+    assert (list(first.views), list(first.services)) == (["income"], ["credit"])
+    assert (second.views, second.services) == ({}, {})
+    assert ledger.head() == 2
 
 
 def test_changed_view_is_a_new_version_of_view_and_service(folder: Path, ledger: Ledger) -> None:
@@ -64,7 +64,7 @@ def test_changed_view_is_a_new_version_of_view_and_service(folder: Path, ledger:
     before = service_spec(ledger, "credit")
     apply(load_definitions(write(folder, "defs_new", days=30)), ledger, actor="user:test")
     after = service_spec(ledger, "credit")
-    assert (365 * 86400, 30 * 86400) == (before.views[0].ttl_s, after.views[0].ttl_s)
+    assert (before.views[0].ttl_s, after.views[0].ttl_s) == (365 * 86400, 30 * 86400)
     assert before == service_spec(ledger, "credit", before.version)
 
 
@@ -75,8 +75,8 @@ def test_going_back_to_an_old_definition_makes_it_the_newest(folder: Path, ledge
         apply(definitions, ledger, actor="user:test")
     assert old.views["income"].version == view_spec(ledger, "income").version
     assert old.services["credit"].version == service_spec(ledger, "credit").version
-    assert 3 == len(list(ledger.entries(FeatureViewApplied)))
-    assert 3 == len(list(ledger.entries(FeatureServiceApplied)))
+    assert len(list(ledger.entries(FeatureViewApplied))) == 3
+    assert len(list(ledger.entries(FeatureServiceApplied))) == 3
 
 
 def test_spec_needs_no_module_and_crosses_a_process_as_json(folder: Path, ledger: Ledger) -> None:
@@ -84,8 +84,8 @@ def test_spec_needs_no_module_and_crosses_a_process_as_json(folder: Path, ledger
     apply(load_definitions(write(folder, "defs_gone")), ledger, actor="user:test")
     (folder / "defs_gone.py").unlink()
     spec = service_spec(ledger, "credit")
-    assert ["income__amount", "income__sector"] == spec.columns
-    assert [False, True] == [field.categorical for field in spec.views[0].fields]
+    assert spec.columns == ["income__amount", "income__sector"]
+    assert [field.categorical for field in spec.views[0].fields] == [False, True]
     assert spec == ServiceSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
 
 
@@ -121,5 +121,5 @@ def test_module_that_cannot_be_used_is_refused(folder: Path, text: str, words: s
 
 def test_missing_module_is_refused() -> None:
     """The message says where to start from."""
-    with pytest.raises(DefinitionError, match="No module 'no_such_definitions.inner'"):
+    with pytest.raises(DefinitionError, match=r"No module 'no_such_definitions\.inner'"):
         load_definitions("no_such_definitions.inner")

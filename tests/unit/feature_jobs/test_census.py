@@ -37,7 +37,7 @@ def known(census: pl.DataFrame) -> pl.DataFrame:
 
 def test_every_real_record_is_there_once(census: pl.DataFrame) -> None:
     """Years as the packaged tables have them, each person with an outcome, surveyed in the year."""
-    assert ROWS_BY_YEAR == dict(census.group_by("year").len().sort("year").iter_rows())
+    assert dict(census.group_by("year").len().sort("year").iter_rows()) == ROWS_BY_YEAR
     assert census["person_id"].is_unique().all()
     assert {0, 1} == set(census["employed"].unique())
     assert (census["surveyed_at"].dt.year() == census["year"]).all()
@@ -53,7 +53,8 @@ def test_dates_depend_on_the_id_alone(census: pl.DataFrame) -> None:
 def test_no_publication_holds_an_outcome_not_known_then(known: pl.DataFrame) -> None:
     """Counted again from the outcomes: those known at publication, of the year up to the month's end."""
     banded = known.with_columns(
-        age_band=pl.Series(age_band(known.to_arrow()["AGEP"])), schooling=pl.Series(schooling(known.to_arrow()["SCHL"]))
+        age_band=pl.Series(age_band(known.to_arrow()["AGEP"])),
+        schooling=pl.Series(schooling(known.to_arrow()["SCHL"])),
     )
     published = publications(known, year=2016)
     assert published.height > 500
@@ -65,7 +66,10 @@ def test_no_publication_holds_an_outcome_not_known_then(known: pl.DataFrame) -> 
             & (pl.col("surveyed_at") <= row["month_end"])
             & (pl.col("surveyed_at") > row["month_end"] - TRAILING)
         )
-        assert (then.height, then["employed"].mean()) == (row["outcomes"], pytest.approx(row["employment_rate"]))
+        assert (then.height, then["employed"].mean()) == (
+            row["outcomes"],
+            pytest.approx(row["employment_rate"]),
+        )
 
 
 def test_outcome_that_arrives_after_publication_changes_nothing_in_it(known: pl.DataFrame) -> None:
@@ -94,7 +98,9 @@ def test_cohort_too_small_is_not_published(known: pl.DataFrame) -> None:
     assert publications(known, year=2015)["outcomes"].min() == MIN_OUTCOMES
 
 
-def test_own_outcome_is_never_known_when_a_person_is_asked_about(census: pl.DataFrame, known: pl.DataFrame) -> None:
+def test_own_outcome_is_never_known_when_a_person_is_asked_about(
+    census: pl.DataFrame, known: pl.DataFrame
+) -> None:
     """The cohort rate cannot leak the label of the person it describes."""
     asked = entities(census)
     assert (known["known_at"] > asked["event_timestamp"]).all()
@@ -128,7 +134,18 @@ def test_every_publication_passes_its_own_checks(known: pl.DataFrame) -> None:
 def test_bands_have_readable_names_and_no_gaps() -> None:
     """Lower bounds are included; what is no age or code has no band."""
     ages = pa.chunked_array([[0.0, 15.9, 16.0, 25.0, 34.0, 64.0, 65.0, 94.0, -1.0, None]])
-    assert ["0-15", "0-15", "16-24", "25-34", "25-34", "55-64", "65+", "65+", None, None] == age_band(ages).to_pylist()
+    assert age_band(ages).to_pylist() == [
+        "0-15",
+        "0-15",
+        "16-24",
+        "25-34",
+        "25-34",
+        "55-64",
+        "65+",
+        "65+",
+        None,
+        None,
+    ]
     codes = pa.chunked_array([["0", "16", "18", "21", "24", None]])
     expected = ["none", "high-school", "some-college", "bachelor", "graduate", None]
     assert expected == schooling(codes).to_pylist()
@@ -139,10 +156,10 @@ def test_transform_keeps_rows_and_order(census: pl.DataFrame) -> None:
     table = census.head(100).to_arrow()
     banded = with_bands(table)
     assert table.equals(banded.select(table.column_names))
-    assert ["age_band", "schooling"] == banded.column_names[-2:]
+    assert banded.column_names[-2:] == ["age_band", "schooling"]
 
 
 def test_service_gives_the_cohort_its_keys_from_the_person() -> None:
     """The views are in the order that lets the join keys be found."""
-    assert ["person", "cohort"] == [view.name for view in employment.views]
+    assert [view.name for view in employment.views] == ["person", "cohort"]
     assert set(cohort.join_keys) <= {field.name for field in person.schema}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -73,7 +74,7 @@ def view(**changes: Any) -> FeatureView:
         (lambda: view(created_lag=timedelta(days=-1)), "created_lag must not be negative"),
         (lambda: view(subject_key="persn_id"), "Did you mean 'person_id'"),
         (lambda: view(purposes="credit"), "purposes must be a list"),
-        (lambda: view(transform="double"), "must be a plain function"),
+        (lambda: view(transform="double").version, "must be a plain function"),
         (lambda: FeatureService("credit", views=[]), "no view"),
         (lambda: FeatureService("credit", views=[view(), view()]), "names the view 'income' twice"),
         (lambda: FeatureView("a__b", entities=[PERSON], source=SOURCE, schema=[Field("x", "int64")]), "'__'"),
@@ -81,10 +82,8 @@ def view(**changes: Any) -> FeatureView:
 )
 def test_mistake_is_named(make: Callable[[], Any], words: str) -> None:
     """A definition that cannot work does not come to be, and the message says why."""
-    with pytest.raises(DefinitionError, match=".*") as caught:
-        made = make()
-        made.definition()
-    assert words in str(caught.value)
+    with pytest.raises(DefinitionError, match=re.escape(words)):
+        make()
 
 
 def test_version_is_stable_for_the_same_definition() -> None:
@@ -125,11 +124,11 @@ def test_service_version_follows_its_views_and_their_order() -> None:
         FeatureService("credit", views=views).version
         for views in ([one, other], [other, one], [one], [replace(one, owner="x"), other])
     }
-    assert 4 == len(versions)
+    assert len(versions) == 4
 
 
 def test_definition_holds_governance_per_column() -> None:
     """Sensitivity, owner and purposes reach the ledger."""
     definition = view().definition()
-    assert ["personal", "internal"] == [field["sensitivity"] for field in definition["schema"]]
-    assert ("risk", ["credit_scoring"]) == (definition["owner"], definition["purposes"])
+    assert [field["sensitivity"] for field in definition["schema"]] == ["personal", "internal"]
+    assert (definition["owner"], definition["purposes"]) == ("risk", ["credit_scoring"])

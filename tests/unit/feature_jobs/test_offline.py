@@ -18,7 +18,12 @@ from feature_jobs.store.offline import Batch, BucketFile, snapshot
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 BASE = [("person_id", pa.int64()), ("amount", pa.float64())]
-TIMES = [("event_timestamp", TIME), ("created_timestamp", TIME), ("ingested_at", TIME), ("ingest_seq", pa.int64())]
+TIMES = [
+    ("event_timestamp", TIME),
+    ("created_timestamp", TIME),
+    ("ingested_at", TIME),
+    ("ingest_seq", pa.int64()),
+]
 SCHEMA = pa.schema([*BASE, *TIMES])
 
 
@@ -89,23 +94,23 @@ def test_buckets_together_are_the_table(uri: str) -> None:
     pinned = snapshot(uri, view="income", keys=["person_id"])
     found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
     assert list(range(50)) == sorted(found["person_id"])
-    assert 50 == pinned.rows
+    assert pinned.rows == 50
 
 
 def test_pinned_version_never_sees_later_rows(uri: str) -> None:
     """A training set can be built again after more data came."""
     first = ingest(uri, rows(0, 50), "a")
     ingest(uri, rows(50, 50), "b")
-    assert 50 == snapshot(uri, view="income", keys=["person_id"], version=first).rows
-    assert 100 == snapshot(uri, view="income", keys=["person_id"]).rows
+    assert snapshot(uri, view="income", keys=["person_id"], version=first).rows == 50
+    assert snapshot(uri, view="income", keys=["person_id"]).rows == 100
 
 
 def test_files_without_commit_are_no_rows(uri: str) -> None:
     """A crash before the commit leaves the table as it was."""
     ingest(uri, rows(0, 10), "a")
     write(uri, rows(10, 10), "crashed")
-    assert 10 == snapshot(uri, view="income", keys=["person_id"]).rows
-    assert 10 == pl.scan_delta(uri).select(pl.len()).collect().item()
+    assert snapshot(uri, view="income", keys=["person_id"]).rows == 10
+    assert pl.scan_delta(uri).select(pl.len()).collect().item() == 10
 
 
 def test_commit_without_ledger_event_is_found_by_its_id(uri: str) -> None:
@@ -125,15 +130,15 @@ def test_of_two_ingestions_at_once_one_stores_nothing(uri: str) -> None:
     offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b"), batch("b", 5), seq=14)
     with pytest.raises(SourceError, match="Another ingestion"):
         offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c"), batch("c", 5), seq=14)
-    assert 15 == snapshot(uri, view="income", keys=["person_id"]).rows
+    assert snapshot(uri, view="income", keys=["person_id"]).rows == 15
 
 
 def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str) -> None:
     """Later batches have greater numbers."""
     table = offline.create_table(uri, SCHEMA, num_buckets=4)
-    assert -1 == offline.last_seq(table)
+    assert offline.last_seq(table) == -1
     ingest(uri, rows(0, 10), "a")
-    assert 9 == offline.last_seq(DeltaTable(uri))
+    assert offline.last_seq(DeltaTable(uri)) == 9
 
 
 def test_new_feature_is_null_in_older_rows(uri: str) -> None:
@@ -144,23 +149,23 @@ def test_new_feature_is_null_in_older_rows(uri: str) -> None:
     pinned = snapshot(uri, view="income", keys=["person_id"])
     parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
     found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
-    assert [None] * 5 + ["x"] * 5 == found["sector"].to_list()
-    assert [None] * 5 + ["x"] * 5 == pl.read_delta(uri).sort("person_id")["sector"].to_list()
+    assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
+    assert pl.read_delta(uri).sort("person_id")["sector"].to_list() == [None] * 5 + ["x"] * 5
 
 
 def test_changed_dtype_is_refused(uri: str) -> None:
     """Naming the column and both types; the table is as it was."""
     ingest(uri, rows(0, 5), "a")
     other = pa.schema([BASE[0], ("amount", pa.string()), *TIMES])
-    with pytest.raises(SchemaMismatch, match="'amount'.*double.*string"):
+    with pytest.raises(SchemaMismatch, match=r"'amount'.*double.*string"):
         ingest(uri, rows(5, 5, schema=other, amount=["x"] * 5), "b")
-    assert 5 == snapshot(uri, view="income", keys=["person_id"]).rows
+    assert snapshot(uri, view="income", keys=["person_id"]).rows == 5
 
 
 def test_table_keeps_its_number_of_buckets(uri: str) -> None:
     """Whatever a later configuration says."""
     offline.create_table(uri, SCHEMA, num_buckets=4)
-    assert 4 == offline.num_buckets(offline.create_table(uri, SCHEMA, num_buckets=16))
+    assert offline.num_buckets(offline.create_table(uri, SCHEMA, num_buckets=16)) == 4
 
 
 def test_view_without_rows_says_what_to_run(uri: str) -> None:

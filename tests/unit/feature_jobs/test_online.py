@@ -58,7 +58,9 @@ def store(tmp_path: Path) -> Iterator[OnlineStore]:
     opened.close()
 
 
-def read(store: OnlineStore, entity: Mapping[str, Any], *, at: float = 5) -> tuple[dict[str, Any], dict[str, str]]:
+def read(
+    store: OnlineStore, entity: Mapping[str, Any], *, at: float = 5
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Values and status of one entity, by column."""
     vectors = FeatureReader(SERVICE, store).read([entity], hour(at))
     assert SERVICE.columns == list(vectors.columns) == list(vectors.status)
@@ -69,27 +71,27 @@ def read(store: OnlineStore, entity: Mapping[str, Any], *, at: float = 5) -> tup
 def test_join_key_comes_from_an_earlier_view(store: OnlineStore) -> None:
     """As in the training set: the person's band is the key of the cohort."""
     values, status = read(store, {"person_id": 1})
-    assert {"person__amount": 10.0, "person__age_band": "young", "cohort__rate": 0.5} == values
+    assert values == {"person__amount": 10.0, "person__age_band": "young", "cohort__rate": 0.5}
     assert {"present"} == set(status.values())
 
 
 def test_join_key_of_the_request_goes_before_that_of_a_view(store: OnlineStore) -> None:
     """What the request says counts."""
-    assert 0.7 == read(store, {"person_id": 1, "age_band": "old"})[0]["cohort__rate"]
+    assert read(store, {"person_id": 1, "age_band": "old"})[0]["cohort__rate"] == 0.7
 
 
 def test_null_and_missing_are_told_apart(store: OnlineStore) -> None:
     """The source said nothing of the amount; nobody said anything of a stranger, or of a stranger's cohort."""
-    assert "null" == read(store, {"person_id": 2})[1]["person__amount"]
+    assert read(store, {"person_id": 2})[1]["person__amount"] == "null"
     assert {"missing"} == set(read(store, {"person_id": 99})[1].values())
 
 
 def test_ttl_is_measured_at_the_request(store: OnlineStore) -> None:
     """Age equal to the limit still counts; an expired person has no cohort."""
-    assert "present" == read(store, {"person_id": 1}, at=11)[1]["person__amount"]
+    assert read(store, {"person_id": 1}, at=11)[1]["person__amount"] == "present"
     values, status = read(store, {"person_id": 1}, at=11.001)
-    assert (None, "expired") == (values["person__amount"], status["person__amount"])
-    assert (None, "missing") == (values["cohort__rate"], status["cohort__rate"])
+    assert (values["person__amount"], status["person__amount"]) == (None, "expired")
+    assert (values["cohort__rate"], status["cohort__rate"]) == (None, "missing")
 
 
 @pytest.mark.parametrize("known", [row(1, 9.0, "old", event=6), row(1, 9.0, "old", event=2, available=6)])
@@ -97,14 +99,14 @@ def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: 
     """Neither one that happened later nor one that became known later."""
     store.replace(PERSON, {"person_id": "int64"}, [known])
     values, status = read(store, {"person_id": 1}, at=5.999)
-    assert (None, "missing") == (values["person__amount"], status["person__amount"])
-    assert 9.0 == read(store, {"person_id": 1}, at=6)[0]["person__amount"]
+    assert (values["person__amount"], status["person__amount"]) == (None, "missing")
+    assert read(store, {"person_id": 1}, at=6)[0]["person__amount"] == 9.0
 
 
 def test_rows_keep_order_and_repetitions(store: OnlineStore) -> None:
     """One item per entity asked, strangers between."""
     asked = [{"person_id": one} for one in (2, 1, 99, 1)]
-    assert [0.7, 0.5, None, 0.5] == FeatureReader(SERVICE, store).read(asked, hour(5)).columns["cohort__rate"]
+    assert FeatureReader(SERVICE, store).read(asked, hour(5)).columns["cohort__rate"] == [0.7, 0.5, None, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,12 @@ def test_key_that_is_absent_or_of_another_type_is_refused(
 
 def test_materialisation_replaces_all_rows_of_its_view_only(store: OnlineStore) -> None:
     """An entity that is no longer known is gone; other views are as they were."""
-    assert 1 == store.replace(PERSON, {"person_id": "int64"}, [row(2, 20.0, "old")])
-    assert "missing" == read(store, {"person_id": 1})[1]["person__amount"]
-    assert (20.0, 0.7) == tuple(read(store, {"person_id": 2})[0][name] for name in ("person__amount", "cohort__rate"))
+    assert store.replace(PERSON, {"person_id": "int64"}, [row(2, 20.0, "old")]) == 1
+    assert read(store, {"person_id": 1})[1]["person__amount"] == "missing"
+    assert tuple(read(store, {"person_id": 2})[0][name] for name in ("person__amount", "cohort__rate")) == (
+        20.0,
+        0.7,
+    )
 
 
 def test_view_whose_name_begins_like_another_is_left_alone(store: OnlineStore) -> None:
@@ -136,7 +141,7 @@ def test_view_whose_name_begins_like_another_is_left_alone(store: OnlineStore) -
     store.replace(other, {"person_id": "int64"}, [row(1, 5.0)])
     store.replace(PERSON, {"person_id": "int64"}, [])
     service = ServiceSpec(name="s", version="1", views=[other])
-    assert [5.0] == FeatureReader(service, store).read([{"person_id": 1}], hour(2)).columns["person2__amount"]
+    assert FeatureReader(service, store).read([{"person_id": 1}], hour(2)).columns["person2__amount"] == [5.0]
 
 
 def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
@@ -148,7 +153,7 @@ def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
 
     with pytest.raises(OSError, match="bucket lost"):
         store.replace(PERSON, {"person_id": "int64"}, failing())
-    assert 10.0 == read(store, {"person_id": 1})[0]["person__amount"]
+    assert read(store, {"person_id": 1})[0]["person__amount"] == 10.0
 
 
 def test_store_without_any_materialisation_knows_nothing(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def test_open_reader_sees_what_another_process_writes(tmp_path: Path) -> None:
     service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
     replica = open_online(SMALL, Layout(str(tmp_path)))
     reader = FeatureReader(service, replica)
-    assert [None] == reader.read([{"person_id": 1}], START).columns["person__amount"]
+    assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [None]
     subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)
-    assert [7.0] == reader.read([{"person_id": 1}], START).columns["person__amount"]
+    assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [7.0]
     replica.close()

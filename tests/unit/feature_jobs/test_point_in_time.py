@@ -63,6 +63,7 @@ entity_frames = st.lists(
 def oracle() -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET threads = 1")
     return connection
 
 
@@ -85,8 +86,10 @@ def test_join_agrees_with_the_definition_in_sql(
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
     """What is materialised online is what the training set would have seen."""
     rows = latest(features, keys=list(KEYS), as_of=as_of)
-    asked = features.select(list(KEYS)).unique(maintain_order=True).with_columns(
-        pl.lit(as_of).cast(TIME).alias("event_timestamp")
+    asked = (
+        features.select(list(KEYS))
+        .unique(maintain_order=True)
+        .with_columns(pl.lit(as_of).cast(TIME).alias("event_timestamp"))
     )
     joined = join(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None)
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
@@ -110,45 +113,45 @@ def ask(features: pl.DataFrame, *asked: int, ttl: timedelta | None = None) -> li
 
 def test_late_event_never_overwrites_newer_value() -> None:
     """A correction of an old event that arrives last changes nothing."""
-    assert [2.0] == ask(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10)
+    assert ask(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10) == [2.0]
 
 
 def test_correction_counts_from_when_it_was_known() -> None:
     """Before its creation the first value holds, from then on the corrected one."""
-    assert [1.0, 9.0] == ask(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8)
+    assert ask(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8) == [1.0, 9.0]
 
 
 def test_row_is_unseen_before_its_event_even_if_created_earlier() -> None:
     """A value announced ahead is not true yet."""
-    assert [None, 1.0] == ask(rows((5, 2, 1.0)), 4, 5)
+    assert ask(rows((5, 2, 1.0)), 4, 5) == [None, 1.0]
 
 
 def test_last_ingested_wins_a_full_tie() -> None:
     """Same event, same creation: what was stored later counts."""
-    assert [2.0] == ask(rows((1, 1, 1.0), (1, 1, 2.0)), 3)
+    assert ask(rows((1, 1, 1.0), (1, 1, 2.0)), 3) == [2.0]
 
 
 def test_null_value_hides_the_older_one() -> None:
     """A known absence is an answer."""
-    assert [None] == ask(rows((1, 1, 1.0), (2, 2, None)), 3)
+    assert ask(rows((1, 1, 1.0), (2, 2, None)), 3) == [None]
 
 
 def test_ttl_includes_its_edge_and_reaches_for_no_older_row() -> None:
     """Age equal to the limit still counts; a microsecond more does not, whatever else is there."""
     features = rows((1, 1, 1.0), (4, 4, 2.0))
-    assert [2.0, None] == ask(features, 6, 7, ttl=timedelta(hours=2))
+    assert ask(features, 6, 7, ttl=timedelta(hours=2)) == [2.0, None]
 
 
 def test_expired_newer_event_is_not_replaced_by_correction_of_older_event() -> None:
     """Time-to-live is applied to the answer, not to the candidates."""
-    assert [None] == ask(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6))
+    assert ask(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6)) == [None]
 
 
 def test_rows_keep_order_and_repetitions() -> None:
     """As many answers as questions, in their order."""
-    assert [2.0, 1.0, 2.0, None] == ask(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0)
+    assert ask(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0) == [2.0, 1.0, 2.0, None]
 
 
 def test_no_features_at_all_gives_nulls() -> None:
     """An empty bucket is no error."""
-    assert [None, None] == ask(rows(), 1, 2)
+    assert ask(rows(), 1, 2) == [None, None]

@@ -110,7 +110,7 @@ def test_rule_fails_only_the_rows_that_break_it() -> None:
     checks = [Range("amount", minimum=0, maximum=10)]
     bad = "amount outside 0..10"
     assert [None, None, bad, bad, None] == reasons(block([0.0, 10.0, -0.1, 10.1, None]), checks=checks)
-    assert [None, "amount is null"] == reasons(block([1.0, None]), checks=[NotNull("amount")])
+    assert reasons(block([1.0, None]), checks=[NotNull("amount")]) == [None, "amount is null"]
     allowed = [Allowed("amount", values=["a"])]
     expected = [None, "amount is none of the allowed values", None]
     assert expected == reasons(block(["a", "b", None]), dtype="string", checks=allowed)
@@ -119,7 +119,7 @@ def test_rule_fails_only_the_rows_that_break_it() -> None:
 def test_row_with_two_faults_names_both() -> None:
     """All that is wrong with a row is said at once."""
     batch = block([-1.0], keys=pa.array([None], pa.int64()))
-    assert ["person_id is null; amount outside 0.."] == reasons(batch, checks=[Range("amount", minimum=0)])
+    assert reasons(batch, checks=[Range("amount", minimum=0)]) == ["person_id is null; amount outside 0.."]
 
 
 def test_time_that_is_absent_or_far_ahead_is_a_bad_row() -> None:
@@ -137,7 +137,7 @@ def test_bad_row_keeps_what_the_source_said() -> None:
     found = prepare(batch, view(checks=[Range("amount", minimum=0)]), now=NOW)
     first, second = found[RAW].to_pylist()
     assert second is None
-    assert ("typed twice", -1.0) == (json.loads(first)["note"], json.loads(first)["amount"])
+    assert (json.loads(first)["note"], json.loads(first)["amount"]) == ("typed twice", -1.0)
 
 
 def test_created_is_event_plus_lag_where_the_source_does_not_say() -> None:
@@ -148,7 +148,7 @@ def test_created_is_event_plus_lag_where_the_source_does_not_say() -> None:
     batch = block([1.0, 1.0], known=known)
     declared = prepare(batch, view(source=source, created_lag=lag), now=NOW)["created_timestamp"]
     assert [AT + timedelta(days=9), AT + lag] == declared.to_pylist()
-    assert [AT, AT] == prepare(batch, view(), now=NOW)["created_timestamp"].to_pylist()
+    assert prepare(batch, view(), now=NOW)["created_timestamp"].to_pylist() == [AT, AT]
 
 
 def _fails(table: pa.Table) -> pa.Table:
@@ -159,7 +159,9 @@ def _drops(table: pa.Table) -> pa.Table:
     return table.slice(1)
 
 
-@pytest.mark.parametrize(("transform", "words"), [(_fails, "no such column"), (_drops, "one row for each of 2")])
+@pytest.mark.parametrize(
+    ("transform", "words"), [(_fails, "no such column"), (_drops, "one row for each of 2")]
+)
 def test_transform_that_cannot_be_trusted_refuses_the_batch(transform: Any, words: str) -> None:
     """An error inside, or rows lost: the batch is refused, not cut short."""
     with pytest.raises(SourceError, match=words):
@@ -169,4 +171,4 @@ def test_transform_that_cannot_be_trusted_refuses_the_batch(transform: Any, word
 def test_empty_block_is_fine() -> None:
     """Ray Data may hand over a block without rows."""
     empty = block([1.0]).slice(0, 0)
-    assert 0 == prepare(empty, view(checks=[Range("amount", minimum=0)]), now=NOW).num_rows
+    assert prepare(empty, view(checks=[Range("amount", minimum=0)]), now=NOW).num_rows == 0

@@ -1,0 +1,156 @@
+"""The same command lines under `ray job submit --working-dir .`, from a user's own folder outside the checkout."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+DEFINITIONS = """
+from datetime import timedelta
+
+from feature_jobs.store import Entity, FeatureView, Field, FileSource
+
+from arithmetic import doubled
+
+person = Entity("person", join_keys=["person_id"])
+income = FeatureView(
+    "submitted_income",
+    entities=[person],
+    ttl=timedelta(days=365),
+    source=FileSource("income.parquet", event_timestamp="event_timestamp"),
+    schema=[Field("amount", "float64"), Field("doubled", "float64")],
+    transform=doubled,
+    owner="risk",
+    purposes=["testing"],
+)
+"""
+ARITHMETIC = """
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def doubled(batch: pa.Table) -> pa.Table:
+    return batch.append_column("doubled", pc.multiply(batch["amount"], 2.0))
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with definitions of its own; its data lies in the project, where relative paths point."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "submitted.py").write_text(DEFINITIONS)
+    (folder / "arithmetic.py").write_text(ARITHMETIC)
+    when = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    table = pa.table(
+        {
+            "person_id": pa.array(range(100), pa.int64()),
+            "event_timestamp": pa.array([when] * 100, pa.timestamp("us", tz="UTC")),
+            "amount": pa.array([float(number) for number in range(100)]),
+        }
+    )
+    pq.write_table(table, falaj_cluster.root / "income.parquet")
+    return folder
+
+
+def submit(project: Project, folder: Path, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command under `ray job submit` in a shell that stands in `folder`."""
+    ray = str(Path(sys.executable).parent / "ray")
+    return subprocess.run(
+        [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", *command],
+        cwd=folder,
+        env=project.env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+def job_details(project: Project, name: str) -> dict[str, Any]:
+    """What Ray's dashboard shows of a job."""
+    token = Path(project.record.token_path).read_text().strip()
+    request = urllib.request.Request(
+        f"{project.record.dashboard_url}/api/jobs/{name}", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        details: dict[str, Any] = json.load(response)
+    return details
+
+
+def test_a_users_own_definitions_run_as_ray_jobs(falaj_cluster: Project, workspace: Path) -> None:
+    """Their modules are importable in the driver and in Ray's workers; state lands in the recorded project."""
+    definitions = "definitions=submitted"
+    applied = submit(falaj_cluster, workspace, "apply", "feature_jobs.apply", definitions)
+    assert applied.returncode == 0, applied.stdout + applied.stderr
+    arguments = (definitions, "view=submitted_income", "num_buckets=2")
+    ingested = submit(falaj_cluster, workspace, "ingest", "feature_jobs.ingest", *arguments)
+    assert ingested.returncode == 0, ingested.stdout + ingested.stderr
+    assert "100 rows in = 100 stored + 0 quarantined" in ingested.stdout
+    parts = sorted((falaj_cluster.storage_root / "features" / "submitted_income").rglob("*.parquet"))
+    rows = pa.concat_tables([pq.ParquetFile(part).read(["amount", "doubled"]) for part in parts]).to_pylist()
+    assert sorted((row["amount"], row["doubled"]) for row in rows) == [
+        (float(n), 2.0 * n) for n in range(100)
+    ]
+    assert sorted(path.name for path in workspace.iterdir() if path.name != "__pycache__") == [
+        "arithmetic.py",
+        "submitted.py",
+    ]
+    details = job_details(falaj_cluster, "ingest")
+    assert details["status"] == "SUCCEEDED"
+    assert details["driver_exit_code"] == 0
+    assert "feature_jobs.ingest" in details["entrypoint"]
+
+
+def test_the_job_and_the_shell_see_the_same_platform(falaj_cluster: Project, workspace: Path) -> None:
+    """What was ingested as a Ray job need not be ingested again from a shell in that folder."""
+    arguments = ("definitions=submitted", "view=submitted_income")
+    falaj_cluster.run("feature_jobs.apply", "definitions=submitted", cwd=workspace, check=True)
+    result = falaj_cluster.run("feature_jobs.ingest", *arguments, cwd=workspace, check=True)
+    assert "ingested already" in result.stdout
+
+
+def test_a_refusal_is_1_for_the_submitter_and_2_for_the_driver(
+    falaj_cluster: Project, workspace: Path
+) -> None:
+    """Ray knows no exit code but 0 and 1; the driver's own says that it was a refusal."""
+    result = submit(falaj_cluster, workspace, "refused", "feature_jobs.apply", "definitions=nowhere")
+    assert result.returncode == 1
+    assert "refused: " in result.stdout
+    assert "nowhere" in result.stdout
+    details = job_details(falaj_cluster, "refused")
+    assert details["status"] == "FAILED"
+    assert details["driver_exit_code"] == 2
+
+
+def test_a_bad_override_is_refused_too(falaj_cluster: Project, workspace: Path) -> None:
+    """Hydra's own complaints are refusals, not failures."""
+    submit(falaj_cluster, workspace, "typo", "feature_jobs.apply", "definition=submitted")
+    assert job_details(falaj_cluster, "typo")["driver_exit_code"] == 2
+
+
+def test_a_failure_is_1_for_the_driver(falaj_cluster: Project, workspace: Path) -> None:
+    """A definition that crashes when imported is a failure with its traceback, not a refusal."""
+    (workspace / "crashing.py").write_text("1 / 0\n")
+    result = submit(falaj_cluster, workspace, "crash", "crashing")
+    (workspace / "crashing.py").unlink()
+    assert "ZeroDivisionError" in result.stdout
+    assert job_details(falaj_cluster, "crash")["driver_exit_code"] == 1
+
+
+def test_no_secret_is_in_what_the_dashboard_tells(falaj_cluster: Project, workspace: Path) -> None:
+    """A job's runtime environment is shown in plain text: the token must not be part of it."""
+    submit(falaj_cluster, workspace, "told", "feature_jobs.apply", "definitions=submitted")
+    secret = Path(falaj_cluster.record.token_path).read_text().strip()
+    assert secret not in json.dumps(job_details(falaj_cluster, "told"))

@@ -1,0 +1,121 @@
+"""Finding the running cluster, without one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster import session
+from cluster.errors import ArtifactTampered, ClusterNotRunning
+from cluster.session import ClusterRecord
+from cluster.settings import PlatformConfig, StorageConfig
+
+
+@pytest.fixture(autouse=True)
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shell in an empty folder that knows of no cluster."""
+    monkeypatch.delenv("FALAJ_PROJECT_ROOT", raising=False)
+    monkeypatch.delenv("FALAJ_CLUSTER_RECORD", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def head() -> Iterator[int]:
+    """The port of something that answers like a head node's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def record(root: Path, port: int) -> ClusterRecord:
+    """The record of a cluster whose project is `root`."""
+    return ClusterRecord(
+        cluster_id="abc",
+        project_root=str(root),
+        storage_root=str(root / ".falaj"),
+        ray_address=f"127.0.0.1:{port}",
+        dashboard_url="http://127.0.0.1:2",
+        edge_url="https://127.0.0.1:3",
+        metrics_url="http://127.0.0.1:4/metrics",
+        ray_metrics_url="http://127.0.0.1:5/metrics",
+        serve_http_url="http://127.0.0.1:6",
+        token_path=str(root / ".falaj" / "keys" / "ray_token"),
+        temp_dir="/tmp/falaj-abc",
+        ports={"gcs": port},
+        pids={},
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_without_a_record_it_is_said_how_to_start_one() -> None:
+    """The first thing a newcomer meets."""
+    with pytest.raises(ClusterNotRunning, match=r"python -m cluster\.up"):
+        session.require_record(PlatformConfig())
+
+
+def test_a_record_comes_back_as_it_was_written(shell: Path, head: int) -> None:
+    """And its cluster counts as running while its head answers."""
+    written = record(shell, head)
+    session.write_record(written, StorageConfig())
+    assert session.require_record(PlatformConfig()) == written
+    assert session.read_record(StorageConfig()) == written
+
+
+def test_a_dead_clusters_record_is_told_apart(shell: Path, head: int) -> None:
+    """It can still be found, to clean up behind it, but not be used."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = int(server.getsockname()[1])
+    written = record(shell, silent)
+    session.write_record(written, StorageConfig())
+    assert session.find_record(StorageConfig()) == written
+    assert session.read_record(StorageConfig()) is None
+    with pytest.raises(ClusterNotRunning, match=r"does not answer.*cluster\.down.*cluster\.up"):
+        session.require_record(PlatformConfig())
+
+
+def test_a_folder_below_the_project_finds_it(shell: Path, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any variable."""
+    written = record(shell, head)
+    session.write_record(written, StorageConfig())
+    (shell / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(shell / "a" / "b")
+    assert session.require_record(PlatformConfig()) == written
+
+
+def test_a_shell_elsewhere_finds_it_by_the_printed_variables(
+    shell: Path, head: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cluster.status --env` gives all that is needed, also when the storage root has another name."""
+    storage = StorageConfig(root="state")
+    written = replace(record(shell, head), storage_root=str(shell / "state"))
+    session.write_record(written, storage)
+    for name, value in written.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert session.require_record(PlatformConfig()) == written
+
+
+def test_the_printed_variables_hold_no_secret(shell: Path) -> None:
+    """The token's path, never the token."""
+    written = record(shell, 1)
+    Path(written.token_path).parent.mkdir(parents=True)
+    Path(written.token_path).write_text("f00dfeed")
+    environment = written.environment()
+    assert environment["RAY_AUTH_TOKEN_PATH"] == written.token_path
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_ADDRESS"] == written.ray_address
+    assert not any("f00dfeed" in value for value in environment.values())
+
+
+def test_the_refusal_behind_a_workers_error_is_found() -> None:
+    """A closed gate stays a refusal when it was met inside a worker."""
+    refusal = ArtifactTampered("model.txt is not the file that was registered")
+    outer = RuntimeError("task failed")
+    outer.__cause__ = refusal
+    assert session.refusal_behind(outer) is refusal
+    failure = RuntimeError("plain")
+    assert session.refusal_behind(failure) is failure

@@ -1,0 +1,100 @@
+"""What `cluster.up` refuses before it starts anything."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from cluster import processes, up
+from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.session import write_record
+from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, StorageConfig
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PlatformConfig:
+    """A project on free ports."""
+    ports = PortsConfig(**{name: free_port() for name in PortsConfig.__dataclass_fields__})
+    return PlatformConfig(storage=StorageConfig(root=str(tmp_path)), cluster=ClusterConfig(ports=ports))
+
+
+def test_a_fit_machine_passes(config: PlatformConfig) -> None:
+    """The checks have no objection of their own."""
+    up.check(config)
+
+
+@pytest.mark.parametrize("name", up.REFUSED_VARIABLES)
+def test_a_variable_that_lets_parquet_run_code_is_refused(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Even when it is set to nothing."""
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
+        up.check(config)
+
+
+def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install."""
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(CompilerMissing, match=r"Install g\+\+"):
+        up.check(config)
+
+
+@pytest.mark.parametrize("name", sorted(PortsConfig.__dataclass_fields__))
+def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: PlatformConfig, name: str) -> None:
+    """Whichever of the ports is taken."""
+    port = getattr(config.cluster.ports, name)
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(PortInUse, match=rf"{port}.*pid \d+.*cluster\.ports\.{name}="),
+    ):
+        up.check(config)
+
+
+def test_a_recorded_cluster_whose_head_answers_is_up(config: PlatformConfig) -> None:
+    """The refusal says how to end it."""
+    record = up.describe(config)
+    write_record(record, config.storage)
+    with (
+        socket.create_server(("127.0.0.1", record.ports["gcs"])),
+        pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"),
+    ):
+        up.check(config)
+
+
+def test_a_record_left_by_a_dead_cluster_is_in_nobodys_way(config: PlatformConfig) -> None:
+    """After a crash or a reboot `up` works again."""
+    write_record(up.describe(config), config.storage)
+    up.check(config)
+
+
+def test_the_environment_of_a_cluster_is_its_own(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another cluster's address is not inherited, Ray's own HAProxy stays off, and the token is a path, not a value."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265")
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    record = up.describe(config)
+    environment = up.environment(config, record)
+    assert not {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_SERVE_ENABLE_HA_PROXY"} & environment.keys()
+    assert environment[processes.ID_VARIABLE] == record.cluster_id
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_AUTH_TOKEN_PATH"] == record.token_path
+    assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+    assert environment["DS_ACCELERATOR"] == "cpu"
+
+
+def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) -> None:
+    """Only a cluster without GPUs forces the CPU."""
+    config.cluster.num_gpus = 1
+    environment = up.environment(config, up.describe(config))
+    assert "DS_ACCELERATOR" not in environment

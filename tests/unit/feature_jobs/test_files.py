@@ -1,0 +1,61 @@
+"""A view's source files: found in order, read whole, or refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import SourceError
+from cluster.storage import Layout
+from feature_jobs.store.files import open_source
+
+
+def parquet(path: Path, *values: int) -> Path:
+    """A file of one column."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"n": pa.array(values, pa.int64())}), path)
+    return path
+
+
+def test_glob_and_folder_give_the_same_batch(tmp_path: Path) -> None:
+    """The files in the order of their names, however they are named."""
+    for name, values in (("b", (3,)), ("a", (1, 2))):
+        parquet(tmp_path / "in" / f"{name}.parquet", *values)
+    (tmp_path / "in" / "notes.txt").write_text("not data")
+    found = [open_source(f"{tmp_path}/{path}", Layout("")) for path in ("in", "in/*.parquet")]
+    assert found[0] == found[1]
+    assert ([Path(path).name for path in found[0].paths], found[0].rows) == (["a.parquet", "b.parquet"], 3)
+
+
+def test_digest_is_of_the_content(tmp_path: Path) -> None:
+    """The same rows under another name are the same batch; one more row is another."""
+    one, copy = parquet(tmp_path / "one.parquet", 1, 2), parquet(tmp_path / "copy.parquet", 1, 2)
+    other = parquet(tmp_path / "other.parquet", 1, 2, 3)
+    digests = [open_source(str(path), Layout("")).digest for path in (one, copy, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_storage_stands_for_the_storage_root(tmp_path: Path) -> None:
+    """A definition need not know where state lies."""
+    parquet(tmp_path / "source" / "x.parquet", 1)
+    assert open_source("{storage}/source/x.parquet", Layout(str(tmp_path))).rows == 1
+
+
+def test_source_that_holds_nothing_is_refused(tmp_path: Path) -> None:
+    """Missing, unmatched, without rows, or no Parquet at all."""
+    parquet(tmp_path / "empty.parquet")
+    (tmp_path / "text.parquet").write_text("not parquet")
+    whole = parquet(tmp_path / "whole.parquet", *range(1000)).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    for name, words in (
+        ("none.parquet", "No Parquet file"),
+        ("*.csv", "No Parquet file"),
+        ("empty.parquet", "is empty"),
+        ("text.parquet", "cannot be read"),
+        ("cut.parquet", "cannot be read"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            open_source(f"{tmp_path}/{name}", Layout(""))
