@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass, field
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from cluster.entrypoint import job
+from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, write_parquet
 from feature_jobs.census.cohorts import publications
@@ -65,7 +67,7 @@ def records() -> pl.DataFrame:
 
     Columns: person_id, the attributes (codes as text), employed (0 or 1), year, surveyed_at.
     """
-    folder = resources.files("nannyml") / "datasets" / "data"
+    folder = _packaged()
     reference = _read(folder / "employment_MA_reference.pq")
     later = _read(folder / "employment_MA_analysis.pq").join(
         _read(folder / "employment_MA_analysis_target.pq"), on="id", how="inner"
@@ -117,9 +119,16 @@ def entities(people: pl.DataFrame) -> pl.DataFrame:
     return people.select("person_id", event_timestamp=pl.col("surveyed_at") + week, employed="employed")
 
 
-def _read(path: resources.abc.Traversable) -> pl.DataFrame:
-    with resources.as_file(path) as file:
-        frame = pl.read_parquet(file)
+def _packaged() -> Path:
+    """NannyML's data folder; found without importing NannyML, which takes seconds."""
+    spec = find_spec("nannyml")
+    if spec is None or spec.origin is None:
+        raise SourceError("NannyML is not installed: the census tables ship in its wheel.")
+    return Path(spec.origin).parent / "datasets" / "data"
+
+
+def _read(path: Path) -> pl.DataFrame:
+    frame = pl.read_parquet(path)
     codes = [name for name in frame.columns if isinstance(frame.schema[name], pl.Categorical | pl.Enum)]
     return frame.with_columns(pl.col(codes).cast(pl.String))
 

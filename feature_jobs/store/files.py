@@ -58,12 +58,19 @@ def find(full: str) -> list[str]:
 
 
 def head(path: str, rows: int) -> pa.Table:
-    """The first rows of a file."""
+    """The first rows of a file.
+
+    Raises:
+        SourceError: its footer can be read, its rows cannot.
+    """
     fs, name = url_to_fs(path)
-    with fs.open(name, "rb") as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=rows):
-            return pa.Table.from_batches([batch])
-        return pq.ParquetFile(file).schema_arrow.empty_table()
+    try:
+        with fs.open(name, "rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=rows):
+                return pa.Table.from_batches([batch])
+            return pq.ParquetFile(file).schema_arrow.empty_table()
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"Source {path} cannot be read as Parquet: {error}") from error
 
 
 def _num_rows(path: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _META = b"\x00meta\x00"
+_MAX_KEY_BYTES = 511
 
 
 class Status(enum.StrEnum):
@@ -63,6 +65,7 @@ class OnlineStore:
         folder.mkdir(parents=True, exist_ok=True)
         if readonly and not (folder / "data.mdb").exists():
             lmdb.open(str(folder), map_size=map_size_bytes).close()
+        self._orders: dict[tuple[str, str], tuple[bytes | None, list[int | None] | None]] = {}
         self._env = lmdb.open(
             str(folder), map_size=map_size_bytes, readonly=readonly, max_readers=1024, readahead=False
         )
@@ -77,9 +80,13 @@ class OnlineStore:
                 cursor.delete()
             for row in rows:
                 packed = msgpack.packb([row.event_us, row.available_us, *row.values])
-                transaction.put(prefix + msgpack.packb(row.keys), packed)
+                transaction.put(_packed_key(prefix, row.keys), packed)
                 count += 1
-            meta = {"version": view.version, "key_types": dict(key_types)}
+            meta = {
+                "version": view.version,
+                "key_types": dict(key_types),
+                "fields": [[field.name, field.dtype] for field in view.fields],
+            }
             transaction.put(_META + view.name.encode(), msgpack.packb(meta))
         return count
 
@@ -89,12 +96,35 @@ class OnlineStore:
             packed = transaction.get(_META + view.encode())
         return {} if packed is None else dict(msgpack.unpackb(packed)["key_types"])
 
-    def get(self, view: str, keys: Sequence[tuple[int | str, ...] | None]) -> list[list[Any] | None]:
-        """The packed rows of entities: event and availability in microseconds, then the values; none where unknown."""
-        prefix = _prefix(view)
+    def get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[list[Any] | None]:
+        """The rows of entities: event and availability in microseconds, then the view's values; none where unknown.
+
+        The values stand in the order of this version of the view, whichever version was materialised; a feature that
+        was not, or with another dtype, is null.
+        """
+        prefix = _prefix(view.name)
         with self._env.begin(buffers=False) as transaction:
-            found = [None if key is None else transaction.get(prefix + msgpack.packb(key)) for key in keys]
-        return [None if packed is None else msgpack.unpackb(packed) for packed in found]
+            meta = transaction.get(_META + view.name.encode())
+            found = [None if key is None else transaction.get(_packed_key(prefix, key)) for key in keys]
+        order = self._order(view, meta)
+        rows = [None if packed is None else msgpack.unpackb(packed) for packed in found]
+        if order is None:
+            return rows
+        return [
+            None if row is None else [*row[:2], *(None if at is None else row[at] for at in order)]
+            for row in rows
+        ]
+
+    def _order(self, view: ViewSpec, meta: bytes | None) -> list[int | None] | None:
+        """Where each feature of a view's version stands in the packed rows; none where they are in its own order."""
+        known = self._orders.get((view.name, view.version))
+        if known is None or known[0] != meta:
+            stored = [] if meta is None else [tuple(field) for field in msgpack.unpackb(meta)["fields"]]
+            wanted = [(field.name, field.dtype) for field in view.fields]
+            places = {field: place for place, field in enumerate(stored, start=2)}
+            order = None if stored == wanted else [places.get(field) for field in wanted]
+            known = self._orders[view.name, view.version] = (meta, order)
+        return known[1]
 
     def close(self) -> None:
         """Unmap the store."""
@@ -119,7 +149,7 @@ class FeatureReader:
         vectors = FeatureVectors(columns={}, status={})
         for view in self._spec.views:
             keys = [self._key(view, entity, vectors, i) for i, entity in enumerate(entities)]
-            rows = self._store.get(view.name, keys)
+            rows = self._store.get(view, keys)
             states = [_state(row, at_us, view.ttl_s) for row in rows]
             for position, name in enumerate(view.columns, start=2):
                 values = [
@@ -181,6 +211,14 @@ def microseconds(moment: dt.datetime) -> int:
 
 def _prefix(view: str) -> bytes:
     return view.encode() + b"\x00"
+
+
+def _packed_key(prefix: bytes, keys: tuple[int | str, ...]) -> bytes:
+    """LMDB takes 511 bytes, so a longer key is cut and made unique by its hash."""
+    packed: bytes = prefix + msgpack.packb(keys)
+    if len(packed) <= _MAX_KEY_BYTES:
+        return packed
+    return packed[: _MAX_KEY_BYTES - 32] + hashlib.sha256(packed).digest()
 
 
 def _state(row: list[Any] | None, at_us: int, ttl_s: float | None) -> Status:

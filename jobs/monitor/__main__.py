@@ -1,4 +1,4 @@
-"""`python -m jobs.monitor model=m reference=train.parquet label=y`: estimate, realise, look for drift, per variant.
+"""`python -m jobs.monitor name=m reference=train.parquet label=y`: estimate, realise, look for drift, per variant.
 
 NannyML runs in a Ray task, so that the job shows on the dashboard and takes its place among the cluster's CPUs.
 """
@@ -45,18 +45,18 @@ def main(config: MonitorConfig) -> None:
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):
-        version = registry.get(config.model, int(str(number)))
+        version = registry.get(config.name, int(str(number)))
         figures = measure(config, version, reference, rows)
         results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
-        folder = f"{places.monitor(config.model)}/{run}"
+        folder = f"{places.monitor(config.name)}/{run}"
         write_bytes(f"{folder}/{variant}.json", json.dumps(figures, indent=1).encode())
         if figures["periods"]:
             plot = performance_plot(str(variant), figures["periods"], metric=figures["metric"])
             write_bytes(f"{folder}/{variant}.svg", plot.encode())
         identities = "".join(sorted(rows["prediction_id"].to_list()))
         event = ModelMonitored(
-            model=config.model,
+            model=config.name,
             variant=str(variant),
             version=version.version,
             periods=figures["periods"],
@@ -80,10 +80,10 @@ def logged(config: MonitorConfig) -> pl.DataFrame:
         RefusedError: nothing was predicted yet.
     """
     places = layout(config.storage)
-    predictions = read_predictions(local(places.predictions(config.model)))
+    predictions = read_predictions(local(places.predictions(config.name)))
     if predictions.is_empty():
-        raise RefusedError(f"No prediction of '{config.model}' is logged: no data, so no statement.")
-    outcomes = read_outcomes(local(places.outcomes(config.model)))
+        raise RefusedError(f"No prediction of '{config.name}' is logged: no data, so no statement.")
+    outcomes = read_outcomes(local(places.outcomes(config.name)))
     if outcomes.is_empty():
         return predictions.with_columns(outcome=pl.lit(None))
     known = outcomes.select("prediction_id", "row", "outcome")

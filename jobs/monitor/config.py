@@ -30,7 +30,8 @@ class SplitConfig:
 class MonitorConfig(PlatformConfig):
     """What is compared with what."""
 
-    model: str
+    name: str
+    """Of the model."""
     reference: str
     """Training set (Parquet); its held-out rows, scored anew, are the reference."""
     label: str

@@ -11,7 +11,8 @@ from cluster.settings import PlatformConfig
 class PipelineConfig(PlatformConfig):
     """How large the demo is."""
 
-    model: str = "employment"
+    name: str = "employment"
+    """Of the model."""
     label: str = "employed"
     reference_year: int = 2015
     years: list[int] = field(default_factory=lambda: [2016, 2017, 2018])

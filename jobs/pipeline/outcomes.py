@@ -25,7 +25,8 @@ BATCH = 500
 class OutcomesConfig(PlatformConfig):
     """Which answers get their outcomes from where."""
 
-    model: str = "employment"
+    name: str = "employment"
+    """Of the model."""
     answers: str = "???"
     people: str = "???"
     """Parquet with the entity key and the true label."""
@@ -73,7 +74,7 @@ async def _post(config: OutcomesConfig, outcomes: list[dict[str, Any]]) -> int:
         connector=aiohttp.TCPConnector(ssl=context), headers={"Authorization": f"Bearer {token}"}
     ) as client:
         for batch in (outcomes[start : start + BATCH] for start in range(0, len(outcomes), BATCH)):
-            body = {"model": config.model, "outcomes": batch}
+            body = {"model": config.name, "outcomes": batch}
             async with client.post(f"{record.edge_url}/v1/outcomes", json=body) as response:
                 content = await response.json(content_type=None)
                 if response.status != 200:

@@ -52,7 +52,7 @@ def render(report: Report) -> str:
     )
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
-    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
+    environment.filters["figure"] = lambda value: f"{value:.3f}" if isinstance(value, float | int) else "–"
     environment.filters["svg"] = lambda text: Markup(text)  # noqa: S704 (drawn by jobs.monitor.plots)
     template = environment.get_template("report.html")
     return template.render(report=report, summary=report.summary, total=total(report))
@@ -103,6 +103,6 @@ def most_drifted(drift: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plots(config: PipelineConfig, variants: list[str]) -> dict[str, str]:
-    runs = sorted(local(layout(config.storage).monitor(config.model)).glob("*"))
+    runs = sorted(local(layout(config.storage).monitor(config.name)).glob("*"))
     files = {variant: runs[-1] / f"{variant}.svg" for variant in variants} if runs else {}
     return {variant: path.read_text() for variant, path in files.items() if path.exists()}

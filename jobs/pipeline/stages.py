@@ -61,7 +61,7 @@ def _data(source: Path, demo: Path, config: PipelineConfig) -> list[Stage]:
             commands=lambda _: [
                 (
                     "feature_jobs.training_set",
-                    f"service={config.model}",
+                    f"service={config.name}",
                     f"entities={source}/entities_{reference}.parquet",
                     f"output={demo}/train.parquet",
                 )
@@ -71,7 +71,7 @@ def _data(source: Path, demo: Path, config: PipelineConfig) -> list[Stage]:
 
 
 def _training(demo: Path, config: PipelineConfig) -> list[Stage]:
-    data = (f"training_set={demo}/train.parquet", f"name={config.model}", f"label={config.label}")
+    data = (f"training_set={demo}/train.parquet", f"name={config.name}", f"label={config.label}")
     return [
         Stage(
             name="train_lightgbm",
@@ -105,7 +105,7 @@ def _training(demo: Path, config: PipelineConfig) -> list[Stage]:
             commands=lambda results: [
                 (
                     "jobs.evaluate",
-                    f"name={config.model}",
+                    f"name={config.name}",
                     f"training_set={demo}/train.parquet",
                     f"version={results[candidate]['version']}",
                     "slices=[person__SEX,person__RAC1P]",
@@ -122,7 +122,7 @@ def _deployment(config: PipelineConfig) -> Stage:
     def commands(results: Results) -> list[Command]:
         champion, challenger = results["lightgbm"]["version"], results["network"]["version"]
         return [
-            ("serve_apps.deploy", f"name={config.model}", f"version={champion}", "variant=champion"),
+            ("serve_apps.deploy", f"name={config.name}", f"version={champion}", "variant=champion"),
             _start(config, challenger, weight=config.challenger_weight, variant="challenger"),
         ]
 
@@ -162,7 +162,7 @@ def _monitoring(demo: Path, config: PipelineConfig) -> Stage:
         commands=lambda _: [
             (
                 "jobs.monitor",
-                f"model={config.model}",
+                f"name={config.name}",
                 f"reference={demo}/train.parquet",
                 f"label={config.label}",
                 f"output={demo}/monitor.json",
@@ -183,7 +183,7 @@ def _broken(config: PipelineConfig, source: Path, demo: Path) -> list[Stage]:
                     "jobs.train",
                     "model=lightgbm",
                     f"training_set={demo}/train.parquet",
-                    f"name={config.model}",
+                    f"name={config.name}",
                     f"label={config.label}",
                     "label_permutation=true",
                     f"output={demo}/broken.json",
@@ -192,15 +192,21 @@ def _broken(config: PipelineConfig, source: Path, demo: Path) -> list[Stage]:
             outputs=("broken",),
         ),
         Stage(
-            name="serve_broken",
-            title=f"End the first rollout; give the broken version {config.broken_weight:g}% of units",
-            commands=lambda results: [
+            name="end_first_rollout",
+            title="End the first rollout: the trees stay champion",
+            commands=lambda _: [
                 (
                     "serve_apps.rollout",
                     "action=rollback",
-                    f"model={config.model}",
+                    f"name={config.name}",
                     "reason=the trees stay champion",
-                ),
+                )
+            ],
+        ),
+        Stage(
+            name="serve_broken",
+            title=f"Give the broken version {config.broken_weight:g}% of units",
+            commands=lambda results: [
                 _start(config, results["broken"]["version"], weight=config.broken_weight, variant="broken"),
                 *_score(
                     config,
@@ -217,7 +223,7 @@ def _broken(config: PipelineConfig, source: Path, demo: Path) -> list[Stage]:
             name="rollback",
             title="The rule compares realised performance and rolls back",
             commands=lambda _: [
-                ("serve_apps.rollout", "action=check", f"model={config.model}", f"output={demo}/check.json")
+                ("serve_apps.rollout", "action=check", f"name={config.name}", f"output={demo}/check.json")
             ],
             outputs=("check",),
         ),
@@ -235,7 +241,7 @@ def _start(config: PipelineConfig, version: int, *, weight: float, variant: str)
     return (
         "serve_apps.rollout",
         "action=start",
-        f"model={config.model}",
+        f"name={config.name}",
         f"version={version}",
         f"weight={weight:g}",
         f"variant={variant}",
@@ -259,7 +265,7 @@ def _score(
     return [
         (
             "jobs.pipeline.traffic",
-            f"model={config.model}",
+            f"name={config.name}",
             people,
             answers,
             f"as_of={year}-12-31T23:59:59Z",
@@ -268,7 +274,7 @@ def _score(
         ),
         (
             "jobs.pipeline.outcomes",
-            f"model={config.model}",
+            f"name={config.name}",
             people,
             answers,
             f"observed_at={year + 1}-03-31T00:00:00Z",

@@ -29,7 +29,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     ledger = open_ledger(config)
     results = runner.results()
     answers = _answers(demo)
-    predictions = read_predictions(local(places.predictions(config.model)))
+    predictions = read_predictions(local(places.predictions(config.name)))
     summary = {
         "rows": _rows(ledger),
         "training_set": _training_set(ledger),
@@ -41,7 +41,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        "prediction_log_rows": count_predictions(local(places.predictions(config.model))),
+        "prediction_log_rows": count_predictions(local(places.predictions(config.name))),
         "orphans": predictions.join(answers, on="prediction_id", how="anti")["prediction_id"].n_unique(),
         "monitor": _monitor(results["monitor"]),
         "rollback_ms": results["check"]["rollback_ms"],
@@ -81,7 +81,7 @@ def _variants(
 ) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {}
     for variant, output in CANDIDATES.items():
-        version = registry.get(config.model, results[output]["version"])
+        version = registry.get(config.name, results[output]["version"])
         variants[variant] = {
             "family": version.family,
             "version": version.version,

@@ -31,7 +31,8 @@ SECONDS_TO_TRY = 60
 class TrafficConfig(PlatformConfig):
     """Who is scored, and when."""
 
-    model: str = "employment"
+    name: str = "employment"
+    """Of the model."""
     people: str = "???"
     """Parquet with the entity key and `event_timestamp`."""
     key: str = "person_id"
@@ -118,7 +119,7 @@ async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
 async def _ask(
     client: aiohttp.ClientSession, record: ClusterRecord, config: TrafficConfig, key: int
 ) -> Answer:
-    url = f"{record.edge_url}/v1/models/{config.model}:predict"
+    url = f"{record.edge_url}/v1/models/{config.name}:predict"
     body = {"entities": [{config.key: key}], "as_of": config.as_of}
     started = time.perf_counter()
     async with client.post(url, json=body, headers={"X-Unit-ID": str(key)}) as response:

@@ -79,6 +79,7 @@ defaults
     mode http
     errorfiles json
     timeout connect 2s
+    timeout check 3s
     timeout client 30s
     timeout server 30s
     timeout queue 5s

@@ -11,7 +11,6 @@ import time
 import uuid
 from typing import Any
 
-from feature_jobs.store.online import FeatureReader, open_online
 from ray.serve import metrics
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +27,7 @@ from cluster.security.policy import Action
 from cluster.settings import PlatformConfig, from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor import inference_protocol

@@ -1,4 +1,4 @@
-"""`python -m serve_apps.rollout action=… model=…`: start, change, show, promote, roll back, check."""
+"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back, check."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class RolloutConfig(PlatformConfig):
     """The command; see `configs/rollout.yaml`."""
 
     action: RolloutAction = RolloutAction.show
-    model: str = "???"
+    name: str = "???"
+    """Of the model."""
     version: str = "latest"
     weight: float = 10.0
     variant: str = "challenger"
@@ -70,9 +71,9 @@ def main(config: RolloutConfig) -> None:
     require_record(config)
     ledger = open_ledger(config)
     states = read_states(ledger)
-    if config.model not in states:
-        raise ModelNotFound(f"Model '{config.model}' is not deployed.{did_you_mean(config.model, states)}")
-    state = states[config.model]
+    if config.name not in states:
+        raise ModelNotFound(f"Model '{config.name}' is not deployed.{did_you_mean(config.name, states)}")
+    state = states[config.name]
     match config.action:
         case RolloutAction.start:
             result = start(config, ledger, state)
@@ -98,26 +99,28 @@ def running(config: RolloutConfig, state: ModelState) -> Rollout:
         RolloutError: none does.
     """
     if state.rollout is None:
-        raise RolloutError(f"No rollout of '{config.model}' runs. Start one with `action=start version=…`.")
+        raise RolloutError(f"No rollout of '{config.name}' runs. Start one with `action=start version=…`.")
     return state.rollout
 
 
 def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str, Any]:
-    """Deploy the version if need be, then send it its share of units."""
+    """Deploy the version if need be, then send it its share of units; started twice, it goes on as it is."""
+    if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
+        return asdict(state.rollout)
     if state.rollout is not None:
         raise RolloutError(
-            f"Rollout {state.rollout.id} of '{config.model}' runs already: promote it or roll it back first."
+            f"Rollout {state.rollout.id} of '{config.name}' runs already: promote it or roll it back first."
         )
-    version = Registry(ledger, layout(config.storage)).get(config.model, config.version)
+    version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
     if state.champion_version is None or version.version == state.champion_version:
         raise RolloutError(
-            f"Version {version.version} is the champion of '{config.model}': there is nothing to try."
+            f"Version {version.version} is the champion of '{config.name}': there is nothing to try."
         )
     attach(config)
     app = deploy(config, ledger, version, variant=config.variant)
     wait_until_applied(config, ledger.head(), app=app)
     event = RolloutStarted(
-        model=config.model,
+        model=config.name,
         rollout=secrets.token_hex(4),
         salt=secrets.token_hex(8),
         treatment_version=version.version,
@@ -131,7 +134,7 @@ def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str,
 
 def change_weight(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
     """Give the treatment another share of units."""
-    event = RolloutWeightChanged(model=config.model, rollout=rollout.id, weight=config.weight)
+    event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
     wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
     return event.payload()
 
@@ -140,15 +143,15 @@ def promote(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str
     """Make the treatment champion, then end the rollout; in this order no unit goes back in between."""
     registry = Registry(ledger, layout(config.storage))
     version, actor = rollout.treatment_version, current_actor()
-    registry.move_alias(config.model, CHAMPION, version, actor=actor, reason=f"rollout {rollout.id} promoted")
-    event = RolloutPromoted(model=config.model, rollout=rollout.id, version=version)
+    registry.move_alias(config.name, CHAMPION, version, actor=actor, reason=f"rollout {rollout.id} promoted")
+    event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
     wait_until_applied(config, ledger.append(event, actor=actor).seq)
     return event.payload()
 
 
 def roll_back(config: RolloutConfig, ledger: Ledger, rollout: Rollout, *, reason: str) -> dict[str, Any]:
     """Send every unit to the champion again; gives the time from the event to the edge."""
-    event = RolloutRolledBack(model=config.model, rollout=rollout.id, reason=reason)
+    event = RolloutRolledBack(model=config.name, rollout=rollout.id, reason=reason)
     started = time.perf_counter()
     wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
     return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
@@ -160,7 +163,7 @@ def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, 
     result: dict[str, Any] = asdict(finding)
     if finding.verdict is Verdict.breached:
         event = GuardrailBreached(
-            model=config.model,
+            model=config.name,
             rollout=rollout.id,
             metric=finding.metric,
             treatment=finding.treatment or 0.0,
@@ -178,12 +181,12 @@ def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, 
 def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
     """The finding over the rollout's own predictions and their outcomes."""
     places = layout(config.storage)
-    task = Task(Registry(ledger, places).get(config.model, rollout.treatment_version).task)
-    predictions = read_predictions(local(places.predictions(config.model)))
-    outcomes = read_outcomes(local(places.outcomes(config.model)))
+    task = Task(Registry(ledger, places).get(config.name, rollout.treatment_version).task)
+    predictions = read_predictions(local(places.predictions(config.name)))
+    outcomes = read_outcomes(local(places.outcomes(config.name)))
     if predictions.is_empty() or outcomes.is_empty():
         raise RolloutError(
-            f"'{config.model}' has no predictions with outcomes yet; there is nothing to judge."
+            f"'{config.name}' has no predictions with outcomes yet; there is nothing to judge."
         )
     mine = predictions.filter(predictions["rollout"] == rollout.id)
     matched = mine.join(outcomes, on=["prediction_id", "row"], how="inner")

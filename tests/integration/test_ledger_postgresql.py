@@ -45,7 +45,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = probe.getsockname()[1]
     data = str(folder / "data")
     subprocess.run(
-        _as_postgres(initdb, "-D", data, "-A", "trust", "-U", "falaj"), check=True, capture_output=True, cwd=folder
+        _as_postgres(initdb, "-D", data, "-A", "trust", "-U", "falaj"),
+        check=True,
+        capture_output=True,
+        cwd=folder,
     )
     arguments = ["-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-k", str(folder)]
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import SourceError
 from cluster.storage import Layout
-from feature_jobs.store.files import open_source
+from feature_jobs.store.files import head, open_source
 
 
 def parquet(path: Path, *values: int) -> Path:
@@ -59,3 +59,13 @@ def test_source_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SourceError, match=words):
             open_source(f"{tmp_path}/{name}", Layout(""))
+
+
+def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    """The footer is whole, a page is not."""
+    path = parquet(tmp_path / "page.parquet", *range(1000))
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="cannot be read"):
+        head(str(path), 10)

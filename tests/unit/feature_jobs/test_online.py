@@ -185,3 +185,26 @@ def test_open_reader_sees_what_another_process_writes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)
     assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [7.0]
     replica.close()
+
+
+def test_replica_of_an_older_view_version_finds_its_features_by_name(store: OnlineStore) -> None:
+    """A view that grew in front must not shift an older model's inputs; a feature it no longer has is null."""
+    newer = view("person", ["person_id"], added="int64", age_band="string")
+    store.replace(newer, {"person_id": "int64"}, [row(1, 77, "old")])
+    values, _ = read(store, {"person_id": 1})
+    assert tuple(values.values()) == (None, "old", 0.7)
+
+
+def test_feature_with_another_dtype_is_not_given_to_an_older_version(store: OnlineStore) -> None:
+    """A number where the model learned a text would be refused or, worse, taken."""
+    newer = view("person", ["person_id"], amount="string", age_band="string")
+    store.replace(newer, {"person_id": "int64"}, [row(1, "ten", "old")])
+    assert read(store, {"person_id": 1})[0]["person__amount"] is None
+
+
+def test_long_text_keys_are_told_apart(store: OnlineStore) -> None:
+    """LMDB takes keys of 511 bytes at most."""
+    long = "x" * 600
+    store.replace(COHORT, {"age_band": "string"}, [row(long + "1", 0.1), row(long + "2", 0.2)])
+    assert read(store, {"person_id": 1, "age_band": long + "2"})[0]["cohort__rate"] == 0.2
+    assert read(store, {"person_id": 1, "age_band": long})[1]["cohort__rate"] == "missing"

@@ -1,0 +1,375 @@
+"""Somebody else's project, from an empty folder to answers through the edge, and what happens when things go wrong.
+
+The project has its own data, definitions and configuration; nothing of this repository is edited.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import psutil
+import pytest
+
+from cluster import processes
+from cluster.ledger import open_ledger
+from cluster.ledger.chain import check
+from cluster.ledger.events import ArtifactRefused
+from cluster.records import count_predictions, read_predictions
+from cluster.settings import PlatformConfig, StorageConfig
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+DEFINITIONS = """
+from datetime import timedelta
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Range
+
+customer = Entity("customer", join_keys=["customer_id"])
+income = FeatureView(
+    "income",
+    entities=[customer],
+    ttl=timedelta(days=365),
+    source=FileSource("income.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64"), Field("sector", "string")],
+    checks=[NotNull("amount"), Range("amount", minimum=0)],
+)
+credit = FeatureService("credit", views=[income])
+"""
+MODEL = """
+family: lightgbm
+rounds: 40
+min_data_in_leaf: 5
+num_threads: 1
+"""
+NUM_CUSTOMERS = 400
+PREDICT = "/v1/models/loan:predict"
+AS_OF = "2024-06-01T00:00:00Z"
+
+
+@dataclass
+class Client:
+    """Speaks to the edge as an application would."""
+
+    project: Project
+
+    def __post_init__(self) -> None:
+        self.port = self.project.record.ports["edge"]
+        self.context = ssl.create_default_context(cafile=str(self.project.storage_root / "tls" / "ca.pem"))
+        self.token = self.project.token()
+
+    def call(
+        self,
+        path: str = PREDICT,
+        body: Any = None,
+        *,
+        token: str | None = "",
+        unit: str | None = None,
+        method: str = "POST",
+    ) -> tuple[int, dict[str, Any]]:
+        headers = {} if token is None else {"Authorization": f"Bearer {token or self.token}"}
+        headers |= {} if unit is None else {"X-Unit-ID": unit}
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=30)
+        connection.request(method, path, data, headers)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        connection.close()
+        return response.status, content
+
+    def predict(self, customer: int, **more: Any) -> tuple[int, dict[str, Any]]:
+        return self.call(
+            body={"entities": [{"customer_id": customer}], "as_of": AS_OF, **more}, unit=str(customer)
+        )
+
+
+@pytest.fixture(scope="module")
+def project(falaj_cluster: Project) -> Iterator[Project]:
+    """A project that has come from its own files to a served model."""
+    root = falaj_cluster.root
+    (root / "shop.py").write_text(DEFINITIONS)
+    (root / "conf" / "model").mkdir(parents=True)
+    (root / "conf" / "model" / "small.yaml").write_text(MODEL)
+    write_data(root)
+    run = falaj_cluster.run
+    run("feature_jobs.apply", "definitions=shop", check=True)
+    run("feature_jobs.ingest", "definitions=shop", "view=income", check=True)
+    training = ("service=credit", "entities=people.parquet", "output=train.parquet")
+    run("feature_jobs.training_set", "definitions=shop", *training, check=True)
+    run("feature_jobs.materialize", "definitions=shop", "view=income", f"as_of={AS_OF}", check=True)
+    run("jobs.train", *train_arguments(), check=True)
+    run("serve_apps.deploy", "name=loan", "version=1", check=True)
+    return falaj_cluster
+
+
+def write_data(root: Path) -> None:
+    ids = list(range(NUM_CUSTOMERS))
+    amounts = [float(number * 37 % 101) for number in ids]
+    frame = pl.DataFrame(
+        {
+            "customer_id": ids,
+            "at": ["2024-01-01T00:00:00"] * len(ids),
+            "amount": amounts,
+            "sector": ["farm" if number % 3 else "shop" for number in ids],
+        }
+    ).with_columns(pl.col("at").str.to_datetime(time_unit="us", time_zone="UTC"))
+    frame.write_parquet(root / "income.parquet")
+    people = frame.select(
+        "customer_id", event_timestamp=pl.lit("2024-03-01").str.to_datetime(time_unit="us", time_zone="UTC")
+    )
+    people.with_columns(repaid=(frame["amount"] > 50).cast(pl.Int64)).write_parquet(root / "people.parquet")
+
+
+def train_arguments() -> tuple[str, ...]:
+    split = ("split.column=customer_id", "split.modulo=4", "split.remainder=3")
+    return (
+        "--config-dir",
+        "conf",
+        "model=small",
+        "name=loan",
+        "training_set=train.parquet",
+        "label=repaid",
+        *split,
+    )
+
+
+@pytest.fixture
+def client(project: Project) -> Client:
+    return Client(project)
+
+
+def predictions(project: Project) -> Path:
+    return project.storage_root / "predictions" / "loan"
+
+
+def test_another_projects_model_answers_by_key(client: Client) -> None:
+    """Features are read online; the model has learned the rule of its data."""
+    answers = [client.predict(customer) for customer in (1, 2, 3, 4)]
+    assert [status for status, _ in answers] == [200] * 4
+    labels = [content["predictions"][0]["label"] for _, content in answers]
+    assert labels == [int(customer * 37 % 101 > 50) for customer in (1, 2, 3, 4)]
+    assert answers[0][1]["variant"] == "champion"
+    assert answers[0][1]["model_version"] == "1"
+
+
+def test_each_answer_is_one_row_of_the_log(client: Client) -> None:
+    """With the features as they were used."""
+    before = count_predictions(predictions(client.project))
+    ids = [client.predict(customer)[1]["prediction_id"] for customer in range(10)]
+    rows = read_predictions(predictions(client.project))
+    assert count_predictions(predictions(client.project)) == before + 10
+    mine = rows.filter(pl.col("prediction_id").is_in(ids))
+    assert mine.height == 10
+    assert mine.filter(pl.col("prediction_id") == ids[1])["income__amount"].to_list() == [37.0]
+
+
+def test_the_inference_protocol_answers_the_same(client: Client) -> None:
+    """Named tensors in, named tensors out; metadata and readiness beside it."""
+    by_key = client.predict(5)[1]["predictions"][0]
+    amount, sector = float(5 * 37 % 101), "farm"
+    inputs = [
+        {"name": "income__amount", "datatype": "FP64", "shape": [1], "data": [amount]},
+        {"name": "income__sector", "datatype": "BYTES", "shape": [1, 1], "data": [[sector]]},
+    ]
+    status, content = client.call("/v2/models/loan/infer", {"id": "x", "inputs": inputs})
+    outputs = {output["name"]: output["data"][0] for output in content["outputs"]}
+    assert (status, content["id"], outputs) == (200, "x", by_key)
+    status, metadata = client.call("/v2/models/loan", method="GET")
+    assert (status, [one["name"] for one in metadata["inputs"]]) == (
+        200,
+        ["income__amount", "income__sector"],
+    )
+    assert client.call("/v2/models/loan/ready", method="GET")[0] == 200
+    assert client.call("/v2/health/ready", method="GET", token=None)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b'{"entities":[{"customer_id":NaN}]}', 400),
+        (b'{"entities":[{"customer_id":"x"}]}', 400),
+        (b'{"entities":[{"person":1}]}', 400),
+        (b'{"entities":[{"customer_id":1}],"features":{"income__amount":"rich"}}', 400),
+        (b'{"entities":[{"customer_id":1}],"features":{"income__amount":NaN}}', 400),
+        (b"[" * 100_000, 400),
+        (b" " * 2_000_000, 413),
+    ],
+)
+def test_bad_bodies_get_a_clear_error(client: Client, body: bytes, status: int) -> None:
+    """JSON with its code, and no stack trace."""
+    answered, content = client.call(body=body)
+    assert (answered, content["code"]) == (status, status)
+    assert "Traceback" not in content["error"]
+
+
+def test_identity_and_role_are_checked(client: Client) -> None:
+    """401 without a valid token, 403 with the wrong role, 404 for an unknown model."""
+    project = client.project
+    expired, auditor = project.token(ttl_s=-10), project.token("auditor")
+    body = {"entities": [{"customer_id": 1}]}
+    assert client.call(body=body, token=None)[0] == 401
+    assert client.call(body=body, token=expired)[0] == 401
+    assert client.call(body=body, token=auditor)[0] == 403
+    assert client.call("/v1/models/nothing:predict", body)[0] == 404
+
+
+def test_a_replica_checks_the_token_itself(client: Client) -> None:
+    """Addressed directly, behind the edge's back, it refuses too."""
+    config = (client.project.storage_root / "edge" / "haproxy.cfg").read_text()
+    address = config.split("backend loan-v1")[1].split("server ")[1].split()[1]
+    host, port = address.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.request("POST", f"/loan-v1{PREDICT}", b"{}")
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+def test_outcomes_are_taken_and_checked(client: Client) -> None:
+    """A wrong one refuses the request and is named."""
+    prediction_id = client.predict(7)[1]["prediction_id"]
+    good = {"model": "loan", "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
+    assert client.call("/v1/outcomes", good) == (200, {"accepted": 1})
+    status, content = client.call("/v1/outcomes", {"model": "loan", "outcomes": [{"outcome": 1}]})
+    assert (status, "outcomes[0]" in content["error"]) == (400, True)
+    assert client.call("/v1/outcomes", good | {"model": "nothing"})[0] == 404
+
+
+def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(client: Client) -> None:
+    """Under constant load; a rollback reaches the edge in under a second."""
+    project = client.project
+    project.run("jobs.train", *train_arguments(), "label_permutation=true", check=True)
+    start = ("action=start", "name=loan", "version=2", "weight=50")
+    project.run("serve_apps.rollout", *start, check=True)
+    first = {customer: client.predict(customer)[1]["variant"] for customer in range(40)}
+    again = {customer: client.predict(customer)[1]["variant"] for customer in range(40)}
+    assert first == again
+    assert set(first.values()) == {"champion", "challenger"}
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            statuses.append(client.predict(len(statuses) % NUM_CUSTOMERS)[0])
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    result = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
+    stop.set()
+    thread.join()
+    assert json.loads(result.stdout[result.stdout.index("{") :])["rollback_ms"] < 1000
+    assert set(statuses) == {200}
+    assert {client.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
+
+
+def test_a_killed_replica_loses_no_answer_and_comes_back(client: Client) -> None:
+    """kill -9 right after an answer: its row is in the log; Serve starts a new replica."""
+    project = client.project
+    prediction_id = client.predict(11)[1]["prediction_id"]
+    replicas = [
+        one for one in processes.find(project.record.cluster_id) if "loan-v1" in " ".join(one.cmdline())
+    ]
+    assert replicas
+    for replica in replicas:
+        os.kill(replica.pid, signal.SIGKILL)
+    psutil.wait_procs(replicas, timeout=10)
+    assert prediction_id in read_predictions(predictions(project))["prediction_id"].to_list()
+    deadline = time.monotonic() + 90
+    while client.predict(11)[0] != 200:
+        assert time.monotonic() < deadline, "no replica came back"
+        threading.Event().wait(0.2)
+
+
+def test_a_tampered_version_is_refused_and_the_old_one_serves_on(client: Client) -> None:
+    """The command says which file; what serves goes on."""
+    project = client.project
+    project.run("jobs.train", *train_arguments(), check=True)
+    model = project.storage_root / "models" / "loan" / "3" / "model.txt"
+    model.write_text(model.read_text().replace("leaf_value=", "leaf_value=9", 1))
+    result = project.run("serve_apps.rollout", "action=start", "name=loan", "version=3")
+    assert result.returncode == 2
+    assert "model.txt" in result.stderr
+    assert client.predict(1)[0] == 200
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    assert [entry.payload["version"] for entry in ledger.entries(ArtifactRefused)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("feature_jobs.ingest", ("definitions=shop", "view=incme"), "Did you mean 'income'"),
+        (
+            "feature_jobs.ingest",
+            ("definitions=shop", "view=income", "source.path=none.parquet"),
+            "none.parquet",
+        ),
+        ("feature_jobs.ingest", ("definitions=shop", "view=income", "source.path=shop.py"), "shop.py"),
+        ("feature_jobs.ingest", ("definitions=shop", "view=income", "source.path=people.parquet"), "amount"),
+        ("feature_jobs.apply", ("definitions=nothing",), "nothing"),
+        (
+            "feature_jobs.training_set",
+            ("service=crdit", "entities=people.parquet", "output=x.parquet"),
+            "credit",
+        ),
+        (
+            "feature_jobs.training_set",
+            ("service=credit", "entities=none.parquet", "output=x.parquet"),
+            "none.parquet",
+        ),
+        (
+            "jobs.train",
+            ("name=loan", "training_set=train.parquet", "label=nothing", "split.column=null"),
+            "nothing",
+        ),
+        ("jobs.evaluate", ("name=lone", "training_set=train.parquet"), "Did you mean 'loan'"),
+        ("serve_apps.deploy", ("name=loan", "version=99"), "no version 99"),
+        ("serve_apps.rollout", ("action=promote", "name=loan"), "No rollout"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(
+    project: Project, module: str, arguments: tuple[str, ...], said: str
+) -> None:
+    """Exit code 2, what, which, what to do."""
+    result = project.run(module, *arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_job_runs_under_ray_job_submit(project: Project) -> None:
+    """The same line; a refusal's exit code is in the job's details."""
+    done = submit(project, "feature_jobs.apply", "definitions=shop")
+    refused = submit(project, "feature_jobs.ingest", "definitions=shop", "view=incme")
+    assert (done["status"], done["driver_exit_code"]) == ("SUCCEEDED", 0)
+    assert (refused["status"], refused["driver_exit_code"]) == ("FAILED", 2)
+
+
+def submit(project: Project, module: str, *arguments: str) -> dict[str, Any]:
+    submission = f"test-{module}-{time.time_ns()}"
+    command = ["job", "submit", "--submission-id", submission, "--working-dir", ".", "--"]
+    project.run("ray.scripts.scripts", *command, "python", "-m", module, *arguments)
+    from urllib.request import Request, urlopen
+
+    request = Request(f"{project.record.dashboard_url}/api/jobs/{submission}")
+    request.add_header("Authorization", f"Bearer {Path(project.record.token_path).read_text()}")
+    with urlopen(request, timeout=10) as response:
+        details: dict[str, Any] = json.load(response)
+    return details
+
+
+def test_the_ledger_of_all_this_verifies(project: Project) -> None:
+    """After everything above."""
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    assert sum(1 for _ in check(ledger.entries())) == ledger.head()
+    assert project.run("cluster.ledger", "verify").returncode == 0

@@ -1,0 +1,131 @@
+"""What a client may send: everything else is a 400 that names the field."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import pytest
+
+from cluster.errors import InvalidRequest
+from cluster.runtime import InputSpec, ModelSignature, Task
+from serve_apps.outcomes.outcomes import parse_outcomes
+from serve_apps.predictor.inference_protocol import metadata, outputs, parse_infer
+from serve_apps.predictor.request import parse_predict
+
+NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+AGE = InputSpec(name="p__age", dtype="float64")
+SEX = InputSpec(name="p__sex", dtype="string", categories=("1", "2"))
+INPUTS = {spec.name: spec for spec in (AGE, SEX)}
+
+
+def test_a_request_by_key_with_an_override_and_a_moment() -> None:
+    """One value stands for all entities; a moment without a zone is UTC."""
+    body = {"entities": [{"id": 1}, {"id": 2}], "features": {"p__age": 41}, "as_of": "2016-12-31"}
+    asked = parse_predict(body, INPUTS, now=NOW)
+    assert asked.overrides == {"p__age": [41, 41]}
+    assert asked.as_of == dt.datetime(2016, 12, 31, tzinfo=dt.UTC)
+    assert parse_predict({"entities": [{"id": 1}]}, INPUTS, now=NOW).as_of == NOW
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "entities"),
+        ({"entities": []}, "entities"),
+        ({"entities": [{}]}, r"entities\[0\]"),
+        ({"entities": [{"id": 1.5}]}, r"entities\[0\].id"),
+        ({"entities": [{"id": True}]}, r"entities\[0\].id"),
+        ({"entities": [{"id": 2**64}]}, "64 bits"),
+        ({"entities": [{"id": 1}] * 1001}, "at most 1000"),
+        ({"entities": [{"id": 1}], "feature": {}}, "Did you mean 'features'"),
+        ({"entities": [{"id": 1}], "features": {"p__age": "old"}}, "p__age.*a number"),
+        ({"entities": [{"id": 1}], "features": {"p__age": [1, 2]}}, "2 values for 1"),
+        ({"entities": [{"id": 1}], "features": {"p__age": {"a": 1}}}, "single value"),
+        ({"entities": [{"id": 1}], "features": {"p__age": float("nan")}}, "finite"),
+        ({"entities": [{"id": 1}], "features": {"p__sex": 1}}, "p__sex.*text"),
+        ({"entities": [{"id": 1}], "features": {"p__ag": 1}}, "Did you mean 'p__age'"),
+        ({"entities": [{"id": 1}], "as_of": "yesterday"}, "as_of"),
+        ({"entities": [{"id": 1}], "as_of": 5}, "as_of"),
+    ],
+)
+def test_what_does_not_fit_is_named(body: dict[str, Any], said: str) -> None:
+    """The message says which field and what was expected."""
+    with pytest.raises(InvalidRequest, match=said):
+        parse_predict(body, INPUTS, now=NOW)
+
+
+def tensor(
+    name: str, data: list[Any], datatype: str = "FP64", shape: list[int] | None = None
+) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape or [len(data)], "data": data}
+
+
+def test_named_tensors_are_columns() -> None:
+    """[n] and [n, 1] are the same."""
+    body = {
+        "id": "a",
+        "inputs": [tensor("p__age", [1.0, None]), tensor("p__sex", ["1", "2"], "BYTES", [2, 1])],
+    }
+    asked = parse_infer(body, INPUTS)
+    assert asked.columns == {"p__age": [1.0, None], "p__sex": ["1", "2"]}
+    assert (asked.id, asked.count) == ("a", 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([], "inputs"),
+        ([tensor("p__age", [1.0])], "'p__sex' is missing"),
+        ([tensor("p__age", [1.0], shape=[2])], "shape"),
+        ([tensor("p__age", [1.0], "FP99")], "datatype"),
+        ([tensor("p__age", [1.0]), tensor("p__age", [1.0])], "twice"),
+        ([tensor("p__age", [1.0, 2.0]), tensor("p__sex", ["1"], "BYTES")], "1 values for 2"),
+        ([tensor("p__age", ["x"]), tensor("p__sex", ["1"], "BYTES")], "a number"),
+        ([{"name": "p__age"}], "datatype"),
+        (["p__age"], "object"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(inputs: list[Any], said: str) -> None:
+    """Wrong shape, datatype, count, value."""
+    with pytest.raises(InvalidRequest, match=said):
+        parse_infer({"inputs": inputs}, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "row", "names"),
+    [
+        (Task.binary, (0, 1), {"probability": 0.7, "label": 1}, ["probability", "label"]),
+        (
+            Task.multiclass,
+            ("a", "b", "c"),
+            {"probabilities": {"a": 0.1, "b": 0.2, "c": 0.7}, "label": "c"},
+            None,
+        ),
+        (Task.regression, None, {"value": 3.5}, ["value"]),
+    ],
+)
+def test_each_task_has_its_outputs(
+    task: Task, classes: Any, row: dict[str, Any], names: list[str] | None
+) -> None:
+    """The metadata names just what an answer holds."""
+    signature = ModelSignature(task=task, inputs=(AGE, SEX), label="y", classes=classes)
+    given = [output["name"] for output in outputs(signature, [row])]
+    assert given == (names or ["probabilities", "label"])
+    assert [output["name"] for output in metadata("m", 1, signature)["outputs"]] == given
+
+
+def test_an_outcome_is_checked_by_its_place() -> None:
+    """One wrong outcome refuses the request and says which."""
+    good = {"prediction_id": "abc", "outcome": 1}
+    model, records = parse_outcomes({"model": "m", "outcomes": [good]}, received_at=NOW)
+    assert (model, records[0].outcome, records[0].row) == ("m", 1, 0)
+    for bad in (
+        {"outcome": 1},
+        {**good, "row": -1},
+        {**good, "outcome": None},
+        {**good, "observed_at": "x"},
+        {**good, "a": 1},
+    ):
+        with pytest.raises(InvalidRequest, match=r"outcomes\[1\]"):
+            parse_outcomes({"model": "m", "outcomes": [good, bad]}, received_at=NOW)

@@ -1,0 +1,116 @@
+"""Rollout state as a fold over events, and what the edge makes of it."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from cluster.ledger.events import (
+    AliasMoved,
+    LedgerEvent,
+    ModelDeployed,
+    RolloutPromoted,
+    RolloutRolledBack,
+    RolloutStarted,
+    RolloutWeightChanged,
+)
+from cluster.runtime import Task
+from serve_apps.edge.routes import entry, routes
+from serve_apps.rollout.guardrail import Verdict, judge
+from serve_apps.rollout.state import ModelState, fold
+
+DEPLOYED: list[LedgerEvent] = [
+    ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
+    AliasMoved(name="m", alias="champion", version=1, previous=None, reason="first"),
+    ModelDeployed(name="m", version=2, variant="challenger", app="m-v2", route_prefix="/m-v2"),
+]
+STARTED = RolloutStarted(
+    model="m",
+    rollout="r",
+    salt="s",
+    treatment_version=2,
+    treatment_variant="challenger",
+    champion_version=1,
+    weight=20,
+)
+
+
+def entry_after(*events: LedgerEvent) -> str | None:
+    return entry(fold([*DEPLOYED, *events])["m"])
+
+
+def test_without_a_rollout_everybody_meets_the_champion() -> None:
+    """No bucket is below zero, none at or above ten thousand."""
+    assert entry_after() == "m-v1|m-v1|champion|none|-|0|10000"
+
+
+def test_a_rollout_is_two_bounds_in_one_entry() -> None:
+    """20 % treatment from below, 20 % control from above."""
+    assert entry_after(STARTED) == "m-v1|m-v2|challenger|r|s|2000|8000"
+
+
+def test_a_rollback_is_one_entry_as_if_there_had_been_no_rollout() -> None:
+    """And a weight change before it leaves no trace."""
+    change = RolloutWeightChanged(model="m", rollout="r", weight=50)
+    back = RolloutRolledBack(model="m", rollout="r", reason="worse")
+    assert entry_after(STARTED, change) == "m-v1|m-v2|challenger|r|s|5000|5000"
+    assert entry_after(STARTED, change, back) == entry_after()
+
+
+def test_a_promotion_makes_the_treatment_champion() -> None:
+    """First the alias, then the end of the rollout: no unit goes back in between."""
+    moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="promoted")
+    promoted = RolloutPromoted(model="m", rollout="r", version=2)
+    between, after = entry_after(STARTED, moved), entry_after(STARTED, moved, promoted)
+    assert between is not None
+    assert between.startswith("m-v2|m-v2|")
+    assert after == "m-v2|m-v2|champion|none|-|0|10000"
+
+
+def test_a_weight_of_another_rollout_is_passed_over() -> None:
+    """A late event of a rollout that has ended changes nothing."""
+    stale = RolloutWeightChanged(model="m", rollout="older", weight=50)
+    assert entry_after(STARTED, stale) == entry_after(STARTED)
+
+
+def test_a_model_without_a_deployed_champion_has_no_route() -> None:
+    """Its requests are answered 404."""
+    assert entry(ModelState(champion_version=1)) is None
+    assert routes({"m": ModelState(champion_version=1)}, {"m-v1": ("127.0.0.1:1",)}).entries == {}
+
+
+def matched(treatment: list[tuple[int, float]], control: list[tuple[int, float]]) -> pl.DataFrame:
+    arms = {"treatment": treatment, "control": control}
+    rows = [
+        {"arm": arm, "outcome": outcome, "probability": probability}
+        for arm, pairs in arms.items()
+        for outcome, probability in pairs
+    ]
+    return pl.DataFrame(rows)
+
+
+GOOD = [(1, 0.9), (0, 0.1)] * 100
+BAD = [(1, 0.1), (0, 0.9)] * 100
+
+
+@pytest.mark.parametrize(
+    ("treatment", "control", "verdict"),
+    [(GOOD, GOOD, Verdict.holds), (BAD, GOOD, Verdict.breached), (BAD[:10], GOOD, Verdict.too_few)],
+)
+def test_the_rule_compares_the_treatment_with_its_concurrent_control(
+    treatment: list[tuple[int, float]], control: list[tuple[int, float]], verdict: Verdict
+) -> None:
+    """Too few outcomes are no verdict, never a success."""
+    finding = judge(matched(treatment, control), task=Task.binary, min_outcomes=100, max_drop=0.05)
+    assert finding.verdict is verdict
+
+
+def test_regression_and_multiclass_have_their_metric() -> None:
+    """R² and accuracy, higher is better in both."""
+    values = pl.DataFrame(
+        {"arm": ["treatment", "control"] * 3, "outcome": [1.0, 1, 2, 2, 3, 3], "value": [3.0, 1, 3, 2, 3, 3]}
+    )
+    found = judge(values, task=Task.regression, min_outcomes=1, max_drop=0.1)
+    assert (found.metric, found.control, found.verdict) == ("r2", 1.0, Verdict.breached)
+    labels = pl.DataFrame({"arm": ["treatment", "control"], "outcome": ["a", "a"], "label": ["a", "a"]})
+    assert judge(labels, task=Task.multiclass, min_outcomes=1, max_drop=0.1).verdict is Verdict.holds
