@@ -16,10 +16,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.artifact import MANIFEST, build_manifest, manifest_bytes, verify_files
-from cluster.errors import ModelNotFound, did_you_mean
+from cluster.errors import ArtifactTampered, ModelNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
-from cluster.ledger.events import AliasMoved, ModelRegistered
+from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
 from cluster.storage import Layout, local, write_bytes
 
@@ -162,6 +162,19 @@ class Registry:
         previous = self.aliases(name).get(alias)
         event = AliasMoved(name=name, alias=alias, version=version, previous=previous, reason=reason)
         self._ledger.append(event, actor=actor)
+
+    def check_files(self, version: ModelVersion, *, actor: str) -> None:
+        """Prove that a version's files are those that were registered; a refusal is an event.
+
+        Raises:
+            ArtifactTampered: naming the file.
+        """
+        try:
+            verify_files(version.uri, version.manifest_hash)
+        except ArtifactTampered as error:
+            event = ArtifactRefused(name=version.name, version=version.version, reason=str(error))
+            self._ledger.append(event, actor=actor)
+            raise
 
     def rebuild(self) -> None:
         """Drop the projection and build it again from the events."""

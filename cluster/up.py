@@ -124,6 +124,8 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     keys = local(places.keys)
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
     local(places.edge).mkdir(parents=True, exist_ok=True)
+    # Neither git nor the upload of `ray job submit --working-dir` may take keys and data along.
+    (local(places.root) / ".gitignore").write_text("*\n")
     ensure_signer(keys)
     ensure_issuer(places)
     ensure_tls(places)

@@ -6,8 +6,11 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ArtifactTampered, FalajError
-from cluster.registry import ModelVersion, verify_files
+from cluster.ledger import open_ledger
+from cluster.registry import ModelVersion, Registry
+from cluster.security.identity import current_actor
 from cluster.settings import PlatformConfig, to_plain
+from cluster.storage import layout
 from serve_apps.edge.config import OUTCOMES_APP
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.predictor import Predictor
@@ -40,7 +43,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion) -> str:
     """
     name = app_name(version)
     if not is_running(name):
-        verify_files(version.uri, version.manifest_hash)
+        Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=current_actor())
         replica = config.replica
         predictor = serve.deployment(
             Predictor,

@@ -15,7 +15,7 @@ import polars as pl
 from jobs.monitor.config import Period
 
 CHUNK = "_chunk"
-MIN_REFERENCE_CHUNKS, MAX_REFERENCE_CHUNKS = 6, 40
+MIN_REFERENCE_CHUNKS, MAX_REFERENCE_CHUNKS = 10, 40
 
 _FORMATS = {Period.year: "%Y", Period.month: "%Y-%m", Period.day: "%Y-%m-%d"}
 

@@ -104,6 +104,8 @@ def drift(frames: Frames) -> dict[str, Measures]:
     with _quietly():
         calculator.fit(frames.reference)
         table = calculator.calculate(frames.served).filter(period="analysis").to_df()
+    # Sorted, because pandas warns of every look-up in the order NannyML gives.
+    table = table.sort_index(axis="columns")
     keys = [_chunk(key, frames.chunks) for key in table[("chunk", "chunk", "key")]]
     return {
         name: {

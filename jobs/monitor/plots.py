@@ -15,11 +15,12 @@ def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric
     values = [
         value
         for one in estimates
+        if one
         for value in (one["value"], one["lower"], one["upper"])
         if value is not None
     ]
     values += [one["value"] for one in realisations if one]
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     pad = (high - low) * 0.15 or 0.01
     scale = _Scale(low - pad, high + pad, len(keys))
     parts = [_axes(scale, keys, metric)]

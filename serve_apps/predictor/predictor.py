@@ -15,16 +15,14 @@ from ray.serve import metrics
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import ArtifactTampered, InvalidRequest, ModelNotFound
+from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.ledger import open_ledger
-from cluster.ledger.events import ArtifactRefused
 from cluster.records import PredictionRecord, SegmentWriter
-from cluster.registry import ModelVersion, Registry
+from cluster.registry import Registry
 from cluster.runtime.loader import load_model
-from cluster.runtime.model import Model
 from cluster.security.identity import TokenVerifier, current_actor
 from cluster.security.policy import Action
-from cluster.settings import PlatformConfig, from_plain
+from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
@@ -55,8 +53,10 @@ class Predictor:
         platform = from_plain(config)
         places = layout(platform.storage)
         ledger = open_ledger(platform)
-        self._version = Registry(ledger, places).get(name, version)
-        self._model = self._load(platform, self._version)
+        registry = Registry(ledger, places)
+        self._version = registry.get(name, version)
+        registry.check_files(self._version, actor=current_actor())
+        self._model = load_model(self._version.uri, self._version.manifest_hash)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._access = AccessCheck(TokenVerifier.of(places))
@@ -192,11 +192,3 @@ class Predictor:
                 f"The prediction cannot be written down, so it is not given: {error}."
             ) from error
         return prediction_id
-
-    def _load(self, platform: PlatformConfig, version: ModelVersion) -> Model:
-        try:
-            return load_model(version.uri, version.manifest_hash)
-        except ArtifactTampered as error:
-            event = ArtifactRefused(name=version.name, version=version.version, reason=str(error))
-            open_ledger(platform).append(event, actor=current_actor())
-            raise

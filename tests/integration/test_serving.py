@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import ssl
 import threading
@@ -227,8 +228,7 @@ def test_identity_and_role_are_checked(client: Client) -> None:
 def test_a_replica_checks_the_token_itself(client: Client) -> None:
     """Addressed directly, behind the edge's back, it refuses too."""
     config = (client.project.storage_root / "edge" / "haproxy.cfg").read_text()
-    address = config.split("backend loan-v1")[1].split("server ")[1].split()[1]
-    host, port = address.split(":")
+    [(host, port)] = re.findall(r"backend loan-v1\n[\s\S]*?\n    server \S+ (\S+):(\d+) ", config)
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
     connection.request("POST", f"/loan-v1{PREDICT}", b"{}")
     assert connection.getresponse().status == 401

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import ArtifactTampered, ModelNotFound, RefusedError
 from cluster.ledger import Ledger
-from cluster.ledger.events import ClusterStopped
+from cluster.ledger.events import ArtifactRefused, ClusterStopped
 from cluster.registry import Lineage, ModelVersion, Registry, verify_files
 from cluster.storage import Layout
 
@@ -95,6 +95,10 @@ def test_a_tampered_folder_is_refused(registry: Registry, tmp_path: Path, harm: 
             (folder / "manifest.json").write_text('{"files":{}}')
     with pytest.raises(ArtifactTampered):
         verify_files(version.uri, version.manifest_hash)
+    with pytest.raises(ArtifactTampered):
+        registry.check_files(version, actor="user:a")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    assert [entry.payload["version"] for entry in ledger.entries(ArtifactRefused)] == [1]
 
 
 def test_pickle_is_no_allowed_format(registry: Registry, tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Charts as SVG text: a dozen points need no plotting library, and the page's own style sheet colours them.
+
+Every function is pure, escapes what it is given, and describes itself to a screen reader. Series differ by shape as
+well as by colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH = 720
+ROW = 26
+LABEL = 190
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """Estimated and realised figure of one period; none where it is not known."""
+
+    period: str
+    estimated: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    realised: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dots:
+    """One row of a dot chart: a value per series, none where there is none."""
+
+    label: str
+    values: Sequence[float | None]
+    band: tuple[float, float] | None = None
+    """A range drawn behind the dots."""
+    mark: float | None = None
+    """An upright line, a threshold or a target."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """Points (x, y) of one series."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def intervals(panels: dict[str, list[Interval]], *, label: str) -> Markup:
+    """Per variant, a panel of estimates with their interval and of realised figures; one scale for all."""
+    known = [value for rows in panels.values() for row in rows for value in _known(row)]
+    if not known:
+        return Markup("")
+    ticks = nice_ticks(min(known), max(known))
+    top, bottom, height = 34, 216, 250
+    y = _scale(ticks[0], ticks[-1], bottom, top)
+    width = (WIDTH - 50) / len(panels)
+    parts = [_tick_rows(ticks, y)]
+    for number, (name, rows) in enumerate(panels.items()):
+        left = 50 + number * width
+        parts.append(_text(left + width / 2, 16, name, "head middle"))
+        for position, row in enumerate(rows):
+            x = left + width * (position + 0.5) / len(rows)
+            parts += [_interval(x, y, row), _text(x, bottom + 22, row.period, "middle")]
+    return _svg(WIDTH, height, label, parts)
+
+
+def dots(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
+    """Horizontal dots, a row per label."""
+    known = [
+        value for row in rows for value in (*row.values, *(row.band or ()), row.mark) if value is not None
+    ]
+    if not known:
+        return Markup("")
+    ticks = nice_ticks(min(known), max(known))
+    x = _scale(ticks[0], ticks[-1], LABEL, WIDTH - 70)
+    bottom = 10 + ROW * len(rows)
+    parts = [
+        Markup('<line class="grid" x1="{0:.1f}" y1="6" x2="{0:.1f}" y2="{1}"/>').format(x(tick), bottom)
+        + _text(x(tick), bottom + 18, number(tick), "middle")
+        for tick in ticks
+    ]
+    for position, row in enumerate(rows):
+        parts.append(_dot_row(row, x, y=10 + ROW * (position + 0.5), number=number))
+    return _svg(WIDTH, bottom + 28, label, parts)
+
+
+def calibration(curves: Sequence[Curve], *, label: str) -> Markup:
+    """Predicted against observed rate; the diagonal is a model whose probabilities hold."""
+    size, left = 300, 52
+    x, y = _scale(0, 1, left, left + size), _scale(0, 1, size + 10, 10)
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    parts = [
+        Markup('<line class="grid" x1="{0}" y1="{1:.1f}" x2="{2}" y2="{1:.1f}"/>').format(
+            left, y(t), left + size
+        )
+        + _text(left - 8, y(t) + 4, f"{t:.2f}", "end")
+        + _text(x(t), size + 28, f"{t:.2f}", "middle")
+        for t in ticks
+    ]
+    parts.append(
+        Markup('<line class="mark" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(x(0), y(0), x(1), y(1))
+    )
+    for number, curve in enumerate(curves):
+        path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in curve.points)
+        parts.append(Markup('<polyline class="curve s{}" points="{}"/>').format(number, path))
+        parts += [symbol(x(px), y(py), number) for px, py in curve.points]
+    parts.append(_text(left + size / 2, size + 50, "predicted probability", "middle"))
+    parts.append(
+        Markup('<text class="middle" transform="translate(12 {}) rotate(-90)">observed rate</text>').format(
+            10 + size // 2
+        )
+    )
+    return _svg(left + size + 20, size + 60, label, parts)
+
+
+def symbol(x: float, y: float, series: int) -> Markup:
+    """A circle, square or diamond, by series."""
+    match series % 3:
+        case 0:
+            return Markup('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(series, x, y)
+        case 1:
+            return Markup('<rect class="s{}" x="{:.1f}" y="{:.1f}" width="9" height="9"/>').format(
+                series, x - 4.5, y - 4.5
+            )
+        case _:
+            return Markup('<path class="s{0}" d="M{1:.1f} {2:.1f}l6 6-6 6-6-6z"/>').format(series, x, y - 6)
+
+
+def key(names: Sequence[str]) -> Markup:
+    """The legend: each series' symbol and name."""
+    items = (
+        Markup(
+            '<li><svg viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{}</svg>{}</li>'
+        ).format(symbol(7, 7, number), name)
+        for number, name in enumerate(names)
+    )
+    return Markup('<ul class="key">{}</ul>').format(Markup("").join(items))
+
+
+def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """Round numbers from below `low` to above `high`, about `count` of them."""
+    span = max(high - low, abs(high) * 0.02, 1e-6)
+    raw = span / (count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _known(row: Interval) -> Iterable[float]:
+    return (v for v in (row.estimated, row.lower, row.upper, row.realised) if v is not None)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (end - start) * (value - low) / (high - low)
+
+
+def _interval(x: float, y: Callable[[float], float], row: Interval) -> Markup:
+    shown = Markup("")
+    if row.lower is not None and row.upper is not None:
+        shown += Markup('<line class="bar s0" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
+            x - 9, y(row.lower), y(row.upper)
+        )
+    if row.estimated is not None:
+        shown += symbol(x - 9, y(row.estimated), 0)
+    if row.realised is not None:
+        shown += symbol(x + 9, y(row.realised), 1)
+    return shown
+
+
+def _dot_row(row: Dots, x: Callable[[float], float], *, y: float, number: Callable[[float], str]) -> Markup:
+    shown = _text(LABEL - 14, y + 4, row.label, "end")
+    if row.band is not None:
+        shown += Markup('<rect class="band" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="12"/>').format(
+            x(row.band[0]), y - 6, max(x(row.band[1]) - x(row.band[0]), 2)
+        )
+    if row.mark is not None:
+        shown += Markup('<line class="mark" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
+            x(row.mark), y - 9, y + 9
+        )
+    for series, value in enumerate(row.values):
+        if value is not None:
+            shown += symbol(x(value), y, series)
+    last = ", ".join(number(value) for value in row.values if value is not None)
+    return shown + _text(WIDTH - 60, y + 4, last if len(row.values) == 1 else "", "value")
+
+
+def _tick_rows(ticks: list[float], y: Callable[[float], float]) -> Markup:
+    return Markup("").join(
+        Markup('<line class="grid" x1="46" y1="{0:.1f}" x2="{1}" y2="{0:.1f}"/>').format(y(tick), WIDTH)
+        + _text(40, y(tick) + 4, f"{tick:.3f}", "end")
+        for tick in ticks
+    )
+
+
+def _text(x: float, y: float, content: str, kind: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, content)
+
+
+def _svg(width: float, height: float, label: str, parts: Iterable[Markup]) -> Markup:
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {0:.0f} {1:.0f}" role="img" aria-label="{2}" style="max-width:{0:.0f}px">'
+        "<title>{2}</title>{3}</svg>"
+    ).format(width, height, escape(label), Markup("").join(parts))

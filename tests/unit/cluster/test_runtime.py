@@ -1,0 +1,120 @@
+"""The runtime: the same rows in, the same answers out, for every format and task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.errors import ArtifactTampered, InvalidRequest, RefusedError
+from cluster.ledger import Ledger
+from cluster.registry import Lineage, Registry
+from cluster.runtime import InputSpec, ModelSignature, Task, encode, load_model, open_model, parse_signature
+from cluster.storage import Layout
+
+AGE = InputSpec(name="age", dtype="float64")
+SEX = InputSpec(name="sex", dtype="string", categories=("f", "m"))
+
+
+def signature(task: Task, classes: Any = None) -> ModelSignature:
+    return ModelSignature(task=task, inputs=(AGE, SEX), label="y", classes=classes)
+
+
+TASKS = [
+    (signature(Task.binary, (0, 1)), {"objective": "binary"}, {"probability", "label"}),
+    (
+        signature(Task.multiclass, ("a", "b", "c")),
+        {"objective": "multiclass", "num_class": 3},
+        {"probabilities", "label"},
+    ),
+    (signature(Task.regression), {"objective": "regression"}, {"value"}),
+]
+
+
+def build(folder: Path, one: ModelSignature, objective: dict[str, Any]) -> None:
+    """Fit a few trees and write a model folder."""
+    draw = np.random.default_rng(0)
+    matrix = np.column_stack([draw.uniform(0, 90, 300), draw.integers(0, 2, 300)]).astype(np.float32)
+    target = (matrix[:, 0] // 31) if one.task is not Task.binary else (matrix[:, 0] > 45)
+    data = lightgbm.Dataset(matrix, target.astype(float), categorical_feature=[1])
+    booster = lightgbm.train({**objective, "verbosity": -1, "num_threads": 1}, data, num_boost_round=5)
+    folder.mkdir()
+    (folder / "model.txt").write_text(booster.model_to_string())
+    (folder / "model.json").write_text(one.to_json())
+
+
+@pytest.mark.parametrize(("one", "objective", "keys"), TASKS)
+def test_lists_and_arrow_give_the_same_answers(
+    tmp_path: Path, one: ModelSignature, objective: dict[str, Any], keys: set[str]
+) -> None:
+    """One row at a time, as a request has it, or a table, as evaluation does."""
+    build(tmp_path / "m", one, objective)
+    model = open_model(tmp_path / "m")
+    columns: dict[str, list[Any]] = {"age": [10.0, 50.0, None], "sex": ["f", None, "unknown"]}
+    rows = model.predict(columns).rows()
+    assert model.predict(pa.table(columns)).rows() == rows
+    single = [
+        model.predict({name: [values[i]] for name, values in columns.items()}).rows()[0] for i in range(3)
+    ]
+    assert single == rows
+    assert set(rows[0]) == keys
+    assert parse_signature(one.to_json()) == one
+
+
+def test_nulls_and_unknown_categories_are_missing() -> None:
+    """A category training did not know is no category."""
+    matrix = encode(signature(Task.regression), {"age": [None, 2], "sex": ["m", "x"]})
+    assert np.array_equal(matrix, np.array([[np.nan, 1], [2, np.nan]], np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"age": ["old"], "sex": ["f"]}, {"age": [1.0]}, {"age": [1.0], "sex": ["f", "m"]}]
+)
+def test_what_cannot_be_encoded_is_named(columns: dict[str, list[Any]]) -> None:
+    """A text for a number, a missing input, another length."""
+    with pytest.raises(InvalidRequest, match=r"age|sex"):
+        encode(signature(Task.regression), columns)
+
+
+def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """Through the registry, as a replica loads it."""
+    one, objective, _ = TASKS[0]
+    build(tmp_path / "m", one, objective)
+    registry = Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
+    version = registry.register(
+        tmp_path / "m",
+        name="m",
+        family="f",
+        task="binary",
+        lineage=Lineage(training_set_hash=""),
+        metrics={},
+        actor="a",
+    )
+    assert load_model(version.uri, version.manifest_hash).signature == one
+    (Path(version.uri) / "model.txt").write_text("not a tree at all")
+    with pytest.raises(ArtifactTampered, match=r"model\.txt"):
+        load_model(version.uri, version.manifest_hash)
+
+
+@pytest.mark.parametrize("harm", ["no model", "garbage", "other inputs", "no signature"])
+def test_files_that_make_no_model_are_refused(tmp_path: Path, harm: str) -> None:
+    """As registered, but useless: said in words, not by a crash."""
+    one, objective, _ = TASKS[0]
+    folder = tmp_path / "m"
+    build(folder, one, objective)
+    match harm:
+        case "no model":
+            (folder / "model.txt").unlink()
+        case "garbage":
+            (folder / "model.txt").write_text("tree\nversion=v4\n\nnonsense")
+        case "other inputs":
+            fewer = ModelSignature(task=Task.binary, inputs=(AGE,), label="y", classes=(0, 1))
+            (folder / "model.json").write_text(fewer.to_json())
+        case "no signature":
+            (folder / "model.json").write_text("{}")
+    with pytest.raises(RefusedError):
+        open_model(folder)

@@ -1,0 +1,247 @@
+"""The demo's report: self-contained, true to its figures, and whole whatever a run lacks."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.pipeline import formats
+from jobs.pipeline.charts import Dots, dots, nice_ticks
+from jobs.pipeline.figures import drift_rows, share_rows, split_interval
+from jobs.pipeline.page import DemoReport, StageRun, render
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def summary(**changed: Any) -> dict[str, Any]:
+    """What a good run sums up to."""
+    year = {"estimated_auc": 0.9041, "realised_auc": 0.9076, "rows": 3203, "outcomes": 3203}
+    return {
+        "rows": {"person": {"ingested": 1100, "stored": 1075, "quarantined": 25}},
+        "training_set": {"rows": 68785, "hash": "9f2c1e7a"},
+        "variants": {
+            "champion": {"family": "lightgbm", "version": 1, "auc": 0.9043, "accuracy": 0.8312},
+            "challenger": {"family": "tabular_network", "version": 2, "auc": 0.902, "accuracy": 0.8287},
+            "broken": {"family": "lightgbm", "version": 3, "auc": 0.5033, "accuracy": 0.517},
+        },
+        "requests": {"sent": 16000, "errors": 0, "p50_ms": 6.42, "p99_ms": 21.7},
+        "shares": {
+            "champion": {"weight": 0.8, "share": 0.8024},
+            "challenger": {"weight": 0.2, "share": 0.1976},
+        },
+        "prediction_log_rows": 16002,
+        "orphans": 2,
+        "monitor": {"champion": {"2016": year}, "challenger": {"2016": year | {"realised_auc": None}}},
+        "rollback_ms": 143.2,
+        "ledger": {"events": 74, "verified": True},
+        "seconds": {"source": 3.2, "train_network": 83.4},
+    } | changed
+
+
+def full() -> DemoReport:
+    """A run with everything the page can show."""
+    bins = [{"mean_probability": rate, "positive_rate": rate, "rows": 10} for rate in (0.1, 0.5, 0.9)]
+    evaluation = {
+        "metrics": {"ece": 0.0081, "brier": 0.118, "rows": 17196, "calibration": bins},
+        "slices": {"person__SEX": {"1": {"rows": 8123, "auc": 0.912}, "2": {"rows": 9, "judged": False}}},
+    }
+    drift = {"person__AGEP": {"2017": {"value": 0.0807, "upper_threshold": 0.0659, "alert": True}}}
+    return DemoReport(
+        summary=summary(),
+        stages=[StageRun(name="train", title="Train", seconds=83.4, commands=["python -m jobs.train seed=1"])],
+        evaluations={"champion": evaluation, "challenger": evaluation},
+        monitor={
+            "variants": {"champion": {"2016": {"estimate": {"lower": 0.897, "upper": 0.911}}}},
+            "details": {"champion": {"drift": drift}},
+        },
+        quarantine={"person": {"AGEP outside 0 to 120": 25}},
+        check={
+            "verdict": "breached", "treatment": 0.497, "control": 0.908, "treatment_outcomes": 402,
+            "control_outcomes": 389,
+        },
+        urls={"Edge": "https://127.0.0.1:8443"},
+        finished_at="23 November 2026",
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects links, ids, headings and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.links += [value for name, value in attrs if name in ("href", "src") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+def words(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_page_is_whole_and_asks_for_nothing_from_outside() -> None:
+    """Tags nest, ids are unique, and the only link is the one given."""
+    text = render(full())
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links == ["https://127.0.0.1:8443"]
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed"}
+    assert not re.search(r"url\((?!#tip\))|@import", text)
+
+
+def test_every_picture_is_xml_with_a_name() -> None:
+    """A browser would forgive broken SVG; other readers of the page would not."""
+    pictures = re.findall(r"<svg.*?</svg>", render(full()), flags=re.DOTALL)
+    roots = [ElementTree.fromstring(picture) for picture in pictures]  # noqa: S314 - our own output
+    assert len(roots) >= 6
+    assert all("aria-label" in root.attrib or root.get("aria-hidden") == "true" for root in roots)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ["68,785", "9f2c1e7a", "0.9043", "0.0081", "16,000", "6.4 ms", "143 ms", "74 events", "AGEP outside 0 to 120",
+     "0.497", "402 and 389", "1 min 23 s", "python -m jobs.train seed=1", "no outcomes", "80.2%", "0.081"],
+)  # fmt: skip
+def test_page_says_what_the_run_gave(figure: str) -> None:
+    """Each figure stands on the page as people write it."""
+    assert figure in words(Page(render(full())))
+
+
+def test_missing_parts_are_left_out() -> None:
+    """An empty run is a page without sections, and the contract's minimum needs no extras."""
+    assert "<h2" not in render(DemoReport(summary={})).replace('<h2 id="loop">', "")
+    page = words(Page(render(DemoReport(summary=summary()))))
+    assert "train network" in page
+    assert "Why rows were quarantined" not in page
+    assert "Inputs that moved the most" not in page
+
+
+def test_page_does_not_hide_what_went_wrong() -> None:
+    """Lost rows, errors, answers without a row, a wrong split and a broken chain are said."""
+    bad = summary(
+        rows={"person": {"ingested": 10, "stored": 8, "quarantined": 1}},
+        requests={"sent": 100, "errors": 3},
+        prediction_log_rows=90,
+        orphans=0,
+        shares={"champion": {"weight": 0.8, "share": 0.5}},
+        ledger={"events": 7, "verified": False},
+    )
+    text = render(DemoReport(summary=bad))
+    page = words(Page(text))
+    assert '<strong class="bad">no</strong>' in text
+    assert "<dd>97</dd>" in text
+    assert "of 100 sent, 3 errors" in page
+    assert "The log has 90 rows for 97 answers." in page
+    assert "outside" in page
+    assert "The chain does not hold." in page
+    assert "hash chain BROKEN" in page
+
+
+def test_hostile_text_is_shown_as_text() -> None:
+    """Names and reasons come from data."""
+    evil = "<script>alert(1)</script>"
+    report = DemoReport(
+        summary=summary(
+            variants={evil: {"family": evil, "version": 1, "auc": 0.9, "accuracy": 0.8}},
+            shares={evil: {"weight": 0.5, "share": 0.5}},
+            monitor={evil: {evil: {"estimated_auc": 0.9, "realised_auc": 0.9}}},
+        ),
+        evaluations={evil: {"slices": {evil: {evil: {"rows": 60, "auc": 0.9}}}, "metrics": {}}},
+        quarantine={evil: {evil: 1}},
+        stages=[StageRun(name=evil, title=evil, seconds=1, commands=[evil])],
+    )
+    assert "script" not in Page(render(report)).tags
+
+
+@given(low=st.floats(0, 1), span=st.floats(1e-4, 1))
+def test_ticks_cover_their_range(low: float, span: float) -> None:
+    """No point is drawn outside the axes."""
+    ticks = nice_ticks(low, low + span)
+    assert ticks[0] <= low + 1e-9
+    assert ticks[-1] >= low + span - 1e-9
+    assert 2 <= len(ticks) <= 8
+    assert ticks == sorted(ticks)
+
+
+def test_split_interval_holds_99_of_100_right_splits() -> None:
+    """Against simulated splits."""
+    lower, upper = split_interval(0.2, 12_000)
+    shares = np.random.default_rng(0).binomial(12_000, 0.2, size=20_000) / 12_000
+    inside = float(((shares >= lower) & (shares <= upper)).mean())
+    assert inside == pytest.approx(0.99, abs=0.003)
+    assert split_interval(0.2, 0) == (0.0, 1.0)
+
+
+def test_share_outside_its_interval_is_marked() -> None:
+    """80.2% of 12,000 is within what chance explains, 82% is not."""
+    shares = {"a": {"weight": 0.8, "share": 0.802}, "b": {"weight": 0.8, "share": 0.82}}
+    assert [row.within for row in share_rows(shares, 12_000)] == [True, False]
+
+
+def test_drift_is_ordered_by_distance_over_threshold() -> None:
+    """The farthest beyond its own threshold comes first, at its farthest period; what is not measured is left out."""
+    drift = {
+        "calm": {"2016": {"value": 0.05, "upper_threshold": 0.1, "alert": False}},
+        "moved": {
+            "2016": {"value": 0.02, "upper_threshold": 0.03, "alert": False},
+            "2017": {"value": 0.06, "upper_threshold": 0.03, "alert": True},
+        },
+        "unknown": {"2016": {"value": None, "upper_threshold": 0.03, "alert": False}},
+    }
+    rows = drift_rows({"details": {"champion": {"drift": drift}}})
+    assert [(row.name, row.period, list(row.alerts)) for row in rows] == [
+        ("moved", "2017", ["2017"]),
+        ("calm", "2016", []),
+    ]
+
+
+def test_chart_of_nothing_is_nothing() -> None:
+    """A chart without a value would be axes around a void."""
+    assert dots([Dots(label="a", values=[None])], label="x", number=formats.score) == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (formats.seconds(4.25), "4.2 s"),
+        (formats.seconds(59.6), "1 min 0 s"),
+        (formats.milliseconds(6.42), "6.4 ms"),
+        (formats.milliseconds(1500), "1.5 s"),
+        (formats.points(-0.0024), "−0.2 pp"),
+        (formats.points(0.0001), "0 pp"),
+        (formats.score(None), "–"),
+        (formats.count(0, "error"), "no errors"),
+        (formats.count(1, "error"), "1 error"),
+        (formats.count(1200, "error"), "1,200 errors"),
+    ],
+)
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    """As a person would write them."""
+    assert shown == expected

@@ -1,0 +1,145 @@
+"""Training without a cluster: split, signature, target, metrics, and the network's export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+
+from cluster.errors import ConfigError, TrainingSetError
+from cluster.runtime import Task
+from cluster.runtime.onnx_engine import OnnxEngine
+from jobs.evaluate.metrics import binary_metrics, roc_auc
+from jobs.train.config import LearningConfig, SplitConfig
+from jobs.train.data import TrainingSet, prepare
+from jobs.train.families import resolve_family
+from jobs.train.tabular_network.export import export
+from jobs.train.tabular_network.family import Parameters, network_shape
+from jobs.train.tabular_network.loop import learning_rate
+from jobs.train.tabular_network.network import TabularNetwork
+
+ROWS = 200
+
+
+def source(**columns: Any) -> TrainingSet:
+    base = {
+        "person_id": list(range(ROWS)),
+        "age": [float(n % 90) for n in range(ROWS)],
+        "code": [str(n % 3) for n in range(ROWS)],
+        "y": [n % 2 for n in range(ROWS)],
+    }
+    return TrainingSet(table=pa.table(base | columns), manifest={}, hash="h")
+
+
+def config(**changes: Any) -> LearningConfig:
+    return LearningConfig(**{"name": "m", "training_set": "t", "label": "y"} | changes)
+
+
+def test_held_out_people_are_never_fitted_on() -> None:
+    """id % 4 == 3; the three parts do not overlap and leave nothing out."""
+    data = prepare(config(), source())
+    assert np.array_equal(np.flatnonzero(data.held_out), np.arange(3, ROWS, 4))
+    assert np.array_equal(data.fit.astype(int) + data.validation + data.held_out, np.ones(ROWS))
+
+
+def test_categories_come_from_the_rows_to_fit_on() -> None:
+    """A value that only held-out rows have is unknown to the model."""
+    codes = ["rare" if n % 4 == 3 else "usual" for n in range(ROWS)]
+    data = prepare(config(), source(code=codes))
+    spec = next(spec for spec in data.signature.inputs if spec.name == "code")
+    assert spec.categories == ("usual",)
+    assert data.signature.columns == ["age", "code"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "said"),
+    [
+        ({"label": "z"}, {}, "no label 'z'"),
+        ({}, {"y": [None] + [1] * (ROWS - 1)}, "missing in 1"),
+        ({}, {"y": list(range(ROWS))}, "two values"),
+        ({"inputs": ["agee"]}, {}, "Did you mean 'age'"),
+        ({"split": SplitConfig(column="none")}, {}, "split.column=null"),
+        ({}, {"person_id": [4 * n for n in range(ROWS)]}, "no held-out rows"),
+        ({"max_categories": 2}, {}, "3 categories"),
+        ({"task": Task.regression}, {"y": ["a"] * ROWS}, "needs a number"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_named(
+    changes: dict[str, Any], columns: dict[str, Any], said: str
+) -> None:
+    """Each says which column, and what to do."""
+    with pytest.raises(TrainingSetError, match=said):
+        prepare(config(**changes), source(**columns))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({}, "model.family is missing"),
+        ({"family": "forest"}, "Unknown model family 'forest'"),
+        ({"family": "lightgbm", "leaves": 3}, "leaves"),
+        ({"family": "lightgbm", "learning_rate": 2.0}, "between 0 and 1"),
+        ({"family": "mine", "module": "no.such.module"}, "cannot be imported"),
+        ({"family": "mine", "module": "json"}, "has no 'Parameters'"),
+    ],
+)
+def test_a_family_that_does_not_fit_is_named(model: dict[str, Any], said: str) -> None:
+    """Unknown family, wrong parameter, a module without the protocol's names."""
+    with pytest.raises(ConfigError, match=said):
+        resolve_family(model)
+
+
+def test_auc_is_that_of_scikit_learn_with_ties() -> None:
+    """Mid-ranks, against an independent implementation."""
+    draw = np.random.default_rng(3)
+    scores, target = draw.integers(0, 20, 500) / 20, draw.integers(0, 2, 500)
+    assert roc_auc(scores, target) == pytest.approx(roc_auc_score(target, scores))
+    assert roc_auc(scores, np.ones(500, np.int64)) is None
+
+
+def test_a_calibrated_model_has_no_calibration_error() -> None:
+    """Ten rows at 0.3 of which three are positive."""
+    metrics = binary_metrics(np.full(10, 0.3), np.array([1] * 3 + [0] * 7))
+    assert metrics["ece"] == pytest.approx(0.0)
+    assert metrics["accuracy"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("task", "target"), [(Task.binary, 2), (Task.multiclass, 3), (Task.regression, 5)])
+def test_the_exported_graph_scores_as_the_network(tmp_path: Path, task: Task, target: int) -> None:
+    """With missing values and for any number of rows."""
+    values = [n % target for n in range(ROWS)]
+    data = prepare(
+        config(task=task), source(y=values, age=[None if n % 7 == 0 else float(n) for n in range(ROWS)])
+    )
+    shape = network_shape(data, Parameters(width=8, depth=1, embedding_dim=2))
+    torch.manual_seed(0)
+    network = TabularNetwork(shape)
+    weights = tmp_path / "w.safetensors"
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, str(weights))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    export(shape, weights, folder, sample=data.matrix[:10])
+    scores = OnnxEngine((folder / "model.onnx").read_bytes()).scores(data.matrix)
+    assert scores.shape == ((ROWS, 3) if task is Task.multiclass else (ROWS,))
+    assert np.isfinite(scores).all()
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.safetensors"}
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+    """One peak, at the end of the warm-up."""
+    rates = [learning_rate(0.01, step / 100) for step in range(101)]
+    assert max(rates) == pytest.approx(0.01)
+    assert rates.index(max(rates)) == 10
+    assert rates[-1] == pytest.approx(0.0)
+
+
+def test_a_split_that_makes_no_sense_is_refused() -> None:
+    """Before anything is read."""
+    with pytest.raises(ValueError, match="remainder"):
+        SplitConfig(modulo=4, remainder=4)
