@@ -8,6 +8,7 @@ known by their parents or, when these are gone, by the files they hold open in t
 from __future__ import annotations
 
 import os
+import signal
 import socket
 
 import psutil
@@ -34,27 +35,39 @@ def temp_dir(cluster_id: str) -> str:
 
 
 def _belongs(process: psutil.Process, cluster_id: str) -> bool:
-    if process.environ().get(ID_VARIABLE) == cluster_id:
-        return True
-    if not process.name().startswith(("ray", "python", "gcs", "haproxy")):
-        return False
+    environment = process.environ()
+    if environment:
+        # A driver in somebody's shell has files of the cluster open, too, but is not the cluster's.
+        return bool(environment.get(ID_VARIABLE) == cluster_id)
     folder = f"{temp_dir(cluster_id)}/"
     return any(file.path.startswith(folder) for file in process.open_files())
 
 
 def end(cluster_id: str, *, grace_s: float = 8.0) -> int:
-    """End a cluster's processes, asking first; gives how many there were."""
-    ended = 0
-    for signal_name, wait_s in (("terminate", grace_s), ("kill", 5.0)):
-        processes = find(cluster_id)
-        ended = max(ended, len(processes))
-        for process in processes:
-            try:
-                getattr(process, signal_name)()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(processes, timeout=wait_s)
-    return ended
+    """End a cluster's processes, asking first; gives how many there were.
+
+    Ray's GCS is asked last: a raylet that has lost it waits for it instead of ending.
+    """
+    ended = _send(signal.SIGTERM, find(cluster_id), wait_s=grace_s, spare="gcs_server")
+    ended |= _send(signal.SIGTERM, find(cluster_id), wait_s=grace_s)
+    ended |= _send(signal.SIGKILL, find(cluster_id), wait_s=5.0)
+    return len(ended)
+
+
+def _send(
+    number: signal.Signals, processes: list[psutil.Process], *, wait_s: float, spare: str = ""
+) -> set[int]:
+    """Signal processes, but for those named `spare`, and wait until they are gone; gives their pids."""
+    asked = []
+    for process in processes:
+        try:
+            if process.name() != spare:
+                process.send_signal(number)
+                asked.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(asked, timeout=wait_s)
+    return {process.pid for process in asked}
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -77,7 +90,21 @@ def answers(port: int, host: str = "127.0.0.1") -> bool:
 
 def owner(port: int) -> str:
     """The process that listens on a port, as far as it can be seen."""
+    process = _listener(port)
+    return f"{process.name()} (pid {process.pid})" if process else "another process"
+
+
+def cluster_on(port: int) -> str | None:
+    """The id of the cluster whose process listens on a port; none where that cannot be seen, empty for a stranger."""
+    process = _listener(port)
+    try:
+        return process.environ().get(ID_VARIABLE, "") if process else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _listener(port: int) -> psutil.Process | None:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return "another process"
+            return psutil.Process(connection.pid)
+    return None

@@ -10,15 +10,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from cluster.errors import ClusterNotRunning, RefusedError
-from cluster.processes import answers
+from cluster.processes import answers, cluster_on
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
 
 RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
+LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+"""Ray keeps to 127.0.0.1 only where it is told that there is no second node; else it takes the machine's own address,
+listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,7 @@ class ClusterRecord:
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
+            **LOOPBACK,
             ROOT_VARIABLE: self.project_root,
             RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
         }
@@ -78,9 +83,10 @@ def read_record(storage: StorageConfig) -> ClusterRecord | None:
 
 
 def is_up(record: ClusterRecord) -> bool:
-    """Whether the recorded head node answers."""
+    """Whether the recorded head node answers, and not another cluster that took its port since."""
     address = urlsplit(f"//{record.ray_address}")
-    return answers(address.port or 0, address.hostname or "127.0.0.1")
+    port = address.port or 0
+    return answers(port, address.hostname or "127.0.0.1") and cluster_on(port) in (record.cluster_id, None)
 
 
 def require_record(config: PlatformConfig) -> ClusterRecord:
@@ -112,8 +118,9 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     record = require_record(config)
     os.environ.update(record.environment())
     if not ray.is_initialized():
-        # Ray read the authentication mode when it was imported; this is how ray.init itself makes it read again.
+        # Ray read both when it was imported; this is how ray.init itself makes it read the first again.
         Config.initialize("")
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
     return record
 

@@ -20,7 +20,13 @@ from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 
 FLAGS = ("--env", "--json")
-GUARDED_BY = {"edge": "TLS and tokens of principals", "dashboard": "Ray's token, loopback"}
+GUARDED_BY = {
+    "edge": "TLS and tokens of principals",
+    "serve_http": "open; no route leads here",
+    "ray_metrics": "open to read",
+    "edge_metrics": "open to read",
+}
+LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
 
 
 def show(record: ClusterRecord, flag: str | None) -> None:
@@ -77,10 +83,9 @@ def _show_text(record: ClusterRecord) -> None:
     print("listening")
     for address, names in listeners(record).items():
         port = int(address.rsplit(":", 1)[1])
-        where = (
-            "loopback" if address.startswith(("127.", "::1")) else "every address, protected by Ray's token"
-        )
-        print(f"  {address:22} {named.get(port, names[0]):20} {GUARDED_BY.get(named.get(port, ''), where)}")
+        where = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
+        guard = GUARDED_BY.get(named.get(port, ""), "Ray's token")
+        print(f"  {address:23} {named.get(port, names[0]):26} {where}, {guard}")
 
 
 def main() -> None:

@@ -22,7 +22,15 @@ from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
 from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.tls import ensure_tls
-from cluster.session import NAMESPACE, RECORD_VARIABLE, ClusterRecord, read_record, record_path, write_record
+from cluster.session import (
+    LOOPBACK,
+    NAMESPACE,
+    RECORD_VARIABLE,
+    ClusterRecord,
+    read_record,
+    record_path,
+    write_record,
+)
 from cluster.settings import PlatformConfig
 from cluster.storage import ROOT_VARIABLE, layout, local, project_root
 
@@ -147,6 +155,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        **LOOPBACK,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),
@@ -179,6 +188,8 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         f"--dashboard-port={ports['dashboard']}",
         f"--metrics-export-port={ports['ray_metrics']}",
         "--dashboard-agent-listen-port=0",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
         f"--num-cpus={config.cluster.num_cpus}",
         f"--num-gpus={config.cluster.num_gpus}",
         f"--object-store-memory={config.cluster.object_store_mib * 2**20}",

@@ -6,8 +6,11 @@ import json
 import socket
 import ssl
 import subprocess
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Project
 
 TOKEN = ("token", "--sub", "alice", "--role", "service", "--purpose", "testing")
+NAMED = ("gcs", "dashboard", "edge", "edge_metrics", "ray_metrics")
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
@@ -50,6 +54,32 @@ def events(project: Project, kind: type[LedgerEvent]) -> list[LedgerEvent]:
     """A project's events of one type."""
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
     return [entry.event() for entry in ledger.entries(kind)]
+
+
+@contextmanager
+def attached_driver(project: Project) -> Iterator[subprocess.Popen[str]]:
+    """Somebody's own process that is attached to the cluster."""
+    program = (
+        "from cluster.session import attach; from cluster.settings import PlatformConfig; import sys;"
+        "attach(PlatformConfig()); print('attached', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        cwd=project.root,
+        env=project.env,
+        text=True,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=subprocess.DEVNULL,
+    ) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline().strip() == "attached"
+            yield driver
+        finally:
+            driver.kill()
 
 
 def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: Project) -> None:
@@ -121,24 +151,23 @@ def test_a_shell_below_the_project_needs_no_variables(falaj_cluster: Project) ->
 
 
 def test_status_names_what_listens_and_who_guards_it(falaj_cluster: Project) -> None:
-    """Every port of the cluster is shown; what is not on loopback is guarded by the token."""
+    """Every port of the cluster is shown, and those that answer without a token are not called guarded."""
     text = falaj_cluster.run("cluster.status", check=True).stdout
-    for name in ("gcs", "dashboard", "edge", "edge_metrics", "ray_metrics"):
-        assert f":{falaj_cluster.ports[name]} " in text
-    listening = text.partition("listening")[2].strip().splitlines()
-    open_to_all = [line for line in listening if not line.strip().startswith(("127.", "::1", "::ffff:127."))]
-    assert all("token" in line for line in open_to_all), open_to_all
+    lines = {name: next(line for line in text.splitlines() if f" {name} " in line) for name in NAMED}
+    assert all(f":{falaj_cluster.ports[name]} " in line for name, line in lines.items())
+    assert {name for name, line in lines.items() if "token" in line} == {"gcs", "dashboard", "edge"}
 
 
-def test_dashboard_serve_and_edge_listen_on_loopback_only(falaj_cluster: Project) -> None:
-    """A stranger on the network reaches none of them."""
-    ports = {falaj_cluster.ports[name] for name in ("dashboard", "serve_http", "edge", "edge_metrics")}
-    addresses = {
-        connection.laddr.ip
+def test_everything_listens_on_loopback_only(falaj_cluster: Project) -> None:
+    """A stranger on the network reaches nothing, Ray's own ports and metrics included."""
+    processes_of = {process.pid for process in processes.find(falaj_cluster.record.cluster_id)}
+    listening = {
+        connection.laddr.port: connection.laddr.ip
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+        if connection.status == psutil.CONN_LISTEN and connection.pid in processes_of
     }
-    assert addresses == {"127.0.0.1"}
+    assert {falaj_cluster.ports[name] for name in NAMED} <= set(listening)
+    assert {address.removeprefix("::ffff:") for address in listening.values()} == {"127.0.0.1"}
 
 
 def test_a_second_up_is_refused_and_harms_nothing(falaj_cluster: Project) -> None:
@@ -206,15 +235,12 @@ def test_up_kill_down_up(falaj_cluster: Project, empty_project: Project) -> None
     assert not Path(first.temp_dir).exists()
     empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
     second = empty_project.record
-    empty_project.run("cluster.down", check=True)
+    with attached_driver(empty_project) as driver:
+        empty_project.run("cluster.down", check=True)
+        assert driver.poll() is None
     assert processes.find(second.cluster_id) == []
-    assert [event.cluster_id for event in events(empty_project, ClusterStarted)] == [
-        first.cluster_id,
-        second.cluster_id,
-    ]
-    assert [event.cluster_id for event in events(empty_project, ClusterStopped)] == [
-        first.cluster_id,
-        second.cluster_id,
-    ]
+    ids = [first.cluster_id, second.cluster_id]
+    assert [event.cluster_id for event in events(empty_project, ClusterStarted)] == ids
+    assert [event.cluster_id for event in events(empty_project, ClusterStopped)] == ids
     assert is_up(falaj_cluster.record)
     assert status_of(falaj_cluster.record.metrics_url) == 200

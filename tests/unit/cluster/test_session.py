@@ -25,8 +25,9 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def head() -> Iterator[int]:
-    """The port of something that answers like a head node's."""
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of something that answers like our head node."""
+    monkeypatch.setattr(session, "cluster_on", lambda port: "abc")
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 

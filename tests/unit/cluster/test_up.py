@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,6 +29,31 @@ def config(tmp_path: Path) -> PlatformConfig:
     """A project on free ports."""
     ports = PortsConfig(**{name: free_port() for name in PortsConfig.__dataclass_fields__})
     return PlatformConfig(storage=StorageConfig(root=str(tmp_path)), cluster=ClusterConfig(ports=ports))
+
+
+@pytest.fixture
+def listener() -> Iterator[Callable[..., None]]:
+    """Starts a process of some cluster that listens on a port."""
+    with ExitStack() as stack:
+
+        def start(port: int, *, cluster_id: str) -> None:
+            program = (
+                f"import socket, sys; server = socket.create_server(('127.0.0.1', {port}));"
+                "print(flush=True); sys.stdin.read()"
+            )
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    env=os.environ | {processes.ID_VARIABLE: cluster_id},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+
+        yield start
 
 
 def test_a_fit_machine_passes(config: PlatformConfig) -> None:
@@ -59,14 +89,25 @@ def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: Platfor
         up.check(config)
 
 
-def test_a_recorded_cluster_whose_head_answers_is_up(config: PlatformConfig) -> None:
+def test_a_recorded_cluster_whose_head_answers_is_up(
+    config: PlatformConfig, listener: Callable[..., None]
+) -> None:
     """The refusal says how to end it."""
     record = up.describe(config)
     write_record(record, config.storage)
-    with (
-        socket.create_server(("127.0.0.1", record.ports["gcs"])),
-        pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"),
-    ):
+    listener(record.ports["gcs"], cluster_id=record.cluster_id)
+    with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
+        up.check(config)
+
+
+def test_another_clusters_head_on_the_recorded_port_is_no_proof_of_ours(
+    config: PlatformConfig, listener: Callable[..., None]
+) -> None:
+    """After a reboot another project's cluster may have taken the same port first."""
+    record = up.describe(config)
+    write_record(record, config.storage)
+    listener(record.ports["gcs"], cluster_id="another")
+    with pytest.raises(PortInUse, match=r"\(gcs\)"):
         up.check(config)
 
 
