@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 from ray.exceptions import RayError
 
 from cluster.entrypoint import job
-from cluster.errors import BatchRefused, DefinitionError, Inconsistent
+from cluster.errors import BatchRefused, DefinitionError, Inconsistent, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
@@ -96,8 +96,7 @@ def main(config: IngestConfig) -> None:
     table = offline.open_table(uri)
     before = offline.committed(table, ingest_id) if table is not None else None
     if before is None:
-        checked = check(view, files)
-        decide(config, ledger, view, files, checked)
+        checked = check_or_refuse(config, ledger, view, files)
         before = store(config, view, checked, ingest_id, uri=uri, quarantine=places.quarantine(view.name))
     batch, version = before
     record(ledger, view, files, batch, version)
@@ -157,9 +156,32 @@ def check(view: FeatureView, files: SourceFiles) -> Checked:
     return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons))
 
 
-def decide(
-    config: IngestConfig, ledger: Ledger, view: FeatureView, files: SourceFiles, checked: Checked
-) -> None:
+def check_or_refuse(config: IngestConfig, ledger: Ledger, view: FeatureView, files: SourceFiles) -> Checked:
+    """The checked batch, fit to be stored; a batch that is not leaves an event before it is refused.
+
+    Raises:
+        RefusedError: columns that do not fit the view, or too many bad rows.
+    """
+    rows_bad = 0
+    try:
+        checked = check(view, files)
+        rows_bad = checked.rows_bad
+        decide(config, view, files, checked)
+        return checked
+    except RefusedError as error:
+        event = BatchRefusedEvent(
+            view=view.name,
+            source=config.source.path or view.source.path,
+            source_digest=files.digest,
+            reason=str(error),
+            rows_in=files.rows,
+            rows_bad=rows_bad,
+        )
+        ledger.append(event, actor=current_actor())
+        raise
+
+
+def decide(config: IngestConfig, view: FeatureView, files: SourceFiles, checked: Checked) -> None:
     """Refuse a batch with too many bad rows before any of it is written.
 
     Raises:
@@ -169,19 +191,9 @@ def decide(
     if share <= config.max_bad_share:
         return
     reason, count = max(checked.reasons.items(), key=lambda item: item[1])
-    most = f"mostly: {reason} ({count})"
-    message = f"{share:.1%} of {files.rows} rows are bad, at most {config.max_bad_share:.1%} may be; {most}"
-    event = BatchRefusedEvent(
-        view=view.name,
-        source=config.source.path or view.source.path,
-        source_digest=files.digest,
-        reason=message,
-        rows_in=files.rows,
-        rows_bad=checked.rows_bad,
-    )
-    ledger.append(event, actor=current_actor())
     raise BatchRefused(
-        f"View '{view.name}': {message}. Nothing was stored. Mend the source, or raise max_bad_share."
+        f"View '{view.name}': {share:.1%} of {files.rows} rows are bad, at most {config.max_bad_share:.1%} may be; "
+        f"mostly: {reason} ({count}). Nothing was stored. Mend the source, or raise max_bad_share."
     )
 
 

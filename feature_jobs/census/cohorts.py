@@ -1,6 +1,6 @@
 """Monthly employment rates per age band and schooling, as an office publishes them: early, then corrected.
 
-A month's first publication rests on the outcomes known when it appears; 45 days later a correction of the same month
+A month's first publication rests on the outcomes known when it appears; 20 days later a correction of the same month
 takes in those that came late. Neither ever holds an outcome that was not known at its own publication.
 """
 
@@ -13,7 +13,7 @@ import polars as pl
 from feature_jobs.census.transforms import age_band, schooling
 
 PUBLISHED_AFTER = dt.timedelta(days=3)
-CORRECTED_AFTER = dt.timedelta(days=45)
+CORRECTED_AFTER = dt.timedelta(days=20)
 TRAILING = dt.timedelta(days=365)
 MIN_OUTCOMES = 5
 

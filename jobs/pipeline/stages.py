@@ -10,8 +10,9 @@ from typing import Any
 from jobs.pipeline.config import PipelineConfig
 
 Results = dict[str, Any]
-"""File stem to the JSON content of each output written so far."""
+"""File stem to the JSON content of each output that earlier stages wrote below the demo's folder."""
 Command = tuple[str, ...]
+VIEWS = ("person", "cohort")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,262 +22,201 @@ class Stage:
     name: str
     title: str
     commands: Callable[[Results], Sequence[Command]]
-    """Module and arguments of each command; later stages read the outputs of earlier ones."""
-    outputs: tuple[str, ...] = ()
-    """JSON files below the demo's folder that the stage writes, without suffix."""
+    """Module and arguments of each command."""
 
 
 def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
     """All stages in order."""
-    source = demo.parent / "source" / "census"
+    commands = Commands(config, demo)
     return [
-        *_data(source, demo, config),
-        *_training(demo, config),
-        _deployment(config),
-        *(stage for year in config.years for stage in _year(config, source, demo, year)),
-        _monitoring(demo, config),
-        *_broken(config, source, demo),
+        *_data(config, commands),
+        *_training(commands),
+        _deployment(config, commands),
+        *(stage for year in config.years for stage in _year(config, commands, year)),
+        _fixed("monitor", "Estimate and realise performance, look for drift (NannyML)", commands.monitor()),
+        *_broken(config, commands),
     ]
 
 
-def _data(source: Path, demo: Path, config: PipelineConfig) -> list[Stage]:
-    reference = config.reference_year
+class Commands:
+    """The command lines of one demo."""
+
+    def __init__(self, config: PipelineConfig, demo: Path) -> None:
+        self._config = config
+        self._demo = demo
+        self._source = demo.parent / "source" / "census"
+        self._name = f"name={config.name}"
+        self._training_set = f"training_set={demo}/train.parquet"
+        self._label = f"label={config.label}"
+
+    def ingest(self, year: int) -> list[Command]:
+        return [
+            ("feature_jobs.ingest", f"view={view}", f"source.path={self._source}/{view}_{year}.parquet")
+            for view in VIEWS
+        ]
+
+    def materialize(self, year: int) -> list[Command]:
+        return [("feature_jobs.materialize", f"view={view}", f"as_of={_end(year)}") for view in VIEWS]
+
+    def training_set(self) -> Command:
+        entities = f"entities={self._source}/entities_{self._config.reference_year}.parquet"
+        return (
+            "feature_jobs.training_set",
+            f"service={self._config.name}",
+            entities,
+            f"output={self._demo}/train.parquet",
+        )
+
+    def train(self, model: str, output: str, *more: str) -> Command:
+        data = (self._name, self._training_set, self._label)
+        return ("jobs.train", f"model={model}", *data, *more, f"output={self._demo}/{output}.json")
+
+    def train_with_best(self, model: str, output: str) -> Command:
+        return self.train(model, output, f"params_from={self._demo}/sweep.json")
+
+    def sweep(self) -> Command:
+        return ("jobs.sweep", self._name, self._training_set, self._label, f"output={self._demo}/sweep.json")
+
+    def evaluate(self, candidate: str, results: Results) -> Command:
+        version = f"version={results[candidate]['version']}"
+        slices, output = (
+            "slices=[person__SEX,person__RAC1P]",
+            f"output={self._demo}/evaluate_{candidate}.json",
+        )
+        return ("jobs.evaluate", self._name, self._training_set, version, slices, output)
+
+    def deploy(self, version: int) -> Command:
+        return ("serve_apps.deploy", self._name, f"version={version}", "variant=champion")
+
+    def start(self, version: int, *, weight: float, variant: str) -> Command:
+        what = (f"version={version}", f"weight={weight:g}", f"variant={variant}")
+        return ("serve_apps.rollout", "action=start", self._name, *what)
+
+    def end_rollout(self, reason: str) -> Command:
+        return ("serve_apps.rollout", "action=rollback", self._name, f"reason={reason}")
+
+    def check(self) -> Command:
+        return ("serve_apps.rollout", "action=check", self._name, f"output={self._demo}/check.json")
+
+    def score(self, year: int, *, offset: int, count: int, batch: str) -> list[Command]:
+        """Send people of a year as requests, then their outcomes."""
+        people = f"people={self._source}/entities_{year}.parquet"
+        answers = f"answers={self._demo}/answers_{batch}.parquet"
+        how = (f"as_of={_end(year)}", f"requests={count}", f"offset={offset}")
+        return [
+            ("jobs.pipeline.traffic", self._name, people, answers, *how),
+            (
+                "jobs.pipeline.outcomes",
+                self._name,
+                people,
+                answers,
+                f"observed_at={year + 1}-03-31T00:00:00Z",
+            ),
+        ]
+
+    def monitor(self) -> Command:
+        reference, output = f"reference={self._demo}/train.parquet", f"output={self._demo}/monitor.json"
+        return ("jobs.monitor", self._name, reference, self._label, output)
+
+
+def _data(config: PipelineConfig, commands: Commands) -> list[Stage]:
+    year = config.reference_year
     return [
-        Stage(
-            name="source",
-            title="Unpack the census: people, outcomes and published cohort rates per year",
-            commands=lambda _: [("feature_jobs.census.source",)],
+        _fixed(
+            "source",
+            "Unpack the census: people, outcomes and published cohort rates per year",
+            ("feature_jobs.census.source",),
         ),
-        Stage(
-            name="apply", title="Apply the feature definitions", commands=lambda _: [("feature_jobs.apply",)]
-        ),
-        Stage(
-            name=f"ingest_{reference}",
-            title=f"Ingest {reference}: validate, quarantine, store",
-            commands=lambda _: _ingest(source, reference),
-        ),
-        Stage(
-            name="training_set",
-            title="Point-in-time join: the training set",
-            commands=lambda _: [
-                (
-                    "feature_jobs.training_set",
-                    f"service={config.name}",
-                    f"entities={source}/entities_{reference}.parquet",
-                    f"output={demo}/train.parquet",
-                )
-            ],
-        ),
+        _fixed("apply", "Apply the feature definitions", ("feature_jobs.apply",)),
+        _fixed(f"ingest_{year}", f"Ingest {year}: validate, quarantine, store", *commands.ingest(year)),
+        _fixed("training_set", "Point-in-time join: the training set", commands.training_set()),
     ]
 
 
-def _training(demo: Path, config: PipelineConfig) -> list[Stage]:
-    data = (f"training_set={demo}/train.parquet", f"name={config.name}", f"label={config.label}")
+def _training(commands: Commands) -> list[Stage]:
     return [
-        Stage(
-            name="train_lightgbm",
-            title="Train candidate one: gradient-boosted trees (LightGBM)",
-            commands=lambda _: [("jobs.train", "model=lightgbm", *data, f"output={demo}/lightgbm.json")],
-            outputs=("lightgbm",),
+        _fixed(
+            "train_lightgbm",
+            "Train candidate one: gradient-boosted trees (LightGBM)",
+            commands.train("lightgbm", "lightgbm"),
         ),
-        Stage(
-            name="sweep",
-            title="Sweep learning rate and width of candidate two (Ray Tune)",
-            commands=lambda _: [("jobs.sweep", "model=tabular_network", *data, f"output={demo}/sweep.json")],
-            outputs=("sweep",),
-        ),
-        Stage(
-            name="train_network",
-            title="Train candidate two: a tabular network (Ray Train + DeepSpeed, two workers)",
-            commands=lambda _: [
-                (
-                    "jobs.train",
-                    "model=tabular_network",
-                    *data,
-                    f"params_from={demo}/sweep.json",
-                    f"output={demo}/network.json",
-                )
-            ],
-            outputs=("network",),
+        _fixed("sweep", "Sweep learning rate and width of candidate two (Ray Tune)", commands.sweep()),
+        _fixed(
+            "train_network",
+            "Train candidate two: a tabular network (Ray Train + DeepSpeed, two workers)",
+            commands.train_with_best("tabular_network", "network"),
         ),
         Stage(
             name="evaluate",
             title="Evaluate both on held-out people, by sex and race",
             commands=lambda results: [
-                (
-                    "jobs.evaluate",
-                    f"name={config.name}",
-                    f"training_set={demo}/train.parquet",
-                    f"version={results[candidate]['version']}",
-                    "slices=[person__SEX,person__RAC1P]",
-                    f"output={demo}/evaluate_{candidate}.json",
-                )
-                for candidate in ("lightgbm", "network")
+                commands.evaluate(candidate, results) for candidate in ("lightgbm", "network")
             ],
-            outputs=("evaluate_lightgbm", "evaluate_network"),
         ),
     ]
 
 
-def _deployment(config: PipelineConfig) -> Stage:
-    def commands(results: Results) -> list[Command]:
-        champion, challenger = results["lightgbm"]["version"], results["network"]["version"]
-        return [
-            ("serve_apps.deploy", f"name={config.name}", f"version={champion}", "variant=champion"),
-            _start(config, challenger, weight=config.challenger_weight, variant="challenger"),
-        ]
-
+def _deployment(config: PipelineConfig, commands: Commands) -> Stage:
+    weight = config.challenger_weight
     return Stage(
         name="deploy",
-        title=f"Deploy both; {config.challenger_weight:g}% of units go to the challenger",
-        commands=commands,
+        title=f"Deploy both; {weight:g}% of units go to the challenger",
+        commands=lambda results: [
+            commands.deploy(results["lightgbm"]["version"]),
+            commands.start(results["network"]["version"], weight=weight, variant="challenger"),
+        ],
     )
 
 
-def _year(config: PipelineConfig, source: Path, demo: Path, year: int) -> list[Stage]:
-    end = f"{year}-12-31T23:59:59Z"
+def _year(config: PipelineConfig, commands: Commands, year: int) -> list[Stage]:
+    count = config.requests_per_year
     return [
-        Stage(
-            name=f"ingest_{year}",
-            title=f"{year} arrives: ingest and bring the online store up to its last day",
-            commands=lambda _: [
-                *_ingest(source, year),
-                *(
-                    ("feature_jobs.materialize", f"view={view}", f"as_of={end}")
-                    for view in ("person", "cohort")
-                ),
-            ],
+        _fixed(
+            f"ingest_{year}",
+            f"{year} arrives: ingest and bring the online store up to its last day",
+            *commands.ingest(year),
+            *commands.materialize(year),
         ),
-        Stage(
-            name=f"serve_{year}",
-            title=f"Score {config.requests_per_year} people of {year} through the edge; their outcomes follow",
-            commands=lambda _: _score(config, source, demo, year, offset=0, count=config.requests_per_year),
+        _fixed(
+            f"serve_{year}",
+            f"Score {count} people of {year} through the edge; their outcomes follow",
+            *commands.score(year, offset=0, count=count, batch=str(year)),
         ),
     ]
 
 
-def _monitoring(demo: Path, config: PipelineConfig) -> Stage:
-    return Stage(
-        name="monitor",
-        title="Estimate and realise performance, look for drift (NannyML)",
-        commands=lambda _: [
-            (
-                "jobs.monitor",
-                f"name={config.name}",
-                f"reference={demo}/train.parquet",
-                f"label={config.label}",
-                f"output={demo}/monitor.json",
-            )
-        ],
-        outputs=("monitor",),
+def _broken(config: PipelineConfig, commands: Commands) -> list[Stage]:
+    weight = config.broken_weight
+    traffic = commands.score(
+        config.years[-1], offset=config.requests_per_year, count=config.broken_requests, batch="broken"
     )
-
-
-def _broken(config: PipelineConfig, source: Path, demo: Path) -> list[Stage]:
-    year = config.years[-1]
     return [
-        Stage(
-            name="train_broken",
-            title="Train a third version on permuted labels: broken on purpose",
-            commands=lambda _: [
-                (
-                    "jobs.train",
-                    "model=lightgbm",
-                    f"training_set={demo}/train.parquet",
-                    f"name={config.name}",
-                    f"label={config.label}",
-                    "label_permutation=true",
-                    f"output={demo}/broken.json",
-                )
-            ],
-            outputs=("broken",),
+        _fixed(
+            "train_broken",
+            "Train a third version on permuted labels: broken on purpose",
+            commands.train("lightgbm", "broken", "label_permutation=true"),
         ),
-        Stage(
-            name="end_first_rollout",
-            title="End the first rollout: the trees stay champion",
-            commands=lambda _: [
-                (
-                    "serve_apps.rollout",
-                    "action=rollback",
-                    f"name={config.name}",
-                    "reason=the trees stay champion",
-                )
-            ],
+        _fixed(
+            "end_first_rollout",
+            "End the first rollout: the trees stay champion",
+            commands.end_rollout("the trees stay champion"),
         ),
         Stage(
             name="serve_broken",
-            title=f"Give the broken version {config.broken_weight:g}% of units",
+            title=f"Give the broken version {weight:g}% of units",
             commands=lambda results: [
-                _start(config, results["broken"]["version"], weight=config.broken_weight, variant="broken"),
-                *_score(
-                    config,
-                    source,
-                    demo,
-                    year,
-                    offset=config.requests_per_year,
-                    count=config.broken_requests,
-                    name="broken",
-                ),
+                commands.start(results["broken"]["version"], weight=weight, variant="broken"),
+                *traffic,
             ],
         ),
-        Stage(
-            name="rollback",
-            title="The rule compares realised performance and rolls back",
-            commands=lambda _: [
-                ("serve_apps.rollout", "action=check", f"name={config.name}", f"output={demo}/check.json")
-            ],
-            outputs=("check",),
-        ),
+        _fixed("rollback", "The rule compares realised performance and rolls back", commands.check()),
     ]
 
 
-def _ingest(source: Path, year: int) -> list[Command]:
-    return [
-        ("feature_jobs.ingest", f"view={view}", f"source.path={source}/{view}_{year}.parquet")
-        for view in ("person", "cohort")
-    ]
+def _fixed(name: str, title: str, *commands: Command) -> Stage:
+    """A stage whose command lines depend on no earlier output."""
+    return Stage(name=name, title=title, commands=lambda _: commands)
 
 
-def _start(config: PipelineConfig, version: int, *, weight: float, variant: str) -> Command:
-    return (
-        "serve_apps.rollout",
-        "action=start",
-        f"name={config.name}",
-        f"version={version}",
-        f"weight={weight:g}",
-        f"variant={variant}",
-    )
-
-
-def _score(
-    config: PipelineConfig,
-    source: Path,
-    demo: Path,
-    year: int,
-    *,
-    offset: int,
-    count: int,
-    name: str | None = None,
-) -> list[Command]:
-    people, answers = (
-        f"people={source}/entities_{year}.parquet",
-        f"answers={demo}/answers_{name or year}.parquet",
-    )
-    return [
-        (
-            "jobs.pipeline.traffic",
-            f"name={config.name}",
-            people,
-            answers,
-            f"as_of={year}-12-31T23:59:59Z",
-            f"requests={count}",
-            f"offset={offset}",
-        ),
-        (
-            "jobs.pipeline.outcomes",
-            f"name={config.name}",
-            people,
-            answers,
-            f"observed_at={year + 1}-03-31T00:00:00Z",
-        ),
-    ]
+def _end(year: int) -> str:
+    return f"{year}-12-31T23:59:59Z"
