@@ -28,7 +28,8 @@ def _binary(name: str) -> str | None:
 
 def _as_postgres(*command: str) -> list[str]:
     """PostgreSQL refuses to run as root, so there the package's own user runs it."""
-    return ["runuser", "-u", "postgres", "--", *command] if os.geteuid() == 0 else list(command)
+    runuser = shutil.which("runuser", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "runuser"
+    return [runuser, "-u", "postgres", "--", *command] if os.geteuid() == 0 else list(command)
 
 
 @pytest.fixture
