@@ -82,7 +82,10 @@ def with_best(config: TrainConfig) -> dict[str, Any]:
     uri = resolve(config.params_from)
     if not exists(uri):
         raise ConfigError(f"params_from={uri} does not exist. Run `python -m jobs.sweep … output={uri}`.")
-    best = json.loads(read_bytes(uri)).get("best")
+    try:
+        best = json.loads(read_bytes(uri))["best"]
+    except (KeyError, TypeError, ValueError):
+        best = None
     if not isinstance(best, dict):
         raise ConfigError(f"params_from={uri} holds no 'best' parameters; it must be the output of a sweep.")
     return config.model | best

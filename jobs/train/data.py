@@ -67,8 +67,31 @@ def read_training_set(path: str) -> TrainingSet:
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")
     beside = f"{uri.removesuffix('.parquet')}.manifest.json"
-    manifest = json.loads(read_bytes(beside)) if exists(beside) else {}
+    manifest = read_manifest(beside, table) if exists(beside) else {}
     return TrainingSet(table=table, manifest=manifest, hash=manifest.get("row_hash") or sha256(uri))
+
+
+def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
+    """The manifest beside a training set.
+
+    Raises:
+        TrainingSetError: it cannot be read, or describes another file.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(read_bytes(uri))
+        columns = [str(column["name"]) for column in manifest["columns"]]
+        rows = int(manifest["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingSetError(
+            f"{uri} is no training set's manifest ({error!r}). Build the set again."
+        ) from error
+    missing = [name for name in columns if name not in table.column_names]
+    if rows != table.num_rows or missing:
+        lacks = f", and no column '{missing[0]}'" if missing else ""
+        raise TrainingSetError(
+            f"{uri} describes {rows} rows, the file has {table.num_rows}{lacks}. Build the training set again."
+        )
+    return manifest
 
 
 def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
@@ -167,8 +190,12 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         names = [
             field.name
             for field in table.schema
-            if field.name not in apart and not pa.types.is_timestamp(field.type)
+            if field.name not in apart
+            and not field.name.endswith("_id")
+            and not pa.types.is_temporal(field.type)
         ]
+    if config.label in names:
+        raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
     return [name for name in names if name not in config.exclude]
 
 

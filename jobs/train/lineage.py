@@ -8,6 +8,7 @@ import subprocess
 from typing import Any
 
 from cluster.registry import Lineage
+from cluster.storage import project_root
 from jobs.train.config import TrainConfig
 from jobs.train.data import TrainingSet
 
@@ -27,7 +28,7 @@ def lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineag
 
 
 def git_commit() -> str:
-    """The commit of the working folder, with `+dirty` after local changes; `unknown` outside a repository."""
+    """The commit of the project's folder, with `+dirty` after local changes; `unknown` outside a repository."""
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "unknown"
@@ -49,7 +50,14 @@ def plain(value: Any) -> Any:
 
 def _git(*arguments: str) -> str | None:
     try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, timeout=10)
+        # Under `ray job submit` the current folder is an uploaded copy without its repository.
+        result = subprocess.run(
+            ["git", "-C", str(project_root()), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

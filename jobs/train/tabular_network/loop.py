@@ -28,6 +28,9 @@ def train_loop(config: dict[str, Any]) -> None:
     """Fit a network; the last checkpoint has its consolidated weights."""
     import deepspeed
 
+    if config["device"] == "cpu":
+        # Its shared-memory all-reduce serves inference only, and would be compiled for a minute at first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,8 +17,9 @@ from cluster.errors import ConfigError, TrainingSetError
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
 from jobs.evaluate.metrics import binary_metrics, roc_auc
-from jobs.train.config import LearningConfig, SplitConfig
-from jobs.train.data import TrainingSet, prepare
+from jobs.train.__main__ import with_best
+from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
+from jobs.train.data import TrainingSet, prepare, read_training_set
 from jobs.train.families import resolve_family
 from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.family import Parameters, network_shape
@@ -137,6 +139,44 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert max(rates) == pytest.approx(0.01)
     assert rates.index(max(rates)) == 10
     assert rates[-1] == pytest.approx(0.0)
+
+
+def test_without_a_manifest_keys_and_times_are_no_inputs() -> None:
+    """Whatever the split goes by, an identifier is nothing to learn from."""
+    data = prepare(config(split=SplitConfig(column=None)), source(customer_id=list(range(ROWS))))
+    assert data.signature.columns == ["age", "code"]
+
+
+def test_the_label_is_no_input() -> None:
+    """A model that reads its own answer would look perfect."""
+    with pytest.raises(TrainingSetError, match="among the inputs"):
+        prepare(config(inputs=["age", "y"]), source())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("{not json", "no training set's manifest"),
+        ("[]", "no training set's manifest"),
+        ('{"rows": 999, "columns": []}', "describes 999 rows"),
+        (f'{{"rows": {ROWS}, "columns": [{{"name": "income"}}]}}', "no column 'income'"),
+    ],
+)
+def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, said: str) -> None:
+    """Lineage must not point to rows that the model never saw."""
+    pq.write_table(source().table, tmp_path / "t.parquet")
+    (tmp_path / "t.manifest.json").write_text(manifest)
+    with pytest.raises(TrainingSetError, match=said):
+        read_training_set(str(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize("content", ["{nope", "[]", "{}", '{"best": 3}'])
+def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, content: str) -> None:
+    """With one line, not a traceback."""
+    (tmp_path / "s.json").write_text(content)
+    wanted = TrainConfig(name="m", training_set="t", label="y", params_from=str(tmp_path / "s.json"))
+    with pytest.raises(ConfigError, match="output of a sweep"):
+        with_best(wanted)
 
 
 def test_a_split_that_makes_no_sense_is_refused() -> None:

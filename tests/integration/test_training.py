@@ -1,0 +1,107 @@
+"""Train, sweep and evaluate on a real cluster, on data too small to learn much from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+ROWS = 2000
+DATA = ("name=tiny", "training_set=tiny.parquet", "label=y")
+SMALL = ("model.width=8", "model.depth=1", "model.epochs=2", "model.batch_size=256")
+
+
+@pytest.fixture(scope="module")
+def project(falaj_cluster: Project) -> Project:
+    """The cluster's project, with a training set in it."""
+    draw = np.random.default_rng(0)
+    age, code = draw.uniform(0, 90, ROWS), draw.integers(0, 3, ROWS)
+    y = (age / 90 + code / 3 + draw.normal(0, 0.2, ROWS) > 0.9).astype(np.int64)
+    table = pa.table({"person_id": np.arange(ROWS), "age": age, "code": [f"c{n}" for n in code], "y": y})
+    pq.write_table(table, falaj_cluster.root / "tiny.parquet")
+    return falaj_cluster
+
+
+def output(project: Project, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((project.root / name).read_text())
+    return content
+
+
+def model_files(project: Project, version: int) -> set[str]:
+    folder = Path(project.storage_root) / "models" / "tiny" / str(version)
+    return {path.name for path in folder.iterdir()}
+
+
+def test_trees_are_registered_and_evaluated(project: Project) -> None:
+    """Evaluation on the held-out rows gives the figures that training registered."""
+    project.run("jobs.train", "model=lightgbm", *DATA, "output=trees.json", check=True)
+    trees = output(project, "trees.json")
+    assert trees["metrics"]["auc"] > 0.85
+    version = f"version={trees['version']}"
+    project.run("jobs.evaluate", *DATA[:2], version, "slices=[code]", "output=evaluated.json", check=True)
+    evaluated = output(project, "evaluated.json")
+    assert evaluated["metrics"] == trees["metrics"]
+    assert sum(one["rows"] for one in evaluated["slices"]["code"].values()) == ROWS // 4
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+def test_a_network_of_any_stage_is_exported_whole(project: Project, stage: str) -> None:
+    """Two workers, no pickle among what is registered."""
+    project.run(
+        "jobs.train",
+        "model=tabular_network",
+        *DATA,
+        *SMALL,
+        f"deepspeed={stage}",
+        "output=net.json",
+        check=True,
+    )
+    network = output(project, "net.json")
+    assert network["metrics"]["auc"] > 0.7
+    files = model_files(project, network["version"])
+    assert {"model.onnx", "model.safetensors", "model.json"} <= files
+    assert {Path(name).suffix for name in files} <= {".onnx", ".safetensors", ".json"}
+
+
+def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
+    """More trials than fit at once do not wait for each other for ever."""
+    small = ("sweep.trials=2", "sweep.rows=500", *SMALL[1:2])
+    project.run("jobs.sweep", *DATA, *small, "output=sweep.json", check=True)
+    sweep = output(project, "sweep.json")
+    assert len(sweep["trials"]) == 2
+    assert sweep["best"]["width"] in (64, 128, 256)
+
+
+def test_permuted_labels_teach_nothing(project: Project) -> None:
+    """The version that is broken on purpose is judged under the true labels."""
+    arguments = ("model=lightgbm", *DATA, "label_permutation=true", "output=broken.json")
+    project.run("jobs.train", *arguments, check=True)
+    assert output(project, "broken.json")["metrics"]["auc"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("model=lightgbm", *DATA[:1], "training_set=none.parquet", "label=y"), "none.parquet"),
+        (("model=lightgbm", *DATA[:2], "label=z"), "label 'z'"),
+        (("model=lightgbm", *DATA[:2], "label=age"), "fractions"),
+        (("model=lightgbm", *DATA, "model.family=forest"), "forest"),
+        (("model=tabular_network", *DATA, "deepspeed.zero_stage=7"), "0-3"),
+        (("model=lightgbm", *DATA, "params_from=none.json"), "none.json"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(
+    project: Project, arguments: tuple[str, ...], said: str
+) -> None:
+    """Exit code 2, and what to do."""
+    result = project.run("jobs.train", *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
