@@ -17,6 +17,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
@@ -28,6 +29,7 @@ from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.05
 SERVE_INTERVAL_S = 0.5
+ERROR_INTERVAL_S = 1.0
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
@@ -55,42 +57,49 @@ class Controller:
         self._targets: Targets = {}
         self._applied: Routes | None = None
         self._next_fetch = 0.0
+        self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event) -> None:
         """Step until told to stop."""
         for status in ERROR_STATUSES:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
         while not stopped.is_set():
-            self.step()
-            stopped.wait(LEDGER_INTERVAL_S)
+            stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
         self._haproxy.stop()
+
+    def _step_or_stay(self) -> bool:
+        """A step; when it fails after a good one, a full disk say, what runs stays and the step is tried again."""
+        try:
+            self.step()
+        except (OSError, FalajError) as error:
+            if self._applied is None:
+                raise
+            LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
+            return False
+        return True
 
     def step(self) -> None:
         """Look once, and apply what is new."""
-        news = self._follow_ledger()
+        self._follow_ledger()
         if time.monotonic() >= self._next_fetch:
             self._follow_serve()
             self._next_fetch = time.monotonic() + SERVE_INTERVAL_S
         wanted = routes(self._states, self._targets)
         if wanted != self._applied:
             self._bring(wanted)
-            news = True
         if self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
-        if news:
-            self._write_state()
+        self._write_state()
 
-    def _follow_ledger(self) -> bool:
+    def _follow_ledger(self) -> None:
         try:
-            if self._ledger.head() == self._seq and self._applied is not None:
-                return False
+            if self._ledger.head() == self._seq:
+                return
             for entry in self._ledger.entries(after=self._seq):
                 self._states = apply(self._states, entry.event(), time=entry.time)
                 self._seq = entry.seq
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the ledger cannot be read, the last state stays: %s", error)
-            return False
-        return True
 
     def _follow_serve(self) -> None:
         try:
@@ -124,9 +133,10 @@ class Controller:
 
     def _write_state(self) -> None:
         backends = [backend.name for backend in self._applied.backends] if self._applied else []
-        write_state(
-            self._state_file, EdgeState(applied_seq=self._seq, backends=backends, pid=self._haproxy.pid)
-        )
+        state = EdgeState(applied_seq=self._seq, backends=backends, pid=self._haproxy.pid)
+        if state != self._written:
+            write_state(self._state_file, state)
+            self._written = state
 
 
 def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:
