@@ -86,6 +86,7 @@ defaults
     timeout http-request 10s
     timeout http-keep-alive 60s
     option http-buffer-request
+    option idle-close-on-response
     option redispatch
     retries 3
     retry-on conn-failure empty-response response-timeout

@@ -1,11 +1,14 @@
 """The edge's controller: follows the ledger and Serve, and keeps HAProxy true to both.
 
-It only ever moves forward: while the ledger or Serve cannot be read, the last good state stays. A changed split is the
-map file on disk first, then one `set map`, so that neither a crash nor a reload can undo it.
+It only ever moves forward: while the ledger or Serve cannot be read, or a file not written, or HAProxy refuses a
+configuration, the last good state stays and the step is tried again. A changed split is the map file on disk first,
+then one `set map`, so that neither a crash nor a reload can undo it; it waits for nothing else, least of all for Serve.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import http.client
 import json
 import logging
 import threading
@@ -23,13 +26,14 @@ from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
 from serve_apps.edge.haproxy import HAProxy
-from serve_apps.edge.routes import Routes, routes
+from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.state import EdgeState, write_state
 from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.05
 SERVE_INTERVAL_S = 0.5
-ERROR_INTERVAL_S = 1.0
+FIRST_TARGETS_S = 5.0
+ERROR_INTERVAL_S = 0.5
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
@@ -55,38 +59,48 @@ class Controller:
         self._states: States = {}
         self._seq = 0
         self._targets: Targets = {}
-        self._applied: Routes | None = None
-        self._next_fetch = 0.0
+        self._entries: dict[str, str] | None = None
+        self._backends: tuple[tuple[Backend, ...], tuple[str, ...]] | None = None
         self._written: EdgeState | None = None
+        self._fetcher = concurrent.futures.ThreadPoolExecutor(1, "serve-targets")
+        self._fetch: concurrent.futures.Future[Targets] | None = None
+        self._next_fetch = 0.0
 
     def run(self, stopped: threading.Event) -> None:
         """Step until told to stop."""
         for status in ERROR_STATUSES:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
-        while not stopped.is_set():
-            stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
-        self._haproxy.stop()
+        try:
+            while not stopped.is_set():
+                stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
+        finally:
+            self._fetcher.shutdown(wait=False, cancel_futures=True)
+            self._haproxy.stop()
 
     def _step_or_stay(self) -> bool:
         """A step; when it fails after a good one, a full disk say, what runs stays and the step is tried again."""
         try:
             self.step()
         except (OSError, FalajError) as error:
-            if self._applied is None:
+            if self._backends is None:
                 raise
             LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
             return False
         return True
 
     def step(self) -> None:
-        """Look once, and apply what is new."""
+        """Look once, and apply what is new: the split first, then the replicas.
+
+        Raises:
+            OSError, FalajError: something could not be applied; the next step tries it again.
+        """
         self._follow_ledger()
-        if time.monotonic() >= self._next_fetch:
-            self._follow_serve()
-            self._next_fetch = time.monotonic() + SERVE_INTERVAL_S
+        self._follow_serve()
         wanted = routes(self._states, self._targets)
-        if wanted != self._applied:
-            self._bring(wanted)
+        self._bring_map(wanted)
+        if self._backends is not None:
+            self._write_state()
+        self._bring_backends(wanted)
         if self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
@@ -102,38 +116,43 @@ class Controller:
             LOG.warning("the ledger cannot be read, the last state stays: %s", error)
 
     def _follow_serve(self) -> None:
+        """Take what a thread has fetched: a slow dashboard must not hold up a rollback."""
+        if self._fetch is None:
+            if time.monotonic() < self._next_fetch:
+                return
+            self._fetch = self._fetcher.submit(self._fetch_targets)
+            if self._backends is None:
+                concurrent.futures.wait([self._fetch], timeout=FIRST_TARGETS_S)
+        if not self._fetch.done():
+            return
+        fetched, self._fetch = self._fetch, None
+        self._next_fetch = time.monotonic() + SERVE_INTERVAL_S
         try:
-            self._targets = self._fetch_targets()
-        except (OSError, ValueError, KeyError) as error:
+            self._targets = fetched.result()
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
             LOG.warning("Serve cannot be asked, the last replicas stay: %s", error)
 
-    def _bring(self, wanted: Routes) -> None:
-        before = self._applied
-        if before is None or wanted.entries != before.entries:
-            self._write_map(wanted)
-        if before is None or (wanted.backends, wanted.champions) != (before.backends, before.champions):
+    def _bring_map(self, wanted: Routes) -> None:
+        if wanted.entries == self._entries:
+            return
+        file = self._settings.map_file
+        write_bytes(file, "".join(f"{model} {value}\n" for model, value in wanted.entries.items()).encode())
+        if self._haproxy.pid is not None:
+            for model, value in wanted.entries.items():
+                if (self._entries or {}).get(model) != value:
+                    self._haproxy.set_map(Path(file), model, value)
+        self._entries = wanted.entries
+
+    def _bring_backends(self, wanted: Routes) -> None:
+        backends = (wanted.backends, wanted.champions)
+        if backends != self._backends:
             LOG.info("loading %s", wanted)
             self._haproxy.load(render(wanted, self._settings))
-        elif before is not None:
-            self._change_map(wanted, before)
-        self._applied = wanted
-
-    def _write_map(self, wanted: Routes) -> None:
-        text = "".join(f"{model} {value}\n" for model, value in wanted.entries.items())
-        write_bytes(self._settings.map_file, text.encode())
-
-    def _change_map(self, wanted: Routes, before: Routes) -> None:
-        for model, value in wanted.entries.items():
-            if before.entries.get(model) != value:
-                try:
-                    self._haproxy.set_map(Path(self._settings.map_file), model, value)
-                except OSError as error:
-                    LOG.warning("the admin socket does not answer, reloading instead: %s", error)
-                    self._haproxy.load(render(wanted, self._settings))
+            self._backends = backends
 
     def _write_state(self) -> None:
-        backends = [backend.name for backend in self._applied.backends] if self._applied else []
-        state = EdgeState(applied_seq=self._seq, backends=backends, pid=self._haproxy.pid)
+        names = [backend.name for backend in self._backends[0]] if self._backends else []
+        state = EdgeState(applied_seq=self._seq, backends=names, pid=self._haproxy.pid)
         if state != self._written:
             write_state(self._state_file, state)
             self._written = state

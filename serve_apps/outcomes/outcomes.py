@@ -22,6 +22,7 @@ from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.predictor.request import MAX_ENTITIES, to_utc
 
 MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
@@ -49,14 +50,15 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
     prediction_id, row, outcome = item.get("prediction_id"), item.get("row", 0), item.get("outcome")
     if not isinstance(prediction_id, str) or not _ID.fullmatch(prediction_id):
         raise InvalidRequest(f"{where}.prediction_id must be the id of an answer, got {prediction_id!r}.")
-    if not isinstance(row, int) or isinstance(row, bool) or row < 0:
-        raise InvalidRequest(f"{where}.row must be a whole number from 0, got {row!r}.")
+    if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < MAX_ENTITIES:
+        raise InvalidRequest(f"{where}.row must be a whole number from 0 to {MAX_ENTITIES - 1}, got {row!r}.")
     if not isinstance(outcome, str | int | float):
         raise InvalidRequest(f"{where}.outcome must be a label or a number, got {outcome!r}.")
     observed_at = item.get("observed_at", received_at.isoformat())
     try:
-        observed = dt.datetime.fromisoformat(observed_at)
-    except (TypeError, ValueError) as error:
+        # In UTC, because a reader of the log takes no offset with seconds.
+        observed = to_utc(observed_at)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(
             f"{where}.observed_at must be an ISO 8601 instant, got {observed_at!r}."
         ) from error
@@ -64,7 +66,7 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
         prediction_id=prediction_id,
         row=row,
         outcome=outcome,
-        observed_at=(observed.replace(tzinfo=dt.UTC) if observed.tzinfo is None else observed).isoformat(),
+        observed_at=observed.isoformat(),
         received_at=received_at.isoformat(),
     )
 

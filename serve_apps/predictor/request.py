@@ -98,7 +98,9 @@ def _entities(value: Any) -> list[dict[str, Any]]:
 
 
 def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
-    value = body.get(name) or {}
+    value = body.get(name)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise InvalidRequest(f'"{name}" must be an object, got {type(value).__name__}.')
     return value
@@ -108,7 +110,16 @@ def _as_of(value: Any, now: dt.datetime) -> dt.datetime:
     if value is None:
         return now
     try:
-        instant = dt.datetime.fromisoformat(value)
-    except (TypeError, ValueError) as error:
+        return to_utc(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {value!r}.') from error
+
+
+def to_utc(text: str) -> dt.datetime:
+    """An ISO 8601 instant; without a zone it is UTC.
+
+    Raises:
+        TypeError, ValueError, OverflowError: no instant, or none within the years 1 to 9999 in UTC.
+    """
+    instant = dt.datetime.fromisoformat(text)
     return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)

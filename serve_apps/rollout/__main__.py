@@ -21,11 +21,11 @@ from cluster.ledger.events import (
 )
 from cluster.records import read_outcomes, read_predictions
 from cluster.registry import CHAMPION, Registry
-from cluster.runtime.signature import Task
+from cluster.runtime.signature import SIGNATURE_FILE, parse_signature
 from cluster.security.identity import current_actor
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, resolve, write_bytes
+from cluster.storage import layout, local, read_bytes, resolve, write_bytes
 from serve_apps.deploy import deploy
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
@@ -181,7 +181,8 @@ def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, 
 def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
     """The finding over the rollout's own predictions and their outcomes."""
     places = layout(config.storage)
-    task = Task(Registry(ledger, places).get(config.name, rollout.treatment_version).task)
+    version = Registry(ledger, places).get(config.name, rollout.treatment_version)
+    signature = parse_signature(read_bytes(f"{version.uri}/{SIGNATURE_FILE}"))
     predictions = read_predictions(local(places.predictions(config.name)))
     outcomes = read_outcomes(local(places.outcomes(config.name)))
     if predictions.is_empty() or outcomes.is_empty():
@@ -190,7 +191,7 @@ def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
         )
     mine = predictions.filter(predictions["rollout"] == rollout.id)
     matched = mine.join(outcomes, on=["prediction_id", "row"], how="inner")
-    return judge(matched, task=task, min_outcomes=config.min_outcomes, max_drop=config.max_drop)
+    return judge(matched, signature=signature, min_outcomes=config.min_outcomes, max_drop=config.max_drop)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """The first, simple rule of a rollout: realised performance of the treatment against its concurrent control.
 
 It compares point estimates with a fixed tolerance and a smallest number of outcomes; it makes no claim about error
-rates. No data is no verdict, never a success.
+rates. No data is no verdict, never a success. An outcome that the model cannot have meant (no class of it, no number)
+is passed over: whoever may post outcomes must not be able to keep a bad version in place with one of them.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
 from sklearn.metrics import roc_auc_score
 
-from cluster.runtime.signature import Task
+from cluster.runtime.signature import ModelSignature, Task
 
 
 class Verdict(enum.StrEnum):
@@ -33,22 +36,28 @@ class Finding:
     treatment: float | None
     control: float | None
     treatment_outcomes: int
+    """That count: those which the model can have meant."""
     control_outcomes: int
 
 
-def judge(matched: pl.DataFrame, *, task: Task, min_outcomes: int, max_drop: float) -> Finding:
+def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int, max_drop: float) -> Finding:
     """Compare the arms of one rollout.
 
     Args:
         matched: predictions with their outcomes: `arm`, `outcome`, and the columns of the task (`probability`; or
             `label`; or `value`).
-        task: binary compares ROC AUC, multiclass accuracy, regression R².
+        signature: binary compares ROC AUC, multiclass accuracy, regression R².
         min_outcomes: in each arm, below which there is no verdict.
         max_drop: how far the treatment's metric may lie below the control's.
     """
-    arms = {arm: matched.filter(pl.col("arm") == arm) for arm in ("treatment", "control")}
+    task = signature.task
+    usable = matched.with_columns(pl.Series(TRUTH, truths(matched["outcome"], signature), dtype=pl.Float64))
+    usable = usable.filter(pl.col(TRUTH).is_not_null())
+    arms = {arm: usable.filter(pl.col("arm") == arm) for arm in ("treatment", "control")}
     counts = {arm: frame.height for arm, frame in arms.items()}
-    scores = {arm: score(frame, task) if counts[arm] >= min_outcomes else None for arm, frame in arms.items()}
+    scores = {
+        arm: score(frame, signature) if counts[arm] >= min_outcomes else None for arm, frame in arms.items()
+    }
     treatment, control = scores["treatment"], scores["control"]
     if treatment is None or control is None:
         verdict = Verdict.too_few
@@ -65,21 +74,39 @@ def judge(matched: pl.DataFrame, *, task: Task, min_outcomes: int, max_drop: flo
 
 
 METRICS = {Task.binary: "roc_auc", Task.multiclass: "accuracy", Task.regression: "r2"}
+TRUTH = "_truth"
 
 
-def score(frame: pl.DataFrame, task: Task) -> float | None:
+def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
+    """Values as the task compares them: a class's position, or a finite number; null for anything else."""
+    keys = [_key(value) for value in values.to_list()]
+    if signature.classes is None:
+        return [key if isinstance(key, float) and math.isfinite(key) else None for key in keys]
+    positions = {_key(name): float(position) for position, name in enumerate(signature.classes)}
+    return [positions.get(key) for key in keys]
+
+
+def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
     """The task's metric, higher is better; none where it is not defined."""
-    match task:
+    truth = frame[TRUTH].to_numpy()
+    match signature.task:
         case Task.binary:
-            # The positive class is the one answered at high probability, so its name need not be known here.
-            outcome = frame["outcome"].cast(pl.Int8).to_numpy()
-            if len(np.unique(outcome)) < 2:
+            if len(np.unique(truth)) < 2:
                 return None
-            return float(roc_auc_score(outcome, frame["probability"].to_numpy()))
+            return float(roc_auc_score(truth, frame["probability"].to_numpy()))
         case Task.multiclass:
-            right = frame["outcome"].cast(pl.String) == frame["label"].cast(pl.String)
-            return int(right.sum()) / frame.height
+            labels = np.array(truths(frame["label"], signature), dtype=float)
+            return float((truth == labels).mean())
         case Task.regression:
-            truth, value = frame["outcome"].to_numpy(), frame["value"].to_numpy()
             spread = float(((truth - truth.mean()) ** 2).sum())
-            return None if spread == 0 else 1 - float(((truth - value) ** 2).sum()) / spread
+            return (
+                None if spread == 0 else 1 - float(((truth - frame["value"].to_numpy()) ** 2).sum()) / spread
+            )
+
+
+def _key(value: Any) -> float | str:
+    # One text among the outcomes makes a column of texts, so 1, 1.0, True and "1" have to be the same class.
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,17 @@ class Edge:
         self.context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
         self.load(ROLLOUT)
 
-    def routes(self, rollout: Rollout | None) -> Routes:
+    @property
+    def targets(self) -> dict[str, tuple[str, ...]]:
         one, two = (f"127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,)}
+
+    def routes(self, rollout: Rollout | None, targets: dict[str, tuple[str, ...]] | None = None) -> Routes:
         states = {"m": ModelState(champion_version=1, apps={1: "m-v1", 2: "m-v2"}, rollout=rollout)}
-        return routes(states, {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,)})
+        return routes(states, self.targets if targets is None else targets)
+
+    def load_targets(self, targets: dict[str, tuple[str, ...]]) -> None:
+        self.haproxy.load(render(self.routes(ROLLOUT, targets), self.settings))
 
     def load(self, rollout: Rollout | None) -> None:
         wanted = self.routes(rollout)
@@ -167,6 +174,17 @@ def forged(edge: Edge, key: Any, *, alg: str = ALGORITHM, kid: str = "k", **chan
     return jwt.encode(
         {"alg": alg, "kid": kid}, {k: v for k, v in claims.items() if v is not None}, key, algorithms=[alg]
     )
+
+
+def treated_unit() -> str:
+    return next(str(n) for n in range(1000) if assign(SALT, str(n).encode(), bounds(20)) == "treatment")
+
+
+def wait_until(said: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not said():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.05)
 
 
 def confused(edge: Edge, public_key: bytes) -> str:
@@ -253,8 +271,7 @@ def test_a_wrong_method_is_405(edge: Edge) -> None:
 
 def test_a_changed_map_entry_takes_effect_without_a_reload(edge: Edge) -> None:
     """A rollback is one `set map`; a later reload finds it in the file."""
-    unit = next(str(n) for n in range(1000) if assign(SALT, str(n).encode(), bounds(20)) == "treatment")
-    headers: dict[str, str | bytes] = {"X-Unit-ID": unit}
+    headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     assert edge.call(token=edge.token(), headers=headers)[1]["x-falaj-variant"] == "challenger"
     back = edge.routes(None).entries["m"]
     edge.haproxy.set_map(Path(edge.settings.map_file), "m", back)
@@ -291,3 +308,70 @@ def test_a_configuration_that_haproxy_refuses_is_never_loaded(edge: Edge) -> Non
     with pytest.raises(ConfigRefused):
         edge.haproxy.load("frontend broken\n    bind nowhere\n    nonsense\n")
     assert edge.call(token=edge.token())[0] == 200
+
+
+@pytest.fixture
+def whole(edge: Edge) -> Iterator[Edge]:
+    """The edge, with all its replicas again after the test."""
+    yield edge
+    edge.load(ROLLOUT)
+
+
+@pytest.mark.parametrize("lost", ["dead", "absent"])
+def test_a_treatment_without_a_replica_falls_back_to_the_champion(whole: Edge, lost: str) -> None:
+    """The unit keeps its arm, so that a crashing variant cannot hide its evidence."""
+    targets = whole.targets | {"m-v2": (f"127.0.0.1:{free_port()}",)}
+    if lost == "absent":
+        del targets["m-v2"]
+    whole.load_targets(targets)
+    token = whole.token()
+
+    def answer() -> tuple[int, Any, Any]:
+        status, heard = whole.call(token=token, headers={"X-Unit-ID": treated_unit()})
+        return status, heard.get("x-falaj-variant"), heard.get("x-falaj-arm")
+
+    wait_until(lambda: answer() == (200, "champion", "treatment"))
+
+
+def test_a_champion_without_a_replica_is_503_and_not_ready(whole: Edge) -> None:
+    """Treated units are still answered; the edge itself lives."""
+    whole.load_targets(whole.targets | {"m-v1": (f"127.0.0.1:{free_port()}",)})
+    wait_until(lambda: whole.call("/v2/health/ready", method="GET")[0] == 503)
+    assert whole.call(token=whole.token())[1]["code"] == 503
+    assert whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})[0] == 200
+    assert whole.call("/v2/health/live", method="GET")[0] == 200
+
+
+def test_a_change_right_after_a_reload_is_not_lost(whole: Edge) -> None:
+    """`load` returns when the new worker serves, so `set map` cannot go to the old one only."""
+    for _ in range(5):
+        before = admin(whole, "show info")["Pid"]
+        whole.load(ROLLOUT)
+        whole.load_targets(whole.targets)
+        whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
+        wait_until(lambda old=before: admin(whole, "show info")["Pid"] != old)  # type: ignore[misc]
+        _, heard = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
+        assert heard["x-falaj-variant"] == "champion"
+
+
+def admin(edge: Edge, command: str) -> dict[str, str]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(edge.settings.admin_socket)
+        connection.sendall(command.encode() + b"\n")
+        text = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+
+
+def test_an_open_connection_outlives_a_reload_and_hears_of_a_rollback(whole: Edge) -> None:
+    """A client that keeps its connection gets no reset, and the draining worker has the new split too."""
+    headers = {"authorization": f"Bearer {whole.token()}", "X-Unit-ID": treated_unit()}
+    connection = http.client.HTTPSConnection("127.0.0.1", whole.port, context=whole.context, timeout=10)
+    connection.request("POST", PREDICT, b"{}", headers)
+    assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "challenger"
+    kept = connection.sock
+    whole.load_targets(whole.targets)
+    whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
+    assert connection.sock is kept
+    connection.request("POST", PREDICT, b"{}", headers)
+    assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "champion"
+    connection.close()

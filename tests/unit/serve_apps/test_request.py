@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.errors import InvalidRequest
+from cluster.records import SegmentWriter, read_outcomes
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.inference_protocol import metadata, outputs, parse_infer
@@ -47,6 +49,8 @@ def test_a_request_by_key_with_an_override_and_a_moment() -> None:
         ({"entities": [{"id": 1}], "features": {"p__ag": 1}}, "Did you mean 'p__age'"),
         ({"entities": [{"id": 1}], "as_of": "yesterday"}, "as_of"),
         ({"entities": [{"id": 1}], "as_of": 5}, "as_of"),
+        ({"entities": [{"id": 1}], "as_of": "0001-01-01T00:00:00+14:00"}, "as_of"),
+        ({"entities": [{"id": 1}], "features": []}, "must be an object"),
     ],
 )
 def test_what_does_not_fit_is_named(body: dict[str, Any], said: str) -> None:
@@ -123,9 +127,26 @@ def test_an_outcome_is_checked_by_its_place() -> None:
     for bad in (
         {"outcome": 1},
         {**good, "row": -1},
+        {**good, "row": 2**63},
         {**good, "outcome": None},
         {**good, "observed_at": "x"},
+        {**good, "observed_at": "9999-12-31T23:59:59-10:00"},
         {**good, "a": 1},
     ):
         with pytest.raises(InvalidRequest, match=r"outcomes\[1\]"):
             parse_outcomes({"model": "m", "outcomes": [good, bad]}, received_at=NOW)
+
+
+def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> None:
+    """Whatever the zone and the value: no accepted outcome may make the log unreadable for everybody."""
+    moments = ["2016-01-01", "2016-01-01T00:00:00+05:30:15", "0001-01-01T00:00:00", "2016-01-01T00:00:00.5Z"]
+    values: list[Any] = [1, "yes", 1.5, True]
+    items = [
+        {"prediction_id": str(i), "outcome": value, "observed_at": moment}
+        for i, (value, moment) in enumerate(zip(values, moments, strict=True))
+    ]
+    _, records = parse_outcomes({"model": "m", "outcomes": items}, received_at=NOW)
+    SegmentWriter(tmp_path).append(*records)
+    read = read_outcomes(tmp_path)
+    assert read.height == 4
+    assert read["observed_at"].to_list()[1] == dt.datetime(2015, 12, 31, 18, 29, 45, tzinfo=dt.UTC)

@@ -14,7 +14,7 @@ from cluster.ledger.events import (
     RolloutStarted,
     RolloutWeightChanged,
 )
-from cluster.runtime import Task
+from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
 from serve_apps.rollout.state import ModelState, fold
@@ -89,6 +89,13 @@ def matched(treatment: list[tuple[int, float]], control: list[tuple[int, float]]
     return pl.DataFrame(rows)
 
 
+def signature(task: Task, classes: tuple[str | int, ...] | None) -> ModelSignature:
+    return ModelSignature(
+        task=task, inputs=(InputSpec(name="x", dtype="float64"),), label="y", classes=classes
+    )
+
+
+BINARY = signature(Task.binary, (0, 1))
 GOOD = [(1, 0.9), (0, 0.1)] * 100
 BAD = [(1, 0.1), (0, 0.9)] * 100
 
@@ -101,7 +108,7 @@ def test_the_rule_compares_the_treatment_with_its_concurrent_control(
     treatment: list[tuple[int, float]], control: list[tuple[int, float]], verdict: Verdict
 ) -> None:
     """Too few outcomes are no verdict, never a success."""
-    finding = judge(matched(treatment, control), task=Task.binary, min_outcomes=100, max_drop=0.05)
+    finding = judge(matched(treatment, control), signature=BINARY, min_outcomes=100, max_drop=0.05)
     assert finding.verdict is verdict
 
 
@@ -110,7 +117,34 @@ def test_regression_and_multiclass_have_their_metric() -> None:
     values = pl.DataFrame(
         {"arm": ["treatment", "control"] * 3, "outcome": [1.0, 1, 2, 2, 3, 3], "value": [3.0, 1, 3, 2, 3, 3]}
     )
-    found = judge(values, task=Task.regression, min_outcomes=1, max_drop=0.1)
+    found = judge(values, signature=signature(Task.regression, None), min_outcomes=1, max_drop=0.1)
     assert (found.metric, found.control, found.verdict) == ("r2", 1.0, Verdict.breached)
     labels = pl.DataFrame({"arm": ["treatment", "control"], "outcome": ["a", "a"], "label": ["a", "a"]})
-    assert judge(labels, task=Task.multiclass, min_outcomes=1, max_drop=0.1).verdict is Verdict.holds
+    assert (
+        judge(labels, signature=signature(Task.multiclass, ("a", "b")), min_outcomes=1, max_drop=0.1).verdict
+        is Verdict.holds
+    )
+
+
+@pytest.mark.parametrize("hostile", ["yes", 300, 2.5, "nan", True])
+def test_a_wrong_outcome_cannot_stop_the_rule(hostile: str | float) -> None:
+    """One such outcome, or one per prediction, is passed over; the bad treatment is found all the same."""
+    frame = matched(BAD, GOOD)
+    outcomes = [*frame["outcome"].to_list(), hostile]
+    texts = any(isinstance(value, str) for value in outcomes)
+    series = pl.Series("outcome", [str(value) if texts else float(value) for value in outcomes])
+    one_more = pl.concat([frame, frame[:1]]).with_columns(series)
+    finding = judge(one_more, signature=BINARY, min_outcomes=100, max_drop=0.05)
+    assert finding.verdict is Verdict.breached
+    assert finding.treatment_outcomes == 200 + (hostile is True)
+
+
+def test_the_positive_class_is_the_models_second() -> None:
+    """Not the greater one of the outcomes' values."""
+    frame = matched(GOOD, GOOD).with_columns(
+        outcome=pl.col("outcome").replace_strict({1: "a_good", 0: "z_bad"}, return_dtype=pl.String)
+    )
+    found = judge(
+        frame, signature=signature(Task.binary, ("z_bad", "a_good")), min_outcomes=100, max_drop=0.05
+    )
+    assert (found.treatment, found.verdict) == (1.0, Verdict.holds)

@@ -1,0 +1,236 @@
+"""The edge's controller over a real ledger and a real HAProxy: what happens when something around it fails."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import (
+    AliasMoved,
+    LedgerEvent,
+    ModelDeployed,
+    RolloutRolledBack,
+    RolloutStarted,
+)
+from cluster.security.identity import ensure_issuer
+from cluster.security.tls import ensure_tls
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.storage import Layout
+from serve_apps.edge.config import EdgeSettings
+from serve_apps.edge.controller import Controller, Targets
+from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.state import EdgeState
+
+ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
+CHAMPION_ONLY = "m-v1|m-v1|champion|none|-|0|10000"
+SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
+STARTED = RolloutStarted(
+    model="m",
+    rollout="r",
+    salt="s",
+    treatment_version=2,
+    treatment_variant="challenger",
+    champion_version=1,
+    weight=20,
+)
+ROLLED_BACK = RolloutRolledBack(model="m", rollout="r", reason="worse")
+
+
+class Serve:
+    """What the controller hears of Serve: targets, an error, or nothing for a while. Our own fake."""
+
+    def __init__(self) -> None:
+        self.targets: Targets = {"m-v1": (ONE,), "m-v2": (TWO,), "outcomes": (ONE,)}
+        self.error: Exception | None = None
+        self.asked = 0
+        self.answering = threading.Event()
+        self.answering.set()
+
+    def __call__(self) -> Targets:
+        self.asked += 1
+        self.answering.wait(20)
+        if self.error is not None:
+            raise self.error
+        return self.targets
+
+
+class Running:
+    """A controller in a thread, and a look at what HAProxy has."""
+
+    def __init__(self, root: Path, short: Path) -> None:
+        places = Layout(str(root))
+        ensure_issuer(places)
+        ensure_tls(places)
+        self.settings = EdgeSettings(
+            bind=f"127.0.0.1:{free_port()}",
+            metrics_bind=f"127.0.0.1:{free_port()}",
+            certificate=f"{places.tls}/edge.pem",
+            jwt_public_key=f"{places.keys}/issuer.pub.pem",
+            map_file=str(root / "routes.map"),
+            error_folder=str(root / "errors"),
+            admin_socket=str(short / "admin.sock"),
+            max_body_bytes=100_000,
+        )
+        self.ledger: Ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+        self.serve = Serve()
+        self.state_file = root / "state.json"
+        self.haproxy = HAProxy(
+            config=root / "haproxy.cfg", admin_socket=short / "admin.sock", access_folder=root / "access"
+        )
+        self.controller = Controller(
+            ledger=self.ledger,
+            fetch_targets=self.serve,
+            haproxy=self.haproxy,
+            settings=self.settings,
+            state_file=self.state_file,
+        )
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.controller.run, args=(self.stopped,))
+
+    def tell(self, *events: LedgerEvent) -> int:
+        return [self.ledger.append(event, actor="test").seq for event in events][-1]
+
+    @property
+    def state(self) -> EdgeState | None:
+        return EdgeState(**json.loads(self.state_file.read_text())) if self.state_file.exists() else None
+
+    def split(self) -> str:
+        """The model's entry in the running HAProxy."""
+        lines = self.ask(f"show map {self.settings.map_file}").splitlines()
+        return next((line.split(" ")[2] for line in lines if " m " in line), "")
+
+    def ask(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.settings.admin_socket)
+            connection.sendall(command.encode() + b"\n")
+            return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+    def close(self) -> None:
+        self.serve.answering.set()
+        self.stopped.set()
+        self.thread.join(20)
+        self.ledger.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(said: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.02)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
+    short.mkdir(mode=0o700)
+    one = Running(tmp_path, short)
+    seq = one.tell(
+        ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
+        AliasMoved(name="m", alias="champion", version=1, previous=None, reason="first"),
+        ModelDeployed(name="m", version=2, variant="challenger", app="m-v2", route_prefix="/m-v2"),
+        STARTED,
+    )
+    one.thread.start()
+    wait_until(lambda: one.state is not None and one.state.applied_seq == seq)
+    yield one
+    one.close()
+    shutil.rmtree(short)
+
+
+def test_the_state_says_what_haproxy_has(running: Running) -> None:
+    """Whoever waited for an application in the state can rely on it at once."""
+    assert running.split() == SPLIT
+    running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
+    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    assert "m-v3" in running.ask("show backend")
+
+
+def test_a_rollback_does_not_wait_for_serve(running: Running) -> None:
+    """While the dashboard hangs, the split still follows the ledger."""
+    running.serve.answering.clear()
+    asked = running.serve.asked
+    wait_until(lambda: running.serve.asked > asked)
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    assert running.split() == CHAMPION_ONLY
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("no JSON"), http.client.IncompleteRead(b"")])
+def test_without_serve_the_last_replicas_stay(running: Running, error: Exception) -> None:
+    """And a later answer counts again."""
+    running.serve.error = error
+    asked = running.serve.asked
+    wait_until(lambda: running.serve.asked > asked + 1)
+    assert "m-v2" in running.ask("show backend")
+    running.serve.error, running.serve.targets = None, {"m-v1": (ONE,)}
+    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+
+
+def test_a_refused_configuration_holds_up_no_rollback(running: Running) -> None:
+    """An address HAProxy cannot take keeps the old replicas; the split moves on."""
+    running.serve.targets = {"m-v1": ("no address",)}
+    asked = running.serve.asked
+    wait_until(lambda: running.serve.asked > asked + 1)
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    assert running.split() == CHAMPION_ONLY
+    assert "m-v2" in running.ask("show backend")
+    running.serve.targets = {"m-v1": (TWO,)}
+    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+
+
+def test_a_map_that_cannot_be_written_is_tried_again(running: Running) -> None:
+    """The running split never gets ahead of the file, and nothing is claimed that is not so."""
+    file = Path(running.settings.map_file)
+    file.unlink()
+    file.mkdir()
+    before = running.state
+    seq = running.tell(ROLLED_BACK)
+    asked = running.serve.asked
+    wait_until(lambda: running.serve.asked > asked + 1)
+    assert running.state == before
+    assert running.split() == SPLIT
+    file.rmdir()
+    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    assert (running.split(), file.read_text()) == (CHAMPION_ONLY, f"m {CHAMPION_ONLY}\n")
+
+
+def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
+    """With the split of the last change, which only a `set map` had told it."""
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    before = running.haproxy.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
+    assert running.split() == CHAMPION_ONLY
+
+
+def test_an_edge_that_cannot_start_says_so(tmp_path: Path) -> None:
+    """The first configuration has to load; there is no last good state yet."""
+    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
+    short.mkdir(mode=0o700)
+    one = Running(tmp_path, short)
+    Path(one.settings.certificate).unlink()
+    with pytest.raises(Exception, match="HAProxy refuses"):
+        one.controller.run(one.stopped)
+    one.ledger.close()
+    shutil.rmtree(short)
