@@ -25,7 +25,8 @@ from cluster.security.policy import Role
 from cluster.storage import Layout
 
 Sign = Callable[..., str]
-NOW = int(time.time())
+NOW = int(time.time())  # when the tests were collected: a claim must hold for the whole run after it
+DAY = 86_400
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def sign(places: Layout, kid: str) -> Sign:
             "role": "service",
             "purpose": "testing",
             "nbf": NOW - 5,
-            "exp": NOW + 600,
+            "exp": NOW + DAY,
         }
         claims |= changes
         claims.pop(drop, None)
@@ -104,7 +105,7 @@ def test_a_token_signed_here_passes_unchanged(sign: Sign, verifier: TokenVerifie
         {"exp": NOW - 1},
         {"exp": "never"},
         {"exp": True},
-        {"nbf": NOW + 600},
+        {"nbf": NOW + DAY},
         {"iss": "somebody"},
         {"aud": "another"},
         {"aud": ["another"]},
@@ -151,7 +152,7 @@ def test_the_public_key_is_no_hmac_secret(
 
 def test_a_key_that_the_token_brings_along_is_not_used(verifier: TokenVerifier, kid: str) -> None:
     """Neither a foreign key under our kid nor one in the header, nor another algorithm."""
-    claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "eve", "role": "admin", "exp": NOW + 600}
+    claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "eve", "role": "admin", "exp": NOW + DAY}
     own, rsa = ECKey.generate_key("P-256"), RSAKey.generate_key(2048)
     forged = [
         jwt.encode({"alg": "ES256", "kid": kid}, claims, own),
@@ -167,7 +168,7 @@ def test_a_key_that_the_token_brings_along_is_not_used(verifier: TokenVerifier, 
 def test_changed_claims_break_the_signature(sign: Sign, verifier: TokenVerifier) -> None:
     """A higher role needs a new signature."""
     header, _, signature = sign().split(".")
-    claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "alice", "role": "admin", "exp": NOW + 600}
+    claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "alice", "role": "admin", "exp": NOW + DAY}
     with pytest.raises(Unauthenticated):
         verifier.verify(f"{header}.{encoded(claims)}.{signature}")
 
