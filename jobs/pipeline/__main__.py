@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.session import read_record
@@ -11,7 +10,7 @@ from cluster.storage import layout, local
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.report import write_report
 from jobs.pipeline.runner import Runner, StageFailed
-from jobs.pipeline.stages import Stage, plan
+from jobs.pipeline.stages import plan
 from jobs.pipeline.summary import summarise
 from jobs.pipeline.table import print_summary
 
@@ -24,7 +23,7 @@ def main(config: PipelineConfig) -> None:
     started = time.perf_counter()
     runner = Runner(demo)
     stages = plan(config, demo)
-    ensure_cluster(config, runner, demo, stages)
+    ensure_cluster(config, runner)
     try:
         for position, stage in enumerate(stages, start=1):
             runner.run(stage, position=position, of=len(stages))
@@ -38,15 +37,14 @@ def main(config: PipelineConfig) -> None:
     print_summary(summary, record, seconds=time.perf_counter() - started, demo=demo)
 
 
-def ensure_cluster(config: PipelineConfig, runner: Runner, demo: Path, stages: list[Stage]) -> None:
+def ensure_cluster(config: PipelineConfig, runner: Runner) -> None:
     """Bring a cluster up where none is, and serve again what a finished deployment had put there."""
     if read_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return
-    log = demo / "logs" / "cluster.log"
-    runner.execute(("cluster.up",), log=log)
+    runner.execute((("cluster.up",),), name="cluster")
     if "deploy" in runner.finished:
-        runner.execute(("serve_apps.deploy", "action=restore"), log=log)
+        runner.execute((("serve_apps.deploy", "action=restore"),), name="cluster")
 
 
 if __name__ == "__main__":

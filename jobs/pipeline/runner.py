@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cluster.errors import FalajError, RefusedError
 from cluster.storage import write_bytes
-from jobs.pipeline.stages import Command, Results, Stage
+from jobs.pipeline.stages import Command, Results, SideBySide, Stage
 
 HEARTBEAT_S = 15.0
 TAIL_LINES = 25
@@ -64,14 +64,13 @@ class Runner:
             print(f"{head} · done before ({self.finished[stage.name].seconds:.0f} s)", flush=True)
             return
         print(head, flush=True)
-        commands = list(stage.commands(self.results()))
+        steps = list(stage.steps(self.results()))
         started = time.perf_counter()
-        for command in commands:
-            self.execute(command, log=self._demo / "logs" / f"{stage.name}.log")
+        for step in steps:
+            self.execute(step, name=stage.name)
         seconds = time.perf_counter() - started
-        self.finished[stage.name] = Finished(
-            seconds=seconds, commands=[list(command) for command in commands]
-        )
+        commands = [list(command) for step in steps for command in step]
+        self.finished[stage.name] = Finished(seconds=seconds, commands=commands)
         content = {
             name: {"seconds": done.seconds, "commands": done.commands} for name, done in self.finished.items()
         }
@@ -86,34 +85,47 @@ class Runner:
             path.stem: json.loads(path.read_text()) for path in files if not path.stem.endswith(".manifest")
         }
 
-    def execute(self, command: Command, *, log: Path) -> None:
-        """Run one command line, its output to a log file and its last line to the terminal now and then."""
+    def execute(self, commands: SideBySide, *, name: str) -> None:
+        """Run command lines at the same time, each with a log file, whose last line is shown now and then.
+
+        Raises:
+            StageRefused, StageFailed: for the first that did not exit 0, once all have ended.
+        """
+        names = [name, *(f"{name}-{number}" for number in range(2, len(commands) + 1))]
+        logs = [self._demo / "logs" / f"{one}.log" for one in names]
+        started = [self._start(command, log) for command, log in zip(commands, logs, strict=True)]
+        with _heartbeat(logs):
+            codes = [process.wait() for process in started]
+        for command, log, code in zip(commands, logs, codes, strict=True):
+            match code:
+                case 0:
+                    continue
+                case 2:
+                    raise StageRefused(f"{command[0]} was refused: {_tail(log, 1)} (whole output: {log})")
+                case _:
+                    raise StageFailed(
+                        f"{command[0]} exited {code}; the end of {log}:\n{_tail(log, TAIL_LINES)}"
+                    )
+
+    def _start(self, command: Command, log: Path) -> subprocess.Popen[str]:
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"        $ python -m {shlex.join(command)}", flush=True)
         with log.open("a") as sink:
             sink.write(f"$ python -m {shlex.join(command)}\n")
             sink.flush()
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", *command], stdout=sink, stderr=subprocess.STDOUT, text=True
             )
-            with _heartbeat(log):
-                code = process.wait()
-        match code:
-            case 0:
-                return
-            case 2:
-                raise StageRefused(f"{command[0]} was refused: {_tail(log, 1)} (whole output: {log})")
-            case _:
-                raise StageFailed(f"{command[0]} exited {code}; the end of {log}:\n{_tail(log, TAIL_LINES)}")
 
 
 @contextmanager
-def _heartbeat(log: Path) -> Iterator[None]:
+def _heartbeat(logs: list[Path]) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            print(f"          … {_tail(log, 1)[:100]}", flush=True)
+            for log in logs:
+                print(f"          … {_tail(log, 1)[:100]}", flush=True)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

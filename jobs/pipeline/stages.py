@@ -12,6 +12,9 @@ from jobs.pipeline.config import PipelineConfig
 Results = dict[str, Any]
 """File stem to the JSON content of each output that earlier stages wrote below the demo's folder."""
 Command = tuple[str, ...]
+"""Module and arguments."""
+SideBySide = tuple[Command, ...]
+"""Commands that do not depend on each other; they run at the same time."""
 VIEWS = ("person", "cohort")
 
 
@@ -21,8 +24,8 @@ class Stage:
 
     name: str
     title: str
-    commands: Callable[[Results], Sequence[Command]]
-    """Module and arguments of each command."""
+    steps: Callable[[Results], Sequence[SideBySide]]
+    """One after the other."""
 
 
 def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
@@ -33,7 +36,9 @@ def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
         *_training(commands),
         _deployment(config, commands),
         *(stage for year in config.years for stage in _year(config, commands, year)),
-        _fixed("monitor", "Estimate and realise performance, look for drift (NannyML)", commands.monitor()),
+        _fixed(
+            "monitor", "Estimate and realise performance, look for drift (NannyML)", (commands.monitor(),)
+        ),
         *_broken(config, commands),
     ]
 
@@ -49,14 +54,14 @@ class Commands:
         self._training_set = f"training_set={demo}/train.parquet"
         self._label = f"label={config.label}"
 
-    def ingest(self, year: int) -> list[Command]:
-        return [
+    def ingest(self, year: int) -> SideBySide:
+        return tuple(
             ("feature_jobs.ingest", f"view={view}", f"source.path={self._source}/{view}_{year}.parquet")
             for view in VIEWS
-        ]
+        )
 
-    def materialize(self, year: int) -> list[Command]:
-        return [("feature_jobs.materialize", f"view={view}", f"as_of={_end(year)}") for view in VIEWS]
+    def materialize(self, year: int) -> SideBySide:
+        return tuple(("feature_jobs.materialize", f"view={view}", f"as_of={_end(year)}") for view in VIEWS)
 
     def training_set(self) -> Command:
         entities = f"entities={self._source}/entities_{self._config.reference_year}.parquet"
@@ -98,20 +103,15 @@ class Commands:
     def check(self) -> Command:
         return ("serve_apps.rollout", "action=check", self._name, f"output={self._demo}/check.json")
 
-    def score(self, year: int, *, offset: int, count: int, batch: str) -> list[Command]:
+    def score(self, year: int, *, offset: int, count: int, batch: str) -> list[SideBySide]:
         """Send people of a year as requests, then their outcomes."""
         people = f"people={self._source}/entities_{year}.parquet"
         answers = f"answers={self._demo}/answers_{batch}.parquet"
         how = (f"as_of={_end(year)}", f"requests={count}", f"offset={offset}")
+        observed_at = f"observed_at={year + 1}-03-31T00:00:00Z"
         return [
-            ("jobs.pipeline.traffic", self._name, people, answers, *how),
-            (
-                "jobs.pipeline.outcomes",
-                self._name,
-                people,
-                answers,
-                f"observed_at={year + 1}-03-31T00:00:00Z",
-            ),
+            (("jobs.pipeline.traffic", self._name, people, answers, *how),),
+            (("jobs.pipeline.outcomes", self._name, people, answers, observed_at),),
         ]
 
     def monitor(self) -> Command:
@@ -125,11 +125,11 @@ def _data(config: PipelineConfig, commands: Commands) -> list[Stage]:
         _fixed(
             "source",
             "Unpack the census: people, outcomes and published cohort rates per year",
-            ("feature_jobs.census.source",),
+            (("feature_jobs.census.source",),),
         ),
-        _fixed("apply", "Apply the feature definitions", ("feature_jobs.apply",)),
-        _fixed(f"ingest_{year}", f"Ingest {year}: validate, quarantine, store", *commands.ingest(year)),
-        _fixed("training_set", "Point-in-time join: the training set", commands.training_set()),
+        _fixed("apply", "Apply the feature definitions", (("feature_jobs.apply",),)),
+        _fixed(f"ingest_{year}", f"Ingest {year}: validate, quarantine, store", commands.ingest(year)),
+        _fixed("training_set", "Point-in-time join: the training set", (commands.training_set(),)),
     ]
 
 
@@ -138,19 +138,19 @@ def _training(commands: Commands) -> list[Stage]:
         _fixed(
             "train_lightgbm",
             "Train candidate one: gradient-boosted trees (LightGBM)",
-            commands.train("lightgbm", "lightgbm"),
+            (commands.train("lightgbm", "lightgbm"),),
         ),
-        _fixed("sweep", "Sweep learning rate and width of candidate two (Ray Tune)", commands.sweep()),
+        _fixed("sweep", "Sweep learning rate and width of candidate two (Ray Tune)", (commands.sweep(),)),
         _fixed(
             "train_network",
             "Train candidate two: a tabular network (Ray Train + DeepSpeed, two workers)",
-            commands.train_with_best("tabular_network", "network"),
+            (commands.train_with_best("tabular_network", "network"),),
         ),
         Stage(
             name="evaluate",
             title="Evaluate both on held-out people, by sex and race",
-            commands=lambda results: [
-                commands.evaluate(candidate, results) for candidate in ("lightgbm", "network")
+            steps=lambda results: [
+                tuple(commands.evaluate(candidate, results) for candidate in ("lightgbm", "network"))
             ],
         ),
     ]
@@ -161,9 +161,9 @@ def _deployment(config: PipelineConfig, commands: Commands) -> Stage:
     return Stage(
         name="deploy",
         title=f"Deploy both; {weight:g}% of units go to the challenger",
-        commands=lambda results: [
-            commands.deploy(results["lightgbm"]["version"]),
-            commands.start(results["network"]["version"], weight=weight, variant="challenger"),
+        steps=lambda results: [
+            (commands.deploy(results["lightgbm"]["version"]),),
+            (commands.start(results["network"]["version"], weight=weight, variant="challenger"),),
         ],
     )
 
@@ -174,8 +174,8 @@ def _year(config: PipelineConfig, commands: Commands, year: int) -> list[Stage]:
         _fixed(
             f"ingest_{year}",
             f"{year} arrives: ingest and bring the online store up to its last day",
-            *commands.ingest(year),
-            *commands.materialize(year),
+            commands.ingest(year),
+            commands.materialize(year),
         ),
         _fixed(
             f"serve_{year}",
@@ -194,28 +194,28 @@ def _broken(config: PipelineConfig, commands: Commands) -> list[Stage]:
         _fixed(
             "train_broken",
             "Train a third version on permuted labels: broken on purpose",
-            commands.train("lightgbm", "broken", "label_permutation=true"),
+            (commands.train("lightgbm", "broken", "label_permutation=true"),),
         ),
         _fixed(
             "end_first_rollout",
             "End the first rollout: the trees stay champion",
-            commands.end_rollout("the trees stay champion"),
+            (commands.end_rollout("the trees stay champion"),),
         ),
         Stage(
             name="serve_broken",
             title=f"Give the broken version {weight:g}% of units",
-            commands=lambda results: [
-                commands.start(results["broken"]["version"], weight=weight, variant="broken"),
+            steps=lambda results: [
+                (commands.start(results["broken"]["version"], weight=weight, variant="broken"),),
                 *traffic,
             ],
         ),
-        _fixed("rollback", "The rule compares realised performance and rolls back", commands.check()),
+        _fixed("rollback", "The rule compares realised performance and rolls back", (commands.check(),)),
     ]
 
 
-def _fixed(name: str, title: str, *commands: Command) -> Stage:
+def _fixed(name: str, title: str, *steps: SideBySide) -> Stage:
     """A stage whose command lines depend on no earlier output."""
-    return Stage(name=name, title=title, commands=lambda _: commands)
+    return Stage(name=name, title=title, steps=lambda _: steps)
 
 
 def _end(year: int) -> str:

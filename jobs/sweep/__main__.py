@@ -2,7 +2,8 @@
 
 A trial is a function that builds and fits a Ray Train trainer, because Tune no longer takes the trainer itself. Trials
 and their workers hold CPUs separately, so as many trials run at once as leave room for the workers of each: a sweep
-that started more would wait for ever.
+that started more would wait for ever. A trial without workers trains in its own process, because Ray Train starts seven
+others for one worker, which takes ten times as long as a short trial's work.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from cluster.storage import layout, local, resolve, write_bytes
 from jobs.sweep.config import SweepConfig
 from jobs.train.data import Dataset, prepare, read_training_set
 from jobs.train.families import FitContext, resolve_family
-from jobs.train.tabular_network.family import Parameters, network_shape, trainer
+from jobs.train.tabular_network.family import Parameters, loop_config, network_shape, trainer
+from jobs.train.tabular_network.loop import METRIC, fit_alone
 
-METRIC = "validation_loss"
 TRIAL_CPUS = 0.5
 
 
@@ -47,10 +48,12 @@ def main(config: SweepConfig) -> None:
     source = read_training_set(config.training_set)
     dataset = fewer_rows(prepare(config, source), config.sweep.rows, seed=config.seed)
     attach(config)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
     runs = local(f"{layout(config.storage).root}/runs")
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as folder:
-        grid = search(config, dataset, parameters, folder)
+        grid = search(config, dataset, parameters, folder=folder, concurrent=concurrent)
     ended = [one for one in (grid[number] for number in range(len(grid))) if one.error is None]
     results = [
         {
@@ -81,23 +84,26 @@ def main(config: SweepConfig) -> None:
         write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())
 
 
-def search(config: SweepConfig, dataset: Dataset, parameters: Parameters, folder: str) -> tune.ResultGrid:
+def search(
+    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: str, concurrent: int
+) -> tune.ResultGrid:
     """Run the trials."""
     shared = ray.put(dataset)
     space = config.sweep
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
+        tune.with_resources(trial, {"CPU": trial_cpus(config)}),
         param_space={
             "learning_rate": tune.loguniform(*space.learning_rate),
             "width": tune.choice(list(space.width)),
             "fixed": {
                 "dataset": shared,
                 "parameters": asdict(parameters) | {"epochs": space.epochs},
+                "num_workers": space.num_workers,
                 "context": FitContext(
                     folder=Path(folder),
                     runs=folder,
                     seed=config.seed,
-                    scaling=replace(config.scaling, num_workers=space.num_workers),
+                    scaling=config.scaling,
                     deepspeed=config.deepspeed,
                     run_name="",
                 ),
@@ -107,11 +113,9 @@ def search(config: SweepConfig, dataset: Dataset, parameters: Parameters, folder
             metric=METRIC,
             mode="min",
             num_samples=space.trials,
-            max_concurrent_trials=concurrent_trials(config),
             time_budget_s=space.trial_deadline_s,
-            search_alg=tune.search.BasicVariantGenerator(
-                random_state=config.seed, max_concurrent=concurrent_trials(config)
-            ),
+            reuse_actors=False,  # DeepSpeed cannot start twice in a process
+            search_alg=tune.search.BasicVariantGenerator(random_state=config.seed, max_concurrent=concurrent),
         ),
         run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
     )
@@ -125,31 +129,32 @@ def trial(settings: dict[str, Any]) -> None:
     parameters = Parameters(**(fixed["parameters"] | chosen))
     dataset: Dataset = ray.get(fixed["dataset"])
     context: FitContext = replace(fixed["context"], run_name=f"trial-{tune.get_context().get_trial_id()}")
-    run = trainer(
-        dataset,
-        parameters,
-        network_shape(dataset, parameters),
-        context,
-        callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
-    )
-    run.fit()
+    shape = network_shape(dataset, parameters)
+    if not fixed["num_workers"]:
+        fit_alone(loop_config(dataset, parameters, shape, context), report=tune.report)
+        return
+    callbacks = [TuneReportCallback()]  # type: ignore[no-untyped-call]
+    trainer(dataset, parameters, shape, context, num_workers=fixed["num_workers"], callbacks=callbacks).fit()
 
 
-def concurrent_trials(config: SweepConfig) -> int:
-    """How many trials fit beside the workers they wait for; at least one.
+def trial_cpus(config: SweepConfig) -> float:
+    """Logical CPUs of a trial's own process."""
+    return TRIAL_CPUS if config.sweep.num_workers else config.scaling.cpus_per_worker
+
+
+def concurrent_trials(config: SweepConfig, *, available: float) -> int:
+    """How many trials run at once: no more than fit beside the workers they wait for.
 
     Raises:
         ConfigError: not even one does.
     """
-    workers = config.sweep.num_workers * config.scaling.cpus_per_worker
-    fit = int(config.cluster.num_cpus // (workers + TRIAL_CPUS))
-    if fit < 1:
+    needed = trial_cpus(config) + config.sweep.num_workers * config.scaling.cpus_per_worker
+    if needed > available:
         raise ConfigError(
-            f"A trial needs {workers + TRIAL_CPUS:g} logical CPUs, the cluster has {config.cluster.num_cpus}. "
+            f"A trial needs {needed:g} logical CPUs, the cluster has {available:g}. "
             "Lower sweep.num_workers or raise cluster.num_cpus."
         )
-    # Two trials at once on a small machine take as long as one after the other, and twice the memory.
-    return min(fit, max(1, config.cluster.num_cpus // 16))
+    return min(config.sweep.concurrent_trials, int(available // needed))
 
 
 def fewer_rows(dataset: Dataset, rows: int, *, seed: int) -> Dataset:

@@ -18,8 +18,10 @@ class SearchConfig:
     trials: int = 3
     epochs: int = 1
     """Of each trial."""
-    num_workers: int = 1
-    """Of each trial; starting a worker takes longer than a short trial's work."""
+    num_workers: int = 0
+    """Of each trial; 0 trains in the trial's own process, because starting a worker takes longer than a short trial."""
+    concurrent_trials: int = 2
+    """At once, as far as they fit into the cluster."""
     rows: int = 20_000
     """Training rows of each trial, at most."""
     trial_deadline_s: float = 300.0
@@ -32,9 +34,11 @@ class SearchConfig:
             )
         if not self.width or min(self.width) < 1:
             raise ValueError(f"sweep.width must be positive choices, got {self.width}.")
-        for name in ("trials", "epochs", "num_workers", "rows"):
+        for name in ("trials", "epochs", "concurrent_trials", "rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sweep.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_workers < 0:
+            raise ValueError(f"sweep.num_workers must be at least 0, got {self.num_workers}.")
 
 
 @dataclass(kw_only=True, slots=True)

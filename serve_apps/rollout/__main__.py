@@ -26,7 +26,6 @@ from cluster.security.identity import current_actor
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, read_bytes, resolve, write_bytes
-from serve_apps.deploy import deploy
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.state import ModelState, Rollout, read_states
@@ -116,6 +115,8 @@ def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str,
         raise RolloutError(
             f"Version {version.version} is the champion of '{config.name}': there is nothing to try."
         )
+    from serve_apps.deploy import deploy  # a rollback should not wait for Serve's import
+
     attach(config)
     app = deploy(config, ledger, version, variant=config.variant)
     wait_until_applied(config, ledger.head(), app=app)

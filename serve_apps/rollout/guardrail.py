@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from sklearn.metrics import roc_auc_score
 
 from cluster.runtime.signature import ModelSignature, Task
 
@@ -93,6 +92,8 @@ def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
         case Task.binary:
             if len(np.unique(truth)) < 2:
                 return None
+            from sklearn.metrics import roc_auc_score  # a rollback by command should not wait for its import
+
             return float(roc_auc_score(truth, frame["probability"].to_numpy()))
         case Task.multiclass:
             labels = np.array(truths(frame["label"], signature), dtype=float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cluster.runtime import Task
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
 from jobs.train.tabular_network.export import WEIGHTS_FILE, export
-from jobs.train.tabular_network.loop import train_loop
+from jobs.train.tabular_network.loop import METRIC, train_loop
 from jobs.train.tabular_network.network import NetworkShape
 
 
@@ -45,16 +46,25 @@ class Parameters:
 
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
     """Train over the workers, then write ONNX and safetensors."""
+    # Ray Train looks at its workers every two seconds by itself, and each epoch's report waits for that look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     shape = network_shape(dataset, parameters)
-    result = trainer(dataset, parameters, shape, context).fit()
-    if result.checkpoint is None:
+    result = trainer(dataset, parameters, shape, context, num_workers=context.scaling.num_workers).fit()
+    best = result.get_best_checkpoint(METRIC, "min")
+    if best is None:
         raise RuntimeError("Training ended without a checkpoint.")
-    with result.checkpoint.as_directory() as folder:
+    with best.as_directory() as folder:
         export(shape, Path(folder) / WEIGHTS_FILE, context.folder, sample=dataset.matrix[:64])
 
 
 def trainer(
-    dataset: Dataset, parameters: Parameters, shape: NetworkShape, context: FitContext, **run: Any
+    dataset: Dataset,
+    parameters: Parameters,
+    shape: NetworkShape,
+    context: FitContext,
+    *,
+    num_workers: int,
+    callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
     """The Ray Train trainer of one run.
 
@@ -62,32 +72,20 @@ def trainer(
         dataset: what is learned.
         parameters: of the network and its optimizer.
         shape: of the network.
-        context: workers, DeepSpeed stage, where checkpoints go.
-        run: further fields of Ray's RunConfig, a sweep's callbacks for one.
+        context: a worker's resources, DeepSpeed stage, where checkpoints go.
+        num_workers: processes that train.
+        callbacks: of Ray Train, a sweep's for one.
     """
     scaling = context.scaling
-    target = scaled_target(dataset, shape)
-    data = {
-        "fit": (dataset.matrix[dataset.fit], target[dataset.fit]),
-        "validation": (dataset.matrix[dataset.validation], target[dataset.validation]),
-    }
-    config = {
-        "data": ray.put(data),
-        "shape": asdict(shape),
-        "parameters": asdict(parameters),
-        "deepspeed": asdict(context.deepspeed),
-        "seed": context.seed,
-        "device": "cuda" if scaling.gpus_per_worker else "cpu",
-    }
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     return TorchTrainer(
         train_loop,
-        train_loop_config=config,
+        train_loop_config=loop_config(dataset, parameters, shape, context),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -95,10 +93,31 @@ def trainer(
             name=context.run_name,
             storage_path=context.runs,
             failure_config=FailureConfig(max_failures=1),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            **run,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=METRIC, checkpoint_score_order="min"
+            ),
+            callbacks=callbacks,
         ),
     )
+
+
+def loop_config(
+    dataset: Dataset, parameters: Parameters, shape: NetworkShape, context: FitContext
+) -> dict[str, Any]:
+    """What every training process is told; the rows are in Ray's object store."""
+    target = scaled_target(dataset, shape)
+    data = {
+        "fit": (dataset.matrix[dataset.fit], target[dataset.fit]),
+        "validation": (dataset.matrix[dataset.validation], target[dataset.validation]),
+    }
+    return {
+        "data": ray.put(data),
+        "shape": asdict(shape),
+        "parameters": asdict(parameters),
+        "deepspeed": asdict(context.deepspeed),
+        "seed": context.seed,
+        "device": "cuda" if context.scaling.gpus_per_worker else "cpu",
+    }
 
 
 def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:

@@ -1,13 +1,15 @@
-"""What each worker does: DeepSpeed's engine over its share of the rows, a checkpoint of every rank after each epoch.
+"""What each training process does: DeepSpeed's engine over its share of the rows.
 
-DeepSpeed is imported here, in the worker: it compiles and probes on import. Every rank makes the same number of steps,
-because ZeRO's collectives wait for all.
+DeepSpeed is imported in the function that needs it: it compiles and probes on import. Every rank makes the same number
+of steps and every rank saves its shard, because ZeRO's collectives wait for all.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,49 @@ from jobs.train.tabular_network.export import WEIGHTS_FILE
 from jobs.train.tabular_network.network import NetworkShape, TabularNetwork, loss
 
 WARMUP_SHARE = 0.1
+METRIC = "validation_loss"
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Fit a network; the last checkpoint has its consolidated weights."""
+    """Fit a network as one of Ray Train's workers; every epoch's checkpoint has its consolidated weights."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    fit_network(
+        config,
+        rank=rank,
+        workers=context.get_world_size(),
+        resume=ray.train.get_checkpoint(),
+        after_epoch=lambda engine, metrics: _save_and_report(engine, metrics, rank),
+    )
+
+
+def fit_alone(config: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Fit a network in this process alone, without checkpoints; `report` gets the metrics of each epoch."""
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it even in a group of one
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fit_network(
+            config, rank=0, workers=1, resume=None, after_epoch=lambda engine, metrics: report(metrics)
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def fit_network(
+    config: dict[str, Any],
+    *,
+    rank: int,
+    workers: int,
+    resume: ray.train.Checkpoint | None,
+    after_epoch: Callable[[Any, dict[str, Any]], None],
+) -> None:
+    """DeepSpeed's engine over this rank's share of the rows; `after_epoch` gets the engine and the metrics."""
     import deepspeed
 
     if config["device"] == "cpu":
         # Its shared-memory all-reduce serves inference only, and would be compiled for a minute at first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(1)
     torch.manual_seed(config["seed"])
     shape = NetworkShape(**config["shape"])
@@ -44,21 +78,19 @@ def train_loop(config: dict[str, Any]) -> None:
     engine, *_ = deepspeed.initialize(
         model=TabularNetwork(shape), config=deepspeed_config(config, rows_per_step), dist_init_required=False
     )
-    start = _resume(engine)
-    for epoch in range(start, parameters["epochs"]):
+    for epoch in range(_first_epoch(engine, resume), parameters["epochs"]):
         order = np.random.default_rng([config["seed"], epoch]).permutation(len(inputs))[rank::workers]
         engine.train()
         for step in range(steps):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
-            _set_rate(
-                engine, parameters["learning_rate"], (epoch * steps + step) / (parameters["epochs"] * steps)
-            )
-            value = loss(
-                engine(inputs[rows].to(engine.device)), target[rows].to(engine.device), Task(shape.task)
-            )
-            engine.backward(value)
+            progress = (epoch * steps + step) / (parameters["epochs"] * steps)
+            _set_rate(engine, parameters["learning_rate"], progress)
+            scores = engine(inputs[rows].to(engine.device))
+            engine.backward(loss(scores, target[rows].to(engine.device), Task(shape.task)))
             engine.step()
-        _report(engine, shape, data["validation"], epoch, rank)
+        after_epoch(
+            engine, {METRIC: _validation_loss(engine, Task(shape.task), data["validation"]), "epoch": epoch}
+        )
 
 
 def deepspeed_config(config: dict[str, Any], rows_per_step: int) -> dict[str, Any]:
@@ -93,28 +125,29 @@ def _set_rate(engine: Any, peak: float, progress: float) -> None:
         group["lr"] = learning_rate(peak, progress)
 
 
-def _resume(engine: Any) -> int:
+def _first_epoch(engine: Any, resume: ray.train.Checkpoint | None) -> int:
     """The epoch to start with: after that of the last checkpoint, if a failed attempt left one."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    if resume is None:
         return 0
-    with checkpoint.as_directory() as folder:
+    with resume.as_directory() as folder:
         _, state = engine.load_checkpoint(folder)
     return int(state["epoch"]) + 1
 
 
-def _report(engine: Any, shape: NetworkShape, validation: tuple[Any, Any], epoch: int, rank: int) -> None:
+def _validation_loss(engine: Any, task: Task, validation: tuple[Any, Any]) -> float:
     engine.eval()
-    inputs, target = (torch.tensor(part) for part in validation)
+    inputs, target = (torch.tensor(part).to(engine.device) for part in validation)
     with torch.no_grad():
-        value = float(loss(engine(inputs.to(engine.device)), target.to(engine.device), Task(shape.task)))
+        return float(loss(engine(inputs), target, task))
+
+
+def _save_and_report(engine: Any, metrics: dict[str, Any], rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, client_state={"epoch": epoch})
+        engine.save_checkpoint(folder, client_state={"epoch": metrics["epoch"]})
         weights = consolidated(engine)
         if rank == 0:
             save_file(weights, str(Path(folder) / WEIGHTS_FILE))
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"validation_loss": value, "epoch": epoch}, checkpoint=checkpoint)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def consolidated(engine: Any) -> dict[str, torch.Tensor]:
