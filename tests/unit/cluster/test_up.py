@@ -89,6 +89,17 @@ def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: Platfor
         up.check(config)
 
 
+def test_what_is_left_of_a_replicas_connections_is_in_nobodys_way(config: PlatformConfig) -> None:
+    """Else a cluster could not be started again in the minute after it was ended."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", config.cluster.ports.replicas))
+        server.listen()
+        with socket.create_connection(server.getsockname()):
+            server.accept()[0].close()
+    assert not processes.port_is_free(config.cluster.ports.replicas)
+    up.check(config)
+
+
 def test_a_recorded_cluster_whose_head_answers_is_up(
     config: PlatformConfig, listener: Callable[..., None]
 ) -> None:
