@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFINITIONS = """
 from datetime import timedelta
 
-from feature_jobs.store import Entity, FeatureView, Field, FileSource
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
 
 from arithmetic import doubled
 
@@ -35,7 +35,9 @@ income = FeatureView(
     owner="risk",
     purposes=["testing"],
 )
+submitted = FeatureService("submitted", views=[income])
 """
+PEOPLE = 400
 ARITHMETIC = """
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,12 +57,15 @@ def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) 
     when = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     table = pa.table(
         {
-            "person_id": pa.array(range(100), pa.int64()),
-            "event_timestamp": pa.array([when] * 100, pa.timestamp("us", tz="UTC")),
-            "amount": pa.array([float(number) for number in range(100)]),
+            "person_id": pa.array(range(PEOPLE), pa.int64()),
+            "event_timestamp": pa.array([when] * PEOPLE, pa.timestamp("us", tz="UTC")),
+            "amount": pa.array([float(number) for number in range(PEOPLE)]),
         }
     )
     pq.write_table(table, falaj_cluster.root / "income.parquet")
+    label = pa.array([number // 40 % 2 for number in range(PEOPLE)], pa.int64())
+    people = table.drop_columns("amount").append_column("y", label)
+    pq.write_table(people, falaj_cluster.root / "people.parquet")
     return folder
 
 
@@ -97,11 +102,11 @@ def test_a_users_own_definitions_run_as_ray_jobs(falaj_cluster: Project, workspa
     arguments = (definitions, "view=submitted_income", "num_buckets=2")
     ingested = submit(falaj_cluster, workspace, "ingest", "feature_jobs.ingest", *arguments)
     assert ingested.returncode == 0, ingested.stdout + ingested.stderr
-    assert "100 rows in = 100 stored + 0 quarantined" in ingested.stdout
+    assert f"{PEOPLE} rows in = {PEOPLE} stored + 0 quarantined" in ingested.stdout
     parts = sorted((falaj_cluster.storage_root / "features" / "submitted_income").rglob("*.parquet"))
     rows = pa.concat_tables([pq.ParquetFile(part).read(["amount", "doubled"]) for part in parts]).to_pylist()
     assert sorted((row["amount"], row["doubled"]) for row in rows) == [
-        (float(n), 2.0 * n) for n in range(100)
+        (float(n), 2.0 * n) for n in range(PEOPLE)
     ]
     assert sorted(path.name for path in workspace.iterdir() if path.name != "__pycache__") == [
         "arithmetic.py",
@@ -121,6 +126,31 @@ def test_the_job_and_the_shell_see_the_same_platform(falaj_cluster: Project, wor
     falaj_cluster.run("feature_jobs.apply", "definitions=submitted", cwd=workspace, check=True)
     result = falaj_cluster.run("feature_jobs.ingest", *arguments, cwd=workspace, check=True)
     assert "ingested already" in result.stdout
+
+
+def test_the_stages_from_training_set_to_deployment_run_as_ray_jobs(
+    falaj_cluster: Project, workspace: Path
+) -> None:
+    """The same command lines as in a shell; the dashboard shows each."""
+    data = ("name=submitted", "training_set=submitted.parquet")
+    stages = {
+        "training_set": (
+            "feature_jobs",
+            "definitions=submitted",
+            "service=submitted",
+            "entities=people.parquet",
+        ),
+        "materialize": ("feature_jobs", "definitions=submitted", "view=submitted_income"),
+        "train": ("jobs", *data, "model=lightgbm", "label=y"),
+        "evaluate": ("jobs", *data, "version=1"),
+        "deploy": ("serve_apps", data[0], "version=1"),
+        "rollout": ("serve_apps", data[0], "action=show"),
+    }
+    outputs = {"training_set": ("output=submitted.parquet",)}
+    for name, (package, *arguments) in stages.items():
+        done = submit(falaj_cluster, workspace, name, f"{package}.{name}", *arguments, *outputs.get(name, ()))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert job_details(falaj_cluster, name)["driver_exit_code"] == 0
 
 
 def test_a_refusal_is_1_for_the_submitter_and_2_for_the_driver(
