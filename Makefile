@@ -33,11 +33,11 @@ demo: $(STAMP)
 down: $(STAMP)
 	@$(BIN)/python -m cluster.down
 
-test: $(STAMP)
-	@$(BIN)/python -m pytest
+test: unit
+	@$(BIN)/python -m pytest tests/integration
 
 unit: $(STAMP)
-	@$(BIN)/python -m pytest tests/unit tests/configs
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/configs
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -57,6 +57,13 @@ class Echo(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Mirror(http.server.ThreadingHTTPServer):
+    """Serves echoes."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a connection that HAProxy gave up."""
+
+
 class Edge:
     """A running HAProxy and a client of it."""
 
@@ -64,7 +71,7 @@ class Edge:
         self.places = Layout(str(root))
         ensure_issuer(self.places)
         ensure_tls(self.places)
-        self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) for _ in range(2)]
+        self.servers = [Mirror(("127.0.0.1", 0), Echo) for _ in range(2)]
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
         self.port, metrics_port = free_port(), free_port()
