@@ -1,0 +1,201 @@
+"""The process that holds a keyring so that no job does: a server on a Unix socket.
+
+What it protects: a job gets the secrets that the policy grants its token and never the key-encryption key, and every
+denial is on record. What it does not: processes of one user can read each other's files and memory, so a job that turns
+hostile under the broker's own user can go around it. A boundary needs the broker's files out of that user's reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import AF_UNIX, SHUT_RD, SOCK_STREAM
+from socket import socket as Socket
+from typing import Generic
+
+from cluster.errors import ConfigError, InvalidRequest
+from cluster.security.keys.gate import C, Denial, Gate, Operation, Verdict
+from cluster.security.keys.store import KeyInfo, KeyStore, KeyStoreUnavailable
+from cluster.security.keys.wire import check_socket_path, error_to_plain, peer_uid, receive, send
+
+MAX_CONNECTIONS = 256
+IDLE_S = 600.0
+READ_S = 5.0
+STOP_S = 5.0
+_LOOK_S = 0.2
+
+
+class Broker(Generic[C]):
+    """Serves a key store over a Unix socket (0600, in a 0700 folder) to processes of the same user and of root.
+
+    Args:
+        store: whose keys are served.
+        socket: where to listen; at most 97 bytes.
+        verify, decide, audit: as `Gate`.
+        idle_s: seconds after which a silent connection is closed; clients come back by themselves.
+        read_s: seconds that a message may take once it has begun.
+
+    Raises:
+        ConfigError: the socket's path is too long.
+    """
+
+    def __init__(
+        self,
+        store: KeyStore,
+        socket: Path,
+        *,
+        verify: Callable[[str], C],
+        decide: Callable[[C, Operation, KeyInfo], Verdict],
+        audit: Callable[[Denial[C]], None],
+        idle_s: float = IDLE_S,
+        read_s: float = READ_S,
+    ) -> None:
+        check_socket_path(str(socket))
+        self._path = socket
+        self._gate = Gate(store, verify=verify, decide=decide, audit=audit)
+        self._idle_s = idle_s
+        self._read_s = read_s
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._open: dict[Socket, threading.Thread] = {}
+        self._lock = threading.Lock()
+
+    def run(self, stopped: threading.Event) -> None:
+        """Serve until `stopped` is set; requests under way are answered before it returns.
+
+        Raises:
+            ConfigError: another broker listens there, or the folder or the path is not safe to use.
+        """
+        with _listening(self._path) as listener:
+            while not stopped.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                except OSError as error:  # out of file descriptors, or a caller that was gone at once
+                    logging.getLogger(__name__).warning("A connection was not accepted: %s.", error.strerror)
+                    stopped.wait(_LOOK_S)
+                    continue
+                self._admit(connection)
+        self._drain()
+
+    def _admit(self, connection: Socket) -> None:
+        """Give a connection its thread, or turn it away."""
+        answer = None
+        uid = peer_uid(connection)
+        if not peer_allowed(uid, own=os.geteuid()):
+            answer = self._gate.turn_away(f"it comes from user {uid}")
+        elif not self._slots.acquire(blocking=False):
+            answer = error_to_plain(
+                KeyStoreUnavailable(
+                    f"The key broker serves {MAX_CONNECTIONS} connections at a time. Try again later."
+                )
+            )
+        if answer is not None:
+            with connection, contextlib.suppress(OSError):
+                send(connection, answer, timeout_s=_LOOK_S)
+            return
+        thread = threading.Thread(target=self._serve, args=(connection,), name="key-broker", daemon=True)
+        with self._lock:
+            self._open[connection] = thread
+        thread.start()
+
+    def _serve(self, connection: Socket) -> None:
+        """Answer a connection's requests until it is closed, silent for too long, or breaks the protocol."""
+        try:
+            with contextlib.suppress(OSError):
+                while (request := receive(connection, idle_s=self._idle_s, read_s=self._read_s)) is not None:
+                    send(connection, self._gate.answer(request), timeout_s=self._read_s)
+        except InvalidRequest as error:
+            with contextlib.suppress(OSError):
+                send(connection, error_to_plain(error), timeout_s=_LOOK_S)
+        finally:
+            with self._lock:
+                self._open.pop(connection, None)
+            connection.close()
+            self._slots.release()
+
+    def _drain(self) -> None:
+        """Let requests under way end; no connection reads another one."""
+        with self._lock:
+            open_now = dict(self._open)
+            for connection in open_now:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(SHUT_RD)
+        for thread in open_now.values():
+            thread.join(STOP_S)
+
+
+def peer_allowed(uid: int, *, own: int) -> bool:
+    """Whether a user may connect: the broker's own and root."""
+    return uid in (own, 0)
+
+
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[Socket]:
+    """A listening socket; its file is removed at the end."""
+    _make_folder(path.parent)
+    lock = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(path) from None
+        _remove_stale(path)
+        with Socket(AF_UNIX, SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            try:
+                path.chmod(0o600)
+                listener.listen(128)
+                listener.settimeout(_LOOK_S)
+                yield listener
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or stat.S_IMODE(status.st_mode) & 0o077
+    ):
+        raise ConfigError(
+            f"The key broker's folder {folder} must be a folder of mode 0700 that belongs to user {os.geteuid()}. "
+            f"`chmod 700 {folder}`, or choose another."
+        )
+
+
+def _remove_stale(path: Path) -> None:
+    """Make room where a broker that is gone has listened."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(
+                f"{path} is not a socket; the key broker does not replace it. Choose another path."
+            )
+    except FileNotFoundError:
+        return
+    with Socket(AF_UNIX, SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise ConfigError(
+                f"Whether a key broker listens at {path} cannot be told: {error.strerror}."
+            ) from error
+    raise _taken(path)
+
+
+def _taken(path: Path) -> ConfigError:
+    return ConfigError(f"A key broker listens at {path} already. Stop it first, or choose another path.")
