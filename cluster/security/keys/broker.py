@@ -103,7 +103,10 @@ class Broker(Generic[C]):
         thread = threading.Thread(target=self._serve, args=(connection,), name="key-broker", daemon=True)
         with self._lock:
             self._open[connection] = thread
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread to be had
+            self._close(connection)
 
     def _serve(self, connection: Socket) -> None:
         """Answer a connection's requests until it is closed, silent for too long, or breaks the protocol."""
@@ -115,10 +118,13 @@ class Broker(Generic[C]):
             with contextlib.suppress(OSError):
                 send(connection, error_to_plain(error), timeout_s=_LOOK_S)
         finally:
-            with self._lock:
-                self._open.pop(connection, None)
+            self._close(connection)
+
+    def _close(self, connection: Socket) -> None:
+        with self._lock:
+            self._open.pop(connection, None)
             connection.close()
-            self._slots.release()
+        self._slots.release()
 
     def _drain(self) -> None:
         """Let requests under way end; no connection reads another one."""

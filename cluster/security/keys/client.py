@@ -122,8 +122,13 @@ class BrokerKeyStore:
 
     def _once(self, request: dict[str, object]) -> dict[str, object]:
         connection = self._connection or self._connect()
-        send(connection, request, timeout_s=self._timeout_s)
-        answer = receive(connection, idle_s=self._timeout_s, read_s=self._timeout_s)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # turned away: the answer lies there already
+                send(connection, request, timeout_s=self._timeout_s)
+            answer = receive(connection, idle_s=self._timeout_s, read_s=self._timeout_s)
+        except BaseException:  # a late answer must never be taken for the next request's
+            self._hang_up()
+            raise
         if answer is None:
             raise ConnectionResetError("The broker closed the connection.")
         return answer

@@ -231,6 +231,8 @@ def open_local(folder: Path) -> Keyring:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     ring, kek = folder / RING_NAME, folder / KEK_NAME
     with exclusive(kek):
+        for torn in folder.glob(f".{KEK_NAME}*.tmp"):
+            torn.unlink()  # a second name of a key, left when its maker was killed
         if not ring.exists() and not kek.exists():
             return Keyring.create(ring, create_kek_file(kek))
         if not ring.exists():

@@ -109,7 +109,7 @@ def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
         unseal(kek, check, _CHECK)
     except InvalidTag:
         raise KeyEncryptionKeyWrong(
-            f"The keyring {path} was made with another key-encryption key (or passphrase). Give the one it was made with."
+            f"The keyring {path} was made with another key-encryption key or passphrase. Give the one it was made with."
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, "its header cannot be read") from error

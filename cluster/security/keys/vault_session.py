@@ -118,17 +118,7 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
     """
     try:
         with translated("log in"):
-            match auth:
-                case AppRole():
-                    answer = client.auth.approle.login(
-                        role_id=auth.role_id, secret_id=auth.secret_id, mount_point=auth.mount
-                    )
-                case Jwt():
-                    answer = client.auth.jwt.jwt_login(role=auth.role, jwt=auth.token(), path=auth.mount)
-                case Kubernetes():
-                    answer = client.auth.kubernetes.login(
-                        role=auth.role, jwt=auth.token_path.read_text().strip(), mount_point=auth.mount
-                    )
+            granted = body(_log_in(client, auth), "auth")
     except (AccessDenied, InvalidRequest, KeyNotFound) as error:
         kind = type(auth).__name__
         raise Unauthenticated(
@@ -136,7 +126,8 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
         ) from None
     except OSError as error:
         raise Unauthenticated(f"The token for Vault cannot be read: {error}.") from None
-    return int(body(answer, "auth")["lease_duration"])
+    client.token = granted["client_token"]
+    return int(granted["lease_duration"])
 
 
 def renew(client: hvac.Client, auth: Auth) -> int:
@@ -262,3 +253,21 @@ def body(answer: Any, part: str) -> dict[str, Any]:
             f"Vault's answer has no '{part}'. Is the address that of Vault's active node, or of something else?"
         )
     return found
+
+
+def _log_in(client: hvac.Client, auth: Auth) -> Any:
+    # hvac would take the token out of an answer that may be none: it is left to the caller.
+    match auth:
+        case AppRole():
+            return client.auth.approle.login(
+                role_id=auth.role_id, secret_id=auth.secret_id, use_token=False, mount_point=auth.mount
+            )
+        case Jwt():
+            return client.auth.jwt.jwt_login(
+                role=auth.role, jwt=auth.token(), use_token=False, path=auth.mount
+            )
+        case Kubernetes():
+            jwt = auth.token_path.read_text().strip()
+            return client.auth.kubernetes.login(
+                role=auth.role, jwt=jwt, use_token=False, mount_point=auth.mount
+            )

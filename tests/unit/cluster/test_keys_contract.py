@@ -1,0 +1,378 @@
+"""What every key store must do, run against each: the keyring, the keyring behind its broker, and Vault.
+
+Vault is a double here (tests/vault_double.py, not Vault) unless VAULT_ADDR and VAULT_TOKEN name a real one with a
+Transit engine at `transit` and KV version 2 at `secret`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import hvac
+import pytest
+
+from cluster.errors import InvalidRequest, RefusedError
+from cluster.security.keys.broker import Broker
+from cluster.security.keys.client import BrokerKeyStore
+from cluster.security.keys.gate import Operation
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import (
+    MAX_SECRET_BYTES,
+    KeyInfo,
+    KeyNameInvalid,
+    KeyNotFound,
+    KeyRevoked,
+    KeyStore,
+    WrappedKeyInvalid,
+)
+from cluster.security.keys.vault import VaultKeyStore
+from tests.vault_double import VaultDouble
+
+INCOME = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit_scoring",))
+HEALTH = KeyInfo(name="features/health/sensitive", column_class="sensitive", region="eu", tenant="north")
+SECRET = bytes(range(32))
+
+
+@dataclass(frozen=True)
+class Anyone:
+    """A principal who may do everything."""
+
+    subject: str = "anyone"
+
+
+@dataclass(frozen=True)
+class Yes:
+    """A policy's permit."""
+
+    allowed: bool = True
+    policies: tuple[str, ...] = ()
+
+
+def permit(principal: Anyone, operation: Operation, info: KeyInfo) -> Yes:
+    return Yes()
+
+
+@contextmanager
+def served(store: KeyStore) -> Iterator[BrokerKeyStore]:
+    """A store behind a broker that permits everything, through a client."""
+    with tempfile.TemporaryDirectory(prefix="fk-") as folder:
+        path = Path(folder) / "keys.sock"
+        broker = Broker(store, path, verify=lambda token: Anyone(), decide=permit, audit=lambda denial: None)
+        stopped = threading.Event()
+        thread = threading.Thread(target=broker.run, args=(stopped,))
+        thread.start()
+        try:
+            wait_for(path)
+            client = BrokerKeyStore(path, lambda: "token")
+            yield client
+            client.close()
+        finally:
+            stopped.set()
+            thread.join()
+
+
+def wait_for(path: Path) -> None:
+    """Until a broker listens."""
+    pause = threading.Event()
+    for _ in range(500):
+        if path.is_socket():
+            return
+        pause.wait(0.01)
+    raise AssertionError(f"no socket at {path}")
+
+
+def real_vault() -> VaultKeyStore:
+    """The Vault at VAULT_ADDR, below a prefix of this run's own."""
+    if not os.environ.get("VAULT_ADDR"):
+        pytest.skip("no real Vault: set VAULT_ADDR and VAULT_TOKEN to run the contract against one")
+    return VaultKeyStore(hvac.Client(timeout=10), prefix=f"falaj-test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["keyring", "broker", "vault_double", "vault"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeyStore]:
+    """Each key store, empty."""
+    with ExitStack() as stack:
+        match request.param:
+            case "keyring":
+                yield Keyring.create(tmp_path / "keyring.json", secrets.token_bytes(32))
+            case "broker":
+                keyring = Keyring.create(tmp_path / "keyring.json", secrets.token_bytes(32))
+                yield stack.enter_context(served(keyring))
+            case "vault_double":
+                double = stack.enter_context(VaultDouble())
+                yield VaultKeyStore(hvac.Client(url=double.address, token=double.root_token))
+            case _:
+                vault = real_vault()
+                yield vault
+                for name in vault.names():
+                    vault.revoke(name)
+
+
+def test_a_secret_comes_back_and_its_text_shows_scheme_and_version(store: KeyStore) -> None:
+    """unwrap(wrap(x)) is x, and no two texts of one secret are the same."""
+    store.ensure(INCOME)
+    texts = [store.wrap(INCOME.name, SECRET) for _ in range(3)]
+    assert [store.unwrap(INCOME.name, text) for text in texts] == [SECRET] * 3
+    assert len(set(texts)) == 3
+    for text in texts:
+        scheme, version, sealed = text.split(":")
+        assert scheme in ("kr", "vault")
+        assert version == "v1"
+        assert SECRET not in base64.b64decode(sealed, b"-_" if scheme == "kr" else b"+/")
+
+
+def test_secrets_of_every_allowed_size_come_back(store: KeyStore) -> None:
+    """From 1 byte to 64 KiB; nothing and more are refused."""
+    store.ensure(INCOME)
+    for size in (1, 16, 33, MAX_SECRET_BYTES):
+        secret = secrets.token_bytes(size)
+        assert store.unwrap(INCOME.name, store.wrap(INCOME.name, secret)) == secret
+    for size in (0, MAX_SECRET_BYTES + 1):
+        with pytest.raises(InvalidRequest, match="wraps 1 to 65536 bytes"):
+            store.wrap(INCOME.name, bytes(size))
+
+
+def test_a_key_says_what_it_was_made_for(store: KeyStore) -> None:
+    """The description comes back whole."""
+    store.ensure(INCOME)
+    store.ensure(HEALTH)
+    assert store.info(INCOME.name) == INCOME
+    assert store.info(HEALTH.name) == HEALTH
+    assert store.names() == [HEALTH.name, INCOME.name]
+
+
+def test_ensuring_twice_keeps_the_key_and_takes_the_newer_description(store: KeyStore) -> None:
+    """What was wrapped before a change of purposes still unwraps, and under every version."""
+    store.ensure(INCOME)
+    first = store.wrap(INCOME.name, SECRET)
+    store.rotate(INCOME.name)
+    second = store.wrap(INCOME.name, SECRET)
+    store.ensure(INCOME)
+    changed = KeyInfo(
+        name=INCOME.name, column_class="sensitive", purposes=("audit", "credit_scoring"), region="eu"
+    )
+    store.ensure(changed)
+    assert store.info(INCOME.name) == changed
+    assert store.unwrap(INCOME.name, first) == store.unwrap(INCOME.name, second) == SECRET
+    assert store.names() == [INCOME.name]
+
+
+def test_a_missing_key_is_not_found_and_not_made(store: KeyStore) -> None:
+    """No operation makes a key but ensure."""
+    store.ensure(HEALTH)
+    text = store.wrap(HEALTH.name, SECRET)
+    for call in (
+        lambda: store.info(INCOME.name),
+        lambda: store.wrap(INCOME.name, SECRET),
+        lambda: store.unwrap(INCOME.name, text),
+        lambda: store.rewrap(INCOME.name, text),
+        lambda: store.rotate(INCOME.name),
+        lambda: store.revoke(INCOME.name),
+    ):
+        with pytest.raises(KeyNotFound, match=INCOME.name):
+            call()
+    assert store.names() == [HEALTH.name]
+
+
+def test_an_empty_store_has_no_names(store: KeyStore) -> None:
+    """Before the first key."""
+    assert store.names() == []
+
+
+def test_a_wrapped_secret_belongs_to_its_name(store: KeyStore) -> None:
+    """Swapped texts are refused both ways."""
+    store.ensure(INCOME)
+    store.ensure(HEALTH)
+    income, health = store.wrap(INCOME.name, SECRET), store.wrap(HEALTH.name, SECRET)
+    for name, text in ((INCOME.name, health), (HEALTH.name, income)):
+        with pytest.raises(WrappedKeyInvalid, match=name):
+            store.unwrap(name, text)
+        with pytest.raises(WrappedKeyInvalid, match=name):
+            store.rewrap(name, text)
+
+
+def test_every_flipped_bit_is_refused(store: KeyStore) -> None:
+    """Each of the eight bits of each character, with other versions in existence, too."""
+    store.ensure(INCOME)
+    text = store.wrap(INCOME.name, SECRET)
+    store.rotate(INCOME.name)
+    store.rotate(INCOME.name)
+    for position, bit in ((position, bit) for position in range(len(text)) for bit in range(8)):
+        flipped = text[:position] + chr(ord(text[position]) ^ 1 << bit) + text[position + 1 :]
+        with pytest.raises(WrappedKeyInvalid):
+            store.unwrap(INCOME.name, flipped)
+    assert store.unwrap(INCOME.name, text) == SECRET
+
+
+def test_every_truncation_and_other_spelling_is_refused(store: KeyStore) -> None:
+    """One text has one spelling."""
+    store.ensure(INCOME)
+    text = store.wrap(INCOME.name, SECRET)
+    scheme, _, sealed = text.split(":")
+    others = [text[:size] for size in range(len(text))]
+    others += [
+        f"{text} ",
+        f" {text}",
+        f"{text}\n",
+        f"{text}=",
+        f"{text}AAAA",
+        text.upper(),
+        f"{text}\0",
+        "ü" * 90,
+    ]
+    others += [
+        f"{scheme}:{version}:{sealed}"
+        for version in ("v0", "v01", "v2", "v-1", "v+1", "v 1", "1", "v" + "9" * 30)
+    ]
+    others += [f"other:v1:{sealed}", f"{scheme}:v1:", f"{scheme}:v1:{sealed[:-1]}", sealed]
+    for other in others:
+        with pytest.raises(WrappedKeyInvalid):
+            store.unwrap(INCOME.name, other)
+
+
+def test_rotation_reads_old_texts_and_writes_new_ones(store: KeyStore) -> None:
+    """Versions count up from 1."""
+    store.ensure(INCOME)
+    texts = [store.wrap(INCOME.name, SECRET)]
+    for version in (2, 3):
+        assert store.rotate(INCOME.name) == version
+        texts.append(store.wrap(INCOME.name, SECRET))
+    assert [text.split(":")[1] for text in texts] == ["v1", "v2", "v3"]
+    assert [store.unwrap(INCOME.name, text) for text in texts] == [SECRET] * 3
+
+
+def test_rewrapping_moves_a_secret_to_the_newest_version(store: KeyStore) -> None:
+    """The secret stays the same, the text does not."""
+    store.ensure(INCOME)
+    old = store.wrap(INCOME.name, SECRET)
+    store.rotate(INCOME.name)
+    new = store.rewrap(INCOME.name, old)
+    assert new.split(":")[1] == "v2"
+    assert store.unwrap(INCOME.name, new) == SECRET
+
+
+def test_a_revoked_key_is_gone_for_good(store: KeyStore) -> None:
+    """Every operation says so, the name stays taken, other keys live on."""
+    store.ensure(INCOME)
+    store.ensure(HEALTH)
+    text, other = store.wrap(INCOME.name, SECRET), store.wrap(HEALTH.name, SECRET)
+    store.rotate(INCOME.name)
+    store.revoke(INCOME.name)
+    for call in (
+        lambda: store.ensure(INCOME),
+        lambda: store.info(INCOME.name),
+        lambda: store.wrap(INCOME.name, SECRET),
+        lambda: store.unwrap(INCOME.name, text),
+        lambda: store.rewrap(INCOME.name, text),
+        lambda: store.rotate(INCOME.name),
+        lambda: store.revoke(INCOME.name),
+    ):
+        with pytest.raises(KeyRevoked, match=INCOME.name):
+            call()
+    assert store.names() == [HEALTH.name]
+    assert store.unwrap(HEALTH.name, other) == SECRET
+
+
+def test_odd_names_are_refused_with_the_rule(store: KeyStore) -> None:
+    """The same in every store, and nothing is asked of Vault with them."""
+    parts = [
+        "",
+        "/",
+        "a/",
+        "/a",
+        "a//b",
+        "a/../b",
+        "..",
+        ".a",
+        "a.",
+        "-a",
+        "a-",
+        "a b",
+        "a\n",
+        "a\0b",
+        "naïve/x",
+        "a/ü",
+    ]
+    for name in (*parts, "a:b", "a%2fb", "a\\b", "a" * 201, "\ud800"):
+        for call in (
+            lambda name=name: KeyInfo(name=name),
+            lambda name=name: store.info(name),
+            lambda name=name: store.wrap(name, SECRET),
+            lambda name=name: store.unwrap(name, "kr:v1:AAAA"),
+            lambda name=name: store.rewrap(name, "kr:v1:AAAA"),
+            lambda name=name: store.rotate(name),
+            lambda name=name: store.revoke(name),
+        ):
+            with pytest.raises(KeyNameInvalid, match="A name is a path such as"):
+                call()
+
+
+def test_names_that_look_alike_are_different_keys(store: KeyStore) -> None:
+    """Whatever characters the store underneath can hold."""
+    names = [
+        "A/b",
+        "_",
+        "a",
+        "a-b",
+        "a.b",
+        "a..b",
+        "a/b",
+        "a/b.c",
+        "a.b/c",
+        "a/b/c",
+        "a_b",
+        "models/credit-scorer.v2",
+    ]
+    for name in names:
+        store.ensure(KeyInfo(name=name))
+    assert store.names() == sorted(names)
+    texts = {name: store.wrap(name, name.encode()) for name in names}
+    assert {name: store.unwrap(name, text) for name, text in texts.items()} == {n: n.encode() for n in names}
+
+
+def test_no_secret_and_no_wrapped_text_is_in_an_error(store: KeyStore) -> None:
+    """Errors are logged; secrets are not."""
+    store.ensure(INCOME)
+    text = store.wrap(INCOME.name, b"canary-canary-canary")
+    calls = [
+        lambda: store.unwrap(INCOME.name, text[:-4] + "AAAA"),
+        lambda: store.unwrap(INCOME.name, f"canary{text}"),
+        lambda: store.wrap("features/none/personal", b"canary-canary-canary"),
+        lambda: store.wrap(INCOME.name, b"canary" * MAX_SECRET_BYTES),
+    ]
+    for call in calls:
+        with pytest.raises(RefusedError) as caught:
+            call()
+        assert "canary" not in f"{caught.value!r} {caught.value.__cause__!r}"
+        assert text[8:30] not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_many_threads_share_a_store(store: KeyStore) -> None:
+    """Rotations are all counted, and nothing wrapped meanwhile is lost."""
+    store.ensure(INCOME)
+    texts: list[str] = []
+    versions: list[int] = []
+
+    def work() -> None:
+        for _ in range(3):
+            texts.append(store.wrap(INCOME.name, SECRET))
+            versions.append(store.rotate(INCOME.name))
+            texts.append(store.wrap(INCOME.name, SECRET))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(versions) == 13
+    assert len(texts) == 24
+    assert {store.unwrap(INCOME.name, text) for text in texts} == {SECRET}
