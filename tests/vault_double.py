@@ -1,9 +1,9 @@
 """A double of HashiCorp Vault: NOT Vault, but a loopback server that speaks the part of its HTTP API we use.
 
 With real cryptography: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
-Paths, status codes and error texts follow Vault's; so do its lax spots that a client has to know (`v0` decrypts as `v1`,
-base64 with stray bits, encrypting creates a missing key, rewrap has no associated data). What it does not imitate:
-policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high availability.
+Paths, status codes and error texts follow Vault's; so do its lax spots that a client has to know (`v0` decrypts as
+`v1`, base64 with stray bits, encrypting creates a missing key, rewrap has no associated data). What it does not
+imitate: policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high availability.
 """
 
 from __future__ import annotations

@@ -154,11 +154,14 @@ def _listening(path: Path) -> Iterator[Socket]:
             raise _taken(path) from None
         _remove_stale(path)
         with Socket(AF_UNIX, SOCK_STREAM) as listener:
-            listener.bind(str(path))
+            early = path.with_name(f"{path.name}.new")
+            early.unlink(missing_ok=True)
+            listener.bind(str(early))
+            early.chmod(0o600)
+            listener.listen(128)
+            listener.settimeout(_LOOK_S)
+            early.rename(path)  # under its name it answers from the first moment
             try:
-                path.chmod(0o600)
-                listener.listen(128)
-                listener.settimeout(_LOOK_S)
                 yield listener
             finally:
                 path.unlink(missing_ok=True)

@@ -114,9 +114,11 @@ def kek_from_file(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise KeyFileRefused(f"The key-encryption key {path} cannot be opened: {error.strerror}.") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         _check_owned(path, os.fstat(descriptor))
-        kek = file.read(KEK_BYTES + 1)
+        kek = os.read(descriptor, KEK_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(kek) != KEK_BYTES:
         raise KeyFileRefused(
             f"{path} does not hold a key-encryption key of {KEK_BYTES} bytes. Restore it from a backup."
