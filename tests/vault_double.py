@@ -83,6 +83,7 @@ class State:
     login_ttl_s: float = 3600.0
     login_denied: tuple[str, ...] = ()
     requests: list[str] = field(default_factory=list)
+    tokens_seen: set[str] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -127,6 +128,7 @@ class VaultDouble:
         state = self.state
         with state.lock:
             state.requests.append(f"{method} {path}")
+            state.tokens_seen.add(token)
             if state.sealed:
                 raise Refused(503, "Vault is sealed")
             if found := re.fullmatch(r"auth/(approle|jwt|kubernetes)/login", path):

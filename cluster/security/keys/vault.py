@@ -35,7 +35,8 @@ from cluster.security.keys.vault_session import body, translated
 SCHEME = "vault"
 ALTCHARS = b"+/"
 KEY_TYPE = "aes256-gcm96"
-_ATTEMPTS = 5
+_ATTEMPTS = 20
+"""More than there are writers of one description at a time: each round, one of them succeeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -441,7 +441,8 @@ def test_another_user_is_turned_away_though_the_socket_lets_it_in(world: World) 
         "print(s.recv(9999)[4:].decode())"
     )
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    assert python is not None
+    if python is None:
+        pytest.skip("no python3 that every user may run")
     with world.serving():
         world.path.parent.chmod(0o711)
         world.path.chmod(0o666)

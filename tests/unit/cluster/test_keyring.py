@@ -70,7 +70,9 @@ from pathlib import Path
 from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
 ring = open_local(Path(sys.argv[1]))
-for number in range(25):
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(60):
     ring.ensure(KeyInfo(name=f"{sys.argv[2]}/{number}"))
 """
 
@@ -87,7 +89,11 @@ def ring(tmp_path: Path) -> Keyring:
 def script(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A Python process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
 
 
@@ -98,8 +104,7 @@ def killed_at_random(code: str, folder: Path) -> list[str]:
     first = process.stdout.readline()
     threading.Event().wait(random.random() * 0.03)
     process.kill()
-    rest = process.stdout.read()
-    process.wait()
+    rest, _ = process.communicate()
     return [first.strip(), *(line for line in rest.split("\n")[:-1])]
 
 
@@ -153,11 +158,16 @@ def test_two_processes_keep_each_others_changes(tmp_path: Path) -> None:
     """Each makes its keys while the other does; all are there."""
     ring = open_local(tmp_path)
     processes = [script(ENSURE, tmp_path, name) for name in ("left", "right")]
-    assert [process.wait() for process in processes] == [0, 0]
     for process in processes:
         assert process.stdout is not None
-        process.stdout.close()
-    assert ring.names() == sorted(f"{side}/{number}" for side in ("left", "right") for number in range(25))
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert ring.names() == sorted(f"{side}/{number}" for side in ("left", "right") for number in range(60))
 
 
 def test_every_altered_byte_is_damage(ring: Keyring, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import hvac
 import pytest
@@ -140,6 +141,7 @@ def test_login_ignores_a_token_from_the_environment(
     double.state.approles.clear()
     with pytest.raises(Unauthenticated):
         login(double.address, ROLE)
+    assert double.state.tokens_seen == {""}
 
 
 def test_a_redirect_is_not_followed_with_the_token() -> None:
@@ -319,6 +321,23 @@ def test_descriptions_that_are_written_at_once_do_not_mix(double: VaultDouble) -
     assert {version["info"]["purposes"][0] for version in versions} == {
         f"purpose{number}" for number in range(6)
     }
+
+
+def test_a_revocation_in_the_middle_of_a_change_stands(double: VaultDouble) -> None:
+    """A description is written over the one that was read, or not at all."""
+
+    class Overtaken(VaultKeyStore):
+        def _record(self, name: str) -> Any:
+            record = super()._record(name)
+            if FLAT in double.state.transit:
+                store(double).revoke(name)
+            return record
+
+    store(double).ensure(INFO)
+    with pytest.raises(KeyRevoked):
+        Overtaken(store(double)._client).ensure(KeyInfo(name=NAME, column_class="public"))
+    with pytest.raises(KeyRevoked):
+        store(double).info(NAME)
 
 
 @pytest.mark.parametrize(
