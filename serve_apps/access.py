@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
-
-from cluster.errors import AccessDenied, Unauthenticated
+from cluster.errors import Unauthenticated
 from cluster.security.identity import Principal, TokenVerifier
-from cluster.security.policy import Action, allowed
+from cluster.security.policy import Action, Policy, Resource
 
 MAX_CACHED = 10_000
+MAX_CACHED_S = 60
+"""So long at most a token is remembered: that of a key taken away does not live on here."""
 
 
 class AccessCheck:
-    """Verifies tokens, and remembers each until it expires, because an ES256 signature costs more than a prediction."""
+    """Verifies tokens, and remembers each for a while, because an ES256 signature costs more than a prediction."""
 
-    def __init__(self, verifier: TokenVerifier) -> None:
+    def __init__(
+        self, verifier: TokenVerifier, *, policy: Policy | None = None, resource: Resource | None = None
+    ) -> None:
         self._verifier = verifier
-        self._known: dict[str, Principal] = {}
+        self._policy = policy or Policy.load()
+        self._resource = resource or Resource(kind="path", name="*")
+        self._known: dict[str, tuple[Principal, float]] = {}
 
     def __call__(self, authorization: str | None, action: Action) -> Principal:
         """The principal, if it may do the action.
@@ -27,18 +31,18 @@ class AccessCheck:
         if authorization is None or not authorization.lower().startswith("bearer "):
             raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
         principal = self._principal(authorization[7:].strip())
-        if not allowed(principal.role, action):
-            raise AccessDenied(f"Role {principal.role} may not {action.replace('_', ' ')}.")
+        self._policy.check(principal, action, self._resource)
         return principal
 
     def _principal(self, token: str) -> Principal:
-        principal = self._known.get(token)
-        if principal is None:
-            principal = self._verifier.verify(token)
-            if len(self._known) >= MAX_CACHED:
-                self._known.clear()
-            self._known[token] = principal
-        elif principal.expires_at <= time.time():
-            del self._known[token]
-            raise Unauthenticated("The token has expired.")
+        now = self._verifier.now()
+        principal, until = self._known.get(token, (None, 0.0))
+        if principal is not None and now < until:
+            return principal
+        self._known.pop(token, None)
+        principal = self._verifier.verify(token)
+        if len(self._known) >= MAX_CACHED:
+            self._known.clear()
+        expires_at = principal.expires_at + self._verifier.rules.leeway_s
+        self._known[token] = (principal, min(expires_at, now + MAX_CACHED_S))
         return principal

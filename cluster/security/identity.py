@@ -1,39 +1,69 @@
-"""Who is asking: ES256 tokens, minted by a local dev issuer and verified against its JWKS.
+"""Who is asking: signed tokens, verified against their issuer's keys.
 
     python -m cluster.security.identity token --sub alice --role data_scientist --purpose credit_scoring
+    python -m cluster.security.identity verify FILE
+    python -m cluster.security.identity rotate
 
-The dev issuer's private key is a 0600 file below the storage root. In production an OIDC issuer's JWKS takes its place
-and this module only verifies.
+Locally the dev issuer signs them (`cluster/security/issuer.py`). In production an OIDC issuer does, its keys come from
+`cluster/security/oidc.py`, and this module only verifies.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import getpass
 import json
-import os
 import time
-import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from joserfc import jwt
-from joserfc.errors import JoseError
-from joserfc.jwk import ECKey, KeySet
+from typing import Any
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError, Unauthenticated
+from cluster.security.issuer import (
+    ALGORITHM,
+    AUDIENCE,
+    ISSUER,
+    JWKS_NAME,
+    PRIVATE_NAME,
+    PUBLIC_NAME,
+    ensure_issuer,
+    mint_token,
+    replace_private,
+    rotate_issuer,
+    write_private,
+)
+from cluster.security.oidc import FileKeys, KeySource, RemoteKeys, discovered, jwks_at
 from cluster.security.policy import Role
+from cluster.security.tokens import (
+    LEEWAY_S,
+    MAX_LIFETIME_S,
+    MAX_TOKEN_BYTES,
+    TokenRules,
+    text_claim,
+    verified_claims,
+)
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local
 
-ALGORITHM = "ES256"
-ISSUER = "falaj-dev"
-AUDIENCE = "falaj"
-PRIVATE_NAME = "issuer.pem"
-PUBLIC_NAME = "issuer.pub.pem"
-JWKS_NAME = "jwks.json"
-MAX_TOKEN_BYTES = 4096
+__all__ = [
+    "ALGORITHM",
+    "AUDIENCE",
+    "ISSUER",
+    "JWKS_NAME",
+    "MAX_TOKEN_BYTES",
+    "PRIVATE_NAME",
+    "PUBLIC_NAME",
+    "Principal",
+    "TokenVerifier",
+    "current_actor",
+    "ensure_issuer",
+    "mint_token",
+    "principal_of",
+    "write_private",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,53 +75,93 @@ class Principal:
     purpose: str
     expires_at: int
     """Unix seconds."""
+    tenant: str = "default"
+    entrypoint: str = ""
+    """The one job that a principal taken from an intent may run; empty for an access token's."""
 
 
 class TokenVerifier:
-    """Verifies tokens of one issuer against a key set."""
+    """Verifies the tokens of one issuer for one audience."""
 
-    def __init__(self, keys: KeySet, *, issuer: str = ISSUER, audience: str = AUDIENCE) -> None:
+    def __init__(
+        self, keys: KeySource, *, rules: TokenRules | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
         self._keys = keys
-        self._claims = jwt.JWTClaimsRegistry(
-            iss={"essential": True, "value": issuer},
-            aud={"essential": True, "value": audience},
-            exp={"essential": True},
-            sub={"essential": True},
-        )
+        self.rules = rules or TokenRules(issuer=ISSUER, audience=AUDIENCE)
+        self._clock = clock
 
     @classmethod
     def of(cls, places: Layout) -> TokenVerifier:
-        """The verifier of the local issuer.
+        """The verifier of the local issuer; it sees a rotation by itself.
 
         Raises:
             ConfigError: there is no issuer yet.
         """
-        path = local(places.keys) / JWKS_NAME
-        if not path.exists():
-            raise ConfigError(f"No issuer at {path}. Run `python -m cluster.up` first.")
-        return cls(KeySet.import_key_set(json.loads(path.read_text())))
+        return cls(local_keys(places))
+
+    @classmethod
+    def oidc(
+        cls, rules: TokenRules, *, jwks_url: str | None = None, ca_file: str | None = None
+    ) -> TokenVerifier:
+        """The verifier of an OIDC issuer, whose keys are discovered unless their URL is given.
+
+        Raises:
+            ConfigError: an address that is neither https nor loopback.
+        """
+        fetch = jwks_at(jwks_url, ca_file=ca_file) if jwks_url else discovered(rules.issuer, ca_file=ca_file)
+        return cls(RemoteKeys(fetch, algorithms=rules.algorithms), rules=rules)
 
     def verify(self, token: str) -> Principal:
         """The principal of a token.
 
         Raises:
-            Unauthenticated: a wrong signature, algorithm, key, issuer or audience, a token that has expired, is not yet
-                valid or says no expiry, or a role that does not exist.
+            Unauthenticated: a wrong signature, algorithm, type, key, issuer or audience, a token that has expired, is
+                not yet valid, says no expiry or one too far away, or a role that does not exist.
         """
-        if len(token) > MAX_TOKEN_BYTES:
-            raise Unauthenticated(f"The token is longer than {MAX_TOKEN_BYTES} bytes.")
-        try:
-            decoded = jwt.decode(token, self._keys, algorithms=[ALGORITHM])
-            self._claims.validate(decoded.claims)
-            claims = decoded.claims
-            return Principal(
-                subject=str(claims["sub"]),
-                role=Role(str(claims.get("role"))),
-                purpose=str(claims.get("purpose", "")),
-                expires_at=int(claims["exp"]),
-            )
-        except (JoseError, ValueError, TypeError, KeyError) as error:
-            raise Unauthenticated(f"The token is not valid: {error}.") from error
+        return principal_of(self.claims(token))
+
+    def now(self) -> float:
+        """Unix seconds of the clock that this verifier goes by."""
+        return self._clock()
+
+    def claims(self, token: str) -> dict[str, Any]:
+        """All claims of a token that holds now.
+
+        Raises:
+            Unauthenticated: as `verify`, but for the claims that are our own.
+        """
+        return verified_claims(token, find=self._keys.find, rules=self.rules, now=self._clock())
+
+
+def local_keys(places: Layout) -> FileKeys:
+    """The keys of the dev issuer.
+
+    Raises:
+        ConfigError: there is no issuer yet.
+    """
+    path = local(places.keys) / JWKS_NAME
+    if not path.exists():
+        raise ConfigError(f"No issuer at {path}. Run `python -m cluster.up` first.")
+    return FileKeys(path)
+
+
+def principal_of(claims: dict[str, Any], *, entrypoint: str = "") -> Principal:
+    """The principal that verified claims speak of.
+
+    Raises:
+        Unauthenticated: a role that does not exist, or a claim that is no text.
+    """
+    role = text_claim(claims, "role")
+    if role not in Role.__members__:
+        raise Unauthenticated("The token's role does not exist.")
+    return Principal(
+        subject=text_claim(claims, "sub"),
+        role=Role(role),
+        purpose=text_claim(claims, "purpose", default=""),
+        expires_at=int(claims["exp"]),
+        tenant=text_claim(claims, "tenant", default="default"),
+        entrypoint=entrypoint,
+    )
 
 
 def current_actor() -> str:
@@ -99,55 +169,7 @@ def current_actor() -> str:
     return f"user:{getpass.getuser()}"
 
 
-def ensure_issuer(places: Layout) -> None:
-    """Make the dev issuer's key on first use."""
-    keys = local(places.keys)
-    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private = keys / PRIVATE_NAME
-    if private.exists():
-        return
-    key = ECKey.generate_key("P-256", {"use": "sig", "alg": ALGORITHM}, auto_kid=True)
-    (keys / PUBLIC_NAME).write_bytes(key.as_pem(private=False))
-    (keys / JWKS_NAME).write_text(json.dumps(KeySet([key]).as_dict(private=False)))
-    write_private(private, key.as_pem(private=True))
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a new file that only its owner can read."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-
-
-def mint_token(places: Layout, *, subject: str, role: Role, purpose: str, ttl_s: int = 900) -> str:
-    """A token of the dev issuer.
-
-    Raises:
-        ConfigError: there is no issuer yet.
-    """
-    private = local(places.keys) / PRIVATE_NAME
-    if not private.exists():
-        raise ConfigError(f"No issuer at {private}. Run `python -m cluster.up` first.")
-    jwks = json.loads((local(places.keys) / JWKS_NAME).read_text())
-    kid = jwks["keys"][0]["kid"]
-    key = ECKey.import_key(private.read_bytes())
-    now = int(time.time())
-    claims = {
-        "iss": ISSUER,
-        "aud": AUDIENCE,
-        "sub": subject,
-        "role": role.value,
-        "purpose": purpose,
-        "iat": now,
-        "nbf": now,
-        "exp": now + ttl_s,
-        "jti": uuid.uuid4().hex,
-    }
-    return jwt.encode({"alg": ALGORITHM, "kid": kid, "typ": "JWT"}, claims, key, algorithms=[ALGORITHM])
-
-
-def main() -> None:
-    """Parse the flags and print a token."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.security.identity", description="Local identities."
     )
@@ -156,28 +178,57 @@ def main() -> None:
     token.add_argument("--sub", required=True, help="subject")
     token.add_argument("--role", required=True, choices=[role.value for role in Role])
     token.add_argument("--purpose", default="", help="what the data will be used for")
+    token.add_argument("--tenant", default="default", help="whose data it is (default: default)")
     token.add_argument("--ttl-s", type=int, default=900, help="seconds until it expires (default: 900)")
-    token.add_argument(
-        "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
-    )
     token.add_argument("--output", type=Path, help="file to write (mode 0600) instead of standard output")
-    arguments = parser.parse_args()
-    try:
-        places = layout(StorageConfig(root=arguments.root))
-        text = mint_token(
-            places,
-            subject=arguments.sub,
-            role=Role(arguments.role),
-            purpose=arguments.purpose,
-            ttl_s=arguments.ttl_s,
+    rotate = commands.add_parser("rotate", help="sign with a new key; old tokens hold until they expire")
+    rotate.add_argument(
+        "--keep-s",
+        type=int,
+        default=MAX_LIFETIME_S + LEEWAY_S,
+        help="seconds for which the old key's tokens still hold; 0 ends them now (default: the longest token's life)",
+    )
+    verify = commands.add_parser("verify", help="say whose token a file holds, or why it is refused")
+    verify.add_argument("file", type=Path, help="file with one token")
+    for command in (token, rotate, verify):
+        command.add_argument(
+            "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
         )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    """What a command prints; nothing where it wrote a file."""
+    places = layout(StorageConfig(root=arguments.root))
+    if arguments.command == "rotate":
+        return f"New tokens are signed with key {rotate_issuer(places, keep_s=arguments.keep_s)}."
+    if arguments.command == "verify":
+        if not arguments.file.is_file():
+            raise ConfigError(f"No token file at {arguments.file}.")
+        content = arguments.file.read_bytes()[: MAX_TOKEN_BYTES + 2].decode(errors="replace")
+        return json.dumps(dataclasses.asdict(TokenVerifier.of(places).verify(content.strip())))
+    text = mint_token(
+        places,
+        subject=arguments.sub,
+        role=Role(arguments.role),
+        purpose=arguments.purpose,
+        ttl_s=arguments.ttl_s,
+        tenant=arguments.tenant,
+    )
+    if arguments.output is None:
+        return text
+    replace_private(arguments.output, text.encode())
+    return ""
+
+
+def main() -> None:
+    """Parse the flags and run a command."""
+    try:
+        printed = _run(_parser().parse_args())
     except RefusedError as error:
         refuse(error)
-    if arguments.output is None:
-        print(text)
-        return
-    arguments.output.unlink(missing_ok=True)
-    write_private(arguments.output, text.encode())
+    if printed:
+        print(printed)
 
 
 if __name__ == "__main__":

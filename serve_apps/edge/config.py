@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from cluster.security.identity import ALGORITHM, AUDIENCE, ISSUER
-from cluster.security.policy import ALLOWED, Action
+from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 
 OUTCOMES_APP = "outcomes"
 ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
 _LIVE, _READY = '{"live":true}', '{"ready":true}'
 MODEL_NAME = "[A-Za-z0-9._-]+"
+
+
+def edge_roles() -> Mapping[Action, frozenset[Role]]:
+    """Who may do what the edge tells apart by path, as the policies have it."""
+    policy = Policy.load()
+    return {action: policy.roles_for(action) for action in EDGE_ACTIONS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +37,8 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
+    roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
+    """Compiled from the policies when the edge starts."""
 
 
 def error_body(status: int, message: str | None = None) -> str:
@@ -103,7 +112,7 @@ def _frontend(routes: Routes, settings: EdgeSettings) -> str:
 {_health(routes)}
 {_classify()}
 {_identity(settings)}
-{_authorise()}
+{_authorise(settings)}
     http-request return status 413 {_json(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
@@ -158,9 +167,9 @@ def _identity(settings: EdgeSettings) -> str:
     {refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt 5 }}"""
 
 
-def _authorise() -> str:
+def _authorise(settings: EdgeSettings) -> str:
     lines = []
-    for action, roles in ALLOWED.items():
+    for action, roles in settings.roles.items():
         names = " ".join(sorted(roles))
         message = f"Your role may not {action.value.replace('_', ' ')}."
         refusal = f"http-request return status 403 {_json(403, message)}"

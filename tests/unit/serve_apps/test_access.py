@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
-from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
+from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
+from cluster.security.issuer import rotate_issuer
+from cluster.security.oidc import FileKeys
 from cluster.security.policy import Action, Role
 from cluster.storage import Layout
-from serve_apps.access import AccessCheck
+from serve_apps.access import MAX_CACHED_S, AccessCheck
 
 
 @pytest.fixture
@@ -21,17 +23,42 @@ def places(tmp_path: Path) -> Layout:
     return layout
 
 
-def bearer(places: Layout, role: Role = Role.service) -> str:
-    return f"Bearer {mint_token(places, subject='alice', role=role, purpose='test', ttl_s=60)}"
+def bearer(places: Layout, role: Role = Role.service, *, ttl_s: int = 60) -> str:
+    return f"Bearer {mint_token(places, subject='alice', role=role, purpose='test', ttl_s=ttl_s)}"
 
 
-def test_a_token_is_remembered_only_until_it_expires(places: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+class Counting(TokenVerifier):
+    """Counts how often a signature was really looked at; its clock is set by hand."""
+
+    def __init__(self, places: Layout) -> None:
+        self.at, self.verified = time.time(), 0
+        super().__init__(FileKeys(Path(places.keys) / "jwks.json"), clock=lambda: self.at)
+
+    def verify(self, token: str) -> Principal:
+        self.verified += 1
+        return super().verify(token)
+
+
+def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
     """A cached token is refused once its time is over."""
-    check, token = AccessCheck(TokenVerifier.of(places)), bearer(places)
+    verifier, token = Counting(places), bearer(places)
+    check = AccessCheck(verifier)
     assert check(token, Action.predict) == check(token, Action.predict)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 120)
+    assert verifier.verified == 1
+    verifier.at += 120
     with pytest.raises(Unauthenticated, match="expired"):
+        check(token, Action.predict)
+
+
+def test_a_token_is_not_remembered_longer_than_its_key(places: Layout) -> None:
+    """Within a minute of a rotation that keeps nothing, a known token is refused too."""
+    verifier, token = Counting(places), bearer(places, ttl_s=3600)
+    check = AccessCheck(verifier)
+    check(token, Action.predict)
+    rotate_issuer(places, keep_s=0)
+    assert check(token, Action.predict).subject == "alice"
+    verifier.at += MAX_CACHED_S
+    with pytest.raises(Unauthenticated, match="key"):
         check(token, Action.predict)
 
 

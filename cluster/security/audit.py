@@ -1,0 +1,177 @@
+"""What of all decisions is recorded: every denial, strangers by their number, permissions by a sample.
+
+A denial names a known principal, so there are only as many as its token may cause. Strangers are counted per time
+window and reason, because whoever needs no identity could otherwise fill the ledger. A permission is recorded at most
+once per principal, action, resource and window, and only for a share of these, chosen by a hash: the same decision in
+the same window is chosen in every process, and an auditor can recompute which ones must be there.
+
+The clock is the caller's: `at` is Unix seconds. The memory is bounded whoever comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.security.identity import Principal
+from cluster.security.policy import Action, Decision, Resource
+
+OTHER_REASONS = "other"
+_SCALE = 2**64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessDecided:
+    """A known principal was denied something, or permitted it and sampled."""
+
+    allowed: bool
+    subject: str
+    role: str
+    purpose: str
+    tenant: str
+    entrypoint: str
+    action: str
+    kind: str
+    resource: str
+    column_class: str
+    policies: tuple[str, ...]
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrangersRefused:
+    """Requests without a valid identity within one window, for one reason."""
+
+    reason: str
+    count: int
+    first_at: float
+    last_at: float
+
+
+Record = AccessDecided | StrangersRefused
+Append = Callable[[Record], None]
+
+
+def is_sampled(principal: Principal, action: Action, resource: Resource, *, window: int, rate: float) -> bool:
+    """Whether a permission is of the sample; pure, so that it can be recomputed."""
+    return int.from_bytes(_digest(principal, action, resource, window)[:8], "big") < rate * _SCALE
+
+
+def _digest(principal: Principal, action: Action, resource: Resource, window: int) -> bytes:
+    parts = [
+        principal.tenant,
+        principal.subject,
+        action.value,
+        resource.tenant,
+        resource.kind,
+        resource.name,
+        window,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+class Decisions:
+    """Records decisions through `append`; safe for threads.
+
+    What `append` raises reaches the caller, who has then not recorded a denial and must not answer as if he had.
+    """
+
+    def __init__(
+        self,
+        append: Append,
+        *,
+        permit_rate: float = 0.01,
+        window_s: int = 60,
+        max_reasons: int = 32,
+        max_permits: int = 1000,
+    ) -> None:
+        if not 0.0 <= permit_rate <= 1.0:
+            raise ValueError(f"permit_rate must be between 0 and 1, got {permit_rate}.")
+        if min(window_s, max_reasons) < 1 or max_permits < 0:
+            raise ValueError("window_s and max_reasons must be at least 1, max_permits at least 0.")
+        self._append = append
+        self._rate, self._window_s = permit_rate, window_s
+        self._max_reasons, self._max_permits = max_reasons, max_permits
+        self._lock = threading.Lock()
+        self._window = -1
+        self._strangers: dict[str, StrangersRefused] = {}
+        self._permits: set[bytes] = set()
+
+    def decided(
+        self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
+    ) -> None:
+        """Record a denial; record a permission if it is of the sample, and of the window's first `max_permits`."""
+        with self._lock:
+            due = self._turned(at)
+            if decision.allowed and not self._is_new_sample(principal, action, resource):
+                records: list[Record] = due
+            else:
+                records = [*due, _record(principal, action, resource, decision, at)]
+        self._write(records)
+
+    def unauthenticated(self, reason: str, *, at: float) -> None:
+        """Count a stranger; the count is recorded once the window is over."""
+        with self._lock:
+            due = self._turned(at)
+            known = reason in self._strangers or len(self._strangers) < self._max_reasons - 1
+            name = reason if known else OTHER_REASONS
+            seen = self._strangers.get(name, StrangersRefused(reason=name, count=0, first_at=at, last_at=at))
+            self._strangers[name] = StrangersRefused(
+                reason=name,
+                count=seen.count + 1,
+                first_at=min(seen.first_at, at),
+                last_at=max(seen.last_at, at),
+            )
+        self._write(due)
+
+    def flush(self) -> None:
+        """Record the strangers counted so far; call it at the end, and now and then where requests are few."""
+        with self._lock:
+            due: list[Record] = list(self._strangers.values())
+            self._strangers = {}
+        self._write(due)
+
+    def _turned(self, at: float) -> list[Record]:
+        """What is due because a window is over; a clock that runs backwards opens none."""
+        window = int(at // self._window_s)
+        if window <= self._window:
+            return []
+        due: list[Record] = list(self._strangers.values())
+        self._window, self._strangers, self._permits = window, {}, set()
+        return due
+
+    def _is_new_sample(self, principal: Principal, action: Action, resource: Resource) -> bool:
+        if not is_sampled(principal, action, resource, window=self._window, rate=self._rate):
+            return False
+        digest = _digest(principal, action, resource, self._window)
+        if digest in self._permits or len(self._permits) >= self._max_permits:
+            return False
+        self._permits.add(digest)
+        return True
+
+    def _write(self, records: list[Record]) -> None:
+        """Outside the lock: the ledger may be slow."""
+        for record in records:
+            self._append(record)
+
+
+def _record(
+    principal: Principal, action: Action, resource: Resource, decision: Decision, at: float
+) -> AccessDecided:
+    return AccessDecided(
+        allowed=decision.allowed,
+        subject=principal.subject,
+        role=principal.role.value,
+        purpose=principal.purpose,
+        tenant=principal.tenant,
+        entrypoint=principal.entrypoint,
+        action=action.value,
+        kind=resource.kind,
+        resource=resource.name,
+        column_class=resource.column_class,
+        policies=decision.policies,
+        at=at,
+    )

@@ -1,0 +1,187 @@
+"""What is recorded of decisions: each denial, strangers by number, permissions by a sample anybody can recompute."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.security.audit import (
+    OTHER_REASONS,
+    AccessDecided,
+    Decisions,
+    Record,
+    StrangersRefused,
+    is_sampled,
+)
+from cluster.security.identity import Principal
+from cluster.security.policy import Action, Decision, Resource, Role
+
+DENIED = Decision(allowed=False, policies=("four-eyes",))
+ALLOWED = Decision(allowed=True, policies=("admin-manages",))
+MODEL = Resource(kind="model", name="loan", column_class="internal")
+
+
+def who(subject: str = "alice") -> Principal:
+    return Principal(subject=subject, role=Role.admin, purpose="credit", expires_at=0, tenant="north")
+
+
+def test_every_denial_is_recorded_whole() -> None:
+    """With who, what, why and when."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, permit_rate=0.0)
+    for at in (10.0, 10.0, 11.0):
+        decisions.decided(who(), Action.deploy, MODEL, DENIED, at=at)
+    assert len(records) == 3
+    assert records[0] == AccessDecided(
+        allowed=False,
+        subject="alice",
+        role="admin",
+        purpose="credit",
+        tenant="north",
+        entrypoint="",
+        action="deploy",
+        kind="model",
+        resource="loan",
+        column_class="internal",
+        policies=("four-eyes",),
+        at=10.0,
+    )
+
+
+def test_strangers_are_counted_per_window_and_reason() -> None:
+    """Recorded once the window is over."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, window_s=60)
+    for at in (0.0, 30.0, 59.0):
+        decisions.unauthenticated("expired", at=at)
+    decisions.unauthenticated("no token", at=31.0)
+    assert records == []
+    decisions.unauthenticated("expired", at=60.0)
+    assert records == [
+        StrangersRefused(reason="expired", count=3, first_at=0.0, last_at=59.0),
+        StrangersRefused(reason="no token", count=1, first_at=31.0, last_at=31.0),
+    ]
+    decisions.flush()
+    assert records[2:] == [StrangersRefused(reason="expired", count=1, first_at=60.0, last_at=60.0)]
+    decisions.flush()
+    assert len(records) == 3
+
+
+def test_a_window_ends_with_a_known_principal_too() -> None:
+    """Its record comes after the strangers before it."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, permit_rate=0.0)
+    decisions.unauthenticated("expired", at=1.0)
+    decisions.decided(who(), Action.predict, MODEL, ALLOWED, at=61.0)
+    assert [type(record) for record in records] == [StrangersRefused]
+    decisions.unauthenticated("expired", at=62.0)
+    decisions.decided(who(), Action.predict, MODEL, DENIED, at=125.0)
+    assert [type(record) for record in records] == [StrangersRefused, StrangersRefused, AccessDecided]
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.floats(0, 1000)), max_size=200), st.integers(1, 5))
+def test_no_stranger_is_lost_and_the_memory_is_bounded(strangers: list[tuple[str, float]], most: int) -> None:
+    """However many reasons they bring, in whatever order of time."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, max_reasons=most, window_s=50)
+    for reason, at in strangers:
+        before = len(records)
+        decisions.unauthenticated(reason, at=at)
+        assert len(records) - before <= most
+    decisions.flush()
+    counted = [record for record in records if isinstance(record, StrangersRefused)]
+    assert sum(record.count for record in counted) == len(strangers)
+    assert all(record.first_at <= record.last_at for record in counted)
+
+
+def test_a_flood_of_strangers_is_few_records() -> None:
+    """Twenty thousand with reasons of their own."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, max_reasons=8)
+    for number in range(20_000):
+        decisions.unauthenticated(f"reason {number}", at=number / 200)
+    decisions.flush()
+    assert len(records) == 16
+    assert sum(record.count for record in records if isinstance(record, StrangersRefused)) == 20_000
+    assert {record.reason for record in records if isinstance(record, StrangersRefused)} >= {OTHER_REASONS}
+
+
+def test_the_sample_of_permissions_can_be_recomputed() -> None:
+    """Two processes choose the same; each choice is recorded once a window; another window chooses others."""
+    subjects = [f"user {number}" for number in range(2000)]
+    samples = []
+    for _ in range(2):
+        records: list[Record] = []
+        decisions = Decisions(records.append, permit_rate=0.1)
+        for subject in subjects * 2:
+            decisions.decided(who(subject), Action.predict, MODEL, ALLOWED, at=120.0)
+        samples.append([record.subject for record in records if isinstance(record, AccessDecided)])
+    expected = [
+        subject for subject in subjects if is_sampled(who(subject), Action.predict, MODEL, window=2, rate=0.1)
+    ]
+    assert samples == [expected, expected]
+    assert 150 < len(expected) < 250
+    later = [s for s in subjects if is_sampled(who(s), Action.predict, MODEL, window=3, rate=0.1)]
+    assert later != expected
+
+
+@pytest.mark.parametrize(("rate", "recorded"), [(0.0, 0), (1.0, 50)])
+def test_none_or_all_permissions_can_be_recorded(rate: float, recorded: int) -> None:
+    """The ends of the scale are exact."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, permit_rate=rate)
+    for number in range(50):
+        decisions.decided(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
+    assert len(records) == recorded
+
+
+def test_permissions_of_one_window_are_bounded() -> None:
+    """However many principals come; denials are not."""
+    records: list[Record] = []
+    decisions = Decisions(records.append, permit_rate=1.0, max_permits=10)
+    for number in range(50):
+        decisions.decided(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
+        decisions.decided(who(str(number)), Action.predict, MODEL, DENIED, at=1.0)
+    assert [record.allowed for record in records if isinstance(record, AccessDecided)].count(True) == 10
+    assert len(records) == 60
+
+
+def test_what_could_not_be_recorded_is_said() -> None:
+    """The caller must know that a denial is in no ledger."""
+
+    def broken(record: Record) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Decisions(broken).decided(who(), Action.deploy, MODEL, DENIED, at=1.0)
+
+
+def test_threads_lose_no_count() -> None:
+    """Brokers answer many at once."""
+    records: list[Record] = []
+    decisions = Decisions(records.append)
+
+    def many() -> None:
+        for _ in range(2000):
+            decisions.unauthenticated("expired", at=1.0)
+
+    threads = [threading.Thread(target=many) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    decisions.flush()
+    assert records == [StrangersRefused(reason="expired", count=8000, first_at=1.0, last_at=1.0)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"permit_rate": 1.1}, {"permit_rate": -0.1}, {"window_s": 0}, {"max_reasons": 0}, {"max_permits": -1}],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    """At the start."""
+    with pytest.raises(ValueError, match="must be"):
+        Decisions(lambda _: None, **wrong)  # type: ignore[arg-type]

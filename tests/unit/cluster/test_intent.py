@@ -1,0 +1,219 @@
+"""A job's own principal: good for one entrypoint, for a while, from a file of its owner's."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from joserfc import jwt
+from joserfc.jwk import ECKey
+
+from cluster.errors import ConfigError, Unauthenticated
+from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, local_keys, mint_token
+from cluster.security.intent import (
+    FILE_VARIABLE,
+    INTENT_AUDIENCE,
+    INTENT_TYPE,
+    MAX_TTL_S,
+    IntentVerifier,
+    intent_file,
+    mint_intent,
+    read_intent,
+    write_intent,
+)
+from cluster.security.issuer import rotate_issuer
+from cluster.security.policy import Role
+from cluster.security.tokens import TokenRules
+from cluster.storage import Layout
+
+ENTRYPOINT = "feature_jobs.ingest"
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Layout:
+    places = Layout(str(tmp_path / "root"))
+    ensure_issuer(places)
+    return places
+
+
+@pytest.fixture
+def alice(places: Layout) -> Principal:
+    """As an access token says her."""
+    token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="credit", tenant="north")
+    return TokenVerifier.of(places).verify(token)
+
+
+@pytest.fixture
+def verifier(places: Layout) -> IntentVerifier:
+    return IntentVerifier.of(places)
+
+
+def forged(places: Layout, *, typ: str | None = INTENT_TYPE, **changes: Any) -> str:
+    """Signed with the issuer's real key."""
+    key, now = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes()), int(time.time())
+    claims = {
+        "iss": "falaj-dev",
+        "aud": INTENT_AUDIENCE,
+        "sub": "alice",
+        "role": "data_engineer",
+        "entrypoint": ENTRYPOINT,
+        "jti": "1",
+        "exp": now + 60,
+    } | changes
+    kept = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode({"alg": "ES256", "kid": key.thumbprint()}, kept, key, default_type=typ)
+
+
+def test_an_intent_carries_its_principal_to_the_job(
+    places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
+) -> None:
+    """The file is its owner's alone; what is read is who minted it, and the job."""
+    path = tmp_path / "intent"
+    write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=60))
+    assert path.stat().st_mode & 0o777 == 0o600
+    intent = read_intent(path, verifier, entrypoint=ENTRYPOINT)
+    principal = intent.principal
+    assert (principal.subject, principal.role, principal.purpose) == ("alice", Role.data_engineer, "credit")
+    assert (principal.tenant, principal.entrypoint, intent.entrypoint) == ("north", ENTRYPOINT, ENTRYPOINT)
+    assert intent.intent_id
+    assert 50 < principal.expires_at - time.time() <= 60
+
+
+def test_an_intent_is_read_again_by_a_worker(
+    places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
+) -> None:
+    """From the same path, replaced meanwhile by a newer one."""
+    path = tmp_path / "intent"
+    for ttl_s in (60, 120):
+        write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=ttl_s))
+        assert read_intent(path, verifier, entrypoint=ENTRYPOINT).principal.subject == "alice"
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["intent"]
+
+
+def test_an_access_token_is_no_intent_nor_the_reverse(
+    places: Layout, alice: Principal, verifier: IntentVerifier
+) -> None:
+    """By type, and by audience where an issuer cannot set the type."""
+    access = mint_token(places, subject="alice", role=Role.data_engineer, purpose="credit")
+    intent = mint_intent(places, alice, entrypoint=ENTRYPOINT)
+    with pytest.raises(Unauthenticated, match="type"):
+        verifier.verify(access)
+    with pytest.raises(Unauthenticated, match="type"):
+        TokenVerifier.of(places).verify(intent)
+    with pytest.raises(Unauthenticated, match="aud"):
+        TokenVerifier.of(places).verify(forged(places, typ="JWT"))
+    lax = TokenRules(issuer="falaj-dev", audience=INTENT_AUDIENCE, types=frozenset({"jwt", INTENT_TYPE}))
+    any_type = IntentVerifier(local_keys(places), rules=lax)
+    assert any_type.verify(forged(places, typ="JWT")).entrypoint == ENTRYPOINT
+    with pytest.raises(Unauthenticated, match="aud"):
+        any_type.verify(access)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"typ": "JWT"},
+        {"typ": None},
+        {"aud": "falaj"},
+        {"aud": ["falaj"]},
+        {"iss": "somebody"},
+        {"entrypoint": None},
+        {"entrypoint": ""},
+        {"entrypoint": ["feature_jobs.ingest"]},
+        {"entrypoint": "feature_jobs.ingest; rm"},
+        {"entrypoint": "../ingest"},
+        {"entrypoint": "feature_jobs.materialize"},
+        {"jti": None},
+        {"role": "king"},
+        {"exp": None},
+        {"exp": 1},
+        {"exp": int(time.time()) + 30 * 86_400},
+        {"nbf": int(time.time()) + 86_400},
+    ],
+    ids=str,
+)
+def test_another_intent_is_refused(places: Layout, verifier: IntentVerifier, changes: dict[str, Any]) -> None:
+    """Though the issuer signed it."""
+    assert verifier.verify(forged(places), entrypoint=ENTRYPOINT).principal.subject == "alice"
+    with pytest.raises(Unauthenticated):
+        verifier.verify(forged(places, **changes), entrypoint=ENTRYPOINT)
+
+
+def test_an_intent_expires(places: Layout, alice: Principal) -> None:
+    """With the leeway of any token."""
+    token = mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=60)
+    late = IntentVerifier(local_keys(places), clock=lambda: time.time() + 120)
+    with pytest.raises(Unauthenticated, match="expired"):
+        late.verify(token, entrypoint=ENTRYPOINT)
+
+
+def test_an_intent_ends_with_its_key(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
+    """As tokens do."""
+    token = mint_intent(places, alice, entrypoint=ENTRYPOINT)
+    rotate_issuer(places, keep_s=0)
+    with pytest.raises(Unauthenticated, match="key"):
+        verifier.verify(token)
+
+
+def test_an_intent_does_not_become_another(
+    places: Layout, alice: Principal, verifier: IntentVerifier
+) -> None:
+    """A job cannot have one made for what it was not meant to run, nor for longer than a day."""
+    job = verifier.verify(mint_intent(places, alice, entrypoint=ENTRYPOINT)).principal
+    assert mint_intent(places, job, entrypoint=ENTRYPOINT)
+    with pytest.raises(ConfigError, match="cannot become"):
+        mint_intent(places, job, entrypoint="jobs.train")
+    with pytest.raises(ConfigError, match="shorter"):
+        mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=MAX_TTL_S + 1)
+    for name in ("", "a b", "../x", "A;B", "jobs..train"):
+        with pytest.raises(ConfigError, match="no module"):
+            mint_intent(places, alice, entrypoint=name)
+
+
+def test_a_file_that_others_could_have_written_or_read_is_refused(
+    places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
+) -> None:
+    """Open to others, a link, a folder, a pipe, or none at all."""
+    path, link, pipe = tmp_path / "intent", tmp_path / "link", tmp_path / "pipe"
+    write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT))
+    link.symlink_to(path)
+    os.mkfifo(pipe, 0o600)
+    for bad in (link, pipe, tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError):
+            read_intent(bad, verifier, entrypoint=ENTRYPOINT)
+    for mode in (0o640, 0o604, 0o620):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match="0600"):
+            read_intent(path, verifier, entrypoint=ENTRYPOINT)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a" * 100_000, b"a.b.c"])
+def test_a_file_of_something_else_is_unauthenticated(
+    verifier: IntentVerifier, tmp_path: Path, content: bytes
+) -> None:
+    """And what it holds is not repeated."""
+    path = tmp_path / "intent"
+    path.touch(0o600)
+    path.write_bytes(content)
+    with pytest.raises(Unauthenticated) as refusal:
+        read_intent(path, verifier)
+    assert "aaaa" not in str(refusal.value)
+
+
+def test_the_configuration_says_where_before_the_environment() -> None:
+    """And it is said what to set where neither does."""
+    assert intent_file("/a", {FILE_VARIABLE: "/b"}) == Path("/a")
+    assert intent_file(None, {FILE_VARIABLE: "/b"}) == Path("/b")
+    with pytest.raises(ConfigError, match=FILE_VARIABLE):
+        intent_file(None, {})
+
+
+def test_a_token_is_in_no_repr(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
+    """Intent and verifier can be logged."""
+    token = mint_intent(places, alice, entrypoint=ENTRYPOINT)
+    shown = f"{verifier.verify(token)!r} {verifier!r} {json.dumps(verifier.verify(token).entrypoint)}"
+    assert not any(part in shown for part in token.split("."))

@@ -1,0 +1,232 @@
+"""The dev issuer: its keys, their rotation, and its command-line tool."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from joserfc.jwk import ECKey
+
+from cluster.errors import ConfigError, Unauthenticated
+from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
+from cluster.security.issuer import public_keys, rotate_issuer
+from cluster.security.policy import Role
+from cluster.security.tokens import MAX_LIFETIME_S
+from cluster.settings import Tier
+from cluster.storage import Layout
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    """A storage root with an issuer."""
+    places = Layout(str(tmp_path_factory.mktemp("root")))
+    ensure_issuer(places)
+    return places
+
+
+@pytest.fixture(scope="module")
+def verifier(places: Layout) -> TokenVerifier:
+    return TokenVerifier.of(places)
+
+
+@pytest.fixture(scope="module")
+def kid(places: Layout) -> str:
+    jwks = json.loads((Path(places.keys) / "jwks.json").read_text())
+    return str(jwks["keys"][0]["kid"])
+
+
+def test_the_issuer_is_made_once_and_kept(places: Layout) -> None:
+    """A second start keeps the keys; the private one is for its owner only."""
+    files = {path.name: path.read_bytes() for path in Path(places.keys).iterdir()}
+    ensure_issuer(places)
+    assert {path.name: path.read_bytes() for path in Path(places.keys).iterdir()} == files
+    assert (Path(places.keys) / "issuer.pem").stat().st_mode & 0o777 == 0o600
+    assert "d" not in json.loads(files["jwks.json"])["keys"][0]
+
+
+def test_the_kid_is_the_keys_thumbprint(places: Layout, kid: str) -> None:
+    """RFC 7638, so that a new key gets a new name by itself."""
+    key = ECKey.import_key((Path(places.keys) / "issuer.pub.pem").read_bytes())
+    required = {name: key.as_dict(private=False)[name] for name in ("crv", "kty", "x", "y")}
+    digest = hashlib.sha256(json.dumps(required, sort_keys=True, separators=(",", ":")).encode()).digest()
+    assert kid == base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def test_without_an_issuer_it_is_said_how_to_get_one(tmp_path: Path) -> None:
+    """Minting never makes keys by itself."""
+    places = Layout(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cluster\.up"):
+        mint_token(places, subject="a", role=Role.service, purpose="")
+    with pytest.raises(ConfigError, match=r"cluster\.up"):
+        TokenVerifier.of(places)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Layout:
+    """A storage root whose issuer may be changed."""
+    places = Layout(str(tmp_path / "root"))
+    ensure_issuer(places)
+    return places
+
+
+def mint(places: Layout) -> str:
+    return mint_token(places, subject="alice", role=Role.service, purpose="test")
+
+
+def test_a_rotation_keeps_old_tokens_until_they_have_expired(fresh: Layout) -> None:
+    """And a running verifier sees it without a restart."""
+    verifier, old = TokenVerifier.of(fresh), mint(fresh)
+    assert verifier.verify(old).subject == "alice"
+    kid = rotate_issuer(fresh, keep_s=100, now=1000.0)
+    new = mint(fresh)
+    assert json.loads(base64.urlsafe_b64decode(new.split(".")[0] + "=="))["kid"] == kid
+    assert verifier.verify(old) == verifier.verify(old)
+    assert verifier.verify(new).subject == "alice"
+    assert next(iter(public_keys(fresh))) == kid
+    rotate_issuer(fresh, keep_s=100, now=1101.0)
+    assert len(public_keys(fresh)) == 2
+    verifier.verify(new)
+    with pytest.raises(Unauthenticated, match="key"):
+        verifier.verify(old)
+
+
+def test_a_rotation_after_a_theft_ends_all_tokens(fresh: Layout) -> None:
+    """At once, those of earlier keys too."""
+    verifier, tokens = TokenVerifier.of(fresh), [mint(fresh)]
+    rotate_issuer(fresh)
+    tokens.append(mint(fresh))
+    rotate_issuer(fresh, keep_s=0)
+    for token in tokens:
+        with pytest.raises(Unauthenticated, match="key"):
+            verifier.verify(token)
+    assert verifier.verify(mint(fresh)).subject == "alice"
+
+
+def test_a_rotation_torn_before_its_private_key_loses_nothing(fresh: Layout) -> None:
+    """The published set then names a key that never signs; minting and the next rotation go on."""
+    folder, old = Path(fresh.keys), mint(fresh)
+    private, public = (folder / "issuer.pem").read_bytes(), (folder / "issuer.pub.pem").read_bytes()
+    rotate_issuer(fresh)
+    (folder / "issuer.pem").write_bytes(private)
+    (folder / "issuer.pub.pem").write_bytes(public)
+    verifier = TokenVerifier.of(fresh)
+    assert verifier.verify(old)
+    assert verifier.verify(mint(fresh))
+    rotate_issuer(fresh)
+    assert verifier.verify(old)
+    assert verifier.verify(mint(fresh))
+
+
+def test_private_keys_stay_private_through_a_rotation(fresh: Layout) -> None:
+    """Mode 0600, nothing left behind, and no private member in what is published."""
+    rotate_issuer(fresh)
+    folder = Path(fresh.keys)
+    assert sorted(path.name for path in folder.iterdir()) == ["issuer.pem", "issuer.pub.pem", "jwks.json"]
+    assert (folder / "issuer.pem").stat().st_mode & 0o777 == 0o600
+    assert all("d" not in entry for entry in json.loads((folder / "jwks.json").read_text())["keys"])
+    assert (
+        public_keys(fresh)[str(ECKey.import_key((folder / "issuer.pem").read_bytes()).thumbprint())]
+        == (folder / "issuer.pub.pem").read_bytes()
+    )
+
+
+def test_the_production_tier_has_no_dev_issuer(fresh: Layout, tmp_path: Path) -> None:
+    """Neither made nor rotated."""
+    with pytest.raises(ConfigError, match="OIDC"):
+        ensure_issuer(Layout(str(tmp_path / "other")), tier=Tier.enterprise_gpu)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ConfigError, match="OIDC"):
+        rotate_issuer(fresh, tier=Tier.enterprise_gpu)
+
+
+def test_a_key_file_that_is_gone_or_broken_verifies_nothing(fresh: Layout) -> None:
+    """It is refused, not failed; and put back, it works again."""
+    verifier, token, path = TokenVerifier.of(fresh), mint(fresh), Path(fresh.keys) / "jwks.json"
+    good = path.read_bytes()
+    for bad in (
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b'{"keys": 7}',
+        b'{"keys": []}',
+        b'{"keys": [{"kty": "oct", "k": "AA"}]}',
+    ):
+        path.unlink(missing_ok=True)
+        if bad is not None:
+            path.write_bytes(bad)
+        with pytest.raises(Unauthenticated):
+            verifier.verify(token)
+    path.write_bytes(good)
+    assert verifier.verify(token).subject == "alice"
+
+
+def test_no_token_outlives_the_longest_a_rotation_keeps(fresh: Layout) -> None:
+    """Else an old key would have to stay for ever."""
+    with pytest.raises(ConfigError, match="shorter"):
+        mint_token(fresh, subject="a", role=Role.service, purpose="", ttl_s=MAX_LIFETIME_S + 1)
+
+
+def run(*arguments: str, command: str = "token") -> subprocess.CompletedProcess[str]:
+    """The command-line tool."""
+    command_line = [sys.executable, "-m", "cluster.security.identity", command, *arguments]
+    return subprocess.run(command_line, capture_output=True, text=True, check=False)
+
+
+def test_the_tool_prints_a_token_and_nothing_else(
+    places: Layout, verifier: TokenVerifier, tmp_path: Path
+) -> None:
+    """To standard output, or to a file that only its owner reads, even where one lay open before."""
+    flags = (
+        "--root",
+        places.root,
+        "--sub",
+        "alice",
+        "--role",
+        "auditor",
+        "--purpose",
+        "audit",
+        "--ttl-s",
+        "60",
+    )
+    printed = run(*flags)
+    assert printed.stdout.count("\n") == 1
+    assert verifier.verify(printed.stdout.strip()).role is Role.auditor
+    output = tmp_path / "token"
+    output.write_text("old")
+    output.chmod(0o644)
+    written = run(*flags, "--output", str(output))
+    assert written.stdout == written.stderr == ""
+    assert verifier.verify(output.read_text().strip()).subject == "alice"
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_tool_refuses_with_2_what_it_cannot_do(tmp_path: Path) -> None:
+    """No issuer yet, or a role that does not exist."""
+    missing = run("--root", str(tmp_path), "--sub", "a", "--role", "service")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("refused: ")
+    assert run("--root", str(tmp_path), "--sub", "a", "--role", "king").returncode == 2
+
+
+def test_the_tool_verifies_and_rotates(fresh: Layout, tmp_path: Path) -> None:
+    """It says whose a token is, never the token; and why one is refused."""
+    root, file = ("--root", fresh.root), tmp_path / "token"
+    run(*root, "--sub", "alice", "--role", "service", "--tenant", "north", "--output", str(file))
+    said = run(*root, str(file), command="verify")
+    assert {"subject": "alice", "role": "service", "tenant": "north"}.items() <= json.loads(
+        said.stdout
+    ).items()
+    assert file.read_text().split(".")[2] not in said.stdout
+    rotated = run(*root, "--keep-s", "0", command="rotate")
+    assert (rotated.returncode, next(iter(public_keys(fresh))) in rotated.stdout) == (0, True)
+    refused = run(*root, str(file), command="verify")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("refused: ")
+    assert run(*root, str(tmp_path / "none"), command="verify").returncode == 2
