@@ -60,4 +60,4 @@ lock:
 	@build/lock/bin/pip freeze --exclude falaj | sed 's/+cpu$$//' > requirements.lock
 
 clean: down
-	rm -rf .falaj
+	rm -rf .falaj data

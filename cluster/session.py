@@ -40,6 +40,8 @@ class ClusterRecord:
     serve_http_url: str
     token_path: str
     temp_dir: str
+    key_socket: str
+    """Where the key broker listens."""
     ports: dict[str, int]
     pids: dict[str, int]
     started_at: str

@@ -67,6 +67,20 @@ class OnlineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class IdentityConfig:
+    """As whom a job acts."""
+
+    token_file: str | None = None
+    """A file with a token of the issuer; none lets the local dev issuer mint one for the user of this machine."""
+    role: str = "admin"
+    """Of a token that is minted here."""
+    purpose: str = ""
+    """Of a token that is minted here."""
+    environment: str = "local"
+    """What the policies call this installation: `local`, `test`, `staging`, or else it counts as production."""
+
+
+@dataclass(kw_only=True, slots=True)
 class PortsConfig:
     """TCP ports of a local cluster, all on loopback but Ray's own."""
 
@@ -136,6 +150,7 @@ class PlatformConfig:
     tier: Tier = Tier.smb_cpu
     storage: StorageConfig = field(default_factory=StorageConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    identity: IdentityConfig = field(default_factory=IdentityConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import processes
@@ -40,7 +41,7 @@ REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
 )
 """They let a Parquet file's metadata run code (CVE-2026-41486)."""
-EDGE_DEADLINE_S = 60.0
+START_DEADLINE_S = 60.0
 NUM_REPLICA_PORTS = 1000
 
 
@@ -57,9 +58,13 @@ def main(config: PlatformConfig) -> None:
     prepare(config, record)
     try:
         start_ray(config, record)
+        write_record(record, config.storage)
+        broker = start_process(config, record, "cluster.security.keys", log=key_log(config))
         start_serve(config, record)
-        edge = start_edge(config, record)
-        wait_for_edge(config, record, edge)
+        print("starting the edge", flush=True)
+        edge = start_process(config, record, "serve_apps.edge", log=edge_log(config))
+        wait_until(broker, Path(record.key_socket).exists, log=key_log(config))
+        wait_until(edge, lambda: _answers(record.metrics_url), log=edge_log(config))
     except BaseException:
         processes.end(record.cluster_id)
         shutil.rmtree(record.temp_dir, ignore_errors=True)
@@ -127,6 +132,7 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
         token_path=f"{layout(config.storage).keys}/ray_token",
         temp_dir=processes.temp_dir(cluster_id),
+        key_socket=f"{processes.temp_dir(cluster_id)}/keys/broker.sock",
         ports=ports,
         pids={},
         started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -236,41 +242,62 @@ def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
         raise StartFailed(f"Serve did not start:\n{result.stderr[-3000:]}")
 
 
-def start_edge(config: PlatformConfig, record: ClusterRecord) -> subprocess.Popen[bytes]:
-    """Start the edge's controller, which starts HAProxy, and write the record that it reads."""
-    print("starting the edge", flush=True)
-    write_record(record, config.storage)
+def start_process(
+    config: PlatformConfig, record: ClusterRecord, module: str, *, log: Path
+) -> subprocess.Popen[bytes]:
+    """Start one of our own long-running processes, with the configuration that it shares with the cluster."""
     overrides = [f"storage.root={record.storage_root}", f"tier={config.tier.value}"]
     overrides += [f"cluster.ports.{name}={port}" for name, port in record.ports.items()]
+    overrides += [
+        f"cluster.region={config.cluster.region}",
+        f"identity.environment={config.identity.environment}",
+    ]
     if config.ledger.url is not None:
         overrides.append(f"ledger.url={config.ledger.url}")
-    with (local(layout(config.storage).edge) / "controller.log").open("ab") as log:
+    with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", "serve_apps.edge", *overrides],
+            [sys.executable, "-m", module, *overrides],
             env=environment(config, record),
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=sink,
+            stderr=sink,
             start_new_session=True,
             cwd=record.project_root,
         )
 
 
-def wait_for_edge(config: PlatformConfig, record: ClusterRecord, edge: subprocess.Popen[bytes]) -> None:
-    """Wait until HAProxy answers.
+def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, log: Path) -> None:
+    """Wait until a process serves.
 
     Raises:
-        StartFailed: with the end of the controller's log.
+        StartFailed: with the end of its log.
     """
-    log = local(layout(config.storage).edge) / "controller.log"
-    deadline = time.monotonic() + EDGE_DEADLINE_S
-    while edge.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(record.metrics_url, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise StartFailed(f"The edge did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+    deadline = time.monotonic() + START_DEADLINE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready():
+            return
+        time.sleep(0.1)
+    raise StartFailed(
+        f"{log.stem} did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
+    )
+
+
+def edge_log(config: PlatformConfig) -> Path:
+    """Where the edge's controller writes."""
+    return local(layout(config.storage).edge) / "controller.log"
+
+
+def key_log(config: PlatformConfig) -> Path:
+    """Where the key broker writes."""
+    return local(layout(config.storage).keys) / "broker.log"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _ports(config: PlatformConfig) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`python -m feature_jobs.apply definitions=m`: record a module's feature views and services in the ledger."""
+"""`python -m feature_jobs.apply definitions=m`: make the keys of a module's views, and record them in the ledger."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access, key_store
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from feature_jobs.store.catalog import apply, load_definitions
+from feature_jobs.store.protection import service_keys, view_keys
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,8 +24,15 @@ class ApplyConfig(PlatformConfig):
 @job("apply", ApplyConfig)
 def main(config: ApplyConfig) -> None:
     """Apply a module."""
-    require_record(config)
+    record = require_record(config)
     definitions = load_definitions(config.definitions)
+    keys = key_store(key_access(config, record))
+    region = config.cluster.region
+    for info in (
+        *(info for view in definitions.views.values() for info in view_keys(view, region=region)),
+        *(info for service in definitions.services.values() for info in service_keys(service, region=region)),
+    ):
+        keys.ensure(info)
     applied = apply(definitions, open_ledger(config), actor=current_actor())
     for kind, names, changed in (
         ("view", definitions.views, applied.views),

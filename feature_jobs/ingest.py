@@ -26,14 +26,16 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access, protected_files
 from cluster.session import attach, refusal_behind
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, write_parquet
+from cluster.storage import layout
 from feature_jobs.store import offline
-from feature_jobs.store.catalog import load_definitions, view_spec
+from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, open_source
 from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.protection import quarantine_protection, view_protection
 from feature_jobs.store.validation import RAW, REASON, prepare
 
 HEAD_ROWS = 1000
@@ -83,10 +85,10 @@ class Checked:
 @job("ingest", IngestConfig)
 def main(config: IngestConfig) -> None:
     """Ingest one batch."""
-    attach(config)
+    access = key_access(config, attach(config))
     ledger = open_ledger(config)
     places = layout(config.storage)
-    view = applied_view(config, ledger)
+    view, spec = applied_view(config, ledger)
     files = open_source(config.source.path or view.source.path, places)
     ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
     if any(entry.payload["ingest_id"] == ingest_id for entry in ledger.entries(BatchIngested)):
@@ -97,7 +99,14 @@ def main(config: IngestConfig) -> None:
     before = offline.committed(table, ingest_id) if table is not None else None
     if before is None:
         checked = check_or_refuse(config, ledger, view, files)
-        before = store(config, view, checked, ingest_id, uri=uri, quarantine=places.quarantine(view.name))
+        target = offline.Target(
+            uri=uri,
+            keys=tuple(view.join_keys),
+            buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
+            protection=view_protection(spec),
+            access=access,
+        )
+        before = store(view, checked, ingest_id, target=target, quarantine=places.quarantine(view.name))
     batch, version = before
     record(ledger, view, files, batch, version)
     print(
@@ -106,19 +115,20 @@ def main(config: IngestConfig) -> None:
     )
 
 
-def applied_view(config: IngestConfig, ledger: Ledger) -> FeatureView:
-    """The view as its module defines it, if that is what was applied.
+def applied_view(config: IngestConfig, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
+    """The view as its module defines it and as it was applied, which is the same.
 
     Raises:
         DefinitionError: it was not applied, or was changed since.
     """
     view = load_definitions(config.definitions).view(config.view)
-    if view_spec(ledger, view.name).version != view.version:
+    spec = view_spec(ledger, view.name)
+    if spec.version != view.version:
         raise DefinitionError(
             f"View '{view.name}' was changed since it was applied. "
             f"Run `python -m feature_jobs.apply definitions={config.definitions}`."
         )
-    return view
+    return view, spec
 
 
 def check(view: FeatureView, files: SourceFiles) -> Checked:
@@ -198,7 +208,7 @@ def decide(config: IngestConfig, view: FeatureView, files: SourceFiles, checked:
 
 
 def store(
-    config: IngestConfig, view: FeatureView, checked: Checked, ingest_id: str, *, uri: str, quarantine: str
+    view: FeatureView, checked: Checked, ingest_id: str, *, target: offline.Target, quarantine: str
 ) -> tuple[offline.Batch, int]:
     """Write the good rows to their buckets and the bad ones to quarantine, then commit.
 
@@ -206,17 +216,16 @@ def store(
         Inconsistent: rows in are not rows stored and quarantined; nothing was committed.
     """
     schema = row_schema(ray.get(_schema.remote(checked.blocks[0])))
-    table = offline.open_table(uri)
+    table = offline.open_table(target.uri)
     if table is None:
-        table = offline.create_table(uri, schema, num_buckets=config.num_buckets)
+        table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
     offline.check_schema(table, schema, view=view.name)
-    table = DeltaTable(uri)
+    table = DeltaTable(target.uri)
     seq = offline.last_seq(table)
     parts = []
     for block, size in zip(checked.blocks, checked.sizes, strict=True):
         name = f"{ingest_id}-{uuid.uuid4().hex[:8]}"
-        settings = {"uri": uri, "keys": view.join_keys, "buckets": offline.num_buckets(table), "name": name}
-        parts.append(_write.remote(block, seq + 1, settings))
+        parts.append(_write.remote(block, seq + 1, target, name))
         seq += size
     written = ray.get(parts)
     files = [file for of_block, _ in written for file in of_block]
@@ -235,7 +244,8 @@ def store(
             f"{batch.rows_quarantined} quarantined. Nothing was committed."
         )
     if batch.quarantine is not None:
-        write_parquet(bad, f"{quarantine}/{batch.quarantine}")
+        protection = quarantine_protection(view.name)
+        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection)
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
 
@@ -276,7 +286,7 @@ def _schema(block: pa.Table) -> pa.Schema:
 
 @ray.remote
 def _write(
-    block: pa.Table, first_seq: int, settings: dict[str, Any]
+    block: pa.Table, first_seq: int, target: offline.Target, name: str
 ) -> tuple[list[offline.BucketFile], pa.Table]:
     now = pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP)
     count = block.num_rows
@@ -285,7 +295,7 @@ def _write(
     good = block.filter(pc.is_null(block[REASON])).drop_columns([REASON, RAW])
     bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, offline.INGESTED, SEQ])
     bad = bad.rename_columns(["reason", "raw", offline.INGESTED, SEQ])
-    return offline.write_files(good, **settings) if good.num_rows else [], bad
+    return offline.write_files(good, target, name=name) if good.num_rows else [], bad
 
 
 if __name__ == "__main__":

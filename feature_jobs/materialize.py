@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ViewMaterialized
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
@@ -39,11 +40,11 @@ class MaterializeConfig(PlatformConfig):
 @job("materialize", MaterializeConfig)
 def main(config: MaterializeConfig) -> None:
     """Materialise one view."""
-    require_record(config)
+    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
     places = layout(config.storage)
     view = view_spec(ledger, config.view)
-    pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys)
+    pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=access)
     as_of = instant(config.as_of)
     store = open_online(config.online, places, readonly=False)
     count = store.replace(view, pinned.key_types, rows(view, pinned, as_of))

@@ -15,11 +15,13 @@ from cluster.errors import TrainingSetError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import TrainingSetBuilt
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import KeyAccess, key_access, protected_files
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import exists, layout, read_parquet, resolve, write_bytes, write_parquet
+from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.protection import training_set_protection
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import JoinParts, Part, build, join_bucket, join_here
 
@@ -42,13 +44,13 @@ class TrainingSetConfig(PlatformConfig):
 @job("training_set", TrainingSetConfig)
 def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
-    require_record(config)
+    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
     places = layout(config.storage)
     spec = service_spec(ledger, config.service)
     entities = read_entities(config.entities)
     snapshots = {
-        view.name: snapshot(places.features(view.name), view=view.name, keys=view.join_keys)
+        view.name: snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=access)
         for view in spec.views
     }
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
@@ -58,7 +60,7 @@ def main(config: TrainingSetConfig) -> None:
         join_parts = join_in_tasks
     table = build(spec, snapshots, entities, join_parts=join_parts)
     output = resolve(config.output)
-    write_parquet(table, output)
+    write(table, output, spec, places=places, access=access)
     manifest = describe(spec, snapshots, entities, table)
     event = TrainingSetBuilt(
         service=spec.name,
@@ -74,6 +76,14 @@ def main(config: TrainingSetConfig) -> None:
     write_bytes(manifest_path(output), json.dumps(manifest | {"seq": seq}, indent=1).encode())
     short = manifest["row_hash"][:16]
     print(f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {short}")
+
+
+def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess) -> None:
+    """Write the rows: protected below the storage root, in the clear where the caller takes them out of it."""
+    if output.startswith(f"{places.root}/"):
+        protected_files(access).write(table, output, training_set_protection(spec))
+    else:
+        write_parquet(table, output)
 
 
 def manifest_path(output: str) -> str:

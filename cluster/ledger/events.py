@@ -228,6 +228,16 @@ class ModelMonitored(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeyDenied(LedgerEvent):
+    operation: str
+    key: str
+    role: str
+    purpose: str
+    policies: list[str]
+    """Those that forbade it; empty where none permitted it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSigned(LedgerEvent):
     upto_seq: int
     upto_hash: str

@@ -1,7 +1,7 @@
 """Protected Parquet: the one way to write and read tables with columns that need a key.
 
 Parquet modular encryption (Apache Parquet format, `Encryption.md`) with a plaintext footer: every tool can read the
-public columns, and nobody the others without the key of their class. Each page is authenticated together with its
+public columns, and nobody the others without their key. Each page is authenticated together with its
 place (file, row group, column, page), so that nothing can be swapped within or between files unseen. What is left open:
 public columns are not authenticated, only checksummed, and a whole file can be put in the place of another of the same
 table; the table's log and manifest say which file belongs where.
@@ -23,11 +23,10 @@ import pyarrow.parquet.encryption as pe
 from fsspec.core import url_to_fs
 
 from cluster.errors import RefusedError
-from cluster.security.keys.store import COLUMN_CLASSES, KeyInfo, KeyStore
+from cluster.security.keys.store import KeyStore
 from cluster.storage import write_bytes
 
 CACHE_S = 60.0
-PUBLIC, INTERNAL = COLUMN_CLASSES[:2]
 
 
 class ProtectedFileCorrupt(RefusedError):
@@ -36,38 +35,16 @@ class ProtectedFileCorrupt(RefusedError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protection:
-    """Which columns of a table need a key, as plain data that any worker can be given."""
+    """Which key each column of a table is under, as plain data that any worker can be given."""
 
-    prefix: str
-    """Of its keys' names: `features/income` has the key `features/income/personal`."""
-    classes: tuple[tuple[str, str], ...]
-    """Column to class; a column that is not named is `internal`."""
-    purposes: tuple[str, ...] = ()
-    region: str = "local"
-    tenant: str = "default"
+    default: str
+    """Key of the footer's signature and of every column that is not named."""
+    keys: tuple[tuple[str, str | None], ...] = ()
+    """Column to its key; none for a public column, which needs no key."""
 
-    def column_class(self, column: str) -> str:
-        """The class of a column."""
-        return dict(self.classes).get(column, INTERNAL)
-
-    def key_of(self, column_class: str) -> str:
-        """The name of a class's key."""
-        return f"{self.prefix}/{column_class}"
-
-    def key_infos(self) -> list[KeyInfo]:
-        """The keys the table needs: one for each class that has a column, and the footer's."""
-        wanted = {name for _, name in self.classes if name != PUBLIC} | {INTERNAL}
-        return [
-            KeyInfo(
-                name=self.key_of(name),
-                column_class=name,
-                purposes=self.purposes if name != INTERNAL else (),
-                region=self.region,
-                tenant=self.tenant,
-            )
-            for name in COLUMN_CLASSES
-            if name in wanted
-        ]
+    def key_of(self, column: str) -> str | None:
+        """The key of a column."""
+        return dict(self.keys).get(column, self.default)
 
 
 class ProtectedFiles:
@@ -80,11 +57,6 @@ class ProtectedFiles:
         self._connection = pe.KmsConnectionConfig()
         self._cache = dt.timedelta(seconds=cache_s)
 
-    def ensure_keys(self, protection: Protection) -> None:
-        """Make the keys of a table that are not there yet."""
-        for info in protection.key_infos():
-            self._store.ensure(info)
-
     def write(self, table: pa.Table, uri: str, protection: Protection) -> int:
         """Write a table as one file, whole or not at all; gives its size in bytes.
 
@@ -94,11 +66,11 @@ class ProtectedFiles:
         by_key: dict[str, list[str]] = {}
         public = []
         for column in table.column_names:
-            name = protection.column_class(column)
-            if name == PUBLIC:
+            key = protection.key_of(column)
+            if key is None:
                 public.append(column)
             else:
-                by_key.setdefault(protection.key_of(name), []).append(column)
+                by_key.setdefault(key, []).append(column)
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(
             sink,
@@ -146,7 +118,7 @@ class ProtectedFiles:
         return self._factory.file_encryption_properties(
             self._connection,
             pe.EncryptionConfiguration(
-                footer_key=protection.key_of(INTERNAL),
+                footer_key=protection.default,
                 column_keys=by_key,
                 plaintext_footer=True,
                 double_wrapping=True,

@@ -76,6 +76,7 @@ class Action(enum.StrEnum):
     rollback = "rollback"
     wrap_key = "wrap_key"
     unwrap_key = "unwrap_key"
+    create_key = "create_key"
     manage_keys = "manage_keys"
     manage_cluster = "manage_cluster"
     read_ledger = "read_ledger"

@@ -35,7 +35,7 @@ person = FeatureView(
     "person",
     entities=[person_entity],
     source=FileSource(
-        "{storage}/source/census/person_*.parquet",
+        "data/census/person_*.parquet",
         event_timestamp="surveyed_at",
         created_timestamp="published_at",
     ),
@@ -79,7 +79,7 @@ cohort = FeatureView(
     "cohort",
     entities=[cohort_entity],
     source=FileSource(
-        "{storage}/source/census/cohort_*.parquet",
+        "data/census/cohort_*.parquet",
         event_timestamp="month_end",
         created_timestamp="published_at",
     ),

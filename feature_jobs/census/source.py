@@ -20,7 +20,7 @@ import polars as pl
 from cluster.entrypoint import job
 from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, write_parquet
+from cluster.storage import resolve, write_parquet
 from feature_jobs.census.cohorts import publications
 
 ATTRIBUTES = [
@@ -44,12 +44,14 @@ class SourceConfig(PlatformConfig):
     years: list[int] = field(default_factory=lambda: [2015, 2016, 2017, 2018])
     faults: int = NUM_FAULTS
     """Faulty rows planted in each year's delivery of people."""
+    folder: str = "data/census"
+    """Outside the storage root: a source is another system, and what lies there is not protected."""
 
 
 @job("census_source", SourceConfig)
 def main(config: SourceConfig) -> None:
-    """Write the deliveries of each year below the storage root."""
-    folder = f"{layout(config.storage).root}/source/census"
+    """Write the deliveries of each year."""
+    folder = resolve(config.folder)
     census = records()
     known = outcomes(census)
     for year in config.years:

@@ -21,7 +21,8 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
-from cluster.storage import read_parquet, write_parquet
+from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.parquet import Protection
 from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.point_in_time import AVAILABLE, CREATED, EVENT, SEQ
 
@@ -64,6 +65,7 @@ class Snapshot:
     key_types: dict[str, str]
     """Join key to `int64` or `string`."""
     files: tuple[BucketFile, ...]
+    access: KeyAccess
 
     @property
     def rows(self) -> int:
@@ -73,8 +75,9 @@ class Snapshot:
     def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
         """A bucket's rows: join keys, the three columns that order them, and the given features."""
         wanted = [*self.key_types, EVENT, CREATED, SEQ, *columns]
+        reader = protected_files(self.access)
         tables = [
-            _with_columns(read_parquet(f"{self.uri}/{file.path}"), wanted)
+            _with_columns(reader.read(f"{self.uri}/{file.path}", wanted), wanted)
             for file in self.files
             if file.bucket == bucket
         ]
@@ -153,19 +156,30 @@ def last_seq(table: DeltaTable) -> int:
     return -1 if version is None else int(version)
 
 
-def write_files(
-    rows: pa.Table, *, uri: str, keys: Sequence[str], buckets: int, name: str
-) -> list[BucketFile]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where and how workers write a batch's files, as plain data."""
+
+    uri: str
+    keys: tuple[str, ...]
+    """Join keys."""
+    buckets: int
+    protection: Protection
+    access: KeyAccess
+
+
+def write_files(rows: pa.Table, target: Target, *, name: str) -> list[BucketFile]:
     """Write rows to their buckets, one file each, sorted by availability."""
+    writer = protected_files(target.access)
     frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(
-        pl.Series(BUCKET, bucket_of(rows, keys, num_buckets=buckets))
+        pl.Series(BUCKET, bucket_of(rows, target.keys, num_buckets=target.buckets))
     )
     files = []
     for part in frame.partition_by(BUCKET, maintain_order=True):
         bucket = int(part[BUCKET][0])
         path = f"{BUCKET}={bucket}/{name}.parquet"
         content = part.drop(BUCKET).sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(rows.schema)
-        size = write_parquet(content, f"{uri}/{path}")
+        size = writer.write(content, f"{target.uri}/{path}", target.protection)
         files.append(BucketFile(path=path, bucket=bucket, rows=part.height, size_bytes=size))
     return files
 
@@ -227,7 +241,9 @@ def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     return None
 
 
-def snapshot(uri: str, *, view: str, keys: Sequence[str], version: int | None = None) -> Snapshot:
+def snapshot(
+    uri: str, *, view: str, keys: Sequence[str], access: KeyAccess, version: int | None = None
+) -> Snapshot:
     """A version of a feature table, by default the newest.
 
     Raises:
@@ -256,6 +272,7 @@ def snapshot(uri: str, *, view: str, keys: Sequence[str], version: int | None = 
         num_buckets=num_buckets(table),
         key_types=key_types(pa.schema(table.schema().to_arrow()), keys),
         files=files,
+        access=access,
     )
 
 

@@ -15,6 +15,7 @@ from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access, protected_files
 from cluster.session import require_record
 from cluster.storage import layout, resolve, write_bytes
 from jobs.evaluate.config import EvaluateConfig, Rows
@@ -28,12 +29,12 @@ from jobs.train.target import encode_target
 @job("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
     """Evaluate one version."""
-    require_record(config)
+    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
     model = load_model(version.uri, version.manifest_hash, num_threads=2)
     signature = model.signature
-    source = read_training_set(config.training_set)
+    source = read_training_set(config.training_set, protected_files(access))
     table = chosen_rows(config, version, source.table)
     labels = label_column(table, signature.label)
     target = encode_target(signature.task, labels, classes=signature.classes, label=signature.label)

@@ -22,8 +22,9 @@ from cluster.records import read_outcomes, read_predictions
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access, protected_files
 from cluster.session import attach
-from cluster.storage import exists, layout, local, read_parquet, resolve, sha256, write_bytes
+from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
 from jobs.monitor.config import MonitorConfig, SplitConfig
 from jobs.monitor.frames import build
@@ -37,11 +38,11 @@ def main(config: MonitorConfig) -> None:
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
-    attach(config)
+    files = protected_files(key_access(config, attach(config)))
     ledger = open_ledger(config)
     places = layout(config.storage)
     registry = Registry(ledger, places)
-    reference = held_out(pl.DataFrame(pl.from_arrow(read_parquet(reference_uri))), config)
+    reference = held_out(pl.DataFrame(pl.from_arrow(files.read(reference_uri))), config)
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):

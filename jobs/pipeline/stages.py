@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.storage import resolve
 from jobs.pipeline.config import PipelineConfig
 
 Results = dict[str, Any]
@@ -49,7 +50,7 @@ class Commands:
     def __init__(self, config: PipelineConfig, demo: Path) -> None:
         self._config = config
         self._demo = demo
-        self._source = demo.parent / "source" / "census"
+        self._source = resolve("data/census")
         self._name = f"name={config.name}"
         self._training_set = f"training_set={demo}/train.parquet"
         self._label = f"label={config.label}"

@@ -24,7 +24,8 @@ from cluster.errors import ConfigError, FalajError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
 from cluster.security.identity import current_actor
-from cluster.session import attach
+from cluster.security.keys.access import key_access, protected_files
+from cluster.session import attach, require_record
 from cluster.storage import layout, local, resolve, write_bytes
 from jobs.sweep.config import SweepConfig
 from jobs.train.data import Dataset, prepare, read_training_set
@@ -45,7 +46,8 @@ def main(config: SweepConfig) -> None:
     family, _, parameters = resolve_family(config.model)
     if not isinstance(parameters, Parameters):
         raise ConfigError(f"A sweep tries the tabular network's parameters, not those of '{family}'.")
-    source = read_training_set(config.training_set)
+    access = key_access(config, require_record(config))
+    source = read_training_set(config.training_set, protected_files(access))
     dataset = fewer_rows(prepare(config, source), config.sweep.rows, seed=config.seed)
     attach(config)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -18,7 +18,8 @@ from cluster.registry import Registry
 from cluster.runtime import open_model
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.identity import current_actor
-from cluster.session import attach
+from cluster.security.keys.access import key_access, protected_files
+from cluster.session import attach, require_record
 from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
 from jobs.evaluate.metrics import headline, score
 from jobs.train.config import TrainConfig
@@ -31,7 +32,8 @@ from jobs.train.lineage import lineage, plain
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
     family, module, parameters = resolve_family(with_best(config))
-    source = read_training_set(config.training_set)
+    access = key_access(config, require_record(config))
+    source = read_training_set(config.training_set, protected_files(access))
     dataset = prepare(config, source, threshold=config.threshold)
     attach(config)
     places = layout(config.storage)

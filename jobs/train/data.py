@@ -15,7 +15,8 @@ from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import InputSpec, ModelSignature, encode
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import Label
-from cluster.storage import exists, read_bytes, read_parquet, resolve, sha256
+from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
+from cluster.storage import exists, read_bytes, resolve, sha256
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.target import Target, encode_target, learn_classes
 
@@ -49,8 +50,8 @@ class Dataset:
     """Rows that fitting never sees."""
 
 
-def read_training_set(path: str) -> TrainingSet:
-    """A training set and its manifest.
+def read_training_set(path: str, files: ProtectedFiles) -> TrainingSet:
+    """A training set and its manifest; `files` has the keys of the caller.
 
     Raises:
         TrainingSetError: the file is missing, no Parquet, or empty.
@@ -61,8 +62,8 @@ def read_training_set(path: str) -> TrainingSet:
             f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
         )
     try:
-        table = read_parquet(uri)
-    except pa.ArrowException as error:
+        table = files.read(uri)
+    except ProtectedFileCorrupt as error:
         raise TrainingSetError(f"{uri} cannot be read as Parquet: {error}") from error
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")

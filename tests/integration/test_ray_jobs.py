@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFINITIONS = """
 from datetime import timedelta
 
-from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
 
 from arithmetic import doubled
 
@@ -30,7 +30,7 @@ income = FeatureView(
     entities=[person],
     ttl=timedelta(days=365),
     source=FileSource("income.parquet", event_timestamp="event_timestamp"),
-    schema=[Field("amount", "float64"), Field("doubled", "float64")],
+    schema=[Field(name, "float64", sensitivity=Sensitivity.PUBLIC) for name in ("amount", "doubled")],
     transform=doubled,
     owner="risk",
     purposes=["testing"],

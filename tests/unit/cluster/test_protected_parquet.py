@@ -19,10 +19,9 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyRevoked
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles, Protection
 
+INTERNAL, PERSONAL, SENSITIVE = (f"features/people/{name}" for name in ("internal", "personal", "sensitive"))
 PROTECTION = Protection(
-    prefix="features/people",
-    classes=(("id", "personal"), ("name", "personal"), ("illness", "sensitive"), ("year", "public")),
-    purposes=("care",),
+    default=INTERNAL, keys=(("id", PERSONAL), ("name", PERSONAL), ("illness", SENSITIVE), ("year", None))
 )
 TABLE = pa.table(
     {
@@ -58,7 +57,8 @@ class Counted(Keyring):
 @pytest.fixture
 def keyring(tmp_path: Path) -> Counted:
     keyring = Counted(tmp_path / "keyring.json")
-    ProtectedFiles(keyring).ensure_keys(PROTECTION)
+    for name in (INTERNAL, PERSONAL, SENSITIVE):
+        keyring.ensure(KeyInfo(name=name))
     return keyring
 
 
@@ -98,16 +98,16 @@ def test_no_value_and_no_statistic_of_a_protected_column_is_in_the_file(path: st
 
 def test_a_denied_column_says_so_and_leaves_the_others(keyring: Counted, path: str) -> None:
     """With the key store's own error."""
-    keyring.denied.add("features/people/sensitive")
+    keyring.denied.add(SENSITIVE)
     files = ProtectedFiles(keyring)
-    with pytest.raises(AccessDenied, match="features/people/sensitive"):
+    with pytest.raises(AccessDenied, match=SENSITIVE):
         files.read(path)
     assert files.read(path, ["name", "year"]).equals(TABLE.select(["name", "year"]))
 
 
 def test_a_revoked_key_closes_its_columns_for_good(keyring: Counted, path: str) -> None:
     """At once in a new process, within the cache's lifetime in one that has read before."""
-    keyring.revoke("features/people/sensitive")
+    keyring.revoke(SENSITIVE)
     with pytest.raises(KeyRevoked):
         ProtectedFiles(keyring).read(path, ["illness"])
     assert ProtectedFiles(keyring).read(path, ["year"]).num_rows == 500
@@ -117,7 +117,7 @@ def test_a_rotated_key_reads_old_files_and_writes_new_ones(
     keyring: Counted, path: str, tmp_path: Path
 ) -> None:
     """The key store keeps the old version."""
-    keyring.rotate("features/people/personal")
+    keyring.rotate(PERSONAL)
     files = ProtectedFiles(keyring)
     newer = str(tmp_path / "newer.parquet")
     files.write(files.read(path), newer, PROTECTION)
@@ -126,7 +126,7 @@ def test_a_rotated_key_reads_old_files_and_writes_new_ones(
 
 def test_without_its_key_nothing_is_written(keyring: Counted, tmp_path: Path) -> None:
     """The error names the key, and no file is left."""
-    other = Protection(prefix="features/unknown", classes=(("id", "personal"),))
+    other = Protection(default="features/unknown/internal")
     with pytest.raises(KeyNotFound, match="features/unknown"):
         ProtectedFiles(keyring).write(TABLE, str(tmp_path / "x" / "none.parquet"), other)
     assert not (tmp_path / "x").exists()
@@ -145,20 +145,16 @@ def test_a_process_asks_the_key_store_once_for_each_key(keyring: Counted, tmp_pa
 
 def test_a_table_of_public_columns_needs_no_key(tmp_path: Path, keyring: Counted) -> None:
     """And is an ordinary file."""
-    protection = Protection(prefix="features/open", classes=(("year", "public"),))
+    protection = Protection(default="features/open/internal", keys=(("year", None),))
     path = str(tmp_path / "open.parquet")
     ProtectedFiles(keyring).write(TABLE.select(["year"]), path, protection)
     assert pq.read_table(path).equals(TABLE.select(["year"]))
 
 
-def test_protection_is_plain_data(keyring: Counted) -> None:
-    """It goes to workers; an unnamed column is internal, and each class has a key that says what it is for."""
+def test_protection_is_plain_data() -> None:
+    """It goes to workers; a column that is not named has the default key."""
     assert pickle.loads(pickle.dumps(PROTECTION)) == PROTECTION  # noqa: S301
-    assert PROTECTION.column_class("whatever") == "internal"
-    assert keyring.info("features/people/sensitive") == KeyInfo(
-        name="features/people/sensitive", column_class="sensitive", purposes=("care",)
-    )
-    assert keyring.names() == [f"features/people/{name}" for name in ("internal", "personal", "sensitive")]
+    assert PROTECTION.key_of("whatever") == INTERNAL
 
 
 READER = """

@@ -46,6 +46,7 @@ def record(root: Path, port: int) -> ClusterRecord:
         serve_http_url="http://127.0.0.1:6",
         token_path=str(root / ".falaj" / "keys" / "ray_token"),
         temp_dir="/tmp/falaj-abc",
+        key_socket="/tmp/falaj-abc/keys/broker.sock",
         ports={"gcs": port},
         pids={},
         started_at="2026-01-01T00:00:00+00:00",

@@ -12,8 +12,12 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
+from cluster.security.keys.access import KeyAccess
+from cluster.security.parquet import Protection
 from feature_jobs.store import offline
-from feature_jobs.store.offline import Batch, BucketFile, snapshot
+from feature_jobs.store.catalog import FieldSpec, ViewSpec
+from feature_jobs.store.offline import Batch, BucketFile, Target, snapshot
+from feature_jobs.store.protection import view_protection
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -49,19 +53,34 @@ def batch(ingest_id: str, count: int) -> Batch:
     )
 
 
-def write(uri: str, table: pa.Table, name: str) -> list[BucketFile]:
+PUBLIC = Protection(
+    default="features/income/internal", keys=tuple((name, None) for name in (*SCHEMA.names, "sector"))
+)
+"""So that foreign readers see everything; `test_who_has_no_key_reads_public_columns` has another."""
+
+
+def write(
+    uri: str, table: pa.Table, name: str, access: KeyAccess, protection: Protection = PUBLIC
+) -> list[BucketFile]:
     """Bucket files that nothing refers to yet."""
-    return offline.write_files(table, uri=uri, keys=["person_id"], buckets=4, name=name)
+    target = Target(uri=uri, keys=("person_id",), buckets=4, protection=protection, access=access)
+    return offline.write_files(table, target, name=name)
 
 
-def ingest(uri: str, table: pa.Table, ingest_id: str) -> int:
+def ingest(
+    uri: str, table: pa.Table, ingest_id: str, access: KeyAccess, protection: Protection = PUBLIC
+) -> int:
     """All of an ingestion but Ray; gives the table version."""
     opened = offline.open_table(uri) or offline.create_table(uri, table.schema, num_buckets=4)
     offline.check_schema(opened, table.schema, view="income")
     opened = DeltaTable(uri)
     seq = offline.last_seq(opened) + table.num_rows
     return offline.commit(
-        opened, table.schema, write(uri, table, ingest_id), batch(ingest_id, table.num_rows), seq=seq
+        opened,
+        table.schema,
+        write(uri, table, ingest_id, access, protection),
+        batch(ingest_id, table.num_rows),
+        seq=seq,
     )
 
 
@@ -70,105 +89,127 @@ def uri(tmp_path: Path) -> str:
     return f"{tmp_path}/features/income"
 
 
-def test_foreign_delta_reader_sees_the_committed_rows(uri: str) -> None:
+def test_foreign_delta_reader_sees_the_committed_rows(uri: str, access: KeyAccess) -> None:
     """The table is plain Delta: Polars reads the same rows that were written."""
-    ingest(uri, rows(0, 50), "a")
-    ingest(uri, rows(50, 50), "b")
+    ingest(uri, rows(0, 50), "a", access)
+    ingest(uri, rows(50, 50), "b", access)
     actual = pl.scan_delta(uri).collect().sort("person_id")
     expected = pl.DataFrame(pl.from_arrow(rows(0, 100)))
     assert expected.equals(actual.select(expected.columns))
     assert {0, 1, 2, 3} == set(actual["bucket"])
 
 
-def test_bucket_files_are_sorted_by_availability(uri: str) -> None:
+def test_bucket_files_are_sorted_by_availability(uri: str, access: KeyAccess) -> None:
     """Each file, so that a bucket is merged and not sorted."""
-    ingest(uri, rows(0, 50), "a")
-    for file in snapshot(uri, view="income", keys=["person_id"]).files:
+    ingest(uri, rows(0, 50), "a", access)
+    for file in snapshot(uri, view="income", keys=["person_id"], access=access).files:
         times = pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"]
         assert times.is_sorted()
 
 
-def test_buckets_together_are_the_table(uri: str) -> None:
+def test_buckets_together_are_the_table(uri: str, access: KeyAccess) -> None:
     """Every row lies in exactly one bucket."""
-    ingest(uri, rows(0, 50), "a")
-    pinned = snapshot(uri, view="income", keys=["person_id"])
+    ingest(uri, rows(0, 50), "a", access)
+    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
     found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
     assert list(range(50)) == sorted(found["person_id"])
     assert pinned.rows == 50
 
 
-def test_pinned_version_never_sees_later_rows(uri: str) -> None:
+def test_pinned_version_never_sees_later_rows(uri: str, access: KeyAccess) -> None:
     """A training set can be built again after more data came."""
-    first = ingest(uri, rows(0, 50), "a")
-    ingest(uri, rows(50, 50), "b")
-    assert snapshot(uri, view="income", keys=["person_id"], version=first).rows == 50
-    assert snapshot(uri, view="income", keys=["person_id"]).rows == 100
+    first = ingest(uri, rows(0, 50), "a", access)
+    ingest(uri, rows(50, 50), "b", access)
+    assert snapshot(uri, view="income", keys=["person_id"], access=access, version=first).rows == 50
+    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 100
 
 
-def test_files_without_commit_are_no_rows(uri: str) -> None:
+def test_files_without_commit_are_no_rows(uri: str, access: KeyAccess) -> None:
     """A crash before the commit leaves the table as it was."""
-    ingest(uri, rows(0, 10), "a")
-    write(uri, rows(10, 10), "crashed")
-    assert snapshot(uri, view="income", keys=["person_id"]).rows == 10
+    ingest(uri, rows(0, 10), "a", access)
+    write(uri, rows(10, 10), "crashed", access)
+    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 10
     assert pl.scan_delta(uri).select(pl.len()).collect().item() == 10
 
 
-def test_commit_without_ledger_event_is_found_by_its_id(uri: str) -> None:
+def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAccess) -> None:
     """A crash between commit and event is mended with what the commit says of itself."""
-    ingest(uri, rows(0, 10), "a")
-    version = ingest(uri, rows(10, 7), "b")
-    ingest(uri, rows(17, 5), "c")
+    ingest(uri, rows(0, 10), "a", access)
+    version = ingest(uri, rows(10, 7), "b", access)
+    ingest(uri, rows(17, 5), "c", access)
     table = DeltaTable(uri)
     assert (batch("b", 7), version) == offline.committed(table, "b")
     assert offline.committed(table, "never") is None
 
 
-def test_of_two_ingestions_at_once_one_stores_nothing(uri: str) -> None:
+def test_of_two_ingestions_at_once_one_stores_nothing(uri: str, access: KeyAccess) -> None:
     """Both gave out the same sequence numbers, so only one may commit them."""
-    ingest(uri, rows(0, 10), "a")
+    ingest(uri, rows(0, 10), "a", access)
     ours, theirs = DeltaTable(uri), DeltaTable(uri)
-    offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b"), batch("b", 5), seq=14)
+    offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
     with pytest.raises(SourceError, match="Another ingestion"):
-        offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c"), batch("c", 5), seq=14)
-    assert snapshot(uri, view="income", keys=["person_id"]).rows == 15
+        offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
+    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 15
 
 
-def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str) -> None:
+def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str, access: KeyAccess) -> None:
     """Later batches have greater numbers."""
     table = offline.create_table(uri, SCHEMA, num_buckets=4)
     assert offline.last_seq(table) == -1
-    ingest(uri, rows(0, 10), "a")
+    ingest(uri, rows(0, 10), "a", access)
     assert offline.last_seq(DeltaTable(uri)) == 9
 
 
-def test_new_feature_is_null_in_older_rows(uri: str) -> None:
+def test_new_feature_is_null_in_older_rows(uri: str, access: KeyAccess) -> None:
     """A view may grow; what was stored stays readable."""
-    ingest(uri, rows(0, 5), "a")
+    ingest(uri, rows(0, 5), "a", access)
     wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
-    ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b")
-    pinned = snapshot(uri, view="income", keys=["person_id"])
+    ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b", access)
+    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
     parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
     found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
     assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
     assert pl.read_delta(uri).sort("person_id")["sector"].to_list() == [None] * 5 + ["x"] * 5
 
 
-def test_changed_dtype_is_refused(uri: str) -> None:
+def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:
     """Naming the column and both types; the table is as it was."""
-    ingest(uri, rows(0, 5), "a")
+    ingest(uri, rows(0, 5), "a", access)
     other = pa.schema([BASE[0], ("amount", pa.string()), *TIMES])
     with pytest.raises(SchemaMismatch, match=r"'amount'.*double.*string"):
-        ingest(uri, rows(5, 5, schema=other, amount=["x"] * 5), "b")
-    assert snapshot(uri, view="income", keys=["person_id"]).rows == 5
+        ingest(uri, rows(5, 5, schema=other, amount=["x"] * 5), "b", access)
+    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 5
 
 
-def test_table_keeps_its_number_of_buckets(uri: str) -> None:
+def test_table_keeps_its_number_of_buckets(uri: str, access: KeyAccess) -> None:
     """Whatever a later configuration says."""
     offline.create_table(uri, SCHEMA, num_buckets=4)
     assert offline.num_buckets(offline.create_table(uri, SCHEMA, num_buckets=16)) == 4
 
 
-def test_view_without_rows_says_what_to_run(uri: str) -> None:
+def test_view_without_rows_says_what_to_run(uri: str, access: KeyAccess) -> None:
     """Nothing was ingested yet."""
     with pytest.raises(TrainingSetError, match=r"feature_jobs\.ingest view=income"):
-        snapshot(uri, view="income", keys=["person_id"])
+        snapshot(uri, view="income", keys=["person_id"], access=access)
+
+
+def test_who_has_no_key_reads_what_is_public_and_nothing_else(uri: str, access: KeyAccess) -> None:
+    """In the table itself, by any Delta reader; who has the keys reads everything."""
+    view = ViewSpec(
+        name="income",
+        version="1",
+        join_keys=["person_id"],
+        fields=[FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)],
+        ttl_s=None,
+    )
+    ingest(uri, rows(0, 40), "a", access, view_protection(view))
+    table = pl.scan_delta(uri)
+    assert table.select("event_timestamp", "ingest_seq").collect().height == 40
+    for hidden in ("amount", "person_id"):
+        with pytest.raises(pl.exceptions.ComputeError, match="ncrypt"):
+            table.select(hidden).collect()
+    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
+    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
+    assert sorted(found["amount"]) == [float(number) for number in range(40)]
+    log = "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
+    assert "minValues" not in log

@@ -13,9 +13,11 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.errors import TrainingSetError
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.offline import Batch, Snapshot, snapshot
+from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.protection import view_protection
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import build, join_here
 
@@ -44,7 +46,9 @@ def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) 
     return ViewSpec(name=name, version="v1", join_keys=keys, fields=specs, ttl_s=ttl_s)
 
 
-def store(folder: Path, spec: ViewSpec, event: list[datetime], **columns: pa.Array) -> Snapshot:
+def store(
+    folder: Path, access: KeyAccess, spec: ViewSpec, event: list[datetime], **columns: pa.Array
+) -> Snapshot:
     """A feature table with some rows, known when they happened."""
     uri = f"{folder}/{spec.name}"
     given = {name: pa.array(values) for name, values in columns.items()}
@@ -52,12 +56,15 @@ def store(folder: Path, spec: ViewSpec, event: list[datetime], **columns: pa.Arr
     seq = list(range(len(event)))
     rows = pa.table([*given.values(), event, event, event, seq], schema=schema)
     table = offline.create_table(uri, schema, num_buckets=4)
-    files = offline.write_files(rows, uri=uri, keys=spec.join_keys, buckets=4, name="a")
+    target = Target(
+        uri=uri, keys=tuple(spec.join_keys), buckets=4, protection=view_protection(spec), access=access
+    )
+    files = offline.write_files(rows, target, name="a")
     said = Batch(
         ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
     )
     offline.commit(DeltaTable(table.table_uri), schema, files, said, seq=len(seq))
-    return snapshot(uri, view=spec.name, keys=spec.join_keys)
+    return snapshot(uri, view=spec.name, keys=spec.join_keys, access=access)
 
 
 PERSON = view("person", ["person_id"], age_band="string", amount="float64", seen="timestamp")
@@ -66,14 +73,16 @@ SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
 
 
 @pytest.fixture(scope="module")
-def snapshots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Snapshot]:
+def snapshots(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> dict[str, Snapshot]:
     folder = tmp_path_factory.mktemp("features")
     seen = pa.array(hours(0, 0, 0), TIME)
     person = store(
-        folder, PERSON, hours(1, 1, 5), person_id=[1, 2, 1], age_band=["young", "old", "old"],
+        folder, access, PERSON, hours(1, 1, 5), person_id=[1, 2, 1], age_band=["young", "old", "old"],
         amount=[10.0, None, 11.0], seen=seen,
     )  # fmt: skip
-    cohort = store(folder, COHORT, hours(2, 4), age_band=["young", "old"], rate=[0.5, 0.7], size=[3, 4])
+    cohort = store(
+        folder, access, COHORT, hours(2, 4), age_band=["young", "old"], rate=[0.5, 0.7], size=[3, 4]
+    )
     return {"person": person, "cohort": cohort}
 
 

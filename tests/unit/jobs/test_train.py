@@ -16,6 +16,8 @@ from sklearn.metrics import roc_auc_score
 from cluster.errors import ConfigError, TrainingSetError
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
+from cluster.security.keys.keyring import Keyring
+from cluster.security.parquet import ProtectedFiles
 from jobs.evaluate.metrics import binary_metrics, roc_auc
 from jobs.train.__main__ import with_best
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
@@ -166,8 +168,9 @@ def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, sa
     """Lineage must not point to rows that the model never saw."""
     pq.write_table(source().table, tmp_path / "t.parquet")
     (tmp_path / "t.manifest.json").write_text(manifest)
+    files = ProtectedFiles(Keyring.create(tmp_path / "keyring.json", b"k" * 32))
     with pytest.raises(TrainingSetError, match=said):
-        read_training_set(str(tmp_path / "t.parquet"))
+        read_training_set(str(tmp_path / "t.parquet"), files)
 
 
 @pytest.mark.parametrize("content", ["{nope", "[]", "{}", '{"best": 3}'])

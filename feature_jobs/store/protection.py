@@ -1,0 +1,88 @@
+"""Which key each column of the feature store is under.
+
+A column keeps its key on its whole way: in the feature table, and in every training set that it was joined into. So
+whoever may not read it in one may not read it in the other. Join keys are internal: a reader of a table's public
+columns alone needs no key at all, and a join needs the internal one. The columns that order rows are public; they say
+nothing without the keys they belong to.
+"""
+
+from __future__ import annotations
+
+from cluster.security.keys.store import KeyInfo
+from cluster.security.parquet import Protection
+from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
+
+ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq")
+
+
+def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
+    """The keys of a view, as its definition describes them: those of its columns, and that of its quarantine.
+
+    The internal key, which join keys and the footer are under, serves every purpose.
+    """
+    classes = {field.sensitivity for field in view.schema} - {Sensitivity.PUBLIC, Sensitivity.INTERNAL}
+    purposes, where = tuple(view.purposes), view.region or region
+    return [
+        KeyInfo(name=features_key(view.name, Sensitivity.INTERNAL), column_class="internal", region=where),
+        *(
+            KeyInfo(
+                name=features_key(view.name, name), column_class=name.value, purposes=purposes, region=where
+            )
+            for name in sorted(classes)
+        ),
+        KeyInfo(
+            name=quarantine_protection(view.name).default,
+            column_class="sensitive",
+            purposes=purposes,
+            region=where,
+        ),
+    ]
+
+
+def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
+    """The key of what entity rows bring along into a service's training sets."""
+    return [KeyInfo(name=_service_key(service.name), column_class="internal", region=region)]
+
+
+def features_key(view: str, sensitivity: Sensitivity) -> str:
+    """The key of a view's columns of one class."""
+    return f"features/{view}/{sensitivity.value}"
+
+
+def view_protection(view: ViewSpec) -> Protection:
+    """Of a view's feature table."""
+    return Protection(
+        default=features_key(view.name, Sensitivity.INTERNAL),
+        keys=(
+            *((name, None) for name in ORDERING),
+            *((field.name, _key(view.name, field.sensitivity)) for field in view.fields),
+        ),
+    )
+
+
+def quarantine_protection(view: str) -> Protection:
+    """Of a view's quarantine, which holds whole rows as they came."""
+    return Protection(
+        default=f"quarantine/{view}/sensitive", keys=(("ingested_at", None), ("ingest_seq", None))
+    )
+
+
+def training_set_protection(service: ServiceSpec) -> Protection:
+    """Of a service's training sets: each feature under the key it has in its own table."""
+    return Protection(
+        default=_service_key(service.name),
+        keys=tuple(
+            (column, _key(view.name, field.sensitivity))
+            for view in service.views
+            for column, field in zip(view.columns, view.fields, strict=True)
+        ),
+    )
+
+
+def _key(view: str, sensitivity: str) -> str | None:
+    return None if sensitivity == Sensitivity.PUBLIC else features_key(view, Sensitivity(sensitivity))
+
+
+def _service_key(service: str) -> str:
+    return f"training_sets/{service}/internal"

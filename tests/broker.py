@@ -1,0 +1,62 @@
+"""A real key broker in a thread, with a policy that permits everything, for tests of what stands on keys."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.keys.broker import Broker
+from cluster.security.keys.keyring import open_local
+from cluster.security.keys.store import KeyInfo
+from cluster.security.token_source import TokenSource
+
+
+@dataclass(frozen=True)
+class Anybody:
+    subject: str = "anybody"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    allowed: bool = True
+    policies: tuple[str, ...] = ("everything",)
+
+
+@contextlib.contextmanager
+def running_broker(*keys: str) -> Iterator[KeyAccess]:
+    """The access to a new keyring with these keys."""
+    folder = Path(tempfile.mkdtemp(prefix="falaj-keys-"))  # short: a socket's path ends at 97 bytes
+    (folder / "token").write_text("anything")
+    access = KeyAccess(
+        socket=str(folder / "run" / "broker.sock"), token=TokenSource(file=str(folder / "token"))
+    )
+    broker = Broker(
+        open_local(folder / "ring"),
+        Path(access.socket),
+        verify=lambda token: Anybody(),
+        decide=lambda principal, operation, info: Allowed(),
+        audit=lambda denial: None,
+    )
+    stopped = threading.Event()
+    thread = threading.Thread(target=broker.run, args=(stopped,))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not Path(access.socket).exists():
+            assert thread.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for name in keys:
+            key_store(access).ensure(KeyInfo(name=name))
+        yield access
+    finally:
+        stopped.set()
+        thread.join()
+        shutil.rmtree(folder)

@@ -1,0 +1,18 @@
+"""A key broker for all tests of the feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.security.keys.access import KeyAccess
+from tests.broker import running_broker
+
+
+@pytest.fixture(scope="package")
+def access() -> Iterator[KeyAccess]:
+    """With the internal keys of the views that the tests write."""
+    views = ("income", "person", "cohort", "sparse", "household", "empty")
+    with running_broker(*(f"features/{view}/internal" for view in views)) as access:
+        yield access
