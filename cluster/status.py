@@ -76,6 +76,7 @@ def _show_text(record: ClusterRecord) -> None:
     print(f"edge           {record.edge_url}")
     print(f"Ray dashboard  {record.dashboard_url}  (token: {record.token_path})")
     print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
+    print(f"key broker     {record.key_socket}")
     print("Serve applications")
     for name, status in applications(record).items() or {"none": ""}.items():
         print(f"  {name} {status}")

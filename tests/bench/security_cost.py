@@ -1,0 +1,159 @@
+"""`make bench BENCH=security_cost`: what protection costs, against the same work without it, turn by turn in one run.
+
+Cases: `write` and `read` of a feature table's rows, half of the columns protected; `join` of entity rows with such a
+table; `artifact`, a model file of 50 MB sealed and opened, against hashing it. Keys come from a real broker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+
+from cluster.security.envelope import Identity, open_bytes, seal_bytes
+from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.parquet import Protection
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.training_set import build, join_here
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.broker import running_broker  # noqa: E402 (this file is run by its path)
+
+ROWS, ENTITIES, FEATURES, BUCKETS, TURNS = 1_000_000, 100_000, 8, 8, 5
+ARTIFACT = Identity(artifact="models/m", version=1, part="model.onnx")
+NAMES = [f"f{number}" for number in range(FEATURES)]
+START = datetime(2026, 1, 1, tzinfo=UTC)
+KEYS = {name: f"features/v/{name}" for name in ("internal", "personal")}
+
+
+def rows() -> pa.Table:
+    """A view's rows."""
+    draw = np.random.default_rng(0)
+    times = pa.array(np.datetime64(START.replace(tzinfo=None), "us") + draw.integers(0, 10**12, ROWS)).cast(
+        pa.timestamp("us", "UTC")
+    )
+    return pa.table(
+        {
+            "id": draw.integers(0, ENTITIES, ROWS),
+            **{name: draw.normal(size=ROWS) for name in NAMES},
+            "event_timestamp": times,
+            "created_timestamp": times,
+            "ingested_at": times,
+            "ingest_seq": np.arange(ROWS),
+        }
+    )
+
+
+def protections(table: pa.Table) -> dict[str, Protection]:
+    """Half the features under a key, and none."""
+    half = [(name, KEYS["personal"] if number % 2 else None) for number, name in enumerate(NAMES)]
+    rest = [(name, None) for name in table.column_names if name not in NAMES and name != "id"]
+    return {
+        "falaj": Protection(default=KEYS["internal"], keys=(*half, *rest)),
+        "plain": Protection(
+            default=KEYS["internal"], keys=tuple((name, None) for name in table.column_names)
+        ),
+    }
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_turns(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median wall time of each, called in turn after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(TURNS + 1):
+        for name, work in works.items():
+            value = seconds(work)
+            if turn:
+                taken[name].append(value)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
+    """The point-in-time join against a feature table of each kind."""
+    draw = np.random.default_rng(1)
+    asked = pa.table(
+        {
+            "id": draw.integers(0, ENTITIES, ENTITIES),
+            "event_timestamp": pa.array([START + timedelta(days=12)] * ENTITIES, pa.timestamp("us", "UTC")),
+        }
+    )
+    fields = [
+        FieldSpec(name=name, dtype="float64", sensitivity="internal", categorical=False) for name in NAMES
+    ]
+    spec = ViewSpec(name="v", version="1", join_keys=["id"], fields=fields, ttl_s=None)
+    works: dict[str, Callable[[], Any]] = {}
+    for name, protection in protections(table).items():
+        uri = f"{folder}/{name}"
+        target = offline.Target(uri=uri, keys=("id",), buckets=BUCKETS, protection=protection, access=access)
+        offline.create_table(uri, table.schema, num_buckets=BUCKETS)
+        files = offline.write_files(table, target, name="a")
+        batch = offline.Batch(
+            ingest_id="a", rows_in=ROWS, rows_stored=ROWS, rows_quarantined=0, reasons={}, quarantine=None
+        )
+        offline.commit(DeltaTable(uri), table.schema, files, batch, seq=ROWS)
+        pinned = offline.snapshot(uri, view="v", keys=["id"], access=access)
+        service = ServiceSpec(name="s", version="1", views=[spec])
+        works[name] = lambda pinned=pinned, service=service: build(  # type: ignore[misc]
+            service, {"v": pinned}, asked, join_parts=join_here
+        )
+    return works
+
+
+def main() -> None:
+    """Measure and write the results."""
+    table = rows()
+    blob = np.random.default_rng(2).bytes(50 * 10**6)
+    with running_broker(*KEYS.values(), "models/m") as access, tempfile.TemporaryDirectory() as name:
+        folder, files, store = Path(name), protected_files(access), key_store(access)
+        kinds = protections(table)
+        cases: dict[str, dict[str, Callable[[], Any]]] = {
+            "write": {
+                kind: lambda kind=kind: files.write(table, f"{folder}/{kind}.parquet", kinds[kind])  # type: ignore[misc]
+                for kind in kinds
+            },
+            "read": {kind: lambda kind=kind: files.read(f"{folder}/{kind}.parquet") for kind in kinds},  # type: ignore[misc]
+        }
+        cases["join"] = joins(table, folder, access)
+        sealed = seal_bytes(blob, store=store, key="models/m", identity=ARTIFACT)
+        cases["artifact"] = {
+            "falaj": lambda: hashlib.sha256(
+                open_bytes(sealed, store=store, key="models/m", identity=ARTIFACT)
+            ),
+            "plain": lambda: hashlib.sha256(blob),
+        }
+        results = []
+        for case, works in cases.items():
+            taken = in_turns(works)
+            results += [
+                {"system": kind, "case": case, "metric": "seconds", "value": value, "unit": "s"}
+                for kind, value in taken.items()
+            ]
+            ratio = taken["falaj"] / taken["plain"]
+            print(
+                f"{case:10} protected {taken['falaj']:.3f} s, plain {taken['plain']:.3f} s, ratio {ratio:.2f}"
+            )
+    output = Path(".falaj/bench/security_cost.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

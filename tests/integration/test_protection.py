@@ -1,0 +1,166 @@
+"""What lies on disk and who may read it: real broker, real policies, canaries planted in protected columns."""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import AccessDenied, Unauthenticated
+from cluster.ledger import open_ledger
+from cluster.ledger.events import KeyDenied
+from cluster.security.keys.access import KeyAccess
+from cluster.security.scan import scan
+from cluster.security.token_source import TokenSource
+from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
+from feature_jobs.store.offline import Snapshot, snapshot
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+DEFINITIONS = """
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Range, Sensitivity
+
+patient = FeatureView(
+    "patient",
+    entities=[Entity("patient", join_keys=["patient_id"])],
+    source=FileSource("patient.parquet", event_timestamp="at"),
+    schema=[
+        Field("ward", "string", sensitivity=Sensitivity.PUBLIC),
+        Field("name", "string", sensitivity=Sensitivity.PERSONAL),
+        Field("illness", "string", sensitivity=Sensitivity.SENSITIVE),
+        Field("age", "float64", sensitivity=Sensitivity.PERSONAL),
+    ],
+    checks=[Range("age", minimum=0)],
+    owner="clinic",
+    purposes=["care"],
+)
+care = FeatureService("care", views=[patient])
+"""
+ROWS = 200
+MARK = f"{random.getrandbits(40):010x}"
+NAME, ILLNESS, WARD, BAD = (f"canary-{what}-{MARK}" for what in ("name", "illness", "ward", "bad"))
+
+
+@pytest.fixture(scope="module")
+def clinic(falaj_cluster: Project) -> Project:
+    """Patients ingested, one of them into quarantine, and a training set of them below the storage root."""
+    root = falaj_cluster.root
+    (root / "clinic.py").write_text(DEFINITIONS)
+    at = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    frame = pl.DataFrame(
+        {
+            "patient_id": range(ROWS),
+            "at": [at] * ROWS,
+            "ward": [WARD] * ROWS,
+            "name": [BAD, *[NAME] * (ROWS - 1)],
+            "illness": [ILLNESS] * ROWS,
+            "age": [-1.0, *[50.0] * (ROWS - 1)],
+        }
+    )
+    frame.write_parquet(root / "patient.parquet")
+    frame.select("patient_id", event_timestamp="at").write_parquet(root / "patients.parquet")
+    definitions = "definitions=clinic"
+    falaj_cluster.run("feature_jobs.apply", definitions, check=True)
+    falaj_cluster.run("feature_jobs.ingest", definitions, "view=patient", "num_buckets=2", check=True)
+    falaj_cluster.run(*training_set("output=.falaj/care.parquet"), check=True)
+    return falaj_cluster
+
+
+def training_set(*more: str) -> tuple[str, ...]:
+    return (
+        "feature_jobs.training_set",
+        "definitions=clinic",
+        "service=care",
+        "entities=patients.parquet",
+        *more,
+    )
+
+
+def token(project: Project, role: str, purpose: str) -> Path:
+    path = project.root / f"{role}-{purpose or 'none'}.jwt"
+    options = ("--sub", role, "--role", role, "--purpose", purpose, "--output", str(path))
+    project.run("cluster.security.identity", "token", *options, check=True)
+    return path
+
+
+def pinned(project: Project, role: str, purpose: str) -> Snapshot:
+    source = TokenSource(file=str(token(project, role, purpose)))
+    access = KeyAccess(socket=project.record.key_socket, token=source)
+    uri = str(project.storage_root / "features" / "patient")
+    return snapshot(uri, view="patient", keys=["patient_id"], access=access)
+
+
+def read(table: Snapshot, *columns: str) -> pl.DataFrame:
+    return pl.concat(table.read(bucket, columns) for bucket in range(table.num_buckets))
+
+
+def test_nothing_protected_lies_in_the_clear(clinic: Project) -> None:
+    """Not below the storage root, nor in Ray's folder and logs; the scanner does find it in the source."""
+    source = list(scan([clinic.root / "patient.parquet"], [NAME, ILLNESS, BAD]))
+    assert {one.canary for one in source} == {NAME, ILLNESS, BAD}, "the control"
+    places = [clinic.storage_root, Path(clinic.record.temp_dir)]
+    assert list(scan(places, [NAME, ILLNESS, BAD])) == []
+    assert any("features" in one.path for one in scan(places, [WARD])), "public columns need no key"
+
+
+def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -> None:
+    """The refusal names the policy, and is an event."""
+    scientist = pinned(clinic, "data_scientist", "")
+    assert set(read(scientist, "ward")["ward"]) == {WARD}
+    for column in ("name", "illness", "age"):
+        with pytest.raises(AccessDenied, match="purpose-not-listed"):
+            read(scientist, column)
+    config = PlatformConfig(storage=StorageConfig(root=str(clinic.storage_root)), ledger=LedgerConfig())
+    denied = [entry.payload["key"] for entry in open_ledger(config).entries(KeyDenied)]
+    assert {"features/patient/personal", "features/patient/sensitive"} <= set(denied)
+
+
+def test_with_the_purpose_both(clinic: Project) -> None:
+    """And a purpose that the view does not list is none."""
+    assert set(read(pinned(clinic, "data_scientist", "care"), "ward", "name", "illness")["illness"]) == {
+        ILLNESS
+    }
+    with pytest.raises(AccessDenied):
+        read(pinned(clinic, "data_scientist", "marketing"), "name")
+
+
+def test_by_hand_the_files_show_the_public_columns_and_no_others(clinic: Project) -> None:
+    """Of the feature table and of the training set."""
+    files = [
+        *(clinic.storage_root / "features" / "patient").rglob("*.parquet"),
+        clinic.storage_root / "care.parquet",
+    ]
+    for path in files:
+        prefix = "patient__" if path.name == "care.parquet" else ""
+        wards = pq.read_table(path, columns=[f"{prefix}ward"])[f"{prefix}ward"].drop_null()
+        assert set(wards.to_pylist()) == {WARD}
+        for column in ("name", "illness", "age"):
+            with pytest.raises(OSError, match="decrypt"):
+                pq.read_table(path, columns=[f"{prefix}{column}"])
+
+
+@pytest.mark.parametrize(("purpose", "code"), [("care", 0), ("", 2)])
+def test_a_job_acts_as_its_token_says(clinic: Project, purpose: str, code: int) -> None:
+    """One line of refusal, no traceback."""
+    mine = f"identity.token_file={token(clinic, 'data_scientist', purpose)}"
+    done = clinic.run(*training_set(f"output=out-{purpose}.parquet", mine))
+    assert done.returncode == code, done.stderr
+    assert (clinic.root / f"out-{purpose}.parquet").exists() == (code == 0)
+    if code:
+        assert "purpose-not-listed" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_stranger_gets_no_key(clinic: Project, tmp_path: Path) -> None:
+    """A token of nobody's is no token."""
+    (tmp_path / "forged.jwt").write_text("eyJhbGciOiJub25lIn0.eyJzdWIiOiJldmUifQ.")
+    access = KeyAccess(socket=clinic.record.key_socket, token=TokenSource(file=str(tmp_path / "forged.jwt")))
+    uri = str(clinic.storage_root / "features" / "patient")
+    with pytest.raises(Unauthenticated):
+        read(snapshot(uri, view="patient", keys=["patient_id"], access=access), "name")
