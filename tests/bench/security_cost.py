@@ -28,8 +28,9 @@ from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.training_set import build, join_here
 
+# This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.broker import running_broker  # noqa: E402 (this file is run by its path)
+from tests.broker import running_broker
 
 ROWS, ENTITIES, FEATURES, BUCKETS, TURNS = 1_000_000, 100_000, 8, 8, 5
 ARTIFACT = Identity(artifact="models/m", version=1, part="model.onnx")
