@@ -1,7 +1,8 @@
 """A model version's files: the formats that are allowed, and the manifest that proves them unchanged.
 
-Pickle can run code and scanners miss it, so the only formats are those that hold numbers and text. `manifest.json`
-lists each file's SHA-256; the manifest's own SHA-256 stands in the ledger.
+Pickle can run code and scanners miss it, so the only formats are those that hold numbers and text. Files are stored
+sealed under the model's key. `manifest.json` lists the SHA-256 of each as it is stored, and the manifest's own SHA-256
+stands in the ledger: what was registered can be proved without any key.
 """
 
 from __future__ import annotations
@@ -12,29 +13,53 @@ from pathlib import Path
 
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.ledger.chain import canonical
+from cluster.security.envelope import Identity, open_bytes, seal_bytes
+from cluster.security.keys.store import KeyInfo, KeyStore
 from cluster.storage import exists, list_files, read_bytes, sha256
 
 MANIFEST = "manifest.json"
 ALLOWED_SUFFIXES = (".safetensors", ".onnx", ".txt", ".json")
 
 
-def build_manifest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by name.
+def allowed_files(folder: Path) -> list[str]:
+    """The names of a folder's files, sorted.
 
     Raises:
-        RefusedError: a subfolder, or a file in a format that is not allowed.
+        RefusedError: a subfolder, a file in a format that is not allowed, or no file at all.
     """
-    files: dict[str, str] = {}
+    names = []
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.suffix not in ALLOWED_SUFFIXES:
             raise RefusedError(
                 f"Model file '{path.name}' has no allowed format; use {', '.join(ALLOWED_SUFFIXES)} in one flat folder."
             )
         if path.name != MANIFEST:
-            files[path.name] = sha256(str(path))
-    if not files:
+            names.append(path.name)
+    if not names:
         raise RefusedError(f"Model folder {folder} is empty: the family wrote no files.")
-    return files
+    return names
+
+
+def model_key(name: str) -> KeyInfo:
+    """The key that all versions of a model are sealed under; a model may show its rows, so it is not public."""
+    return KeyInfo(name=f"models/{name}", column_class="internal")
+
+
+def seal_file(data: bytes, *, name: str, version: int, part: str, store: KeyStore) -> bytes:
+    """A model file as it is stored."""
+    identity = Identity(artifact=f"models/{name}", version=version, part=part)
+    return seal_bytes(data, store=store, key=model_key(name).name, identity=identity)
+
+
+def open_file(data: bytes, *, name: str, version: int, part: str, store: KeyStore) -> bytes:
+    """A stored model file's content.
+
+    Raises:
+        ArtifactTampered: it is another file than the one it should be.
+        KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+    """
+    identity = Identity(artifact=f"models/{name}", version=version, part=part)
+    return open_bytes(data, store=store, key=model_key(name).name, identity=identity)
 
 
 def manifest_bytes(files: dict[str, str]) -> bytes:

@@ -15,12 +15,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.artifact import MANIFEST, build_manifest, manifest_bytes, verify_files
+from cluster.artifact import (
+    MANIFEST,
+    allowed_files,
+    manifest_bytes,
+    model_key,
+    seal_file,
+    verify_files,
+)
 from cluster.errors import ArtifactTampered, ModelNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
+from cluster.security.keys.store import KeyStore
 from cluster.storage import Layout, local, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]
@@ -92,20 +100,28 @@ class Registry:
         task: str,
         lineage: Lineage,
         metrics: Mapping[str, Any],
+        store: KeyStore,
         actor: str,
     ) -> ModelVersion:
-        """Copy a folder of model files into the store and record it as the next version.
+        """Seal a folder of model files into the store and record it as the next version.
 
         A crash before the event leaves a folder that no version points to, and the next registration passes over it.
 
         Raises:
             RefusedError: a file in a format that is not allowed.
+            AccessDenied, KeyRevoked: as the key store says.
         """
-        files = build_manifest(source)
-        data = manifest_bytes(files)
+        names = allowed_files(source)
+        store.ensure(model_key(name))
         version, folder = self._reserve(name)
-        for file in files:
-            write_bytes(str(folder / file), (source / file).read_bytes())
+        files: dict[str, str] = {}
+        for part in names:
+            sealed = seal_file(
+                (source / part).read_bytes(), name=name, version=version, part=part, store=store
+            )
+            write_bytes(str(folder / part), sealed)
+            files[part] = hashlib.sha256(sealed).hexdigest()
+        data = manifest_bytes(files)
         write_bytes(str(folder / MANIFEST), data)
         event = ModelRegistered(
             name=name,

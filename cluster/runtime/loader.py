@@ -5,31 +5,47 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from cluster.artifact import verify_files
+from cluster.artifact import open_file, verify_files
 from cluster.errors import ArtifactTampered, RefusedError
+from cluster.registry import ModelVersion
 from cluster.runtime.model import Engine, Model
 from cluster.runtime.signature import LIGHTGBM_FILE, ONNX_FILE, SIGNATURE_FILE, parse_signature
+from cluster.security.keys.store import KeyStore
 from cluster.storage import read_bytes
 
 _NEEDED = (SIGNATURE_FILE, LIGHTGBM_FILE, ONNX_FILE)
 
 
-def load_model(uri: str, manifest_hash: str, *, num_threads: int = 1) -> Model:
+def load_model(version: ModelVersion, store: KeyStore, *, num_threads: int = 1) -> Model:
     """Load a registered version.
 
     Args:
-        uri: the version's folder.
-        manifest_hash: SHA-256 of its manifest as the ledger has it.
+        version: as the registry has it.
+        store: has the model's key.
         num_threads: CPU threads one prediction may use.
 
     Raises:
         ArtifactTampered: a file is not the one that was registered.
+        AccessDenied, KeyRevoked: as the key store says.
         RefusedError: the files are as registered, but make no model.
     """
-    files = verify_files(uri, manifest_hash)
-    return _load(
-        {name: _read(uri, name, digest) for name, digest in files.items() if name in _NEEDED}, num_threads
-    )
+    verify_files(version.uri, version.manifest_hash)
+    needed = [name for name in version.files if name in _NEEDED]
+    return _load({name: read_file(version, name, store) for name in needed}, num_threads)
+
+
+def read_file(version: ModelVersion, name: str, store: KeyStore) -> bytes:
+    """The content of one of a version's files, proved to be the one that was registered.
+
+    Raises:
+        ArtifactTampered: it is not.
+        AccessDenied, KeyRevoked: as the key store says.
+    """
+    data = read_bytes(f"{version.uri}/{name}")
+    # Checked on the very bytes that are opened: the file may have changed since the folder was verified.
+    if hashlib.sha256(data).hexdigest() != version.files[name]:
+        raise ArtifactTampered(f"Model file '{name}' of {version.uri} is not the one that was registered.")
+    return open_file(data, name=version.name, version=version.version, part=name, store=store)
 
 
 def open_model(folder: Path, *, num_threads: int = 1) -> Model:
@@ -41,14 +57,6 @@ def open_model(folder: Path, *, num_threads: int = 1) -> Model:
     return _load(
         {path.name: path.read_bytes() for path in folder.iterdir() if path.name in _NEEDED}, num_threads
     )
-
-
-def _read(uri: str, name: str, digest: str) -> bytes:
-    data = read_bytes(f"{uri}/{name}")
-    # Checked on the very bytes that are parsed: the file may have changed since the folder was verified.
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ArtifactTampered(f"Model file '{name}' of {uri} changed while it was being loaded.")
-    return data
 
 
 def _load(files: dict[str, bytes], num_threads: int) -> Model:

@@ -15,7 +15,7 @@ from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
 from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.keys.access import key_access, key_store, protected_files
 from cluster.session import require_record
 from cluster.storage import layout, resolve, write_bytes
 from jobs.evaluate.config import EvaluateConfig, Rows
@@ -32,7 +32,7 @@ def main(config: EvaluateConfig) -> None:
     access = key_access(config, require_record(config))
     ledger = open_ledger(config)
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
-    model = load_model(version.uri, version.manifest_hash, num_threads=2)
+    model = load_model(version, key_store(access), num_threads=2)
     signature = model.signature
     source = read_training_set(config.training_set, protected_files(access))
     table = chosen_rows(config, version, source.table)

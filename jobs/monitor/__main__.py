@@ -22,7 +22,7 @@ from cluster.records import read_outcomes, read_predictions
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
 from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.keys.access import KeyAccess, key_access, key_store, protected_files
 from cluster.session import attach
 from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
@@ -38,7 +38,8 @@ def main(config: MonitorConfig) -> None:
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
-    files = protected_files(key_access(config, attach(config)))
+    access = key_access(config, attach(config))
+    files = protected_files(access)
     ledger = open_ledger(config)
     places = layout(config.storage)
     registry = Registry(ledger, places)
@@ -47,7 +48,7 @@ def main(config: MonitorConfig) -> None:
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):
         version = registry.get(config.name, int(str(number)))
-        figures = measure(config, version, reference, rows)
+        figures = measure(config, version, reference, rows, access=access)
         results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
         folder = f"{places.monitor(config.name)}/{run}"
@@ -111,7 +112,12 @@ def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
 
 
 def measure(
-    config: MonitorConfig, version: ModelVersion, reference: pl.DataFrame, rows: pl.DataFrame
+    config: MonitorConfig,
+    version: ModelVersion,
+    reference: pl.DataFrame,
+    rows: pl.DataFrame,
+    *,
+    access: KeyAccess,
 ) -> dict[str, Any]:
     """All figures of one variant by chunk; too few rows give none and say so."""
     head = {
@@ -124,17 +130,21 @@ def measure(
     if served.is_empty():
         status = f"no chunk has {config.min_rows} rows: no statement"
         return head | {"status": status, "periods": {}, "drift": {}}
-    values = ray.get(
-        _measure.remote(version.uri, version.manifest_hash, reference, served, config.label, config.min_rows)
-    )
+    values = ray.get(_measure.remote(version, access, reference, served, config.label, config.min_rows))
     return head | {"status": "measured"} | values
 
 
 @ray.remote
 def _measure(
-    uri: str, manifest_hash: str, reference: pl.DataFrame, served: pl.DataFrame, label: str, min_outcomes: int
+    version: ModelVersion,
+    access: KeyAccess,
+    reference: pl.DataFrame,
+    served: pl.DataFrame,
+    label: str,
+    min_outcomes: int,
 ) -> dict[str, Any]:
-    frames = build(model=load_model(uri, manifest_hash), reference=reference, served=served, label=label)
+    model = load_model(version, key_store(access))
+    frames = build(model=model, reference=reference, served=served, label=label)
     estimates, realisations = estimated(frames), realised(frames, min_outcomes=min_outcomes)
     name = SHORT[METRICS[frames.task]]
     periods = {}

@@ -18,7 +18,7 @@ from cluster.registry import Registry
 from cluster.runtime import open_model
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.keys.access import key_access, key_store, protected_files
 from cluster.session import attach, require_record
 from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
 from jobs.evaluate.metrics import headline, score
@@ -64,6 +64,7 @@ def main(config: TrainConfig) -> None:
             task=config.task.value,
             lineage=origin,
             metrics=metrics,
+            store=key_store(access),
             actor=current_actor(),
         )
     name, value = headline(config.task, metrics)

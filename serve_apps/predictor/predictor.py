@@ -21,7 +21,9 @@ from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
 from cluster.security.identity import TokenVerifier, current_actor
+from cluster.security.keys.access import key_store, service_access
 from cluster.security.policy import Action
+from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
@@ -56,7 +58,8 @@ class Predictor:
         registry = Registry(ledger, places)
         self._version = registry.get(name, version)
         registry.check_files(self._version, actor=current_actor())
-        self._model = load_model(self._version.uri, self._version.manifest_hash)
+        store = key_store(service_access(require_record(platform), name=name))
+        self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._access = AccessCheck(TokenVerifier.of(places))

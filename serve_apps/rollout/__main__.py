@@ -21,11 +21,13 @@ from cluster.ledger.events import (
 )
 from cluster.records import read_outcomes, read_predictions
 from cluster.registry import CHAMPION, Registry
+from cluster.runtime.loader import read_file
 from cluster.runtime.signature import SIGNATURE_FILE, parse_signature
 from cluster.security.identity import current_actor
+from cluster.security.keys.access import key_access, key_store
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, read_bytes, resolve, write_bytes
+from cluster.storage import layout, local, resolve, write_bytes
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.state import ModelState, Rollout, read_states
@@ -183,7 +185,8 @@ def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
     """The finding over the rollout's own predictions and their outcomes."""
     places = layout(config.storage)
     version = Registry(ledger, places).get(config.name, rollout.treatment_version)
-    signature = parse_signature(read_bytes(f"{version.uri}/{SIGNATURE_FILE}"))
+    store = key_store(key_access(config, require_record(config)))
+    signature = parse_signature(read_file(version, SIGNATURE_FILE, store))
     predictions = read_predictions(local(places.predictions(config.name)))
     outcomes = read_outcomes(local(places.outcomes(config.name)))
     if predictions.is_empty() or outcomes.is_empty():

@@ -49,7 +49,7 @@ NAME, ILLNESS, WARD, BAD = (f"canary-{what}-{MARK}" for what in ("name", "illnes
 
 @pytest.fixture(scope="module")
 def clinic(falaj_cluster: Project) -> Project:
-    """Patients ingested, one of them into quarantine, and a training set of them below the storage root."""
+    """Patients ingested, one of them into quarantine, a training set below the storage root, and a model of it."""
     root = falaj_cluster.root
     (root / "clinic.py").write_text(DEFINITIONS)
     at = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -64,11 +64,20 @@ def clinic(falaj_cluster: Project) -> Project:
         }
     )
     frame.write_parquet(root / "patient.parquet")
-    frame.select("patient_id", event_timestamp="at").write_parquet(root / "patients.parquet")
+    people = frame.select("patient_id", event_timestamp="at", y=pl.col("patient_id") % 2)
+    people.write_parquet(root / "patients.parquet")
     definitions = "definitions=clinic"
     falaj_cluster.run("feature_jobs.apply", definitions, check=True)
     falaj_cluster.run("feature_jobs.ingest", definitions, "view=patient", "num_buckets=2", check=True)
     falaj_cluster.run(*training_set("output=.falaj/care.parquet"), check=True)
+    learn = (
+        "model=lightgbm",
+        "name=care",
+        "training_set=.falaj/care.parquet",
+        "label=y",
+        "split.column=patient_id",
+    )
+    falaj_cluster.run("jobs.train", *learn, check=True)
     return falaj_cluster
 
 
@@ -107,6 +116,7 @@ def test_nothing_protected_lies_in_the_clear(clinic: Project) -> None:
     places = [clinic.storage_root, Path(clinic.record.temp_dir)]
     assert list(scan(places, [NAME, ILLNESS, BAD])) == []
     assert any("features" in one.path for one in scan(places, [WARD])), "public columns need no key"
+    assert list(clinic.storage_root.glob("models/care/1/*.txt")), "the model has learnt from them"
 
 
 def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -> None:

@@ -41,6 +41,12 @@ def key_access(config: PlatformConfig, record: ClusterRecord) -> KeyAccess:
     )
 
 
+def service_access(record: ClusterRecord, *, name: str) -> KeyAccess:
+    """The access of a replica: as the service that it is, whoever deployed it."""
+    token = TokenSource(root=record.storage_root, subject=f"service:{name}", role=Role.service)
+    return KeyAccess(socket=record.key_socket, token=token)
+
+
 @functools.lru_cache(maxsize=16)
 def key_store(access: KeyAccess) -> KeyStore:
     """The key store; one connection in a process."""

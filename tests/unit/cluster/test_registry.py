@@ -6,16 +6,26 @@ from pathlib import Path
 
 import pytest
 
+from cluster.artifact import open_file
 from cluster.errors import ArtifactTampered, ModelNotFound, RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import ArtifactRefused, ClusterStopped
 from cluster.registry import Lineage, ModelVersion, Registry, verify_files
+from cluster.runtime.loader import read_file
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyRevoked
 from cluster.storage import Layout
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     return Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
+
+
+def keys(tmp_path: Path) -> Keyring:
+    """The test's keyring."""
+    path = tmp_path / "keyring.json"
+    return Keyring(path, b"k" * 32) if path.exists() else Keyring.create(path, b"k" * 32)
 
 
 def register(registry: Registry, tmp_path: Path, *, name: str = "m", content: str = "{}") -> ModelVersion:
@@ -31,6 +41,7 @@ def register(registry: Registry, tmp_path: Path, *, name: str = "m", content: st
         task="binary",
         lineage=lineage,
         metrics={"auc": 0.9},
+        store=keys(tmp_path),
         actor="user:a",
     )
 
@@ -43,6 +54,19 @@ def test_versions_count_up_and_keep_their_lineage(registry: Registry, tmp_path: 
     assert registry.get("m", "latest") == second
     assert second.lineage.table_versions == {"person": 3}
     assert verify_files(second.uri, second.manifest_hash) == second.files
+
+
+def test_model_files_are_sealed_under_the_models_key(registry: Registry, tmp_path: Path) -> None:
+    """Each for its own version and name; the hashes are of what is stored."""
+    one, two = (register(registry, tmp_path, content='{"word": "canary"}') for _ in range(2))
+    stored = (Path(one.uri) / "model.json").read_bytes()
+    assert b"canary" not in stored
+    assert read_file(one, "model.json", keys(tmp_path)) == b'{"word": "canary"}'
+    with pytest.raises(ArtifactTampered, match="version 1"):
+        open_file(stored, name="m", version=two.version, part="model.json", store=keys(tmp_path))
+    keys(tmp_path).revoke("models/m")
+    with pytest.raises(KeyRevoked):
+        read_file(one, "model.json", keys(tmp_path))
 
 
 def test_a_dropped_projection_is_rebuilt_from_the_events(registry: Registry, tmp_path: Path) -> None:
@@ -114,6 +138,7 @@ def test_pickle_is_no_allowed_format(registry: Registry, tmp_path: Path) -> None
             task="binary",
             lineage=Lineage(training_set_hash=""),
             metrics={},
+            store=keys(tmp_path),
             actor="a",
         )
     assert registry.names() == []

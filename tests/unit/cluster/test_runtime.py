@@ -14,6 +14,7 @@ from cluster.errors import ArtifactTampered, InvalidRequest, RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task, encode, load_model, open_model, parse_signature
+from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 
 AGE = InputSpec(name="age", dtype="float64")
@@ -85,6 +86,7 @@ def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None
     one, objective, _ = TASKS[0]
     build(tmp_path / "m", one, objective)
     registry = Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
+    keyring = Keyring.create(tmp_path / "keyring.json", b"k" * 32)
     version = registry.register(
         tmp_path / "m",
         name="m",
@@ -92,12 +94,13 @@ def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None
         task="binary",
         lineage=Lineage(training_set_hash=""),
         metrics={},
+        store=keyring,
         actor="a",
     )
-    assert load_model(version.uri, version.manifest_hash).signature == one
+    assert load_model(version, keyring).signature == one
     (Path(version.uri) / "model.txt").write_text("not a tree at all")
     with pytest.raises(ArtifactTampered, match=r"model\.txt"):
-        load_model(version.uri, version.manifest_hash)
+        load_model(version, keyring)
 
 
 @pytest.mark.parametrize("harm", ["no model", "garbage", "other inputs", "no signature"])
