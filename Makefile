@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test unit lint format bench lock clean
+.PHONY: help install demo down test unit chaos lint format bench lock clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
 	@echo "make test    every test; starts and ends its own cluster"
 	@echo "make down    end what make demo started"
 	@echo "make unit    tests without Ray       make lint    ruff, mypy, import-linter"
-	@echo "make bench   all benches, or BENCH=<name>"
+	@echo "make bench   all benches, or BENCH=<name>      make chaos   the crash tests, fifty kills each"
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test: unit
 
 unit: $(STAMP)
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/configs
+
+# The crash tests, killed fifty times instead of a few.
+chaos: $(STAMP)
+	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -6,19 +6,20 @@ import base64
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
+from cluster.security import identity
 from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
 from cluster.security.issuer import public_keys, rotate_issuer
 from cluster.security.policy import Role
 from cluster.security.tokens import MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout
+from tests.commands import run_main
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +176,7 @@ def test_no_token_outlives_the_longest_a_rotation_keeps(fresh: Layout) -> None:
 
 def run(*arguments: str, command: str = "token") -> subprocess.CompletedProcess[str]:
     """The command-line tool."""
-    command_line = [sys.executable, "-m", "cluster.security.identity", command, *arguments]
-    return subprocess.run(command_line, capture_output=True, text=True, check=False)
+    return run_main(identity.main, command, *arguments)
 
 
 def test_the_tool_prints_a_token_and_nothing_else(

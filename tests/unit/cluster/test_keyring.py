@@ -44,6 +44,8 @@ from cluster.security.keys.store import (
 )
 
 KEK = bytes(range(32))
+KILLS = int(os.environ.get("FALAJ_KILLS", "6"))
+"""Of each crash test; `make chaos` has more."""
 NAME = "features/income/personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
 SECRET = b"a data key of thirty-two bytes.."
@@ -113,7 +115,7 @@ def test_a_keyring_killed_while_rotating_loses_nothing(tmp_path: Path) -> None:
     ring = open_local(tmp_path)
     ring.ensure(INFO)
     texts = [ring.wrap(NAME, SECRET)]
-    for _ in range(25):
+    for _ in range(KILLS):
         reported = killed_at_random(ROTATE, tmp_path)
         ring = open_local(tmp_path)
         texts.append(ring.wrap(NAME, SECRET))
@@ -129,7 +131,7 @@ def test_a_key_encryption_key_rotation_that_is_killed_is_finished_or_undone(tmp_
     ring = open_local(tmp_path)
     ring.ensure(INFO)
     text = ring.wrap(NAME, SECRET)
-    for _ in range(15):
+    for _ in range(KILLS):
         killed_at_random(ROTATE_KEK, tmp_path)
         assert open_local(tmp_path).unwrap(NAME, text) == SECRET
     rotate_local_kek(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ from hypothesis import strategies as st
 
 from cluster.errors import LedgerCorrupt
 from cluster.ledger import Ledger
+from cluster.ledger import __main__ as ledger_command
 from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
 from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
 from cluster.ledger.events import AliasMoved, CheckpointSigned, ClusterStopped
+from tests.commands import run_main
 
 JSON = st.recursive(
     st.none()
@@ -106,7 +106,8 @@ def _append_many(url: str, writer: int) -> None:
 def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
     """Four processes append 25 events each: 100 events in one chain."""
     url = f"sqlite:///{tmp_path}/ledger.db"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cluster.ledger"])
     writers = [context.Process(target=_append_many, args=(url, writer)) for writer in range(4)]
     for writer in writers:
         writer.start()
@@ -148,24 +149,21 @@ def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
         list(check_signatures(check(forged), key))
 
 
-def ledger_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.ledger", *arguments], capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
     """Export, verify the export, break it, and see exit code 2 with the first bad seq."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for number in range(3):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
     export = tmp_path / "export.jsonl"
-    assert ledger_command("--root", str(tmp_path), "export", "--output", str(export)).returncode == 0
-    assert ledger_command("verify", "--file", str(export)).returncode == 0
+    assert (
+        run_main(ledger_command.main, "--root", str(tmp_path), "export", "--output", str(export)).returncode
+        == 0
+    )
+    assert run_main(ledger_command.main, "verify", "--file", str(export)).returncode == 0
     lines = export.read_text().splitlines()
     lines[1] = lines[1].replace('"cluster_id":"1"', '"cluster_id":"9"')
     export.write_text("\n".join(lines) + "\n")
-    broken = ledger_command("verify", "--file", str(export))
+    broken = run_main(ledger_command.main, "verify", "--file", str(export))
     assert broken.returncode == 2
     assert "Event 2 was changed" in broken.stderr
 
@@ -177,7 +175,7 @@ def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
     with ledger.writing() as connection:
         connection.execute(sa.text("UPDATE events SET actor = 'mallory' WHERE seq = 3"))
-    result = ledger_command("--root", str(tmp_path), "verify")
+    result = run_main(ledger_command.main, "--root", str(tmp_path), "verify")
     assert result.returncode == 2
     assert "Event 3" in result.stderr
 

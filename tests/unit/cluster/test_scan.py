@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import sqlite3
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,8 @@ import pytest
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.security.parquet import ProtectedFiles, Protection
-from cluster.security.scan import scan
+from cluster.security.scan import main, scan
+from tests.commands import run_main
 
 CANARY = "canary-7f3a9"
 TEXT = f"before {CANARY} after"
@@ -81,7 +80,6 @@ def test_a_protected_column_is_not_found_and_a_public_one_is(tmp_path: Path) -> 
 def test_the_command_exits_by_what_it_found(tmp_path: Path, canary: str, code: int) -> None:
     """And says where."""
     plain(tmp_path)
-    command = [sys.executable, "-m", "cluster.security.scan", "--canary", canary, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run_main(main, "--canary", canary, str(tmp_path))
     assert done.returncode == code
     assert ("a.txt" in done.stdout) == (code == 2)
