@@ -63,8 +63,8 @@ def main(config: PlatformConfig) -> None:
         start_serve(config, record)
         print("starting the edge", flush=True)
         edge = start_process(config, record, "serve_apps.edge", log=edge_log(config))
-        wait_until(broker, Path(record.key_socket).exists, log=key_log(config))
-        wait_until(edge, lambda: _answers(record.metrics_url), log=edge_log(config))
+        wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
+        wait_until(edge, lambda: _answers(record.metrics_url), name="edge", log=edge_log(config))
     except BaseException:
         processes.end(record.cluster_id)
         shutil.rmtree(record.temp_dir, ignore_errors=True)
@@ -266,7 +266,7 @@ def start_process(
         )
 
 
-def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, log: Path) -> None:
+def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:
     """Wait until a process serves.
 
     Raises:
@@ -278,7 +278,7 @@ def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, l
             return
         time.sleep(0.1)
     raise StartFailed(
-        f"{log.stem} did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
+        f"The {name} did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
     )
 
 

@@ -295,7 +295,8 @@ def test_a_tampered_version_is_refused_and_the_old_one_serves_on(client: Client)
     project = client.project
     project.run("jobs.train", *train_arguments(), check=True)
     model = project.storage_root / "models" / "loan" / "3" / "model.txt"
-    model.write_text(model.read_text().replace("leaf_value=", "leaf_value=9", 1))
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     result = project.run("serve_apps.rollout", "action=start", "name=loan", "version=3")
     assert result.returncode == 2
     assert "model.txt" in result.stderr
