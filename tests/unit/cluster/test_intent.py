@@ -134,7 +134,7 @@ def test_an_access_token_is_no_intent_nor_the_reverse(
         {"exp": int(time.time()) + 30 * 86_400},
         {"nbf": int(time.time()) + 86_400},
     ],
-    ids=str,
+    ids=",".join,
 )
 def test_another_intent_is_refused(places: Layout, verifier: IntentVerifier, changes: dict[str, Any]) -> None:
     """Though the issuer signed it."""
