@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test unit chaos lint format bench lock clean
+.PHONY: help install demo down test unit unit-ground unit-data unit-serving chaos lint format bench lock clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
 	@echo "make test    every test; starts and ends its own cluster"
 	@echo "make down    end what make demo started"
 	@echo "make unit    tests without Ray       make lint    ruff, mypy, import-linter"
-	@echo "make bench   all benches, or BENCH=<name>      make chaos   the crash tests, fifty kills each"
+	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests, thoroughly"
 
 install: $(STAMP)
 
@@ -36,12 +36,25 @@ down: $(STAMP)
 test: unit
 	@$(BIN)/python -m pytest tests/integration
 
+# Three processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
+# otherwise take all cores several times over and hold each other up.
+UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest
 unit: $(STAMP)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/configs
+	@$(MAKE) --silent --jobs=3 --output-sync=target unit-ground unit-data unit-serving
 
-# The crash tests, killed fifty times instead of a few.
+unit-ground:
+	@$(UNIT) tests/unit/cluster
+
+unit-data:
+	@$(UNIT) tests/unit/feature_jobs tests/unit/jobs tests/configs
+
+unit-serving:
+	@$(UNIT) tests/unit/serve_apps
+
+# The crash tests killed fifty times, and the property tests with twenty times the examples.
 chaos: $(STAMP)
 	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/unit
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
