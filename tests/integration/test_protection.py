@@ -38,6 +38,7 @@ patient = FeatureView(
     ],
     checks=[Range("age", minimum=0)],
     owner="clinic",
+    region="elsewhere",
     purposes=["care"],
 )
 care = FeatureService("care", views=[patient])

@@ -168,7 +168,7 @@ def test_boundaries_hold_for_every_role(
     """The admin too, whatever he does."""
     resource = Resource(kind="model", name="m", **changes)
     for action in Action:
-        decision = policy.decide(who(role, "credit"), action, resource)
+        decision = policy.decide(who(role, "credit"), action, resource, environment="staging")
         if deciding == "other-region" and action in (Action.read_metadata, Action.read_ledger):
             assert deciding not in decision.policies
         else:
@@ -177,11 +177,16 @@ def test_boundaries_hold_for_every_role(
 
 def test_a_permitted_region_is_as_ones_own() -> None:
     """Only the operator of a process permits it; nothing in a request can."""
-    eu = columns(region="eu")
-    assert not Policy.load(region="us").decide(who(Role.admin), Action.read_columns, eu).allowed
-    assert Policy.load(region="eu").decide(who(Role.admin), Action.read_columns, eu).allowed
+    eu, admin = columns(region="eu"), who(Role.admin)
+
+    def reads(policy: Policy, environment: str) -> bool:
+        return policy.decide(admin, Action.read_columns, eu, environment=environment).allowed
+
+    assert not reads(Policy.load(region="us"), "staging")
+    assert reads(Policy.load(region="us"), "local"), "a machine of one's own has no region to speak of"
+    assert reads(Policy.load(region="eu"), "staging")
     permitted = Policy.load(region="us", permitted_regions=["eu"])
-    assert permitted.decide(who(Role.admin), Action.read_columns, eu).allowed
+    assert reads(permitted, "staging")
     assert permitted.roles_for(Action.predict) == TABLE[Action.predict]
 
 
