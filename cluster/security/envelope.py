@@ -136,6 +136,17 @@ def open_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) ->
     return b"".join(opened(io.BytesIO(data), store=store, key=key, identity=identity))
 
 
+def place_of(table: str, entity: bytes) -> bytes:
+    """Where a value belongs, for `ValueCipher`: no two pairs give the same bytes.
+
+    Args:
+        table: the online table, `online/<view>` say.
+        entity: the entity's key as it is stored.
+    """
+    name = table.encode()
+    return struct.pack(">I", len(name)) + name + entity
+
+
 class ValueCipher:
     """Encrypts small values under one data key, each bound to its place, so that none can be moved to another.
 
@@ -192,10 +203,11 @@ def _read_header(source: BinaryIO) -> tuple[_Header, bytes]:
     try:
         header = _Header(**json.loads(encoded))
         if (
-            not 0 < header.chunk_bytes <= CHUNK_BYTES
+            type(header.chunk_bytes) is not int
+            or not 0 < header.chunk_bytes <= CHUNK_BYTES
             or len(bytes.fromhex(header.nonce_prefix)) != PREFIX_BYTES
         ):
             raise ValueError("out of range")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ArtifactTampered("The header of a sealed file was altered or cut off.") from error
     return header, fixed + encoded

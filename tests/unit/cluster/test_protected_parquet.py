@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import pytest
 
 from cluster.errors import AccessDenied
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyRevoked
-from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles, Protection
+from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyRevoked, KeyStoreUnavailable
+from cluster.security.parquet import ProtectedFiles, Protection
 
 INTERNAL, PERSONAL, SENSITIVE = (f"features/people/{name}" for name in ("internal", "personal", "sensitive"))
 PROTECTION = Protection(
@@ -42,6 +44,7 @@ class Counted(Keyring):
         super().__init__(path, b"k" * 32)
         self.asked: Counter[str] = Counter()
         self.denied: set[str] = set()
+        self.broken: Exception | None = None
 
     def wrap(self, name: str, secret: bytes) -> str:
         self.asked[f"wrap {name}"] += 1
@@ -49,6 +52,8 @@ class Counted(Keyring):
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         self.asked[f"unwrap {name}"] += 1
+        if self.broken is not None:
+            raise self.broken
         if name in self.denied:
             raise AccessDenied(f"not {name}")
         return super().unwrap(name, wrapped)
@@ -105,23 +110,110 @@ def test_a_denied_column_says_so_and_leaves_the_others(keyring: Counted, path: s
     assert files.read(path, ["name", "year"]).equals(TABLE.select(["name", "year"]))
 
 
+def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
+    """Not even that of the footer; no other column comes with them."""
+    keyring.denied.update((INTERNAL, PERSONAL, SENSITIVE))
+    files = ProtectedFiles(keyring)
+    assert files.read(path, ["year", "newer"]).equals(TABLE.select(["year"]))
+    assert files.readable_columns(path) == ["year"]
+    for columns in (None, ["year", "note"], ["illness"]):
+        with pytest.raises(AccessDenied):
+            files.read(path, columns)
+
+
 def test_a_revoked_key_closes_its_columns_for_good(keyring: Counted, path: str) -> None:
-    """At once in a new process, within the cache's lifetime in one that has read before."""
+    """At once in a new process; the other columns stay."""
+    keyring.revoke(SENSITIVE)
+    files = ProtectedFiles(keyring)
+    with pytest.raises(KeyRevoked):
+        files.read(path, ["illness"])
+    assert files.read(path, ["year"]).num_rows == 500
+    assert files.readable_columns(path) == ["id", "name", "year", "note"]
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.3], ids=["busy", "idle"])
+def test_who_goes_on_reading_is_refused_within_the_caches_lifetime(
+    keyring: Counted, path: str, pause_s: float
+) -> None:
+    """However often he reads, and however long he waits in between: Arrow's own cache would let him go on."""
+    lifetime_s = 0.2
+    files = ProtectedFiles(keyring, cache_s=lifetime_s)
+    files.read(path)
+    keyring.revoke(SENSITIVE)
+    revoked = time.monotonic()
+
+    def go_on() -> None:
+        while (begun := time.monotonic()) < revoked + 20:
+            time.sleep(pause_s)
+            files.read(path, ["illness"])
+            assert begun < revoked + lifetime_s, "read after the key should have been forgotten"
+
+    with pytest.raises(KeyRevoked):
+        go_on()
+
+
+def test_who_goes_on_writing_is_refused_too(keyring: Counted, tmp_path: Path) -> None:
+    """What he wrote could not be read again."""
+    files = ProtectedFiles(keyring, cache_s=0)
+    files.write(TABLE, str(tmp_path / "a"), PROTECTION)
     keyring.revoke(SENSITIVE)
     with pytest.raises(KeyRevoked):
-        ProtectedFiles(keyring).read(path, ["illness"])
-    assert ProtectedFiles(keyring).read(path, ["year"]).num_rows == 500
+        files.write(TABLE, str(tmp_path / "b"), PROTECTION)
 
 
-def test_a_rotated_key_reads_old_files_and_writes_new_ones(
-    keyring: Counted, path: str, tmp_path: Path
+def test_threads_share_a_reader_whose_keys_are_forgotten_meanwhile(keyring: Counted, path: str) -> None:
+    """None of them fails."""
+    files = ProtectedFiles(keyring, cache_s=0)
+    wrong: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            assert all(files.read(path).equals(TABLE) for _ in range(20))
+        except BaseException as error:  # noqa: BLE001
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionResetError(104, "gone")])
+def test_a_key_store_that_fails_is_not_taken_for_a_damaged_file(
+    keyring: Counted, path: str, error: Exception
 ) -> None:
-    """The key store keeps the old version."""
-    keyring.rotate(PERSONAL)
+    """Nobody should restore a backup because of it."""
+    keyring.broken = error
+    with pytest.raises(KeyStoreUnavailable, match="features/people"):
+        ProtectedFiles(keyring).read(path)
+
+
+def test_a_path_that_is_no_file_is_not_taken_for_a_damaged_one(keyring: Counted, tmp_path: Path) -> None:
+    """The file system's own error comes through."""
+    with pytest.raises(IsADirectoryError):
+        ProtectedFiles(keyring).read(str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        ProtectedFiles(keyring).read(str(tmp_path / "none"))
+
+
+def test_a_rotated_key_reads_old_files_and_rewrites_them(keyring: Counted, path: str, tmp_path: Path) -> None:
+    """The key store keeps the old version; the new file is under the new one at once, cache or not."""
     files = ProtectedFiles(keyring)
+    files.write(TABLE, path, PROTECTION)
+    keyring.rotate(PERSONAL)
     newer = str(tmp_path / "newer.parquet")
-    files.write(files.read(path), newer, PROTECTION)
-    assert files.read(newer).equals(TABLE)
+    files.reprotect(path, newer, PROTECTION, was=PROTECTION)
+    assert files.read(newer, protection=PROTECTION).equals(TABLE)
+    versions = [
+        {key: wrapped.split(":")[1] for key, wrapped in files.keys(name).wrapped.items()}
+        for name in (path, newer)
+    ]
+    assert versions == [
+        {INTERNAL: "v1", PERSONAL: "v1", SENSITIVE: "v1"},
+        {INTERNAL: "v1", PERSONAL: "v2", SENSITIVE: "v1"},
+    ]
 
 
 def test_without_its_key_nothing_is_written(keyring: Counted, tmp_path: Path) -> None:
@@ -133,7 +225,7 @@ def test_without_its_key_nothing_is_written(keyring: Counted, tmp_path: Path) ->
 
 
 def test_a_process_asks_the_key_store_once_for_each_key(keyring: Counted, tmp_path: Path) -> None:
-    """However many files it writes and reads."""
+    """However many files of one writer it reads."""
     files, reader = ProtectedFiles(keyring), ProtectedFiles(keyring)
     for number in range(5):
         files.write(TABLE, str(tmp_path / f"{number}.parquet"), PROTECTION)
@@ -194,16 +286,3 @@ def test_damage_is_refused_and_never_read_as_something_else(
     assert done.returncode == 0, done.stderr
     refused, tried = map(int, done.stdout.split())
     assert refused > 0.9 * tried
-
-
-def test_columns_and_files_cannot_change_places(keyring: Counted, path: str, tmp_path: Path) -> None:
-    """Pages of another file of the same keys and shape do not fit."""
-    files = ProtectedFiles(keyring)
-    other = str(tmp_path / "other.parquet")
-    files.write(TABLE.set_column(0, "id", pa.array(range(500, 1000), pa.int64())), other, PROTECTION)
-    mine, theirs = Path(path).read_bytes(), Path(other).read_bytes()
-    if len(mine) != len(theirs):
-        theirs = theirs.ljust(len(mine), b"\0")[: len(mine)]
-    Path(other).write_bytes(theirs[: len(mine) // 4] + mine[len(mine) // 4 :])
-    with pytest.raises(ProtectedFileCorrupt, match="truncated or altered"):
-        files.read(other)
