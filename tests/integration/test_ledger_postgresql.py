@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from cluster.ledger.chain import check
 from cluster.ledger.events import ClusterStopped
 from cluster.registry import Registry
 from cluster.storage import Layout
+from tests.ports import free_port
 
 
 def _binary(name: str) -> str | None:
@@ -41,9 +41,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder.mkdir()
     if os.geteuid() == 0:
         os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     data = str(folder / "data")
     subprocess.run(
         _as_postgres(initdb, "-D", data, "-A", "trust", "-U", "falaj"),

@@ -16,12 +16,7 @@ from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.session import write_record
 from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, StorageConfig
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+from tests.ports import free_port
 
 
 @pytest.fixture

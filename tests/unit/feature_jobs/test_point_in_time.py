@@ -67,7 +67,7 @@ def oracle() -> duckdb.DuckDBPyConnection:
     return connection
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=4 * settings.default.max_examples, deadline=None)
 @given(features=feature_frames(), entities=entity_frames, ttl_h=st.none() | st.integers(1, 12))
 def test_join_agrees_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, features: pl.DataFrame, entities: pl.DataFrame, ttl_h: int | None
@@ -81,7 +81,7 @@ def test_join_agrees_with_the_definition_in_sql(
     assert oracle.execute(ORACLE.format(ttl_us=ttl_us)).fetchall() == actual.rows()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 @given(features=feature_frames(), as_of=hours)
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
     """What is materialised online is what the training set would have seen."""

@@ -32,6 +32,7 @@ from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.state import EdgeState
+from tests.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
 CHAMPION_ONLY = "m-v1|m-v1|champion|none|-|0|10000"
@@ -122,12 +123,6 @@ class Running:
         self.stopped.set()
         self.thread.join(20)
         self.ledger.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(said: Callable[[], bool], seconds: float = 15) -> None:

@@ -30,6 +30,7 @@ from serve_apps.edge.haproxy import ConfigRefused, HAProxy
 from serve_apps.edge.routes import Routes, routes
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
+from tests.ports import free_port
 
 PREDICT = "/v1/models/m:predict"
 SALT = "sé"
@@ -150,12 +151,6 @@ class Edge:
         for server in self.servers:
             server.shutdown()
             server.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
