@@ -29,6 +29,7 @@ from cluster.ledger.chain import Entry
 from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
 from cluster.security.keys.store import KeyStore
+from cluster.security.policy import Resource
 from cluster.storage import Layout, local, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]
@@ -81,6 +82,12 @@ class ModelVersion:
     files: dict[str, str]
     lineage: Lineage
     metrics: dict[str, Any]
+    registered_by: str = ""
+    """Subject of who registered it."""
+
+    def resource(self, *, region: str) -> Resource:
+        """The version as the policies see it."""
+        return Resource(kind="model", name=self.name, region=region, registered_by=self.registered_by)
 
 
 class Registry:
@@ -233,7 +240,8 @@ class Registry:
 def _apply(connection: sa.Connection, entry: Entry) -> None:
     match entry.event():
         case ModelRegistered() as event:
-            row = {"name": event.name, "version": event.version, "event": json.dumps(event.payload())}
+            known = event.payload() | {"registered_by": entry.actor}
+            row = {"name": event.name, "version": event.version, "event": json.dumps(known)}
             connection.execute(VERSIONS.insert().values(row))
         case AliasMoved() as event:
             same = (ALIASES.c.name == event.name) & (ALIASES.c.alias == event.alias)

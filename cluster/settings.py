@@ -71,7 +71,7 @@ class IdentityConfig:
     """As whom a job acts."""
 
     token_file: str | None = None
-    """A file with a token of the issuer; none lets the local dev issuer mint one for the user of this machine."""
+    """A file with an intent, or an access token to take one from; none lets the dev issuer give the user one."""
     role: str = "admin"
     """Of a token that is minted here."""
     purpose: str = ""

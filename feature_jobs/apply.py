@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, key_store
+from cluster.security.acting import act
+from cluster.security.keys.access import key_store
+from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from feature_jobs.store.catalog import apply, load_definitions
@@ -26,14 +27,23 @@ def main(config: ApplyConfig) -> None:
     """Apply a module."""
     record = require_record(config)
     definitions = load_definitions(config.definitions)
-    keys = key_store(key_access(config, record))
+    ledger = open_ledger(config)
+    actor = act(config, record, ledger, entrypoint="feature_jobs.apply")
     region = config.cluster.region
+    actor.check(
+        Action.apply_definitions,
+        *(
+            Resource(kind="feature view", name=name, region=view.region or region)
+            for name, view in definitions.views.items()
+        ),
+    )
+    keys = key_store(actor.access)
     for info in (
         *(info for view in definitions.views.values() for info in view_keys(view, region=region)),
         *(info for service in definitions.services.values() for info in service_keys(service, region=region)),
     ):
         keys.ensure(info)
-    applied = apply(definitions, open_ledger(config), actor=current_actor())
+    applied = apply(definitions, ledger, actor=actor.name)
     for kind, names, changed in (
         ("view", definitions.views, applied.views),
         ("service", definitions.services, applied.services),

@@ -25,8 +25,9 @@ from cluster.errors import BatchRefused, DefinitionError, Inconsistent, RefusedE
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.acting import Actor, act
+from cluster.security.keys.access import protected_files
+from cluster.security.policy import Action
 from cluster.session import attach, refusal_behind
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
@@ -35,7 +36,7 @@ from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, open_source
 from feature_jobs.store.point_in_time import SEQ
-from feature_jobs.store.protection import quarantine_protection, view_protection
+from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
 from feature_jobs.store.validation import RAW, REASON, prepare
 
 HEAD_ROWS = 1000
@@ -85,10 +86,11 @@ class Checked:
 @job("ingest", IngestConfig)
 def main(config: IngestConfig) -> None:
     """Ingest one batch."""
-    access = key_access(config, attach(config))
     ledger = open_ledger(config)
+    actor = act(config, attach(config), ledger, entrypoint="feature_jobs.ingest")
     places = layout(config.storage)
     view, spec = applied_view(config, ledger)
+    actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = open_source(config.source.path or view.source.path, places)
     ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
     if any(entry.payload["ingest_id"] == ingest_id for entry in ledger.entries(BatchIngested)):
@@ -98,17 +100,17 @@ def main(config: IngestConfig) -> None:
     table = offline.open_table(uri)
     before = offline.committed(table, ingest_id) if table is not None else None
     if before is None:
-        checked = check_or_refuse(config, ledger, view, files)
+        checked = check_or_refuse(config, ledger, actor, view, files)
         target = offline.Target(
             uri=uri,
             keys=tuple(view.join_keys),
             buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
             protection=view_protection(spec),
-            access=access,
+            access=actor.access,
         )
         before = store(view, checked, ingest_id, target=target, quarantine=places.quarantine(view.name))
     batch, version = before
-    record(ledger, view, files, batch, version)
+    ledger.append(event_of(view, files, batch, version), actor=actor.name)
     print(
         f"view {view.name}: {batch.rows_in} rows in = {batch.rows_stored} stored + "
         f"{batch.rows_quarantined} quarantined, table version {version}"
@@ -166,7 +168,9 @@ def check(view: FeatureView, files: SourceFiles) -> Checked:
     return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons))
 
 
-def check_or_refuse(config: IngestConfig, ledger: Ledger, view: FeatureView, files: SourceFiles) -> Checked:
+def check_or_refuse(
+    config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureView, files: SourceFiles
+) -> Checked:
     """The checked batch, fit to be stored; a batch that is not leaves an event before it is refused.
 
     Raises:
@@ -187,7 +191,7 @@ def check_or_refuse(config: IngestConfig, ledger: Ledger, view: FeatureView, fil
             rows_in=files.rows,
             rows_bad=rows_bad,
         )
-        ledger.append(event, actor=current_actor())
+        ledger.append(event, actor=actor.name)
         raise
 
 
@@ -249,9 +253,9 @@ def store(
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
 
-def record(ledger: Ledger, view: FeatureView, files: SourceFiles, batch: offline.Batch, version: int) -> None:
-    """Say in the ledger what is in the table."""
-    event = BatchIngested(
+def event_of(view: FeatureView, files: SourceFiles, batch: offline.Batch, version: int) -> BatchIngested:
+    """What is said in the ledger of a batch that is in the table."""
+    return BatchIngested(
         view=view.name,
         view_version=view.version,
         ingest_id=batch.ingest_id,
@@ -264,7 +268,6 @@ def record(ledger: Ledger, view: FeatureView, files: SourceFiles, batch: offline
         reasons=batch.reasons,
         quarantine=batch.quarantine,
     )
-    ledger.append(event, actor=current_actor())
 
 
 def row_schema(validated: pa.Schema) -> pa.Schema:

@@ -15,8 +15,8 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ViewMaterialized
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access
+from cluster.security.acting import act
+from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
@@ -24,6 +24,7 @@ from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.online import OnlineRow, open_online
 from feature_jobs.store.point_in_time import AVAILABLE, EVENT, latest
+from feature_jobs.store.protection import view_resources
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,11 +41,12 @@ class MaterializeConfig(PlatformConfig):
 @job("materialize", MaterializeConfig)
 def main(config: MaterializeConfig) -> None:
     """Materialise one view."""
-    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.materialize")
     places = layout(config.storage)
     view = view_spec(ledger, config.view)
-    pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=access)
+    actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
+    pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=actor.access)
     as_of = instant(config.as_of)
     store = open_online(config.online, places, readonly=False)
     count = store.replace(view, pinned.key_types, rows(view, pinned, as_of))
@@ -56,7 +58,7 @@ def main(config: MaterializeConfig) -> None:
         as_of=as_of.isoformat(),
         entities=count,
     )
-    ledger.append(event, actor=current_actor())
+    ledger.append(event, actor=actor.name)
     print(f"view {view.name}: {count} entities online as of {as_of.isoformat()}")
 
 

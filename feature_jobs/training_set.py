@@ -14,14 +14,15 @@ from cluster.entrypoint import job
 from cluster.errors import TrainingSetError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import TrainingSetBuilt
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import KeyAccess, key_access, protected_files
+from cluster.security.acting import act
+from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.protection import training_set_protection
+from feature_jobs.store.protection import training_set_protection, view_resources
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import JoinParts, Part, build, join_bucket, join_here
 
@@ -44,10 +45,12 @@ class TrainingSetConfig(PlatformConfig):
 @job("training_set", TrainingSetConfig)
 def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
-    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
-    places = layout(config.storage)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.training_set")
+    access, places = actor.access, layout(config.storage)
     spec = service_spec(ledger, config.service)
+    for view in spec.views:
+        actor.check(Action.build_training_set, *view_resources(view, region=config.cluster.region))
     entities = read_entities(config.entities)
     snapshots = {
         view.name: snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=access)
@@ -72,7 +75,7 @@ def main(config: TrainingSetConfig) -> None:
         view_versions=manifest["view_versions"],
         output=output.rsplit("/", 1)[-1],
     )
-    seq = ledger.append(event, actor=current_actor()).seq
+    seq = ledger.append(event, actor=actor.name).seq
     write_bytes(manifest_path(output), json.dumps(manifest | {"seq": seq}, indent=1).encode())
     short = manifest["row_hash"][:16]
     print(f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {short}")

@@ -8,7 +8,6 @@ from ray.serve.schema import ApplicationStatus
 from cluster.errors import ArtifactTampered, FalajError
 from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
-from cluster.security.identity import current_actor
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
 from serve_apps.edge.config import OUTCOMES_APP
@@ -34,8 +33,13 @@ def is_running(name: str) -> bool:
     return app is not None and app.status == ApplicationStatus.RUNNING
 
 
-def ensure_model(config: PlatformConfig, version: ModelVersion) -> str:
+def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -> str:
     """Have a model version's application running; gives its name.
+
+    Args:
+        config: the platform's.
+        version: which.
+        actor: who is named should its files be refused.
 
     Raises:
         ArtifactTampered: before anything is started; what serves now goes on serving.
@@ -43,7 +47,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion) -> str:
     """
     name = app_name(version)
     if not is_running(name):
-        Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=current_actor())
+        Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
         replica = config.replica
         predictor = serve.deployment(
             Predictor,

@@ -10,7 +10,8 @@ from cluster.errors import RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed
 from cluster.registry import CHAMPION, ModelVersion, Registry
-from cluster.security.identity import current_actor
+from cluster.security.acting import Actor, act
+from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
@@ -42,43 +43,56 @@ class DeployConfig(PlatformConfig):
 @job("deploy", DeployConfig)
 def main(config: DeployConfig) -> None:
     """Deploy or restore."""
-    attach(config)
     ledger = open_ledger(config)
+    actor = act(config, attach(config), ledger, entrypoint="serve_apps.deploy")
     registry = Registry(ledger, layout(config.storage))
-    ensure_outcomes(config)
     match config.action:
         case DeployAction.restore:
-            restore(config, ledger, registry)
+            restore(config, ledger, registry, actor)
         case DeployAction.deploy:
             if config.name is None:
                 raise RefusedError("Say which model: `name=…`.")
             version = registry.get(config.name, config.version)
-            app = deploy(config, ledger, version, variant=config.variant)
+            app = deploy(config, ledger, actor, version, variant=config.variant)
             if CHAMPION not in registry.aliases(version.name):
-                actor, reason = current_actor(), "first deployment"
-                registry.move_alias(version.name, CHAMPION, version.version, actor=actor, reason=reason)
+                reason = "first deployment"
+                registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
             wait_until_applied(config, ledger.head(), app=app)
             print(f"serving {version.name} version {version.version} as application {app}")
 
 
-def deploy(config: PlatformConfig, ledger: Ledger, version: ModelVersion, *, variant: str) -> str:
-    """Have a version's application running, and say so in the ledger once; gives its name."""
-    app = ensure_model(config, version)
+def deploy(
+    config: PlatformConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, variant: str
+) -> str:
+    """Have a version's application running, and say so in the ledger once; gives its name.
+
+    Raises:
+        AccessDenied: the actor may not deploy it.
+    """
+    actor.check(Action.deploy, version.resource(region=config.cluster.region))
+    ensure_outcomes(config)
+    app = ensure_model(config, version, actor=actor.name)
     known = read_states(ledger).get(version.name)
     if known is None or known.apps.get(version.version) != app:
         event = ModelDeployed(
             name=version.name, version=version.version, variant=variant, app=app, route_prefix=f"/{app}"
         )
-        ledger.append(event, actor=current_actor())
+        ledger.append(event, actor=actor.name)
     return app
 
 
-def restore(config: PlatformConfig, ledger: Ledger, registry: Registry) -> None:
-    """Start the application of every model's champion and running treatment."""
+def restore(config: PlatformConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
+    """Start the application of every model's champion and running treatment.
+
+    Raises:
+        AccessDenied: the actor is not one who runs the cluster; nobody deploys anything new here.
+    """
+    actor.check(Action.manage_cluster, Resource(kind="cluster", name="serving", region=config.cluster.region))
+    ensure_outcomes(config)
     for name, state in read_states(ledger).items():
         wanted = (state.champion_version, state.rollout.treatment_version if state.rollout else None)
         for number in (version for version in wanted if version is not None):
-            app = ensure_model(config, registry.get(name, number))
+            app = ensure_model(config, registry.get(name, number), actor=actor.name)
             wait_until_applied(config, ledger.head(), app=app)
             print(f"restored {app}")
 

@@ -12,6 +12,7 @@ from cluster.errors import ConfigError, RefusedError
 from cluster.ledger.chain import Entry, check, read_lines
 from cluster.ledger.checkpoint import check_signatures, load_public_key
 from cluster.ledger.store import Ledger, open_ledger
+from cluster.security.acting import check_reader
 from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout
 
@@ -25,6 +26,11 @@ def main() -> None:
         "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
     )
     parser.add_argument("--url", help="SQLAlchemy URL of the ledger, if it is not SQLite below the root")
+    parser.add_argument(
+        "--token",
+        type=Path,
+        help="file with the reader's token; without it you read as whoever can open the database",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write every event as one JSON line")
     export.add_argument("--output", type=Path, help="file to write instead of standard output")
@@ -46,7 +52,10 @@ def _open(arguments: argparse.Namespace) -> Ledger:
     storage = StorageConfig(root=arguments.root)
     if arguments.url is None and not Path(layout(storage).ledger_path).exists():
         raise ConfigError(f"No ledger at {layout(storage).ledger_path}. Give --root or --url.")
-    return open_ledger(PlatformConfig(storage=storage, ledger=LedgerConfig(url=arguments.url)))
+    ledger = open_ledger(PlatformConfig(storage=storage, ledger=LedgerConfig(url=arguments.url)))
+    if arguments.token is not None:
+        check_reader(ledger, layout(storage), arguments.token)
+    return ledger
 
 
 def _export(ledger: Ledger, output: Path | None) -> None:

@@ -228,13 +228,32 @@ class ModelMonitored(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeyDenied(LedgerEvent):
-    operation: str
-    key: str
+class AccessDecided(LedgerEvent):
+    """The event's actor was denied something, or permitted it and is of the sample."""
+
+    allowed: bool
     role: str
     purpose: str
+    tenant: str
+    entrypoint: str
+    """Of the job that asked; empty where no job did."""
+    action: str
+    kind: str
+    resource: str
+    column_class: str
     policies: list[str]
-    """Those that forbade it; empty where none permitted it."""
+    """Those that decided; empty where none permitted it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrangersRefused(LedgerEvent):
+    """Requests without a valid identity within one window, for one reason."""
+
+    reason: str
+    count: int
+    first_at: float
+    """Unix seconds."""
+    last_at: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,46 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
+from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
 from cluster.security.identity import Principal
 from cluster.security.policy import Action, Decision, Resource
 
 OTHER_REASONS = "other"
+NOBODY = "unauthenticated"
+"""The actor of events about strangers."""
 _SCALE = 2**64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AccessDecided:
-    """A known principal was denied something, or permitted it and sampled."""
+class Append(Protocol):
+    """Writes an event down: `Ledger.append`."""
 
-    allowed: bool
-    subject: str
-    role: str
-    purpose: str
-    tenant: str
-    entrypoint: str
-    action: str
-    kind: str
-    resource: str
-    column_class: str
-    policies: tuple[str, ...]
-    at: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StrangersRefused:
-    """Requests without a valid identity within one window, for one reason."""
-
-    reason: str
-    count: int
-    first_at: float
-    last_at: float
-
-
-Record = AccessDecided | StrangersRefused
-Append = Callable[[Record], None]
+    def __call__(self, event: LedgerEvent, *, actor: str) -> object: ...
 
 
 def is_sampled(principal: Principal, action: Action, resource: Resource, *, window: int, rate: float) -> bool:
@@ -106,11 +82,10 @@ class Decisions:
         """Record a denial; record a permission if it is of the sample, and of the window's first `max_permits`."""
         with self._lock:
             due = self._turned(at)
-            if decision.allowed and not self._is_new_sample(principal, action, resource):
-                records: list[Record] = due
-            else:
-                records = [*due, _record(principal, action, resource, decision, at)]
-        self._write(records)
+            recorded = not decision.allowed or self._is_new_sample(principal, action, resource)
+        self._write(due)
+        if recorded:
+            self._append(_event(principal, action, resource, decision), actor=principal.subject)
 
     def unauthenticated(self, reason: str, *, at: float) -> None:
         """Count a stranger; the count is recorded once the window is over."""
@@ -130,16 +105,16 @@ class Decisions:
     def flush(self) -> None:
         """Record the strangers counted so far; call it at the end, and now and then where requests are few."""
         with self._lock:
-            due: list[Record] = list(self._strangers.values())
+            due = list(self._strangers.values())
             self._strangers = {}
         self._write(due)
 
-    def _turned(self, at: float) -> list[Record]:
+    def _turned(self, at: float) -> list[StrangersRefused]:
         """What is due because a window is over; a clock that runs backwards opens none."""
         window = int(at // self._window_s)
         if window <= self._window:
             return []
-        due: list[Record] = list(self._strangers.values())
+        due = list(self._strangers.values())
         self._window, self._strangers, self._permits = window, {}, set()
         return due
 
@@ -152,18 +127,15 @@ class Decisions:
         self._permits.add(digest)
         return True
 
-    def _write(self, records: list[Record]) -> None:
+    def _write(self, due: list[StrangersRefused]) -> None:
         """Outside the lock: the ledger may be slow."""
-        for record in records:
-            self._append(record)
+        for event in due:
+            self._append(event, actor=NOBODY)
 
 
-def _record(
-    principal: Principal, action: Action, resource: Resource, decision: Decision, at: float
-) -> AccessDecided:
+def _event(principal: Principal, action: Action, resource: Resource, decision: Decision) -> AccessDecided:
     return AccessDecided(
         allowed=decision.allowed,
-        subject=principal.subject,
         role=principal.role.value,
         purpose=principal.purpose,
         tenant=principal.tenant,
@@ -172,6 +144,5 @@ def _record(
         kind=resource.kind,
         resource=resource.name,
         column_class=resource.column_class,
-        policies=decision.policies,
-        at=at,
+        policies=list(decision.policies),
     )

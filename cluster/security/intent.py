@@ -24,7 +24,13 @@ from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.identity import Principal, local_keys, principal_of
 from cluster.security.issuer import ISSUER, replace_private, sign
 from cluster.security.oidc import KeySource
-from cluster.security.tokens import MAX_TOKEN_BYTES, TokenRules, text_claim, verified_claims
+from cluster.security.tokens import (
+    MAX_TOKEN_BYTES,
+    TokenRules,
+    text_claim,
+    token_type,
+    verified_claims,
+)
 from cluster.storage import Layout
 
 INTENT_TYPE = "falaj-intent+jwt"
@@ -122,16 +128,10 @@ def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s:
     return sign(places, claims, audience=INTENT_AUDIENCE, token_type=INTENT_TYPE, ttl_s=ttl_s)
 
 
-def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path:
-    """Where this process finds its intent: the configuration's file, else the one the environment names.
-
-    Raises:
-        ConfigError: neither says.
-    """
+def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path | None:
+    """Where this process finds its token: the configuration's file, else the one the environment names, if any."""
     path = configured or environment.get(FILE_VARIABLE)
-    if not path:
-        raise ConfigError(f"This job has no principal. Set identity.token_file=… or {FILE_VARIABLE}.")
-    return Path(path)
+    return Path(path) if path else None
 
 
 def write_intent(path: Path, token: str) -> None:
@@ -146,15 +146,29 @@ def read_intent(path: Path, verifier: IntentVerifier, *, entrypoint: str | None 
         ConfigError: no such file, or one that others own or can read.
         Unauthenticated: see `IntentVerifier.verify`.
     """
+    return verifier.verify(read_private(path), entrypoint=entrypoint)
+
+
+def read_private(path: Path) -> str:
+    """The token in a file of one's own.
+
+    Raises:
+        ConfigError: no such file, or one that others own or can read.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise ConfigError(f"No intent can be read at {path}: {error.strerror}. Ask for a new one.") from None
+        raise ConfigError(f"No token can be read at {path}: {error.strerror}. Ask for a new one.") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise ConfigError(f"The intent at {path} is not a file of yours alone. Give it mode 0600.")
+            raise ConfigError(f"The token at {path} is not a file of yours alone. Give it mode 0600.")
         content = os.read(descriptor, MAX_TOKEN_BYTES + 2)
     finally:
         os.close(descriptor)
-    return verifier.verify(content.decode(errors="replace").strip(), entrypoint=entrypoint)
+    return content.decode(errors="replace").strip()
+
+
+def is_intent(token: str) -> bool:
+    """Whether a token says that it is an intent; whose verifier then holds it to that."""
+    return token_type(token) == INTENT_TYPE

@@ -77,6 +77,14 @@ def verified_claims(token: str, *, find: FindKey, rules: TokenRules, now: float)
     return claims
 
 
+def token_type(token: str) -> str:
+    """What a token says it is, unverified: for choosing the rules that it is then held to; empty if it says nothing."""
+    try:
+        return _type(_object(_decoded(token.partition(".")[0])))
+    except Unauthenticated:
+        return ""
+
+
 def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None) -> str:
     """A claim that is printable text.
 
@@ -104,13 +112,18 @@ def _header(token: str, rules: TokenRules) -> dict[str, str]:
         raise Unauthenticated("The token's header has fields that are not accepted here.")
     if header.get("alg") not in rules.algorithms:
         raise Unauthenticated(f"The token is not signed with {' or '.join(rules.algorithms)}.")
-    if header.get("typ", "").lower().removeprefix("application/") not in rules.types:
+    if _type(header) not in rules.types:
         raise Unauthenticated(
             "The token is of another type: access tokens and intents do not stand in for each other."
         )
     if not _KID.fullmatch(header.get("kid", "")):
         raise Unauthenticated("The token does not name its key.")
     return header
+
+
+def _type(header: dict[str, Any]) -> str:
+    stated = header.get("typ")
+    return stated.lower().removeprefix("application/") if isinstance(stated, str) else ""
 
 
 def _decoded(part: str) -> bytes:

@@ -41,6 +41,10 @@ class ViewSpec:
     join_keys: list[str]
     fields: list[FieldSpec]
     ttl_s: float | None
+    purposes: tuple[str, ...] = ()
+    """What it may be used for; empty allows every purpose."""
+    region: str | None = None
+    """None is wherever the cluster is."""
 
     @property
     def columns(self) -> list[str]:
@@ -215,6 +219,8 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         join_keys=list(definition["join_keys"]),
         fields=fields,
         ttl_s=definition["ttl_s"],
+        purposes=tuple(definition["purposes"]),
+        region=definition["region"],
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from cluster.security.keys.store import KeyInfo
 from cluster.security.parquet import Protection
+from cluster.security.policy import Resource
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
 
@@ -43,6 +44,20 @@ def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
 def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
     """The key of what entity rows bring along into a service's training sets."""
     return [KeyInfo(name=_service_key(service.name), column_class="internal", region=region)]
+
+
+def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
+    """A view as the policies see it: its columns of each class."""
+    return [
+        Resource(
+            kind="feature view",
+            name=view.name,
+            column_class=name,
+            purposes=() if name in (Sensitivity.PUBLIC, Sensitivity.INTERNAL) else view.purposes,
+            region=view.region or region,
+        )
+        for name in sorted({field.sensitivity for field in view.fields})
+    ]
 
 
 def features_key(view: str, sensitivity: Sensitivity) -> str:

@@ -14,8 +14,9 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, key_store, protected_files
+from cluster.security.acting import act
+from cluster.security.keys.access import key_store, protected_files
+from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.storage import layout, resolve, write_bytes
 from jobs.evaluate.config import EvaluateConfig, Rows
@@ -29,12 +30,14 @@ from jobs.train.target import encode_target
 @job("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
     """Evaluate one version."""
-    access = key_access(config, require_record(config))
     ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="jobs.evaluate")
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
-    model = load_model(version, key_store(access), num_threads=2)
+    # What is found becomes part of what the registry says of the version.
+    actor.check(Action.register_model, version.resource(region=config.cluster.region))
+    model = load_model(version, key_store(actor.access), num_threads=2)
     signature = model.signature
-    source = read_training_set(config.training_set, protected_files(access))
+    source = read_training_set(config.training_set, protected_files(actor.access))
     table = chosen_rows(config, version, source.table)
     labels = label_column(table, signature.label)
     target = encode_target(signature.task, labels, classes=signature.classes, label=signature.label)
@@ -51,7 +54,7 @@ def main(config: EvaluateConfig) -> None:
         metrics=metrics,
         slices=slices,
     )
-    ledger.append(event, actor=current_actor())
+    ledger.append(event, actor=actor.name)
     name, value = headline(signature.task, metrics)
     print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {name} {value:.4f}")
     if config.output is not None:

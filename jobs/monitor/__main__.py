@@ -21,8 +21,8 @@ from cluster.ledger.events import ModelMonitored
 from cluster.records import read_outcomes, read_predictions
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import KeyAccess, key_access, key_store, protected_files
+from cluster.security.acting import act
+from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.session import attach
 from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
@@ -38,9 +38,9 @@ def main(config: MonitorConfig) -> None:
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
-    access = key_access(config, attach(config))
-    files = protected_files(access)
     ledger = open_ledger(config)
+    actor = act(config, attach(config), ledger, entrypoint="jobs.monitor")
+    files = protected_files(actor.access)
     places = layout(config.storage)
     registry = Registry(ledger, places)
     reference = held_out(pl.DataFrame(pl.from_arrow(files.read(reference_uri))), config)
@@ -48,7 +48,7 @@ def main(config: MonitorConfig) -> None:
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):
         version = registry.get(config.name, int(str(number)))
-        figures = measure(config, version, reference, rows, access=access)
+        figures = measure(config, version, reference, rows, access=actor.access)
         results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
         folder = f"{places.monitor(config.name)}/{run}"
@@ -69,7 +69,7 @@ def main(config: MonitorConfig) -> None:
             },
             results=f"{run}/{variant}.json",
         )
-        ledger.append(event, actor=current_actor())
+        ledger.append(event, actor=actor.name)
     if config.output is not None:
         content = {"variants": {name: one["periods"] for name, one in results.items()}, "details": results}
         write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())

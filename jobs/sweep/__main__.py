@@ -23,8 +23,9 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError, FalajError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.acting import act
+from cluster.security.keys.access import protected_files
+from cluster.security.policy import Action, Resource
 from cluster.session import attach, require_record
 from cluster.storage import layout, local, resolve, write_bytes
 from jobs.sweep.config import SweepConfig
@@ -46,8 +47,10 @@ def main(config: SweepConfig) -> None:
     family, _, parameters = resolve_family(config.model)
     if not isinstance(parameters, Parameters):
         raise ConfigError(f"A sweep tries the tabular network's parameters, not those of '{family}'.")
-    access = key_access(config, require_record(config))
-    source = read_training_set(config.training_set, protected_files(access))
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="jobs.sweep")
+    actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
+    source = read_training_set(config.training_set, protected_files(actor.access))
     dataset = fewer_rows(prepare(config, source), config.sweep.rows, seed=config.seed)
     attach(config)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -79,7 +82,7 @@ def main(config: SweepConfig) -> None:
         results=results,
         training_set_hash=source.hash,
     )
-    open_ledger(config).append(event, actor=current_actor())
+    ledger.append(event, actor=actor.name)
     print(f"best of {len(results)} trials: {chosen}, {METRIC} {best[METRIC]:.4f}")
     if config.output is not None:
         content = {"best": chosen, "metric": METRIC, "trials": results}

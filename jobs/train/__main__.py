@@ -17,8 +17,9 @@ from cluster.ledger import open_ledger
 from cluster.registry import Registry
 from cluster.runtime import open_model
 from cluster.runtime.signature import SIGNATURE_FILE
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, key_store, protected_files
+from cluster.security.acting import act
+from cluster.security.keys.access import key_store, protected_files
+from cluster.security.policy import Action, Resource
 from cluster.session import attach, require_record
 from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
 from jobs.evaluate.metrics import headline, score
@@ -32,8 +33,12 @@ from jobs.train.lineage import lineage, plain
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
     family, module, parameters = resolve_family(with_best(config))
-    access = key_access(config, require_record(config))
-    source = read_training_set(config.training_set, protected_files(access))
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="jobs.train")
+    model = Resource(kind="model", name=config.name, region=config.cluster.region)
+    actor.check(Action.train_model, model)
+    actor.check(Action.register_model, model)
+    source = read_training_set(config.training_set, protected_files(actor.access))
     dataset = prepare(config, source, threshold=config.threshold)
     attach(config)
     places = layout(config.storage)
@@ -57,15 +62,15 @@ def main(config: TrainConfig) -> None:
         (folder / "config.json").write_text(json.dumps(plain(origin.config), indent=1))
         metrics = held_out_metrics(folder, dataset)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        version = Registry(open_ledger(config), places).register(
+        version = Registry(ledger, places).register(
             folder,
             name=config.name,
             family=family,
             task=config.task.value,
             lineage=origin,
             metrics=metrics,
-            store=key_store(access),
-            actor=current_actor(),
+            store=key_store(actor.access),
+            actor=actor.name,
         )
     name, value = headline(config.task, metrics)
     print(f"registered {version.name} version {version.version} {name} {value:.4f}")

@@ -20,11 +20,12 @@ from cluster.ledger.events import (
     RolloutWeightChanged,
 )
 from cluster.records import read_outcomes, read_predictions
-from cluster.registry import CHAMPION, Registry
+from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.runtime.loader import read_file
 from cluster.runtime.signature import SIGNATURE_FILE, parse_signature
-from cluster.security.identity import current_actor
-from cluster.security.keys.access import key_access, key_store
+from cluster.security.acting import Actor, act
+from cluster.security.keys.access import key_store
+from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, resolve, write_bytes
@@ -69,28 +70,41 @@ class RolloutConfig(PlatformConfig):
 @job("rollout", RolloutConfig)
 def main(config: RolloutConfig) -> None:
     """Run one command."""
-    require_record(config)
-    ledger = open_ledger(config)
+    record, ledger = require_record(config), open_ledger(config)
+    actor = act(config, record, ledger, entrypoint="serve_apps.rollout")
     states = read_states(ledger)
     if config.name not in states:
         raise ModelNotFound(f"Model '{config.name}' is not deployed.{did_you_mean(config.name, states)}")
     state = states[config.name]
     match config.action:
         case RolloutAction.start:
-            result = start(config, ledger, state)
+            result = start(config, ledger, actor, state)
         case RolloutAction.weight:
-            result = change_weight(config, ledger, running(config, state))
+            result = change_weight(config, ledger, actor, running(config, state))
         case RolloutAction.show:
             result = asdict(state)
         case RolloutAction.promote:
-            result = promote(config, ledger, running(config, state))
+            result = promote(config, ledger, actor, running(config, state))
         case RolloutAction.rollback:
-            result = roll_back(config, ledger, running(config, state), reason=config.reason)
+            result = roll_back(config, ledger, actor, running(config, state), reason=config.reason)
         case RolloutAction.check:
-            result = check(config, ledger, running(config, state))
+            result = check(config, ledger, actor, running(config, state))
     print(json.dumps(result, indent=1))
     if config.output is not None:
         write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
+
+
+def permitted(
+    config: RolloutConfig, ledger: Ledger, actor: Actor, action: Action, version: int | str
+) -> ModelVersion:
+    """The version, where the actor may do the action to it.
+
+    Raises:
+        ModelNotFound, AccessDenied
+    """
+    found = Registry(ledger, layout(config.storage)).get(config.name, version)
+    actor.check(action, found.resource(region=config.cluster.region))
+    return found
 
 
 def running(config: RolloutConfig, state: ModelState) -> Rollout:
@@ -104,7 +118,7 @@ def running(config: RolloutConfig, state: ModelState) -> Rollout:
     return state.rollout
 
 
-def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str, Any]:
+def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
     """Deploy the version if need be, then send it its share of units; started twice, it goes on as it is."""
     if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
         return asdict(state.rollout)
@@ -112,7 +126,7 @@ def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str,
         raise RolloutError(
             f"Rollout {state.rollout.id} of '{config.name}' runs already: promote it or roll it back first."
         )
-    version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
+    version = permitted(config, ledger, actor, Action.rollout, config.version)
     if state.champion_version is None or version.version == state.champion_version:
         raise RolloutError(
             f"Version {version.version} is the champion of '{config.name}': there is nothing to try."
@@ -120,7 +134,7 @@ def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str,
     from serve_apps.deploy import deploy  # a rollback should not wait for Serve's import
 
     attach(config)
-    app = deploy(config, ledger, version, variant=config.variant)
+    app = deploy(config, ledger, actor, version, variant=config.variant)
     wait_until_applied(config, ledger.head(), app=app)
     event = RolloutStarted(
         model=config.name,
@@ -131,38 +145,44 @@ def start(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str,
         champion_version=state.champion_version,
         weight=config.weight,
     )
-    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
     return event.payload()
 
 
-def change_weight(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
     """Give the treatment another share of units."""
+    permitted(config, ledger, actor, Action.rollout, rollout.treatment_version)
     event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
-    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
     return event.payload()
 
 
-def promote(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
     """Make the treatment champion, then end the rollout; in this order no unit goes back in between."""
-    registry = Registry(ledger, layout(config.storage))
-    version, actor = rollout.treatment_version, current_actor()
-    registry.move_alias(config.name, CHAMPION, version, actor=actor, reason=f"rollout {rollout.id} promoted")
+    version = permitted(config, ledger, actor, Action.rollout, rollout.treatment_version).version
+    Registry(ledger, layout(config.storage)).move_alias(
+        config.name, CHAMPION, version, actor=actor.name, reason=f"rollout {rollout.id} promoted"
+    )
     event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
-    wait_until_applied(config, ledger.append(event, actor=actor).seq)
+    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
     return event.payload()
 
 
-def roll_back(config: RolloutConfig, ledger: Ledger, rollout: Rollout, *, reason: str) -> dict[str, Any]:
+def roll_back(
+    config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout, *, reason: str
+) -> dict[str, Any]:
     """Send every unit to the champion again; gives the time from the event to the edge."""
+    permitted(config, ledger, actor, Action.rollback, rollout.treatment_version)
     event = RolloutRolledBack(model=config.name, rollout=rollout.id, reason=reason)
     started = time.perf_counter()
-    wait_until_applied(config, ledger.append(event, actor=current_actor()).seq)
+    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
     return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
 
 
-def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, Any]:
+def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
     """Judge the rollout by its outcomes, and roll it back when the rule is breached."""
-    finding = find(config, ledger, rollout)
+    permitted(config, ledger, actor, Action.rollback, rollout.treatment_version)
+    finding = find(config, ledger, actor, rollout)
     result: dict[str, Any] = asdict(finding)
     if finding.verdict is Verdict.breached:
         event = GuardrailBreached(
@@ -175,17 +195,17 @@ def check(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> dict[str, 
             treatment_outcomes=finding.treatment_outcomes,
             control_outcomes=finding.control_outcomes,
         )
-        ledger.append(event, actor=current_actor())
+        ledger.append(event, actor=actor.name)
         reason = f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"
-        result |= roll_back(config, ledger, rollout, reason=reason)
+        result |= roll_back(config, ledger, actor, rollout, reason=reason)
     return result
 
 
-def find(config: RolloutConfig, ledger: Ledger, rollout: Rollout) -> Finding:
+def find(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
     """The finding over the rollout's own predictions and their outcomes."""
     places = layout(config.storage)
     version = Registry(ledger, places).get(config.name, rollout.treatment_version)
-    store = key_store(key_access(config, require_record(config)))
+    store = key_store(actor.access)
     signature = parse_signature(read_file(version, SIGNATURE_FILE, store))
     predictions = read_predictions(local(places.predictions(config.name)))
     outcomes = read_outcomes(local(places.outcomes(config.name)))

@@ -16,10 +16,11 @@ import pytest
 
 from cluster import processes
 from cluster.security.identity import mint_token
-from cluster.security.keys.access import key_access, protected_files
+from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.security.policy import Role
+from cluster.security.token_source import TokenSource
 from cluster.session import ClusterRecord, find_record
-from cluster.settings import PlatformConfig, PortsConfig, StorageConfig
+from cluster.settings import PortsConfig, StorageConfig
 from cluster.storage import Layout
 
 NUM_REPLICA_PORTS = 1000
@@ -74,8 +75,9 @@ class Project:
 
     def read(self, path: Path) -> pl.DataFrame:
         """A protected file, as the owner of the cluster reads it."""
-        config = PlatformConfig(storage=StorageConfig(root=str(self.storage_root)))
-        return pl.DataFrame(pl.from_arrow(protected_files(key_access(config, self.record)).read(str(path))))
+        owner = TokenSource(root=str(self.storage_root), subject="owner", role=Role.admin)
+        access = KeyAccess(socket=self.record.key_socket, token=owner)
+        return pl.DataFrame(pl.from_arrow(protected_files(access).read(str(path))))
 
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""

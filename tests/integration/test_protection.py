@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
-from cluster.ledger import open_ledger
-from cluster.ledger.events import KeyDenied
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import AccessDecided, ModelRegistered
 from cluster.security.keys.access import KeyAccess
 from cluster.security.scan import scan
 from cluster.security.token_source import TokenSource
-from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
+from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.offline import Snapshot, snapshot
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ def pinned(project: Project, role: str, purpose: str) -> Snapshot:
     return snapshot(uri, view="patient", keys=["patient_id"], access=access)
 
 
+def ledger(project: Project) -> Ledger:
+    return open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+
+
 def read(table: Snapshot, *columns: str) -> pl.DataFrame:
     return pl.concat(table.read(bucket, columns) for bucket in range(table.num_buckets))
 
@@ -127,8 +131,11 @@ def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -
     for column in ("name", "illness", "age"):
         with pytest.raises(AccessDenied, match="purpose-not-listed"):
             read(scientist, column)
-    config = PlatformConfig(storage=StorageConfig(root=str(clinic.storage_root)), ledger=LedgerConfig())
-    denied = [entry.payload["key"] for entry in open_ledger(config).entries(KeyDenied)]
+    denied = [
+        entry.payload["resource"]
+        for entry in ledger(clinic).entries(AccessDecided)
+        if not entry.payload["allowed"]
+    ]
     assert {"features/patient/personal", "features/patient/sensitive"} <= set(denied)
 
 
@@ -166,6 +173,50 @@ def test_a_job_acts_as_its_token_says(clinic: Project, purpose: str, code: int) 
     if code:
         assert "purpose-not-listed" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("role", "command", "reason"),
+    [
+        ("data_scientist", "feature_jobs.apply definitions=clinic", "may not apply definitions"),
+        ("data_scientist", "feature_jobs.ingest definitions=clinic view=patient", "may not write features"),
+        (
+            "ml_engineer",
+            "jobs.train name=care training_set=.falaj/care.parquet label=y",
+            "may not train model",
+        ),
+        ("service", "serve_apps.deploy name=care version=1", "may not deploy"),
+    ],
+)
+def test_a_role_that_may_not_is_refused_before_anything_is_done(
+    clinic: Project, role: str, command: str, reason: str
+) -> None:
+    """And the ledger says who asked, by which entry point."""
+    done = clinic.run(*command.split(), f"identity.token_file={token(clinic, role, 'care')}")
+    assert done.returncode == 2, done.stderr
+    assert reason in done.stderr
+    last = list(ledger(clinic).entries(AccessDecided))[-1]
+    assert (last.actor, last.payload["allowed"]) == (role, False)
+    assert last.payload["entrypoint"] == command.split()[0]
+
+
+def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project) -> None:
+    """Whatever his role."""
+    (registered,) = (
+        entry for entry in ledger(clinic).entries(ModelRegistered) if entry.payload["name"] == "care"
+    )
+    path = clinic.root / "registrant.jwt"
+    options = ("--sub", registered.actor, "--role", "approver", "--output", str(path))
+    clinic.run("cluster.security.identity", "token", *options, check=True)
+    done = clinic.run(
+        "serve_apps.deploy",
+        "name=care",
+        "version=1",
+        "identity.environment=production",
+        f"identity.token_file={path}",
+    )
+    assert done.returncode == 2, done.stderr
+    assert "four-eyes" in done.stderr
 
 
 def test_a_stranger_gets_no_key(clinic: Project, tmp_path: Path) -> None:

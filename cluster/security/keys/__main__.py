@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
-from cluster.ledger.events import KeyDenied
+from cluster.security.audit import Decisions
 from cluster.security.identity import Principal, TokenVerifier
+from cluster.security.intent import IntentVerifier, is_intent
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.gate import Denial, Operation
 from cluster.security.keys.keyring import open_local
@@ -18,7 +21,7 @@ from cluster.security.keys.store import KeyInfo
 from cluster.security.policy import Action, Decision, Policy, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local
+from cluster.storage import Layout, layout, local
 
 LOG = logging.getLogger("falaj.keys")
 
@@ -40,35 +43,46 @@ def main(config: PlatformConfig) -> None:
     logging.basicConfig(level=logging.INFO)
     record = require_record(config)
     places = layout(config.storage)
-    verifier, policy = TokenVerifier.of(places), Policy.load(region=config.cluster.region)
-    ledger = open_ledger(config)
+    policy = Policy.load(region=config.cluster.region)
+    decisions = Decisions(open_ledger(config).append)
 
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
-        environment = config.identity.environment
-        return policy.decide(principal, ACTIONS[operation], Resource.of_key(info), environment=environment)
+        action, key = ACTIONS[operation], Resource.of_key(info)
+        decision = policy.decide(principal, action, key, environment=config.identity.environment)
+        if (
+            operation is not Operation.names
+        ):  # a listing leaves out what is not one's own, and refuses nothing
+            decisions.decided(principal, action, key, decision, at=time.time())
+        return decision
 
     def audit(denial: Denial[Principal]) -> None:
         LOG.warning("%s", denial)
-        if denial.principal is not None:
-            event = KeyDenied(
-                operation=denial.operation,
-                key=denial.name,
-                role=denial.principal.role.value,
-                purpose=denial.principal.purpose,
-                policies=list(denial.policies),
-            )
-            ledger.append(event, actor=denial.principal.subject)
+        if denial.principal is None:
+            decisions.unauthenticated(denial.reason, at=time.time())
 
     broker = Broker(
         open_local(local(places.keys)),
         Path(record.key_socket),
-        verify=verifier.verify,
+        verify=verifier(places),
         decide=decide,
         audit=audit,
     )
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
+    decisions.flush()
+
+
+def verifier(places: Layout) -> Callable[[str], Principal]:
+    """The principal of an access token (a replica's) or of an intent (a job's), each checked by its own rules."""
+    tokens, intents = TokenVerifier.of(places), IntentVerifier.of(places)
+
+    def verify(token: str) -> Principal:
+        if is_intent(token):
+            return intents.verify(token).principal
+        return tokens.verify(token)
+
+    return verify
 
 
 if __name__ == "__main__":

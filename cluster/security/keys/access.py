@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.security.identity import current_actor
+from cluster.security.intent import IntentVerifier, read_intent
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.store import KeyStore
 from cluster.security.parquet import ProtectedFiles
 from cluster.security.policy import Role
 from cluster.security.token_source import TokenSource
-from cluster.session import ClusterRecord
-from cluster.settings import PlatformConfig
-from cluster.storage import resolve
+from cluster.storage import Layout
+
+if TYPE_CHECKING:
+    from cluster.session import ClusterRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,22 +25,10 @@ class KeyAccess:
 
     socket: str
     token: TokenSource
-
-
-def key_access(config: PlatformConfig, record: ClusterRecord) -> KeyAccess:
-    """The access of a job: with the token it was given, or as the user of this machine."""
-    identity = config.identity
-    if identity.token_file is not None:
-        return KeyAccess(socket=record.key_socket, token=TokenSource(file=resolve(identity.token_file)))
-    return KeyAccess(
-        socket=record.key_socket,
-        token=TokenSource(
-            root=record.storage_root,
-            subject=current_actor(),
-            role=Role(identity.role),
-            purpose=identity.purpose,
-        ),
-    )
+    entrypoint: str = ""
+    """Of the job whose intent the token is; each of its processes checks that."""
+    root: str = ""
+    """Storage root of the intent's issuer."""
 
 
 def service_access(record: ClusterRecord, *, name: str) -> KeyAccess:
@@ -49,7 +39,14 @@ def service_access(record: ClusterRecord, *, name: str) -> KeyAccess:
 
 @functools.lru_cache(maxsize=16)
 def key_store(access: KeyAccess) -> KeyStore:
-    """The key store; one connection in a process."""
+    """The key store; one connection in a process.
+
+    Raises:
+        Unauthenticated, ConfigError: a job's intent does not hold in this process.
+    """
+    if access.entrypoint and access.token.file is not None:
+        verifier = IntentVerifier.of(Layout(access.root))
+        read_intent(Path(access.token.file), verifier, entrypoint=access.entrypoint)
     return BrokerKeyStore(Path(access.socket), access.token.token)
 
 

@@ -17,7 +17,10 @@ from cluster.ledger import Ledger
 from cluster.ledger import __main__ as ledger_command
 from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
 from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
-from cluster.ledger.events import AliasMoved, CheckpointSigned, ClusterStopped
+from cluster.ledger.events import AccessDecided, AliasMoved, CheckpointSigned, ClusterStopped
+from cluster.security.identity import ensure_issuer, mint_token, write_private
+from cluster.security.policy import Role
+from cluster.storage import Layout
 from tests.commands import run_main
 
 JSON = st.recursive(
@@ -166,6 +169,22 @@ def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
     broken = run_main(ledger_command.main, "verify", "--file", str(export))
     assert broken.returncode == 2
     assert "Event 2 was changed" in broken.stderr
+
+
+@pytest.mark.parametrize(("role", "code"), [(Role.auditor, 0), (Role.data_scientist, 2)])
+def test_a_reader_with_a_token_must_be_one_who_may(tmp_path: Path, role: Role, code: int) -> None:
+    """A refusal names the role and is an event."""
+    places = Layout(str(tmp_path))
+    ensure_issuer(places)
+    ledger = Ledger(f"sqlite:///{places.ledger_path}")
+    ledger.append(ClusterStopped(cluster_id="1"), actor="user:a")
+    token = tmp_path / "reader.jwt"
+    write_private(token, mint_token(places, subject="ann", role=role, purpose="").encode())
+    done = run_main(ledger_command.main, "--root", str(tmp_path), "--token", str(token), "export")
+    assert done.returncode == code, done.stderr
+    assert ("ClusterStopped" in done.stdout) == (code == 0)
+    denied = [entry.actor for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
+    assert denied == ["ann"] * (code == 2)
 
 
 def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:

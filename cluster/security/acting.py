@@ -1,0 +1,198 @@
+"""As whom a job acts, and what it may do: its point of policy enforcement.
+
+A job's principal is an intent (`cluster/security/intent.py`). With `identity.token_file` (or FALAJ_INTENT_FILE) it is
+the one in that file; an access token there is exchanged for one by the dev issuer. Without a file the dev issuer gives
+one to the user of this machine, with the configured role and purpose. Intents of the dev issuer are short-lived and
+renewed as long as the job lives, so that a long training does not outlive its identity, and a killed one leaves nothing
+that holds for long. Others are kept fresh by whoever wrote the file.
+
+The process asks the policy here before it does something, workers show the same file, and the key broker asks again
+for every key: a job that was changed to skip its own check still gets no key. Every denial is an event.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import ConfigError, Unauthenticated, did_you_mean
+from cluster.ledger import Ledger
+from cluster.security.audit import Decisions
+from cluster.security.identity import Principal, TokenVerifier, current_actor
+from cluster.security.intent import (
+    IntentVerifier,
+    intent_file,
+    is_intent,
+    mint_intent,
+    read_private,
+    write_intent,
+)
+from cluster.security.keys.access import KeyAccess
+from cluster.security.policy import Action, Policy, Resource, Role
+from cluster.security.token_source import TokenSource
+from cluster.settings import PlatformConfig
+from cluster.storage import Layout, local, resolve
+
+if TYPE_CHECKING:
+    from cluster.session import ClusterRecord
+
+TTL_S = 900
+RENEW_S = 300
+LOG_FORMAT = "%(asctime)s %(levelname)s PRINCIPAL %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actor:
+    """Who a job acts as."""
+
+    principal: Principal
+    access: KeyAccess
+    """The same identity for the key broker; plain data, for workers."""
+    policy: Policy
+    environment: str
+    decisions: Decisions
+
+    @property
+    def name(self) -> str:
+        """As events name it."""
+        return self.principal.subject
+
+    def check(self, action: Action, *resources: Resource) -> None:
+        """Go on only if the policies permit the action to every resource.
+
+        Raises:
+            AccessDenied: naming the policies; an event says so.
+        """
+        for resource in resources:
+            decision = self.policy.decide(self.principal, action, resource, environment=self.environment)
+            self.decisions.decided(self.principal, action, resource, decision, at=time.time())
+            if not decision.allowed:
+                self.policy.check(self.principal, action, resource, environment=self.environment)
+
+
+def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
+    """The actor of this process, a job; its name stands in the process's log lines from now on.
+
+    Args:
+        config: says as whom.
+        record: of the running cluster.
+        ledger: where decisions are recorded.
+        entrypoint: the module that is run, "feature_jobs.ingest" for one.
+
+    Raises:
+        ConfigError: a role that does not exist, or a token file that cannot be read or is open to others.
+        Unauthenticated: the token does not hold, or is an intent for another entrypoint; an event counts it.
+    """
+    places = Layout(record.storage_root)
+    decisions = Decisions(ledger.append)
+    try:
+        principal, path = _identify(config, places, entrypoint)
+    except Unauthenticated as error:
+        decisions.unauthenticated(str(error), at=time.time())
+        decisions.flush()
+        raise
+    _name_in_logs(principal.subject)
+    return Actor(
+        principal=principal,
+        access=KeyAccess(
+            socket=record.key_socket,
+            token=TokenSource(file=str(path)),
+            entrypoint=entrypoint,
+            root=places.root,
+        ),
+        policy=Policy.load(region=config.cluster.region),
+        environment=config.identity.environment,
+        decisions=decisions,
+    )
+
+
+def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
+    """Go on only if the holder of a token may read the ledger.
+
+    Raises:
+        Unauthenticated, AccessDenied: an event says so.
+        ConfigError: the file cannot be read, or there is no issuer.
+    """
+    verifier, policy, decisions = TokenVerifier.of(places), Policy.load(), Decisions(ledger.append)
+    reader, whole = verifier.verify(read_private(token_file)), Resource(kind="ledger", name="ledger")
+    decisions.decided(
+        reader, Action.read_ledger, whole, policy.decide(reader, Action.read_ledger, whole), at=time.time()
+    )
+    policy.check(reader, Action.read_ledger, whole)
+
+
+def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
+    """The principal, and the file that its intent lies in."""
+    intents = IntentVerifier.of(places)
+    given = intent_file(config.identity.token_file, os.environ)
+    if given is None:
+        granted = _user_of_this_machine(config)
+    else:
+        given = Path(resolve(str(given)))
+        token = read_private(given)
+        if is_intent(token):
+            return intents.verify(token, entrypoint=entrypoint).principal, given
+        granted = TokenVerifier.of(places).verify(token)
+    path = _keep_intent(places, granted, entrypoint)
+    return intents.verify(read_private(path), entrypoint=entrypoint).principal, path
+
+
+def _user_of_this_machine(config: PlatformConfig) -> Principal:
+    role = config.identity.role
+    if role not in Role.__members__:
+        raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, Role.__members__)}")
+    return Principal(
+        subject=current_actor(), role=Role(role), purpose=config.identity.purpose, expires_at=int(time.time())
+    )
+
+
+def _keep_intent(places: Layout, principal: Principal, entrypoint: str) -> Path:
+    """A file with an intent of the dev issuer, fresh while this process lives."""
+    folder = local(places.keys) / "intents"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _remove_expired(folder)
+    path = folder / f"{entrypoint}-{uuid.uuid4().hex}.jwt"
+
+    def renew() -> None:
+        write_intent(path, mint_intent(places, principal, entrypoint=entrypoint, ttl_s=TTL_S))
+
+    def keep() -> None:
+        while not ended.wait(RENEW_S):
+            try:
+                renew()
+            except (OSError, ConfigError) as error:
+                logging.getLogger(__name__).warning("The job's intent could not be renewed: %s", error)
+
+    def end() -> None:
+        ended.set()
+        keeper.join()
+        path.unlink(missing_ok=True)
+
+    renew()
+    ended, keeper = threading.Event(), threading.Thread(target=keep, daemon=True, name="intent")
+    keeper.start()
+    atexit.register(end)
+    return path
+
+
+def _remove_expired(folder: Path) -> None:
+    """What killed jobs left behind."""
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - TTL_S:
+                path.unlink()
+
+
+def _name_in_logs(subject: str) -> None:
+    """In the format itself: Hydra lets no configuration name a formatter that has a default for the field."""
+    formatter = logging.Formatter(LOG_FORMAT.replace("PRINCIPAL", subject.replace("%", "%%")))
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)

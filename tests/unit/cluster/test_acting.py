@@ -1,0 +1,191 @@
+"""As whom a job acts: real tokens, real policies, a real ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import AccessDenied, ConfigError, Unauthenticated
+from cluster.ledger import Ledger
+from cluster.ledger.events import AccessDecided, StrangersRefused
+from cluster.security import acting
+from cluster.security.acting import act
+from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
+from cluster.security.intent import FILE_VARIABLE, mint_intent, write_intent
+from cluster.security.keys.access import key_store
+from cluster.security.policy import Action, Resource, Role
+from cluster.session import ClusterRecord
+from cluster.settings import IdentityConfig, PlatformConfig, StorageConfig
+from cluster.storage import Layout
+from tests.broker import running_broker
+
+JOB = "feature_jobs.ingest"
+VIEW = Resource(kind="feature view", name="income")
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Layout:
+    places = Layout(str(tmp_path))
+    ensure_issuer(places)
+    return places
+
+
+@pytest.fixture
+def ledger(places: Layout) -> Ledger:
+    return Ledger(f"sqlite:///{places.ledger_path}")
+
+
+def record(places: Layout) -> ClusterRecord:
+    values: dict[str, object] = {field.name: "" for field in dataclasses.fields(ClusterRecord)}
+    return ClusterRecord(**values | {"storage_root": places.root, "ports": {}, "pids": {}})  # type: ignore[arg-type]
+
+
+def config(places: Layout, **identity: str) -> PlatformConfig:
+    return PlatformConfig(storage=StorageConfig(root=places.root), identity=IdentityConfig(**identity))  # type: ignore[arg-type]
+
+
+def as_alice(places: Layout, tmp_path: Path, *, role: Role, purpose: str = "") -> str:
+    path = tmp_path / "alice.jwt"
+    write_intent(path, mint_token(places, subject="alice", role=role, purpose=purpose))
+    return str(path)
+
+
+def test_without_a_token_the_user_of_this_machine_acts(places: Layout, ledger: Ledger) -> None:
+    """With the configured role and purpose, for this entry point alone."""
+    actor = act(config(places, role="data_engineer", purpose="care"), record(places), ledger, entrypoint=JOB)
+    assert actor.name.startswith("user:")
+    assert (actor.principal.role, actor.principal.purpose) == (Role.data_engineer, "care")
+    assert actor.principal.entrypoint == JOB
+    actor.check(Action.write_features, VIEW)
+
+
+def test_an_access_token_becomes_an_intent_of_the_job(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """Its subject, role, purpose and tenant; the intent lies in a file of one's own that workers are told of."""
+    token_file = as_alice(places, tmp_path, role=Role.data_engineer)
+    actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    assert (actor.name, actor.principal.entrypoint) == ("alice", JOB)
+    kept = Path(actor.access.token.file or "")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    assert kept.read_text() not in repr(actor)
+    assert dataclasses.asdict(actor.access)["entrypoint"] == JOB, "plain data"
+
+
+def test_an_intent_is_used_as_it_is_and_for_its_entrypoint_alone(
+    places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the environment names it; one for another job is refused, and that is counted."""
+    token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="")
+    alice = TokenVerifier.of(places).verify(token)
+    path = tmp_path / "intent.jwt"
+    write_intent(path, mint_intent(places, alice, entrypoint=JOB))
+    monkeypatch.setenv(FILE_VARIABLE, str(path))
+    assert act(config(places), record(places), ledger, entrypoint=JOB).access.token.file == str(path)
+    with pytest.raises(Unauthenticated, match=r"not for 'feature_jobs\.apply'"):
+        act(config(places), record(places), ledger, entrypoint="feature_jobs.apply")
+    (counted,) = ledger.entries(StrangersRefused)
+    assert counted.payload["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("identity", "match"),
+    [({"role": "king"}, "identity.role=king"), ({"token_file": "/nowhere.jwt"}, "/nowhere.jwt")],
+)
+def test_an_identity_that_cannot_be_taken_is_refused(
+    places: Layout, ledger: Ledger, identity: dict[str, str], match: str
+) -> None:
+    """What, which, what to do."""
+    with pytest.raises(ConfigError, match=match):
+        act(config(places, **identity), record(places), ledger, entrypoint=JOB)
+
+
+def test_a_token_that_others_can_read_is_refused(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """It may have been read."""
+    token_file = as_alice(places, tmp_path, role=Role.admin)
+    Path(token_file).chmod(0o644)
+    with pytest.raises(ConfigError, match="0600"):
+        act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+
+
+def test_a_denial_is_an_event_with_who_what_and_by_which_policy(
+    places: Layout, ledger: Ledger, tmp_path: Path
+) -> None:
+    """The first resource that is refused ends it."""
+    token_file = as_alice(places, tmp_path, role=Role.data_scientist)
+    actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    sensitive = Resource(kind="feature view", name="illness", column_class="sensitive", purposes=("care",))
+    with pytest.raises(AccessDenied, match="purpose-not-listed"):
+        actor.check(Action.build_training_set, VIEW, sensitive, VIEW)
+    denied = [entry for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
+    assert [(entry.actor, entry.payload["resource"], entry.payload["entrypoint"]) for entry in denied] == [
+        ("alice", "illness", JOB)
+    ]
+    assert "purpose-not-listed" in denied[0].payload["policies"]
+
+
+def test_who_registered_a_model_may_not_release_it_in_production(
+    places: Layout, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Somebody else may, and anybody may roll it back."""
+    token_file = as_alice(places, tmp_path, role=Role.approver)
+    production = config(places, token_file=token_file, environment="production")
+    actor = act(production, record(places), ledger, entrypoint="serve_apps.rollout")
+    mine, yours = (Resource(kind="model", name="loan", registered_by=who) for who in ("alice", "bob"))
+    actor.check(Action.rollout, yours)
+    actor.check(Action.rollback, mine)
+    with pytest.raises(AccessDenied, match="four-eyes"):
+        actor.check(Action.rollout, mine)
+
+
+def test_an_intent_is_renewed_while_the_job_lives(
+    places: Layout, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a training which takes a day is not refused when it registers its model."""
+    monkeypatch.setattr(acting, "RENEW_S", 0.01)
+    actor = act(config(places), record(places), ledger, entrypoint=JOB)
+    path = Path(actor.access.token.file or "")
+    first, deadline = path.read_text(), time.monotonic() + 10
+    while path.read_text() == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_killed_job_left_is_removed(places: Layout, ledger: Ledger) -> None:
+    """By the next one, once it holds no longer."""
+    folder = Path(places.keys) / "intents"
+    folder.mkdir(mode=0o700)
+    old, fresh = folder / "old.jwt", folder / "fresh.jwt"
+    for path in (old, fresh):
+        path.write_text("left")
+    os.utime(old, (0, 0))
+    act(config(places), record(places), ledger, entrypoint=JOB)
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
+def test_a_worker_checks_the_intent_it_is_told_of(places: Layout, ledger: Ledger) -> None:
+    """Before it asks for any key."""
+    with running_broker() as broker:
+        actor = act(config(places), record(places), ledger, entrypoint=JOB)
+        access = dataclasses.replace(actor.access, socket=broker.socket)
+        key_store(access)
+        with pytest.raises(Unauthenticated, match=r"not for 'jobs\.train'"):
+            key_store(dataclasses.replace(access, entrypoint="jobs.train"))
+
+
+def test_log_lines_name_the_principal(
+    places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all loggers of the process, whatever the subject is called."""
+    said = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(said)])
+    path = tmp_path / "alice.jwt"
+    write_intent(path, mint_token(places, subject="100%s alice", role=Role.admin, purpose=""))
+    act(config(places, token_file=str(path)), record(places), ledger, entrypoint=JOB)
+    logging.getLogger("anything").warning("careful")
+    assert said.getvalue().endswith(" WARNING 100%s alice anything: careful\n")
