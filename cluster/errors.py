@@ -104,6 +104,10 @@ class LedgerCorrupt(RefusedError):
         self.seq = seq
 
 
+class RecordLogCorrupt(RefusedError):
+    """A log of predictions or outcomes that was altered."""
+
+
 class RolloutError(RefusedError):
     """A rollout command that does not fit the rollout's state."""
 

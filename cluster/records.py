@@ -1,12 +1,18 @@
 """What replicas write down: one prediction record per HTTP answer, and the outcomes that come later.
 
-A record is one JSON line, appended with one write to a file that only one process writes. Once `write` has returned the
-line is the kernel's, so kill -9 of the process loses nothing; a power cut may lose the last seconds. A line cut short
-belongs to an answer that never left, and is passed over.
+A record is one line, appended with one write to a file that only one process writes, a segment. Once `append` has
+returned the line is the kernel's, so kill -9 of the process loses nothing; a power cut may lose the last seconds. A
+line cut short belongs to an answer that never left, and is passed over.
+
+A segment's first line names its key and holds its data key, wrapped; every other line is a record as JSON, encrypted
+(AES-256-GCM) and bound to its log, segment and number, so that none can be altered, moved or left out of the middle
+unseen. That the last ones are missing shows only against the edge's access records. Whoever writes needs to wrap only,
+so a replica cannot read what others have logged. How many records there are can be counted without a key.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import time
 import uuid
@@ -18,7 +24,11 @@ from typing import Any
 import orjson
 import polars as pl
 
-SUFFIX = ".jsonl"
+from cluster.errors import ArtifactTampered, RecordLogCorrupt
+from cluster.security.envelope import ValueCipher, place_of
+from cluster.security.keys.store import KeyStore
+
+SUFFIX = ".records"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +70,25 @@ class OutcomeRecord:
 class SegmentWriter:
     """Appends records to a file of this process alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, store: KeyStore, key: str) -> None:
+        """Start a segment.
+
+        Args:
+            folder: the log, `predictions/<model>` or `outcomes/<model>`.
+            store: wraps the segment's data key.
+            key: what it is wrapped under.
+
+        Raises:
+            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+        """
+        self._cipher, wrapped = ValueCipher.create(store, key)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}{SUFFIX}"
-        self.path = folder / name
+        segment = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
+        self.path = folder / f"{segment}{SUFFIX}"
+        self._place = _segment_place(self.path)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        self._count = 0
+        self._write(orjson.dumps({"key": key, "data_key": wrapped}) + b"\n")
 
     def append(self, *records: PredictionRecord | OutcomeRecord) -> None:
         """Write records, all or none of them readable.
@@ -72,7 +96,17 @@ class SegmentWriter:
         Raises:
             OSError: the disk is full or failed; the next append starts a clean line.
         """
-        data = b"".join(orjson.dumps(record) + b"\n" for record in records)
+        lines = [
+            base64.b64encode(
+                self._cipher.encrypt(orjson.dumps(record), place_of(self._place, b"%d" % number))
+            )
+            + b"\n"
+            for number, record in enumerate(records, start=self._count)
+        ]
+        self._write(b"".join(lines))
+        self._count += len(records)
+
+    def _write(self, data: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
         try:
             written = os.write(self._descriptor, data)
@@ -88,22 +122,63 @@ class SegmentWriter:
         os.close(self._descriptor)
 
 
-def read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """All whole records of a folder, file by file."""
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
+    """All whole records of a log, segment by segment.
+
+    Raises:
+        RecordLogCorrupt: a record was altered, moved or taken out, naming file and line.
+        AccessDenied, KeyRevoked: as the key store says.
+    """
+    for path in _segments(folder):
         with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield orjson.loads(line)
+            header = file.readline()
+            if header.endswith(b"\n"):
+                cipher, place = _cipher(path, header, store), _segment_place(path)
+                for number, line in enumerate(file):
+                    if line.endswith(b"\n"):
+                        yield _record(path, number, line, cipher, place)
 
 
-def count_predictions(folder: Path) -> int:
-    """The number of logged answers."""
-    return sum(1 for _ in read_records(folder))
+def count_records(folder: Path) -> int:
+    """The number of whole records of a log; needs no key."""
+    count = 0
+    for path in _segments(folder):
+        with path.open("rb") as file:
+            count += max(sum(line.endswith(b"\n") for line in file) - 1, 0)
+    return count
 
 
-def read_predictions(folder: Path) -> pl.DataFrame:
-    """One row per predicted entity.
+def _segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def _cipher(path: Path, header: bytes, store: KeyStore) -> ValueCipher:
+    try:
+        stated = orjson.loads(header)
+        key, wrapped = stated["key"], stated["data_key"]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise RecordLogCorrupt(f"{path}: the first line was altered. Restore it from a backup.") from error
+    return ValueCipher.open(store, key, wrapped)
+
+
+def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, place: str) -> dict[str, Any]:
+    try:
+        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(place, b"%d" % number))
+    except (ArtifactTampered, ValueError) as error:
+        raise RecordLogCorrupt(
+            f"{path}, line {number + 2}: the record was altered, or one before it was taken out. "
+            "Restore the file from a backup."
+        ) from error
+    return dict(orjson.loads(data))
+
+
+def _segment_place(path: Path) -> str:
+    """What records are bound to besides their number: their log, `predictions/<model>`, and segment."""
+    return "/".join(path.parts[-3:])
+
+
+def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
+    """One row per predicted entity; raises as `read_records`.
 
     Columns: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm, unit_hash,
     those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its name.
@@ -113,16 +188,19 @@ def read_predictions(folder: Path) -> pl.DataFrame:
         | {"row": row}
         | prediction
         | {name: values[row] for name, values in record["features"].items()}
-        for record in read_records(folder)
+        for record in read_records(folder, store)
         for row, prediction in enumerate(record["predictions"])
     ]
     frame = pl.DataFrame(rows, infer_schema_length=None)
     return frame.with_columns(_times(frame, "time", "as_of"))
 
 
-def read_outcomes(folder: Path) -> pl.DataFrame:
-    """The last received outcome per prediction and row: prediction_id, row, outcome, observed_at, received_at (UTC)."""
-    frame = pl.DataFrame(list(read_records(folder)), infer_schema_length=None)
+def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
+    """The last received outcome per prediction and row: prediction_id, row, outcome, observed_at, received_at (UTC).
+
+    Raises as `read_records`.
+    """
+    frame = pl.DataFrame(list(read_records(folder, store)), infer_schema_length=None)
     if frame.is_empty():
         return frame
     frame = frame.with_columns(_times(frame, "observed_at", "received_at"))

@@ -140,8 +140,8 @@ def place_of(table: str, entity: bytes) -> bytes:
     """Where a value belongs, for `ValueCipher`: no two pairs give the same bytes.
 
     Args:
-        table: the online table, `online/<view>` say.
-        entity: the entity's key as it is stored.
+        table: what the value belongs to, `online/<view>` say.
+        entity: which of its values it is, an entity's key as it is stored, say.
     """
     name = table.encode()
     return struct.pack(">I", len(name)) + name + entity

@@ -23,6 +23,7 @@ from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
 from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.keys.store import KeyStore
 from cluster.session import attach
 from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
@@ -46,7 +47,9 @@ def main(config: MonitorConfig) -> None:
     reference = held_out(pl.DataFrame(pl.from_arrow(files.read(reference_uri))), config)
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
-    for (variant, number), rows in logged(config).group_by("variant", "version", maintain_order=True):
+    for (variant, number), rows in logged(config, key_store(actor.access)).group_by(
+        "variant", "version", maintain_order=True
+    ):
         version = registry.get(config.name, int(str(number)))
         figures = measure(config, version, reference, rows, access=actor.access)
         results[str(variant)] = figures
@@ -75,17 +78,17 @@ def main(config: MonitorConfig) -> None:
         write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())
 
 
-def logged(config: MonitorConfig) -> pl.DataFrame:
+def logged(config: MonitorConfig, store: KeyStore) -> pl.DataFrame:
     """Predictions with their outcomes where known.
 
     Raises:
         RefusedError: nothing was predicted yet.
     """
     places = layout(config.storage)
-    predictions = read_predictions(local(places.predictions(config.name)))
+    predictions = read_predictions(local(places.predictions(config.name)), store)
     if predictions.is_empty():
         raise RefusedError(f"No prediction of '{config.name}' is logged: no data, so no statement.")
-    outcomes = read_outcomes(local(places.outcomes(config.name)))
+    outcomes = read_outcomes(local(places.outcomes(config.name)), store)
     if outcomes.is_empty():
         return predictions.with_columns(outcome=pl.lit(None))
     known = outcomes.select("prediction_id", "row", "outcome")

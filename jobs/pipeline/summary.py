@@ -12,8 +12,11 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import count_predictions, read_predictions
+from cluster.records import count_records, read_predictions
 from cluster.registry import Registry
+from cluster.security.acting import act
+from cluster.security.keys.access import key_store
+from cluster.session import require_record
 from cluster.storage import layout, local, write_bytes
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
@@ -29,7 +32,9 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     ledger = open_ledger(config)
     results = runner.results()
     answers = _answers(demo)
-    predictions = read_predictions(local(places.predictions(config.name)))
+    actor = act(config, require_record(config), ledger, entrypoint="jobs.pipeline")
+    log = local(places.predictions(config.name))
+    predictions = read_predictions(log, key_store(actor.access))
     summary = {
         "rows": _rows(ledger),
         "training_set": _training_set(ledger),
@@ -41,7 +46,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        "prediction_log_rows": count_predictions(local(places.predictions(config.name))),
+        "prediction_log_rows": count_records(log),
         "orphans": predictions.join(answers, on="prediction_id", how="anti")["prediction_id"].n_unique(),
         "monitor": _monitor(results["monitor"]),
         "rollback_ms": results["check"]["rollback_ms"],

@@ -17,11 +17,15 @@ from cluster.ledger.events import OutcomesReceived
 from cluster.records import OutcomeRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.security.identity import TokenVerifier
+from cluster.security.keys.access import key_store, service_access
+from cluster.security.keys.store import KeyNotFound
 from cluster.security.policy import Action
+from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, to_utc
 
 MAX_OUTCOMES = 10_000
@@ -85,6 +89,7 @@ class Outcomes:
         self._ledger = open_ledger(platform)
         self._registry = Registry(self._ledger, self._places)
         self._access = AccessCheck(TokenVerifier.of(self._places))
+        self._store = key_store(service_access(require_record(platform), name="outcomes"))
         self._writers: dict[str, SegmentWriter] = {}
 
     async def __call__(self, request: Request) -> Response:
@@ -102,7 +107,7 @@ class Outcomes:
         if model not in self._writers:
             if model not in self._registry.names():
                 raise ModelNotFound(f"No model '{model}'.")
-            self._writers[model] = SegmentWriter(local(self._places.outcomes(model)))
+            self._writers[model] = self._writer(model)
         try:
             self._writers[model].append(*records)
         except OSError as error:
@@ -110,3 +115,11 @@ class Outcomes:
         content = canonical([[record.prediction_id, record.row, str(record.outcome)] for record in records])
         digest = hashlib.sha256(content).hexdigest()
         self._ledger.append(OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor)
+
+    def _writer(self, model: str) -> SegmentWriter:
+        try:
+            return SegmentWriter(
+                local(self._places.outcomes(model)), store=self._store, key=outcome_key(model)
+            )
+        except KeyNotFound as error:
+            raise ModelNotFound(f"Model '{model}' has never been deployed, so it has no outcomes.") from error

@@ -20,7 +20,7 @@ from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
-from cluster.security.identity import TokenVerifier, current_actor
+from cluster.security.identity import TokenVerifier
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.policy import Action
 from cluster.session import require_record
@@ -31,6 +31,7 @@ from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor import inference_protocol
+from serve_apps.predictor.log_keys import prediction_key
 from serve_apps.predictor.request import parse_predict
 
 DEFAULT_VARIANT = "champion"
@@ -57,13 +58,15 @@ class Predictor:
         ledger = open_ledger(platform)
         registry = Registry(ledger, places)
         self._version = registry.get(name, version)
-        registry.check_files(self._version, actor=current_actor())
+        registry.check_files(self._version, actor=f"service:{name}")
         store = key_store(service_access(require_record(platform), name=name))
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._access = AccessCheck(TokenVerifier.of(places))
-        self._log = SegmentWriter(local(places.predictions(name)))
+        self._log = SegmentWriter(
+            local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
+        )
         self._reader: FeatureReader | None = None
         if signature.service:
             spec = service_spec(ledger, signature.service, signature.service_version)

@@ -207,8 +207,8 @@ def find(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) 
     version = Registry(ledger, places).get(config.name, rollout.treatment_version)
     store = key_store(actor.access)
     signature = parse_signature(read_file(version, SIGNATURE_FILE, store))
-    predictions = read_predictions(local(places.predictions(config.name)))
-    outcomes = read_outcomes(local(places.outcomes(config.name)))
+    predictions = read_predictions(local(places.predictions(config.name)), store)
+    outcomes = read_outcomes(local(places.outcomes(config.name)), store)
     if predictions.is_empty() or outcomes.is_empty():
         raise RolloutError(
             f"'{config.name}' has no predictions with outcomes yet; there is nothing to judge."

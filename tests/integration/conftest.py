@@ -73,11 +73,15 @@ class Project:
             )
         return result
 
+    @property
+    def owner(self) -> KeyAccess:
+        """The keys, as the cluster's owner may use them."""
+        token = TokenSource(root=str(self.storage_root), subject="owner", role=Role.admin)
+        return KeyAccess(socket=self.record.key_socket, token=token)
+
     def read(self, path: Path) -> pl.DataFrame:
-        """A protected file, as the owner of the cluster reads it."""
-        owner = TokenSource(root=str(self.storage_root), subject="owner", role=Role.admin)
-        access = KeyAccess(socket=self.record.key_socket, token=owner)
-        return pl.DataFrame(pl.from_arrow(protected_files(access).read(str(path))))
+        """A protected file."""
+        return pl.DataFrame(pl.from_arrow(protected_files(self.owner).read(str(path))))
 
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""

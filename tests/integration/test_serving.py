@@ -26,7 +26,8 @@ from cluster import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import ArtifactRefused
-from cluster.records import count_predictions, read_predictions
+from cluster.records import count_records, read_predictions
+from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 
 if TYPE_CHECKING:
@@ -165,10 +166,10 @@ def test_another_projects_model_answers_by_key(client: Client) -> None:
 
 def test_each_answer_is_one_row_of_the_log(client: Client) -> None:
     """With the features as they were used."""
-    before = count_predictions(predictions(client.project))
+    before = count_records(predictions(client.project))
     ids = [client.predict(customer)[1]["prediction_id"] for customer in range(10)]
-    rows = read_predictions(predictions(client.project))
-    assert count_predictions(predictions(client.project)) == before + 10
+    rows = read_predictions(predictions(client.project), key_store(client.project.owner))
+    assert count_records(predictions(client.project)) == before + 10
     mine = rows.filter(pl.col("prediction_id").is_in(ids))
     assert mine.height == 10
     assert mine.filter(pl.col("prediction_id") == ids[1])["income__amount"].to_list() == [37.0]
@@ -283,7 +284,10 @@ def test_a_killed_replica_loses_no_answer_and_comes_back(client: Client) -> None
     for replica in replicas:
         os.kill(replica.pid, signal.SIGKILL)
     psutil.wait_procs(replicas, timeout=10)
-    assert prediction_id in read_predictions(predictions(project))["prediction_id"].to_list()
+    assert (
+        prediction_id
+        in read_predictions(predictions(project), key_store(project.owner))["prediction_id"].to_list()
+    )
     deadline = time.monotonic() + 90
     while client.predict(11)[0] != 200:
         assert time.monotonic() < deadline, "no replica came back"

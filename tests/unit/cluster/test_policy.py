@@ -60,8 +60,9 @@ UNWRAPS: dict[str, dict[str, frozenset[Role]]] = {
     "training_sets": dict.fromkeys(CLASSES, frozenset({DS, AD})),
     "quarantine": dict.fromkeys(CLASSES, frozenset({AD})) | {"internal": frozenset({DE, AD})},
     "online": dict.fromkeys(CLASSES, frozenset({SE, AD})) | {"internal": frozenset({DE, SE, AD})},
-    "predictions": dict.fromkeys(CLASSES, frozenset({DS, AD})),
-    "models": dict.fromkeys(CLASSES, frozenset({DS, ML, SE, AD})),
+    "predictions": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, AD})),
+    "outcomes": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, AD})),
+    "models": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, SE, AD})),
 }
 WRAPS = {
     "features": frozenset({DE, DS, AD}),
@@ -69,6 +70,7 @@ WRAPS = {
     "quarantine": frozenset({DE, AD}),
     "online": frozenset({DE, AD}),
     "predictions": frozenset({SE, AD}),
+    "outcomes": frozenset({SE, AD}),
     "models": frozenset({DS, ML, AD}),
 }
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from cluster.errors import RecordLogCorrupt
 from cluster.records import (
     OutcomeRecord,
     PredictionRecord,
     SegmentWriter,
-    count_predictions,
+    count_records,
     read_outcomes,
     read_predictions,
+    read_records,
 )
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo, KeyRevoked
 
 
 def prediction(number: int) -> PredictionRecord:
@@ -48,41 +54,61 @@ def outcome(prediction_id: str, value: int, received_at: str) -> OutcomeRecord:
     )
 
 
-def test_each_entity_of_an_answer_is_one_row(tmp_path: Path) -> None:
+KEY = "predictions/m/personal"
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    keyring.ensure(KeyInfo(name=KEY))
+    return keyring
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "predictions" / "m"
+
+
+@pytest.fixture
+def writer(log: Path, keyring: Keyring) -> SegmentWriter:
+    return SegmentWriter(log, store=keyring, key=KEY)
+
+
+def test_each_entity_of_an_answer_is_one_row(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
     """Two answers with two entities each are two records and four rows."""
-    writer = SegmentWriter(tmp_path)
     writer.append(prediction(1))
     writer.append(prediction(2))
-    frame = read_predictions(tmp_path)
-    assert count_predictions(tmp_path) == 2
+    frame = read_predictions(log, keyring)
+    assert count_records(log) == 2
     assert frame.select("prediction_id", "row").rows() == [("p1", 0), ("p1", 1), ("p2", 0), ("p2", 1)]
     assert frame["person__AGEP"].to_list() == [41.0, None, 41.0, None]
     assert frame["as_of"].dtype == pl.Datetime("us", "UTC")
 
 
-def test_the_last_received_outcome_counts(tmp_path: Path) -> None:
+def test_the_last_received_outcome_counts(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
     """An outcome sent twice or corrected later stands once."""
-    writer = SegmentWriter(tmp_path)
     writer.append(outcome("p1", 0, "2026-01-01T00:00:00Z"), outcome("p2", 1, "2026-01-01T00:00:00Z"))
     writer.append(outcome("p1", 1, "2026-01-02T00:00:00Z"))
-    frame = read_outcomes(tmp_path).sort("prediction_id")
+    frame = read_outcomes(log, keyring).sort("prediction_id")
     assert frame["outcome"].to_list() == [1, 1]
 
 
-def test_a_line_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_cut_short_is_passed_over(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
     """Half a record belongs to an answer that never left."""
-    writer = SegmentWriter(tmp_path)
     writer.append(prediction(1))
     with writer.path.open("ab") as file:
-        file.write(b'{"prediction_id":"half')
-    assert count_predictions(tmp_path) == 1
+        file.write(base64.b64encode(bytes(100)))
+    assert count_records(log) == 1
+    assert read_predictions(log, keyring).height == 2
 
 
-def test_kill_9_after_append_loses_nothing(tmp_path: Path) -> None:
+def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: Keyring) -> None:
     """A process that is killed right after its fifth append has left five records."""
     program = (
         "import sys; from pathlib import Path; from cluster.records import OutcomeRecord, SegmentWriter\n"
-        f"writer = SegmentWriter(Path({str(tmp_path)!r}))\n"
+        "from cluster.security.keys.keyring import Keyring\n"
+        f"keyring = Keyring(Path({str(tmp_path / 'keyring.json')!r}), bytes(32))\n"
+        f"writer = SegmentWriter(Path({str(log)!r}), store=keyring, key={KEY!r})\n"
         "for n in range(5):\n"
         "    writer.append(OutcomeRecord(prediction_id=str(n), outcome=1, observed_at='', received_at=''))\n"
         "print('done', flush=True); sys.stdin.read()"
@@ -97,14 +123,13 @@ def test_kill_9_after_append_loses_nothing(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.stdin is not None
     process.stdin.close()
-    assert count_predictions(tmp_path) == 5
+    assert count_records(log) == 5
 
 
 def test_a_full_disk_is_an_error_and_leaves_whole_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path, keyring: Keyring, writer: SegmentWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the disk takes only part of a record, that part is removed and the caller hears of it."""
-    writer = SegmentWriter(tmp_path)
     writer.append(prediction(1))
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
@@ -112,9 +137,89 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(
         writer.append(prediction(2))
     monkeypatch.undo()
     writer.append(prediction(3))
-    assert [row["prediction_id"] for row in read_predictions(tmp_path).iter_rows(named=True)] == [
+    assert [row["prediction_id"] for row in read_predictions(log, keyring).iter_rows(named=True)] == [
         "p1",
         "p1",
         "p3",
         "p3",
     ]
+
+
+def test_nothing_of_a_record_lies_in_the_clear(log: Path, writer: SegmentWriter) -> None:
+    """Not even what was asked for; only whose key it is, and how many there are."""
+    writer.append(prediction(1))
+    content = writer.path.read_bytes()
+    assert KEY.encode() in content
+    for word in (b"champion", b"AGEP", b"probability"):
+        assert word not in content
+        assert word not in base64.b64decode(content.splitlines()[1])
+    assert count_records(log) == 1
+
+
+def _swapped(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], lines[2], lines[1], lines[3]]
+
+
+def _flipped(lines: list[bytes]) -> list[bytes]:
+    data = bytearray(base64.b64decode(lines[2]))
+    data[20] ^= 1
+    return [*lines[:2], base64.b64encode(data) + b"\n", lines[3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (_swapped, 2),
+        (_flipped, 3),
+        (lambda lines: [lines[0], lines[1], lines[3]], 3),
+        (lambda lines: [lines[0], lines[1], *lines[1:]], 3),
+        (lambda lines: [*lines[:2], b"not base64!\n", lines[3]], 3),
+    ],
+    ids=["swapped", "a bit flipped", "one taken out", "one put in twice", "not base64"],
+)
+def test_a_changed_log_is_refused_at_its_line(
+    log: Path,
+    keyring: Keyring,
+    writer: SegmentWriter,
+    change: Callable[[list[bytes]], list[bytes]],
+    line: int,
+) -> None:
+    """Naming the file."""
+    for number in range(3):
+        writer.append(prediction(number))
+    writer.path.write_bytes(b"".join(change(writer.path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(RecordLogCorrupt, match=rf"{writer.path.name}, line {line}"):
+        read_predictions(log, keyring)
+
+
+@pytest.mark.parametrize("place", ["predictions/other", "outcomes/m"])
+def test_a_segment_in_another_log_is_refused(
+    log: Path, keyring: Keyring, writer: SegmentWriter, tmp_path: Path, place: str
+) -> None:
+    """Another model's, or outcomes as predictions."""
+    writer.append(prediction(1))
+    elsewhere = tmp_path / place
+    elsewhere.mkdir(parents=True)
+    writer.path.rename(elsewhere / writer.path.name)
+    with pytest.raises(RecordLogCorrupt):
+        read_predictions(elsewhere, keyring)
+
+
+def test_a_segment_killed_before_its_first_line_holds_nothing(
+    log: Path, keyring: Keyring, writer: SegmentWriter
+) -> None:
+    """Wherever it was cut."""
+    header = writer.path.read_bytes()
+    for cut in (0, 1, len(header) - 1):
+        writer.path.write_bytes(header[:cut])
+        assert count_records(log) == 0
+        assert list(read_records(log, keyring)) == []
+
+
+def test_a_revoked_key_closes_the_log(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
+    """Predictions stay countable."""
+    writer.append(prediction(1))
+    keyring.revoke(KEY)
+    with pytest.raises(KeyRevoked):
+        read_predictions(log, keyring)
+    assert count_records(log) == 1

@@ -11,6 +11,8 @@ import pytest
 from cluster.errors import InvalidRequest
 from cluster.records import SegmentWriter, read_outcomes
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.inference_protocol import metadata, outputs, parse_infer
 from serve_apps.predictor.request import parse_predict
@@ -146,7 +148,9 @@ def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> Non
         for i, (value, moment) in enumerate(zip(values, moments, strict=True))
     ]
     _, records = parse_outcomes({"model": "m", "outcomes": items}, received_at=NOW)
-    SegmentWriter(tmp_path).append(*records)
-    read = read_outcomes(tmp_path)
+    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    keyring.ensure(KeyInfo(name="outcomes/m/sensitive"))
+    SegmentWriter(tmp_path / "m", store=keyring, key="outcomes/m/sensitive").append(*records)
+    read = read_outcomes(tmp_path / "m", keyring)
     assert read.height == 4
     assert read["observed_at"].to_list()[1] == dt.datetime(2015, 12, 31, 18, 29, 45, tzinfo=dt.UTC)

@@ -1,0 +1,65 @@
+"""Which keys a model's predictions and outcomes are written under: as guarded as what they were made from.
+
+What clients bring along has no declared class, nor has an outcome, so a model without a feature service and every log
+of outcomes are under a sensitive key. A prediction says something about a person: its log is never below personal.
+"""
+
+from __future__ import annotations
+
+from cluster.ledger import Ledger
+from cluster.registry import ModelVersion
+from cluster.security.keys.store import KeyInfo
+from feature_jobs.store.catalog import ViewSpec, service_spec
+from feature_jobs.store.definitions import Sensitivity
+
+NO_COMMON_PURPOSE = "no-common-purpose"
+"""Stands where the views' purposes exclude each other, because an empty list would allow every purpose."""
+
+
+def prediction_key(ledger: Ledger, version: ModelVersion) -> str:
+    """The name of the key that a version's replicas write under."""
+    return f"predictions/{version.name}/{_log_class(_views(ledger, version)).value}"
+
+
+def outcome_key(model: str) -> str:
+    """The name of the key that a model's outcomes are written under."""
+    return f"outcomes/{model}/{Sensitivity.SENSITIVE.value}"
+
+
+def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyInfo]:
+    """Both keys, to be made when the version is deployed: for the purposes that all its views allow.
+
+    Args:
+        ledger: knows the views.
+        version: what is deployed.
+        region: where it is; a view's own region counts before it.
+    """
+    views = _views(ledger, version)
+    stated = [set(view.purposes) for view in views if view.purposes]
+    common = sorted(set.intersection(*stated)) if stated else []
+    elsewhere = sorted({view.region for view in views if view.region} - {region})
+    return [
+        KeyInfo(
+            name=name,
+            column_class=sensitivity.value,
+            purposes=tuple(common if common or not stated else [NO_COMMON_PURPOSE]),
+            region=elsewhere[0] if elsewhere else region,
+        )
+        for name, sensitivity in (
+            (prediction_key(ledger, version), _log_class(views)),
+            (outcome_key(version.name), Sensitivity.SENSITIVE),
+        )
+    ]
+
+
+def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:
+    lineage = version.lineage
+    return service_spec(ledger, lineage.service, lineage.service_version).views if lineage.service else []
+
+
+def _log_class(views: list[ViewSpec]) -> Sensitivity:
+    if not views:
+        return Sensitivity.SENSITIVE
+    classes = {Sensitivity(field.sensitivity) for view in views for field in view.fields}
+    ascending = list(Sensitivity)
+    return max(classes | {Sensitivity.PERSONAL}, key=ascending.index)

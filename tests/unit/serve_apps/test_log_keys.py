@@ -1,0 +1,98 @@
+"""What a log's keys are described as: as guarded as the features that the predictions were made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger import Ledger
+from cluster.registry import Lineage, ModelVersion
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
+from feature_jobs.store.catalog import Definitions, apply
+from serve_apps.predictor.log_keys import NO_COMMON_PURPOSE, log_keys, outcome_key, prediction_key
+
+PERSON = Entity("person", join_keys=["id"])
+
+
+def view(name: str, *classes: Sensitivity, purposes: tuple[str, ...] = (), region: str = "") -> FeatureView:
+    return FeatureView(
+        name,
+        entities=[PERSON],
+        source=FileSource(f"{name}.parquet", event_timestamp="at"),
+        schema=[Field(f"f{n}", "float64", sensitivity=one) for n, one in enumerate(classes)],
+        owner="test",
+        purposes=purposes,
+        region=region or None,
+    )
+
+
+def served(tmp_path: Path, *views: FeatureView) -> tuple[Ledger, ModelVersion]:
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    service = FeatureService("s", views=list(views))
+    definitions = Definitions(module="m", views={one.name: one for one in views}, services={"s": service})
+    apply(definitions, ledger, actor="test")
+    return ledger, model(Lineage(training_set_hash="", service="s", service_version=service.version))
+
+
+def model(lineage: Lineage) -> ModelVersion:
+    return ModelVersion(
+        name="loan",
+        version=1,
+        family="f",
+        task="binary",
+        uri="",
+        manifest_hash="",
+        files={},
+        lineage=lineage,
+        metrics={},
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ([Sensitivity.PUBLIC], "personal"),
+        ([Sensitivity.PUBLIC, Sensitivity.PERSONAL], "personal"),
+        ([Sensitivity.SENSITIVE, Sensitivity.INTERNAL], "sensitive"),
+    ],
+)
+def test_the_highest_class_of_the_features_counts(
+    tmp_path: Path, classes: list[Sensitivity], expected: str
+) -> None:
+    """And a prediction is personal at least."""
+    ledger, version = served(tmp_path, view("a", *classes))
+    predictions, outcomes = log_keys(ledger, version, region="here")
+    assert (predictions.name, predictions.column_class) == (f"predictions/loan/{expected}", expected)
+    assert predictions.name == prediction_key(ledger, version)
+    assert (outcomes.name, outcomes.column_class) == (outcome_key("loan"), "sensitive")
+    assert {one.region for one in (predictions, outcomes)} == {"here"}
+
+
+def test_without_declared_features_all_is_sensitive(tmp_path: Path) -> None:
+    """Clients may bring anything along."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    version = model(Lineage(training_set_hash=""))
+    assert [one.column_class for one in log_keys(ledger, version, region="here")] == ["sensitive"] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        ((), (), ()),
+        (("credit", "fraud"), (), ("credit", "fraud")),
+        (("credit", "fraud"), ("fraud",), ("fraud",)),
+        (("credit",), ("fraud",), (NO_COMMON_PURPOSE,)),
+    ],
+)
+def test_only_what_every_view_allows_is_allowed(
+    tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...], allowed: tuple[str, ...]
+) -> None:
+    """Views that exclude each other's purposes allow none, not every one."""
+    personal = Sensitivity.PERSONAL
+    ledger, version = served(
+        tmp_path, view("a", personal, purposes=first), view("b", personal, purposes=second, region="there")
+    )
+    for key in log_keys(ledger, version, region="here"):
+        assert key.purposes == allowed
+        assert key.region == "there"
