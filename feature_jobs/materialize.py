@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ViewMaterialized
 from cluster.security.acting import act
+from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
@@ -48,7 +49,7 @@ def main(config: MaterializeConfig) -> None:
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
     pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=actor.access)
     as_of = instant(config.as_of)
-    store = open_online(config.online, places, readonly=False)
+    store = open_online(config.online, places, key_store(actor.access), readonly=False)
     count = store.replace(view, pinned.key_types, rows(view, pinned, as_of))
     store.close()
     event = ViewMaterialized(

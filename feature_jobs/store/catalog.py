@@ -73,7 +73,13 @@ class ServiceSpec:
     def from_dict(cls, data: dict[str, Any]) -> ServiceSpec:
         """The spec that `to_dict` gave."""
         views = [
-            ViewSpec(**{**view, "fields": [FieldSpec(**field) for field in view["fields"]]})
+            ViewSpec(
+                **{
+                    **view,
+                    "fields": [FieldSpec(**field) for field in view["fields"]],
+                    "purposes": tuple(view["purposes"]),
+                }
+            )
             for view in data["views"]
         ]
         return cls(name=data["name"], version=data["version"], views=views)

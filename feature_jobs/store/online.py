@@ -1,4 +1,4 @@
-"""The online store: one packed value per entity and view, read in this process.
+"""The online store: one packed row per entity and view, read in this process, protected values sealed by class.
 
 LMDB maps the store into memory, so a read is a look-up and an unpack, and readers see either all of a materialisation
 or nothing of it. Times travel with the values: time-to-live is applied at the reader's own `as_of`, and a value from
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-import hashlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ import lmdb
 import msgpack
 
 from cluster.errors import InvalidRequest
+from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
+from cluster.security.parquet import CACHE_S
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout, local
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.online_rows import RowCipher
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _META = b"\x00meta\x00"
-_MAX_KEY_BYTES = 511
+RETRY_S = 1.0
+"""After this the key store is asked again, where it could not be; values are read with the keys of before."""
 
 
 class Status(enum.StrEnum):
@@ -58,34 +62,59 @@ class FeatureVectors:
     status: dict[str, list[str]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A view's materialisation, as one version of the view reads it."""
+
+    meta: bytes
+    order: list[tuple[str, int] | None]
+    """Class and place therein of each feature; none for one that was not materialised, or with another dtype."""
+    classes: tuple[str, ...]
+    cipher: RowCipher
+    until: float
+    """When the keys have to be asked for again, by the monotonic clock."""
+
+
 class OnlineStore:
     """Feature values by view and entity, in one LMDB environment."""
 
-    def __init__(self, folder: Path, *, map_size_bytes: int, readonly: bool) -> None:
+    def __init__(self, folder: Path, keys: KeyStore, *, map_size_bytes: int, readonly: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if readonly and not (folder / "data.mdb").exists():
             lmdb.open(str(folder), map_size=map_size_bytes).close()
-        self._orders: dict[tuple[str, str], tuple[bytes | None, list[int | None] | None]] = {}
+        self._keys = keys
+        self._known: dict[tuple[str, str], _Opened] = {}
         self._env = lmdb.open(
             str(folder), map_size=map_size_bytes, readonly=readonly, max_readers=1024, readahead=False
         )
 
     def replace(self, view: ViewSpec, key_types: Mapping[str, str], rows: Iterable[OnlineRow]) -> int:
-        """Put a view's rows in place of all it had, in one transaction; gives how many."""
+        """Put a view's rows in place of all it had, in one transaction; gives how many.
+
+        Raises:
+            KeyNotFound, KeyRevoked, AccessDenied: as the key store says; the old rows stay.
+        """
         prefix = _prefix(view.name)
+        names: dict[str, list[int]] = {}
+        for place, field in enumerate(view.fields):
+            names.setdefault(field.sensitivity, []).append(place)
+        cipher, wrapped = RowCipher.create(self._keys, view.name, names)
         count = 0
         with self._env.begin(write=True) as transaction:
             cursor = transaction.cursor()
             while cursor.set_range(prefix) and cursor.key().startswith(prefix):
                 cursor.delete()
             for row in rows:
-                packed = msgpack.packb([row.event_us, row.available_us, *row.values])
-                transaction.put(_packed_key(prefix, row.keys), packed)
+                address = cipher.address(row.keys)
+                groups = {name: [row.values[place] for place in places] for name, places in names.items()}
+                packed = cipher.pack(address, row.event_us, row.available_us, groups)
+                transaction.put(prefix + address, packed)
                 count += 1
             meta = {
                 "version": view.version,
                 "key_types": dict(key_types),
-                "fields": [[field.name, field.dtype] for field in view.fields],
+                "fields": [[field.name, field.dtype, field.sensitivity] for field in view.fields],
+                "data_keys": wrapped,
             }
             transaction.put(_META + view.name.encode(), msgpack.packb(meta))
         return count
@@ -101,30 +130,50 @@ class OnlineStore:
 
         The values stand in the order of this version of the view, whichever version was materialised; a feature that
         was not, or with another dtype, is null.
+
+        Raises:
+            AccessDenied, KeyRevoked: the keys of a class that the view has are not given to this process.
+            ArtifactTampered: a value is not the one that was written there.
         """
         prefix = _prefix(view.name)
         with self._env.begin(buffers=False) as transaction:
             meta = transaction.get(_META + view.name.encode())
-            found = [None if key is None else transaction.get(_packed_key(prefix, key)) for key in keys]
-        order = self._order(view, meta)
-        rows = [None if packed is None else msgpack.unpackb(packed) for packed in found]
-        if order is None:
-            return rows
+            if meta is None:
+                return [None for _ in keys]
+            opened = self._opened(view, meta)
+            addresses = [None if key is None else opened.cipher.address(key) for key in keys]
+            found = [None if address is None else transaction.get(prefix + address) for address in addresses]
         return [
-            None if row is None else [*row[:2], *(None if at is None else row[at] for at in order)]
-            for row in rows
+            None if address is None or packed is None else _row(opened, address, packed)
+            for address, packed in zip(addresses, found, strict=True)
         ]
 
-    def _order(self, view: ViewSpec, meta: bytes | None) -> list[int | None] | None:
-        """Where each feature of a view's version stands in the packed rows; none where they are in its own order."""
-        known = self._orders.get((view.name, view.version))
-        if known is None or known[0] != meta:
-            stored = [] if meta is None else [tuple(field) for field in msgpack.unpackb(meta)["fields"]]
-            wanted = [(field.name, field.dtype) for field in view.fields]
-            places = {field: place for place, field in enumerate(stored, start=2)}
-            order = None if stored == wanted else [places.get(field) for field in wanted]
-            known = self._orders[view.name, view.version] = (meta, order)
-        return known[1]
+    def _opened(self, view: ViewSpec, meta: bytes) -> _Opened:
+        """The materialisation's data keys and order, asked for once in a while."""
+        known = self._known.get((view.name, view.version))
+        now = time.monotonic()
+        if known is not None and known.meta == meta and now < known.until:
+            return known
+        try:
+            opened = self._open(view, meta, until=now + CACHE_S)
+        except KeyStoreUnavailable:
+            if known is None or known.meta != meta:
+                raise
+            opened = replace(known, until=now + RETRY_S)
+        self._known[view.name, view.version] = opened
+        return opened
+
+    def _open(self, view: ViewSpec, meta: bytes, *, until: float) -> _Opened:
+        stored = msgpack.unpackb(meta)
+        places: dict[tuple[str, str], tuple[str, int]] = {}
+        sizes: dict[str, int] = {}
+        for name, dtype, sensitivity in stored["fields"]:
+            places[name, dtype] = sensitivity, sizes.get(sensitivity, 0)
+            sizes[sensitivity] = sizes.get(sensitivity, 0) + 1
+        order = [places.get((field.name, field.dtype)) for field in view.fields]
+        classes = tuple(sorted({place[0] for place in order if place is not None}))
+        cipher = RowCipher.open(self._keys, view.name, stored["data_keys"], classes)
+        return _Opened(meta=meta, order=order, classes=classes, cipher=cipher, until=until)
 
     def close(self) -> None:
         """Unmap the store."""
@@ -196,12 +245,14 @@ class FeatureReader:
         return self._key_types[view.name]
 
 
-def open_online(config: OnlineConfig, places: Layout, *, readonly: bool = True) -> OnlineStore:
-    """The configured online store."""
+def open_online(
+    config: OnlineConfig, places: Layout, keys: KeyStore, *, readonly: bool = True
+) -> OnlineStore:
+    """The configured online store, with the keys that this process may use."""
     match config.kind:
         case OnlineKind.lmdb:
             size = int(config.map_size_gib * 2**30)
-            return OnlineStore(local(places.online), map_size_bytes=size, readonly=readonly)
+            return OnlineStore(local(places.online), keys, map_size_bytes=size, readonly=readonly)
 
 
 def microseconds(moment: dt.datetime) -> int:
@@ -213,12 +264,13 @@ def _prefix(view: str) -> bytes:
     return view.encode() + b"\x00"
 
 
-def _packed_key(prefix: bytes, keys: tuple[int | str, ...]) -> bytes:
-    """LMDB takes 511 bytes, so a longer key is cut and made unique by its hash."""
-    packed: bytes = prefix + msgpack.packb(keys)
-    if len(packed) <= _MAX_KEY_BYTES:
-        return packed
-    return packed[: _MAX_KEY_BYTES - 32] + hashlib.sha256(packed).digest()
+def _row(opened: _Opened, address: bytes, packed: bytes) -> list[Any]:
+    event_us, available_us, groups = opened.cipher.unpack(address, packed, opened.classes)
+    return [
+        event_us,
+        available_us,
+        *(None if place is None else groups[place[0]][place[1]] for place in opened.order),
+    ]
 
 
 def _state(row: list[Any] | None, at_us: int, ttl_s: float | None) -> Status:

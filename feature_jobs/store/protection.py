@@ -13,23 +13,27 @@ from cluster.security.parquet import Protection
 from cluster.security.policy import Resource
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
+from feature_jobs.store.online_rows import online_key
 
 ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq")
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
-    """The keys of a view, as its definition describes them: those of its columns, and that of its quarantine.
+    """The keys of a view, as its definition describes them: those of its columns, offline and online, and that of its
+    quarantine.
 
-    The internal key, which join keys and the footer are under, serves every purpose.
+    The internal keys, which join keys are under, serve every purpose.
     """
     classes = {field.sensitivity for field in view.schema} - {Sensitivity.PUBLIC, Sensitivity.INTERNAL}
     purposes, where = tuple(view.purposes), view.region or region
     return [
-        KeyInfo(name=features_key(view.name, Sensitivity.INTERNAL), column_class="internal", region=where),
         *(
-            KeyInfo(
-                name=features_key(view.name, name), column_class=name.value, purposes=purposes, region=where
-            )
+            KeyInfo(name=key_of(view.name, Sensitivity.INTERNAL), column_class="internal", region=where)
+            for key_of in (features_key, online_key)
+        ),
+        *(
+            KeyInfo(name=key_of(view.name, name), column_class=name.value, purposes=purposes, region=where)
+            for key_of in (features_key, online_key)
             for name in sorted(classes)
         ),
         KeyInfo(

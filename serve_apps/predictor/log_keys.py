@@ -35,14 +35,12 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
         region: where it is; a view's own region counts before it.
     """
     views = _views(ledger, version)
-    stated = [set(view.purposes) for view in views if view.purposes]
-    common = sorted(set.intersection(*stated)) if stated else []
     elsewhere = sorted({view.region for view in views if view.region} - {region})
     return [
         KeyInfo(
             name=name,
             column_class=sensitivity.value,
-            purposes=tuple(common if common or not stated else [NO_COMMON_PURPOSE]),
+            purposes=_common_purposes(views),
             region=elsewhere[0] if elsewhere else region,
         )
         for name, sensitivity in (
@@ -50,6 +48,17 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
             (outcome_key(version.name), Sensitivity.SENSITIVE),
         )
     ]
+
+
+def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
+    """What a version's replicas read features for, unless its deployment says: a purpose that all its views allow."""
+    return next(iter(_common_purposes(_views(ledger, version))), "")
+
+
+def _common_purposes(views: list[ViewSpec]) -> tuple[str, ...]:
+    stated = [set(view.purposes) for view in views if view.purposes]
+    common = sorted(set.intersection(*stated)) if stated else []
+    return tuple(common if common or not stated else [NO_COMMON_PURPOSE])
 
 
 def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:

@@ -31,7 +31,7 @@ from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor import inference_protocol
-from serve_apps.predictor.log_keys import prediction_key
+from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.request import parse_predict
 
 DEFAULT_VARIANT = "champion"
@@ -59,7 +59,8 @@ class Predictor:
         registry = Registry(ledger, places)
         self._version = registry.get(name, version)
         registry.check_files(self._version, actor=f"service:{name}")
-        store = key_store(service_access(require_record(platform), name=name))
+        purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
+        store = key_store(service_access(require_record(platform), name=name, purpose=purpose))
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
@@ -70,7 +71,7 @@ class Predictor:
         self._reader: FeatureReader | None = None
         if signature.service:
             spec = service_spec(ledger, signature.service, signature.service_version)
-            self._reader = FeatureReader(spec, open_online(platform.online, places))
+            self._reader = FeatureReader(spec, open_online(platform.online, places, store))
         ledger.close()
         tags = {"model": name, "version": str(version)}
         self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))

@@ -31,9 +31,11 @@ class KeyAccess:
     """Storage root of the intent's issuer."""
 
 
-def service_access(record: ClusterRecord, *, name: str) -> KeyAccess:
+def service_access(record: ClusterRecord, *, name: str, purpose: str = "") -> KeyAccess:
     """The access of a replica: as the service that it is, whoever deployed it."""
-    token = TokenSource(root=record.storage_root, subject=f"service:{name}", role=Role.service)
+    token = TokenSource(
+        root=record.storage_root, subject=f"service:{name}", role=Role.service, purpose=purpose
+    )
     return KeyAccess(socket=record.key_socket, token=token)
 
 

@@ -9,11 +9,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
-from cluster.errors import InvalidRequest
+from cluster.errors import AccessDenied, ArtifactTampered, InvalidRequest
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo, KeyRevoked, KeyStoreUnavailable
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
+from feature_jobs.store import online
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.online import FeatureReader, OnlineRow, OnlineStore, microseconds, open_online
 
@@ -50,8 +54,17 @@ def row(key: int | str, *values: Any, event: float = 1, available: float | None 
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[OnlineStore]:
-    opened = open_online(SMALL, Layout(str(tmp_path)), readonly=False)
+def keys(tmp_path: Path) -> Keyring:
+    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    for name in ("person", "cohort", "person2"):
+        for sensitivity in ("internal", "personal", "sensitive"):
+            keyring.ensure(KeyInfo(name=f"online/{name}/{sensitivity}"))
+    return keyring
+
+
+@pytest.fixture
+def store(tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
+    opened = open_online(SMALL, Layout(str(tmp_path)), keys, readonly=False)
     opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
     opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
     yield opened
@@ -156,30 +169,33 @@ def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
     assert read(store, {"person_id": 1})[0]["person__amount"] == 10.0
 
 
-def test_store_without_any_materialisation_knows_nothing(tmp_path: Path) -> None:
+def test_store_without_any_materialisation_knows_nothing(tmp_path: Path, keys: Keyring) -> None:
     """A replica may start first."""
-    empty = open_online(SMALL, Layout(str(tmp_path / "new")))
+    empty = open_online(SMALL, Layout(str(tmp_path / "new")), keys)
     assert {"missing"} == set(read(empty, {"person_id": 1})[1].values())
     empty.close()
 
 
 WRITER = """
 import sys
+from pathlib import Path
+from cluster.security.keys.keyring import Keyring
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.online import OnlineRow, open_online
 field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
 view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
-store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), readonly=False)
+keys = Keyring(Path(sys.argv[1]) / "keyring.json", bytes(32))
+store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), keys, readonly=False)
 store.replace(view, {"person_id": "int64"}, [OnlineRow(keys=(1,), event_us=0, available_us=0, values=[7.0])])
 """
 
 
-def test_open_reader_sees_what_another_process_writes(tmp_path: Path) -> None:
+def test_open_reader_sees_what_another_process_writes(tmp_path: Path, keys: Keyring) -> None:
     """A replica is not restarted for a materialisation."""
     service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
-    replica = open_online(SMALL, Layout(str(tmp_path)))
+    replica = open_online(SMALL, Layout(str(tmp_path)), keys)
     reader = FeatureReader(service, replica)
     assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [None]
     subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)
@@ -208,3 +224,110 @@ def test_long_text_keys_are_told_apart(store: OnlineStore) -> None:
     store.replace(COHORT, {"age_band": "string"}, [row(long + "1", 0.1), row(long + "2", 0.2)])
     assert read(store, {"person_id": 1, "age_band": long + "2"})[0]["cohort__rate"] == 0.2
     assert read(store, {"person_id": 1, "age_band": long})[1]["cohort__rate"] == "missing"
+
+
+MIXED = ViewSpec(
+    name="person",
+    version="v1",
+    join_keys=["name"],
+    fields=[
+        FieldSpec(name=name, dtype="string", sensitivity=sensitivity, categorical=False)
+        for name, sensitivity in (("illness", "sensitive"), ("ward", "public"), ("street", "personal"))
+    ],
+    ttl_s=None,
+)
+PATIENT = {"name": "Alicia Keyes"}
+
+
+@pytest.fixture
+def clinic(store: OnlineStore) -> OnlineStore:
+    """One patient, with a column of every class."""
+    store.replace(
+        MIXED, {"name": "string"}, [row("Alicia Keyes", "measles-of-alicia", "ward-seven", "street-nine")]
+    )
+    return store
+
+
+def only(*names: str) -> ServiceSpec:
+    fields = [field for field in MIXED.fields if field.name in names]
+    view = ViewSpec(name="person", version="-".join(names), join_keys=["name"], fields=fields, ttl_s=None)
+    return ServiceSpec(name="s", version="1", views=[view])
+
+
+def ask(store: OnlineStore, service: ServiceSpec) -> list[Any]:
+    return [column[0] for column in FeatureReader(service, store).read([PATIENT], hour(5)).columns.values()]
+
+
+def test_a_stolen_file_shows_public_values_and_nobodys_name(clinic: OnlineStore, tmp_path: Path) -> None:
+    """Neither values nor keys of any other class."""
+    content = (tmp_path / "online" / "data.mdb").read_bytes()
+    assert b"ward-seven" in content
+    for secret in (b"Alicia", b"measles", b"street-nine"):
+        assert secret not in content
+
+
+class Refusing(Keyring):
+    """Gives no secrets of one class."""
+
+    def unwrap(self, name: str, wrapped: str) -> bytes:
+        if name.endswith("/sensitive"):
+            raise AccessDenied(name)
+        return super().unwrap(name, wrapped)
+
+
+def test_who_may_not_read_one_class_reads_the_others(clinic: OnlineStore, tmp_path: Path) -> None:
+    """Asked for a feature of that class he is refused, not told that it is missing."""
+    clinic._keys = Refusing(tmp_path / "keyring.json", bytes(32))
+    assert ask(clinic, only("ward", "street")) == ["ward-seven", "street-nine"]
+    with pytest.raises(AccessDenied, match="online/person/sensitive"):
+        ask(clinic, only("illness", "ward"))
+
+
+def test_values_cannot_be_moved_or_altered(clinic: OnlineStore) -> None:
+    """To another entity, or to another time, or bit by bit."""
+    clinic.replace(
+        MIXED, {"name": "string"}, [row(name, name, "w", name) for name in ("Alicia Keyes", "Bob")]
+    )
+    prefix = b"person\x00"
+    with clinic._env.begin() as transaction:
+        rows = {key: value for key, value in transaction.cursor() if key.startswith(prefix)}
+    (first, mine), (second, theirs) = rows.items()
+    later = theirs.replace(msgpack.packb(microseconds(hour(1))), msgpack.packb(microseconds(hour(2))))
+    assert later != theirs
+    for change in ({first: theirs, second: mine}, {first: later, second: later}, {first: mine[:-1] + b"!"}):
+        with clinic._env.begin(write=True) as transaction:
+            for key, value in (rows | change).items():
+                transaction.put(key, value)
+        with pytest.raises(ArtifactTampered):
+            FeatureReader(only("street"), clinic).read([PATIENT, {"name": "Bob"}], hour(5))
+
+
+def test_a_revoked_key_ends_reading_within_the_caches_life(
+    clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a new materialisation is under the newest version."""
+    monkeypatch.setattr(online, "CACHE_S", 0.0)
+    assert ask(clinic, only("street")) == ["street-nine"]
+    keys.rotate("online/person/personal")
+    clinic.replace(MIXED, {"name": "string"}, [row("Alicia Keyes", "i", "w", "moved")])
+    assert ask(clinic, only("street")) == ["moved"]
+    keys.revoke("online/person/personal")
+    with pytest.raises(KeyRevoked):
+        ask(clinic, only("street"))
+    assert ask(clinic, only("ward")) == ["w"]
+
+
+def test_a_key_store_that_is_away_stops_no_reader_that_has_its_keys(
+    clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of a materialisation whose keys it never had it cannot read."""
+    monkeypatch.setattr(online, "CACHE_S", 0.0)
+    assert ask(clinic, only("street")) == ["street-nine"]
+
+    def away(name: str, wrapped: str) -> bytes:
+        raise KeyStoreUnavailable("away")
+
+    monkeypatch.setattr(keys, "unwrap", away)
+    assert ask(clinic, only("street")) == ["street-nine"]
+    with pytest.raises(KeyStoreUnavailable):
+        ask(clinic, only("illness"))
