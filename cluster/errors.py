@@ -16,11 +16,15 @@
     │   ├── TrainingSetError
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
+    │   ├── ProtectedFileCorrupt      a Parquet file that was altered or exchanged (`security/parquet`)
+    │   ├── RecordLogCorrupt          a log of predictions or outcomes that was altered
+    │   ├── KeyNotFound, KeyRevoked … what a key store refuses; `security/keys/store.py` draws them
     │   ├── LedgerCorrupt             the hash chain is broken
     │   ├── RolloutError
     │   ├── InvalidRequest            HTTP 400
     │   ├── Unauthenticated           HTTP 401
     │   └── AccessDenied              HTTP 403
+    ├── KeyStoreUnavailable           the broker is down: exit code 1
     └── Inconsistent                  our own books do not add up: exit code 1
 
 A message says what happened, to which thing, and what to do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -14,11 +14,13 @@ import pytest
 from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import AccessDecided, ModelRegistered
-from cluster.security.keys.access import KeyAccess
+from cluster.records import count_records, read_outcomes, read_predictions, read_records
+from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.scan import scan
 from cluster.security.token_source import TokenSource
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.offline import Snapshot, snapshot
+from tests.integration.client import Client
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -45,7 +47,10 @@ care = FeatureService("care", views=[patient])
 """
 ROWS = 200
 MARK = f"{random.getrandbits(40):010x}"
-NAME, ILLNESS, WARD, BAD = (f"canary-{what}-{MARK}" for what in ("name", "illness", "ward", "bad"))
+NAME, ILLNESS, WARD, BAD, GIVEN, OUTCOME = (
+    f"canary-{what}-{MARK}" for what in ("name", "illness", "ward", "bad", "given", "outcome")
+)
+AT = "2026-01-01T00:00:00Z"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,21 @@ def clinic(falaj_cluster: Project) -> Project:
         "split.column=patient_id",
     )
     falaj_cluster.run("jobs.train", *learn, check=True)
+    falaj_cluster.run("feature_jobs.materialize", definitions, "view=patient", f"as_of={AT}", check=True)
+    falaj_cluster.run("serve_apps.deploy", "name=care", "version=1", check=True)
     return falaj_cluster
+
+
+@pytest.fixture(scope="module")
+def answer(clinic: Project) -> dict[str, Any]:
+    """One prediction by key, one of its inputs brought along, and its outcome."""
+    client = Client(clinic)
+    body = {"entities": [{"patient_id": 1}], "as_of": AT, "features": {"patient__illness": [GIVEN]}}
+    status, content = client.call("/v1/models/care:predict", body, unit=NAME)
+    assert status == 200, content
+    outcome = {"prediction_id": content["prediction_id"], "outcome": OUTCOME}
+    assert client.call("/v1/outcomes", {"model": "care", "outcomes": [outcome]})[0] == 200
+    return content
 
 
 def training_set(*more: str) -> tuple[str, ...]:
@@ -99,9 +118,13 @@ def token(project: Project, role: str, purpose: str) -> Path:
     return path
 
 
-def pinned(project: Project, role: str, purpose: str) -> Snapshot:
-    source = TokenSource(file=str(token(project, role, purpose)))
-    access = KeyAccess(socket=project.record.key_socket, token=source)
+def as_scientist(project: Project, purpose: str) -> KeyAccess:
+    source = TokenSource(file=str(token(project, "data_scientist", purpose)))
+    return KeyAccess(socket=project.record.key_socket, token=source)
+
+
+def pinned(project: Project, purpose: str) -> Snapshot:
+    access = as_scientist(project, purpose)
     uri = str(project.storage_root / "features" / "patient")
     return snapshot(uri, view="patient", keys=["patient_id"], access=access)
 
@@ -114,19 +137,32 @@ def read(table: Snapshot, *columns: str) -> pl.DataFrame:
     return pl.concat(table.read(bucket, columns) for bucket in range(table.num_buckets))
 
 
-def test_nothing_protected_lies_in_the_clear(clinic: Project) -> None:
+def test_nothing_protected_lies_in_the_clear(clinic: Project, answer: dict[str, Any]) -> None:
     """Not below the storage root, nor in Ray's folder and logs; the scanner does find it in the source."""
     source = list(scan([clinic.root / "patient.parquet"], [NAME, ILLNESS, BAD]))
     assert {one.canary for one in source} == {NAME, ILLNESS, BAD}, "the control"
     places = [clinic.storage_root, Path(clinic.record.temp_dir)]
-    assert list(scan(places, [NAME, ILLNESS, BAD])) == []
+    assert list(scan(places, [NAME, ILLNESS, BAD, GIVEN, OUTCOME, answer["prediction_id"]])) == []
     assert any("features" in one.path for one in scan(places, [WARD])), "public columns need no key"
     assert list(clinic.storage_root.glob("models/care/1/*.txt")), "the model has learnt from them"
 
 
+def test_what_was_served_can_be_read_with_the_keys(clinic: Project, answer: dict[str, Any]) -> None:
+    """The log has what was asked and brought along, the outcomes what came of it; for the right purpose."""
+    for_care, without = (key_store(as_scientist(clinic, purpose)) for purpose in ("care", ""))
+    logs = [clinic.storage_root / log / "care" for log in ("predictions", "outcomes")]
+    (row,) = read_predictions(logs[0], for_care).iter_rows(named=True)
+    assert (row["patient__name"], row["patient__illness"]) == (NAME, GIVEN)
+    assert read_outcomes(logs[1], for_care)["outcome"].to_list() == [OUTCOME]
+    for log in logs:
+        assert count_records(log) == 1
+        with pytest.raises(AccessDenied, match="purpose-not-listed"):
+            list(read_records(log, without))
+
+
 def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -> None:
     """The refusal names the policy, and is an event."""
-    scientist = pinned(clinic, "data_scientist", "")
+    scientist = pinned(clinic, "")
     assert set(read(scientist, "ward")["ward"]) == {WARD}
     for column in ("name", "illness", "age"):
         with pytest.raises(AccessDenied, match="purpose-not-listed"):
@@ -141,11 +177,9 @@ def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -
 
 def test_with_the_purpose_both(clinic: Project) -> None:
     """And a purpose that the view does not list is none."""
-    assert set(read(pinned(clinic, "data_scientist", "care"), "ward", "name", "illness")["illness"]) == {
-        ILLNESS
-    }
+    assert set(read(pinned(clinic, "care"), "ward", "name", "illness")["illness"]) == {ILLNESS}
     with pytest.raises(AccessDenied):
-        read(pinned(clinic, "data_scientist", "marketing"), "name")
+        read(pinned(clinic, "marketing"), "name")
 
 
 def test_by_hand_the_files_show_the_public_columns_and_no_others(clinic: Project) -> None:

@@ -10,11 +10,9 @@ import json
 import os
 import re
 import signal
-import ssl
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from cluster.ledger.events import ArtifactRefused
 from cluster.records import count_records, read_predictions
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
+from tests.integration.client import Client
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -59,40 +58,12 @@ PREDICT = "/v1/models/loan:predict"
 AS_OF = "2024-06-01T00:00:00Z"
 
 
-@dataclass
-class Client:
-    """Speaks to the edge as an application would."""
-
-    project: Project
-
-    def __post_init__(self) -> None:
-        self.port = self.project.record.ports["edge"]
-        self.context = ssl.create_default_context(cafile=str(self.project.storage_root / "tls" / "ca.pem"))
-        self.token = self.project.token()
-
-    def call(
-        self,
-        path: str = PREDICT,
-        body: Any = None,
-        *,
-        token: str | None = "",
-        unit: str | None = None,
-        method: str = "POST",
-    ) -> tuple[int, dict[str, Any]]:
-        headers = {} if token is None else {"Authorization": f"Bearer {token or self.token}"}
-        headers |= {} if unit is None else {"X-Unit-ID": unit}
-        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=30)
-        connection.request(method, path, data, headers)
-        response = connection.getresponse()
-        content = json.loads(response.read())
-        connection.close()
-        return response.status, content
+class Shop(Client):
+    """Asks for a customer's loan."""
 
     def predict(self, customer: int, **more: Any) -> tuple[int, dict[str, Any]]:
-        return self.call(
-            body={"entities": [{"customer_id": customer}], "as_of": AS_OF, **more}, unit=str(customer)
-        )
+        body = {"entities": [{"customer_id": customer}], "as_of": AS_OF, **more}
+        return self.call(PREDICT, body, unit=str(customer))
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +117,15 @@ def train_arguments() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def client(project: Project) -> Client:
-    return Client(project)
+def client(project: Project) -> Shop:
+    return Shop(project)
 
 
 def predictions(project: Project) -> Path:
     return project.storage_root / "predictions" / "loan"
 
 
-def test_another_projects_model_answers_by_key(client: Client) -> None:
+def test_another_projects_model_answers_by_key(client: Shop) -> None:
     """Features are read online; the model has learned the rule of its data."""
     answers = [client.predict(customer) for customer in (1, 2, 3, 4)]
     assert [status for status, _ in answers] == [200] * 4
@@ -164,7 +135,7 @@ def test_another_projects_model_answers_by_key(client: Client) -> None:
     assert answers[0][1]["model_version"] == "1"
 
 
-def test_each_answer_is_one_row_of_the_log(client: Client) -> None:
+def test_each_answer_is_one_row_of_the_log(client: Shop) -> None:
     """With the features as they were used."""
     before = count_records(predictions(client.project))
     ids = [client.predict(customer)[1]["prediction_id"] for customer in range(10)]
@@ -175,7 +146,7 @@ def test_each_answer_is_one_row_of_the_log(client: Client) -> None:
     assert mine.filter(pl.col("prediction_id") == ids[1])["income__amount"].to_list() == [37.0]
 
 
-def test_the_inference_protocol_answers_the_same(client: Client) -> None:
+def test_the_inference_protocol_answers_the_same(client: Shop) -> None:
     """Named tensors in, named tensors out; metadata and readiness beside it."""
     by_key = client.predict(5)[1]["predictions"][0]
     amount, sector = float(5 * 37 % 101), "farm"
@@ -208,25 +179,25 @@ def test_the_inference_protocol_answers_the_same(client: Client) -> None:
         (b" " * 2_000_000, 413),
     ],
 )
-def test_bad_bodies_get_a_clear_error(client: Client, body: bytes, status: int) -> None:
+def test_bad_bodies_get_a_clear_error(client: Shop, body: bytes, status: int) -> None:
     """JSON with its code, and no stack trace."""
-    answered, content = client.call(body=body)
+    answered, content = client.call(PREDICT, body)
     assert (answered, content["code"]) == (status, status)
     assert "Traceback" not in content["error"]
 
 
-def test_identity_and_role_are_checked(client: Client) -> None:
+def test_identity_and_role_are_checked(client: Shop) -> None:
     """401 without a valid token, 403 with the wrong role, 404 for an unknown model."""
     project = client.project
     expired, auditor = project.token(ttl_s=-10), project.token("auditor")
     body = {"entities": [{"customer_id": 1}]}
-    assert client.call(body=body, token=None)[0] == 401
-    assert client.call(body=body, token=expired)[0] == 401
-    assert client.call(body=body, token=auditor)[0] == 403
+    assert client.call(PREDICT, body, token=None)[0] == 401
+    assert client.call(PREDICT, body, token=expired)[0] == 401
+    assert client.call(PREDICT, body, token=auditor)[0] == 403
     assert client.call("/v1/models/nothing:predict", body)[0] == 404
 
 
-def test_a_replica_checks_the_token_itself(client: Client) -> None:
+def test_a_replica_checks_the_token_itself(client: Shop) -> None:
     """Addressed directly, behind the edge's back, it refuses too."""
     config = (client.project.storage_root / "edge" / "haproxy.cfg").read_text()
     [(host, port)] = re.findall(r"backend loan-v1\n[\s\S]*?\n    server \S+ (\S+):(\d+) ", config)
@@ -236,7 +207,7 @@ def test_a_replica_checks_the_token_itself(client: Client) -> None:
     connection.close()
 
 
-def test_outcomes_are_taken_and_checked(client: Client) -> None:
+def test_outcomes_are_taken_and_checked(client: Shop) -> None:
     """A wrong one refuses the request and is named."""
     prediction_id = client.predict(7)[1]["prediction_id"]
     good = {"model": "loan", "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
@@ -246,7 +217,7 @@ def test_outcomes_are_taken_and_checked(client: Client) -> None:
     assert client.call("/v1/outcomes", good | {"model": "nothing"})[0] == 404
 
 
-def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(client: Client) -> None:
+def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(client: Shop) -> None:
     """Under constant load; a rollback reaches the edge in under a second."""
     project = client.project
     project.run("jobs.train", *train_arguments(), "label_permutation=true", check=True)
@@ -273,7 +244,7 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(client: C
     assert {client.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
 
 
-def test_a_killed_replica_loses_no_answer_and_comes_back(client: Client) -> None:
+def test_a_killed_replica_loses_no_answer_and_comes_back(client: Shop) -> None:
     """kill -9 right after an answer: its row is in the log; Serve starts a new replica."""
     project = client.project
     prediction_id = client.predict(11)[1]["prediction_id"]
@@ -294,7 +265,7 @@ def test_a_killed_replica_loses_no_answer_and_comes_back(client: Client) -> None
         threading.Event().wait(0.2)
 
 
-def test_a_tampered_version_is_refused_and_the_old_one_serves_on(client: Client) -> None:
+def test_a_tampered_version_is_refused_and_the_old_one_serves_on(client: Shop) -> None:
     """The command says which file; what serves goes on."""
     project = client.project
     project.run("jobs.train", *train_arguments(), check=True)
