@@ -7,6 +7,7 @@ OmegaConf cannot hold frozen dataclasses or `Literal`, hence mutable slots and e
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cluster.errors import ConfigError
 
 T = TypeVar("T")
+_CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class Tier(enum.Enum):
@@ -66,9 +68,37 @@ class OnlineConfig:
             raise ValueError(f"online.map_size_gib must be positive, got {self.map_size_gib}.")
 
 
+@dataclass(kw_only=True, slots=True, unsafe_hash=True)
+class IssuerConfig:
+    """An OIDC issuer, whose tokens are believed instead of the dev issuer's of this machine."""
+
+    url: str | None = None
+    """As its tokens name it (`iss`); none is the dev issuer."""
+    audience: str = "falaj"
+    jwks_url: str | None = None
+    """Where its keys are; none asks its OpenID configuration."""
+    ca_file: str | None = None
+    """Certificate authority of its address; none takes the system's."""
+    role_claim: str = "role"
+    purpose_claim: str = "purpose"
+    tenant_claim: str = "tenant"
+
+    def __post_init__(self) -> None:
+        for name in ("role_claim", "purpose_claim", "tenant_claim"):
+            if not _CLAIM.fullmatch(getattr(self, name)):
+                raise ValueError(
+                    f"identity.issuer.{name} must be letters, digits and '_', because the edge reads it as a path, "
+                    f"got '{getattr(self, name)}'. Have the issuer map the claim to such a name."
+                )
+
+
 @dataclass(kw_only=True, slots=True)
 class IdentityConfig:
-    """As whom a job acts."""
+    """As whom a job acts, and who says so."""
+
+    issuer: IssuerConfig = field(default_factory=IssuerConfig)
+    service_token_file: str | None = None
+    """A file with the replicas' token, kept fresh by somebody; none lets the dev issuer mint it."""
 
     token_file: str | None = None
     """A file with an intent, or an access token to take one from; none lets the dev issuer give the user one."""

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster import processes
@@ -148,7 +149,8 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     # Neither git nor the upload of `ray job submit --working-dir` may take keys and data along.
     (local(places.root) / ".gitignore").write_text("*\n")
     ensure_signer(keys)
-    ensure_issuer(places)
+    if config.identity.issuer.url is None:
+        ensure_issuer(places, tier=config.tier)
     ensure_tls(places)
     if not Path(record.token_path).exists():
         write_private(Path(record.token_path), secrets.token_hex(32).encode())
@@ -251,6 +253,11 @@ def start_process(
     overrides += [
         f"cluster.region={config.cluster.region}",
         f"identity.environment={config.identity.environment}",
+    ]
+    overrides += [
+        f"identity.issuer.{name}='{value}'"
+        for name, value in asdict(config.identity.issuer).items()
+        if value is not None
     ]
     if config.ledger.url is not None:
         overrides.append(f"ledger.url={config.ledger.url}")

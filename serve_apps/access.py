@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
 from cluster.errors import Unauthenticated
+from cluster.ledger import Ledger
+from cluster.ledger.events import LedgerEvent
+from cluster.security.audit import Append, Decisions
 from cluster.security.identity import Principal, TokenVerifier
 from cluster.security.policy import Action, Policy, Resource
 
@@ -12,14 +19,30 @@ MAX_CACHED_S = 60
 
 
 class AccessCheck:
-    """Verifies tokens, and remembers each for a while, because an ES256 signature costs more than a prediction."""
+    """Verifies tokens, and remembers each for a while, because an ES256 signature costs more than a prediction.
+
+    Args:
+        verifier: of the tokens that are believed here.
+        policy: decides.
+        resource: what is asked for.
+        environment: what the policies call this installation.
+        append: where decisions are recorded; it must not keep a request waiting.
+    """
 
     def __init__(
-        self, verifier: TokenVerifier, *, policy: Policy | None = None, resource: Resource | None = None
+        self,
+        verifier: TokenVerifier,
+        *,
+        policy: Policy,
+        resource: Resource,
+        environment: str,
+        append: Append,
     ) -> None:
         self._verifier = verifier
-        self._policy = policy or Policy.load()
-        self._resource = resource or Resource(kind="path", name="*")
+        self._policy = policy
+        self._resource = resource
+        self._environment = environment
+        self._decisions = Decisions(append)
         self._known: dict[str, tuple[Principal, float]] = {}
 
     def __call__(self, authorization: str | None, action: Action) -> Principal:
@@ -28,13 +51,21 @@ class AccessCheck:
         Raises:
             Unauthenticated, AccessDenied
         """
-        if authorization is None or not authorization.lower().startswith("bearer "):
-            raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
-        principal = self._principal(authorization[7:].strip())
-        self._policy.check(principal, action, self._resource)
+        try:
+            principal = self._principal(authorization)
+        except Unauthenticated as error:
+            self._decisions.unauthenticated(str(error), at=time.time())
+            raise
+        decision = self._policy.decide(principal, action, self._resource, environment=self._environment)
+        self._decisions.decided(principal, action, self._resource, decision, at=time.time())
+        if not decision.allowed:
+            self._policy.check(principal, action, self._resource, environment=self._environment)
         return principal
 
-    def _principal(self, token: str) -> Principal:
+    def _principal(self, authorization: str | None) -> Principal:
+        if authorization is None or not authorization.lower().startswith("bearer "):
+            raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
+        token = authorization[7:].strip()
         now = self._verifier.now()
         principal, until = self._known.get(token, (None, 0.0))
         if principal is not None and now < until:
@@ -46,3 +77,19 @@ class AccessCheck:
         expires_at = principal.expires_at + self._verifier.rules.leeway_s
         self._known[token] = (principal, min(expires_at, now + MAX_CACHED_S))
         return principal
+
+
+def in_background(ledger: Ledger) -> Append:
+    """Appends to the ledger in a thread, in order; what cannot be written is logged."""
+    writer = ThreadPoolExecutor(1, "decisions")
+
+    def complain(written: Future[object]) -> None:
+        if (error := written.exception()) is not None:
+            logging.getLogger("falaj.serve").error("A decision could not be recorded: %s", error)
+
+    def append(event: LedgerEvent, *, actor: str) -> object:
+        written: Future[object] = writer.submit(ledger.append, event, actor=actor)
+        written.add_done_callback(complain)
+        return written
+
+    return append

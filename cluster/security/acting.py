@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 from cluster.errors import ConfigError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
 from cluster.security.audit import Decisions
-from cluster.security.identity import Principal, TokenVerifier, current_actor
+from cluster.security.identity import Principal, current_actor
 from cluster.security.intent import (
-    IntentVerifier,
+    INTENT_AUDIENCE,
     intent_file,
     is_intent,
     mint_intent,
@@ -38,7 +38,8 @@ from cluster.security.intent import (
 from cluster.security.keys.access import KeyAccess
 from cluster.security.policy import Action, Policy, Resource, Role
 from cluster.security.token_source import TokenSource
-from cluster.settings import PlatformConfig
+from cluster.security.trust import Trust
+from cluster.settings import IssuerConfig, PlatformConfig
 from cluster.storage import Layout, local, resolve
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
             token=TokenSource(file=str(path)),
             entrypoint=entrypoint,
             root=places.root,
+            issuer=config.identity.issuer,
         ),
         policy=Policy.load(region=config.cluster.region),
         environment=config.identity.environment,
@@ -121,8 +123,8 @@ def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
         Unauthenticated, AccessDenied: an event says so.
         ConfigError: the file cannot be read, or there is no issuer.
     """
-    verifier, policy, decisions = TokenVerifier.of(places), Policy.load(), Decisions(ledger.append)
-    reader, whole = verifier.verify(read_private(token_file)), Resource(kind="ledger", name="ledger")
+    trust, policy, decisions = Trust.of(IssuerConfig(), places), Policy.load(), Decisions(ledger.append)
+    reader, whole = trust.tokens.verify(read_private(token_file)), Resource(kind="ledger", name="ledger")
     decisions.decided(
         reader, Action.read_ledger, whole, policy.decide(reader, Action.read_ledger, whole), at=time.time()
     )
@@ -131,7 +133,7 @@ def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
 
 def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
     """The principal, and the file that its intent lies in."""
-    intents = IntentVerifier.of(places)
+    trust = Trust.of(config.identity.issuer, places)
     given = intent_file(config.identity.token_file, os.environ)
     if given is None:
         granted = _user_of_this_machine(config)
@@ -139,10 +141,15 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
         given = Path(resolve(str(given)))
         token = read_private(given)
         if is_intent(token):
-            return intents.verify(token, entrypoint=entrypoint).principal, given
-        granted = TokenVerifier.of(places).verify(token)
+            return trust.intents.verify(token, entrypoint=entrypoint).principal, given
+        granted = trust.tokens.verify(token)
+    if config.identity.issuer.url is not None:
+        raise ConfigError(
+            f"A job needs an intent of {config.identity.issuer.url}: a token for the audience {INTENT_AUDIENCE} with "
+            f"the claim entrypoint '{entrypoint}'. Name its file with identity.token_file=…"
+        )
     path = _keep_intent(places, granted, entrypoint)
-    return intents.verify(read_private(path), entrypoint=entrypoint).principal, path
+    return trust.intents.verify(read_private(path), entrypoint=entrypoint).principal, path
 
 
 def _user_of_this_machine(config: PlatformConfig) -> Principal:

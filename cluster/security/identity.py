@@ -4,8 +4,8 @@
     python -m cluster.security.identity verify FILE
     python -m cluster.security.identity rotate
 
-Locally the dev issuer signs them (`cluster/security/issuer.py`). In production an OIDC issuer does, its keys come from
-`cluster/security/oidc.py`, and this module only verifies.
+Locally the dev issuer signs them (`cluster/security/issuer.py`). In production an OIDC issuer does, and
+`cluster/security/trust.py` says whom to believe.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cluster.security.issuer import (
     rotate_issuer,
     write_private,
 )
-from cluster.security.oidc import FileKeys, KeySource, RemoteKeys, discovered, jwks_at
+from cluster.security.oidc import FileKeys, KeySource
 from cluster.security.policy import Role
 from cluster.security.tokens import (
     LEEWAY_S,
@@ -80,14 +80,29 @@ class Principal:
     """The one job that a principal taken from an intent may run; empty for an access token's."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimNames:
+    """What an issuer calls the claims that are ours."""
+
+    role: str = "role"
+    purpose: str = "purpose"
+    tenant: str = "tenant"
+
+
 class TokenVerifier:
     """Verifies the tokens of one issuer for one audience."""
 
     def __init__(
-        self, keys: KeySource, *, rules: TokenRules | None = None, clock: Callable[[], float] = time.time
+        self,
+        keys: KeySource,
+        *,
+        rules: TokenRules | None = None,
+        names: ClaimNames | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
         self.rules = rules or TokenRules(issuer=ISSUER, audience=AUDIENCE)
+        self._names = names or ClaimNames()
         self._clock = clock
 
     @classmethod
@@ -99,18 +114,6 @@ class TokenVerifier:
         """
         return cls(local_keys(places))
 
-    @classmethod
-    def oidc(
-        cls, rules: TokenRules, *, jwks_url: str | None = None, ca_file: str | None = None
-    ) -> TokenVerifier:
-        """The verifier of an OIDC issuer, whose keys are discovered unless their URL is given.
-
-        Raises:
-            ConfigError: an address that is neither https nor loopback.
-        """
-        fetch = jwks_at(jwks_url, ca_file=ca_file) if jwks_url else discovered(rules.issuer, ca_file=ca_file)
-        return cls(RemoteKeys(fetch, algorithms=rules.algorithms), rules=rules)
-
     def verify(self, token: str) -> Principal:
         """The principal of a token.
 
@@ -118,7 +121,7 @@ class TokenVerifier:
             Unauthenticated: a wrong signature, algorithm, type, key, issuer or audience, a token that has expired, is
                 not yet valid, says no expiry or one too far away, or a role that does not exist.
         """
-        return principal_of(self.claims(token))
+        return principal_of(self.claims(token), names=self._names)
 
     def now(self) -> float:
         """Unix seconds of the clock that this verifier goes by."""
@@ -145,21 +148,24 @@ def local_keys(places: Layout) -> FileKeys:
     return FileKeys(path)
 
 
-def principal_of(claims: dict[str, Any], *, entrypoint: str = "") -> Principal:
+def principal_of(
+    claims: dict[str, Any], *, entrypoint: str = "", names: ClaimNames | None = None
+) -> Principal:
     """The principal that verified claims speak of.
 
     Raises:
         Unauthenticated: a role that does not exist, or a claim that is no text.
     """
-    role = text_claim(claims, "role")
+    names = names or ClaimNames()
+    role = text_claim(claims, names.role)
     if role not in Role.__members__:
         raise Unauthenticated("The token's role does not exist.")
     return Principal(
         subject=text_claim(claims, "sub"),
         role=Role(role),
-        purpose=text_claim(claims, "purpose", default=""),
+        purpose=text_claim(claims, names.purpose, default=""),
         expires_at=int(claims["exp"]),
-        tenant=text_claim(claims, "tenant", default="default"),
+        tenant=text_claim(claims, names.tenant, default="default"),
         entrypoint=entrypoint,
     )
 

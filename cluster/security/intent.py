@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.identity import Principal, local_keys, principal_of
+from cluster.security.identity import ClaimNames, Principal, local_keys, principal_of
 from cluster.security.issuer import ISSUER, replace_private, sign
 from cluster.security.oidc import KeySource
 from cluster.security.tokens import (
     MAX_TOKEN_BYTES,
     TokenRules,
+    stated,
     text_claim,
-    token_type,
     verified_claims,
 )
 from cluster.storage import Layout
@@ -57,9 +57,15 @@ class IntentVerifier:
     """Verifies intents."""
 
     def __init__(
-        self, keys: KeySource, *, rules: TokenRules | None = None, clock: Callable[[], float] = time.time
+        self,
+        keys: KeySource,
+        *,
+        rules: TokenRules | None = None,
+        names: ClaimNames | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
+        self._names = names
         self._rules = rules or TokenRules(
             issuer=ISSUER,
             audience=INTENT_AUDIENCE,
@@ -96,7 +102,9 @@ class IntentVerifier:
             )
         intent_id = text_claim(claims, "jti")
         return Intent(
-            principal=principal_of(claims, entrypoint=stated), entrypoint=stated, intent_id=intent_id
+            principal=principal_of(claims, entrypoint=stated, names=self._names),
+            entrypoint=stated,
+            intent_id=intent_id,
         )
 
 
@@ -170,5 +178,6 @@ def read_private(path: Path) -> str:
 
 
 def is_intent(token: str) -> bool:
-    """Whether a token says that it is an intent; whose verifier then holds it to that."""
-    return token_type(token) == INTENT_TYPE
+    """Whether a token says, by type or audience, that it is an intent; whose verifier then holds it to that."""
+    header, claims = stated(token)
+    return header.get("typ") == INTENT_TYPE or claims.get("aud") == INTENT_AUDIENCE

@@ -83,16 +83,6 @@ def _retiring(entry: dict[str, Any], current: ECKey, retires_at: int) -> dict[st
     return entry
 
 
-def public_keys(places: Layout) -> dict[str, bytes]:
-    """PEM by `kid` of every key whose tokens still hold, the signing one first; what the edge must know.
-
-    Raises:
-        ConfigError: there is no issuer yet.
-    """
-    entries = _published(local(places.keys))
-    return {entry["kid"]: ECKey.import_key(entry).as_pem(private=False) for entry in entries}
-
-
 def mint_token(
     places: Layout, *, subject: str, role: Role, purpose: str, ttl_s: int = 900, tenant: str = "default"
 ) -> str:

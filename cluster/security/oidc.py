@@ -44,6 +44,8 @@ class KeySource(Protocol):
 
     def find(self, kid: str) -> Key | None: ...
 
+    def all(self) -> dict[str, Key]: ...
+
 
 def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
     """The keys of a JWKS that can verify one of the algorithms, by `kid`; public parts alone.
@@ -110,6 +112,14 @@ class FileKeys:
         Raises:
             Unauthenticated: the file cannot be read.
         """
+        return self.all().get(kid)
+
+    def all(self) -> dict[str, Key]:
+        """Every key, by `kid`.
+
+        Raises:
+            Unauthenticated: the file cannot be read.
+        """
         try:
             status = self._path.stat()
             version = (status.st_mtime_ns, status.st_ino, status.st_size)
@@ -120,7 +130,7 @@ class FileKeys:
         except (OSError, ConfigError) as error:
             log.warning("No token can be verified: %s cannot be read: %s", self._path, error)
             raise Unauthenticated("The issuer's keys cannot be read here.") from None
-        return state[1].get(kid)
+        return state[1]
 
 
 class RemoteKeys:
@@ -152,11 +162,21 @@ class RemoteKeys:
         Raises:
             Unauthenticated: no set was fetched within `max_stale_s`.
         """
-        if self._age() > self._max_age_s or kid not in self._keys:
+        if kid not in self._keys:
+            self._refresh()
+        return self.all().get(kid)
+
+    def all(self) -> dict[str, Key]:
+        """Every key, by `kid`.
+
+        Raises:
+            Unauthenticated: no set was fetched within `max_stale_s`.
+        """
+        if self._age() > self._max_age_s:
             self._refresh()
         if self._age() > self._max_stale_s:
             raise Unauthenticated("The issuer's keys cannot be fetched now; try again.")
-        return self._keys.get(kid)
+        return self._keys
 
     def _age(self) -> float:
         return float("inf") if self._fetched_at is None else self._clock() - self._fetched_at

@@ -33,7 +33,8 @@ KEY_TYPES = {"ES256": "EC", "RS256": "RSA"}
 ACCESS_TYPES = frozenset({"", "jwt", "at+jwt"})
 """The `typ` of access tokens, in lower case; absent counts as empty."""
 _HEADERS = frozenset({"alg", "kid", "typ", "x5t", "x5t#S256"})
-_KID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,200}")
+KID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,200}")
+"""A key's name that a token may give."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +78,13 @@ def verified_claims(token: str, *, find: FindKey, rules: TokenRules, now: float)
     return claims
 
 
-def token_type(token: str) -> str:
-    """What a token says it is, unverified: for choosing the rules that it is then held to; empty if it says nothing."""
+def stated(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and claims of a token, unverified: for choosing the rules that it is then held to; empty if unreadable."""
     try:
-        return _type(_object(_decoded(token.partition(".")[0])))
-    except Unauthenticated:
-        return ""
+        header, claims = (_object(_decoded(part)) for part in token[:MAX_TOKEN_BYTES].split(".")[:2])
+    except (Unauthenticated, ValueError):
+        return {}, {}
+    return header, claims
 
 
 def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None) -> str:
@@ -112,18 +114,13 @@ def _header(token: str, rules: TokenRules) -> dict[str, str]:
         raise Unauthenticated("The token's header has fields that are not accepted here.")
     if header.get("alg") not in rules.algorithms:
         raise Unauthenticated(f"The token is not signed with {' or '.join(rules.algorithms)}.")
-    if _type(header) not in rules.types:
+    if header.get("typ", "").lower().removeprefix("application/") not in rules.types:
         raise Unauthenticated(
             "The token is of another type: access tokens and intents do not stand in for each other."
         )
-    if not _KID.fullmatch(header.get("kid", "")):
+    if not KID.fullmatch(header.get("kid", "")):
         raise Unauthenticated("The token does not name its key.")
     return header
-
-
-def _type(header: dict[str, Any]) -> str:
-    stated = header.get("typ")
-    return stated.lower().removeprefix("application/") if isinstance(stated, str) else ""
 
 
 def _decoded(part: str) -> bytes:

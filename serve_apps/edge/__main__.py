@@ -10,14 +10,15 @@ from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
-from cluster.security.identity import PUBLIC_NAME
 from cluster.security.tls import EDGE_NAME
+from cluster.security.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, serve_targets
 from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import state_file
 
 
@@ -42,7 +43,8 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         bind=f"{config.host}:{record.ports['edge']}",
         metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
         certificate=f"{places.tls}/{EDGE_NAME}",
-        jwt_public_key=f"{places.keys}/{PUBLIC_NAME}",
+        tokens=access_rules(config.identity.issuer),
+        role_claim=config.identity.issuer.role_claim,
         map_file=str(edge / "routes.map"),
         error_folder=str(edge / "errors"),
         admin_socket=f"{record.temp_dir}/edge.sock",
@@ -56,11 +58,13 @@ def main(config: EdgeConfig) -> None:
     """Run until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
     record = require_record(config)
-    edge = local(layout(config.storage).edge)
+    places = layout(config.storage)
+    edge = local(places.edge)
     files = settings(config, record)
     controller = Controller(
         ledger=open_ledger(config),
         fetch_targets=serve_targets(record, host=config.replica_host),
+        fetch_keys=written_keys(Trust.of(config.identity.issuer, places).keys, edge / "keys"),
         haproxy=HAProxy(
             config=edge / "haproxy.cfg", admin_socket=Path(files.admin_socket), access_folder=edge / "access"
         ),

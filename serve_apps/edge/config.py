@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-from cluster.security.identity import ALGORITHM, AUDIENCE, ISSUER
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
+from cluster.security.tokens import TokenRules
+from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 
 OUTCOMES_APP = "outcomes"
 ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
 _LIVE, _READY = '{"live":true}', '{"ready":true}'
 MODEL_NAME = "[A-Za-z0-9._-]+"
+NOT_BEFORE_LEEWAY_S = 5
+"""How far ahead the issuer's clock may be; an expired token gets no leeway here, only from a replica."""
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
@@ -30,13 +33,15 @@ class EdgeSettings:
     bind: str
     metrics_bind: str
     certificate: str
-    jwt_public_key: str
+    tokens: TokenRules
+    """What the edge checks of them; replicas check the rest."""
     map_file: str
     error_folder: str
     admin_socket: str
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
+    role_claim: str = "role"
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
 
@@ -53,12 +58,18 @@ def error_file(status: int) -> str:
     return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
 
 
-def render(routes: Routes, settings: EdgeSettings) -> str:
-    """The whole configuration."""
+def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
+    """The whole configuration.
+
+    Args:
+        routes: what is served, and how it is split.
+        keys: the issuer's; without any, every token is refused.
+        settings: where everything is.
+    """
     parts = [
         _global(settings),
         _defaults(settings),
-        _frontend(routes, settings),
+        _frontend(routes, keys, settings),
         _metrics(settings),
         *(_backend(backend) for backend in routes.backends),
     ]
@@ -102,7 +113,7 @@ defaults
 """
 
 
-def _frontend(routes: Routes, settings: EdgeSettings) -> str:
+def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
     return f"""frontend edge
     bind {settings.bind} ssl crt {settings.certificate} alpn h2,http/1.1
     log global
@@ -111,7 +122,7 @@ def _frontend(routes: Routes, settings: EdgeSettings) -> str:
     http-request del-header x-falaj- -m beg
 {_health(routes)}
 {_classify()}
-{_identity(settings)}
+{_identity(keys, settings)}
 {_authorise(settings)}
     http-request return status 413 {_json(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
@@ -147,24 +158,37 @@ def _classify() -> str:
     http-request set-var(txn.model) path,field(4,/),field(1,:) if !{{ path /v1/outcomes }}"""
 
 
-def _identity(settings: EdgeSettings) -> str:
+def _identity(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
+    """Each key verifies tokens of its own name and algorithm alone, so a token cannot choose how it is checked."""
+
     def refuse(message: str) -> str:
         return f'http-request return status 401 {_json(401, message)} hdr WWW-Authenticate "Bearer"'
 
-    return f"""    http-request set-var(txn.now) date()
+    rules = settings.tokens
+    verify = "\n".join(
+        f'    http-request set-var(txn.signed) http_auth_bearer,jwt_verify(txn.alg,"{key.file}") '
+        f"if {{ var(txn.kid) -m str {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
+        for key in keys
+    )
+    algorithms = " or ".join(rules.algorithms)
+    return f"""    http-request return status 400 {_json(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
+    http-request set-var(txn.now) date()
     http-request set-var(txn.alg) http_auth_bearer,jwt_header_query('$.alg')
+    http-request set-var(txn.kid) http_auth_bearer,jwt_header_query('$.kid')
     http-request set-var(txn.iss) http_auth_bearer,jwt_payload_query('$.iss')
     http-request set-var(txn.aud) http_auth_bearer,jwt_payload_query('$.aud')
-    http-request set-var(txn.role) http_auth_bearer,jwt_payload_query('$.role')
+    http-request set-var(txn.aud) http_auth_bearer,jwt_payload_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
+    http-request set-var(txn.role) http_auth_bearer,jwt_payload_query('$.{settings.role_claim}')
     http-request set-var(txn.exp) http_auth_bearer,jwt_payload_query('$.exp','int')
     http-request set-var(txn.nbf) http_auth_bearer,jwt_payload_query('$.nbf','int')
     {refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ http_auth_bearer -m found }}
-    {refuse(f"The token is not signed with {ALGORITHM}.")} unless {{ var(txn.alg) -m str {ALGORITHM} }}
-    {refuse("The token's signature is not valid.")} unless {{ http_auth_bearer,jwt_verify(txn.alg,"{settings.jwt_public_key}") -m int 1 }}
-    {refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str {ISSUER} }} {{ var(txn.aud) -m str {AUDIENCE} }}
+    {refuse(f"The token is not signed with {algorithms}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
+{verify}
+    {refuse("The token's signature is not valid.")} unless {{ var(txn.signed) -m int 1 }}
+    {refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str {rules.issuer} }} {{ var(txn.aud) -m str {rules.audience} }}
     {refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
     {refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
-    {refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt 5 }}"""
+    {refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt {NOT_BEFORE_LEEWAY_S} }}"""
 
 
 def _authorise(settings: EdgeSettings) -> str:

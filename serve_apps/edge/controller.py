@@ -7,13 +7,9 @@ then one `set map`, so that neither a crash nor a reload can undo it; it waits f
 
 from __future__ import annotations
 
-import concurrent.futures
-import http.client
 import json
 import logging
 import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +21,17 @@ from cluster.ledger import Ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
+from serve_apps.edge.followed import Followed
 from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.state import EdgeState, write_state
 from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.05
 SERVE_INTERVAL_S = 0.5
-FIRST_TARGETS_S = 5.0
+KEYS_INTERVAL_S = 1.0
+FIRST_ANSWER_S = 5.0
 ERROR_INTERVAL_S = 0.5
 LOG = logging.getLogger("falaj.edge")
 
@@ -47,24 +46,24 @@ class Controller:
         *,
         ledger: Ledger,
         fetch_targets: Callable[[], Targets],
+        fetch_keys: Callable[[], tuple[JwtKey, ...]],
         haproxy: HAProxy,
         settings: EdgeSettings,
         state_file: Path,
     ) -> None:
         self._ledger = ledger
-        self._fetch_targets = fetch_targets
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file
         self._states: States = {}
         self._seq = 0
-        self._targets: Targets = {}
+        self._targets = Followed(fetch_targets, name="Serve", value=Targets(), interval_s=SERVE_INTERVAL_S)
+        self._keys = Followed[tuple[JwtKey, ...]](
+            fetch_keys, name="the issuer", value=(), interval_s=KEYS_INTERVAL_S
+        )
         self._entries: dict[str, str] | None = None
-        self._backends: tuple[tuple[Backend, ...], tuple[str, ...]] | None = None
+        self._loaded: tuple[tuple[Backend, ...], tuple[str, ...], tuple[JwtKey, ...]] | None = None
         self._written: EdgeState | None = None
-        self._fetcher = concurrent.futures.ThreadPoolExecutor(1, "serve-targets")
-        self._fetch: concurrent.futures.Future[Targets] | None = None
-        self._next_fetch = 0.0
 
     def run(self, stopped: threading.Event) -> None:
         """Step until told to stop."""
@@ -74,7 +73,8 @@ class Controller:
             while not stopped.is_set():
                 stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
         finally:
-            self._fetcher.shutdown(wait=False, cancel_futures=True)
+            self._targets.stop()
+            self._keys.stop()
             self._haproxy.stop()
 
     def _step_or_stay(self) -> bool:
@@ -82,23 +82,24 @@ class Controller:
         try:
             self.step()
         except (OSError, FalajError) as error:
-            if self._backends is None:
+            if self._loaded is None:
                 raise
             LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
             return False
         return True
 
     def step(self) -> None:
-        """Look once, and apply what is new: the split first, then the replicas.
+        """Look once, and apply what is new: the split first, then replicas and keys.
 
         Raises:
             OSError, FalajError: something could not be applied; the next step tries it again.
         """
         self._follow_ledger()
-        self._follow_serve()
-        wanted = routes(self._states, self._targets)
+        for source in (self._targets, self._keys):
+            source.look(wait_s=FIRST_ANSWER_S if self._loaded is None else 0.0)
+        wanted = routes(self._states, self._targets.value)
         self._bring_map(wanted)
-        if self._backends is not None:
+        if self._loaded is not None:
             self._write_state()
         self._bring_backends(wanted)
         if self._haproxy.revive():
@@ -115,23 +116,6 @@ class Controller:
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the ledger cannot be read, the last state stays: %s", error)
 
-    def _follow_serve(self) -> None:
-        """Take what a thread has fetched: a slow dashboard must not hold up a rollback."""
-        if self._fetch is None:
-            if time.monotonic() < self._next_fetch:
-                return
-            self._fetch = self._fetcher.submit(self._fetch_targets)
-            if self._backends is None:
-                concurrent.futures.wait([self._fetch], timeout=FIRST_TARGETS_S)
-        if not self._fetch.done():
-            return
-        fetched, self._fetch = self._fetch, None
-        self._next_fetch = time.monotonic() + SERVE_INTERVAL_S
-        try:
-            self._targets = fetched.result()
-        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
-            LOG.warning("Serve cannot be asked, the last replicas stay: %s", error)
-
     def _bring_map(self, wanted: Routes) -> None:
         if wanted.entries == self._entries:
             return
@@ -144,14 +128,14 @@ class Controller:
         self._entries = wanted.entries
 
     def _bring_backends(self, wanted: Routes) -> None:
-        backends = (wanted.backends, wanted.champions)
-        if backends != self._backends:
-            LOG.info("loading %s", wanted)
-            self._haproxy.load(render(wanted, self._settings))
-            self._backends = backends
+        loaded = (wanted.backends, wanted.champions, self._keys.value)
+        if loaded != self._loaded:
+            LOG.info("loading %s with keys %s", wanted, [key.kid for key in self._keys.value])
+            self._haproxy.load(render(wanted, self._keys.value, self._settings))
+            self._loaded = loaded
 
     def _write_state(self) -> None:
-        names = [backend.name for backend in self._backends[0]] if self._backends else []
+        names = [backend.name for backend in self._loaded[0]] if self._loaded else []
         state = EdgeState(applied_seq=self._seq, backends=names, pid=self._haproxy.pid)
         if state != self._written:
             write_state(self._state_file, state)

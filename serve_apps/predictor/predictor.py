@@ -20,15 +20,15 @@ from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
-from cluster.security.identity import TokenVerifier
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.policy import Action
+from cluster.security.policy import Action, Policy
+from cluster.security.trust import Trust
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
-from serve_apps.access import AccessCheck
+from serve_apps.access import AccessCheck, in_background
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor import inference_protocol
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
@@ -60,11 +60,17 @@ class Predictor:
         self._version = registry.get(name, version)
         registry.check_files(self._version, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
-        store = key_store(service_access(require_record(platform), name=name, purpose=purpose))
+        store = key_store(service_access(platform, require_record(platform), name=name, purpose=purpose))
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
-        self._access = AccessCheck(TokenVerifier.of(places))
+        self._access = AccessCheck(
+            Trust.of(platform.identity.issuer, places).tokens,
+            policy=Policy.load(region=platform.cluster.region),
+            resource=self._version.resource(region=platform.cluster.region),
+            environment=platform.identity.environment,
+            append=in_background(ledger),
+        )
         self._log = SegmentWriter(
             local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
         )
@@ -72,7 +78,6 @@ class Predictor:
         if signature.service:
             spec = service_spec(ledger, signature.service, signature.service_version)
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
-        ledger.close()
         tags = {"model": name, "version": str(version)}
         self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
         self._answered.set_default_tags(dict(tags))

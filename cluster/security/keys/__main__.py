@@ -6,22 +6,21 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.security.audit import Decisions
-from cluster.security.identity import Principal, TokenVerifier
-from cluster.security.intent import IntentVerifier, is_intent
+from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.gate import Denial, Operation
 from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
 from cluster.security.policy import Action, Decision, Policy, Resource
+from cluster.security.trust import Trust
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import Layout, layout, local
+from cluster.storage import layout, local
 
 LOG = logging.getLogger("falaj.keys")
 
@@ -63,7 +62,7 @@ def main(config: PlatformConfig) -> None:
     broker = Broker(
         open_local(local(places.keys)),
         Path(record.key_socket),
-        verify=verifier(places),
+        verify=Trust.of(config.identity.issuer, places).verify,
         decide=decide,
         audit=audit,
     )
@@ -71,18 +70,6 @@ def main(config: PlatformConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
     decisions.flush()
-
-
-def verifier(places: Layout) -> Callable[[str], Principal]:
-    """The principal of an access token (a replica's) or of an intent (a job's), each checked by its own rules."""
-    tokens, intents = TokenVerifier.of(places), IntentVerifier.of(places)
-
-    def verify(token: str) -> Principal:
-        if is_intent(token):
-            return intents.verify(token).principal
-        return tokens.verify(token)
-
-    return verify
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.security.intent import IntentVerifier, read_intent
+from cluster.security.intent import read_intent
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.store import KeyStore
 from cluster.security.parquet import ProtectedFiles
 from cluster.security.policy import Role
 from cluster.security.token_source import TokenSource
-from cluster.storage import Layout
+from cluster.security.trust import Trust
+from cluster.settings import IssuerConfig, PlatformConfig
+from cluster.storage import Layout, resolve
 
 if TYPE_CHECKING:
     from cluster.session import ClusterRecord
@@ -28,11 +30,17 @@ class KeyAccess:
     entrypoint: str = ""
     """Of the job whose intent the token is; each of its processes checks that."""
     root: str = ""
-    """Storage root of the intent's issuer."""
+    """Storage root of the dev issuer, where that is believed."""
+    issuer: IssuerConfig = field(default_factory=IssuerConfig)
 
 
-def service_access(record: ClusterRecord, *, name: str, purpose: str = "") -> KeyAccess:
+def service_access(
+    config: PlatformConfig, record: ClusterRecord, *, name: str, purpose: str = ""
+) -> KeyAccess:
     """The access of a replica: as the service that it is, whoever deployed it."""
+    if config.identity.service_token_file is not None:
+        given = TokenSource(file=resolve(config.identity.service_token_file))
+        return KeyAccess(socket=record.key_socket, token=given)
     token = TokenSource(
         root=record.storage_root, subject=f"service:{name}", role=Role.service, purpose=purpose
     )
@@ -47,8 +55,8 @@ def key_store(access: KeyAccess) -> KeyStore:
         Unauthenticated, ConfigError: a job's intent does not hold in this process.
     """
     if access.entrypoint and access.token.file is not None:
-        verifier = IntentVerifier.of(Layout(access.root))
-        read_intent(Path(access.token.file), verifier, entrypoint=access.entrypoint)
+        intents = Trust.of(access.issuer, Layout(access.root)).intents
+        read_intent(Path(access.token.file), intents, entrypoint=access.entrypoint)
     return BrokerKeyStore(Path(access.socket), access.token.token)
 
 

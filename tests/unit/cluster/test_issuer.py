@@ -13,8 +13,8 @@ from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security import identity
-from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
-from cluster.security.issuer import public_keys, rotate_issuer
+from cluster.security.identity import TokenVerifier, ensure_issuer, local_keys, mint_token
+from cluster.security.issuer import rotate_issuer
 from cluster.security.policy import Role
 from cluster.security.tokens import MAX_LIFETIME_S
 from cluster.settings import Tier
@@ -89,9 +89,9 @@ def test_a_rotation_keeps_old_tokens_until_they_have_expired(fresh: Layout) -> N
     assert json.loads(base64.urlsafe_b64decode(new.split(".")[0] + "=="))["kid"] == kid
     assert verifier.verify(old) == verifier.verify(old)
     assert verifier.verify(new).subject == "alice"
-    assert next(iter(public_keys(fresh))) == kid
+    assert next(iter(local_keys(fresh).all())) == kid
     rotate_issuer(fresh, keep_s=100, now=1101.0)
-    assert len(public_keys(fresh)) == 2
+    assert len(local_keys(fresh).all()) == 2
     verifier.verify(new)
     with pytest.raises(Unauthenticated, match="key"):
         verifier.verify(old)
@@ -132,7 +132,9 @@ def test_private_keys_stay_private_through_a_rotation(fresh: Layout) -> None:
     assert (folder / "issuer.pem").stat().st_mode & 0o777 == 0o600
     assert all("d" not in entry for entry in json.loads((folder / "jwks.json").read_text())["keys"])
     assert (
-        public_keys(fresh)[str(ECKey.import_key((folder / "issuer.pem").read_bytes()).thumbprint())]
+        local_keys(fresh)
+        .all()[str(ECKey.import_key((folder / "issuer.pem").read_bytes()).thumbprint())]
+        .as_pem(private=False)
         == (folder / "issuer.pub.pem").read_bytes()
     )
 
@@ -225,7 +227,7 @@ def test_the_tool_verifies_and_rotates(fresh: Layout, tmp_path: Path) -> None:
     ).items()
     assert file.read_text().split(".")[2] not in said.stdout
     rotated = run(*root, "--keep-s", "0", command="rotate")
-    assert (rotated.returncode, next(iter(public_keys(fresh))) in rotated.stdout) == (0, True)
+    assert (rotated.returncode, next(iter(local_keys(fresh).all())) in rotated.stdout) == (0, True)
     refused = run(*root, str(file), command="verify")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("refused: ")

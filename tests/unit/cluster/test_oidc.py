@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import json
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from joserfc import jwt
-from joserfc.jwk import ECKey, KeySet, OctKey, RSAKey
+from joserfc.jwk import ECKey, OctKey, RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.identity import TokenVerifier
@@ -27,68 +24,7 @@ from cluster.security.oidc import (
     usable_keys,
 )
 from cluster.security.tokens import TokenRules
-
-AUDIENCE = "falaj"
-Answer = tuple[int, dict[str, str], bytes]
-
-
-class Issuer:
-    """A real HTTP server that publishes keys, and signs with them."""
-
-    def __init__(self) -> None:
-        self.requests: list[str] = []
-        self.answers: dict[str, Callable[[], Answer]] = {}
-        self.keys: list[Any] = [new_key()]
-        issuer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                issuer.requests.append(self.path)
-                status, headers, body = issuer.answers.get(self.path, lambda: (404, {}, b""))()
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                with contextlib.suppress(ConnectionError):  # who asked has given up
-                    self.wfile.write(body)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.answers["/jwks"] = lambda: (
-            200,
-            {},
-            json.dumps(KeySet(self.keys).as_dict(private=False)).encode(),
-        )
-        self.answers["/.well-known/openid-configuration"] = self.configuration
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
-
-    def configuration(self) -> Answer:
-        return 200, {}, json.dumps({"issuer": self.url, "jwks_uri": f"{self.url}/jwks"}).encode()
-
-    def token(self, key: Any = None, **changes: Any) -> str:
-        key, now = key or self.keys[0], int(time.time())
-        claims = {
-            "iss": self.url,
-            "aud": AUDIENCE,
-            "sub": "alice",
-            "role": "service",
-            "exp": now + 600,
-        } | changes
-        alg = "RS256" if key.key_type == "RSA" else "ES256"
-        return jwt.encode({"alg": alg, "kid": key.kid}, claims, key, algorithms=[alg])
-
-    def fetches(self) -> int:
-        return self.requests.count("/jwks")
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+from tests.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
 
 
 class Clock:
@@ -99,10 +35,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def new_key() -> ECKey:
-    return ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
 
 
 @pytest.fixture
@@ -298,8 +230,10 @@ def test_rs256_is_taken_where_it_is_allowed_and_nowhere_else(issuer: Issuer) -> 
     issuer.keys = [RSAKey.generate_key(2048, {"use": "sig", "alg": "RS256"}, auto_kid=True), new_key()]
 
     def verifier(*algorithms: str) -> TokenVerifier:
-        rules = TokenRules(issuer=issuer.url, audience=AUDIENCE, algorithms=algorithms)
-        return TokenVerifier.oidc(rules, jwks_url=f"{issuer.url}/jwks")
+        keys = RemoteKeys(jwks_at(f"{issuer.url}/jwks"), algorithms=algorithms)
+        return TokenVerifier(
+            keys, rules=TokenRules(issuer=issuer.url, audience=AUDIENCE, algorithms=algorithms)
+        )
 
     rsa, ec = (issuer.token(key) for key in issuer.keys)
     both, only_rsa, only_ec = verifier("ES256", "RS256"), verifier("RS256"), verifier("ES256")

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
+from cluster.ledger import Ledger
+from cluster.security.audit import Append
 from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
 from cluster.security.issuer import rotate_issuer
 from cluster.security.oidc import FileKeys
-from cluster.security.policy import Action, Role
+from cluster.security.policy import Action, Policy, Resource, Role
 from cluster.storage import Layout
-from serve_apps.access import MAX_CACHED_S, AccessCheck
+from serve_apps.access import MAX_CACHED_S, AccessCheck, in_background
 
 
 @pytest.fixture
@@ -25,6 +27,16 @@ def places(tmp_path: Path) -> Layout:
 
 def bearer(places: Layout, role: Role = Role.service, *, ttl_s: int = 60) -> str:
     return f"Bearer {mint_token(places, subject='alice', role=role, purpose='test', ttl_s=ttl_s)}"
+
+
+def check_of(verifier: TokenVerifier, append: Append | None = None) -> AccessCheck:
+    return AccessCheck(
+        verifier,
+        policy=Policy.load(),
+        resource=Resource(kind="model", name="m"),
+        environment="local",
+        append=append or (lambda event, *, actor: None),
+    )
 
 
 class Counting(TokenVerifier):
@@ -42,7 +54,7 @@ class Counting(TokenVerifier):
 def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
     """A cached token is refused once its time is over."""
     verifier, token = Counting(places), bearer(places)
-    check = AccessCheck(verifier)
+    check = check_of(verifier)
     assert check(token, Action.predict) == check(token, Action.predict)
     assert verifier.verified == 1
     verifier.at += 120
@@ -53,7 +65,7 @@ def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
 def test_a_token_is_not_remembered_longer_than_its_key(places: Layout) -> None:
     """Within a minute of a rotation that keeps nothing, a known token is refused too."""
     verifier, token = Counting(places), bearer(places, ttl_s=3600)
-    check = AccessCheck(verifier)
+    check = check_of(verifier)
     check(token, Action.predict)
     rotate_issuer(places, keep_s=0)
     assert check(token, Action.predict).subject == "alice"
@@ -66,12 +78,31 @@ def test_a_token_is_not_remembered_longer_than_its_key(places: Layout) -> None:
 def test_no_valid_token_is_unauthenticated(places: Layout, header: str | None) -> None:
     """Missing, of another scheme, or no token at all."""
     with pytest.raises(Unauthenticated):
-        AccessCheck(TokenVerifier.of(places))(header, Action.predict)
+        check_of(TokenVerifier.of(places))(header, Action.predict)
 
 
 def test_a_role_without_the_right_is_denied(places: Layout) -> None:
     """An auditor may read metadata, not predict."""
-    check, token = AccessCheck(TokenVerifier.of(places)), bearer(places, Role.auditor)
+    check, token = check_of(TokenVerifier.of(places)), bearer(places, Role.auditor)
     assert check(token, Action.read_metadata).role is Role.auditor
     with pytest.raises(AccessDenied, match="predict"):
         check(token, Action.predict)
+
+
+def test_denials_are_recorded_and_strangers_counted(places: Layout, tmp_path: Path) -> None:
+    """In the ledger, without the request waiting for it."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    check = check_of(TokenVerifier.of(places), in_background(ledger))
+    for _ in range(3):
+        with pytest.raises(Unauthenticated):
+            check(None, Action.predict)
+    with pytest.raises(AccessDenied):
+        check(bearer(places, Role.auditor), Action.predict)
+    check._decisions.flush()
+    deadline = time.monotonic() + 10
+    while ledger.head() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    events = {entry.type: entry for entry in ledger.entries()}
+    assert (events["AccessDecided"].actor, events["AccessDecided"].payload["resource"]) == ("alice", "m")
+    assert events["StrangersRefused"].payload["count"] == 3

@@ -24,13 +24,16 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
 )
-from cluster.security.identity import ensure_issuer
+from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
+from cluster.security.issuer import rotate_issuer
 from cluster.security.tls import ensure_tls
+from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import EdgeState
 from tests.ports import free_port
 
@@ -71,14 +74,14 @@ class Running:
     """A controller in a thread, and a look at what HAProxy has."""
 
     def __init__(self, root: Path, short: Path) -> None:
-        places = Layout(str(root))
+        self.places = places = Layout(str(root))
         ensure_issuer(places)
         ensure_tls(places)
         self.settings = EdgeSettings(
             bind=f"127.0.0.1:{free_port()}",
             metrics_bind=f"127.0.0.1:{free_port()}",
             certificate=f"{places.tls}/edge.pem",
-            jwt_public_key=f"{places.keys}/issuer.pub.pem",
+            tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(short / "admin.sock"),
@@ -87,12 +90,14 @@ class Running:
         self.ledger: Ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
         self.serve = Serve()
         self.state_file = root / "state.json"
+        self.haproxy_file = root / "haproxy.cfg"
         self.haproxy = HAProxy(
-            config=root / "haproxy.cfg", admin_socket=short / "admin.sock", access_folder=root / "access"
+            config=self.haproxy_file, admin_socket=short / "admin.sock", access_folder=root / "access"
         )
         self.controller = Controller(
             ledger=self.ledger,
             fetch_targets=self.serve,
+            fetch_keys=written_keys(local_keys(places), root / "keys"),
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,
@@ -217,6 +222,20 @@ def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
     assert running.split() == CHAMPION_ONLY
+
+
+def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:
+    """The old one stays while its tokens hold, and goes when they must not any more."""
+    config = running.haproxy_file
+    (old,) = local_keys(running.places).all()
+    new = rotate_issuer(running.places)
+    wait_until(lambda: new in config.read_text())
+    assert old in config.read_text()
+    after_theft = rotate_issuer(running.places, keep_s=0)
+    wait_until(lambda: after_theft in config.read_text())
+    assert not {old, new} & set(config.read_text().split())
+    Path(running.places.keys, "jwks.json").unlink()
+    wait_until(lambda: after_theft not in config.read_text())
 
 
 def test_an_edge_that_cannot_start_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""A running HAProxy with our configuration, in front of a server that says what reached it, and a client of it."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.security.identity import (
+    AUDIENCE,
+    ISSUER,
+    ensure_issuer,
+    local_keys,
+    mint_token,
+)
+from cluster.security.policy import Role
+from cluster.security.tls import ensure_tls
+from cluster.security.tokens import TokenRules
+from cluster.storage import Layout, write_bytes
+from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
+from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.keys import written_keys
+from serve_apps.edge.routes import Routes, routes
+from serve_apps.rollout.assignment import assign, bounds
+from serve_apps.rollout.state import ModelState, Rollout
+from tests.ports import free_port
+
+PREDICT = "/v1/models/m:predict"
+SALT = "sé"
+ROLLOUT = Rollout(id="r1", salt=SALT, treatment_version=2, treatment_variant="challenger", weight=20)
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """Answers with the headers and the path it got; no double of a replica, only a mirror."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        heard = {name.lower(): value for name, value in self.headers.items()} | {"path": self.path}
+        body = json.dumps(heard).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.send_header("x-falaj-prediction-id", "p1")
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """Serves echoes."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a connection that HAProxy gave up."""
+
+
+class Edge:
+    """A running HAProxy and a client of it."""
+
+    def __init__(self, root: Path, socket_folder: Path) -> None:
+        self.places = Layout(str(root))
+        ensure_issuer(self.places)
+        ensure_tls(self.places)
+        self.servers = [Mirror(("127.0.0.1", 0), Echo) for _ in range(2)]
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.port, metrics_port = free_port(), free_port()
+        self.settings = EdgeSettings(
+            bind=f"127.0.0.1:{self.port}",
+            metrics_bind=f"127.0.0.1:{metrics_port}",
+            certificate=f"{self.places.tls}/edge.pem",
+            tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
+            map_file=str(root / "routes.map"),
+            error_folder=str(root / "errors"),
+            admin_socket=str(socket_folder / "admin.sock"),
+            max_body_bytes=100_000,
+        )
+        for status in ERROR_STATUSES:
+            write_bytes(f"{self.settings.error_folder}/{status}.http", error_file(status).encode())
+        self.haproxy = HAProxy(
+            config=root / "haproxy.cfg",
+            admin_socket=Path(self.settings.admin_socket),
+            access_folder=root / "access",
+        )
+        self.keys = written_keys(local_keys(self.places), root / "keys")()
+        self.context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
+        self.load(ROLLOUT)
+
+    @property
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        one, two = (f"127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,)}
+
+    def routes(self, rollout: Rollout | None, targets: dict[str, tuple[str, ...]] | None = None) -> Routes:
+        states = {"m": ModelState(champion_version=1, apps={1: "m-v1", 2: "m-v2"}, rollout=rollout)}
+        return routes(states, self.targets if targets is None else targets)
+
+    def load_targets(self, targets: dict[str, tuple[str, ...]]) -> None:
+        self.haproxy.load(render(self.routes(ROLLOUT, targets), self.keys, self.settings))
+
+    def load(self, rollout: Rollout | None) -> None:
+        wanted = self.routes(rollout)
+        write_bytes(self.settings.map_file, "".join(f"{k} {v}\n" for k, v in wanted.entries.items()).encode())
+        self.haproxy.load(render(wanted, self.keys, self.settings))
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                if self.call("/v2/health/ready", method="GET")[0] == 200:
+                    return
+            except OSError:
+                threading.Event().wait(0.05)
+        raise TimeoutError("HAProxy did not become ready")
+
+    def token(self, role: Role = Role.service, ttl_s: int = 900) -> str:
+        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s)
+
+    def call(
+        self,
+        path: str = PREDICT,
+        *,
+        method: str = "POST",
+        token: str | None = None,
+        headers: dict[str, str | bytes] | None = None,
+        body: bytes = b"{}",
+    ) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=10)
+        connection.putrequest(method, path)
+        given: dict[str, str | bytes] = {"content-length": str(len(body)), **(headers or {})}
+        if token is not None:
+            given["authorization"] = f"Bearer {token}"
+        for name, value in given.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        connection.close()
+        return response.status, content
+
+    def close(self) -> None:
+        self.haproxy.stop()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+
+def treated_unit() -> str:
+    return next(str(n) for n in range(1000) if assign(SALT, str(n).encode(), bounds(20)) == "treatment")
+
+
+def wait_until(said: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not said():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.05)
