@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.entrypoint import job
+from cluster.settings import PlatformConfig
+from tests.commands import run_main
+
 PROGRAM = """
 from dataclasses import dataclass
 from cluster.entrypoint import job
@@ -24,6 +28,11 @@ def main(config: PlatformConfig) -> None:
 
 main()
 """
+
+
+@job("platform", PlatformConfig)
+def nothing(config: PlatformConfig) -> None:
+    """A job that ends at once."""
 
 
 @pytest.fixture
@@ -75,9 +84,9 @@ def test_a_failure_is_1_with_its_traceback(program: Path) -> None:
         ("tier=huge", "huge"),
     ],
 )
-def test_a_bad_override_is_2_and_names_it(program: Path, override: str, said: str) -> None:
+def test_a_bad_override_is_2_and_names_it(override: str, said: str) -> None:
     """Unknown key, wrong type, out of range, unknown group: each in one line."""
-    result = run(program, override)
+    result = run_main(nothing, override)
     assert result.returncode == 2
     assert result.stderr.startswith("refused: ")
     assert len(result.stderr.splitlines()) == 1
@@ -85,9 +94,9 @@ def test_a_bad_override_is_2_and_names_it(program: Path, override: str, said: st
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_are_shown(program: Path, flags: list[str]) -> None:
+def test_help_and_config_are_shown(flags: list[str]) -> None:
     """Both print and exit 0."""
-    result = run(program, *flags)
+    result = run_main(nothing, *flags)
     assert result.returncode == 0
     assert "storage" in result.stdout
 

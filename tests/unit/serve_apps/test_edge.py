@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
 import json
 import random
 import socket
@@ -27,7 +25,12 @@ def test_the_edge_and_python_assign_the_same_arm(edge: Edge) -> None:
     draw = random.Random(7)
     letters = [*range(33, 127), *range(128, 256)]
     units = [bytes(draw.choices(letters, k=draw.randint(1, 30))) for _ in range(150)] + [b"a,b", b"x y", b"0"]
-    heard = [edge.call(token=token, headers={"X-Unit-ID": unit})[1]["x-falaj-arm"] for unit in units]
+    connection = edge.connect()
+    heard = [
+        edge.call(token=token, headers={"X-Unit-ID": unit}, over=connection)[1]["x-falaj-arm"]
+        for unit in units
+    ]
+    connection.close()
     assert heard == [assign(SALT, unit, limits).value for unit in units]
 
 
@@ -161,7 +164,7 @@ def admin(edge: Edge, command: str) -> dict[str, str]:
 def test_an_open_connection_outlives_a_reload_and_hears_of_a_rollback(whole: Edge) -> None:
     """A client that keeps its connection gets no reset, and the draining worker has the new split too."""
     headers = {"authorization": f"Bearer {whole.token()}", "X-Unit-ID": treated_unit()}
-    connection = http.client.HTTPSConnection("127.0.0.1", whole.port, context=whole.context, timeout=10)
+    connection = whole.connect()
     connection.request("POST", PREDICT, b"{}", headers)
     assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "challenger"
     kept = connection.sock

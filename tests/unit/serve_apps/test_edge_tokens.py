@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hmac
-import http.client
-import http.server
 import json
 import time
 from pathlib import Path
@@ -142,7 +140,7 @@ def test_what_the_edge_lets_through_a_replica_refuses(edge: Edge, header: str, c
 
 def test_two_authorization_headers_are_refused(edge: Edge) -> None:
     """Edge and replica might take different ones."""
-    connection = http.client.HTTPSConnection("127.0.0.1", edge.port, context=edge.context, timeout=10)
+    connection = edge.connect()
     connection.putrequest("POST", PREDICT)
     for token in (edge.token(), edge.token(Role.admin)):
         connection.putheader("Authorization", f"Bearer {token}")
