@@ -1,13 +1,16 @@
 """`make bench BENCH=security_cost`: what protection costs, against the same work without it, turn by turn in one run.
 
 Cases: `write` and `read` of a feature table's rows, half of the columns protected; `join` of entity rows with such a
-table; `artifact`, a model file of 50 MB sealed and opened, against hashing it. Keys come from a real broker.
+table; `artifact`, a model file of 50 MB sealed and opened, against hashing it; `request`, what a prediction by key
+reads and writes down: 16 features from the online store and one record of the log, without HTTP and the model, which
+are the same either way. Keys come from a real broker.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -18,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 from deltalake import DeltaTable
 
+from cluster.records import PredictionRecord, SegmentWriter
 from cluster.security.envelope import Identity, open_bytes, seal_bytes
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.security.parquet import Protection
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online import FeatureReader, OnlineRow, microseconds, open_online
 from feature_jobs.store.training_set import build, join_here
 
 # This file is run by its path, which leaves the project's root out.
@@ -37,6 +45,10 @@ ARTIFACT = Identity(artifact="models/m", version=1, part="model.onnx")
 NAMES = [f"f{number}" for number in range(FEATURES)]
 START = datetime(2026, 1, 1, tzinfo=UTC)
 KEYS = {name: f"features/v/{name}" for name in ("internal", "personal")}
+SERVED = {"falaj": "personal", "plain": "public"}
+LOG_KEY = "predictions/m/personal"
+ONLINE_KEYS = [f"online/{view}/{name}" for view in SERVED for name in ("internal", "personal")]
+ONLINE_ENTITIES, ONLINE_FEATURES, REQUESTS = 20_000, 16, 2_000
 
 
 def rows() -> pa.Table:
@@ -118,11 +130,65 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
     return works
 
 
+def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
+    """Many requests, each for another entity."""
+    store = key_store(access)
+    online = open_online(OnlineConfig(map_size_gib=0.5), Layout(str(folder)), store, readonly=False)
+    at = microseconds(START)
+    values = np.random.default_rng(3).normal(size=ONLINE_FEATURES).tolist()
+    sealed = SegmentWriter(folder / "predictions" / "m", store=store, key=LOG_KEY)
+    plain = os.open(folder / "plain.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    writes: dict[str, Callable[[PredictionRecord], Any]] = {
+        "falaj": sealed.append,
+        "plain": lambda record: os.write(plain, orjson.dumps(record) + b"\n"),
+    }
+    works = {}
+    for kind, sensitivity in SERVED.items():
+        fields = [
+            FieldSpec(name=f"f{number}", dtype="float64", sensitivity=sensitivity, categorical=False)
+            for number in range(ONLINE_FEATURES)
+        ]
+        view = ViewSpec(name=kind, version="1", join_keys=["id"], fields=fields, ttl_s=None)
+        stored = (
+            OnlineRow(keys=(key,), event_us=at, available_us=at, values=values)
+            for key in range(ONLINE_ENTITIES)
+        )
+        online.replace(view, {"id": "int64"}, stored)
+        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), online)
+        works[kind] = lambda reader=reader, write=writes[kind]: serve(reader, write)  # type: ignore[misc]
+    return works
+
+
+def serve(reader: FeatureReader, write: Callable[[PredictionRecord], Any]) -> None:
+    """Read and write down, again and again."""
+    for key in range(REQUESTS):
+        vectors = reader.read([{"id": key}], START)
+        record = PredictionRecord(
+            prediction_id=f"{key:032}",
+            request_id="",
+            time=START.isoformat(),
+            model="m",
+            version=1,
+            variant="champion",
+            rollout="",
+            arm="none",
+            unit_hash="",
+            as_of=START.isoformat(),
+            entities=[{"id": key}],
+            features=vectors.columns,
+            predictions=[{"probability": 0.5, "label": 1}],
+        )
+        write(record)
+
+
 def main() -> None:
     """Measure and write the results."""
     table = rows()
     blob = np.random.default_rng(2).bytes(50 * 10**6)
-    with running_broker(*KEYS.values(), "models/m") as access, tempfile.TemporaryDirectory() as name:
+    with (
+        running_broker(*KEYS.values(), *ONLINE_KEYS, LOG_KEY, "models/m") as access,
+        tempfile.TemporaryDirectory() as name,
+    ):
         folder, files, store = Path(name), protected_files(access), key_store(access)
         kinds = protections(table)
         cases: dict[str, dict[str, Callable[[], Any]]] = {
@@ -140,16 +206,19 @@ def main() -> None:
             ),
             "plain": lambda: hashlib.sha256(blob),
         }
+        cases["request"] = requests(folder, access)
         results = []
         for case, works in cases.items():
             taken = in_turns(works)
+            if case == "request":
+                taken = {kind: value / REQUESTS for kind, value in taken.items()}
             results += [
                 {"system": kind, "case": case, "metric": "seconds", "value": value, "unit": "s"}
                 for kind, value in taken.items()
             ]
             ratio = taken["falaj"] / taken["plain"]
             print(
-                f"{case:10} protected {taken['falaj']:.3f} s, plain {taken['plain']:.3f} s, ratio {ratio:.2f}"
+                f"{case:10} protected {taken['falaj']:.6f} s, plain {taken['plain']:.6f} s, ratio {ratio:.2f}"
             )
     output = Path(".falaj/bench/security_cost.json")
     output.parent.mkdir(parents=True, exist_ok=True)
