@@ -1,6 +1,7 @@
 """Who is asking: signed tokens, verified against their issuer's keys.
 
     python -m cluster.security.identity token --sub alice --role data_scientist --purpose credit_scoring
+    python -m cluster.security.identity intent --sub alice --role data_engineer --entrypoint feature_jobs.ingest …
     python -m cluster.security.identity verify FILE
     python -m cluster.security.identity rotate
 
@@ -181,12 +182,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     token = commands.add_parser("token", help="mint a short-lived token from the dev issuer")
-    token.add_argument("--sub", required=True, help="subject")
-    token.add_argument("--role", required=True, choices=[role.value for role in Role])
-    token.add_argument("--purpose", default="", help="what the data will be used for")
-    token.add_argument("--tenant", default="default", help="whose data it is (default: default)")
-    token.add_argument("--ttl-s", type=int, default=900, help="seconds until it expires (default: 900)")
-    token.add_argument("--output", type=Path, help="file to write (mode 0600) instead of standard output")
+    intent = commands.add_parser("intent", help="mint one that runs a single job: identity.token_file=FILE")
+    intent.add_argument("--entrypoint", required=True, help="the job's module, feature_jobs.ingest for one")
+    for command in (token, intent):
+        command.add_argument("--sub", required=True, help="subject")
+        command.add_argument("--role", required=True, choices=[role.value for role in Role])
+        command.add_argument("--purpose", default="", help="what the data will be used for")
+        command.add_argument("--tenant", default="default", help="whose data it is (default: default)")
+        command.add_argument("--ttl-s", type=int, default=900, help="seconds until it expires (default: 900)")
+        command.add_argument(
+            "--output", type=Path, help="file to write (mode 0600) instead of standard output"
+        )
     rotate = commands.add_parser("rotate", help="sign with a new key; old tokens hold until they expire")
     rotate.add_argument(
         "--keep-s",
@@ -196,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify = commands.add_parser("verify", help="say whose token a file holds, or why it is refused")
     verify.add_argument("file", type=Path, help="file with one token")
-    for command in (token, rotate, verify):
+    for command in (token, intent, rotate, verify):
         command.add_argument(
             "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
         )
@@ -213,18 +219,33 @@ def _run(arguments: argparse.Namespace) -> str:
             raise ConfigError(f"No token file at {arguments.file}.")
         content = arguments.file.read_bytes()[: MAX_TOKEN_BYTES + 2].decode(errors="replace")
         return json.dumps(dataclasses.asdict(TokenVerifier.of(places).verify(content.strip())))
-    text = mint_token(
-        places,
-        subject=arguments.sub,
-        role=Role(arguments.role),
-        purpose=arguments.purpose,
-        ttl_s=arguments.ttl_s,
-        tenant=arguments.tenant,
-    )
+    text = _minted(places, arguments)
     if arguments.output is None:
         return text
     replace_private(arguments.output, text.encode())
     return ""
+
+
+def _minted(places: Layout, arguments: argparse.Namespace) -> str:
+    if arguments.command == "token":
+        return mint_token(
+            places,
+            subject=arguments.sub,
+            role=Role(arguments.role),
+            purpose=arguments.purpose,
+            ttl_s=arguments.ttl_s,
+            tenant=arguments.tenant,
+        )
+    from cluster.security.intent import mint_intent  # which builds on this module
+
+    stated = Principal(
+        subject=arguments.sub,
+        role=Role(arguments.role),
+        purpose=arguments.purpose,
+        tenant=arguments.tenant,
+        expires_at=0,
+    )
+    return mint_intent(places, stated, entrypoint=arguments.entrypoint, ttl_s=arguments.ttl_s)
 
 
 def main() -> None:

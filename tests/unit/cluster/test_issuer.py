@@ -14,6 +14,7 @@ from joserfc.jwk import ECKey
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security import identity
 from cluster.security.identity import TokenVerifier, ensure_issuer, local_keys, mint_token
+from cluster.security.intent import IntentVerifier, read_intent
 from cluster.security.issuer import rotate_issuer
 from cluster.security.policy import Role
 from cluster.security.tokens import MAX_LIFETIME_S
@@ -137,6 +138,18 @@ def test_private_keys_stay_private_through_a_rotation(fresh: Layout) -> None:
         .as_pem(private=False)
         == (folder / "issuer.pub.pem").read_bytes()
     )
+
+
+def test_the_command_mints_an_intent_that_runs_one_job(fresh: Layout, tmp_path: Path) -> None:
+    """Nothing at the edge, and no other job."""
+    path = tmp_path / "intent.jwt"
+    stated = ("--sub", "ann", "--role", "data_engineer", "--entrypoint", "feature_jobs.ingest")
+    done = run_main(identity.main, "intent", *stated, "--root", fresh.root, "--output", str(path))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    intent = read_intent(path, IntentVerifier.of(fresh), entrypoint="feature_jobs.ingest")
+    assert (intent.principal.subject, intent.principal.role) == ("ann", Role.data_engineer)
+    with pytest.raises(Unauthenticated):
+        TokenVerifier.of(fresh).verify(path.read_text())
 
 
 def test_the_production_tier_has_no_dev_issuer(fresh: Layout, tmp_path: Path) -> None:
