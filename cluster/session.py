@@ -25,6 +25,15 @@ LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
 
 
+def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
+    """What a process needs for TLS between Ray's, with the certificates of `cluster/security/tls.py`; head and drivers
+    must agree on this, too."""
+    folder = f"{storage_root}/tls"
+    files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}
+    paths = {f"RAY_TLS_{variable}": f"{folder}/{name}" for variable, name in files.items()}
+    return {"RAY_USE_TLS": "1", **paths} if on else {"RAY_USE_TLS": "0"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRecord:
     """What `cluster.up` wrote down about the cluster it started."""
@@ -42,6 +51,8 @@ class ClusterRecord:
     temp_dir: str
     key_socket: str
     """Where the key broker listens."""
+    tls: bool
+    """Whether Ray's processes speak TLS."""
     ports: dict[str, int]
     pids: dict[str, int]
     started_at: str
@@ -54,6 +65,7 @@ class ClusterRecord:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
             **LOOPBACK,
+            **tls_environment(self.storage_root, on=self.tls),
             ROOT_VARIABLE: self.project_root,
             RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
         }

@@ -31,6 +31,7 @@ from cluster.session import (
     ClusterRecord,
     read_record,
     record_path,
+    tls_environment,
     write_record,
 )
 from cluster.settings import PlatformConfig
@@ -134,6 +135,7 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         token_path=f"{layout(config.storage).keys}/ray_token",
         temp_dir=processes.temp_dir(cluster_id),
         key_socket=f"{processes.temp_dir(cluster_id)}/keys/broker.sock",
+        tls=config.cluster.tls,
         ports=ports,
         pids={},
         started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -171,6 +173,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
         **LOOPBACK,
+        **tls_environment(record.storage_root, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),

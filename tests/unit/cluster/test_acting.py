@@ -43,7 +43,7 @@ def ledger(places: Layout) -> Ledger:
 
 def record(places: Layout) -> ClusterRecord:
     values: dict[str, object] = {field.name: "" for field in dataclasses.fields(ClusterRecord)}
-    return ClusterRecord(**values | {"storage_root": places.root, "ports": {}, "pids": {}})  # type: ignore[arg-type]
+    return ClusterRecord(**values | {"storage_root": places.root, "ports": {}, "pids": {}, "tls": False})  # type: ignore[arg-type]
 
 
 def config(places: Layout, **identity: str) -> PlatformConfig:

@@ -47,6 +47,7 @@ def record(root: Path, port: int) -> ClusterRecord:
         token_path=str(root / ".falaj" / "keys" / "ray_token"),
         temp_dir="/tmp/falaj-abc",
         key_socket="/tmp/falaj-abc/keys/broker.sock",
+        tls=False,
         ports={"gcs": port},
         pids={},
         started_at="2026-01-01T00:00:00+00:00",

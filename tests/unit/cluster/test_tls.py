@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import ssl
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
-from cluster.security.tls import ensure_tls
+from cluster.security import tls
+from cluster.security.tls import ensure_tls, write_node
+from cluster.session import tls_environment
 from cluster.storage import Layout
+from tests.commands import run_main
 
 
 @pytest.fixture
@@ -23,16 +27,20 @@ def connect(server_pem: Path, ca: Path, name: str) -> str | None:
     """The TLS version that a client and a server in memory agree on."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(server_pem)
+    return shake_hands(server, ssl.create_default_context(cafile=str(ca)), name)
+
+
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = ssl.create_default_context(cafile=str(ca)).wrap_bio(to_client, to_server, server_hostname=name)
+    caller = client.wrap_bio(to_client, to_server, server_hostname=name)
     answerer = server.wrap_bio(to_server, to_client, server_side=True)
     for _ in range(5):
-        for side in (client, answerer):
+        for side in (caller, answerer):
             try:
                 side.do_handshake()
             except ssl.SSLWantReadError:
                 continue
-    return client.version()
+    return caller.version()
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "::1"])
@@ -74,8 +82,71 @@ def test_keys_are_for_their_owner_and_a_second_start_keeps_them(folder: Path) ->
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
-def test_a_start_that_was_cut_short_is_made_up_for(folder: Path) -> None:
-    """The edge's file is written last: without it all is made anew, and fits together."""
-    (folder / "edge.pem").unlink()
+@pytest.mark.parametrize("missing", ["edge.pem", "ca.pem", "ca.key", "node.pem", "node.key"])
+def test_a_start_that_was_cut_short_is_made_up_for(folder: Path, missing: str) -> None:
+    """What is missing is made anew, and fits together."""
+    (folder / missing).unlink()
     ensure_tls(Layout(str(folder.parent)))
     assert connect(folder / "edge.pem", folder / "ca.pem", "localhost") == "TLSv1.3"
+    assert mutual(folder, folder) == "TLSv1.3"
+
+
+def mutual(server: Path, client: Path) -> str | None:
+    """The version that two nodes agree on, each asking for the other's certificate."""
+    listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    listening.verify_mode = ssl.CERT_REQUIRED
+    calling = ssl.create_default_context(cafile=str(client / "ca.pem"))
+    for context, folder in ((listening, server), (calling, client)):
+        context.load_cert_chain(folder / "node.pem", folder / "node.key")
+    listening.load_verify_locations(server / "ca.pem")
+    return shake_hands(listening, calling, "127.0.0.1")
+
+
+def test_nodes_show_each_other_certificates_of_one_authority(folder: Path, tmp_path: Path) -> None:
+    """Of another machine too; one of another authority is refused by both."""
+    write_node(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
+    assert mutual(folder, tmp_path / "worker") == "TLSv1.3"
+    made = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in names] == ["worker-1", "localhost", "10.0.0.7", "127.0.0.1", "::1"]
+    assert (tmp_path / "worker" / "node.key").stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "worker" / "ca.key").exists(), "the authority's key stays where it is"
+    ensure_tls(Layout(str(tmp_path / "other")))
+    for server, client in ((folder, tmp_path / "other" / "tls"), (tmp_path / "other" / "tls", folder)):
+        with pytest.raises(ssl.SSLError):
+            mutual(server, client)
+
+
+def test_rays_variables_name_the_files_there_are(folder: Path) -> None:
+    """And say so where there is no TLS, because the shell's own could say otherwise."""
+    named = tls_environment(str(folder.parent), on=True)
+    assert named.pop("RAY_USE_TLS") == "1"
+    assert all(Path(path).exists() for path in named.values())
+    assert tls_environment(str(folder.parent), on=False) == {"RAY_USE_TLS": "0"}
+
+
+@pytest.mark.parametrize(("share", "renewed"), [(0.6, False), (0.7, True)])
+def test_a_certificate_is_renewed_in_its_last_third(folder: Path, share: float, renewed: bool) -> None:
+    """By the same authority, so that clients go on; before that it stays."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=tls.LEAF_DAYS * share)
+    ensure_tls(Layout(str(folder.parent)), now=later)
+    changed = {path.name for path in folder.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == ({"edge.pem", "node.pem", "node.key"} if renewed else set())
+
+
+def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
+    """For whoever runs the cluster."""
+    root = ("--root", str(folder.parent))
+    shown = run_main(tls.main, *root, "show").stdout
+    assert [line.split()[0] for line in shown.splitlines()] == ["ca.pem", "edge.pem", "node.pem"]
+    before = (folder / "edge.pem").read_bytes()
+    assert run_main(tls.main, *root, "renew").returncode == 0
+    assert (folder / "edge.pem").read_bytes() != before
+    node = ("node", "--name", "w", "--output", str(tmp_path / "w"), "--ip")
+    assert run_main(tls.main, *root, *node, "10.0.0.7").returncode == 0
+    assert mutual(folder, tmp_path / "w") == "TLSv1.3"
+    wrong = run_main(tls.main, *root, *node, "ten")
+    assert (wrong.returncode, "address is wrong" in wrong.stderr) == (2, True)
+    nowhere = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
+    assert (nowhere.returncode, "cluster.up" in nowhere.stderr) == (2, True)
