@@ -134,8 +134,8 @@ class ClusterConfig:
     num_gpus: int = 0
     region: str = "local"
     """Value of the node label `ray.io/availability-region`."""
-    tls: bool = False
-    """Whether Ray's processes speak TLS with each other and with drivers."""
+    tls: bool = True
+    """Whether Ray's processes speak TLS with each other and with drivers, both sides showing a certificate."""
     object_store_mib: int = 1024
     ports: PortsConfig = field(default_factory=PortsConfig)
 

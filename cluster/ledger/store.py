@@ -20,7 +20,7 @@ from cluster.errors import ConfigError
 from cluster.ledger.chain import GENESIS, Entry, canonical, link, plain
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.events import LedgerEvent
-from cluster.settings import PlatformConfig
+from cluster.settings import PlatformConfig, Tier
 from cluster.storage import is_uri, layout, local
 
 _LOCK_KEY = 0x0FA1A7
@@ -111,7 +111,11 @@ class Ledger:
 
 
 def open_ledger(config: PlatformConfig) -> Ledger:
-    """The configured ledger, with its checkpoint signer once `cluster.up` has made the key."""
+    """The configured ledger, with its checkpoint signer once `cluster.up` has made the key.
+
+    Raises:
+        ConfigError: no database for a remote storage root, or one that the tier would reach in the clear.
+    """
     places = layout(config.storage)
     url = config.ledger.url
     if url is None:
@@ -119,8 +123,23 @@ def open_ledger(config: PlatformConfig) -> Ledger:
             raise ConfigError(f"storage.root {places.root} is remote: give ledger.url a PostgreSQL database.")
         Path(places.root).mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{places.ledger_path}"
+    elif config.tier is Tier.enterprise_gpu:
+        _require_tls(url)
     signer = None if is_uri(places.root) else load_signer(local(places.keys))
     return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
+
+
+def _require_tls(url: str) -> None:
+    address = sa.engine.make_url(url)
+    if (
+        address.host in (None, "", "localhost", "127.0.0.1", "::1")
+        or address.query.get("sslmode") == "verify-full"
+    ):
+        return
+    raise ConfigError(
+        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
+        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
+    )
 
 
 def _append(connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]) -> Entry:

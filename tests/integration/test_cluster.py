@@ -106,6 +106,28 @@ def test_the_edge_refuses_an_older_tls(falaj_cluster: Project) -> None:
         context.wrap_socket(plain, server_hostname="localhost")
 
 
+@pytest.mark.parametrize("certificate", [True, False])
+def test_rays_own_port_answers_nobody_without_a_certificate(
+    falaj_cluster: Project, certificate: bool
+) -> None:
+    """Of the cluster's authority; the token alone is not enough, and nothing travels in the clear."""
+    folder = falaj_cluster.storage_root / "tls"
+    context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+    context.set_alpn_protocols(["h2"])
+    if certificate:
+        context.load_cert_chain(folder / "node.pem", folder / "node.key")
+    with (
+        socket.create_connection(("127.0.0.1", falaj_cluster.record.ports["gcs"]), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        if certificate:
+            assert connection.recv(100)
+        else:
+            with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+                connection.recv(100)
+
+
 def test_secrets_are_for_their_owner_only(falaj_cluster: Project) -> None:
     """Private keys and Ray's token have mode 0600."""
     root = falaj_cluster.storage_root

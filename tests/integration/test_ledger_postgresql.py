@@ -7,7 +7,9 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import ClusterStopped
 from cluster.registry import Registry
+from cluster.security.tls import ensure_tls
 from cluster.storage import Layout
 from tests.ports import free_port
 
@@ -32,15 +35,25 @@ def _as_postgres(*command: str) -> list[str]:
     return [runuser, "-u", "postgres", "--", *command] if os.geteuid() == 0 else list(command)
 
 
-@pytest.fixture
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def running_server(*settings: str, certificates: Path | None = None) -> Iterator[str]:
+    """A new server's address; with a folder that has a node's certificate and key, it speaks TLS."""
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:
         pytest.skip("PostgreSQL is not installed: `apt-get install postgresql` to run this test")
-    folder = Path("/tmp") / f"falaj-pg-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="falaj-pg-"))
+    if certificates is not None:
+        for name in ("node.pem", "node.key"):
+            shutil.copy(certificates / name, folder / name)
+        settings = (
+            *settings,
+            "ssl=on",
+            f"ssl_cert_file={folder}/node.pem",
+            f"ssl_key_file={folder}/node.key",
+        )
     if os.geteuid() == 0:
-        os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, pwd.getpwnam("postgres").pw_uid, -1)
     port = free_port()
     data = str(folder / "data")
     subprocess.run(
@@ -49,9 +62,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         capture_output=True,
         cwd=folder,
     )
-    arguments = ["-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-k", str(folder)]
+    options = [option for setting in ("listen_addresses=127.0.0.1", *settings) for option in ("-c", setting)]
     process = subprocess.Popen(
-        _as_postgres(server, *arguments), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _as_postgres(server, "-D", data, "-p", str(port), "-k", str(folder), *options),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     address = f"postgresql+psycopg://falaj@127.0.0.1:{port}/postgres"
     try:
@@ -61,6 +77,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.terminate()
         process.wait()
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with running_server() as address:
+        yield address
 
 
 def _wait(address: str) -> None:
@@ -92,3 +114,21 @@ def test_concurrent_writers_on_postgresql_never_fork(url: str, tmp_path: Path) -
     assert len(list(check(ledger.entries()))) == 100
     assert Registry(ledger, Layout(str(tmp_path))).names() == []
     ledger.close()
+
+
+def test_the_ledger_speaks_tls_to_the_server_it_means(url: str, tmp_path: Path) -> None:
+    """Verified by our authority; a server without TLS, or of another authority, is not written to."""
+    for name in ("ours", "others"):
+        ensure_tls(Layout(str(tmp_path / name)))
+    verified = f"?sslmode=verify-full&sslrootcert={tmp_path}/ours/tls/ca.pem"
+    with running_server(certificates=tmp_path / "ours" / "tls") as address:
+        ledger = Ledger(address + verified)
+        ledger.append(ClusterStopped(cluster_id="1"), actor="user:a")
+        with ledger.writing() as connection:
+            query = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+            assert connection.exec_driver_sql(query).scalar_one() == "TLSv1.3"
+        ledger.close()
+        with pytest.raises(sa.exc.OperationalError, match="certificate verify failed"):
+            Ledger(address + verified.replace("/ours/", "/others/"))
+    with pytest.raises(sa.exc.OperationalError, match="does not support SSL"):
+        Ledger(url + verified)

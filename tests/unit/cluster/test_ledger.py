@@ -12,14 +12,15 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import LedgerCorrupt
-from cluster.ledger import Ledger
+from cluster.errors import ConfigError, LedgerCorrupt
+from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
 from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
 from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
 from cluster.ledger.events import AccessDecided, AliasMoved, CheckpointSigned, ClusterStopped
 from cluster.security.identity import ensure_issuer, mint_token, write_private
 from cluster.security.policy import Role
+from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
 from tests.commands import run_main
 
@@ -185,6 +186,15 @@ def test_a_reader_with_a_token_must_be_one_who_may(tmp_path: Path, role: Role, c
     assert ("ClusterStopped" in done.stdout) == (code == 0)
     denied = [entry.actor for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
     assert denied == ["ann"] * (code == 2)
+
+
+@pytest.mark.parametrize("options", ["", "?sslmode=require", "?sslmode=verify-ca"])
+def test_the_enterprise_tier_reaches_no_database_in_the_clear(options: str) -> None:
+    """Nor one that could be somebody else's."""
+    url = f"postgresql+psycopg://falaj@db.example/ledger{options}"
+    config = PlatformConfig(tier=Tier.enterprise_gpu, ledger=LedgerConfig(url=url))
+    with pytest.raises(ConfigError, match=r"db\.example.*verify-full"):
+        open_ledger(config)
 
 
 def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:
