@@ -68,6 +68,65 @@ class OnlineConfig:
             raise ValueError(f"online.map_size_gib must be positive, got {self.map_size_gib}.")
 
 
+class SecretsKind(enum.Enum):
+    """Where key-encryption keys are kept."""
+
+    keyring = "keyring"
+    vault = "vault"
+
+
+class VaultAuth(enum.Enum):
+    """How the key broker logs in to Vault."""
+
+    approle = "approle"
+    jwt = "jwt"
+    kubernetes = "kubernetes"
+
+
+@dataclass(kw_only=True, slots=True)
+class VaultConfig:
+    """HashiCorp Vault; secrets are given as files, never here."""
+
+    address: str = ""
+    """`https://host:port`; plain http on loopback alone."""
+    auth: VaultAuth = VaultAuth.approle
+    role: str = "falaj"
+    """AppRole's role id; the name of the role for `jwt` and `kubernetes`."""
+    secret_file: str | None = None
+    """AppRole's secret id or the token for `jwt`, read at each login; none takes a pod's own token for `kubernetes`."""
+    auth_mount: str | None = None
+    """None takes the way to log in by its own name."""
+    transit_mount: str = "transit"
+    kv_mount: str = "secret"
+    prefix: str = "falaj"
+    """In front of every key's name, so that one Vault can serve several installations."""
+    ca_file: str | None = None
+    """Certificate authority of its address; none takes the system's."""
+    namespace: str | None = None
+    """Of Vault Enterprise."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SecretsConfig:
+    """The key store that the key broker opens."""
+
+    kind: SecretsKind = SecretsKind.keyring
+    acknowledge_keyring: bool = False
+    """Lets a production tier keep its keys in the keyring of one machine."""
+    vault: VaultConfig = field(default_factory=VaultConfig)
+
+    def __post_init__(self) -> None:
+        if self.kind is not SecretsKind.vault:
+            return
+        if not self.vault.address:
+            raise ValueError("secrets.vault.address is missing. Give it as https://host:port.")
+        if self.vault.secret_file is None and self.vault.auth is not VaultAuth.kubernetes:
+            what = (
+                "AppRole's secret id" if self.vault.auth is VaultAuth.approle else "the token to log in with"
+            )
+            raise ValueError(f"secrets.vault.secret_file is missing. Give the path of a file with {what}.")
+
+
 @dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class IssuerConfig:
     """An OIDC issuer, whose tokens are believed instead of the dev issuer's of this machine."""
@@ -183,6 +242,7 @@ class PlatformConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     identity: IdentityConfig = field(default_factory=IdentityConfig)
+    secrets: SecretsConfig = field(default_factory=SecretsConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

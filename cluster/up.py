@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import importlib.metadata
 import os
 import secrets
@@ -13,8 +14,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import processes
 from cluster.entrypoint import job
@@ -23,6 +25,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
 from cluster.security.identity import current_actor, ensure_issuer, write_private
+from cluster.security.keys.keyring import check_keyring
 from cluster.security.tls import ensure_tls
 from cluster.session import (
     LOOPBACK,
@@ -103,6 +106,7 @@ def check(config: PlatformConfig) -> None:
         raise CompilerMissing(
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
         )
+    check_keyring(config.secrets, tier=config.tier)
     for name, port in _ports(config).items():
         if _is_taken(name, port):
             raise PortInUse(
@@ -257,11 +261,8 @@ def start_process(
         f"cluster.region={config.cluster.region}",
         f"identity.environment={config.identity.environment}",
     ]
-    overrides += [
-        f"identity.issuer.{name}='{value}'"
-        for name, value in asdict(config.identity.issuer).items()
-        if value is not None
-    ]
+    overrides += _overrides("identity.issuer", config.identity.issuer)
+    overrides += _overrides("secrets", config.secrets)
     if config.ledger.url is not None:
         overrides.append(f"ledger.url={config.ledger.url}")
     with log.open("ab") as sink:
@@ -274,6 +275,20 @@ def start_process(
             start_new_session=True,
             cwd=record.project_root,
         )
+
+
+def _overrides(name: str, value: Any) -> list[str]:
+    """A section as words of a command line that set it, whatever is composed there; what is none is left out."""
+    if is_dataclass(value):
+        return [
+            word
+            for each in fields(value)
+            for word in _overrides(f"{name}.{each.name}", getattr(value, each.name))
+        ]
+    if value is None:
+        return []
+    text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
+    return [f"++{name}='{text}'"]
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:

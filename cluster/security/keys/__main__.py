@@ -13,14 +13,14 @@ from cluster.ledger import open_ledger
 from cluster.security.audit import Decisions
 from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
+from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Denial, Operation
-from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
 from cluster.security.policy import Action, Decision, Policy, Resource
 from cluster.security.trust import Trust
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local
+from cluster.storage import layout
 
 LOG = logging.getLogger("falaj.keys")
 
@@ -38,7 +38,7 @@ ACTIONS = {
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """Serve the keyring until SIGTERM."""
+    """Serve the configured key store until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
     record = require_record(config)
     places = layout(config.storage)
@@ -59,14 +59,14 @@ def main(config: PlatformConfig) -> None:
         if denial.principal is None:
             decisions.unauthenticated(denial.reason, at=time.time())
 
+    stopped = threading.Event()
     broker = Broker(
-        open_local(local(places.keys)),
+        open_store(config, stopped=stopped),
         Path(record.key_socket),
         verify=Trust.of(config.identity.issuer, places).verify,
         decide=decide,
         audit=audit,
     )
-    stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
     decisions.flush()

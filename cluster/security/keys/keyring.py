@@ -46,6 +46,7 @@ from cluster.security.keys.store import (
     revoked,
     write_wrapped,
 )
+from cluster.settings import SecretsConfig, SecretsKind, Tier
 
 SCHEME = "kr"
 ALTCHARS = b"-_"
@@ -218,6 +219,19 @@ class Keyring:
             yield opened, keys
             if keys != opened.ring.keys:
                 replace(self._path, encode(dataclasses.replace(opened.ring, keys=keys), opened.kek))
+
+
+def check_keyring(chosen: SecretsConfig, *, tier: Tier) -> None:
+    """Refuse a keyring where production needs more.
+
+    Raises:
+        ConfigError: the tier keeps its keys in Vault, unless told that it does not.
+    """
+    if tier is Tier.enterprise_gpu and chosen.kind is SecretsKind.keyring and not chosen.acknowledge_keyring:
+        raise ConfigError(
+            f"Tier {tier.value} does not keep its keys in a keyring: whoever reads two files of one machine has them "
+            "all. Set secrets=vault, or secrets.acknowledge_keyring=true if that is how it shall be."
+        )
 
 
 def open_local(folder: Path) -> Keyring:

@@ -33,7 +33,8 @@ class AppRole:
     """A machine's role and secret."""
 
     role_id: str
-    secret_id: str = field(repr=False)
+    secret_id: Callable[[], str] = field(repr=False)
+    """Gives the secret id of now."""
     mount: str = "approle"
 
 
@@ -125,7 +126,7 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
             f"Vault takes no {kind} login at auth/{auth.mount}: {error} Check the role and its credentials."
         ) from None
     except OSError as error:
-        raise Unauthenticated(f"The token for Vault cannot be read: {error}.") from None
+        raise Unauthenticated(f"The secret that opens Vault cannot be read: {error}.") from None
     client.token = granted["client_token"]
     return int(granted["lease_duration"])
 
@@ -260,7 +261,7 @@ def _log_in(client: hvac.Client, auth: Auth) -> Any:
     match auth:
         case AppRole():
             return client.auth.approle.login(
-                role_id=auth.role_id, secret_id=auth.secret_id, use_token=False, mount_point=auth.mount
+                role_id=auth.role_id, secret_id=auth.secret_id(), use_token=False, mount_point=auth.mount
             )
         case Jwt():
             return client.auth.jwt.jwt_login(

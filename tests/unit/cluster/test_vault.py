@@ -48,7 +48,7 @@ NAME = "features/income/personal"
 FLAT = "falaj.features.income.personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
 SECRET = b"a data key of thirty-two bytes.."
-ROLE = AppRole(role_id="falaj", secret_id="canary-secret-id")
+ROLE = AppRole(role_id="falaj", secret_id=lambda: "canary-secret-id")
 SEGMENTS = st.from_regex(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,8}[A-Za-z0-9_])?", fullmatch=True)
 NAMES = st.lists(SEGMENTS, min_size=1, max_size=5).map("/".join)
 
@@ -106,15 +106,15 @@ def test_refused_logins_are_unauthenticated_and_show_no_secret(double: VaultDoub
     (tmp_path / "token").write_text(signed(foreign))
     late = signed(key, exp=int(time.time()) - 600)
     for auth in (
-        AppRole(role_id="falaj", secret_id="canary-wrong"),
-        AppRole(role_id="nobody", secret_id="canary-secret-id"),
+        AppRole(role_id="falaj", secret_id=lambda: "canary-wrong"),
+        AppRole(role_id="nobody", secret_id=lambda: "canary-secret-id"),
         Jwt(role="jobs", token=lambda: signed(foreign)),
         Jwt(role="jobs", token=lambda: late),
         Jwt(role="jobs", token=lambda: signed(key, aud="somebody else")),
         Jwt(role="nobody", token=lambda: signed(key)),
         Kubernetes(role="pods", token_path=tmp_path / "token"),
         Kubernetes(role="pods", token_path=tmp_path / "missing"),
-        AppRole(role_id="falaj", secret_id="canary-secret-id", mount="elsewhere"),
+        AppRole(role_id="falaj", secret_id=lambda: "canary-secret-id", mount="elsewhere"),
     ):
         with pytest.raises(Unauthenticated) as caught:
             login(double.address, auth)
