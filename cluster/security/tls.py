@@ -5,8 +5,9 @@
     python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
 
 `cluster.up` makes authority, edge and head certificates on first use and anew when less than a third of their life is
-left; the authority stays. In production they come from a PKI, Vault's for one (`keys/vault_session.py`): the edge wants
-one PEM file with certificate and key, Ray a file each for certificate, key and authority.
+left; the authority stays, and so does what another authority issued. In production that is a PKI, Vault's for one
+(`keys/vault_session.py`): the edge wants one PEM file with certificate and key, Ray a file each for certificate, key
+and authority.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -58,15 +60,13 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
     folder = local(places.tls)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority = _authority(folder)
-    if renew or not _holds(folder / EDGE_NAME, authority, at):
+    if renew or _is_due(folder / EDGE_NAME, authority, at):
         key = ec.generate_private_key(ec.SECP256R1())
         usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
         edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
         replace_private(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
-    node_is_whole = (folder / NODE_KEY_NAME).exists() and _holds(
-        folder / NODE_CERTIFICATE_NAME, authority, at
-    )
-    if renew or not node_is_whole:
+    node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at)
+    if renew or node_is_due or not (folder / NODE_KEY_NAME).exists():
         write_node(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
 
 
@@ -105,17 +105,23 @@ def _authority(folder: Path) -> _Authority:
     return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
 
 
-def _holds(path: Path, authority: _Authority, at: dt.datetime) -> bool:
-    """Whether a certificate is of this authority and has a third of its life left."""
+def _is_due(path: Path, authority: _Authority, at: dt.datetime) -> bool:
+    """Whether a certificate has to be made: there is none, or ours has less than a third of its life left or is of an
+    earlier authority. What somebody else put there, a company's PKI for one, is not touched."""
     if not path.exists():
+        return True
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError:
         return False
-    found = x509.load_pem_x509_certificate(path.read_bytes())
-    life = found.not_valid_after_utc - found.not_valid_before_utc
+    if found.issuer != authority.certificate.subject:
+        return False
     try:
         found.verify_directly_issued_by(authority.certificate)
-    except Exception:  # noqa: BLE001 (whatever is wrong with it, it is made anew)
-        return False
-    return found.not_valid_after_utc - at > life / 3
+    except InvalidSignature:
+        return True
+    life = found.not_valid_after_utc - found.not_valid_before_utc
+    return found.not_valid_after_utc - at < life / 3
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

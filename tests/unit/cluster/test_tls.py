@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.security import tls
 from cluster.security.tls import ensure_tls, write_node
@@ -133,6 +135,22 @@ def test_a_certificate_is_renewed_in_its_last_third(folder: Path, share: float, 
     ensure_tls(Layout(str(folder.parent)), now=later)
     changed = {path.name for path in folder.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == ({"edge.pem", "node.pem", "node.key"} if renewed else set())
+
+
+@pytest.mark.parametrize("content", ["a company's", "no certificate"])
+def test_what_somebody_else_put_there_is_not_touched(folder: Path, tmp_path: Path, content: str) -> None:
+    """A company's own certificate stays, and a broken file is for the edge to complain of."""
+    edge = folder / "edge.pem"
+    edge.write_text("no certificate")
+    if content == "a company's":
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "company.example")])
+        edge.write_bytes(
+            tls._pem(tls._builder(name, name, key.public_key(), days=1).sign(key, hashes.SHA256()))
+        )
+    before = edge.read_bytes()
+    ensure_tls(Layout(str(folder.parent)), now=dt.datetime.now(dt.UTC) + dt.timedelta(days=300))
+    assert edge.read_bytes() == before
 
 
 def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
