@@ -121,11 +121,11 @@ def test_rays_own_port_answers_nobody_without_a_certificate(
         context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
     ):
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-        if certificate:
-            assert connection.recv(100)
-        else:
-            with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
-                connection.recv(100)
+        try:
+            heard = connection.recv(100)
+        except (ssl.SSLError, ConnectionError):
+            heard = b""
+    assert bool(heard) == certificate
 
 
 def test_secrets_are_for_their_owner_only(falaj_cluster: Project) -> None:
