@@ -25,7 +25,7 @@ from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.online import OnlineRow, open_online
 from feature_jobs.store.point_in_time import AVAILABLE, EVENT, latest
-from feature_jobs.store.protection import view_resources
+from feature_jobs.store.protection import view_protection, view_resources
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,7 +47,13 @@ def main(config: MaterializeConfig) -> None:
     places = layout(config.storage)
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
-    pinned = snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=actor.access)
+    pinned = snapshot(
+        places.features(view.name),
+        view=view.name,
+        keys=view.join_keys,
+        protection=view_protection(view),
+        access=actor.access,
+    )
     as_of = instant(config.as_of)
     store = open_online(config.online, places, key_store(actor.access), readonly=False)
     count = store.replace(view, pinned.key_types, rows(view, pinned, as_of))

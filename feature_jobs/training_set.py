@@ -22,7 +22,7 @@ from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.protection import training_set_protection, view_resources
+from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import JoinParts, Part, build, join_bucket, join_here
 
@@ -53,7 +53,13 @@ def main(config: TrainingSetConfig) -> None:
         actor.check(Action.build_training_set, *view_resources(view, region=config.cluster.region))
     entities = read_entities(config.entities)
     snapshots = {
-        view.name: snapshot(places.features(view.name), view=view.name, keys=view.join_keys, access=access)
+        view.name: snapshot(
+            places.features(view.name),
+            view=view.name,
+            keys=view.join_keys,
+            protection=view_protection(view),
+            access=access,
+        )
         for view in spec.views
     }
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())

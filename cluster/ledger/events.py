@@ -228,6 +228,22 @@ class ModelMonitored(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureTableRewritten(LedgerEvent):
+    """The same rows in other files: compacted, or under newer keys."""
+
+    view: str
+    table_version: int
+    files_replaced: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeysRotated(LedgerEvent):
+    view: str
+    keys: dict[str, int]
+    """Name to newest version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AccessDecided(LedgerEvent):
     """The event's actor was denied something, or permitted it and is of the sample."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Snapshot:
     key_types: dict[str, str]
     """Join key to `int64` or `string`."""
     files: tuple[BucketFile, ...]
+    protection: Protection
     access: KeyAccess
 
     @property
@@ -73,17 +74,34 @@ class Snapshot:
         return sum(file.rows for file in self.files)
 
     def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
-        """A bucket's rows: join keys, the three columns that order them, and the given features."""
+        """A bucket's rows: join keys, the three columns that order them, and the given features.
+
+        Raises:
+            ProtectedFileCorrupt: a file was altered, or is not the one that was written for this table and bucket.
+            AccessDenied, KeyRevoked: as the key store says.
+        """
         wanted = [*self.key_types, EVENT, CREATED, SEQ, *columns]
-        reader = protected_files(self.access)
-        tables = [
-            _with_columns(reader.read(f"{self.uri}/{file.path}", wanted), wanted)
-            for file in self.files
-            if file.bucket == bucket
-        ]
+        tables = [_with_columns(table, wanted) for table in self.tables(bucket, wanted)]
         if not tables:
             return pl.DataFrame()
         return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
+
+    def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """A bucket's files as they are, whole or some of their columns; raises as `read`."""
+        reader = protected_files(self.access)
+        for file in self.files:
+            if file.bucket == bucket:
+                yield reader.read(
+                    f"{self.uri}/{file.path}",
+                    columns,
+                    protection=self.protection,
+                    place=place_of(self.uri, file.path),
+                )
+
+
+def place_of(uri: str, path: str) -> str:
+    """Where a file says it belongs: table and path, so that it cannot stand in for another one."""
+    return f"{uri.rstrip('/').rsplit('/', 1)[-1]}/{path}"
 
 
 def key_types(schema: pa.Schema, keys: Sequence[str]) -> dict[str, str]:
@@ -170,18 +188,25 @@ class Target:
 
 def write_files(rows: pa.Table, target: Target, *, name: str) -> list[BucketFile]:
     """Write rows to their buckets, one file each, sorted by availability."""
-    writer = protected_files(target.access)
     frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(
         pl.Series(BUCKET, bucket_of(rows, target.keys, num_buckets=target.buckets))
     )
-    files = []
-    for part in frame.partition_by(BUCKET, maintain_order=True):
-        bucket = int(part[BUCKET][0])
-        path = f"{BUCKET}={bucket}/{name}.parquet"
-        content = part.drop(BUCKET).sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(rows.schema)
-        size = writer.write(content, f"{target.uri}/{path}", target.protection)
-        files.append(BucketFile(path=path, bucket=bucket, rows=part.height, size_bytes=size))
-    return files
+    return [
+        write_bucket(part.drop(BUCKET), rows.schema, target, bucket=int(part[BUCKET][0]), name=name)
+        for part in frame.partition_by(BUCKET, maintain_order=True)
+    ]
+
+
+def write_bucket(
+    rows: pl.DataFrame, schema: pa.Schema, target: Target, *, bucket: int, name: str
+) -> BucketFile:
+    """Write rows of one bucket as one file, sorted by availability."""
+    path = f"{BUCKET}={bucket}/{name}.parquet"
+    content = rows.sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(schema)
+    size = protected_files(target.access).write(
+        content, f"{target.uri}/{path}", target.protection, place=place_of(target.uri, path)
+    )
+    return BucketFile(path=path, bucket=bucket, rows=rows.height, size_bytes=size)
 
 
 def commit(
@@ -199,18 +224,7 @@ def commit(
     Raises:
         SourceError: another ingestion committed meanwhile; running this one again is safe.
     """
-    now = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [
-        AddAction(
-            file.path,
-            file.size_bytes,
-            {BUCKET: str(file.bucket)},
-            now,
-            True,
-            json.dumps({"numRecords": file.rows}),
-        )
-        for file in files
-    ]
+    actions: list[AddAction | RemoveAction] = [added(file, new_rows=True) for file in files]
     properties = CommitProperties(
         custom_metadata={_BATCH_KEY: json.dumps(asdict(batch))},
         max_commit_retries=0,
@@ -223,10 +237,17 @@ def commit(
         )
     except CommitFailedError as error:
         raise SourceError(
-            f"Another ingestion into {table.table_uri} committed meanwhile; nothing of this one was stored. "
+            f"Another job committed to {table.table_uri} meanwhile; nothing of this batch was stored. "
             "Run it again."
         ) from error
     return int(DeltaTable(table.table_uri).version())
+
+
+def added(file: BucketFile, *, new_rows: bool) -> AddAction:
+    """What the log says of a file; without minima and maxima, which would show what is protected."""
+    stats = json.dumps({"numRecords": file.rows})
+    now = int(time.time() * 1000)
+    return AddAction(file.path, file.size_bytes, {BUCKET: str(file.bucket)}, now, new_rows, stats)
 
 
 def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
@@ -242,9 +263,23 @@ def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
 
 
 def snapshot(
-    uri: str, *, view: str, keys: Sequence[str], access: KeyAccess, version: int | None = None
+    uri: str,
+    *,
+    view: str,
+    keys: Sequence[str],
+    protection: Protection,
+    access: KeyAccess,
+    version: int | None = None,
 ) -> Snapshot:
     """A version of a feature table, by default the newest.
+
+    Args:
+        uri: of the table.
+        view: its name, for messages.
+        keys: join keys.
+        protection: what its files must be under.
+        access: whose keys to read with.
+        version: of the table.
 
     Raises:
         TrainingSetError: nothing was ingested into the view yet.
@@ -272,6 +307,7 @@ def snapshot(
         num_buckets=num_buckets(table),
         key_types=key_types(pa.schema(table.schema().to_arrow()), keys),
         files=files,
+        protection=protection,
         access=access,
     )
 

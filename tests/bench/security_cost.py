@@ -122,7 +122,7 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
             ingest_id="a", rows_in=ROWS, rows_stored=ROWS, rows_quarantined=0, reasons={}, quarantine=None
         )
         offline.commit(DeltaTable(uri), table.schema, files, batch, seq=ROWS)
-        pinned = offline.snapshot(uri, view="v", keys=["id"], access=access)
+        pinned = offline.snapshot(uri, view="v", keys=["id"], protection=protection, access=access)
         service = ServiceSpec(name="s", version="1", views=[spec])
         works[name] = lambda pinned=pinned, service=service: build(  # type: ignore[misc]
             service, {"v": pinned}, asked, join_parts=join_here

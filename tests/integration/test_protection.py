@@ -15,11 +15,13 @@ from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import AccessDecided, ModelRegistered
 from cluster.records import count_records, read_outcomes, read_predictions, read_records
-from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.security.scan import scan
 from cluster.security.token_source import TokenSource
 from cluster.settings import PlatformConfig, StorageConfig
+from feature_jobs.store.catalog import view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.protection import view_protection
 from tests.integration.client import Client
 
 if TYPE_CHECKING:
@@ -123,10 +125,10 @@ def as_scientist(project: Project, purpose: str) -> KeyAccess:
     return KeyAccess(socket=project.record.key_socket, token=source)
 
 
-def pinned(project: Project, purpose: str) -> Snapshot:
-    access = as_scientist(project, purpose)
+def pinned(project: Project, access: KeyAccess) -> Snapshot:
     uri = str(project.storage_root / "features" / "patient")
-    return snapshot(uri, view="patient", keys=["patient_id"], access=access)
+    spec = view_spec(ledger(project), "patient")
+    return snapshot(uri, view="patient", keys=["patient_id"], protection=view_protection(spec), access=access)
 
 
 def ledger(project: Project) -> Ledger:
@@ -162,7 +164,7 @@ def test_what_was_served_can_be_read_with_the_keys(clinic: Project, answer: dict
 
 def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -> None:
     """The refusal names the policy, and is an event."""
-    scientist = pinned(clinic, "")
+    scientist = pinned(clinic, as_scientist(clinic, ""))
     assert set(read(scientist, "ward")["ward"]) == {WARD}
     for column in ("name", "illness", "age"):
         with pytest.raises(AccessDenied, match="purpose-not-listed"):
@@ -177,9 +179,11 @@ def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -
 
 def test_with_the_purpose_both(clinic: Project) -> None:
     """And a purpose that the view does not list is none."""
-    assert set(read(pinned(clinic, "care"), "ward", "name", "illness")["illness"]) == {ILLNESS}
+    assert set(read(pinned(clinic, as_scientist(clinic, "care")), "ward", "name", "illness")["illness"]) == {
+        ILLNESS
+    }
     with pytest.raises(AccessDenied):
-        read(pinned(clinic, "marketing"), "name")
+        read(pinned(clinic, as_scientist(clinic, "marketing")), "name")
 
 
 def test_by_hand_the_files_show_the_public_columns_and_no_others(clinic: Project) -> None:
@@ -253,10 +257,35 @@ def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project
     assert "four-eyes" in done.stderr
 
 
+def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clinic: Project) -> None:
+    """A data engineer compacts what he may not read; keys are for the admin to rotate."""
+    before = clinic.run(*training_set("output=before.parquet"), check=True).stdout
+    frame = pl.read_parquet(clinic.root / "patient.parquet").with_columns(
+        pl.col("at") - dt.timedelta(days=1), name=pl.lit(NAME), age=pl.lit(50.0)
+    )
+    frame.write_parquet(clinic.root / "earlier.parquet")
+    definitions = ("definitions=clinic", "view=patient")
+    clinic.run("feature_jobs.ingest", *definitions, "source.path=earlier.parquet", check=True)
+    engineer = f"identity.token_file={token(clinic, 'data_engineer', 'care')}"
+    compacted = clinic.run("feature_jobs.compact", *definitions, engineer, check=True)
+    assert "4 files replaced, 2 left" in compacted.stdout
+    refused = clinic.run("feature_jobs.rotate_keys", *definitions, engineer)
+    assert (refused.returncode, "may not manage keys" in refused.stderr) == (2, True)
+    rotated = clinic.run("feature_jobs.rotate_keys", *definitions, check=True)
+    assert "2 files of the table and 1 quarantined rewritten" in rotated.stdout
+    assert clinic.run(*training_set("output=after.parquet"), check=True).stdout == before
+    wrapped = protected_files(clinic.owner).keys(
+        next(str(path) for path in (clinic.storage_root / "quarantine" / "patient").glob("*.parquet"))
+    )
+    assert {text.split(":")[1] for text in wrapped.wrapped.values()} == {"v2"}
+    kinds = [entry.type for entry in ledger(clinic).entries()]
+    assert kinds.count("FeatureTableRewritten") == 2
+    assert kinds.count("KeysRotated") == 1
+
+
 def test_a_stranger_gets_no_key(clinic: Project, tmp_path: Path) -> None:
     """A token of nobody's is no token."""
     (tmp_path / "forged.jwt").write_text("eyJhbGciOiJub25lIn0.eyJzdWIiOiJldmUifQ.")
     access = KeyAccess(socket=clinic.record.key_socket, token=TokenSource(file=str(tmp_path / "forged.jwt")))
-    uri = str(clinic.storage_root / "features" / "patient")
     with pytest.raises(Unauthenticated):
-        read(snapshot(uri, view="patient", keys=["patient_id"], access=access), "name")
+        read(pinned(clinic, access), "name")

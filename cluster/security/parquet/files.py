@@ -106,7 +106,8 @@ class ProtectedFiles:
         Args:
             uri: the file.
             columns: names; all of them unless given.
-            protection: refuse a file that is under other keys than these, or lies in the clear.
+            protection: refuse a file whose columns, those that are read, are under other keys than these, or in the
+                clear.
             place: refuse a file that was written for another place; needs `protection`.
 
         Raises:
@@ -120,7 +121,7 @@ class ProtectedFiles:
         try:
             with fs.open(path, "rb") as source:
                 if protection is not None:
-                    read_footer(source).check(protection, place)
+                    read_footer(source).check(protection, place, columns)
                 return self._read(source, columns)
         except ProtectedFileCorrupt as error:
             raise ProtectedFileCorrupt(

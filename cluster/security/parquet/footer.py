@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -49,8 +49,14 @@ class FileKeys:
     place: str | None
     """Where the file says it belongs."""
 
-    def check(self, protection: Protection, place: str | None) -> None:
+    def check(self, protection: Protection, place: str | None, columns: Sequence[str] | None = None) -> None:
         """Hold it against what the file should be.
+
+        Args:
+            protection: the keys it should be under.
+            place: where it should belong; none takes any.
+            columns: those that count; none counts all. A reader of an older version of a table knows nothing of columns
+                that were added since.
 
         Raises:
             ProtectedFileCorrupt: saying what differs.
@@ -61,7 +67,7 @@ class FileKeys:
             under = "no key" if self.signed_by is None else f"key '{self.signed_by}'"
             raise ProtectedFileCorrupt(f"its footer is signed by {under}, not by '{protection.default}'")
         for name, key in self.columns.items():
-            if key != protection.key_of(name):
+            if (columns is None or name in columns) and key != protection.key_of(name):
                 raise ProtectedFileCorrupt(
                     f"column '{name}' is {_under(key)}, and should be {_under(protection.key_of(name))}"
                 )

@@ -12,7 +12,8 @@ from tests.broker import running_broker
 
 @pytest.fixture(scope="package")
 def access() -> Iterator[KeyAccess]:
-    """With the internal keys of the views that the tests write."""
+    """With the keys of the views that the tests write."""
     views = ("income", "person", "cohort", "sparse", "household", "empty")
-    with running_broker(*(f"features/{view}/internal" for view in views)) as access:
+    keys = [f"features/{view}/internal" for view in views]
+    with running_broker(*keys, "features/income/personal") as access:
         yield access

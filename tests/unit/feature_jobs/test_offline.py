@@ -13,10 +13,10 @@ from deltalake import DeltaTable
 
 from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
 from cluster.security.keys.access import KeyAccess
-from cluster.security.parquet import Protection
+from cluster.security.parquet import ProtectedFileCorrupt, Protection
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.offline import Batch, BucketFile, Target, snapshot
+from feature_jobs.store.offline import Batch, BucketFile, Snapshot, Target, snapshot
 from feature_jobs.store.protection import view_protection
 
 TIME = pa.timestamp("us", "UTC")
@@ -84,6 +84,15 @@ def ingest(
     )
 
 
+def newest(
+    uri: str, access: KeyAccess, *, protection: Protection = PUBLIC, version: int | None = None
+) -> Snapshot:
+    """The table as it is, or was."""
+    return snapshot(
+        uri, view="income", keys=["person_id"], protection=protection, access=access, version=version
+    )
+
+
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
     return f"{tmp_path}/features/income"
@@ -102,7 +111,7 @@ def test_foreign_delta_reader_sees_the_committed_rows(uri: str, access: KeyAcces
 def test_bucket_files_are_sorted_by_availability(uri: str, access: KeyAccess) -> None:
     """Each file, so that a bucket is merged and not sorted."""
     ingest(uri, rows(0, 50), "a", access)
-    for file in snapshot(uri, view="income", keys=["person_id"], access=access).files:
+    for file in newest(uri, access).files:
         times = pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"]
         assert times.is_sorted()
 
@@ -110,7 +119,7 @@ def test_bucket_files_are_sorted_by_availability(uri: str, access: KeyAccess) ->
 def test_buckets_together_are_the_table(uri: str, access: KeyAccess) -> None:
     """Every row lies in exactly one bucket."""
     ingest(uri, rows(0, 50), "a", access)
-    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
+    pinned = newest(uri, access)
     found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
     assert list(range(50)) == sorted(found["person_id"])
     assert pinned.rows == 50
@@ -120,15 +129,15 @@ def test_pinned_version_never_sees_later_rows(uri: str, access: KeyAccess) -> No
     """A training set can be built again after more data came."""
     first = ingest(uri, rows(0, 50), "a", access)
     ingest(uri, rows(50, 50), "b", access)
-    assert snapshot(uri, view="income", keys=["person_id"], access=access, version=first).rows == 50
-    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 100
+    assert newest(uri, access, version=first).rows == 50
+    assert newest(uri, access).rows == 100
 
 
 def test_files_without_commit_are_no_rows(uri: str, access: KeyAccess) -> None:
     """A crash before the commit leaves the table as it was."""
     ingest(uri, rows(0, 10), "a", access)
     write(uri, rows(10, 10), "crashed", access)
-    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 10
+    assert newest(uri, access).rows == 10
     assert pl.scan_delta(uri).select(pl.len()).collect().item() == 10
 
 
@@ -147,9 +156,9 @@ def test_of_two_ingestions_at_once_one_stores_nothing(uri: str, access: KeyAcces
     ingest(uri, rows(0, 10), "a", access)
     ours, theirs = DeltaTable(uri), DeltaTable(uri)
     offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
-    with pytest.raises(SourceError, match="Another ingestion"):
+    with pytest.raises(SourceError, match="Another job committed"):
         offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
-    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 15
+    assert newest(uri, access).rows == 15
 
 
 def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str, access: KeyAccess) -> None:
@@ -165,7 +174,7 @@ def test_new_feature_is_null_in_older_rows(uri: str, access: KeyAccess) -> None:
     ingest(uri, rows(0, 5), "a", access)
     wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
     ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b", access)
-    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
+    pinned = newest(uri, access)
     parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
     found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
     assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
@@ -178,7 +187,7 @@ def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:
     other = pa.schema([BASE[0], ("amount", pa.string()), *TIMES])
     with pytest.raises(SchemaMismatch, match=r"'amount'.*double.*string"):
         ingest(uri, rows(5, 5, schema=other, amount=["x"] * 5), "b", access)
-    assert snapshot(uri, view="income", keys=["person_id"], access=access).rows == 5
+    assert newest(uri, access).rows == 5
 
 
 def test_table_keeps_its_number_of_buckets(uri: str, access: KeyAccess) -> None:
@@ -190,7 +199,7 @@ def test_table_keeps_its_number_of_buckets(uri: str, access: KeyAccess) -> None:
 def test_view_without_rows_says_what_to_run(uri: str, access: KeyAccess) -> None:
     """Nothing was ingested yet."""
     with pytest.raises(TrainingSetError, match=r"feature_jobs\.ingest view=income"):
-        snapshot(uri, view="income", keys=["person_id"], access=access)
+        newest(uri, access)
 
 
 def test_who_has_no_key_reads_what_is_public_and_nothing_else(uri: str, access: KeyAccess) -> None:
@@ -208,8 +217,41 @@ def test_who_has_no_key_reads_what_is_public_and_nothing_else(uri: str, access: 
     for hidden in ("amount", "person_id"):
         with pytest.raises(pl.exceptions.ComputeError, match="ncrypt"):
             table.select(hidden).collect()
-    pinned = snapshot(uri, view="income", keys=["person_id"], access=access)
+    pinned = newest(uri, access, protection=view_protection(view))
     found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
     assert sorted(found["amount"]) == [float(number) for number in range(40)]
     log = "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
     assert "minValues" not in log
+
+
+def test_a_file_in_the_place_of_another_is_refused(uri: str, access: KeyAccess) -> None:
+    """Of another bucket, of another table under the same keys, or one that lies in the clear."""
+    protection = Protection(default="features/income/internal", keys=tuple((name, None) for name, _ in TIMES))
+    ingest(uri, rows(0, 40), "a", access, protection)
+    other = f"{uri.rsplit('/', 1)[0]}/wages"
+    ingest(other, rows(0, 40), "a", access, protection)
+    files = newest(uri, access, protection=protection).files
+    victim, beside = (Path(uri, file.path) for file in files[:2])
+    plain = pl.read_parquet(Path(f"{uri}-plain", write(f"{uri}-plain", rows(0, 40), "a", access)[0].path))
+    whole = victim.read_bytes()
+    for content in (beside.read_bytes(), Path(other, files[0].path).read_bytes(), None):
+        if content is None:
+            plain.write_parquet(victim)
+        else:
+            victim.write_bytes(content)
+        with pytest.raises(ProtectedFileCorrupt, match=r"belongs at|signed by no key"):
+            newest(uri, access, protection=protection).read(files[0].bucket, ["amount"])
+    victim.write_bytes(whole)
+    assert newest(uri, access, protection=protection).read(files[0].bucket, ["amount"]).height
+
+
+def test_a_reader_of_an_older_version_needs_not_know_a_newer_feature(uri: str, access: KeyAccess) -> None:
+    """It was added under a key that the reader has never heard of."""
+    keys = tuple((name, None) for name, _ in TIMES)
+    older = Protection(default="features/income/internal", keys=keys)
+    newer = Protection(default=older.default, keys=(*keys, ("sector", "features/income/personal")))
+    wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
+    ingest(uri, rows(0, 5, schema=wider, sector=["x"] * 5), "a", access, newer)
+    pinned = newest(uri, access, protection=older)
+    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in {file.bucket for file in pinned.files})
+    assert sorted(found["amount"]) == [0.0, 1.0, 2.0, 3.0, 4.0]

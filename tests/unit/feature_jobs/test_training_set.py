@@ -64,7 +64,7 @@ def store(
         ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
     )
     offline.commit(DeltaTable(table.table_uri), schema, files, said, seq=len(seq))
-    return snapshot(uri, view=spec.name, keys=spec.join_keys, access=access)
+    return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=view_protection(spec), access=access)
 
 
 PERSON = view("person", ["person_id"], age_band="string", amount="float64", seen="timestamp")

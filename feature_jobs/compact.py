@@ -1,0 +1,80 @@
+"""`python -m feature_jobs.compact view=v`: few large files in place of the many that ingestion leaves.
+
+Each bucket that has more than one file becomes one, sorted as the join wants it, and the table changes over in one
+transaction. Killed at any point, the same command run again finishes the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltalake import DeltaTable
+
+from cluster.entrypoint import job
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import FeatureTableRewritten
+from cluster.security.acting import Actor, act
+from cluster.security.policy import Action
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
+from feature_jobs.store.catalog import ViewSpec, view_spec
+from feature_jobs.store.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.protection import view_protection, view_resources
+
+
+@dataclass(kw_only=True, slots=True)
+class CompactConfig(PlatformConfig):
+    """Which view."""
+
+    definitions: str = "feature_jobs.census"
+    """Named for symmetry with the other commands: the view is read as it was applied."""
+    view: str = "???"
+
+
+@job("compact", CompactConfig)
+def main(config: CompactConfig) -> None:
+    """Compact one view's table."""
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.compact")
+    view = view_spec(ledger, config.view)
+    actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
+    pinned = newest(config, view, actor)
+    buckets = fragmented(pinned)
+    if buckets:
+        rewrite(pinned, as_target(pinned), buckets)
+    replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
+    after = newest(config, view, actor)
+    print(
+        f"view {view.name}: {replaced} files replaced, {len(after.files)} left, table version {after.version}"
+    )
+
+
+def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
+    """The view's table as it is now."""
+    return snapshot(
+        layout(config.storage).features(view.name),
+        view=view.name,
+        keys=view.join_keys,
+        protection=view_protection(view),
+        access=actor.access,
+    )
+
+
+def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
+    """Say in the ledger what was rewritten, also what a killed job did not get to say; gives the files replaced."""
+    said = {
+        entry.payload["table_version"]
+        for entry in ledger.entries(FeatureTableRewritten)
+        if entry.payload["view"] == view
+    }
+    unsaid = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in said}
+    for version, files in sorted(unsaid.items()):
+        event = FeatureTableRewritten(view=view, table_version=version, files_replaced=files)
+        ledger.append(event, actor=actor)
+    return sum(unsaid.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`python -m feature_jobs.rotate_keys view=v [rotate=false] [rewrite=false]`: newer keys for a view, and its data under
+them.
+
+After a rotation new files are under the new versions; the old ones go on reading what is there, so nothing has to be
+rewritten for a routine change. Rewriting is for a key that may have leaked: every file of the table's newest version
+and of the quarantine is written anew. Parquet keeps its wrapped keys in each file's footer, so a file cannot be given
+another key without being written. Online values follow at the next materialisation. Killed, it is run again, with
+`rotate=false` if the new versions are there already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.entrypoint import job
+from cluster.ledger import open_ledger
+from cluster.ledger.events import KeysRotated
+from cluster.security.acting import act
+from cluster.security.keys.access import key_store, protected_files
+from cluster.security.policy import Action, Resource
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout, list_files
+from feature_jobs.compact import newest, record
+from feature_jobs.store.catalog import load_definitions, view_spec
+from feature_jobs.store.compaction import as_target, rewrite
+from feature_jobs.store.protection import quarantine_protection, view_keys, view_resources
+
+
+@dataclass(kw_only=True, slots=True)
+class RotateKeysConfig(PlatformConfig):
+    """Which view, and how far."""
+
+    definitions: str = "feature_jobs.census"
+    view: str = "???"
+    rotate: bool = True
+    """Make new versions of the view's keys."""
+    rewrite: bool = True
+    """Write its table and quarantine anew under the newest versions."""
+
+    def __post_init__(self) -> None:
+        if not (self.rotate or self.rewrite):
+            raise ValueError("rotate and rewrite are both false: there is nothing to do.")
+
+
+@job("rotate_keys", RotateKeysConfig)
+def main(config: RotateKeysConfig) -> None:
+    """Rotate one view's keys."""
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.rotate_keys")
+    view, region = view_spec(ledger, config.view), config.cluster.region
+    infos = view_keys(load_definitions(config.definitions).view(config.view), region=region)
+    actor.check(Action.write_features, *view_resources(view, region=region))
+    actor.check(Action.manage_keys, *(Resource.of_key(info) for info in infos))
+    if config.rotate:
+        store = key_store(actor.access)
+        versions = {info.name: store.rotate(info.name) for info in infos}
+        ledger.append(KeysRotated(view=view.name, keys=versions), actor=actor.name)
+        print(f"view {view.name}: {len(versions)} keys have a new version")
+    if config.rewrite:
+        pinned = newest(config, view, actor)
+        rewrite(pinned, as_target(pinned), {file.bucket for file in pinned.files})
+        files = protected_files(actor.access)
+        quarantined = list_files(layout(config.storage).quarantine(view.name), ".parquet")
+        protection = quarantine_protection(view.name)
+        for uri in quarantined:
+            files.reprotect(uri, uri, protection, was=protection)
+        replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
+        print(f"view {view.name}: {replaced} files of the table and {len(quarantined)} quarantined rewritten")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Rewriting files: the same rows, the same joins, whoever else writes and whenever it is killed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import SourceError
+from cluster.ledger import Ledger
+from cluster.ledger.events import FeatureTableRewritten
+from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.parquet import Protection
+from feature_jobs.compact import record
+from feature_jobs.store import compaction, offline
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.protection import view_protection
+from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.training_set import build, join_here
+
+TIME = pa.timestamp("us", "UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+VIEW = ViewSpec(
+    name="income",
+    version="1",
+    join_keys=["person_id"],
+    fields=[FieldSpec(name="amount", dtype="float64", sensitivity="personal", categorical=False)],
+    ttl_s=None,
+)
+PROTECTION: Protection = view_protection(VIEW)
+BATCHES, ROWS = 4, 30
+PEOPLE = pa.table(
+    {"person_id": range(ROWS), "event_timestamp": pa.array([START + timedelta(days=9)] * ROWS, TIME)}
+)
+
+
+def ingest(uri: str, access: KeyAccess, number: int) -> None:
+    """A batch with a correction of every person's amount."""
+    times = pa.array([START + timedelta(hours=number)] * ROWS, TIME)
+    seq = list(range(number * ROWS, (number + 1) * ROWS))
+    rows = pa.table(
+        {
+            "person_id": range(ROWS),
+            "amount": [float(one) for one in seq],
+            "event_timestamp": times,
+            "created_timestamp": times,
+            "ingested_at": times,
+            "ingest_seq": seq,
+        }
+    )
+    offline.create_table(uri, rows.schema, num_buckets=2)
+    target = Target(uri=uri, keys=("person_id",), buckets=2, protection=PROTECTION, access=access)
+    files = offline.write_files(rows, target, name=f"batch{number}")
+    batch = Batch(
+        ingest_id=str(number), rows_in=ROWS, rows_stored=ROWS, rows_quarantined=0, reasons={}, quarantine=None
+    )
+    offline.commit(DeltaTable(uri), rows.schema, files, batch, seq=seq[-1])
+
+
+@pytest.fixture
+def uri(tmp_path: Path, access: KeyAccess) -> str:
+    """A table of several batches."""
+    uri = f"{tmp_path}/features/income"
+    for number in range(BATCHES):
+        ingest(uri, access, number)
+    return uri
+
+
+def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
+    return snapshot(
+        uri, view="income", keys=["person_id"], protection=PROTECTION, access=access, version=version
+    )
+
+
+def joined(table: Snapshot) -> str:
+    """What the point-in-time join gives, as manifests know it."""
+    service = ServiceSpec(name="s", version="1", views=[VIEW])
+    return row_hash(build(service, {"income": table}, PEOPLE, join_parts=join_here))
+
+
+def compact(uri: str, access: KeyAccess) -> int:
+    table = pinned(uri, access)
+    return rewrite(table, as_target(table), fragmented(table))[0]
+
+
+def test_a_compacted_table_has_the_same_rows_in_one_sorted_file_a_bucket(uri: str, access: KeyAccess) -> None:
+    """Joins give the same hash, at the newest and at every older version."""
+    before = pinned(uri, access)
+    assert len(before.files) == 2 * BATCHES
+    expected = [joined(pinned(uri, access, version)) for version in range(1, before.version + 1)]
+    compact(uri, access)
+    after = pinned(uri, access)
+    assert [file.bucket for file in after.files] == [0, 1]
+    assert (after.rows, fragmented(after)) == (before.rows, [])
+    assert joined(after) == expected[-1]
+    assert [joined(pinned(uri, access, version)) for version in range(1, before.version + 1)] == expected
+    for bucket in range(2):
+        assert after.read(bucket, ["amount"])["event_timestamp"].is_sorted()
+    assert pl.scan_delta(uri).select(pl.len()).collect().item() == before.rows
+    assert "minValues" not in "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
+
+
+def test_an_ingestion_meanwhile_loses_nothing(
+    uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change is made on top of it."""
+    table = pinned(uri, access)
+    real = compaction._merged
+
+    def slow(*arguments: object) -> object:
+        if DeltaTable(uri).version() == table.version:
+            ingest(uri, access, BATCHES)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compaction, "_merged", slow)
+    rewrite(table, as_target(table), fragmented(table))
+    after = pinned(uri, access)
+    assert after.rows == (BATCHES + 1) * ROWS
+    assert len(after.files) == 4
+
+
+def test_an_ingestion_that_began_before_is_told_to_run_again(uri: str, access: KeyAccess) -> None:
+    """It commits against the table as it saw it."""
+    seen = DeltaTable(uri)
+    compact(uri, access)
+    batch = Batch(ingest_id="x", rows_in=0, rows_stored=0, rows_quarantined=0, reasons={}, quarantine=None)
+    with pytest.raises(SourceError, match="Run it again"):
+        offline.commit(seen, pa.schema(seen.schema().to_arrow()).remove(6), [], batch, seq=10_000)
+    ingest(uri, access, BATCHES)
+    assert pinned(uri, access).rows == (BATCHES + 1) * ROWS
+
+
+def test_of_two_compactions_one_changes_nothing(uri: str, access: KeyAccess) -> None:
+    """Its files are gone from the table already."""
+    table = pinned(uri, access)
+    compact(uri, access)
+    with pytest.raises(SourceError, match="rewrote files"):
+        rewrite(table, as_target(table), fragmented(table))
+    assert pinned(uri, access).rows == BATCHES * ROWS
+
+
+def test_killed_before_the_commit_it_leaves_the_table_as_it_was(
+    uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written files that nothing refers to; the next run does all of it."""
+    expected = joined(pinned(uri, access))
+    table = pinned(uri, access)
+    monkeypatch.setattr(compaction, "_change_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(table, as_target(table), fragmented(table))
+    monkeypatch.undo()
+    assert (pinned(uri, access).files, joined(pinned(uri, access))) == (table.files, expected)
+    compact(uri, access)
+    assert joined(pinned(uri, access)) == expected
+
+
+def test_killed_before_its_event_the_next_run_says_it(uri: str, access: KeyAccess, tmp_path: Path) -> None:
+    """Once."""
+    version = compact(uri, access)
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    assert rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
+    assert record(ledger, "income", uri, actor="test") == 2 * BATCHES
+    assert record(ledger, "income", uri, actor="test") == 0
+    (event,) = ledger.entries(FeatureTableRewritten)
+    assert event.payload == {"view": "income", "table_version": version, "files_replaced": 2 * BATCHES}
+
+
+def test_rewritten_after_a_rotation_all_is_under_the_newest_keys(uri: str, access: KeyAccess) -> None:
+    """While before it only new files are."""
+    store, files = key_store(access), protected_files(access)
+    for sensitivity in ("internal", "personal"):
+        store.rotate(f"features/income/{sensitivity}")
+    table = pinned(uri, access)
+
+    def versions(table: Snapshot) -> set[str]:
+        wrapped = [files.keys(f"{uri}/{file.path}").wrapped for file in table.files]
+        return {text.split(":")[1] for one in wrapped for text in one.values()}
+
+    assert versions(table) == {"v1"}
+    files.forget()
+    rewrite(table, as_target(table), {file.bucket for file in table.files})
+    after = pinned(uri, access)
+    assert versions(after) == {"v2"}
+    assert joined(after) == joined(table)
