@@ -195,6 +195,8 @@ class ClusterConfig:
     """Value of the node label `ray.io/availability-region`."""
     tls: bool = True
     """Whether Ray's processes speak TLS with each other and with drivers, both sides showing a certificate."""
+    spill_folder: str | None = None
+    """Where Ray puts objects when memory is short; none is its temporary folder."""
     object_store_mib: int = 1024
     ports: PortsConfig = field(default_factory=PortsConfig)
 

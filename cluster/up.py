@@ -24,6 +24,7 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, Falaj
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.security.disks import keeps_secrets
 from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.tls import ensure_tls
@@ -38,7 +39,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig
-from cluster.storage import ROOT_VARIABLE, layout, local, project_root
+from cluster.storage import ROOT_VARIABLE, layout, local, project_root, resolve
 
 REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
@@ -61,6 +62,7 @@ def main(config: PlatformConfig) -> None:
     started = time.perf_counter()
     record = describe(config)
     prepare(config, record)
+    warn_of_spilling(config, record)
     try:
         start_ray(config, record)
         write_record(record, config.storage)
@@ -163,6 +165,17 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     Path(record.temp_dir).mkdir(mode=0o700)
 
 
+def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Say so where objects with protected columns would lie on a disk in the clear."""
+    folder = resolve(config.cluster.spill_folder) if config.cluster.spill_folder else record.temp_dir
+    if keeps_secrets(Path(folder)) is False:
+        print(
+            f"warning: when memory is short Ray writes objects in the clear to {folder}, which is neither in memory "
+            "nor on an encrypted device. Set cluster.spill_folder=… to a folder on one.",
+            flush=True,
+        )
+
+
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """The environment of every process of the cluster, and so of every job and replica."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
@@ -218,6 +231,8 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         f"--labels=ray.io/availability-region={config.cluster.region}",
         f"--temp-dir={record.temp_dir}",
     ]
+    if config.cluster.spill_folder is not None:
+        command.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
     result = subprocess.run(
         command,
         env=environment(config, record),

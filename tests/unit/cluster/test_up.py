@@ -95,6 +95,22 @@ def test_what_is_left_of_a_replicas_connections_is_in_nobodys_way(config: Platfo
     up.check(config)
 
 
+@pytest.mark.parametrize(("sealed", "warns"), [(True, False), (None, False), (False, True)])
+def test_spilling_to_an_open_disk_is_warned_of(
+    config: PlatformConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sealed: bool | None,
+    warns: bool,
+) -> None:
+    """Saying where, and what to set; not where the machine does not tell."""
+    config.cluster.spill_folder = "/spill"
+    monkeypatch.setattr(up, "keeps_secrets", lambda folder: sealed if folder == Path("/spill") else None)
+    up.warn_of_spilling(config, up.describe(config))
+    said = capsys.readouterr().out
+    assert ("/spill" in said and "cluster.spill_folder=" in said) == warns
+
+
 def test_a_recorded_cluster_whose_head_answers_is_up(
     config: PlatformConfig, listener: Callable[..., None]
 ) -> None:

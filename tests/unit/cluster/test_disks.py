@@ -1,0 +1,74 @@
+"""Where a folder's bytes end up, told from what Linux says of mounts and devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.security.disks import keeps_secrets
+
+TABLE = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+23 22 0:23 / /dev/shm rw - tmpfs tmpfs rw
+24 22 253:1 / /home rw shared:7 - ext4 /dev/mapper/home rw
+25 22 253:2 / /data rw - xfs /dev/mapper/vg-data rw
+26 22 253:3 / /half rw - xfs /dev/mapper/vg-half rw
+27 22 254:0 / /mnt/a\040b rw - ext4 /dev/vda rw
+28 27 0:24 / /mnt/a\040b/memory rw - tmpfs tmpfs rw
+29 22 0:25 / /net rw - nfs4 server:/ rw
+30 24 254:0 / /home rw - ext4 /dev/vda rw
+31 30 253:1 / /home rw - ext4 /dev/mapper/home rw
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> tuple[Path, Path]:
+    """A mount table, and devices: an encrypted one, a volume upon it, and one that is half upon it."""
+    devices = tmp_path / "block"
+    for name in ("254:0", "253:1/dm", "253:2/dm", "253:2/slaves", "253:3/dm", "253:3/slaves"):
+        (devices / name).mkdir(parents=True)
+    (devices / "253:1/dm/uuid").write_text("CRYPT-LUKS2-abc-home\n")
+    for name in ("253:2", "253:3"):
+        (devices / name / "dm/uuid").write_text("LVM-abc\n")
+        (devices / name / "slaves/dm-1").symlink_to(devices / "253:1")
+    (devices / "253:3/slaves/vda").symlink_to(devices / "254:0")
+    table = tmp_path / "mountinfo"
+    table.write_text(TABLE)
+    return table, devices
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/tmp/falaj-1", False),
+        ("/dev/shm/falaj", True),
+        ("/dev/shmooze", False),
+        ("/home/ann/not/there/yet", True),
+        ("/data/spill", True),
+        ("/half/spill", False),
+        ("/mnt/a b/x", False),
+        ("/mnt/a b/memory/x", True),
+        ("/net/x", False),
+    ],
+)
+def test_memory_and_encrypted_devices_keep_secrets(
+    machine: tuple[Path, Path], folder: str, expected: bool
+) -> None:
+    """The nearest mount counts, and the last one made where two lie over each other; half encrypted is not."""
+    table, devices = machine
+    assert keeps_secrets(Path(folder), table=table, devices=devices) is expected
+
+
+@pytest.mark.parametrize("content", [None, "", "nonsense\n"])
+def test_where_the_machine_says_nothing_neither_do_we(tmp_path: Path, content: str | None) -> None:
+    """macOS, for one."""
+    table = tmp_path / "mountinfo"
+    if content is not None:
+        table.write_text(content)
+    assert keeps_secrets(Path("/tmp"), table=table, devices=tmp_path) is None
+
+
+def test_this_machine_is_understood() -> None:
+    """Shared memory is memory."""
+    if Path("/dev/shm").is_mount():
+        assert keeps_secrets(Path("/dev/shm/anything")) is True
