@@ -104,6 +104,10 @@ class VaultConfig:
     """Certificate authority of its address; none takes the system's."""
     namespace: str | None = None
     """Of Vault Enterprise."""
+    pki_role: str | None = None
+    """Role of its PKI that issues the edge's and the nodes' certificates; none leaves that to the local authority."""
+    pki_mount: str = "pki"
+    pki_ttl_s: int = 30 * 86_400
 
 
 @dataclass(kw_only=True, slots=True)

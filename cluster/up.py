@@ -27,6 +27,7 @@ from cluster.ledger.events import ClusterStarted
 from cluster.security.disks import keeps_secrets
 from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.keys.keyring import check_keyring
+from cluster.security.pki import fetch_certificates
 from cluster.security.tls import ensure_tls
 from cluster.session import (
     LOOPBACK,
@@ -38,7 +39,7 @@ from cluster.session import (
     tls_environment,
     write_record,
 )
-from cluster.settings import PlatformConfig
+from cluster.settings import PlatformConfig, SecretsKind
 from cluster.storage import ROOT_VARIABLE, layout, local, project_root, resolve
 
 REFUSED_VARIABLES = (
@@ -159,7 +160,11 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     ensure_signer(keys)
     if config.identity.issuer.url is None:
         ensure_issuer(places, tier=config.tier)
-    ensure_tls(places)
+    vault = config.secrets.vault
+    if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
+        fetch_certificates(places, vault)
+    else:
+        ensure_tls(places)
     if not Path(record.token_path).exists():
         write_private(Path(record.token_path), secrets.token_hex(32).encode())
     Path(record.temp_dir).mkdir(mode=0o700)
