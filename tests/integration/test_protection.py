@@ -259,13 +259,13 @@ def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project
 
 def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clinic: Project) -> None:
     """A data engineer compacts what he may not read; keys are for the admin to rotate."""
-    before = clinic.run(*training_set("output=before.parquet"), check=True).stdout
     frame = pl.read_parquet(clinic.root / "patient.parquet").with_columns(
         pl.col("at") - dt.timedelta(days=1), name=pl.lit(NAME), age=pl.lit(50.0)
     )
     frame.write_parquet(clinic.root / "earlier.parquet")
     definitions = ("definitions=clinic", "view=patient")
     clinic.run("feature_jobs.ingest", *definitions, "source.path=earlier.parquet", check=True)
+    before = clinic.run(*training_set("output=before.parquet"), check=True).stdout
     engineer = f"identity.token_file={token(clinic, 'data_engineer', 'care')}"
     compacted = clinic.run("feature_jobs.compact", *definitions, engineer, check=True)
     assert "4 files replaced, 2 left" in compacted.stdout
