@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cluster.errors import ConfigError
 
 T = TypeVar("T")
+_ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -147,6 +148,13 @@ class IssuerConfig:
     tenant_claim: str = "tenant"
 
     def __post_init__(self) -> None:
+        for name in ("url", "audience"):
+            value = getattr(self, name)
+            if value is not None and not _ISSUER_WORD.fullmatch(value):
+                raise ValueError(
+                    f"identity.issuer.{name} must be one word of letters, digits and ._~:/?@+,=%-, because it stands "
+                    f"in the edge's configuration, got '{value}'."
+                )
         for name in ("role_claim", "purpose_claim", "tenant_claim"):
             if not _CLAIM.fullmatch(getattr(self, name)):
                 raise ValueError(

@@ -74,7 +74,9 @@ def _show_text(record: ClusterRecord) -> None:
     print(f"project        {record.project_root}")
     print(f"state          {record.storage_root}")
     print(f"edge           {record.edge_url}")
-    print(f"Ray dashboard  {record.dashboard_url}  (token: {record.token_path})")
+    print(
+        f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
+    )
     print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
     print(f"key broker     {record.key_socket}")
     print("Serve applications")

@@ -88,7 +88,9 @@ def main(config: PlatformConfig) -> None:
     open_ledger(config).append(event, actor=current_actor())
     print(f"up after {time.perf_counter() - started:.0f} s")
     print(f"edge           {record.edge_url}")
-    print(f"Ray dashboard  {record.dashboard_url}  (token: {record.token_path})")
+    print(
+        f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
+    )
     print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
 
 

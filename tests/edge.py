@@ -23,7 +23,9 @@ from cluster.security.policy import Role
 from cluster.security.tls import ensure_tls
 from cluster.security.tokens import TokenRules
 from cluster.storage import Layout, write_bytes
-from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
+from serve_apps.edge.answers import ERROR_STATUSES, error_file
+from serve_apps.edge.config import EdgeSettings, render
+from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.routes import Routes, routes
@@ -33,6 +35,7 @@ from tests.ports import free_port
 
 PREDICT = "/v1/models/m:predict"
 SALT = "sé"
+RAY_TOKEN = "token-of-ray"
 ROLLOUT = Rollout(id="r1", salt=SALT, treatment_version=2, treatment_variant="challenger", weight=20)
 
 
@@ -52,7 +55,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST
+    do_GET = do_PUT = do_DELETE = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -80,6 +83,7 @@ class Edge:
             bind=f"127.0.0.1:{self.port}",
             metrics_bind=f"127.0.0.1:{metrics_port}",
             certificate=f"{self.places.tls}/edge.pem",
+            dashboard=self.targets["m-v1"][0],
             tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
@@ -92,6 +96,7 @@ class Edge:
             config=root / "haproxy.cfg",
             admin_socket=Path(self.settings.admin_socket),
             access_folder=root / "access",
+            secrets={TOKEN_VARIABLE: RAY_TOKEN},
         )
         self.keys = written_keys(local_keys(self.places), root / "keys")()
         self.context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")

@@ -33,6 +33,7 @@ MAX_KEYS = 64
 TIMEOUT_S = 3.0
 MIN_RSA_BITS = 2048
 MAX_BACKOFF = 16
+MAX_AGE_S = 300.0
 _PUBLIC = {"EC": ("kty", "crv", "x", "y"), "RSA": ("kty", "n", "e")}
 
 Fetch = Callable[[], bytes]
@@ -141,7 +142,7 @@ class RemoteKeys:
         fetch: Fetch,
         *,
         algorithms: tuple[str, ...] = ("ES256",),
-        max_age_s: float = 300.0,
+        max_age_s: float = MAX_AGE_S,
         cooldown_s: float = 30.0,
         max_stale_s: float = 86_400.0,
         clock: Callable[[], float] = time.monotonic,

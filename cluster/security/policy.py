@@ -82,7 +82,7 @@ class Action(enum.StrEnum):
     read_ledger = "read_ledger"
 
 
-EDGE_ACTIONS = (Action.predict, Action.write_outcome, Action.read_metadata)
+EDGE_ACTIONS = (Action.predict, Action.write_outcome, Action.read_metadata, Action.manage_cluster)
 """What the edge tells apart by path."""
 
 

@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from cluster.security.identity import ClaimNames, Principal, TokenVerifier, local_keys
 from cluster.security.intent import INTENT_AUDIENCE, INTENT_TYPE, MAX_TTL_S, IntentVerifier, is_intent
 from cluster.security.issuer import AUDIENCE, ISSUER
-from cluster.security.oidc import KeySource, RemoteKeys, discovered, jwks_at
+from cluster.security.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovered, jwks_at
 from cluster.security.tokens import ACCESS_TYPES, KEY_TYPES, TokenRules
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
@@ -27,8 +27,13 @@ class Trust:
     intents: IntentVerifier
 
     @classmethod
-    def of(cls, issuer: IssuerConfig, places: Layout) -> Trust:
+    def of(cls, issuer: IssuerConfig, places: Layout, *, keys_max_age_s: float = MAX_AGE_S) -> Trust:
         """As configured.
+
+        Args:
+            issuer: whom to believe.
+            places: the dev issuer's.
+            keys_max_age_s: how old an OIDC issuer's keys may be before they are fetched anew.
 
         Raises:
             ConfigError: an address that is neither https nor loopback; or no dev issuer yet, where none is configured.
@@ -45,7 +50,7 @@ class Trust:
             if issuer.jwks_url
             else discovered(issuer.url, ca_file=issuer.ca_file)
         )
-        keys = RemoteKeys(fetch, algorithms=tuple(KEY_TYPES))
+        keys = RemoteKeys(fetch, algorithms=tuple(KEY_TYPES), max_age_s=keys_max_age_s)
         names = ClaimNames(role=issuer.role_claim, purpose=issuer.purpose_claim, tenant=issuer.tenant_claim)
         return cls(
             keys=keys,

@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
@@ -17,9 +18,13 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, serve_targets
+from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import state_file
+
+KEYS_MAX_AGE_S = 30.0
+"""Others ask an OIDC issuer again when a token names a key that they do not know; HAProxy cannot."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +48,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         bind=f"{config.host}:{record.ports['edge']}",
         metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
         certificate=f"{places.tls}/{EDGE_NAME}",
+        dashboard=urlsplit(record.dashboard_url).netloc,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
         map_file=str(edge / "routes.map"),
@@ -61,12 +67,16 @@ def main(config: EdgeConfig) -> None:
     places = layout(config.storage)
     edge = local(places.edge)
     files = settings(config, record)
+    trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
     controller = Controller(
         ledger=open_ledger(config),
         fetch_targets=serve_targets(record, host=config.replica_host),
-        fetch_keys=written_keys(Trust.of(config.identity.issuer, places).keys, edge / "keys"),
+        fetch_keys=written_keys(trust.keys, edge / "keys"),
         haproxy=HAProxy(
-            config=edge / "haproxy.cfg", admin_socket=Path(files.admin_socket), access_folder=edge / "access"
+            config=edge / "haproxy.cfg",
+            admin_socket=Path(files.admin_socket),
+            access_folder=edge / "access",
+            secrets={TOKEN_VARIABLE: Path(record.token_path).read_text().strip()},
         ),
         settings=files,
         state_file=state_file(config),

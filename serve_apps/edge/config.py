@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
+from serve_apps.edge import dashboard
+from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
+from serve_apps.edge.token_checks import token_checks
 
 OUTCOMES_APP = "outcomes"
-ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
 _LIVE, _READY = '{"live":true}', '{"ready":true}'
 MODEL_NAME = "[A-Za-z0-9._-]+"
-NOT_BEFORE_LEEWAY_S = 5
-"""How far ahead the issuer's clock may be; an expired token gets no leeway here, only from a replica."""
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
@@ -33,6 +31,8 @@ class EdgeSettings:
     bind: str
     metrics_bind: str
     certificate: str
+    dashboard: str
+    """Address of Ray's dashboard."""
     tokens: TokenRules
     """What the edge checks of them; replicas check the rest."""
     map_file: str
@@ -44,18 +44,6 @@ class EdgeSettings:
     role_claim: str = "role"
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
-
-
-def error_body(status: int, message: str | None = None) -> str:
-    """The contract's JSON error."""
-    return json.dumps({"error": message or HTTPStatus(status).phrase, "code": status})
-
-
-def error_file(status: int) -> str:
-    """What HAProxy sends when it refuses by itself."""
-    body = error_body(status)
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
 
 
 def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
@@ -71,6 +59,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _defaults(settings),
         _frontend(routes, keys, settings),
         _metrics(settings),
+        dashboard.backend(settings.dashboard),
         *(_backend(backend) for backend in routes.backends),
     ]
     return "\n".join(parts)
@@ -121,10 +110,15 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     unique-id-format %[uuid()]
     http-request del-header x-falaj- -m beg
 {_health(routes)}
+    {refuse(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
+    http-request set-var(txn.token) http_auth_bearer
+{dashboard.entrance()}
 {_classify()}
-{_identity(keys, settings)}
+{token_checks(keys, settings.tokens, role_claim=settings.role_claim)}
+    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub') if dashboard
 {_authorise(settings)}
-    http-request return status 413 {_json(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
+{dashboard.passage()}
+    {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
     http-response del-header server
@@ -137,9 +131,9 @@ def _health(routes: Routes) -> str:
     missing = [name for name in routes.champions if not _known(routes, name)]
     ready = f" if {{ path /v2/health/ready }} {healthy}".rstrip()
     lines = [
-        f"    http-request return status 200 {_content(_LIVE)} if {{ path /v2/health/live }}",
-        *([] if missing else [f"    http-request return status 200 {_content(_READY)}{ready}"]),
-        f"    http-request return status 503 {_json(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
+        f"    {say(_LIVE)} if {{ path /v2/health/live }}",
+        *([] if missing else [f"    {say(_READY)}{ready}"]),
+        f"    {refuse(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
     ]
     return "\n".join(lines)
 
@@ -151,44 +145,11 @@ def _classify() -> str:
     return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
     http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {metadata} }}
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
-    http-request return status 404 {_json(404, "No such path.")} unless {{ var(txn.action) -m found }}
+    {refuse(404, "No such path.")} unless {{ var(txn.action) -m found }}
     acl reads var(txn.action) -m str {Action.read_metadata}
-    http-request return status 405 {_json(405, "This path takes POST.")} if !reads !METH_POST
-    http-request return status 405 {_json(405, "This path takes GET.")} if reads !METH_GET
-    http-request set-var(txn.model) path,field(4,/),field(1,:) if !{{ path /v1/outcomes }}"""
-
-
-def _identity(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
-    """Each key verifies tokens of its own name and algorithm alone, so a token cannot choose how it is checked."""
-
-    def refuse(message: str) -> str:
-        return f'http-request return status 401 {_json(401, message)} hdr WWW-Authenticate "Bearer"'
-
-    rules = settings.tokens
-    verify = "\n".join(
-        f'    http-request set-var(txn.signed) http_auth_bearer,jwt_verify(txn.alg,"{key.file}") '
-        f"if {{ var(txn.kid) -m str {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
-        for key in keys
-    )
-    algorithms = " or ".join(rules.algorithms)
-    return f"""    http-request return status 400 {_json(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
-    http-request set-var(txn.now) date()
-    http-request set-var(txn.alg) http_auth_bearer,jwt_header_query('$.alg')
-    http-request set-var(txn.kid) http_auth_bearer,jwt_header_query('$.kid')
-    http-request set-var(txn.iss) http_auth_bearer,jwt_payload_query('$.iss')
-    http-request set-var(txn.aud) http_auth_bearer,jwt_payload_query('$.aud')
-    http-request set-var(txn.aud) http_auth_bearer,jwt_payload_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
-    http-request set-var(txn.role) http_auth_bearer,jwt_payload_query('$.{settings.role_claim}')
-    http-request set-var(txn.exp) http_auth_bearer,jwt_payload_query('$.exp','int')
-    http-request set-var(txn.nbf) http_auth_bearer,jwt_payload_query('$.nbf','int')
-    {refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ http_auth_bearer -m found }}
-    {refuse(f"The token is not signed with {algorithms}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
-{verify}
-    {refuse("The token's signature is not valid.")} unless {{ var(txn.signed) -m int 1 }}
-    {refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str {rules.issuer} }} {{ var(txn.aud) -m str {rules.audience} }}
-    {refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
-    {refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
-    {refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt {NOT_BEFORE_LEEWAY_S} }}"""
+    {refuse(405, "This path takes POST.")} if !reads !dashboard !METH_POST
+    {refuse(405, "This path takes GET.")} if reads !METH_GET
+    http-request set-var(txn.model) path,field(4,/),field(1,:) if !dashboard !{{ path /v1/outcomes }}"""
 
 
 def _authorise(settings: EdgeSettings) -> str:
@@ -196,7 +157,7 @@ def _authorise(settings: EdgeSettings) -> str:
     for action, roles in settings.roles.items():
         names = " ".join(sorted(roles))
         message = f"Your role may not {action.value.replace('_', ' ')}."
-        refusal = f"http-request return status 403 {_json(403, message)}"
+        refusal = f"{refuse(403, message)}"
         lines.append(
             f"    {refusal} if {{ var(txn.action) -m str {action} }} !{{ var(txn.role) -m str {names} }}"
         )
@@ -207,7 +168,7 @@ def _route(settings: EdgeSettings) -> str:
     """The split: arm by bucket, backend by arm, the champion where the treatment has no healthy replica."""
     return f"""    acl by_model var(txn.model) -m found
     http-request set-var(txn.route) var(txn.model),map_str({settings.map_file}) if by_model
-    http-request return status 404 {_json(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
+    {refuse(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
     http-request set-var(txn.backend) str({OUTCOMES_APP}) unless by_model
     http-request set-var(txn.backend) var(txn.route),field(1,|) if by_model
     http-request set-var(txn.variant) str(champion) if by_model
@@ -229,7 +190,7 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.backend) var(txn.treatment) if treated treatable
     http-request set-var(txn.variant) var(txn.route),field(3,|) if treated treatable
     http-request set-var(txn.fallback) bool(true) if treated !treatable
-    http-request return status 503 {_json(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
+    {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
     http-request set-header x-falaj-request-id %[unique-id]
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
@@ -242,7 +203,7 @@ def _metrics(settings: EdgeSettings) -> str:
     return f"""frontend metrics
     bind {settings.metrics_bind}
     http-request use-service prometheus-exporter if {{ path /metrics }}
-    http-request return status 404 {_json(404, "Metrics are at /metrics.")}
+    {refuse(404, "Metrics are at /metrics.")}
 """
 
 
@@ -262,24 +223,13 @@ def _known(routes: Routes, name: str) -> bool:
     return any(backend.name == name and backend.servers for backend in routes.backends)
 
 
-def _content(text: str) -> str:
-    return f"content-type application/json string '{_quoted(text)}'"
-
-
-def _json(status: int, message: str) -> str:
-    return _content(error_body(status, message))
-
-
-def _quoted(text: str) -> str:
-    """Inside HAProxy's single quotes, where no quote can be escaped."""
-    return text.replace("'", '"' if '"' not in text else "’")
-
-
 _FIELDS = {
     "time": "%Ts.%ms",
     "request_id": '"%ID"',
     "model": '"%[var(txn.model),json(utf8s)]"',
     "action": '"%[var(txn.action)]"',
+    "principal": '"%[var(txn.principal),json(utf8s)]"',
+    "path": '"%[var(txn.path),json(utf8s)]"',
     "rollout": '"%[var(txn.rollout)]"',
     "arm": '"%[var(txn.arm)]"',
     "variant": '"%[var(txn.variant)]"',

@@ -20,7 +20,8 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
-from serve_apps.edge.config import ERROR_STATUSES, EdgeSettings, error_file, render
+from serve_apps.edge.answers import ERROR_STATUSES, error_file
+from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import JwtKey

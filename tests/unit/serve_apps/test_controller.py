@@ -32,6 +32,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, Targets
+from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import EdgeState
@@ -81,6 +82,7 @@ class Running:
             bind=f"127.0.0.1:{free_port()}",
             metrics_bind=f"127.0.0.1:{free_port()}",
             certificate=f"{places.tls}/edge.pem",
+            dashboard="127.0.0.1:9",
             tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
@@ -92,7 +94,10 @@ class Running:
         self.state_file = root / "state.json"
         self.haproxy_file = root / "haproxy.cfg"
         self.haproxy = HAProxy(
-            config=self.haproxy_file, admin_socket=short / "admin.sock", access_folder=root / "access"
+            config=self.haproxy_file,
+            admin_socket=short / "admin.sock",
+            access_folder=root / "access",
+            secrets={TOKEN_VARIABLE: "of-ray"},
         )
         self.controller = Controller(
             ledger=self.ledger,

@@ -1,0 +1,63 @@
+"""How HAProxy checks the token in `txn.token`: each of its issuer's keys for tokens of its own name and algorithm alone,
+so a token cannot choose how it is checked.
+
+Left to who stands behind the edge: a name that the JSON says twice, and what only Python's stricter reading finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.security.tokens import TokenRules
+from serve_apps.edge.answers import refuse
+from serve_apps.edge.keys import JwtKey
+
+NOT_BEFORE_LEEWAY_S = 5
+"""How far ahead the issuer's clock may be; an expired token gets no leeway here, only from a replica."""
+BROUGHT_ALONG = ("crit[0]", "crit", "b64", "jku", "jwk.kty", "x5u", "x5c[0]")
+"""Header fields that change how a token is read, or bring a key; a list is found by its first element alone."""
+
+
+def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str) -> str:
+    """Rules that refuse with 401 what does not hold, and set `txn.role` and `txn.exp` where it does.
+
+    Args:
+        keys: the issuer's; without any, every token is refused.
+        rules: what a token must say.
+        role_claim: the issuer's name for the role.
+    """
+    verify = "\n".join(
+        f'    http-request set-var(txn.signed) var(txn.token),jwt_verify(txn.alg,"{key.file}") '
+        f"if {{ var(txn.kid) -m str -- {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
+        for key in keys
+    )
+    foreign = "\n".join(
+        f"    {_refuse('The token has header fields that are not accepted here.')} "
+        f"if {{ var(txn.token),jwt_header_query('$.{name}') -m found }}"
+        for name in BROUGHT_ALONG
+    )
+    latest_s = rules.max_lifetime_s + rules.leeway_s
+    return f"""    {_refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ var(txn.token) -m found }}
+    {_refuse(f"The token is longer than {rules.max_bytes} bytes.")} if {{ var(txn.token) -m len gt {rules.max_bytes} }}
+    http-request set-var(txn.now) date()
+    http-request set-var(txn.alg) var(txn.token),jwt_header_query('$.alg')
+    http-request set-var(txn.kid) var(txn.token),jwt_header_query('$.kid')
+    http-request set-var(txn.iss) var(txn.token),jwt_payload_query('$.iss')
+    http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud')
+    http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
+    http-request set-var(txn.role) var(txn.token),jwt_payload_query('$.{role_claim}')
+    http-request set-var(txn.exp) var(txn.token),jwt_payload_query('$.exp','int')
+    http-request set-var(txn.nbf) var(txn.token),jwt_payload_query('$.nbf','int')
+{foreign}
+    {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
+{verify}
+    {_refuse("The token's signature is not valid.")} unless {{ var(txn.signed) -m int 1 }}
+    {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} {{ var(txn.aud) -m str -- {rules.audience} }}
+    {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
+    {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
+    {_refuse(f"The token would hold for more than {rules.max_lifetime_s} s.")} if {{ var(txn.exp),sub(txn.now) -m int gt {latest_s} }}
+    {_refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt {NOT_BEFORE_LEEWAY_S} }}"""
+
+
+def _refuse(message: str) -> str:
+    return f'{refuse(401, message)} hdr WWW-Authenticate "Bearer"'
