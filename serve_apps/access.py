@@ -12,6 +12,9 @@ from cluster.ledger.events import LedgerEvent
 from cluster.security.audit import Append, Decisions
 from cluster.security.identity import Principal, TokenVerifier
 from cluster.security.policy import Action, Policy, Resource
+from cluster.security.trust import Trust
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
 
 MAX_CACHED = 10_000
 MAX_CACHED_S = 60
@@ -44,6 +47,17 @@ class AccessCheck:
         self._environment = environment
         self._decisions = Decisions(append)
         self._known: dict[str, tuple[Principal, float]] = {}
+
+    @classmethod
+    def of(cls, config: PlatformConfig, resource: Resource, ledger: Ledger) -> AccessCheck:
+        """As the platform is configured; decisions are written to the ledger in the background."""
+        return cls(
+            Trust.of(config.identity.issuer, layout(config.storage)).tokens,
+            policy=Policy.load(region=config.cluster.region),
+            resource=resource,
+            environment=config.identity.environment,
+            append=in_background(ledger),
+        )
 
     def __call__(self, authorization: str | None, action: Action) -> Principal:
         """The principal, if it may do the action.

@@ -18,12 +18,11 @@ from cluster.records import OutcomeRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound
-from cluster.security.policy import Action, Policy, Resource
-from cluster.security.trust import Trust
+from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
-from serve_apps.access import AccessCheck, in_background
+from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, to_utc
@@ -88,13 +87,8 @@ class Outcomes:
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)
         self._registry = Registry(self._ledger, self._places)
-        self._access = AccessCheck(
-            Trust.of(platform.identity.issuer, self._places).tokens,
-            policy=Policy.load(region=platform.cluster.region),
-            resource=Resource(kind="outcomes", name="*", region=platform.cluster.region),
-            environment=platform.identity.environment,
-            append=in_background(self._ledger),
-        )
+        every = Resource(kind="outcomes", name="*", region=platform.cluster.region)
+        self._access = AccessCheck.of(platform, every, self._ledger)
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._writers: dict[str, SegmentWriter] = {}
 

@@ -21,14 +21,13 @@ from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.policy import Action, Policy
-from cluster.security.trust import Trust
+from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
-from serve_apps.access import AccessCheck, in_background
+from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.predictor import inference_protocol
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
@@ -64,13 +63,8 @@ class Predictor:
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
-        self._access = AccessCheck(
-            Trust.of(platform.identity.issuer, places).tokens,
-            policy=Policy.load(region=platform.cluster.region),
-            resource=self._version.resource(region=platform.cluster.region),
-            environment=platform.identity.environment,
-            append=in_background(ledger),
-        )
+        mine = self._version.resource(region=platform.cluster.region)
+        self._access = AccessCheck.of(platform, mine, ledger)
         self._log = SegmentWriter(
             local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
         )
@@ -78,16 +72,7 @@ class Predictor:
         if signature.service:
             spec = service_spec(ledger, signature.service, signature.service_version)
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
-        tags = {"model": name, "version": str(version)}
-        self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
-        self._answered.set_default_tags(dict(tags))
-        self._seconds = metrics.Histogram(
-            "falaj_prediction_seconds",
-            "time in the replica",
-            boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
-            tag_keys=_TAGS,
-        )
-        self._seconds.set_default_tags(dict(tags))
+        self._answered, self._seconds = _meters({"model": name, "version": str(version)})
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -204,3 +189,17 @@ class Predictor:
                 f"The prediction cannot be written down, so it is not given: {error}."
             ) from error
         return prediction_id
+
+
+def _meters(tags: dict[str, str]) -> tuple[metrics.Counter, metrics.Histogram]:
+    """Answers by status, and the time they took."""
+    answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
+    seconds = metrics.Histogram(
+        "falaj_prediction_seconds",
+        "time in the replica",
+        boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
+        tag_keys=_TAGS,
+    )
+    for meter in (answered, seconds):
+        meter.set_default_tags(tags)
+    return answered, seconds
