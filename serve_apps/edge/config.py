@@ -70,7 +70,7 @@ def _global(settings: EdgeSettings) -> str:
     log stdout len 4096 format raw local0
     nbthread {settings.threads}
     maxconn {settings.max_connections}
-    hard-stop-after 30s
+    hard-stop-after 1h
     stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
     ssl-default-bind-options ssl-min-ver TLSv1.3
     tune.ssl.default-dh-param 2048

@@ -83,7 +83,7 @@ def attached_driver(project: Project) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: Project) -> None:
-    """The edge speaks TLS under our CA; Ray's dashboard wants its token."""
+    """The edge speaks TLS under our CA; Ray's dashboard wants its token, or at the edge an admin's."""
     record = falaj_cluster.record
     ca = falaj_cluster.storage_root / "tls" / "ca.pem"
     assert status_of(f"{record.edge_url}/v2/health/live", ca=ca) == 200
@@ -91,6 +91,11 @@ def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: P
     assert status_of(f"{record.dashboard_url}/api/cluster_status") == 401
     ray_token = Path(record.token_path).read_text().strip()
     assert status_of(f"{record.dashboard_url}/api/cluster_status", token=ray_token) == 200
+    assert status_of(f"{record.edge_url}/ray/api/cluster_status", ca=ca) == 401
+    assert status_of(f"{record.edge_url}/ray/api/cluster_status", ca=ca, token=ray_token) == 401
+    for role, expected in (("service", 403), ("admin", 200)):
+        token = falaj_cluster.token(role)
+        assert status_of(f"{record.edge_url}/ray/api/cluster_status", ca=ca, token=token) == expected
     assert status_of(record.metrics_url) == 200
     assert status_of(record.ray_metrics_url) == 200
 

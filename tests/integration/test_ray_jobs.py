@@ -69,13 +69,22 @@ def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def submit(project: Project, folder: Path, name: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command under `ray job submit` in a shell that stands in `folder`."""
-    ray = str(Path(sys.executable).parent / "ray")
+def submit(
+    project: Project, folder: Path, name: str, *command: str, role: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command under `ray job submit` in a shell that stands in `folder`; with a role, through the edge."""
+    ray, options, env = str(Path(sys.executable).parent / "ray"), ["--working-dir", "."], project.env
+    if role is not None:
+        options += ["--verify", str(project.storage_root / "tls" / "ca.pem")]
+        header = {"Authorization": f"Bearer {project.token(role)}"}
+        env = env | {
+            "RAY_API_SERVER_ADDRESS": f"{project.edge_url}/ray",
+            "RAY_JOB_HEADERS": json.dumps(header),
+        }
     return subprocess.run(
-        [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", *command],
+        [ray, "job", "submit", "--submission-id", name, *options, "--", "python", "-m", *command],
         cwd=folder,
-        env=project.env,
+        env=env,
         capture_output=True,
         text=True,
         check=False,
@@ -156,11 +165,21 @@ def test_the_stages_from_training_set_to_deployment_run_as_ray_jobs(
 def test_a_refusal_is_1_for_the_submitter_and_2_for_the_driver(
     falaj_cluster: Project, workspace: Path
 ) -> None:
-    """Ray knows no exit code but 0 and 1; the driver's own says that it was a refusal."""
-    result = submit(falaj_cluster, workspace, "refused", "feature_jobs.apply", "definitions=nowhere")
+    """Ray knows no exit code but 0 and 1; the driver's own says that it was a refusal. Here through the edge."""
+    command = ("feature_jobs.apply", "definitions=nowhere")
+    result = submit(falaj_cluster, workspace, "refused", *command, role="admin")
     assert result.returncode == 1
     assert "refused: " in result.stdout
     assert "nowhere" in result.stdout
     details = job_details(falaj_cluster, "refused")
     assert details["status"] == "FAILED"
     assert details["driver_exit_code"] == 2
+
+
+def test_through_the_edge_nobody_submits_who_may_not_manage_the_cluster(
+    falaj_cluster: Project, workspace: Path
+) -> None:
+    """A job could do whatever the cluster's user can."""
+    result = submit(falaj_cluster, workspace, "forbidden", "cluster.status", role="ml_engineer")
+    assert result.returncode == 1
+    assert "Your role may not manage cluster" in result.stdout + result.stderr
