@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.session import write_record
-from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, StorageConfig
+from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, StorageConfig, Tier
 from tests.ports import free_port
 
 
@@ -137,6 +138,20 @@ def test_a_record_left_by_a_dead_cluster_is_in_nobodys_way(config: PlatformConfi
     """After a crash or a reboot `up` works again."""
     write_record(up.describe(config), config.storage)
     up.check(config)
+
+
+def test_the_production_tier_starts_with_no_issuer_but_its_own(config: PlatformConfig) -> None:
+    """The dev issuer's key file would stand for everybody; with another issuer it is not even made."""
+    config.tier = Tier.enterprise_gpu
+    with pytest.raises(ConfigError, match="OIDC issuer"):
+        up.prepare(config, up.describe(config))
+    config.identity.issuer.url = "https://issuer.example"
+    record = up.describe(config)
+    try:
+        up.prepare(config, record)
+    finally:
+        shutil.rmtree(record.temp_dir, ignore_errors=True)
+    assert not (Path(config.storage.root) / "keys" / "issuer.pem").exists()
 
 
 def test_the_environment_of_a_cluster_is_its_own(
