@@ -89,7 +89,9 @@ BROUGHT_ALONG = [
     '"jku":"https://evil.example/jwks"',
     '"jwk":{"kty":"EC"}',
     '"x5u":"https://evil.example/cert"',
-    '"x5c":["MIIB"]',
+    '"x5c":[]',
+    '"crit":[]',
+    '"\\u0063rit":["x"]',
 ]
 
 
