@@ -153,6 +153,13 @@ def test_what_the_edge_lets_through_a_replica_refuses(edge: Edge, header: str, c
     assert edge.call(token=token)[0] == 200, "if the edge refuses it now, it belongs into the test above"
 
 
+def test_of_a_role_said_twice_the_edge_takes_the_first(edge: Edge) -> None:
+    """Before Ray's dashboard nobody checks again, so it is written down which one counts."""
+    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    token = resigned(edge, real, claims='"role":"admin"')
+    assert edge.call("/ray/", method="GET", token=token)[0] == 403
+
+
 def test_two_authorization_headers_are_refused(edge: Edge) -> None:
     """Edge and replica might take different ones."""
     connection = edge.connect()
