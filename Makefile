@@ -37,16 +37,16 @@ test: unit
 	@$(BIN)/python -m pytest tests/integration
 
 # Three processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
-# otherwise take all cores several times over and hold each other up.
+# otherwise take all cores several times over and hold each other up. The engines' test goes where they are imported.
 UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest
 unit: $(STAMP)
 	@$(MAKE) --silent --jobs=3 --output-sync=target unit-ground unit-data unit-serving
 
 unit-ground:
-	@$(UNIT) tests/unit/cluster
+	@$(UNIT) tests/unit/cluster --ignore=tests/unit/cluster/test_runtime.py
 
 unit-data:
-	@$(UNIT) tests/unit/feature_jobs tests/unit/jobs tests/configs
+	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/feature_jobs tests/unit/jobs tests/configs
 
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps
