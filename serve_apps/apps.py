@@ -79,11 +79,18 @@ def _run(name: str, app: serve.Application) -> None:
     try:
         serve.run(app, name=name, route_prefix=f"/{name}", blocking=False)
     except RuntimeError as error:
-        status = serve.status().applications.get(name)
-        message = status.message if status else str(error)
+        message = _why_failed(name) or str(error)
         serve.delete(name, _blocking=False)
         if ArtifactTampered.__name__ in message:
             raise ArtifactTampered(
                 f"The replica of {name} refused its files. See the ledger's ArtifactRefused."
             ) from error
         raise DeployFailed(f"Application {name} did not start: {message}") from error
+
+
+def _why_failed(name: str) -> str:
+    """What Serve says of an application's deployments; only there a replica's own error is named."""
+    status = serve.status().applications.get(name)
+    if status is None:
+        return ""
+    return "\n".join([status.message, *(one.message for one in status.deployments.values() if one.message)])

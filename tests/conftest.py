@@ -16,3 +16,8 @@ def pytest_collection_finish() -> None:
     """What was imported stays, so the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or what DuckDB made would be reported as leaked when the process ends."""
+    gc.unfreeze()

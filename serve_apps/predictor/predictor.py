@@ -201,5 +201,5 @@ def _meters(tags: dict[str, str]) -> tuple[metrics.Counter, metrics.Histogram]:
         tag_keys=_TAGS,
     )
     for meter in (answered, seconds):
-        meter.set_default_tags(tags)
+        meter.set_default_tags(dict(tags))  # Serve writes its own tags into what it is given
     return answered, seconds
