@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import ray
 
@@ -24,7 +23,15 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import JoinParts, Part, build, join_bucket, join_here
+from feature_jobs.store.training_set import (
+    Built,
+    Joined,
+    JoinParts,
+    Part,
+    assemble,
+    join_bucket,
+    join_here,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +47,8 @@ class TrainingSetConfig(PlatformConfig):
     """Parquet to write; its manifest lies beside it."""
     task_rows: int = 3_000_000
     """Entity and feature rows of a view above which each bucket is a Ray task."""
+    cutoff: bool = True
+    """Leave out what was created after an entity row's time; false goes by the event's time alone."""
 
 
 @job("training_set", TrainingSetConfig)
@@ -67,10 +76,13 @@ def main(config: TrainingSetConfig) -> None:
     if largest > config.task_rows:
         attach(config)
         join_parts = join_in_tasks
-    table = build(spec, snapshots, entities, join_parts=join_parts)
+    built = assemble(spec, snapshots, entities, join_parts=join_parts, cutoff=config.cutoff)
+    table = built.table
     output = resolve(config.output)
     write(table, output, spec, places=places, access=access)
-    manifest = describe(spec, snapshots, entities, table)
+    manifest = describe(spec, snapshots, entities, built, cutoff=config.cutoff)
+    if any(built.hidden.values()):
+        print(hidden_warning(manifest["hidden_share"]))
     event = TrainingSetBuilt(
         service=spec.name,
         service_version=spec.version,
@@ -118,10 +130,20 @@ def read_entities(path: str) -> pa.Table:
     return table
 
 
+def hidden_warning(shares: dict[str, float]) -> str:
+    """What the cutoff costs, in one line."""
+    said = ", ".join(f"{share:.2%} of '{view}'" for view, share in shares.items())
+    return (
+        f"warning: {said}: entity rows that have no values only because none was known yet at their time "
+        "(created_timestamp). `cutoff=false` goes by the event's time alone."
+    )
+
+
 def describe(
-    spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, table: pa.Table
+    spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, built: Built, *, cutoff: bool
 ) -> dict[str, Any]:
     """The manifest: all that is needed to build the same rows again and to know that they are the same."""
+    table = built.table
     columns = [
         {
             "name": name,
@@ -142,18 +164,20 @@ def describe(
         "row_hash": row_hash(table),
         "rows": table.num_rows,
         "columns": columns,
+        "cutoff": cutoff,
+        "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},
         "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
     }
 
 
-def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part]) -> list[pl.DataFrame]:
+def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
     """Join each bucket in a Ray task of its own."""
-    return ray.get([_join_bucket.remote(pinned, view, part) for part in parts])
+    return ray.get([_join_bucket.remote(pinned, view, part, cutoff) for part in parts])
 
 
 @ray.remote
-def _join_bucket(pinned: Snapshot, view: ViewSpec, part: Part) -> pl.DataFrame:
-    return join_bucket(pinned, view, part)
+def _join_bucket(pinned: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
+    return join_bucket(pinned, view, part, cutoff)
 
 
 if __name__ == "__main__":

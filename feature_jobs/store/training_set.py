@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -18,17 +19,50 @@ from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.offline import Snapshot
-from feature_jobs.store.point_in_time import EVENT, join
+from feature_jobs.store.point_in_time import EVENT, answer
 
 POSITION = "__position"
 Part = tuple[int, pl.DataFrame]
 """A bucket, and the entity rows in it."""
-JoinParts = Callable[[Snapshot, ViewSpec, list[Part]], list[pl.DataFrame]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined:
+    """A bucket's entity rows with their features and positions."""
+
+    frame: pl.DataFrame
+    hidden: int
+    """As of `point_in_time.Answers`."""
+
+
+JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[Joined]]
+"""Joins the buckets of one view, with or without the cutoff."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A training set."""
+
+    table: pa.Table
+    hidden: dict[str, int]
+    """By view, the entity rows that have no answer only because of the cutoff."""
 
 
 def build(
     spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, *, join_parts: JoinParts
 ) -> pa.Table:
+    """The rows alone, with the cutoff; arguments as of `assemble`."""
+    return assemble(spec, snapshots, entities, join_parts=join_parts).table
+
+
+def assemble(
+    spec: ServiceSpec,
+    snapshots: dict[str, Snapshot],
+    entities: pa.Table,
+    *,
+    join_parts: JoinParts,
+    cutoff: bool = True,
+) -> Built:
     """Every entity row in its order, its columns, then `<view>__<feature>` of each view.
 
     Args:
@@ -36,12 +70,13 @@ def build(
         snapshots: the pinned table of each view.
         entities: join keys and `event_timestamp`, with any other columns.
         join_parts: joins the buckets of one view, here or in Ray tasks.
+        cutoff: leave out what was created after an entity row's time.
 
     Raises:
         TrainingSetError: a key or the timestamp is missing or has the wrong type.
     """
     times = event_times(entities)
-    output = entities
+    output, hidden = entities, {}
     for name in spec.columns:
         if name in entities.column_names:
             raise TrainingSetError(
@@ -51,43 +86,45 @@ def build(
         snapshot = snapshots[view.name]
         keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
         asked = pa.table({**keys, EVENT: times})
-        for column, values in zip(
-            view.columns, joined(view, snapshot, asked, join_parts).columns, strict=True
-        ):
+        found, hidden[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
+        for column, values in zip(view.columns, found.columns, strict=True):
             output = output.append_column(column, values)
-    return output
+    return Built(table=output, hidden=hidden)
 
 
-def joined(view: ViewSpec, snapshot: Snapshot, asked: pa.Table, join_parts: JoinParts) -> pa.Table:
-    """The features of one view for keys and times, in their order."""
+def joined(
+    view: ViewSpec, snapshot: Snapshot, asked: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
+) -> tuple[pa.Table, int]:
+    """The features of one view for keys and times, in their order, and how many rows the cutoff left without."""
     buckets = bucket_of(asked, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
     frame = pl.DataFrame(pl.from_arrow(asked)).with_row_index(POSITION)
     parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]
-    answers = join_parts(snapshot, view, parts)
+    answers = join_parts(snapshot, view, parts, cutoff)
     names = [field.name for field in view.fields]
     schema = pa.schema([pa.field(field.name, DTYPES[field.dtype]) for field in view.fields])
     if not answers:
-        return schema.empty_table()
-    whole = pl.concat(answers, how="vertical_relaxed").sort(POSITION).select(names)
-    return whole.to_arrow().cast(schema)
+        return schema.empty_table(), 0
+    frames = [answer.frame for answer in answers]
+    whole = pl.concat(frames, how="vertical_relaxed").sort(POSITION).select(names)
+    return whole.to_arrow().cast(schema), sum(answer.hidden for answer in answers)
 
 
-def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part]) -> list[pl.DataFrame]:
+def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
     """Join the buckets one after the other in this process."""
-    return [join_bucket(snapshot, view, part) for part in parts]
+    return [join_bucket(snapshot, view, part, cutoff) for part in parts]
 
 
-def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part) -> pl.DataFrame:
-    """One bucket's entity rows with their features and positions."""
+def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
+    """One bucket's entity rows with their features."""
     bucket, asked = part
     names = [field.name for field in view.fields]
     features = snapshot.read(bucket, names)
     if features.is_empty():
         nothing = [pl.lit(None).alias(name) for name in names]
-        return asked.select(POSITION, *nothing)
+        return Joined(frame=asked.select(*nothing, POSITION), hidden=0)
     ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-    found = join(asked, features, keys=list(snapshot.key_types), columns=names, ttl=ttl)
-    return found.with_columns(asked[POSITION])
+    found = answer(asked, features, keys=list(snapshot.key_types), columns=names, ttl=ttl, cutoff=cutoff)
+    return Joined(frame=found.columns.with_columns(asked[POSITION]), hidden=found.hidden)
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:

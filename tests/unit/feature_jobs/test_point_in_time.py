@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.point_in_time import join, latest
+from feature_jobs.store.point_in_time import answer, join, latest
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 KEYS = {"person": pl.Int64, "place": pl.String}
@@ -28,12 +28,12 @@ FEATURES = KEYS | {
 
 # The definition itself, one row at a time: filter what was known, take the greatest, then look at its age.
 ORACLE = """
-SELECT best.amount, best.sector
+SELECT best.amount, best.sector, best.ingest_seq IS NOT NULL
 FROM entities AS e
 LEFT JOIN LATERAL (
     SELECT * FROM features AS f
     WHERE f.person = e.person AND f.place = e.place
-      AND f.event_timestamp <= e.event_timestamp AND f.created_timestamp <= e.event_timestamp
+      AND f.event_timestamp <= e.event_timestamp AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
     ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
     LIMIT 1
 ) AS best ON NOT best.deleted AND best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl_us} AS BIGINT))
@@ -75,13 +75,22 @@ def oracle() -> duckdb.DuckDBPyConnection:
 def test_join_agrees_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, features: pl.DataFrame, entities: pl.DataFrame, ttl_h: int | None
 ) -> None:
-    """Ties, late corrections, tombstones, null values and keys, and both edges of the time-to-live."""
+    """Ties, late corrections, tombstones, null values and keys, both edges of the time-to-live, with and without the
+    cutoff, and what it hides: the rows with an answer only without it."""
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
-    actual = join(entities, features, keys=list(KEYS), columns=["amount", "sector"], ttl=ttl)
     oracle.register("features", features.to_arrow())
     oracle.register("entities", entities.with_row_index("position").to_arrow())
     ttl_us = int((ttl or timedelta(days=3650)).total_seconds() * 1e6)
-    assert oracle.execute(ORACLE.format(ttl_us=ttl_us)).fetchall() == actual.rows()
+    known, all_of_it = (
+        oracle.execute(ORACLE.format(ttl_us=ttl_us, cutoff=cutoff)).fetchall() for cutoff in (True, False)
+    )
+    hidden = sum(later[2] and not row[2] for row, later in zip(known, all_of_it, strict=True))
+    for cutoff, expected, count in ((True, known, hidden), (False, all_of_it, 0)):
+        actual = answer(
+            entities, features, keys=list(KEYS), columns=["amount", "sector"], ttl=ttl, cutoff=cutoff
+        )
+        assert [row[:2] for row in expected] == actual.columns.rows()
+        assert count == actual.hidden
 
 
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)
@@ -177,6 +186,14 @@ def test_latest_leaves_deleted_entities_out_or_gives_their_tombstones() -> None:
     assert latest(features, keys=list(KEYS), as_of=at).is_empty()
     tombstone = latest(features, keys=list(KEYS), as_of=at, tombstones=True)
     assert tombstone["event_timestamp"].to_list() == [START + timedelta(hours=3)]
+
+
+def test_files_own_order_needs_no_sequence_numbers() -> None:
+    """Rows as they lie in one file of a bucket."""
+    features = rows((1, 1, 1.0), (1, 1, 2.0), (5, 5, 3.0), (2, 8, 4.0)).drop("ingest_seq")
+    entities = rows((4, 4, None), (9, 9, None)).select(*KEYS, "event_timestamp")
+    found = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
+    assert found.columns["amount"].to_list() == [2.0, 3.0]
 
 
 def test_rows_keep_order_and_repetitions() -> None:

@@ -19,7 +19,8 @@ from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import view_protection
 from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import build, join_here
+from feature_jobs.store.training_set import assemble, build, join_here
+from feature_jobs.training_set import hidden_warning
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -47,14 +48,19 @@ def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) 
 
 
 def store(
-    folder: Path, access: KeyAccess, spec: ViewSpec, event: list[datetime], **columns: pa.Array
+    folder: Path,
+    access: KeyAccess,
+    spec: ViewSpec,
+    event: list[datetime],
+    created: list[datetime] | None = None,
+    **columns: pa.Array,
 ) -> Snapshot:
-    """A feature table with some rows, known when they happened."""
+    """A feature table with some rows, known when they happened unless said otherwise."""
     uri = f"{folder}/{spec.name}"
     given = {name: pa.array(values) for name, values in columns.items()}
     schema = pa.schema([*((name, values.type) for name, values in given.items()), *TIMES])
     seq = list(range(len(event)))
-    rows = pa.table([*given.values(), event, event, event, seq], schema=schema)
+    rows = pa.table([*given.values(), event, created or event, event, seq], schema=schema)
     table = offline.create_table(uri, schema, num_buckets=4)
     target = Target(
         uri=uri, keys=tuple(spec.join_keys), buckets=4, protection=view_protection(spec), access=access
@@ -122,6 +128,24 @@ def test_join_key_of_the_entity_row_goes_before_that_of_a_view(snapshots: dict[s
 def test_ttl_of_the_view_counts(snapshots: dict[str, Snapshot]) -> None:
     """Ten hours after the event the rate still holds, not later."""
     assert built(snapshots, entities([2, 2], 14, 14.1))["cohort__rate"].to_pylist() == [0.7, None]
+
+
+def test_what_was_not_known_yet_is_hidden_and_counted(tmp_path: Path, access: KeyAccess) -> None:
+    """Without the cutoff the event's time alone decides."""
+    late = view("person", ["person_id"], amount="float64")
+    table = store(
+        tmp_path, access, late, hours(1, 1), created=hours(1, 5), person_id=[1, 2], amount=[1.0, 2.0]
+    )
+    service, asked = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
+    with_it, without = (
+        assemble(service, {"person": table}, asked, join_parts=join_here, cutoff=cutoff)
+        for cutoff in (True, False)
+    )
+    assert with_it.table["person__amount"].to_pylist() == [1.0, None, 2.0, None]
+    assert without.table["person__amount"].to_pylist() == [1.0, 2.0, 2.0, None]
+    assert (with_it.hidden, without.hidden) == ({"person": 1}, {"person": 0})
+    said = hidden_warning({"person": 0.25})
+    assert "25.00% of 'person'" in said
 
 
 def test_columns_have_the_declared_types_even_without_any_value(snapshots: dict[str, Snapshot]) -> None:
