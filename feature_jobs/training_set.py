@@ -1,4 +1,8 @@
-"""`python -m feature_jobs.training_set service=s entities=e.parquet output=o.parquet`: features as they were known."""
+"""`python -m feature_jobs.training_set service=s entities=e.parquet output=o.parquet`: features as they were known.
+
+With `manifest=x.manifest.json` in place of a service, the same rows once more: from the definitions, table versions and
+cutoff that it pins, whatever was ingested, compacted or rotated since.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import pyarrow as pa
 import ray
 
 from cluster.entrypoint import job
-from cluster.errors import TrainingSetError
-from cluster.ledger import open_ledger
+from cluster.errors import Inconsistent, TrainingSetError
+from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import TrainingSetBuilt
 from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, protected_files
@@ -20,11 +24,11 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import (
-    Built,
     Joined,
     JoinParts,
     Part,
@@ -40,15 +44,36 @@ class TrainingSetConfig(PlatformConfig):
 
     definitions: str = "feature_jobs.census"
     """Named for symmetry with the other commands: the service is read as it was applied."""
-    service: str = "???"
-    entities: str = "???"
-    """Parquet with join keys and `event_timestamp`; other columns, a label for one, pass through."""
+    service: str | None = None
+    manifest: str | None = None
+    """Of a training set to build again, in place of a service."""
+    entities: str | None = None
+    """Parquet with join keys and `event_timestamp`; other columns, a label for one, pass through. A manifest knows
+    where its own were."""
     output: str = "???"
     """Parquet to write; its manifest lies beside it."""
     task_rows: int = 3_000_000
     """Entity and feature rows of a view above which each bucket is a Ray task."""
     cutoff: bool = True
-    """Leave out what was created after an entity row's time; false goes by the event's time alone."""
+    """Leave out what was created after an entity row's time; false goes by the event's time alone. A manifest says
+    itself."""
+
+    def __post_init__(self) -> None:
+        if (self.service is None) == (self.manifest is None):
+            raise ValueError("Give service=… for a new training set, or manifest=… for one to build again.")
+        if self.service is not None and self.entities is None:
+            raise ValueError("Give entities=…, a Parquet file with join keys and event_timestamp.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is built."""
+
+    spec: ServiceSpec
+    entities: str
+    cutoff: bool
+    original: Manifest | None
+    """Of the training set that is built again."""
 
 
 @job("training_set", TrainingSetConfig)
@@ -56,11 +81,83 @@ def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.training_set")
-    access, places = actor.access, layout(config.storage)
-    spec = service_spec(ledger, config.service)
-    for view in spec.views:
+    request = requested(config, ledger)
+    for view in request.spec.views:
         actor.check(Action.build_training_set, *view_resources(view, region=config.cluster.region))
-    entities = read_entities(config.entities)
+    manifest = produce(config, request, ledger, access=actor.access, actor=actor.name)
+    if any(manifest["hidden_share"].values()):
+        print(hidden_warning(manifest["hidden_share"]))
+    print(
+        f"training set {manifest['service']}: {manifest['rows']} rows, {len(manifest['columns'])} features, "
+        f"hash {manifest['row_hash'][:16]}"
+    )
+
+
+def produce(
+    config: TrainingSetConfig, request: Request, ledger: Ledger, *, access: KeyAccess, actor: str
+) -> dict[str, Any]:
+    """Join, write the rows and their manifest, say so in the ledger; gives the manifest.
+
+    Raises:
+        TrainingSetError: entity rows that cannot be joined, or are not those of the manifest.
+        Inconsistent: the rows are not those of the manifest; nothing was written.
+    """
+    spec, original, places = request.spec, request.original, layout(config.storage)
+    entities = read_entities(request.entities)
+    entities_hash = row_hash(entities)
+    if original is not None and entities_hash != original.entities_hash:
+        raise TrainingSetError(
+            f"The entity rows at {resolve(request.entities)} are not those of {original.path}: their hash is "
+            f"{entities_hash[:16]}, not {original.entities_hash[:16]}. Give the same file with `entities=…`."
+        )
+    snapshots = pinned_tables(request, places, access)
+    built = assemble(
+        spec, snapshots, entities, join_parts=chosen_join(config, entities, snapshots), cutoff=request.cutoff
+    )
+    manifest = describe(
+        spec,
+        snapshots,
+        built,
+        entities=request.entities,
+        entities_hash=entities_hash,
+        row_hash=row_hash(built.table),
+        cutoff=request.cutoff,
+    )
+    if original is not None:
+        check_same(original, manifest["row_hash"])
+    output = resolve(config.output)
+    write(built.table, output, spec, places=places, access=access)
+    manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
+    write_bytes(manifest_path(output), json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
+    """A service's newest version and tables, or what a manifest pins.
+
+    Raises:
+        TrainingSetError: a manifest that cannot be built again.
+        FeatureServiceNotFound: no such service was applied.
+    """
+    if config.manifest is None:
+        spec = service_spec(ledger, str(config.service))
+        return Request(spec=spec, entities=str(config.entities), cutoff=config.cutoff, original=None)
+    manifest = read_manifest(config.manifest)
+    check_manifest(manifest, ledger)
+    entities = config.entities or manifest.entities
+    if entities is None:
+        raise TrainingSetError(f"{manifest.path} does not say where its entity rows are. Give `entities=…`.")
+    spec = service_spec(ledger, manifest.service, manifest.service_version)
+    return Request(spec=spec, entities=entities, cutoff=manifest.cutoff, original=manifest)
+
+
+def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[str, Snapshot]:
+    """Each view's table, at the manifest's version where there is one.
+
+    Raises:
+        TrainingSetError: a view without rows, or files that were removed.
+    """
+    versions = {} if request.original is None else request.original.table_versions
     snapshots = {
         view.name: snapshot(
             places.features(view.name),
@@ -68,35 +165,52 @@ def main(config: TrainingSetConfig) -> None:
             keys=view.join_keys,
             protection=view_protection(view),
             access=access,
+            version=versions.get(view.name),
         )
-        for view in spec.views
+        for view in request.spec.views
     }
+    if request.original is not None:
+        for name, pinned in snapshots.items():
+            check_files(pinned, name)
+    return snapshots
+
+
+def chosen_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
+    """In this process while the work is small, in Ray tasks when it is large."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
-    join_parts: JoinParts = join_here
-    if largest > config.task_rows:
-        attach(config)
-        join_parts = join_in_tasks
-    built = assemble(spec, snapshots, entities, join_parts=join_parts, cutoff=config.cutoff)
-    table = built.table
-    output = resolve(config.output)
-    write(table, output, spec, places=places, access=access)
-    manifest = describe(spec, snapshots, entities, built, cutoff=config.cutoff)
-    if any(built.hidden.values()):
-        print(hidden_warning(manifest["hidden_share"]))
-    event = TrainingSetBuilt(
-        service=spec.name,
-        service_version=spec.version,
-        rows=table.num_rows,
+    if largest <= config.task_rows:
+        return join_here
+    attach(config)
+    return join_in_tasks
+
+
+def check_same(original: Manifest, row_hash: str) -> None:
+    """Go on only if the rows are those of the manifest.
+
+    Raises:
+        Inconsistent: they are others, though everything they come from is as it was.
+    """
+    if row_hash != original.row_hash:
+        raise Inconsistent(
+            f"Built again from {original.path} the rows have hash {row_hash[:16]}, not {original.row_hash[:16]}. "
+            "Nothing was written. Compare the tables' files with a backup."
+        )
+
+
+def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -> TrainingSetBuilt:
+    """What is said in the ledger."""
+    return TrainingSetBuilt(
+        service=manifest["service"],
+        service_version=manifest["service_version"],
+        rows=manifest["rows"],
         row_hash=manifest["row_hash"],
         entities_hash=manifest["entities_hash"],
         table_versions=manifest["table_versions"],
         view_versions=manifest["view_versions"],
         output=output.rsplit("/", 1)[-1],
+        cutoff=manifest["cutoff"],
+        rebuilt_from=None if original is None else original.seq,
     )
-    seq = ledger.append(event, actor=actor.name).seq
-    write_bytes(manifest_path(output), json.dumps(manifest | {"seq": seq}, indent=1).encode())
-    short = manifest["row_hash"][:16]
-    print(f"training set {spec.name}: {table.num_rows} rows, {len(spec.columns)} features, hash {short}")
 
 
 def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess) -> None:
@@ -137,37 +251,6 @@ def hidden_warning(shares: dict[str, float]) -> str:
         f"warning: {said}: entity rows that have no values only because none was known yet at their time "
         "(created_timestamp). `cutoff=false` goes by the event's time alone."
     )
-
-
-def describe(
-    spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, built: Built, *, cutoff: bool
-) -> dict[str, Any]:
-    """The manifest: all that is needed to build the same rows again and to know that they are the same."""
-    table = built.table
-    columns = [
-        {
-            "name": name,
-            "dtype": field.dtype,
-            "categorical": field.categorical or field.dtype == "string",
-            "view": view.name,
-            "feature": field.name,
-        }
-        for view in spec.views
-        for name, field in zip(view.columns, view.fields, strict=True)
-    ]
-    return {
-        "service": spec.name,
-        "service_version": spec.version,
-        "view_versions": {view.name: view.version for view in spec.views},
-        "table_versions": {name: pinned.version for name, pinned in snapshots.items()},
-        "entities_hash": row_hash(entities),
-        "row_hash": row_hash(table),
-        "rows": table.num_rows,
-        "columns": columns,
-        "cutoff": cutoff,
-        "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},
-        "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
-    }
 
 
 def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:

@@ -103,6 +103,23 @@ class TrainingSetBuilt(LedgerEvent):
     table_versions: dict[str, int]
     view_versions: dict[str, str]
     output: str
+    cutoff: bool = True
+    rebuilt_from: int | None = None
+    """Seq of the training set that this is the same as."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSetNotReproducible(LedgerEvent):
+    """Rows that a training set was built from are there no more."""
+
+    training_set: int
+    """Seq of its event."""
+    service: str
+    row_hash: str
+    view: str
+    table_version: int
+    """The version of the view's table that it pins."""
+    cause: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -142,7 +142,8 @@ def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable
         uri,
         schema=Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32()))),
         partition_by=[BUCKET],
-        configuration={_BUCKETS_KEY: str(num_buckets)},
+        # The log stays whole: training sets pin versions, and batches are found in its history.
+        configuration={_BUCKETS_KEY: str(num_buckets), "delta.enableExpiredLogCleanup": "false"},
         mode="ignore",
         raise_if_key_not_exists=False,
     )
