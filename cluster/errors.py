@@ -8,6 +8,7 @@
     │   ├── PortInUse
     │   ├── CompilerMissing
     │   ├── DefinitionError           a feature definition that cannot work
+    │   │   ├── BreakingChange        a change that would break a registered model
     │   │   ├── FeatureViewNotFound
     │   │   └── FeatureServiceNotFound
     │   ├── SourceError               a source that is missing, empty or unreadable
@@ -66,6 +67,10 @@ class CompilerMissing(RefusedError):
 
 class DefinitionError(RefusedError):
     """A feature definition that cannot work."""
+
+
+class BreakingChange(DefinitionError):
+    """A change of a feature view that would break a registered model."""
 
 
 class FeatureViewNotFound(DefinitionError):

@@ -1,18 +1,25 @@
-"""`python -m feature_jobs.apply definitions=m`: make the keys of a module's views, and record them in the ledger."""
+"""`python -m feature_jobs.apply definitions=m [plan=true]`: print what would change, make keys, record the definitions.
+
+The plan comes first and says of each change whether it breaks readers of earlier versions
+(`feature_jobs/store/differences.py`). One that would break a registered model is refused. With `plan=true` it ends
+there: nothing is recorded, the key store is not asked, and the exit code is what applying would have.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from cluster.entrypoint import job
-from cluster.ledger import open_ledger
-from cluster.security.acting import act
+from cluster.ledger import Ledger, open_ledger
+from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from feature_jobs.store.catalog import apply, load_definitions
+from feature_jobs.store.catalog import Definitions, apply, load_definitions
+from feature_jobs.store.plan import lines, make_plan, refuse_broken
 from feature_jobs.store.protection import service_keys, view_keys
+from feature_jobs.store.recorded import read_recorded
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,23 +27,36 @@ class ApplyConfig(PlatformConfig):
     """What is applied."""
 
     definitions: str = "feature_jobs.census"
+    plan: bool = False
+    """Only say what would change."""
+    allow_breaking: bool = False
+    """Apply even what breaks a registered model, where the model's own version stays readable."""
 
 
 @job("apply", ApplyConfig)
 def main(config: ApplyConfig) -> None:
-    """Apply a module."""
+    """Plan, and apply."""
     record = require_record(config)
     definitions = load_definitions(config.definitions)
     ledger = open_ledger(config)
     actor = act(config, record, ledger, entrypoint="feature_jobs.apply")
     region = config.cluster.region
     actor.check(
-        Action.apply_definitions,
+        Action.read_metadata if config.plan else Action.apply_definitions,
         *(
             Resource(kind="feature view", name=name, region=view.region or region)
             for name, view in definitions.views.items()
         ),
     )
+    plan = make_plan(definitions, read_recorded(ledger))
+    print("\n".join(lines(plan)), flush=True)
+    refuse_broken(plan, allow_breaking=config.allow_breaking)
+    if not config.plan:
+        record_definitions(definitions, ledger, actor, region=region)
+
+
+def record_definitions(definitions: Definitions, ledger: Ledger, actor: Actor, *, region: str) -> None:
+    """Have the keys that the definitions need, then say in the ledger what changed."""
     keys = key_store(actor.access)
     for info in (
         *(info for view in definitions.views.values() for info in view_keys(view, region=region)),
@@ -44,14 +64,9 @@ def main(config: ApplyConfig) -> None:
     ):
         keys.ensure(info)
     applied = apply(definitions, ledger, actor=actor.name)
-    for kind, names, changed in (
-        ("view", definitions.views, applied.views),
-        ("service", definitions.services, applied.services),
-    ):
-        for name in names:
-            print(
-                f"{kind} {name}: " + (f"applied version {changed[name]}" if name in changed else "unchanged")
-            )
+    for kind, changed in (("view", applied.views), ("service", applied.services)):
+        for name, version in changed.items():
+            print(f"{kind} {name}: applied version {version}")
 
 
 if __name__ == "__main__":

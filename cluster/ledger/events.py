@@ -47,6 +47,8 @@ class FeatureViewApplied(LedgerEvent):
     view: str
     version: str
     definition: dict[str, Json]
+    module: str = ""
+    """The definitions module it was applied from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +58,7 @@ class FeatureServiceApplied(LedgerEvent):
     views: dict[str, str]
     """View name to view version, in the order of the service."""
     view_order: list[str]
+    module: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

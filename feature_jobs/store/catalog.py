@@ -135,10 +135,10 @@ def apply(definitions: Definitions, ledger: Ledger, *, actor: str) -> Applied:
     known = {name: spec.version for name, spec in view_specs(ledger).items()}
     views = {name: view for name, view in definitions.views.items() if known.get(name) != view.version}
     for view in views.values():
-        definition = view.definition()
-        ledger.append(
-            FeatureViewApplied(view=view.name, version=view.version, definition=definition), actor=actor
+        event = FeatureViewApplied(
+            view=view.name, version=view.version, definition=view.definition(), module=definitions.module
         )
+        ledger.append(event, actor=actor)
     recorded = {
         entry.payload["service"]: entry.payload["version"] for entry in ledger.entries(FeatureServiceApplied)
     }
@@ -148,7 +148,7 @@ def apply(definitions: Definitions, ledger: Ledger, *, actor: str) -> Applied:
         if recorded.get(name) != service.version
     }
     for service in services.values():
-        ledger.append(_service_event(service), actor=actor)
+        ledger.append(_service_event(service, definitions.module), actor=actor)
     return Applied(
         views={name: view.version for name, view in views.items()},
         services={name: service.version for name, service in services.items()},
@@ -230,12 +230,13 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
     )
 
 
-def _service_event(service: FeatureService) -> FeatureServiceApplied:
+def _service_event(service: FeatureService, module: str) -> FeatureServiceApplied:
     return FeatureServiceApplied(
         service=service.name,
         version=service.version,
         views={view.name: view.version for view in service.views},
         view_order=[view.name for view in service.views],
+        module=module,
     )
 
 

@@ -1,0 +1,248 @@
+"""What applying would change is said before it changes, and a model's features stay what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import BreakingChange
+from cluster.ledger import Ledger
+from cluster.ledger.events import FeatureViewApplied, ModelRegistered
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
+from feature_jobs.store.catalog import Definitions, apply, service_spec
+from feature_jobs.store.differences import Impact, view_changes
+from feature_jobs.store.plan import Act, Plan, lines, make_plan, refuse_broken
+from feature_jobs.store.recorded import read_recorded
+
+PERSON = Entity("person", join_keys=["person_id"])
+AMOUNT, SECTOR, CITY = Field("amount", "float64"), Field("sector", "string"), Field("city", "string")
+
+
+def as_it_is(table: pa.Table) -> pa.Table:
+    return table
+
+
+def view(name: str = "income", **changes: Any) -> FeatureView:
+    """A view, with some parts changed."""
+    parts: dict[str, Any] = {
+        "entities": [PERSON],
+        "source": FileSource("income.parquet", event_timestamp="at"),
+        "schema": [AMOUNT, SECTOR],
+        "ttl": timedelta(days=30),
+        "retention": timedelta(days=300),
+        "purposes": ["credit", "fraud"],
+    }
+    return FeatureView(name, **(parts | changes))
+
+
+def module(*views: FeatureView, name: str = "shop") -> Definitions:
+    """A module with these views and a service of all of them."""
+    service = FeatureService("credit", views=views)
+    return Definitions(module=name, views={one.name: one for one in views}, services={service.name: service})
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    yield opened
+    opened.close()
+
+
+def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
+    apply(module(*views, name=name), ledger, actor="user:test")
+
+
+def register(ledger: Ledger, version: int = 1) -> None:
+    """A model made with the service as it is applied now."""
+    service = service_spec(ledger, "credit")
+    event = ModelRegistered(
+        name="loan",
+        version=version,
+        family="trees",
+        task="binary",
+        manifest_hash="",
+        files={},
+        lineage={"service": service.name, "service_version": service.version},
+        metrics={},
+    )
+    ledger.append(event, actor="user:test")
+
+
+def planned(ledger: Ledger, *views: FeatureView) -> Plan:
+    return make_plan(module(*views), read_recorded(ledger))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "impact"),
+    [
+        ({"schema": [AMOUNT, SECTOR, CITY]}, "+ column city string, internal", Impact.safe),
+        ({"schema": [AMOUNT]}, "- column sector string, internal", Impact.breaking),
+        ({"schema": [SECTOR, AMOUNT]}, "~ column order amount, sector -> sector, amount", Impact.safe),
+        (
+            {"schema": [Field("amount", "int64"), SECTOR]},
+            "amount dtype float64 -> int64",
+            Impact.incompatible,
+        ),
+        (
+            {"schema": [replace(AMOUNT, sensitivity=Sensitivity.PERSONAL), SECTOR]},
+            "amount sensitivity internal -> personal",
+            Impact.incompatible,
+        ),
+        ({"schema": [replace(AMOUNT, categorical=True), SECTOR]}, "categorical False -> True", Impact.safe),
+        ({"schema": [replace(AMOUNT, description="in euro"), SECTOR]}, "none -> in euro", Impact.safe),
+        (
+            {"entities": [Entity("person", join_keys=["id"])]},
+            "join keys person_id -> id",
+            Impact.incompatible,
+        ),
+        ({"entities": [Entity("human", join_keys=["person_id"])]}, "entities person -> human", Impact.safe),
+        ({"ttl": timedelta(days=3)}, "time-to-live 30 days -> 3 days", Impact.safe),
+        ({"ttl": None}, "time-to-live 30 days -> none", Impact.safe),
+        ({"transform": as_it_is}, "transform none -> ", Impact.breaking),
+        ({"created_lag": timedelta(hours=1)}, "created_lag 0 s -> 3600 s", Impact.breaking),
+        ({"source": FileSource("b.parquet", event_timestamp="at")}, "-> b.parquet", Impact.safe),
+        (
+            {"source": FileSource("income.parquet", event_timestamp="on")},
+            "source.event_timestamp at -> on",
+            Impact.breaking,
+        ),
+        (
+            {"source": FileSource("income.parquet", event_timestamp="at", created_timestamp="known")},
+            "+ source.created_timestamp known",
+            Impact.breaking,
+        ),
+        ({"checks": [NotNull("amount")]}, "+ check NotNull(amount)", Impact.safe),
+        ({"owner": "risk"}, "owner none -> risk", Impact.safe),
+        ({"purposes": ["credit"]}, "purposes credit, fraud -> credit", Impact.restricts),
+        ({"purposes": []}, "purposes credit, fraud -> all", Impact.safe),
+        ({"region": "eu"}, "region none -> eu", Impact.restricts),
+        ({"retention": timedelta(days=3)}, "retention 300 days -> 3 days", Impact.restricts),
+        ({"retention": None}, "retention 300 days -> none", Impact.safe),
+        ({"subject_key": "person_id"}, "subject key none -> person_id", Impact.safe),
+    ],
+)
+def test_each_change_is_named_and_judged(changes: dict[str, Any], text: str, impact: Impact) -> None:
+    """Field by field, by what it does to whoever reads an earlier version."""
+    [change] = view_changes(view().definition(), view(**changes).definition())
+    assert text in change.text
+    assert (change.impact, impact.value in change.text) == (impact, impact is not Impact.safe)
+
+
+def test_what_has_no_rule_counts_as_breaking_but_a_new_named_part() -> None:
+    """Definitions of later releases are compared too: with caution, and by name where there are names."""
+    old = view().definition() | {"windows": [{"name": "a", "days": 1}], "mode": "x"}
+    new = view().definition() | {"windows": [{"name": "a", "days": 2}, {"name": "b"}], "mode": "y"}
+    found = {change.what: change.impact for change in view_changes(old, new)}
+    assert found == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
+
+
+COLUMNS = st.dictionaries(
+    st.sampled_from(["a", "b", "c"]), st.sampled_from(["int64", "string"]), min_size=1
+).map(lambda columns: [Field(name, dtype) for name, dtype in columns.items()])
+
+
+@given(old=COLUMNS, new=COLUMNS)
+def test_changes_are_none_exactly_where_the_version_stays(old: list[Field], new: list[Field]) -> None:
+    """And taking a change back removes what it added."""
+    before, after = view(schema=old), view(schema=new)
+    there = view_changes(before.definition(), after.definition())
+    back = view_changes(after.definition(), before.definition())
+    assert (not there) == (before.version == after.version)
+    assert sorted((one.what, one.before, one.after) for one in there if one.what != "column order") == sorted(
+        (one.what, one.after, one.before) for one in back if one.what != "column order"
+    )
+
+
+def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
+    """Removed is what this module had; what another module applied is none of its business."""
+    applied(ledger, view("income"), view("old"), view("same"))
+    apply(
+        Definitions(module="other", views={"theirs": view("theirs")}, services={}), ledger, actor="user:test"
+    )
+    plan = planned(ledger, view("income", schema=[AMOUNT]), view("same"), view("new"))
+    acts = {(step.kind, step.name): step.act for step in plan.steps}
+    assert acts == {
+        ("view", "income"): Act.changed,
+        ("view", "same"): Act.unchanged,
+        ("view", "new"): Act.added,
+        ("view", "old"): Act.removed,
+        ("service", "credit"): Act.changed,
+    }
+    text = "\n".join(lines(plan))
+    assert "- column sector string, internal  [breaking" in text
+    assert "- view old: no longer in shop; its rows and versions stay" in text
+    assert text.endswith("1 to add, 2 to change (2 breaking), 1 no longer in the module, 1 unchanged")
+
+
+def test_what_an_older_release_recorded_is_compared_and_never_counts_as_removed(ledger: Ledger) -> None:
+    """Its events do not say which module they came from."""
+    for one in (view("income"), view("gone")):
+        event = FeatureViewApplied(view=one.name, version=one.version, definition=one.definition())
+        ledger.append(event, actor="user:test")
+    steps = {(step.kind, step.name): step.act for step in planned(ledger, view("income")).steps}
+    assert steps == {("view", "income"): Act.unchanged, ("service", "credit"): Act.added}
+
+
+def test_breaking_change_without_a_model_is_applied(ledger: Ledger) -> None:
+    """Nobody reads the version before."""
+    applied(ledger, view())
+    plan = planned(ledger, view(schema=[AMOUNT]))
+    refuse_broken(plan, allow_breaking=False)
+    assert [step.breaks for step in plan.steps] == [True, False]
+
+
+def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledger) -> None:
+    """The refusal names model, version, change and the way out; once allowed it is not asked about again."""
+    applied(ledger, view())
+    register(ledger)
+    broken = view(schema=[AMOUNT])
+    plan = planned(ledger, broken)
+    with pytest.raises(
+        BreakingChange, match=r"model 'loan' version 1.*column sector.*new name.*allow_breaking"
+    ):
+        refuse_broken(plan, allow_breaking=False)
+    refuse_broken(plan, allow_breaking=True)
+    applied(ledger, broken)
+    refuse_broken(planned(ledger, replace(broken, owner="risk")), allow_breaking=False)
+    with pytest.raises(BreakingChange, match="transform"):
+        refuse_broken(planned(ledger, replace(broken, transform=as_it_is)), allow_breaking=False)
+
+
+def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
+    """A safe change in between does not make its features free to break."""
+    applied(ledger, view())
+    register(ledger)
+    wider = view(schema=[AMOUNT, SECTOR, CITY])
+    refuse_broken(planned(ledger, wider), allow_breaking=False)
+    applied(ledger, wider)
+    refuse_broken(planned(ledger, view(schema=[AMOUNT, SECTOR])), allow_breaking=False)
+    with pytest.raises(BreakingChange, match="column amount"):
+        refuse_broken(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
+
+
+def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledger) -> None:
+    """The model's own version would not stay readable."""
+    applied(ledger, view())
+    for version in (1, 2):
+        register(ledger, version)
+    plan = planned(ledger, view(schema=[Field("amount", "int64"), SECTOR]))
+    with pytest.raises(BreakingChange, match=r"1 other model version\).*does not help"):
+        refuse_broken(plan, allow_breaking=True)
+
+
+def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> None:
+    """Both are breaking for who reads the service by name, and no model does."""
+    applied(ledger, view("income"), view("wealth"))
+    register(ledger)
+    for views in ([view("income")], [view("wealth"), view("income")]):
+        plan = planned(ledger, *views)
+        assert next(step for step in plan.steps if step.kind == "service").breaks
+        refuse_broken(plan, allow_breaking=False)
