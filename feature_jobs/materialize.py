@@ -94,7 +94,7 @@ def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[Onlin
             )
 
 
-def instant(text: str | None) -> dt.datetime:
+def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:
     """A moment from ISO 8601, UTC where no zone is given; none is now.
 
     Raises:
@@ -106,7 +106,7 @@ def instant(text: str | None) -> dt.datetime:
         moment = dt.datetime.fromisoformat(text)
     except ValueError as error:
         raise ConfigError(
-            f"as_of must be an ISO 8601 instant such as 2016-12-31T00:00:00Z, got '{text}'."
+            f"{name} must be an ISO 8601 instant such as 2016-12-31T00:00:00Z, got '{text}'."
         ) from error
     return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
 

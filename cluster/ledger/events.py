@@ -257,6 +257,22 @@ class FeatureTableRewritten(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowsRemoved(LedgerEvent):
+    """Rows of a feature table that no version has any more, on disk neither."""
+
+    view: str
+    table_version: int
+    """The first without them."""
+    cause: str
+    older_than: str | None
+    """ISO 8601; rows with an event before it, where that was the rule."""
+    rows_before: int
+    rows_after: int
+    files: int
+    """Of the version before, that held some."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KeysRotated(LedgerEvent):
     view: str
     keys: dict[str, int]

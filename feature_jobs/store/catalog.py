@@ -45,6 +45,8 @@ class ViewSpec:
     """What it may be used for; empty allows every purpose."""
     region: str | None = None
     """None is wherever the cluster is."""
+    retention_s: float | None = None
+    """How long rows are kept after their event; None is for ever."""
 
     @property
     def columns(self) -> list[str]:
@@ -227,6 +229,7 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         ttl_s=definition["ttl_s"],
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
+        retention_s=definition.get("retention_s"),
     )
 
 

@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 import pyarrow as pa
@@ -57,7 +57,8 @@ def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[i
         raise Inconsistent(
             f"{pinned.uri}: rewritten files have other rows than before. Nothing was committed."
         )
-    return _change_over(pinned.uri, old, new), len(old)
+    said = {_KEY: json.dumps({"files": len(old)})}
+    return change_over(pinned.uri, old, new, said=said), len(old)
 
 
 def rewrites(table: DeltaTable) -> dict[int, int]:
@@ -76,16 +77,28 @@ def _merged(pinned: Snapshot, target: Target, bucket: int, name: str) -> BucketF
     )
 
 
-def _change_over(uri: str, old: Sequence[BucketFile], new: Sequence[BucketFile]) -> int:
-    """Commit; an ingestion that came in between only added files, so the same change is tried on top of it."""
+def change_over(
+    uri: str, old: Sequence[BucketFile], new: Sequence[BucketFile], *, said: Mapping[str, str]
+) -> int:
+    """Put new files in the place of old ones in one transaction; gives the new table version.
+
+    An ingestion that came in between only added files, so the same change is tried on top of it.
+
+    Args:
+        uri: of the table.
+        old: files of its newest version.
+        new: what workers wrote.
+        said: what the commit says of itself.
+
+    Raises:
+        SourceError: another job rewrote the same files meanwhile, or writers gave it no chance.
+    """
     now = int(time.time() * 1000)
     gone: list[AddAction | RemoveAction] = [
         RemoveAction(file.path, False, now, file.size_bytes, {BUCKET: str(file.bucket)}) for file in old
     ]
     actions = [*gone, *(offline.added(file, new_rows=False) for file in new)]
-    properties = CommitProperties(
-        custom_metadata={_KEY: json.dumps({"files": len(old)})}, max_commit_retries=0
-    )
+    properties = CommitProperties(custom_metadata=dict(said), max_commit_retries=0)
     for _ in range(MAX_COMMITS):
         table = DeltaTable(uri)
         present = set(pa.table(table.get_add_actions())["path"].to_pylist())

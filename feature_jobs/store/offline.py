@@ -85,7 +85,7 @@ class Snapshot:
         """
         ends = [DELETED] if self.tombstones else []
         wanted = [*self.key_types, EVENT, CREATED, SEQ, *ends, *columns]
-        tables = [_with_columns(table, wanted) for table in self.tables(bucket, wanted)]
+        tables = [with_columns(table, wanted) for table in self.tables(bucket, wanted)]
         if not tables:
             return pl.DataFrame()
         frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
@@ -320,7 +320,7 @@ def snapshot(
     )
 
 
-def _with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """The columns in order; one that an older file lacks is null."""
     missing = [name for name in names if name not in table.column_names]
     for name in missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import duckdb
@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.store.point_in_time import answer, join, latest
+from tests.pit_oracle import START, TIME, connect, expected, hidden
 
-START = datetime(2024, 1, 1, tzinfo=UTC)
 KEYS = {"person": pl.Int64, "place": pl.String}
-TIME = pl.Datetime("us", "UTC")
 FEATURES = KEYS | {
     "event_timestamp": TIME,
     "created_timestamp": TIME,
@@ -25,20 +24,6 @@ FEATURES = KEYS | {
     "sector": pl.String,
     "deleted": pl.Boolean,
 }
-
-# The definition itself, one row at a time: filter what was known, take the greatest, then look at its age.
-ORACLE = """
-SELECT best.amount, best.sector, best.ingest_seq IS NOT NULL
-FROM entities AS e
-LEFT JOIN LATERAL (
-    SELECT * FROM features AS f
-    WHERE f.person = e.person AND f.place = e.place
-      AND f.event_timestamp <= e.event_timestamp AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
-    ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
-    LIMIT 1
-) AS best ON NOT best.deleted AND best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl_us} AS BIGINT))
-ORDER BY e.position
-"""
 
 hours = st.integers(0, 12).map(lambda hour: START + timedelta(hours=hour))
 people = st.integers(1, 3)
@@ -64,10 +49,7 @@ entity_frames = st.lists(
 
 @pytest.fixture(scope="module")
 def oracle() -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
-    connection.execute("SET threads = 1")
-    return connection
+    return connect()
 
 
 @settings(max_examples=4 * settings.default.max_examples, deadline=None)
@@ -78,18 +60,14 @@ def test_join_agrees_with_the_definition_in_sql(
     """Ties, late corrections, tombstones, null values and keys, both edges of the time-to-live, with and without the
     cutoff, and what it hides: the rows with an answer only without it."""
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
-    oracle.register("features", features.to_arrow())
-    oracle.register("entities", entities.with_row_index("position").to_arrow())
-    ttl_us = int((ttl or timedelta(days=3650)).total_seconds() * 1e6)
+    columns, keys = ["amount", "sector"], list(KEYS)
     known, all_of_it = (
-        oracle.execute(ORACLE.format(ttl_us=ttl_us, cutoff=cutoff)).fetchall() for cutoff in (True, False)
+        expected(oracle, entities, features, keys=keys, columns=columns, ttl=ttl, cutoff=cutoff)
+        for cutoff in (True, False)
     )
-    hidden = sum(later[2] and not row[2] for row, later in zip(known, all_of_it, strict=True))
-    for cutoff, expected, count in ((True, known, hidden), (False, all_of_it, 0)):
-        actual = answer(
-            entities, features, keys=list(KEYS), columns=["amount", "sector"], ttl=ttl, cutoff=cutoff
-        )
-        assert [row[:2] for row in expected] == actual.columns.rows()
+    for cutoff, rows, count in ((True, known, hidden(known, all_of_it)), (False, all_of_it, 0)):
+        actual = answer(entities, features, keys=keys, columns=columns, ttl=ttl, cutoff=cutoff)
+        assert [row[:2] for row in rows] == actual.columns.rows()
         assert count == actual.hidden
 
 

@@ -1,0 +1,103 @@
+"""The point-in-time join's definition in SQL, for DuckDB, and random tables of the kind that traps naive joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+TIME = pl.Datetime("us", "UTC")
+TIMES = {"event_timestamp": TIME, "created_timestamp": TIME, "ingest_seq": pl.Int64, "deleted": pl.Boolean}
+FOREVER = timedelta(days=3650)
+
+# One entity row at a time: filter what was known, take the greatest, then look at its age.
+_SQL = """
+SELECT {columns}, best.ingest_seq IS NOT NULL
+FROM entities AS e
+LEFT JOIN LATERAL (
+    SELECT * FROM features AS f
+    WHERE {same} AND f.event_timestamp <= e.event_timestamp
+      AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
+    ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
+    LIMIT 1
+) AS best ON NOT best.deleted AND best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl} AS BIGINT))
+ORDER BY e.position
+"""
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """A database of one thread."""
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET threads = 1")
+    return connection
+
+
+def expected(
+    connection: duckdb.DuckDBPyConnection,
+    entities: pl.DataFrame,
+    features: pl.DataFrame,
+    *,
+    keys: Sequence[str],
+    columns: Sequence[str],
+    ttl: timedelta | None,
+    cutoff: bool = True,
+) -> list[tuple[Any, ...]]:
+    """For each entity row the columns, then whether there is an answer at all."""
+    connection.register("features", features.to_arrow())
+    connection.register("entities", entities.with_row_index("position").to_arrow())
+    query = _SQL.format(
+        columns=", ".join(f"best.{name}" for name in columns),
+        same=" AND ".join(f"f.{key} = e.{key}" for key in keys),
+        ttl=(ttl or FOREVER) // timedelta(microseconds=1),
+        cutoff=cutoff,
+    )
+    return connection.execute(query).fetchall()
+
+
+def hidden(known: Sequence[tuple[Any, ...]], without_cutoff: Sequence[tuple[Any, ...]]) -> int:
+    """The entity rows that have an answer only without the cutoff."""
+    return sum(later[-1] and not row[-1] for row, later in zip(known, without_cutoff, strict=True))
+
+
+def random_features(
+    draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 12
+) -> pl.DataFrame:
+    """Few keys and few moments, so that ties, duplicates, corrections and late rows abound; a quarter tombstones."""
+    event = draw.integers(0, hours, size)
+    created = np.where(draw.random(size) < 0.5, event, draw.integers(0, hours, size))
+    return pl.DataFrame(
+        {
+            **{
+                name: [given[at] for at in draw.integers(0, len(given), size)]
+                for name, given in values.items()
+            },
+            "event_timestamp": [START + timedelta(hours=int(hour)) for hour in event],
+            "created_timestamp": [START + timedelta(hours=int(hour)) for hour in created],
+            "ingest_seq": draw.permutation(size),
+            "deleted": draw.random(size) < 0.25,
+        },
+        schema_overrides=TIMES,
+        strict=False,
+    )
+
+
+def random_entities(
+    draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 14
+) -> pl.DataFrame:
+    """Entity rows in no order, some twice, some a microsecond off the moments that features have."""
+    at = [
+        START + timedelta(hours=int(hour), microseconds=int(off))
+        for hour, off in zip(draw.integers(0, hours, size), draw.integers(-1, 2, size), strict=True)
+    ]
+    columns = {
+        name: [given[at] for at in draw.integers(0, len(given), size)] for name, given in values.items()
+    }
+    return pl.DataFrame(
+        columns | {"event_timestamp": at}, schema_overrides={"event_timestamp": TIME}, strict=False
+    )

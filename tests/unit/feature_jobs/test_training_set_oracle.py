@@ -1,0 +1,158 @@
+"""Whole training sets against DuckDB: several views, keys that come from earlier views, batches, both switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.security.keys.access import KeyAccess
+from cluster.security.parquet import Protection
+from cluster.security.token_source import TokenSource
+from feature_jobs.store.buckets import bucket_of
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import BucketFile, Snapshot
+from feature_jobs.store.point_in_time import AVAILABLE
+from feature_jobs.store.training_set import assemble, join_here
+from tests.pit_oracle import connect, expected, hidden, random_entities, random_features
+
+PEOPLE, PLACES = [1, 2, 3], ["n", "s", "w"]
+AMOUNTS = [None, 0.5, 1.5, 2.5]
+VALUES: dict[str, dict[str, list[Any]]] = {
+    "person": {"person_id": PEOPLE, "amount": AMOUNTS, "place": [None, *PLACES]},
+    "place": {"place": PLACES, "rate": AMOUNTS},
+    "pair": {"person_id": PEOPLE, "place": PLACES, "visits": [None, 1, 2, 3]},
+}
+KEYS = {"person": ["person_id"], "place": ["place"], "pair": ["person_id", "place"]}
+DTYPES = {"amount": "float64", "rate": "float64", "visits": "int64", "place": "string", "person_id": "int64"}
+BUCKETS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches(Snapshot):
+    """A feature table whose files are in memory."""
+
+    tables_by_path: dict[str, pa.Table]
+
+    def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        for file in self.files:
+            if file.bucket == bucket:
+                table = self.tables_by_path[file.path]
+                yield table.select(
+                    [name for name in columns or table.column_names if name in table.column_names]
+                )
+
+
+def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) -> Batches:
+    """Rows as ingestion leaves them: a sorted file for each batch and bucket."""
+    keys = KEYS[name]
+    if not tombstones:
+        frame = frame.drop("deleted")
+    arrow = frame.to_arrow()
+    types = {key: DTYPES[key] for key in keys}
+    kinds = {"int64": pa.int64(), "string": pa.string()}
+    keyed = pa.table({key: arrow[key].cast(kinds[kind]) for key, kind in types.items()})
+    place = bucket_of(keyed, keys, num_buckets=BUCKETS)
+    found = {}
+    for batch in range(batches):
+        for bucket in range(BUCKETS):
+            mine = (place == bucket) & (np.arange(frame.height) % batches == batch)
+            part = frame.filter(pl.Series(mine))
+            if part.height:
+                ordered = part.sort(AVAILABLE, "event_timestamp", "created_timestamp", "ingest_seq")
+                found[f"bucket={bucket}/{batch}"] = ordered.to_arrow().cast(arrow.schema)
+    files = tuple(
+        BucketFile(path=path, bucket=int(path[7]), rows=table.num_rows, size_bytes=1)
+        for path, table in found.items()
+    )
+    return Batches(
+        uri=name, version=1, num_buckets=BUCKETS, key_types=types, files=files, protection=Protection(default=""),
+        access=KeyAccess(socket="", token=TokenSource()), tombstones=tombstones, tables_by_path=found,
+    )  # fmt: skip
+
+
+def view(name: str, ttl: timedelta | None) -> ViewSpec:
+    fields = [
+        FieldSpec(name=field, dtype=DTYPES[field], sensitivity="internal", categorical=False)
+        for field in VALUES[name]
+        if field not in KEYS[name]
+    ]
+    ttl_s = None if ttl is None else ttl.total_seconds()
+    return ViewSpec(name=name, version="1", join_keys=KEYS[name], fields=fields, ttl_s=ttl_s)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> duckdb.DuckDBPyConnection:
+    return connect()
+
+
+def definition(
+    oracle: duckdb.DuckDBPyConnection,
+    views: list[ViewSpec],
+    ttls: list[timedelta | None],
+    entities: pl.DataFrame,
+    tables: dict[str, pl.DataFrame],
+    *,
+    cutoff: bool,
+) -> tuple[dict[str, list[Any]], dict[str, int]]:
+    """What each output column must be, and what each view's cutoff hides."""
+    asked, columns, counts = entities, {}, {}
+    for view, ttl in zip(views, ttls, strict=True):
+        names = [field.name for field in view.fields]
+        known, all_of_it = (
+            expected(
+                oracle, asked, tables[view.name], keys=view.join_keys, columns=names, ttl=ttl, cutoff=switch
+            )
+            for switch in (True, False)
+        )
+        counts[view.name] = hidden(known, all_of_it) if cutoff else 0
+        rows = known if cutoff else all_of_it
+        for at, name in enumerate(names):
+            values = [row[at] for row in rows]
+            columns[f"{view.name}__{name}"] = values
+            if name in ("place", "person_id") and name not in entities.columns:
+                asked = asked.with_columns(pl.Series(name, values, pl.String))
+    return columns, counts
+
+
+@settings(max_examples=4 * settings.default.max_examples, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_training_set_is_the_definition(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
+    """Ties, nulls, duplicates, tombstones, late corrections, expiry, several keys; in one batch or several."""
+    draw = np.random.default_rng(seed)
+    ttls = [None if draw.random() < 0.3 else timedelta(hours=int(draw.integers(1, 13))) for _ in VALUES]
+    views = [view(name, ttl) for name, ttl in zip(VALUES, ttls, strict=True)]
+    tombstones = {name: bool(draw.random() < 0.7) for name in VALUES}
+    tables = {
+        name: random_features(draw, int(draw.integers(0, 30)), values) for name, values in VALUES.items()
+    }
+    tables = {
+        name: frame if tombstones[name] else frame.with_columns(deleted=False)
+        for name, frame in tables.items()
+    }
+    asked: dict[str, list[Any]] = {"person_id": [None, *PEOPLE, 9]}
+    if draw.random() < 0.3:
+        asked["place"] = [None, *PLACES, "x"]
+    entities = random_entities(draw, int(draw.integers(1, 20)), asked)
+    entities = entities.cast({"person_id": pl.Int64})
+    snapshots: dict[str, Snapshot] = {
+        name: stored(name, frame, batches=int(draw.integers(1, 4)), tombstones=tombstones[name])
+        for name, frame in tables.items()
+    }
+    for cutoff in (True, False):
+        built = assemble(
+            ServiceSpec(name="s", version="1", views=views), snapshots, entities.to_arrow(),
+            join_parts=join_here, cutoff=cutoff,
+        )  # fmt: skip
+        columns, counts = definition(oracle, views, ttls, entities, tables, cutoff=cutoff)
+        assert columns == {name: built.table[name].to_pylist() for name in columns}
+        assert counts == built.hidden
