@@ -72,6 +72,10 @@ class BatchIngested(LedgerEvent):
     reasons: dict[str, int] = field(default_factory=dict)
     """Quarantined rows by reason."""
     quarantine: str | None = None
+    profile: dict[str, Json] = field(default_factory=dict)
+    """`rows_in`, `rows` and `nulls` by feature; the whole profile lies with the quarantine."""
+    findings: list[dict[str, Json]] = field(default_factory=list)
+    """Batch rules that did not hold, where the batch was stored all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +86,8 @@ class BatchRefused(LedgerEvent):
     reason: str
     rows_in: int = 0
     rows_bad: int = 0
+    findings: list[dict[str, Json]] = field(default_factory=list)
+    """Batch rules that did not hold: `rule`, `value`, `threshold`, `said`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ Everything here is a pure function of the block, the view and the moment of inge
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -16,10 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
+from feature_jobs.store.batch_checks import Outlier, Unique
 from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time
+from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
+from feature_jobs.store.profile import Profile
 
-REASON, RAW = "__reason", "__raw"
+REASON, RAW, SOURCE = "__reason", "__raw", "__source"
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks differ; a time further ahead than this is a mistake."""
 
@@ -30,13 +33,16 @@ class _Rule:
     failing: pa.ChunkedArray
 
 
-def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
-    """The block as the feature table holds it, and for every bad row the reason and what the source said.
+def prepare(
+    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+) -> pa.Table:
+    """A whole batch as the feature table holds it, and for every bad row the reason and what the source said.
 
     Args:
         block: rows as the source has them.
         view: its transform, schema and checks are used.
         now: the moment of ingestion, UTC.
+        baseline: of the last good batch, for rules that compare with it.
 
     Returns:
         Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`; then `REASON`
@@ -45,6 +51,20 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
     Raises:
         SchemaMismatch: a column is missing or has a type that cannot be cast without loss.
         SourceError: the transform failed, or changed the number of rows.
+    """
+    part = prepare_part(block, view, now=now, baseline=baseline)
+    for rule in unique_rules(view):
+        [failing] = repeated([part], rule)
+        part = reject(part, failing, rule.reason)
+    return part.drop_columns([SOURCE]) if SOURCE in part.column_names else part
+
+
+def prepare_part(
+    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+) -> pa.Table:
+    """As `prepare`, for a part of a batch: whether rows are unique is not judged yet.
+
+    For a view with such rules the last column is the source row itself as a struct, `SOURCE`, for `reject`.
     """
     raw = _transformed(block, view)
     columns: dict[str, pa.ChunkedArray] = {}
@@ -55,8 +75,38 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
         columns[field.name] = cast_feature(column, DTYPES[field.dtype], name=field.name)
     columns |= _times(raw, view)
     table = pa.table(columns)
-    reasons = _reasons(list(_rules(table, view, now)), table.num_rows)
-    return table.append_column(REASON, reasons).append_column(RAW, _raw(block, reasons))
+    reasons = _reasons(list(_rules(table, view, now, baseline)), table.num_rows)
+    table = table.append_column(REASON, reasons).append_column(RAW, _raw(block, reasons))
+    return table.append_column(SOURCE, block.to_struct_array()) if unique_rules(view) else table
+
+
+def unique_rules(view: FeatureView) -> list[Unique]:
+    """Its rules that need a whole batch to say which rows are bad."""
+    return [check for check in view.checks if isinstance(check, Unique)]
+
+
+def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
+    """Which rows of a batch a rule rejects, part by part; rows that are bad already do not count.
+
+    Args:
+        parts: in the order of the source; `REASON` and the rule's columns are enough.
+        rule: of the view.
+    """
+    whole = pa.concat_tables([part.select([*rule.of, REASON]) for part in parts])
+    good = pc.is_null(whole[REASON])
+    failing = np.zeros(whole.num_rows, dtype=bool)
+    failing[np.flatnonzero(good.to_numpy())] = rule.failing(whole.filter(good)).to_numpy(zero_copy_only=False)
+    ends = np.cumsum([part.num_rows for part in parts])[:-1]
+    return [pa.array(one) for one in np.split(failing, ends)]
+
+
+def reject(part: pa.Table, failing: pa.Array, reason: str) -> pa.Table:
+    """A part with `SOURCE` in which some rows that were good are bad, for a reason that was found later."""
+    marks = pa.chunked_array([pc.if_else(failing, reason, pa.scalar(None, pa.string()))])
+    raw = _raw(pa.Table.from_struct_array(part[SOURCE].combine_chunks()), marks)
+    for name, found in ((REASON, marks), (RAW, raw)):
+        part = part.set_column(part.column_names.index(name), name, pc.coalesce(part[name], found))
+    return part
 
 
 def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
@@ -98,7 +148,7 @@ def _times(raw: pa.Table, view: FeatureView) -> dict[str, pa.ChunkedArray]:
     return {"event_timestamp": event, "created_timestamp": pc.coalesce(created, implied)}
 
 
-def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]:
+def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
@@ -106,7 +156,11 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]
     for name in ("event_timestamp", "created_timestamp"):
         yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
     for check in view.checks:
-        yield _Rule(check.reason, check.failing(table[check.column]))
+        match check:
+            case RowCheck():
+                yield _Rule(check.reason, check.failing(table[check.column]))
+            case Outlier():
+                yield _Rule(check.reason, check.failing(table[check.column], baseline))
 
 
 def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
