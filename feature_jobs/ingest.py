@@ -103,7 +103,7 @@ def main(config: IngestConfig) -> None:
     ledger = open_ledger(config)
     actor = act(config, attach(config), ledger, entrypoint="feature_jobs.ingest")
     places = layout(config.storage)
-    view, spec = applied_view(config, ledger)
+    view, spec = applied_view(config.definitions, config.view, ledger)
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = open_source(config.source.path or view.source.path, places)
     ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
@@ -133,18 +133,18 @@ def main(config: IngestConfig) -> None:
     )
 
 
-def applied_view(config: IngestConfig, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
+def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
     """The view as its module defines it and as it was applied, which is the same.
 
     Raises:
         DefinitionError: it was not applied, or was changed since.
     """
-    view = load_definitions(config.definitions).view(config.view)
+    view = load_definitions(definitions).view(name)
     spec = view_spec(ledger, view.name)
     if spec.version != view.version:
         raise DefinitionError(
             f"View '{view.name}' was changed since it was applied. "
-            f"Run `python -m feature_jobs.apply definitions={config.definitions}`."
+            f"Run `python -m feature_jobs.apply definitions={definitions}`."
         )
     return view, spec
 

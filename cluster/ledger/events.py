@@ -91,6 +91,24 @@ class BatchRefused(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuarantineReplayed(LedgerEvent):
+    """Rows of a batch's quarantine, read again under the view as it is now."""
+
+    view: str
+    view_version: str
+    batch: str
+    """The batch's `ingest_id`."""
+    replay_id: str
+    rows_in: int
+    rows_stored: int
+    rows_quarantined: int
+    """Those that stay."""
+    reasons: dict[str, int]
+    table_version: int | None
+    """None where no row was stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewMaterialized(LedgerEvent):
     view: str
     view_version: str

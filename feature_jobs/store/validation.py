@@ -6,6 +6,7 @@ Everything here is a pure function of the block, the view and the moment of inge
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from feature_jobs.store.definitions import DTYPES, FeatureView
 from feature_jobs.store.profile import Profile
 
 REASON, RAW, SOURCE = "__reason", "__raw", "__source"
+SOURCE_SCHEMA = b"source_schema"
+"""Metadata of the column `RAW`: the source's Arrow schema, in base64."""
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks differ; a time further ahead than this is a mistake."""
 
@@ -76,7 +79,7 @@ def prepare_part(
     columns |= _times(raw, view)
     table = pa.table(columns)
     reasons = _reasons(list(_rules(table, view, now, baseline)), table.num_rows)
-    table = table.append_column(REASON, reasons).append_column(RAW, _raw(block, reasons))
+    table = table.append_column(REASON, reasons).append_column(_raw_field(block.schema), _raw(block, reasons))
     return table.append_column(SOURCE, block.to_struct_array()) if unique_rules(view) else table
 
 
@@ -105,7 +108,8 @@ def reject(part: pa.Table, failing: pa.Array, reason: str) -> pa.Table:
     marks = pa.chunked_array([pc.if_else(failing, reason, pa.scalar(None, pa.string()))])
     raw = _raw(pa.Table.from_struct_array(part[SOURCE].combine_chunks()), marks)
     for name, found in ((REASON, marks), (RAW, raw)):
-        part = part.set_column(part.column_names.index(name), name, pc.coalesce(part[name], found))
+        position = part.schema.get_field_index(name)
+        part = part.set_column(position, part.schema.field(position), pc.coalesce(part[name], found))
     return part
 
 
@@ -175,10 +179,21 @@ def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
     return reasons
 
 
+def _raw_field(source: pa.Schema) -> pa.Field:
+    """The column `RAW`, which remembers the source's types, so that its rows can be read again as they were."""
+    types = base64.b64encode(source.remove_metadata().serialize())
+    return pa.field(RAW, pa.string(), metadata={SOURCE_SCHEMA: types})
+
+
 def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
     """What the source said of the bad rows; of the others nothing is kept twice."""
     bad = np.flatnonzero(reasons.is_valid().to_numpy())
-    said = [json.dumps(row, default=str) for row in block.take(bad).to_pylist()]
+    said = [json.dumps(row, default=_text) for row in block.take(bad).to_pylist()]
     positions = np.full(block.num_rows, -1)
     positions[bad] = np.arange(len(bad))
     return pa.array(said, pa.string()).take(pa.array(positions, mask=positions < 0))
+
+
+def _text(value: object) -> str:
+    """What JSON has no word for: bytes as base64, times and decimals as they print."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
