@@ -13,7 +13,7 @@
     │   │   └── FeatureServiceNotFound
     │   ├── SourceError               a source that is missing, empty or unreadable
     │   │   └── SchemaMismatch        a column is missing or has the wrong type
-    │   ├── BatchRefused              too many bad rows: nothing of the batch was stored
+    │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
     │   ├── TrainingSetError
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
@@ -90,7 +90,7 @@ class SchemaMismatch(SourceError):
 
 
 class BatchRefused(RefusedError):
-    """Too many bad rows: nothing of the batch was stored."""
+    """Too many bad rows, or a rule for the whole batch does not hold: nothing of it was stored."""
 
 
 class TrainingSetError(RefusedError):

@@ -8,10 +8,11 @@ files without a commit are dead weight, and a commit without its event is found 
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import hashlib
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -31,16 +32,27 @@ from cluster.security.policy import Action
 from cluster.session import attach, refusal_behind
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
+from feature_jobs.batch import Judged, judge, keep, last_good, settle
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, open_source
 from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
-from feature_jobs.store.validation import RAW, REASON, prepare
+from feature_jobs.store.validation import RAW, REASON, prepare_part
 
 HEAD_ROWS = 1000
 BATCH_ROWS = 131_072
+
+
+class BatchRules(enum.Enum):
+    """What becomes of a batch for which a batch rule of the view does not hold."""
+
+    enforce = "enforce"
+    """It is refused."""
+    report = "report"
+    """It is stored, the findings stand in its event, and the next batch is compared with it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +71,7 @@ class IngestConfig(PlatformConfig):
     source: SourceOverride = field(default_factory=SourceOverride)
     max_bad_share: float = 0.05
     """Above this share of bad rows the whole batch is refused."""
+    batch_rules: BatchRules = BatchRules.enforce
     num_buckets: int = 8
     """Of a new table; a table keeps the number it was made with."""
 
@@ -77,6 +90,7 @@ class Checked:
     """Object references to validated tables."""
     sizes: list[int]
     reasons: dict[str, int]
+    judged: Judged
 
     @property
     def rows_bad(self) -> int:
@@ -89,7 +103,7 @@ def main(config: IngestConfig) -> None:
     ledger = open_ledger(config)
     actor = act(config, attach(config), ledger, entrypoint="feature_jobs.ingest")
     places = layout(config.storage)
-    view, spec = applied_view(config, ledger)
+    view, spec = applied_view(config.definitions, config.view, ledger)
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = open_source(config.source.path or view.source.path, places)
     ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
@@ -100,7 +114,9 @@ def main(config: IngestConfig) -> None:
     table = offline.open_table(uri)
     before = offline.committed(table, ingest_id) if table is not None else None
     if before is None:
-        checked = check_or_refuse(config, ledger, actor, view, files)
+        quarantine = places.quarantine(view.name)
+        baseline = last_good(ledger, view, quarantine=quarantine, access=actor.access)
+        checked = check_or_refuse(config, ledger, actor, view, files, baseline)
         target = offline.Target(
             uri=uri,
             keys=tuple(view.join_keys),
@@ -108,7 +124,7 @@ def main(config: IngestConfig) -> None:
             protection=view_protection(spec),
             access=actor.access,
         )
-        before = store(view, checked, ingest_id, target=target, quarantine=places.quarantine(view.name))
+        before = store(view, checked, ingest_id, target=target, quarantine=quarantine)
     batch, version = before
     ledger.append(event_of(view, files, batch, version), actor=actor.name)
     print(
@@ -117,45 +133,44 @@ def main(config: IngestConfig) -> None:
     )
 
 
-def applied_view(config: IngestConfig, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
+def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
     """The view as its module defines it and as it was applied, which is the same.
 
     Raises:
         DefinitionError: it was not applied, or was changed since.
     """
-    view = load_definitions(config.definitions).view(config.view)
+    view = load_definitions(definitions).view(name)
     spec = view_spec(ledger, view.name)
     if spec.version != view.version:
         raise DefinitionError(
             f"View '{view.name}' was changed since it was applied. "
-            f"Run `python -m feature_jobs.apply definitions={config.definitions}`."
+            f"Run `python -m feature_jobs.apply definitions={definitions}`."
         )
     return view, spec
 
 
-def check(view: FeatureView, files: SourceFiles) -> Checked:
+def check(view: FeatureView, files: SourceFiles, baseline: Profile | None, *, now: dt.datetime) -> Checked:
     """Read, transform and check the whole batch with Ray Data.
 
     Raises:
         RefusedError: columns that do not fit the view.
         Inconsistent: Ray Data gave another number of rows than the files have.
     """
-    now = dt.datetime.now(dt.UTC)
     for path in files.paths:
-        prepare(head(path, HEAD_ROWS), view, now=now)
+        prepare_part(head(path, HEAD_ROWS), view, now=now)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # The newer reader starts a pool of actors to read footers, which takes longer than a batch of this size.
     context.use_datasource_v2 = False
     dataset = ray.data.read_parquet(files.paths).map_batches(
-        lambda block: prepare(block, view, now=now),
+        lambda block: prepare_part(block, view, now=now, baseline=baseline),
         batch_format="pyarrow",
         batch_size=BATCH_ROWS,
         zero_copy_batch=True,
     )
     try:
-        blocks = dataset.to_arrow_refs()
+        blocks = settle(dataset.to_arrow_refs(), view)
         counts = ray.get([_count.remote(block) for block in blocks])
     except RayError as error:
         raise refusal_behind(error) from error
@@ -165,22 +180,31 @@ def check(view: FeatureView, files: SourceFiles) -> Checked:
     reasons: Counter[str] = Counter()
     for _, of_block in counts:
         reasons.update(of_block)
-    return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons))
+    judged = judge(blocks, view, baseline, now=now)
+    return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons), judged=judged)
 
 
 def check_or_refuse(
-    config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureView, files: SourceFiles
+    config: IngestConfig,
+    ledger: Ledger,
+    actor: Actor,
+    view: FeatureView,
+    files: SourceFiles,
+    baseline: Profile | None,
 ) -> Checked:
     """The checked batch, fit to be stored; a batch that is not leaves an event before it is refused.
 
     Raises:
-        RefusedError: columns that do not fit the view, or too many bad rows.
+        RefusedError: columns that do not fit the view, too many bad rows, or a batch rule that does not hold.
     """
-    rows_bad = 0
+    rows_bad, found, now = 0, [], dt.datetime.now(dt.UTC)
     try:
-        checked = check(view, files)
+        checked = check(view, files, baseline, now=now)
         rows_bad = checked.rows_bad
         decide(config, view, files, checked)
+        found = [asdict(finding) for finding in checked.judged.findings]
+        if config.batch_rules is BatchRules.enforce:
+            refuse_unlike(view, checked.judged)
         return checked
     except RefusedError as error:
         event = BatchRefusedEvent(
@@ -190,6 +214,7 @@ def check_or_refuse(
             reason=str(error),
             rows_in=files.rows,
             rows_bad=rows_bad,
+            findings=found,
         )
         ledger.append(event, actor=actor.name)
         raise
@@ -209,6 +234,19 @@ def decide(config: IngestConfig, view: FeatureView, files: SourceFiles, checked:
         f"View '{view.name}': {share:.1%} of {files.rows} rows are bad, at most {config.max_bad_share:.1%} may be; "
         f"mostly: {reason} ({count}). Nothing was stored. Mend the source, or raise max_bad_share."
     )
+
+
+def refuse_unlike(view: FeatureView, judged: Judged) -> None:
+    """Refuse a batch for which a batch rule does not hold.
+
+    Raises:
+        BatchRefused: naming all of them.
+    """
+    if judged.findings:
+        said = "; ".join(finding.said for finding in judged.findings)
+        raise BatchRefused(
+            f"View '{view.name}': {said}. Nothing was stored. Mend the source, or let it be with batch_rules=report."
+        )
 
 
 def store(
@@ -241,6 +279,8 @@ def store(
         rows_quarantined=bad.num_rows,
         reasons=checked.reasons,
         quarantine=f"{ingest_id}.parquet" if bad.num_rows else None,
+        profile=checked.judged.profile.summary(),
+        findings=[asdict(finding) for finding in checked.judged.findings],
     )
     if batch.rows_stored + batch.rows_quarantined != batch.rows_in:
         raise Inconsistent(
@@ -250,6 +290,7 @@ def store(
     if batch.quarantine is not None:
         protection = quarantine_protection(view.name)
         protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection)
+    keep(checked.judged.profile, view, ingest_id, quarantine=quarantine, access=target.access)
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
 
@@ -267,6 +308,8 @@ def event_of(view: FeatureView, files: SourceFiles, batch: offline.Batch, versio
         table_version=version,
         reasons=batch.reasons,
         quarantine=batch.quarantine,
+        profile=batch.profile,
+        findings=batch.findings,
     )
 
 

@@ -21,6 +21,7 @@ from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
+from feature_jobs.batch import profile_place
 from feature_jobs.compact import newest, record
 from feature_jobs.store.catalog import load_definitions, view_spec
 from feature_jobs.store.compaction import as_target, rewrite
@@ -61,10 +62,13 @@ def main(config: RotateKeysConfig) -> None:
         pinned = newest(config, view, actor)
         rewrite(pinned, as_target(pinned), {file.bucket for file in pinned.files})
         files = protected_files(actor.access)
-        quarantined = list_files(layout(config.storage).quarantine(view.name), ".parquet")
+        quarantine = layout(config.storage).quarantine(view.name)
+        quarantined = list_files(quarantine, ".parquet")
         protection = quarantine_protection(view.name)
         for uri in quarantined:
             files.reprotect(uri, uri, protection, was=protection)
+        for uri in list_files(f"{quarantine}/profiles", ".parquet"):
+            files.reprotect(uri, uri, protection, was=protection, place=profile_place(view.name, uri))
         replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
         print(f"view {view.name}: {replaced} files of the table and {len(quarantined)} quarantined rewritten")
 

@@ -75,6 +75,10 @@ class BatchIngested(LedgerEvent):
     reasons: dict[str, int] = field(default_factory=dict)
     """Quarantined rows by reason."""
     quarantine: str | None = None
+    profile: dict[str, Json] = field(default_factory=dict)
+    """`rows_in`, `rows` and `nulls` by feature; the whole profile lies with the quarantine."""
+    findings: list[dict[str, Json]] = field(default_factory=list)
+    """Batch rules that did not hold, where the batch was stored all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +89,26 @@ class BatchRefused(LedgerEvent):
     reason: str
     rows_in: int = 0
     rows_bad: int = 0
+    findings: list[dict[str, Json]] = field(default_factory=list)
+    """Batch rules that did not hold: `rule`, `value`, `threshold`, `said`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuarantineReplayed(LedgerEvent):
+    """Rows of a batch's quarantine, read again under the view as it is now."""
+
+    view: str
+    view_version: str
+    batch: str
+    """The batch's `ingest_id`."""
+    replay_id: str
+    rows_in: int
+    rows_stored: int
+    rows_quarantined: int
+    """Those that stay."""
+    reasons: dict[str, int]
+    table_version: int | None
+    """None where no row was stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

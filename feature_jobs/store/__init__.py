@@ -1,6 +1,7 @@
 """The feature store: definitions, offline tables, the point-in-time join, the online store."""
 
-from feature_jobs.store.checks import Allowed, Check, NotNull, Range
+from feature_jobs.store.batch_checks import Drift, Freshness, Keep, NullShare, Outlier, RowCount, Unique
+from feature_jobs.store.checks import Allowed, Check, NotNull, Pattern, Range
 from feature_jobs.store.definitions import (
     Entity,
     FeatureService,
@@ -14,13 +15,21 @@ from feature_jobs.store.definitions import (
 __all__ = [
     "Allowed",
     "Check",
+    "Drift",
     "Entity",
     "FeatureService",
     "FeatureView",
     "Field",
     "FileSource",
+    "Freshness",
+    "Keep",
     "NotNull",
+    "NullShare",
+    "Outlier",
+    "Pattern",
     "Range",
+    "RowCount",
     "Sensitivity",
     "Transform",
+    "Unique",
 ]

@@ -1,4 +1,4 @@
-"""Declarative rules for single rows: which rows of a batch fail, and in what words.
+"""Declarative rules: of single rows here, of whole batches in `batch_checks`; which fail, and in what words.
 
 They are data, so a view's version and the ledger record what was checked. A null passes every rule but `NotNull`, as in
 SQL: whether a value may be absent and what it may be are separate decisions.
@@ -14,23 +14,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import DefinitionError
+from cluster.errors import DefinitionError, SchemaMismatch
 
 
 @dataclass(frozen=True, slots=True)
 class Check(ABC):
-    """A rule for one column."""
-
-    column: str
+    """A rule of a view."""
 
     @property
     @abstractmethod
-    def reason(self) -> str:
-        """What is wrong with a row that fails."""
-
-    @abstractmethod
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """One non-null bool a row: true where the row fails."""
+    def columns(self) -> tuple[str, ...]:
+        """Join keys and features that it is about."""
 
     def verify(self, dtype: str | None) -> None:  # noqa: B027 (most rules fit any column)
         """Raise when the rule cannot be asked of a column of this dtype; None is a join key's."""
@@ -44,7 +38,27 @@ class Check(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class NotNull(Check):
+class RowCheck(Check):
+    """A rule that each row of a batch passes or fails by one column of its own."""
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
+    @abstractmethod
+    def reason(self) -> str:
+        """What is wrong with a row that fails."""
+
+    @abstractmethod
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """One non-null bool a row: true where the row fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotNull(RowCheck):
     """The value must be there."""
 
     @property
@@ -56,7 +70,7 @@ class NotNull(Check):
 
 
 @dataclass(frozen=True, slots=True)
-class Range(Check):
+class Range(RowCheck):
     """The value must lie between two bounds, both included; an absent bound does not bind."""
 
     minimum: float | None = None
@@ -92,7 +106,7 @@ class Range(Check):
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed(Check):
+class Allowed(RowCheck):
     """The value must be one of a few."""
 
     values: Sequence[str | int | bool] = ()
@@ -114,5 +128,48 @@ class Allowed(Check):
         return f"{self.column} is none of the allowed values"
 
     def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        known = pc.is_in(column, value_set=pa.array(self.values, type=column.type))
+        try:
+            values = pa.array(self.values, type=column.type)
+        except (pa.ArrowException, TypeError) as error:
+            raise SchemaMismatch(
+                f"Allowed('{self.column}'): the values {list(self.values)} do not fit the source's {column.type}."
+            ) from error
+        known = pc.is_in(column, value_set=values)
         return pc.and_(pc.invert(known), pc.is_valid(column))
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern(RowCheck):
+    """The whole text must match a regular expression (RE2, which knows no look-around and no back references)."""
+
+    pattern: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise DefinitionError(f"Pattern('{self.column}') needs a pattern.")
+        for text in (self.pattern, self._whole):  # alone too, so that no bracket of it closes ours
+            try:
+                pc.match_substring_regex(pa.array([""]), text)
+            except pa.ArrowInvalid as error:
+                raise DefinitionError(
+                    f"Pattern('{self.column}'): {self.pattern!r} is no regular expression of RE2: {error}."
+                ) from error
+
+    @property
+    def _whole(self) -> str:
+        return rf"\A(?:{self.pattern})\z"
+
+    def verify(self, dtype: str | None) -> None:
+        if dtype not in (None, "string"):
+            raise DefinitionError(
+                f"Pattern('{self.column}') needs a column of text, '{self.column}' is {dtype}."
+            )
+
+    @property
+    def reason(self) -> str:
+        return f"{self.column} does not match {self.pattern}"
+
+    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if not pa.types.is_string(column.type):
+            raise SchemaMismatch(f"Pattern('{self.column}') needs text, the source has {column.type}.")
+        return pc.fill_null(pc.invert(pc.match_substring_regex(column, self._whole)), False)

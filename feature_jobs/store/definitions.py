@@ -222,14 +222,14 @@ class FeatureView:
         for check in self.checks:
             if not isinstance(check, Check):
                 raise DefinitionError(
-                    f"View '{self.name}': {check!r} is no check. Use NotNull, Range or Allowed."
+                    f"View '{self.name}': {check!r} is no check. Use NotNull, Range, Allowed or another rule."
                 )
-            if check.column not in columns:
-                raise DefinitionError(
-                    f"View '{self.name}' checks the unknown column '{check.column}'."
-                    f"{did_you_mean(check.column, columns)}"
-                )
-            check.verify(dtypes.get(check.column))
+            for column in check.columns:
+                if column not in columns:
+                    raise DefinitionError(
+                        f"View '{self.name}' checks the unknown column '{column}'.{did_you_mean(column, columns)}"
+                    )
+                check.verify(dtypes.get(column))
         if self.subject_key is not None and self.subject_key not in columns:
             raise DefinitionError(
                 f"View '{self.name}': subject_key '{self.subject_key}' is no column of it."

@@ -6,8 +6,9 @@ Everything here is a pure function of the block, the view and the moment of inge
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -16,11 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
+from feature_jobs.store.batch_checks import Outlier, Unique
 from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time
+from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
 from feature_jobs.store.point_in_time import DELETED
+from feature_jobs.store.profile import Profile
 
-REASON, RAW = "__reason", "__raw"
+REASON, RAW, SOURCE = "__reason", "__raw", "__source"
+SOURCE_SCHEMA = b"source_schema"
+"""Metadata of the column `RAW`: the source's Arrow schema, in base64."""
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks differ; a time further ahead than this is a mistake."""
 
@@ -31,13 +37,16 @@ class _Rule:
     failing: pa.ChunkedArray
 
 
-def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
-    """The block as the feature table holds it, and for every bad row the reason and what the source said.
+def prepare(
+    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+) -> pa.Table:
+    """A whole batch as the feature table holds it, and for every bad row the reason and what the source said.
 
     Args:
         block: rows as the source has them.
         view: its transform, schema and checks are used.
         now: the moment of ingestion, UTC.
+        baseline: of the last good batch, for rules that compare with it.
 
     Returns:
         Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`, `deleted` where
@@ -47,6 +56,20 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
     Raises:
         SchemaMismatch: a column is missing or has a type that cannot be cast without loss.
         SourceError: the transform failed, or changed the number of rows.
+    """
+    part = prepare_part(block, view, now=now, baseline=baseline)
+    for rule in unique_rules(view):
+        [failing] = repeated([part], rule)
+        part = reject(part, failing, rule.reason)
+    return part.drop_columns([SOURCE]) if SOURCE in part.column_names else part
+
+
+def prepare_part(
+    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+) -> pa.Table:
+    """As `prepare`, for a part of a batch: whether rows are unique is not judged yet.
+
+    For a view with such rules the last column is the source row itself as a struct, `SOURCE`, for `reject`.
     """
     raw = _transformed(block, view)
     columns: dict[str, pa.ChunkedArray] = {}
@@ -62,8 +85,39 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
     if deleted is not None:
         columns[DELETED] = deleted
     table = pa.table(columns)
-    reasons = _reasons(list(_rules(table, view, now)), table.num_rows)
-    return table.append_column(REASON, reasons).append_column(RAW, _raw(block, reasons))
+    reasons = _reasons(list(_rules(table, view, now, baseline)), table.num_rows)
+    table = table.append_column(REASON, reasons).append_column(_raw_field(block.schema), _raw(block, reasons))
+    return table.append_column(SOURCE, block.to_struct_array()) if unique_rules(view) else table
+
+
+def unique_rules(view: FeatureView) -> list[Unique]:
+    """Its rules that need a whole batch to say which rows are bad."""
+    return [check for check in view.checks if isinstance(check, Unique)]
+
+
+def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
+    """Which rows of a batch a rule rejects, part by part; rows that are bad already do not count.
+
+    Args:
+        parts: in the order of the source; `REASON` and the rule's columns are enough.
+        rule: of the view.
+    """
+    whole = pa.concat_tables([part.select([*rule.of, REASON]) for part in parts])
+    good = pc.is_null(whole[REASON])
+    failing = np.zeros(whole.num_rows, dtype=bool)
+    failing[np.flatnonzero(good.to_numpy())] = rule.failing(whole.filter(good)).to_numpy(zero_copy_only=False)
+    ends = np.cumsum([part.num_rows for part in parts])[:-1]
+    return [pa.array(one) for one in np.split(failing, ends)]
+
+
+def reject(part: pa.Table, failing: pa.Array, reason: str) -> pa.Table:
+    """A part with `SOURCE` in which some rows that were good are bad, for a reason that was found later."""
+    marks = pa.chunked_array([pc.if_else(failing, reason, pa.scalar(None, pa.string()))])
+    raw = _raw(pa.Table.from_struct_array(part[SOURCE].combine_chunks()), marks)
+    for name, found in ((REASON, marks), (RAW, raw)):
+        position = part.schema.get_field_index(name)
+        part = part.set_column(position, part.schema.field(position), pc.coalesce(part[name], found))
+    return part
 
 
 def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
@@ -116,7 +170,7 @@ def _deleted(raw: pa.Table, view: FeatureView) -> pa.ChunkedArray | None:
     return pc.fill_null(column.cast(pa.bool_()), False)
 
 
-def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]:
+def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
@@ -124,7 +178,13 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]
     for name in ("event_timestamp", "created_timestamp"):
         yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
     for check in view.checks:
-        failing = check.failing(table[check.column])
+        match check:
+            case RowCheck():
+                failing = check.failing(table[check.column])
+            case Outlier():
+                failing = check.failing(table[check.column], baseline)
+            case _:
+                continue
         if DELETED in table.column_names and check.column not in view.join_keys:
             failing = pc.and_not(failing, table[DELETED])
         yield _Rule(check.reason, failing)
@@ -142,10 +202,21 @@ def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
     return reasons
 
 
+def _raw_field(source: pa.Schema) -> pa.Field:
+    """The column `RAW`, which remembers the source's types, so that its rows can be read again as they were."""
+    types = base64.b64encode(source.remove_metadata().serialize())
+    return pa.field(RAW, pa.string(), metadata={SOURCE_SCHEMA: types})
+
+
 def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
     """What the source said of the bad rows; of the others nothing is kept twice."""
     bad = np.flatnonzero(reasons.is_valid().to_numpy())
-    said = [json.dumps(row, default=str) for row in block.take(bad).to_pylist()]
+    said = [json.dumps(row, default=_text) for row in block.take(bad).to_pylist()]
     positions = np.full(block.num_rows, -1)
     positions[bad] = np.arange(len(bad))
     return pa.array(said, pa.string()).take(pa.array(positions, mask=positions < 0))
+
+
+def _text(value: object) -> str:
+    """What JSON has no word for: bytes as base64, times and decimals as they print."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Project
 
 DEFINITIONS = """
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, Range
+from feature_jobs.store import Drift, Entity, FeatureView, Field, FileSource, Outlier, Range, RowCount, Unique
 
 meter = Entity("meter", join_keys=["meter_id"])
 reading = FeatureView(
@@ -27,6 +27,19 @@ reading = FeatureView(
     source=FileSource("reading.parquet", event_timestamp="at"),
     schema=[Field("watts", "float64")],
     checks=[Range("watts", minimum=0)],
+)
+flow = FeatureView(
+    "flow",
+    entities=[meter],
+    source=FileSource("flow.parquet", event_timestamp="at"),
+    schema=[Field("watts", "float64")],
+    checks=[
+        Range("watts", minimum=0),
+        Unique(["meter_id", "event_timestamp"], keep="first"),
+        Outlier("watts"),
+        RowCount(3.0),
+        Drift("watts"),
+    ],
 )
 """
 INGEST = ("definitions=meters", "view=reading")
@@ -40,10 +53,9 @@ def project(falaj_cluster: Project) -> Project:
     return falaj_cluster
 
 
-def write(root: Path, name: str, watts: list[Any]) -> str:
-    frame = pl.DataFrame(
-        {"meter_id": range(len(watts)), "watts": watts, "at": ["2024-01-01T00:00:00"] * len(watts)}
-    )
+def write(root: Path, name: str, watts: list[Any], meters: list[int] | None = None) -> str:
+    keys = list(range(len(watts))) if meters is None else meters
+    frame = pl.DataFrame({"meter_id": keys, "watts": watts, "at": ["2024-01-01T00:00:00"] * len(watts)})
     frame.with_columns(pl.col("at").str.to_datetime(time_unit="us", time_zone="UTC")).write_parquet(
         root / name
     )
@@ -102,3 +114,32 @@ def test_a_commit_without_its_event_is_found_again(project: Project) -> None:
     *_, last = ledger(project).entries(BatchIngested)
     assert (last.payload["rows_stored"], last.payload["table_version"]) == (20, version)
     assert (DeltaTable(str(table)).version(), stored(project).height) == (version, rows)
+
+
+def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
+    """Rows alike and far out go to quarantine; a batch of another kind is refused with the rules' figures."""
+    flow = ("definitions=meters", "view=flow")
+    spread = [float(number) for number in range(100)]
+    first = write(project.root, "flow-1.parquet", [*spread, 7.0], [*range(100), 99])
+    second = write(project.root, "flow-2.parquet", [*spread, 1e6])
+    moved = write(project.root, "flow-3.parquet", [number + 60 for number in spread] * 4)
+    project.run("feature_jobs.ingest", *flow, first, check=True)
+    project.run("feature_jobs.ingest", *flow, second, check=True)
+    refused = project.run("feature_jobs.ingest", *flow, moved)
+    assert refused.returncode == 2, refused.stderr
+    assert "more than a factor of 3" in refused.stderr
+    assert "stability index of 'watts'" in refused.stderr
+    *_, event = ledger(project).entries(BatchRefused)
+    assert [found["rule"] for found in event.payload["findings"]] == ["RowCount", "Drift(watts)"]
+    assert event.payload["findings"][0]["value"] == pytest.approx(400 / 101)
+    project.run("feature_jobs.ingest", *flow, moved, "batch_rules=report", check=True)
+    batches = [
+        entry.payload for entry in ledger(project).entries(BatchIngested) if entry.payload["view"] == "flow"
+    ]
+    assert [batch["reasons"] for batch in batches] == [
+        {"meter_id, event_timestamp not unique in the batch": 1},
+        {"watts more than 3 interquartile ranges outside the last good batch": 1},
+        {},
+    ]
+    assert [len(batch["findings"]) for batch in batches] == [0, 0, 2]
+    assert batches[0]["profile"] == {"rows_in": 101, "rows": 100, "nulls": {"watts": 0}}

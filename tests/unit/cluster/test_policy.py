@@ -120,6 +120,30 @@ def test_keys_follow_what_they_protect(policy: Policy, role: Role) -> None:
         assert policy.decide(who(role), Action.wrap_key, key).allowed == (role in WRAPS[folder]), key.name
 
 
+@pytest.mark.parametrize(
+    ("entrypoint", "role", "may"),
+    [
+        ("feature_jobs.ingest", DE, True),
+        ("feature_jobs.replay", DE, True),
+        ("feature_jobs.quarantine", DE, False),
+        ("feature_jobs.quarantine", DS, True),
+        ("feature_jobs.ingest", DS, False),
+        ("", DS, False),
+    ],
+)
+def test_the_quarantine_is_read_by_ingestion_and_shown_to_readers(
+    policy: Policy, entrypoint: str, role: Role, may: bool
+) -> None:
+    """An engineer's jobs read it and show nothing; whoever may read the columns may look at it, for a purpose."""
+    key = Resource(
+        kind="key", name="quarantine/income/sensitive", column_class="sensitive", purposes=("credit",)
+    )
+    asker = Principal(subject="a", role=role, purpose="credit", expires_at=0, entrypoint=entrypoint)
+    stranger = Principal(subject="a", role=role, purpose="fraud", expires_at=0, entrypoint=entrypoint)
+    assert policy.decide(asker, Action.unwrap_key, key).allowed == may
+    assert not policy.decide(stranger, Action.unwrap_key, key).allowed
+
+
 def test_every_action_is_in_the_table_and_in_the_schema(policy: Policy) -> None:
     """A new action without policies is denied to all but the admin, which a test should say before a user does."""
     assert set(TABLE) | {Action.read_columns} == set(Action)

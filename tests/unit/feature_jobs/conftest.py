@@ -15,5 +15,6 @@ def access() -> Iterator[KeyAccess]:
     """With the keys of the views that the tests write."""
     views = ("income", "person", "cohort", "sparse", "household", "empty")
     keys = [f"features/{view}/internal" for view in views]
-    with running_broker(*keys, "features/income/personal") as access:
+    others = ("features/income/personal", "quarantine/income/sensitive")
+    with running_broker(*keys, *others) as access:
         yield access

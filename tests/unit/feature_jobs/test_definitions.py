@@ -14,14 +14,21 @@ import pytest
 from cluster.errors import DefinitionError
 from feature_jobs.store import (
     Allowed,
+    Drift,
     Entity,
     FeatureService,
     FeatureView,
     Field,
     FileSource,
+    Freshness,
     NotNull,
+    NullShare,
+    Outlier,
+    Pattern,
     Range,
+    RowCount,
     Sensitivity,
+    Unique,
 )
 
 PERSON = Entity("person", join_keys=["person_id"])
@@ -72,6 +79,22 @@ def view(**changes: Any) -> FeatureView:
         (lambda: Range("amount"), "minimum or a maximum"),
         (lambda: Range("amount", minimum=2, maximum=1), "above maximum"),
         (lambda: Allowed("sector"), "needs values"),
+        (lambda: Pattern("sector"), "needs a pattern"),
+        (lambda: Pattern("sector", "a("), "is no regular expression of RE2"),
+        (lambda: Pattern("sector", "a)(b"), "is no regular expression of RE2"),
+        (lambda: Pattern("sector", "(?=a)"), "is no regular expression of RE2"),
+        (lambda: view(checks=[Pattern("amount", "a")]), "needs a column of text"),
+        (lambda: Unique("sector"), "needs a list"),
+        (lambda: view(checks=[Unique(["sector", "amuont"])]), "unknown column 'amuont'"),
+        (lambda: Outlier("amount", fences=0), "fences must be positive"),
+        (lambda: view(checks=[Outlier("sector")]), "needs a numeric feature"),
+        (lambda: view(checks=[Outlier("person_id")]), "needs a numeric feature"),
+        (lambda: NullShare("amount", 1.0), "at least 0 and below 1"),
+        (lambda: view(checks=[NullShare("person_id", 0.5)]), "is a join key"),
+        (lambda: Freshness(timedelta(0)), "maximum_age must be positive"),
+        (lambda: RowCount(1.0), "factor must be above 1"),
+        (lambda: Drift("amount", 0.0), "threshold must be positive"),
+        (lambda: view(schema=[Field("seen", "timestamp")], checks=[Drift("seen")]), "Use Freshness"),
         (lambda: view(ttl=timedelta(0)), "ttl must be positive"),
         (lambda: view(created_lag=timedelta(days=-1)), "created_lag must not be negative"),
         (lambda: view(subject_key="persn_id"), "Did you mean 'person_id'"),
@@ -116,6 +139,23 @@ def test_version_follows_every_part(changes: dict[str, Any]) -> None:
 def test_a_view_without_tombstones_keeps_the_definition_it_had() -> None:
     """A project from before sees no change."""
     assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
+
+
+def test_every_rule_can_be_recorded() -> None:
+    """A version is a hash of JSON, which knows no enum and no time span."""
+    rules = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
+    checks = [*rules, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
+    assert view(checks=checks).version != view().version
+    assert [rule.definition() for rule in rules] == [
+        {"check": "Unique", "of": ["person_id", "event_timestamp"], "keep": "first"},
+        {"check": "Freshness", "maximum_age_s": 172800.0},
+    ]
+
+
+def test_version_of_a_view_with_the_old_rules_is_what_it_was() -> None:
+    """Rules that came later change nothing for a view that has none of them."""
+    checks = [NotNull("amount"), Range("amount", minimum=0), Allowed("sector", values=["a"])]
+    assert view(checks=checks).version == "460fff526ed2"
 
 
 def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,222 @@
+"""`python -m feature_jobs.replay definitions=m view=v [batch=…]`: quarantined rows, tried again once all is mended.
+
+The rows are read as the source had them and go through the view's transform and checks as they are now. The good ones
+are stored as new rows of the table, the others stay in quarantine under their new reasons. Each batch's quarantine is
+replayed in one transaction under an id that follows from its rows: what stays is written aside, then the good rows are
+committed with that id, then the file is exchanged. Killed anywhere in between, the next run finds the id in the table
+and only finishes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from fsspec.core import url_to_fs
+
+from cluster.entrypoint import job
+from cluster.errors import Inconsistent, SourceError, did_you_mean
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import QuarantineReplayed
+from cluster.security.acting import act
+from cluster.security.keys.access import protected_files
+from cluster.security.policy import Action
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout, list_files
+from feature_jobs.batch import last_good
+from feature_jobs.ingest import applied_view, row_schema
+from feature_jobs.store import offline
+from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.profile import Profile
+from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
+from feature_jobs.store.quarantine import source_rows, still_alike
+from feature_jobs.store.validation import RAW, REASON, prepare
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplayConfig(PlatformConfig):
+    """Whose quarantine."""
+
+    definitions: str = "feature_jobs.census"
+    view: str = "???"
+    batch: str | None = None
+    """The `ingest_id` of one batch; none replays all of them."""
+    num_buckets: int = 8
+    """Of a new table, where no row of the view was stored yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where one batch's quarantine lies and what of it is written aside."""
+
+    view: FeatureView
+    batch: str
+    folder: str
+    target: offline.Target
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/{self.batch}.parquet"
+
+    def pending(self, replay_id: str) -> str:
+        return f"{self.folder}/pending/{replay_id}.parquet"
+
+
+@job("replay", ReplayConfig)
+def main(config: ReplayConfig) -> None:
+    """Replay one view's quarantine."""
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.replay")
+    places = layout(config.storage)
+    view, spec = applied_view(config.definitions, config.view, ledger)
+    actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
+    folder = places.quarantine(view.name)
+    table = offline.open_table(places.features(view.name))
+    target = offline.Target(
+        uri=places.features(view.name),
+        keys=tuple(view.join_keys),
+        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
+        protection=view_protection(spec),
+        access=actor.access,
+    )
+    baseline = last_good(ledger, view, quarantine=folder, access=actor.access)
+    for batch in batches(folder, config.batch, view=view.name):
+        place = Place(view=view, batch=batch, folder=folder, target=target)
+        event = replay(place, baseline, now=dt.datetime.now(dt.UTC))
+        say(ledger, event, actor=actor.name)
+        finish(place, event)
+        print(
+            f"view {view.name}: batch {batch}: {event.rows_in} rows in quarantine = {event.rows_stored} stored + "
+            f"{event.rows_quarantined} still bad"
+        )
+
+
+def batches(folder: str, wanted: str | None, *, view: str) -> list[str]:
+    """The batches that have rows in quarantine.
+
+    Raises:
+        SourceError: there is none, or not the one that was asked for.
+    """
+    found = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in list_files(folder, ".parquet")]
+    if wanted is not None and wanted not in found:
+        raise SourceError(
+            f"View '{view}' has no batch '{wanted}' in quarantine.{did_you_mean(wanted, found)}"
+        )
+    if not found:
+        raise SourceError(f"View '{view}' has no row in quarantine.")
+    return found if wanted is None else [wanted]
+
+
+def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> QuarantineReplayed:
+    """Store what is good now, unless a run before has; what stays lies aside for `finish`.
+
+    Raises:
+        SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table meanwhile.
+        Inconsistent: the rows do not add up; nothing was committed.
+    """
+    protection = quarantine_protection(place.view.name)
+    files = protected_files(place.target.access)
+    file = files.read(place.path, protection=protection)
+    replay_id = replay_id_of(place.batch, file)
+    table = offline.open_table(place.target.uri)
+    before = offline.committed(table, replay_id) if table is not None else None
+    if before is not None:
+        return event_of(place, *before)
+    prepared = still_alike(
+        prepare(source_rows(file), place.view, now=now, baseline=baseline), file, place.view
+    )
+    stays = pc.is_valid(prepared[REASON])
+    left = still_bad(file, prepared, stays)
+    if left.num_rows:
+        files.write(left, place.pending(replay_id), protection)
+    reasons = Counter(left["reason"].to_pylist())
+    batch = offline.Batch(
+        ingest_id=replay_id,
+        rows_in=file.num_rows,
+        rows_stored=file.num_rows - left.num_rows,
+        rows_quarantined=left.num_rows,
+        reasons=dict(reasons),
+        quarantine=f"{place.batch}.parquet" if left.num_rows else None,
+    )
+    if batch.rows_stored == 0:
+        return event_of(place, batch, None)
+    good = prepared.filter(pc.invert(stays)).drop_columns([REASON, RAW])
+    return event_of(place, batch, commit(place, good, batch, now=now))
+
+
+def still_bad(file: pa.Table, prepared: pa.Table, stays: pa.ChunkedArray) -> pa.Table:
+    """The rows of a quarantine file that stay, with their new reasons."""
+    position = file.schema.get_field_index("reason")
+    return file.set_column(position, "reason", prepared[REASON]).filter(stays)
+
+
+def commit(place: Place, good: pa.Table, batch: offline.Batch, *, now: dt.datetime) -> int:
+    """Store good rows as the newest of the table; gives its version."""
+    target, schema = place.target, row_schema(good.schema)
+    table = offline.open_table(target.uri)
+    if table is None:
+        table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
+    offline.check_schema(table, schema, view=place.view.name)
+    table = DeltaTable(target.uri)
+    seq = offline.last_seq(table)
+    count = good.num_rows
+    stamped = good.append_column(offline.INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), count))
+    stamped = stamped.append_column(SEQ, pa.array(range(seq + 1, seq + 1 + count), pa.int64()))
+    files = offline.write_files(stamped, target, name=batch.ingest_id)
+    if sum(file.rows for file in files) + batch.rows_quarantined != batch.rows_in:
+        raise Inconsistent(
+            f"View '{place.view.name}', batch {place.batch}: {batch.rows_in} rows in quarantine are not "
+            f"{sum(file.rows for file in files)} to store + {batch.rows_quarantined} still bad. Nothing was committed."
+        )
+    return offline.commit(table, schema, files, batch, seq=seq + count)
+
+
+def replay_id_of(batch: str, file: pa.Table) -> str:
+    """The id of a replay: the same as long as no row has left the quarantine."""
+    rows = ",".join(map(str, sorted(file[SEQ].to_pylist())))
+    return hashlib.sha256(f"replay:{batch}:{rows}".encode()).hexdigest()[:16]
+
+
+def event_of(place: Place, batch: offline.Batch, version: int | None) -> QuarantineReplayed:
+    """What is said in the ledger of a replay."""
+    return QuarantineReplayed(
+        view=place.view.name,
+        view_version=place.view.version,
+        batch=place.batch,
+        replay_id=batch.ingest_id,
+        rows_in=batch.rows_in,
+        rows_stored=batch.rows_stored,
+        rows_quarantined=batch.rows_quarantined,
+        reasons=batch.reasons,
+        table_version=version,
+    )
+
+
+def say(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> None:
+    """Record a replay, once; one that stored nothing and changed no reason is none."""
+    before = None
+    for entry in ledger.entries(QuarantineReplayed):
+        if (entry.payload["view"], entry.payload["replay_id"]) == (event.view, event.replay_id):
+            before = entry.payload
+    if before is None or (before["rows_stored"], before["reasons"]) != (event.rows_stored, event.reasons):
+        ledger.append(event, actor=actor)
+
+
+def finish(place: Place, event: QuarantineReplayed) -> None:
+    """Put what stays in the place of what was replayed."""
+    fs, path = url_to_fs(place.path)
+    if event.rows_quarantined:
+        fs.mv(url_to_fs(place.pending(event.replay_id))[1], path)
+    else:
+        fs.rm(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Rows that failed: which lie in quarantine, by batch, and how they become rows of the source again.
+
+A quarantined row is kept as JSON beside the types that the source had. Read again it is of the same types, so that the
+view's transform and checks see what they would have seen at ingestion.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import SourceError
+from cluster.ledger.events import BatchIngested, LedgerEvent, QuarantineReplayed
+from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.validation import REASON, SOURCE_SCHEMA, unique_rules
+
+
+def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str, int]]:
+    """Rows in quarantine by reason, of each batch of a view that has any, in the order of ingestion."""
+    batches: dict[str, dict[str, int]] = {}
+    for event in events:
+        match event:
+            case BatchIngested(view=name) if name == view and event.rows_quarantined:
+                batches[event.ingest_id] = dict(event.reasons)
+            case QuarantineReplayed(view=name) if name == view:
+                batches[event.batch] = dict(event.reasons)
+    return {batch: reasons for batch, reasons in batches.items() if reasons}
+
+
+def source_rows(file: pa.Table) -> pa.Table:
+    """The rows of a quarantine file as the source had them.
+
+    A file of a release that kept no types gets them from the values; times are then text.
+
+    Raises:
+        SourceError: a value that cannot be read back.
+    """
+    rows = [json.loads(text) for text in file["raw"].to_pylist()]
+    kept = (file.schema.field("raw").metadata or {}).get(SOURCE_SCHEMA)
+    if kept is None:
+        return pa.Table.from_pylist(rows)
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept)))
+    return pa.table(
+        [_column([row.get(field.name) for row in rows], field) for field in schema],
+        names=schema.names,
+    )
+
+
+def still_alike(prepared: pa.Table, file: pa.Table, view: FeatureView) -> pa.Table:
+    """Prepared rows of a file, those not good that were put aside because the batch had others like them.
+
+    What they are like may have been stored, and is not in the file: as long as the view has the rule, they stay.
+    """
+    stays = pa.chunked_array([pa.repeat(pa.scalar(False), file.num_rows)])
+    for rule in unique_rules(view):
+        stays = pc.or_(stays, pc.match_substring(file["reason"], rule.reason))
+    reasons = pc.coalesce(prepared[REASON], pc.if_else(stays, file["reason"], pa.scalar(None, pa.string())))
+    return prepared.set_column(prepared.schema.get_field_index(REASON), REASON, reasons)
+
+
+def _column(values: list[Any], field: pa.Field) -> pa.Array:
+    kind = field.type
+    try:
+        if pa.types.is_dictionary(kind):
+            return _plain(values, kind.value_type).dictionary_encode().cast(kind)
+        return _plain(values, kind)
+    except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
+        raise SourceError(
+            f"Column '{field.name}' of the quarantine cannot be read back as {kind}: {error}. "
+            "Mend the rows at their source and ingest them from there."
+        ) from error
+
+
+def _plain(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_time(kind):
+        return pa.array([None if one is None else dt.time.fromisoformat(one) for one in values], kind)
+    if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
+        return pa.array(values, pa.string()).cast(kind)
+    if pa.types.is_decimal(kind):
+        return pa.array([None if one is None else Decimal(one) for one in values], kind)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pa.array([None if one is None else base64.b64decode(one) for one in values], kind)
+    return pa.array(values, kind)

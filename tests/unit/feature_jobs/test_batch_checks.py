@@ -1,0 +1,258 @@
+"""Rules that need the whole batch, or the last good one: profiles, uniqueness, fences, and what refuses a batch."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feature_jobs.store import (
+    Drift,
+    Entity,
+    FeatureView,
+    Field,
+    FileSource,
+    Freshness,
+    Keep,
+    NotNull,
+    NullShare,
+    Outlier,
+    Range,
+    RowCount,
+    Unique,
+)
+from feature_jobs.store import profile as profiles
+from feature_jobs.store.batch_checks import BatchCheck, Facts, stability_index
+from feature_jobs.store.profile import Profile
+from feature_jobs.store.validation import RAW, REASON, SOURCE, prepare, prepare_part, reject, repeated
+
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+AT = datetime(2024, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def view(*checks: Any) -> FeatureView:
+    return FeatureView(
+        "income",
+        entities=[Entity("person", join_keys=["person_id"])],
+        source=FileSource("x.parquet", event_timestamp="at"),
+        schema=[Field("amount", "float64"), Field("sector", "string")],
+        checks=checks,
+    )
+
+
+def batch(amount: Any, sector: Any = None, *, keys: Any = None, at: datetime = AT) -> pa.Table:
+    count = len(amount)
+    return pa.table(
+        {
+            "person_id": pa.array(range(count) if keys is None else keys, pa.int64()),
+            "amount": pa.array(amount, pa.float64()),
+            "sector": pa.array(["a"] * count if sector is None else sector, pa.string()),
+            "at": pa.array([at] * count, pa.timestamp("us", "UTC")),
+        }
+    )
+
+
+def measured(*blocks: pa.Table, of: FeatureView | None = None, under: Profile | None = None) -> Any:
+    """The profile of a batch in these blocks, and its counts under another one's bins."""
+    of = of or view()
+    prepared = [prepare(block, of, now=NOW) for block in blocks]
+    good = [block.filter(pc.is_null(block[REASON])) for block in prepared]
+    sketches = [profiles.sketch(block, rows, of.schema) for block, rows in zip(prepared, good, strict=True)]
+    chosen = profiles.bins(sketches)
+    profile = profiles.profile(sketches, chosen, [profiles.count(rows, chosen) for rows in good])
+    known = under.distributions if under else {}
+    return profile, profiles.added(profiles.count(rows, known) for rows in good)
+
+
+def finding(rule: BatchCheck, after: pa.Table, before: pa.Table | None = None) -> Any:
+    baseline = None if before is None else measured(before)[0]
+    profile, counts = measured(after, under=baseline)
+    return rule.finding(Facts(batch=profile, baseline=baseline, counts=counts, now=NOW))
+
+
+# Uniqueness
+
+
+@pytest.mark.parametrize(("keep", "bad"), [(Keep.none, [1, 1, 0, 0, 0]), (Keep.first, [0, 1, 0, 0, 0])])
+def test_rows_alike_go_to_quarantine_as_the_rule_says(keep: Keep, bad: list[int]) -> None:
+    """All of them, or all but the first; a null is like nothing."""
+    rule = Unique(["person_id", "sector"], keep=keep)
+    rows = batch([1.0] * 5, ["a", "a", "b", None, None], keys=[1, 1, 1, 2, 2])
+    found = prepare(rows, view(rule), now=NOW)
+    assert [int(reason is not None) for reason in found[REASON].to_pylist()] == bad
+    assert SOURCE not in found.column_names
+
+
+def test_rejected_row_keeps_what_the_source_said() -> None:
+    """As for every other reason."""
+    found = prepare(batch([1.0, 2.0], keys=[1, 1]), view(Unique(["person_id"], keep=Keep.first)), now=NOW)
+    assert json.loads(found[RAW][1].as_py())["amount"] == 2.0
+    assert found[RAW][0].as_py() is None
+    assert found[REASON][1].as_py() == "person_id not unique in the batch"
+
+
+def test_a_bad_row_does_not_count_as_the_first() -> None:
+    """Or the good one would be lost for a row that is not stored."""
+    rules = view(Unique(["person_id"], keep=Keep.first), Range("amount", minimum=0))
+    assert prepare(batch([-1.0, 1.0], keys=[1, 1]), rules, now=NOW)[REASON].to_pylist() == [
+        "amount outside 0..",
+        None,
+    ]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["a", "b", None])), min_size=1, max_size=12),
+    st.integers(0, 12),
+    st.sampled_from(list(Keep)),
+)
+def test_a_batch_in_parts_is_judged_as_in_one_piece(
+    rows: list[tuple[int, str | None]], cut: int, keep: Keep
+) -> None:
+    """Where Ray cuts the blocks decides nothing."""
+    rule = Unique(["person_id", "sector"], keep=keep)
+    whole = batch([1.0] * len(rows), [row[1] for row in rows], keys=[row[0] for row in rows])
+    parts = [prepare_part(part, view(rule), now=NOW) for part in (whole.slice(0, cut), whole.slice(cut))]
+    failing = repeated(parts, rule)
+    settled = pa.concat_tables(
+        [reject(part, one, rule.reason) for part, one in zip(parts, failing, strict=True)]
+    )
+    assert prepare(whole, view(rule), now=NOW).equals(settled.drop_columns([SOURCE]))
+
+
+# Fences
+
+
+def test_a_value_far_outside_the_last_good_batch_is_a_bad_row() -> None:
+    """Quartiles 25 and 75: three ranges away is -125 and 225, both included; null passes."""
+    baseline, _ = measured(batch(np.arange(101.0)))
+    found = prepare(
+        batch([-125.0, -126.0, 225.0, 226.0, None]), view(Outlier("amount")), now=NOW, baseline=baseline
+    )
+    assert [reason is not None for reason in found[REASON].to_pylist()] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("before", [None, [7.0] * 100, [None] * 5])
+def test_without_a_range_to_measure_by_no_value_is_far_out(before: list[float | None] | None) -> None:
+    """The first batch, a constant column, an empty one."""
+    baseline = None if before is None else measured(batch(before))[0]
+    found = prepare(batch([1e9]), view(Outlier("amount")), now=NOW, baseline=baseline)
+    assert found[REASON].to_pylist() == [None]
+
+
+# Profiles
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6) | st.none(), max_size=20), min_size=1, max_size=3))
+def test_counts_of_a_profile_are_exact(blocks: list[list[float | None]]) -> None:
+    """Every good value lies in one bin, however the batch is cut."""
+    tables = [batch(block) for block in blocks]
+    profile, _ = measured(*tables)
+    values = [value for block in blocks for value in block if value is not None]
+    assert profile.rows_in == sum(map(len, blocks))
+    assert profile.nulls["amount"] == profile.rows_in - len(values)
+    if values:
+        one = profile.distributions["amount"]
+        inside = np.digitize(values, one.edges, right=True)
+        assert one.counts == np.bincount(inside, minlength=len(one.edges) + 1).tolist()
+        assert one.quartiles[0] <= one.quartiles[1] <= one.quartiles[2]
+
+
+def test_deciles_of_many_blocks_are_near_those_of_the_whole() -> None:
+    """Within one in 256 of the rank, whatever the blocks' sizes and order."""
+    values = np.random.default_rng(1).lognormal(size=30_000)
+    profile, _ = measured(batch(np.sort(values)[:20_000]), batch(np.sort(values)[20_000:]))
+    shares = np.cumsum(profile.distributions["amount"].counts[:-1]) / len(values)
+    assert np.abs(shares - np.arange(1, 10) / 10).max() < 2 / 256
+
+
+def test_a_profile_is_bounded_and_comes_back_from_json() -> None:
+    """A column of names gives no list of all names."""
+    names = [f"n{number % 500}" for number in range(5000)]
+    profile, _ = measured(batch(np.arange(5000.0), names))
+    one = profile.distributions["sector"]
+    assert (len(one.categories), len(one.counts), sum(one.counts)) == (50, 51, 5000)
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_what_the_ledger_gets_holds_no_value() -> None:
+    """Counts alone: not even a category."""
+    profile, _ = measured(batch([1234.5] * 20, ["secret"] * 20))
+    assert profile.summary() == {"rows_in": 20, "rows": 20, "nulls": {"amount": 0, "sector": 0}}
+
+
+# What refuses a batch
+
+
+def test_null_share_counts_rows_that_went_to_quarantine() -> None:
+    """A broken source shows there first."""
+    strict = view(NotNull("amount"))
+    profile, counts = measured(batch([1.0, None, None, 1.0]), of=strict)
+    facts = Facts(batch=profile, baseline=None, counts=counts, now=NOW)
+    assert NullShare("amount", 0.5).finding(facts) is None
+    found = NullShare("amount", 0.4).finding(facts)
+    assert found is not None
+    assert (found.value, found.threshold) == (0.5, 0.4)
+    assert found.said == "50.0% of 'amount' are null, at most 40.0% may be"
+
+
+def test_freshness_is_the_age_of_the_newest_event() -> None:
+    """Exactly the maximum still passes."""
+    rule = Freshness(10 * DAY)
+    assert finding(rule, batch([1.0], at=NOW - 10 * DAY)) is None
+    late = finding(rule, batch([1.0], at=NOW - 10 * DAY - timedelta(seconds=1)))
+    assert (late.value, late.threshold) == (864_001.0, 864_000.0)
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(49, False), (50, True), (200, True), (201, False)])
+def test_row_count_may_change_by_a_factor_both_ways(rows: int, passes: bool) -> None:
+    """Against the last good batch of 100 rows, within a factor of two."""
+    assert (finding(RowCount(2.0), batch([1.0] * rows), batch([1.0] * 100)) is None) == passes
+    assert finding(RowCount(2.0), batch([1.0] * rows)) is None
+
+
+def test_stability_index_is_that_of_the_formula() -> None:
+    """Against shares 50:50 and 75:25: 0.25 ln 1.5 + 0.25 ln 2, and nothing for the same."""
+    many = 10**9
+    assert stability_index([many, many], [3 * many, many]) == pytest.approx(
+        0.25 * np.log(1.5) + 0.25 * np.log(2)
+    )
+    assert stability_index([5, 7], [5, 7]) == 0
+
+
+def test_drift_of_numbers_and_of_categories_is_found() -> None:
+    """A shift by one deviation, and a category that comes to prevail."""
+    random = np.random.default_rng(2)
+    before = batch(random.normal(size=2000), ["a", "b"] * 1000)
+    moved = batch(random.normal(1, size=2000), ["a", "c"] * 1000)
+    assert finding(Drift("amount"), moved, before).value > 0.5
+    assert finding(Drift("sector"), moved, before).value > 0.5
+    assert finding(Drift("amount"), moved) is None
+
+
+def test_small_batches_are_seldom_refused_by_chance() -> None:
+    """Fifty rows of the same distribution have an index far above the threshold often, and are let through."""
+    random = np.random.default_rng(3)
+    refused = above = 0
+    for _ in range(100):
+        baseline, _ = measured(batch(random.normal(size=50)))
+        profile, counts = measured(batch(random.normal(size=50)), under=baseline)
+        facts = Facts(batch=profile, baseline=baseline, counts=counts, now=NOW)
+        refused += Drift("amount", 0.1).finding(facts) is not None
+        above += stability_index(baseline.distributions["amount"].counts, counts["amount"]) > 0.1
+    assert above > 50
+    assert refused <= 2
+
+
+def test_a_feature_that_changed_its_kind_is_not_compared() -> None:
+    """The next version of a view may have another type under the same name, or no such feature."""
+    baseline, _ = measured(batch([1.0] * 9, ["a"] * 9))
+    good = pa.table({"amount": pa.array(["x"])})
+    assert profiles.count(good, baseline.distributions) == {}
