@@ -1,5 +1,6 @@
 """The feature store: definitions, offline tables, the point-in-time join, the online store."""
 
+from feature_jobs.store.aggregations import Aggregation
 from feature_jobs.store.checks import Allowed, Check, NotNull, Range
 from feature_jobs.store.definitions import (
     Entity,
@@ -12,6 +13,7 @@ from feature_jobs.store.definitions import (
 )
 
 __all__ = [
+    "Aggregation",
     "Allowed",
     "Check",
     "Entity",

@@ -19,6 +19,7 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.point_in_time import EVENT, join
+from feature_jobs.store.windows import aggregate
 
 POSITION = "__position"
 Part = tuple[int, pl.DataFrame]
@@ -80,6 +81,10 @@ def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part]) -> list[pl.
 def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part) -> pl.DataFrame:
     """One bucket's entity rows with their features and positions."""
     bucket, asked = part
+    if view.windows is not None:
+        events = snapshot.read(bucket, view.windows.read)
+        answers = aggregate(asked, events, keys=list(snapshot.key_types), windows=view.windows)
+        return answers.with_columns(asked[POSITION])
     names = [field.name for field in view.fields]
     features = snapshot.read(bucket, names)
     if features.is_empty():

@@ -101,6 +101,8 @@ def _times(raw: pa.Table, view: FeatureView) -> dict[str, pa.ChunkedArray]:
 def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
+    if view.event_id is not None:
+        yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
     limit = pa.scalar(now + FUTURE_TOLERANCE, TIME)
     for name in ("event_timestamp", "created_timestamp"):
