@@ -1,5 +1,6 @@
 """The feature store: definitions, offline tables, the point-in-time join, the online store."""
 
+from feature_jobs.store.aggregations import Aggregation
 from feature_jobs.store.batch_checks import Drift, Freshness, Keep, NullShare, Outlier, RowCount, Unique
 from feature_jobs.store.checks import Allowed, Check, NotNull, Pattern, Range
 from feature_jobs.store.definitions import (
@@ -13,6 +14,7 @@ from feature_jobs.store.definitions import (
 )
 
 __all__ = [
+    "Aggregation",
     "Allowed",
     "Check",
     "Drift",

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
+from feature_jobs.store.aggregations import EVERY, WindowSpec, window_spec
 from feature_jobs.store.definitions import FeatureService, FeatureView
 
 N = TypeVar("N", FeatureView, FeatureService)
@@ -40,6 +41,7 @@ class ViewSpec:
     version: str
     join_keys: list[str]
     fields: list[FieldSpec]
+    """What readers get."""
     ttl_s: float | None
     purposes: tuple[str, ...] = ()
     """What it may be used for; empty allows every purpose."""
@@ -47,6 +49,15 @@ class ViewSpec:
     """None is wherever the cluster is."""
     retention_s: float | None = None
     """How long rows are kept after their event; None is for ever."""
+    windows: WindowSpec | None = None
+    """How the features are made of events; none where they are the columns of the feature table."""
+    event_fields: tuple[FieldSpec, ...] = ()
+    """The columns of the feature table of an aggregated view."""
+
+    @property
+    def stored(self) -> list[FieldSpec]:
+        """The columns of the feature table."""
+        return list(self.event_fields) or self.fields
 
     @property
     def columns(self) -> list[str]:
@@ -80,6 +91,8 @@ class ServiceSpec:
                     **view,
                     "fields": [FieldSpec(**field) for field in view["fields"]],
                     "purposes": tuple(view["purposes"]),
+                    "windows": WindowSpec.from_dict(view["windows"]) if view.get("windows") else None,
+                    "event_fields": tuple(FieldSpec(**field) for field in view.get("event_fields", ())),
                 }
             )
             for view in data["views"]
@@ -221,16 +234,40 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         FieldSpec(**{name: field[name] for name in FieldSpec.__dataclass_fields__})
         for field in definition["schema"]
     ]
+    windows = None
+    if "event_id" in definition:
+        dtypes = {field.name: field.dtype for field in fields}
+        windows = window_spec(definition["event_id"], definition["aggregations"], dtypes)
     return ViewSpec(
         name=definition["name"],
         version=version,
         join_keys=list(definition["join_keys"]),
-        fields=fields,
+        fields=fields if windows is None else aggregated_fields(windows, fields),
+        windows=windows,
+        event_fields=() if windows is None else tuple(fields),
         ttl_s=definition["ttl_s"],
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
         retention_s=definition.get("retention_s"),
     )
+
+
+def aggregated_fields(windows: WindowSpec, stored: Iterable[FieldSpec]) -> list[FieldSpec]:
+    """The features of an aggregated view; each is as sensitive as its column, a count of events as their ids."""
+    columns = {field.name: field for field in stored}
+    fields = []
+    for output in windows.outputs:
+        column = columns[windows.event_id if output.column == EVERY else output.column]
+        chosen = output.function in ("min", "max", "last")
+        fields.append(
+            FieldSpec(
+                name=output.name,
+                dtype=output.dtype,
+                sensitivity=column.sensitivity,
+                categorical=chosen and column.categorical,
+            )
+        )
+    return fields
 
 
 def _service_event(service: FeatureService, module: str) -> FeatureServiceApplied:

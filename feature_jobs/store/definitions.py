@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cluster.errors import DefinitionError, did_you_mean
 from cluster.ledger.chain import canonical
+from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.source_code import source_code
 
@@ -135,17 +136,22 @@ class FeatureView:
     """The column that identifies a natural person, for erasure."""
     created_lag: timedelta = timedelta(0)
     """From event to knowledge, where the source has no created timestamp."""
+    event_id: str | None = None
+    """Of a view over events: the column that identifies one; a correction reuses it."""
+    aggregations: Sequence[Aggregation] = ()
+    """What the view's features are, in place of its columns."""
 
     def __post_init__(self) -> None:
         _check_name("Feature view", self.name)
         if "__" in self.name:
             raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
-        for name in ("entities", "schema", "checks"):
+        for name in ("entities", "schema", "checks", "aggregations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "purposes", _names(f"View '{self.name}'", "purposes", self.purposes))
         self._check_columns()
         self._check_rules()
         self._check_times()
+        self._check_aggregations()
 
     @property
     def join_keys(self) -> list[str]:
@@ -156,6 +162,14 @@ class FeatureView:
     def version(self) -> str:
         """Content hash of the definition and the transform's code: 12 hex digits."""
         return content_hash(self.definition())
+
+    @property
+    def windows(self) -> WindowSpec | None:
+        """How the features are made of events; none where they are the columns themselves."""
+        if self.event_id is None:
+            return None
+        dtypes = {field.name: field.dtype for field in self.schema}
+        return window_spec(self.event_id, [one.definition() for one in self.aggregations], dtypes)
 
     def definition(self) -> dict[str, Any]:
         """The whole definition as JSON, enough to read the view without this object."""
@@ -191,7 +205,13 @@ class FeatureView:
             "region": self.region,
             "retention_s": _seconds(self.retention),
             "subject_key": self.subject_key,
+            **self._windowing(),
         }
+
+    def _windowing(self) -> dict[str, Any]:
+        if self.event_id is None:
+            return {}
+        return {"event_id": self.event_id, "aggregations": [one.definition() for one in self.aggregations]}
 
     def _check_columns(self) -> None:
         if not self.entities or not self.join_keys:
@@ -245,6 +265,31 @@ class FeatureView:
             raise DefinitionError(
                 f"View '{self.name}': created_lag must not be negative, got {self.created_lag}."
             )
+
+    def _check_aggregations(self) -> None:
+        if (self.event_id is None) != (not self.aggregations):
+            raise DefinitionError(
+                f"View '{self.name}': event_id and aggregations belong together. Give both or neither."
+            )
+        if self.event_id is None:
+            return
+        if self.ttl is not None:
+            raise DefinitionError(
+                f"View '{self.name}' is aggregated: its windows say how long an event counts. Remove the ttl."
+            )
+        try:
+            windows = self.windows
+        except DefinitionError as error:
+            raise DefinitionError(f"View '{self.name}': {error}") from error
+        assert windows is not None
+        if windows.event_id_dtype not in ("string", "int64", "int32"):
+            raise DefinitionError(
+                f"View '{self.name}': event_id '{self.event_id}' must be text or whole numbers, "
+                f"it is {windows.event_id_dtype}."
+            )
+        for output in windows.outputs:
+            if output.name in self.join_keys:
+                raise DefinitionError(f"View '{self.name}': '{output.name}' is a join key and a feature.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

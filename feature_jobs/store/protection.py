@@ -60,7 +60,7 @@ def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
             purposes=() if name in (Sensitivity.PUBLIC, Sensitivity.INTERNAL) else view.purposes,
             region=view.region or region,
         )
-        for name in sorted({field.sensitivity for field in view.fields})
+        for name in sorted({field.sensitivity for field in view.stored})
     ]
 
 
@@ -75,7 +75,7 @@ def view_protection(view: ViewSpec) -> Protection:
         default=features_key(view.name, Sensitivity.INTERNAL),
         keys=(
             *((name, None) for name in ORDERING),
-            *((field.name, _key(view.name, field.sensitivity)) for field in view.fields),
+            *((field.name, _key(view.name, field.sensitivity)) for field in view.stored),
         ),
     )
 

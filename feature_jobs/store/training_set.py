@@ -20,6 +20,7 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.point_in_time import EVENT, answer
+from feature_jobs.store.windows import aggregate
 
 POSITION = "__position"
 Part = tuple[int, pl.DataFrame]
@@ -117,6 +118,11 @@ def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: boo
 def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
     """One bucket's entity rows with their features."""
     bucket, asked = part
+    if view.windows is not None:
+        events = snapshot.read(bucket, view.windows.read)
+        keys = list(snapshot.key_types)
+        answers = aggregate(asked, events, keys=keys, windows=view.windows, cutoff=cutoff)
+        return Joined(frame=answers.with_columns(asked[POSITION]), hidden=0)
     names = [field.name for field in view.fields]
     features = snapshot.read(bucket, names)
     if features.is_empty():

@@ -173,6 +173,8 @@ def _deleted(raw: pa.Table, view: FeatureView) -> pa.ChunkedArray | None:
 def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
+    if view.event_id is not None:
+        yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
     limit = pa.scalar(now + FUTURE_TOLERANCE, TIME)
     for name in ("event_timestamp", "created_timestamp"):

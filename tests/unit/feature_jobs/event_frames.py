@@ -1,0 +1,77 @@
+"""Random events and entity rows: few keys, ids and moments, so that ties, corrections and late rows abound."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
+from hypothesis import strategies as st
+
+from feature_jobs.store.aggregations import EVERY, FUNCTIONS, window_spec
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+TIME = pl.Datetime("us", "UTC")
+KEYS = {"person": pl.Int64, "place": pl.String}
+COLUMNS = {
+    "event_id": "string",
+    "amount": "float64",
+    "size": "int64",
+    "sector": "string",
+    "seen": "timestamp",
+    "flag": "bool",
+}
+EVENTS = KEYS | {
+    "event_timestamp": TIME,
+    "created_timestamp": TIME,
+    "ingest_seq": pl.Int64,
+    "deleted": pl.Boolean,
+    "event_id": pl.String,
+    "amount": pl.Float64,
+    "size": pl.Int64,
+    "sector": pl.String,
+    "seen": TIME,
+    "flag": pl.Boolean,
+}
+WINDOWS_H = (2, 5)
+SPEC = window_spec(
+    "event_id",
+    [
+        {"column": column, "function": function, "windows_us": [hours * 3_600_000_000 for hours in WINDOWS_H]}
+        for column, function in [
+            (EVERY, "count"),
+            *(("amount", function) for function in FUNCTIONS),
+            *(("size", function) for function in ("sum", "mean", "max")),
+            *(("sector", function) for function in ("min", "last", "distinct")),
+            *(("seen", "max"), ("seen", "distinct"), ("flag", "last")),
+        ]
+    ],
+    COLUMNS,
+)
+
+hours = st.integers(0, 12).map(lambda hour: START + timedelta(hours=hour))
+people = st.integers(1, 2)
+places = st.sampled_from(["n", "s"])
+quarters = st.integers(-9, 9).map(lambda number: number / 4)
+_values = st.tuples(
+    st.none() | quarters,
+    st.none() | st.integers(-3, 3),
+    st.none() | st.sampled_from(["a", "b", "c"]),
+    st.none() | hours,
+    st.none() | st.booleans(),
+)
+
+
+@st.composite
+def event_frames(draw: st.DrawFn, *, max_size: int = 25) -> pl.DataFrame:
+    """Events of a few people; a tombstone in five."""
+    ids = st.sampled_from("abcde")
+    deleted = st.integers(0, 4).map(lambda number: number == 0)
+    rows = draw(st.lists(st.tuples(people, places, hours, hours, deleted, ids, _values), max_size=max_size))
+    order = draw(st.permutations(range(len(rows))))
+    data = [(*row[:4], seq, *row[4:6], *row[6]) for row, seq in zip(rows, order, strict=True)]
+    return pl.DataFrame(data, schema=EVENTS, orient="row")
+
+
+entity_frames = st.lists(
+    st.tuples(st.none() | st.integers(1, 3), st.none() | places, hours), max_size=15
+).map(lambda rows: pl.DataFrame(rows, schema=KEYS | {"event_timestamp": TIME}, orient="row"))

@@ -1,0 +1,190 @@
+"""Aggregated views: what may be declared, what features it gives, and their way through catalogue and training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import DefinitionError
+from cluster.ledger import Ledger
+from cluster.security.keys.access import KeyAccess
+from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource, offline
+from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
+from feature_jobs.store.training_set import build, join_here
+from feature_jobs.store.validation import REASON, prepare
+
+TIME = pa.timestamp("us", "UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+HOUR, WEEK = timedelta(hours=1), timedelta(days=7)
+
+
+def view(**changes: Any) -> FeatureView:
+    """A view over payments, with some parts changed."""
+    parts: dict[str, Any] = {
+        "entities": [Entity("customer", join_keys=["customer_id"])],
+        "source": FileSource("payments.parquet", event_timestamp="at"),
+        "schema": [
+            Field("payment_id", "string"),
+            Field("amount", "float64", sensitivity="personal"),  # type: ignore[arg-type]
+            Field("shop", "int32", categorical=True, sensitivity="public"),  # type: ignore[arg-type]
+        ],
+        "event_id": "payment_id",
+        "aggregations": [
+            Aggregation("amount", "sum", windows=[HOUR, WEEK]),
+            Aggregation("shop", "last", windows=[WEEK]),
+            Aggregation("*", "count", windows=[timedelta(minutes=90)]),
+        ],
+    }
+    return FeatureView("income", **(parts | changes))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    yield opened
+    opened.close()
+
+
+def applied(ledger: Ledger, given: FeatureView) -> ServiceSpec:
+    """The spec of a service of one view, as the ledger knows it."""
+    service = FeatureService("credit", views=[given])
+    definitions = Definitions(module="m", views={given.name: given}, services={"credit": service})
+    apply(definitions, ledger, actor="user:test")
+    return service_spec(ledger, "credit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"event_id": None}, "belong together"),
+        ({"aggregations": []}, "belong together"),
+        ({"event_id": "paymentid"}, "Did you mean 'payment_id'"),
+        ({"event_id": "amount"}, "text or whole numbers"),
+        ({"ttl": WEEK}, "Remove the ttl"),
+        ({"aggregations": [Aggregation("amont", "sum", windows=[HOUR])]}, "Did you mean 'amount'"),
+        ({"aggregations": [Aggregation("payment_id", "mean", windows=[HOUR])]}, "needs numbers"),
+        ({"aggregations": [Aggregation("amount", "sum", windows=[HOUR, HOUR])]}, "'amount_sum_1h'"),
+    ],
+)
+def test_view_that_cannot_be_aggregated_says_why(changes: dict[str, Any], words: str) -> None:
+    """When it is made."""
+    with pytest.raises(DefinitionError, match=words):
+        view(**changes)
+
+
+@pytest.mark.parametrize(
+    ("column", "function", "windows", "words"),
+    [
+        ("amount", "sun", [HOUR], "Did you mean 'sum'"),
+        ("*", "sum", [HOUR], "only count"),
+        ("amount", "sum", [], "no window"),
+        ("amount", "sum", [timedelta(0)], "positive"),
+    ],
+)
+def test_aggregation_without_meaning_says_why(
+    column: str, function: str, windows: list[timedelta], words: str
+) -> None:
+    """When it is made."""
+    with pytest.raises(DefinitionError, match=words):
+        Aggregation(column, function, windows=windows)
+
+
+def test_view_without_aggregations_keeps_its_definition() -> None:
+    """So its version is what it was before there were any."""
+    plain = view(event_id=None, aggregations=[])
+    assert {"event_id", "aggregations"}.isdisjoint(plain.definition())
+    assert plain.version != view().version
+
+
+def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: Ledger) -> None:
+    """As the ledger knows them; a count of events is as sensitive as their ids."""
+    spec = applied(ledger, view()).views[0]
+    assert [(one.name, one.dtype, one.sensitivity, one.categorical) for one in spec.fields] == [
+        ("amount_sum_1h", "float64", "personal", False),
+        ("amount_sum_7d", "float64", "personal", False),
+        ("shop_last_7d", "int32", "public", True),
+        ("count_90m", "int64", "internal", False),
+    ]
+    assert [one.name for one in spec.stored] == ["payment_id", "amount", "shop"]
+    assert [one.column_class for one in view_resources(spec, region="r")] == [
+        "internal",
+        "personal",
+        "public",
+    ]
+
+
+def test_spec_crosses_a_process_boundary(ledger: Ledger) -> None:
+    """Whole, as plain data."""
+    spec = applied(ledger, view())
+    assert ServiceSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_feature_keeps_the_key_of_its_column_in_a_training_set(ledger: Ledger) -> None:
+    """Whoever may not read the amounts may not read their sums."""
+    keys = dict(training_set_protection(applied(ledger, view())).keys)
+    assert keys["income__amount_sum_7d"] == "features/income/personal"
+    assert keys["income__shop_last_7d"] is None
+
+
+def test_event_without_an_id_goes_to_quarantine() -> None:
+    """It could be neither corrected nor counted once."""
+    block = pa.table(
+        {"customer_id": [1, 2], "at": pa.array([START] * 2, TIME), "payment_id": ["a", None]}
+        | {"amount": [1.0, 2.0], "shop": [1, 2]}
+    )
+    assert prepare(block, view(), now=START)[REASON].to_pylist() == [None, "payment_id is null"]
+
+
+def test_training_set_holds_the_aggregations_of_each_entity_row(
+    ledger: Ledger, tmp_path: Path, access: KeyAccess
+) -> None:
+    """An unknown customer counts nothing; so does one whose bucket has no file."""
+    service = applied(ledger, view())
+    pinned = stored(tmp_path, access, service)
+    hours = [0.5, 1, 1.5, 200, 1]
+    asked = [START + timedelta(hours=hour) for hour in hours]
+    entities = pa.table(
+        {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(asked, TIME), "label": [0] * 5}
+    )
+    table = build(service, {"income": pinned}, entities, join_parts=join_here)
+    assert table.column_names[3:] == service.columns
+    assert table.select(service.columns).to_pydict() == {
+        "income__amount_sum_1h": [1.0, 6.0, 5.0, None, None],
+        "income__amount_sum_7d": [1.0, 6.0, 6.0, None, None],
+        "income__shop_last_7d": [7, 9, 9, None, None],
+        "income__count_90m": [1, 2, 2, 0, 0],
+    }
+    assert table.schema.field("income__shop_last_7d").type == pa.int32()
+
+
+def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
+    """Two payments of customer 1, at 0:30 and 1:00, the second one corrected."""
+    spec = service.views[0]
+    times = [START + timedelta(hours=hour) for hour in (0.5, 1, 1)]
+    rows = pa.table(
+        {
+            "customer_id": [1, 1, 1],
+            "payment_id": ["a", "b", "b"],
+            "amount": [1.0, 4.0, 5.0],
+            "shop": pa.array([7, 8, 9], pa.int32()),
+            "event_timestamp": pa.array(times, TIME),
+            "created_timestamp": pa.array(times, TIME),
+            "ingested_at": pa.array(times, TIME),
+            "ingest_seq": [0, 1, 2],
+        }
+    )
+    uri, protection = f"{folder}/income", view_protection(spec)
+    table = offline.create_table(uri, rows.schema, num_buckets=4)
+    target = Target(uri=uri, keys=("customer_id",), buckets=4, protection=protection, access=access)
+    files = offline.write_files(rows, target, name="a")
+    said = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
+    offline.commit(DeltaTable(table.table_uri), rows.schema, files, said, seq=2)
+    return snapshot(uri, view="income", keys=["customer_id"], protection=protection, access=access)

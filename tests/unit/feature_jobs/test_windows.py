@@ -1,0 +1,207 @@
+"""Windowed aggregations offline, against DuckDB as an independent oracle and on the cases that trap naive ones."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+
+from cluster.errors import TrainingSetError
+from feature_jobs.store import windows as offline
+from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, WindowSpec, window_spec
+from feature_jobs.store.hyperloglog import estimate, registers_of
+from feature_jobs.store.windows import aggregate
+from tests.unit.feature_jobs.event_frames import (
+    COLUMNS,
+    EVENTS,
+    KEYS,
+    SPEC,
+    START,
+    TIME,
+    WINDOWS_H,
+    entity_frames,
+    event_frames,
+)
+
+# The definition itself: what was known, its latest version of each event, no tombstones, then the window.
+ORACLE = """
+WITH known AS (
+    SELECT e.position, e.event_timestamp AS asked, f.* EXCLUDE (person, place)
+    FROM entities AS e JOIN events AS f ON f.person = e.person AND f.place = e.place
+    WHERE f.event_timestamp <= e.event_timestamp AND f.created_timestamp <= e.event_timestamp
+), counting AS (
+    SELECT * FROM known
+    QUALIFY row_number() OVER (PARTITION BY position, event_id ORDER BY created_timestamp DESC, ingest_seq DESC) = 1
+), live AS (
+    SELECT * FROM counting WHERE NOT deleted AND event_timestamp > asked - to_hours({window})
+)
+SELECT {outputs}
+FROM entities AS e LEFT JOIN live USING (position)
+GROUP BY e.position, e.person, e.place
+ORDER BY e.position
+"""
+LAST = "last({0} ORDER BY live.event_timestamp, created_timestamp, ingest_seq) FILTER (WHERE {0} IS NOT NULL)"
+
+
+def expression(column: str, function: str) -> str:
+    """An output in SQL; an entity without a key is nobody."""
+    match function:
+        case "last":
+            inner = LAST.format(column)
+        case "distinct":
+            inner = f"count(DISTINCT {column})"
+        case "mean":
+            inner = f"avg({column})"
+        case _:
+            inner = f"{function}({'event_id' if column == EVERY else column})"
+    return f"CASE WHEN e.person IS NOT NULL AND e.place IS NOT NULL THEN {inner} END"
+
+
+@pytest.fixture(scope="module")
+def oracle() -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET threads = 1")
+    return connection
+
+
+@settings(max_examples=settings.default.max_examples, deadline=None)
+@given(events=event_frames(), entities=entity_frames)
+def test_aggregations_agree_with_the_definition_in_sql(
+    oracle: duckdb.DuckDBPyConnection, events: pl.DataFrame, entities: pl.DataFrame
+) -> None:
+    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys."""
+    actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC)
+    oracle.register("events", events.to_arrow())
+    oracle.register("entities", entities.with_row_index("position").to_arrow())
+    for window in WINDOWS_H:
+        outputs = [one for one in SPEC.outputs if one.window_us == window * 3_600_000_000]
+        text = ", ".join(expression(one.column, one.function) for one in outputs)
+        expected = oracle.execute(ORACLE.format(outputs=text, window=window)).fetchall()
+        assert expected == actual.select(one.name for one in outputs).rows()
+
+
+def only(*wanted: tuple[str, str], hours: int = 5) -> WindowSpec:
+    """A few aggregations over one window."""
+    return window_spec(
+        "event_id",
+        [
+            {"column": column, "function": function, "windows_us": [hours * 3_600_000_000]}
+            for column, function in wanted
+        ],
+        COLUMNS,
+    )
+
+
+def events(*given: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
+    """Events of one person from (id, event hour, created hour, amount)."""
+    nothing = dict.fromkeys(COLUMNS) | {"deleted": False} | more
+    data = [
+        nothing
+        | {"person": 1, "place": "n", "event_id": event, "ingest_seq": seq, "amount": amount}
+        | {
+            "event_timestamp": START + timedelta(hours=at),
+            "created_timestamp": START + timedelta(hours=known),
+        }
+        for seq, (event, at, known, amount) in enumerate(given)
+    ]
+    return pl.DataFrame(data, schema=EVENTS)
+
+
+def ask(frame: pl.DataFrame, spec: WindowSpec, *asked: float) -> list[tuple[Any, ...]]:
+    """The answers at some hours."""
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+    entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
+    return aggregate(entities, frame, keys=list(KEYS), windows=spec).rows()
+
+
+def test_window_is_open_at_its_old_edge_and_closed_at_its_new_one() -> None:
+    """(t - w, t]: an event exactly w ago has left, one at this instant counts."""
+    spec = only(("amount", "sum"))
+    assert ask(events(("a", 1, 1, 2.0)), spec, 0.5, 1, 5.999, 6) == [(None,), (2.0,), (2.0,), (None,)]
+
+
+def test_correction_replaces_its_event_from_when_it_was_known() -> None:
+    """Never both, and never early."""
+    spec = only(("amount", "sum"), (EVERY, "count"))
+    frame = events(("a", 1, 1, 2.0), ("a", 1, 3, 7.0))
+    assert ask(frame, spec, 2, 3) == [(2.0, 1), (7.0, 1)]
+
+
+def test_correction_may_move_an_event_back_in_time() -> None:
+    """The latest knowledge counts, not the latest event time."""
+    frame = events(("a", 6, 6, 2.0), ("a", 1, 7, 2.0))
+    assert ask(frame, only((EVERY, "count")), 6.5, 7) == [(1,), (0,)]
+
+
+def test_older_version_that_arrives_late_changes_nothing() -> None:
+    """What was created later stays, although the older version's event makes it available later."""
+    frame = events(("a", 1, 2, 5.0), ("a", 4, 1, 9.0))
+    assert ask(frame, only(("amount", "sum")), 3, 5) == [(5.0,), (5.0,)]
+
+
+def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
+    """And a later version brings it back."""
+    frame = pl.concat([events(("a", 1, 1, 2.0)), events(("a", 1, 2, None), deleted=True)])
+    frame = pl.concat([frame, events(("a", 1, 3, 4.0))]).with_columns(pl.Series("ingest_seq", [0, 1, 2]))
+    assert ask(frame, only(("amount", "sum"), (EVERY, "count")), 1, 2, 3) == [(2.0, 1), (None, 0), (4.0, 1)]
+
+
+def test_nothing_gives_zero_counts_and_null_values() -> None:
+    """An unknown entity and an empty table alike."""
+    spec = only(*[("amount", name) for name in ("count", "distinct", "sum", "mean", "min", "last")])
+    assert ask(events(), spec, 1) == [(0, 0, None, None, None, None)]
+
+
+def test_sums_of_fractions_are_exact_and_rounded_once() -> None:
+    """A payment and its reversal leave what is between them, though running totals would have lost it."""
+    rng = np.random.default_rng(7)
+    amounts = [1e15, 0.1, -1e15, 1e-300, 1e300, -1e300, *rng.normal(0, 1e6, 40), *rng.normal(0, 1e-9, 40)]
+    frame = events(*[(str(i), i / 10, i / 10, amount) for i, amount in enumerate(amounts)])
+    found = ask(frame, only(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)])
+    expected = [math.fsum(amounts[max(i - 19, 0) : i + 1]) for i in range(86)]
+    assert [row[0] for row in found] == expected
+    assert [row[1] for row in found] == [total / min(i + 1, 20) for i, total in enumerate(expected)]
+
+
+def test_infinite_amounts_leave_with_their_event() -> None:
+    """They spoil only the windows that they are in; both signs together are no number."""
+    frame = events(("a", 1, 1, math.inf), ("b", 2, 2, -math.inf), ("c", 3, 3, 1.0), ("d", 9, 9, 1.7e308))
+    frame = pl.concat([frame, events(("e", 9, 9, 1.7e308))])
+    found = ask(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
+    assert found == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
+
+
+def test_whole_numbers_too_large_for_their_sum_are_refused() -> None:
+    """Rather than to wrap around."""
+    frame = events(("a", 1, 1, None), ("b", 1, 1, None)).with_columns(size=pl.lit(2**62))
+    with pytest.raises(TrainingSetError, match="Declare the column as float64"):
+        ask(frame, only(("size", "sum")), 2)
+
+
+@pytest.mark.parametrize("places", [1, 7, 256])
+def test_distinct_is_exact_to_its_bound_and_an_estimate_of_the_same_values_above(
+    monkeypatch: pytest.MonkeyPatch, places: int
+) -> None:
+    """With any number of places at a time."""
+    monkeypatch.setattr(offline, "_PLACES_AT_ONCE", places)
+    total = EXACT_DISTINCT + 300
+    frame = events(*[(str(i), i / 1000, i / 1000, float(i // 2)) for i in range(2 * total)])
+    asked = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
+    found = ask(frame, only(("amount", "distinct"), hours=2), *asked)
+
+    def values(hour: float) -> set[float]:
+        return {float(i // 2) for i in range(2 * total) if hour - 2 < i / 1000 <= hour}
+
+    exact = [len(values(hour)) for hour in asked]
+    assert exact[0] <= EXACT_DISTINCT
+    assert [row[0] for row in found] == [
+        count if count <= EXACT_DISTINCT else max(estimate(registers_of(values(hour))), EXACT_DISTINCT + 1)
+        for hour, count in zip(asked, exact, strict=True)
+    ]
