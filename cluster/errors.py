@@ -137,11 +137,15 @@ class Inconsistent(FalajError):
     """Our own books do not add up; nothing was committed."""
 
 
+MAX_GUESSED = 200
+"""Characters of a name for which a near one is looked for: of a longer one, sent to do harm, it would take seconds."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of a not-found message: the nearest name, then all known ones."""
     names = sorted(known)
     if not names:
         return " None is known yet."
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1) if len(name) <= MAX_GUESSED else []
     guess = f" Did you mean '{near[0]}'?" if near else ""
     return f"{guess} Known: {', '.join(names)}."

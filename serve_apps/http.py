@@ -1,4 +1,7 @@
-"""Requests and answers as every application here handles them: bounded bodies, JSON errors, never a stack trace."""
+"""Requests and answers as every application here handles them: bounded bodies, JSON errors, never a stack trace.
+
+A compressed body is refused: what it would grow to is not bounded by what was sent.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,31 @@ import logging
 from typing import Any
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cluster.errors import AccessDenied, FalajError, InvalidRequest, ModelNotFound, Unauthenticated
 
 LOG = logging.getLogger("falaj.serve")
 MAX_BODY_BYTES = 1_000_000
+MAX_MESSAGE = 2000
+"""Characters of an error's message; what it quotes of a request may be longer."""
+
+
+class MethodNotAllowed(FalajError):
+    """HTTP 405."""
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class BodyTooLarge(FalajError):
     """HTTP 413."""
+
+
+class EncodingNotSupported(FalajError):
+    """HTTP 415."""
 
 
 class Unavailable(FalajError):
@@ -30,42 +47,72 @@ def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = 
 
 def refusal(error: Exception) -> Response:
     """The response of an error: the contract's `{"error", "code"}`."""
+    headers = {}
     match error:
         case InvalidRequest():
             status, message = 400, str(error)
+        case ClientDisconnect():
+            status, message = 400, "The connection ended before the body did."
         case Unauthenticated():
             status, message = 401, str(error)
         case AccessDenied():
             status, message = 403, str(error)
         case ModelNotFound():
             status, message = 404, str(error)
+        case MethodNotAllowed():
+            status, message, headers = 405, str(error), {"allow": error.allow}
         case BodyTooLarge():
             status, message = 413, str(error)
+        case EncodingNotSupported():
+            status, message, headers = 415, str(error), {"accept-encoding": "identity"}
         case Unavailable():
             status, message = 503, str(error)
         case _:
             LOG.error("a request failed", exc_info=error)
             status, message = 500, "The request failed inside the service; its operators can see why."
-    return answer({"error": message, "code": status}, status=status)
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
+    return answer({"error": message, "code": status}, status=status, headers=headers)
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The request's body as a JSON object.
+async def read_body(request: Request) -> bytes:
+    """The request's body.
 
-    A body over the limit is read to its end and thrown away, so that the client gets to see the answer.
+    A body that is refused is read to its end and thrown away, so that the client gets to see the answer.
 
     Raises:
-        BodyTooLarge, InvalidRequest
+        BodyTooLarge, EncodingNotSupported
     """
+    encoding = request.headers.get("content-encoding", "identity")
     size, chunks = 0, []
     async for chunk in request.stream():
         size += len(chunk)
         if size <= MAX_BODY_BYTES:
             chunks.append(chunk)
+    if encoding.strip().lower() not in ("", "identity"):
+        raise EncodingNotSupported("The body is compressed; send it as it is, without Content-Encoding.")
     if size > MAX_BODY_BYTES:
         raise BodyTooLarge(f"The body has {size} bytes; the limit is {MAX_BODY_BYTES}.")
+    return b"".join(chunks)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        BodyTooLarge, EncodingNotSupported, InvalidRequest
+    """
+    return parse_json(await read_body(request))
+
+
+def parse_json(data: bytes | memoryview) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InvalidRequest: it is none, or nested too deeply.
+    """
     try:
-        content = orjson.loads(b"".join(chunks))
+        content = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is no valid JSON: {error}.") from error
     except RecursionError as error:

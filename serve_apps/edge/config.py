@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
@@ -15,6 +17,9 @@ from serve_apps.edge.token_checks import token_checks
 
 OUTCOMES_APP = "outcomes"
 _LIVE, _READY = '{"live":true}', '{"ready":true}'
+_SERVER = json.dumps(
+    {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
+)
 MODEL_NAME = "[A-Za-z0-9._-]+"
 
 
@@ -118,6 +123,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub') if dashboard
 {_authorise(settings)}
 {dashboard.passage()}
+    {say(_SERVER)} if {{ path /v2 }}
     {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
@@ -139,17 +145,18 @@ def _health(routes: Routes) -> str:
 
 
 def _classify() -> str:
+    version = f"(/versions/{MODEL_NAME})?"
     predict = f"^/v1/models/{MODEL_NAME}:predict$"
-    infer = f"^/v2/models/{MODEL_NAME}/infer$"
-    metadata = f"^/v2/models/{MODEL_NAME}(/ready)?$"
+    infer = f"^/v2/models/{MODEL_NAME}{version}/infer$"
+    described = f"^/v2/models/{MODEL_NAME}{version}(/ready)?$"
     return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
-    http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {metadata} }}
+    http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {described} }} or {{ path /v2 }}
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
     {refuse(404, "No such path.")} unless {{ var(txn.action) -m found }}
     acl reads var(txn.action) -m str {Action.read_metadata}
-    {refuse(405, "This path takes POST.")} if !reads !dashboard !METH_POST
-    {refuse(405, "This path takes GET.")} if reads !METH_GET
-    http-request set-var(txn.model) path,field(4,/),field(1,:) if !dashboard !{{ path /v1/outcomes }}"""
+    {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !METH_POST
+    {refuse(405, "This path takes GET.")} hdr allow GET if reads !METH_GET
+    http-request set-var(txn.model) path,field(4,/),field(1,:) if {{ path_beg /v1/models/ /v2/models/ }}"""
 
 
 def _authorise(settings: EdgeSettings) -> str:

@@ -1,32 +1,35 @@
-"""The Open Inference Protocol v2 over JSON: tensors in, tensors out, one named input per feature."""
+"""The Open Inference Protocol v2 over HTTP: tensors in, tensors out, one named input per feature.
+
+Tensors are JSON, or bytes behind the JSON (the binary tensor data extension, where the header
+`Inference-Header-Content-Length` says where the JSON ends). Sources: the protocol's REST specification
+(kserve/open-inference-protocol) and Triton's `extension_binary_data`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InvalidRequest
+import orjson
+
+from cluster.errors import InvalidRequest, did_you_mean
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
-from serve_apps.predictor.request import MAX_ENTITIES, Scalar, override
+from serve_apps.http import parse_json
+from serve_apps.predictor.request import Scalar, shown
+from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
 
 PLATFORM = "falaj"
-_DATATYPES = frozenset(
-    {
-        "BOOL",
-        "UINT8",
-        "UINT16",
-        "UINT32",
-        "UINT64",
-        "INT8",
-        "INT16",
-        "INT32",
-        "INT64",
-        "FP16",
-        "FP32",
-        "FP64",
-        "BYTES",
-    }
-)
+JSON_LENGTH = "inference-header-content-length"
+"""Header with the length of the JSON, in bytes, where binary data stands behind it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """An output that a request asks for."""
+
+    name: str
+    raw: bool
+    """As binary data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,66 +39,147 @@ class Inference:
     id: str | None
     columns: dict[str, list[Scalar]]
     count: int
+    outputs: tuple[Wanted, ...]
+    """In the order of the answer."""
 
 
-def parse_infer(body: dict[str, Any], inputs: dict[str, InputSpec]) -> Inference:
-    """The request in an `infer` body.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """A tensor of an answer."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    values: list[Any]
+    """Row-major."""
+
+
+def split_body(body: bytes, json_length: list[str]) -> tuple[dict[str, Any], RawData]:
+    """The JSON object of an `infer` body and the binary data behind it.
+
+    Args:
+        body: all of it.
+        json_length: every value given of the header `JSON_LENGTH`.
 
     Raises:
-        InvalidRequest: an input that is unknown, missing or given twice, or a shape or datatype that does not fit.
+        InvalidRequest: no JSON object, or a length that is none or beyond the body.
+    """
+    if not json_length:
+        return parse_json(body), RawData()
+    given = json_length[0]
+    if len(json_length) > 1 or not (given.isascii() and given.isdigit() and len(given) < 20):
+        raise InvalidRequest(
+            f"Inference-Header-Content-Length must be one number of bytes, got {shown(given)}."
+        )
+    length = int(given)
+    if length > len(body):
+        raise InvalidRequest(f"Inference-Header-Content-Length is {length}; the body has {len(body)} bytes.")
+    whole = memoryview(body)
+    return parse_json(whole[:length]), RawData(whole[length:])
+
+
+def parse_infer(
+    body: dict[str, Any], inputs: dict[str, InputSpec], outputs: tuple[str, ...], raw: RawData
+) -> Inference:
+    """The request in an `infer` body.
+
+    Args:
+        body: its JSON.
+        inputs: the model's, all of which must be given, in any order.
+        outputs: the names of the model's.
+        raw: the binary data behind the JSON.
+
+    Raises:
+        InvalidRequest: an input or output that is unknown, missing or given twice, or a shape, datatype or value that
+            does not fit.
     """
     tensors = body.get("inputs")
     if not isinstance(tensors, list) or not tensors:
         raise InvalidRequest('Give "inputs" as a list of tensors, one per feature.')
     columns: dict[str, list[Scalar]] = {}
     count: int | None = None
-    for tensor in tensors:
-        name, values = _tensor(tensor)
-        count = len(values) if count is None else count
-        if name in columns:
-            raise InvalidRequest(f"Input '{name}' is given twice.")
-        columns[name] = override(inputs, name, values, count)
+    for content in tensors:
+        tensor = read_tensor(content, raw)
+        _check_input(inputs.get(tensor.name), tensor, inputs)
+        if tensor.name in columns:
+            raise InvalidRequest(f"Input '{tensor.name}' is given twice.")
+        count = len(tensor.values) if count is None else count
+        if len(tensor.values) != count:
+            raise InvalidRequest(f"Input '{tensor.name}' has {len(tensor.values)} values for {count} rows.")
+        columns[tensor.name] = tensor.values
+    raw.finish()
     if missing := inputs.keys() - columns.keys():
         raise InvalidRequest(f"Input '{min(missing)}' is missing; the model takes {len(inputs)} inputs.")
     request_id = body.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidRequest('"id" must be text.')
-    return Inference(id=request_id, columns=columns, count=count or 0)
+    return Inference(id=request_id, columns=columns, count=count or 0, outputs=_wanted(body, outputs))
 
 
-def outputs(signature: ModelSignature, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answer's tensors."""
+def results(signature: ModelSignature, rows: list[dict[str, Any]]) -> tuple[Output, ...]:
+    """All outputs of the model, from its answer as rows."""
     count = len(rows)
     match signature.task:
         case Task.binary:
-            scores = [_output("probability", "FP64", [count], [row["probability"] for row in rows])]
+            scores = _vector("probability", "FP64", [row["probability"] for row in rows])
         case Task.multiclass:
-            data = [value for row in rows for value in row["probabilities"].values()]
-            scores = [_output("probabilities", "FP64", [count, signature.num_scores], data)]
+            values = [value for row in rows for value in row["probabilities"].values()]
+            shape = [count, signature.num_scores]
+            scores = Output(name="probabilities", datatype="FP64", shape=shape, values=values)
         case Task.regression:
-            return [_output("value", "FP64", [count], [row["value"] for row in rows])]
-    return [*scores, _output("label", label_datatype(signature), [count], [row["label"] for row in rows])]
+            return (_vector("value", "FP64", [row["value"] for row in rows]),)
+    return scores, _vector("label", label_datatype(signature), [row["label"] for row in rows])
+
+
+def answered(
+    head: dict[str, Any], outputs: tuple[Output, ...], wanted: tuple[Wanted, ...]
+) -> tuple[bytes, int | None]:
+    """An answer's body, and the length of its JSON where binary data stands behind it.
+
+    Args:
+        head: everything but the outputs.
+        outputs: the model's.
+        wanted: those that were asked for.
+    """
+    by_name = {output.name: output for output in outputs}
+    described: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for one in wanted:
+        output = by_name[one.name]
+        tensor: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+        if one.raw:
+            parts.append(to_raw(output.datatype, output.values))
+            tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            tensor["data"] = output.values
+        described.append(tensor)
+    content = orjson.dumps({**head, "outputs": described})
+    return b"".join([content, *parts]), len(content) if parts else None
 
 
 def metadata(name: str, version: int, signature: ModelSignature) -> dict[str, Any]:
-    """The model's metadata answer."""
-    match signature.task:
-        case Task.binary:
-            scores = [{"name": "probability", "datatype": "FP64", "shape": [-1]}]
-        case Task.multiclass:
-            scores = [{"name": "probabilities", "datatype": "FP64", "shape": [-1, signature.num_scores]}]
-        case Task.regression:
-            scores = [{"name": "value", "datatype": "FP64", "shape": [-1]}]
-    label = {"name": "label", "datatype": label_datatype(signature), "shape": [-1]}
-    return {
+    """The model's metadata answer; `classes` is the order of a multiclass model's probabilities."""
+    shapes = {"probabilities": [-1, signature.num_scores]}
+    outputs = [
+        {"name": output.name, "datatype": output.datatype, "shape": shapes.get(output.name, [-1])}
+        for output in results(signature, [])
+    ]
+    content: dict[str, Any] = {
         "name": name,
         "versions": [str(version)],
         "platform": PLATFORM,
         "inputs": [
             {"name": spec.name, "datatype": datatype(spec.dtype), "shape": [-1]} for spec in signature.inputs
         ],
-        "outputs": scores if signature.task is Task.regression else [*scores, label],
+        "outputs": outputs,
+        "task": signature.task.value,
     }
+    return content | ({"classes": list(signature.classes)} if signature.classes is not None else {})
+
+
+def output_names(signature: ModelSignature) -> tuple[str, ...]:
+    """The names of a model's outputs."""
+    return tuple(output.name for output in results(signature, []))
 
 
 def datatype(dtype: str) -> str:
@@ -128,23 +212,43 @@ def label_datatype(signature: ModelSignature) -> str:
             return "BYTES"
 
 
-def _tensor(tensor: Any) -> tuple[str, list[Scalar]]:
-    if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
-        raise InvalidRequest("Each input is an object with name, shape, datatype and data.")
-    name, shape, data = tensor["name"], tensor.get("shape"), tensor.get("data")
-    if tensor.get("datatype") not in _DATATYPES:
-        raise InvalidRequest(f"Input '{name}' has the unknown datatype {tensor.get('datatype')!r}.")
-    if not isinstance(data, list) or not isinstance(shape, list):
-        raise InvalidRequest(f"Input '{name}' needs shape and data as lists.")
-    flat = [value for item in data for value in (item if isinstance(item, list) else [item])]
-    if shape not in ([len(flat)], [len(flat), 1]):
-        raise InvalidRequest(f"Input '{name}' has shape {shape} and {len(flat)} values; give [n] or [n, 1].")
-    if not 1 <= len(flat) <= MAX_ENTITIES:
+def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> None:
+    if spec is None:
+        raise InvalidRequest(f"The model has no input '{tensor.name}'.{did_you_mean(tensor.name, inputs)}")
+    wanted = DATATYPES[datatype(spec.dtype)]
+    if tensor.datatype.kind is not wanted.kind:
         raise InvalidRequest(
-            f"Input '{name}' has {len(flat)} values; a request has 1 to {MAX_ENTITIES} rows."
+            f"Input '{spec.name}' must be {wanted.kind.value} ({wanted.name}), got {tensor.datatype.name}."
         )
-    return name, flat
 
 
-def _output(name: str, kind: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": kind, "shape": shape, "data": data}
+def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:
+    all_raw = _flag(parameters_of(body, "The request"), "binary_data_output", False)
+    asked = body.get("outputs")
+    if asked is None or asked == []:
+        return tuple(Wanted(name=name, raw=all_raw) for name in known)
+    if not isinstance(asked, list):
+        raise InvalidRequest('"outputs" must be a list of objects with a name.')
+    wanted: dict[str, Wanted] = {}
+    for content in asked:
+        name = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(name, str):
+            raise InvalidRequest("Each of the outputs is an object with a name.")
+        if name not in known:
+            raise InvalidRequest(f"The model has no output '{name}'.{did_you_mean(name, known)}")
+        if name in wanted:
+            raise InvalidRequest(f"Output '{name}' is asked for twice.")
+        raw = _flag(parameters_of(content, f"Output '{name}'"), "binary_data", all_raw)
+        wanted[name] = Wanted(name=name, raw=raw)
+    return tuple(wanted.values())
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"Parameter {name} must be true or false, got {shown(value)}.")
+    return value
+
+
+def _vector(name: str, kind: str, values: list[Any]) -> Output:
+    return Output(name=name, datatype=kind, shape=[len(values)], values=values)

@@ -15,22 +15,22 @@ from ray.serve import metrics
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import InvalidRequest, ModelNotFound
+from cluster.errors import InvalidRequest
 from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
-from serve_apps.http import Unavailable, answer, read_json, refusal
-from serve_apps.predictor import inference_protocol
+from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
+from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
+from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
 
 DEFAULT_VARIANT = "champion"
@@ -63,6 +63,7 @@ class Predictor:
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
+        self._outputs = inference_protocol.output_names(signature)
         mine = self._version.resource(region=platform.cluster.region)
         self._access = AccessCheck.of(platform, mine, ledger)
         self._log = SegmentWriter(
@@ -86,27 +87,21 @@ class Predictor:
         return response
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
-        authorization = request.headers.get("authorization")
-        name = self._version.name
-        match request.method, path:
-            case "POST", path if path == f"/v1/models/{name}:predict":
-                self._access(authorization, Action.predict)
-                return self._predict(request, await read_json(request))
-            case "POST", path if path == f"/v2/models/{name}/infer":
-                self._access(authorization, Action.predict)
-                return self._infer(request, await read_json(request))
-            case "GET", path if path == f"/v2/models/{name}":
-                self._access(authorization, Action.read_metadata)
-                signature = self._model.signature
-                return answer(inference_protocol.metadata(name, self._version.version, signature))
-            case "GET", path if path == f"/v2/models/{name}/ready":
-                self._access(authorization, Action.read_metadata)
+        # The scope's own path: the URL's would end at an encoded '?' or '#'.
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        name, version = self._version.name, self._version.version
+        call = paths.call(request.method, path, model=name)
+        self._access(request.headers.get("authorization"), call.operation.action)
+        call.check_version(name, version)
+        match call.operation:
+            case Operation.predict:
+                return self._predict(request, parse_json(await read_body(request)))
+            case Operation.infer:
+                return self._infer(request, await read_body(request))
+            case Operation.metadata:
+                return answer(inference_protocol.metadata(name, version, self._model.signature))
+            case Operation.ready:
                 return answer({"name": name, "ready": True})
-            case _:
-                raise ModelNotFound(
-                    f"{request.method} {path} is not served here; this replica serves '{name}'."
-                )
 
     def _predict(self, request: Request, body: dict[str, Any]) -> Response:
         asked = parse_predict(body, self._inputs, now=dt.datetime.now(dt.UTC))
@@ -123,22 +118,26 @@ class Predictor:
             content["features_status"] = status
         return answer(content, headers={PREDICTION_ID: prediction_id})
 
-    def _infer(self, request: Request, body: dict[str, Any]) -> Response:
-        asked = inference_protocol.parse_infer(body, self._inputs)
+    def _infer(self, request: Request, body: bytes) -> Response:
+        length = request.headers.getlist(inference_protocol.JSON_LENGTH)
+        content, raw = inference_protocol.split_body(body, length)
+        asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
         rows = self._model.predict(asked.columns).rows()
         entities: list[dict[str, Any]] = [{} for _ in rows]
         prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows)
-        content: dict[str, Any] = {
+        head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
-            "id": asked.id if asked.id is not None else prediction_id,
+            **({} if asked.id is None else {"id": asked.id}),
             "parameters": {
                 "prediction_id": prediction_id,
                 "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
             },
-            "outputs": inference_protocol.outputs(self._model.signature, rows),
         }
-        return answer(content, headers={PREDICTION_ID: prediction_id})
+        outputs = inference_protocol.results(self._model.signature, rows)
+        return _tensors(
+            *inference_protocol.answered(head, outputs, asked.outputs), {PREDICTION_ID: prediction_id}
+        )
 
     def _features(
         self, entities: list[dict[str, Any]], overrides: dict[str, list[Any]], as_of: dt.datetime
@@ -189,6 +188,13 @@ class Predictor:
                 f"The prediction cannot be written down, so it is not given: {error}."
             ) from error
         return prediction_id
+
+
+def _tensors(body: bytes, json_length: int | None, headers: dict[str, str]) -> Response:
+    if json_length is None:
+        return Response(body, media_type="application/json", headers=headers)
+    headers = headers | {inference_protocol.JSON_LENGTH: str(json_length)}
+    return Response(body, media_type="application/octet-stream", headers=headers)
 
 
 def _meters(tags: dict[str, str]) -> tuple[metrics.Counter, metrics.Histogram]:

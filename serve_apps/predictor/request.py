@@ -11,6 +11,7 @@ from cluster.runtime.signature import InputSpec
 
 MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63
+MAX_SHOWN = 60
 _KNOWN_FIELDS = frozenset({"entities", "features", "as_of"})
 
 Scalar = str | int | float | bool | None
@@ -72,11 +73,17 @@ def check_value(spec: InputSpec, value: Any) -> None:
     textual = spec.dtype in ("string", "large_string")
     if isinstance(value, str) != textual:
         wanted = "text" if textual else "a number"
-        raise InvalidRequest(f"Input '{spec.name}' must be {wanted}, got {value!r}.")
+        raise InvalidRequest(f"Input '{spec.name}' must be {wanted}, got {shown(value)}.")
     if isinstance(value, int) and abs(value) >= MAX_INTEGER:
         raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         raise InvalidRequest(f"Input '{spec.name}' must be finite, got {value}.")
+
+
+def shown(value: Any) -> str:
+    """What a client sent, for a message: the beginning of it, if it is long."""
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str | list) else value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _entities(value: Any) -> list[dict[str, Any]]:
@@ -90,7 +97,7 @@ def _entities(value: Any) -> list[dict[str, Any]]:
         for key, one in entity.items():
             if not isinstance(one, str | int) or isinstance(one, bool):
                 raise InvalidRequest(
-                    f"entities[{position}].{key} must be text or a whole number, got {one!r}."
+                    f"entities[{position}].{key} must be text or a whole number, got {shown(one)}."
                 )
             if isinstance(one, int) and abs(one) >= MAX_INTEGER:
                 raise InvalidRequest(f"entities[{position}].{key} is beyond 64 bits.")
@@ -112,7 +119,7 @@ def _as_of(value: Any, now: dt.datetime) -> dt.datetime:
     try:
         return to_utc(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {value!r}.') from error
+        raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {shown(value)}.') from error
 
 
 def to_utc(text: str) -> dt.datetime:

@@ -9,11 +9,23 @@ import lightgbm
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import ArtifactTampered, InvalidRequest, RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import Lineage, Registry
-from cluster.runtime import InputSpec, ModelSignature, Task, encode, load_model, open_model, parse_signature
+from cluster.runtime import (
+    Encoder,
+    InputSpec,
+    ModelSignature,
+    Task,
+    encode,
+    load_model,
+    open_model,
+    parse_signature,
+)
+from cluster.runtime.encoding import MANY
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 
@@ -101,6 +113,39 @@ def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None
     (Path(version.uri) / "model.txt").write_text("not a tree at all")
     with pytest.raises(ArtifactTampered, match=r"model\.txt"):
         load_model(version, keyring)
+
+
+KINDS: list[st.SearchStrategy[Any]] = [
+    st.booleans(),
+    st.integers() | st.floats() | st.floats(width=32),
+    st.floats(width=32) | st.integers(-3, 3),
+    st.sampled_from(["f", "m", "x"]),
+]
+VALUES = st.sampled_from([*KINDS, st.one_of(KINDS)]).flatmap(
+    lambda kind: st.lists(st.none() | kind, min_size=1, max_size=6, unique_by=repr)
+)
+
+
+@given(
+    st.sampled_from(
+        [AGE, SEX, InputSpec(name="n", dtype="int64", categories=(1, 2)), InputSpec(name="b", dtype="bool")]
+    ),
+    VALUES,
+)
+def test_a_long_list_is_encoded_as_its_values_are(spec: InputSpec, values: list[Any]) -> None:
+    """Or refused with the same words."""
+    encoder = Encoder(ModelSignature(task=Task.regression, inputs=(spec,), label="y"))
+
+    def encoded(values: list[Any]) -> Any:
+        try:
+            return encoder({spec.name: values}).ravel().tolist()
+        except InvalidRequest as error:
+            return str(error)
+
+    singly = [encoded([value]) for value in values]
+    refused = [one for one in singly if isinstance(one, str)]
+    expected = refused[0] if refused else [one for (one,) in singly] * MANY
+    assert repr(encoded(values * MANY)) == repr(expected)
 
 
 @pytest.mark.parametrize("harm", ["no model", "garbage", "other inputs", "no signature"])

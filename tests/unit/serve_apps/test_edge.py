@@ -70,9 +70,32 @@ def test_role_and_path_decide(edge: Edge, role: Role, path: str, status: int) ->
     assert status == 200 or content["code"] == status
 
 
+@pytest.mark.parametrize("path", ["", "/ready", "/versions/1", "/versions/1/ready"])
+def test_a_models_metadata_is_read_with_or_without_a_version(edge: Edge, path: str) -> None:
+    """By every role; the replica says whether it is that version."""
+    status, heard = edge.call(f"/v2/models/m{path}", method="GET", token=edge.token(Role.auditor))
+    assert (status, heard["path"]) == (200, f"/m-v1/v2/models/m{path}")
+    infer = f"/v2/models/m/versions/1/infer{path}"
+    assert edge.call(infer, token=edge.token())[0] == (404 if path else 200)
+
+
+def test_the_servers_metadata_is_told_to_who_has_a_token(edge: Edge) -> None:
+    """Its name, version and extensions, whatever is deployed."""
+    status, content = edge.call("/v2", method="GET", token=edge.token(Role.auditor))
+    assert (status, sorted(content)) == (200, ["extensions", "name", "version"])
+    assert content["extensions"] == ["binary_tensor_data"]
+    assert edge.call("/v2", method="GET")[0] == 401
+    assert edge.call("/v2", token=edge.token())[0] == 405
+
+
 def test_a_wrong_method_is_405(edge: Edge) -> None:
-    """In JSON."""
-    assert edge.call(method="GET", token=edge.token())[1]["code"] == 405
+    """In JSON, and with the right one."""
+    connection = edge.connect()
+    assert edge.call(method="GET", token=edge.token(), over=connection)[1]["code"] == 405
+    connection.request("POST", "/v2/models/m", headers={"authorization": f"Bearer {edge.token()}"})
+    response = connection.getresponse()
+    assert (response.status, response.getheader("allow")) == (405, "GET")
+    connection.close()
 
 
 def test_a_changed_map_entry_takes_effect_without_a_reload(edge: Edge) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from cluster.errors import InvalidRequest
 from cluster.records import SegmentWriter, read_outcomes
-from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.runtime import InputSpec
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
+from serve_apps.http import MAX_MESSAGE, refusal
 from serve_apps.outcomes.outcomes import parse_outcomes
-from serve_apps.predictor.inference_protocol import metadata, outputs, parse_infer
 from serve_apps.predictor.request import parse_predict
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -61,64 +62,16 @@ def test_what_does_not_fit_is_named(body: dict[str, Any], said: str) -> None:
         parse_predict(body, INPUTS, now=NOW)
 
 
-def tensor(
-    name: str, data: list[Any], datatype: str = "FP64", shape: list[int] | None = None
-) -> dict[str, Any]:
-    return {"name": name, "datatype": datatype, "shape": shape or [len(data)], "data": data}
-
-
-def test_named_tensors_are_columns() -> None:
-    """[n] and [n, 1] are the same."""
-    body = {
-        "id": "a",
-        "inputs": [tensor("p__age", [1.0, None]), tensor("p__sex", ["1", "2"], "BYTES", [2, 1])],
-    }
-    asked = parse_infer(body, INPUTS)
-    assert asked.columns == {"p__age": [1.0, None], "p__sex": ["1", "2"]}
-    assert (asked.id, asked.count) == ("a", 2)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "said"),
-    [
-        ([], "inputs"),
-        ([tensor("p__age", [1.0])], "'p__sex' is missing"),
-        ([tensor("p__age", [1.0], shape=[2])], "shape"),
-        ([tensor("p__age", [1.0], "FP99")], "datatype"),
-        ([tensor("p__age", [1.0]), tensor("p__age", [1.0])], "twice"),
-        ([tensor("p__age", [1.0, 2.0]), tensor("p__sex", ["1"], "BYTES")], "1 values for 2"),
-        ([tensor("p__age", ["x"]), tensor("p__sex", ["1"], "BYTES")], "a number"),
-        ([{"name": "p__age"}], "datatype"),
-        (["p__age"], "object"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(inputs: list[Any], said: str) -> None:
-    """Wrong shape, datatype, count, value."""
-    with pytest.raises(InvalidRequest, match=said):
-        parse_infer({"inputs": inputs}, INPUTS)
-
-
-@pytest.mark.parametrize(
-    ("task", "classes", "row", "names"),
-    [
-        (Task.binary, (0, 1), {"probability": 0.7, "label": 1}, ["probability", "label"]),
-        (
-            Task.multiclass,
-            ("a", "b", "c"),
-            {"probabilities": {"a": 0.1, "b": 0.2, "c": 0.7}, "label": "c"},
-            None,
-        ),
-        (Task.regression, None, {"value": 3.5}, ["value"]),
-    ],
-)
-def test_each_task_has_its_outputs(
-    task: Task, classes: Any, row: dict[str, Any], names: list[str] | None
-) -> None:
-    """The metadata names just what an answer holds."""
-    signature = ModelSignature(task=task, inputs=(AGE, SEX), label="y", classes=classes)
-    given = [output["name"] for output in outputs(signature, [row])]
-    assert given == (names or ["probabilities", "label"])
-    assert [output["name"] for output in metadata("m", 1, signature)["outputs"]] == given
+def test_a_message_quotes_only_the_beginning_of_what_was_sent() -> None:
+    """And no near name is sought for an endless one."""
+    for body in (
+        {"entities": [{"id": 1}], "features": {"p__age": "x" * 900_000}},
+        {"entities": [{"id": 1}], "features": {"x" * 900_000: 1}},
+        {"entities": [{"id": [1] * 900_000}]},
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            parse_predict(body, INPUTS, now=NOW)
+        assert len(json.loads(refusal(refused.value).body)["error"]) <= MAX_MESSAGE + 1
 
 
 def test_an_outcome_is_checked_by_its_place() -> None:

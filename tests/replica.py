@@ -1,0 +1,205 @@
+"""A real replica behind a real HTTP server, without Ray: registered and sealed files, a key broker, tokens, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import polars as pl
+import uvicorn
+from onnx import TensorProto, helper, numpy_helper
+from starlette.requests import Request
+
+from cluster.ledger import open_ledger
+from cluster.records import read_predictions
+from cluster.registry import Lineage, ModelVersion, Registry
+from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
+from cluster.security.identity import ensure_issuer, mint_token
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.policy import Role
+from cluster.session import ClusterRecord, write_record
+from cluster.settings import PlatformConfig, StorageConfig, to_plain
+from cluster.storage import Layout, layout
+from serve_apps.predictor.predictor import Predictor
+from tests.broker import running_broker
+
+MODEL = "m"
+
+
+def write_model(folder: Path, signature: ModelSignature) -> None:
+    """A linear model as a folder of model files: scores are the inputs' sum, a missing one counting as nothing."""
+    width, outputs = len(signature.inputs), signature.num_scores
+    weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
+    known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}
+    end = {Task.binary: "Sigmoid", Task.multiclass: "Softmax", Task.regression: "Identity"}[signature.task]
+    flat = signature.task is not Task.multiclass
+    nodes = [
+        helper.make_node("IsNaN", [ONNX_INPUT], ["missing"]),
+        helper.make_node("Where", ["missing", "zero", ONNX_INPUT], ["present"]),
+        helper.make_node("MatMul", ["present", "weights"], ["sums"]),
+        helper.make_node(end, ["sums"], ["column" if flat else ONNX_OUTPUT]),
+        *([helper.make_node("Squeeze", ["column", "last"], [ONNX_OUTPUT])] if flat else []),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "sum",
+        [helper.make_tensor_value_info(ONNX_INPUT, TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor_value_info(ONNX_OUTPUT, TensorProto.FLOAT, ["n"] if flat else ["n", outputs])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in known.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    folder.mkdir(parents=True)
+    (folder / ONNX_FILE).write_bytes(onnx.ModelProto.SerializeToString(model))
+    (folder / SIGNATURE_FILE).write_text(signature.to_json())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """A running one, and a client of it."""
+
+    address: str
+    places: Layout
+    keys: KeyAccess
+    prefix: str
+    failures: list[Exception] = field(default_factory=list)
+    """What the application let through; nothing may."""
+
+    def token(self, role: Role = Role.service) -> str:
+        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.address, timeout=10)
+
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+        token: str | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of one request; a body that is not bytes is sent as JSON."""
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        given = {"authorization": f"Bearer {token or self.token()}"} | (headers or {})
+        connection = self.connect()
+        connection.request(method or ("GET" if data is None else "POST"), self.prefix + path, data, given)
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, answer
+
+    def json(self, path: str, body: Any = None, **more: Any) -> tuple[int, dict[str, Any]]:
+        """Status and JSON."""
+        status, _, answer = self.call(path, body, **more)
+        return status, json.loads(answer)
+
+    def log(self) -> pl.DataFrame:
+        """What was written down."""
+        return read_predictions(Path(self.places.predictions(MODEL)), key_store(self.keys))
+
+
+@contextlib.contextmanager
+def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
+    """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
+    config = PlatformConfig(storage=StorageConfig(root=str(root)))
+    places = layout(config.storage)
+    ensure_issuer(places)
+    with running_broker(f"predictions/{MODEL}/sensitive") as keys, listener() as port:
+        write_record(record(root, keys.socket, port), config.storage)
+        version = register(root, config, signature, keys)
+        failures: list[Exception] = []
+        predictor = Predictor(to_plain(config), version.name, version.version)
+        prefix = f"/{MODEL}-v{version.version}"
+        with served(application(predictor, prefix, failures)) as address:
+            yield Replica(address=address, places=places, keys=keys, prefix=prefix, failures=failures)
+
+
+def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:
+    write_model(root / "new", signature)
+    return Registry(open_ledger(config), layout(config.storage)).register(
+        root / "new",
+        name=MODEL,
+        family="sum",
+        task=signature.task.value,
+        lineage=Lineage(training_set_hash=""),
+        metrics={},
+        store=key_store(keys),
+        actor="t",
+    )
+
+
+def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
+    """Of a cluster that is this process."""
+    words = dict.fromkeys(
+        (
+            "dashboard_url",
+            "edge_url",
+            "metrics_url",
+            "ray_metrics_url",
+            "serve_http_url",
+            "token_path",
+            "temp_dir",
+            "started_at",
+        ),
+        "",
+    )
+    return ClusterRecord(
+        cluster_id="",
+        project_root=str(root),
+        storage_root=str(root),
+        ray_address=f"127.0.0.1:{port}",
+        key_socket=key_socket,
+        tls=False,
+        ports={},
+        pids={},
+        **words,
+    )
+
+
+def application(predictor: Predictor, prefix: str, failures: list[Exception]) -> Any:
+    """As Serve calls it: the prefix is the scope's root path."""
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        try:
+            response = await predictor(Request(scope | {"root_path": prefix}, receive))
+            await response(scope, receive, send)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    return app
+
+
+@contextlib.contextmanager
+def listener() -> Iterator[int]:
+    """A port that answers, as a head node's would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """An ASGI application's address while it is served."""
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)

@@ -1,0 +1,269 @@
+"""The Open Inference Protocol's tensors: what fits, what is refused and how, and what an answer holds."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import InvalidRequest
+from cluster.runtime import InputSpec, ModelSignature, Task
+from serve_apps.predictor.inference_protocol import (
+    Inference,
+    answered,
+    metadata,
+    output_names,
+    parse_infer,
+    results,
+    split_body,
+)
+from serve_apps.predictor.tensors import DATATYPES, RawData, to_raw
+
+AGE = InputSpec(name="p__age", dtype="double")
+SEX = InputSpec(name="p__sex", dtype="string", categories=("1", "2"))
+FLAG = InputSpec(name="p__flag", dtype="bool")
+INPUTS = {spec.name: spec for spec in (AGE, SEX)}
+OUTPUTS = ("probability", "label")
+
+
+def tensor(name: str, data: Any, datatype: str = "FP64", shape: Any = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape or [len(data)], "data": data, **more}
+
+
+def raw_tensor(name: str, size: Any, datatype: str, shape: list[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
+
+
+def parse(
+    *tensors: Any, inputs: dict[str, InputSpec] = INPUTS, raw: bytes | None = None, **more: Any
+) -> Inference:
+    data = RawData(None if raw is None else memoryview(raw))
+    return parse_infer({"inputs": list(tensors), **more}, inputs, OUTPUTS, data)
+
+
+def column(given: dict[str, Any], spec: InputSpec, raw: bytes | None = None) -> list[Any]:
+    return parse(given, inputs={spec.name: spec}, raw=raw).columns[spec.name]
+
+
+SEXES = tensor("p__sex", ["1"], "BYTES")
+
+
+def test_named_tensors_are_columns() -> None:
+    """In any order, nested as the shape says or flat; a null is a missing value."""
+    age, sex = tensor("p__age", [1.5, None]), tensor("p__sex", [["1"], [None]], "BYTES", [2, 1])
+    asked = parse(sex, age, id="a", parameters={"unknown": 1})
+    assert asked.columns == {"p__age": [1.5, None], "p__sex": ["1", None]}
+    assert (asked.id, asked.count, [one.name for one in asked.outputs]) == ("a", 2, list(OUTPUTS))
+    assert column(tensor("p__age", [1.0, 2.0], shape=[2, 1]), AGE) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ([], "inputs"),
+        ([tensor("p__age", [1.0])], "'p__sex' is missing"),
+        ([tensor("p__age", [1.0], shape=[2])], r"shape \[2\] and 1 values"),
+        ([tensor("p__age", [1.0], shape=[1, 2])], r"\[n\] or \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[True])], r"\[n\] or \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[1.0])], r"\[n\] or \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[-1])], "1 to 1000 rows"),
+        ([tensor("p__age", [1.0], shape=[2**70])], "1 to 1000 rows"),
+        ([tensor("p__age", [], shape=[0])], "1 to 1000 rows"),
+        ([tensor("p__age", [1.0] * 1001)], "1 to 1000 rows"),
+        ([tensor("p__age", [1.0], shape="1")], "shape '1'"),
+        ([tensor("p__age", [[1.0]])], "cannot hold"),
+        ([tensor("p__age", [[1.0, 2.0], [3.0]], shape=[2, 1])], "cannot hold"),
+        ([tensor("p__age", [[[1.0]]], shape=[1, 1])], "cannot hold"),
+        ([tensor("p__age", {"a": 1.0}, shape=[1])], "data as a list"),
+        ([tensor("p__age", [1.0], "FP99")], "unknown datatype 'FP99'"),
+        ([tensor("p__age", [1.0], "fp64")], "unknown datatype"),
+        ([tensor("p__age", [1.0]) | {"datatype": ["FP64"]}], "unknown datatype"),
+        ([tensor("p__age", [1.0]), tensor("p__age", [1.0])], "twice"),
+        ([tensor("p__age", [1.0, 2.0]), SEXES], "1 values for 2"),
+        ([tensor("p__ag", [1.0]), SEXES], "Did you mean 'p__age'"),
+        ([tensor("p__age", ["x"]), SEXES], "FP64, which cannot hold 'x'"),
+        ([tensor("p__age", [True]), SEXES], "FP64, which cannot hold True"),
+        ([tensor("p__age", [1.5], "INT64"), SEXES], "INT64, which cannot hold 1.5"),
+        ([tensor("p__age", [256], "UINT8"), SEXES], "from 0 to 255"),
+        ([tensor("p__age", [-1], "UINT64"), SEXES], "from 0 to"),
+        ([tensor("p__age", [2**63], "UINT64"), SEXES], "from 0 to"),
+        ([tensor("p__age", ["1"], "BYTES"), SEXES], r"a number \(FP64\), got BYTES"),
+        ([tensor("p__age", [True], "BOOL"), SEXES], r"a number \(FP64\), got BOOL"),
+        ([tensor("p__sex", [1.0])], r"text \(BYTES\), got FP64"),
+        ([{"name": "p__age"}], "datatype"),
+        (["p__age"], "object"),
+        ([{"name": ["p__age"]}], "object"),
+        ([tensor("p__age", [1.0], parameters=[])], "parameters must be an object"),
+        ([tensor("p__age", [1.0], parameters={"shared_memory_region": "r"})], "not supported"),
+        ([tensor("p__age", [1.0], parameters={"binary_data_size": 8})], "both data and"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tensors: list[Any], said: str) -> None:
+    """Wrong shape, nesting, datatype, count, value, parameter."""
+    with pytest.raises(InvalidRequest, match=said):
+        parse(*tensors, raw=b"")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"id": 5}, '"id" must be text'),
+        ({"parameters": 5}, "parameters must be an object"),
+        ({"parameters": {"binary_data_output": 1}}, "binary_data_output must be true or false"),
+        ({"outputs": {}}, '"outputs" must be a list'),
+        ({"outputs": ["label"]}, "an object with a name"),
+        ({"outputs": [{"name": ["label"]}]}, "an object with a name"),
+        ({"outputs": [{"name": "lable"}]}, "Did you mean 'label'"),
+        ({"outputs": [{"name": "label"}, {"name": "label"}]}, "asked for twice"),
+        ({"outputs": [{"name": "label", "parameters": {"binary_data": "yes"}}]}, "binary_data must be"),
+        ({"outputs": [{"name": "label", "parameters": {"classification": 2}}]}, "not supported"),
+    ],
+)
+def test_what_else_a_request_says_is_checked(more: dict[str, Any], said: str) -> None:
+    """Its id, parameters and outputs."""
+    with pytest.raises(InvalidRequest, match=said):
+        parse(tensor("p__age", [1.0]), SEXES, **more)
+
+
+def test_outputs_come_as_they_were_asked_for() -> None:
+    """A part of them, in the order given, each as JSON or as binary data; its own word goes before the request's."""
+    age = tensor("p__age", [1.0])
+    both = [{"name": "label"}, {"name": "probability", "parameters": {"binary_data": False}}]
+    asked = parse(age, SEXES, outputs=both, parameters={"binary_data_output": True})
+    assert [(one.name, one.raw) for one in asked.outputs] == [("label", True), ("probability", False)]
+    assert [one.name for one in parse(age, SEXES, outputs=[{"name": "label"}]).outputs] == ["label"]
+    assert [one.raw for one in parse(age, SEXES, outputs=[]).outputs] == [False, False]
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "BOOL": st.booleans(),
+    "BYTES": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    "FP16": st.floats(width=16, allow_nan=False, allow_infinity=False),
+    "FP32": st.floats(width=32, allow_nan=False, allow_infinity=False),
+    "FP64": FINITE,
+} | {name: st.integers(*one.limits) for name, one in DATATYPES.items() if one.limits is not None}
+SPECS = {"BOOL": FLAG, "BYTES": SEX}
+
+
+@given(
+    st.sampled_from(sorted(VALUES)).flatmap(
+        lambda name: st.tuples(st.just(name), st.lists(VALUES[name], min_size=1))
+    )
+)
+def test_binary_data_is_the_same_column_as_json(drawn: tuple[str, list[Any]]) -> None:
+    """Of every datatype, value by value."""
+    datatype, values = drawn
+    spec = SPECS.get(datatype, AGE)
+    raw = to_raw(datatype, values)
+    given_raw = raw_tensor(spec.name, len(raw), datatype, [len(values)])
+    assert column(given_raw, spec, raw) == column(tensor(spec.name, values, datatype), spec) == values
+
+
+def test_a_missing_number_is_nan_in_binary_data() -> None:
+    """As numpy has it; an infinity is no value."""
+    raw = np.array([1.0, np.nan], dtype="<f4").tobytes()
+    assert column(raw_tensor("p__age", 8, "FP32", [2]), AGE, raw) == [1.0, None]
+    for bad in (np.inf, -np.inf):
+        with pytest.raises(InvalidRequest, match="finite"):
+            column(raw_tensor("p__age", 8, "FP64", [1]), AGE, struct.pack("<d", bad))
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "raw", "said"),
+    [
+        (AGE, raw_tensor("p__age", 8, "FP64", [1]), None, "no Inference-Header-Content-Length"),
+        (AGE, raw_tensor("p__age", 8, "FP64", [1]), b"1234567", "7 bytes are left"),
+        (AGE, raw_tensor("p__age", 8, "FP64", [1]), b"123456789", "1 bytes of binary data belong to no"),
+        (AGE, raw_tensor("p__age", 7, "FP64", [1]), b"1234567", "7 bytes for 1 values"),
+        (AGE, raw_tensor("p__age", 8, "FP64", [2]), b"12345678", "8 bytes for 2 values"),
+        (AGE, raw_tensor("p__age", 0, "FP64", [1]), b"", "0 bytes for 1 values"),
+        (AGE, raw_tensor("p__age", -8, "FP64", [1]), b"12345678", "-8"),
+        (AGE, raw_tensor("p__age", 2**64, "FP64", [1]), b"12345678", str(2**64)),
+        (AGE, raw_tensor("p__age", 8.0, "FP64", [1]), b"12345678", r"8\.0"),
+        (AGE, raw_tensor("p__age", True, "UINT8", [1]), b"1", "True"),
+        (AGE, raw_tensor("p__age", "8", "FP64", [1]), b"12345678", "'8'"),
+        (AGE, raw_tensor("p__age", None, "FP64", [1]), b"12345678", "None"),
+        (AGE, raw_tensor("p__age", 8, "UINT64", [1]), b"\xff" * 8, "from 0 to"),
+        (AGE, tensor("p__age", [1.0]), b"1", "belong to no"),
+        (FLAG, raw_tensor("p__flag", 2, "BOOL", [2]), b"\x01\x02", "a byte 0 or 1"),
+        (SEX, raw_tensor("p__sex", 5, "BYTES", [2]), b"\x01\x00\x00\x001", "within its item 1 of 2"),
+        (SEX, raw_tensor("p__sex", 3, "BYTES", [1]), b"\x01\x00\x00", "within its item 0 of 1"),
+        (SEX, raw_tensor("p__sex", 5, "BYTES", [1]), b"\xff\xff\xff\xff1", "within its item 0 of 1"),
+        (SEX, raw_tensor("p__sex", 6, "BYTES", [1]), b"\x01\x00\x00\x0012", "1 bytes behind its 1 items"),
+        (SEX, raw_tensor("p__sex", 5, "BYTES", [1]), b"\x01\x00\x00\x00\xff", "no UTF-8"),
+    ],
+)
+def test_binary_data_of_a_wrong_size_is_refused(
+    spec: InputSpec, given: dict[str, Any], raw: bytes | None, said: str
+) -> None:
+    """Too much, too little, no size at all, or not at the boundary of an item."""
+    with pytest.raises(InvalidRequest, match=said):
+        column(given, spec, raw)
+
+
+@pytest.mark.parametrize(
+    "length", [["-1"], ["+2"], ["1_0"], [""], ["two"], ["٢"], ["9" * 5000], ["3"], ["2", "2"], ["0"], ["1"]]
+)
+def test_a_wrong_length_of_the_json_is_refused(length: list[str]) -> None:
+    """No number, beyond the body, twice, or not where the JSON ends."""
+    with pytest.raises(InvalidRequest):
+        split_body(b"{}", length)
+    assert split_body(b"{}", ["2"])[0] == {}
+
+
+BINARY = ModelSignature(task=Task.binary, inputs=(AGE, SEX), label="y", classes=(0, 1))
+ABC = ModelSignature(task=Task.multiclass, inputs=(AGE, SEX), label="y", classes=("a", "b", "é"))
+VALUE = ModelSignature(task=Task.regression, inputs=(AGE, SEX), label="y")
+ROWS: list[tuple[ModelSignature, dict[str, Any], dict[str, Any]]] = [
+    (BINARY, {"probability": 0.7, "label": 1}, {"probability": [0.7], "label": [1]}),
+    (
+        ABC,
+        {"probabilities": {"a": 0.1, "b": 0.2, "é": 0.7}, "label": "é"},
+        {"probabilities": [0.1, 0.2, 0.7], "label": ["é"]},
+    ),
+    (VALUE, {"value": 3.5}, {"value": [3.5]}),
+]
+
+
+@pytest.mark.parametrize(("signature", "row", "expected"), ROWS)
+def test_each_task_has_its_outputs(
+    signature: ModelSignature, row: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """The metadata names just what an answer holds, and JSON and binary data say the same."""
+    assert output_names(signature) == tuple(expected)
+    described = {one["name"]: one for one in metadata("m", 1, signature)["outputs"]}
+    outputs = results(signature, [row])
+    for raw in (False, True):
+        asked = parse(tensor("p__age", [1.0]), SEXES)
+        wanted = parse_infer(
+            {"inputs": [tensor("p__age", [1.0]), SEXES], "parameters": {"binary_data_output": raw}},
+            INPUTS,
+            output_names(signature),
+            RawData(),
+        ).outputs
+        body, length = answered({"id": asked.id}, outputs, wanted)
+        assert (length is not None) == raw
+        content = json.loads(body[:length])
+        at = 0 if length is None else length
+        for one in content["outputs"]:
+            assert one["datatype"] == described[one["name"]]["datatype"]
+            assert len(one["shape"]) == len(described[one["name"]]["shape"])
+            size = one.get("parameters", {}).get("binary_data_size", 0)
+            values = read_raw(one["datatype"], body[at : at + size]) if raw else one["data"]
+            assert values == expected[one["name"]]
+            at += size
+        assert at == (len(body) if raw else 0)
+
+
+def read_raw(datatype: str, data: bytes) -> list[Any]:
+    """An independent reading of one tensor's binary data."""
+    if datatype != "BYTES":
+        return list(struct.unpack(f"<{len(data) // 8}{'q' if datatype == 'INT64' else 'd'}", data))
+    (size,) = struct.unpack("<I", data[:4])
+    return [data[4 : 4 + size].decode()]

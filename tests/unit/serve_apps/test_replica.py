@@ -1,0 +1,114 @@
+"""A real replica of a model of each task: both endpoints, every operation of the protocol, and what is written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.policy import Role
+from serve_apps.predictor.tensors import to_raw
+from tests.replica import Replica, running_replica
+
+AGE = InputSpec(name="p__age", dtype="double")
+SEX = InputSpec(name="p__sex", dtype="string", categories=("f", "m"))
+BINARY = ModelSignature(task=Task.binary, inputs=(AGE, SEX), label="y", classes=("no", "yes"))
+ABC = ModelSignature(task=Task.multiclass, inputs=(AGE, SEX), label="y", classes=(1, 2, 3))
+VALUE = ModelSignature(task=Task.regression, inputs=(AGE, SEX), label="y")
+AGES, SEXES = [3.5, None, -200.0], ["m", "f", None]
+INFER, PREDICT = "/v2/models/m/infer", "/v1/models/m:predict"
+INPUTS = [
+    {"name": "p__sex", "datatype": "BYTES", "shape": [3], "data": SEXES},
+    {"name": "p__age", "datatype": "FP32", "shape": [3, 1], "data": [[age] for age in AGES]},
+]
+
+
+@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    with running_replica(tmp_path_factory.mktemp("replica"), request.param) as running:
+        yield running
+    assert running.failures == []
+
+
+def rows(replica: Replica) -> list[dict[str, Any]]:
+    body = {"entities": [{"id": n} for n in range(3)], "features": {"p__age": AGES, "p__sex": SEXES}}
+    status, content = replica.json(PREDICT, body)
+    assert status == 200
+    return list(content["predictions"])
+
+
+def tensors(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What `:predict` answered, as the protocol's outputs."""
+    named = {name: [row[name] for row in rows] for name in rows[0]}
+    if "probabilities" in named:
+        named["probabilities"] = [p for row in named["probabilities"] for p in row.values()]
+    return named
+
+
+def test_both_endpoints_give_the_same_answer(replica: Replica) -> None:
+    """A null is a missing value in both; each answer is in the log under its id."""
+    status, content = replica.json(INFER, {"id": "one", "inputs": INPUTS})
+    outputs = {one["name"]: one["data"] for one in content["outputs"]}
+    assert (status, content["id"], outputs) == (200, "one", tensors(rows(replica)))
+    log = replica.log()
+    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert mine["p__age"].to_list() == AGES
+    assert mine["p__sex"].to_list() == SEXES
+
+
+def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
+    """In and out, beside an input that stays JSON; the header says where the JSON ends."""
+    raw = to_raw("FP64", [np.nan if age is None else age for age in AGES])
+    size = {"binary_data_size": len(raw)}
+    inputs = [INPUTS[0], {"name": "p__age", "datatype": "FP64", "shape": [3], "parameters": size}]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    status, headers, body = replica.call(
+        INFER, head + raw, headers={"Inference-Header-Content-Length": str(len(head))}
+    )
+    assert (status, headers["content-type"]) == (200, "application/octet-stream")
+    at = int(headers["inference-header-content-length"])
+    expected = tensors(rows(replica))
+    content = json.loads(body[:at])
+    assert "id" not in content
+    for one in content["outputs"]:
+        size = one["parameters"]["binary_data_size"]
+        assert body[at : at + size] == to_raw(one["datatype"], expected[one["name"]])
+        at += size
+    assert at == len(body)
+
+
+def test_only_the_outputs_asked_for_are_given(replica: Replica) -> None:
+    """The log has the whole answer all the same."""
+    name = replica.json("/v2/models/m")[1]["outputs"][0]["name"]
+    status, content = replica.json(INFER, {"inputs": INPUTS, "outputs": [{"name": name}]})
+    assert (status, [one["name"] for one in content["outputs"]]) == (200, [name])
+    log = replica.log()
+    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert mine["value" if name == "value" else "label"].null_count() == 0
+
+
+def test_a_version_may_stand_in_the_path_if_it_is_the_one_here(replica: Replica) -> None:
+    """Of `infer`, metadata and readiness; another one is not here, whoever asks."""
+    body = {"inputs": INPUTS}
+    assert replica.json("/v2/models/m/versions/1/infer", body)[0] == 200
+    assert replica.json("/v2/models/m/versions/1") == replica.json("/v2/models/m")
+    assert replica.json("/v2/models/m/versions/1/ready") == (200, {"name": "m", "ready": True})
+    for version in ("2", "01", "latest", "1%2F2"):
+        status, content = replica.json(f"/v2/models/m/versions/{version}/infer", body)
+        assert (status, content["code"]) == (404, 404)
+    assert "with version 1, not with '2'" in replica.json("/v2/models/m/versions/2")[1]["error"]
+
+
+def test_a_wrong_method_or_role_is_refused(replica: Replica) -> None:
+    """405 says which method; an auditor may read metadata, not predict."""
+    status, headers, _ = replica.call(INFER, method="GET")
+    assert (status, headers["allow"]) == (405, "POST")
+    assert replica.call("/v2/models/m", b"{}")[0] == 405
+    auditor = replica.token(Role.auditor)
+    assert replica.json("/v2/models/m", token=auditor)[0] == 200
+    assert replica.json(INFER, {"inputs": INPUTS}, token=auditor)[0] == 403
+    assert replica.json(INFER, {"inputs": INPUTS}, token="a.b.c")[0] == 401
