@@ -34,7 +34,9 @@ DTYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
     "timestamp": pa.timestamp("us", "UTC"),
 }
-RESERVED = frozenset({"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket"})
+RESERVED = frozenset(
+    {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
+)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -98,12 +100,16 @@ class FileSource:
     """Column that says when a row was true in the world."""
     created_timestamp: str | None = None
     """Column that says when the source knew it."""
+    deleted: str | None = None
+    """Bool column; a row with it true is a tombstone: from then on the entity has no values, until a newer row."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise DefinitionError("A FileSource needs a path.")
         if not self.event_timestamp:
             raise DefinitionError(f"FileSource('{self.path}') needs event_timestamp, the name of a column.")
+        if self.deleted in ("", self.event_timestamp, self.created_timestamp or self.event_timestamp):
+            raise DefinitionError(f"FileSource('{self.path}'): deleted must name a bool column of its own.")
         if self.created_timestamp == self.event_timestamp:
             object.__setattr__(self, "created_timestamp", None)
 
@@ -174,6 +180,8 @@ class FeatureView:
                 "path": self.source.path,
                 "event_timestamp": self.source.event_timestamp,
                 "created_timestamp": self.source.created_timestamp,
+                # Only where it is used, so that views of before keep their version.
+                **({} if self.source.deleted is None else {"deleted": self.source.deleted}),
             },
             "created_lag_s": _seconds(self.created_lag),
             "transform": _describe(self.transform),

@@ -24,7 +24,7 @@ from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
 from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.security.parquet import Protection
 from feature_jobs.store.buckets import bucket_of
-from feature_jobs.store.point_in_time import AVAILABLE, CREATED, EVENT, SEQ
+from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
 
 BUCKET, INGESTED = "bucket", "ingested_at"
 TIMESTAMP = pa.timestamp("us", "UTC")
@@ -67,6 +67,8 @@ class Snapshot:
     files: tuple[BucketFile, ...]
     protection: Protection
     access: KeyAccess
+    tombstones: bool = False
+    """Whether the table can hold any."""
 
     @property
     def rows(self) -> int:
@@ -74,17 +76,20 @@ class Snapshot:
         return sum(file.rows for file in self.files)
 
     def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
-        """A bucket's rows: join keys, the three columns that order them, and the given features.
+        """A bucket's rows: join keys, the three columns that order them, and the given features; with `deleted`, never
+        null, where the table can hold tombstones.
 
         Raises:
             ProtectedFileCorrupt: a file was altered, or is not the one that was written for this table and bucket.
             AccessDenied, KeyRevoked: as the key store says.
         """
-        wanted = [*self.key_types, EVENT, CREATED, SEQ, *columns]
+        ends = [DELETED] if self.tombstones else []
+        wanted = [*self.key_types, EVENT, CREATED, SEQ, *ends, *columns]
         tables = [_with_columns(table, wanted) for table in self.tables(bucket, wanted)]
         if not tables:
             return pl.DataFrame()
-        return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
+        frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
+        return frame.with_columns(pl.col(name).cast(pl.Boolean).fill_null(False) for name in ends)
 
     def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """A bucket's files as they are, whole or some of their columns; raises as `read`."""
@@ -301,14 +306,16 @@ def snapshot(
         )
         for action in sorted(actions, key=lambda action: str(action["path"]))
     )
+    schema = pa.schema(table.schema().to_arrow())
     return Snapshot(
         uri=uri,
         version=int(table.version()),
         num_buckets=num_buckets(table),
-        key_types=key_types(pa.schema(table.schema().to_arrow()), keys),
+        key_types=key_types(schema, keys),
         files=files,
         protection=protection,
         access=access,
+        tombstones=DELETED in schema.names,
     )
 
 

@@ -15,7 +15,7 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
 from feature_jobs.store.online_rows import online_key
 
-ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq")
+ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "deleted")
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:

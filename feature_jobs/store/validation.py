@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time
 from feature_jobs.store.definitions import DTYPES, FeatureView
+from feature_jobs.store.point_in_time import DELETED
 
 REASON, RAW = "__reason", "__raw"
 FUTURE_TOLERANCE = timedelta(days=1)
@@ -39,8 +40,9 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
         now: the moment of ingestion, UTC.
 
     Returns:
-        Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`; then `REASON`
-        and `RAW` (the source row as JSON), both null for good rows.
+        Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`, `deleted` where
+        the view's source has it; then `REASON` and `RAW` (the source row as JSON), both null for good rows. A
+        tombstone's values are null and no check looks at them.
 
     Raises:
         SchemaMismatch: a column is missing or has a type that cannot be cast without loss.
@@ -50,10 +52,15 @@ def prepare(block: pa.Table, view: FeatureView, *, now: datetime) -> pa.Table:
     columns: dict[str, pa.ChunkedArray] = {}
     for key in view.join_keys:
         columns[key] = cast_key(_column(raw, key, view, "a join key"), name=key)
+    deleted = _deleted(raw, view)
     for field in view.schema:
         column = _column(raw, field.name, view, field.dtype)
+        if deleted is not None:
+            column = pc.if_else(deleted, pa.scalar(None, column.type), column)
         columns[field.name] = cast_feature(column, DTYPES[field.dtype], name=field.name)
     columns |= _times(raw, view)
+    if deleted is not None:
+        columns[DELETED] = deleted
     table = pa.table(columns)
     reasons = _reasons(list(_rules(table, view, now)), table.num_rows)
     return table.append_column(REASON, reasons).append_column(RAW, _raw(block, reasons))
@@ -98,6 +105,17 @@ def _times(raw: pa.Table, view: FeatureView) -> dict[str, pa.ChunkedArray]:
     return {"event_timestamp": event, "created_timestamp": pc.coalesce(created, implied)}
 
 
+def _deleted(raw: pa.Table, view: FeatureView) -> pa.ChunkedArray | None:
+    """Which rows are tombstones, never null; None where the source has none."""
+    name = view.source.deleted
+    if name is None:
+        return None
+    column = _column(raw, name, view, "whether a row is a deletion")
+    if not (pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
+        raise SchemaMismatch(f"Column '{name}' should be bool, the source has {column.type}.")
+    return pc.fill_null(column.cast(pa.bool_()), False)
+
+
 def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
@@ -106,7 +124,10 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime) -> Iterator[_Rule]
     for name in ("event_timestamp", "created_timestamp"):
         yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
     for check in view.checks:
-        yield _Rule(check.reason, check.failing(table[check.column]))
+        failing = check.failing(table[check.column])
+        if DELETED in table.column_names and check.column not in view.join_keys:
+            failing = pc.and_not(failing, table[DELETED])
+        yield _Rule(check.reason, failing)
 
 
 def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:

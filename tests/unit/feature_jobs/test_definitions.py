@@ -58,6 +58,8 @@ def view(**changes: Any) -> FeatureView:
         (lambda: Entity("person", join_keys=[]), "no join key"),
         (lambda: Entity("person", join_keys="person_id"), "must be a list"),
         (lambda: FileSource("", event_timestamp="at"), "needs a path"),
+        (lambda: FileSource("x", event_timestamp="at", deleted="at"), "a bool column of its own"),
+        (lambda: view(schema=[Field("deleted", "bool")]), "kept for the platform"),
         (lambda: view(entities=[]), "no entity"),
         (lambda: view(schema=[]), "no features"),
         (lambda: view(schema=[Field("a", "int64"), Field("a", "string")]), "the field 'a' twice"),
@@ -101,6 +103,7 @@ def test_version_is_stable_for_the_same_definition() -> None:
         {"subject_key": "person_id"},
         {"checks": [NotNull("amount")]},
         {"transform": double},
+        {"source": replace(SOURCE, deleted="gone")},
         {"created_lag": timedelta(days=1)},
         {"schema": [Field("amount", "float64"), Field("sector", "string")]},
     ],
@@ -108,6 +111,11 @@ def test_version_is_stable_for_the_same_definition() -> None:
 def test_version_follows_every_part(changes: dict[str, Any]) -> None:
     """What governance or readers depend on is part of the version."""
     assert view().version != view(**changes).version
+
+
+def test_a_view_without_tombstones_keeps_the_definition_it_had() -> None:
+    """A project from before sees no change."""
+    assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
 
 
 def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,9 @@ PUBLIC = Protection(
 """So that foreign readers see everything; `test_who_has_no_key_reads_public_columns` has another."""
 
 
+TOMBSTONES = Protection(default=PUBLIC.default, keys=(*PUBLIC.keys, ("deleted", None)))
+
+
 def write(
     uri: str, table: pa.Table, name: str, access: KeyAccess, protection: Protection = PUBLIC
 ) -> list[BucketFile]:
@@ -179,6 +182,17 @@ def test_new_feature_is_null_in_older_rows(uri: str, access: KeyAccess) -> None:
     found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
     assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
     assert pl.read_delta(uri).sort("person_id")["sector"].to_list() == [None] * 5 + ["x"] * 5
+
+
+def test_rows_from_before_tombstones_are_not_deleted(uri: str, access: KeyAccess) -> None:
+    """A table has the marker from the first batch that has it, and readers of it always know."""
+    ingest(uri, rows(0, 5), "a", access, TOMBSTONES)
+    assert "deleted" not in newest(uri, access, protection=TOMBSTONES).read(0, []).columns
+    marked = pa.schema([*BASE, ("deleted", pa.bool_()), *TIMES])
+    ingest(uri, rows(5, 2, schema=marked, deleted=[True, False]), "b", access, TOMBSTONES)
+    pinned = newest(uri, access, protection=TOMBSTONES)
+    found = pl.concat([pinned.read(bucket, []) for bucket in range(4)]).sort("person_id")
+    assert found["deleted"].to_list() == [False] * 5 + [True, False]
 
 
 def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,6 +23,7 @@ FEATURES = KEYS | {
     "ingest_seq": pl.Int64,
     "amount": pl.Float64,
     "sector": pl.String,
+    "deleted": pl.Boolean,
 }
 
 # The definition itself, one row at a time: filter what was known, take the greatest, then look at its age.
@@ -34,7 +36,7 @@ LEFT JOIN LATERAL (
       AND f.event_timestamp <= e.event_timestamp AND f.created_timestamp <= e.event_timestamp
     ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
     LIMIT 1
-) AS best ON best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl_us} AS BIGINT))
+) AS best ON NOT best.deleted AND best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl_us} AS BIGINT))
 ORDER BY e.position
 """
 
@@ -43,12 +45,13 @@ people = st.integers(1, 3)
 places = st.sampled_from(["n", "s"])
 amounts = st.none() | st.integers(0, 9).map(float)
 sectors = st.none() | st.sampled_from(["a", "b", "c"])
+ends = st.sampled_from([False, False, False, True])
 
 
 @st.composite
 def feature_frames(draw: st.DrawFn) -> pl.DataFrame:
     """Few keys and few moments, so that ties, corrections and late rows abound."""
-    rows = draw(st.lists(st.tuples(people, places, hours, hours, amounts, sectors), max_size=25))
+    rows = draw(st.lists(st.tuples(people, places, hours, hours, amounts, sectors, ends), max_size=25))
     order = draw(st.permutations(range(len(rows))))
     data = [(*row[:4], seq, *row[4:]) for row, seq in zip(rows, order, strict=True)]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
@@ -72,7 +75,7 @@ def oracle() -> duckdb.DuckDBPyConnection:
 def test_join_agrees_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, features: pl.DataFrame, entities: pl.DataFrame, ttl_h: int | None
 ) -> None:
-    """Ties, late corrections, null values and keys, and both edges of the time-to-live."""
+    """Ties, late corrections, tombstones, null values and keys, and both edges of the time-to-live."""
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
     actual = join(entities, features, keys=list(KEYS), columns=["amount", "sector"], ttl=ttl)
     oracle.register("features", features.to_arrow())
@@ -95,10 +98,19 @@ def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetim
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
-def rows(*given: tuple[int, int, float | None]) -> pl.DataFrame:
-    """Feature rows of one person from (event hour, created hour, amount)."""
+def rows(*given: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
+    """Feature rows of one person from (event hour, created hour, amount); tombstones by their numbers."""
     data: list[tuple[Any, ...]] = [
-        (1, "n", START + timedelta(hours=event), START + timedelta(hours=created), seq, amount, None)
+        (
+            1,
+            "n",
+            START + timedelta(hours=event),
+            START + timedelta(hours=created),
+            seq,
+            amount,
+            None,
+            seq in deleted,
+        )
         for seq, (event, created, amount) in enumerate(given)
     ]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
@@ -145,6 +157,26 @@ def test_ttl_includes_its_edge_and_reaches_for_no_older_row() -> None:
 def test_expired_newer_event_is_not_replaced_by_correction_of_older_event() -> None:
     """Time-to-live is applied to the answer, not to the candidates."""
     assert ask(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6)) == [None]
+
+
+def test_after_a_tombstone_there_is_nothing_until_a_newer_row() -> None:
+    """It counts from when it was known, like any other row, and no older row comes back."""
+    features = rows((1, 1, 1.0), (3, 5, 7.0), (6, 6, 2.0), deleted=[1])
+    assert ask(features, 4, 5, 6) == [1.0, None, 2.0]
+
+
+def test_a_late_row_from_before_the_tombstone_changes_nothing() -> None:
+    """What was deleted stays deleted."""
+    assert ask(rows((3, 3, 0.0), (2, 4, 9.0), deleted=[0]), 5) == [None]
+
+
+def test_latest_leaves_deleted_entities_out_or_gives_their_tombstones() -> None:
+    """Nothing of them goes online; whoever asks is told since when."""
+    features = rows((1, 1, 1.0), (3, 3, 7.0), deleted=[1])
+    at = START + timedelta(hours=4)
+    assert latest(features, keys=list(KEYS), as_of=at).is_empty()
+    tombstone = latest(features, keys=list(KEYS), as_of=at, tombstones=True)
+    assert tombstone["event_timestamp"].to_list() == [START + timedelta(hours=3)]
 
 
 def test_rows_keep_order_and_repetitions() -> None:

@@ -172,3 +172,42 @@ def test_empty_block_is_fine() -> None:
     """Ray Data may hand over a block without rows."""
     empty = block([1.0]).slice(0, 0)
     assert prepare(empty, view(checks=[Range("amount", minimum=0)]), now=NOW).num_rows == 0
+
+
+GONE = FileSource("x.parquet", event_timestamp="at", deleted="gone")
+
+
+def test_a_tombstone_needs_its_keys_and_times_only() -> None:
+    """Its values are null, whatever the source says, and no check looks at them; null is not deleted."""
+    rules = [NotNull("amount"), Range("amount", minimum=0)]
+    amount = pa.array([-1.0, None, -1.0, 1.0])
+    table = prepare(
+        block(amount, gone=pa.array([True, True, False, None])), view(source=GONE, checks=rules), now=NOW
+    )
+    assert table["amount"].to_pylist() == [None, None, -1.0, 1.0]
+    assert table["deleted"].to_pylist() == [True, True, False, False]
+    assert table[REASON].to_pylist() == [None, None, "amount outside 0..", None]
+
+
+def test_a_tombstone_without_key_or_in_the_future_goes_to_quarantine() -> None:
+    """It is known whose it is and since when, or it deletes nothing."""
+    keys, at = pa.array([None, 1]), pa.array([AT, NOW + timedelta(days=9)], TIME)
+    table = prepare(
+        block([None, 1.0], keys=keys, at=at, gone=pa.array([True, True])), view(source=GONE), now=NOW
+    )
+    assert table[REASON].null_count == 0
+
+
+def test_value_of_a_tombstone_may_be_of_any_kind_the_column_has() -> None:
+    """It is dropped before it is cast: a code without meaning refuses no batch."""
+    coded = pa.array(["16", "?"]).dictionary_encode()
+    table = prepare(block(coded, gone=pa.array([False, True])), view("int64", source=GONE), now=NOW)
+    assert table["amount"].to_pylist() == [16, None]
+
+
+def test_marker_of_tombstones_that_is_no_bool_is_refused() -> None:
+    """Text or numbers would have to be guessed at."""
+    with pytest.raises(SchemaMismatch, match="'gone' should be bool"):
+        prepare(block([1.0], gone=["yes"]), view(source=GONE), now=NOW)
+    with pytest.raises(SchemaMismatch, match="'gone'"):
+        prepare(block([1.0]), view(source=GONE), now=NOW)
