@@ -26,6 +26,7 @@
     │   ├── Unauthenticated           HTTP 401
     │   └── AccessDenied              HTTP 403
     ├── KeyStoreUnavailable           the broker is down: exit code 1
+    ├── OnlineStoreUnavailable        it cannot be reached, or is full: exit code 1, HTTP 503
     └── Inconsistent                  our own books do not add up: exit code 1
 
 A message says what happened, to which thing, and what to do.
@@ -131,6 +132,10 @@ class Unauthenticated(RefusedError):
 
 class AccessDenied(RefusedError):
     """A known identity without the right (HTTP 403)."""
+
+
+class OnlineStoreUnavailable(FalajError):
+    """The online store cannot be reached, or is full."""
 
 
 class Inconsistent(FalajError):

@@ -10,6 +10,7 @@ import enum
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +33,9 @@ class OnlineKind(enum.Enum):
     """The engine of the online store."""
 
     lmdb = "lmdb"
+    """On one machine."""
+    redis = "redis"
+    """For many."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,10 +67,26 @@ class OnlineConfig:
     kind: OnlineKind = OnlineKind.lmdb
     map_size_gib: float = 4.0
     """Upper bound of the store's file; the file is sparse."""
+    url: str = "redis://127.0.0.1:6379/0"
+    """Of Redis; `rediss://` is TLS. A password stands in a file, never here."""
+    password_file: str | None = None
+    ca_file: str | None = None
+    """Certificate authority of Redis' address; none takes the system's."""
+    prefix: str = "falaj"
+    """In front of every key in Redis, so that one can serve several installations."""
 
     def __post_init__(self) -> None:
         if self.map_size_gib <= 0:
             raise ValueError(f"online.map_size_gib must be positive, got {self.map_size_gib}.")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("redis", "rediss"):
+            raise ValueError("online.url must begin with redis:// or rediss://.")
+        if parts.password:
+            raise ValueError(
+                "online.url holds a password. Put it in a file of your own and name it in online.password_file."
+            )
+        if "{" in self.prefix or "}" in self.prefix:
+            raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
 
 
 class SecretsKind(enum.Enum):

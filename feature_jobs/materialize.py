@@ -1,6 +1,7 @@
 """`python -m feature_jobs.materialize view=v [as_of=…]`: what is known of each entity, put into the online store.
 
-The view's rows are replaced in one transaction: killed halfway, the store is as it was.
+Readers see all of a materialisation or nothing of it: killed halfway, the store is as it was. What was pushed since the
+table's version that it reads counts beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import polars as pl
+from deltalake import DeltaTable
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
@@ -23,9 +25,11 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.online import OnlineRow, open_online
-from feature_jobs.store.point_in_time import AVAILABLE, EVENT, latest
+from feature_jobs.store.online import open_online
+from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT, SEQ, latest
 from feature_jobs.store.protection import view_protection, view_resources
+from feature_jobs.store.streamed import horizon
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +60,8 @@ def main(config: MaterializeConfig) -> None:
     )
     as_of = instant(config.as_of)
     store = open_online(config.online, places, key_store(actor.access), readonly=False)
-    count = store.replace(view, pinned.key_types, rows(view, pinned, as_of))
+    table = DeltaTable(pinned.uri, version=pinned.version)
+    count = store.replace(view, pinned.key_types, rows(view, pinned, as_of), horizon=horizon(table))
     store.close()
     event = ViewMaterialized(
         view=view.name,
@@ -70,28 +75,37 @@ def main(config: MaterializeConfig) -> None:
 
 
 def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
-    """The newest row of every entity that was known at a moment, bucket by bucket."""
+    """The newest row of every entity that was known at a moment, bucket by bucket; of a deleted entity that it was."""
     keys = list(pinned.key_types)
     names = [field.name for field in view.fields]
     for bucket in range(pinned.num_buckets):
         features = pinned.read(bucket, names)
-        if features.is_empty():
-            continue
-        known = latest(features, keys=keys, as_of=as_of)
-        times = [pl.col(field.name).dt.epoch("us") for field in view.fields if field.dtype == "timestamp"]
-        frame = known.with_columns(*times).select(
-            pl.col(EVENT).dt.epoch("us").alias("__event"),
-            AVAILABLE.dt.epoch("us").alias("__available"),
-            *keys,
-            *names,
+        if not features.is_empty():
+            yield from online_rows(view, latest(features, keys=keys, as_of=as_of, tombstones=True))
+
+
+def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
+    """Rows of a feature table as the online store takes them."""
+    keys, names = view.join_keys, [field.name for field in view.fields]
+    times = [pl.col(field.name).dt.epoch("us") for field in view.fields if field.dtype == "timestamp"]
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
+    frame = known.with_columns(*times).select(
+        pl.col(EVENT).dt.epoch("us").alias("__event"),
+        pl.col(CREATED).dt.epoch("us").alias("__created"),
+        SEQ,
+        deleted,
+        *keys,
+        *names,
+    )
+    for event_us, created_us, seq, deleted, *values in frame.iter_rows():
+        yield OnlineRow(
+            keys=tuple(values[: len(keys)]),
+            event_us=event_us,
+            created_us=created_us,
+            seq=seq,
+            values=() if deleted else values[len(keys) :],
+            deleted=deleted,
         )
-        for event_us, available_us, *values in frame.iter_rows():
-            yield OnlineRow(
-                keys=tuple(values[: len(keys)]),
-                event_us=event_us,
-                available_us=available_us,
-                values=values[len(keys) :],
-            )
 
 
 def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:

@@ -7,8 +7,8 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("short", max_examples=25)
-settings.register_profile("thorough", max_examples=500)
+settings.register_profile("short", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 

@@ -3,12 +3,12 @@
 Denied is what no policy permits, and what any policy forbids. The edge's rules are compiled from the same policies
 (`Policy.roles_for`), so edge and replica cannot disagree. What each role may do, before the boundaries below:
 
-    data_engineer    writes features, applies definitions, reads public and internal columns, wraps feature keys
+    data_engineer    writes and pushes features, applies definitions, reads public and internal columns, wraps keys
     data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
     ml_engineer      registers models, deploys them outside production, rolls out and back, predicts, writes outcomes
     approver         approves models, deploys, rolls out and back, in every environment
     auditor          reads the ledger
-    service          predicts, writes outcomes, reads features online by key
+    service          predicts, writes outcomes, reads features online by key, pushes features
     admin            everything
     every role       reads metadata and public columns
 
@@ -65,6 +65,7 @@ class Action(enum.StrEnum):
     read_metadata = "read_metadata"
     read_columns = "read_columns"
     read_online = "read_online"
+    push_features = "push_features"
     write_features = "write_features"
     apply_definitions = "apply_definitions"
     build_training_set = "build_training_set"
@@ -82,7 +83,14 @@ class Action(enum.StrEnum):
     read_ledger = "read_ledger"
 
 
-EDGE_ACTIONS = (Action.predict, Action.write_outcome, Action.read_metadata, Action.manage_cluster)
+EDGE_ACTIONS = (
+    Action.predict,
+    Action.write_outcome,
+    Action.read_online,
+    Action.push_features,
+    Action.read_metadata,
+    Action.manage_cluster,
+)
 """What the edge tells apart by path."""
 
 

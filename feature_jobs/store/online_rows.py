@@ -1,9 +1,15 @@
-"""How a view's rows lie in the online store: entity keys hashed, values sealed by class.
+"""How a view's rows lie in the online store: entity keys hashed, values packed by type and sealed by class.
+
+    event (8) | created (8) | seq (8) | flags (1) | layout (2) | values
+
+The three numbers are big-endian and counted from -2^63, so that bytes compare as (event, created, seq) do, whatever
+engine compares them. `layout` says which version of the view wrote the row (`online_meta.py`).
 
 An entity's key is replaced by a keyed hash (BLAKE2b, RFC 7693), so a stolen file says nobody's name. Public values lie
-as they are; those of every other class are one AES-256-GCM value together, bound to view, class, entity and times, so
+as they are; those of every other class are one AES-256-GCM value together, bound to view, class, entity and header, so
 that none can be moved to another entity or made younger. Data keys are made anew with every materialisation and wrapped
-under `online/<view>/<class>`; the hash's key under the internal one.
+under `online/<view>/<class>`; the hash's key stays, wrapped under the internal one, so that a row that came during a
+materialisation keeps its place.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import hashlib
 import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -21,8 +28,115 @@ from cluster.security.keys.store import KeyStore
 from feature_jobs.store.definitions import Sensitivity
 
 HASH_BYTES = 24
+RANK_BYTES = 24
+"""Of a header: what orders rows."""
 ENTITY = "entity"
 """Stands for the hash's key among the wrapped ones."""
+PROVISIONAL = 1 << 62
+"""Added to a pushed row's number in the push log until the row has an `ingest_seq`: greater than every one of those,
+as the row's own will be greater than all that were given out before."""
+_OFFSET = 1 << 63
+_HEADER = struct.Struct(">QQQBH")
+_DELETED, _NULLS = 1, 2
+_CODES = {"float64": "d", "float32": "f", "int64": "q", "int32": "i", "bool": "?", "timestamp": "q"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineRow:
+    """What a view says of one entity; of a deleted one, when it ceased."""
+
+    keys: tuple[int | str, ...]
+    event_us: int
+    created_us: int
+    seq: int
+    values: Sequence[Any]
+    """In the order of the view's fields; of a deleted row none."""
+    deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A row's times and kind."""
+
+    event_us: int
+    created_us: int
+    seq: int
+    deleted: bool
+    layout: int
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """What a version of a feature table holds: rows up to a sequence number, pushes up to a number in their log."""
+
+    seq: int
+    offset: int
+
+    def covers(self, seq: int) -> bool:
+        """Whether a row of the online store is in that version."""
+        return seq - PROVISIONAL <= self.offset if seq >= PROVISIONAL else seq <= self.seq
+
+
+EVERYTHING = Horizon(PROVISIONAL, PROVISIONAL)
+
+
+class Layout:
+    """The order in which one version of a view packs its values: class by class, each class by type.
+
+    A class whose fields are all of fixed width is packed as such, unless a row has a null; the others are msgpack.
+    """
+
+    def __init__(self, version: str, fields: Iterable[Sequence[str]]) -> None:
+        """From the version and its fields' name, dtype and class."""
+        self.version = version
+        self.fields = tuple((name, dtype, sensitivity) for name, dtype, sensitivity in fields)
+        places: dict[str, list[int]] = {}
+        for place, (_, _, sensitivity) in enumerate(self.fields):
+            places.setdefault(sensitivity, []).append(place)
+        self.classes = tuple(places)
+        self.places = tuple(places.values())
+        self.structs = tuple(
+            _struct([self.fields[place][1] for place in of_class]) for of_class in self.places
+        )
+
+    def groups(self, values: Sequence[Any], *, nulls: bool) -> list[bytes]:
+        """A row's values as bytes, by class."""
+        groups = []
+        for places, fixed in zip(self.places, self.structs, strict=True):
+            group = [values[place] for place in places]
+            packed = msgpack.packb(group) if fixed is None or nulls else fixed.pack(*group)
+            groups.append(packed)
+        return groups
+
+    def plan(self, wanted: Iterable[Sequence[str]]) -> Plan:
+        """How rows of this layout are read as another version of the view wants them: features by name and dtype."""
+        known = {
+            (name, dtype): (number, position)
+            for number, places in enumerate(self.places)
+            for position, (name, dtype, _) in enumerate(self.fields[place] for place in places)
+        }
+        order = [known.get((name, dtype)) for name, dtype, *_ in wanted]
+        parts = sorted({place[0] for place in order if place is not None})
+        as_it_lies = [(0, position) for position in range(len(self.fields))]
+        return Plan(
+            parts=tuple((number, self.classes[number], self.structs[number]) for number in parts),
+            single=len(self.classes) == 1,
+            order=None if len(self.classes) == 1 and order == as_it_lies else tuple(order),
+            complete=None not in order,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which parts of a row are opened, and where each wanted feature stands in them."""
+
+    parts: tuple[tuple[int, str, struct.Struct | None], ...]
+    """Place of the part, its class and its fixed type."""
+    single: bool
+    """Whether the row is one part alone."""
+    order: tuple[tuple[int, int] | None, ...] | None
+    """Part and place therein of each feature, none for one that the row lacks; none where they lie in order."""
+    complete: bool
 
 
 def online_key(view: str, sensitivity: str) -> str:
@@ -30,22 +144,37 @@ def online_key(view: str, sensitivity: str) -> str:
     return f"online/{view}/{sensitivity}"
 
 
+def header_of(packed: bytes) -> Header:
+    """A stored row's header."""
+    event, created, seq, flags, layout = _HEADER.unpack_from(packed)
+    return Header(event - _OFFSET, created - _OFFSET, seq - _OFFSET, bool(flags & _DELETED), layout)
+
+
+def rank_of(row: OnlineRow) -> bytes:
+    """What orders a row, as the engines compare it."""
+    return struct.pack(">QQQ", row.event_us + _OFFSET, row.created_us + _OFFSET, row.seq + _OFFSET)
+
+
 class RowCipher:
     """Packs and unpacks the rows of one materialisation of a view."""
 
     def __init__(self, view: str, hash_key: bytes, ciphers: Mapping[str, ValueCipher]) -> None:
-        self._view = view
-        self._hash_key = hash_key
-        self._ciphers = ciphers
+        self._hash = hashlib.blake2b(key=hash_key, digest_size=HASH_BYTES)
+        self._pack = msgpack.Packer().pack
+        self._ciphers = {
+            name: (cipher, place_of(online_key(view, name), b"")) for name, cipher in ciphers.items()
+        }
 
     @classmethod
-    def create(cls, store: KeyStore, view: str, classes: Iterable[str]) -> tuple[RowCipher, dict[str, str]]:
-        """New data keys, and their wrapped text to keep beside the rows.
+    def create(
+        cls, store: KeyStore, view: str, classes: Iterable[str], *, hash_key: bytes | None = None
+    ) -> tuple[RowCipher, dict[str, str]]:
+        """New data keys, and their wrapped text to keep beside the rows; the hash's key may be one of before.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
         """
-        hash_key = secrets.token_bytes(32)
+        hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         wrapped = {ENTITY: store.wrap(online_key(view, Sensitivity.INTERNAL), hash_key)}
         ciphers = {}
         for name in classes:
@@ -62,50 +191,73 @@ class RowCipher:
         Raises:
             KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: as the key store says.
         """
-        hash_key = store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
         ciphers = {
             name: ValueCipher.open(store, online_key(view, name), wrapped[name])
             for name in classes
             if name != Sensitivity.PUBLIC
         }
-        return cls(view, hash_key, ciphers)
+        return cls(view, open_hash_key(store, view, wrapped), ciphers)
 
     def address(self, entity: Sequence[int | str]) -> bytes:
         """Where an entity's row lies."""
-        return hashlib.blake2b(msgpack.packb(entity), key=self._hash_key, digest_size=HASH_BYTES).digest()
+        state = self._hash.copy()
+        state.update(self._pack(entity))
+        return state.digest()
 
-    def pack(
-        self, address: bytes, event_us: int, available_us: int, groups: Mapping[str, list[Any]]
-    ) -> bytes:
-        """A row from its values by class."""
-        parts = {
-            name: self._sealed(name, address, event_us, available_us, group) for name, group in groups.items()
-        }
-        return bytes(msgpack.packb([event_us, available_us, parts]))
+    def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
+        """A row as it lies in the store, in the layout of that number."""
+        nulls = None in row.values
+        header = rank_of(row) + struct.pack(
+            ">BH", (_DELETED if row.deleted else 0) | (_NULLS if nulls else 0), number
+        )
+        if row.deleted:
+            return header
+        parts = [
+            self._sealed(name, group, address + header)
+            for name, group in zip(layout.classes, layout.groups(row.values, nulls=nulls), strict=True)
+        ]
+        return header + (parts[0] if len(parts) == 1 else msgpack.packb(parts))
 
     def unpack(
-        self, address: bytes, packed: bytes, classes: Iterable[str]
-    ) -> tuple[int, int, dict[str, list[Any]]]:
-        """Times, and the values of the classes that are wanted.
+        self, address: bytes, packed: bytes, plans: Sequence[Plan]
+    ) -> tuple[int, int, bool, Sequence[Any]] | None:
+        """Event and availability in microseconds, whether no value is null, and the values; none of a deleted entity.
 
         Raises:
             ArtifactTampered: a value was altered, or belongs to another entity, view or time.
         """
-        event_us, available_us, parts = msgpack.unpackb(packed)
-        groups = {name: self._opened(name, address, event_us, available_us, parts[name]) for name in classes}
-        return event_us, available_us, groups
+        event, created, _, flags, number = _HEADER.unpack_from(packed)
+        if flags & _DELETED:
+            return None
+        plan, size, nulls = plans[number], _HEADER.size, flags & _NULLS
+        body = packed[size:]
+        stored = (body,) if plan.single else msgpack.unpackb(body)
+        bound = address + packed[:size]
+        values: Sequence[Any] = ()
+        groups: dict[int, Sequence[Any]] = {}
+        for part, name, fixed in plan.parts:
+            content = stored[part]
+            if name != "public":
+                cipher, place = self._ciphers[name]
+                content = cipher.decrypt(content, place + bound)
+            values = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
+            groups[part] = values
+        if plan.order is not None:
+            values = [None if place is None else groups[place[0]][place[1]] for place in plan.order]
+        return event - _OFFSET, max(event, created) - _OFFSET, plan.complete and not nulls, values
 
-    def _sealed(self, name: str, address: bytes, event_us: int, available_us: int, group: list[Any]) -> Any:
+    def _sealed(self, name: str, group: bytes, bound: bytes) -> bytes:
         if name == Sensitivity.PUBLIC:
             return group
-        place = self._place(name, address, event_us, available_us)
-        return self._ciphers[name].encrypt(msgpack.packb(group), place)
+        cipher, place = self._ciphers[name]
+        return cipher.encrypt(group, place + bound)
 
-    def _opened(self, name: str, address: bytes, event_us: int, available_us: int, part: Any) -> list[Any]:
-        if name == Sensitivity.PUBLIC:
-            return list(part)
-        place = self._place(name, address, event_us, available_us)
-        return list(msgpack.unpackb(self._ciphers[name].decrypt(part, place)))
 
-    def _place(self, name: str, address: bytes, event_us: int, available_us: int) -> bytes:
-        return place_of(online_key(self._view, name), address + struct.pack(">qq", event_us, available_us))
+def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> bytes:
+    """The key of the entities' hash; raises as the key store says."""
+    return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
+
+
+def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
+    codes = [_CODES.get(dtype) for dtype in dtypes]
+    return None if None in codes else struct.Struct("<" + "".join(code for code in codes if code))

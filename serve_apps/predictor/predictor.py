@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve import metrics
@@ -141,7 +142,7 @@ class Predictor:
 
     def _features(
         self, entities: list[dict[str, Any]], overrides: dict[str, list[Any]], as_of: dt.datetime
-    ) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    ) -> tuple[dict[str, list[Any]], dict[str, Sequence[str]]]:
         """The model's columns in its own order, and the status of those that are not all present."""
         if self._reader is None:
             if missing := self._inputs.keys() - overrides.keys():

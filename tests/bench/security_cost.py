@@ -33,7 +33,8 @@ from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, OnlineRow, microseconds, open_online
+from feature_jobs.store.online import FeatureReader, microseconds, open_online
+from feature_jobs.store.online_rows import OnlineRow
 from feature_jobs.store.training_set import build, join_here
 
 # This file is run by its path, which leaves the project's root out.
@@ -150,7 +151,7 @@ def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
         ]
         view = ViewSpec(name=kind, version="1", join_keys=["id"], fields=fields, ttl_s=None)
         stored = (
-            OnlineRow(keys=(key,), event_us=at, available_us=at, values=values)
+            OnlineRow(keys=(key,), event_us=at, created_us=at, seq=key, values=values)
             for key in range(ONLINE_ENTITIES)
         )
         online.replace(view, {"id": "int64"}, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 from typing import cast
@@ -25,6 +26,7 @@ TABLE: dict[Action, frozenset[Role]] = {
     Action.write_outcome: frozenset({SE, ML, AD}),
     Action.read_metadata: ALL,
     Action.read_online: frozenset({SE, AD}),
+    Action.push_features: frozenset({DE, SE, AD}),
     Action.write_features: frozenset({DE, AD}),
     Action.apply_definitions: frozenset({DE, AD}),
     Action.build_training_set: frozenset({DS, AD}),
@@ -60,6 +62,7 @@ UNWRAPS: dict[str, dict[str, frozenset[Role]]] = {
     "training_sets": dict.fromkeys(CLASSES, frozenset({DS, AD})),
     "quarantine": dict.fromkeys(CLASSES, frozenset({AD})) | {"internal": frozenset({DE, AD})},
     "online": dict.fromkeys(CLASSES, frozenset({SE, AD})) | {"internal": frozenset({DE, SE, AD})},
+    "push": dict.fromkeys(CLASSES, frozenset({AD})),
     "predictions": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, AD})),
     "outcomes": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, AD})),
     "models": dict.fromkeys(CLASSES, frozenset({DS, ML, AP, SE, AD})),
@@ -68,7 +71,8 @@ WRAPS = {
     "features": frozenset({DE, DS, AD}),
     "training_sets": frozenset({DS, AD}),
     "quarantine": frozenset({DE, AD}),
-    "online": frozenset({DE, AD}),
+    "online": frozenset({DE, SE, AD}),
+    "push": frozenset({DE, SE, AD}),
     "predictions": frozenset({SE, AD}),
     "outcomes": frozenset({SE, AD}),
     "models": frozenset({DS, ML, AD}),
@@ -142,6 +146,17 @@ def test_the_quarantine_is_read_by_ingestion_and_shown_to_readers(
     stranger = Principal(subject="a", role=role, purpose="fraud", expires_at=0, entrypoint=entrypoint)
     assert policy.decide(asker, Action.unwrap_key, key).allowed == may
     assert not policy.decide(stranger, Action.unwrap_key, key).allowed
+
+
+@pytest.mark.parametrize("job", ["materialize", "compact", "retain", "stream"])
+def test_jobs_that_move_values_unwrap_every_class_of_them(policy: Policy, job: str) -> None:
+    """A data engineer alone sees none of them."""
+    engineer = who(Role.data_engineer, "credit")
+    moving = dataclasses.replace(engineer, entrypoint=f"feature_jobs.{job}")
+    for folder in ("features", "online", "push"):
+        key = Resource(kind="key", name=f"{folder}/income/sensitive", column_class="sensitive")
+        assert policy.decide(moving, Action.unwrap_key, key).allowed
+        assert not policy.decide(engineer, Action.unwrap_key, key).allowed
 
 
 def test_every_action_is_in_the_table_and_in_the_schema(policy: Policy) -> None:

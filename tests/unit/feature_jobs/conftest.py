@@ -8,6 +8,7 @@ import pytest
 
 from cluster.security.keys.access import KeyAccess
 from tests.broker import running_broker
+from tests.redis_server import running_redis
 
 
 @pytest.fixture(scope="package")
@@ -18,3 +19,10 @@ def access() -> Iterator[KeyAccess]:
     others = ("features/income/personal", "quarantine/income/sensitive")
     with running_broker(*keys, *others) as access:
         yield access
+
+
+@pytest.fixture(scope="package")
+def redis_url() -> Iterator[str]:
+    """A Redis of the tests' own."""
+    with running_redis() as url:
+        yield url

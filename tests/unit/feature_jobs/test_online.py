@@ -9,20 +9,23 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 
 from cluster.errors import AccessDenied, ArtifactTampered, InvalidRequest
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked, KeyStoreUnavailable
-from cluster.settings import OnlineConfig
+from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store import online
+from feature_jobs.store import online_store
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, OnlineRow, OnlineStore, microseconds, open_online
+from feature_jobs.store.online import FeatureReader, microseconds, open_online
+from feature_jobs.store.online_lmdb import LmdbEngine
+from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.online_store import OnlineStore
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SMALL = OnlineConfig(map_size_gib=0.01)
+on_lmdb = pytest.mark.parametrize("store", ["lmdb"], indirect=True)
 
 
 def view(name: str, keys: list[str], *, ttl_h: float | None = None, **fields: str) -> ViewSpec:
@@ -49,7 +52,11 @@ def row(key: int | str, *values: Any, event: float = 1, available: float | None 
     """An entity's row, known when it happened unless said otherwise."""
     known = event if available is None else available
     return OnlineRow(
-        keys=(key,), event_us=microseconds(hour(event)), available_us=microseconds(hour(known)), values=values
+        keys=(key,),
+        event_us=microseconds(hour(event)),
+        created_us=microseconds(hour(known)),
+        seq=0,
+        values=values,
     )
 
 
@@ -62,9 +69,13 @@ def keys(tmp_path: Path) -> Keyring:
     return keyring
 
 
-@pytest.fixture
-def store(tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
-    opened = open_online(SMALL, Layout(str(tmp_path)), keys, readonly=False)
+@pytest.fixture(params=["lmdb", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
+    config = SMALL
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
+        config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
+    opened = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
     opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
     opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
     yield opened
@@ -183,12 +194,14 @@ from cluster.security.keys.keyring import Keyring
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.online import OnlineRow, open_online
+from feature_jobs.store.online import open_online
+from feature_jobs.store.online_rows import OnlineRow
 field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
 view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
 keys = Keyring(Path(sys.argv[1]) / "keyring.json", bytes(32))
 store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), keys, readonly=False)
-store.replace(view, {"person_id": "int64"}, [OnlineRow(keys=(1,), event_us=0, available_us=0, values=[7.0])])
+row = OnlineRow(keys=(1,), event_us=0, created_us=0, seq=0, values=[7.0])
+store.replace(view, {"person_id": "int64"}, [row])
 """
 
 
@@ -258,6 +271,7 @@ def ask(store: OnlineStore, service: ServiceSpec) -> list[Any]:
     return [column[0] for column in FeatureReader(service, store).read([PATIENT], hour(5)).columns.values()]
 
 
+@on_lmdb
 def test_a_stolen_file_shows_public_values_and_nobodys_name(clinic: OnlineStore, tmp_path: Path) -> None:
     """Neither values nor keys of any other class."""
     content = (tmp_path / "online" / "data.mdb").read_bytes()
@@ -283,19 +297,21 @@ def test_who_may_not_read_one_class_reads_the_others(clinic: OnlineStore, tmp_pa
         ask(clinic, only("illness", "ward"))
 
 
+@on_lmdb
 def test_values_cannot_be_moved_or_altered(clinic: OnlineStore) -> None:
     """To another entity, or to another time, or bit by bit."""
     clinic.replace(
         MIXED, {"name": "string"}, [row(name, name, "w", name) for name in ("Alicia Keyes", "Bob")]
     )
-    prefix = b"person\x00"
-    with clinic._env.begin() as transaction:
-        rows = {key: value for key, value in transaction.cursor() if key.startswith(prefix)}
+    engine = clinic.engine
+    assert isinstance(engine, LmdbEngine)
+    with engine.env.begin() as transaction:
+        rows = {key: value for key, value in transaction.cursor() if key.startswith(b"person\x00")}
     (first, mine), (second, theirs) = rows.items()
-    later = theirs.replace(msgpack.packb(microseconds(hour(1))), msgpack.packb(microseconds(hour(2))))
+    later = theirs[:7] + b"!" + theirs[8:]
     assert later != theirs
     for change in ({first: theirs, second: mine}, {first: later, second: later}, {first: mine[:-1] + b"!"}):
-        with clinic._env.begin(write=True) as transaction:
+        with engine.env.begin(write=True) as transaction:
             for key, value in (rows | change).items():
                 transaction.put(key, value)
         with pytest.raises(ArtifactTampered):
@@ -306,7 +322,7 @@ def test_a_revoked_key_ends_reading_within_the_caches_life(
     clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a new materialisation is under the newest version."""
-    monkeypatch.setattr(online, "CACHE_S", 0.0)
+    monkeypatch.setattr(online_store, "CACHE_S", 0.0)
     assert ask(clinic, only("street")) == ["street-nine"]
     keys.rotate("online/person/personal")
     clinic.replace(MIXED, {"name": "string"}, [row("Alicia Keyes", "i", "w", "moved")])
@@ -321,7 +337,7 @@ def test_a_key_store_that_is_away_stops_no_reader_that_has_its_keys(
     clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values of a materialisation whose keys it never had it cannot read."""
-    monkeypatch.setattr(online, "CACHE_S", 0.0)
+    monkeypatch.setattr(online_store, "CACHE_S", 0.0)
     assert ask(clinic, only("street")) == ["street-nine"]
 
     def away(name: str, wrapped: str) -> bytes:

@@ -1,0 +1,268 @@
+"""Feature values by view and entity: one packed row each, which only a greater (event, created, seq) replaces.
+
+So rows may come in any order, twice, from a materialisation and from pushes at once, and the store is the same in the
+end. A deleted entity keeps its row, without values: an older row that comes late cannot bring it back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.errors import SourceError
+from cluster.security.envelope import ValueCipher
+from cluster.security.keys.store import KeyRevoked, KeyStore, KeyStoreUnavailable
+from cluster.security.parquet import CACHE_S
+from feature_jobs.store.catalog import ViewSpec
+from feature_jobs.store.definitions import Sensitivity
+from feature_jobs.store.online_engine import Carry, Engine, Rows, Write
+from feature_jobs.store.online_meta import Meta, layout_of
+from feature_jobs.store.online_rows import (
+    EVERYTHING,
+    Horizon,
+    OnlineRow,
+    Plan,
+    RowCipher,
+    header_of,
+    online_key,
+    open_hash_key,
+    rank_of,
+)
+
+RETRY_S = 1.0
+"""After this the key store is asked again, where it could not be; values are read with the keys of before."""
+
+Found = tuple[int, int, bool, Sequence[Any]]
+"""Event and availability in microseconds, whether no value is null, and the values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A view's generation, as one version of the view reads it."""
+
+    meta: Meta
+    stamp: bytes
+    plans: tuple[Plan, ...]
+    """By layout."""
+    cipher: RowCipher
+    until: float
+    """When the keys have to be asked for again, by the monotonic clock."""
+
+
+class OnlineStore:
+    """Feature values in one engine, with the keys that this process may use."""
+
+    def __init__(self, engine: Engine, keys: KeyStore) -> None:
+        self.engine = engine
+        self._keys = keys
+        self._known: dict[tuple[str, str], _Opened] = {}
+
+    def get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[Found | None]:
+        """The rows of entities, in order; none where nothing is known, or what was known has been deleted.
+
+        The values stand in the order of this version of the view, whichever version wrote them; a feature that was not
+        written, or with another dtype, is null.
+
+        Raises:
+            AccessDenied, KeyRevoked: the keys of a class that the view has are not given to this process.
+            ArtifactTampered: a value is not the one that was written there.
+            OnlineStoreUnavailable: the engine cannot be reached.
+        """
+        while (opened := self._opened(view)) is not None:
+            address, unpack, plans = opened.cipher.address, opened.cipher.unpack, opened.plans
+            if None in keys:
+                break
+            addresses = [address(key) for key in keys]  # type: ignore[arg-type]
+            found = self.engine.rows(view.name, opened.stamp, addresses)
+            if found is not None:
+                return [
+                    None if packed is None else unpack(place, packed, plans)
+                    for place, packed in zip(addresses, found, strict=True)
+                ]
+            self._known.pop((view.name, view.version), None)
+        else:
+            return [None for _ in keys]
+        known = iter(self.get(view, [key for key in keys if key is not None]))
+        return [None if key is None else next(known) for key in keys]
+
+    def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
+        """Write rows where no greater ones lie, all in one transaction; gives how many were written.
+
+        Raises:
+            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+            OnlineStoreUnavailable: the engine cannot be reached, or is full.
+        """
+        return self._write(view, key_types, [(row, b"") for row in rows])
+
+    def settle(
+        self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[tuple[OnlineRow, int]]
+    ) -> int:
+        """Give pushed rows that are still the greatest of their entities the `ingest_seq` that they got; raises as
+        `put`."""
+        return self._write(view, key_types, [(replace(row, seq=seq), rank_of(row)) for row, seq in rows])
+
+    def replace(
+        self,
+        view: ViewSpec,
+        key_types: Mapping[str, str],
+        rows: Iterable[OnlineRow],
+        *,
+        horizon: Horizon = EVERYTHING,
+    ) -> int:
+        """Put a view's rows in place of all it had; gives how many entities they are.
+
+        Args:
+            view: whose.
+            key_types: of its join keys.
+            rows: one an entity.
+            horizon: what the rows were taken from. A row in the store from beyond it counts beside them.
+
+        Raises:
+            SourceError: another materialisation of the view came meanwhile; nothing was changed.
+            KeyNotFound, KeyRevoked, AccessDenied: as the key store says; the old rows stay.
+            OnlineStoreUnavailable: the engine cannot be reached, or is full; the old rows stay.
+        """
+        name, before = view.name, self._meta(view.name)
+        began = before.generation if before else None
+        hash_key = self._hash_key(name, before)
+        classes = layout_of(view).classes
+        cipher, wrapped = RowCipher.create(self._keys, name, classes, hash_key=hash_key)
+        meta = Meta.new(view, key_types, wrapped)
+        counter = _Counter()
+        self.engine.stage(name, meta.generation, counter.packed(rows, cipher, meta))
+        while True:
+            stamp = before.stamp if before else None
+            carry = self._carry(view, before if hash_key else None, cipher, meta, horizon)
+            if self.engine.switch(name, stamp, meta.pack(), carry):
+                return counter.entities
+            before = self._meta(name)
+            if (before.generation if before else None) != began:
+                raise SourceError(
+                    f"View '{name}' was materialised by another job meanwhile, or got its first pushed rows; this one "
+                    "changed nothing. Run it again."
+                )
+
+    def key_types(self, view: str) -> Mapping[str, str]:
+        """How a view's keys are stored; empty before its first row."""
+        meta = self._meta(view)
+        return {} if meta is None else meta.key_types
+
+    def close(self) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+    def _write(
+        self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[tuple[OnlineRow, bytes]]
+    ) -> int:
+        if not rows:
+            return 0
+        while True:
+            opened, number = self._for_writing(view, key_types)
+            layout, cipher = opened.meta.layouts[number], opened.cipher
+            placed = [(cipher.address(row.keys), row, expected) for row, expected in rows]
+            writes = [
+                Write(address, cipher.pack(address, row, layout, number), expected)
+                for address, row, expected in placed
+            ]
+            written = self.engine.put(view.name, opened.stamp, writes)
+            if written is not None:
+                return written
+            self._known.pop((view.name, view.version), None)
+
+    def _for_writing(self, view: ViewSpec, key_types: Mapping[str, str]) -> tuple[_Opened, int]:
+        """The view's generation and the layout to write in; both are made where they are not there yet."""
+        while True:
+            opened = self._opened(view)
+            if opened is None:
+                _, wrapped = RowCipher.create(self._keys, view.name, layout_of(view).classes)
+                self.engine.change(view.name, None, Meta.new(view, key_types, wrapped).pack())
+                continue
+            number = opened.meta.layout_number(view)
+            if number is not None:
+                return opened, number
+            missing = set(layout_of(view).classes) - {*opened.meta.data_keys, Sensitivity.PUBLIC}
+            added = {name: ValueCipher.create(self._keys, online_key(view.name, name))[1] for name in missing}
+            self.engine.change(view.name, opened.stamp, opened.meta.with_layout(view, added).pack())
+            self._known.pop((view.name, view.version), None)
+
+    def _carry(
+        self, view: ViewSpec, before: Meta | None, cipher: RowCipher, meta: Meta, horizon: Horizon
+    ) -> Carry:
+        """Packs the rows of before that are not in the horizon for the new generation."""
+
+        def carry(rows: Rows) -> Rows:
+            beyond = [(place, packed) for place, packed in rows if not horizon.covers(header_of(packed).seq)]
+            if not beyond or before is None:
+                return []
+            opened = self._open(view, before, until=0.0)
+            kept = []
+            for place, packed in beyond:
+                header, found = header_of(packed), opened.cipher.unpack(place, packed, opened.plans)
+                row = OnlineRow(
+                    keys=(),
+                    event_us=header.event_us,
+                    created_us=header.created_us,
+                    seq=header.seq,
+                    values=found[3] if found else (),
+                    deleted=header.deleted,
+                )
+                kept.append((place, cipher.pack(place, row, meta.layouts[0], 0)))
+            return kept
+
+        return carry
+
+    def _hash_key(self, view: str, before: Meta | None) -> bytes | None:
+        """The key of the entities' hash of before; none where there is none, or what it protected is gone."""
+        if before is None:
+            return None
+        try:
+            return open_hash_key(self._keys, view, before.data_keys)
+        except KeyRevoked:
+            return None
+
+    def _meta(self, view: str) -> Meta | None:
+        packed = self.engine.meta(view)
+        return None if packed is None else Meta.unpack(packed)
+
+    def _opened(self, view: ViewSpec) -> _Opened | None:
+        """The view's generation and its data keys, asked for once in a while; none before the view's first row."""
+        known = self._known.get((view.name, view.version))
+        now = time.monotonic()
+        if known is not None and now < known.until:
+            return known
+        meta = self._meta(view.name)
+        if meta is None:
+            return None
+        try:
+            opened = self._open(view, meta, until=now + CACHE_S)
+        except KeyStoreUnavailable:
+            if known is None or known.stamp != meta.stamp:
+                raise
+            opened = replace(known, until=now + RETRY_S)
+        self._known[view.name, view.version] = opened
+        return opened
+
+    def _open(self, view: ViewSpec, meta: Meta, *, until: float) -> _Opened:
+        wanted = [(field.name, field.dtype) for field in view.fields]
+        plans = tuple(layout.plan(wanted) for layout in meta.layouts)
+        classes = sorted({name for plan in plans for _, name, _ in plan.parts})
+        cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
+        return _Opened(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, until=until)
+
+
+class _Counter:
+    """Packs rows one by one, and counts those that are not deleted."""
+
+    def __init__(self) -> None:
+        self.entities = 0
+
+    def packed(
+        self, rows: Iterable[OnlineRow], cipher: RowCipher, meta: Meta
+    ) -> Iterator[tuple[bytes, bytes]]:
+        layout = meta.layouts[0]
+        for row in rows:
+            address = cipher.address(row.keys)
+            self.entities += not row.deleted
+            yield address, cipher.pack(address, row, layout, 0)

@@ -1,0 +1,48 @@
+"""A real redis-server for tests, on a port of its own; whoever has none is told so."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.ports import free_port
+
+START_DEADLINE_S = 10
+
+
+@contextlib.contextmanager
+def running_redis(*options: str) -> Iterator[str]:
+    """The URL of a new, empty server that keeps nothing on disk.
+
+    Args:
+        options: further ones of the server.
+    """
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("SKIPPED LOUDLY: no redis-server (Debian: apt install redis-server); Redis is not tested")
+    port = free_port()
+    folder = tempfile.mkdtemp(prefix="falaj-redis-")
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen([*command, "--dir", folder, *options], stdout=subprocess.DEVNULL)
+    try:
+        client, deadline = redis.Redis(port=port), time.monotonic() + START_DEADLINE_S
+        while True:
+            assert process.poll() is None, "redis-server ended"
+            with contextlib.suppress(redis.ConnectionError):
+                client.ping()
+                break
+            assert time.monotonic() < deadline, "redis-server does not answer"
+            time.sleep(0.01)
+        client.close()
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
+        shutil.rmtree(folder)

@@ -1,0 +1,346 @@
+"""Compare-and-set in the online store: whatever order rows come in, the greatest (event, created, seq) stays.
+
+Every test runs against both engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from cluster.errors import ConfigError, OnlineStoreUnavailable, SourceError
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ViewSpec
+from feature_jobs.store.online import FeatureReader, microseconds, open_online
+from feature_jobs.store.online_engine import Rows
+from feature_jobs.store.online_redis import RedisEngine
+from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online_store import Found, OnlineStore
+from tests.unit.feature_jobs.test_online import START, ServiceSpec
+
+KEY_TYPES = {"id": "int64"}
+PERSONS = [(1,), (2,), (3,)]
+
+
+def a_view(version: str = "v1", **fields: str) -> ViewSpec:
+    """A view `v`; fields by dtype, or by dtype and class after a slash."""
+    specs = []
+    for name, text in fields.items():
+        dtype, _, sensitivity = text.partition("/")
+        specs.append(
+            FieldSpec(name=name, dtype=dtype, sensitivity=sensitivity or "internal", categorical=False)
+        )
+    return ViewSpec(name="v", version=version, join_keys=["id"], fields=specs, ttl_s=None)
+
+
+VIEW = a_view(amount="float64", sector="string/personal")
+
+
+def row(
+    key: int, event: int, value: float | None = 0.0, *, created: int | None = None, seq: int = 0
+) -> OnlineRow:
+    """A row; without a value a tombstone."""
+    return OnlineRow(
+        keys=(key,),
+        event_us=event,
+        created_us=event if created is None else created,
+        seq=seq,
+        values=() if value is None else (value, f"s{value}"),
+        deleted=value is None,
+    )
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    keyring = Keyring.create(tmp_path_factory.mktemp("keys") / "keyring.json", bytes(32))
+    for name in ("internal", "personal", "sensitive"):
+        keyring.ensure(KeyInfo(name=f"online/v/{name}"))
+    return keyring
+
+
+@pytest.fixture(params=["lmdb", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
+        config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
+    else:
+        config = OnlineConfig(map_size_gib=0.05)
+    opened = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
+    yield opened
+    opened.close()
+
+
+def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[Found | None]:
+    """What the store says of each person, values as a list."""
+    found = store.get(view, PERSONS)
+    return [None if one is None else (*one[:3], list(one[3])) for one in found]
+
+
+def amounts(store: OnlineStore) -> list[float | None]:
+    return [None if found is None else found[3][0] for found in answers(store)]
+
+
+def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
+    """The later event counts, then the later knowledge of it, then the later number; equal is not greater."""
+    assert store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0, created=6, seq=2)]) == 1
+    older = [(4, 9, 9), (5, 5, 9), (5, 6, 1), (5, 6, 2)]
+    for event, created, seq in older:
+        assert store.put(VIEW, KEY_TYPES, [row(1, event, 2.0, created=created, seq=seq)]) == 0
+    assert amounts(store) == [1.0, None, None]
+    for number, (event, created, seq) in enumerate([(5, 6, 3), (5, 7, 0), (6, 0, 0)]):
+        assert store.put(VIEW, KEY_TYPES, [row(1, event, float(number), created=created, seq=seq)]) == 1
+    assert answers(store)[0] == (6, 6, True, [2.0, "s2.0"])
+
+
+def test_times_before_1970_are_ordered_too(store: OnlineStore) -> None:
+    """And the greatest and smallest numbers there are."""
+    for event in (-(2**63), -1, 0, 2**63 - 1):
+        assert store.put(VIEW, KEY_TYPES, [row(1, event, 1.0)]) == 1
+        assert store.put(VIEW, KEY_TYPES, [row(1, max(event - 1, -(2**63)), 1.0)]) == 0
+
+
+def test_deleted_entity_is_not_brought_back_by_an_older_row(store: OnlineStore) -> None:
+    """Nothing is known of it, until something newer is."""
+    store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0), row(2, 5, 1.0)])
+    store.put(VIEW, KEY_TYPES, [row(1, 6, None)])
+    assert store.put(VIEW, KEY_TYPES, [row(1, 5, 3.0, seq=7)]) == 0
+    assert amounts(store) == [None, 1.0, None]
+    store.put(VIEW, KEY_TYPES, [row(1, 7, 4.0)])
+    assert amounts(store) == [4.0, 1.0, None]
+
+
+def test_rows_of_one_call_come_in_any_order(store: OnlineStore) -> None:
+    """Of two rows of one entity the greater one stays."""
+    store.put(VIEW, KEY_TYPES, [row(1, 6, 2.0), row(1, 5, 1.0), row(2, 1, 1.0)])
+    assert amounts(store) == [2.0, 1.0, None]
+
+
+events = st.integers(0, 3)
+rows = st.lists(
+    st.tuples(st.integers(1, 3), events, events, st.one_of(st.none(), st.floats(0, 9))), max_size=12
+).map(
+    lambda drawn: [
+        row(key, event, value, created=created, seq=seq)
+        for seq, (key, event, created, value) in enumerate(drawn)
+    ]
+)
+
+
+def greatest(known: Sequence[OnlineRow]) -> list[OnlineRow]:
+    """One row an entity."""
+    best: dict[tuple[int | str, ...], OnlineRow] = {}
+    for one in sorted(known, key=lambda one: (one.event_us, one.created_us, one.seq)):
+        best[one.keys] = one
+    return list(best.values())
+
+
+@given(rows, st.data())
+def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
+    redis_url: str,
+    keys: Keyring,
+    lmdb: OnlineStore,
+    known: list[OnlineRow],
+    data: st.DataObject,
+) -> None:
+    """Some rows put, then a materialisation that knows the first ones, then the others: as if all were materialised."""
+    config = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="property")
+    remote = open_online(config, Layout(""), keys)
+    horizon = Horizon(data.draw(st.integers(-1, len(known)), label="horizon"), -1)
+    before = data.draw(
+        st.lists(st.sampled_from(known), unique_by=id) if known else st.just([]), label="before"
+    )
+    after = data.draw(st.permutations([one for one in known if not horizon.covers(one.seq)]), label="after")
+    for store in (lmdb, remote):
+        store.replace(VIEW, KEY_TYPES, greatest(known))
+        wanted = answers(store)
+        store.replace(VIEW, KEY_TYPES, [])
+        store.put(VIEW, KEY_TYPES, before)
+        covered = [one for one in known if horizon.covers(one.seq)]
+        store.replace(VIEW, KEY_TYPES, greatest(covered), horizon=horizon)
+        for one in after:
+            store.put(VIEW, KEY_TYPES, [one])
+        assert answers(store) == wanted
+    remote.close()
+
+
+@pytest.fixture(scope="module")
+def lmdb(tmp_path_factory: pytest.TempPathFactory, keys: Keyring) -> Iterator[OnlineStore]:
+    config = OnlineConfig(map_size_gib=0.05)
+    opened = open_online(config, Layout(str(tmp_path_factory.mktemp("lmdb"))), keys, readonly=False)
+    yield opened
+    opened.close()
+
+
+def test_what_is_pushed_during_a_materialisation_is_kept(store: OnlineStore) -> None:
+    """Even for an entity that it does not know; what it does know counts as it says."""
+    store.put(VIEW, KEY_TYPES, [row(2, 1, 1.0, seq=3)])
+
+    def slow() -> Iterator[OnlineRow]:
+        yield row(1, 1, 1.0)
+        store.put(VIEW, KEY_TYPES, [row(1, 2, 2.0, seq=PROVISIONAL + 8), row(3, 2, 2.0, seq=PROVISIONAL + 9)])
+
+    assert store.replace(VIEW, KEY_TYPES, slow(), horizon=Horizon(3, 7)) == 1
+    assert amounts(store) == [2.0, None, 2.0]
+    store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)], horizon=Horizon(3, 8))
+    assert amounts(store) == [1.0, None, 2.0]
+
+
+def test_what_is_pushed_between_look_and_switch_is_kept(
+    store: OnlineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis looks again; LMDB's look and switch are one transaction."""
+    store.put(VIEW, KEY_TYPES, [row(1, 2, 2.0, seq=9)])
+    if isinstance(store.engine, RedisEngine):
+        looked, pushed = store.engine._put_after, []
+
+        def look(rows: bytes, recent: bytes, after: bytes) -> Rows:
+            found = looked(rows, recent, after)
+            if not pushed:
+                pushed.append(store.put(VIEW, KEY_TYPES, [row(1, 3, 3.0, seq=10), row(2, 3, 3.0, seq=11)]))
+            return found
+
+        monkeypatch.setattr(store.engine, "_put_after", look)
+        store.replace(VIEW, KEY_TYPES, [], horizon=Horizon(8, -1))
+        assert amounts(store) == [3.0, 3.0, None]
+    else:
+        store.replace(VIEW, KEY_TYPES, [], horizon=Horizon(8, -1))
+        assert amounts(store) == [2.0, None, None]
+
+
+def test_of_two_materialisations_at_once_one_is_refused(store: OnlineStore) -> None:
+    """The one that switches last would put old rows in place of new ones."""
+    store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
+
+    def slow() -> Iterator[OnlineRow]:
+        yield row(1, 1, 2.0)
+        store.replace(VIEW, KEY_TYPES, [row(1, 1, 3.0)])
+
+    with pytest.raises(SourceError, match="materialised by another job meanwhile"):
+        store.replace(VIEW, KEY_TYPES, slow())
+    assert amounts(store) == [3.0, None, None]
+
+
+def test_a_replica_that_knows_the_generation_of_before_reads_and_writes_the_new_one(
+    store: OnlineStore, keys: Keyring
+) -> None:
+    """Its cached keys and addresses are those of rows that are gone."""
+    replica = OnlineStore(store.engine, keys)
+    store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
+    assert amounts(replica) == [1.0, None, None]
+    store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.5)])
+    assert replica.put(VIEW, KEY_TYPES, [row(2, 1, 2.0)]) == 1
+    assert amounts(replica) == amounts(store) == [1.5, 2.0, None]
+
+
+def test_pushed_row_gets_its_number_if_it_is_still_the_greatest(store: OnlineStore) -> None:
+    """Until then it goes before every row that has one, as it will get a greater one than they have."""
+    first, second = row(1, 5, 1.0, seq=PROVISIONAL + 1), row(2, 5, 1.0, seq=PROVISIONAL + 2)
+    store.put(VIEW, KEY_TYPES, [first, second])
+    assert store.put(VIEW, KEY_TYPES, [row(1, 5, 9.0, seq=10**12)]) == 0
+    store.put(VIEW, KEY_TYPES, [row(2, 6, 7.0, seq=3)])
+    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 1
+    assert amounts(store) == [1.0, 7.0, None]
+    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 0
+    assert store.put(VIEW, KEY_TYPES, [row(1, 5, 2.0, seq=21)]) == 1
+
+
+def test_versions_of_a_view_write_side_by_side(store: OnlineStore) -> None:
+    """Each row says which version wrote it; every version reads all of them, and nothing is rewritten."""
+    store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
+    newer = a_view("v2", sector="string/personal", added="int64/sensitive", amount="float64")
+    written = OnlineRow(keys=(2,), event_us=1, created_us=1, seq=1, values=("s", 7, 2.0))
+    assert store.put(newer, KEY_TYPES, [written]) == 1
+    assert store.put(VIEW, KEY_TYPES, [row(3, 1, 3.0)]) == 1
+    assert [found[3] for found in answers(store) if found] == [[1.0, "s1.0"], [2.0, "s"], [3.0, "s3.0"]]
+    assert [found[3] for found in answers(store, newer) if found] == [
+        ["s1.0", None, 1.0],
+        ["s", 7, 2.0],
+        ["s3.0", None, 3.0],
+    ]
+
+
+def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
+    """Of fixed width or not, alone in its class or not."""
+    dtypes = ("bool", "int32", "int64", "float32", "float64", "timestamp")
+    fixed = a_view("v2", **{f"f_{dtype}": dtype for dtype in dtypes})
+    values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, microseconds(START))
+    mixed = a_view("v3", name="string/personal", flag="bool/public", amount="float64/sensitive")
+    for view, content in ((fixed, values), (mixed, ("é", False, float("inf")))):
+        nulls = tuple(None if place % 2 else value for place, value in enumerate(content))
+        store.put(
+            view,
+            KEY_TYPES,
+            [
+                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=one)
+                for key, one in ((1, content), (2, nulls))
+            ],
+        )
+        found = store.get(view, PERSONS)
+        assert [(one[2], tuple(one[3])) for one in found if one] == [(True, content), (False, nulls)]
+
+
+@pytest.mark.parametrize(
+    ("seen_at", "states"),
+    [
+        (START.replace(hour=0), ["missing", "missing", "missing", "missing"]),
+        (START.replace(hour=2), ["present", "null", "missing", "missing"]),
+        (START.replace(hour=4), ["expired", "expired", "missing", "missing"]),
+        (START.replace(hour=6), ["expired", "expired", "present", "missing"]),
+    ],
+)
+def test_a_batch_has_every_status_side_by_side(
+    store: OnlineStore, seen_at: object, states: list[str]
+) -> None:
+    """Present, null and expired, from after the request, and a deleted entity: each at the request's own time."""
+    view = ViewSpec(name="v", version="v1", join_keys=["id"], fields=VIEW.fields, ttl_s=7200)
+    hour = [microseconds(START.replace(hour=number)) for number in range(8)]
+    some = OnlineRow(keys=(2,), event_us=hour[1], created_us=hour[1], seq=0, values=(None, None))
+    store.put(view, KEY_TYPES, [row(1, hour[1], 1.0), some, row(3, hour[5], 3.0), row(4, hour[1], None)])
+    service = ServiceSpec(name="s", version="1", views=[view])
+    vectors = FeatureReader(service, store).read([{"id": key} for key in (1, 2, 3, 4)], seen_at)  # type: ignore[arg-type]
+    assert vectors.status["v__amount"] == states
+    values = [
+        value if state == "present" else None
+        for value, state in zip([1.0, None, 3.0, None], states, strict=True)
+    ]
+    assert vectors.columns["v__amount"] == values
+
+
+def test_a_redis_that_is_away_is_named(keys: Keyring) -> None:
+    """The address, and where to set it."""
+    config = OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:1/0")
+    with pytest.raises(OnlineStoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*online\.url"):
+        open_online(config, Layout(""), keys).get(VIEW, PERSONS)
+
+
+def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
+    """And the old rows stay."""
+    small = open_online(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
+    small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
+    with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
+        small.replace(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])
+    assert amounts(small) == [1.0, None, None]
+    small.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("http://x", "redis://"),
+        ("redis://:secret@x:6379", "password_file"),
+        ("redis://u:pw@x", "password_file"),
+    ],
+)
+def test_redis_url_that_cannot_be_used_is_refused(setting: str, words: str) -> None:
+    """A password in a URL would stand in every printed configuration."""
+    with pytest.raises(ConfigError, match=words) as refused:
+        load(OmegaConf.create({"online": {"kind": "redis", "url": setting}}), PlatformConfig)
+    assert "secret" not in str(refused.value)
