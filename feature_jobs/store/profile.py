@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.store.definitions import Field
+from feature_jobs.store.point_in_time import DELETED
 
 Numbers = npt.NDArray[np.float64]
 
@@ -89,12 +90,13 @@ class Sketch:
 
 
 def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
-    """The first pass over a validated block and its good rows."""
+    """The first pass over a validated block and its good rows; a tombstone's values are not missing."""
+    alive = block.filter(pc.invert(block[DELETED])) if DELETED in block.column_names else block
     newest = pc.max(good["event_timestamp"]).cast(pa.int64()).as_py()
     return Sketch(
         rows_in=block.num_rows,
         rows=good.num_rows,
-        nulls={field.name: block[field.name].null_count for field in fields},
+        nulls={field.name: alive[field.name].null_count for field in fields},
         newest_event_us=newest,
         numbers={
             field.name: _order_statistics(_numbers(good[field.name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -201,6 +202,15 @@ def test_null_share_counts_rows_that_went_to_quarantine() -> None:
     assert found is not None
     assert (found.value, found.threshold) == (0.5, 0.4)
     assert found.said == "50.0% of 'amount' are null, at most 40.0% may be"
+
+
+def test_the_values_that_a_tombstone_lacks_are_not_missing() -> None:
+    """A day of deletions is no broken source."""
+    source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
+    with_ends = dataclasses.replace(view(), source=source)
+    ends = batch([1.0, None, None]).append_column("gone", pa.array([False, True, False]))
+    profile, _ = measured(ends, of=with_ends)
+    assert profile.nulls == {"amount": 1, "sector": 0}
 
 
 def test_freshness_is_the_age_of_the_newest_event() -> None:

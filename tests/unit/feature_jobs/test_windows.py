@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import TrainingSetError
 from feature_jobs.store import windows as offline
@@ -34,7 +35,7 @@ ORACLE = """
 WITH known AS (
     SELECT e.position, e.event_timestamp AS asked, f.* EXCLUDE (person, place)
     FROM entities AS e JOIN events AS f ON f.person = e.person AND f.place = e.place
-    WHERE f.event_timestamp <= e.event_timestamp AND f.created_timestamp <= e.event_timestamp
+    WHERE f.event_timestamp <= e.event_timestamp AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
 ), counting AS (
     SELECT * FROM known
     QUALIFY row_number() OVER (PARTITION BY position, event_id ORDER BY created_timestamp DESC, ingest_seq DESC) = 1
@@ -72,18 +73,19 @@ def oracle() -> duckdb.DuckDBPyConnection:
 
 
 @settings(max_examples=settings.default.max_examples, deadline=None)
-@given(events=event_frames(), entities=entity_frames)
+@given(events=event_frames(), entities=entity_frames, cutoff=st.booleans())
 def test_aggregations_agree_with_the_definition_in_sql(
-    oracle: duckdb.DuckDBPyConnection, events: pl.DataFrame, entities: pl.DataFrame
+    oracle: duckdb.DuckDBPyConnection, events: pl.DataFrame, entities: pl.DataFrame, cutoff: bool
 ) -> None:
-    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys."""
-    actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC)
+    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys; with the
+    knowledge of the time, or by event time alone."""
+    actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC, cutoff=cutoff)
     oracle.register("events", events.to_arrow())
     oracle.register("entities", entities.with_row_index("position").to_arrow())
     for window in WINDOWS_H:
         outputs = [one for one in SPEC.outputs if one.window_us == window * 3_600_000_000]
         text = ", ".join(expression(one.column, one.function) for one in outputs)
-        expected = oracle.execute(ORACLE.format(outputs=text, window=window)).fetchall()
+        expected = oracle.execute(ORACLE.format(outputs=text, window=window, cutoff=cutoff)).fetchall()
         assert expected == actual.select(one.name for one in outputs).rows()
 
 
