@@ -15,19 +15,27 @@ TIME = pl.Datetime("us", "UTC")
 TIMES = {"event_timestamp": TIME, "created_timestamp": TIME, "ingest_seq": pl.Int64, "deleted": pl.Boolean}
 FOREVER = timedelta(days=3650)
 
-# One entity row at a time: filter what was known, take the greatest, then look at its age.
+# Filter what was known, take the greatest, then look at its age. With and without the cutoff at once.
 _SQL = """
-SELECT {columns}, best.ingest_seq IS NOT NULL
-FROM entities AS e
-LEFT JOIN LATERAL (
-    SELECT * FROM features AS f
-    WHERE {same} AND f.event_timestamp <= e.event_timestamp
-      AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
-    ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
-    LIMIT 1
-) AS best ON NOT best.deleted AND best.event_timestamp >= e.event_timestamp - to_microseconds(CAST({ttl} AS BIGINT))
-ORDER BY e.position
+WITH found AS (
+    SELECT e.position, e.event_timestamp AS asked_at, c.cutoff, f.*
+    FROM entities AS e CROSS JOIN (VALUES (true), (false)) AS c(cutoff)
+    LEFT JOIN features AS f
+        ON {same} AND f.event_timestamp <= e.event_timestamp
+        AND (f.created_timestamp <= e.event_timestamp OR NOT c.cutoff)
+    QUALIFY row_number() OVER (
+        PARTITION BY e.position, c.cutoff
+        ORDER BY f.event_timestamp DESC, f.created_timestamp DESC, f.ingest_seq DESC
+    ) = 1
+), counted AS (
+    SELECT *, coalesce(
+        NOT deleted AND event_timestamp >= asked_at - to_microseconds(CAST({ttl} AS BIGINT)), false
+    ) AS counts
+    FROM found
+)
+SELECT {columns}, counts FROM counted ORDER BY cutoff DESC, position
 """
+Rows = list[tuple[Any, ...]]
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -46,21 +54,20 @@ def expected(
     keys: Sequence[str],
     columns: Sequence[str],
     ttl: timedelta | None,
-    cutoff: bool = True,
-) -> list[tuple[Any, ...]]:
-    """For each entity row the columns, then whether there is an answer at all."""
+) -> tuple[Rows, Rows]:
+    """For each entity row the columns, then whether there is an answer at all; with the cutoff, and without."""
     connection.register("features", features.to_arrow())
     connection.register("entities", entities.with_row_index("position").to_arrow())
     query = _SQL.format(
-        columns=", ".join(f"best.{name}" for name in columns),
+        columns=", ".join(f"CASE WHEN counts THEN {name} END" for name in columns),
         same=" AND ".join(f"f.{key} = e.{key}" for key in keys),
         ttl=(ttl or FOREVER) // timedelta(microseconds=1),
-        cutoff=cutoff,
     )
-    return connection.execute(query).fetchall()
+    rows = connection.execute(query).fetchall()
+    return rows[: entities.height], rows[entities.height :]
 
 
-def hidden(known: Sequence[tuple[Any, ...]], without_cutoff: Sequence[tuple[Any, ...]]) -> int:
+def hidden(known: Rows, without_cutoff: Rows) -> int:
     """The entity rows that have an answer only without the cutoff."""
     return sum(later[-1] and not row[-1] for row, later in zip(known, without_cutoff, strict=True))
 

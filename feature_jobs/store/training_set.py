@@ -171,7 +171,7 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        if textual != pa.types.is_string(wanted):
+        if textual != pa.types.is_string(wanted) and not pa.types.is_null(column.type):
             raise pa.ArrowInvalid(f"it is {column.type}")
         return column.cast(wanted)
     except pa.ArrowException as error:
