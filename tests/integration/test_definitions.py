@@ -142,7 +142,7 @@ def test_change_that_says_nothing_about_rows_ingests_nothing_twice(project: Proj
 
 
 def test_view_is_deprecated_retired_and_taken_back(project: Project) -> None:
-    """A warning first; then no new rows and training sets, while the online store is still filled from what there is."""
+    """A warning first; then no new rows and training sets; the online store is still filled from what there is."""
     run(project, "apply")
     retire = ("feature_jobs.retire", "view=basket", "reason=use purses")
     denied = project.run(*retire, "identity.role=auditor")
