@@ -9,6 +9,7 @@
     │   ├── CompilerMissing
     │   ├── DefinitionError           a feature definition that cannot work
     │   │   ├── BreakingChange        a change that would break a registered model
+    │   │   ├── ViewRetired
     │   │   ├── FeatureViewNotFound
     │   │   └── FeatureServiceNotFound
     │   ├── SourceError               a source that is missing, empty or unreadable
@@ -72,6 +73,10 @@ class DefinitionError(RefusedError):
 
 class BreakingChange(DefinitionError):
     """A change of a feature view that would break a registered model."""
+
+
+class ViewRetired(DefinitionError):
+    """A feature view that takes no new rows and goes into no new training set."""
 
 
 class FeatureViewNotFound(DefinitionError):

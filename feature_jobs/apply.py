@@ -17,6 +17,7 @@ from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from feature_jobs.store.catalog import Definitions, apply, load_definitions
+from feature_jobs.store.lifecycle import read_lifecycles
 from feature_jobs.store.plan import lines, make_plan, refuse_broken
 from feature_jobs.store.protection import service_keys, view_keys
 from feature_jobs.store.recorded import read_recorded
@@ -48,7 +49,7 @@ def main(config: ApplyConfig) -> None:
             for name, view in definitions.views.items()
         ),
     )
-    plan = make_plan(definitions, read_recorded(ledger))
+    plan = make_plan(definitions, read_recorded(ledger), read_lifecycles(ledger))
     print("\n".join(lines(plan)), flush=True)
     refuse_broken(plan, allow_breaking=config.allow_breaking)
     if not config.plan:

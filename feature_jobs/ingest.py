@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-import hashlib
 import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -34,12 +33,15 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.batch import Judged, judge, keep, last_good, settle
 from feature_jobs.store import offline
+from feature_jobs.store.batches import next_batch
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, open_source
+from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
+from feature_jobs.store.recorded import read_recorded
 from feature_jobs.store.validation import RAW, REASON, prepare_part
 
 HEAD_ROWS = 1000
@@ -104,10 +106,11 @@ def main(config: IngestConfig) -> None:
     actor = act(config, attach(config), ledger, entrypoint="feature_jobs.ingest")
     places = layout(config.storage)
     view, spec = applied_view(config.definitions, config.view, ledger)
+    heed(read_lifecycles(ledger), [view.name], doing="No new rows are ingested.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = open_source(config.source.path or view.source.path, places)
-    ingest_id = hashlib.sha256(f"{view.name}:{view.version}:{files.digest}".encode()).hexdigest()[:16]
-    if any(entry.payload["ingest_id"] == ingest_id for entry in ledger.entries(BatchIngested)):
+    ingest_id = next_id(ledger, view, files)
+    if ingest_id is None:
         print(f"view {view.name}: this content is ingested already; nothing to do")
         return
     uri = places.features(view.name)
@@ -147,6 +150,16 @@ def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureVi
             f"Run `python -m feature_jobs.apply definitions={definitions}`."
         )
     return view, spec
+
+
+def next_id(ledger: Ledger, view: FeatureView, files: SourceFiles) -> str | None:
+    """The id of the batch; none where the view has the rows that it would make of these files."""
+    return next_batch(
+        view.definition(),
+        files.digest,
+        batches=(entry.payload for entry in ledger.entries(BatchIngested)),
+        definitions={key: one.definition for key, one in read_recorded(ledger).views.items()},
+    )
 
 
 def check(view: FeatureView, files: SourceFiles, baseline: Profile | None, *, now: dt.datetime) -> Checked:

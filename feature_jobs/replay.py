@@ -33,6 +33,7 @@ from feature_jobs.batch import last_good
 from feature_jobs.ingest import applied_view, row_schema
 from feature_jobs.store import offline
 from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
@@ -76,6 +77,7 @@ def main(config: ReplayConfig) -> None:
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.replay")
     places = layout(config.storage)
     view, spec = applied_view(config.definitions, config.view, ledger)
+    heed(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     folder = places.quarantine(view.name)
     table = offline.open_table(places.features(view.name))

@@ -24,6 +24,7 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
@@ -84,6 +85,9 @@ def main(config: TrainingSetConfig) -> None:
     request = requested(config, ledger)
     for view in request.spec.views:
         actor.check(Action.build_training_set, *view_resources(view, region=config.cluster.region))
+    if request.original is None:
+        views = [view.name for view in request.spec.views]
+        heed(read_lifecycles(ledger), views, doing="No new training set is built.")
     manifest = produce(config, request, ledger, access=actor.access, actor=actor.name)
     if any(manifest["hidden_share"].values()):
         print(hidden_warning(manifest["hidden_share"]))

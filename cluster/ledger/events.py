@@ -52,6 +52,15 @@ class FeatureViewApplied(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureViewStateChanged(LedgerEvent):
+    view: str
+    state: str
+    """"active", "deprecated" or "retired"."""
+    previous: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureServiceApplied(LedgerEvent):
     service: str
     version: str

@@ -9,13 +9,14 @@ about again.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from cluster.errors import BreakingChange
 from feature_jobs.store.catalog import Definitions
 from feature_jobs.store.definitions import FeatureService, FeatureView
 from feature_jobs.store.differences import Change, Impact, view_changes
+from feature_jobs.store.lifecycle import Lifecycle
 from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
 
 
@@ -40,6 +41,8 @@ class Step:
     version: str
     """After it; of a removed one, the version it stays at."""
     changes: Sequence[Change] = ()
+    note: str = ""
+    """Of a view that is deprecated or retired."""
 
     @property
     def breaks(self) -> bool:
@@ -77,14 +80,23 @@ class Plan:
         return [step for step in self.steps if step.act in acts]
 
 
-def make_plan(definitions: Definitions, recorded: Recorded) -> Plan:
-    """Compare a module with what was applied."""
+def make_plan(
+    definitions: Definitions, recorded: Recorded, lifecycles: Mapping[str, Lifecycle] | None = None
+) -> Plan:
+    """Compare a module with what was applied; `lifecycles` has the views that are not active."""
     views, services = recorded.newest_views, recorded.newest_services
     steps = [
         *(_view_step(view, views.get(view.name)) for view in definitions.views.values()),
         *_removed("view", definitions, list(views.values())),
         *(_service_step(service, services.get(service.name)) for service in definitions.services.values()),
         *_removed("service", definitions, list(services.values())),
+    ]
+    states = lifecycles or {}
+    steps = [
+        replace(step, note=states[step.name].text(step.name))
+        if step.kind == "view" and step.name in states
+        else step
+        for step in steps
     ]
     return Plan(module=definitions.module, steps=steps, broken=list(_broken(definitions, recorded)))
 
@@ -130,6 +142,10 @@ def lines(plan: Plan) -> Iterator[str]:
         }[step.act]
         yield f"  {marks[step.act]} {step.kind} {step.name}: {tail}"
         yield from (f"      {change.text}" for change in step.changes)
+        if step.note:
+            yield f"      ! {step.note}"
+        elif step.act is Act.removed and step.kind == "view":
+            yield f"      to end it: python -m feature_jobs.retire view={step.name} reason=…"
     for one in plan.broken:
         yield f"  ! view {one.view} breaks model {one.model} version {one.version}"
     counts = {act: len(plan.of(act)) for act in Act}
