@@ -63,10 +63,19 @@ class Aggregation:
             if not timedelta(0) < window <= LONGEST:
                 raise DefinitionError(f"{what}: a window is positive, at most a century; got {window}.")
 
-    def definition(self) -> dict[str, Any]:
-        """The aggregation as it stands in the ledger; windows in microseconds."""
+    def definition(self) -> list[dict[str, Any]]:
+        """What the aggregation gives, as it stands in the ledger: one entry per feature."""
+        start = self.function if self.column == EVERY else f"{self.column}_{self.function}"
         spans = [window // timedelta(microseconds=1) for window in self.windows]
-        return {"column": self.column, "function": self.function, "windows_us": spans}
+        return [
+            {
+                "name": f"{start}_{window_text(window_us)}",
+                "column": self.column,
+                "function": self.function,
+                "window_us": window_us,
+            }
+            for window_us in spans
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,16 +150,16 @@ def window_spec(
     """
     outputs: dict[str, Output] = {}
     for one in aggregations:
-        column, function = one["column"], one["function"]
-        dtype = _dtype(column, function, dtypes)
-        for window_us in one["windows_us"]:
-            start = function if column == EVERY else f"{column}_{function}"
-            name = f"{start}_{window_text(window_us)}"
-            if name in outputs:
-                raise DefinitionError(f"Two aggregations give the feature '{name}'. Remove one.")
-            outputs[name] = Output(
-                name=name, column=column, function=function, window_us=window_us, column_dtype=dtype
-            )
+        dtype = _dtype(one["column"], one["function"], dtypes)
+        output = Output(
+            name=one["name"],
+            column=one["column"],
+            function=one["function"],
+            window_us=one["window_us"],
+            column_dtype=dtype,
+        )
+        if outputs.setdefault(output.name, output) is not output:
+            raise DefinitionError(f"Two aggregations give the feature '{output.name}'. Remove one.")
     return WindowSpec(
         event_id=event_id, event_id_dtype=_dtype(event_id, "count", dtypes), outputs=tuple(outputs.values())
     )

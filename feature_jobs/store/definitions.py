@@ -169,7 +169,7 @@ class FeatureView:
         if self.event_id is None:
             return None
         dtypes = {field.name: field.dtype for field in self.schema}
-        return window_spec(self.event_id, [one.definition() for one in self.aggregations], dtypes)
+        return window_spec(self.event_id, self._outputs(), dtypes)
 
     def definition(self) -> dict[str, Any]:
         """The whole definition as JSON, enough to read the view without this object."""
@@ -211,7 +211,10 @@ class FeatureView:
     def _windowing(self) -> dict[str, Any]:
         if self.event_id is None:
             return {}
-        return {"event_id": self.event_id, "aggregations": [one.definition() for one in self.aggregations]}
+        return {"event_id": self.event_id, "aggregations": self._outputs()}
+
+    def _outputs(self) -> list[dict[str, Any]]:
+        return [output for one in self.aggregations for output in one.definition()]
 
     def _check_columns(self) -> None:
         if not self.entities or not self.join_keys:
@@ -286,6 +289,11 @@ class FeatureView:
             raise DefinitionError(
                 f"View '{self.name}': event_id '{self.event_id}' must be text or whole numbers, "
                 f"it is {windows.event_id_dtype}."
+            )
+        longest = timedelta(microseconds=windows.longest_us)
+        if self.retention is not None and self.retention < longest:
+            raise DefinitionError(
+                f"View '{self.name}': events are kept for {self.retention} only, a window reaches back {longest}."
             )
         for output in windows.outputs:
             if output.name in self.join_keys:

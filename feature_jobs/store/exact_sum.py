@@ -102,3 +102,21 @@ def _rounded(total: Fraction) -> float:
         return float(total)
     except OverflowError:
         return math.inf if total > 0 else -math.inf
+
+
+def grown(parts: Sequence[float], value: float) -> list[float]:
+    """A few numbers with the same exact sum as the parts and the value (Shewchuk 1997, grow-expansion)."""
+    if not abs(value) < _LARGE:
+        return [*parts, value]
+    grown_parts = []
+    for part in parts:
+        if not abs(part) < _LARGE:
+            grown_parts.append(part)
+            continue
+        if abs(value) < abs(part):
+            value, part = part, value
+        total = value + part
+        if rest := part - (total - value):
+            grown_parts.append(rest)
+        value = total
+    return [*grown_parts, value]

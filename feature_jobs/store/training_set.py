@@ -120,9 +120,8 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
     bucket, asked = part
     if view.windows is not None:
         events = snapshot.read(bucket, view.windows.read)
-        keys = list(snapshot.key_types)
-        answers = aggregate(asked, events, keys=keys, windows=view.windows, cutoff=cutoff)
-        return Joined(frame=answers.with_columns(asked[POSITION]), hidden=0)
+        made = aggregate(asked, events, keys=list(snapshot.key_types), windows=view.windows, cutoff=cutoff)
+        return Joined(frame=made.columns.with_columns(asked[POSITION]), hidden=made.hidden)
     names = [field.name for field in view.fields]
     features = snapshot.read(bucket, names)
     if features.is_empty():

@@ -78,7 +78,7 @@ def prepare_part(
     deleted = _deleted(raw, view)
     for field in view.schema:
         column = _column(raw, field.name, view, field.dtype)
-        if deleted is not None:
+        if deleted is not None and field.name != view.event_id:
             column = pc.if_else(deleted, pa.scalar(None, column.type), column)
         columns[field.name] = cast_feature(column, DTYPES[field.dtype], name=field.name)
     columns |= _times(raw, view)

@@ -22,7 +22,7 @@ from cluster.errors import TrainingSetError
 from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, Output, WindowSpec
 from feature_jobs.store.exact_sum import digits_of
 from feature_jobs.store.hyperloglog import REGISTERS, estimate, places_and_ranks, value_hash
-from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
+from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ, Answers
 from feature_jobs.store.spans import NONE, Bools, Ints, Spans, counts, greatest, members, merged, totals
 
 _GROUP, _KNOWN, _UNTIL, _POSITION = "__group", "__known", "__until", "__position"
@@ -64,8 +64,8 @@ def aggregate(
     keys: Sequence[str],
     windows: WindowSpec,
     cutoff: bool = True,
-) -> pl.DataFrame:
-    """The aggregations of each entity row as they were known at its time.
+) -> Answers:
+    """The aggregations of each entity row as they were known at its time, and what was hidden from it.
 
     Args:
         entities: the keys and `event_timestamp`, in any order, with repetitions; of the dtypes the events have.
@@ -73,10 +73,11 @@ def aggregate(
             columns, and `deleted` where there may be tombstones; with no column at all where there are none.
         keys: columns that identify an entity. One with a null key is nobody, all of whose answers are null.
         windows: what to give.
-        cutoff: whether a version counts only once it was known; without, it counts from its event on.
+        cutoff: leave out what was created after the entity row's time; else only the event's time counts.
 
     Returns:
-        One column per output, one row per entity row in the same order.
+        One column per output, one row per entity row in the same order; and how many entity rows see no event at all
+        only because it was not known yet.
 
     Raises:
         TrainingSetError: the whole numbers of a column are too large to be summed as int64.
@@ -86,19 +87,24 @@ def aggregate(
     groups = groups.with_columns(pl.col(_GROUP).cast(pl.Int64))
     numbered = entities.select(*keys, EVENT).join(groups, on=keys, how="left", maintain_order="left")
     known = numbered.select(_GROUP, EVENT).with_row_index(_POSITION).drop_nulls(_GROUP).sort(_GROUP, EVENT)
-    asked = _asked(known)
-    versions = _versions(_typed(events, groups, windows).join(groups, on=keys), windows, cutoff=cutoff)
-    answers = _answers(asked, versions, windows)
-    return (
-        pl.DataFrame({_POSITION: pl.int_range(0, entities.height, eager=True, dtype=pl.UInt32)})
-        .join(
-            pl.DataFrame({_POSITION: known[_POSITION], **answers}),
-            on=_POSITION,
-            how="left",
-            maintain_order="left",
-        )
-        .select(output.name for output in windows.outputs)
+    rows = _typed(events, groups, windows).join(groups, on=keys)
+    versions = _versions(rows, windows, cutoff=cutoff)
+    answers = pl.DataFrame({_POSITION: known[_POSITION], **_answers(_asked(known), versions, windows)})
+    everyone = pl.select(pl.int_range(entities.height, dtype=pl.UInt32).alias(_POSITION))
+    return Answers(
+        columns=everyone.join(answers, on=_POSITION, how="left", maintain_order="left").drop(_POSITION),
+        hidden=_hidden(known, rows, versions, windows) if cutoff else 0,
     )
+
+
+def _hidden(known: pl.DataFrame, rows: pl.DataFrame, versions: pl.DataFrame, windows: WindowSpec) -> int:
+    """How many entity rows see no event only because of the cutoff."""
+    if rows.select((pl.col(CREATED) <= pl.col(EVENT)).all()).item():
+        return 0
+    without = known.filter(counts(_seen(_asked(known), versions, windows.longest_us)) == 0)
+    theirs = rows.join(without.select(_GROUP).unique(), on=_GROUP, how="semi")
+    all_known = _versions(theirs, windows, cutoff=False)
+    return int((counts(_seen(_asked(without), all_known, windows.longest_us)) > 0).sum())
 
 
 def _typed(events: pl.DataFrame, groups: pl.DataFrame, windows: WindowSpec) -> pl.DataFrame:
@@ -136,22 +142,27 @@ def _versions(events: pl.DataFrame, windows: WindowSpec, *, cutoff: bool) -> pl.
     return pl.concat([single, several]).filter(~pl.col(DELETED)).sort(EVENT, CREATED, SEQ)
 
 
-def _answers(asked: _Asked, versions: pl.DataFrame, windows: WindowSpec) -> dict[str, pl.Series]:
+def _seen(asked: _Asked, versions: pl.DataFrame, window_us: int) -> Spans:
+    """Which entity rows see each version in their window."""
     groups = versions[_GROUP].to_numpy()
     start = asked.first(groups, _micros(versions, _KNOWN))
     until = versions[_UNTIL].dt.epoch("us").fill_null(_NEVER).to_numpy()
-    happened = _micros(versions, EVENT)
+    stop = asked.first(groups, np.minimum(until, _micros(versions, EVENT) + window_us))
+    seen = np.flatnonzero(start < stop)
+    return Spans(start[seen], stop[seen], seen, asked.addresses.size)
+
+
+def _answers(asked: _Asked, versions: pl.DataFrame, windows: WindowSpec) -> dict[str, pl.Series]:
+    groups = versions[_GROUP].to_numpy()
     columns = {name: _Column.of(versions[name]) for name in windows.columns}
     answers: dict[str, pl.Series] = {}
     for window_us in dict.fromkeys(output.window_us for output in windows.outputs):
-        stop = asked.first(groups, np.minimum(until, happened + window_us))
-        seen = np.flatnonzero(start < stop)
-        every = Spans(start[seen], stop[seen], seen, asked.addresses.size)
+        every = _seen(asked, versions, window_us)
         sums: dict[str, pl.Series] = {}
         for output in windows.outputs:
             if output.window_us == window_us:
                 answers[output.name] = _answer(output, every, columns, groups, sums)
-    return answers
+    return {output.name: answers[output.name] for output in windows.outputs}
 
 
 @dataclass(frozen=True, slots=True)

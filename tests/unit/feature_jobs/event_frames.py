@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 from hypothesis import strategies as st
 
-from feature_jobs.store.aggregations import EVERY, FUNCTIONS, window_spec
+from feature_jobs.store.aggregations import EVERY, FUNCTIONS, Aggregation, window_spec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
@@ -36,7 +36,7 @@ WINDOWS_H = (2, 5)
 SPEC = window_spec(
     "event_id",
     [
-        {"column": column, "function": function, "windows_us": [hours * 3_600_000_000 for hours in WINDOWS_H]}
+        output
         for column, function in [
             (EVERY, "count"),
             *(("amount", function) for function in FUNCTIONS),
@@ -44,6 +44,9 @@ SPEC = window_spec(
             *(("sector", function) for function in ("min", "last", "distinct")),
             *(("seen", "max"), ("seen", "distinct"), ("flag", "last")),
         ]
+        for output in Aggregation(
+            column, function, windows=[timedelta(hours=hours) for hours in WINDOWS_H]
+        ).definition()
     ],
     COLUMNS,
 )

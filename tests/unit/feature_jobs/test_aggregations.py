@@ -16,6 +16,7 @@ from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource, offline
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.differences import view_changes
 from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.training_set import build, join_here
@@ -69,6 +70,7 @@ def applied(ledger: Ledger, given: FeatureView) -> ServiceSpec:
         ({"event_id": "paymentid"}, "Did you mean 'payment_id'"),
         ({"event_id": "amount"}, "text or whole numbers"),
         ({"ttl": WEEK}, "Remove the ttl"),
+        ({"retention": HOUR}, "a window reaches back 7 days"),
         ({"aggregations": [Aggregation("amont", "sum", windows=[HOUR])]}, "Did you mean 'amount'"),
         ({"aggregations": [Aggregation("payment_id", "mean", windows=[HOUR])]}, "needs numbers"),
         ({"aggregations": [Aggregation("amount", "sum", windows=[HOUR, HOUR])]}, "'amount_sum_1h'"),
@@ -102,6 +104,18 @@ def test_view_without_aggregations_keeps_its_definition() -> None:
     plain = view(event_id=None, aggregations=[])
     assert {"event_id", "aggregations"}.isdisjoint(plain.definition())
     assert plain.version != view().version
+
+
+def test_another_window_is_safe_and_one_less_breaks() -> None:
+    """Readers of earlier versions still have what they had, or not."""
+    more = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
+    (added,) = view_changes(view().definition(), more.definition())
+    (gone,) = view_changes(more.definition(), view().definition())
+    assert (added.text, added.impact.breaks, gone.impact.breaks) == (
+        "+ aggregations amount_max_1h ",
+        False,
+        True,
+    )
 
 
 def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: Ledger) -> None:
@@ -141,6 +155,17 @@ def test_event_without_an_id_goes_to_quarantine() -> None:
         | {"amount": [1.0, 2.0], "shop": [1, 2]}
     )
     assert prepare(block, view(), now=START)[REASON].to_pylist() == [None, "payment_id is null"]
+
+
+def test_tombstone_keeps_the_id_of_the_event_it_removes() -> None:
+    """Its other values are null."""
+    deletable = view(source=FileSource("payments.parquet", event_timestamp="at", deleted="gone"))
+    block = pa.table(
+        {"customer_id": [1], "at": pa.array([START], TIME), "payment_id": ["a"], "amount": [1.0], "shop": [1]}
+        | {"gone": [True]}
+    )
+    row = prepare(block, deletable, now=START).to_pylist()[0]
+    assert (row["payment_id"], row["amount"], row[REASON]) == ("a", None, None)
 
 
 def test_training_set_holds_the_aggregations_of_each_entity_row(

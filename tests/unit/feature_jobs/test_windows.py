@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import TrainingSetError
 from feature_jobs.store import windows as offline
-from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, WindowSpec, window_spec
+from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
 from feature_jobs.store.hyperloglog import estimate, registers_of
 from feature_jobs.store.windows import aggregate
 from tests.unit.feature_jobs.event_frames import (
@@ -35,7 +35,7 @@ ORACLE = """
 WITH known AS (
     SELECT e.position, e.event_timestamp AS asked, f.* EXCLUDE (person, place)
     FROM entities AS e JOIN events AS f ON f.person = e.person AND f.place = e.place
-    WHERE f.event_timestamp <= e.event_timestamp AND (f.created_timestamp <= e.event_timestamp OR NOT {cutoff})
+    WHERE f.event_timestamp <= e.event_timestamp AND (NOT {cutoff} OR f.created_timestamp <= e.event_timestamp)
 ), counting AS (
     SELECT * FROM known
     QUALIFY row_number() OVER (PARTITION BY position, event_id ORDER BY created_timestamp DESC, ingest_seq DESC) = 1
@@ -77,9 +77,8 @@ def oracle() -> duckdb.DuckDBPyConnection:
 def test_aggregations_agree_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, events: pl.DataFrame, entities: pl.DataFrame, cutoff: bool
 ) -> None:
-    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys; with the
-    knowledge of the time, or by event time alone."""
-    actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC, cutoff=cutoff)
+    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys."""
+    actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC, cutoff=cutoff).columns
     oracle.register("events", events.to_arrow())
     oracle.register("entities", entities.with_row_index("position").to_arrow())
     for window in WINDOWS_H:
@@ -91,14 +90,8 @@ def test_aggregations_agree_with_the_definition_in_sql(
 
 def only(*wanted: tuple[str, str], hours: int = 5) -> WindowSpec:
     """A few aggregations over one window."""
-    return window_spec(
-        "event_id",
-        [
-            {"column": column, "function": function, "windows_us": [hours * 3_600_000_000]}
-            for column, function in wanted
-        ],
-        COLUMNS,
-    )
+    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for column, function in wanted]
+    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
 
 
 def events(*given: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
@@ -120,7 +113,7 @@ def ask(frame: pl.DataFrame, spec: WindowSpec, *asked: float) -> list[tuple[Any,
     """The answers at some hours."""
     data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    return aggregate(entities, frame, keys=list(KEYS), windows=spec).rows()
+    return aggregate(entities, frame, keys=list(KEYS), windows=spec).columns.rows()
 
 
 def test_window_is_open_at_its_old_edge_and_closed_at_its_new_one() -> None:
@@ -146,6 +139,18 @@ def test_older_version_that_arrives_late_changes_nothing() -> None:
     """What was created later stays, although the older version's event makes it available later."""
     frame = events(("a", 1, 2, 5.0), ("a", 4, 1, 9.0))
     assert ask(frame, only(("amount", "sum")), 3, 5) == [(5.0,), (5.0,)]
+
+
+def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
+    """Not those that would have none without it either."""
+    frame = events(("a", 1, 4, 2.0), ("b", 3, 4, 2.0))
+    times = [START + timedelta(hours=hour) for hour in (0, 1, 3, 4, 9)]
+    entities = pl.DataFrame(
+        {"person": 1, "place": "n", "event_timestamp": times}, schema=KEYS | {"event_timestamp": TIME}
+    )
+    spec = only((EVERY, "count"))
+    assert aggregate(entities, frame, keys=list(KEYS), windows=spec).hidden == 2
+    assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
 
 def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
