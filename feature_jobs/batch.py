@@ -101,6 +101,16 @@ def last_good(ledger: Ledger, view: FeatureView, *, quarantine: str, access: Key
     return Profile.from_json(table["profile"][0].as_py())
 
 
+def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
+    """Columns of a source that it did not have at the view's last batch."""
+    known = [
+        entry.payload["source_columns"]
+        for entry in ledger.entries(BatchIngested)
+        if entry.payload["view"] == view and entry.payload.get("source_columns")
+    ]
+    return [name for name in columns if known and name not in known[-1]]
+
+
 def keep(profile: Profile, view: FeatureView, ingest_id: str, *, quarantine: str, access: KeyAccess) -> None:
     """Write a batch's profile beside the quarantine; written again, it is replaced."""
     path = profile_path(quarantine, ingest_id)

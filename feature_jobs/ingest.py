@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from deltalake import DeltaTable
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.entrypoint import job
-from cluster.errors import BatchRefused, DefinitionError, Inconsistent, RefusedError
+from cluster.errors import BatchRefused, DefinitionError, Inconsistent, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
@@ -31,7 +31,7 @@ from cluster.security.policy import Action
 from cluster.session import attach, refusal_behind
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batch import Judged, judge, keep, last_good, settle
+from feature_jobs.batch import Judged, judge, keep, last_good, new_columns, settle
 from feature_jobs.store import offline
 from feature_jobs.store.batches import next_batch
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
@@ -93,6 +93,8 @@ class Checked:
     sizes: list[int]
     reasons: dict[str, int]
     judged: Judged
+    columns: list[str]
+    """Of the source."""
 
     @property
     def rows_bad(self) -> int:
@@ -129,7 +131,10 @@ def main(config: IngestConfig) -> None:
         )
         before = store(view, checked, ingest_id, target=target, quarantine=quarantine)
     batch, version = before
-    ledger.append(event_of(view, files, batch, version), actor=actor.name)
+    new = new_columns(ledger, view.name, batch.columns)
+    ledger.append(event_of(view, files, batch, version, new), actor=actor.name)
+    if new:
+        print(f"view {view.name}: new in the source: {', '.join(new)}{unread(view, new)}")
     print(
         f"view {view.name}: {batch.rows_in} rows in = {batch.rows_stored} stored + "
         f"{batch.rows_quarantined} quarantined, table version {version}"
@@ -169,8 +174,9 @@ def check(view: FeatureView, files: SourceFiles, baseline: Profile | None, *, no
         RefusedError: columns that do not fit the view.
         Inconsistent: Ray Data gave another number of rows than the files have.
     """
-    for path in files.paths:
-        prepare_part(head(path, HEAD_ROWS), view, now=now)
+    heads = [head(path, HEAD_ROWS) for path in files.paths]
+    for first in heads:
+        prepare_part(first, view, now=now)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -186,7 +192,7 @@ def check(view: FeatureView, files: SourceFiles, baseline: Profile | None, *, no
         blocks = settle(dataset.to_arrow_refs(), view)
         counts = ray.get([_count.remote(block) for block in blocks])
     except RayError as error:
-        raise refusal_behind(error) from error
+        raise unreadable(refusal_behind(error), files) from error
     sizes = [size for size, _ in counts]
     if sum(sizes) != files.rows:
         raise Inconsistent(f"View '{view.name}': the files have {files.rows} rows, {sum(sizes)} were read.")
@@ -194,7 +200,15 @@ def check(view: FeatureView, files: SourceFiles, baseline: Profile | None, *, no
     for _, of_block in counts:
         reasons.update(of_block)
     judged = judge(blocks, view, baseline, now=now)
-    return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons), judged=judged)
+    columns = list(dict.fromkeys(name for first in heads for name in first.column_names))
+    return Checked(blocks=blocks, sizes=sizes, reasons=dict(reasons), judged=judged, columns=columns)
+
+
+def unreadable(error: BaseException, files: SourceFiles) -> BaseException:
+    """An error of reading as a refusal that names the source; any other as it is."""
+    if not isinstance(error, RayTaskError) or not isinstance(error.cause, OSError | pa.ArrowException):
+        return error
+    return SourceError(f"Source {', '.join(files.paths)} cannot be read: {str(error.cause).splitlines()[0]}")
 
 
 def check_or_refuse(
@@ -294,6 +308,7 @@ def store(
         quarantine=f"{ingest_id}.parquet" if bad.num_rows else None,
         profile=checked.judged.profile.summary(),
         findings=[asdict(finding) for finding in checked.judged.findings],
+        columns=checked.columns,
     )
     if batch.rows_stored + batch.rows_quarantined != batch.rows_in:
         raise Inconsistent(
@@ -307,7 +322,18 @@ def store(
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
 
-def event_of(view: FeatureView, files: SourceFiles, batch: offline.Batch, version: int) -> BatchIngested:
+def unread(view: FeatureView, columns: list[str]) -> str:
+    """The tail of a message that says which columns of a source a view leaves; a transform may read them all."""
+    source = view.source
+    times = (source.event_timestamp, source.created_timestamp)
+    read = {*view.join_keys, *(field.name for field in view.schema), *times}
+    ignored = [name for name in columns if name not in read and view.transform is None]
+    return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
+
+
+def event_of(
+    view: FeatureView, files: SourceFiles, batch: offline.Batch, version: int, new: list[str]
+) -> BatchIngested:
     """What is said in the ledger of a batch that is in the table."""
     return BatchIngested(
         view=view.name,
@@ -323,6 +349,8 @@ def event_of(view: FeatureView, files: SourceFiles, batch: offline.Batch, versio
         quarantine=batch.quarantine,
         profile=batch.profile,
         findings=batch.findings,
+        source_columns=batch.columns,
+        new_columns=new,
     )
 
 

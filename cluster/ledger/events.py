@@ -88,6 +88,9 @@ class BatchIngested(LedgerEvent):
     """`rows_in`, `rows` and `nulls` by feature; the whole profile lies with the quarantine."""
     findings: list[dict[str, Json]] = field(default_factory=list)
     """Batch rules that did not hold, where the batch was stored all the same."""
+    source_columns: list[str] = field(default_factory=list)
+    new_columns: list[str] = field(default_factory=list)
+    """Those that the batch before did not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

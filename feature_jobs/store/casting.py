@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
 
 TIME = pa.timestamp("us", "UTC")
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
@@ -20,14 +23,14 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     plain = column.cast(column.type.value_type) if was_dictionary else column
     if pa.types.is_floating(plain.type):
         plain = pc.if_else(pc.is_nan(plain), pa.scalar(None, plain.type), plain)
-    if plain.type == target:
-        return plain
     if target == TIME:
-        return cast_time(plain, name=name)
+        return _within_years(cast_time(plain, name=name), name, column.type)
+    if plain.type == target:
+        return _utf8(plain, name)
     if not _fits(plain.type, target, was_dictionary=was_dictionary):
         raise _mismatch(name, target, column.type)
     try:
-        result = plain.cast(target)
+        result = _utf8(plain, name).cast(target)
     except pa.ArrowInvalid as error:
         raise _mismatch(name, target, column.type, reason=str(error)) from error
     narrowed = pa.types.is_floating(plain.type) and pa.types.is_floating(target)
@@ -46,23 +49,61 @@ def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
     if pa.types.is_integer(plain.type):
         return cast_feature(plain, pa.int64(), name=name)
     if _is_string(plain.type):
-        return plain.cast(pa.string())
+        return _utf8(plain, name).cast(pa.string())
     raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
 
 
 def cast_time(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
     """A time as UTC microseconds: without a zone it is taken as UTC, nanoseconds are cut off.
 
+    A time that microseconds cannot reach becomes the last or first that they can, hundreds of thousands of years away.
+
     Raises:
         SchemaMismatch: it is no timestamp or date.
     """
-    if pa.types.is_date(column.type):
+    if pa.types.is_date32(column.type):
+        column = column.cast(pa.date64())
+    if pa.types.is_date64(column.type):
         column = column.cast(pa.timestamp("ms"))
     if not pa.types.is_timestamp(column.type):
         raise _mismatch(name, TIME, column.type)
     if column.type.unit == "ns":
         column = pc.floor_temporal(column, unit="microsecond")
-    return column.cast(TIME, safe=False)
+    elif column.type.unit != "us":
+        column = _within_microseconds(column)
+    return column.cast(TIME)
+
+
+def is_utf8(column: pa.ChunkedArray) -> bool:
+    """Whether text is what it should be; files of other writers need not be."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _utf8(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    if _is_string(column.type) and not is_utf8(column):
+        raise SchemaMismatch(f"Column '{name}' holds text that is not UTF-8. Write the source anew.")
+    return column
+
+
+def _within_years(column: pa.ChunkedArray, name: str, actual: pa.DataType) -> pa.ChunkedArray:
+    beyond = pc.or_(pc.less(column, pa.scalar(_FIRST, TIME)), pc.greater(column, pa.scalar(_LAST, TIME)))
+    if pc.any(beyond, min_count=0).as_py():
+        raise _mismatch(name, TIME, actual, reason="a time is not within the years 1 to 9999")
+    return column
+
+
+def _within_microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind, factor = column.type, 10**6 if column.type.unit == "s" else 10**3
+    numbers = column.cast(pa.int64())
+    most = (2**63 - 1) // factor
+    inside = pc.min_element_wise(
+        pc.max_element_wise(numbers, -most, skip_nulls=False), most, skip_nulls=False
+    )
+    return inside.cast(kind)
 
 
 def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> bool:

@@ -55,6 +55,8 @@ class Batch:
     quarantine: str | None
     profile: dict[str, Any] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    """Of the source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -81,10 +81,18 @@ def _column(values: list[Any], field: pa.Field) -> pa.Array:
 def _plain(values: list[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_time(kind):
         return pa.array([None if one is None else dt.time.fromisoformat(one) for one in values], kind)
-    if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
-        return pa.array(values, pa.string()).cast(kind)
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return _times(values, kind)
     if pa.types.is_decimal(kind):
         return pa.array([None if one is None else Decimal(one) for one in values], kind)
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return pa.array([None if one is None else base64.b64decode(one) for one in values], kind)
     return pa.array(values, kind)
+
+
+def _times(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Times from text, or, where Python could not print them, from numbers of their unit."""
+    texts = pa.array([one if isinstance(one, str) else None for one in values], pa.string())
+    counts = pa.array([one if isinstance(one, int) else None for one in values], pa.int64())
+    numbers = counts.cast(pa.int32()) if pa.types.is_date32(kind) else counts
+    return pc.coalesce(texts.cast(kind), numbers.cast(kind))

@@ -10,7 +10,7 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.batch_checks import Outlier, Unique
-from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time
+from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time, is_utf8
 from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
 from feature_jobs.store.point_in_time import DELETED
@@ -29,6 +29,8 @@ SOURCE_SCHEMA = b"source_schema"
 """Metadata of the column `RAW`: the source's Arrow schema, in base64."""
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks differ; a time further ahead than this is a mistake."""
+EARLIEST = datetime.min.replace(tzinfo=UTC)
+"""What Python can still name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,10 @@ def _column(table: pa.Table, name: str, view: FeatureView, expected: str) -> pa.
             f"Column '{name}' ({expected}) of view '{view.name}' is missing in the source."
             f"{did_you_mean(name, table.column_names)}"
         )
+    if table.column_names.count(name) > 1:
+        raise SchemaMismatch(
+            f"The source of view '{view.name}' has {table.column_names.count(name)} columns '{name}'."
+        )
     return table[name]
 
 
@@ -176,20 +182,29 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile 
     if view.event_id is not None:
         yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
-    limit = pa.scalar(now + FUTURE_TOLERANCE, TIME)
+    limit, start = pa.scalar(now + FUTURE_TOLERANCE, TIME), pa.scalar(EARLIEST, TIME)
     for name in ("event_timestamp", "created_timestamp"):
         yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
+        yield _Rule(f"{name} lies before the year 1", pc.fill_null(pc.less(table[name], start), False))
     for check in view.checks:
-        match check:
-            case RowCheck():
-                failing = check.failing(table[check.column])
-            case Outlier():
-                failing = check.failing(table[check.column], baseline)
-            case _:
-                continue
-        if DELETED in table.column_names and check.column not in view.join_keys:
-            failing = pc.and_not(failing, table[DELETED])
-        yield _Rule(check.reason, failing)
+        if isinstance(check, RowCheck | Outlier):
+            failing = _failing(check, table[check.column], baseline)
+            if DELETED in table.column_names and check.column not in view.join_keys:
+                failing = pc.and_not(failing, table[DELETED])
+            yield _Rule(check.reason, failing)
+
+
+def _failing(check: RowCheck | Outlier, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
+    """Which rows fail; the type of a join key is known only here."""
+    try:
+        if isinstance(check, Outlier):
+            return check.failing(column, baseline)
+        return check.failing(column)
+    except (pa.ArrowException, TypeError) as error:
+        raise SchemaMismatch(
+            f"The rule {type(check).__name__} cannot be asked of column '{check.column}', which is {column.type}: "
+            f"{error}."
+        ) from error
 
 
 def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
@@ -213,10 +228,28 @@ def _raw_field(source: pa.Schema) -> pa.Field:
 def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
     """What the source said of the bad rows; of the others nothing is kept twice."""
     bad = np.flatnonzero(reasons.is_valid().to_numpy())
-    said = [json.dumps(row, default=_text) for row in block.take(bad).to_pylist()]
+    rows = block.take(bad)
+    try:
+        said = [json.dumps(row, default=_text) for row in rows.to_pylist()]
+    except (OverflowError, ValueError):  # a year that Python's dates do not reach, text that is no UTF-8
+        said = [json.dumps(row, default=_text) for row in _plainer(rows).to_pylist()]
     positions = np.full(block.num_rows, -1)
     positions[bad] = np.arange(len(bad))
     return pa.array(said, pa.string()).take(pa.array(positions, mask=positions < 0))
+
+
+def _plainer(rows: pa.Table) -> pa.Table:
+    """The rows with times as numbers of their unit, and text that is no UTF-8 as bytes."""
+    for position, field in enumerate(rows.schema):
+        column = rows.column(position)
+        if pa.types.is_timestamp(field.type) or pa.types.is_date64(field.type):
+            column = column.cast(pa.int64())
+        elif pa.types.is_date32(field.type):
+            column = column.cast(pa.int32())
+        elif not is_utf8(column):
+            column = column.cast(pa.binary())
+        rows = rows.set_column(position, field.name, column)
+    return rows
 
 
 def _text(value: object) -> str:

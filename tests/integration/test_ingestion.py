@@ -11,7 +11,7 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import BatchIngested, BatchRefused
+from cluster.ledger.events import BatchIngested, BatchRefused, QuarantineReplayed
 from cluster.settings import PlatformConfig, StorageConfig
 
 if TYPE_CHECKING:
@@ -143,3 +143,61 @@ def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
     ]
     assert [len(batch["findings"]) for batch in batches] == [0, 0, 2]
     assert batches[0]["profile"] == {"rows_in": 101, "rows": 100, "nulls": {"watts": 0}}
+
+
+def test_a_source_that_is_damaged_in_its_middle_is_refused(project: Project) -> None:
+    """Its footer and first rows are whole; what is broken shows only in a worker, and is no crash for all that."""
+    frame = pl.DataFrame({"meter_id": range(300_000), "watts": [float(n) for n in range(300_000)]})
+    at = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
+    path = project.root / "damaged.parquet"
+    frame.with_columns(at=at).write_parquet(path, row_group_size=50_000, compression="uncompressed")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200_000] = b"\xff" * 200_000
+    path.write_bytes(content)
+    before = stored(project).height
+    result = project.run("feature_jobs.ingest", *INGEST, "source.path=damaged.parquet")
+    assert result.returncode == 2, result.stderr
+    assert "damaged.parquet cannot be read" in result.stderr
+    assert stored(project).height == before
+
+
+def test_a_new_column_of_the_source_is_reported(project: Project) -> None:
+    """It is ignored, but neither silently nor for ever: the next batch has it as a matter of course."""
+    project.run("feature_jobs.ingest", *INGEST, write(project.root, "before.parquet", [5.0]), check=True)
+    wider = pl.read_parquet(project.root / "before.parquet").with_columns(note=pl.lit("x"))
+    wider.write_parquet(project.root / "wider.parquet")
+    said = project.run("feature_jobs.ingest", *INGEST, "source.path=wider.parquet", check=True).stdout
+    assert "new in the source: note; ignored" in said
+    *_, last = ledger(project).entries(BatchIngested)
+    assert last.payload["new_columns"] == ["note"]
+
+
+def test_quarantined_rows_are_replayed_after_a_fix(project: Project) -> None:
+    """With a wider rule the row is stored, once; what still fails stays; the commands say so."""
+    view = ("definitions=quarantined", "view=tank")
+    text = DEFINITIONS.replace("reading", "tank").split("flow =")[0]
+    definitions = project.root / "quarantined.py"
+    definitions.write_text(text)
+    project.run("feature_jobs.apply", "definitions=quarantined", check=True)
+    source = write(project.root, "tank.parquet", [-1.0, -5.0] + [2.0] * 98)
+    project.run("feature_jobs.ingest", *view, source, check=True)
+    listed = project.run("feature_jobs.quarantine", "view=tank", "rows=1", check=True).stdout
+    assert "2 rows in quarantine, of 1 batches" in listed
+    assert "2 watts outside 0.." in listed
+    assert '"watts": -1.0' in listed
+    definitions.write_text(text.replace("minimum=0", "minimum=-2"))
+    project.run("feature_jobs.apply", "definitions=quarantined", check=True)
+    replayed = project.run("feature_jobs.replay", *view, check=True).stdout
+    assert "2 rows in quarantine = 1 stored + 1 still bad" in replayed
+    again = project.run("feature_jobs.replay", *view, check=True).stdout
+    assert "1 rows in quarantine = 0 stored + 1 still bad" in again
+    assert "1 watts outside -2.." in project.run("feature_jobs.quarantine", "view=tank", check=True).stdout
+    tank = pl.scan_delta(str(project.storage_root / "features" / "tank")).select("ingest_seq").collect()
+    assert tank.height == 99
+    [event] = ledger(project).entries(QuarantineReplayed)
+    assert (event.payload["rows_in"], event.payload["rows_stored"], event.payload["rows_quarantined"]) == (
+        2,
+        1,
+        1,
+    )

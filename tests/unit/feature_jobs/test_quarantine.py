@@ -76,6 +76,14 @@ def test_a_row_comes_back_with_the_types_and_values_it_had() -> None:
     assert back.to_pylist() == source.to_pylist()
 
 
+def test_a_time_that_could_not_be_printed_comes_back() -> None:
+    """Beside one that could."""
+    far = pa.array([316_537_891_200_000_000, 5], pa.timestamp("us"))
+    bad = view(Range("amount", minimum=0))
+    parts = [quarantine_of(block([-1.0], far=far.slice(i, 1)), bad) for i in range(2)]
+    assert source_rows(pa.concat_tables(parts))["far"].combine_chunks().equals(far)
+
+
 def test_types_survive_a_file(tmp_path: Path, access: KeyAccess) -> None:
     """They travel in the Parquet file's own schema."""
     file = quarantine_of(block([-1.0]), view(Range("amount", minimum=0)))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import SchemaMismatch, SourceError
-from feature_jobs.store import Allowed, Entity, FeatureView, Field, FileSource, NotNull, Range
+from feature_jobs.store import Allowed, Entity, FeatureView, Field, FileSource, NotNull, Pattern, Range
 from feature_jobs.store.validation import RAW, REASON, prepare
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
@@ -86,6 +86,51 @@ def test_wrong_dtype_refuses_naming_column_expected_and_actual(
     assert actual in str(caught.value)
 
 
+def test_renamed_column_is_refused_with_a_guess() -> None:
+    """Whoever renamed it sees which one was meant."""
+    with pytest.raises(SchemaMismatch, match=r"Column 'amount'.*is missing.*Did you mean 'amounts'"):
+        prepare(block([1.0]).rename_columns(["person_id", "amounts", "at"]), view(), now=NOW)
+
+
+def test_column_that_stands_twice_is_refused() -> None:
+    """Nobody could say which one is meant."""
+    twice = block([1.0], extra=pa.array([2.0])).rename_columns(["person_id", "amount", "at", "amount"])
+    with pytest.raises(SchemaMismatch, match="2 columns 'amount'"):
+        prepare(twice, view(), now=NOW)
+
+
+def test_column_of_mixed_values_is_refused_with_its_type() -> None:
+    """Numbers and a word in one column arrive as text, and are not guessed at."""
+    with pytest.raises(SchemaMismatch, match="'amount' should be double, the source has string"):
+        prepare(block(pa.array(["1.5", "n/a"])), view(), now=NOW)
+
+
+def test_text_that_is_no_utf8_is_refused() -> None:
+    """It would be stored unseen, and fail whoever reads it."""
+    with pytest.raises(SchemaMismatch, match="'amount' holds text that is not UTF-8"):
+        prepare(block(not_utf8()), view("string"), now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("check", "keys"),
+    [
+        (Range("person_id", minimum=0), pa.array(["a"])),
+        (Allowed("person_id", values=["a"]), pa.array([1])),
+        (Pattern("person_id", "a"), pa.array([1])),
+    ],
+)
+def test_rule_that_does_not_fit_a_key_is_refused_by_name(check: Any, keys: pa.Array) -> None:
+    """Which type a key has is known only from the source."""
+    with pytest.raises(SchemaMismatch, match=f"rule {type(check).__name__} cannot be asked of .*'person_id'"):
+        prepare(block([1.0], keys=keys), view(checks=[check]), now=NOW)
+
+
+def not_utf8() -> pa.Array:
+    """Two bytes of Latin-1 as text."""
+    offsets = pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0]))
+    return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+
+
 @pytest.mark.parametrize("name", ["person_id", "amount", "at"])
 def test_missing_column_is_named(name: str) -> None:
     """Key, feature or timestamp: the message says which."""
@@ -111,6 +156,9 @@ def test_rule_fails_only_the_rows_that_break_it() -> None:
     bad = "amount outside 0..10"
     assert [None, None, bad, bad, None] == reasons(block([0.0, 10.0, -0.1, 10.1, None]), checks=checks)
     assert reasons(block([1.0, None]), checks=[NotNull("amount")]) == [None, "amount is null"]
+    whole = [Pattern("amount", "a|ab*")]
+    expected = [None, None, "amount does not match a|ab*", "amount does not match a|ab*", None]
+    assert expected == reasons(block(["a", "abb", "xa", "abc", None]), dtype="string", checks=whole)
     allowed = [Allowed("amount", values=["a"])]
     expected = [None, "amount is none of the allowed values", None]
     assert expected == reasons(block(["a", "b", None]), dtype="string", checks=allowed)
@@ -129,6 +177,39 @@ def test_time_that_is_absent_or_far_ahead_is_a_bad_row() -> None:
     assert said[1] is None
     assert "event_timestamp is null" in str(said[0])
     assert "event_timestamp lies in the future" in str(said[2])
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (pa.array([10**14], pa.timestamp("s")), "lies in the future"),
+        (pa.array([2**31 - 1], pa.date32()), "lies in the future"),
+        (pa.array([-(10**14)], pa.timestamp("s")), "lies before the year 1"),
+        (pa.array([316_537_891_200_000_000], pa.timestamp("us")), "lies in the future"),
+        (pa.array([-(10**18)], pa.timestamp("us")), "lies before the year 1"),
+    ],
+)
+def test_time_beyond_all_calendars_is_a_bad_row(at: pa.Array, said: str) -> None:
+    """Of any unit: neither a crash nor a time that wrapped around into the past."""
+    found = prepare(block([1.0], at=at), view(), now=NOW)
+    assert f"event_timestamp {said}" in found[REASON][0].as_py()
+    assert (
+        json.loads(found[RAW][0].as_py())["at"]
+        == at.cast(pa.int64() if at.type != pa.date32() else pa.int32())[0].as_py()
+    )
+
+
+def test_time_of_a_feature_is_never_changed_to_fit() -> None:
+    """What a feature says beyond the calendar refuses the batch."""
+    far = pa.array([10**14], pa.timestamp("s"))
+    with pytest.raises(SchemaMismatch, match=r"'amount'.*years 1 to 9999"):
+        prepare(block(far), view("timestamp"), now=NOW)
+
+
+def test_what_cannot_be_printed_is_kept_in_a_plainer_form() -> None:
+    """A column that the view does not even read must not lose a bad row."""
+    batch = block([1.0], keys=pa.array([None], pa.int64()), note=not_utf8())
+    assert json.loads(prepare(batch, view(), now=NOW)[RAW][0].as_py())["note"] == "//4="
 
 
 def test_bad_row_keeps_what_the_source_said() -> None:
