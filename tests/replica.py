@@ -19,6 +19,7 @@ import polars as pl
 import uvicorn
 from onnx import TensorProto, helper, numpy_helper
 from starlette.requests import Request
+from starlette.responses import Response
 
 from cluster.ledger import open_ledger
 from cluster.records import read_predictions
@@ -168,10 +169,12 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
 
 
 def application(predictor: Predictor, prefix: str, failures: list[Exception]) -> Any:
-    """As Serve calls it: the prefix is the scope's root path."""
+    """As Serve calls it: the prefix is the scope's root path, and health is Serve's own answer."""
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         try:
+            if scope["path"] == "/-/healthz":
+                return await Response()(scope, receive, send)
             response = await predictor(Request(scope | {"root_path": prefix}, receive))
             await response(scope, receive, send)
         except Exception as error:

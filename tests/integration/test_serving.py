@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from cluster.records import count_records, read_predictions
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
+from tests.stock_client import StockClient, wanted
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -164,6 +166,37 @@ def test_the_inference_protocol_answers_the_same(client: Shop) -> None:
     )
     assert client.call("/v2/models/loan/ready", method="GET")[0] == 200
     assert client.call("/v2/health/ready", method="GET", token=None)[0] == 200
+
+
+def test_a_stock_client_works_unchanged(client: Shop) -> None:
+    """NVIDIA's, as JSON and as binary data, gets what `:predict` answers; each answer is in the log."""
+    project = client.project
+    ca_file = project.storage_root / "tls" / "ca.pem"
+    triton = StockClient(f"127.0.0.1:{client.port}", str(ca_file), client.token)
+    headers = triton.headers
+    assert triton.client.is_server_live(headers=headers)
+    assert triton.client.is_server_ready(headers=headers)
+    assert triton.client.get_server_metadata(headers=headers)["name"] == "falaj"
+    assert triton.client.is_model_ready("loan", "1", headers=headers)
+    assert not triton.client.is_model_ready("loan", "99", headers=headers)
+    assert triton.client.get_model_metadata("loan", headers=headers)["versions"] == ["1"]
+    customers = range(5)
+    columns = {
+        "income__amount": np.array([float(one * 37 % 101) for one in customers]),
+        "income__sector": np.array(["farm" if one % 3 else "shop" for one in customers], dtype=np.object_),
+    }
+    expected = [client.predict(one)[1]["predictions"][0] for one in customers]
+    for raw in (False, True):
+        result = triton.infer("loan", columns, raw=raw, request_id="mine")
+        assert result.get_response()["id"] == "mine"
+        assert result.as_numpy("probability").tolist() == [one["probability"] for one in expected]
+        only = triton.infer("loan", columns, raw=raw, outputs=[wanted("label", raw=not raw)])
+        assert only.as_numpy("label").tolist() == [one["label"] for one in expected]
+        assert only.as_numpy("probability") is None
+        prediction_id = only.get_response()["parameters"]["prediction_id"]
+        log = read_predictions(predictions(project), key_store(project.owner))
+        assert log.filter(pl.col("prediction_id") == prediction_id).height == len(expected)
+    triton.close()
 
 
 @pytest.mark.parametrize(
