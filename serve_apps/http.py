@@ -9,7 +9,16 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import AccessDenied, FalajError, InvalidRequest, ModelNotFound, Unauthenticated
+from cluster.errors import (
+    AccessDenied,
+    FalajError,
+    FeatureServiceNotFound,
+    FeatureViewNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    OnlineStoreUnavailable,
+    Unauthenticated,
+)
 
 LOG = logging.getLogger("falaj.serve")
 MAX_BODY_BYTES = 1_000_000
@@ -37,11 +46,11 @@ def refusal(error: Exception) -> Response:
             status, message = 401, str(error)
         case AccessDenied():
             status, message = 403, str(error)
-        case ModelNotFound():
+        case ModelNotFound() | FeatureViewNotFound() | FeatureServiceNotFound():
             status, message = 404, str(error)
         case BodyTooLarge():
             status, message = 413, str(error)
-        case Unavailable():
+        case Unavailable() | OnlineStoreUnavailable():
             status, message = 503, str(error)
         case _:
             LOG.error("a request failed", exc_info=error)
