@@ -13,7 +13,8 @@
     │   │   ├── FeatureViewNotFound
     │   │   └── FeatureServiceNotFound
     │   ├── SourceError               a source that is missing, empty or unreadable
-    │   │   └── SchemaMismatch        a column is missing or has the wrong type
+    │   │   ├── SchemaMismatch        a column is missing or has the wrong type
+    │   │   └── CommitConflict        another job committed to the table meanwhile; nothing was stored
     │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
     │   ├── TrainingSetError
     │   ├── ModelNotFound
@@ -93,6 +94,10 @@ class SourceError(RefusedError):
 
 class SchemaMismatch(SourceError):
     """A source column is missing or has the wrong type."""
+
+
+class CommitConflict(SourceError):
+    """Another job committed to the table meanwhile; nothing was stored."""
 
 
 class BatchRefused(RefusedError):

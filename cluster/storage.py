@@ -97,6 +97,9 @@ class Layout:
     def features(self, view: str) -> str:
         return f"{self.root}/features/{view}"
 
+    def push(self, view: str) -> str:
+        return f"{self.root}/push/{view}"
+
     def quarantine(self, view: str) -> str:
         return f"{self.root}/quarantine/{view}"
 

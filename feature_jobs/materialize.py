@@ -10,7 +10,6 @@ import datetime as dt
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import polars as pl
 from deltalake import DeltaTable
 
 from cluster.entrypoint import job
@@ -26,8 +25,9 @@ from cluster.storage import layout
 from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.online import open_online
+from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT, SEQ, latest
+from feature_jobs.store.point_in_time import latest
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.streamed import horizon
 
@@ -82,30 +82,6 @@ def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[Onlin
         features = pinned.read(bucket, names)
         if not features.is_empty():
             yield from online_rows(view, latest(features, keys=keys, as_of=as_of, tombstones=True))
-
-
-def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
-    """Rows of a feature table as the online store takes them."""
-    keys, names = view.join_keys, [field.name for field in view.fields]
-    times = [pl.col(field.name).dt.epoch("us") for field in view.fields if field.dtype == "timestamp"]
-    deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
-    frame = known.with_columns(*times).select(
-        pl.col(EVENT).dt.epoch("us").alias("__event"),
-        pl.col(CREATED).dt.epoch("us").alias("__created"),
-        SEQ,
-        deleted,
-        *keys,
-        *names,
-    )
-    for event_us, created_us, seq, deleted, *values in frame.iter_rows():
-        yield OnlineRow(
-            keys=tuple(values[: len(keys)]),
-            event_us=event_us,
-            created_us=created_us,
-            seq=seq,
-            values=() if deleted else values[len(keys) :],
-            deleted=deleted,
-        )
 
 
 def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:

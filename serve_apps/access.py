@@ -70,11 +70,20 @@ class AccessCheck:
         except Unauthenticated as error:
             self._decisions.unauthenticated(str(error), at=time.time())
             raise
-        decision = self._policy.decide(principal, action, self._resource, environment=self._environment)
-        self._decisions.decided(principal, action, self._resource, decision, at=time.time())
-        if not decision.allowed:
-            self._policy.check(principal, action, self._resource, environment=self._environment)
+        self.check(principal, action, self._resource)
         return principal
+
+    def check(self, principal: Principal, action: Action, *resources: Resource) -> None:
+        """Go on only if a principal may do the action to every one of these, too.
+
+        Raises:
+            AccessDenied
+        """
+        for resource in resources:
+            decision = self._policy.decide(principal, action, resource, environment=self._environment)
+            self._decisions.decided(principal, action, resource, decision, at=time.time())
+            if not decision.allowed:
+                self._policy.check(principal, action, resource, environment=self._environment)
 
     def _principal(self, authorization: str | None) -> Principal:
         if authorization is None or not authorization.lower().startswith("bearer "):

@@ -10,7 +10,8 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
-from serve_apps.edge.config import OUTCOMES_APP
+from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
+from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.predictor import Predictor
 
@@ -62,17 +63,18 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     return name
 
 
-def ensure_outcomes(config: PlatformConfig) -> None:
-    """Have the outcomes application running."""
-    if not is_running(OUTCOMES_APP):
-        outcomes = serve.deployment(
-            Outcomes,
-            name="outcomes",
-            ray_actor_options={"num_cpus": 0.1},
-            graceful_shutdown_timeout_s=GRACE_S,
-            health_check_period_s=HEALTH_PERIOD_S,
-        )
-        _run(OUTCOMES_APP, outcomes.bind(to_plain(config)))  # type: ignore[attr-defined]
+def ensure_common(config: PlatformConfig) -> None:
+    """Have the applications running that belong to no model: outcomes and features."""
+    for name, kind in ((OUTCOMES_APP, Outcomes), (FEATURES_APP, Features)):
+        if not is_running(name):
+            deployed = serve.deployment(
+                kind,
+                name=name,
+                ray_actor_options={"num_cpus": 0.1},
+                graceful_shutdown_timeout_s=GRACE_S,
+                health_check_period_s=HEALTH_PERIOD_S,
+            )
+            _run(name, deployed.bind(to_plain(config)))  # type: ignore[attr-defined]
 
 
 def _run(name: str, app: serve.Application) -> None:

@@ -16,7 +16,7 @@ from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from serve_apps.apps import ensure_model, ensure_outcomes
+from serve_apps.apps import ensure_common, ensure_model
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys
 from serve_apps.rollout.state import read_states
@@ -75,7 +75,7 @@ def deploy(
     keys = key_store(actor.access)
     for info in log_keys(ledger, version, region=config.cluster.region):
         keys.ensure(info)
-    ensure_outcomes(config)
+    ensure_common(config)
     app = ensure_model(config, version, actor=actor.name)
     known = read_states(ledger).get(version.name)
     if known is None or known.apps.get(version.version) != app:
@@ -93,7 +93,7 @@ def restore(config: PlatformConfig, ledger: Ledger, registry: Registry, actor: A
         AccessDenied: the actor is not one who runs the cluster; nobody deploys anything new here.
     """
     actor.check(Action.manage_cluster, Resource(kind="cluster", name="serving", region=config.cluster.region))
-    ensure_outcomes(config)
+    ensure_common(config)
     for name, state in read_states(ledger).items():
         wanted = (state.champion_version, state.rollout.treatment_version if state.rollout else None)
         for number in (version for version in wanted if version is not None):

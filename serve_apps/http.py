@@ -12,7 +12,16 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from cluster.errors import AccessDenied, FalajError, InvalidRequest, ModelNotFound, Unauthenticated
+from cluster.errors import (
+    AccessDenied,
+    FalajError,
+    FeatureServiceNotFound,
+    FeatureViewNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    OnlineStoreUnavailable,
+    Unauthenticated,
+)
 
 LOG = logging.getLogger("falaj.serve")
 MAX_BODY_BYTES = 1_000_000
@@ -57,7 +66,7 @@ def refusal(error: Exception) -> Response:
             status, message = 401, str(error)
         case AccessDenied():
             status, message = 403, str(error)
-        case ModelNotFound():
+        case ModelNotFound() | FeatureViewNotFound() | FeatureServiceNotFound():
             status, message = 404, str(error)
         case MethodNotAllowed():
             status, message, headers = 405, str(error), {"allow": error.allow}
@@ -65,7 +74,7 @@ def refusal(error: Exception) -> Response:
             status, message = 413, str(error)
         case EncodingNotSupported():
             status, message, headers = 415, str(error), {"accept-encoding": "identity"}
-        case Unavailable():
+        case Unavailable() | OnlineStoreUnavailable():
             status, message = 503, str(error)
         case _:
             LOG.error("a request failed", exc_info=error)

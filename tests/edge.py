@@ -105,7 +105,7 @@ class Edge:
     @property
     def targets(self) -> dict[str, tuple[str, ...]]:
         one, two = (f"127.0.0.1:{server.server_address[1]}" for server in self.servers)
-        return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,)}
+        return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,), "features": (one,)}
 
     def routes(self, rollout: Rollout | None, targets: dict[str, tuple[str, ...]] | None = None) -> Routes:
         states = {"m": ModelState(champion_version=1, apps={1: "m-v1", 2: "m-v2"}, rollout=rollout)}

@@ -3,7 +3,7 @@
 Denied is what no policy permits, and what any policy forbids. The edge's rules are compiled from the same policies
 (`Policy.roles_for`), so edge and replica cannot disagree. What each role may do, before the boundaries below:
 
-    data_engineer    writes and pushes features, applies definitions, reads public and internal columns, wraps keys
+    data_engineer    writes, pushes features, applies definitions, reads public and internal columns, wraps their keys
     data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
     ml_engineer      registers models, deploys them outside production, rolls out and back, predicts, writes outcomes
     approver         approves models, deploys, rolls out and back, in every environment

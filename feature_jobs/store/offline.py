@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
+from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
 from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.security.parquet import Protection
 from feature_jobs.store.buckets import bucket_of
@@ -220,7 +220,13 @@ def write_bucket(
 
 
 def commit(
-    table: DeltaTable, schema: pa.Schema, files: Sequence[BucketFile], batch: Batch, *, seq: int
+    table: DeltaTable,
+    schema: pa.Schema,
+    files: Sequence[BucketFile],
+    batch: Batch,
+    *,
+    seq: int,
+    positions: Mapping[str, int] | None = None,
 ) -> int:
     """Add files in one transaction; gives the new table version.
 
@@ -230,15 +236,21 @@ def commit(
         files: what workers wrote.
         batch: what the commit says of itself.
         seq: the last `ingest_seq` in the files.
+        positions: of a stream, how far it has come, by application id; they tell its batches from one another, where
+            a batch of its own has its id for that.
 
     Raises:
-        SourceError: another ingestion committed meanwhile; running this one again is safe.
+        CommitConflict: another ingestion committed meanwhile; running this one again is safe.
     """
     actions: list[AddAction | RemoveAction] = [added(file, new_rows=True) for file in files]
+    told_apart_by = {_BATCH_APP + batch.ingest_id: 1} if positions is None else positions
     properties = CommitProperties(
         custom_metadata={_BATCH_KEY: json.dumps(asdict(batch))},
         max_commit_retries=0,
-        app_transactions=[Transaction(_SEQ_APP, seq), Transaction(_BATCH_APP + batch.ingest_id, 1)],
+        app_transactions=[
+            Transaction(_SEQ_APP, seq),
+            *(Transaction(name, number) for name, number in told_apart_by.items()),
+        ],
     )
     full = Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32())))
     try:
@@ -246,7 +258,7 @@ def commit(
             actions, mode="append", schema=full, partition_by=[BUCKET], commit_properties=properties
         )
     except CommitFailedError as error:
-        raise SourceError(
+        raise CommitConflict(
             f"Another job committed to {table.table_uri} meanwhile; nothing of this batch was stored. "
             "Run it again."
         ) from error
@@ -264,6 +276,11 @@ def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     """A batch that is in the table already, with the version that added it."""
     if table.transaction_version(_BATCH_APP + ingest_id) is None:
         return None
+    return find_batch(table, ingest_id)
+
+
+def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
+    """A batch by what the table's history says of it, the newest first."""
     for entry in table.history():
         if _BATCH_KEY in entry:
             batch = Batch(**json.loads(entry[_BATCH_KEY]))

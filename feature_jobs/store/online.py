@@ -53,7 +53,7 @@ class FeatureReader:
     """Reads a service's features by entity key."""
 
     def __init__(self, spec: ServiceSpec, store: OnlineStore) -> None:
-        self._spec = spec
+        self.spec = spec
         self._store = store
         self._columns = [view.columns for view in spec.views]
         self._key_types: dict[str, Mapping[str, str]] = {}
@@ -66,7 +66,7 @@ class FeatureReader:
         """
         at_us = microseconds(as_of)
         vectors = FeatureVectors(columns={}, status={})
-        for view, names in zip(self._spec.views, self._columns, strict=True):
+        for view, names in zip(self.spec.views, self._columns, strict=True):
             found = self._store.get(view, self._keys(view, entities, vectors))
             limit_us = None if view.ttl_s is None else round(view.ttl_s * 1_000_000)
             states = [_state(row, at_us, limit_us) for row in found]
@@ -117,7 +117,7 @@ class FeatureReader:
         return tuple(parts)
 
     def _from_earlier(self, view: ViewSpec, key: str, vectors: FeatureVectors, position: int) -> Any:
-        views = self._spec.views
+        views = self.spec.views
         for earlier in reversed(views[: views.index(view)]):
             column = vectors.columns.get(f"{earlier.name}__{key}")
             if column is not None:

@@ -19,8 +19,8 @@ ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq",
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
-    """The keys of a view, as its definition describes them: those of its columns, offline and online, and that of its
-    quarantine.
+    """The keys of a view, as its definition describes them: those of its columns, offline and online, and those of its
+    quarantine and push log.
 
     The internal keys, which join keys are under, serve every purpose.
     """
@@ -36,11 +36,9 @@ def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
             for key_of in (features_key, online_key)
             for name in sorted(classes)
         ),
-        KeyInfo(
-            name=quarantine_protection(view.name).default,
-            column_class="sensitive",
-            purposes=purposes,
-            region=where,
+        *(
+            KeyInfo(name=name, column_class="sensitive", purposes=purposes, region=where)
+            for name in (quarantine_protection(view.name).default, push_key(view.name))
         ),
     ]
 
@@ -67,6 +65,11 @@ def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
 def features_key(view: str, sensitivity: Sensitivity) -> str:
     """The key of a view's columns of one class."""
     return f"features/{view}/{sensitivity.value}"
+
+
+def push_key(view: str) -> str:
+    """The key of a view's push log, which holds whole rows as they came."""
+    return f"push/{view}/sensitive"
 
 
 def view_protection(view: ViewSpec) -> Protection:

@@ -15,7 +15,8 @@ from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.token_checks import token_checks
 
-OUTCOMES_APP = "outcomes"
+OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
+_FEATURES = "/v1/features:read /v1/features:push"
 _LIVE, _READY = '{"live":true}', '{"ready":true}'
 _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
@@ -152,6 +153,8 @@ def _classify() -> str:
     return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
     http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {described} }} or {{ path /v2 }}
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
+    http-request set-var(txn.action) str({Action.read_online}) if {{ path /v1/features:read }}
+    http-request set-var(txn.action) str({Action.push_features}) if {{ path /v1/features:push }}
     {refuse(404, "No such path.")} unless {{ var(txn.action) -m found }}
     acl reads var(txn.action) -m str {Action.read_metadata}
     {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !METH_POST
@@ -176,7 +179,8 @@ def _route(settings: EdgeSettings) -> str:
     return f"""    acl by_model var(txn.model) -m found
     http-request set-var(txn.route) var(txn.model),map_str({settings.map_file}) if by_model
     {refuse(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
-    http-request set-var(txn.backend) str({OUTCOMES_APP}) unless by_model
+    http-request set-var(txn.backend) str({OUTCOMES_APP}) if {{ path /v1/outcomes }}
+    http-request set-var(txn.backend) str({FEATURES_APP}) if {{ path {_FEATURES} }}
     http-request set-var(txn.backend) var(txn.route),field(1,|) if by_model
     http-request set-var(txn.variant) str(champion) if by_model
     http-request set-var(txn.rollout) var(txn.route),field(4,|) if by_model

@@ -35,12 +35,12 @@ def parse_predict(body: dict[str, Any], inputs: dict[str, InputSpec], *, now: dt
     """
     if unknown := body.keys() - _KNOWN_FIELDS:
         raise InvalidRequest(f"Unknown field '{min(unknown)}'.{did_you_mean(min(unknown), _KNOWN_FIELDS)}")
-    entities = _entities(body.get("entities"))
+    entities = parse_entities(body.get("entities"))
     overrides = {
         name: override(inputs, name, value, len(entities))
         for name, value in _object(body, "features").items()
     }
-    return ByKey(entities=entities, overrides=overrides, as_of=_as_of(body.get("as_of"), now))
+    return ByKey(entities=entities, overrides=overrides, as_of=parse_as_of(body.get("as_of"), now))
 
 
 def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) -> list[Scalar]:
@@ -86,7 +86,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _entities(value: Any) -> list[dict[str, Any]]:
+def parse_entities(value: Any) -> list[dict[str, Any]]:
+    """Entities by key, as a request gives them.
+
+    Raises:
+        InvalidRequest
+    """
     if not isinstance(value, list) or not value:
         raise InvalidRequest('Give "entities" as a list with at least one object of entity keys.')
     if len(value) > MAX_ENTITIES:
@@ -113,7 +118,12 @@ def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _as_of(value: Any, now: dt.datetime) -> dt.datetime:
+def parse_as_of(value: Any, now: dt.datetime) -> dt.datetime:
+    """A moment, as a request gives it; none is now.
+
+    Raises:
+        InvalidRequest
+    """
     if value is None:
         return now
     try:

@@ -240,6 +240,56 @@ def test_a_replica_checks_the_token_itself(client: Shop) -> None:
     connection.close()
 
 
+def test_pushed_features_are_read_and_predicted_with_and_streamed(client: Shop, project: Project) -> None:
+    """At once online, by the view's own checks; in the table when the stream has run; once for a key."""
+    rows = [
+        {
+            "keys": {"customer_id": customer},
+            "features": {"amount": amount, "sector": "shop"},
+            "event_timestamp": "2024-05-01T00:00:00Z",
+        }
+        for customer, amount in ((5000, 99.0), (5001, -1.0))
+    ]
+    push = {"view": "income", "rows": rows, "idempotency_key": "first"}
+    pushed = {
+        "view": "income",
+        "accepted": 1,
+        "quarantined": [{"row": 1, "reason": "amount outside 0.."}],
+    }
+    assert client.call("/v1/features:push", push) == (200, pushed)
+    assert client.call("/v1/features:push", push) == (200, pushed)
+    asked = {"service": "credit", "entities": [{"customer_id": 5000}, {"customer_id": 1}], "as_of": AS_OF}
+    status, content = client.call("/v1/features:read", asked)
+    assert status == 200, content
+    assert content["features"] == {"income__amount": [99.0, 37.0], "income__sector": ["shop", "farm"]}
+    assert content["status"]["income__amount"] == ["present", "present"]
+    assert client.predict(5000)[1]["predictions"][0]["label"] == 1
+    streamed = ("source=push", "view=income", "once=true")
+    assert "2 pushed rows" in project.run("feature_jobs.stream", *streamed, check=True).stdout
+    assert "0 pushed rows" in project.run("feature_jobs.stream", *streamed, check=True).stdout
+    project.run("feature_jobs.materialize", "definitions=shop", "view=income", f"as_of={AS_OF}", check=True)
+    assert client.call("/v1/features:read", asked)[1]["features"] == content["features"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("read", {"service": "credits", "entities": [{"customer_id": 1}]}, 404, "Did you mean 'credit'"),
+        ("read", {"service": "credit", "entities": [{"customer": 1}]}, 400, "lacks the key 'customer_id'"),
+        ("push", {"view": "incom", "rows": [], "idempotency_key": "k"}, 404, "Did you mean 'income'"),
+        ("push", {"view": "income", "rows": [], "idempotency_key": "k"}, 400, "1 to 1000"),
+        ("push", {"view": "income", "rows": []}, 400, "idempotency_key"),
+    ],
+)
+def test_wrong_feature_requests_are_refused_in_json(
+    client: Shop, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
+    """Saying what is wrong."""
+    answered, content = client.call(f"/v1/features:{path}", body)
+    assert (answered, content["code"]) == (status, status)
+    assert words in content["error"]
+
+
 def test_outcomes_are_taken_and_checked(client: Shop) -> None:
     """A wrong one refuses the request and is named."""
     prediction_id = client.predict(7)[1]["prediction_id"]

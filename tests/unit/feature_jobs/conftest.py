@@ -16,8 +16,8 @@ def access() -> Iterator[KeyAccess]:
     """With the keys of the views that the tests write."""
     views = ("income", "person", "cohort", "sparse", "household", "empty")
     keys = [f"features/{view}/internal" for view in views]
-    others = ("features/income/personal", "quarantine/income/sensitive")
-    with running_broker(*keys, *others) as access:
+    pushed = ("push/income/sensitive", "quarantine/income/sensitive", "online/income/internal")
+    with running_broker(*keys, *pushed, "features/income/personal", "online/income/personal") as access:
         yield access
 
 

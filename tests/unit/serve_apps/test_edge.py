@@ -58,6 +58,11 @@ def test_a_clients_internal_headers_are_dropped(edge: Edge) -> None:
         (Role.auditor, PREDICT, 403),
         (Role.data_scientist, "/v1/outcomes", 403),
         (Role.service, "/v1/outcomes", 200),
+        (Role.service, "/v1/features:read", 200),
+        (Role.data_engineer, "/v1/features:read", 403),
+        (Role.data_engineer, "/v1/features:push", 200),
+        (Role.ml_engineer, "/v1/features:push", 403),
+        (Role.service, "/v1/features:drop", 404),
         (Role.service, "/v1/models/other:predict", 404),
         (Role.service, "/elsewhere", 404),
         (Role.service, "/v1/models/../m:predict", 404),
@@ -86,6 +91,14 @@ def test_the_servers_metadata_is_told_to_who_has_a_token(edge: Edge) -> None:
     assert content["extensions"] == ["binary_tensor_data"]
     assert edge.call("/v2", method="GET")[0] == 401
     assert edge.call("/v2", token=edge.token())[0] == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/features:read", "/v1/features:push", "/v1/outcomes"])
+def test_paths_of_no_model_go_to_their_application(edge: Edge, path: str) -> None:
+    """Without a variant or an arm."""
+    _, heard = edge.call(path, token=edge.token())
+    assert heard["path"] == f"/{'outcomes' if 'outcomes' in path else 'features'}{path}"
+    assert "x-falaj-arm" not in heard
 
 
 def test_a_wrong_method_is_405(edge: Edge) -> None:

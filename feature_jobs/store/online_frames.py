@@ -1,0 +1,46 @@
+"""From rows of a feature table to rows of the online store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import polars as pl
+
+from feature_jobs.store.catalog import ViewSpec
+from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT, SEQ
+
+
+def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
+    """Each row as the online store takes it.
+
+    Args:
+        view: its join keys and features are columns.
+        known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
+            A feature that is no column is null.
+    """
+    keys, names = view.join_keys, [field.name for field in view.fields]
+    lacking = [pl.lit(None).alias(name) for name in names if name not in known.columns]
+    times = [
+        pl.col(field.name).dt.epoch("us")
+        for field in view.fields
+        if field.dtype == "timestamp" and field.name in known.columns
+    ]
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
+    frame = known.with_columns(*times, *lacking).select(
+        pl.col(EVENT).dt.epoch("us").alias("__event"),
+        pl.col(CREATED).dt.epoch("us").alias("__created"),
+        SEQ,
+        deleted,
+        *keys,
+        *names,
+    )
+    for event_us, created_us, seq, gone, *values in frame.iter_rows():
+        yield OnlineRow(
+            keys=tuple(values[: len(keys)]),
+            event_us=event_us,
+            created_us=created_us,
+            seq=seq,
+            values=() if gone else values[len(keys) :],
+            deleted=gone,
+        )

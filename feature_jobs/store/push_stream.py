@@ -1,0 +1,141 @@
+"""From a view's push log into its feature table, exactly once, and the rows' final numbers into the online store.
+
+Every row of the log, good or bad, takes one `ingest_seq`, in the log's order. So a batch's numbers and sequence numbers
+run side by side, and the position that the commit states is enough to know the one from the other after a crash. What
+follows a commit (final numbers online, the ledger's event, freeing the log) can be done again, and is, until the log is
+freed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+
+from cluster.errors import Inconsistent
+from cluster.ledger import Ledger
+from cluster.ledger.events import BatchIngested
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import ViewSpec
+from feature_jobs.store.offline import Target
+from feature_jobs.store.online_frames import online_rows
+from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.push_log import PushLog, PushRecord
+from feature_jobs.store.pushed_rows import POSITION
+from feature_jobs.store.pusher import provisional
+from feature_jobs.store.streamed import PUSH_APP, PUSH_SEQ_APP, MicroBatch, event_of, position, store_batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushStream:
+    """Of one view; `step` again and again, in one process or several."""
+
+    view: ViewSpec
+    target: Target
+    quarantine: str
+    log: PushLog
+    store: OnlineStore
+    ledger: Ledger
+    actor: str
+    max_rows: int = 50_000
+    """Of one batch, but for the last push in it."""
+
+    def step(self) -> int:
+        """Take what is in the log, once; gives how many rows.
+
+        Raises:
+            CommitConflict: another job committed meanwhile; try again.
+            Inconsistent: the log is not the one that the table's position is of.
+            RecordLogCorrupt: a record was altered or taken out.
+        """
+        table = offline.open_table(self.target.uri)
+        done = position(table, PUSH_APP)
+        if table is not None:
+            self._finish(table, done)
+        if self.log.next_number() <= done:
+            raise Inconsistent(
+                f"View '{self.view.name}': the table has pushed rows up to number {done}, the push log would give that "
+                "number again. It is not the log the rows came from: restore that one."
+            )
+        records = list(self._take(done))
+        if not records:
+            return 0
+        if records[0].first != done + 1:
+            raise Inconsistent(
+                f"View '{self.view.name}': the push log begins at number {records[0].first}, the table ends at {done}. "
+                "What lies between was lost. Restore the log from a backup."
+            )
+        batch = micro_batch(records, first_seq=1 + (-1 if table is None else offline.last_seq(table)))
+        _, table = store_batch(table, batch, self.target, view=self.view, quarantine=self.quarantine)
+        self._finish(table, records[-1].last)
+        return batch.rows_in
+
+    def _take(self, after: int) -> Iterator[PushRecord]:
+        taken = 0
+        for record in self.log.records(after):
+            yield record
+            taken += record.rows
+            if taken >= self.max_rows:
+                return
+
+    def _finish(self, table: DeltaTable, done: int) -> None:
+        """All that follows a commit, for the records that are still in the log."""
+        records = list(itertools.takewhile(lambda record: record.last <= done, self.log.records(-1)))
+        if not records:
+            return
+        shift = position(table, PUSH_SEQ_APP) - done
+        for record in records:
+            self._settle(record, shift)
+        ingest_id = _batch_id(records)
+        found = offline.find_batch(table, ingest_id)
+        if found is None:
+            raise Inconsistent(
+                f"View '{self.view.name}': the table's history has no batch {ingest_id}, which it holds."
+            )
+        if not any(entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)):
+            self.ledger.append(event_of(self.view, "push", *found), actor=self.actor)
+        self.log.trim(done)
+
+    def _settle(self, record: PushRecord, shift: int) -> None:
+        """Give a record's rows their numbers online, and put there what a crash kept from it."""
+        if not record.good.num_rows:
+            return
+        types = offline.key_types(record.good.schema, self.view.join_keys)
+        frame = pl.DataFrame(pl.from_arrow(provisional(record.good, record.first)))
+        rows = list(online_rows(self.view, frame))
+        numbers = [record.first + place + shift for place in record.good[POSITION].to_pylist()]
+        self.store.put(
+            self.view, types, [replace(row, seq=seq) for row, seq in zip(rows, numbers, strict=True)]
+        )
+        self.store.settle(self.view, types, list(zip(rows, numbers, strict=True)))
+
+
+def micro_batch(records: list[PushRecord], *, first_seq: int) -> MicroBatch:
+    """Records as one batch of the table."""
+    begin, end = records[0].first, records[-1].last
+    shift = first_seq - begin
+    good = [_numbered(record.good, record.first + shift) for record in records]
+    bad = [_numbered(record.bad, record.first + shift) for record in records]
+    return MicroBatch(
+        ingest_id=_batch_id(records),
+        rows_in=end - begin + 1,
+        good=pa.concat_tables(good, promote_options="permissive"),
+        bad=pa.concat_tables(bad),
+        last_seq=end + shift,
+        positions={PUSH_APP: end, PUSH_SEQ_APP: end + shift},
+    )
+
+
+def _batch_id(records: list[PushRecord]) -> str:
+    return f"push-{records[0].first}-{records[-1].last}"
+
+
+def _numbered(rows: pa.Table, first: int) -> pa.Table:
+    numbers = pc.add(rows[POSITION], first)
+    return rows.drop_columns([POSITION]).append_column(SEQ, numbers)

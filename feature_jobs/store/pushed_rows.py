@@ -1,0 +1,217 @@
+"""Pushed rows: from JSON to rows of the feature table, by the same transform and checks as a batch of a file.
+
+What a client wrote wrongly (an unknown name, keys of another type than the view has) refuses the push; a value that
+does not fit its column is that row's alone, and goes to quarantine with its reason like a row that fails a check.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import InvalidRequest, SourceError, did_you_mean
+from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
+from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
+from feature_jobs.store.validation import RAW, REASON, prepare
+
+MAX_ROWS = 1000
+ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})
+POSITION = "__position"
+_KEY_TYPES = {int: "int64", str: "string"}
+_TIMES = frozenset({EVENT, CREATED})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedRows:
+    """Pushed rows after transform and checks."""
+
+    good: pa.Table
+    """As the feature table holds them but for what ingestion adds; `POSITION` is the place in the push."""
+    bad: pa.Table
+    """`POSITION`, `reason`, `raw`."""
+
+    @property
+    def reasons(self) -> list[dict[str, Any]]:
+        """Which rows are bad and why, for the answer."""
+        return [
+            {"row": row[POSITION], "reason": row["reason"]}
+            for row in self.bad.select([POSITION, "reason"]).to_pylist()
+        ]
+
+
+def check_rows(
+    rows: Any, view: FeatureView, *, key_types: Mapping[str, str], now: dt.datetime
+) -> CheckedRows:
+    """Transform and check pushed rows.
+
+    Args:
+        rows: of the request, as JSON gave them.
+        view: whose.
+        key_types: how its keys are stored already; empty before its first row.
+        now: the moment of the push.
+
+    Raises:
+        InvalidRequest: saying which row is no row of this view, and why.
+    """
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_ROWS:
+        raise InvalidRequest(f'Give "rows" as a list of 1 to {MAX_ROWS} objects.')
+    for position, row in enumerate(rows):
+        _check_shape(f"rows[{position}]", row, view)
+    _check_keys(rows, view, key_types)
+    reasons: dict[int, str] = {}
+    source = _source(rows, view)
+    block = pa.table(_columns(rows, view, source, reasons))
+    try:
+        prepared = prepare(block, replace(view, source=source), now=now)
+    except SourceError as error:
+        raise InvalidRequest(f"The rows do not fit view '{view.name}': {error}") from error
+    return _parted(prepared, [_flat(row, view) for row in rows], reasons)
+
+
+def _flat(row: Mapping[str, Any], view: FeatureView) -> dict[str, Any]:
+    """A row as the view's own source would have it."""
+    source = view.source
+    times = {source.event_timestamp: row.get(EVENT), source.created_timestamp or CREATED: row.get(CREATED)}
+    return {**row["keys"], **row.get("features", {}), **times, DELETED: row.get(DELETED, False)}
+
+
+def _check_shape(where: str, row: Any, view: FeatureView) -> None:
+    if not isinstance(row, dict) or row.keys() - ROW_FIELDS:
+        raise InvalidRequest(f"{where} must be an object with {', '.join(sorted(ROW_FIELDS))}.")
+    for name, known in (("keys", view.join_keys), ("features", [field.name for field in view.schema])):
+        value = row.get(name, {} if name == "features" else None)
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"{where}.{name} must be an object.")
+        free = name == "features" and view.transform is not None
+        if not free and (unknown := value.keys() - set(known)):
+            guess = did_you_mean(min(unknown), known)
+            raise InvalidRequest(f"{where}.{name} has '{min(unknown)}', view '{view.name}' has not.{guess}")
+    if missing := set(view.join_keys) - row["keys"].keys():
+        raise InvalidRequest(f"{where}.keys lacks '{min(missing)}'.")
+    if not isinstance(row.get(DELETED, False), bool):
+        raise InvalidRequest(f"{where}.{DELETED} must be true or false.")
+
+
+def _check_keys(rows: Sequence[Mapping[str, Any]], view: FeatureView, key_types: Mapping[str, str]) -> None:
+    for key in view.join_keys:
+        wanted = key_types.get(key)
+        for position, row in enumerate(rows):
+            value = row["keys"][key]
+            given = _KEY_TYPES.get(type(value))
+            wanted = wanted or given
+            if given is None or given != wanted or (given == "int64" and not -(2**63) <= value < 2**63):
+                kind = "text" if wanted == "string" else "a whole number of 64 bits"
+                raise InvalidRequest(f"rows[{position}].keys.{key} must be {kind}, got {value!r}.")
+
+
+def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> FileSource:
+    """What the columns are called: a transform expects the names of the view's own source."""
+    created, deleted = (
+        any(row.get(CREATED) is not None for row in rows),
+        any(row.get(DELETED) for row in rows),
+    )
+    if view.transform is None:
+        return FileSource(
+            "pushed",
+            event_timestamp=EVENT,
+            created_timestamp=CREATED if created else None,
+            deleted=DELETED if deleted else None,
+        )
+    own = view.source
+    for given, name, of_source in (
+        (created, CREATED, own.created_timestamp),
+        (deleted, DELETED, getattr(own, "deleted", None)),
+    ):
+        if given and of_source is None:
+            raise InvalidRequest(
+                f"View '{view.name}' has a transform, and its source has no {name}: leave it out, or declare it there."
+            )
+    return own
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], view: FeatureView, source: FileSource, reasons: dict[int, str]
+) -> dict[str, pa.Array]:
+    dtypes = {field.name: field.dtype for field in view.schema} if view.transform is None else {}
+    names = {name: None for row in rows for name in row.get("features", {})} | dict.fromkeys(dtypes)
+    columns = {key: pa.array([row["keys"][key] for row in rows]) for key in view.join_keys}
+    for name in names:
+        values = [row.get("features", {}).get(name) for row in rows]
+        columns[name] = _column(name, values, dtypes.get(name), reasons)
+    for name, of_source in ((EVENT, source.event_timestamp), (CREATED, source.created_timestamp)):
+        if of_source is not None:
+            columns[of_source] = _column(name, [row.get(name) for row in rows], "timestamp", reasons)
+    if (deleted := getattr(source, "deleted", None)) is not None:
+        columns[deleted] = pa.array([bool(row.get(DELETED)) for row in rows])
+    return columns
+
+
+def _column(name: str, values: list[Any], dtype: str | None, reasons: dict[int, str]) -> pa.Array:
+    """Values of one type; one that is not is null here, and its row has a reason."""
+    if dtype is None:
+        try:
+            return pa.array(values)
+        except pa.ArrowInvalid as error:
+            raise InvalidRequest(f"The values of '{name}' are not of one type: {error}.") from error
+    fitting = []
+    for position, value in enumerate(values):
+        converted = None if value is None else _converted(value, dtype)
+        if value is not None and converted is None:
+            said = f"{name} is no {'instant' if name in _TIMES else dtype}"
+            reasons[position] = f"{reasons[position]}; {said}" if position in reasons else said
+        fitting.append(converted)
+    return pa.array(fitting, DTYPES[dtype])
+
+
+def _converted(value: Any, dtype: str) -> Any:
+    """A JSON value as the type wants it; none where it does not fit."""
+    kind = type(value)
+    match dtype:
+        case "timestamp":
+            return _instant(value) if kind is str else None
+        case "float64" | "float32":
+            try:
+                return float(value) if kind in (int, float) else None
+            except OverflowError:
+                return None
+        case "int64" | "int32":
+            bits = int(dtype[3:]) - 1
+            return value if kind is int and -(1 << bits) <= value < 1 << bits else None
+        case "bool":
+            return value if kind is bool else None
+        case _:
+            return value if kind is str else None
+
+
+def _instant(text: str) -> dt.datetime | None:
+    try:
+        instant = dt.datetime.fromisoformat(text)
+        return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _parted(prepared: pa.Table, rows: Sequence[Mapping[str, Any]], reasons: Mapping[int, str]) -> CheckedRows:
+    """Good and bad rows; a value that did not fit counts before what the checks say of its null."""
+    said = prepared[REASON].to_pylist()
+    for position, reason in reasons.items():
+        said[position] = reason
+    table = prepared.append_column(POSITION, pa.array(range(len(rows)), pa.int64()))
+    wrong = pa.array(said, pa.string())
+    bad = [position for position, reason in enumerate(said) if reason is not None]
+    return CheckedRows(
+        good=table.filter(pc.is_null(wrong)).drop_columns([REASON, RAW]),
+        bad=pa.table(
+            {
+                POSITION: pa.array(bad, pa.int64()),
+                "reason": pa.array([said[position] for position in bad], pa.string()),
+                "raw": pa.array([json.dumps(rows[position]) for position in bad], pa.string()),
+            }
+        ),
+    )

@@ -1,0 +1,109 @@
+"""A push: checked, on disk, online, and only then answered.
+
+A pushed row goes online under its number in the push log, which orders it behind every row that has an `ingest_seq`:
+the stream that takes it into the table will give it a greater one than all that were given out before, and pushes keep
+their order there. Killed between disk and online, the client has no answer; it pushes again with the same key, and the
+row goes online under the number it has. If it does not, the stream puts it there.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import InvalidRequest
+from cluster.security.keys.store import KeyNotFound, KeyStore
+from cluster.storage import Layout, local
+from feature_jobs.store import offline
+from feature_jobs.store.online_frames import online_rows
+from feature_jobs.store.online_rows import PROVISIONAL
+from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.point_in_time import SEQ
+from feature_jobs.store.push_log import Appended, PushLog, PushRecord
+from feature_jobs.store.pushed_rows import POSITION, CheckedRows, check_rows
+from feature_jobs.store.pushed_view import PushedView
+
+
+class Pusher:
+    """Takes pushes of one view.
+
+    Args:
+        view: its newest version.
+        places: where the push log and the table are.
+        store: the online store, to be written to.
+        log: the view's push log.
+    """
+
+    def __init__(self, view: PushedView, places: Layout, store: OnlineStore, log: PushLog) -> None:
+        self._view, self._places, self._store, self._log = view, places, store, log
+        self._key_types: Mapping[str, str] = {}
+
+    def push(self, rows: Any, *, idempotency_key: str, digest: bytes, now: dt.datetime) -> dict[str, Any]:
+        """The answer to a push, which is the same when it is repeated.
+
+        Raises:
+            InvalidRequest: rows that are none of this view, or a key that was used for others; nothing was stored.
+            PushLogFull: nothing was stored.
+            OnlineStoreUnavailable: the rows are safe, but not online; repeated with the same key they will be.
+        """
+        view = self._view.view
+        key_types = self._known_key_types()
+        checked = check_rows(rows, view, key_types=key_types, now=now)
+        record = PushRecord(
+            first=-1, rows=len(rows), view_version=self._view.spec.version, good=checked.good, bad=checked.bad
+        )
+        answer = {
+            "view": view.name,
+            "accepted": checked.good.num_rows,
+            "quarantined": checked.reasons,
+        }
+        try:
+            appended = self._log.append(idempotency_key, digest, record, answer)
+        except KeyNotFound as error:
+            raise InvalidRequest(
+                f"View '{view.name}' was applied by an older release and has no key for pushes. Apply it again."
+            ) from error
+        good = _accepted_then(checked, appended)
+        if good.num_rows:
+            given = offline.key_types(good.schema, view.join_keys)
+            frame = pl.DataFrame(pl.from_arrow(provisional(good, appended.first)))
+            self._store.put(self._view.spec, given, list(online_rows(self._view.spec, frame)))
+        return appended.answer
+
+    def _known_key_types(self) -> Mapping[str, str]:
+        """As they are stored online, else in the table: a push must not bring another type into either."""
+        if not self._key_types:
+            view = self._view.view
+            self._key_types = self._store.key_types(view.name)
+            table = None if self._key_types else offline.open_table(self._places.features(view.name))
+            if table is not None:
+                self._key_types = offline.key_types(pa.schema(table.schema().to_arrow()), view.join_keys)
+        return self._key_types
+
+
+def provisional(good: pa.Table, first: int) -> pa.Table:
+    """Good rows of a push with the number they go by until they are in the table, in place of their position."""
+    numbers = pc.add(good[POSITION], PROVISIONAL + first)
+    return good.drop_columns([POSITION]).append_column(SEQ, numbers)
+
+
+def open_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
+    """The push log of a view.
+
+    Raises:
+        ConfigError: the storage root is remote.
+    """
+    return PushLog(local(places.push(view)), view, keys)
+
+
+def _accepted_then(checked: CheckedRows, appended: Appended) -> pa.Table:
+    """The rows that were accepted when the push came first: a clock may judge a row otherwise by now."""
+    if not appended.again:
+        return checked.good
+    bad = pa.array([row["row"] for row in appended.answer["quarantined"]], pa.int64())
+    return checked.good.filter(pc.invert(pc.is_in(checked.good[POSITION], value_set=bad)))

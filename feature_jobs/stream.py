@@ -1,0 +1,132 @@
+"""`python -m feature_jobs.stream source=push view=v [once=true]`: a stream into a feature table, exactly once.
+
+Killed at any point, the same command run again goes on where the table's own commits say that it was.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import threading
+from dataclasses import dataclass
+from types import FrameType
+
+from cluster.entrypoint import job
+from cluster.errors import CommitConflict
+from cluster.ledger import Ledger, open_ledger
+from cluster.security.acting import Actor, act
+from cluster.security.keys.access import key_store
+from cluster.security.policy import Action
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import ViewSpec, view_spec
+from feature_jobs.store.offline import Target
+from feature_jobs.store.online import open_online
+from feature_jobs.store.protection import view_protection, view_resources
+from feature_jobs.store.push_stream import PushStream
+from feature_jobs.store.pusher import open_log
+
+
+class StreamSource(enum.Enum):
+    """Where rows come from."""
+
+    push = "push"
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig(PlatformConfig):
+    """What is streamed, and for how long."""
+
+    definitions: str = "feature_jobs.census"
+    """Named for symmetry with the other commands: pushed rows were checked when they were pushed."""
+    source: StreamSource = StreamSource.push
+    view: str = "???"
+    once: bool = False
+    """End when there is nothing more, instead of waiting for more."""
+    interval_s: float = 1.0
+    """Between two looks where the last one found nothing."""
+    max_rows: int = 50_000
+    """Of one commit."""
+    num_buckets: int = 8
+    """Of a new table; a table keeps the number it was made with."""
+
+    def __post_init__(self) -> None:
+        if self.interval_s <= 0:
+            raise ValueError(f"interval_s must be positive, got {self.interval_s}.")
+        for name in ("max_rows", "num_buckets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@job("stream", StreamConfig)
+def main(config: StreamConfig) -> None:
+    """Stream into one view's table until there is nothing more, or until stopped."""
+    ledger = open_ledger(config)
+    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.stream")
+    view = view_spec(ledger, config.view)
+    actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
+    stream = push_stream(config, view, ledger, actor)
+    total = run(stream, config, _until_asked_to_stop())
+    print(f"view {view.name}: {total} pushed rows taken into the table")
+
+
+def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Actor) -> PushStream:
+    """The stream from a view's push log."""
+    places, keys = layout(config.storage), key_store(actor.access)
+    return PushStream(
+        view=view,
+        target=target_of(config, view, actor),
+        quarantine=places.quarantine(view.name),
+        log=open_log(places, view.name, keys),
+        store=open_online(config.online, places, keys, readonly=False),
+        ledger=ledger,
+        actor=actor.name,
+        max_rows=config.max_rows,
+    )
+
+
+def target_of(config: StreamConfig, view: ViewSpec, actor: Actor) -> Target:
+    """The view's table, with the number of buckets that it has or would get."""
+    uri = layout(config.storage).features(view.name)
+    table = offline.open_table(uri)
+    return Target(
+        uri=uri,
+        keys=tuple(view.join_keys),
+        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
+        protection=view_protection(view),
+        access=actor.access,
+    )
+
+
+def run(stream: PushStream, config: StreamConfig, stopped: threading.Event) -> int:
+    """Step until stopped or, if asked to, until nothing is left; gives the rows taken."""
+    total = 0
+    while not stopped.is_set():
+        try:
+            rows = stream.step()
+        except CommitConflict:
+            continue  # look again what the table says
+        total += rows
+        if rows == 0:
+            if config.once:
+                break
+            stopped.wait(config.interval_s)
+    return total
+
+
+def _until_asked_to_stop() -> threading.Event:
+    """Set by SIGTERM and SIGINT: the batch at hand is finished."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return stopped
+
+
+if __name__ == "__main__":
+    main()

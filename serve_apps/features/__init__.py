@@ -1,0 +1,1 @@
+"""Features over HTTP: read online by key, and pushed by the applications that know them first."""

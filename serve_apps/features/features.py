@@ -1,0 +1,148 @@
+"""`POST /v1/features:read` and `/v1/features:push` as a Serve application.
+
+Who asks must be allowed to use every view concerned, for the purpose of his token; the replica opens keys for that
+purpose, and no other. Definitions are read from the ledger again every few seconds, so an applied change needs no
+restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import functools
+import threading
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import ConfigError, DefinitionError, FeatureViewNotFound, ModelNotFound
+from cluster.ledger import open_ledger
+from cluster.security.identity import Principal
+from cluster.security.keys.access import key_store, service_access
+from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
+from cluster.security.policy import Action, Resource
+from cluster.session import require_record
+from cluster.settings import from_plain
+from cluster.storage import layout
+from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.protection import view_resources
+from feature_jobs.store.push_log import PushLog, PushLogFull
+from feature_jobs.store.pushed_view import PushedView, pushed_view
+from feature_jobs.store.pusher import Pusher, open_log
+from serve_apps.access import AccessCheck
+from serve_apps.features.request import Push, parse_push, parse_read
+from serve_apps.http import Unavailable, answer, read_json, refusal
+
+REFRESH_S = 5
+"""So long at most a definition is used that has been changed."""
+
+
+class Features:
+    """Reads and takes features of all views."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Open the online store.
+
+        Args:
+            config: the platform's configuration as plain values.
+        """
+        self._platform = from_plain(config)
+        self._places = layout(self._platform.storage)
+        self._ledger = open_ledger(self._platform)
+        self._region = self._platform.cluster.region
+        every = Resource(kind="features", name="*", region=self._region)
+        self._access = AccessCheck.of(self._platform, every, self._ledger)
+        self._record = require_record(self._platform)
+        self._engine = open_online(self._platform.online, self._places, self._keys(""), readonly=False).engine
+        self._logs: dict[str, PushLog] = {}
+        self._opening = threading.Lock()  # LMDB opens a folder once in a process
+        self._view = functools.lru_cache(maxsize=256)(self._read_view)
+        self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request."""
+        try:
+            path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+            authorization = request.headers.get("authorization")
+            match request.method, path:
+                case "POST", "/v1/features:read":
+                    principal = self._access(authorization, Action.read_online)
+                    return answer(self._read(principal, await read_json(request)))
+                case "POST", "/v1/features:push":
+                    principal = self._access(authorization, Action.push_features)
+                    push = parse_push(await read_json(request))
+                    return answer(await asyncio.to_thread(self._push, principal, push))
+                case _:
+                    raise ModelNotFound(f"{request.method} {path} is not served here.")
+        except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
+            return refusal(error)
+
+    def _read(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
+        asked = parse_read(body, now=dt.datetime.now(dt.UTC))
+        reader = self._reader(asked.service, principal.purpose, _period())
+        for view in reader.spec.views:
+            self._access.check(principal, Action.read_online, *view_resources(view, region=self._region))
+        vectors = reader.read(asked.entities, asked.as_of)
+        return {
+            "service": reader.spec.name,
+            "service_version": reader.spec.version,
+            "as_of": asked.as_of.isoformat(),
+            "features": vectors.columns,
+            "status": vectors.status,
+        }
+
+    def _push(self, principal: Principal, push: Push) -> dict[str, Any]:
+        view = self._view(push.view, _period())
+        self._access.check(principal, Action.push_features, *view_resources(view.spec, region=self._region))
+        pusher = Pusher(view, self._places, self._store(_purpose(view)), self._log(view))
+        try:
+            return pusher.push(
+                push.rows,
+                idempotency_key=push.idempotency_key,
+                digest=push.digest,
+                now=dt.datetime.now(dt.UTC),
+            )
+        except (PushLogFull, KeyStoreUnavailable) as error:
+            raise Unavailable(str(error)) from error
+
+    def _read_view(self, name: str, period: int) -> PushedView:
+        try:
+            return pushed_view(self._ledger, name)
+        except FeatureViewNotFound:
+            raise
+        except DefinitionError as error:
+            raise Unavailable(str(error)) from error
+
+    def _read_reader(self, service: str, purpose: str, period: int) -> FeatureReader:
+        return FeatureReader(service_spec(self._ledger, service), self._store(purpose))
+
+    def _log(self, view: PushedView) -> PushLog:
+        name = view.spec.name
+        with self._opening:
+            if name not in self._logs:
+                try:
+                    self._logs[name] = open_log(self._places, name, self._keys(_purpose(view)))
+                except ConfigError as error:
+                    raise Unavailable(str(error)) from error
+            return self._logs[name]
+
+    @functools.cache  # noqa: B019 (an application lives as long as its process)
+    def _store(self, purpose: str) -> OnlineStore:
+        return OnlineStore(self._engine, self._keys(purpose))
+
+    def _keys(self, purpose: str) -> KeyStore:
+        return key_store(service_access(self._platform, self._record, name="features", purpose=purpose))
+
+
+def _purpose(view: PushedView) -> str:
+    """What the replica opens a view's keys for, to write: any purpose that it lists."""
+    return next(iter(view.spec.purposes), "")
+
+
+def _period() -> int:
+    """Changes every few seconds, and with it what is remembered of the ledger."""
+    return int(time.monotonic() // REFRESH_S)

@@ -1,0 +1,79 @@
+"""What a client may ask of the feature store, checked; nothing here touches a store."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from cluster.errors import InvalidRequest, did_you_mean
+from serve_apps.predictor.request import parse_as_of, parse_entities
+
+MAX_KEY_CHARS = 200
+_READ, _PUSH = frozenset({"service", "entities", "as_of"}), frozenset({"view", "rows", "idempotency_key"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Read:
+    """A request of `features:read`."""
+
+    service: str
+    entities: list[dict[str, Any]]
+    as_of: dt.datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Push:
+    """A request of `features:push`; its rows are checked by the view's own rules."""
+
+    view: str
+    rows: Any
+    idempotency_key: str
+    digest: bytes
+    """Of view and rows: the same push again has the same."""
+
+
+def parse_read(body: Mapping[str, Any], *, now: dt.datetime) -> Read:
+    """The request in a `features:read` body.
+
+    Raises:
+        InvalidRequest: saying which field is wrong, and how.
+    """
+    _check_fields(body, _READ)
+    return Read(
+        service=_text(body, "service"),
+        entities=parse_entities(body.get("entities")),
+        as_of=parse_as_of(body.get("as_of"), now),
+    )
+
+
+def parse_push(body: Mapping[str, Any]) -> Push:
+    """The request in a `features:push` body.
+
+    Raises:
+        InvalidRequest: saying which field is wrong, and how.
+    """
+    _check_fields(body, _PUSH)
+    content = orjson.dumps([body.get("view"), body.get("rows")], option=orjson.OPT_SORT_KEYS)
+    return Push(
+        view=_text(body, "view"),
+        rows=body.get("rows"),
+        idempotency_key=_text(body, "idempotency_key"),
+        digest=hashlib.blake2b(content, digest_size=16).digest(),
+    )
+
+
+def _check_fields(body: Mapping[str, Any], known: frozenset[str]) -> None:
+    if unknown := body.keys() - known:
+        raise InvalidRequest(f"Unknown field '{min(unknown)}'.{did_you_mean(min(unknown), known)}")
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_KEY_CHARS:
+        raise InvalidRequest(f'Give "{name}" as text of 1 to {MAX_KEY_CHARS} characters, got {value!r}.')
+    return value

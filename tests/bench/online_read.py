@@ -1,0 +1,206 @@
+"""`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, turn by turn with Feast.
+
+Ours are typed, checked against a time-to-live, and sealed as internal columns are; through LMDB in this process and
+through a Redis of the bench's own. A case is `<engine> <entities>` with 10 features, and `… x50` with 50. Feast is
+installed into an environment of its own below `build/`; where that fails it is left out with a message. It is given a
+minute to load its store, so its stores are smaller than ours; how large they are is printed.
+
+    ENTITIES=100000 makes a shorter run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.settings import OnlineConfig, OnlineKind
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online import FeatureReader, microseconds, open_online
+from feature_jobs.store.online_rows import OnlineRow
+
+# This file is run by its path, which leaves the project's root out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.broker import running_broker
+from tests.redis_server import running_redis
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTITIES = int(os.environ.get("ENTITIES", "1000000"))
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+FEATURES, BATCHES, ROUNDS = (10, 50), {1: 2000, 100: 200}, 5
+FEAST, FEAST_LOAD_S, FEAST_SHARE = "feast[redis]==0.67.0", 60.0, 10
+"""Feast makes a tenth of the calls, because each takes so much longer."""
+ENVIRONMENT = ROOT / "build" / "feast"
+
+Measure = Callable[[int, int], list[int]]
+"""Entities a call and number of calls, to nanoseconds of each."""
+
+
+def view_of(features: int) -> ViewSpec:
+    """A view with so many internal columns."""
+    fields = [
+        FieldSpec(name=f"f{number}", dtype="float64", sensitivity="internal", categorical=False)
+        for number in range(features)
+    ]
+    return ViewSpec(name=f"v{features}", version="1", join_keys=["id"], fields=fields, ttl_s=86_400.0)
+
+
+def rows(features: int) -> Iterator[OnlineRow]:
+    """One row an entity."""
+    draw, at = np.random.default_rng(0), microseconds(AT)
+    for first in range(0, ENTITIES, 10_000):
+        piece = draw.standard_normal((min(10_000, ENTITIES - first), features)).tolist()
+        for number, values in enumerate(piece, start=first):
+            yield OnlineRow(keys=(number,), event_us=at, created_us=at, seq=number, values=values)
+
+
+def ours(config: OnlineConfig, folder: Path, access: KeyAccess) -> dict[int, Measure]:
+    """A loaded store of ours, by number of features."""
+    store = open_online(config, Layout(str(folder)), key_store(access), readonly=False)
+    measures = {}
+    for features in FEATURES:
+        view, began = view_of(features), time.monotonic()
+        store.replace(view, {"id": "int64"}, rows(features))
+        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
+        print(f"  {config.kind.value}, {features} features: loaded in {time.monotonic() - began:.0f} s")
+        vectors = reader.read([{"id": ENTITIES - 1}, {"id": ENTITIES}], AT)
+        assert list(vectors.status[f"v{features}__f0"]) == ["present", "missing"]
+        measures[features] = measured(reader)
+    return measures
+
+
+def measured(reader: FeatureReader) -> Measure:
+    """Calls of a reader, each for other entities."""
+    draw = random.Random(1)
+
+    def measure(size: int, calls: int) -> list[int]:
+        taken = []
+        for _ in range(calls):
+            asked = [{"id": draw.randrange(ENTITIES)} for _ in range(size)]
+            began = time.perf_counter_ns()
+            reader.read(asked, AT)
+            taken.append(time.perf_counter_ns() - began)
+        return taken
+
+    return measure
+
+
+def feast_python() -> str | None:
+    """The Python of Feast's environment, made if need be; none where it cannot be."""
+    python = ENVIRONMENT / "bin" / "python"
+    try:
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        found = subprocess.run([python, "-c", "import feast, redis"], capture_output=True, check=False)
+        if found.returncode:
+            pip = [python, "-m", "pip", "install", "--quiet", FEAST, "pandas<3"]
+            subprocess.run(pip, check=True, timeout=900)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"  Feast is left out: {FEAST} cannot be installed here ({error}).")
+        return None
+    return str(python)
+
+
+def feast(python: str, kind: str, port: int, features: int, stack: ExitStack) -> Measure | None:
+    """A loaded store of Feast's in a process of its own; none where it fails."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    script = ROOT / "tests" / "bench" / "peers" / "feast_online.py"
+    numbers = [str(port), str(ENTITIES), str(features), str(FEAST_LOAD_S)]
+    process = subprocess.Popen(
+        [python, str(script), folder, kind, *numbers],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"FEAST_USAGE": "False"},
+    )
+    stack.callback(process.kill)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asked, said = process.stdin, process.stdout
+    loaded = said.readline()
+    if not loaded:
+        print(f"  Feast with {kind} is left out: it ended with {process.wait()}.")
+        return None
+    print(f"  feast_{kind}, {features} features: {int(loaded):,} entities loaded in {FEAST_LOAD_S:.0f} s")
+
+    def measure(size: int, calls: int) -> list[int]:
+        asked.write(f"{size} {max(calls // FEAST_SHARE, 20)}\n")
+        asked.flush()
+        taken: list[int] = json.loads(said.readline())
+        return taken
+
+    return measure
+
+
+def compare(engine: str, features: int, systems: dict[str, Measure]) -> list[dict[str, Any]]:
+    """Rounds in turn; the median over the rounds of each round's percentile."""
+    results = []
+    for size, calls in BATCHES.items():
+        taken: dict[str, list[list[int]]] = {name: [] for name in systems}
+        for number in range(ROUNDS + 1):
+            for name, measure in systems.items():
+                of_round = measure(size, calls)
+                if number:  # the first one warms up
+                    taken[name].append(of_round)
+        case = f"{engine} {size}" + ("" if features == FEATURES[0] else f" x{features}")
+        for name, rounds in taken.items():
+            for percent in (50, 99):
+                value = statistics.median(float(np.percentile(one, percent)) for one in rounds) / 1e6
+                results.append(
+                    {"system": name, "case": case, "metric": f"p{percent}_ms", "value": value, "unit": "ms"}
+                )
+        p50 = {
+            name: statistics.median(map(statistics.median, rounds)) / 1e6 for name, rounds in taken.items()
+        }
+        shown = (f"{name} p50 {value:.3f} ms ({value / p50['falaj']:.1f}x)" for name, value in p50.items())
+        print(f"{case:16} {', '.join(shown)}")
+    return results
+
+
+def main() -> None:
+    """Measure and write the results."""
+    python = feast_python()
+    results: list[dict[str, Any]] = []
+    keys = [f"online/v{features}/internal" for features in FEATURES]
+    with ExitStack() as stack:
+        access = stack.enter_context(running_broker(*keys))
+        url = stack.enter_context(running_redis())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        configs = {
+            "lmdb": OnlineConfig(map_size_gib=8.0),
+            "redis": OnlineConfig(kind=OnlineKind.redis, url=url),
+        }
+        for engine, config in configs.items():
+            stores = ours(config, folder, access)
+            for features, measure in stores.items():
+                systems = {"falaj": measure}
+                with ExitStack() as peers:
+                    kind = "sqlite" if engine == "lmdb" else "redis"
+                    port = urlsplit(url).port or 0
+                    peer = feast(python, kind, port, features, peers) if python else None
+                    if peer is not None:
+                        systems[f"feast_{kind}"] = peer
+                    results += compare(engine, features, systems)
+    output = Path(".falaj/bench/online_read.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A view that is pushed to, without a cluster: its ledger, push log, online store and table; and a process that takes
+pushes and streams, to be killed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from cluster.ledger import Ledger
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store import Entity, FeatureView, Field, FileSource, Range, Sensitivity
+from feature_jobs.store.catalog import Definitions, ServiceSpec, apply
+from feature_jobs.store.offline import Snapshot, Target, snapshot
+from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.protection import view_protection
+from feature_jobs.store.push_stream import PushStream
+from feature_jobs.store.pushed_view import pushed_view
+from feature_jobs.store.pusher import Pusher, open_log
+from serve_apps.features.request import parse_push
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+INCOME = FeatureView(
+    "income",
+    entities=[Entity("person", join_keys=["person_id"])],
+    source=FileSource("x.parquet", event_timestamp="at", created_timestamp="known_at"),
+    schema=[Field("amount", "float64", sensitivity=Sensitivity.PERSONAL), Field("sector", "string")],
+    checks=[Range("amount", 0, 1e6)],
+    ttl=timedelta(days=30),
+)
+
+
+def row(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
+    """A row as a client sends it."""
+    at = (START + timedelta(hours=hour)).isoformat()
+    features = {"amount": amount, "sector": f"s{person}"}
+    return {"keys": {"person_id": person}, "features": features, "event_timestamp": at} | fields
+
+
+class PushProject:
+    """What a replica and a stream have open."""
+
+    def __init__(self, root: Path, access: KeyAccess, *, view: FeatureView = INCOME) -> None:
+        self.places, self.access = Layout(str(root)), access
+        self.ledger = Ledger(f"sqlite:///{root}/ledger.db")
+        definitions = Definitions(module="m", views={view.name: view}, services={})
+        apply(definitions, self.ledger, actor="test")
+        self.view = pushed_view(self.ledger, view.name)
+        keys = key_store(access)
+        self.store = open_online(OnlineConfig(map_size_gib=0.1), self.places, keys, readonly=False)
+        self.log = open_log(self.places, view.name, keys)
+        self.pusher = Pusher(self.view, self.places, self.store, self.log)
+
+    def push(self, *rows: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """The answer to a push."""
+        asked = parse_push({"view": self.view.spec.name, "rows": list(rows), "idempotency_key": key})
+        now = datetime.now(UTC)
+        return self.pusher.push(asked.rows, idempotency_key=key, digest=asked.digest, now=now)
+
+    def stream(self, **changes: Any) -> PushStream:
+        """The stream into the table."""
+        spec = self.view.spec
+        target = Target(
+            uri=self.places.features(spec.name),
+            keys=tuple(spec.join_keys),
+            buckets=2,
+            protection=view_protection(spec),
+            access=self.access,
+        )
+        return PushStream(
+            view=spec,
+            target=target,
+            quarantine=self.places.quarantine(spec.name),
+            log=self.log,
+            store=self.store,
+            ledger=self.ledger,
+            actor="test",
+            **changes,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """The table as it is now."""
+        spec = self.view.spec
+        return snapshot(
+            self.places.features(spec.name),
+            view=spec.name,
+            keys=spec.join_keys,
+            protection=view_protection(spec),
+            access=self.access,
+        )
+
+    def table(self) -> pl.DataFrame:
+        """All its rows in the order they came."""
+        pinned = self.snapshot()
+        parts = [pinned.read(bucket, ["amount", "sector"]) for bucket in range(pinned.num_buckets)]
+        return pl.concat([part for part in parts if not part.is_empty()], how="diagonal_relaxed").sort(
+            "ingest_seq"
+        )
+
+    def amounts(self, *people: int, hour: float = 100) -> list[float | None]:
+        """What the online store says."""
+        service = ServiceSpec(name="s", version="1", views=[self.view.spec])
+        entities = [{"person_id": person} for person in people]
+        vectors = FeatureReader(service, self.store).read(entities, START + timedelta(hours=hour))
+        return vectors.columns["income__amount"]
+
+    def close(self) -> None:
+        self.store.close()
+        self.log.close()
+        self.ledger.engine.dispose()
+
+
+def serve(root: str, access: KeyAccess, asked: Connection) -> None:
+    """Do what comes in and say so: a push, or `stream`, which takes the log into the table."""
+    project = PushProject(Path(root), access)
+    stream = project.stream(max_rows=5)
+    while True:
+        match asked.recv():
+            case "stream":
+                while stream.step():
+                    pass
+            case push:
+                project.push(*push["rows"], key=push["key"])
+        asked.send("done")

@@ -1,0 +1,339 @@
+"""Pushes: on disk before the answer, once for a key, online at once, and into the table exactly once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt
+from cluster.ledger.events import BatchIngested, FeatureViewApplied
+from cluster.security.keys.access import KeyAccess, protected_files
+from feature_jobs.materialize import rows as materialised
+from feature_jobs.store import streamed
+from feature_jobs.store.offline import open_table
+from feature_jobs.store.online_rows import PROVISIONAL
+from feature_jobs.store.protection import quarantine_protection
+from feature_jobs.store.pushed_view import from_record, pushed_view
+from tests.push_project import INCOME, START, PushProject, row, serve
+
+KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
+    opened = PushProject(tmp_path, access)
+    yield opened
+    opened.close()
+
+
+def ingested(project: PushProject) -> list[dict[str, Any]]:
+    return [entry.payload for entry in project.ledger.entries(BatchIngested)]
+
+
+def test_pushed_row_is_read_at_once_and_streamed_once(project: PushProject) -> None:
+    """Online under its number in the log; in the table under the next `ingest_seq`; then online under that."""
+    answer = project.push(row(1, 1, 5.0), row(2, 1, 7.0), key="a")
+    assert answer == {"view": "income", "accepted": 2, "quarantined": []}
+    assert project.amounts(1, 2, 3) == [5.0, 7.0, None]
+    stream = project.stream()
+    assert (stream.step(), stream.step()) == (2, 0)
+    assert project.table().select("person_id", "amount", "ingest_seq").rows() == [(1, 5.0, 0), (2, 7.0, 1)]
+    assert [event["ingest_id"] for event in ingested(project)] == ["push-0-1"]
+    project.push(row(1, 1, 6.0), key="b")
+    assert project.amounts(1) == [6.0]
+
+
+def test_the_same_key_again_answers_the_same_without_a_second_effect(project: PushProject) -> None:
+    """A client that saw no answer asks again."""
+    first = project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a")
+    project.push(row(1, 2, 6.0), key="b")
+    assert project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a") == first
+    assert project.amounts(1) == [6.0]
+    project.stream().step()
+    assert project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a") == first
+    assert project.stream().step() == 0
+    assert project.table()["amount"].to_list() == [5.0, 6.0]
+
+
+def test_a_key_used_for_something_else_is_refused(project: PushProject) -> None:
+    """Answering what was not asked would lose the rows silently."""
+    project.push(row(1, 1, 5.0), key="a")
+    with pytest.raises(InvalidRequest, match="used for another push"):
+        project.push(row(1, 1, 6.0), key="a")
+    assert project.amounts(1) == [5.0]
+
+
+def test_a_push_without_its_online_half_is_mended(
+    project: PushProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between disk and online: by the same push again, or by the stream."""
+    with monkeypatch.context() as patched:
+        patched.setattr(project.store, "put", lambda *_: 0)
+        project.push(row(1, 1, 5.0), key="a")
+        project.push(row(2, 1, 6.0), key="b")
+    assert project.amounts(1, 2) == [None, None]
+    project.push(row(1, 1, 5.0), key="a")
+    assert project.amounts(1, 2) == [5.0, None]
+    project.stream().step()
+    assert project.amounts(1, 2) == [5.0, 6.0]
+
+
+def test_bad_rows_are_named_and_put_into_quarantine(project: PushProject, access: KeyAccess) -> None:
+    """By a check, by a type, by a time that is none or lies in the future; the others are taken."""
+    bad = [
+        row(2, 1, -1.0),
+        row(3, 1, "much"),
+        row(4, 1) | {"event_timestamp": "yesterday"},
+        row(5, 1) | {"event_timestamp": "2999-01-01T00:00:00Z"},
+        row(6, 1) | {"event_timestamp": None},
+    ]
+    answer = project.push(row(1, 1, 5.0), *bad, key="a")
+    assert answer["accepted"] == 1
+    assert [(one["row"], one["reason"]) for one in answer["quarantined"]] == [
+        (1, "amount outside 0..1e+06"),
+        (2, "amount is no float64"),
+        (3, "event_timestamp is no instant"),
+        (4, "event_timestamp lies in the future; created_timestamp lies in the future"),
+        (5, "event_timestamp is null"),
+    ]
+    assert project.stream().step() == 6
+    [event] = ingested(project)
+    assert (event["rows_in"], event["rows_stored"], event["rows_quarantined"]) == (6, 1, 5)
+    uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"))
+    assert orjson.loads(file["raw"][1].as_py())["amount"] == "much"
+
+
+def test_a_push_of_bad_rows_alone_moves_the_position_too(project: PushProject) -> None:
+    """Nothing is taken again, nothing is left behind."""
+    project.push(row(1, 1, -1.0), key="a")
+    project.push(row(1, 1, 5.0), key="b")
+    stream = project.stream(max_rows=1)
+    assert [stream.step(), stream.step(), stream.step()] == [1, 1, 0]
+    assert project.table()["amount"].to_list() == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "1 to 1000"),
+        ([row(1, 1) | {"keyz": 1}], r"rows\[0\] must be an object with"),
+        ([row(1, 1) | {"keys": {"person": 1}}], r"rows\[0\]\.keys has 'person'.*Did you mean 'person_id'"),
+        ([row(1, 1) | {"keys": {}}], "lacks 'person_id'"),
+        ([row(1, 1) | {"features": {"amont": 1}}], "has 'amont'.*Did you mean 'amount'"),
+        ([row(1, 1), row("2", 1)], r"rows\[1\]\.keys\.person_id must be a whole number"),  # type: ignore[arg-type]
+        ([row(2**63, 1)], "64 bits"),
+        ([row(1, 1, deleted="yes")], "true or false"),
+    ],
+)
+def test_what_is_no_row_of_the_view_is_refused_whole(
+    project: PushProject, rows: list[dict[str, Any]], words: str
+) -> None:
+    """The client is wrong, not the data."""
+    with pytest.raises(InvalidRequest, match=words):
+        project.push(*rows, key="a")
+    assert project.log.next_number() == 0
+
+
+def test_keys_of_another_type_than_the_table_has_are_refused(project: PushProject) -> None:
+    """They would never be found, and stop the stream."""
+    project.push(row(1, 1), key="a")
+    with pytest.raises(InvalidRequest, match="must be a whole number"):
+        project.push(row("1", 2), key="b")  # type: ignore[arg-type]
+
+
+def test_late_and_deleted_rows_are_the_same_online_and_rebuilt_from_the_table(project: PushProject) -> None:
+    """What is pushed, streamed and materialised gives the same answers as what is pushed alone."""
+    project.push(row(1, 5, 5.0), row(2, 5, 5.0), row(3, 5, 5.0), key="a")
+    project.push(row(1, 4, 4.0), row(2, 6, deleted=True), key="b")
+    project.push(row(2, 5, 6.0), row(3, 5, 7.0, created_timestamp=row(3, 9)["event_timestamp"]), key="c")
+    spec, asked = project.view.spec, [(1,), (2,), (3,), (4,)]
+    pushed = project.store.get(spec, asked)
+    assert project.amounts(1, 2, 3, 4) == [5.0, None, 7.0, None]
+    while project.stream(max_rows=3).step():
+        pass
+    assert project.store.get(spec, asked) == pushed
+    pinned, table = project.snapshot(), open_table(project.places.features("income"))
+    assert table is not None
+    known = list(materialised(spec, pinned, START.replace(year=2025)))
+    project.store.replace(spec, {"person_id": "int64"}, known, horizon=streamed.horizon(table))
+    assert project.store.get(spec, asked) == pushed
+    assert project.store.put(spec, {"person_id": "int64"}, known) == 0
+
+
+def test_materialising_keeps_what_was_pushed_since_the_table(project: PushProject) -> None:
+    """And drops what the table has and its rows do not say any more."""
+    project.push(row(1, 1, 1.0), key="a")
+    project.stream().step()
+    project.push(row(1, 2, 2.0), key="b")
+    project.push(row(2, 2, 2.0), key="c")
+    table = open_table(project.places.features("income"))
+    assert table is not None
+    known = streamed.horizon(table)
+    assert (known.seq, known.offset) == (0, 0)
+    assert not known.covers(PROVISIONAL + 1)
+    project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=known)
+    assert project.amounts(1, 2) == [2.0, 2.0]
+    project.stream().step()
+    table = open_table(project.places.features("income"))
+    assert table is not None
+    project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=streamed.horizon(table))
+    assert project.amounts(1, 2) == [None, None]
+
+
+def test_two_streams_at_once_double_nothing(project: PushProject) -> None:
+    """One of two commits from the same position is refused; looking again it finds nothing to do."""
+    for number in range(6):
+        project.push(row(number, 1, float(number)), key=str(number))
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        stream = project.stream(max_rows=1)
+        while True:
+            try:
+                if stream.step() == 0:
+                    return
+            except streamed.CommitConflict:
+                continue
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert project.table().select("amount", "ingest_seq").rows() == [(float(n), n) for n in range(6)]
+
+
+def test_a_log_that_was_altered_or_exchanged_is_not_streamed(project: PushProject, tmp_path: Path) -> None:
+    """Rows of another log would be taken for those after the table's position."""
+    project.push(row(1, 1), key="a")
+    with project.log._env.begin(write=True) as transaction:
+        for place, stored in list(transaction.cursor()):
+            if place.startswith(b"r"):
+                transaction.put(place, stored[:-1] + b"!")
+    with pytest.raises(RecordLogCorrupt, match="altered at number 0"):
+        project.stream().step()
+    project.log.trim(0)
+    project.push(row(1, 1), key="b")
+    with pytest.raises(Inconsistent, match="begins at number 1, the table ends at -1"):
+        project.stream().step()
+
+
+def test_nothing_pushed_lies_in_the_clear(project: PushProject, tmp_path: Path) -> None:
+    """Neither values nor keys, in log, table and quarantine."""
+    secret = row(1, 1) | {"features": {"amount": 5.0, "sector": "very-secret"}}
+    project.push(secret, row(2, 1, "hidden-raw"), key="known-to-alice")
+    project.stream().step()
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and "ledger" not in path.name:
+            for word in (b"very-secret", b"hidden-raw", b"known-to-alice"):
+                assert word not in path.read_bytes(), path
+
+
+def test_view_without_a_transform_needs_no_module() -> None:
+    """Its record is enough to check rows as its definition does."""
+    again = from_record(INCOME.definition())
+    assert (again.checks, again.join_keys, again.created_lag) == (
+        INCOME.checks,
+        INCOME.join_keys,
+        INCOME.created_lag,
+    )
+    assert [(field.name, field.dtype) for field in again.schema] == [
+        (field.name, field.dtype) for field in INCOME.schema
+    ]
+
+
+def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
+    """Its module is named, and so is a version that is not the applied one."""
+    definition = INCOME.definition() | {"transform": {"name": "nowhere.views:f", "sha256": "0"}}
+    event = FeatureViewApplied(view="income", version="abc", definition=definition)
+    project.ledger.append(event, actor="test")
+    with pytest.raises(DefinitionError, match=r"transform, whose code is not here.*'nowhere\.views'"):
+        pushed_view(project.ledger, "income")
+    elsewhere = definition | {"transform": {"name": "tests.push_project:row", "sha256": "0"}}
+    event = FeatureViewApplied(view="income", version="abc", definition=elsewhere)
+    project.ledger.append(event, actor="test")
+    with pytest.raises(DefinitionError, match="applied as version abc"):
+        pushed_view(project.ledger, "income")
+
+
+def pushes(count: int) -> list[dict[str, Any]]:
+    """Few people, times in any order, corrections, deletions and bad rows."""
+    draw = random.Random(0)
+
+    def drawn(place: int) -> dict[str, Any]:
+        amount = draw.choice([1.0, -1.0, float(place)])
+        return row(draw.randrange(4), draw.randrange(6), amount, deleted=draw.random() < 0.2)
+
+    return [
+        {"key": f"k{place}", "rows": [drawn(place) for _ in range(draw.randrange(1, 4))]}
+        for place in range(count)
+    ]
+
+
+def test_kill_of_a_push_server_and_its_stream_loses_and_doubles_nothing(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """Killed at random points, asked again with the same keys: table, quarantine and online as if never killed."""
+    sent = pushes(5 * (KILLS + 1))
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = PushProject(tmp_path / "whole", access)
+    for push in sent:
+        whole.push(*push["rows"], key=push["key"])
+    while whole.stream(max_rows=5).step():
+        pass
+    waiting = [one for push in sent for one in (push, "stream")]
+    draw, kills = random.Random(), 0
+    while waiting:
+        kill_after_s = draw.uniform(0.0, 0.3) if kills < KILLS else None
+        kills += kill_after_s is not None
+        waiting = waiting[answered(tmp_path / "killed", access, waiting, kill_after_s) :]
+    assert kills == KILLS
+    killed = PushProject(tmp_path / "killed", access)
+    columns = ["person_id", "event_timestamp", "amount", "sector", "deleted", "ingest_seq"]
+    assert killed.table().select(columns).equals(whole.table().select(columns))
+    for one in ("rows_in", "rows_stored", "rows_quarantined"):
+        assert sum(event[one] for event in ingested(killed)) == sum(event[one] for event in ingested(whole))
+    spec, people = whole.view.spec, [(number,) for number in range(4)]
+    assert killed.store.get(spec, people) == whole.store.get(spec, people)
+    whole.close()
+    killed.close()
+
+
+def answered(root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None) -> int:
+    """How much of what was asked a server did before it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.push_project"])
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(str(root), access, there), daemon=True)
+    server.start()
+    there.close()
+    timer = threading.Timer(kill_after_s or 0.0, server.kill)
+    done = 0
+    try:
+        for one in asked:
+            here.send(one)
+            if done == 0 and kill_after_s is not None:
+                timer.start()
+            here.recv()
+            done += 1
+    except (EOFError, ConnectionError):
+        pass
+    timer.cancel()
+    server.kill()
+    server.join()
+    here.close()
+    return done
