@@ -71,6 +71,11 @@ def estimate(registers: Registers) -> int:
     return 0 if math.isinf(total) else round(_ALPHA * REGISTERS * REGISTERS / total)
 
 
+def beyond(exact: int, registers: Registers) -> int:
+    """The estimate, where there are known to be more than `exact` different values."""
+    return max(estimate(registers), exact + 1)
+
+
 def _sigma(share: float) -> float:
     """x + the sum of x ** (2 ** k) * 2 ** (k - 1) over k from 1."""
     if share == 1:

@@ -21,7 +21,7 @@ import polars as pl
 from cluster.errors import TrainingSetError
 from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, Output, WindowSpec
 from feature_jobs.store.exact_sum import digits_of
-from feature_jobs.store.hyperloglog import REGISTERS, estimate, places_and_ranks, value_hash
+from feature_jobs.store.hyperloglog import REGISTERS, beyond, places_and_ranks, value_hash
 from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ, Answers
 from feature_jobs.store.spans import NONE, Bools, Ints, Spans, counts, greatest, members, merged, totals
 
@@ -269,13 +269,8 @@ def _distinct(column: _Column, spans: Spans, groups: Ints) -> Ints:
         np.maximum.at(shared, registers[run.everywhere], ranks[run.everywhere])
         filled = np.tile(shared, (run.places.size, 1))
         np.maximum.at(filled, (run.at, registers[run.rows]), ranks[run.rows])
-        found[run.places] = [beyond_exact(estimate(row)) for row in filled]
+        found[run.places] = [beyond(EXACT_DISTINCT, row) for row in filled]
     return found
-
-
-def beyond_exact(estimated: int) -> int:
-    """An estimate, where more than `EXACT_DISTINCT` values are known to be there."""
-    return max(estimated, EXACT_DISTINCT + 1)
 
 
 def _micros(frame: pl.DataFrame, column: str) -> Ints:

@@ -1,0 +1,168 @@
+"""The online state of windowed aggregations: the same answers as offline, whatever came when and how often."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import InvalidRequest
+from feature_jobs.store.aggregations import EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
+from feature_jobs.store.tiles import EventRow, Tiling, WindowState
+from feature_jobs.store.windows import aggregate
+from tests.unit.feature_jobs.event_frames import COLUMNS, EVENTS, KEYS, SPEC, START, TIME, event_frames
+
+HOUR_US = 3_600_000_000
+START_US = int(START.timestamp()) * 1_000_000
+TILING = Tiling(SPEC)
+
+
+def event_rows(frame: pl.DataFrame, spec: WindowSpec = SPEC) -> list[EventRow]:
+    """A frame's rows as the state takes them."""
+    times = [pl.col(name).dt.epoch("us") for name, dtype in frame.schema.items() if dtype == TIME]
+    return [
+        EventRow(
+            row["event_id"],
+            row["event_timestamp"],
+            row["created_timestamp"],
+            row["ingest_seq"],
+            None if row["deleted"] else tuple(row[name] for name in spec.columns),
+        )
+        for row in frame.with_columns(*times).iter_rows(named=True)
+    ]
+
+
+def offline_values(frame: pl.DataFrame, *instants_us: int, spec: WindowSpec = SPEC) -> list[list[Any]]:
+    """What the training set would hold."""
+    asked = [(1, "n", START + timedelta(microseconds=at_us - START_US)) for at_us in instants_us]
+    entities = pl.DataFrame(asked, schema=KEYS | {"event_timestamp": TIME}, orient="row")
+    found = aggregate(entities, frame, keys=list(KEYS), windows=spec).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
+    return [list(row) for row in found.with_columns(*times).rows()]
+
+
+one_entity = event_frames().map(
+    lambda frame: frame.with_columns(person=pl.lit(1, pl.Int64), place=pl.lit("n"))
+)
+
+
+@settings(max_examples=settings.default.max_examples, deadline=None)
+@given(frame=one_entity, data=st.data())
+def test_state_agrees_with_offline_for_every_instant(frame: pl.DataFrame, data: st.DataObject) -> None:
+    """Any order, duplicates, and a state that is packed and unpacked in between; also for instants before the last
+    knowledge."""
+    rows = event_rows(frame)
+    state = WindowState(TILING)
+    for row in data.draw(st.permutations(rows + rows[::2])):
+        state.apply(row)
+        if data.draw(st.integers(0, 3)) == 0:
+            state = WindowState.unpack(TILING, state.pack())
+    for row in rows:
+        assert not state.apply(row)
+    instants = [START_US + hour * HOUR_US for hour in range(18)]
+    assert [state.values(at_us) for at_us in instants] == offline_values(frame, *instants)
+
+
+@settings(max_examples=settings.default.max_examples, deadline=None)
+@given(frame=one_entity, data=st.data())
+def test_expiry_and_replay_change_no_later_answer(frame: pl.DataFrame, data: st.DataObject) -> None:
+    """Events come as they are known, the state forgets, and a crash makes the last of them come again."""
+    known = pl.max_horizontal("event_timestamp", "created_timestamp")
+    frame = frame.sort(known)
+    rows, times = event_rows(frame), frame.select(known.dt.epoch("us")).to_series().to_list()
+    state, at_us = WindowState(TILING), START_US
+    for place, (row, at_us) in enumerate(zip(rows, times, strict=True)):
+        back = data.draw(st.integers(0, 3))
+        for again in [*rows[max(place - back, 0) : place], row]:
+            state.apply(again)
+        if data.draw(st.booleans()):
+            state.expire(at_us)
+    instants = [at_us + hour * HOUR_US for hour in range(4)]
+    found = []
+    for at_us in instants:
+        found.append(state.values(at_us))
+        state.expire(at_us)
+    assert found == offline_values(frame, *instants)
+
+
+def row(event: str, at: float, value: Any, *, seq: int = 0, created: float | None = None) -> EventRow:
+    """A version of an event at an hour; no value is a tombstone."""
+    times = (START_US + int(hour * HOUR_US) for hour in (at, at if created is None else created))
+    return EventRow(event, *times, seq, None if value is None else (value,))
+
+
+def only(column: str, *functions: str, hours: float = 5) -> WindowSpec:
+    """Aggregations of one column over one window."""
+    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
+    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
+
+
+def at(hour: float) -> int:
+    """An hour after the start."""
+    return START_US + int(hour * HOUR_US)
+
+
+def test_events_of_the_past_are_forgotten_and_earlier_instants_not_answered() -> None:
+    """So the state's size is that of its longest window."""
+    state = WindowState(Tiling(only("amount", "count")))
+    for number in range(2000):
+        state.apply(row(str(number), number / 10, 1.0, seq=number))
+        state.expire(at(number / 10))
+    assert state.values(at(199.9)) == [50]
+    assert state.values(at(199.8)) is None
+    assert len(state.pack()) < 10_000
+
+
+def test_repeated_version_that_was_corrected_stays_corrected() -> None:
+    """Although the correction moved the event far back, and all else from then is forgotten."""
+    state = WindowState(Tiling(only("amount", "count")))
+    state.apply(row("a", 20, 1.0))
+    state.apply(row("a", 1, 1.0, seq=1, created=20.5))
+    state.expire(at(21))
+    state.apply(row("a", 20, 1.0))
+    assert state.values(at(21)) == [0]
+
+
+def test_event_dated_ahead_counts_from_then_on() -> None:
+    """And what it corrects until then."""
+    state = WindowState(Tiling(only("amount", "sum")))
+    state.apply(row("a", 1, 5.0))
+    state.apply(row("a", 3, 7.0, seq=1, created=2))
+    assert [state.values(at(hour)) for hour in (2.5, 3)] == [[5.0], [7.0]]
+
+
+@pytest.mark.parametrize("num_values", [EXACT_DISTINCT - 10, EXACT_DISTINCT, EXACT_DISTINCT + 1, 5000])
+def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int) -> None:
+    """Whether one tile holds all values or several do, and whether an edge cuts one."""
+    spec = only("size", "distinct")
+    state = WindowState(Tiling(spec))
+    hours = [10 * number / num_values for number in range(num_values)]
+    data = [
+        dict.fromkeys(EVENTS)
+        | {"person": 1, "place": "n", "event_id": str(number), "ingest_seq": number, "deleted": False}
+        | {"size": number % num_values}
+        | dict.fromkeys(("event_timestamp", "created_timestamp"), START + timedelta(hours=hour / 2))
+        for number, hour in enumerate(hours)
+    ]
+    frame = pl.DataFrame(data, schema=EVENTS)
+    for one in event_rows(frame, spec):
+        state.apply(one)
+    instants = [at(hour) for hour in (3.0, 4.999, 5.3, 7.0)]
+    assert [state.values(at_us) for at_us in instants] == offline_values(frame, *instants, spec=spec)
+
+
+def test_whole_numbers_beyond_int64_are_refused_while_they_count() -> None:
+    """The state holds them, and goes on without them."""
+    tiling = Tiling(only("size", "sum"))
+    state = WindowState(tiling)
+    for number in range(3):
+        state.apply(row(str(number), 1, 2**62, seq=number))
+    state.apply(row("later", 4, 1, seq=9))
+    state = WindowState.unpack(tiling, state.pack())
+    with pytest.raises(InvalidRequest, match="beyond int64"):
+        state.values(at(4))
+    assert state.values(at(7)) == [1]
