@@ -14,6 +14,7 @@
     │   │   └── SchemaMismatch        a column is missing or has the wrong type
     │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
     │   ├── TrainingSetError
+    │   ├── SkewFound                 a served feature is not what offline data gives
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
     │   ├── ProtectedFileCorrupt      a Parquet file that was altered or exchanged (`security/parquet`)
@@ -90,6 +91,10 @@ class BatchRefused(RefusedError):
 
 class TrainingSetError(RefusedError):
     """A training set that cannot be built or used."""
+
+
+class SkewFound(RefusedError):
+    """A served feature is not what offline data gives for the same request."""
 
 
 class ModelNotFound(RefusedError):
