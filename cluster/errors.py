@@ -17,6 +17,7 @@
     │   │   └── CommitConflict        another job committed to the table meanwhile; nothing was stored
     │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
     │   ├── TrainingSetError
+    │   ├── SkewFound                 a served feature is not what offline data gives
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
     │   ├── ProtectedFileCorrupt      a Parquet file that was altered or exchanged (`security/parquet`)
@@ -106,6 +107,10 @@ class BatchRefused(RefusedError):
 
 class TrainingSetError(RefusedError):
     """A training set that cannot be built or used."""
+
+
+class SkewFound(RefusedError):
+    """A served feature is not what offline data gives for the same request."""
 
 
 class ModelNotFound(RefusedError):

@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class PredictionRecord:
     """Model input to one value per entity."""
     predictions: list[dict[str, Any]]
     """As answered."""
+    given: list[str] = field(default_factory=list)
+    """Inputs that the client gave itself; older records do not have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +212,7 @@ def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
 
 
 def _head(record: dict[str, Any]) -> dict[str, Any]:
-    nested = ("entities", "features", "predictions")
+    nested = ("entities", "features", "predictions", "given")
     return {name: value for name, value in record.items() if name not in nested}
 
 

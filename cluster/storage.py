@@ -115,6 +115,9 @@ class Layout:
     def outcomes(self, model: str) -> str:
         return f"{self.root}/outcomes/{model}"
 
+    def skew(self, model: str) -> str:
+        return f"{self.root}/skew/{model}"
+
     def monitor(self, model: str) -> str:
         return f"{self.root}/monitor/{model}"
 

@@ -284,6 +284,21 @@ class ModelMonitored(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SkewChecked(LedgerEvent):
+    """Served features held against offline ones."""
+
+    model: str
+    since: str | None
+    rows: int
+    """Entities of logged predictions that were compared."""
+    rows_left_out: int
+    mismatches: int
+    features: dict[str, Json]
+    """Feature to its counts by verdict and its SMAPE."""
+    report: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTableRewritten(LedgerEvent):
     """The same rows in other files: compacted, or under newer keys."""
 

@@ -108,7 +108,8 @@ class Predictor:
         asked = parse_predict(body, self._inputs, now=dt.datetime.now(dt.UTC))
         columns, status = self._features(asked.entities, asked.overrides, asked.as_of)
         rows = self._model.predict(columns).rows()
-        prediction_id = self._write(request, asked.as_of, asked.entities, columns, rows)
+        given = sorted(asked.overrides)
+        prediction_id = self._write(request, asked.as_of, asked.entities, columns, rows, given)
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
@@ -125,7 +126,8 @@ class Predictor:
         asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
         rows = self._model.predict(asked.columns).rows()
         entities: list[dict[str, Any]] = [{} for _ in rows]
-        prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows)
+        given = sorted(asked.columns)
+        prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows, given)
         head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
@@ -163,6 +165,7 @@ class Predictor:
         entities: list[dict[str, Any]],
         columns: dict[str, list[Any]],
         rows: list[dict[str, Any]],
+        given: list[str],
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
         headers = request.headers
@@ -181,6 +184,7 @@ class Predictor:
             entities=entities,
             features=columns,
             predictions=rows,
+            given=given,
         )
         try:
             self._log.append(record)

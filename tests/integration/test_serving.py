@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ import pytest
 from cluster import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import check
-from cluster.ledger.events import ArtifactRefused
-from cluster.records import count_records, read_predictions
+from cluster.ledger.events import ArtifactRefused, SkewChecked
+from cluster.records import PredictionRecord, SegmentWriter, count_records, read_predictions
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
@@ -146,6 +147,66 @@ def test_each_answer_is_one_row_of_the_log(client: Shop) -> None:
     mine = rows.filter(pl.col("prediction_id").is_in(ids))
     assert mine.height == 10
     assert mine.filter(pl.col("prediction_id") == ids[1])["income__amount"].to_list() == [37.0]
+
+
+def test_what_was_served_is_what_offline_data_gives(client: Shop) -> None:
+    """The gate opens for honest features, overrides left out, counts what lags, and closes on a value made otherwise."""
+    project, root = client.project, client.project.root
+    client.predict(21, features={"income__amount": 1e6})
+    opened = project.run("feature_jobs.skew", "name=loan", check=True).stdout
+    assert re.search(
+        r"income__amount: compared [1-9]\d*, equal [1-9]\d*, lag 0, .* mismatch 0, smape 0.0", opened
+    )
+    frame = pl.read_parquet(root / "income.parquet").filter(pl.col("customer_id") == 22)
+    frame.with_columns(amount=1.5).write_parquet(root / "other.parquet")
+    start = datetime.now(UTC).isoformat()
+    ingest = ("definitions=shop", "view=income", "source.path=other.parquet")
+    project.run("feature_jobs.ingest", *ingest, check=True)
+    client.predict(22)
+    behind = project.run("feature_jobs.skew", "name=loan", f"since='{start}'", check=True).stdout
+    assert "lag 1" in behind
+    [event] = [*skew_events(project)][-1:]
+    assert (event["mismatches"], event["rows"]) == (0, 1)
+    report = json.loads((project.storage_root / event["report"]).read_text())
+    assert report["features"]["income__amount"]["lag"] == 1
+    forge(project, served=777.0)
+    closed = project.run("feature_jobs.skew", "name=loan", f"since='{start}'")
+    assert closed.returncode == 2, closed.stderr
+    assert "1 served values are not what offline data gives" in closed.stderr
+
+
+def forge(project: Project, *, served: float) -> None:
+    """A record as a replica with another transform would write it."""
+    store, [key] = key_store(project.owner), {log_key(path) for path in predictions(project).iterdir()}
+    now = datetime.now(UTC).isoformat()
+    record = PredictionRecord(
+        prediction_id="forged",
+        request_id="",
+        time=now,
+        model="loan",
+        version=1,
+        variant="champion",
+        rollout="",
+        arm="none",
+        unit_hash="",
+        as_of=AS_OF,
+        entities=[{"customer_id": 23}],
+        features={"income__amount": [served], "income__sector": ["farm"]},
+        predictions=[{"probability": 0.5, "label": 0}],
+    )
+    writer = SegmentWriter(predictions(project), store=store, key=key)
+    writer.append(record)
+    writer.close()
+
+
+def log_key(path: Path) -> str:
+    with path.open("rb") as file:
+        return str(json.loads(file.readline())["key"])
+
+
+def skew_events(project: Project) -> Iterator[dict[str, Any]]:
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    return (entry.payload for entry in ledger.entries(SkewChecked))
 
 
 def test_the_inference_protocol_answers_the_same(client: Shop) -> None:

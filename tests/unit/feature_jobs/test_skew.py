@@ -1,0 +1,226 @@
+"""What is called a mismatch, what only lag, and what is missing; one side computed by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.served import served
+from feature_jobs.store.skew import (
+    AS_OF,
+    FLOOR_AS_OF,
+    FLOOR_SEQ,
+    POSITION,
+    REQUESTED,
+    FeatureSkew,
+    Verdict,
+    differing,
+    judge,
+    skew_of,
+)
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+TIME = pl.Datetime("us", "UTC")
+
+
+def at(hour: float | None) -> datetime | None:
+    return None if hour is None else START + timedelta(hours=hour)
+
+
+def history(*rows: tuple[float, float, Any]) -> pl.DataFrame:
+    """Rows of entity 1: hour of event, hour of ingestion, value; in order of `ingest_seq`."""
+    return pl.DataFrame(
+        {
+            "key": [1] * len(rows),
+            "event_timestamp": [at(row[0]) for row in rows],
+            "created_timestamp": [at(row[0]) for row in rows],
+            "ingest_seq": list(range(len(rows))),
+            "ingested_at": [at(row[1]) for row in rows],
+            "value": pl.Series([row[2] for row in rows], dtype=pl.Int64),
+        },
+        schema_overrides=dict.fromkeys(("event_timestamp", "created_timestamp", "ingested_at"), TIME)
+        | {"key": pl.Int64, "ingest_seq": pl.Int64},
+    )
+
+
+def verdict(
+    served: int | None,
+    rows: pl.DataFrame,
+    *,
+    as_of: float = 10,
+    requested: float = 10,
+    floor: tuple[int, float] | None = None,
+    ttl_h: float | None = None,
+) -> str:
+    asked = pl.DataFrame(
+        {
+            POSITION: [0],
+            "key": [1],
+            AS_OF: [at(as_of)],
+            REQUESTED: [at(requested)],
+            FLOOR_SEQ: pl.Series([floor[0] if floor else None], dtype=pl.Int64),
+            FLOOR_AS_OF: pl.Series([at(floor[1]) if floor else None], dtype=TIME),
+        },
+        schema_overrides={AS_OF: TIME, REQUESTED: TIME},
+    )
+    online = pl.Series([served], dtype=pl.Int64)
+    ttl = None if ttl_h is None else timedelta(hours=ttl_h)
+    found = judge(asked, rows, keys=["key"], feature="value", online=online, ttl=ttl)
+    [one] = found["verdict"].to_list()
+    return str(one)
+
+
+@pytest.mark.parametrize(
+    ("served", "rows", "more", "expected"),
+    [
+        (7, [(1, 1, 5)], {}, "mismatch"),
+        (4, [(1, 1, 4), (2, 2, 5)], {}, "lag"),
+        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (0, 9)}, "lag"),
+        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (1, 9)}, "mismatch"),
+        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (1, 1.5)}, "lag"),
+        (4, [(1, 1, 4), (2, 11, 5)], {}, "lag"),
+        (5, [(1, 1, 4), (2, 11, 5), (3, 12, 6)], {"floor": (0, 9)}, "lag"),
+        (6, [(1, 1, 4), (11, 2, 6)], {}, "mismatch"),
+        (None, [(1, 1, 4)], {}, "online_missing"),
+        (None, [(1, 11, 4)], {}, "lag"),
+        (4, [(1, 1, 4), (2, 2, None)], {"floor": (1, 9)}, "offline_missing"),
+        (4, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing"),
+        (4, [], {}, "offline_missing"),
+        (9, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing"),
+    ],
+    ids=[
+        "a value that nobody ever stored",
+        "an older row, never materialised",
+        "an older row, materialised before the newer came",
+        "an older row though the newer had been materialised",
+        "the newer was not available as of the materialisation",
+        "the newer was ingested after the request",
+        "pushed before it was ingested",
+        "a row of the future",
+        "not in the online store",
+        "not there yet",
+        "served though the newest row is null",
+        "served though expired",
+        "served though offline knows no such entity",
+        "a wrong value though expired",
+    ],
+)
+def test_a_difference_has_one_cause(
+    served: int | None, rows: list[Any], more: dict[str, Any], expected: str
+) -> None:
+    """At hour ten, requested then, unless said otherwise."""
+    assert verdict(served, history(*rows), **more) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=6),
+    st.data(),
+)
+def test_what_an_honest_store_holds_is_never_a_mismatch(rows: list[Any], data: st.DataObject) -> None:
+    """Any row that was available and ingested may be what the store still had, if nothing newer had reached it."""
+    table = history(*rows)
+    held = data.draw(st.integers(0, len(rows) - 1))
+    assert verdict(rows[held][2], table) == "lag"
+
+
+def test_null_on_both_sides_is_equal_and_floats_are_compared_exactly() -> None:
+    """A last digit is a difference: the value was made in another way."""
+    online = pl.Series([None, 0.1 + 0.2, 1.0, None])
+    offline = pl.Series([None, 0.3, 1.0, 2.0])
+    assert differing(online, offline).to_list() == [False, True, False, True]
+
+
+def test_counts_and_smape_are_those_of_the_formula() -> None:
+    """2 * 1 / 3 and twice 0 over three pairs; nulls do not count; sums of parts are those of the whole."""
+    online, offline = pl.Series([1, 0, 5, None]), pl.Series([2, 0, 5, 4])
+    verdicts = pl.Series(["mismatch", "equal", "equal", "online_missing"])
+    whole = skew_of(online, offline, verdicts)
+    assert whole.report() == {
+        "compared": 4,
+        "equal": 2,
+        "lag": 0,
+        "online_missing": 1,
+        "offline_missing": 0,
+        "mismatch": 1,
+        "smape": pytest.approx(2 / 9),
+    }
+    parts = [skew_of(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
+    assert sum(parts, FeatureSkew()).report() == whole.report()
+    text = pl.Series(["a"])
+    assert skew_of(text, text, pl.Series([Verdict.equal.value])).smape is None
+
+
+# From the log
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    """A logged prediction of two entities."""
+    base: dict[str, Any] = {
+        "prediction_id": f"p{number}",
+        "time": at(10 + number).isoformat(),  # type: ignore[union-attr]
+        "as_of": at(10).isoformat(),  # type: ignore[union-attr]
+        "version": 1,
+        "entities": [{"person_id": 1}, {"person_id": 2}],
+        "features": {"person__age_band": ["a", "b"], "person__seen": [5, None]},
+        "given": [],
+    }
+    return base | changes
+
+
+def test_what_was_not_read_online_is_left_out_and_counted() -> None:
+    """Requests with all their features, records that do not say what was given, and what is too old."""
+    old = record(0)
+    del old["given"]
+    brought = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
+    groups, left_out = served([old, brought, record(2), record(3)], since=None)
+    assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
+    assert left_out == 4
+    [late], _ = served([record(2), record(3)], since=at(13))
+    assert late.ids == [("p3", 0), ("p3", 1)]
+
+
+def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:
+    """Each group can be asked for in one join."""
+    groups, _ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
+    assert [(group.version, group.given) for group in groups] == [(1, ()), (2, ()), (1, ("person__seen",))]
+
+
+def test_a_key_that_was_read_before_is_the_one_that_was_served() -> None:
+    """Unless the client gave it, because then another one was read."""
+    [group], _ = served([record(1)], since=None)
+    assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
+    [given], _ = served([record(1, given=["person__age_band"])], since=None)
+    assert "age_band" not in given.asked(SERVICE).column_names
+
+
+def test_a_served_time_is_the_instant_it_was() -> None:
+    """The online store gives microseconds."""
+    [group], _ = served([record(1)], since=None)
+    seen = group.column("person__seen", PERSON.fields[1])
+    assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]
+
+
+PERSON = ViewSpec(
+    name="person",
+    version="1",
+    join_keys=["person_id"],
+    fields=[
+        FieldSpec(name=name, dtype=dtype, sensitivity="internal", categorical=False)
+        for name, dtype in (("age_band", "string"), ("seen", "timestamp"))
+    ],
+    ttl_s=None,
+)
+COHORT = ViewSpec(
+    name="cohort",
+    version="1",
+    join_keys=["age_band"],
+    fields=[FieldSpec(name="rate", dtype="float64", sensitivity="internal", categorical=False)],
+    ttl_s=None,
+)
+SERVICE = ServiceSpec(name="credit", version="1", views=[PERSON, COHORT])
