@@ -150,7 +150,7 @@ def test_each_answer_is_one_row_of_the_log(client: Shop) -> None:
 
 
 def test_what_was_served_is_what_offline_data_gives(client: Shop) -> None:
-    """The gate opens for honest features, overrides left out, counts what lags, and closes on a value made otherwise."""
+    """The gate opens for honest features, overrides left out, counts what lags, and closes on a forged value."""
     project, root = client.project, client.project.root
     client.predict(21, features={"income__amount": 1e6})
     opened = project.run("feature_jobs.skew", "name=loan", check=True).stdout
