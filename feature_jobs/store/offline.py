@@ -79,16 +79,25 @@ class Snapshot:
         """Rows in all buckets."""
         return sum(file.rows for file in self.files)
 
-    def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
+    def is_ordered(self, bucket: int) -> bool:
+        """Whether a bucket's rows lie in one file, and so come in order of (available, event, created, seq)."""
+        return sum(file.bucket == bucket for file in self.files) <= 1
+
+    def read(self, bucket: int, columns: Sequence[str], *, sequence: bool = True) -> pl.DataFrame:
         """A bucket's rows: join keys, the three columns that order them, and the given features; with `deleted`, never
         null, where the table can hold tombstones.
+
+        Args:
+            bucket: which.
+            columns: features.
+            sequence: with `ingest_seq`; who needs no more than the order the rows come in does without.
 
         Raises:
             ProtectedFileCorrupt: a file was altered, or is not the one that was written for this table and bucket.
             AccessDenied, KeyRevoked: as the key store says.
         """
         ends = [DELETED] if self.tombstones else []
-        wanted = [*self.key_types, EVENT, CREATED, SEQ, *ends, *columns]
+        wanted = [*self.key_types, EVENT, CREATED, *([SEQ] if sequence else []), *ends, *columns]
         tables = [with_columns(table, wanted) for table in self.tables(bucket, wanted)]
         if not tables:
             return pl.DataFrame()
@@ -318,7 +327,10 @@ def snapshot(
         )
     if version is not None:
         table.load_as_version(version)
-    actions: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    # Neither as `pa.table`, nor with the times among the columns: for both, Arrow would import pandas.
+    said = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
+    named = said.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])
+    actions: list[dict[str, Any]] = named.to_pylist()
     files = tuple(
         BucketFile(
             path=action["path"],

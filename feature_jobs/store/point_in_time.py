@@ -151,8 +151,15 @@ def _hidden(
     Without it, the answer is the greater one of what was found and the greatest row whose creation was after its event,
     because every row that the cutoff hides is of that kind.
     """
-    late = rows.filter(_LATE).sort(EVENT, maintain_order=True)
-    if late.is_empty() or without.is_empty():
+    late = (
+        rows.lazy()
+        .filter(_LATE)
+        .select(*keys, EVENT, _ROW)
+        .join(without.lazy().select(keys), on=list(keys), how="semi", maintain_order="left")
+        .sort(EVENT, maintain_order=True)
+        .collect()
+    )
+    if late.is_empty():
         return 0
     known = without.select(*keys, _T, pl.col(EVENT).alias("__event"), pl.col(_ROW).alias("__found"))
     found = _as_of(known, late, keys=keys, on=EVENT)

@@ -7,7 +7,9 @@ done in this process while the work is small and in a Ray task each when it is l
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,8 @@ from feature_jobs.store.point_in_time import EVENT, answer
 from feature_jobs.store.windows import aggregate
 
 POSITION = "__position"
+THREADS = min(4, os.cpu_count() or 1)
+"""Buckets that are joined at once in a process; memory is bounded by as many."""
 Part = tuple[int, pl.DataFrame]
 """A bucket, and the entity rows in it."""
 
@@ -111,8 +115,9 @@ def joined(
 
 
 def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
-    """Join the buckets one after the other in this process."""
-    return [join_bucket(snapshot, view, part, cutoff) for part in parts]
+    """Join the buckets in this process, a few at a time: reading, the joins and decryption leave the interpreter."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(lambda part: join_bucket(snapshot, view, part, cutoff), parts))
 
 
 def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
@@ -123,12 +128,21 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
         made = aggregate(asked, events, keys=list(snapshot.key_types), windows=view.windows, cutoff=cutoff)
         return Joined(frame=made.columns.with_columns(asked[POSITION]), hidden=made.hidden)
     names = [field.name for field in view.fields]
-    features = snapshot.read(bucket, names)
+    ordered = snapshot.is_ordered(bucket)
+    features = snapshot.read(bucket, names, sequence=not ordered)
     if features.is_empty():
         nothing = [pl.lit(None).alias(name) for name in names]
         return Joined(frame=asked.select(*nothing, POSITION), hidden=0)
     ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-    found = answer(asked, features, keys=list(snapshot.key_types), columns=names, ttl=ttl, cutoff=cutoff)
+    found = answer(
+        asked,
+        features,
+        keys=list(snapshot.key_types),
+        columns=names,
+        ttl=ttl,
+        cutoff=cutoff,
+        ordered=ordered,
+    )
     return Joined(frame=found.columns.with_columns(asked[POSITION]), hidden=found.hidden)
 
 

@@ -31,7 +31,7 @@ from cluster.errors import AccessDenied, SchemaMismatch
 from cluster.security.keys.store import KeyNotFound, KeyRevoked, KeyStore, KeyStoreUnavailable
 from cluster.security.parquet.footer import PLACE, FileKeys, ProtectedFileCorrupt, read_footer
 from cluster.security.parquet.protection import Protection
-from cluster.storage import write_bytes
+from cluster.storage import coded_columns, write_bytes
 
 CACHE_S = 60.0
 _CLOSED = (AccessDenied, KeyRevoked, KeyNotFound)
@@ -76,6 +76,7 @@ class ProtectedFiles:
             sink,
             table.schema,
             compression="zstd",
+            use_dictionary=coded_columns(table.schema),
             write_statistics=[name for name in table.column_names if protection.key_of(name) is None],
             write_page_checksum=True,
             encryption_properties=self._encryption(by_key, protection) if by_key else None,

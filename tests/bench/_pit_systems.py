@@ -1,0 +1,218 @@
+"""The systems of `pit_join`, each from Parquet on disk to Parquet on disk in a process of its own.
+
+Run by its path as `_pit_systems.py SYSTEM FOLDER OUTPUT`, by Feast's interpreter too, so what a system needs is
+imported where it is used. Prints one JSON object: seconds without imports, and the peak of this process.
+
+DuckDB and Polars do what the feature store does, as one would write it by hand: the greatest (event, created) that was
+available by the entity row's time, nulls once it is older than the TTL. Feast's own meaning is another: it takes the
+newest event whether it was known or not.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _pit_data import TTL_DAYS, VIEWS, feature_names
+
+ALL = [name for view in range(VIEWS) for name in feature_names(view)]
+Timed = Callable[[], dict[str, float]]
+
+
+def polars(folder: Path, output: Path) -> Timed:
+    """Bare Polars, lazily."""
+    import polars as pl
+
+    def run() -> dict[str, float]:
+        asked = pl.scan_parquet(folder / "entities.parquet").sort("event_timestamp")
+        for view in range(VIEWS):
+            known = (
+                pl.scan_parquet(folder / f"t{view}.parquet")
+                .with_columns(pl.max_horizontal("event_timestamp", "created_timestamp").alias("v"))
+                .sort("v", "event_timestamp", "created_timestamp")
+                .filter(pl.col("event_timestamp") >= pl.col("event_timestamp").cum_max().over("entity_id"))
+                .drop("created_timestamp")
+                .rename({"event_timestamp": "since"})
+            )
+            fresh = pl.col("since") >= pl.col("event_timestamp") - dt.timedelta(days=TTL_DAYS)
+            asked = (
+                asked.join_asof(
+                    known, left_on="event_timestamp", right_on="v", by="entity_id", check_sortedness=False
+                )
+                .with_columns(pl.when(fresh).then(pl.col(name)).alias(name) for name in feature_names(view))
+                .drop("since", "v", strict=False)
+            )
+        asked.sort("row_id").sink_parquet(output)
+        return {}
+
+    return run
+
+
+def duckdb(folder: Path, output: Path) -> Timed:
+    """Bare DuckDB, one statement."""
+    import duckdb
+
+    joins, columns = [], ["e.*"]
+    for view in range(VIEWS):
+        joins.append(f"""
+            ASOF LEFT JOIN (
+                SELECT *, greatest(event_timestamp, created_timestamp) AS v FROM '{folder}/t{view}.parquet'
+                QUALIFY event_timestamp >= max(event_timestamp) OVER (
+                    PARTITION BY entity_id
+                    ORDER BY greatest(event_timestamp, created_timestamp), event_timestamp, created_timestamp
+                    ROWS UNBOUNDED PRECEDING
+                )
+            ) AS k{view} ON k{view}.entity_id = e.entity_id AND k{view}.v <= e.event_timestamp
+        """)
+        fresh = f"k{view}.event_timestamp >= e.event_timestamp - INTERVAL {TTL_DAYS} DAY"
+        columns += [f"CASE WHEN {fresh} THEN k{view}.{name} END AS {name}" for name in feature_names(view)]
+    query = f"SELECT {', '.join(columns)} FROM '{folder}/entities.parquet' AS e {' '.join(joins)} ORDER BY e.row_id"
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+
+    def run() -> dict[str, float]:
+        connection.execute(f"COPY ({query}) TO '{output}' (FORMAT parquet)")
+        return {}
+
+    return run
+
+
+def feast_duckdb(folder: Path, output: Path) -> Timed:
+    """Feast with its DuckDB offline store."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+    from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+    from feast.repo_config import RegistryConfig
+    from feast.types import Float64
+
+    place = tempfile.mkdtemp(prefix="pit-feast-")
+    store = FeatureStore(
+        config=RepoConfig(
+            project="bench",
+            provider="local",
+            registry=RegistryConfig(path=f"{place}/registry.db"),
+            online_store={"type": "sqlite", "path": f"{place}/online.db"},
+            offline_store={"type": "duckdb"},
+            repo_path=place,
+            entity_key_serialization_version=3,
+        )
+    )
+    entity = Entity(name="entity", join_keys=["entity_id"], value_type=ValueType.INT64)
+    views = [
+        FeatureView(
+            name=f"t{view}",
+            entities=[entity],
+            ttl=dt.timedelta(days=TTL_DAYS),
+            schema=[Field(name=name, dtype=Float64) for name in feature_names(view)],
+            source=FileSource(
+                name=f"s{view}",
+                path=str((folder / f"t{view}.parquet").resolve()),
+                timestamp_field="event_timestamp",
+                created_timestamp_column="created_timestamp",
+            ),
+        )
+        for view in range(VIEWS)
+    ]
+    store.apply([entity, *views])
+    features = [f"t{view}:{name}" for view in range(VIEWS) for name in feature_names(view)]
+
+    def run() -> dict[str, float]:
+        asked = pd.read_parquet(folder / "entities.parquet")
+        table = store.get_historical_features(entity_df=asked, features=features).to_arrow()
+        pq.write_table(table, output)
+        return {}
+
+    return run
+
+
+def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = False) -> Timed:
+    """The feature store: its tables, its join, the manifest's hashes."""
+    import polars  # noqa: F401 (as for the others, importing it is not what is measured)
+
+    from cluster.storage import read_parquet, write_parquet
+    from feature_jobs.store.offline import snapshot
+    from feature_jobs.store.row_hash import row_hash
+    from feature_jobs.store.training_set import assemble, join_here
+    from tests.bench._pit_tables import access_of, service
+
+    spec, protections = service(protected=tables == "protected")
+    access = access_of(folder)
+    join_parts = _ray_tasks() if tasks else join_here
+
+    def run() -> dict[str, float]:
+        entities = read_parquet(str(folder / "entities.parquet"))
+        snapshots = {
+            view.name: snapshot(
+                f"{folder}/{tables}/{view.name}",
+                view=view.name,
+                keys=view.join_keys,
+                protection=protections[view.name],
+                access=access,
+            )
+            for view in spec.views
+        }
+        built = assemble(spec, snapshots, entities, join_parts=join_parts)
+        started = time.perf_counter()
+        row_hash(entities)
+        row_hash(built.table)
+        hashed = time.perf_counter() - started
+        write_parquet(built.table, str(output))
+        return {"row_hash_seconds": hashed}
+
+    return run
+
+
+def _ray_tasks() -> Any:
+    """The join of the command, in a Ray of this machine whose workers have started."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # on loopback, for the length of a run
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
+    from feature_jobs.training_set import join_in_tasks
+
+    ray.init(
+        num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+    )
+    ray.get([ray.remote(time.sleep).remote(0.2) for _ in range(2 * (os.cpu_count() or 1))])
+    return join_in_tasks
+
+
+SYSTEMS: dict[str, Callable[[Path, Path], Timed]] = {
+    "falaj": falaj,
+    "falaj_protected": lambda folder, output: falaj(folder, output, tables="protected"),
+    "falaj_ray": lambda folder, output: falaj(folder, output, tasks=True),
+    "polars": polars,
+    "duckdb": duckdb,
+    "feast_duckdb": feast_duckdb,
+}
+
+
+def peak_kib() -> int:
+    """The most memory this process had; `getrusage` would count what it was before it became this program."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+
+
+def main() -> None:
+    """Run one system once."""
+    system, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    run = SYSTEMS[system](folder, output)
+    started = time.perf_counter()
+    more = run()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_kib() / 1024} | more), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The feature store's side of `pit_join`: the same rows as feature tables, in the clear and under keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+
+from cluster.security.keys.access import KeyAccess
+from cluster.security.parquet import Protection
+from cluster.security.token_source import TokenSource
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.protection import ORDERING, view_protection
+from tests.bench._pit_data import TTL_DAYS, VIEWS, feature_names
+
+BUCKETS = 8
+KEYS = [f"features/t{view}/{name}" for view in range(VIEWS) for name in ("internal", "personal")]
+
+
+def service(*, protected: bool) -> tuple[ServiceSpec, dict[str, Protection]]:
+    """The service, and its tables' protection: two features in five personal and the rest internal, or all public."""
+    views = []
+    for number in range(VIEWS):
+        fields = [
+            FieldSpec(
+                name=name,
+                dtype="float64",
+                sensitivity="personal" if at < 2 else "internal",
+                categorical=False,
+            )
+            for at, name in enumerate(feature_names(number))
+        ]
+        views.append(
+            ViewSpec(
+                name=f"t{number}",
+                version="1",
+                join_keys=["entity_id"],
+                fields=fields,
+                ttl_s=TTL_DAYS * 86_400,
+            )
+        )
+    protections = {view.name: view_protection(view) if protected else _public(view) for view in views}
+    return ServiceSpec(name="bench", version="1", views=views), protections
+
+
+def _public(view: ViewSpec) -> Protection:
+    names = (*view.join_keys, *ORDERING, *(field.name for field in view.fields))
+    return Protection(default=f"features/{view.name}/internal", keys=tuple((name, None) for name in names))
+
+
+def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
+    """Ingest `t0.parquet` and on, as one batch each."""
+    spec, protections = service(protected=kind == "protected")
+    for view in spec.views:
+        rows = pq.read_table(folder / f"{view.name}.parquet")
+        seq = pa.array(np.arange(rows.num_rows))
+        rows = rows.append_column("ingested_at", rows["created_timestamp"]).append_column("ingest_seq", seq)
+        uri = f"{folder}/{kind}/{view.name}"
+        target = offline.Target(
+            uri=uri, keys=("entity_id",), buckets=BUCKETS, protection=protections[view.name], access=access
+        )
+        offline.create_table(uri, rows.schema, num_buckets=BUCKETS)
+        files = offline.write_files(rows, target, name="batch")
+        batch = offline.Batch(
+            ingest_id="batch",
+            rows_in=rows.num_rows,
+            rows_stored=rows.num_rows,
+            rows_quarantined=0,
+            reasons={},
+            quarantine=None,
+        )
+        offline.commit(DeltaTable(uri), rows.schema, files, batch, seq=rows.num_rows - 1)
+
+
+def keep_access(folder: Path, access: KeyAccess) -> None:
+    """Tell the runs where the keys are."""
+    (folder / "access.json").write_text(json.dumps({"socket": access.socket, "token": access.token.file}))
+
+
+def access_of(folder: Path) -> KeyAccess:
+    """The keys of the bench."""
+    told = json.loads((folder / "access.json").read_text())
+    return KeyAccess(socket=told["socket"], token=TokenSource(file=told["token"]))

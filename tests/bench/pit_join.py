@@ -1,0 +1,190 @@
+"""`make bench BENCH=pit_join`: point-in-time joins from and to Parquet, beside bare Polars, bare DuckDB and Feast.
+
+Three tables of five features with one correction in ten rows, uneven entities and a TTL of seven days. Cases: 100,000
+entity rows against tables of a million rows, and a million against tables of five million. Systems: `falaj` over tables
+in the clear, as the peers' are, `falaj_protected` over tables under keys, `falaj_ray` with a Ray task for each bucket.
+Every run is a process of its own, in turn; given are medians, of wall time without imports and of the process's peak
+memory (of `falaj_ray` that of the driver alone). `falaj` includes the manifest's hashes, `row_hash_seconds` is their
+part. Whoever means the same must answer the same, or the bench fails.
+
+Feast is installed into `build/bench/feast` and left out where it cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import polars as pl
+
+# This file is run by its path, which leaves the project's root out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.bench._pit_data import CASES, TINY, VIEWS, Case, feature_names, write_plain
+from tests.bench._pit_tables import KEYS, keep_access, write_tables
+from tests.broker import running_broker
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "bench"
+FEAST = BUILD / "feast"
+OURS = ("falaj", "falaj_protected", "falaj_ray")
+PEERS = ("polars", "duckdb", "feast_duckdb")
+SAME_MEANING = (*OURS, "polars", "duckdb")
+TIMEOUT_S = 900
+Run = dict[str, float]
+
+
+def install_feast() -> bool:
+    """Feast in an environment of its own; its pandas is another one than ours."""
+    python = FEAST / "bin" / "python"
+    if (FEAST / "installed").exists():
+        return True
+    try:
+        if not python.exists():
+            venv.create(FEAST, with_pip=True)
+        wanted = ["feast[duckdb]==0.67.*", "pandas<3"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True, timeout=900)
+    except (subprocess.SubprocessError, OSError) as error:
+        print(f"feast_duckdb is left out: it cannot be installed here ({error})")
+        return False
+    (FEAST / "installed").touch()
+    return True
+
+
+def run(system: str, folder: Path) -> Run | None:
+    """One run; none where it failed, which is said."""
+    python = str(FEAST / "bin" / "python") if system == "feast_duckdb" else sys.executable
+    script = Path(__file__).with_name("_pit_systems.py")
+    output = folder / f"out_{system}.parquet"
+    output.unlink(missing_ok=True)
+    done = subprocess.run(
+        [python, str(script), system, str(folder), str(output)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FEAST_USAGE": "False"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+    if done.returncode:
+        print(f"{system} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+        return None
+    result: Run = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def in_turns(systems: list[str], folder: Path, turns: int) -> dict[str, Run]:
+    """Medians of each system that ran, after one round that warms the disk where there are several."""
+    runs: dict[str, list[Run]] = {system: [] for system in systems}
+    for turn in range(turns + (turns > 1)):
+        for system in list(runs):
+            result = run(system, folder)
+            if result is None:
+                del runs[system]
+            elif turn or turns == 1:
+                runs[system].append(result)
+                print(
+                    f"  {system:16} {result['seconds']:8.2f} s {result['peak_rss_mib']:8.0f} MiB", flush=True
+                )
+    return {
+        system: {name: statistics.median(one[name] for one in done) for name in done[0]}
+        for system, done in runs.items()
+    }
+
+
+def answers(system: str, folder: Path) -> pl.DataFrame:
+    """What a system wrote, by entity row."""
+    frame = pl.read_parquet(folder / f"out_{system}.parquet").sort("row_id")
+    plain = {name: name.split("__")[-1] for name in frame.columns}
+    columns = [name for view in range(VIEWS) for name in feature_names(view)]
+    return frame.rename(plain).select("row_id", *columns).fill_nan(None)
+
+
+def different(one: pl.DataFrame, other: pl.DataFrame) -> int:
+    """How many cells differ.
+
+    Raises:
+        AssertionError: they are not of the same entity rows.
+    """
+    assert one["row_id"].equals(other["row_id"])
+    return int(
+        one.select(
+            pl.sum_horizontal(pl.col(name).ne_missing(other[name]).sum() for name in one.columns)
+        ).item()
+    )
+
+
+def check(systems: list[str], folder: Path) -> None:
+    """Say who answers what.
+
+    Raises:
+        SystemExit: two that mean the same differ.
+    """
+    expected = answers(systems[0], folder)
+    cells = expected.height * (expected.width - 1)
+    for system in systems[1:]:
+        count = different(expected, answers(system, folder))
+        print(f"  {system}: {count} of {cells} cells are not those of {systems[0]}")
+        if count and system in SAME_MEANING:
+            raise SystemExit(f"{system} and {systems[0]} mean the same and differ in {count} cells.")
+
+
+def measure(case: Case, systems: list[str], turns: int) -> list[dict[str, object]]:
+    """All systems over one case."""
+    print(f"{case.name}, {turns} turns")
+    folder = BUILD / "pit_join" / case.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    write_plain(case, folder)
+    with running_broker(*KEYS) as access:
+        keep_access(folder, access)
+        for kind in ("plain", "protected"):
+            write_tables(folder, kind, access)
+        medians = in_turns(systems, folder, turns)
+    check(list(medians), folder)
+    shutil.rmtree(folder)
+    fastest = min(
+        (medians[name]["seconds"] for name in ("polars", "duckdb") if name in medians), default=None
+    )
+    for system, values in medians.items():
+        ratio = f", {values['seconds'] / fastest:.2f} of the faster bare one" if fastest else ""
+        print(f"{case.name}  {system:16} {values['seconds']:8.2f} s {values['peak_rss_mib']:8.0f} MiB{ratio}")
+    units = {"peak_rss_mib": "MiB"}
+    return [
+        {
+            "system": system,
+            "case": case.name,
+            "metric": metric,
+            "value": value,
+            "unit": units.get(metric, "s"),
+        }
+        for system, values in medians.items()
+        for metric, value in values.items()
+    ]
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", action="append", help="by name; all unless given")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--systems", default=",".join((*OURS, *PEERS)))
+    given = parser.parse_args()
+    systems = given.systems.split(",")
+    if "feast_duckdb" in systems and not install_feast():
+        systems.remove("feast_duckdb")
+    results = []
+    for case in (*CASES, TINY):
+        if case.name in (given.case or [known.name for known in CASES]):
+            results += measure(case, systems, given.turns)
+    output = Path(".falaj/bench/pit_join.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
