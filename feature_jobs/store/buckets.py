@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from feature_jobs.store.columns import numpy_of
+
 Hashes = npt.NDArray[np.uint64]
 _NULL = np.uint64(0x9AE16A3B2F90404F)
 
@@ -33,11 +35,10 @@ def bucket_of(table: pa.Table, keys: Sequence[str], *, num_buckets: int) -> npt.
 
 
 def _hash(column: pa.ChunkedArray) -> Hashes:
-    if pa.types.is_int64(column.type):
-        hashes = _mix(pc.fill_null(column, 0).to_numpy().astype(np.int64, copy=False).view(np.uint64))
-    else:
-        hashes = _hash_strings(column)
-    return np.where(column.is_null().to_numpy(), _NULL, hashes)
+    hashes = (
+        _mix(numpy_of(column).view(np.uint64)) if pa.types.is_int64(column.type) else _hash_strings(column)
+    )
+    return np.where(numpy_of(column.is_null()), _NULL, hashes)
 
 
 def _hash_strings(column: pa.ChunkedArray) -> Hashes:
@@ -46,7 +47,7 @@ def _hash_strings(column: pa.ChunkedArray) -> Hashes:
         encoded = encoded.combine_chunks()
     words = encoded.dictionary.to_pylist()
     hashes = np.fromiter((xxhash.xxh64_intdigest(word.encode()) for word in words), np.uint64, len(words))
-    by_row: Hashes = hashes[encoded.indices.to_numpy()]
+    by_row: Hashes = hashes[numpy_of(encoded.indices)]
     return by_row
 
 

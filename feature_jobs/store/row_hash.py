@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_jobs.store.columns import numpy_of
+
 
 def row_hash(table: pa.Table) -> str:
     """The SHA-256, in hex, over names, types, validity and values."""
@@ -21,7 +23,7 @@ def row_hash(table: pa.Table) -> str:
     header = [table.num_rows, *zip(table.column_names, types, strict=True)]
     digest = hashlib.sha256(json.dumps(header).encode())
     for column in columns:
-        valid = column.is_valid().to_numpy()
+        valid = numpy_of(column.is_valid())
         digest.update(np.packbits(valid).tobytes())
         for part in _values(column):
             digest.update(part)
@@ -38,21 +40,27 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def _values(column: pa.ChunkedArray) -> list[bytes]:
+def _values(column: pa.ChunkedArray) -> list[bytes | memoryview]:
     kind = column.type
     if pa.types.is_boolean(kind):
-        return [np.packbits(pc.fill_null(column, False).to_numpy()).tobytes()]
+        return [np.packbits(numpy_of(column, null=False)).tobytes()]
     if pa.types.is_floating(kind):
-        numbers = pc.fill_null(column, 0.0).to_numpy()
+        numbers = numpy_of(column)
         return [np.where(np.isnan(numbers), np.array(np.nan, numbers.dtype), numbers).tobytes()]
     if pa.types.is_integer(kind):
-        return [pc.fill_null(column, 0).to_numpy().tobytes()]
+        return [numpy_of(column).tobytes()]
     if pa.types.is_timestamp(kind) or pa.types.is_date64(kind):
-        return [pc.fill_null(column.cast(pa.int64()), 0).to_numpy().tobytes()]
+        return [numpy_of(column.cast(pa.int64())).tobytes()]
     if not pa.types.is_string(kind):
         column = pa.chunked_array(
             [[None if one is None else str(one) for one in column.to_pylist()]], pa.string()
         )
-    text = pc.fill_null(column, "")
-    lengths = pc.binary_length(text).to_numpy().astype("<i8").tobytes()
-    return [lengths, "".join(text.to_pylist()).encode()]
+    lengths = numpy_of(pc.binary_length(column)).astype("<i8").tobytes()
+    return [lengths, *(_bytes(chunk) for chunk in column.drop_null().chunks if len(chunk))]
+
+
+def _bytes(text: pa.StringArray) -> memoryview:
+    """The texts of an array without nulls, one after the other, where they lie."""
+    _, offsets, data = text.buffers()
+    begins = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
+    return memoryview(data)[begins[0] : begins[-1]] if data is not None else memoryview(b"")
