@@ -211,7 +211,9 @@ def main() -> None:
     more = run()
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_kib() / 1024} | more), flush=True)
-    os._exit(0)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    os._exit(0)  # Feast's threads would keep it
 
 
 if __name__ == "__main__":
