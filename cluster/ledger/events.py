@@ -91,6 +91,9 @@ class BatchIngested(LedgerEvent):
     source_columns: list[str] = field(default_factory=list)
     new_columns: list[str] = field(default_factory=list)
     """Those that the batch before did not have."""
+    start: str | None = None
+    """Of the range of event times that was taken; none is all of the source."""
+    end: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

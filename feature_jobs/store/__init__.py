@@ -8,10 +8,10 @@ from feature_jobs.store.definitions import (
     FeatureService,
     FeatureView,
     Field,
-    FileSource,
     Sensitivity,
     Transform,
 )
+from feature_jobs.store.sources import FileSource, SqlSource
 
 __all__ = [
     "Aggregation",
@@ -32,6 +32,7 @@ __all__ = [
     "Range",
     "RowCount",
     "Sensitivity",
+    "SqlSource",
     "Transform",
     "Unique",
 ]

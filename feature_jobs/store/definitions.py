@@ -22,19 +22,13 @@ from cluster.ledger.chain import canonical
 from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.source_code import source_code
+from feature_jobs.store.sources import DTYPES as DTYPES
+from feature_jobs.store.sources import FileSource as FileSource
+from feature_jobs.store.sources import Source
 
 Transform = Callable[[pa.Table], pa.Table]
 """A pure function over Arrow tables that keeps the number and order of rows."""
 
-DTYPES: dict[str, pa.DataType] = {
-    "bool": pa.bool_(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float32": pa.float32(),
-    "float64": pa.float64(),
-    "string": pa.string(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
 RESERVED = frozenset(
     {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
 )
@@ -88,33 +82,6 @@ class Field:
         object.__setattr__(self, "sensitivity", Sensitivity(self.sensitivity))
 
 
-@dataclass(frozen=True, slots=True)
-class FileSource:
-    """Parquet files: a path, a folder or a glob, on this machine or by any fsspec URI.
-
-    A relative path counts from the project root; `{storage}` at its start stands for the storage root.
-    """
-
-    path: str
-    _: KW_ONLY
-    event_timestamp: str
-    """Column that says when a row was true in the world."""
-    created_timestamp: str | None = None
-    """Column that says when the source knew it."""
-    deleted: str | None = None
-    """Bool column; a row with it true is a tombstone: from then on the entity has no values, until a newer row."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise DefinitionError("A FileSource needs a path.")
-        if not self.event_timestamp:
-            raise DefinitionError(f"FileSource('{self.path}') needs event_timestamp, the name of a column.")
-        if self.deleted in ("", self.event_timestamp, self.created_timestamp or self.event_timestamp):
-            raise DefinitionError(f"FileSource('{self.path}'): deleted must name a bool column of its own.")
-        if self.created_timestamp == self.event_timestamp:
-            object.__setattr__(self, "created_timestamp", None)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureView:
     """Features of one kind of entity, from one source."""
@@ -122,7 +89,7 @@ class FeatureView:
     name: str
     _: KW_ONLY
     entities: Sequence[Entity]
-    source: FileSource
+    source: Source
     schema: Sequence[Field]
     ttl: timedelta | None = None
     """How long a value counts after its event; none means forever."""
@@ -190,13 +157,7 @@ class FeatureView:
                 for field in self.schema
             ],
             "ttl_s": _seconds(self.ttl),
-            "source": {
-                "path": self.source.path,
-                "event_timestamp": self.source.event_timestamp,
-                "created_timestamp": self.source.created_timestamp,
-                # Only where it is used, so that views of before keep their version.
-                **({} if self.source.deleted is None else {"deleted": self.source.deleted}),
-            },
+            "source": self.source.definition(),
             "created_lag_s": _seconds(self.created_lag),
             "transform": _describe(self.transform),
             "checks": [check.definition() for check in self.checks],
