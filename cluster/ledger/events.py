@@ -68,6 +68,8 @@ class FeatureServiceApplied(LedgerEvent):
     """View name to view version, in the order of the service."""
     view_order: list[str]
     module: str = ""
+    on_demand: list[dict[str, Json]] = field(default_factory=list)
+    """Definitions of its on-demand transforms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

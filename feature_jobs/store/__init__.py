@@ -8,6 +8,7 @@ from feature_jobs.store.definitions import (
     FeatureService,
     FeatureView,
     Field,
+    OnDemandTransform,
     Sensitivity,
     Transform,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Keep",
     "NotNull",
     "NullShare",
+    "OnDemandTransform",
     "Outlier",
     "Pattern",
     "Range",
