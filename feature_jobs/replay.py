@@ -30,7 +30,7 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
 from feature_jobs.batch import last_good
-from feature_jobs.ingest import applied_view, row_schema
+from feature_jobs.ingest import applied_view
 from feature_jobs.store import offline
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.lifecycle import heed, read_lifecycles
@@ -39,6 +39,7 @@ from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
 from feature_jobs.store.quarantine import source_rows, still_alike
 from feature_jobs.store.validation import RAW, REASON, prepare
+from feature_jobs.storing import row_schema
 
 
 @dataclass(kw_only=True, slots=True)

@@ -68,6 +68,8 @@ class FeatureServiceApplied(LedgerEvent):
     """View name to view version, in the order of the service."""
     view_order: list[str]
     module: str = ""
+    on_demand: list[dict[str, Json]] = field(default_factory=list)
+    """Definitions of its on-demand transforms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,9 @@ class BatchIngested(LedgerEvent):
     source_columns: list[str] = field(default_factory=list)
     new_columns: list[str] = field(default_factory=list)
     """Those that the batch before did not have."""
+    start: str | None = None
+    """Of the range of event times that was taken; none is all of the source."""
+    end: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,11 @@ from feature_jobs.store.definitions import (
     FeatureService,
     FeatureView,
     Field,
-    FileSource,
+    OnDemandTransform,
     Sensitivity,
     Transform,
 )
+from feature_jobs.store.sources import FileSource, SqlSource
 
 __all__ = [
     "Aggregation",
@@ -27,11 +28,13 @@ __all__ = [
     "Keep",
     "NotNull",
     "NullShare",
+    "OnDemandTransform",
     "Outlier",
     "Pattern",
     "Range",
     "RowCount",
     "Sensitivity",
+    "SqlSource",
     "Transform",
     "Unique",
 ]

@@ -9,17 +9,20 @@ transform, is to ingest the old files again; training sets that were pinned to e
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from feature_jobs.store.definitions import content_hash
+from feature_jobs.store.ranges import TimeRange, chunks
 
 _NOT_OF_ROWS = frozenset(
     {"ttl_s", "owner", "purposes", "region", "retention_s", "subject_key", "entities", "aggregations"}
 )
 _NOT_OF_COLUMNS = frozenset({"description", "categorical"})
-_OF_SOURCE = frozenset({"event_timestamp", "created_timestamp", "deleted", "query"})
+_OF_SOURCE = frozenset({"event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls"})
 
 
 def row_version(definition: Mapping[str, Any]) -> str:
@@ -33,14 +36,18 @@ def row_version(definition: Mapping[str, Any]) -> str:
     return content_hash(parts)
 
 
-def next_batch(
-    definition: Mapping[str, Any],
-    digest: str,
-    *,
-    batches: Iterable[Mapping[str, Any]],
-    definitions: Mapping[tuple[str, str], Mapping[str, Any]],
-) -> str | None:
-    """The id of the batch that a view would make of some content, 16 hex digits; none where it has it already.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """A batch that is to be stored."""
+
+    ingest_id: str
+    """16 hex digits."""
+    range: TimeRange | None = None
+    """Of event times; none is all of the source."""
+
+
+class Ingested:
+    """What a view has of some content.
 
     Args:
         definition: of the view as it is now.
@@ -48,13 +55,48 @@ def next_batch(
         batches: payloads of `BatchIngested` in order; older releases gave batches other ids.
         definitions: by view and version, as they were applied.
     """
-    name, rows = definition["name"], row_version(definition)
-    parts = [name, rows, digest]
-    same_content = [one for one in batches if one["view"] == name and one["source_digest"] == digest]
-    if same_content:
-        last = same_content[-1]
-        made_with = definitions.get((name, last["view_version"]))
-        if made_with is not None and row_version(made_with) == rows:
-            return None
-        parts.append(last["ingest_id"])
-    return hashlib.sha256(":".join(parts).encode()).hexdigest()[:16]
+
+    def __init__(
+        self,
+        definition: Mapping[str, Any],
+        digest: str,
+        *,
+        batches: Iterable[Mapping[str, Any]],
+        definitions: Mapping[tuple[str, str], Mapping[str, Any]],
+    ) -> None:
+        name, rows = definition["name"], row_version(definition)
+        self._parts = [name, rows, digest]
+        self._whole = False
+        self._ranges: list[TimeRange] = []
+        for batch in batches:
+            if batch["view"] == name and batch["source_digest"] == digest:
+                made_with = definitions.get((name, batch["view_version"]))
+                self._take(batch, alike=made_with is not None and row_version(made_with) == rows)
+
+    def _take(self, batch: Mapping[str, Any], *, alike: bool) -> None:
+        if not alike:  # its rows have taken the place of those before
+            self._whole, self._ranges = False, []
+            self._parts = [*self._parts[:3], batch["ingest_id"]]
+        elif batch.get("start") is None:
+            self._whole = True
+        else:
+            start, end = (dt.datetime.fromisoformat(batch[name]) for name in ("start", "end"))
+            self._ranges.append(TimeRange(start, end))
+
+    def missing(self, range: TimeRange | None = None, span: dt.timedelta | None = None) -> list[Wanted]:
+        """The batches that are still to be stored, in order.
+
+        Args:
+            range: of event times; none is all of the source.
+            span: length of a batch's range.
+        """
+        if self._whole:
+            return []
+        if range is None:
+            return [Wanted(ingest_id=self._id())]
+        return [
+            Wanted(ingest_id=self._id(str(chunk)), range=chunk) for chunk in chunks(range, span, self._ranges)
+        ]
+
+    def _id(self, *more: str) -> str:
+        return hashlib.sha256(":".join([*self._parts, *more]).encode()).hexdigest()[:16]

@@ -66,17 +66,39 @@ class ViewSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OnDemandSpec:
+    """An on-demand transform as the ledger knows it."""
+
+    name: str
+    inputs: tuple[FieldSpec, ...]
+    sources: tuple[str, ...]
+    """Names of views."""
+    fields: tuple[FieldSpec, ...]
+    function: str
+    """`module:name`"""
+    sha256: str
+    """Of its code."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Output column names, `<name>__<feature>`."""
+        return [f"{self.name}__{field.name}" for field in self.fields]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceSpec:
     """A service as the ledger knows it."""
 
     name: str
     version: str
     views: list[ViewSpec]
+    on_demand: tuple[OnDemandSpec, ...] = ()
 
     @property
     def columns(self) -> list[str]:
-        """Output column names of all views, in order."""
-        return [column for view in self.views for column in view.columns]
+        """Output column names of all views and on-demand transforms, in order."""
+        read = [column for view in self.views for column in view.columns]
+        return read + [column for one in self.on_demand for column in one.columns]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, to cross a process boundary."""
@@ -97,7 +119,18 @@ class ServiceSpec:
             )
             for view in data["views"]
         ]
-        return cls(name=data["name"], version=data["version"], views=views)
+        on_demand = tuple(
+            OnDemandSpec(
+                **{
+                    **one,
+                    "inputs": tuple(FieldSpec(**field) for field in one["inputs"]),
+                    "fields": tuple(FieldSpec(**field) for field in one["fields"]),
+                    "sources": tuple(one["sources"]),
+                }
+            )
+            for one in data.get("on_demand", ())
+        )
+        return cls(name=data["name"], version=data["version"], views=views, on_demand=on_demand)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +168,7 @@ def load_definitions(module: str) -> Definitions:
     Raises:
         DefinitionError: the module is missing, broken, holds no view, or names two things alike.
     """
-    loaded = _import(module)
+    loaded = import_module(module)
     values = list(vars(loaded).values())
     services = _by_name([value for value in values if isinstance(value, FeatureService)], module)
     inner = [view for service in services.values() for view in service.views]
@@ -216,6 +249,7 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
         name=name,
         version=payload["version"],
         views=[views[view, payload["views"][view]] for view in payload["view_order"]],
+        on_demand=tuple(_on_demand_spec(one) for one in payload.get("on_demand", [])),
     )
 
 
@@ -230,10 +264,7 @@ def _all_views(ledger: Ledger) -> dict[tuple[str, str], ViewSpec]:
 
 
 def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
-    fields = [
-        FieldSpec(**{name: field[name] for name in FieldSpec.__dataclass_fields__})
-        for field in definition["schema"]
-    ]
+    fields = _fields(definition["schema"])
     windows = None
     if "event_id" in definition:
         dtypes = {field.name: field.dtype for field in fields}
@@ -250,6 +281,21 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         region=definition["region"],
         retention_s=definition.get("retention_s"),
     )
+
+
+def _on_demand_spec(definition: dict[str, Any]) -> OnDemandSpec:
+    return OnDemandSpec(
+        name=definition["name"],
+        inputs=tuple(_fields(definition["inputs"])),
+        sources=tuple(definition["sources"]),
+        fields=tuple(_fields(definition["schema"])),
+        function=definition["transform"]["name"],
+        sha256=definition["transform"]["sha256"],
+    )
+
+
+def _fields(schema: Iterable[dict[str, Any]]) -> list[FieldSpec]:
+    return [FieldSpec(**{name: field[name] for name in FieldSpec.__dataclass_fields__}) for field in schema]
 
 
 def aggregated_fields(windows: WindowSpec, stored: Iterable[FieldSpec]) -> list[FieldSpec]:
@@ -277,10 +323,11 @@ def _service_event(service: FeatureService, module: str) -> FeatureServiceApplie
         views={view.name: view.version for view in service.views},
         view_order=[view.name for view in service.views],
         module=module,
+        on_demand=[one.definition() for one in service.on_demand],
     )
 
 
-def _import(module: str) -> ModuleType:
+def import_module(module: str) -> ModuleType:
     # `ray job submit` runs in the uploaded folder, which is not always on the path.
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:

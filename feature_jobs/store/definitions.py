@@ -22,19 +22,13 @@ from cluster.ledger.chain import canonical
 from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.source_code import source_code
+from feature_jobs.store.sources import DTYPES as DTYPES
+from feature_jobs.store.sources import FileSource as FileSource
+from feature_jobs.store.sources import Source
 
 Transform = Callable[[pa.Table], pa.Table]
 """A pure function over Arrow tables that keeps the number and order of rows."""
 
-DTYPES: dict[str, pa.DataType] = {
-    "bool": pa.bool_(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float32": pa.float32(),
-    "float64": pa.float64(),
-    "string": pa.string(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
 RESERVED = frozenset(
     {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
 )
@@ -88,33 +82,6 @@ class Field:
         object.__setattr__(self, "sensitivity", Sensitivity(self.sensitivity))
 
 
-@dataclass(frozen=True, slots=True)
-class FileSource:
-    """Parquet files: a path, a folder or a glob, on this machine or by any fsspec URI.
-
-    A relative path counts from the project root; `{storage}` at its start stands for the storage root.
-    """
-
-    path: str
-    _: KW_ONLY
-    event_timestamp: str
-    """Column that says when a row was true in the world."""
-    created_timestamp: str | None = None
-    """Column that says when the source knew it."""
-    deleted: str | None = None
-    """Bool column; a row with it true is a tombstone: from then on the entity has no values, until a newer row."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise DefinitionError("A FileSource needs a path.")
-        if not self.event_timestamp:
-            raise DefinitionError(f"FileSource('{self.path}') needs event_timestamp, the name of a column.")
-        if self.deleted in ("", self.event_timestamp, self.created_timestamp or self.event_timestamp):
-            raise DefinitionError(f"FileSource('{self.path}'): deleted must name a bool column of its own.")
-        if self.created_timestamp == self.event_timestamp:
-            object.__setattr__(self, "created_timestamp", None)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureView:
     """Features of one kind of entity, from one source."""
@@ -122,7 +89,7 @@ class FeatureView:
     name: str
     _: KW_ONLY
     entities: Sequence[Entity]
-    source: FileSource
+    source: Source
     schema: Sequence[Field]
     ttl: timedelta | None = None
     """How long a value counts after its event; none means forever."""
@@ -179,24 +146,9 @@ class FeatureView:
                 {"name": entity.name, "join_keys": list(entity.join_keys)} for entity in self.entities
             ],
             "join_keys": self.join_keys,
-            "schema": [
-                {
-                    "name": field.name,
-                    "dtype": field.dtype,
-                    "sensitivity": field.sensitivity.value,
-                    "categorical": field.categorical,
-                    "description": field.description,
-                }
-                for field in self.schema
-            ],
+            "schema": [_field(field) for field in self.schema],
             "ttl_s": _seconds(self.ttl),
-            "source": {
-                "path": self.source.path,
-                "event_timestamp": self.source.event_timestamp,
-                "created_timestamp": self.source.created_timestamp,
-                # Only where it is used, so that views of before keep their version.
-                **({} if self.source.deleted is None else {"deleted": self.source.deleted}),
-            },
+            "source": self.source.definition(),
             "created_lag_s": _seconds(self.created_lag),
             "transform": _describe(self.transform),
             "checks": [check.definition() for check in self.checks],
@@ -301,8 +253,57 @@ class FeatureView:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OnDemandTransform:
+    """Features that are made when they are asked for, from what a request says and the features of views.
+
+    The transform gets a table with a column for each input and `<view>__<feature>` for each feature of its sources, and
+    gives one with the columns of the schema, in any order, a row for a row. Training and serving call the same
+    function; a training set takes the inputs from the entity rows.
+    """
+
+    name: str
+    _: KW_ONLY
+    inputs: Sequence[Field]
+    """What a request says."""
+    sources: Sequence[FeatureView] = ()
+    schema: Sequence[Field]
+    transform: Transform
+
+    def __post_init__(self) -> None:
+        _check_name("On-demand transform", self.name)
+        what = f"On-demand transform '{self.name}'"
+        if "__" in self.name:
+            raise DefinitionError(f"{what}: '__' is kept for '<view>__<feature>'.")
+        for name in ("inputs", "sources", "schema"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.inputs or not self.schema:
+            raise DefinitionError(f"{what} needs inputs and a schema. Without inputs, write a FeatureView.")
+        for fields in (self.inputs, self.schema):
+            names = [field.name for field in fields]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DefinitionError(f"{what} names the field '{twice[0]}' twice.")
+        for field in self.inputs:
+            if field.name in RESERVED or "__" in field.name:
+                raise DefinitionError(f"{what}: the input name '{field.name}' is kept for the platform.")
+            if field.dtype == "timestamp":
+                raise DefinitionError(
+                    f"{what}: input '{field.name}' must be text or a number; JSON has no times."
+                )
+
+    def definition(self) -> dict[str, Any]:
+        """The whole definition as JSON; its hash covers the transform's code."""
+        return {
+            "name": self.name,
+            "inputs": [_field(field) for field in self.inputs],
+            "sources": [view.name for view in self.sources],
+            "schema": [_field(field) for field in self.schema],
+            "transform": _describe(self.transform),
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FeatureService:
-    """The features one model reads: views, in order.
+    """The features one model reads: views, in order, then what is made of them on demand.
 
     A join key that the entity rows lack is taken from the feature of the same name of an earlier view.
     """
@@ -310,25 +311,57 @@ class FeatureService:
     name: str
     _: KW_ONLY
     views: Sequence[FeatureView]
+    on_demand: Sequence[OnDemandTransform] = ()
 
     def __post_init__(self) -> None:
         _check_name("Feature service", self.name)
         object.__setattr__(self, "views", tuple(self.views))
-        names = [view.name for view in self.views]
-        if not names:
+        object.__setattr__(self, "on_demand", tuple(self.on_demand))
+        names = [view.name for view in self.views] + [one.name for one in self.on_demand]
+        if not self.views:
             raise DefinitionError(f"Feature service '{self.name}' has no view.")
         if twice := [name for name in names if names.count(name) > 1]:
             raise DefinitionError(f"Feature service '{self.name}' names the view '{twice[0]}' twice.")
+        self._check_on_demand()
 
     @property
     def version(self) -> str:
-        """Content hash of the name and the views' versions, in order: 12 hex digits."""
-        return content_hash({"name": self.name, "views": [[view.name, view.version] for view in self.views]})
+        """Content hash of the name, the views' versions and the on-demand transforms, in order: 12 hex digits."""
+        parts = {"name": self.name, "views": [[view.name, view.version] for view in self.views]}
+        more = {"on_demand": [one.definition() for one in self.on_demand]} if self.on_demand else {}
+        return content_hash(parts | more)
+
+    def _check_on_demand(self) -> None:
+        versions = {view.name: view.version for view in self.views} if self.on_demand else {}
+        inputs: dict[str, str] = {}
+        for one in self.on_demand:
+            for view in one.sources:
+                if versions.get(view.name) != view.version:
+                    raise DefinitionError(
+                        f"On-demand transform '{one.name}' reads the view '{view.name}', which feature service "
+                        f"'{self.name}' does not have. Add it to views=[…]."
+                    )
+            for field in one.inputs:
+                if inputs.setdefault(field.name, field.dtype) != field.dtype:
+                    raise DefinitionError(
+                        f"Feature service '{self.name}': input '{field.name}' has two dtypes, "
+                        f"{inputs[field.name]} and {field.dtype}."
+                    )
 
 
 def content_hash(value: Any) -> str:
     """The first 12 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()[:12]
+
+
+def _field(field: Field) -> dict[str, Any]:
+    return {
+        "name": field.name,
+        "dtype": field.dtype,
+        "sensitivity": field.sensitivity.value,
+        "categorical": field.categorical,
+        "description": field.description,
+    }
 
 
 def _describe(transform: Transform | None) -> dict[str, str] | None:

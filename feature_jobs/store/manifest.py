@@ -15,7 +15,7 @@ from cluster.errors import TrainingSetError
 from cluster.ledger import Ledger
 from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.storage import exists, read_bytes, resolve
-from feature_jobs.store.catalog import ServiceSpec
+from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.training_set import Built
 
@@ -120,16 +120,17 @@ def describe(
         cutoff: whether it was on.
     """
     table = built.table
+    parts: list[ViewSpec | OnDemandSpec] = [*spec.views, *spec.on_demand]
     columns = [
         {
             "name": name,
             "dtype": field.dtype,
             "categorical": field.categorical or field.dtype == "string",
-            "view": view.name,
+            "view": one.name,
             "feature": field.name,
         }
-        for view in spec.views
-        for name, field in zip(view.columns, view.fields, strict=True)
+        for one in parts
+        for name, field in zip(one.columns, one.fields, strict=True)
     ]
     return {
         "service": spec.name,

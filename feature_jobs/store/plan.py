@@ -11,10 +11,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.errors import BreakingChange
 from feature_jobs.store.catalog import Definitions
-from feature_jobs.store.definitions import FeatureService, FeatureView
+from feature_jobs.store.definitions import FeatureService, FeatureView, content_hash
 from feature_jobs.store.differences import Change, Impact, view_changes
 from feature_jobs.store.lifecycle import Lifecycle
 from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
@@ -118,7 +119,7 @@ def refuse_broken(plan: Plan, *, allow_breaking: bool) -> None:
     more = len({(one.model, one.version) for one in stopping}) - 1
     others = f" (and {more} other model version{'s' if more > 1 else ''})" if more else ""
     advice = (
-        "allow_breaking does not help: rows of both cannot lie in one table."
+        "allow_breaking does not help, because the model's own version would not stay readable."
         if first.forever
         else "With allow_breaking=true it is done all the same; the model then reads new rows as they now are."
     )
@@ -187,7 +188,27 @@ def service_changes(before: RecordedService, after: FeatureService) -> list[Chan
         why = "join keys may be taken from other features"
         order = [", ".join(one) for one in orders]
         changes.append(Change(what="order", before=order[0], after=order[1], impact=Impact.breaking, why=why))
-    return changes
+    return [*changes, *_on_demand_changes(before.on_demand, [one.definition() for one in after.on_demand])]
+
+
+def _on_demand_changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[Change]:
+    old, new = ({one["name"]: one for one in some} for some in (before, after))
+    why = "readers of the service lose its columns, or get others"
+    for name in dict.fromkeys([*old, *new]):
+        was, now = old.get(name), new.get(name)
+        if was is None:
+            yield Change(what="on-demand transform", before=None, after=name)
+        elif now is None:
+            yield Change(what="on-demand transform", before=name, after=None, impact=Impact.breaking, why=why)
+        elif was != now:
+            hashes = [content_hash(one)[:8] for one in (was, now)]
+            yield Change(
+                what=f"on-demand transform {name}",
+                before=hashes[0],
+                after=hashes[1],
+                impact=Impact.breaking,
+                why=why,
+            )
 
 
 def _view_step(view: FeatureView, before: RecordedView | None) -> Step:
@@ -220,6 +241,7 @@ def _removed(
 
 
 def _broken(definitions: Definitions, recorded: Recorded) -> Iterator[Broken]:
+    yield from _broken_code(definitions, recorded)
     newest = recorded.newest_views
     for use in recorded.uses:
         for name, version in use.view_versions.items():
@@ -235,4 +257,31 @@ def _broken(definitions: Definitions, recorded: Recorded) -> Iterator[Broken]:
             if changes:
                 yield Broken(
                     model=use.model, version=use.version, view=name, view_version=version, changes=changes
+                )
+
+
+def _broken_code(definitions: Definitions, recorded: Recorded) -> Iterator[Broken]:
+    """On-demand transforms whose code is not what models call: they would refuse to serve."""
+    here = {
+        one["transform"]["name"]: one["transform"]["sha256"]
+        for service in definitions.services.values()
+        for one in (made.definition() for made in service.on_demand)
+    }
+    for use in recorded.uses:
+        for one in use.on_demand:
+            function, sha256 = one["transform"]["name"], one["transform"]["sha256"]
+            if here.get(function, sha256) != sha256:
+                change = Change(
+                    what=f"code of {function}",
+                    before=sha256[:8],
+                    after=here[function][:8],
+                    impact=Impact.incompatible,
+                    why="the model's replicas would not start; give the new function another name",
+                )
+                yield Broken(
+                    model=use.model,
+                    version=use.version,
+                    view=one["name"],
+                    view_version=sha256[:8],
+                    changes=[change],
                 )

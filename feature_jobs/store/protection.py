@@ -15,6 +15,8 @@ from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
 from feature_jobs.store.online_rows import online_key
 
+NO_COMMON_PURPOSE = "no-common-purpose"
+"""Stands where views' purposes exclude each other, because an empty list would allow every purpose."""
 ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "deleted")
 
 
@@ -44,8 +46,26 @@ def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
 
 
 def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
-    """The key of what entity rows bring along into a service's training sets."""
-    return [KeyInfo(name=_service_key(service.name), column_class="internal", region=region)]
+    """The key of what entity rows bring along into a service's training sets, and those of what is made on demand.
+
+    Values that are made of several views are for the purposes that all of them allow.
+    """
+    fields = [field for one in service.on_demand for field in (*one.inputs, *one.schema)]
+    classes = {field.sensitivity for field in fields} - {Sensitivity.PUBLIC, Sensitivity.INTERNAL}
+    stated = [set(view.purposes) for view in service.views if view.purposes]
+    common = tuple(sorted(set.intersection(*stated))) if stated else ()
+    return [
+        KeyInfo(name=_service_key(service.name), column_class="internal", region=region),
+        *(
+            KeyInfo(
+                name=_service_key(service.name, name),
+                column_class=name.value,
+                purposes=common if common or not stated else (NO_COMMON_PURPOSE,),
+                region=region,
+            )
+            for name in sorted(classes)
+        ),
+    ]
 
 
 def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
@@ -92,12 +112,22 @@ def quarantine_protection(view: str) -> Protection:
 
 def training_set_protection(service: ServiceSpec) -> Protection:
     """Of a service's training sets: each feature under the key it has in its own table."""
+    made: dict[str, str] = {}
+    for one in service.on_demand:
+        made |= {field.name: field.sensitivity for field in one.inputs}
+        made |= {name: field.sensitivity for name, field in zip(one.columns, one.fields, strict=True)}
     return Protection(
         default=_service_key(service.name),
-        keys=tuple(
-            (column, _key(view.name, field.sensitivity))
-            for view in service.views
-            for column, field in zip(view.columns, view.fields, strict=True)
+        keys=(
+            *(
+                (column, _key(view.name, field.sensitivity))
+                for view in service.views
+                for column, field in zip(view.columns, view.fields, strict=True)
+            ),
+            *(
+                (name, None if sensitivity == Sensitivity.PUBLIC else _service_key(service.name, sensitivity))
+                for name, sensitivity in made.items()
+            ),
         ),
     )
 
@@ -106,5 +136,5 @@ def _key(view: str, sensitivity: str) -> str | None:
     return None if sensitivity == Sensitivity.PUBLIC else features_key(view, Sensitivity(sensitivity))
 
 
-def _service_key(service: str) -> str:
-    return f"training_sets/{service}/internal"
+def _service_key(service: str, sensitivity: str = Sensitivity.INTERNAL) -> str:
+    return f"training_sets/{service}/{Sensitivity(sensitivity).value}"

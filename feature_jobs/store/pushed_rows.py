@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cluster.errors import InvalidRequest, SourceError, did_you_mean
 from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
+from feature_jobs.store.sources import Source
 from feature_jobs.store.validation import RAW, REASON, prepare
 
 MAX_ROWS = 1000
@@ -110,7 +111,7 @@ def _check_keys(rows: Sequence[Mapping[str, Any]], view: FeatureView, key_types:
                 raise InvalidRequest(f"rows[{position}].keys.{key} must be {kind}, got {value!r}.")
 
 
-def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> FileSource:
+def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> Source:
     """What the columns are called: a transform expects the names of the view's own source."""
     created, deleted = (
         any(row.get(CREATED) is not None for row in rows),
@@ -136,7 +137,7 @@ def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> FileSource:
 
 
 def _columns(
-    rows: Sequence[Mapping[str, Any]], view: FeatureView, source: FileSource, reasons: dict[int, str]
+    rows: Sequence[Mapping[str, Any]], view: FeatureView, source: Source, reasons: dict[int, str]
 ) -> dict[str, pa.Array]:
     dtypes = {field.name: field.dtype for field in view.schema} if view.transform is None else {}
     names = {name: None for row in rows for name in row.get("features", {})} | dict.fromkeys(dtypes)

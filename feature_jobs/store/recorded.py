@@ -29,6 +29,8 @@ class RecordedService:
     view_order: list[str]
     view_versions: dict[str, str]
     module: str
+    on_demand: list[dict[str, Any]]
+    """Definitions of its on-demand transforms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class ModelUse:
     model: str
     version: int
     view_versions: dict[str, str]
+    on_demand: list[dict[str, Any]]
+    """Definitions of the on-demand transforms, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +86,7 @@ def read_recorded(ledger: Ledger) -> Recorded:
             view_order=said["view_order"],
             view_versions=said["views"],
             module=said.get("module", ""),
+            on_demand=said.get("on_demand", []),
         )
         services.pop((service.name, service.version), None)
         services[service.name, service.version] = service
@@ -99,6 +104,7 @@ def _uses(ledger: Ledger, services: dict[tuple[str, str], RecordedService]) -> l
                 model=entry.payload["name"],
                 version=entry.payload["version"],
                 view_versions=service.view_versions,
+                on_demand=service.on_demand,
             )
             uses.append(use)
     return uses

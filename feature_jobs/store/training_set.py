@@ -21,6 +21,7 @@ from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.offline import Snapshot
+from feature_jobs.store.on_demand import with_on_demand
 from feature_jobs.store.point_in_time import EVENT, answer
 from feature_jobs.store.windows import aggregate
 
@@ -94,7 +95,7 @@ def assemble(
         found, hidden[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
         for column, values in zip(view.columns, found.columns, strict=True):
             output = output.append_column(column, values)
-    return Built(table=output, hidden=hidden)
+    return Built(table=with_on_demand(spec, output), hidden=hidden)
 
 
 def joined(

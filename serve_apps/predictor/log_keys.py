@@ -9,16 +9,14 @@ from __future__ import annotations
 from cluster.ledger import Ledger
 from cluster.registry import ModelVersion
 from cluster.security.keys.store import KeyInfo
-from feature_jobs.store.catalog import ViewSpec, service_spec
+from feature_jobs.store.catalog import FieldSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions import Sensitivity
-
-NO_COMMON_PURPOSE = "no-common-purpose"
-"""Stands where the views' purposes exclude each other, because an empty list would allow every purpose."""
+from feature_jobs.store.protection import NO_COMMON_PURPOSE
 
 
 def prediction_key(ledger: Ledger, version: ModelVersion) -> str:
     """The name of the key that a version's replicas write under."""
-    return f"predictions/{version.name}/{_log_class(_views(ledger, version)).value}"
+    return f"predictions/{version.name}/{_log_class(_fields(ledger, version)).value}"
 
 
 def outcome_key(model: str) -> str:
@@ -44,7 +42,7 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
             region=elsewhere[0] if elsewhere else region,
         )
         for name, sensitivity in (
-            (prediction_key(ledger, version), _log_class(views)),
+            (prediction_key(ledger, version), _log_class(_fields(ledger, version))),
             (outcome_key(version.name), Sensitivity.SENSITIVE),
         )
     ]
@@ -66,9 +64,19 @@ def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:
     return service_spec(ledger, lineage.service, lineage.service_version).views if lineage.service else []
 
 
-def _log_class(views: list[ViewSpec]) -> Sensitivity:
-    if not views:
+def _fields(ledger: Ledger, version: ModelVersion) -> list[FieldSpec]:
+    """All that a prediction's record may hold."""
+    lineage = version.lineage
+    if not lineage.service:
+        return []
+    spec = service_spec(ledger, lineage.service, lineage.service_version)
+    made = [field for one in spec.on_demand for field in (*one.inputs, *one.fields)]
+    return [*(field for view in spec.views for field in view.fields), *made]
+
+
+def _log_class(fields: list[FieldSpec]) -> Sensitivity:
+    if not fields:
         return Sensitivity.SENSITIVE
-    classes = {Sensitivity(field.sensitivity) for view in views for field in view.fields}
+    classes = {Sensitivity(field.sensitivity) for field in fields}
     ascending = list(Sensitivity)
     return max(classes | {Sensitivity.PERSONAL}, key=ascending.index)

@@ -20,6 +20,7 @@ from cluster.errors import InvalidRequest
 from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
+from cluster.runtime import InputSpec
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import key_store, service_access
 from cluster.session import require_record
@@ -30,6 +31,7 @@ from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
 from serve_apps.predictor import inference_protocol, paths
+from serve_apps.predictor.asked import add_on_demand, request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
@@ -71,9 +73,11 @@ class Predictor:
             local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
         )
         self._reader: FeatureReader | None = None
+        self._asked: dict[str, InputSpec] = {}
         if signature.service:
             spec = service_spec(ledger, signature.service, signature.service_version)
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
+            self._asked = request_inputs(spec)
         self._answered, self._seconds = _meters({"model": name, "version": str(version)})
 
     async def __call__(self, request: Request) -> Response:
@@ -105,11 +109,12 @@ class Predictor:
                 return answer({"name": name, "ready": True})
 
     def _predict(self, request: Request, body: dict[str, Any]) -> Response:
-        asked = parse_predict(body, self._inputs, now=dt.datetime.now(dt.UTC))
+        asked = parse_predict(body, self._asked | self._inputs, now=dt.datetime.now(dt.UTC))
         columns, status = self._features(asked.entities, asked.overrides, asked.as_of)
         rows = self._model.predict(columns).rows()
         given = sorted(asked.overrides)
-        prediction_id = self._write(request, asked.as_of, asked.entities, columns, rows, given)
+        said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
+        prediction_id = self._write(request, asked.as_of, asked.entities, columns | said, rows, given)
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
@@ -153,7 +158,10 @@ class Predictor:
                 )
             return {name: overrides[name] for name in self._inputs}, {}
         vectors = self._reader.read(entities, as_of)
-        columns = {name: overrides.get(name, vectors.columns[name]) for name in self._inputs}
+        add_on_demand(self._reader.spec, vectors, overrides, self._inputs)
+        columns = {
+            name: overrides[name] if name in overrides else vectors.columns[name] for name in self._inputs
+        }
         read = (name for name in self._inputs if name not in overrides)
         status = {name: vectors.status[name] for name in read if set(vectors.status[name]) != {"present"}}
         return columns, status

@@ -108,7 +108,7 @@ def test_change_that_breaks_a_model_is_refused(project: Project) -> None:
     for dry in ("plan=true", "plan=false"):
         run(project, "apply", dry, refused="would break model 'spender' version 1")
     define(project, 'Field("total", "int64")')
-    run(project, "apply", "allow_breaking=true", refused="cannot lie in one table")
+    run(project, "apply", "allow_breaking=true", refused="would not stay readable")
     assert len(list(ledger(project).entries(FeatureViewApplied))) == before
 
 

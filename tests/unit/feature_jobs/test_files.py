@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,12 @@ import pytest
 
 from cluster.errors import SourceError
 from cluster.storage import Layout
-from feature_jobs.store.files import head, open_source
+from feature_jobs.store import FileSource
+from feature_jobs.store.files import SourceFiles, head, open_source
+
+
+def opened(path: str | Path, root: str = "", **options: Any) -> SourceFiles:
+    return open_source(FileSource(str(path), event_timestamp="at", **options), Layout(root))
 
 
 def parquet(path: Path, *values: int) -> Path:
@@ -25,8 +31,8 @@ def test_glob_and_folder_give_the_same_batch(tmp_path: Path) -> None:
     for name, values in (("b", (3,)), ("a", (1, 2))):
         parquet(tmp_path / "in" / f"{name}.parquet", *values)
     (tmp_path / "in" / "notes.txt").write_text("not data")
-    found = [open_source(f"{tmp_path}/{path}", Layout("")) for path in ("in", "in/*.parquet")]
-    assert found[0] == found[1]
+    found = [opened(tmp_path / path) for path in ("in", "in/*.parquet")]
+    assert (found[0].paths, found[0].digest) == (found[1].paths, found[1].digest)
     assert ([Path(path).name for path in found[0].paths], found[0].rows) == (["a.parquet", "b.parquet"], 3)
 
 
@@ -34,14 +40,14 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
     """The same rows under another name are the same batch; one more row is another."""
     one, copy = parquet(tmp_path / "one.parquet", 1, 2), parquet(tmp_path / "copy.parquet", 1, 2)
     other = parquet(tmp_path / "other.parquet", 1, 2, 3)
-    digests = [open_source(str(path), Layout("")).digest for path in (one, copy, other)]
+    digests = [opened(path).digest for path in (one, copy, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_storage_stands_for_the_storage_root(tmp_path: Path) -> None:
     """A definition need not know where state lies."""
     parquet(tmp_path / "source" / "x.parquet", 1)
-    assert open_source("{storage}/source/x.parquet", Layout(str(tmp_path))).rows == 1
+    assert opened("{storage}/source/x.parquet", str(tmp_path)).rows == 1
 
 
 def test_source_that_holds_nothing_is_refused(tmp_path: Path) -> None:
@@ -52,13 +58,13 @@ def test_source_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     for name, words in (
         ("none.parquet", "No Parquet file"),
-        ("*.csv", "No Parquet file"),
+        ("*.csv", "No CSV file"),
         ("empty.parquet", "is empty"),
         ("text.parquet", "cannot be read"),
         ("cut.parquet", "cannot be read"),
     ):
         with pytest.raises(SourceError, match=words):
-            open_source(f"{tmp_path}/{name}", Layout(""))
+            opened(tmp_path / name)
 
 
 def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -68,4 +74,4 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     content[4:200] = b"\xff" * 196
     path.write_bytes(content)
     with pytest.raises(SourceError, match="cannot be read"):
-        head(str(path), 10)
+        head(str(path), 10, FileSource(str(path), event_timestamp="at"))

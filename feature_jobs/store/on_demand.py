@@ -1,0 +1,148 @@
+"""On-demand transforms at work: the same function over Arrow in training and in serving.
+
+Its code is not in the ledger, only its hash. Whoever calls it imports the module that it was applied from and refuses
+other code than that which was applied: a model must not be served with another function than it was trained with.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import pyarrow as pa
+
+from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
+from feature_jobs.store.casting import cast_feature
+from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, import_module
+from feature_jobs.store.definitions import DTYPES, Transform
+from feature_jobs.store.source_code import source_code
+
+
+def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
+    """Rows with the columns of a service's on-demand transforms; inputs and views' features are among its columns.
+
+    Raises:
+        TrainingSetError: an input is missing or has the wrong type, or a transform fails.
+        DefinitionError: its code is not here, or is another.
+    """
+    for one in spec.on_demand:
+        for field in one.inputs:
+            if field.name not in table.column_names:
+                raise TrainingSetError(
+                    f"The entity rows lack '{field.name}' ({field.dtype}), an input of on-demand transform "
+                    f"'{one.name}'. Give what requests will say."
+                )
+        try:
+            made = compute(one, table, service=spec)
+        except SchemaMismatch as error:
+            raise TrainingSetError(str(error)) from error
+        for name, column in zip(one.columns, made.columns, strict=True):
+            table = table.append_column(name, column)
+    return table
+
+
+def from_request(
+    spec: ServiceSpec, given: Mapping[str, Sequence[Any]], features: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Any]]:
+    """The columns of a service's on-demand transforms, one value an entity.
+
+    Args:
+        spec: the service.
+        given: inputs that the request says.
+        features: `<view>__<feature>` as the online store has them; a time in microseconds.
+
+    Raises:
+        InvalidRequest: an input is missing or has the wrong type, or the transform cannot work with it.
+    """
+    columns: dict[str, list[Any]] = {}
+    dtypes = {
+        name: field.dtype
+        for view in spec.views
+        for name, field in zip(view.columns, view.fields, strict=True)
+    }
+    for one in spec.on_demand:
+        dtypes |= {field.name: field.dtype for field in one.inputs}
+        if missing := [field.name for field in one.inputs if field.name not in given]:
+            raise InvalidRequest(
+                f"Input '{missing[0]}' is missing, which '{one.name}' is made of. Give it in \"features\"."
+            )
+        wanted = _read(one, spec)
+        try:
+            arrays = {name: _array({**features, **given}[name], dtypes[name]) for name in wanted}
+            made = compute(one, pa.table(arrays), service=spec)
+        except (SchemaMismatch, TrainingSetError, pa.ArrowException, TypeError) as error:
+            raise InvalidRequest(f"'{one.name}' cannot be made of what is given: {error}") from error
+        columns |= {
+            name: column.cast(pa.int64()).to_pylist()
+            if pa.types.is_timestamp(column.type)
+            else column.to_pylist()
+            for name, column in zip(one.columns, made.columns, strict=True)
+        }
+    return columns
+
+
+def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.Table:
+    """The transform's columns, in the order and with the types of its schema.
+
+    Raises:
+        SchemaMismatch: an input or an output is not what it should be.
+        TrainingSetError: it failed, or gave another number of rows.
+    """
+    asked = table.select(_read(one, service))
+    for position, field in enumerate(one.inputs):
+        column = cast_feature(asked[field.name], DTYPES[field.dtype], name=field.name)
+        asked = asked.set_column(position, field.name, column)
+    try:
+        made = load(one)(asked)
+    except DefinitionError:
+        raise
+    except Exception as error:
+        raise TrainingSetError(
+            f"On-demand transform '{one.name}' failed: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(made, pa.Table) or made.num_rows != table.num_rows:
+        raise TrainingSetError(f"On-demand transform '{one.name}' must give a table with a row for each row.")
+    columns = {}
+    for field in one.fields:
+        if field.name not in made.column_names:
+            raise SchemaMismatch(f"On-demand transform '{one.name}' gave no column '{field.name}'.")
+        columns[field.name] = cast_feature(made[field.name], DTYPES[field.dtype], name=field.name)
+    return pa.table(columns)
+
+
+@functools.lru_cache(maxsize=256)
+def load(one: OnDemandSpec) -> Transform:
+    """The transform's function.
+
+    Raises:
+        DefinitionError: its module cannot be imported here, or its code is not what was applied.
+    """
+    module, _, name = one.function.partition(":")
+    try:
+        function = functools.reduce(getattr, name.split("."), cast(Any, import_module(module)))
+    except AttributeError as error:
+        raise DefinitionError(
+            f"Module '{module}' has no '{name}', the code of on-demand transform '{one.name}'. Put the code here that "
+            "was applied."
+        ) from error
+    found = hashlib.sha256(source_code(function).encode()).hexdigest()
+    if found != one.sha256:
+        raise DefinitionError(
+            f"The code of on-demand transform '{one.name}' ({one.function}) is not what was applied: its hash is "
+            f"{found[:8]}, not {one.sha256[:8]}. Put the applied code here, or give the new one another name."
+        )
+    return cast(Transform, function)
+
+
+def _read(one: OnDemandSpec, service: ServiceSpec) -> list[str]:
+    """The columns that the transform gets: its inputs, then the features of its sources."""
+    features = [column for view in service.views if view.name in one.sources for column in view.columns]
+    return [*(field.name for field in one.inputs), *features]
+
+
+def _array(values: Sequence[Any], dtype: str) -> pa.Array:
+    if dtype == "timestamp":
+        return pa.array(values, pa.int64()).cast(DTYPES[dtype])
+    return pa.array(values, DTYPES[dtype])

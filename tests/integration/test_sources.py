@@ -1,0 +1,136 @@
+"""One batch from each kind of source, through the whole of ingestion."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sqlite3
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.ledger.events import BatchIngested
+from cluster.settings import PlatformConfig, StorageConfig
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+DEFINITIONS = """
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Range, SqlSource
+
+meter = Entity("gauge", join_keys=["gauge_id"])
+SOURCES = {
+    "csv": FileSource("gauges*.csv", event_timestamp="at"),
+    "json": FileSource("gauges.jsonl", event_timestamp="at"),
+    "sql": SqlSource(url_env="GAUGES", table="gauges", event_timestamp="at"),
+}
+views = [
+    FeatureView(
+        f"gauge_{kind}",
+        entities=[meter],
+        source=source,
+        schema=[Field("watts", "float64"), Field("place", "string")],
+        checks=[Range("watts", minimum=0)],
+    )
+    for kind, source in SOURCES.items()
+]
+gauges = FeatureService("gauges", views=views)
+"""
+ROWS = 100
+AT = "2024-01-01T00:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def project(falaj_cluster: Project) -> Project:
+    """The same hundred rows as two CSV files, JSON lines and a table; one of them is bad."""
+    root = falaj_cluster.root
+    (root / "gauges_defs.py").write_text(DEFINITIONS)
+    rows = [(n, -1.0 if n == 7 else n / 4, f"room, {n}", AT) for n in range(ROWS)]
+    frame = pl.DataFrame(rows, schema=["gauge_id", "watts", "place", "at"], orient="row")
+    frame.head(60).write_csv(root / "gauges_1.csv")
+    frame.tail(40).write_csv(root / "gauges_2.csv")
+    frame.write_ndjson(root / "gauges.jsonl")
+    with sqlite3.connect(root / "gauges.db") as connection:
+        connection.execute("CREATE TABLE gauges (gauge_id INTEGER, watts REAL, place TEXT, at TEXT)")
+        connection.executemany("INSERT INTO gauges VALUES (?, ?, ?, ?)", rows)
+    connection.close()
+    people = frame.select(
+        "gauge_id", event_timestamp=pl.lit(AT).str.to_datetime(time_unit="us", time_zone="UTC")
+    )
+    people.write_parquet(root / "gauges_asked.parquet")
+    falaj_cluster.run("feature_jobs.apply", "definitions=gauges_defs", check=True)
+    return falaj_cluster
+
+
+def test_every_kind_of_source_gives_the_same_features(project: Project) -> None:
+    """Rows in = stored + quarantined, and the same content is one batch."""
+    for kind in ("csv", "json", "sql"):
+        command = ("feature_jobs.ingest", "definitions=gauges_defs", f"view=gauge_{kind}")
+        project.run(*command, check=True, GAUGES="sqlite:///gauges.db")
+        assert "already" in project.run(*command, check=True, GAUGES="sqlite:///gauges.db").stdout
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    batches = [entry.payload for entry in ledger.entries(BatchIngested)]
+    counts = {
+        batch["view"]: (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"])
+        for batch in batches
+    }
+    ours = {f"gauge_{kind}": (ROWS, ROWS - 1, 1) for kind in ("csv", "json", "sql")}
+    assert counts.items() >= ours.items()
+    arguments = ("service=gauges", "entities=gauges_asked.parquet", "output=gauges_out.parquet")
+    project.run("feature_jobs.training_set", "definitions=gauges_defs", *arguments, check=True)
+    table = pl.read_parquet(project.root / "gauges_out.parquet")
+    expected = [None if n == 7 else n / 4 for n in range(ROWS)]
+    for kind in ("csv", "json", "sql"):
+        assert table[f"gauge_{kind}__watts"].to_list() == expected
+        assert table[f"gauge_{kind}__place"][1] == "room, 1"
+
+
+def test_source_that_does_not_fit_is_refused(project: Project) -> None:
+    """A word where a number should be, far from the first rows; no database where it should be."""
+    lines = [f"{n},{n},a,{AT}" for n in range(3000)] + [f"3000,many,a,{AT}"]
+    (project.root / "bad.csv").write_text("\n".join(["gauge_id,watts,place,at", *lines]))
+    command = ("feature_jobs.ingest", "definitions=gauges_defs")
+    bad = project.run(*command, "view=gauge_csv", "source.path=bad.csv")
+    assert (bad.returncode, "Column 'watts' should be float64" in bad.stderr) == (2, True), bad.stderr
+    missing = project.run(*command, "view=gauge_sql")
+    assert (missing.returncode, "GAUGES" in missing.stderr) == (2, True), missing.stderr
+
+
+def test_backfill_that_is_killed_goes_on_where_it_was(project: Project) -> None:
+    """Killed between two chunks: the next run stores the others, and every row once."""
+    days = [dt.datetime(2024, 1, 1 + n, tzinfo=dt.UTC) for n in range(10)]
+    frame = pl.DataFrame({"gauge_id": range(10), "watts": [1.0] * 10, "place": ["x"] * 10, "at": days})
+    frame.write_parquet(project.root / "old.parquet")
+    command = (
+        "feature_jobs.ingest",
+        "definitions=gauges_defs",
+        "view=gauge_json",
+        "source.path=old.parquet",
+        "start=2024-01-02",
+        "end=2024-01-10",
+        "chunk=1d",
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=project.root, env=project.env, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert "1 rows in" in running.stdout.readline()
+    running.kill()
+    running.wait()
+    done = len(chunks_of(project))
+    assert 1 <= done < 8
+    said = project.run(*command, check=True).stdout
+    assert said.count("1 rows in = 1 stored") == 8 - done
+    assert "already" in project.run(*command[:-1], check=True).stdout
+    chunks = chunks_of(project)
+    assert [chunk["start"][:10] for chunk in chunks] == [f"2024-01-{n:02}" for n in range(2, 10)]
+    assert {(chunk["rows_in"], chunk["rows_stored"]) for chunk in chunks} == {(1, 1)}
+
+
+def chunks_of(project: Project) -> list[dict[str, Any]]:
+    """What the ledger says of the backfill."""
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    return [entry.payload for entry in ledger.entries(BatchIngested) if entry.payload["start"]]

@@ -1,0 +1,309 @@
+"""CSV, JSON lines and SQL: read as the view declares, refused with a reason, and never with a silent loss."""
+
+from __future__ import annotations
+
+import gzip
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DefinitionError, SchemaMismatch, SourceError
+from cluster.storage import Layout
+from feature_jobs.reading import heads
+from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
+from feature_jobs.store.files import open_source
+from feature_jobs.store.sources import Source, from_path
+from feature_jobs.store.sql import RowDigest, read_chunks
+from feature_jobs.store.typed import column_types, text_column, typed_rows, value_column
+
+FIELDS = [Field("amount", "float64"), Field("items", "int64"), Field("city", "string"), Field("new", "bool")]
+DAY = datetime(2024, 1, 1, tzinfo=UTC)
+CSV = """person_id,amount,items,city,new,at,note
+1,1.5,3,"Muscat, Ruwi",true,2024-01-01,x
+2,,,"",0,2024-01-01T02:00:00+02:00,007
+3,2,-4,"two
+lines",,2024-01-01 00:00:00.1234567Z,
+"""
+
+
+def view(source: Source, *fields: Field) -> FeatureView:
+    person = Entity("person", join_keys=["person_id"])
+    return FeatureView("income", entities=[person], source=source, schema=fields or FIELDS)
+
+
+def read(path: Path | str, text: str | bytes | None = None, *fields: Field, **options: Any) -> pa.Table:
+    """A file's first rows as the view declares them."""
+    if text is not None:
+        Path(path).write_bytes(text.encode() if isinstance(text, str) else text)
+    source = FileSource(str(path), event_timestamp="at", **options)
+    [table] = heads(open_source(source, Layout("")), view(source, *fields), {})
+    return table
+
+
+def test_csv_is_read_as_the_view_declares(tmp_path: Path) -> None:
+    """Quotes, line breaks in them, nulls, zones; what the view does not declare comes as text."""
+    table = read(tmp_path / "a.csv", CSV)
+    assert table.to_pydict() == {
+        "person_id": [1, 2, 3],
+        "amount": [1.5, None, 2.0],
+        "items": [3, None, -4],
+        "city": ["Muscat, Ruwi", "", "two\nlines"],
+        "new": [True, False, None],
+        "at": [DAY, DAY, DAY.replace(microsecond=123456)],
+        "note": ["x", "007", None],
+    }
+
+
+def test_csv_of_another_kind_needs_to_be_described(tmp_path: Path) -> None:
+    """Delimiter, words for null, types of columns that the view does not declare, any name."""
+    text = "person_id;amount;items;city;new;at;raw\n007;NA;1;NA;1;2024-01-01;3\n"
+    options: dict[str, Any] = {"delimiter": ";", "nulls": ["", "NA"], "columns": {"raw": "int32"}}
+    row = read(tmp_path / "a.txt", text, format="csv", **options).to_pylist()[0]
+    assert (row["person_id"], row["amount"], row["city"], row["raw"]) == ("007", None, None, 3)
+    assert read(tmp_path / "a.csv.gz", gzip.compress(CSV.encode())).num_rows == 3
+
+
+JSON = """{"person_id": 1, "amount": 1, "items": 3, "city": "Sur", "new": true, "at": "2024-01-01", "deep": {"a": [1]}}
+
+{"person_id": 2, "at": "2024-01-01T00:00:00Z", "amount": 0.5, "items": null}
+"""
+
+
+def test_json_lines_are_read_as_the_view_declares(tmp_path: Path) -> None:
+    """What a line lacks is null, a blank line is none, and what is not declared comes as JSON text."""
+    table = read(tmp_path / "a.jsonl", JSON)
+    assert table.to_pylist() == [
+        {
+            "person_id": 1,
+            "amount": 1.0,
+            "items": 3,
+            "city": "Sur",
+            "new": True,
+            "at": DAY,
+            "deep": '{"a":[1]}',
+        },
+        {"person_id": 2, "amount": 0.5, "items": None, "city": None, "new": None, "at": DAY, "deep": None},
+    ]
+    assert table.schema.field("amount").type == pa.float64()
+
+
+def test_any_fsspec_uri_and_a_folder_of_one_format(tmp_path: Path) -> None:
+    """In memory, and beside files of other formats."""
+    with fsspec.open("memory://in/a.csv", "wb") as file:
+        file.write(CSV.encode())
+    assert read("memory://in/a.csv").num_rows == 3
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.jsonl").write_text(JSON)
+    assert read(tmp_path, format="json").num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "", "no header"),
+        ("a.csv", "person_id,amount\n", "is empty"),
+        ("a.csv", "a,b\n1,secret,3\n", "cannot be read as CSV: .* Expected 2 columns, got 3"),
+        ("a.csv", b"a,b\n1,\xff\n", "cannot be read as CSV"),
+        ("a.jsonl", "\n\n", "is empty"),
+        ("a.jsonl", "{secret", "no JSON"),
+        ("a.json", '[{"a": 1}]', "no JSON object"),
+        ("a.csv.gz", "plain", "cannot be read as CSV"),
+    ],
+)
+def test_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, name: str, text: str | bytes, words: str
+) -> None:
+    """The message says which and why, and nothing of what is in it."""
+    with pytest.raises(SourceError, match=words) as refusal:
+        read(tmp_path / name, text)
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        ("int64", "1.0"),
+        ("int64", "secret"),
+        ("int64", "9223372036854775808"),
+        ("int32", "3000000000"),
+        ("float64", "1,5"),
+        ("float64", " 1"),
+        ("float64", "9007199254740993"),
+        ("float32", "16777217000000001"),
+        ("bool", "yes"),
+        ("timestamp", "01/02/2024"),
+        ("timestamp", "1704067200"),
+        ("timestamp", "2024-01-01T25:00:00"),
+    ],
+)
+def test_text_that_would_lose_something_is_refused(dtype: str, text: str) -> None:
+    """With a count, and without the value, which may be personal."""
+    column = pa.chunked_array([pa.array([None, text], pa.string())])
+    with pytest.raises(SchemaMismatch, match=f"'x' should be {dtype}; 1 of 2 values") as refusal:
+        text_column(column, dtype, name="x")
+    assert f" {text}" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("int64", [1.5]),
+        ("int64", [True]),
+        ("int64", ["1"]),
+        ("float64", [2**53 + 1]),
+        ("float64", ["1.5"]),
+        ("string", [1]),
+        ("bool", [2]),
+        ("timestamp", [1704067200]),
+        ("string", ["a", 1]),
+        ("int64", [1, {"a": 1}]),
+    ],
+)
+def test_value_of_another_type_is_refused(dtype: str, values: list[Any]) -> None:
+    """JSON and SQL say what they mean; nothing is turned into something else."""
+    with pytest.raises(SchemaMismatch, match="'x' should be"):
+        value_column(values, dtype, name="x")
+
+
+@given(st.lists(st.none() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53)))
+def test_numbers_written_as_text_come_back_as_they_were(values: list[float | None]) -> None:
+    """Through CSV, of every magnitude."""
+    text = [None if value is None else repr(value) for value in values]
+    column = text_column(pa.chunked_array([pa.array(text, pa.string())]), "float64", name="x")
+    assert column.to_pylist() == values
+
+
+@pytest.mark.parametrize(
+    ("keys", "known", "expected"),
+    [
+        (["1", "-2", "0"], {}, "int64"),
+        (["1", "007"], {}, "string"),
+        (["1"], {"person_id": "string"}, "string"),
+        ([None], {}, "string"),
+    ],
+)
+def test_key_is_a_whole_number_where_all_first_rows_say_so(
+    keys: list[str | None], known: dict[str, str], expected: str
+) -> None:
+    """What the feature table has decides before that."""
+    first = pa.table({"person_id": pa.array(keys, pa.string())})
+    types = column_types(view(FileSource("a.csv", event_timestamp="at")), first, known)
+    assert types["person_id"] == expected
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "shop.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE income (person_id INTEGER, amount REAL, new BOOLEAN, at TEXT)")
+        rows = [(n, n / 2, n % 2, "2024-01-01 00:00:00") for n in range(5)]
+        connection.executemany("INSERT INTO income VALUES (?, ?, ?, ?)", rows)
+    connection.close()
+    return path
+
+
+def rows_of(source: SqlSource, **environment: str) -> list[dict[str, Any]]:
+    return [row for chunk in read_chunks(source, environment) for row in chunk]
+
+
+def test_sql_is_read_by_table_or_query_as_the_view_declares(database: Path) -> None:
+    """The address comes from the environment; SQLite's 0 and 1 are bools, its text times."""
+    by_table = SqlSource(url_env="SHOP", table="income", event_timestamp="at")
+    rows = rows_of(by_table, SHOP=f"sqlite:///{database}")
+    declared = view(by_table, Field("amount", "float64"), Field("new", "bool"))
+    table = typed_rows(rows, column_types(declared, typed_rows(rows, {"person_id": "int64"}), {}))
+    assert table.slice(1, 1).to_pylist() == [{"person_id": 1, "amount": 0.5, "new": True, "at": DAY}]
+    by_query = SqlSource(
+        url_env="SHOP", query="SELECT * FROM income WHERE person_id > 2", event_timestamp="at"
+    )
+    assert len(rows_of(by_query, SHOP=f"sqlite:///{database}")) == 2
+
+
+def test_digest_of_rows_does_not_depend_on_their_order(database: Path) -> None:
+    """A query gives its rows in any order; the same ones are the same batch."""
+    digests = []
+    for tail in ("", " ORDER BY person_id DESC", " WHERE person_id < 4", " UNION ALL SELECT * FROM income"):
+        source = SqlSource(
+            url=f"sqlite:///{database}", query=f"SELECT * FROM income{tail}", event_timestamp="at"
+        )
+        digest = RowDigest()
+        for chunk in read_chunks(source):
+            digest.add(chunk)
+        digests.append(digest.hexdigest())
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        ({"url_env": "SHOP"}, {}, "variable SHOP, which is missing"),
+        ({"url_env": "SHOP"}, {"SHOP": "shop"}, "no SQLAlchemy URL"),
+        ({"url_file": "/nowhere/url"}, {}, "missing or empty"),
+        ({"url": "sqlite:////nowhere/shop.db"}, {}, "no SQLite database at /nowhere/shop.db"),
+        (
+            {"url_env": "SHOP"},
+            {"SHOP": "postgresql+psycopg://u:hunter2@127.0.0.1:1/x?connect_timeout=1"},
+            "cannot be read",
+        ),
+    ],
+)
+def test_database_that_cannot_be_read_is_refused(
+    options: dict[str, str], environment: dict[str, str], words: str
+) -> None:
+    """Saying where the address was looked for, and never a password."""
+    source = SqlSource(table="income", event_timestamp="at", **options)
+    with pytest.raises(SourceError, match=words) as refusal:
+        rows_of(source, **environment)
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_query_that_fails_is_refused(database: Path) -> None:
+    """No such table, or two columns of one name."""
+    for query, words in (("SELECT * FROM outcome", "no such table"), ("SELECT 1 a, 2 a", "two columns 'a'")):
+        source = SqlSource(url=f"sqlite:///{database}", query=query, event_timestamp="at")
+        with pytest.raises(SourceError, match=words):
+            rows_of(source)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: FileSource("a.csv", event_timestamp="at", format="xml"), "unknown format 'xml'"),
+        (lambda: FileSource("a.csv", event_timestamp="at", delimiter="||"), "one character"),
+        (lambda: FileSource("a.csv", event_timestamp="at", nulls="NA"), "nulls must be a list"),
+        (lambda: FileSource("a.csv", event_timestamp="at", columns={"x": "flaot64"}), "mean 'float64'"),
+        (lambda: SqlSource(url="sqlite:///a.db", event_timestamp="at"), "a query or a table"),
+        (lambda: SqlSource(table="t", event_timestamp="at"), "one of url, url_env and url_file"),
+        (
+            lambda: SqlSource(url="postgresql://u:p@h/d", table="t", event_timestamp="at"),
+            "must not hold a password",
+        ),
+    ],
+)
+def test_source_that_cannot_work_is_refused(make: Any, words: str) -> None:
+    """When it is written down."""
+    with pytest.raises(DefinitionError, match=words):
+        make()
+
+
+def test_parquet_source_keeps_the_version_it_had() -> None:
+    """What is not used does not stand in the definition."""
+    source = FileSource("income.parquet", event_timestamp="at")
+    assert view(source, Field("amount", "float64")).version == "daf4dbae3339"
+
+
+def test_file_in_place_of_a_source_has_its_columns_and_its_own_format() -> None:
+    """A CSV backfill of a view that reads a database."""
+    sql = SqlSource(url_env="SHOP", table="t", event_timestamp="at", created_timestamp="known")
+    csv = FileSource("a.txt", event_timestamp="at", format="csv", delimiter=";")
+    assert from_path(sql, "old.csv").definition()["created_timestamp"] == "known"
+    assert (from_path(csv, "b.txt").kind, from_path(csv, "b.txt").delimiter) == ("csv", ";")
+    assert from_path(csv, "b.parquet").kind == "parquet"

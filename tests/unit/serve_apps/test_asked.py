@@ -1,0 +1,98 @@
+"""A real replica of a model whose features are made on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from cluster.errors import DefinitionError
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import FeatureServiceApplied
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.settings import PlatformConfig, StorageConfig
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
+from feature_jobs.store.catalog import Definitions, apply, service_spec
+from serve_apps.predictor.asked import request_inputs
+from tests.replica import Replica, running_replica
+
+INCOME = FeatureView(
+    "income",
+    entities=[Entity("person", join_keys=["person_id"])],
+    source=FileSource("income.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64")],
+)
+PREDICT = "/v1/models/m:predict"
+ENTITIES = [{"person_id": 1}, {"person_id": 2}]
+
+
+def loan_terms(table: pa.Table) -> pa.Table:
+    return pa.table({"share": pc.divide(table["asked"], table["income__amount"])})
+
+
+TERMS = OnDemandTransform(
+    "terms",
+    inputs=[Field("asked", "float64"), Field("channel", "string")],
+    sources=[INCOME],
+    schema=[Field("share", "float64")],
+    transform=loan_terms,
+)
+CREDIT = FeatureService("credit", views=[INCOME], on_demand=[TERMS])
+
+
+def applied(root: Path) -> Ledger:
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+    definitions = Definitions(module="m", views={"income": INCOME}, services={"credit": CREDIT})
+    apply(definitions, ledger, actor="t")
+    return ledger
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    root = tmp_path_factory.mktemp("replica")
+    applied(root).close()
+    inputs = tuple(InputSpec(name=name, dtype="double") for name in ("income__amount", "terms__share"))
+    signature = ModelSignature(
+        task=Task.regression, inputs=inputs, label="y", service="credit", service_version=CREDIT.version
+    )
+    with running_replica(root, signature) as running:
+        yield running
+    assert running.failures == []
+
+
+def test_features_are_made_of_the_request_and_written_down_with_it(replica: Replica) -> None:
+    """A view's feature that the client gives counts in the transform, too."""
+    features = {"asked": [2, None], "channel": "web", "income__amount": [4.0, 4.0]}
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": features})
+    assert status == 200, content
+    assert content["features_status"] == {"terms__share": ["present", "null"]}
+    mine = replica.log().filter(prediction_id=content["prediction_id"])
+    assert mine["terms__share"].to_list() == [0.5, None]
+    assert (mine["asked"].to_list(), mine["channel"].to_list()) == ([2, None], ["web", "web"])
+
+
+def test_request_that_does_not_say_what_is_needed_is_refused(replica: Replica) -> None:
+    """But one that brings the feature itself needs no input."""
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"channel": "web"}})
+    assert (status, "'asked' is missing" in content["error"]) == (400, True)
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"asked": "much"}})
+    assert (status, "must be a number" in content["error"]) == (400, True)
+    status, _ = replica.json(PREDICT, {"entities": ENTITIES, "features": {"terms__share": 0.5}})
+    assert status == 200
+
+
+def test_replica_does_not_start_without_the_code_its_model_was_trained_with(tmp_path: Path) -> None:
+    """The error names the module."""
+    ledger = applied(tmp_path)
+    definition = TERMS.definition()
+    definition["transform"] = {"name": "no_such_module:terms", "sha256": ""}
+    event = FeatureServiceApplied(
+        service="credit", version="v", views={}, view_order=[], on_demand=[definition]
+    )
+    ledger.append(event, actor="t")
+    with pytest.raises(DefinitionError, match="No module 'no_such_module'"):
+        request_inputs(service_spec(ledger, "credit", "v"))
+    ledger.close()
