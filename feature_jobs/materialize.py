@@ -27,6 +27,7 @@ from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.online import open_online
 from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.online_windows import state_rows, stored_view
 from feature_jobs.store.point_in_time import latest
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.streamed import horizon
@@ -61,7 +62,8 @@ def main(config: MaterializeConfig) -> None:
     as_of = instant(config.as_of)
     store = open_online(config.online, places, key_store(actor.access), readonly=False)
     table = DeltaTable(pinned.uri, version=pinned.version)
-    count = store.replace(view, pinned.key_types, rows(view, pinned, as_of), horizon=horizon(table))
+    found = rows(view, pinned, as_of)
+    count = store.replace(stored_view(view), pinned.key_types, found, horizon=horizon(table))
     store.close()
     event = ViewMaterialized(
         view=view.name,
@@ -76,6 +78,9 @@ def main(config: MaterializeConfig) -> None:
 
 def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
     """The newest row of every entity that was known at a moment, bucket by bucket; of a deleted entity that it was."""
+    if view.windows is not None:
+        yield from state_rows(pinned, view.windows, as_of)
+        return
     keys = list(pinned.key_types)
     names = [field.name for field in view.fields]
     for bucket in range(pinned.num_buckets):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import dataclass
 
-import polars as pl
-
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
@@ -22,7 +20,7 @@ from cluster.settings import PlatformConfig
 from feature_jobs.compact import newest
 from feature_jobs.materialize import instant
 from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.point_in_time import EVENT
+from feature_jobs.store.past_retention import past_retention
 from feature_jobs.store.protection import view_resources
 from feature_jobs.store.removal import Reason, remove
 
@@ -48,7 +46,8 @@ def main(config: RetainConfig) -> None:
     oldest = oldest_kept(view, instant(config.now, name="now"))
     pinned = newest(config, view, actor)
     reason = Reason(cause=f"retention, events before {oldest.isoformat()}", older_than=oldest.isoformat())
-    removed = remove(pinned, pl.col(EVENT) < oldest, reason, ledger, view=view.name, actor=actor.name)
+    where = past_retention(pinned, view.windows, oldest)
+    removed = remove(pinned, where, reason, ledger, view=view.name, actor=actor.name)
     print(f"view {view.name}: {removed} of {pinned.rows} rows removed, events before {oldest.isoformat()}")
 
 

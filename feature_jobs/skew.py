@@ -50,6 +50,7 @@ from feature_jobs.store.skew import (
     judge,
     skew_of,
 )
+from feature_jobs.store.skew_windows import judge_windows
 from feature_jobs.store.training_set import build, join_here, key_column
 
 NUM_EXAMPLES = 20
@@ -204,13 +205,18 @@ def verdicts_of(
     buckets = pl.Series(bucket_of(asked.select(keys).to_arrow(), keys, num_buckets=pinned.num_buckets))
     for bucket in buckets.unique().to_list():
         part = asked.filter(buckets == bucket)
-        history = pinned.read(bucket, [INGESTED, feature])
+        history = pinned.read(bucket, [INGESTED, feature] if view.windows is None else view.windows.read)
         if history.is_empty():  # offline knows nothing of anybody there, so what differs was served
             for position in part[POSITION]:
                 verdicts[position] = Verdict.offline_missing.value
             continue
         given = online.gather(part[POSITION])
-        judged = judge(part, history, keys=keys, feature=feature, online=given, ttl=ttl)
+        if view.windows is None:
+            judged = judge(part, history, keys=keys, feature=feature, online=given, ttl=ttl)
+        else:
+            judged = judge_windows(
+                part, history, keys=keys, windows=view.windows, feature=feature, online=given
+            )
         for position, verdict in judged.iter_rows():
             verdicts[position] = verdict
     return pl.Series(verdicts)

@@ -21,6 +21,7 @@ from cluster.storage import Layout, local, resolve
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.online_lmdb import LmdbEngine
 from feature_jobs.store.online_store import Found, OnlineStore
+from feature_jobs.store.online_windows import WindowedView
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _TYPES: dict[str, type] = {"int64": int, "string": str}
@@ -56,6 +57,9 @@ class FeatureReader:
         self.spec = spec
         self._store = store
         self._columns = [view.columns for view in spec.views]
+        self._windowed = {
+            view.name: WindowedView(view, view.windows) for view in spec.views if view.windows is not None
+        }
         self._key_types: dict[str, Mapping[str, str]] = {}
 
     def read(self, entities: Sequence[Mapping[str, Any]], as_of: dt.datetime) -> FeatureVectors:
@@ -67,7 +71,7 @@ class FeatureReader:
         at_us = microseconds(as_of)
         vectors = FeatureVectors(columns={}, status={})
         for view, names in zip(self.spec.views, self._columns, strict=True):
-            found = self._store.get(view, self._keys(view, entities, vectors))
+            found = self._found(view, self._keys(view, entities, vectors), at_us)
             limit_us = None if view.ttl_s is None else round(view.ttl_s * 1_000_000)
             states = [_state(row, at_us, limit_us) for row in found]
             nothing = (None,) * len(names)
@@ -83,6 +87,14 @@ class FeatureReader:
             for name in names:
                 vectors.status[name] = states if whole else _with_nulls(states, vectors.columns[name])
         return vectors
+
+    def _found(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Sequence[Found | None]:
+        windowed = self._windowed.get(view.name)
+        if windowed is None:
+            return self._store.get(view, keys)
+        if not self._types(view):
+            return [None for _ in keys]
+        return windowed.found(keys, self._store.get(windowed.stored, keys), at_us)
 
     def _keys(
         self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], vectors: FeatureVectors

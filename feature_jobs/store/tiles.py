@@ -9,9 +9,9 @@ long as the longest window. Memory per entity is that of the events in it (about
 at most some 260 summaries. Adding an event unpacks no other one; a correction unpacks the tile it touches.
 
 Events come in any order, late and repeatedly: a version of an event is identified by (event_id, created, seq), and each
-event keeps those of its versions that count at some time. An event is forgotten one longest window after it, and all
-that corrected it, was known; a version that comes later than that for the first time could count though it was
-corrected.
+event keeps those of its versions that count at some time. An event is forgotten one longest window after all its
+versions were known. Its older versions are then too old to count again, should they come, but for one case: a version
+dated ahead (event after created) that comes for the first time a longest window after what corrected it.
 """
 
 from __future__ import annotations

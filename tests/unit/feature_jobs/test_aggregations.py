@@ -14,11 +14,13 @@ from deltalake import DeltaTable
 from cluster.errors import DefinitionError
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
+from feature_jobs.materialize import rows
 from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource, offline
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
 from feature_jobs.store.differences import view_changes
 from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
+from feature_jobs.store.tiles import Tiling, WindowState
 from feature_jobs.store.training_set import build, join_here
 from feature_jobs.store.validation import REASON, prepare
 
@@ -190,11 +192,28 @@ def test_training_set_holds_the_aggregations_of_each_entity_row(
     assert table.schema.field("income__shop_last_7d").type == pa.int32()
 
 
+def test_materialisation_gives_each_entity_the_state_of_what_was_known(
+    ledger: Ledger, tmp_path: Path, access: KeyAccess
+) -> None:
+    """Read at a later instant it says what the training set says; a correction of after the moment is not in it."""
+    service = applied(ledger, view())
+    spec = service.views[0]
+    assert spec.windows is not None
+    pinned = stored(tmp_path, access, service)
+    at_us = int(START.timestamp() * 1e6) + 5_400_000_000
+    found = {}
+    for hours in (0.5, 1):
+        (row,) = rows(spec, pinned, START + timedelta(hours=hours))
+        state = WindowState.unpack(Tiling(spec.windows), row.values[0])
+        found[hours] = row.keys, state.values(at_us)
+    assert found == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}
+
+
 def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
     """Two payments of customer 1, at 0:30 and 1:00, the second one corrected."""
     spec = service.views[0]
     times = [START + timedelta(hours=hour) for hour in (0.5, 1, 1)]
-    rows = pa.table(
+    events = pa.table(
         {
             "customer_id": [1, 1, 1],
             "payment_id": ["a", "b", "b"],
@@ -207,9 +226,9 @@ def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
         }
     )
     uri, protection = f"{folder}/income", view_protection(spec)
-    table = offline.create_table(uri, rows.schema, num_buckets=4)
+    table = offline.create_table(uri, events.schema, num_buckets=4)
     target = Target(uri=uri, keys=("customer_id",), buckets=4, protection=protection, access=access)
-    files = offline.write_files(rows, target, name="a")
+    files = offline.write_files(events, target, name="a")
     said = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
-    offline.commit(DeltaTable(table.table_uri), rows.schema, files, said, seq=2)
+    offline.commit(DeltaTable(table.table_uri), events.schema, files, said, seq=2)
     return snapshot(uri, view="income", keys=["customer_id"], protection=protection, access=access)

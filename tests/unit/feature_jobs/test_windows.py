@@ -17,6 +17,7 @@ from cluster.errors import TrainingSetError
 from feature_jobs.store import windows as offline
 from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
 from feature_jobs.store.hyperloglog import estimate, registers_of
+from feature_jobs.store.past_retention import corrected_by_old
 from feature_jobs.store.windows import aggregate
 from tests.unit.feature_jobs.event_frames import (
     COLUMNS,
@@ -151,6 +152,19 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     spec = only((EVERY, "count"))
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec).hidden == 2
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
+
+
+@settings(max_examples=settings.default.max_examples, deadline=None)
+@given(frame=event_frames(), late_h=st.integers(0, 3))
+def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> None:
+    """Where a correction moved an event past it, what it corrected goes too."""
+    frame = frame.with_columns(person=pl.lit(1, pl.Int64), place=pl.lit("n"))
+    now = START + timedelta(hours=12)
+    oldest = now - timedelta(hours=max(WINDOWS_H))
+    corrected = corrected_by_old(frame, list(KEYS), "event_id", oldest)
+    kept = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
+    spec = only((EVERY, "count"), ("amount", "sum"))
+    assert ask(kept, spec, 12 + late_h) == ask(frame, spec, 12 + late_h)
 
 
 def test_tombstone_removes_an_event_from_when_it_was_known() -> None:

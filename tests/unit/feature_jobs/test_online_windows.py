@@ -1,0 +1,146 @@
+"""Aggregated views online: read at any instant since, they say what the training set says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
+from feature_jobs.store.online import FeatureReader, OnlineStore, open_online
+from feature_jobs.store.online_windows import states, stored_view
+from feature_jobs.store.windows import aggregate
+from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
+
+CLASSES = {"amount": "personal", "sector": "public"}
+
+
+def view_of(windows: WindowSpec) -> ViewSpec:
+    """A view over the events of the tests."""
+    stored = tuple(
+        FieldSpec(name=name, dtype=dtype, sensitivity=CLASSES.get(name, "internal"), categorical=False)
+        for name, dtype in COLUMNS.items()
+    )
+    return ViewSpec(
+        name="visits",
+        version="v1",
+        join_keys=list(KEYS),
+        fields=aggregated_fields(windows, stored),
+        ttl_s=None,
+        windows=windows,
+        event_fields=stored,
+    )
+
+
+VIEW = view_of(SPEC)
+SERVICE = ServiceSpec(name="s", version="s1", views=[VIEW])
+AS_OF = START + timedelta(hours=9)
+TYPES = {"person": "int64", "place": "string"}
+EVERYONE = [{"person": person, "place": place} for person in (1, 2, 9) for place in ("n", "s")]
+
+EVENT = pl.DataFrame(
+    [(1, "n", START, START, 0, False, "a", 1.0)],
+    schema=KEYS
+    | {"event_timestamp": TIME, "created_timestamp": TIME, "ingest_seq": pl.Int64}
+    | {"deleted": pl.Boolean, "event_id": pl.String, "amount": pl.Float64},
+    orient="row",
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineStore]:
+    folder = tmp_path_factory.mktemp("online")
+    keyring = Keyring.create(folder / "keyring.json", bytes(32))
+    for name in ("internal", "personal"):
+        keyring.ensure(KeyInfo(name=f"online/visits/{name}"))
+    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(folder)), keyring, readonly=False)
+    yield opened
+    opened.close()
+
+
+def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
+    """The training set of everyone at an hour, with timestamps as microseconds."""
+    at = START + timedelta(hours=hour)
+    entities = pl.DataFrame(EVERYONE, schema=KEYS).with_columns(
+        pl.lit(at).cast(TIME).alias("event_timestamp")
+    )
+    found = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
+    return {
+        f"visits__{name}": values
+        for name, values in found.with_columns(*times).to_dict(as_series=False).items()
+    }
+
+
+@settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
+@given(frame=event_frames())
+def test_online_is_offline_with_what_was_materialised(store: OnlineStore, frame: pl.DataFrame) -> None:
+    """At its instant, before it by up to the longest window, and after it; for unknown entities too."""
+    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, AS_OF))
+    reader = FeatureReader(SERVICE, store)
+    known = frame.filter(pl.max_horizontal("event_timestamp", "created_timestamp") <= AS_OF)
+    for hour in (9 - max(WINDOWS_H), 7, 9, 12):
+        assert reader.read(EVERYONE, START + timedelta(hours=hour)).columns == offline_columns(known, hour)
+
+
+def test_values_say_whether_they_are_there(store: OnlineStore) -> None:
+    """A count of nothing is present, a sum of nothing null; before the horizon, and of nobody, all is missing."""
+    frame = frame_of(EVENT).with_columns(person=pl.lit(2, pl.Int64))
+    late = START + timedelta(days=9)
+    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, late))
+    reader = FeatureReader(SERVICE, store)
+    forgotten = [{"person": 2, "place": "n"}]
+    assert reader.read(forgotten, late).columns["visits__count_2h"] == [0]
+    assert reader.read(forgotten, START).status["visits__count_2h"] == ["missing"]
+    status = reader.read([EVERYONE[0]], AS_OF).status
+    assert (status["visits__count_2h"], status["visits__amount_sum_2h"]) == (["present"], ["null"])
+    assert set(reader.read([{"person": None, "place": "n"}], AS_OF).status["visits__count_2h"]) == {"missing"}
+
+
+def test_view_that_was_not_materialised_is_missing(tmp_path: Path, store: OnlineStore) -> None:
+    """Not zero."""
+    other = replace(VIEW, name="others")
+    reader = FeatureReader(ServiceSpec(name="s", version="s2", views=[other]), store)
+    assert set(reader.read([EVERYONE[0]], AS_OF).status["others__count_2h"]) == {"missing"}
+
+
+def test_state_made_for_other_windows_is_missing(store: OnlineStore) -> None:
+    """It may have forgotten what the longer one needs; the next materialisation brings it."""
+    day = Aggregation("amount", "sum", windows=[timedelta(days=1)])
+    windows = window_spec("event_id", day.definition(), COLUMNS)
+    longer = replace(view_of(windows), version="v2")
+    service = ServiceSpec(name="s", version="s2", views=[longer])
+    store.replace(stored_view(VIEW), TYPES, states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
+    assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).status == {
+        "visits__amount_sum_1d": ["missing"]
+    }
+    store.replace(stored_view(longer), TYPES, states(EVENT, list(KEYS), windows, AS_OF))
+    assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).columns == {
+        "visits__amount_sum_1d": [1.0]
+    }
+
+
+def frame_of(event: pl.DataFrame) -> pl.DataFrame:
+    """With the other columns of the tests' events."""
+    return event.with_columns(
+        pl.lit(None, pl.Int64).alias("size"),
+        pl.lit(None, pl.String).alias("sector"),
+        pl.lit(None, TIME).alias("seen"),
+        pl.lit(None, pl.Boolean).alias("flag"),
+    )
+
+
+def test_state_is_sealed_by_the_most_sensitive_column_it_is_made_of() -> None:
+    """Whoever may not read one of them may not read the state."""
+    (state,) = stored_view(VIEW).fields
+    assert state.sensitivity == "personal"
