@@ -177,7 +177,9 @@ def compare(spec: ServiceSpec, tables: Offline, group: Served, result: Result) -
     joined = build(spec, pinned, group.asked(spec), join_parts=join_here)
     result.rows += len(group.ids)
     for view in spec.views:
-        if view.windows is not None:  # made of many events, so no single row of its history can excuse a value
+        if (
+            view.windows is not None
+        ):  # made of many events, so no single row of its history can excuse a value
             continue
         table, known = opened[view.name]
         frame = requests(view, spec, joined, table, group, known)
@@ -223,7 +225,9 @@ def values_of(history: pl.DataFrame, feature: str) -> pl.DataFrame:
     """Rows of which a tombstone says nothing, whatever else it may hold."""
     if DELETED not in history.columns:
         return history
-    return history.with_columns(pl.when(~pl.col(DELETED).fill_null(False)).then(pl.col(feature)).alias(feature))
+    return history.with_columns(
+        pl.when(~pl.col(DELETED).fill_null(False)).then(pl.col(feature)).alias(feature)
+    )
 
 
 def requests(
