@@ -162,6 +162,7 @@ def test_every_rule_can_be_recorded() -> None:
         {"check": "Unique", "of": ["person_id", "event_timestamp"], "keep": "first"},
         {"check": "Freshness", "maximum_age_s": 172800.0},
     ]
+    assert [type(rule).from_definition(rule.definition()) for rule in checks] == checks
 
 
 def test_version_of_a_view_with_the_old_rules_is_what_it_was() -> None:
