@@ -20,7 +20,7 @@ from deltalake import DeltaTable
 from fsspec.core import url_to_fs
 
 from cluster.entrypoint import job
-from cluster.errors import Inconsistent, SourceError, did_you_mean
+from cluster.errors import Inconsistent, InvalidRequest, SourceError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import QuarantineReplayed
 from cluster.security.acting import act
@@ -37,8 +37,7 @@ from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
-from feature_jobs.store.quarantine import source_rows, still_alike
-from feature_jobs.store.validation import RAW, REASON, prepare
+from feature_jobs.store.retry import Tried, try_again
 from feature_jobs.storing import row_schema
 
 
@@ -90,15 +89,22 @@ def main(config: ReplayConfig) -> None:
         access=actor.access,
     )
     baseline = last_good(ledger, view, quarantine=folder, access=actor.access)
+    refusals = []
     for batch in batches(folder, config.batch, view=view.name):
         place = Place(view=view, batch=batch, folder=folder, target=target)
-        event = replay(place, baseline, now=dt.datetime.now(dt.UTC))
+        try:
+            event = replay(place, baseline, now=dt.datetime.now(dt.UTC))
+        except (SourceError, InvalidRequest) as error:  # the other batches may have come from another source
+            refusals.append(f"batch {batch}: {error}")
+            continue
         say(ledger, event, actor=actor.name)
         finish(place, event)
         print(
             f"view {view.name}: batch {batch}: {event.rows_in} rows in quarantine = {event.rows_stored} stored + "
             f"{event.rows_quarantined} still bad"
         )
+    if refusals:
+        raise SourceError(f"View '{view.name}': not replayed: {' '.join(refusals)}")
 
 
 def batches(folder: str, wanted: str | None, *, view: str) -> list[str]:
@@ -132,11 +138,8 @@ def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> Quara
     before = offline.committed(table, replay_id) if table is not None else None
     if before is not None:
         return event_of(place, *before)
-    prepared = still_alike(
-        prepare(source_rows(file), place.view, now=now, baseline=baseline), file, place.view
-    )
-    stays = pc.is_valid(prepared[REASON])
-    left = still_bad(file, prepared, stays)
+    tried = try_again(file, place.view, now=now, baseline=baseline)
+    left = still_bad(file, tried)
     if left.num_rows:
         files.write(left, place.pending(replay_id), protection)
     reasons = Counter(left["reason"].to_pylist())
@@ -148,16 +151,15 @@ def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> Quara
         reasons=dict(reasons),
         quarantine=f"{place.batch}.parquet" if left.num_rows else None,
     )
-    if batch.rows_stored == 0:
+    if tried.good is None:
         return event_of(place, batch, None)
-    good = prepared.filter(pc.invert(stays)).drop_columns([REASON, RAW])
-    return event_of(place, batch, commit(place, good, batch, now=now))
+    return event_of(place, batch, commit(place, tried.good, batch, now=now))
 
 
-def still_bad(file: pa.Table, prepared: pa.Table, stays: pa.ChunkedArray) -> pa.Table:
+def still_bad(file: pa.Table, tried: Tried) -> pa.Table:
     """The rows of a quarantine file that stay, with their new reasons."""
     position = file.schema.get_field_index("reason")
-    return file.set_column(position, "reason", prepared[REASON]).filter(stays)
+    return file.set_column(position, "reason", tried.reasons).filter(pc.is_valid(tried.reasons))
 
 
 def commit(place: Place, good: pa.Table, batch: offline.Batch, *, now: dt.datetime) -> int:

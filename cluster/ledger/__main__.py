@@ -11,10 +11,8 @@ from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.ledger.chain import Entry, check, read_lines
 from cluster.ledger.checkpoint import check_signatures, load_public_key
-from cluster.ledger.store import Ledger, open_ledger
-from cluster.security.acting import check_reader
-from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
-from cluster.storage import layout
+from cluster.ledger.reading import add_flags, open_reader
+from cluster.ledger.store import Ledger
 
 
 def main() -> None:
@@ -22,15 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.ledger", description="Export and verify the ledger."
     )
-    parser.add_argument(
-        "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
-    )
-    parser.add_argument("--url", help="SQLAlchemy URL of the ledger, if it is not SQLite below the root")
-    parser.add_argument(
-        "--token",
-        type=Path,
-        help="file with the reader's token; without it you read as whoever can open the database",
-    )
+    add_flags(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write every event as one JSON line")
     export.add_argument("--output", type=Path, help="file to write instead of standard output")
@@ -41,21 +31,11 @@ def main() -> None:
     try:
         match arguments.command:
             case "export":
-                _export(_open(arguments), arguments.output)
+                _export(open_reader(arguments), arguments.output)
             case "verify":
                 _verify(arguments)
     except RefusedError as error:
         refuse(error)
-
-
-def _open(arguments: argparse.Namespace) -> Ledger:
-    storage = StorageConfig(root=arguments.root)
-    if arguments.url is None and not Path(layout(storage).ledger_path).exists():
-        raise ConfigError(f"No ledger at {layout(storage).ledger_path}. Give --root or --url.")
-    ledger = open_ledger(PlatformConfig(storage=storage, ledger=LedgerConfig(url=arguments.url)))
-    if arguments.token is not None:
-        check_reader(ledger, layout(storage), arguments.token)
-    return ledger
 
 
 def _export(ledger: Ledger, output: Path | None) -> None:
@@ -78,7 +58,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _entries(arguments: argparse.Namespace) -> Iterator[Entry]:
     if arguments.file is None:
-        yield from _open(arguments).entries()
+        yield from open_reader(arguments).entries()
         return
     try:
         with arguments.file.open() as file:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 import pyarrow as pa
@@ -194,6 +194,10 @@ class Freshness(BatchCheck):
 
     def definition(self) -> dict[str, Any]:
         return {"check": "Freshness", "maximum_age_s": self.maximum_age.total_seconds()}
+
+    @classmethod
+    def from_definition(cls, recorded: Mapping[str, Any]) -> Self:
+        return cls(timedelta(seconds=recorded["maximum_age_s"]))
 
     def finding(self, facts: Facts) -> Finding | None:
         newest = facts.batch.newest_event_us

@@ -7,9 +7,9 @@ SQL: whether a value may be absent and what it may be are separate decisions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +35,11 @@ class Check(ABC):
         return {"check": type(self).__name__} | {
             name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
         }
+
+    @classmethod
+    def from_definition(cls, recorded: Mapping[str, Any]) -> Self:
+        """The rule of this class that `definition` gave."""
+        return cls(**{name: value for name, value in recorded.items() if name != "check"})
 
 
 @dataclass(frozen=True, slots=True)

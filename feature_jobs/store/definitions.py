@@ -72,6 +72,8 @@ class Field:
     categorical: bool = False
     """Whether the values are codes without an order."""
     description: str = ""
+    from_columns: Sequence[str] = ()
+    """Source columns that the view's transform makes it from, for lineage; none says nothing, so all of them."""
 
     def __post_init__(self) -> None:
         _check_name("Field", self.name)
@@ -80,6 +82,8 @@ class Field:
                 f"Field '{self.name}' has the unknown dtype '{self.dtype}'.{did_you_mean(self.dtype, DTYPES)}"
             )
         object.__setattr__(self, "sensitivity", Sensitivity(self.sensitivity))
+        columns = _names(f"Field '{self.name}'", "from_columns", self.from_columns)
+        object.__setattr__(self, "from_columns", columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +185,11 @@ class FeatureView:
                 raise DefinitionError(
                     f"View '{self.name}': '{field.name}' is a join key and cannot be a feature too. "
                     "Remove it from the schema, or give the feature another name in the transform."
+                )
+            if field.from_columns and self.transform is None:
+                raise DefinitionError(
+                    f"View '{self.name}': field '{field.name}' says from_columns, but without a transform it is the "
+                    "source's column of its name. Leave it out."
                 )
             self._check_column(field.name, "field", seen)
 
@@ -361,6 +370,8 @@ def _field(field: Field) -> dict[str, Any]:
         "sensitivity": field.sensitivity.value,
         "categorical": field.categorical,
         "description": field.description,
+        # Only where it is used, so that views of before keep their version.
+        **({"from_columns": list(field.from_columns)} if field.from_columns else {}),
     }
 
 

@@ -87,10 +87,7 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
             for one in definition["schema"]
         ],
         created_lag=timedelta(seconds=definition["created_lag_s"]),
-        checks=[
-            kinds[check["check"]](**{key: value for key, value in check.items() if key != "check"})
-            for check in definition["checks"]
-        ],
+        checks=[kinds[check["check"]].from_definition(check) for check in definition["checks"]],
     )
 
 

@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import SourceError
 from cluster.ledger.events import BatchIngested, LedgerEvent, QuarantineReplayed
-from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.validation import REASON, SOURCE_SCHEMA, unique_rules
+from feature_jobs.store.validation import SOURCE_SCHEMA
 
 
 def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str, int]]:
@@ -34,35 +33,21 @@ def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str,
     return {batch: reasons for batch, reasons in batches.items() if reasons}
 
 
-def source_rows(file: pa.Table) -> pa.Table:
-    """The rows of a quarantine file as the source had them.
+def source_schema(file: pa.Table) -> pa.Schema | None:
+    """The types that a file's rows had in their source; none for rows that were pushed, or kept by an older release."""
+    kept = (file.schema.field("raw").metadata or {}).get(SOURCE_SCHEMA)
+    return None if kept is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept)))
 
-    A file of a release that kept no types gets them from the values; times are then text.
+
+def source_rows(file: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows of a quarantine file as the source had them.
 
     Raises:
         SourceError: a value that cannot be read back.
     """
     rows = [json.loads(text) for text in file["raw"].to_pylist()]
-    kept = (file.schema.field("raw").metadata or {}).get(SOURCE_SCHEMA)
-    if kept is None:
-        return pa.Table.from_pylist(rows)
-    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept)))
-    return pa.table(
-        [_column([row.get(field.name) for row in rows], field) for field in schema],
-        names=schema.names,
-    )
-
-
-def still_alike(prepared: pa.Table, file: pa.Table, view: FeatureView) -> pa.Table:
-    """Prepared rows of a file, those not good that were put aside because the batch had others like them.
-
-    What they are like may have been stored, and is not in the file: as long as the view has the rule, they stay.
-    """
-    stays = pa.chunked_array([pa.repeat(pa.scalar(False), file.num_rows)])
-    for rule in unique_rules(view):
-        stays = pc.or_(stays, pc.match_substring(file["reason"], rule.reason))
-    reasons = pc.coalesce(prepared[REASON], pc.if_else(stays, file["reason"], pa.scalar(None, pa.string())))
-    return prepared.set_column(prepared.schema.get_field_index(REASON), REASON, reasons)
+    columns = [_column([row.get(field.name) for row in rows], field) for field in schema]
+    return pa.table(columns, names=schema.names)
 
 
 def _column(values: list[Any], field: pa.Field) -> pa.Array:

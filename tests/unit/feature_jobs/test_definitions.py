@@ -79,6 +79,8 @@ def view(**changes: Any) -> FeatureView:
         (lambda: Range("amount"), "minimum or a maximum"),
         (lambda: Range("amount", minimum=2, maximum=1), "above maximum"),
         (lambda: Allowed("sector"), "needs values"),
+        (lambda: Field("a", "int64", from_columns="x"), "must be a list"),
+        (lambda: view(schema=[Field("a", "int64", from_columns=["x"])]), "without a transform"),
         (lambda: Pattern("sector"), "needs a pattern"),
         (lambda: Pattern("sector", "a("), "is no regular expression of RE2"),
         (lambda: Pattern("sector", "a)(b"), "is no regular expression of RE2"),
@@ -141,6 +143,16 @@ def test_a_view_without_tombstones_keeps_the_definition_it_had() -> None:
     assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
 
 
+def test_columns_that_a_feature_comes_from_are_recorded_where_they_are_said() -> None:
+    """A field that does not say them is described as before."""
+    said, unsaid = (
+        view(schema=[Field("amount", "float64", from_columns=columns)], transform=double).definition()
+        for columns in (["gross", "tax"], [])
+    )
+    assert said["schema"][0]["from_columns"] == ["gross", "tax"]
+    assert "from_columns" not in unsaid["schema"][0]
+
+
 def test_every_rule_can_be_recorded() -> None:
     """A version is a hash of JSON, which knows no enum and no time span."""
     rules = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
@@ -150,6 +162,7 @@ def test_every_rule_can_be_recorded() -> None:
         {"check": "Unique", "of": ["person_id", "event_timestamp"], "keep": "first"},
         {"check": "Freshness", "maximum_age_s": 172800.0},
     ]
+    assert [type(rule).from_definition(rule.definition()) for rule in checks] == checks
 
 
 def test_version_of_a_view_with_the_old_rules_is_what_it_was() -> None:

@@ -18,7 +18,8 @@ from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique, offline
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.protection import quarantine_protection, view_protection
-from feature_jobs.store.quarantine import quarantined, source_rows, still_alike
+from feature_jobs.store.quarantine import quarantined, source_rows, source_schema
+from feature_jobs.store.retry import try_again
 from feature_jobs.store.validation import RAW, REASON, prepare
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
@@ -57,6 +58,13 @@ def quarantine_of(source: pa.Table, of: FeatureView) -> pa.Table:
     return bad.append_column("ingest_seq", pa.array(range(count), pa.int64()))
 
 
+def again(file: pa.Table) -> pa.Table:
+    """A file's rows as the source had them."""
+    schema = source_schema(file)
+    assert schema is not None
+    return source_rows(file, schema)
+
+
 def test_a_row_comes_back_with_the_types_and_values_it_had() -> None:
     """Also types that JSON does not have."""
     columns = {
@@ -71,7 +79,7 @@ def test_a_row_comes_back_with_the_types_and_values_it_had() -> None:
         "nothing": pa.nulls(2),
     }
     source = block([-1.0, -2.0], **columns)
-    back = source_rows(quarantine_of(source, view(Range("amount", minimum=0))))
+    back = again(quarantine_of(source, view(Range("amount", minimum=0))))
     assert back.schema == source.schema
     assert back.to_pylist() == source.to_pylist()
 
@@ -81,7 +89,7 @@ def test_a_time_that_could_not_be_printed_comes_back() -> None:
     far = pa.array([316_537_891_200_000_000, 5], pa.timestamp("us"))
     bad = view(Range("amount", minimum=0))
     parts = [quarantine_of(block([-1.0], far=far.slice(i, 1)), bad) for i in range(2)]
-    assert source_rows(pa.concat_tables(parts))["far"].combine_chunks().equals(far)
+    assert again(pa.concat_tables(parts))["far"].combine_chunks().equals(far)
 
 
 def test_types_survive_a_file(tmp_path: Path, access: KeyAccess) -> None:
@@ -89,13 +97,44 @@ def test_types_survive_a_file(tmp_path: Path, access: KeyAccess) -> None:
     file = quarantine_of(block([-1.0]), view(Range("amount", minimum=0)))
     files, path = protected_files(access), str(tmp_path / "q.parquet")
     files.write(file, path, quarantine_protection("income"))
-    assert source_rows(files.read(path)).schema == block([-1.0]).schema
+    assert again(files.read(path)).schema == block([-1.0]).schema
 
 
-def test_a_file_of_an_older_release_is_read_by_its_values() -> None:
-    """It kept no types; numbers and text need none."""
-    file = pa.table({"reason": ["x"], "raw": [json.dumps({"person_id": 1, "amount": 2.5})]})
-    assert source_rows(file).to_pylist() == [{"person_id": 1, "amount": 2.5}]
+def raw(*rows: dict[str, Any], reason: str = "x") -> pa.Table:
+    """A file without types."""
+    return pa.table(
+        {
+            "reason": [reason] * len(rows),
+            "raw": [json.dumps(row) for row in rows],
+            "ingest_seq": list(range(len(rows))),
+        }
+    )
+
+
+def test_rows_without_types_are_tried_as_a_push_is() -> None:
+    """Each by itself: one of the wrong type, one without a key, and one that an older release wrote with its times."""
+    file = raw(
+        {"person_id": 1, "amount": 2.5, "at": "2024-01-01T00:00:00Z", "deleted": False},
+        {"person_id": 2, "amount": "many", "at": "2024-01-01T00:00:00Z"},
+        {"person_id": None, "amount": 1.0, "at": "2024-01-01T00:00:00Z"},
+        {"person_id": 4, "amount": 3, "at": "2024-01-01 00:00:00+00:00", "note": "not of the view"},
+    )
+    tried = try_again(file, view(), now=NOW, baseline=None)
+    assert tried.reasons.to_pylist() == [None, "amount is no float64", "x", None]
+    assert tried.good is not None
+    assert tried.good.select(["person_id", "amount", "event_timestamp"]).to_pylist() == [
+        {"person_id": 1, "amount": 2.5, "event_timestamp": AT},
+        {"person_id": 4, "amount": 3.0, "event_timestamp": AT},
+    ]
+
+
+def test_many_pushed_rows_are_tried_in_parts() -> None:
+    """More than one push may have."""
+    rows = [{"person_id": n, "amount": float(n), "at": "2024-01-01T00:00:00Z"} for n in range(2500)]
+    tried = try_again(raw(*rows), view(Range("amount", maximum=2398)), now=NOW, baseline=None)
+    assert tried.good is not None
+    assert tried.good["person_id"].to_pylist() == list(range(2399))
+    assert tried.reasons.null_count == 2399
 
 
 @pytest.mark.parametrize("rule", [Unique(["person_id"]), Unique(["person_id"], keep=Keep.first)])
@@ -104,8 +143,8 @@ def test_a_row_put_aside_for_its_likeness_stays_while_the_view_has_the_rule(rule
     file = quarantine_of(block([1.0, 2.0, -1.0], keys=[1, 1, 2]), view(rule, Range("amount", minimum=0)))
     kept, without = view(rule), view()
     for of, stays in ((kept, 2 if rule.keep is Keep.none else 1), (without, 0)):
-        prepared = still_alike(prepare(source_rows(file), of, now=NOW), file, of)
-        assert prepared[REASON].is_valid().to_pylist().count(True) == stays
+        tried = try_again(file, of, now=NOW, baseline=None)
+        assert tried.reasons.is_valid().to_pylist().count(True) == stays
 
 
 def test_what_lies_in_quarantine_follows_from_the_events() -> None:

@@ -1,0 +1,154 @@
+"""Logged requests asked again of real tables: what is equal, what lags, what is left out, what closes the gate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from cluster.security.keys.access import KeyAccess
+from feature_jobs.skew import Floor, Result, compare
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.protection import view_protection
+from feature_jobs.store.served import served
+from feature_jobs.store.skew import FeatureSkew
+
+TIME = pa.timestamp("us", "UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+AS_OF, REQUESTED = START + timedelta(hours=20), START + timedelta(hours=21)
+
+
+def hour(number: int) -> datetime:
+    return START + timedelta(hours=number)
+
+
+def view(name: str, key: str, **fields: str) -> ViewSpec:
+    specs = [
+        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
+        for field, dtype in fields.items()
+    ]
+    return ViewSpec(name=name, version="1", join_keys=[key], fields=specs, ttl_s=None)
+
+
+PERSON, COHORT = view("person", "person_id", band="string"), view("cohort", "band", rate="float64")
+SERVICE = ServiceSpec(name="credit", version="1", views=[PERSON, COHORT])
+ROWS = {
+    "person": [(1, "old", 1), (2, "young", 1), (1, "young", 10)],
+    "cohort": [("old", 0.5, 1), ("young", 0.25, 1), ("young", 0.75, 10)],
+}
+"""Key, value, and the hour in which it happened, was known and was ingested."""
+
+
+class Tables:
+    """The views' tables, and one materialisation of the first rows."""
+
+    def __init__(self, folder: Path, access: KeyAccess, *, floor: int | None) -> None:
+        self._opened = {one.name: self._store(folder, access, one) for one in SERVICE.views}
+        self._floors = [] if floor is None else [Floor(at=hour(20), seq=floor, as_of=hour(20))]
+
+    def open(self, view: ViewSpec) -> tuple[Snapshot, list[Floor]]:
+        return self._opened[view.name], self._floors
+
+    def _store(self, folder: Path, access: KeyAccess, spec: ViewSpec) -> Snapshot:
+        uri, protection = f"{folder}/{spec.name}", view_protection(spec)
+        keys, values, hours = zip(*ROWS[spec.name], strict=True)
+        times = pa.array([hour(one) for one in hours], TIME)
+        columns = {spec.join_keys[0]: pa.array(keys), spec.fields[0].name: pa.array(values)}
+        for name in ("event_timestamp", "created_timestamp", "ingested_at"):
+            columns[name] = times
+        rows = pa.table({**columns, "ingest_seq": pa.array(range(len(keys)), pa.int64())})
+        offline.create_table(uri, rows.schema, num_buckets=2)
+        target = offline.Target(
+            uri=uri, keys=tuple(spec.join_keys), buckets=2, protection=protection, access=access
+        )
+        files = offline.write_files(rows, target, name="a")
+        batch = offline.Batch(
+            ingest_id="a",
+            rows_in=len(keys),
+            rows_stored=len(keys),
+            rows_quarantined=0,
+            reasons={},
+            quarantine=None,
+        )
+        offline.commit(DeltaTable(uri), rows.schema, files, batch, seq=len(keys) - 1)
+        return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=protection, access=access)
+
+
+def checked(
+    tables: Tables, *people: tuple[int, str | None, float | None], given: tuple[str, ...] = ()
+) -> Result:
+    """What comes of one logged request for some people: id, served band, served rate."""
+    record: dict[str, Any] = {
+        "prediction_id": "p",
+        "time": REQUESTED.isoformat(),
+        "as_of": AS_OF.isoformat(),
+        "version": 1,
+        "entities": [{"person_id": person} for person, _, _ in people],
+        "features": {
+            "person__band": [band for _, band, _ in people],
+            "cohort__rate": [rate for _, _, rate in people],
+        },
+        "given": list(given),
+    }
+    [group], _ = served([record], since=None)
+    result = Result(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
+    compare(SERVICE, tables, group, result)  # type: ignore[arg-type]
+    return result
+
+
+def counts(result: Result, feature: str) -> dict[str, int]:
+    report = result.features[feature].report()
+    return {name: value for name, value in report.items() if value and name not in ("compared", "smape")}
+
+
+@pytest.fixture
+def tables(tmp_path: Path, access: KeyAccess) -> Tables:
+    return Tables(tmp_path, access, floor=None)
+
+
+def test_what_was_served_from_the_newest_rows_is_equal(tables: Tables) -> None:
+    """Of both views, the second read by the first one's feature; unknown to both is equal too."""
+    result = checked(tables, (1, "young", 0.75), (2, "young", 0.75), (9, None, None))
+    assert counts(result, "person__band") == {"equal": 3}
+    assert counts(result, "cohort__rate") == {"equal": 3}
+    assert (result.rows, result.mismatches, result.features["cohort__rate"].smape) == (3, 0, 0.0)
+
+
+def test_a_lagging_view_does_not_blame_the_one_read_by_it(tables: Tables) -> None:
+    """The band was behind; the rate is right for the band that was served."""
+    result = checked(tables, (1, "old", 0.5))
+    assert counts(result, "person__band") == {"lag": 1}
+    assert counts(result, "cohort__rate") == {"equal": 1}
+
+
+def test_an_older_row_excuses_nothing_after_the_newer_was_materialised(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """The online store had it, and gave another value."""
+    result = checked(Tables(tmp_path, access, floor=2), (1, "old", 0.5), (2, "young", 0.25))
+    assert counts(result, "person__band") == {"mismatch": 1, "equal": 1}
+    assert counts(result, "cohort__rate") == {"equal": 1, "mismatch": 1}
+    assert result.examples == [
+        {"prediction_id": "p", "row": 0, "feature": "person__band"},
+        {"prediction_id": "p", "row": 1, "feature": "cohort__rate"},
+    ]
+
+
+def test_values_on_one_side_alone_are_missing(tables: Tables) -> None:
+    """Online without, and online of somebody that offline has never heard of."""
+    result = checked(tables, (1, None, None), (9, "old", 0.5))
+    assert counts(result, "person__band") == {"online_missing": 1, "offline_missing": 1}
+
+
+def test_what_the_client_gave_is_not_compared(tables: Tables) -> None:
+    """And the cohort is read by the band that offline knows, as it was online."""
+    result = checked(tables, (1, "stranger", 0.75), given=("person__band",))
+    assert "person__band" not in result.features
+    assert counts(result, "cohort__rate") == {"equal": 1}
