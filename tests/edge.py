@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import http.server
 import json
+import random
+import shutil
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +102,16 @@ class Edge:
             secrets={TOKEN_VARIABLE: RAY_TOKEN},
         )
         self.keys = written_keys(local_keys(self.places), root / "keys")()
-        self.context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
+        self.context = ssl.create_default_context(cafile=self.ca_file)
         self.load(ROLLOUT)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def ca_file(self) -> str:
+        return f"{self.places.tls}/ca.pem"
 
     @property
     def targets(self) -> dict[str, tuple[str, ...]]:
@@ -163,6 +174,17 @@ class Edge:
         for server in self.servers:
             server.shutdown()
             server.server_close()
+
+
+@contextlib.contextmanager
+def running_edge(root: Path) -> Iterator[Edge]:
+    """An edge whose sockets have short paths."""
+    short = Path("/tmp") / f"falaj-edge-{random.randrange(10**9)}"
+    short.mkdir(mode=0o700)
+    edge = Edge(root, short)
+    yield edge
+    edge.close()
+    shutil.rmtree(short)
 
 
 def treated_unit() -> str:

@@ -31,6 +31,8 @@ from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
+from serve_apps.outcomes.outcomes import Outcomes
+from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
 from tests.broker import running_broker
 
@@ -69,6 +71,8 @@ class Replica:
     """A running one, and a client of it."""
 
     address: str
+    outcomes: str
+    """Address of the application that takes outcomes."""
     places: Layout
     keys: KeyAccess
     prefix: str
@@ -116,14 +120,18 @@ def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
     ensure_issuer(places)
-    with running_broker(f"predictions/{MODEL}/sensitive") as keys, listener() as port:
+    names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
+    with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
         version = register(root, config, signature, keys)
         failures: list[Exception] = []
         predictor = Predictor(to_plain(config), version.name, version.version)
         prefix = f"/{MODEL}-v{version.version}"
-        with served(application(predictor, prefix, failures)) as address:
-            yield Replica(address=address, places=places, keys=keys, prefix=prefix, failures=failures)
+        outcomes = application(Outcomes(to_plain(config)), "/outcomes", failures)
+        with served(application(predictor, prefix, failures)) as address, served(outcomes) as other:
+            yield Replica(
+                address=address, outcomes=other, places=places, keys=keys, prefix=prefix, failures=failures
+            )
 
 
 def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:
@@ -168,14 +176,14 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
     )
 
 
-def application(predictor: Predictor, prefix: str, failures: list[Exception]) -> Any:
+def application(target: Predictor | Outcomes, prefix: str, failures: list[Exception]) -> Any:
     """As Serve calls it: the prefix is the scope's root path, and health is Serve's own answer."""
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         try:
             if scope["path"] == "/-/healthz":
                 return await Response()(scope, receive, send)
-            response = await predictor(Request(scope | {"root_path": prefix}, receive))
+            response = await target(Request(scope | {"root_path": prefix}, receive))
             await response(scope, receive, send)
         except Exception as error:
             failures.append(error)

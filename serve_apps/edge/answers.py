@@ -31,5 +31,5 @@ def refuse(status: int, message: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Inside HAProxy's single quotes, where no quote can be escaped."""
-    return text.replace("'", '"' if '"' not in text else "’")
+    """JSON inside HAProxy's single quotes, where no quote can be escaped but in JSON's own way."""
+    return text.replace("'", r"\u0027")

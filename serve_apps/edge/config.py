@@ -12,6 +12,7 @@ from cluster.security.tokens import TokenRules
 from serve_apps.edge import dashboard
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.token_checks import token_checks
 
@@ -125,6 +126,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {_authorise(settings)}
 {dashboard.passage()}
     {say(_SERVER)} if {{ path /v2 }}
+    {say(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}
     {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
@@ -138,6 +140,7 @@ def _health(routes: Routes) -> str:
     missing = [name for name in routes.champions if not _known(routes, name)]
     ready = f" if {{ path /v2/health/ready }} {healthy}".rstrip()
     lines = [
+        f"    {refuse(405, 'This path takes GET.')} hdr allow GET if {{ path_beg /v2/health/ }} !METH_GET",
         f"    {say(_LIVE)} if {{ path /v2/health/live }}",
         *([] if missing else [f"    {say(_READY)}{ready}"]),
         f"    {refuse(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
@@ -151,7 +154,7 @@ def _classify() -> str:
     infer = f"^/v2/models/{MODEL_NAME}{version}/infer$"
     described = f"^/v2/models/{MODEL_NAME}{version}(/ready)?$"
     return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
-    http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {described} }} or {{ path /v2 }}
+    http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {described} }} or {{ path /v2 /openapi.json }}
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
     http-request set-var(txn.action) str({Action.read_online}) if {{ path /v1/features:read }}
     http-request set-var(txn.action) str({Action.push_features}) if {{ path /v1/features:push }}

@@ -92,7 +92,7 @@ class Predictor:
         return response
 
     async def _answer(self, request: Request) -> Response:
-        # The scope's own path: the URL's would end at an encoded '?' or '#'.
+        # The scope's own path spares building a URL from host, query and all.
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         name, version = self._version.name, self._version.version
         call = paths.call(request.method, path, model=name)

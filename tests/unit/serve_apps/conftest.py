@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.edge import ROLLOUT, Edge
+from tests.edge import ROLLOUT, Edge, running_edge
 
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    short = Path("/tmp") / f"falaj-edge-{random.randrange(10**9)}"
-    short.mkdir(mode=0o700)
-    running = Edge(tmp_path_factory.mktemp("edge"), short)
-    yield running
-    running.close()
-    shutil.rmtree(short)
+    with running_edge(tmp_path_factory.mktemp("edge")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,0 +1,317 @@
+"""The OpenAPI 3.1 document of what the edge serves; tests hold it against real answers.
+
+A model's inputs are its own, so their names stand in its metadata and not here. The edge sends the document from its
+configuration, so the whole answer must fit one of HAProxy's buffers: `MAX_BYTES`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+MAX_BYTES = 15_000
+NAME = "^[A-Za-z0-9._-]+$"
+MAX_ROWS = 1000
+MAX_OUTCOMES = 10_000
+_INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
+_REFUSALS = {
+    "4XX": "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
+    "purpose may not do this. 404: no such path, model or version. 405: `Allow` names the method. 408: the request "
+    "came too slowly. 413: the body is larger than 1,000,000 bytes. 415: it is compressed.",
+    "5XX": "503: no healthy replica, or nothing can be written down; nothing was lost, try again. Others: a failure.",
+}
+
+
+def document() -> dict[str, Any]:
+    """The document as plain data."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Falaj",
+            "version": metadata.version("falaj"),
+            "description": "Predictions by the Open Inference Protocol v2, or by key from the feature store.",
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"bearer": []}],
+        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes(),
+        "components": {
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+            "parameters": _parameters(),
+            "responses": {status: _json("Error", description) for status, description in _REFUSALS.items()},
+            "schemas": _schemas() | _tensor_schemas() | _key_schemas(),
+        },
+    }
+
+
+def _health() -> dict[str, Any]:
+    live = _get("live", "Whether the edge answers.", _json("Live"))
+    ready = _get("ready", "Whether every champion has a healthy replica.", _json("Ready"))
+    paths = {"/v2/health/live": live, "/v2/health/ready": ready}
+    return {path: {"get": one["get"] | {"security": []}} for path, one in paths.items()}
+
+
+def _metadata() -> dict[str, Any]:
+    paths = {
+        "/v2": _get("server", "Name, version and extensions of the server.", _json("Server")),
+        "/openapi.json": _get("document", "This document.", _answer({"type": "object"})),
+    }
+    for suffix, parameters in _with_and_without_version():
+        path, name = f"/v2/models/{{model}}{suffix}", "Version" if suffix else ""
+        paths[path] = _get(f"model{name}", "A model's inputs and outputs.", _json("Model"), *parameters)
+        summary = "Whether a model answers."
+        paths[f"{path}/ready"] = _get(f"modelReady{name}", summary, _json("ModelReady"), *parameters)
+    return paths
+
+
+def _infer() -> dict[str, Any]:
+    raw = {
+        "schema": {"type": "string", "format": "binary"},
+    }
+    tensors = {
+        "description": "An answer; with binary data behind the JSON where that was asked for.",
+        "content": {"application/json": {"schema": _ref("Inference")}, "application/octet-stream": raw},
+        "headers": {
+            "Inference-Header-Content-Length": {
+                "description": "Bytes of JSON, where binary data stands behind it.",
+                "schema": {"type": "integer"},
+            },
+            **_PREDICTION_ID,
+        },
+    }
+    body = {"application/json": {"schema": _ref("Infer")}, "application/octet-stream": raw}
+    return {
+        f"/v2/models/{{model}}{suffix}/infer": _post(
+            "inferVersion" if suffix else "infer",
+            "Predict from named tensors, one per input of the model.",
+            body,
+            tensors,
+            *parameters,
+            _ref("jsonLength", "parameters"),
+            _ref("unit", "parameters"),
+        )
+        for suffix, parameters in _with_and_without_version()
+    }
+
+
+def _by_key() -> dict[str, Any]:
+    return {
+        "/v1/models/{model}:predict": _post(
+            "predict",
+            "Predict for entities; their features are read online, unless given.",
+            {"application/json": {"schema": _ref("Predict")}},
+            _json("Predictions") | {"headers": _PREDICTION_ID},
+            _ref("model", "parameters"),
+            _ref("unit", "parameters"),
+        )
+    }
+
+
+def _outcomes() -> dict[str, Any]:
+    body = {"application/json": {"schema": _ref("Outcomes")}}
+    accepted = _answer(_object({"accepted": {"type": "integer"}}, "accepted"))
+    return {"/v1/outcomes": _post("outcomes", "Say what came true of predictions.", body, accepted)}
+
+
+_PREDICTION_ID = {"x-falaj-prediction-id": {"schema": {"type": "string"}}}
+
+
+def _parameters() -> dict[str, Any]:
+    name = {"in": "path", "required": True, "schema": {"type": "string", "pattern": NAME}}
+    return {
+        "model": {"name": "model", **name},
+        "version": {
+            "name": "version",
+            "description": "It does not choose: 404 if another version answers this request.",
+            **name,
+        },
+        "unit": {
+            "name": "X-Unit-ID",
+            "in": "header",
+            "description": "Keeps a unit at its variant while a rollout runs; without one the champion answers.",
+            "schema": {"type": "string"},
+        },
+        "jsonLength": {
+            "name": "Inference-Header-Content-Length",
+            "in": "header",
+            "description": "Bytes of JSON, where binary tensor data stands behind it.",
+            "schema": {"type": "integer", "minimum": 0},
+        },
+    }
+
+
+def _schemas() -> dict[str, Any]:
+    text = {"type": "string"}
+    tensor = _object(
+        {"name": text, "datatype": _ref("Datatype"), "shape": _list({"type": "integer"})},
+        "name",
+        "datatype",
+        "shape",
+    )
+    model = {
+        "name": text,
+        "versions": _list(text),
+        "platform": text,
+        "inputs": _list(tensor),
+        "outputs": _list(tensor),
+        "task": {"enum": ["binary", "multiclass", "regression"]},
+        "classes": _list({"type": ["string", "number", "boolean"]}),
+    }
+    yes = {"const": True}
+    return {
+        "Error": _object({"error": text, "code": {"type": "integer"}}, "error", "code"),
+        "Live": _object({"live": yes}, "live"),
+        "Ready": _object({"ready": yes}, "ready"),
+        "Server": _object(
+            {"name": text, "version": text, "extensions": _list(text)}, "name", "version", "extensions"
+        ),
+        "Model": _object(model, "name", "versions", "platform", "inputs", "outputs", "task"),
+        "ModelReady": _object({"name": text, "ready": yes}, "name", "ready"),
+        "Datatype": {
+            "enum": [
+                "BOOL",
+                *(f"{kind}{bits}" for kind in ("UINT", "INT") for bits in (8, 16, 32, 64)),
+                *("FP16", "FP32", "FP64", "BYTES"),
+            ]
+        },
+    }
+
+
+def _tensor_schemas() -> dict[str, Any]:
+    text, value = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
+    shape = {**_list({"type": "integer", "minimum": 1, "maximum": MAX_ROWS}), "minItems": 1, "maxItems": 2}
+    given = {
+        "name": text,
+        "datatype": _ref("Datatype"),
+        "shape": {**shape, "description": "[n] or [n, 1]"},
+        "data": {
+            **_list({"anyOf": [value, _list(value)]}),
+            "description": "Flat or nested; null is missing.",
+        },
+        "parameters": {
+            "type": ["object", "null"],
+            "properties": {"binary_data_size": {"type": "integer", "minimum": 0}},
+        },
+    }
+    flag = {"type": "boolean", "default": False}
+    wanted = _object({"name": text, "parameters": _optional("binary_data", flag)}, "name")
+    infer = {
+        "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
+        "parameters": _optional("binary_data_output", flag),
+        "inputs": {**_list(_object(given, "name", "datatype", "shape")), "minItems": 1},
+        "outputs": {**_list(wanted), "type": ["array", "null"], "description": "All, if none is named."},
+    }
+    output = {
+        "name": text,
+        "datatype": _ref("Datatype"),
+        "shape": _list({"type": "integer"}),
+        "data": _list({"type": ["string", "number", "boolean"]}),
+        "parameters": {"type": "object"},
+    }
+    inference = {
+        "model_name": text,
+        "model_version": text,
+        "id": text,
+        "parameters": _object({"prediction_id": text, "variant": text}, "prediction_id", "variant"),
+        "outputs": _list(_object(output, "name", "datatype", "shape")),
+    }
+    return {
+        "Infer": _object(infer, "inputs"),
+        "Inference": _object(inference, "model_name", "model_version", "parameters", "outputs"),
+    }
+
+
+def _key_schemas() -> dict[str, Any]:
+    text = {"type": "string"}
+    key = {"anyOf": [text, _INTEGER]}
+    value = {"type": ["string", "number", "boolean", "null"]}
+    label = {"type": ["string", "number", "boolean"]}
+    entities = _list({"type": "object", "minProperties": 1, "additionalProperties": key})
+    predict = {
+        "entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
+        "features": {
+            "type": ["object", "null"],
+            "additionalProperties": {"anyOf": [value, _list(value)]},
+            "description": "Input to one value, or one per entity, in place of what the store holds.",
+        },
+        "as_of": {"type": ["string", "null"], "description": "ISO 8601; features as they stood then."},
+    }
+    row = {
+        "probability": {"type": "number"},
+        "probabilities": {"type": "object", "additionalProperties": {"type": "number"}},
+        "label": label,
+        "value": {"type": "number"},
+    }
+    status = {"type": "object", "additionalProperties": _list(text)}
+    predictions = {
+        "prediction_id": text,
+        "model_version": text,
+        "variant": text,
+        "predictions": _list(_object(row)),
+        "features_status": {**status, "description": "Of the inputs that were not all present."},
+    }
+    outcome = {
+        "prediction_id": {"type": "string", "pattern": "^[0-9a-zA-Z-]{1,64}$"},
+        "row": {"type": "integer", "minimum": 0, "maximum": MAX_ROWS - 1, "default": 0},
+        "outcome": label,
+        "observed_at": {"type": "string", "description": "ISO 8601."},
+    }
+    closed = _object(outcome, "prediction_id", "outcome") | {"additionalProperties": False}
+    outcomes = {"model": text, "outcomes": {**_list(closed), "minItems": 1, "maxItems": MAX_OUTCOMES}}
+    return {
+        "Predict": _object(predict, "entities") | {"additionalProperties": False},
+        "Predictions": _object(predictions, "prediction_id", "model_version", "variant", "predictions"),
+        "Outcomes": _object(outcomes, "model", "outcomes"),
+    }
+
+
+def _with_and_without_version() -> list[tuple[str, list[dict[str, Any]]]]:
+    model = _ref("model", "parameters")
+    return [("", [model]), ("/versions/{version}", [model, _ref("version", "parameters")])]
+
+
+def _get(name: str, summary: str, answer: dict[str, Any], *parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"get": _operation(name, summary, answer, parameters)}
+
+
+def _post(
+    name: str, summary: str, body: dict[str, Any], answer: dict[str, Any], *parameters: dict[str, Any]
+) -> dict[str, Any]:
+    operation = _operation(name, summary, answer, parameters)
+    return {"post": operation | {"requestBody": {"required": True, "content": body}}}
+
+
+def _operation(
+    name: str, summary: str, answer: dict[str, Any], parameters: tuple[dict[str, Any], ...]
+) -> dict[str, Any]:
+    operation: dict[str, Any] = {"operationId": name, "summary": summary}
+    if parameters:
+        operation["parameters"] = list(parameters)
+    return operation | {"responses": {"200": answer} | {status: _response(status) for status in _REFUSALS}}
+
+
+def _response(status: str) -> dict[str, Any]:
+    return _ref(status, "responses")
+
+
+def _json(schema: str, description: str = "The answer.") -> dict[str, Any]:
+    return _answer(_ref(schema), description)
+
+
+def _answer(schema: dict[str, Any], description: str = "The answer.") -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _ref(name: str, kind: str = "schemas") -> dict[str, Any]:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
+
+
+def _optional(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": ["object", "null"], "properties": {name: schema}}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}

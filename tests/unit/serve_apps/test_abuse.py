@@ -1,0 +1,339 @@
+"""What is sent to do harm: the right status, JSON, no word of what is inside, and a service that goes on.
+
+Against a replica directly, which may be reached behind the edge's back, and against a real edge in front of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import logging
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.runtime import InputSpec, ModelSignature, Task
+from serve_apps.edge.config import render
+from serve_apps.http import LOG, MAX_BODY_BYTES
+from tests.edge import ROLLOUT, Edge
+from tests.replica import Replica, running_replica
+
+SIGNATURE = ModelSignature(
+    task=Task.regression, inputs=(InputSpec(name="p__age", dtype="double"),), label="y"
+)
+INFER, PREDICT = "/v2/models/m/infer", "/v1/models/m:predict"
+
+
+def infer(data: str, *, shape: str = "[1]", datatype: str = '"FP64"') -> bytes:
+    """A request with data that no honest serialiser would write."""
+    return (
+        f'{{"inputs": [{{"name": "p__age", "shape": {shape}, "datatype": {datatype}, "data": {data}}}]}}'
+    ).encode()
+
+
+def predict(value: str, *, entities: str = '[{"id": 1}]') -> bytes:
+    return f'{{"entities": {entities}, "features": {{"p__age": {value}}}}}'.encode()
+
+
+GOOD, GOOD_BY_KEY = infer("[1.5]"), predict("1.5")
+
+
+@pytest.fixture(scope="module")
+def replica(edge: Edge) -> Iterator[Replica]:
+    """Behind the edge too."""
+    with running_replica(Path(edge.places.root), SIGNATURE) as running:
+        edge.load_targets(edge.targets | {"m-v1": (running.address,)})
+        yield running
+    assert running.failures == []
+
+
+class Complaints(logging.Handler):
+    """What a replica logs as a failure that nobody had thought of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def unharmed(edge: Edge, replica: Replica) -> Iterator[None]:
+    """After each test both endpoints answer, and there was no complaint."""
+    complaints = Complaints()
+    LOG.addHandler(complaints)
+    yield
+    assert edge.call(INFER, body=GOOD, token=edge.token())[0] == 200
+    assert replica.json(PREDICT, GOOD_BY_KEY)[0] == 200
+    LOG.removeHandler(complaints)
+    assert complaints.said == []
+
+
+def refused(status: int, body: bytes) -> str:
+    """The message of a refusal, which is the contract's JSON and says nothing of what is inside."""
+    content = json.loads(body)
+    assert content.keys() == {"error", "code"}
+    assert content["code"] == status
+    message = str(content["error"])
+    assert not re.search(r"Traceback|\.py\b|File \"|site-packages|Error\(", message)
+    return message
+
+
+DEEP = 50_000
+NUMBERS = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e999",
+    "1" + "0" * 5000,
+    "0x10",
+    "1_000",
+    "+1",
+    "01",
+    ".",
+]
+BODIES = [
+    *(b"[" * DEEP, b'{"inputs":' * DEEP, infer("[" * DEEP + "]" * DEEP), infer("[" * 900 + "1" + "]" * 900)),
+    *(predict("[" * 900 + "1" + "]" * 900), predict('{"a":' * 900 + "1" + "}" * 900)),
+    *(infer(f"[{number}]") for number in NUMBERS),
+    *(predict(number) for number in NUMBERS),
+    *(infer("[1]", shape=shape) for shape in ("[0]", "[2]", "[-1]", "[1, 2]", "[1, 1, 1]", "[1e3]", "{}", "[[1]]")),
+    *(infer("[1]", shape=f"[{number}]") for number in ("18446744073709551616", "9" * 400, "null")),
+    *(infer("[1]", datatype=kind) for kind in ('"BOOL"', '"BYTES"', '"fp64"', '"object"', "null", "{}", "[]")),
+    *(infer(data) for data in ("[]", "{}", "null", '"1"', '["1"]', "[true]", "[{}]", "[[1]]", "[1, 2]")),
+    *(predict(value) for value in ('"1"', "true", "{}", "[]", "[1, 2]", "[[1]]", str(2**63), str(-(2**63)))),
+    *(predict("1", entities=entities) for entities in ("[]", "{}", "null", "[1]", "[{}]", '[{"id": null}]', "7")),
+    *(predict("1", entities=f'[{{"id": {value}}}]') for value in ("1.5", "true", "[1]", "{}", str(2**64), "NaN")),
+    *(predict("1", entities="[" + '{"id": 1},' * 1000 + '{"id": 1}]'), infer("[" + "1," * 1000 + "1]", shape="[1001]")),
+    *(b"", b" ", b"null", b"[]", b"{}", b'"inputs"', b"\xff\xfe{}", b"\xef\xbb\xbf{}", "{}".encode("utf-16")),
+    *(b"{" + b"\x00" * 100 + b"}", b'{"id": "\xff"}', b'{"id": "\\ud800"}', b'{"inputs": [1]}', b"%PDF-1.7"),
+    *(b'{"inputs": "' + b"x" * 900_000 + b'"}', b'{"' + b"x" * 900_000 + b'": 1}'),
+]  # fmt: skip
+
+
+def test_bodies_that_make_no_request_are_400(replica: Replica) -> None:
+    """Too deep, no numbers, too large ones, wrong shapes and types, no JSON; by key and by tensors."""
+    connection = replica.connect()
+    headers = {"authorization": f"Bearer {replica.token()}"}
+    for body in BODIES:
+        for path in (INFER, PREDICT):
+            connection.request("POST", replica.prefix + path, body, headers)
+            response = connection.getresponse()
+            answer = response.read()
+            assert response.status == 400, (path, body[:100], answer)
+            assert len(refused(400, answer)) < 2100
+    connection.close()
+
+
+def test_a_compressed_body_is_415_whatever_it_would_grow_to(edge: Edge, replica: Replica) -> None:
+    """It is not unpacked; `identity` says that nothing was done."""
+    bomb = gzip.compress(b"0" * 20_000_000)
+    for encoding in ("gzip", "GZIP", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip", "x"):
+        status, headers, answer = replica.call(INFER, bomb, headers={"content-encoding": encoding})
+        assert (status, headers["accept-encoding"]) == (415, "identity")
+        assert "compressed" in refused(status, answer)
+        sent: dict[str, str | bytes] = {"content-encoding": encoding}
+        assert edge.call(INFER, body=gzip.compress(GOOD), headers=sent, token=edge.token())[0] == 415
+    assert replica.call(INFER, GOOD, headers={"content-encoding": "identity"})[0] == 200
+
+
+@pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES])
+def test_a_body_over_the_limit_is_413_with_or_without_its_length(
+    edge: Edge, replica: Replica, size: int
+) -> None:
+    """Chunked, its size is known only once it has come; the client gets to see the answer."""
+    block = b" " * 50_000
+    chunks = [block] * (size // len(block)) + [b" " * (size % len(block))]
+    status, _, answer = replica.call(INFER, b" " * size)
+    assert "limit" in refused(413, answer)
+    assert status == 413
+    for connection, token, prefix in (
+        (replica.connect(), replica.token(), replica.prefix),
+        (edge.connect(), edge.token(), ""),
+    ):
+        headers = {"authorization": f"Bearer {token}"}
+        connection.request("POST", prefix + INFER, iter(chunks), headers, encode_chunked=True)
+        response = connection.getresponse()
+        refused(413, response.read())
+        assert response.status == 413
+        connection.request("POST", prefix + INFER, GOOD, headers)
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+LENGTHS = ["-1", "+1", "1e3", "0x1", "", "99999999999999999999999", "1000001", "1, 1", "١", "NaN", "0", "5"]
+PATHS = [
+    "/v2/models/../m/infer",
+    "/v2/models/m/../m/infer",
+    "/v2/models/%2e%2e/infer",
+    "/v2/models/..%2fm/infer",
+    "/v2/models/m/infer/",
+    "/v2/models/m//infer",
+    "//v2/models/m/infer",
+    "/v2//models/m/infer",
+    "/v2/models//infer",
+    "/v2/models/m%00/infer",
+    "/v2/models/m/infer%00",
+    "/v2/models/m%0d%0ax-falaj-variant:%20y/infer",
+    "/v2/models/m%3F/infer",
+    "/v2/models/m/infer%3Fx",
+    "/v2/models/m/infer%23x",
+    "/v2/models/m;x/infer",
+    "/v2/models/M/infer",
+    "/v2/models/%ff%fe/infer",
+    "/v2/models/m/versions//infer",
+    "/v2/models/m/versions/../infer",
+    "/v2/models/m/versions/2/infer",
+    "/v2/models/m/versions/-1/infer",
+    "/v2/models/m/versions/1/versions/1/infer",
+    f"/v2/models/{'m' * 8000}/infer",
+    f"/v2/models/m/versions/{'1' * 8000}/infer",
+    "/v1/models/unknown:predict",
+    "/v1/models/m:predict:predict",
+    "/v1/models/m:infer",
+    "/v1/models/m%3Apredict%00",
+    "/v2/models/m-v2/infer",
+    "/m-v1/v2/models/m/infer",
+    "/-/healthz/..",
+    "/",
+]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_length_of_the_json_that_does_not_fit_is_400(replica: Replica, length: str) -> None:
+    """No number, too large, or not where the JSON ends."""
+    sent = {"Inference-Header-Content-Length": length.encode().decode("latin-1")}
+    status, _, answer = replica.call(INFER, GOOD, headers=sent)
+    assert status == 400
+    refused(status, answer)
+
+
+def test_paths_that_lead_nowhere_are_404(edge: Edge, replica: Replica) -> None:
+    """Whoever is asked: dots, slashes, encoded or doubled, NULs, line ends, other cases, endless names."""
+    token = edge.token()
+    for path in PATHS:
+        status, content = edge.call(path, body=GOOD, token=token)
+        assert (status, content["code"]) == (404, 404), path
+        status, _, answer = replica.call(path, GOOD)
+        assert status == 404, path
+        assert len(refused(status, answer)) < 1000
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "[::1"},
+        {"host": "a b/../?#"},
+        {"authorization": "Bearer \xff\xfe"},
+        {"authorization": "Bearer " + "a" * 30_000},
+        {"authorization": "Bearer a.b.c, Bearer d.e.f"},
+        {"x-falaj-variant": "\xff" * 1000, "x-falaj-request-id": "{" * 1000},
+        {"x-unit-id": "\xff" * 1000, "content-type": "text/html; charset=nonsense"},
+        {"accept": "\xff", "cookie": "=;" * 1000, "x-forwarded-for": "' or 1=1 --"},
+    ],
+)
+def test_headers_of_any_bytes_do_no_harm(replica: Replica, headers: dict[str, str]) -> None:
+    """They are refused as a token, or have no meaning."""
+    status, _, answer = replica.call(INFER, GOOD, headers=headers)
+    assert status == (401 if "authorization" in headers else 200)
+    assert status == 200 or refused(status, answer)
+
+
+def test_a_client_that_leaves_within_its_body_is_forgotten(replica: Replica) -> None:
+    """Nothing of it is logged as a failure."""
+    host, port = replica.address.split(":")
+    head = f"POST {replica.prefix}{INFER} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {replica.token()}\r\n"
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(5)
+            connection.recv(65_536)
+
+
+def raw(edge: Edge, data: bytes, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    """Status and body of what is answered to bytes that need not be HTTP; 0 where the connection is just ended."""
+    with socket.create_connection(("127.0.0.1", edge.port)) as plain:
+        plain.settimeout(timeout_s)
+        with edge.context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            received = b""
+            try:
+                connection.sendall(data)
+                while part := connection.recv(65_536):
+                    received += part
+            except (ConnectionError, ssl.SSLError):
+                pass
+    if not received:
+        return 0, b""
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def head(edge: Edge, *lines: str, path: str = INFER) -> bytes:
+    given = (f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Authorization: Bearer {edge.token()}")
+    return "\r\n".join((*given, *lines, "", "")).encode("latin-1")
+
+
+def test_headers_beyond_all_measure_are_refused(edge: Edge) -> None:
+    """A mebibyte in one or in many, and a thousand small ones; HAProxy cannot parse them and says so in its own way."""
+    many = [f"X-{n}: {'a' * 1000}" for n in range(1048)]
+    for lines in ([f"X-Long: {'a' * 2**20}"], many, [f"X-{n}: a" for n in range(1000)]):
+        assert raw(edge, head(edge, *lines))[0] in (0, 400)
+    assert raw(edge, head(edge, path="/v2/models/" + "m" * 2**20))[0] in (0, 400, 414)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("Content-Length: 5", "Content-Length: 6"),
+        ("Content-Length: -1",),
+        ("Content-Length: 99999999999999999999",),
+        ("Transfer-Encoding: gzip, chunked, identity",),
+        ("Transfer-Encoding: \x0bchunked",),
+        ("X-Falaj\x00-Variant: y",),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_400(edge: Edge, lines: tuple[str, ...]) -> None:
+    """Lengths that contradict each other, strange encodings, control characters: no request is smuggled."""
+    assert raw(edge, head(edge, *lines) + b"0\r\n\r\n")[0] in (400, 422)
+
+
+def test_slow_clients_are_ended_and_keep_nobody_waiting(edge: Edge, replica: Replica) -> None:
+    """A head or a body that never ends gets 408, the body in JSON; others are answered meanwhile."""
+    targets = edge.targets | {"m-v1": (replica.address,)}
+    config = render(edge.routes(ROLLOUT, targets), edge.keys, edge.settings)
+    edge.haproxy.load(config.replace("timeout http-request 10s", "timeout http-request 700ms"))
+    heads = [begun(edge, b"POST / HTTP/1.1\r\nX-a: b\r\n") for _ in range(20)]
+    bodies = [begun(edge, head(edge, "Content-Length: 100") + b"{") for _ in range(20)]
+    began = time.monotonic()
+    assert edge.call(INFER, body=GOOD, token=edge.token())[0] == 200
+    assert time.monotonic() - began < 5
+    assert {answer_of(connection)[0] for connection in heads} == {408}
+    answers = [answer_of(connection) for connection in bodies]
+    assert {status for status, _ in answers} == {408}
+    assert {refused(status, body) for status, body in answers} == {"Request Timeout"}
+    edge.load_targets(targets)
+
+
+def begun(edge: Edge, data: bytes) -> ssl.SSLSocket:
+    plain = socket.create_connection(("127.0.0.1", edge.port), timeout=10)
+    connection = edge.context.wrap_socket(plain, server_hostname="127.0.0.1")
+    connection.sendall(data)
+    return connection
+
+
+def answer_of(connection: ssl.SSLSocket) -> tuple[int, bytes]:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    answered: Any = response.status, response.read()
+    connection.close()
+    return answered
