@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,10 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         ports=ports,
         pids={},
         started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        policy_environment=config.identity.environment,
+        region=config.cluster.region,
+        issuer=asdict(config.identity.issuer),
+        tier=config.tier.value,
     )
 
 
