@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -59,7 +60,7 @@ class ClusterRecord:
     policy_environment: str | None = None
     """What the policies call the installation; this and the rest are none in records of an earlier release."""
     region: str | None = None
-    issuer: dict[str, str | None] | None = None
+    issuer: dict[str, Any] | None = None
     """Fields of `IssuerConfig`."""
     tier: str | None = None
 
