@@ -40,7 +40,12 @@ from feature_jobs.store.files import SourceFiles, head, open_source
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
-from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
+from feature_jobs.store.protection import (
+    quarantine_place,
+    quarantine_protection,
+    view_protection,
+    view_resources,
+)
 from feature_jobs.store.recorded import read_recorded
 from feature_jobs.store.validation import RAW, REASON, prepare_part
 
@@ -317,7 +322,8 @@ def store(
         )
     if batch.quarantine is not None:
         protection = quarantine_protection(view.name)
-        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection)
+        place = quarantine_place(view.name, ingest_id)
+        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection, place=place)
     keep(checked.judged.profile, view, ingest_id, quarantine=quarantine, access=target.access)
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
