@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -56,6 +57,12 @@ class ClusterRecord:
     ports: dict[str, int]
     pids: dict[str, int]
     started_at: str
+    policy_environment: str | None = None
+    """What the policies call the installation; this and the rest are none in records of an earlier release."""
+    region: str | None = None
+    issuer: dict[str, Any] | None = None
+    """Fields of `IssuerConfig`."""
+    tier: str | None = None
 
     def environment(self) -> dict[str, str]:
         """What a shell needs to reach the cluster."""

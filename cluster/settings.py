@@ -10,7 +10,7 @@ import enum
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,13 +51,19 @@ class LedgerConfig:
     """The event ledger."""
 
     url: str | None = None
-    """SQLAlchemy URL; none means SQLite at `<storage.root>/ledger.db`."""
+    """SQLAlchemy URL; none means SQLite at `<storage.root>/ledger.db`. A password stands in a file, never here."""
     checkpoint_every: int = 50
     """Events between two signed checkpoints."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 1:
             raise ValueError(f"ledger.checkpoint_every must be at least 1, got {self.checkpoint_every}.")
+        parts = urlsplit(self.url or "")
+        if parts.password or "password" in parse_qs(parts.query):
+            raise ValueError(
+                "ledger.url holds a password, which command lines and dashboards would show. Put it in a file of "
+                "PostgreSQL's own kind (~/.pgpass, 0600), or name one with ?passfile=/path in the URL."
+            )
 
 
 @dataclass(kw_only=True, slots=True)

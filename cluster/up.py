@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,10 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         ports=ports,
         pids={},
         started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        policy_environment=config.identity.environment,
+        region=config.cluster.region,
+        issuer=asdict(config.identity.issuer),
+        tier=config.tier.value,
     )
 
 
@@ -277,19 +281,9 @@ def start_process(
     config: PlatformConfig, record: ClusterRecord, module: str, *, log: Path
 ) -> subprocess.Popen[bytes]:
     """Start one of our own long-running processes, with the configuration that it shares with the cluster."""
-    overrides = [f"storage.root={record.storage_root}", f"tier={config.tier.value}"]
-    overrides += [f"cluster.ports.{name}={port}" for name, port in record.ports.items()]
-    overrides += [
-        f"cluster.region={config.cluster.region}",
-        f"identity.environment={config.identity.environment}",
-    ]
-    overrides += _overrides("identity.issuer", config.identity.issuer)
-    overrides += _overrides("secrets", config.secrets)
-    if config.ledger.url is not None:
-        overrides.append(f"ledger.url={config.ledger.url}")
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", module, *overrides],
+            [sys.executable, "-m", module, *shared_overrides(config, record)],
             env=environment(config, record),
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -297,6 +291,21 @@ def start_process(
             start_new_session=True,
             cwd=record.project_root,
         )
+
+
+def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]:
+    """What the cluster's own processes are configured with like itself, as words of a command line. Everybody on the
+    machine can read them, so no section may hold a secret."""
+    return [
+        f"storage.root={record.storage_root}",
+        f"tier={config.tier.value}",
+        *(f"cluster.ports.{name}={port}" for name, port in record.ports.items()),
+        f"cluster.region={config.cluster.region}",
+        f"identity.environment={config.identity.environment}",
+        *_overrides("identity.issuer", config.identity.issuer),
+        *_overrides("secrets", config.secrets),
+        *_overrides("ledger", config.ledger),
+    ]
 
 
 def _overrides(name: str, value: Any) -> list[str]:

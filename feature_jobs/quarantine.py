@@ -19,7 +19,7 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout
 from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.protection import quarantine_protection
+from feature_jobs.store.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.quarantine import quarantined
 
 
@@ -65,7 +65,12 @@ def main(config: QuarantineConfig) -> None:
             path = f"{layout(config.storage).quarantine(spec.name)}/{batch}.parquet"
             if not exists(path):
                 raise SourceError(f"{path} is gone. Restore it from a backup.")
-            file = protected_files(actor.access).read(path, protection=quarantine_protection(spec.name))
+            file = protected_files(actor.access).read(
+                path,
+                protection=quarantine_protection(spec.name),
+                place=quarantine_place(spec.name, batch),
+                unplaced=True,
+            )
             for row in file.slice(0, config.rows).select(["reason", "raw"]).to_pylist():
                 print(json.dumps({"reason": row["reason"], "row": json.loads(row["raw"])}))
 

@@ -36,7 +36,12 @@ from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
-from feature_jobs.store.protection import quarantine_protection, view_protection, view_resources
+from feature_jobs.store.protection import (
+    quarantine_place,
+    quarantine_protection,
+    view_protection,
+    view_resources,
+)
 from feature_jobs.store.retry import Tried, try_again
 from feature_jobs.storing import row_schema
 
@@ -132,7 +137,8 @@ def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> Quara
     """
     protection = quarantine_protection(place.view.name)
     files = protected_files(place.target.access)
-    file = files.read(place.path, protection=protection)
+    belongs = quarantine_place(place.view.name, place.batch)
+    file = files.read(place.path, protection=protection, place=belongs, unplaced=True)
     replay_id = replay_id_of(place.batch, file)
     table = offline.open_table(place.target.uri)
     before = offline.committed(table, replay_id) if table is not None else None
@@ -141,7 +147,7 @@ def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> Quara
     tried = try_again(file, place.view, now=now, baseline=baseline)
     left = still_bad(file, tried)
     if left.num_rows:
-        files.write(left, place.pending(replay_id), protection)
+        files.write(left, place.pending(replay_id), protection, place=belongs)
     reasons = Counter(left["reason"].to_pylist())
     batch = offline.Batch(
         ingest_id=replay_id,

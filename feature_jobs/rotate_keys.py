@@ -25,7 +25,7 @@ from feature_jobs.batch import profile_place
 from feature_jobs.compact import newest, record
 from feature_jobs.store.catalog import load_definitions, view_spec
 from feature_jobs.store.compaction import as_target, rewrite
-from feature_jobs.store.protection import quarantine_protection, view_keys, view_resources
+from feature_jobs.store.protection import quarantine_place, quarantine_protection, view_keys, view_resources
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +66,9 @@ def main(config: RotateKeysConfig) -> None:
         quarantined = list_files(quarantine, ".parquet")
         protection = quarantine_protection(view.name)
         for uri in quarantined:
-            files.reprotect(uri, uri, protection, was=protection)
+            batch = uri.rsplit("/", 1)[-1].removesuffix(".parquet")
+            place = quarantine_place(view.name, batch)
+            files.reprotect(uri, uri, protection, was=protection, place=place, unplaced=True)
         for uri in list_files(f"{quarantine}/profiles", ".parquet"):
             files.reprotect(uri, uri, protection, was=protection, place=profile_place(view.name, uri))
         replaced = record(ledger, view.name, pinned.uri, actor=actor.name)

@@ -18,7 +18,7 @@ from feature_jobs.batch import Judged, keep
 from feature_jobs.store import offline
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.point_in_time import SEQ
-from feature_jobs.store.protection import quarantine_protection
+from feature_jobs.store.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.validation import RAW, REASON
 
 
@@ -83,8 +83,8 @@ def store(
             f"{batch.rows_quarantined} quarantined. Nothing was committed."
         )
     if batch.quarantine is not None:
-        protection = quarantine_protection(view.name)
-        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection)
+        protection, place = quarantine_protection(view.name), quarantine_place(view.name, ingest_id)
+        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection, place=place)
     keep(checked.judged.profile, view, ingest_id, quarantine=quarantine, access=target.access)
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 

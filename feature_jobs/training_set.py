@@ -24,6 +24,7 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.kept import place_of
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline import Snapshot, snapshot
@@ -219,8 +220,9 @@ def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -
 
 def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess) -> None:
     """Write the rows: protected below the storage root, in the clear where the caller takes them out of it."""
-    if output.startswith(f"{places.root}/"):
-        protected_files(access).write(table, output, training_set_protection(spec))
+    place = place_of(output, places)
+    if place is not None:
+        protected_files(access).write(table, output, training_set_protection(spec), place=place)
     else:
         write_parquet(table, output)
 

@@ -11,8 +11,10 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
 from cluster.security.audit import Append, Decisions
 from cluster.security.identity import Principal, TokenVerifier
+from cluster.security.installation import hold_to
 from cluster.security.policy import Action, Policy, Resource
 from cluster.security.trust import Trust
+from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
@@ -50,7 +52,13 @@ class AccessCheck:
 
     @classmethod
     def of(cls, config: PlatformConfig, resource: Resource, ledger: Ledger) -> AccessCheck:
-        """As the platform is configured; decisions are written to the ledger in the background."""
+        """As the running cluster is, whatever its deployer's command line said; decisions are written to the ledger in
+        the background.
+
+        Raises:
+            ConfigError: the configuration contradicts the cluster.
+        """
+        hold_to(require_record(config), config)
         return cls(
             Trust.of(config.identity.issuer, layout(config.storage)).tokens,
             policy=Policy.load(region=config.cluster.region),

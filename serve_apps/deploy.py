@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from dataclasses import dataclass
 
@@ -12,13 +13,14 @@ from cluster.ledger.events import ModelDeployed
 from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
+from cluster.security.keys.store import KeyNotFound
 from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from serve_apps.apps import ensure_common, ensure_model
 from serve_apps.edge.state import wait_until_applied
-from serve_apps.predictor.log_keys import log_keys
+from serve_apps.predictor.log_keys import log_keys, within
 from serve_apps.rollout.state import read_states
 
 
@@ -74,6 +76,8 @@ def deploy(
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
     keys = key_store(actor.access)
     for info in log_keys(ledger, version, region=config.cluster.region):
+        with contextlib.suppress(KeyNotFound):
+            info = within(keys.info(info.name), info)
         keys.ensure(info)
     ensure_common(config)
     app = ensure_model(config, version, actor=actor.name)

@@ -336,6 +336,15 @@ class KeysRotated(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRelabelled(LedgerEvent):
+    """A key is about to be described otherwise: class, purposes, region."""
+
+    name: str
+    was: dict[str, Json]
+    becomes: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AccessDecided(LedgerEvent):
     """The event's actor was denied something, or permitted it and is of the sample."""
 

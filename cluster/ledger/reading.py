@@ -29,13 +29,17 @@ def open_reader(arguments: argparse.Namespace) -> Ledger:
     """The ledger that the flags name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the URL holds a password.
         Unauthenticated, AccessDenied: the token's holder may not read it.
     """
     storage = StorageConfig(root=arguments.root)
     if arguments.url is None and not Path(layout(storage).ledger_path).exists():
         raise ConfigError(f"No ledger at {layout(storage).ledger_path}. Give --root or --url.")
-    ledger = open_ledger(PlatformConfig(storage=storage, ledger=LedgerConfig(url=arguments.url)))
+    try:
+        named = LedgerConfig(url=arguments.url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    ledger = open_ledger(PlatformConfig(storage=storage, ledger=named))
     if arguments.token is not None:
         check_reader(ledger, layout(storage), arguments.token)
     return ledger

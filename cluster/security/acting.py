@@ -27,6 +27,7 @@ from cluster.errors import ConfigError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
 from cluster.security.audit import Decisions
 from cluster.security.identity import Principal, current_actor
+from cluster.security.installation import hold_to
 from cluster.security.intent import (
     INTENT_AUDIENCE,
     intent_file,
@@ -83,15 +84,17 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
     """The actor of this process, a job; its name stands in the process's log lines from now on.
 
     Args:
-        config: says as whom.
+        config: says as whom; held to what the running cluster is, see `cluster/security/installation.py`.
         record: of the running cluster.
         ledger: where decisions are recorded.
         entrypoint: the module that is run, "feature_jobs.ingest" for one.
 
     Raises:
-        ConfigError: a role that does not exist, or a token file that cannot be read or is open to others.
+        ConfigError: a role that does not exist, a token file that cannot be read or is open to others, or a
+            configuration that contradicts the running cluster.
         Unauthenticated: the token does not hold, or is an intent for another entrypoint; an event counts it.
     """
+    hold_to(record, config)
     places = Layout(record.storage_root)
     decisions = Decisions(ledger.append)
     try:

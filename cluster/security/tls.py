@@ -38,6 +38,7 @@ LEAF_DAYS = 397
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
+AUTHORITY_SUBJECT = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Falaj local CA")])
 LOOPBACK = ("127.0.0.1", "::1")
 _BOTH_SIDES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
@@ -55,19 +56,47 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
         places: the storage root's.
         renew: make the certificates anew, however long they hold.
         now: the moment that counts for how long they still hold; none is the clock's.
+
+    Raises:
+        ConfigError: another authority's certificate lies there, and not all that it has to issue; or it is to renew.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if is_anothers(folder / CA_NAME):
+        _leave_alone(folder, renew=renew)
+        return
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at):
         key = ec.generate_private_key(ec.SECP256R1())
         usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
         edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
         replace_private(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
-    node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at)
-    if renew or node_is_due or not (folder / NODE_KEY_NAME).exists():
+    node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
+    if renew or node_is_due:
         write_node(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
+
+
+def is_anothers(authority: Path) -> bool:
+    """Whether a file is an authority's certificate that is not of this module's making; told by its subject."""
+    if not authority.exists():
+        return False
+    try:
+        found = x509.load_pem_x509_certificate(authority.read_bytes())
+    except ValueError:
+        return True
+    return not found.subject == found.issuer == AUTHORITY_SUBJECT
+
+
+def _leave_alone(folder: Path, *, renew: bool) -> None:
+    names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing or renew:
+        what = f"{', '.join(missing)} missing" if missing else "only it can renew what it issued"
+        raise ConfigError(
+            f"{folder / CA_NAME} is another authority's certificate: {what}. Put its {', '.join(names)} there, or take "
+            f"{CA_NAME} away to have certificates of a local authority."
+        )
 
 
 def write_node(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
@@ -80,8 +109,12 @@ def write_node(folder: Path, *, authority: Path, name: str, addresses: Iterable[
         addresses: under which other nodes reach it. One that is missing lets Ray hang instead of failing.
 
     Raises:
-        ConfigError: there is no authority, or an address is none.
+        ConfigError: there is no authority of ours, or an address is none.
     """
+    if is_anothers(authority / CA_NAME):
+        raise ConfigError(
+            f"{authority / CA_NAME} is another authority's certificate. Have it issue the node's."
+        )
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
     signer, key = _authority(authority), ec.generate_private_key(ec.SECP256R1())
@@ -105,10 +138,11 @@ def _authority(folder: Path) -> _Authority:
     return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
 
 
-def _is_due(path: Path, authority: _Authority, at: dt.datetime) -> bool:
-    """Whether a certificate has to be made: there is none, or ours has less than a third of its life left or is of an
-    earlier authority. What somebody else put there, a company's PKI for one, is not touched."""
-    if not path.exists():
+def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
+    """Whether a certificate has to be made: there is none, or ours has less than a third of its life left, is of an
+    earlier authority, or of another key than lies beside it. What somebody else put there, a company's PKI for one, is
+    not touched."""
+    if not path.exists() or not (key is None or key.exists()):
         return True
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
@@ -120,12 +154,23 @@ def _is_due(path: Path, authority: _Authority, at: dt.datetime) -> bool:
         found.verify_directly_issued_by(authority.certificate)
     except InvalidSignature:
         return True
+    if key is not None and not _belongs(found, key):
+        return True
     life = found.not_valid_after_utc - found.not_valid_before_utc
     return found.not_valid_after_utc - at < life / 3
 
 
+def _belongs(certificate: x509.Certificate, key: Path) -> bool:
+    """Whether a key is a certificate's: whoever writes the two may be killed in between."""
+    try:
+        found = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    except (ValueError, TypeError):
+        return False
+    return found.public_key() == certificate.public_key()
+
+
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Falaj local CA")])
+    name = AUTHORITY_SUBJECT
     usage = x509.KeyUsage(
         digital_signature=False,
         content_commitment=False,

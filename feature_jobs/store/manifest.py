@@ -71,17 +71,26 @@ def check_manifest(manifest: Manifest, ledger: Ledger) -> None:
     Raises:
         TrainingSetError: the ledger has no such training set, or rows that it needs were removed since.
     """
-    if not any(_is_of(entry.payload, manifest) for entry in _entries_at(ledger, manifest.seq)):
-        raise TrainingSetError(
-            f"The ledger has no training set at {manifest.seq} as {manifest.path} describes it. Take the manifest as "
-            "it was written, in the project that built it."
-        )
+    check_known(manifest, ledger)
     for entry in ledger.entries(TrainingSetNotReproducible):
         if entry.payload["training_set"] == manifest.seq:
             raise TrainingSetError(
                 f"{manifest.path} is not reproducible since {entry.time}: rows of view '{entry.payload['view']}' were "
                 f"removed ({entry.payload['cause']}). Build a new training set."
             )
+
+
+def check_known(manifest: Manifest, ledger: Ledger) -> None:
+    """Go on only with a manifest that the ledger knows.
+
+    Raises:
+        TrainingSetError: the ledger has no such training set.
+    """
+    if not any(_is_of(entry.payload, manifest) for entry in _entries_at(ledger, manifest.seq)):
+        raise TrainingSetError(
+            f"The ledger has no training set at {manifest.seq} as {manifest.path} describes it. Take the manifest as "
+            "it was written, in the project that built it."
+        )
 
 
 def check_files(pinned: Snapshot, view: str) -> None:

@@ -110,6 +110,11 @@ def quarantine_protection(view: str) -> Protection:
     )
 
 
+def quarantine_place(view: str, batch: str) -> str:
+    """Where the quarantine of one batch says it belongs. Files of earlier releases say nothing."""
+    return f"{view}/quarantine/{batch}.parquet"
+
+
 def training_set_protection(service: ServiceSpec) -> Protection:
     """Of a service's training sets: each feature under the key it has in its own table."""
     made: dict[str, str] = {}

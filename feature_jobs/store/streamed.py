@@ -23,7 +23,7 @@ from feature_jobs.store import offline
 from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.offline import INGESTED, TIMESTAMP, Batch, Target, last_seq
 from feature_jobs.store.online_rows import Horizon
-from feature_jobs.store.protection import quarantine_protection
+from feature_jobs.store.protection import quarantine_place, quarantine_protection
 
 PUSH_APP, PUSH_SEQ_APP = "falaj.push", "falaj.push.seq"
 """Application transactions: the last row of the push log that the table has, and its `ingest_seq`."""
@@ -83,7 +83,10 @@ def store_batch(
     said = f"{rows.ingest_id}.parquet" if rows.bad.num_rows else None
     if said is not None:
         bad = rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows))
-        protected_files(target.access).write(bad, f"{quarantine}/{said}", quarantine_protection(view.name))
+        place = quarantine_place(view.name, rows.ingest_id)
+        protected_files(target.access).write(
+            bad, f"{quarantine}/{said}", quarantine_protection(view.name), place=place
+        )
     batch = Batch(
         ingest_id=rows.ingest_id,
         rows_in=rows.rows_in,

@@ -37,7 +37,10 @@ def main(config: EvaluateConfig) -> None:
     actor.check(Action.register_model, version.resource(region=config.cluster.region))
     model = load_model(version, key_store(actor.access), num_threads=2)
     signature = model.signature
-    source = read_training_set(config.training_set, protected_files(actor.access))
+    places = layout(config.storage)
+    source = read_training_set(
+        config.training_set, protected_files(actor.access), places=places, ledger=ledger
+    )
     table = chosen_rows(config, version, source.table)
     labels = label_column(table, signature.label)
     target = encode_target(signature.task, labels, classes=signature.classes, label=signature.label)

@@ -31,6 +31,7 @@ from jobs.monitor.config import MonitorConfig, SplitConfig
 from jobs.monitor.frames import build
 from jobs.monitor.measures import METRICS, SHORT, Measures, drift, estimated, realised
 from jobs.monitor.plots import performance_plot
+from jobs.train.data import read_training_set
 
 
 @job("monitor", MonitorConfig)
@@ -44,7 +45,8 @@ def main(config: MonitorConfig) -> None:
     files = protected_files(actor.access)
     places = layout(config.storage)
     registry = Registry(ledger, places)
-    reference = held_out(pl.DataFrame(pl.from_arrow(files.read(reference_uri))), config)
+    source = read_training_set(config.reference, files, places=places, ledger=ledger)
+    reference = held_out(pl.DataFrame(pl.from_arrow(source.table)), config)
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config, key_store(actor.access)).group_by(

@@ -50,7 +50,10 @@ def main(config: SweepConfig) -> None:
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.sweep")
     actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
-    source = read_training_set(config.training_set, protected_files(actor.access))
+    places = layout(config.storage)
+    source = read_training_set(
+        config.training_set, protected_files(actor.access), places=places, ledger=ledger
+    )
     dataset = fewer_rows(prepare(config, source), config.sweep.rows, seed=config.seed)
     attach(config)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -38,10 +38,12 @@ def main(config: TrainConfig) -> None:
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
-    source = read_training_set(config.training_set, protected_files(actor.access))
+    places = layout(config.storage)
+    source = read_training_set(
+        config.training_set, protected_files(actor.access), places=places, ledger=ledger
+    )
     dataset = prepare(config, source, threshold=config.threshold)
     attach(config)
-    places = layout(config.storage)
     runs = local(f"{places.root}/runs")
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as temporary:

@@ -12,11 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import TrainingSetError, did_you_mean
+from cluster.ledger import Ledger
 from cluster.runtime import InputSpec, ModelSignature, encode
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import Label
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
-from cluster.storage import exists, read_bytes, resolve, sha256
+from cluster.storage import Layout, exists, read_bytes, resolve, sha256
+from feature_jobs.store.kept import place_of, read_kept
+from feature_jobs.store.row_hash import row_hash
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.target import Target, encode_target, learn_classes
 
@@ -50,24 +53,34 @@ class Dataset:
     """Rows that fitting never sees."""
 
 
-def read_training_set(path: str, files: ProtectedFiles) -> TrainingSet:
-    """A training set and its manifest; `files` has the keys of the caller.
+def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledger: Ledger) -> TrainingSet:
+    """A training set and its manifest.
+
+    Args:
+        path: the Parquet file. Below the storage root it has to be one that was built here, as it was built;
+            elsewhere it is the caller's own, and held against its manifest where one lies beside it.
+        files: has the keys of the caller.
+        places: the storage root's.
+        ledger: knows what was built.
 
     Raises:
-        TrainingSetError: the file is missing, no Parquet, or empty.
+        TrainingSetError: the file is missing, no Parquet, empty, or not what was built.
     """
     uri = resolve(path)
     if not exists(uri):
         raise TrainingSetError(
             f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
         )
+    beside = f"{uri.removesuffix('.parquet')}.manifest.json"
     try:
-        table = files.read(uri)
+        if place_of(uri, places) is not None:
+            table = read_kept(uri, beside, places=places, ledger=ledger, files=files)
+        else:
+            table = files.read(uri)
     except ProtectedFileCorrupt as error:
-        raise TrainingSetError(f"{uri} cannot be read as Parquet: {error}") from error
+        raise TrainingSetError(f"{uri} cannot be read: {error}") from error
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")
-    beside = f"{uri.removesuffix('.parquet')}.manifest.json"
     manifest = read_manifest(beside, table) if exists(beside) else {}
     return TrainingSet(table=table, manifest=manifest, hash=manifest.get("row_hash") or sha256(uri))
 
@@ -91,6 +104,11 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
         lacks = f", and no column '{missing[0]}'" if missing else ""
         raise TrainingSetError(
             f"{uri} describes {rows} rows, the file has {table.num_rows}{lacks}. Build the training set again."
+        )
+    if manifest.get("row_hash", row_hash(table)) != row_hash(table):
+        raise TrainingSetError(
+            f"{uri} describes other rows than the file has. Build the training set again, or take the manifest away "
+            "to learn from the file as it is."
         )
     return manifest
 

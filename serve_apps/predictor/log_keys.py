@@ -6,6 +6,9 @@ of outcomes are under a sensitive key. A prediction says something about a perso
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import ModelVersion
 from cluster.security.keys.store import KeyInfo
@@ -46,6 +49,23 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
             (outcome_key(version.name), Sensitivity.SENSITIVE),
         )
     ]
+
+
+def within(present: KeyInfo, wanted: KeyInfo) -> KeyInfo:
+    """The description for a key that other versions write under already: their records stay for their purposes.
+
+    Raises:
+        RefusedError: the two have no purpose in common, so that nobody could read either's records.
+    """
+    if not present.purposes:
+        return wanted
+    common = set(wanted.purposes or present.purposes) & set(present.purposes)
+    if not common:
+        raise RefusedError(
+            f"What is logged under '{present.name}' is for {', '.join(present.purposes)}, and this version allows "
+            f"{', '.join(wanted.purposes)} alone. Register it as another model, whose log is its own."
+        )
+    return replace(wanted, purposes=tuple(sorted(common)))
 
 
 def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:

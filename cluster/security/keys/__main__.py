@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
+from cluster.ledger.events import KeyRelabelled
 from cluster.security.audit import Decisions
 from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
@@ -33,6 +34,7 @@ ACTIONS = {
     Operation.ensure: Action.create_key,
     Operation.rotate: Action.manage_keys,
     Operation.revoke: Action.manage_keys,
+    Operation.widen: Action.manage_keys,
 }
 
 
@@ -43,7 +45,8 @@ def main(config: PlatformConfig) -> None:
     record = require_record(config)
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
-    decisions = Decisions(open_ledger(config).append)
+    ledger = open_ledger(config)
+    decisions = Decisions(ledger.append)
 
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
         action, key = ACTIONS[operation], Resource.of_key(info)
@@ -59,6 +62,10 @@ def main(config: PlatformConfig) -> None:
         if denial.principal is None:
             decisions.unauthenticated(denial.reason, at=time.time())
 
+    def relabelling(principal: Principal, old: KeyInfo, new: KeyInfo) -> None:
+        event = KeyRelabelled(name=new.name, was=old.plain(), becomes=new.plain())
+        ledger.append(event, actor=principal.subject)
+
     stopped = threading.Event()
     broker = Broker(
         open_store(config, stopped=stopped),
@@ -66,6 +73,7 @@ def main(config: PlatformConfig) -> None:
         verify=Trust.of(config.identity.issuer, places).verify,
         decide=decide,
         audit=audit,
+        relabelling=relabelling,
     )
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)

@@ -37,7 +37,7 @@ class Broker(Generic[C]):
     Args:
         store: whose keys are served.
         socket: where to listen; at most 97 bytes.
-        verify, decide, audit: as `Gate`.
+        verify, decide, audit, relabelling: as `Gate`.
         idle_s: seconds after which a silent connection is closed; clients come back by themselves.
         read_s: seconds that a message may take once it has begun.
 
@@ -53,12 +53,13 @@ class Broker(Generic[C]):
         verify: Callable[[str], C],
         decide: Callable[[C, Operation, KeyInfo], Verdict],
         audit: Callable[[Denial[C]], None],
+        relabelling: Callable[[C, KeyInfo, KeyInfo], None] = lambda principal, old, new: None,
         idle_s: float = IDLE_S,
         read_s: float = READ_S,
     ) -> None:
         check_socket_path(str(socket))
         self._path = socket
-        self._gate = Gate(store, verify=verify, decide=decide, audit=audit)
+        self._gate = Gate(store, verify=verify, decide=decide, audit=audit, relabelling=relabelling)
         self._idle_s = idle_s
         self._read_s = read_s
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from cluster.errors import AccessDenied, FalajError, InvalidRequest, Unauthenticated
 from cluster.security.keys.store import (
+    COLUMN_CLASSES,
     KeyInfo,
     KeyNotFound,
     KeyRevoked,
@@ -41,6 +42,8 @@ class Operation(enum.StrEnum):
     rotate = "rotate"
     revoke = "revoke"
     names = "names"
+    widen = "widen"
+    """No request: what an `ensure` is that opens a key to more than it was."""
 
 
 class Caller(Protocol):
@@ -86,6 +89,7 @@ class Gate(Generic[C]):
         verify: gives a token's principal or raises Unauthenticated.
         decide: whether a principal may do an operation with a key.
         audit: receives every denial. It must not block for long; what it raises is logged and does not undo a denial.
+        relabelling: is told who is about to give a key another description; where it raises, the key stays as it is.
     """
 
     def __init__(
@@ -95,11 +99,13 @@ class Gate(Generic[C]):
         verify: Callable[[str], C],
         decide: Callable[[C, Operation, KeyInfo], Verdict],
         audit: Callable[[Denial[C]], None],
+        relabelling: Callable[[C, KeyInfo, KeyInfo], None] = lambda principal, old, new: None,
     ) -> None:
         self._store = store
         self._verify = verify
         self._decide = decide
         self._audit = audit
+        self._relabelling = relabelling
         self._changes = threading.Lock()
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
@@ -125,8 +131,10 @@ class Gate(Generic[C]):
         principal = self._principal(request, operation=_shown(request.get("op")), name=_shown(name))
         try:
             operation = Operation(str(request.get("op")))
+            if operation is Operation.widen:
+                raise ValueError(operation)
         except ValueError:
-            known = ", ".join(Operation)
+            known = ", ".join(each for each in Operation if each is not Operation.widen)
             raise InvalidRequest(f"The key broker knows {known}, not {_shown(request.get('op'))}.") from None
         if operation is Operation.names:
             return self._names(principal)
@@ -159,11 +167,18 @@ class Gate(Generic[C]):
             return None
 
     def _ensure(self, principal: C, info: KeyInfo) -> None:
-        # The present description is asked about, too: or who may make keys could open another one by relabelling it.
+        # The present description is asked about, too, and what opens a key to more takes more than the right to make
+        # it: or who may make keys could open what lies under another one by relabelling it.
         with self._changes:
+            old = None
             with contextlib.suppress(KeyNotFound):
-                self._permit(principal, Operation.ensure, self._store.info(info.name))
+                old = self._store.info(info.name)
+                self._permit(principal, Operation.ensure, old)
             self._permit(principal, Operation.ensure, info)
+            if old is not None and old != info:
+                if widens(old, info):
+                    self._permit(principal, Operation.widen, old)
+                self._relabelling(principal, old, info)
             self._store.ensure(info)
 
     def _names(self, principal: C) -> list[str]:
@@ -226,6 +241,12 @@ class Gate(Generic[C]):
             self._audit(denial)
         except Exception as error:  # noqa: BLE001 (the denial stands)
             logging.getLogger(__name__).error("A denial could not be recorded: %s.", type(error).__name__)
+
+
+def widens(old: KeyInfo, new: KeyInfo) -> bool:
+    """Whether a key's new description lets it be used by more, or for more: a lower class, or a further purpose."""
+    lower = COLUMN_CLASSES.index(new.column_class) < COLUMN_CLASSES.index(old.column_class)
+    return lower or (bool(old.purposes) and not (new.purposes and set(new.purposes) <= set(old.purposes)))
 
 
 def _shown(value: object) -> str:

@@ -99,6 +99,7 @@ class ProtectedFiles:
         *,
         protection: Protection | None = None,
         place: str | None = None,
+        unplaced: bool = False,
     ) -> pa.Table:
         """Read one file, or those of some columns that it has.
 
@@ -110,6 +111,7 @@ class ProtectedFiles:
             protection: refuse a file whose columns, those that are read, are under other keys than these, or in the
                 clear.
             place: refuse a file that was written for another place; needs `protection`.
+            unplaced: take a file that says nothing of its place, too, where earlier releases wrote such.
 
         Raises:
             AccessDenied, KeyRevoked, KeyNotFound: for a column whose key the store does not give; the others can still
@@ -122,7 +124,7 @@ class ProtectedFiles:
         try:
             with fs.open(path, "rb") as source:
                 if protection is not None:
-                    read_footer(source).check(protection, place, columns)
+                    read_footer(source).check(protection, place, columns, unplaced=unplaced)
                 return self._read(source, columns)
         except ProtectedFileCorrupt as error:
             raise ProtectedFileCorrupt(
@@ -165,6 +167,7 @@ class ProtectedFiles:
         *,
         was: Protection | None = None,
         place: str | None = None,
+        unplaced: bool = False,
     ) -> int:
         """Rewrite a file under the newest versions of keys, or under other keys; gives the new size in bytes.
 
@@ -177,9 +180,10 @@ class ProtectedFiles:
             target: where to write; another name, so that the table's log can change over in one step.
             protection: the columns' keys from now on.
             was: what the file should be under now, if that is known.
-            place: as of `write`.
+            place: as of `write`; with `was` it is also where the file should belong now.
+            unplaced: as of `read`.
         """
-        table = self.read(uri, protection=was)
+        table = self.read(uri, protection=was, place=place, unplaced=unplaced)
         self.forget()
         return self.write(table, target, protection, place=place)
 

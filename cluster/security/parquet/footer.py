@@ -49,7 +49,14 @@ class FileKeys:
     place: str | None
     """Where the file says it belongs."""
 
-    def check(self, protection: Protection, place: str | None, columns: Sequence[str] | None = None) -> None:
+    def check(
+        self,
+        protection: Protection,
+        place: str | None,
+        columns: Sequence[str] | None = None,
+        *,
+        unplaced: bool = False,
+    ) -> None:
         """Hold it against what the file should be.
 
         Args:
@@ -57,6 +64,7 @@ class FileKeys:
             place: where it should belong; none takes any.
             columns: those that count; none counts all. A reader of an older version of a table knows nothing of columns
                 that were added since.
+            unplaced: take a file that says nothing of its place, too.
 
         Raises:
             ProtectedFileCorrupt: saying what differs.
@@ -71,7 +79,8 @@ class FileKeys:
                 raise ProtectedFileCorrupt(
                     f"column '{name}' is {_under(key)}, and should be {_under(protection.key_of(name))}"
                 )
-        if place is not None and self.signed_by is not None and self.place != place:
+        at_home = self.place == place or (unplaced and self.place is None)
+        if place is not None and self.signed_by is not None and not at_home:
             raise ProtectedFileCorrupt(f"it belongs at {self.place!r}, not at {place!r}")
 
 

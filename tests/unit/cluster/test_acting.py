@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from cluster.security.intent import FILE_VARIABLE, mint_intent, write_intent
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action, Resource, Role
 from cluster.session import ClusterRecord
-from cluster.settings import IdentityConfig, PlatformConfig, StorageConfig
+from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier
 from cluster.storage import Layout
 from tests.broker import running_broker
 
@@ -41,13 +42,16 @@ def ledger(places: Layout) -> Ledger:
     return Ledger(f"sqlite:///{places.ledger_path}")
 
 
-def record(places: Layout) -> ClusterRecord:
-    values: dict[str, object] = {field.name: "" for field in dataclasses.fields(ClusterRecord)}
-    return ClusterRecord(**values | {"storage_root": places.root, "ports": {}, "pids": {}, "tls": False})  # type: ignore[arg-type]
+def record(places: Layout, **installed: object) -> ClusterRecord:
+    values: dict[str, object] = {
+        field.name: "" for field in dataclasses.fields(ClusterRecord) if field.default is dataclasses.MISSING
+    }
+    plain = {"storage_root": places.root, "ports": {}, "pids": {}, "tls": False}
+    return ClusterRecord(**values | plain | installed)  # type: ignore[arg-type]
 
 
-def config(places: Layout, **identity: str) -> PlatformConfig:
-    return PlatformConfig(storage=StorageConfig(root=places.root), identity=IdentityConfig(**identity))  # type: ignore[arg-type]
+def config(places: Layout, **identity: Any) -> PlatformConfig:
+    return PlatformConfig(storage=StorageConfig(root=places.root), identity=IdentityConfig(**identity))
 
 
 def as_alice(places: Layout, tmp_path: Path, *, role: Role, purpose: str = "") -> str:
@@ -141,6 +145,73 @@ def test_who_registered_a_model_may_not_release_it_in_production(
     actor.check(Action.rollback, mine)
     with pytest.raises(AccessDenied, match="four-eyes"):
         actor.check(Action.rollout, mine)
+
+
+@pytest.mark.parametrize("asked", ["local", "production"])
+def test_a_command_line_does_not_make_a_production_cluster_another(
+    places: Layout, ledger: Ledger, tmp_path: Path, asked: str
+) -> None:
+    """Four eyes hold for who says that he is on a machine of his own."""
+    token_file = as_alice(places, tmp_path, role=Role.approver)
+    own = Resource(kind="model", name="loan", registered_by="alice", region="oman")
+    asking = config(places, token_file=token_file, environment=asked)
+    actor = act(
+        asking,
+        record(places, policy_environment="production", region="oman"),
+        ledger,
+        entrypoint="serve_apps.deploy",
+    )
+    with pytest.raises(AccessDenied, match="four-eyes"):
+        actor.check(Action.deploy, own)
+    actor.check(Action.deploy, dataclasses.replace(own, registered_by="bob"))
+    assert (asking.identity.environment, asking.cluster.region) == ("production", "oman"), "for replicas"
+
+
+def test_a_stricter_environment_is_anybodys_to_ask_for(places: Layout, ledger: Ledger) -> None:
+    """It takes nothing from the cluster's own."""
+    strict = config(places, environment="production")
+    assert act(strict, record(places, policy_environment="local"), ledger, entrypoint=JOB).environment == (
+        "production"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"environment": "staging"}, "identity.environment=staging"),
+        ({"issuer": IssuerConfig(url="https://mine.example")}, "identity.issuer.url=https://mine.example"),
+    ],
+)
+def test_what_contradicts_the_cluster_is_refused(
+    places: Layout, ledger: Ledger, changed: dict[str, Any], match: str
+) -> None:
+    """A weaker environment, somebody else's issuer, another region."""
+    issuer = dataclasses.asdict(IssuerConfig(url="https://ours.example"))
+    production = record(places, policy_environment="production", region="oman", issuer=issuer)
+    with pytest.raises(ConfigError, match=match):
+        act(config(places, **changed), production, ledger, entrypoint=JOB)
+    elsewhere = config(places)
+    elsewhere.cluster.region = "eu"
+    with pytest.raises(ConfigError, match=r"cluster\.region=eu"):
+        act(elsewhere, production, ledger, entrypoint=JOB)
+
+
+def test_a_clusters_oidc_issuer_is_not_set_aside(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """The dev issuer's key may be left from an earlier life of the folder; its tokens make nobody an admin."""
+    issuer = dataclasses.asdict(IssuerConfig(url="https://127.0.0.1:1"))
+    with pytest.raises(ConfigError, match="A job needs an intent of https://127"):
+        act(config(places), record(places, issuer=issuer), ledger, entrypoint=JOB)
+
+
+@pytest.mark.parametrize("side", ["config", "record"])
+def test_the_enterprise_tier_never_believes_the_dev_issuer(places: Layout, ledger: Ledger, side: str) -> None:
+    """Whoever says that it is one."""
+    asking, tier = config(places), Tier.enterprise_gpu
+    if side == "config":
+        asking.tier = tier
+    known = record(places, tier=tier.value if side == "record" else None)
+    with pytest.raises(ConfigError, match="does not believe the dev issuer"):
+        act(asking, known, ledger, entrypoint=JOB)
 
 
 def test_an_intent_is_renewed_while_the_job_lives(

@@ -124,6 +124,19 @@ def test_keys_follow_what_they_protect(policy: Policy, role: Role) -> None:
         assert policy.decide(who(role), Action.wrap_key, key).allowed == (role in WRAPS[folder]), key.name
 
 
+@pytest.mark.parametrize("folder", sorted(UNWRAPS.keys() - {"models"}))
+@pytest.mark.parametrize("role", list(Role))
+def test_no_key_is_of_a_lower_class_than_its_name_says(policy: Policy, folder: str, role: Role) -> None:
+    """Whoever makes it; a higher one is his own loss. A model may be called as he likes."""
+    for named, stated in itertools.product(CLASSES, CLASSES):
+        key = Resource(kind="key", name=f"{folder}/income/{named}", column_class=stated)
+        decision = policy.decide(who(role, "credit"), Action.create_key, key)
+        below = CLASSES.index(stated) < CLASSES.index(named)
+        assert ("class-below-the-name" in decision.policies) == below, key
+    model = Resource(kind="key", name="models/a/sensitive", column_class="internal")
+    assert policy.decide(who(Role.ml_engineer), Action.create_key, model).allowed
+
+
 @pytest.mark.parametrize(
     ("entrypoint", "role", "may"),
     [

@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cluster.errors import ConfigError
 from cluster.security import tls
 from cluster.security.tls import ensure_tls, write_node
 from cluster.session import tls_environment
@@ -168,3 +169,58 @@ def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> No
     assert (wrong.returncode, "address is wrong" in wrong.stderr) == (2, True)
     nowhere = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
     assert (nowhere.returncode, "cluster.up" in nowhere.stderr) == (2, True)
+
+
+def company(folder: Path) -> dict[str, bytes]:
+    """Lay a company's authority and certificates into a tls folder, without the authority's key; gives the files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Company CA")])
+    certificate = tls._builder(name, name, key.public_key(), days=30).sign(key, hashes.SHA256())
+    usages = tls._BOTH_SIDES
+    leaf = tls._leaf(
+        key, tls._Authority(certificate, key), name="company.example", addresses=["127.0.0.1"], usages=usages
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "ca.pem").write_bytes(tls._pem(certificate))
+    (folder / "node.pem").write_bytes(tls._pem(leaf))
+    (folder / "node.key").write_bytes(tls._key_pem(key))
+    (folder / "edge.pem").write_bytes(tls._pem(leaf) + tls._key_pem(key))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("taken", [None, "edge.pem", "node.pem", "node.key"])
+def test_a_companys_authority_is_not_replaced(folder: Path, taken: str | None) -> None:
+    """Its key lies elsewhere. Where a certificate of it is missing, it is said that the company has to issue it."""
+    files = company(folder)
+    if taken is None:
+        ensure_tls(Layout(str(folder.parent)), now=dt.datetime.now(dt.UTC) + dt.timedelta(days=25))
+    else:
+        (folder / taken).unlink()
+        del files[taken]
+        with pytest.raises(ConfigError, match=f"another authority's certificate: {taken} missing"):
+            ensure_tls(Layout(str(folder.parent)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_companys_authority_renews_and_issues_by_itself(folder: Path, tmp_path: Path) -> None:
+    """Also where the key of an earlier authority of our own lies beside it still."""
+    old = (folder / "ca.key").read_bytes()
+    files = company(folder)
+    (folder / "ca.key").write_bytes(old)
+    with pytest.raises(ConfigError, match="another authority's"):
+        ensure_tls(Layout(str(folder.parent)), renew=True)
+    with pytest.raises(ConfigError, match="another authority's"):
+        write_node(tmp_path / "w", authority=folder, name="w", addresses=[])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files | {"ca.key": old}
+
+
+def test_a_renewal_that_was_killed_between_key_and_certificate_is_finished(
+    folder: Path, tmp_path: Path
+) -> None:
+    """By the next start; a pair that does not fit would let no node speak with another."""
+    write_node(tmp_path / "w", authority=folder, name="w", addresses=[])
+    (folder / "node.key").write_bytes((tmp_path / "w" / "node.key").read_bytes())
+    ensure_tls(Layout(str(folder.parent)))
+    assert mutual(folder, folder) == "TLSv1.3"

@@ -12,11 +12,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.session import write_record
-from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, StorageConfig, Tier
+from cluster.settings import (
+    ClusterConfig,
+    LedgerConfig,
+    PlatformConfig,
+    PortsConfig,
+    StorageConfig,
+    Tier,
+    load,
+)
 from tests.ports import free_port
 
 
@@ -176,3 +186,27 @@ def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) 
     config.cluster.num_gpus = 1
     environment = up.environment(config, up.describe(config))
     assert "DS_ACCELERATOR" not in environment
+
+
+def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfig) -> None:
+    """A database reached by TLS too, whose address has signs that Hydra reads as its own."""
+    config.ledger.url = (
+        "postgresql+psycopg://falaj@db.example/ledger?sslmode=verify-full&sslrootcert=/etc/o'k, ca.pem"
+    )
+    config.ledger.checkpoint_every = 7
+    config.identity.issuer.url = "https://issuer.example"
+    words = up.shared_overrides(config, up.describe(config))
+    with initialize_config_module("configs", version_base=None):
+        there = load(compose("cluster", overrides=words), PlatformConfig)
+    assert there.ledger == config.ledger
+    assert (there.storage, there.identity, there.secrets) == (config.storage, config.identity, config.secrets)
+
+
+@pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])
+def test_a_password_in_the_ledgers_address_is_refused(url: str) -> None:
+    """Everybody on the machine reads command lines; the message does not repeat it."""
+    with pytest.raises(ValueError, match="passfile") as refused:
+        LedgerConfig(url=url)
+    assert "canary" not in str(refused.value)
+    with pytest.raises(ConfigError, match="passfile"):
+        load(OmegaConf.create({"ledger": {"url": url}}), PlatformConfig)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -14,10 +16,11 @@ from deltalake import DeltaTable
 
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
 from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.parquet import ProtectedFileCorrupt
 from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique, offline
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.protection import quarantine_protection, view_protection
+from feature_jobs.store.protection import quarantine_place, quarantine_protection, view_protection
 from feature_jobs.store.quarantine import quarantined, source_rows, source_schema
 from feature_jobs.store.retry import try_again
 from feature_jobs.store.validation import RAW, REASON, prepare
@@ -181,7 +184,8 @@ def place(tmp_path: Path, access: KeyAccess) -> job.Place:
     mended = view(Range("amount", minimum=-2))
     place = job.Place(view=mended, batch="b1", folder=folder, target=target)
     file = quarantine_of(block(rows), view(Range("amount", minimum=0)))
-    protected_files(access).write(file, place.path, quarantine_protection("income"))
+    where = quarantine_place("income", "b1")
+    protected_files(access).write(file, place.path, quarantine_protection("income"), place=where)
     return place
 
 
@@ -215,6 +219,18 @@ def test_mended_rows_are_stored_and_the_others_stay_with_their_new_reason(place:
     assert event.reasons == {"amount outside -2..": 1}
     assert stored(place) == [-2.0, -1.0]
     assert left(place) == [(-3.0, "amount outside -2..")]
+
+
+def test_quarantine_of_another_batch_is_not_replayed(place: job.Place) -> None:
+    """Files are bound to their batch, also what stays after a replay; one of an earlier release says nothing."""
+    files, other = protected_files(place.target.access), dataclasses.replace(place, batch="b2")
+    shutil.copy(place.path, other.path)
+    with pytest.raises(ProtectedFileCorrupt, match="belongs at"):
+        job.replay(other, None, now=NOW)
+    files.write(files.read(place.path), other.path, quarantine_protection("income"))
+    assert job.replay(other, None, now=NOW).rows_in == 3
+    job.finish(place, job.replay(place, None, now=NOW))
+    assert files.keys(place.path).place == quarantine_place("income", "b1")
 
 
 def test_killed_after_the_commit_nothing_is_stored_twice(place: job.Place) -> None:

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from cluster.errors import ConfigError, TrainingSetError
+from cluster.ledger import Ledger
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.security.keys.keyring import Keyring
 from cluster.security.parquet import ProtectedFiles
+from cluster.storage import Layout
 from jobs.evaluate.metrics import binary_metrics, roc_auc
 from jobs.train.__main__ import with_best
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
@@ -170,7 +172,12 @@ def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, sa
     (tmp_path / "t.manifest.json").write_text(manifest)
     files = ProtectedFiles(Keyring.create(tmp_path / "keyring.json", b"k" * 32))
     with pytest.raises(TrainingSetError, match=said):
-        read_training_set(str(tmp_path / "t.parquet"), files)
+        read_training_set(
+            str(tmp_path / "t.parquet"),
+            files,
+            places=Layout(str(tmp_path / "elsewhere")),
+            ledger=Ledger(f"sqlite:///{tmp_path}/l.db"),
+        )
 
 
 @pytest.mark.parametrize("content", ["{nope", "[]", "{}", '{"best": 3}'])

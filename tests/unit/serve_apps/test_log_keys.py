@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import Lineage, ModelVersion
+from cluster.security.keys.store import KeyInfo
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
 from feature_jobs.store.catalog import Definitions, apply
-from serve_apps.predictor.log_keys import NO_COMMON_PURPOSE, log_keys, outcome_key, prediction_key
+from serve_apps.predictor.log_keys import NO_COMMON_PURPOSE, log_keys, outcome_key, prediction_key, within
 
 PERSON = Entity("person", join_keys=["id"])
 
@@ -96,3 +98,27 @@ def test_only_what_every_view_allows_is_allowed(
     for key in log_keys(ledger, version, region="here"):
         assert key.purposes == allowed
         assert key.region == "there"
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "kept"),
+    [
+        ((), (), ()),
+        ((), ("care",), ("care",)),
+        (("care",), (), ("care",)),
+        (("care", "fraud"), ("care", "ads"), ("care",)),
+    ],
+)
+def test_a_later_version_never_opens_the_log_of_an_earlier_one(
+    present: tuple[str, ...], wanted: tuple[str, ...], kept: tuple[str, ...]
+) -> None:
+    """They share a key: its purposes are narrowed, also by a version that has no feature service."""
+    name = outcome_key("loan")
+    assert within(KeyInfo(name=name, purposes=present), KeyInfo(name=name, purposes=wanted)).purposes == kept
+
+
+def test_a_version_for_other_purposes_than_the_log_is_refused() -> None:
+    """Either's records would be under a key that nobody may use, or that the wrong people may."""
+    name = outcome_key("loan")
+    with pytest.raises(RefusedError, match=r"is for care.*ads"):
+        within(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))
