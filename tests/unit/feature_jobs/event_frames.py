@@ -65,11 +65,15 @@ _values = st.tuples(
 
 
 @st.composite
-def event_frames(draw: st.DrawFn, *, max_size: int = 25) -> pl.DataFrame:
+def event_frames(draw: st.DrawFn, *, min_size: int = 0) -> pl.DataFrame:
     """Events of a few people; a tombstone in five."""
     ids = st.sampled_from("abcde")
     deleted = st.integers(0, 4).map(lambda number: number == 0)
-    rows = draw(st.lists(st.tuples(people, places, hours, hours, deleted, ids, _values), max_size=max_size))
+    rows = draw(
+        st.lists(
+            st.tuples(people, places, hours, hours, deleted, ids, _values), min_size=min_size, max_size=25
+        )
+    )
     order = draw(st.permutations(range(len(rows))))
     data = [(*row[:4], seq, *row[4:6], *row[6]) for row, seq in zip(rows, order, strict=True)]
     return pl.DataFrame(data, schema=EVENTS, orient="row")

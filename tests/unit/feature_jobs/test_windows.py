@@ -155,7 +155,7 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
 
 
 @settings(max_examples=settings.default.max_examples, deadline=None)
-@given(frame=event_frames(), late_h=st.integers(0, 3))
+@given(frame=event_frames(min_size=12), late_h=st.integers(0, 3))
 def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> None:
     """Where a correction moved an event past it, what it corrected goes too."""
     frame = frame.with_columns(person=pl.lit(1, pl.Int64), place=pl.lit("n"))
