@@ -154,7 +154,7 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
 
-@settings(max_examples=settings.default.max_examples, deadline=None)
+@settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames(min_size=12), late_h=st.integers(0, 3))
 def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> None:
     """Where a correction moved an event past it, what it corrected goes too."""
