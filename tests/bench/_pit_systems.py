@@ -181,7 +181,8 @@ def _ray_tasks() -> Any:
     ray.init(
         num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
     )
-    ray.get([ray.remote(time.sleep).remote(0.2) for _ in range(2 * (os.cpu_count() or 1))])
+    started = ray.remote(lambda: time.sleep(0.2))
+    ray.get([started.remote() for _ in range(2 * (os.cpu_count() or 1))])
     return join_in_tasks
 
 
