@@ -150,7 +150,9 @@ def refusal_behind(error: BaseException) -> BaseException:
     """The refusal that a worker raised, if one is behind a Ray error; else the error itself."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, RefusedError):
+        # Ray's own error is of the kind that it carries, too, with a traceback for a message.
+        carried = getattr(seen, "cause", None)
+        if isinstance(seen, RefusedError) and carried is None:
             return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+        seen = carried or seen.__cause__
     return error

@@ -131,6 +131,8 @@ def prepared(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Else a refusal comes back wrapped in an error of Ray's own, without its cause.
+    context.raise_original_map_exception = True
     # The newer reader starts a pool of actors to read footers, which takes longer than a batch of this size.
     context.use_datasource_v2 = False
     checked = dataset(opened, view, known).map_batches(

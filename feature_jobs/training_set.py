@@ -72,7 +72,8 @@ class Request:
     """What is built."""
 
     spec: ServiceSpec
-    entities: str
+    entities: str | None
+    """Where the entity rows are; none where they are in memory."""
     cutoff: bool
     original: Manifest | None
     """Of the training set that is built again."""
@@ -107,15 +108,34 @@ def produce(
         TrainingSetError: entity rows that cannot be joined, or are not those of the manifest.
         Inconsistent: the rows are not those of the manifest; nothing was written.
     """
-    spec, original, places = request.spec, request.original, layout(config.storage)
-    entities = read_entities(request.entities)
+    original, places = request.original, layout(config.storage)
+    entities = read_entities(str(request.entities))
     entities_hash = row_hash(entities)
     if original is not None and entities_hash != original.entities_hash:
         raise TrainingSetError(
-            f"The entity rows at {resolve(request.entities)} are not those of {original.path}: their hash is "
+            f"The entity rows at {resolve(str(request.entities))} are not those of {original.path}: their hash is "
             f"{entities_hash[:16]}, not {original.entities_hash[:16]}. Give the same file with `entities=…`."
         )
-    snapshots = pinned_tables(request, places, access)
+    table, manifest = join_entities(config, request, entities, entities_hash, access=access)
+    if original is not None:
+        check_same(original, manifest["row_hash"])
+    output = resolve(config.output)
+    write(table, output, request.spec, places=places, access=access)
+    manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
+    write_bytes(manifest_path(output), json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def join_entities(
+    config: TrainingSetConfig, request: Request, entities: pa.Table, entities_hash: str, *, access: KeyAccess
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows, and their manifest but for `seq`.
+
+    Raises:
+        TrainingSetError: entity rows that cannot be joined, or a view without rows.
+    """
+    spec = request.spec
+    snapshots = pinned_tables(request, layout(config.storage), access)
     built = assemble(
         spec, snapshots, entities, join_parts=chosen_join(config, entities, snapshots), cutoff=request.cutoff
     )
@@ -128,13 +148,7 @@ def produce(
         row_hash=row_hash(built.table),
         cutoff=request.cutoff,
     )
-    if original is not None:
-        check_same(original, manifest["row_hash"])
-    output = resolve(config.output)
-    write(built.table, output, spec, places=places, access=access)
-    manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
-    write_bytes(manifest_path(output), json.dumps(manifest, indent=1).encode())
-    return manifest
+    return built.table, manifest
 
 
 def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:

@@ -112,7 +112,7 @@ def describe(
     snapshots: dict[str, Snapshot],
     built: Built,
     *,
-    entities: str,
+    entities: str | None,
     entities_hash: str,
     row_hash: str,
     cutoff: bool,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, Trai
 from feature_jobs.store.casting import cast_feature
 from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, import_module
 from feature_jobs.store.definitions import DTYPES, Transform
+from feature_jobs.store.online import FeatureVectors, Status
 from feature_jobs.store.source_code import source_code
 
 
@@ -70,7 +71,7 @@ def from_request(
             )
         wanted = _read(one, spec)
         try:
-            arrays = {name: _array({**features, **given}[name], dtypes[name]) for name in wanted}
+            arrays = {name: typed_array({**features, **given}[name], dtypes[name]) for name in wanted}
             made = compute(one, pa.table(arrays), service=spec)
         except (SchemaMismatch, TrainingSetError, pa.ArrowException, TypeError) as error:
             raise InvalidRequest(f"'{one.name}' cannot be made of what is given: {error}") from error
@@ -81,6 +82,25 @@ def from_request(
             for name, column in zip(one.columns, made.columns, strict=True)
         }
     return columns
+
+
+def add_on_demand(
+    spec: ServiceSpec,
+    vectors: FeatureVectors,
+    given: Mapping[str, Sequence[Any]],
+    wanted: Collection[str],
+) -> None:
+    """Put the columns that are made on demand beside those that were read, where they are wanted and not given.
+
+    Raises:
+        InvalidRequest: an input is missing, or the transform cannot work with it.
+    """
+    made = {column for one in spec.on_demand for column in one.columns}
+    if not any(name in made and name not in given for name in wanted):
+        return
+    for name, values in from_request(spec, given, vectors.columns).items():
+        vectors.columns[name] = values
+        vectors.status[name] = [Status.null if value is None else Status.present for value in values]
 
 
 def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.Table:
@@ -142,7 +162,8 @@ def _read(one: OnDemandSpec, service: ServiceSpec) -> list[str]:
     return [*(field.name for field in one.inputs), *features]
 
 
-def _array(values: Sequence[Any], dtype: str) -> pa.Array:
+def typed_array(values: Sequence[Any], dtype: str) -> pa.Array:
+    """Values of the online store, or of a request, as Arrow."""
     if dtype == "timestamp":
         return pa.array(values, pa.int64()).cast(DTYPES[dtype])
     return pa.array(values, DTYPES[dtype])

@@ -91,12 +91,12 @@ def text_column(column: pa.ChunkedArray, dtype: str, *, name: str) -> pa.Chunked
         return column
     try:
         return _parsed(column, dtype)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowInvalid:  # which quotes the value
         bad = sum(not _fits(value, dtype) for value in column.drop_null())
         raise SchemaMismatch(
             f"Column '{name}' should be {dtype}; {bad} of {len(column)} values in one block are not. "
             f"Write {_LIKE[dtype]}, and leave nulls empty (or name them with `nulls`)."
-        ) from error
+        ) from None
 
 
 def value_column(values: list[Any], dtype: str, *, name: str) -> pa.ChunkedArray:

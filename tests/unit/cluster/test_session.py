@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from cluster import session
-from cluster.errors import ArtifactTampered, ClusterNotRunning
+from cluster.errors import ArtifactTampered, ClusterNotRunning, SourceError
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig, StorageConfig
 
@@ -122,3 +123,11 @@ def test_the_refusal_behind_a_workers_error_is_found() -> None:
     assert session.refusal_behind(outer) is refusal
     failure = RuntimeError("plain")
     assert session.refusal_behind(failure) is failure
+
+
+def test_refusal_of_a_task_is_told_without_rays_traceback() -> None:
+    """Ray raises an error that is of the refusal's kind and of its own."""
+    refusal = SourceError("Source a.csv is empty.")
+    raised = RayTaskError("f", "Traceback …", refusal).as_instanceof_cause()
+    assert isinstance(raised, SourceError)
+    assert session.refusal_behind(raised) is refusal

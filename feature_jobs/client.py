@@ -1,0 +1,268 @@
+"""The feature store from a notebook or a script: attach, take a training set, read online by key.
+
+    store = FeatureStore.attach(purpose="credit_scoring")
+    train = store.training_set("credit", people).to_polars()
+    now = store.read("credit", [{"customer_id": 7}]).to_pandas()
+
+It is what the jobs are: it finds the running cluster as they do, acts by an intent of its own, asks the same policies,
+and leaves the same events.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow as pa
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+
+from cluster.errors import TrainingSetError
+from cluster.ledger import Ledger, open_ledger
+from cluster.security.acting import Actor, act
+from cluster.security.keys.access import key_store
+from cluster.security.policy import Action
+from cluster.session import require_record
+from cluster.settings import PlatformConfig, load
+from cluster.storage import layout, resolve, write_bytes
+from feature_jobs.materialize import instant
+from feature_jobs.store.catalog import ServiceSpec, service_spec
+from feature_jobs.store.lifecycle import heed, read_lifecycles
+from feature_jobs.store.on_demand import add_on_demand, typed_array
+from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.protection import view_resources
+from feature_jobs.store.row_hash import row_hash
+from feature_jobs.training_set import (
+    Request,
+    TrainingSetConfig,
+    event_of,
+    join_entities,
+    manifest_path,
+    write,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Entities = Any
+"""A table of Arrow, Polars or pandas."""
+ENTRYPOINT = "feature_jobs.client"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """A table, as whichever kind is wanted."""
+
+    table: pa.Table
+
+    def to_arrow(self) -> pa.Table:
+        """As Arrow, without a copy."""
+        return self.table
+
+    def to_polars(self) -> pl.DataFrame:
+        """As Polars, without a copy where its types allow."""
+        return pl.DataFrame(pl.from_arrow(self.table))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As pandas."""
+        return self.table.to_pandas()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSet(Rows):
+    """Entity rows with their features."""
+
+    manifest: dict[str, Any]
+    spec: ServiceSpec
+    store: FeatureStore
+
+    def save(self, path: str) -> None:
+        """Write the rows as Parquet and the manifest beside it, for `jobs.train`."""
+        self.store.save(self, path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineFeatures(Rows):
+    """Features of some entities, in their order."""
+
+    status: dict[str, list[str]]
+    """`<view>__<feature>` to present, null, missing or expired, an entity each."""
+
+
+class FeatureStore:
+    """A running cluster's feature store, as somebody who may use it."""
+
+    def __init__(self, config: PlatformConfig, ledger: Ledger, actor: Actor) -> None:
+        """As `attach` does."""
+        self._config = config
+        self._ledger = ledger
+        self._actor = actor
+        self._places = layout(config.storage)
+
+    @classmethod
+    def attach(
+        cls,
+        *overrides: str,
+        purpose: str | None = None,
+        role: str | None = None,
+        token_file: str | None = None,
+        storage_root: str | None = None,
+    ) -> FeatureStore:
+        """Find the running cluster.
+
+        Args:
+            overrides: configuration as on a command line, "tier=enterprise_gpu" for one.
+            purpose: what the data is used for.
+            role: of the user of this machine, where the dev issuer gives the token.
+            token_file: an intent or a token, in place of that.
+            storage_root: of the project; else the one of this folder, or of the shell's variables.
+
+        Raises:
+            ClusterNotRunning: there is none.
+            Unauthenticated, ConfigError: the token does not hold.
+        """
+        config = _configuration(overrides)
+        identity = config.identity
+        identity.purpose = identity.purpose if purpose is None else purpose
+        identity.role = identity.role if role is None else role
+        identity.token_file = identity.token_file if token_file is None else token_file
+        config.storage.root = config.storage.root if storage_root is None else storage_root
+        record = require_record(config)
+        ledger = open_ledger(config)
+        return cls(config, ledger, act(config, record, ledger, entrypoint=ENTRYPOINT))
+
+    def training_set(self, service: str, entities: Entities, *, cutoff: bool = True) -> TrainingSet:
+        """Every entity row in its order, its columns, then `<view>__<feature>`; an event says that it was built.
+
+        Args:
+            service: as it was applied last.
+            entities: join keys, `event_timestamp`, and any other columns.
+            cutoff: leave out what was created after an entity row's time.
+
+        Raises:
+            AccessDenied: for a view; an event says so.
+            TrainingSetError: entity rows that cannot be joined.
+            FeatureServiceNotFound, ViewRetired
+        """
+        spec = service_spec(self._ledger, service)
+        self._check(Action.build_training_set, spec)
+        views = [view.name for view in spec.views]
+        heed(read_lifecycles(self._ledger), views, doing="No new training set is built.")
+        rows = _arrow(entities)
+        config = self._training_config(service, cutoff=cutoff)
+        request = Request(spec=spec, entities=None, cutoff=cutoff, original=None)
+        table, manifest = join_entities(config, request, rows, row_hash(rows), access=self._actor.access)
+        event = event_of(manifest, "", None)
+        manifest["seq"] = self._ledger.append(event, actor=self._actor.name).seq
+        return TrainingSet(table=table, manifest=manifest, spec=spec, store=self)
+
+    def save(self, training_set: TrainingSet, path: str) -> None:
+        """As `TrainingSet.save`."""
+        output = resolve(path)
+        access = self._actor.access
+        write(training_set.table, output, training_set.spec, places=self._places, access=access)
+        write_bytes(manifest_path(output), json.dumps(training_set.manifest, indent=1).encode())
+
+    def read(
+        self,
+        service: str,
+        entities: Sequence[Mapping[str, Any]],
+        *,
+        as_of: dt.datetime | str | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
+    ) -> OnlineFeatures:
+        """The features of entities as they stand online at a moment, by default now.
+
+        Args:
+            service: as it was applied last.
+            entities: an object of join keys each.
+            as_of: time-to-live is applied there; without a zone it is UTC.
+            features: inputs of on-demand transforms, a value an entity; without them there is nothing made on demand.
+
+        Raises:
+            AccessDenied: for a view; an event says so.
+            InvalidRequest: an entity lacks a key, or an input is missing.
+        """
+        spec = service_spec(self._ledger, service)
+        self._check(Action.read_online, spec)
+        moment = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
+        vectors = FeatureReader(spec, self._online).read(entities, moment)
+        dtypes = {
+            name: field.dtype
+            for view in spec.views
+            for name, field in zip(view.columns, view.fields, strict=True)
+        }
+        if features is not None:
+            made = [pair for one in spec.on_demand for pair in zip(one.columns, one.fields, strict=True)]
+            dtypes |= {name: field.dtype for name, field in made}
+            add_on_demand(spec, vectors, features, [name for name, _ in made])
+        keys = {key: [entity.get(key) for entity in entities] for entity in entities[:1] for key in entity}
+        columns = {name: typed_array(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
+        status = {name: [str(one) for one in vectors.status[name]] for name in dtypes}
+        return OnlineFeatures(table=pa.table(keys | columns), status=status)
+
+    def close(self) -> None:
+        """Give back what is open."""
+        if "_online" in self.__dict__:
+            self._online.close()
+        self._ledger.close()
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _online(self) -> OnlineStore:
+        return open_online(self._config.online, self._places, key_store(self._actor.access))
+
+    def _check(self, action: Action, spec: ServiceSpec) -> None:
+        region = self._config.cluster.region
+        for view in spec.views:
+            self._actor.check(action, *view_resources(view, region=region))
+
+    def _training_config(self, service: str, *, cutoff: bool) -> TrainingSetConfig:
+        platform = {each.name: getattr(self._config, each.name) for each in fields(PlatformConfig)}
+        return TrainingSetConfig(**platform, service=service, entities="in memory", output="", cutoff=cutoff)
+
+
+def _configuration(overrides: Sequence[str]) -> PlatformConfig:
+    before = GlobalHydra.instance().hydra  # of an application that uses Hydra itself
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("configs", version_base=None):
+            return load(compose("platform", overrides=list(overrides)), PlatformConfig)
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _arrow(entities: Entities) -> pa.Table:
+    """Entity rows of any kind as Arrow.
+
+    Raises:
+        TrainingSetError: they are no table, or have no rows.
+    """
+    match entities:
+        case pa.Table():
+            table = entities
+        case pl.DataFrame():
+            table = entities.to_arrow()
+        case _ if hasattr(entities, "columns"):
+            table = pa.Table.from_pandas(entities, preserve_index=False)
+        case _:
+            raise TrainingSetError(
+                f"Entity rows must be a table of Arrow, Polars or pandas, got {type(entities).__name__}."
+            )
+    if table.num_rows == 0:
+        raise TrainingSetError("The entity rows are none.")
+    return table

@@ -1,0 +1,206 @@
+"""The way in from a notebook: what the jobs give, under what the jobs are under."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import AccessDenied, ClusterNotRunning, InvalidRequest, TrainingSetError, ViewRetired
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import AccessDecided, FeatureViewStateChanged, TrainingSetBuilt
+from cluster.security.identity import ensure_issuer
+from cluster.security.keys.access import key_store
+from cluster.session import write_record
+from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
+from cluster.storage import layout, read_parquet
+from feature_jobs.client import FeatureStore
+from feature_jobs.materialize import rows
+from feature_jobs.store import (
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    OnDemandTransform,
+    offline,
+)
+from feature_jobs.store.catalog import Definitions, apply, view_spec
+from feature_jobs.store.manifest import check_manifest, read_manifest
+from feature_jobs.store.online import open_online
+from feature_jobs.store.protection import view_protection
+from tests.broker import running_broker
+from tests.replica import listener, record
+
+AT = datetime(2024, 1, 1, tzinfo=UTC)
+INCOME = FeatureView(
+    "income",
+    entities=[Entity("person", join_keys=["person_id"])],
+    source=FileSource("income.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64"), Field("since", "timestamp")],
+)
+PEOPLE = pa.table({"person_id": [2, 1, 9], "event_timestamp": pa.array([AT] * 3, offline.TIMESTAMP)})
+
+
+def half(table: pa.Table) -> pa.Table:
+    return pa.table({"share": pc.divide(table["asked"], table["income__amount"])})
+
+
+TERMS = OnDemandTransform(
+    "terms",
+    inputs=[Field("asked", "float64")],
+    sources=[INCOME],
+    schema=[Field("share", "float64")],
+    transform=half,
+)
+SERVICES = [
+    FeatureService("credit", views=[INCOME]),
+    FeatureService("offers", views=[INCOME], on_demand=[TERMS]),
+]
+KEYS = ("features/income/internal", "online/income/internal", "training_sets/credit/internal")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project whose cluster is this process: one view applied, ingested and materialised."""
+    root = tmp_path_factory.mktemp("project")
+    config = PlatformConfig(storage=StorageConfig(root=str(root)))
+    places = layout(config.storage)
+    ensure_issuer(places)
+    with running_broker(*KEYS) as access, listener() as port:
+        write_record(record(root, access.socket, port), config.storage)
+        ledger = open_ledger(config)
+        services = {service.name: service for service in SERVICES}
+        apply(Definitions(module="m", views={"income": INCOME}, services=services), ledger, actor="t")
+        spec = view_spec(ledger, "income")
+        ledger.close()
+        columns = {"person_id": [1, 2], "amount": [4.0, 8.0], "since": [AT, None]}
+        times: dict[str, Any] = dict.fromkeys(
+            ("event_timestamp", "created_timestamp", "ingested_at"), [AT] * 2
+        )
+        types = [pa.int64(), pa.float64(), *[offline.TIMESTAMP] * 4, pa.int64()]
+        names = [*columns, *times, "ingest_seq"]
+        schema = pa.schema(zip(names, types, strict=True))
+        table = pa.table({**columns, **times, "ingest_seq": [0, 1]}, schema=schema)
+        uri = places.features("income")
+        offline.create_table(uri, schema, num_buckets=2)
+        protection = view_protection(spec)
+        target = offline.Target(uri=uri, keys=("person_id",), buckets=2, protection=protection, access=access)
+        batch = offline.Batch(
+            ingest_id="a", rows_in=2, rows_stored=2, rows_quarantined=0, reasons={}, quarantine=None
+        )
+        offline.commit(DeltaTable(uri), schema, offline.write_files(table, target, name="a"), batch, seq=1)
+        pinned = offline.snapshot(
+            uri, view="income", keys=["person_id"], protection=protection, access=access
+        )
+        online = open_online(OnlineConfig(map_size_gib=0.01), places, key_store(access), readonly=False)
+        fill(online, spec, pinned)
+        online.close()
+        yield root
+
+
+def fill(online: Any, spec: Any, pinned: Any) -> None:
+    online.replace(spec, pinned.key_types, rows(spec, pinned, AT))
+
+
+@pytest.fixture
+def store(root: Path) -> Iterator[FeatureStore]:
+    with FeatureStore.attach(storage_root=str(root)) as attached:
+        yield attached
+
+
+@pytest.fixture
+def ledger(root: Path) -> Iterator[Ledger]:
+    opened = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+    yield opened
+    opened.close()
+
+
+def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledger: Ledger) -> None:
+    """From entity rows of any of them, in their order; each is an event."""
+    before = len(list(ledger.entries(TrainingSetBuilt)))
+    polars = pl.DataFrame(pl.from_arrow(PEOPLE))
+    sets = [store.training_set("credit", people) for people in (PEOPLE, polars, polars.to_pandas())]
+    assert {
+        one.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None]) for one in sets
+    } == {True}
+    assert sets[0].to_polars()["income__amount"].to_list() == [8.0, 4.0, None]
+    assert sets[0].to_pandas()["income__since"].notna().to_list() == [False, True, False]
+    built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][before:]
+    assert [one["row_hash"] for one in built] == [one.manifest["row_hash"] for one in sets]
+
+
+def test_saved_training_set_is_what_the_command_would_have_written(
+    store: FeatureStore, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Rows and manifest, which the ledger knows."""
+    made = store.training_set("credit", PEOPLE)
+    made.save(f"{tmp_path}/train.parquet")
+    assert read_parquet(f"{tmp_path}/train.parquet").equals(made.to_arrow())
+    manifest = read_manifest(f"{tmp_path}/train.manifest.json")
+    check_manifest(manifest, ledger)
+    assert (
+        json.loads((tmp_path / "train.manifest.json").read_text())["columns"][0]["name"] == "income__amount"
+    )
+
+
+def test_features_are_read_online_by_key(store: FeatureStore) -> None:
+    """In the entities' order, with what is known of each value; times are times."""
+    read = store.read("credit", [{"person_id": 1}, {"person_id": 9}], as_of="2024-01-02")
+    assert read.to_arrow().to_pydict() == {
+        "person_id": [1, 9],
+        "income__amount": [4.0, None],
+        "income__since": [AT, None],
+    }
+    assert read.status["income__amount"] == ["present", "missing"]
+    before = store.read("credit", [{"person_id": 1}], as_of=datetime(2023, 1, 1, tzinfo=UTC))
+    assert before.status["income__amount"] == ["missing"]
+    with pytest.raises(InvalidRequest, match="person_id"):
+        store.read("credit", [{"id": 1}])
+
+
+def test_features_are_made_on_demand_of_what_is_given(store: FeatureStore) -> None:
+    """The same in a training set and online."""
+    made = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
+    entities = [{"person_id": key} for key in PEOPLE["person_id"].to_pylist()]
+    read = store.read("offers", entities, as_of=AT, features={"asked": [2.0, 2.0, 2.0]})
+    expected = [0.25, 0.5, None]
+    assert (
+        made.to_arrow()["terms__share"].to_pylist() == read.to_arrow()["terms__share"].to_pylist() == expected
+    )
+    assert "terms__share" not in store.read("offers", entities, as_of=AT).to_arrow().column_names
+
+
+def test_policy_is_that_of_the_commands(root: Path, ledger: Ledger) -> None:
+    """A denial is an event."""
+    with FeatureStore.attach(storage_root=str(root), role="auditor") as store:
+        with pytest.raises(AccessDenied, match="may not build training set"):
+            store.training_set("credit", PEOPLE)
+        with pytest.raises(AccessDenied, match="may not read online"):
+            store.read("credit", [{"person_id": 1}])
+    denied = [entry.payload for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
+    assert [one["action"] for one in denied] == ["build_training_set", "read_online"]
+    assert {one["entrypoint"] for one in denied} == {"feature_jobs.client"}
+
+
+def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger, tmp_path: Path) -> None:
+    """No table, no rows, a retired view, no cluster."""
+    for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "are none")):
+        with pytest.raises(TrainingSetError, match=words):
+            store.training_set("credit", entities)
+    for state in ("retired", "active"):
+        event = FeatureViewStateChanged(view="income", state=state, previous="", reason="old")
+        ledger.append(event, actor="t")
+        if state == "retired":
+            with pytest.raises(ViewRetired):
+                store.training_set("credit", PEOPLE)
+    with pytest.raises(ClusterNotRunning):
+        FeatureStore.attach(storage_root=f"{tmp_path}/nowhere")
