@@ -29,14 +29,19 @@ from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import PlatformConfig, StorageConfig, to_plain
+from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
+from feature_jobs.store.catalog import Definitions, apply
+from feature_jobs.store.definitions import FeatureService
+from feature_jobs.store.protection import view_keys
+from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
 from tests.broker import running_broker
+from tests.push_project import INCOME
 
-MODEL = "m"
+MODEL, SERVICE = "m", "credit"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
@@ -73,6 +78,8 @@ class Replica:
     address: str
     outcomes: str
     """Address of the application that takes outcomes."""
+    features: str
+    """Address of the application that reads features and takes pushed ones."""
     places: Layout
     keys: KeyAccess
     prefix: str
@@ -117,20 +124,35 @@ class Replica:
 @contextlib.contextmanager
 def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
     """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
-    config = PlatformConfig(storage=StorageConfig(root=str(root)))
+    config = PlatformConfig(storage=StorageConfig(root=str(root)), online=OnlineConfig(map_size_gib=0.1))
     places = layout(config.storage)
     ensure_issuer(places)
-    names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
+    keys_of_view = [info.name for info in view_keys(INCOME, region="local")]
+    names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL), *keys_of_view)
     with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
         version = register(root, config, signature, keys)
         failures: list[Exception] = []
         predictor = Predictor(to_plain(config), version.name, version.version)
         prefix = f"/{MODEL}-v{version.version}"
+        service = FeatureService(SERVICE, views=[INCOME])
+        definitions = Definitions(module="m", views={INCOME.name: INCOME}, services={SERVICE: service})
+        apply(definitions, open_ledger(config), actor="t")
         outcomes = application(Outcomes(to_plain(config)), "/outcomes", failures)
-        with served(application(predictor, prefix, failures)) as address, served(outcomes) as other:
+        features = application(Features(to_plain(config)), "/features", failures)
+        with (
+            served(application(predictor, prefix, failures)) as address,
+            served(outcomes) as of_outcomes,
+            served(features) as of_features,
+        ):
             yield Replica(
-                address=address, outcomes=other, places=places, keys=keys, prefix=prefix, failures=failures
+                address=address,
+                outcomes=of_outcomes,
+                features=of_features,
+                places=places,
+                keys=keys,
+                prefix=prefix,
+                failures=failures,
             )
 
 
@@ -176,7 +198,7 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
     )
 
 
-def application(target: Predictor | Outcomes, prefix: str, failures: list[Exception]) -> Any:
+def application(target: Predictor | Outcomes | Features, prefix: str, failures: list[Exception]) -> Any:
     """As Serve calls it: the prefix is the scope's root path, and health is Serve's own answer."""
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
