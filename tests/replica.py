@@ -41,7 +41,7 @@ from serve_apps.predictor.predictor import Predictor
 from tests.broker import running_broker
 from tests.push_project import INCOME
 
-MODEL, SERVICE = "m", "credit"
+MODEL = "m"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
@@ -78,8 +78,6 @@ class Replica:
     address: str
     outcomes: str
     """Address of the application that takes outcomes."""
-    features: str
-    """Address of the application that reads features and takes pushed ones."""
     places: Layout
     keys: KeyAccess
     prefix: str
@@ -124,36 +122,36 @@ class Replica:
 @contextlib.contextmanager
 def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
     """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
-    config = PlatformConfig(storage=StorageConfig(root=str(root)), online=OnlineConfig(map_size_gib=0.1))
+    config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
     ensure_issuer(places)
-    keys_of_view = [info.name for info in view_keys(INCOME, region="local")]
-    names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL), *keys_of_view)
+    names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
     with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
         version = register(root, config, signature, keys)
         failures: list[Exception] = []
         predictor = Predictor(to_plain(config), version.name, version.version)
         prefix = f"/{MODEL}-v{version.version}"
-        service = FeatureService(SERVICE, views=[INCOME])
-        definitions = Definitions(module="m", views={INCOME.name: INCOME}, services={SERVICE: service})
-        apply(definitions, open_ledger(config), actor="t")
         outcomes = application(Outcomes(to_plain(config)), "/outcomes", failures)
-        features = application(Features(to_plain(config)), "/features", failures)
-        with (
-            served(application(predictor, prefix, failures)) as address,
-            served(outcomes) as of_outcomes,
-            served(features) as of_features,
-        ):
+        with served(application(predictor, prefix, failures)) as address, served(outcomes) as other:
             yield Replica(
-                address=address,
-                outcomes=of_outcomes,
-                features=of_features,
-                places=places,
-                keys=keys,
-                prefix=prefix,
-                failures=failures,
+                address=address, outcomes=other, places=places, keys=keys, prefix=prefix, failures=failures
             )
+
+
+@contextlib.contextmanager
+def running_features(replica: Replica) -> Iterator[str]:
+    """Address of the application that reads features and takes pushed ones: of view `income` and service `credit`."""
+    online = OnlineConfig(map_size_gib=0.1)
+    config = PlatformConfig(storage=StorageConfig(root=replica.places.root), online=online)
+    for info in view_keys(INCOME, region="local"):
+        key_store(replica.keys).ensure(info)
+    service = FeatureService("credit", views=[INCOME])
+    definitions = Definitions(module="m", views={INCOME.name: INCOME}, services={service.name: service})
+    apply(definitions, open_ledger(config), actor="t")
+    features = Features(to_plain(config))
+    with served(application(features, "/features", replica.failures)) as address:
+        yield address
 
 
 def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:

@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.policy import Role
 from tests.edge import Edge, running_edge
-from tests.replica import running_replica
+from tests.replica import running_features, running_replica
 from tests.stock_client import StockClient, wanted
 
 SIGNATURE = ModelSignature(
@@ -46,8 +46,9 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with (
         running_edge(tmp_path_factory.mktemp("edge")) as edge,
         running_replica(Path(edge.places.root), SIGNATURE) as replica,
+        running_features(replica) as features,
     ):
-        targets = {"m-v1": replica.address, "outcomes": replica.outcomes, "features": replica.features}
+        targets = {"m-v1": replica.address, "outcomes": replica.outcomes, "features": features}
         edge.load_targets({name: (address,) for name, address in targets.items()})
         yield edge
         assert replica.failures == []

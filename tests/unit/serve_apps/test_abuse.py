@@ -24,7 +24,7 @@ from cluster.security.policy import Role
 from serve_apps.edge.config import render
 from serve_apps.http import LOG, MAX_BODY_BYTES
 from tests.edge import ROLLOUT, Edge
-from tests.replica import Replica, running_replica
+from tests.replica import Replica, running_features, running_replica
 
 SIGNATURE = ModelSignature(
     task=Task.regression, inputs=(InputSpec(name="p__age", dtype="double"),), label="y"
@@ -149,8 +149,16 @@ ELSEWHERE = {
 }
 
 
+@pytest.fixture(scope="module")
+def addresses(replica: Replica) -> Iterator[dict[str, str]]:
+    with running_features(replica) as features:
+        yield {"outcomes": replica.outcomes, "features": features}
+
+
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
-def test_the_other_applications_refuse_them_too(replica: Replica, name: str) -> None:
+def test_the_other_applications_refuse_them_too(
+    replica: Replica, addresses: dict[str, str], name: str
+) -> None:
     """Outcomes and pushed features: too deep, no numbers, another shape, no JSON."""
     path, whole, part = ELSEWHERE[name]
     deep = ["[" * depth + "1" + "]" * depth for depth in (300, 900, DEEP)]
@@ -158,8 +166,7 @@ def test_the_other_applications_refuse_them_too(replica: Replica, name: str) -> 
     parts = [*deep, *NUMBERS, "null", "[]", "[[1]]"]
     bodies = [(whole % one).encode() for one in (*parts, *(part % one for one in parts))]
     bodies += [body for body in BODIES if not body.startswith(b'{"inputs": [{"name"')]
-    address = replica.outcomes if name == "outcomes" else replica.features
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(addresses[name], timeout=10)
     for body in bodies:
         connection.request(
             "POST", f"/{name}{path}", body, {"authorization": f"Bearer {replica.token(Role.admin)}"}
