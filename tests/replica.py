@@ -29,12 +29,17 @@ from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import PlatformConfig, StorageConfig, to_plain
+from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
+from feature_jobs.store.catalog import Definitions, apply
+from feature_jobs.store.definitions import FeatureService
+from feature_jobs.store.protection import view_keys
+from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
 from tests.broker import running_broker
+from tests.push_project import INCOME
 
 MODEL = "m"
 
@@ -134,6 +139,21 @@ def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
             )
 
 
+@contextlib.contextmanager
+def running_features(replica: Replica) -> Iterator[str]:
+    """Address of the application that reads features and takes pushed ones: of view `income` and service `credit`."""
+    online = OnlineConfig(map_size_gib=0.1)
+    config = PlatformConfig(storage=StorageConfig(root=replica.places.root), online=online)
+    for info in view_keys(INCOME, region="local"):
+        key_store(replica.keys).ensure(info)
+    service = FeatureService("credit", views=[INCOME])
+    definitions = Definitions(module="m", views={INCOME.name: INCOME}, services={service.name: service})
+    apply(definitions, open_ledger(config), actor="t")
+    features = Features(to_plain(config))
+    with served(application(features, "/features", replica.failures)) as address:
+        yield address
+
+
 def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:
     write_model(root / "new", signature)
     return Registry(open_ledger(config), layout(config.storage)).register(
@@ -176,7 +196,7 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
     )
 
 
-def application(target: Predictor | Outcomes, prefix: str, failures: list[Exception]) -> Any:
+def application(target: Predictor | Outcomes | Features, prefix: str, failures: list[Exception]) -> Any:
     """As Serve calls it: the prefix is the scope's root path, and health is Serve's own answer."""
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -14,12 +14,6 @@ NAME = "^[A-Za-z0-9._-]+$"
 MAX_ROWS = 1000
 MAX_OUTCOMES = 10_000
 _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
-_REFUSALS = {
-    "4XX": "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
-    "purpose may not do this. 404: no such path, model or version. 405: `Allow` names the method. 408: the request "
-    "came too slowly. 413: the body is larger than 1,000,000 bytes. 415: it is compressed.",
-    "5XX": "503: no healthy replica, or nothing can be written down; nothing was lost, try again. Others: a failure.",
-}
 
 
 def document() -> dict[str, Any]:
@@ -33,12 +27,13 @@ def document() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{"bearer": []}],
-        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes(),
+        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes() | _features(),
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "parameters": _parameters(),
-            "responses": {status: _json("Error", description) for status, description in _REFUSALS.items()},
-            "schemas": _schemas() | _tensor_schemas() | _key_schemas(),
+            "requestBodies": {"Tensors": {"required": True, "content": _tensors("Infer")}},
+            "responses": {"Tensors": _tensor_answer(), "Refusal": _refusal()},
+            "schemas": _schemas() | _tensor_schemas() | _key_schemas() | _feature_schemas(),
         },
     }
 
@@ -64,27 +59,12 @@ def _metadata() -> dict[str, Any]:
 
 
 def _infer() -> dict[str, Any]:
-    raw = {
-        "schema": {"type": "string", "format": "binary"},
-    }
-    tensors = {
-        "description": "An answer; with binary data behind the JSON where that was asked for.",
-        "content": {"application/json": {"schema": _ref("Inference")}, "application/octet-stream": raw},
-        "headers": {
-            "Inference-Header-Content-Length": {
-                "description": "Bytes of JSON, where binary data stands behind it.",
-                "schema": {"type": "integer"},
-            },
-            **_PREDICTION_ID,
-        },
-    }
-    body = {"application/json": {"schema": _ref("Infer")}, "application/octet-stream": raw}
     return {
         f"/v2/models/{{model}}{suffix}/infer": _post(
             "inferVersion" if suffix else "infer",
             "Predict from named tensors, one per input of the model.",
-            body,
-            tensors,
+            _ref("Tensors", "requestBodies"),
+            _ref("Tensors", "responses"),
             *parameters,
             _ref("jsonLength", "parameters"),
             _ref("unit", "parameters"),
@@ -93,12 +73,30 @@ def _infer() -> dict[str, Any]:
     }
 
 
+def _tensors(schema: str) -> dict[str, Any]:
+    """JSON, or JSON and binary data behind it."""
+    raw = {"schema": {"type": "string", "format": "binary"}}
+    return {"application/json": {"schema": _ref(schema)}, "application/octet-stream": raw}
+
+
+def _tensor_answer() -> dict[str, Any]:
+    length = {
+        "description": "Bytes of JSON, where binary data stands behind it.",
+        "schema": {"type": "integer"},
+    }
+    return {
+        "description": "An answer; with binary data behind the JSON where that was asked for.",
+        "content": _tensors("Inference"),
+        "headers": {"Inference-Header-Content-Length": length, **_PREDICTION_ID},
+    }
+
+
 def _by_key() -> dict[str, Any]:
     return {
         "/v1/models/{model}:predict": _post(
             "predict",
             "Predict for entities; their features are read online, unless given.",
-            {"application/json": {"schema": _ref("Predict")}},
+            _body("Predict"),
             _json("Predictions") | {"headers": _PREDICTION_ID},
             _ref("model", "parameters"),
             _ref("unit", "parameters"),
@@ -107,9 +105,15 @@ def _by_key() -> dict[str, Any]:
 
 
 def _outcomes() -> dict[str, Any]:
-    body = {"application/json": {"schema": _ref("Outcomes")}}
     accepted = _answer(_object({"accepted": {"type": "integer"}}, "accepted"))
-    return {"/v1/outcomes": _post("outcomes", "Say what came true of predictions.", body, accepted)}
+    return {"/v1/outcomes": _post("outcomes", "What came true of predictions.", _body("Outcomes"), accepted)}
+
+
+def _features() -> dict[str, Any]:
+    return {
+        "/v1/features:read": _post("readFeatures", "Features by key.", _body("Read"), _json("Features")),
+        "/v1/features:push": _post("pushFeatures", "Rows of a feature view.", _body("Push"), _json("Pushed")),
+    }
 
 
 _PREDICTION_ID = {"x-falaj-prediction-id": {"schema": {"type": "string"}}}
@@ -221,19 +225,16 @@ def _tensor_schemas() -> dict[str, Any]:
 
 
 def _key_schemas() -> dict[str, Any]:
-    text = {"type": "string"}
-    key = {"anyOf": [text, _INTEGER]}
-    value = {"type": ["string", "number", "boolean", "null"]}
+    text, value = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
     label = {"type": ["string", "number", "boolean"]}
-    entities = _list({"type": "object", "minProperties": 1, "additionalProperties": key})
     predict = {
-        "entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
+        "entities": _ref("Entities"),
         "features": {
             "type": ["object", "null"],
             "additionalProperties": {"anyOf": [value, _list(value)]},
             "description": "Input to one value, or one per entity, in place of what the store holds.",
         },
-        "as_of": {"type": ["string", "null"], "description": "ISO 8601; features as they stood then."},
+        "as_of": _ref("AsOf"),
     }
     row = {
         "probability": {"type": "number"},
@@ -241,7 +242,7 @@ def _key_schemas() -> dict[str, Any]:
         "label": label,
         "value": {"type": "number"},
     }
-    status = {"type": "object", "additionalProperties": _list(text)}
+    status = {"type": "object", "additionalProperties": _list(_ref("Status"))}
     predictions = {
         "prediction_id": text,
         "model_version": text,
@@ -255,12 +256,52 @@ def _key_schemas() -> dict[str, Any]:
         "outcome": label,
         "observed_at": {"type": "string", "description": "ISO 8601."},
     }
-    closed = _object(outcome, "prediction_id", "outcome") | {"additionalProperties": False}
+    closed = _closed(outcome, "prediction_id", "outcome")
     outcomes = {"model": text, "outcomes": {**_list(closed), "minItems": 1, "maxItems": MAX_OUTCOMES}}
     return {
-        "Predict": _object(predict, "entities") | {"additionalProperties": False},
+        "Predict": _closed(predict, "entities"),
         "Predictions": _object(predictions, "prediction_id", "model_version", "variant", "predictions"),
         "Outcomes": _object(outcomes, "model", "outcomes"),
+    }
+
+
+def _feature_schemas() -> dict[str, Any]:
+    text, name = {"type": "string"}, {"type": "string", "minLength": 1, "maxLength": 200}
+    keys = {"type": "object", "additionalProperties": {"anyOf": [text, _INTEGER]}}
+    entities = _list({**keys, "minProperties": 1})
+    instant = {"type": "string", "description": "ISO 8601."}
+    row = {
+        "keys": keys,
+        "features": {"type": "object"},
+        "event_timestamp": instant,
+        "created_timestamp": instant,
+        "deleted": {"type": "boolean", "default": False},
+    }
+    push = {
+        "view": name,
+        "idempotency_key": {**name, "description": "The same again is answered the same and stored once."},
+        "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ROWS},
+    }
+    columns = {"type": "object", "additionalProperties": _list({})}
+    features = {
+        "service": text,
+        "service_version": text,
+        "as_of": text,
+        "features": columns,
+        "status": {**columns, "additionalProperties": _list(_ref("Status"))},
+    }
+    bad = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
+    pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(bad)}
+    return {
+        "Entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
+        "AsOf": {"type": ["string", "null"], "description": "ISO 8601; features as they stood then."},
+        "Status": {"enum": ["present", "null", "missing", "expired"]},
+        "Read": _closed(
+            {"service": name, "entities": _ref("Entities"), "as_of": _ref("AsOf")}, "service", "entities"
+        ),
+        "Features": _object(features, *features),
+        "Push": _closed(push, *push),
+        "Pushed": _object(pushed, *pushed),
     }
 
 
@@ -277,7 +318,11 @@ def _post(
     name: str, summary: str, body: dict[str, Any], answer: dict[str, Any], *parameters: dict[str, Any]
 ) -> dict[str, Any]:
     operation = _operation(name, summary, answer, parameters)
-    return {"post": operation | {"requestBody": {"required": True, "content": body}}}
+    return {"post": operation | {"requestBody": body}}
+
+
+def _body(schema: str) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": _ref(schema)}}}
 
 
 def _operation(
@@ -286,18 +331,24 @@ def _operation(
     operation: dict[str, Any] = {"operationId": name, "summary": summary}
     if parameters:
         operation["parameters"] = list(parameters)
-    return operation | {"responses": {"200": answer} | {status: _response(status) for status in _REFUSALS}}
+    return operation | {"responses": {"200": answer, "default": _ref("Refusal", "responses")}}
 
 
-def _response(status: str) -> dict[str, Any]:
-    return _ref(status, "responses")
+def _refusal() -> dict[str, Any]:
+    description = (
+        "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
+        "purpose may not do this. 404: no such path, model or version. 405: `Allow` names the method. 408: the "
+        "request came too slowly. 413: the body is larger than 1,000,000 bytes. 415: it is compressed. 503: no "
+        "healthy replica, or nothing can be written down; try again. Other 5xx: a failure."
+    )
+    return _json("Error", description)
 
 
-def _json(schema: str, description: str = "The answer.") -> dict[str, Any]:
+def _json(schema: str, description: str = "Done.") -> dict[str, Any]:
     return _answer(_ref(schema), description)
 
 
-def _answer(schema: dict[str, Any], description: str = "The answer.") -> dict[str, Any]:
+def _answer(schema: dict[str, Any], description: str = "Done.") -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
@@ -307,6 +358,10 @@ def _ref(name: str, kind: str = "schemas") -> dict[str, Any]:
 
 def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
+
+
+def _closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return _object(properties, *required) | {"additionalProperties": False}
 
 
 def _optional(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,10 @@ def parse_push(body: Mapping[str, Any]) -> Push:
         InvalidRequest: saying which field is wrong, and how.
     """
     _check_fields(body, _PUSH)
-    content = orjson.dumps([body.get("view"), body.get("rows")], option=orjson.OPT_SORT_KEYS)
+    try:
+        content = orjson.dumps([body.get("view"), body.get("rows")], option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError as error:  # what it reads may be deeper than what it writes
+        raise InvalidRequest('"rows" is nested too deeply.') from error
     return Push(
         view=_text(body, "view"),
         rows=body.get("rows"),

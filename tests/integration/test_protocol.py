@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.policy import Role
 from tests.edge import Edge, running_edge
-from tests.replica import running_replica
+from tests.replica import running_features, running_replica
 from tests.stock_client import StockClient, wanted
 
 SIGNATURE = ModelSignature(
@@ -46,8 +46,10 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with (
         running_edge(tmp_path_factory.mktemp("edge")) as edge,
         running_replica(Path(edge.places.root), SIGNATURE) as replica,
+        running_features(replica) as features,
     ):
-        edge.load_targets({"m-v1": (replica.address,), "outcomes": (replica.outcomes,)})
+        targets = {"m-v1": replica.address, "outcomes": replica.outcomes, "features": features}
+        edge.load_targets({name: (address,) for name, address in targets.items()})
         yield edge
         assert replica.failures == []
 
@@ -110,7 +112,7 @@ def test_what_the_openapi_document_says_is_true(edge: Edge) -> None:
     response = requests.get(f"{edge.url}/openapi.json", headers=bearer(token), verify=edge.ca_file, timeout=5)
     schema = schemathesis.openapi.from_dict(of_this_model(response.json()))
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 12
+    assert len(operations) == 14
     session, answered = requests.Session(), set()
     for operation in operations:
         takes_something = {"parameters", "requestBody"} & operation.definition.raw.keys()
@@ -125,7 +127,7 @@ def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
     components["parameters"]["model"]["schema"] = {"enum": ["m"]}
     components["parameters"]["version"]["schema"] = {"enum": ["1"]}
     values = {
-        "p__age": {"type": "number", "maximum": 1e38},
+        "p__age": {"type": "number", "maximum": 3.4028234663852886e38},
         "p__sex": {"type": "string"},
         "p__flag": {"type": "boolean"},
     }
@@ -157,6 +159,23 @@ def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
     }
     predict["properties"]["as_of"] = {"type": "string", "format": "date-time"}
     predict["required"] = ["entities", "features"]
+    components["schemas"]["Read"]["properties"]["service"] = {"enum": ["credit"]}
+    components["schemas"]["Entities"]["items"] = of_person = {
+        "type": "object",
+        "properties": {"person_id": {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}},
+        "required": ["person_id"],
+        "additionalProperties": False,
+    }
+    push = components["schemas"]["Push"]["properties"]
+    push["view"] = {"enum": ["income"]}
+    push["rows"]["items"]["properties"] |= {
+        "keys": of_person,
+        "features": {
+            "type": "object",
+            "properties": {"amount": {}, "sector": {}},
+            "additionalProperties": False,
+        },
+    }
     components["schemas"]["Outcomes"]["properties"]["model"] = {"enum": ["m"]}
     return document
 

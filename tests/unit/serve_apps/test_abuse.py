@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.policy import Role
 from serve_apps.edge.config import render
 from serve_apps.http import LOG, MAX_BODY_BYTES
 from tests.edge import ROLLOUT, Edge
-from tests.replica import Replica, running_replica
+from tests.replica import Replica, running_features, running_replica
 
 SIGNATURE = ModelSignature(
     task=Task.regression, inputs=(InputSpec(name="p__age", dtype="double"),), label="y"
@@ -131,6 +132,49 @@ def test_bodies_that_make_no_request_are_400(replica: Replica) -> None:
             answer = response.read()
             assert response.status == 400, (path, body[:100], answer)
             assert len(refused(400, answer)) < 2100
+    connection.close()
+
+
+ELSEWHERE = {
+    "outcomes": (
+        "/v1/outcomes",
+        '{"model": "m", "outcomes": %s}',
+        '[{"prediction_id": "a", "outcome": %s}]',
+    ),
+    "features": (
+        "/v1/features:push",
+        '{"view": "income", "idempotency_key": "k", "rows": %s}',
+        '[{"keys": {"person_id": 1}, "event_timestamp": "2024-01-01", "features": %s}]',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def addresses(replica: Replica) -> Iterator[dict[str, str]]:
+    with running_features(replica) as features:
+        yield {"outcomes": replica.outcomes, "features": features}
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_the_other_applications_refuse_them_too(
+    replica: Replica, addresses: dict[str, str], name: str
+) -> None:
+    """Outcomes and pushed features: too deep, no numbers, another shape, no JSON."""
+    path, whole, part = ELSEWHERE[name]
+    deep = ["[" * depth + "1" + "]" * depth for depth in (300, 900, DEEP)]
+    deep += ['{"a":' * depth + "1" + "}" * depth for depth in (300, 900)]
+    parts = [*deep, *NUMBERS, "null", "[]", "[[1]]"]
+    bodies = [(whole % one).encode() for one in (*parts, *(part % one for one in parts))]
+    bodies += [body for body in BODIES if not body.startswith(b'{"inputs": [{"name"')]
+    connection = http.client.HTTPConnection(addresses[name], timeout=10)
+    for body in bodies:
+        connection.request(
+            "POST", f"/{name}{path}", body, {"authorization": f"Bearer {replica.token(Role.admin)}"}
+        )
+        response = connection.getresponse()
+        answer = response.read()
+        assert response.status == 400, (body[:100], answer)
+        refused(400, answer)
     connection.close()
 
 

@@ -39,7 +39,7 @@ def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
         Draft202012Validator.check_schema(schema)
     known = {
         f"#/components/{kind}/{name}"
-        for kind in ("schemas", "parameters", "responses")
+        for kind in ("schemas", "parameters", "responses", "requestBodies")
         for name in DOCUMENT["components"][kind]
     }
     assert set(references(DOCUMENT)) == known
@@ -47,7 +47,7 @@ def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
 
 def test_the_edge_serves_it_to_who_has_a_token(edge: Edge) -> None:
     """As it is, of a size that fits HAProxy's buffer; the edge passes every path of it."""
-    assert len(json.dumps(DOCUMENT, ensure_ascii=False).encode()) < MAX_BYTES
+    assert len(json.dumps(DOCUMENT, separators=(",", ":"))) < MAX_BYTES
     assert edge.call("/openapi.json", method="GET")[0] == 401
     assert edge.call("/openapi.json", method="GET", token=edge.token(Role.auditor)) == (200, DOCUMENT)
     for path, operations in DOCUMENT["paths"].items():
@@ -62,12 +62,12 @@ def test_the_edge_serves_it_to_who_has_a_token(edge: Edge) -> None:
         ("get", "/v2", "200"),
         ("get", "/v2/health/live", "200"),
         ("get", "/v2/health/ready", "200"),
-        ("post", "/v2", "4XX"),
-        ("post", "/v2/health/live", "4XX"),
+        ("post", "/v2", "default"),
+        ("post", "/v2/health/live", "default"),
     ],
 )
 def test_the_edges_own_answers_are_as_described(edge: Edge, method: str, path: str, status: str) -> None:
     """Where no replica is asked."""
     answered, content = edge.call(path, method=method.upper(), token=edge.token())
-    assert str(answered)[0] == status[0]
+    assert answered == (200 if status == "200" else 405)
     Draft202012Validator(schema_of("get", path, status)).validate(content)
