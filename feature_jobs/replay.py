@@ -42,6 +42,7 @@ from feature_jobs.store.protection import (
     view_protection,
     view_resources,
 )
+from feature_jobs.store.quarantine import quarantined
 from feature_jobs.store.retry import Tried, try_again
 from feature_jobs.storing import row_schema
 
@@ -212,11 +213,16 @@ def event_of(place: Place, batch: offline.Batch, version: int | None) -> Quarant
 
 def say(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> None:
     """Record a replay, once; one that stored nothing and changed no reason is none."""
-    before = None
-    for entry in ledger.entries(QuarantineReplayed):
-        if (entry.payload["view"], entry.payload["replay_id"]) == (event.view, event.replay_id):
-            before = entry.payload
-    if before is None or (before["rows_stored"], before["reasons"]) != (event.rows_stored, event.reasons):
+    said = any(
+        (entry.payload["replay_id"], entry.payload["table_version"]) == (event.replay_id, event.table_version)
+        for entry in ledger.entries(QuarantineReplayed)
+    )
+    if event.rows_stored == 0:
+        said = (
+            quarantined((entry.event() for entry in ledger.entries()), event.view).get(event.batch)
+            == event.reasons
+        )
+    if not said:
         ledger.append(event, actor=actor)
 
 

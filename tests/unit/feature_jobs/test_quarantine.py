@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
 from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.security.parquet import ProtectedFileCorrupt
+from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique, offline
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
@@ -278,3 +280,50 @@ def test_when_no_row_is_mended_the_table_is_not_touched(place: job.Place) -> Non
     assert (event.rows_stored, event.table_version) == (0, None)
     assert [reason for _, reason in left(place)] == ["amount outside 5.."] * 3
     assert not DeltaTable.is_deltatable(place.target.uri)
+
+
+def test_a_replay_is_told_once_and_one_that_changed_nothing_not_at_all(tmp_path: Path) -> None:
+    """A killed run is told by the next one; tried again without a fix there is nothing to tell."""
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(tmp_path))))
+    common: dict[str, Any] = {"view": "income", "view_version": "v"}
+    ledger.append(
+        BatchIngested(
+            **common,
+            ingest_id="b",
+            source="",
+            source_digest="",
+            rows_in=9,
+            rows_stored=7,
+            rows_quarantined=2,
+            table_version=1,
+            reasons={"x": 2},
+        ),
+        actor="ann",
+    )
+
+    def replayed(replay_id: str, stored: int, **reasons: int) -> QuarantineReplayed:
+        left = sum(reasons.values())
+        version = 2 if stored else None
+        return QuarantineReplayed(
+            **common,
+            batch="b",
+            replay_id=replay_id,
+            rows_in=stored + left,
+            rows_stored=stored,
+            rows_quarantined=left,
+            reasons=reasons,
+            table_version=version,
+        )
+
+    steps = [
+        replayed("1", 0, x=2),
+        replayed("1", 0, y=2),
+        replayed("1", 1, y=1),
+        replayed("1", 1, y=1),
+        replayed("2", 0, y=1),
+    ]
+    told = []
+    for step in steps:
+        job.say(ledger, step, actor="ann")
+        told.append(len(list(ledger.entries(QuarantineReplayed))))
+    assert told == [0, 1, 2, 2, 2]
