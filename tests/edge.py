@@ -127,8 +127,8 @@ class Edge:
                 threading.Event().wait(0.05)
         raise TimeoutError("HAProxy did not become ready")
 
-    def token(self, role: Role = Role.service, ttl_s: int = 900) -> str:
-        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s)
+    def token(self, role: Role = Role.service, ttl_s: int = 900, tenant: str = "default") -> str:
+        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s, tenant=tenant)
 
     def call(
         self,

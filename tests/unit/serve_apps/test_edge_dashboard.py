@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.identity import mint_token
+from cluster.security.identity import AUDIENCE, mint_token
+from cluster.security.issuer import sign
 from cluster.security.policy import Role
 from serve_apps.edge.dashboard import COOKIE
-from tests.edge import RAY_TOKEN, Edge
+from tests.edge import PREDICT, RAY_TOKEN, Edge
 
 SAME_SITE = {"sec-fetch-site": "same-origin"}
 
@@ -42,6 +43,25 @@ def test_only_who_may_manage_the_cluster_reaches_the_dashboard(edge: Edge, role:
     expected = 200 if role is Role.admin else 403
     for method, path in (("GET", "/ray/"), ("POST", "/ray/api/jobs/"), ("DELETE", "/ray/api/jobs/1?x=1")):
         assert edge.call(path, method=method, token=edge.token(role))[0] == expected
+
+
+@pytest.mark.parametrize("tenant", ["other", "", "default ", "Default"])
+@pytest.mark.parametrize("path", ["/ray/", "/ray/api/jobs/", "/v2", PREDICT])
+def test_an_admin_of_another_tenant_is_let_nowhere(edge: Edge, tenant: str, path: str) -> None:
+    """As the policies have it; behind the dashboard nobody asks them again."""
+    method = "POST" if path == PREDICT else "GET"
+    assert edge.call(path, method=method, token=edge.token(Role.admin, tenant=tenant))[0] == 403
+    assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == 200
+    assert sign_in(edge, edge.token(Role.admin, tenant=tenant))[0].status == 403
+
+
+@pytest.mark.parametrize("tenant", [None, "default", ["other"], {"of": "other"}, 7, True])
+def test_the_dashboard_lets_in_who_says_no_tenant_or_its_own(edge: Edge, tenant: object) -> None:
+    """One that is no text cannot be told from none by HAProxy, and would be refused by everybody else."""
+    claims = {"sub": "t", "role": "admin", "purpose": "", **({} if tenant is None else {"tenant": tenant})}
+    token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+    expected = 200 if tenant in (None, "default") else 403
+    assert edge.call("/ray/", method="GET", token=token)[0] == expected
 
 
 def test_without_a_token_nothing_is_shown(edge: Edge) -> None:
