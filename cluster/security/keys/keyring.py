@@ -311,7 +311,7 @@ def _living(keys: Mapping[str, Entry], name: str) -> Entry:
     if entry is None:
         raise not_found(name)
     if entry.revoked:
-        raise revoked(name)
+        raise revoked(name, entry.info)
     return entry
 
 
