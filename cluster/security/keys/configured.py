@@ -7,7 +7,6 @@ Vault one role is enough for a whole installation, and no job ever has a Vault t
 from __future__ import annotations
 
 import logging
-import stat
 import threading
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from cluster.security.keys.vault_session import (
     keep_renewed,
     login,
 )
+from cluster.security.private_file import read_secret_file
 from cluster.settings import PlatformConfig, SecretsKind, VaultAuth, VaultConfig
 from cluster.storage import layout, local, resolve
 
@@ -80,14 +80,7 @@ def vault_auth(vault: VaultConfig) -> Auth:
 
 
 def _secret_in(file: Path) -> str:
-    with file.open() as opened:
-        mode = stat.S_IMODE(file.stat().st_mode)
-        if mode & stat.S_IRWXO:
-            raise ConfigError(
-                f"Everybody on this machine can read {file}, the secret that opens Vault (mode {mode:04o}). "
-                f"`chmod 600 {file}`, and have Vault make a new one if somebody may have read it."
-            )
-        return opened.read().strip()
+    return read_secret_file(file, what="the secret that opens Vault")
 
 
 def _stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:

@@ -187,11 +187,12 @@ def test_an_incomplete_choice_says_what_is_missing(
         chosen(tmp_path, "secrets=vault", *overrides)
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o620, 0o604])
 def test_a_secret_that_others_can_read_is_not_used(
-    in_vault: PlatformConfig, secret_file: Path, double: VaultDouble, stopped: threading.Event
+    in_vault: PlatformConfig, secret_file: Path, double: VaultDouble, stopped: threading.Event, mode: int
 ) -> None:
     """Nor one that is gone; Vault is not asked."""
-    secret_file.chmod(0o644)
+    secret_file.chmod(mode)
     with pytest.raises(ConfigError, match="chmod 600"):
         open_store(in_vault, stopped=stopped)
     secret_file.unlink()
