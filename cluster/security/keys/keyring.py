@@ -247,8 +247,13 @@ def open_local(folder: Path) -> Keyring:
     with exclusive(kek):
         for torn in folder.glob(f".{KEK_NAME}*.tmp"):
             torn.unlink()  # a second name of a key, left when its maker was killed
+        fresh = folder / NEW_KEK_NAME
         if not ring.exists() and not kek.exists():
-            return Keyring.create(ring, create_kek_file(kek))
+            # Under its last name only once there is something under it: a start that is cut off is just begun again.
+            Keyring.create(ring, kek_from_file(fresh) if fresh.exists() else create_kek_file(fresh))
+            return _finish_kek_rotation(folder)
+        if fresh.exists() and not kek.exists():
+            return _finish_kek_rotation(folder)
         if not ring.exists():
             raise KeyringDamaged(
                 f"No keyring at {ring}, though its key-encryption key is at {kek}. Restore it from a backup; "
@@ -257,7 +262,7 @@ def open_local(folder: Path) -> Keyring:
         try:
             return Keyring(ring, kek_from_file(kek))
         except KeyEncryptionKeyWrong:
-            if not (folder / NEW_KEK_NAME).exists():
+            if not fresh.exists():
                 raise
             return _finish_kek_rotation(folder)
 
