@@ -123,7 +123,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {dashboard.entrance()}
 {_classify()}
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
-    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub') if dashboard
+    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
 {_authorise(settings)}
 {dashboard.passage()}
     {say(_SERVER)} if {{ path /v2 }}

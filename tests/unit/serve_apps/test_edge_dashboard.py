@@ -145,8 +145,13 @@ def test_a_wrong_token_makes_no_session(edge: Edge, token: str) -> None:
         assert refused[0].getheader("set-cookie") is None
 
 
-def test_records_name_who_managed_the_cluster(edge: Edge) -> None:
-    """And nobody who only predicted."""
+def test_every_record_names_who_asked(edge: Edge) -> None:
+    """Who managed the cluster, who predicted, and who was refused for his role; a name is text, whatever is in it. Of
+    who shows no valid token nothing is believed, not his name either."""
+    odd = 'é"\\\n{"status":200}'
+    claims = {"sub": odd, "role": "service", "purpose": ""}
+    edge.call(token=edge.token() + "x")
+    edge.call(token=sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60))
     edge.call("/ray/api/jobs/secret?token=x", token=edge.token(Role.admin))
     edge.call("/ray/refused", token=edge.token(Role.service))
     edge.call(token=edge.token())
@@ -163,4 +168,5 @@ def test_records_name_who_managed_the_cluster(edge: Edge) -> None:
     assert [(each["principal"], each["status"]) for each in records if each["path"] == "/ray/refused"] == [
         ("t", 403)
     ]
-    assert {each["principal"] for each in records if each["action"] != "manage_cluster"} == {"-"}
+    predicted = [(each["principal"], each["status"]) for each in records if each["action"] == "predict"][-3:]
+    assert predicted == [("-", 401), (odd, 200), ("t", 200)]
