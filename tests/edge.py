@@ -52,6 +52,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.send_header("x-falaj-prediction-id", "p1")
+        self.send_header("set-cookie", "ray-authentication-token=of-ray")  # as Ray's login would
         self.end_headers()
         self.wfile.write(body)
 

@@ -68,3 +68,27 @@ def test_the_keys_of_a_view_are_those_it_was_applied_with(tmp_path: Path, classe
     apply(Definitions(module="m", views={"v": view}, services={}), ledger, actor="test")
     applied = view_key_names(view_spec(ledger, "v"))
     assert sorted(applied) == sorted(info.name for info in view_keys(view, region="local"))
+
+
+def test_keys_of_personal_columns_are_for_the_views_purposes() -> None:
+    """Offline, online and of the quarantine; the internal ones, which join keys are under, serve every purpose."""
+    view = FeatureView(
+        "v",
+        entities=[Entity("person", join_keys=["id"])],
+        source=FileSource("v.parquet", event_timestamp="at"),
+        schema=[Field("a", "float64", sensitivity=one) for one in (Sensitivity.PERSONAL,)],
+        owner="test",
+        purposes=["care", "credit"],
+        region="oman",
+    )
+    made = {
+        info.name: (info.column_class, info.purposes, info.region) for info in view_keys(view, region="eu")
+    }
+    purposes = ("care", "credit")
+    assert made == {
+        "features/v/internal": ("internal", (), "oman"),
+        "online/v/internal": ("internal", (), "oman"),
+        "features/v/personal": ("personal", purposes, "oman"),
+        "online/v/personal": ("personal", purposes, "oman"),
+        "quarantine/v/sensitive": ("sensitive", purposes, "oman"),
+    }

@@ -96,6 +96,13 @@ def test_ray_gets_its_own_token_and_none_of_the_callers(edge: Edge) -> None:
     assert RAY_TOKEN not in (Path(edge.settings.map_file).parent / "haproxy.cfg").read_text()
 
 
+def test_ray_sets_no_cookie_of_its_own(edge: Edge) -> None:
+    """Its login would hand its token out in one."""
+    headers = {"cookie": f"{COOKIE}={edge.token(Role.admin)}", **SAME_SITE}
+    response, _ = browse(edge, "/ray/api/authenticate", headers=headers)
+    assert (response.status, response.getheader("set-cookie")) == (200, None)
+
+
 def test_a_browser_signs_in_once_and_its_session_ends_with_its_token(edge: Edge) -> None:
     """The cookie is out of reach of scripts, of plain http, of other sites and of other paths."""
     page, content = browse(edge, "/ray/login")
