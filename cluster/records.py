@@ -26,7 +26,7 @@ import polars as pl
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.security.envelope import ValueCipher, place_of
-from cluster.security.keys.store import KeyStore
+from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
 
 SUFFIX = ".records"
 
@@ -128,7 +128,8 @@ def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
     """All whole records of a log, segment by segment.
 
     Raises:
-        RecordLogCorrupt: a record was altered, moved or taken out, naming file and line.
+        RecordLogCorrupt: a record was altered, moved or taken out, or the segment is under a key that is none of this
+            log's, naming file and line.
         AccessDenied, KeyRevoked: as the key store says.
     """
     for path in _segments(folder):
@@ -160,7 +161,18 @@ def _cipher(path: Path, header: bytes, store: KeyStore) -> ValueCipher:
         key, wrapped = stated["key"], stated["data_key"]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise RecordLogCorrupt(f"{path}: the first line was altered. Restore it from a backup.") from error
+    if not _is_of_this_log(path, key):
+        raise RecordLogCorrupt(
+            f"{path}: it says that it is under key {key!r}, which is none of this log's. Restore it from a backup."
+        )
     return ValueCipher.open(store, key, wrapped)
+
+
+def _is_of_this_log(path: Path, key: object) -> bool:
+    """Whether a segment's key is of its own folder: `predictions/<model>/<class>` for `predictions/<model>`. A segment
+    names its key itself, and who may write under another one could else lay records of his own there."""
+    log, _, column_class = str(key).rpartition("/")
+    return isinstance(key, str) and log == "/".join(path.parts[-3:-1]) and column_class in COLUMN_CLASSES
 
 
 def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, place: str) -> dict[str, Any]:

@@ -144,6 +144,9 @@ class SecretsConfig:
     kind: SecretsKind = SecretsKind.keyring
     acknowledge_keyring: bool = False
     """Lets a production tier keep its keys in the keyring of one machine."""
+    passphrase_file: str | None = None
+    """A file with the keyring's passphrase, read when the broker starts: for a folder in memory, say. None keeps a
+    random key in a file beside the keyring."""
     vault: VaultConfig = field(default_factory=VaultConfig)
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from cluster.security.disks import keeps_secrets
 from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.pki import fetch_certificates
+from cluster.security.scratch import memory_folder, sweep
 from cluster.security.tls import ensure_tls
 from cluster.session import (
     LOOPBACK,
@@ -173,6 +174,8 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_tls(places)
     if not Path(record.token_path).exists():
         write_private(Path(record.token_path), secrets.token_hex(32).encode())
+    for scratch_folder in (local(places.root) / "runs", memory_folder(otherwise=local(places.root) / "runs")):
+        sweep(scratch_folder)
     Path(record.temp_dir).mkdir(mode=0o700)
 
 

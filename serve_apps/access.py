@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.errors import Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
-from cluster.security.audit import Append, Decisions
+from cluster.security.audit import Append, Decisions, keep_flushed
 from cluster.security.identity import Principal, TokenVerifier
 from cluster.security.installation import hold_to
 from cluster.security.policy import Action, Policy, Resource
@@ -18,6 +19,7 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
+FLUSH_S, CLOSE_S = 60.0, 5.0
 MAX_CACHED = 10_000
 MAX_CACHED_S = 60
 """So long at most a token is remembered: that of a key taken away does not live on here."""
@@ -48,6 +50,8 @@ class AccessCheck:
         self._resource = resource
         self._environment = environment
         self._decisions = Decisions(append)
+        self._ended = threading.Event()
+        self._keeper = keep_flushed(self._decisions, every_s=FLUSH_S, stopped=self._ended)
         self._known: dict[str, tuple[Principal, float]] = {}
 
     @classmethod
@@ -66,6 +70,11 @@ class AccessCheck:
             environment=config.identity.environment,
             append=in_background(ledger),
         )
+
+    def close(self) -> None:
+        """Record the strangers of the last window; a replica that is killed loses a minute of their number at most."""
+        self._ended.set()
+        self._keeper.join(CLOSE_S)
 
     def __call__(self, authorization: str | None, action: Action) -> Principal:
         """The principal, if it may do the action.

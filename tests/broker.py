@@ -34,6 +34,7 @@ def running_broker(*keys: str) -> Iterator[KeyAccess]:
     """The access to a new keyring with these keys."""
     folder = Path(tempfile.mkdtemp(prefix="falaj-keys-"))  # short: a socket's path ends at 97 bytes
     (folder / "token").write_text("anything")
+    (folder / "token").chmod(0o600)
     access = KeyAccess(
         socket=str(folder / "run" / "broker.sock"), token=TokenSource(file=str(folder / "token"))
     )

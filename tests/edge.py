@@ -55,6 +55,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.send_header("x-falaj-prediction-id", "p1")
+        self.send_header("set-cookie", "ray-authentication-token=of-ray")  # as Ray's login would
         self.end_headers()
         self.wfile.write(body)
 
@@ -138,8 +139,8 @@ class Edge:
                 threading.Event().wait(0.05)
         raise TimeoutError("HAProxy did not become ready")
 
-    def token(self, role: Role = Role.service, ttl_s: int = 900) -> str:
-        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s)
+    def token(self, role: Role = Role.service, ttl_s: int = 900, tenant: str = "default") -> str:
+        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s, tenant=tenant)
 
     def call(
         self,

@@ -345,6 +345,21 @@ class KeyRelabelled(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRevocation(LedgerEvent):
+    """A key is about to be destroyed, with all that is under it."""
+
+    name: str
+    described: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyEncryptionKeyRotated(LedgerEvent):
+    """The keyring is under another key-encryption key."""
+
+    num_keys: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AccessDecided(LedgerEvent):
     """The event's actor was denied something, or permitted it and is of the sample."""
 

@@ -19,6 +19,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ from cluster.security.keys.access import KeyAccess
 from cluster.security.policy import Action, Policy, Resource, Role
 from cluster.security.token_source import TokenSource
 from cluster.security.trust import Trust
-from cluster.settings import IssuerConfig, PlatformConfig
+from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
 
 if TYPE_CHECKING:
@@ -97,12 +98,8 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
     hold_to(record, config)
     places = Layout(record.storage_root)
     decisions = Decisions(ledger.append)
-    try:
+    with _counting_strangers(decisions):
         principal, path = _identify(config, places, entrypoint)
-    except Unauthenticated as error:
-        decisions.unauthenticated(str(error), at=time.time())
-        decisions.flush()
-        raise
     _name_in_logs(principal.subject)
     return Actor(
         principal=principal,
@@ -122,16 +119,42 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
 def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
     """Go on only if the holder of a token may read the ledger.
 
+    The token is held against the issuer that the storage root's cluster was started with, else the dev issuer.
+
     Raises:
         Unauthenticated, AccessDenied: an event says so.
         ConfigError: the file cannot be read, or there is no issuer.
     """
-    trust, policy, decisions = Trust.of(IssuerConfig(), places), Policy.load(), Decisions(ledger.append)
-    reader, whole = trust.tokens.verify(read_private(token_file)), Resource(kind="ledger", name="ledger")
+    policy, decisions = Policy.load(), Decisions(ledger.append)
+    trust, token = Trust.of(_issuer_of(places), places), read_private(token_file)
+    with _counting_strangers(decisions):
+        reader = trust.tokens.verify(token)
+    whole = Resource(kind="ledger", name="ledger")
     decisions.decided(
         reader, Action.read_ledger, whole, policy.decide(reader, Action.read_ledger, whole), at=time.time()
     )
     policy.check(reader, Action.read_ledger, whole)
+
+
+@contextlib.contextmanager
+def _counting_strangers(decisions: Decisions) -> Iterator[None]:
+    """Have an event of a token that does not hold, before the error goes on."""
+    try:
+        yield
+    except Unauthenticated as error:
+        decisions.unauthenticated(str(error), at=time.time())
+        decisions.flush()
+        raise
+
+
+def _issuer_of(places: Layout) -> IssuerConfig:
+    from cluster.session import (
+        find_record,
+    )  # Ray's import takes a second, which only this reader has to wait for
+
+    record = find_record(StorageConfig(root=places.root))
+    own = record is not None and record.storage_root == places.root
+    return IssuerConfig(**record.issuer) if own and record and record.issuer else IssuerConfig()
 
 
 def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:

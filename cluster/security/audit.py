@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from typing import Protocol
 
@@ -131,6 +132,25 @@ class Decisions:
         """Outside the lock: the ledger may be slow."""
         for event in due:
             self._append(event, actor=NOBODY)
+
+
+def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Event) -> threading.Thread:
+    """Record the strangers now and then, though nobody comes to open the next window, and once more at the end."""
+
+    def work() -> None:
+        while not stopped.wait(every_s):
+            flush()
+        flush()
+
+    def flush() -> None:
+        try:
+            decisions.flush()
+        except Exception as error:  # noqa: BLE001 (the ledger may be back at the next turn)
+            logging.getLogger(__name__).error("Strangers could not be recorded: %s.", error)
+
+    thread = threading.Thread(target=work, daemon=True, name="strangers")
+    thread.start()
+    return thread
 
 
 def _event(principal: Principal, action: Action, resource: Resource, decision: Decision) -> AccessDecided:

@@ -44,16 +44,19 @@ def keeps_secrets(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES
     Returns:
         None where this machine does not say.
     """
+    mount = mount_of(folder, table=table)
+    return None if mount is None else mount.kind in MEMORY or _is_encrypted(devices / mount.device)
+
+
+def mount_of(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
+    """What a folder, or the first one above it that exists, lies on; none where this machine does not say."""
     try:
         known = mounts(table.read_text())
     except (OSError, IndexError):
         return None
     path = os.path.realpath(folder)
     above = [one for one in known if path == one.folder or path.startswith(f"{one.folder.rstrip('/')}/")]
-    if not above:
-        return None
-    mount = max(enumerate(above), key=lambda item: (len(item[1].folder), item[0]))[1]
-    return mount.kind in MEMORY or _is_encrypted(devices / mount.device)
+    return max(enumerate(above), key=lambda item: (len(item[1].folder), item[0]))[1] if above else None
 
 
 def _is_encrypted(device: Path) -> bool:

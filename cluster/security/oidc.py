@@ -1,7 +1,7 @@
 """Where an issuer's public keys come from: a file of this machine, or a JWKS behind a URL.
 
 A key set that is fetched is kept for `max_age_s`. A token with an unknown `kid` makes it fetch again, but at most once
-per `cooldown_s`, so that strangers cannot make us hammer the issuer; while the issuer is down the last good set holds,
+per `cooldown_s`, so that strangers cannot make us hammer the issuer; while the issuer is down the last set holds,
 up to `max_stale_s`, because a key that was withdrawn meanwhile would still be accepted. A fetch blocks its caller, for
 at most about twice its timeout; other threads go on with the set there is.
 """
@@ -54,11 +54,15 @@ def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
     Others are left out, as RFC 7517, section 5, has it: an unknown type, a weak or an encryption key, one without
     a `kid`, and every key of a `kid` that stands there twice.
 
+    A set without any is one: its issuer has withdrawn them.
+
     Raises:
-        ConfigError: no JWKS, or no usable key in it.
+        ConfigError: no JWKS.
     """
     try:
         entries = json.loads(document)["keys"]
+        if not isinstance(entries, list):
+            raise TypeError(entries)
         found = [entry for entry in entries[:MAX_KEYS] if _suits(entry, algorithms)]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ConfigError("The issuer's document is no JWK set.") from None
@@ -66,7 +70,7 @@ def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
     keys = {entry["kid"]: _imported(entry) for entry in found if kids.count(entry["kid"]) == 1}
     usable = {kid: key for kid, key in keys.items() if key is not None}
     if not usable:
-        raise ConfigError(f"The issuer's JWK set has no key for {' or '.join(algorithms)}.")
+        log.warning("The issuer's JWK set has no key for %s: no token holds.", " or ".join(algorithms))
     return usable
 
 

@@ -25,6 +25,7 @@ and a skipped `forbid` forbids nothing.
 from __future__ import annotations
 
 import enum
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -161,9 +162,7 @@ class Policy:
     """The policies of one process, which runs in one region."""
 
     def __init__(self, text: str, schema: str, *, region: str, permitted_regions: Iterable[str]) -> None:
-        self._schema = _parsed_schema(schema)
-        self._policies = _parsed_policies(text, self._schema)
-        self._advice = _advice(text)
+        self._schema, self._policies, self._advice = _parsed(text, schema)
         self._region = region
         self._permitted_regions = tuple(permitted_regions)
         self._source = (text, schema)
@@ -305,6 +304,13 @@ def _entities(asker: _Asker, resource: Resource) -> list[dict[str, Any]]:
             "parents": [],
         },
     ]
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str, schema: str) -> tuple[cedarpy.Schema, cedarpy.PolicySet, dict[str, str]]:
+    """Once in a process for each text; what Cedar gives is never changed."""
+    parsed = _parsed_schema(schema)
+    return parsed, _parsed_policies(text, parsed), _advice(text)
 
 
 def _parsed_schema(text: str) -> cedarpy.Schema:

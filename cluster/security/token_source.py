@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.errors import Unauthenticated
 from cluster.security.identity import mint_token
 from cluster.security.policy import Role
+from cluster.security.private_file import read_secret_file
 from cluster.storage import Layout
 
 TTL_S = 900
@@ -36,12 +37,12 @@ class TokenSource:
 
         Raises:
             Unauthenticated: the file cannot be read.
-            ConfigError: there is no dev issuer.
+            ConfigError: others can read the file; or there is no dev issuer.
         """
         if self.file is None:
             return _minted(self, int(time.time()) // RENEW_S)
         try:
-            return Path(self.file).read_text().strip()
+            return read_secret_file(Path(self.file), what="a token")
         except OSError as error:
             raise Unauthenticated(f"The token cannot be read: {error}. See identity.token_file.") from error
 

@@ -45,6 +45,19 @@ def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
     ]
 
 
+def view_key_names(view: ViewSpec) -> list[str]:
+    """The names of `view_keys`, from the view as it was applied."""
+    classes = {Sensitivity(field.sensitivity) for field in view.stored} - {Sensitivity.PUBLIC}
+    return [
+        *(
+            key_of(view.name, name)
+            for key_of in (features_key, online_key)
+            for name in sorted(classes | {Sensitivity.INTERNAL})
+        ),
+        quarantine_protection(view.name).default,
+    ]
+
+
 def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
     """The key of what entity rows bring along into a service's training sets, and those of what is made on demand.
 

@@ -9,7 +9,6 @@ others for one worker, which takes ten times as long as a short trial's work.
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cluster.ledger.events import SweepFinished
 from cluster.security.acting import act
 from cluster.security.keys.access import protected_files
 from cluster.security.policy import Action, Resource
+from cluster.security.scratch import scratch
 from cluster.session import attach, require_record
 from cluster.storage import layout, local, resolve, write_bytes
 from jobs.sweep.config import SweepConfig
@@ -59,9 +59,8 @@ def main(config: SweepConfig) -> None:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
     runs = local(f"{layout(config.storage).root}/runs")
-    runs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs) as folder:
-        grid = search(config, dataset, parameters, folder=folder, concurrent=concurrent)
+    with scratch(runs) as folder:
+        grid = search(config, dataset, parameters, folder=str(folder), concurrent=concurrent)
     ended = [one for one in (grid[number] for number in range(len(grid))) if one.error is None]
     results = [
         {

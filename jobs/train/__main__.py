@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.policy import Action, Resource
+from cluster.security.scratch import memory_folder, scratch
 from cluster.session import attach, require_record
 from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
 from jobs.evaluate.metrics import headline, score
@@ -45,13 +45,12 @@ def main(config: TrainConfig) -> None:
     dataset = prepare(config, source, threshold=config.threshold)
     attach(config)
     runs = local(f"{places.root}/runs")
-    runs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs) as temporary:
-        folder = Path(temporary) / "model"
-        folder.mkdir()
+    # What a run keeps for itself may be for several machines; the model, which is in the clear until it is registered,
+    # is this process's.
+    with scratch(runs) as temporary, scratch(memory_folder(otherwise=runs)) as folder:
         context = FitContext(
             folder=folder,
-            runs=temporary,
+            runs=str(temporary),
             seed=config.seed,
             scaling=config.scaling,
             deepspeed=config.deepspeed,

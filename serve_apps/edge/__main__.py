@@ -51,6 +51,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         dashboard=urlsplit(record.dashboard_url).netloc,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
+        tenant_claim=config.identity.issuer.tenant_claim,
         map_file=str(edge / "routes.map"),
         error_folder=str(edge / "errors"),
         admin_socket=f"{record.temp_dir}/edge.sock",

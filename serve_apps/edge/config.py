@@ -49,6 +49,9 @@ class EdgeSettings:
     threads: int = 2
     max_connections: int = 2000
     role_claim: str = "role"
+    tenant_claim: str = "tenant"
+    tenant: str = "default"
+    """Of all that is behind the edge; whoever says that he is of another one is let nowhere."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
 
@@ -121,8 +124,8 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     http-request set-var(txn.token) http_auth_bearer
 {dashboard.entrance()}
 {_classify()}
-{token_checks(keys, settings.tokens, role_claim=settings.role_claim)}
-    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub') if dashboard
+{token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
+    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
 {_authorise(settings)}
 {dashboard.passage()}
     {say(_SERVER)} if {{ path /v2 }}
@@ -166,7 +169,15 @@ def _classify() -> str:
 
 
 def _authorise(settings: EdgeSettings) -> str:
-    lines = []
+    # Behind the edge the policies are asked for the tenant, too, but neither Ray's dashboard nor GET /v2 asks anybody.
+    # A tenant that is no text, which HAProxy reads as none, is for replicas to refuse; none stands before the dashboard.
+    message = "Your tenant is not the one that this installation is for."
+    stated = f"{{ var(txn.token),field(2,.),ub64dec -m sub -- '\"{settings.tenant_claim}\"' }}"
+    lines = [
+        "    acl of_a_tenant var(txn.tenant) -m found",
+        f"    {refuse(403, message)} if of_a_tenant !{{ var(txn.tenant) -m str -- {settings.tenant} }}",
+        f"    {refuse(403, message)} if dashboard !of_a_tenant {stated}",
+    ]
     for action, roles in settings.roles.items():
         names = " ".join(sorted(roles))
         message = f"Your role may not {action.value.replace('_', ' ')}."

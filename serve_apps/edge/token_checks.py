@@ -18,13 +18,14 @@ NOT_ACCEPTED = ('"crit"', '"b64"', '"jku"', '"jwk"', '"x5u"', '"x5c"', r"\u")
 """What no header may contain: fields that change how a token is read or bring a key, and their letters in disguise."""
 
 
-def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str) -> str:
-    """Rules that refuse with 401 what does not hold, and set `txn.role` and `txn.exp` where it does.
+def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
+    """Rules that refuse with 401 what does not hold, and set `txn.role`, `txn.tenant` and `txn.exp` where it does.
 
     Args:
         keys: the issuer's; without any, every token is refused.
         rules: what a token must say.
         role_claim: the issuer's name for the role.
+        tenant_claim: its name for the tenant; a token may say none.
     """
     verify = "\n".join(
         f'    http-request set-var(txn.signed) var(txn.token),jwt_verify(txn.alg,"{key.file}") '
@@ -42,6 +43,7 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str) 
     http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud')
     http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
     http-request set-var(txn.role) var(txn.token),jwt_payload_query('$.{role_claim}')
+    http-request set-var(txn.tenant) var(txn.token),jwt_payload_query('$.{tenant_claim}')
     http-request set-var(txn.exp) var(txn.token),jwt_payload_query('$.exp','int')
     http-request set-var(txn.nbf) var(txn.token),jwt_payload_query('$.nbf','int')
     {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.token),field(1,.),ub64dec -m sub -- {unwanted} }}

@@ -92,6 +92,11 @@ class Outcomes:
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._writers: dict[str, SegmentWriter] = {}
 
+    def __del__(self) -> None:
+        """Serve calls it when a replica ends in order."""
+        if (access := getattr(self, "_access", None)) is not None:
+            access.close()
+
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
         try:

@@ -81,6 +81,11 @@ class Predictor:
             self._asked = request_inputs(spec)
         self._answered, self._seconds = _meters({"model": name, "version": str(version)})
 
+    def __del__(self) -> None:
+        """Serve calls it when a replica ends in order."""
+        if (access := getattr(self, "_access", None)) is not None:
+            access.close()
+
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
         started = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import KeyRelabelled
-from cluster.security.audit import Decisions
+from cluster.security.audit import Decisions, keep_flushed
 from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.configured import open_store
@@ -23,6 +23,7 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
+FLUSH_S = 60.0
 LOG = logging.getLogger("falaj.keys")
 
 ACTIONS = {
@@ -75,8 +76,10 @@ def main(config: PlatformConfig) -> None:
         audit=audit,
         relabelling=relabelling,
     )
+    keeper = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
+    keeper.join()
     decisions.flush()
 
 

@@ -7,14 +7,13 @@ Vault one role is enough for a whole installation, and no job ever has a Vault t
 from __future__ import annotations
 
 import logging
-import stat
 import threading
 from pathlib import Path
 
 import hvac  # type: ignore[import-untyped]
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.keys.keyring import check_keyring, open_local
+from cluster.security.keys.keyring import RING_NAME, Keyring, check_keyring, open_local, open_with_passphrase
 from cluster.security.keys.store import KeyStore
 from cluster.security.keys.vault import VaultKeyStore
 from cluster.security.keys.vault_session import (
@@ -26,6 +25,7 @@ from cluster.security.keys.vault_session import (
     keep_renewed,
     login,
 )
+from cluster.security.private_file import read_secret_file
 from cluster.settings import PlatformConfig, SecretsKind, VaultAuth, VaultConfig
 from cluster.storage import layout, local, resolve
 
@@ -43,13 +43,34 @@ def open_store(config: PlatformConfig, *, stopped: threading.Event) -> KeyStore:
     """
     if config.secrets.kind is SecretsKind.keyring:
         check_keyring(config.secrets, tier=config.tier)
-        return open_local(local(layout(config.storage).keys))
+        return open_keyring(config)
     vault = config.secrets.vault
     client, auth = logged_in(vault), vault_auth(vault)
     threading.Thread(
         target=_stay_logged_in, args=(client, auth, stopped), name="vault-login", daemon=True
     ).start()
     return VaultKeyStore(client, mount=vault.transit_mount, kv_mount=vault.kv_mount, prefix=vault.prefix)
+
+
+def open_keyring(config: PlatformConfig) -> Keyring:
+    """The keyring of the storage root, by its key's file or its passphrase.
+
+    Raises:
+        ConfigError: the passphrase is too short, cannot be read, or lies open; or the keyring has none.
+        RefusedError: what is wrong with the keyring, as `open_local`.
+    """
+    folder = local(layout(config.storage).keys)
+    if config.secrets.passphrase_file is None:
+        return open_local(folder)
+    file = Path(resolve(config.secrets.passphrase_file))
+    try:
+        passphrase = read_secret_file(file, what="the keyring's passphrase")
+    except OSError as error:
+        raise ConfigError(
+            f"The keyring's passphrase cannot be read from {file}: {error.strerror}. See secrets.passphrase_file."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return open_with_passphrase(folder / RING_NAME, passphrase)
 
 
 def logged_in(vault: VaultConfig) -> hvac.Client:
@@ -80,14 +101,7 @@ def vault_auth(vault: VaultConfig) -> Auth:
 
 
 def _secret_in(file: Path) -> str:
-    with file.open() as opened:
-        mode = stat.S_IMODE(file.stat().st_mode)
-        if mode & stat.S_IRWXO:
-            raise ConfigError(
-                f"Everybody on this machine can read {file}, the secret that opens Vault (mode {mode:04o}). "
-                f"`chmod 600 {file}`, and have Vault make a new one if somebody may have read it."
-            )
-        return opened.read().strip()
+    return read_secret_file(file, what="the secret that opens Vault")
 
 
 def _stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:

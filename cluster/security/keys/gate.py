@@ -160,11 +160,20 @@ class Gate(Generic[C]):
 
     def _change(self, principal: C, operation: Operation, name: str) -> int | None:
         with self._changes:
-            self._permit(principal, operation, self._store.info(name))
+            self._permit(principal, operation, self._changed(operation, name))
             if operation is Operation.rotate:
                 return self._store.rotate(name)
             self._store.revoke(name)
             return None
+
+    def _changed(self, operation: Operation, name: str) -> KeyInfo:
+        """The description of a key that is about to be changed; to revoke it again finishes what was cut off."""
+        try:
+            return self._store.info(name)
+        except KeyRevoked as error:
+            if operation is not Operation.revoke or error.info is None:
+                raise
+            return error.info
 
     def _ensure(self, principal: C, info: KeyInfo) -> None:
         # The present description is asked about, too, and what opens a key to more takes more than the right to make

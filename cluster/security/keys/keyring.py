@@ -8,12 +8,13 @@ Keys are decrypted when they are used and not kept; that Python cannot wipe them
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from cluster.security.keys.ringfile import (
 )
 from cluster.security.keys.store import (
     KeyEncryptionKeyWrong,
+    KeyFileRefused,
     KeyInfo,
     KeyringDamaged,
     Wrapped,
@@ -82,14 +84,21 @@ class _Opened:
 class Keyring:
     """A KeyStore over a file that `Keyring.create` made; safe for several threads and processes.
 
+    Args:
+        path: the file.
+        kek: its key-encryption key.
+        newer: gives the keys that may have taken that one's place, when the file turns out to be under another: so a
+            broker goes on while somebody else gives the keyring a new one.
+
     Raises:
         KeyringDamaged: the file is missing, truncated or altered.
         KeyEncryptionKeyWrong: `kek` is not the file's.
     """
 
-    def __init__(self, path: Path, kek: bytes) -> None:
+    def __init__(self, path: Path, kek: bytes, *, newer: Callable[[], Iterable[bytes]] = tuple) -> None:
         _check_kek(kek)
         self._path = path
+        self._newer = newer
         self._lock = threading.Lock()
         raw = read(path)
         self._last = _Opened(path=path, kek=kek, raw=raw, ring=decode(raw, kek, path))
@@ -180,7 +189,8 @@ class Keyring:
     def rotate_kek(self, old: bytes, new: bytes, *, derivation: Derivation | None = None) -> None:
         """Encrypt every version under another key-encryption key, all or none.
 
-        Other processes that hold the old one are refused from then on (KeyEncryptionKeyWrong).
+        Other processes that hold the old one are refused from then on (KeyEncryptionKeyWrong), unless they know where
+        to look for a newer one.
 
         Raises:
             KeyEncryptionKeyWrong: `old` is not the present one.
@@ -206,9 +216,20 @@ class Keyring:
         with self._lock:
             raw = read(self._path)
             if raw != self._last.raw:
-                ring = decode(raw, self._last.kek, self._path)
-                self._last = dataclasses.replace(self._last, raw=raw, ring=ring)
+                self._last = self._decoded(raw)
             return self._last
+
+    def _decoded(self, raw: bytes) -> _Opened:
+        try:
+            ring = decode(raw, self._last.kek, self._path)
+            return dataclasses.replace(self._last, raw=raw, ring=ring)
+        except KeyEncryptionKeyWrong as wrong:
+            for kek in self._newer():
+                try:
+                    return _Opened(path=self._path, kek=kek, raw=raw, ring=decode(raw, kek, self._path))
+                except KeyEncryptionKeyWrong:
+                    continue
+            raise wrong
 
     @contextmanager
     def _writing(self) -> Iterator[tuple[_Opened, dict[str, Entry]]]:
@@ -247,17 +268,22 @@ def open_local(folder: Path) -> Keyring:
     with exclusive(kek):
         for torn in folder.glob(f".{KEK_NAME}*.tmp"):
             torn.unlink()  # a second name of a key, left when its maker was killed
+        fresh = folder / NEW_KEK_NAME
         if not ring.exists() and not kek.exists():
-            return Keyring.create(ring, create_kek_file(kek))
+            # Under its last name only once there is something under it: a start that is cut off is just begun again.
+            Keyring.create(ring, kek_from_file(fresh) if fresh.exists() else create_kek_file(fresh))
+            return _finish_kek_rotation(folder)
+        if fresh.exists() and not kek.exists():
+            return _finish_kek_rotation(folder)
         if not ring.exists():
             raise KeyringDamaged(
                 f"No keyring at {ring}, though its key-encryption key is at {kek}. Restore it from a backup; "
                 f"if nothing was ever encrypted with it, remove {kek}."
             )
         try:
-            return Keyring(ring, kek_from_file(kek))
+            return Keyring(ring, kek_from_file(kek), newer=lambda: _keks_in(folder))
         except KeyEncryptionKeyWrong:
-            if not (folder / NEW_KEK_NAME).exists():
+            if not fresh.exists():
                 raise
             return _finish_kek_rotation(folder)
 
@@ -289,16 +315,27 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
         return Keyring.create(path, derivation.key(passphrase), derivation=derivation)
     stored = derivation_of(path)
     if stored is None:
-        raise ConfigError(f"The key of keyring {path} comes from a file, not from a passphrase.")
+        raise ConfigError(
+            f"The key of keyring {path} comes from a file, not from a passphrase. Leave secrets.passphrase_file out."
+        )
     return Keyring(path, stored.key(passphrase))
 
 
 def _finish_kek_rotation(folder: Path) -> Keyring:
     """The keyring is already under the new key: let its file take the old one's place."""
-    keyring = Keyring(folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME))
+    ring, kek = folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME)
+    keyring = Keyring(ring, kek, newer=lambda: _keks_in(folder))
     os.replace(folder / NEW_KEK_NAME, folder / KEK_NAME)
     sync_folder(folder)
     return keyring
+
+
+def _keks_in(folder: Path) -> Iterator[bytes]:
+    """The key-encryption keys that lie there now. A rotation puts the keyring under the new one first, and then gives
+    that the old one's name, so one that is under neither has moved on in between: the first name is read again."""
+    for name in (KEK_NAME, NEW_KEK_NAME, KEK_NAME):
+        with contextlib.suppress(KeyFileRefused):
+            yield kek_from_file(folder / name)
 
 
 def _check_kek(kek: bytes) -> None:
@@ -311,7 +348,7 @@ def _living(keys: Mapping[str, Entry], name: str) -> Entry:
     if entry is None:
         raise not_found(name)
     if entry.revoked:
-        raise revoked(name)
+        raise revoked(name, entry.info)
     return entry
 
 

@@ -48,6 +48,9 @@ class KeyNotFound(RefusedError):
 class KeyRevoked(RefusedError):
     """The key's versions are destroyed."""
 
+    info: KeyInfo | None = None
+    """How it was described, where the store still knows."""
+
 
 class WrappedKeyInvalid(RefusedError):
     """A wrapped secret that was altered, truncated, swapped, or wrapped by another key."""
@@ -273,11 +276,13 @@ def not_this_key(name: str) -> WrappedKeyInvalid:
     )
 
 
-def revoked(name: str) -> KeyRevoked:
+def revoked(name: str, info: KeyInfo | None = None) -> KeyRevoked:
     """The error of a key that was revoked."""
-    return KeyRevoked(
+    error = KeyRevoked(
         f"Key '{name}' was revoked: what it wrapped is gone for good, and the name stays taken. Use another name."
     )
+    error.info = info
+    return error
 
 
 def canonical(value: object) -> bytes:

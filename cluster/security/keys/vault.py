@@ -95,7 +95,7 @@ class VaultKeyStore:
         if record is None:
             raise not_found(name)
         if record.revoked:
-            raise revoked(name)
+            raise revoked(name, record.info)
         return record.info
 
     def wrap(self, name: str, secret: bytes) -> str:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.runtime import Task
+from cluster.security.scratch import memory_folder, scratch
 from jobs.train.tabular_network.export import WEIGHTS_FILE
 from jobs.train.tabular_network.network import NetworkShape, TabularNetwork, loss
 
@@ -142,11 +143,12 @@ def _validation_loss(engine: Any, task: Task, validation: tuple[Any, Any]) -> fl
 
 
 def _save_and_report(engine: Any, metrics: dict[str, Any], rank: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, client_state={"epoch": metrics["epoch"]})
+    otherwise = Path(tempfile.gettempdir()) / f"falaj-runs-{os.geteuid()}"
+    with scratch(memory_folder(otherwise=otherwise)) as folder:
+        engine.save_checkpoint(str(folder), client_state={"epoch": metrics["epoch"]})
         weights = consolidated(engine)
         if rank == 0:
-            save_file(weights, str(Path(folder) / WEIGHTS_FILE))
+            save_file(weights, str(folder / WEIGHTS_FILE))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

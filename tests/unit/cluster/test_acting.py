@@ -16,15 +16,16 @@ from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import AccessDecided, StrangersRefused
 from cluster.security import acting
-from cluster.security.acting import act
+from cluster.security.acting import act, check_reader
 from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
 from cluster.security.intent import FILE_VARIABLE, mint_intent, write_intent
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action, Resource, Role
-from cluster.session import ClusterRecord
+from cluster.session import ClusterRecord, write_record
 from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier
 from cluster.storage import Layout
 from tests.broker import running_broker
+from tests.oidc_issuer import Issuer
 
 JOB = "feature_jobs.ingest"
 VIEW = Resource(kind="feature view", name="income")
@@ -260,3 +261,25 @@ def test_log_lines_name_the_principal(
     act(config(places, token_file=str(path)), record(places), ledger, entrypoint=JOB)
     logging.getLogger("anything").warning("careful")
     assert said.getvalue().endswith(" WARNING 100%s alice anything: careful\n")
+
+
+def test_a_reader_of_the_ledger_is_held_against_the_clusters_issuer(
+    places: Layout, ledger: Ledger, tmp_path: Path
+) -> None:
+    """The dev issuer's token opens nothing where the cluster believes another; strangers are counted."""
+    issuer, dev = Issuer(), tmp_path / "dev.jwt"
+    write_intent(dev, mint_token(places, subject="eve", role=Role.auditor, purpose=""))
+    trusted = dataclasses.asdict(IssuerConfig(url=issuer.url))
+    write_record(record(places, issuer=trusted), StorageConfig(root=places.root))
+    try:
+        auditor, scientist = tmp_path / "auditor.jwt", tmp_path / "scientist.jwt"
+        write_intent(auditor, issuer.token(role="auditor"))
+        write_intent(scientist, issuer.token(role="data_scientist"))
+        check_reader(ledger, places, auditor)
+        with pytest.raises(AccessDenied):
+            check_reader(ledger, places, scientist)
+        with pytest.raises(Unauthenticated):
+            check_reader(ledger, places, dev)
+    finally:
+        issuer.close()
+    assert [entry.payload["count"] for entry in ledger.entries(StrangersRefused)] == [1]

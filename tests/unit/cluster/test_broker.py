@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest, Unauthenticated
+from cluster.security.keys import client as client_module
 from cluster.security.keys.broker import Broker, peer_allowed
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.gate import Denial, Operation
@@ -350,6 +351,20 @@ def test_a_client_survives_a_restart_of_its_broker(world: World) -> None:
     with world.serving():
         assert client.unwrap(NAME, text) == SECRET
         assert client.rotate(NAME) == 2
+
+
+def test_a_token_is_not_shown_to_another_users_listener(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have bound the path first; root's broker is everybody's."""
+    with world.serving():
+        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 4242)
+        monkeypatch.setattr(client_module.os, "geteuid", lambda: 1000)
+        heard = world.ring.names()
+        with pytest.raises(KeyStoreUnavailable, match="belongs to user 4242"):
+            world.client().names()
+        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 0)
+        assert world.client().names() == heard
 
 
 def test_without_a_broker_the_error_names_the_socket_and_the_remedy(world: World) -> None:

@@ -24,7 +24,7 @@ from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Operation
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
+from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo
 from cluster.security.keys.vault import VaultKeyStore
 from cluster.security.policy import Decision, Policy, Resource, Role
 from cluster.settings import PlatformConfig, load
@@ -187,11 +187,12 @@ def test_an_incomplete_choice_says_what_is_missing(
         chosen(tmp_path, "secrets=vault", *overrides)
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o620, 0o604])
 def test_a_secret_that_others_can_read_is_not_used(
-    in_vault: PlatformConfig, secret_file: Path, double: VaultDouble, stopped: threading.Event
+    in_vault: PlatformConfig, secret_file: Path, double: VaultDouble, stopped: threading.Event, mode: int
 ) -> None:
     """Nor one that is gone; Vault is not asked."""
-    secret_file.chmod(0o644)
+    secret_file.chmod(mode)
     with pytest.raises(ConfigError, match="chmod 600"):
         open_store(in_vault, stopped=stopped)
     secret_file.unlink()
@@ -232,3 +233,23 @@ def test_a_replaced_secret_opens_vault_again_without_a_restart(
     VaultKeyStore(client).ensure(INFO)
     stopped.set()
     thread.join()
+
+
+def test_a_keyring_is_opened_by_the_passphrase_in_a_file(
+    tmp_path: Path, secret_file: Path, stopped: threading.Event
+) -> None:
+    """No key lies beside it; another passphrase, an open file, and a keyring that has none are refused."""
+    named = f"secrets.passphrase_file={secret_file}"
+    secret_file.write_text("correct horse battery\n")
+    open_store(chosen(tmp_path, named), stopped=stopped).ensure(INFO)
+    assert not (tmp_path / "keys" / "kek").exists()
+    assert open_store(chosen(tmp_path, named), stopped=stopped).info(INFO.name) == INFO
+    secret_file.write_text("another horse battery")
+    with pytest.raises(KeyEncryptionKeyWrong):
+        open_store(chosen(tmp_path, named), stopped=stopped)
+    secret_file.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        open_store(chosen(tmp_path, named), stopped=stopped)
+    secret_file.unlink()
+    with pytest.raises(ConfigError, match="passphrase_file"):
+        open_store(chosen(tmp_path, named), stopped=stopped)

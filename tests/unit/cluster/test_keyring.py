@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import ConfigError
+from cluster.security.keys import keyring as keyring_module
 from cluster.security.keys.kek import (
     Derivation,
     create_kek_file,
@@ -264,6 +265,29 @@ def test_a_missing_keyring_is_never_made_silently(tmp_path: Path) -> None:
     (tmp_path / RING_NAME).unlink()
     with pytest.raises(KeyringDamaged, match="though its key-encryption key is at"):
         open_local(tmp_path)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_first_start_that_is_cut_off_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    """Before its keyring or after it; a key that may be the only one of a keyring's backup is not thrown away."""
+
+    def die(*_: object) -> Keyring:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if made:
+            patched.setattr(keyring_module, "_finish_kek_rotation", die)
+        else:
+            patched.setattr(Keyring, "create", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_local(tmp_path)
+    begun = kek_from_file(tmp_path / NEW_KEK_NAME)
+    open_local(tmp_path).ensure(INFO)
+    assert open_local(tmp_path).info(NAME) == INFO
+    assert kek_from_file(tmp_path / KEK_NAME) == begun
+    assert not (tmp_path / NEW_KEK_NAME).exists()
 
 
 def test_a_keyring_without_its_key_encryption_key_is_refused(tmp_path: Path) -> None:

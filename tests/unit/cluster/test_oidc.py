@@ -110,7 +110,7 @@ def test_the_last_good_set_holds_while_the_issuer_is_down(
     """For a day; then nobody is believed, until it is back."""
     token = issuer.token()
     verifier.verify(token)
-    good, broken = issuer.answers["/jwks"], [b"", b"{", b"[]", b'{"keys":[]}', b"\xff"]
+    good, broken = issuer.answers["/jwks"], [b"", b"{", b"[]", b'{"keys":7}', b"\xff"]
     for body in broken:
         issuer.answers["/jwks"] = lambda body=body: (200, {}, body)  # type: ignore[misc]
         clock.now += 1000
@@ -263,12 +263,26 @@ def test_only_keys_that_can_verify_are_taken_from_a_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [b"", b"[]", b"{}", b'{"keys": 7}', b'{"keys": []}', b"[" * 100_000, b"\xff\xfe"]
+    "document",
+    [b"", b"[]", b"{}", b'{"keys": 7}', b'{"keys": "ab"}', b'{"keys": {}}', b"[" * 100_000, b"\xff\xfe"],
 )
 def test_what_is_no_key_set_is_refused(document: bytes) -> None:
     """As a configuration that cannot be used."""
     with pytest.raises(ConfigError):
         usable_keys(document, ("ES256",))
+
+
+@pytest.mark.parametrize("left", ["none", "another algorithm's"])
+def test_keys_that_were_all_withdrawn_verify_nothing(
+    issuer: Issuer, verifier: TokenVerifier, clock: Clock, left: str
+) -> None:
+    """An emptied set is the issuer's word, not a failure of his, after which the last good set would hold for a day."""
+    token = issuer.token()
+    assert not refused(verifier, token)
+    rest = [] if left == "none" else [RSAKey.generate_key(2048, auto_kid=True).as_dict(private=False)]
+    issuer.answers["/jwks"] = lambda: (200, {}, json.dumps({"keys": rest}).encode())
+    clock.now += 301
+    assert refused(verifier, token)
 
 
 def test_threads_share_one_fetch(issuer: Issuer, verifier: TokenVerifier) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import AccessDenied, ConfigError
+from cluster.security import policy as policy_module
 from cluster.security.identity import Principal
 from cluster.security.policy import EDGE_ACTIONS, NOT_EVALUATED, POLICY_FOLDER, Action, Policy, Resource, Role
 
@@ -341,6 +342,16 @@ def test_policies_that_cannot_be_meant_are_refused(extra: str) -> None:
     """No name, a name twice, or something that the schema does not have."""
     with pytest.raises(ConfigError):
         Policy.load(extra)
+
+
+def test_the_policies_are_parsed_once_in_a_process() -> None:
+    """Regions are each policy's own all the same."""
+    before = policy_module._parsed.cache_info().misses
+    here, there = Policy.load(region="us"), pickle.loads(pickle.dumps(Policy.load(region="eu")))  # noqa: S301 - our own
+    assert policy_module._parsed.cache_info().misses <= before + 1
+    eu = columns(region="eu")
+    assert not here.decide(who(Role.admin), Action.read_columns, eu, environment="staging").allowed
+    assert there.decide(who(Role.admin), Action.read_columns, eu, environment="staging").allowed
 
 
 def test_an_operator_adds_policies_of_his_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import subprocess
@@ -223,3 +224,28 @@ def test_a_revoked_key_closes_the_log(log: Path, keyring: Keyring, writer: Segme
     with pytest.raises(KeyRevoked):
         read_predictions(log, keyring)
     assert count_records(log) == 1
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["models/other", "outcomes/m/personal", "predictions/other/personal", "predictions/m", "predictions/m/x"],
+)
+def test_a_segment_under_a_key_of_another_place_is_refused(log: Path, keyring: Keyring, key: str) -> None:
+    """It names its key itself: who may write there, and under that one, would else be read as a replica."""
+    keyring.ensure(KeyInfo(name=key))
+    writer = SegmentWriter(log, store=keyring, key=key)
+    writer.append(prediction(1))
+    with pytest.raises(RecordLogCorrupt, match="none of this log's"):
+        read_predictions(log, keyring)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], "", "../predictions/m/personal"])
+def test_a_segment_that_names_no_key_is_refused(
+    log: Path, keyring: Keyring, writer: SegmentWriter, name: object
+) -> None:
+    """With the file's name, not a traceback."""
+    head, *rest = writer.path.read_bytes().splitlines(keepends=True)
+    stated = json.loads(head) | {"key": name}
+    writer.path.write_bytes(json.dumps(stated).encode() + b"\n" + b"".join(rest))
+    with pytest.raises(RecordLogCorrupt, match="none of this log's"):
+        list(read_records(log, keyring))

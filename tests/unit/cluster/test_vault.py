@@ -24,6 +24,8 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import AccessDenied, ConfigError, InvalidRequest, Unauthenticated
+from cluster.security.identity import Principal
+from cluster.security.keys.gate import Gate, Operation
 from cluster.security.keys.store import (
     KeyInfo,
     KeyNotFound,
@@ -42,6 +44,7 @@ from cluster.security.keys.vault_session import (
     read_secret,
     renew,
 )
+from cluster.security.policy import Decision, Role
 from tests.vault_double import VaultDouble
 
 NAME = "features/income/personal"
@@ -295,6 +298,34 @@ def test_a_revocation_that_was_cut_off_is_finished(double: VaultDouble) -> None:
     assert double.state.transit == {}
     with pytest.raises(KeyRevoked):
         vault.revoke(NAME)
+
+
+def test_a_revocation_that_was_cut_off_is_finished_through_the_broker(double: VaultDouble) -> None:
+    """By who may revoke the key as it was described; it is nobody else's business, and stays revoked."""
+    vault = store(double)
+    vault.ensure(INFO)
+    with pytest.raises(AccessDenied):
+        store(double, denied=("DELETE transit/",)).revoke(NAME)
+    asked: list[KeyInfo] = []
+
+    def decide(who: Principal, operation: Operation, info: KeyInfo) -> Decision:
+        asked.append(info)
+        return Decision(allowed=who.role is Role.admin, policies=())
+
+    gate: Gate[Principal] = Gate(
+        vault,
+        verify=lambda role: Principal(subject="a", role=Role(role), purpose="", expires_at=0),
+        decide=decide,
+        audit=lambda denial: None,
+    )
+    request = {"op": "revoke", "name": NAME}
+    assert not gate.answer(request | {"token": "auditor"})["ok"]
+    assert FLAT in double.state.transit
+    assert gate.answer(request | {"token": "admin"})["ok"]
+    assert double.state.transit == {}
+    assert asked == [INFO, INFO]
+    for again in (request, {"op": "rotate", "name": NAME}):
+        assert "KeyRevoked" in str(gate.answer(again | {"token": "admin"}))
 
 
 def test_a_creation_that_was_cut_off_is_finished(double: VaultDouble) -> None:

@@ -9,12 +9,14 @@ import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger import Ledger
+from cluster.ledger.events import LedgerEvent, StrangersRefused
 from cluster.security.audit import Append
 from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
 from cluster.security.issuer import rotate_issuer
 from cluster.security.oidc import FileKeys
 from cluster.security.policy import Action, Policy, Resource, Role
 from cluster.storage import Layout
+from serve_apps import access
 from serve_apps.access import MAX_CACHED_S, AccessCheck, in_background
 
 
@@ -53,11 +55,13 @@ class Counting(TokenVerifier):
 
 def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
     """A cached token is refused once its time is over."""
-    verifier, token = Counting(places), bearer(places)
+    verifier, token = Counting(places), bearer(places, ttl_s=5)
     check = check_of(verifier)
     assert check(token, Action.predict) == check(token, Action.predict)
     assert verifier.verified == 1
-    verifier.at += 120
+    over_s = 5 + verifier.rules.leeway_s + 1
+    assert over_s < MAX_CACHED_S, "or this would only show that nothing is remembered longer than that"
+    verifier.at += over_s
     with pytest.raises(Unauthenticated, match="expired"):
         check(token, Action.predict)
 
@@ -106,3 +110,23 @@ def test_denials_are_recorded_and_strangers_counted(places: Layout, tmp_path: Pa
     events = {entry.type: entry for entry in ledger.entries()}
     assert (events["AccessDecided"].actor, events["AccessDecided"].payload["resource"]) == ("alice", "m")
     assert events["StrangersRefused"].payload["count"] == 3
+
+
+@pytest.mark.parametrize("way", ["closed", "a while later"])
+def test_strangers_of_the_last_window_are_recorded(
+    places: Layout, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Though nobody comes after them."""
+    written: list[LedgerEvent] = []
+    monkeypatch.setattr(access, "FLUSH_S", 3600.0 if way == "closed" else 0.01)
+    check = check_of(TokenVerifier.of(places), lambda event, *, actor: written.append(event))
+    with pytest.raises(Unauthenticated):
+        check(None, Action.predict)
+    if way == "closed":
+        check.close()
+    deadline = time.monotonic() + 10
+    while not written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [type(event) for event in written] == [StrangersRefused]
+    check.close()

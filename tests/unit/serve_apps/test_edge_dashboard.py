@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.identity import mint_token
+from cluster.security.identity import AUDIENCE, mint_token
+from cluster.security.issuer import sign
 from cluster.security.policy import Role
 from serve_apps.edge.dashboard import COOKIE
-from tests.edge import RAY_TOKEN, Edge
+from tests.edge import PREDICT, RAY_TOKEN, Edge
 
 SAME_SITE = {"sec-fetch-site": "same-origin"}
 
@@ -42,6 +43,25 @@ def test_only_who_may_manage_the_cluster_reaches_the_dashboard(edge: Edge, role:
     expected = 200 if role is Role.admin else 403
     for method, path in (("GET", "/ray/"), ("POST", "/ray/api/jobs/"), ("DELETE", "/ray/api/jobs/1?x=1")):
         assert edge.call(path, method=method, token=edge.token(role))[0] == expected
+
+
+@pytest.mark.parametrize("tenant", ["other", "", "default ", "Default"])
+@pytest.mark.parametrize("path", ["/ray/", "/ray/api/jobs/", "/v2", PREDICT])
+def test_an_admin_of_another_tenant_is_let_nowhere(edge: Edge, tenant: str, path: str) -> None:
+    """As the policies have it; behind the dashboard nobody asks them again."""
+    method = "POST" if path == PREDICT else "GET"
+    assert edge.call(path, method=method, token=edge.token(Role.admin, tenant=tenant))[0] == 403
+    assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == 200
+    assert sign_in(edge, edge.token(Role.admin, tenant=tenant))[0].status == 403
+
+
+@pytest.mark.parametrize("tenant", [None, "default", ["other"], {"of": "other"}, 7, True])
+def test_the_dashboard_lets_in_who_says_no_tenant_or_its_own(edge: Edge, tenant: object) -> None:
+    """One that is no text cannot be told from none by HAProxy, and would be refused by everybody else."""
+    claims = {"sub": "t", "role": "admin", "purpose": "", **({} if tenant is None else {"tenant": tenant})}
+    token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+    expected = 200 if tenant in (None, "default") else 403
+    assert edge.call("/ray/", method="GET", token=token)[0] == expected
 
 
 def test_without_a_token_nothing_is_shown(edge: Edge) -> None:
@@ -74,6 +94,13 @@ def test_ray_gets_its_own_token_and_none_of_the_callers(edge: Edge) -> None:
         == heard["x-ray-authorization"]
     )
     assert RAY_TOKEN not in (Path(edge.settings.map_file).parent / "haproxy.cfg").read_text()
+
+
+def test_ray_sets_no_cookie_of_its_own(edge: Edge) -> None:
+    """Its login would hand its token out in one."""
+    headers = {"cookie": f"{COOKIE}={edge.token(Role.admin)}", **SAME_SITE}
+    response, _ = browse(edge, "/ray/api/authenticate", headers=headers)
+    assert (response.status, response.getheader("set-cookie")) == (200, None)
 
 
 def test_a_browser_signs_in_once_and_its_session_ends_with_its_token(edge: Edge) -> None:
@@ -125,8 +152,13 @@ def test_a_wrong_token_makes_no_session(edge: Edge, token: str) -> None:
         assert refused[0].getheader("set-cookie") is None
 
 
-def test_records_name_who_managed_the_cluster(edge: Edge) -> None:
-    """And nobody who only predicted."""
+def test_every_record_names_who_asked(edge: Edge) -> None:
+    """Who managed the cluster, who predicted, and who was refused for his role; a name is text, whatever is in it. Of
+    who shows no valid token nothing is believed, not his name either."""
+    odd = 'é"\\\n{"status":200}'
+    claims = {"sub": odd, "role": "service", "purpose": ""}
+    edge.call(token=edge.token() + "x")
+    edge.call(token=sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60))
     edge.call("/ray/api/jobs/secret?token=x", token=edge.token(Role.admin))
     edge.call("/ray/refused", token=edge.token(Role.service))
     edge.call(token=edge.token())
@@ -143,4 +175,5 @@ def test_records_name_who_managed_the_cluster(edge: Edge) -> None:
     assert [(each["principal"], each["status"]) for each in records if each["path"] == "/ray/refused"] == [
         ("t", 403)
     ]
-    assert {each["principal"] for each in records if each["action"] != "manage_cluster"} == {"-"}
+    predicted = [(each["principal"], each["status"]) for each in records if each["action"] == "predict"][-3:]
+    assert predicted == [("-", 401), (odd, 200), ("t", 200)]

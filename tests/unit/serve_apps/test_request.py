@@ -103,7 +103,8 @@ def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> Non
     _, records = parse_outcomes({"model": "m", "outcomes": items}, received_at=NOW)
     keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
     keyring.ensure(KeyInfo(name="outcomes/m/sensitive"))
-    SegmentWriter(tmp_path / "m", store=keyring, key="outcomes/m/sensitive").append(*records)
-    read = read_outcomes(tmp_path / "m", keyring)
+    log = tmp_path / "outcomes" / "m"
+    SegmentWriter(log, store=keyring, key="outcomes/m/sensitive").append(*records)
+    read = read_outcomes(log, keyring)
     assert read.height == 4
     assert read["observed_at"].to_list()[1] == dt.datetime(2015, 12, 31, 18, 29, 45, tzinfo=dt.UTC)

@@ -1,0 +1,111 @@
+"""Keys by command: another key-encryption key under a running broker, and revocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import AccessDenied, ConfigError
+from cluster.ledger import Ledger
+from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation
+from cluster.security.acting import Actor, act
+from cluster.security.identity import ensure_issuer
+from cluster.security.keys.kek import kek_from_file
+from cluster.security.keys.keyring import KEK_NAME, open_local
+from cluster.security.keys.store import KeyInfo, KeyRevoked
+from cluster.security.manage_keys import ENTRYPOINT, KeyAction, ManageKeysConfig, revoke, rotate_kek
+from cluster.session import ClusterRecord
+from cluster.settings import IdentityConfig, SecretsConfig, StorageConfig
+from cluster.storage import Layout
+
+INFO = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit",))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    ensure_issuer(Layout(str(tmp_path)))
+    return Ledger(f"sqlite:///{tmp_path}/ledger.db")
+
+
+def config(tmp_path: Path, *, role: str = "admin", **given: Any) -> ManageKeysConfig:
+    return ManageKeysConfig(
+        storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(role=role), **given
+    )
+
+
+def actor(tmp_path: Path, ledger: Ledger, *, role: str = "admin") -> Actor:
+    words: dict[str, Any] = {
+        field.name: "" for field in dataclasses.fields(ClusterRecord) if field.default is dataclasses.MISSING
+    }
+    record = ClusterRecord(**words | {"storage_root": str(tmp_path), "ports": {}, "pids": {}, "tls": False})
+    return act(config(tmp_path, role=role), record, ledger, entrypoint=ENTRYPOINT)
+
+
+def test_a_broker_goes_on_under_another_key_encryption_key(tmp_path: Path, ledger: Ledger) -> None:
+    """It reads the new one where the old one was; what was wrapped is still to be had."""
+    broker = open_local(tmp_path / "keys")
+    broker.ensure(INFO)
+    text, old = broker.wrap(INFO.name, b"secret"), kek_from_file(tmp_path / "keys" / KEK_NAME)
+    for _ in range(2):
+        assert rotate_kek(config(tmp_path), ledger, actor(tmp_path, ledger)) == 1
+        assert broker.unwrap(INFO.name, text) == b"secret"
+        broker.rotate(INFO.name)
+    assert kek_from_file(tmp_path / "keys" / KEK_NAME) != old
+    assert open_local(tmp_path / "keys").unwrap(INFO.name, text) == b"secret"
+    assert len(list(ledger.entries(KeyEncryptionKeyRotated))) == 2
+
+
+def test_a_broker_reads_on_in_the_middle_of_rotations(tmp_path: Path) -> None:
+    """Between the keyring's new file and its key's new name, too."""
+    broker = open_local(tmp_path)
+    broker.ensure(INFO)
+    text = broker.wrap(INFO.name, b"secret")
+    program = (
+        "import sys; from pathlib import Path; from cluster.security.keys.keyring import rotate_local_kek\n"
+        "for _ in range(15): rotate_local_kek(Path(sys.argv[1]))"
+    )
+    rotating = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    while rotating.poll() is None:
+        assert broker.unwrap(INFO.name, text) == b"secret"
+    assert rotating.returncode == 0
+
+
+def test_a_key_is_revoked_by_who_manages_keys(tmp_path: Path, ledger: Ledger) -> None:
+    """Said before it is done."""
+    ring = open_local(tmp_path / "keys")
+    ring.ensure(INFO)
+    with pytest.raises(AccessDenied):
+        revoke(INFO.name, ring, ledger, actor(tmp_path, ledger, role="data_engineer"))
+    assert list(ledger.entries(KeyRevocation)) == []
+    revoke(INFO.name, ring, ledger, actor(tmp_path, ledger))
+    assert [entry.payload["described"]["column_class"] for entry in ledger.entries(KeyRevocation)] == [
+        "personal"
+    ]
+    with pytest.raises(KeyRevoked):
+        ring.info(INFO.name)
+    with pytest.raises(KeyRevoked):
+        revoke(INFO.name, ring, ledger, actor(tmp_path, ledger))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [({}, "which key"), ({"key": "k"}, "confirm=k"), ({"key": "k", "confirm": "other"}, "confirm=k")],
+)
+def test_a_revocation_is_meant(tmp_path: Path, given: dict[str, str], match: str) -> None:
+    """There is no way back."""
+    with pytest.raises(ValueError, match=match):
+        config(tmp_path, action=KeyAction.revoke, **given)
+
+
+def test_no_key_file_is_rotated_where_there_is_none(tmp_path: Path, ledger: Ledger) -> None:
+    """A passphrase's keyring has none; nor does who may not manage keys rotate it."""
+    under_passphrase = config(tmp_path, secrets=SecretsConfig(passphrase_file="p"))
+    with pytest.raises(ConfigError, match="passphrase"):
+        rotate_kek(under_passphrase, ledger, actor(tmp_path, ledger))
+    with pytest.raises(AccessDenied):
+        rotate_kek(config(tmp_path), ledger, actor(tmp_path, ledger, role="auditor"))
