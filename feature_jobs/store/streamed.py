@@ -41,6 +41,7 @@ class MicroBatch:
     last_seq: int
     positions: Mapping[str, int]
     """How far the stream has come with it, by application id."""
+    rows_late: int = 0
 
 
 def horizon(table: DeltaTable) -> Horizon:
@@ -94,6 +95,7 @@ def store_batch(
         rows_quarantined=rows.bad.num_rows,
         reasons=dict(Counter(rows.bad["reason"].to_pylist())),
         quarantine=said,
+        rows_late=rows.rows_late,
     )
     schema = good.schema if good.num_rows else _table_schema(table)
     offline.commit(table, schema, files, batch, seq=rows.last_seq, positions=rows.positions)
@@ -114,6 +116,7 @@ def event_of(view: ViewSpec, source: str, batch: Batch, table_version: int) -> B
         table_version=table_version,
         reasons=batch.reasons,
         quarantine=batch.quarantine,
+        rows_late=batch.rows_late,
     )
 
 
