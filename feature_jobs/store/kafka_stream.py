@@ -35,7 +35,7 @@ from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import EVENT, SEQ
 from feature_jobs.store.pushed_rows import POSITION, CheckedRows
 from feature_jobs.store.pushed_view import PushedView
-from feature_jobs.store.streamed import MicroBatch, event_of, position, store_batch
+from feature_jobs.store.streamed import MicroBatch, event_of, newest, position, store_batch
 
 GENERATION_APP, BATCH_APP = "falaj.kafka.generation", "falaj.kafka.batch"
 """Application transactions: the generation that committed last, and the first `ingest_seq` of its last batch."""
@@ -68,6 +68,7 @@ class KafkaStream:
     lateness: Lateness
     _held: list[Message] = field(default_factory=list)
     """Unreadable ones from before the first row, which says what the table's keys are."""
+    _table: DeltaTable | None = None
     generation: int = field(default_factory=lambda: time.time_ns() // 1000)
 
     def start(self) -> None:
@@ -100,7 +101,7 @@ class KafkaStream:
             Fenced: a later generation committed; nothing was stored.
             CommitConflict: another job committed meanwhile; take the same messages again.
         """
-        table = offline.open_table(self.target.uri)
+        table = self._table = newest(self._table, self.target.uri)
         if table is not None:
             self._check_generation(table)
         fresh = [one for one in messages if one.offset() > position(table, self._offset_app(one.partition()))]
@@ -119,12 +120,12 @@ class KafkaStream:
         checked, rows_late, watermarks = self._judged(checked, fresh, table)
         positions = {self._offset_app(one.partition()): one.offset() for one in fresh} | watermarks
         batch = self._batch(checked, positions, first, len(fresh), rows_late=rows_late)
-        stored, table = store_batch(
+        stored, self._table = store_batch(
             table, batch, self.target, view=self.view.spec, quarantine=self.quarantine
         )
         self._held = []
         self._put_online(batch.good)
-        self._tell(stored, table.version())
+        self._tell(stored, self._table.version())
         return len(fresh)
 
     def _batch(

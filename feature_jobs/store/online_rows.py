@@ -270,9 +270,11 @@ class RowCipher:
 
     def _single(self, plan: Plan) -> tuple[Any, bytes, Any]:
         """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
-        if plan.order is not None or plan.parts[0][1] == "public" or plan.parts[0][2] is None:
+        if plan.order is not None:
             return None, b"", None
         _, name, fixed = plan.parts[0]
+        if name == "public" or fixed is None:
+            return None, b"", None
         cipher, place = self._ciphers[name]
         return cipher.decrypt_raw, place, fixed.unpack
 

@@ -55,6 +55,14 @@ def position(table: DeltaTable | None, app: str) -> int:
     return -1 if number is None else int(number)
 
 
+def newest(table: DeltaTable | None, uri: str) -> DeltaTable | None:
+    """A table as it is now, none where there is none; one that is known reads only what its log has more."""
+    if table is None:
+        return offline.open_table(uri)
+    table.update_incremental()
+    return table
+
+
 def store_batch(
     table: DeltaTable | None, rows: MicroBatch, target: Target, *, view: ViewSpec, quarantine: str
 ) -> tuple[Batch, DeltaTable]:
@@ -131,8 +139,9 @@ def _fitting(table: DeltaTable | None, rows: pa.Table, target: Target, *, view: 
         return offline.create_table(target.uri, rows.schema, num_buckets=target.buckets)
     if not rows.num_rows:
         return table
+    known = set(_table_schema(table).names)
     offline.check_schema(table, rows.schema, view=view)
-    return DeltaTable(target.uri)
+    return table if known >= set(rows.schema.names) else DeltaTable(target.uri)
 
 
 def _table_schema(table: DeltaTable) -> pa.Schema:
