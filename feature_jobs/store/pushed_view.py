@@ -18,6 +18,7 @@ from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.definitions import Entity, FeatureView, Field, FileSource, Sensitivity
 from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.lifecycle import heed, read_lifecycles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
 
     Raises:
         FeatureViewNotFound: no view of that name was applied.
+        ViewRetired: it takes no new rows.
         DefinitionError: its transform's code cannot be imported here, or is not what was applied.
     """
     applied = [entry.payload for entry in ledger.entries(FeatureViewApplied)]
@@ -40,6 +42,7 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
     if not of_name:
         known = {payload["view"] for payload in applied}
         raise FeatureViewNotFound(f"No feature view '{name}' has been applied.{did_you_mean(name, known)}")
+    heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
     newest = of_name[-1]
     definition, version = newest["definition"], newest["version"]
     if "event_id" in definition:

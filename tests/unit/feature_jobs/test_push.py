@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt
-from cluster.ledger.events import BatchIngested, FeatureViewApplied
+from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt, ViewRetired
+from cluster.ledger.events import BatchIngested, FeatureViewApplied, FeatureViewStateChanged
 from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store import streamed
@@ -267,6 +267,16 @@ def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
     project.ledger.append(event, actor="test")
     with pytest.raises(DefinitionError, match="applied as version abc"):
         pushed_view(project.ledger, "income")
+
+
+def test_a_retired_view_takes_no_pushes(project: PushProject) -> None:
+    """What was pushed before still comes into its table."""
+    project.push(row(1, 1, 5.0), key="a")
+    event = FeatureViewStateChanged(view="income", state="retired", previous="active", reason="old")
+    project.ledger.append(event, actor="test")
+    with pytest.raises(ViewRetired, match="No new rows are taken"):
+        pushed_view(project.ledger, "income")
+    assert project.stream().step() == 1
 
 
 def pushes(count: int) -> list[dict[str, Any]]:
