@@ -67,18 +67,21 @@ class OnlineStore:
             ArtifactTampered: a value is not the one that was written there.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
+        asked = [key for key in keys if key is not None]
+        found = self._get(view, asked)
+        if len(asked) == len(keys):
+            return found
+        known = iter(found)
+        return [None if key is None else next(known) for key in keys]
+
+    def _get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...]]) -> list[Found | None]:
         while (opened := self._opened(view)) is not None:
-            if None in keys:
-                break
-            addresses = opened.cipher.addresses(keys)  # type: ignore[arg-type]  # none of them is None
+            addresses = opened.cipher.addresses(keys)
             rows = self.engine.rows(view.name, opened.stamp, addresses)
             if rows is not None:
                 return opened.cipher.unpack(addresses, rows, opened.plans)
-            self._known.pop((view.name, view.version), None)
-        else:
-            return [None for _ in keys]
-        known = iter(self.get(view, [key for key in keys if key is not None]))
-        return [None if key is None else next(known) for key in keys]
+            self._known.pop((view.name, view.version), None)  # another generation is there by now
+        return [None for _ in keys]
 
     def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
         """Write rows where no greater ones lie, all in one transaction; gives how many were written.
