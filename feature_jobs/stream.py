@@ -54,6 +54,12 @@ class KafkaConfig:
     late: LatePolicy = LatePolicy.accept
     """What becomes of rows further behind."""
 
+    def __post_init__(self) -> None:
+        if self.linger_s <= 0:
+            raise ValueError(f"kafka.linger_s must be positive, got {self.linger_s}.")
+        if self.max_lateness_s is not None and self.max_lateness_s < 0:
+            raise ValueError(f"kafka.max_lateness_s must not be negative, got {self.max_lateness_s}.")
+
 
 @dataclass(kw_only=True, slots=True)
 class StreamConfig(PlatformConfig):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from cluster.errors import CommitConflict
+from cluster.errors import CommitConflict, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import protected_files
 from feature_jobs.store import offline
@@ -78,7 +78,13 @@ def store_batch(
     Raises:
         CommitConflict: another job committed meanwhile; nothing was stored.
         SchemaMismatch: a column has another type than the table's.
+        Inconsistent: rows in are not good and bad ones; nothing was stored.
     """
+    if rows.good.num_rows + rows.bad.num_rows != rows.rows_in:
+        raise Inconsistent(
+            f"View '{view.name}': {rows.rows_in} rows in are not {rows.good.num_rows} good + {rows.bad.num_rows} bad. "
+            "Nothing was committed."
+        )
     now = pa.scalar(dt.datetime.now(dt.UTC), TIMESTAMP)
     good = rows.good.append_column(INGESTED, pa.repeat(now, rows.good.num_rows))
     before = _standing(table, rows.positions)
