@@ -23,7 +23,7 @@ from deltalake import DeltaTable
 from ray.exceptions import RayError
 
 from cluster.entrypoint import job
-from cluster.errors import BatchRefused, DefinitionError, RefusedError
+from cluster.errors import BatchRefused, DefinitionError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
@@ -39,12 +39,13 @@ from feature_jobs.store.batch_checks import Finding
 from feature_jobs.store.batches import Ingested, Wanted
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.ranges import parse_range, parse_span
 from feature_jobs.store.recorded import read_recorded
-from feature_jobs.store.sources import Source, from_path
+from feature_jobs.store.sources import BatchSource, from_path
 from feature_jobs.store.validation import REASON
 from feature_jobs.storing import Checked, store
 
@@ -213,9 +214,20 @@ def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureVi
     return view, spec
 
 
-def given_source(config: IngestConfig, view: FeatureView) -> Source:
-    """The view's own source, or the file that the command names in its place."""
-    return view.source if config.source.path is None else from_path(view.source, config.source.path)
+def given_source(config: IngestConfig, view: FeatureView) -> BatchSource:
+    """The view's own source, or the file that the command names in its place.
+
+    Raises:
+        SourceError: its own is a topic, which has no end.
+    """
+    if config.source.path is not None:
+        return from_path(view.source, config.source.path)
+    if isinstance(view.source, KafkaSource):
+        raise SourceError(
+            f"View '{view.name}' has a topic as its source. Run `python -m feature_jobs.stream source=kafka "
+            f"view={view.name}`, or give files with `source.path=…`."
+        )
+    return view.source
 
 
 def stored_keys(table: DeltaTable | None, view: FeatureView) -> dict[str, str]:

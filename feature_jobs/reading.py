@@ -21,7 +21,7 @@ from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
-from feature_jobs.store.sources import FileFormat, Source, SqlSource
+from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
 from feature_jobs.store.typed import column_types, typed_rows, typed_text
 from feature_jobs.store.validation import prepare_part
@@ -55,7 +55,7 @@ class Prepared:
     """Of the source."""
 
 
-def open_batch(view: FeatureView, source: Source, places: Layout, known: Mapping[str, str]) -> Opened:
+def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str]) -> Opened:
     """Find, check and count what a source has; a database is read here.
 
     Args:

@@ -1,4 +1,4 @@
-"""`python -m feature_jobs.stream source=push view=v [once=true]`: a stream into a feature table, exactly once.
+"""`python -m feature_jobs.stream source=push|kafka view=v [once=true]`: a stream into a feature table, exactly once.
 
 Killed at any point, the same command run again goes on where the table's own commits say that it was.
 """
@@ -8,24 +8,29 @@ from __future__ import annotations
 import enum
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from cluster.entrypoint import job
-from cluster.errors import CommitConflict
+from cluster.errors import CommitConflict, DefinitionError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout
+from cluster.storage import layout, resolve
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import ViewSpec, view_spec
+from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.kafka_stream import KafkaStream
+from feature_jobs.store.lateness import Lateness, LatePolicy
 from feature_jobs.store.offline import Target
 from feature_jobs.store.online import open_online
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.push_stream import PushStream
+from feature_jobs.store.pushed_view import pushed_view
 from feature_jobs.store.pusher import open_log
 
 
@@ -33,6 +38,27 @@ class StreamSource(enum.Enum):
     """Where rows come from."""
 
     push = "push"
+    kafka = "kafka"
+
+
+@dataclass(kw_only=True, slots=True)
+class KafkaConfig:
+    """How a topic is read."""
+
+    properties_file: str | None = None
+    """A file with properties of librdkafka, one `name=value` a line: how to log in, for one."""
+    linger_s: float = 0.1
+    """So long rows are gathered for a commit."""
+    max_lateness_s: float | None = None
+    """How far a row may be behind the latest of its partition; none is any distance."""
+    late: LatePolicy = LatePolicy.accept
+    """What becomes of rows further behind."""
+
+    def __post_init__(self) -> None:
+        if self.linger_s <= 0:
+            raise ValueError(f"kafka.linger_s must be positive, got {self.linger_s}.")
+        if self.max_lateness_s is not None and self.max_lateness_s < 0:
+            raise ValueError(f"kafka.max_lateness_s must not be negative, got {self.max_lateness_s}.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +77,7 @@ class StreamConfig(PlatformConfig):
     """Of one commit."""
     num_buckets: int = 8
     """Of a new table; a table keeps the number it was made with."""
+    kafka: KafkaConfig = field(default_factory=KafkaConfig)
 
     def __post_init__(self) -> None:
         if self.interval_s <= 0:
@@ -60,6 +87,9 @@ class StreamConfig(PlatformConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
+_ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
+
+
 @job("stream", StreamConfig)
 def main(config: StreamConfig) -> None:
     """Stream into one view's table until there is nothing more, or until stopped."""
@@ -67,9 +97,13 @@ def main(config: StreamConfig) -> None:
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.stream")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
-    stream = push_stream(config, view, ledger, actor)
-    total = run(stream, config, _until_asked_to_stop())
-    print(f"view {view.name}: {total} pushed rows taken into the table")
+    stopped = _until_asked_to_stop()
+    match config.source:
+        case StreamSource.push:
+            total = run(push_stream(config, view, ledger, actor), config, stopped)
+        case StreamSource.kafka:
+            total = run_kafka(config, ledger, actor, stopped)
+    print(f"view {view.name}: {total} {_ROWS[config.source]} rows taken into the table")
 
 
 def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Actor) -> PushStream:
@@ -85,6 +119,41 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
         actor=actor.name,
         max_rows=config.max_rows,
     )
+
+
+def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threading.Event) -> int:
+    """Stream a view's topic; gives the rows taken.
+
+    Raises:
+        DefinitionError: the view's source is no topic.
+    """
+    from feature_jobs.store.kafka_consumer import Reading, consume  # librdkafka, where it is used
+
+    view, places = pushed_view(ledger, config.view), layout(config.storage)
+    if not isinstance(view.view.source, KafkaSource):
+        raise DefinitionError(
+            f"View '{config.view}' has no KafkaSource. Run `python -m feature_jobs.ingest`."
+        )
+    lateness_s = config.kafka.max_lateness_s
+    stream = KafkaStream(
+        view=view,
+        topic=view.view.source.topic,
+        target=target_of(config, view.spec, actor),
+        quarantine=places.quarantine(config.view),
+        store=open_online(config.online, places, key_store(actor.access), readonly=False),
+        ledger=ledger,
+        actor=actor.name,
+        lateness=Lateness(None if lateness_s is None else round(lateness_s * 1e6), config.kafka.late),
+    )
+    file = config.kafka.properties_file
+    reading = Reading(
+        source=view.view.source,
+        properties_file=None if file is None else Path(resolve(file)),
+        once=config.once,
+        linger_s=config.kafka.linger_s,
+        max_rows=config.max_rows,
+    )
+    return consume(stream, reading, stopped)
 
 
 def target_of(config: StreamConfig, view: ViewSpec, actor: Actor) -> Target:

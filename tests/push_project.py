@@ -3,7 +3,9 @@ pushes and streams, to be killed."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,8 +17,11 @@ from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, Range, Sensitivity
+from feature_jobs.store import Entity, FeatureView, Field, FileSource, KafkaSource, Range, Sensitivity
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply
+from feature_jobs.store.kafka_consumer import Reading, consume
+from feature_jobs.store.kafka_stream import KafkaStream
+from feature_jobs.store.lateness import Lateness, LatePolicy
 from feature_jobs.store.offline import Snapshot, Target, snapshot
 from feature_jobs.store.online import FeatureReader, open_online
 from feature_jobs.store.protection import view_protection
@@ -66,16 +71,9 @@ class PushProject:
     def stream(self, **changes: Any) -> PushStream:
         """The stream into the table."""
         spec = self.view.spec
-        target = Target(
-            uri=self.places.features(spec.name),
-            keys=tuple(spec.join_keys),
-            buckets=2,
-            protection=view_protection(spec),
-            access=self.access,
-        )
         return PushStream(
             view=spec,
-            target=target,
+            target=self.target(),
             quarantine=self.places.quarantine(spec.name),
             log=self.log,
             store=self.store,
@@ -83,6 +81,45 @@ class PushProject:
             actor="test",
             **changes,
         )
+
+    def target(self) -> Target:
+        """The table."""
+        spec = self.view.spec
+        return Target(
+            uri=self.places.features(spec.name),
+            keys=tuple(spec.join_keys),
+            buckets=2,
+            protection=view_protection(spec),
+            access=self.access,
+        )
+
+    def kafka(self, **changes: Any) -> KafkaStream:
+        """The stream of the view's topic."""
+        given = {"lateness": Lateness(None, LatePolicy.accept)} | changes
+        return KafkaStream(
+            view=self.view,
+            topic=self.topic.topic,
+            target=self.target(),
+            quarantine=self.places.quarantine(self.view.spec.name),
+            store=self.store,
+            ledger=self.ledger,
+            actor="test",
+            **given,
+        )
+
+    @property
+    def topic(self) -> KafkaSource:
+        """The view's source, if it is one."""
+        source = self.view.view.source
+        assert isinstance(source, KafkaSource)
+        return source
+
+    def consume(self, **changes: Any) -> int:
+        """Take what is in the topic; gives how many rows."""
+        reading = Reading(
+            source=self.topic, once=True, linger_s=0.01, max_rows=changes.pop("max_rows", 50_000)
+        )
+        return consume(self.kafka(**changes), reading, threading.Event())
 
     def snapshot(self) -> Snapshot:
         """The table as it is now."""
@@ -114,6 +151,26 @@ class PushProject:
         self.store.close()
         self.log.close()
         self.ledger.engine.dispose()
+
+
+def kafka_view(servers: str) -> FeatureView:
+    """The same view, from a topic."""
+    source = KafkaSource(
+        servers, "incomes", event_timestamp="at", created_timestamp="known_at", deleted="gone"
+    )
+    return replace(INCOME, source=source)
+
+
+def message(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
+    """A row as a producer sends it."""
+    at = (START + timedelta(hours=hour)).isoformat()
+    return {"person_id": person, "amount": amount, "sector": f"s{person}", "at": at} | fields
+
+
+def consume_until_killed(root: str, access: KeyAccess, servers: str) -> None:
+    """Take a topic into a view's table, few rows at a time."""
+    project = PushProject(Path(root), access, view=kafka_view(servers))
+    project.consume(max_rows=3)
 
 
 def serve(root: str, access: KeyAccess, asked: Connection) -> None:

@@ -35,8 +35,13 @@ def running_redis(*options: str) -> Iterator[str]:
         client, deadline = redis.Redis(port=port), time.monotonic() + START_DEADLINE_S
         while True:
             assert process.poll() is None, "redis-server ended"
-            with contextlib.suppress(redis.ConnectionError):
+            try:
                 client.ping()
+            except redis.AuthenticationError:  # it answers, to those with a password
+                break
+            except redis.ConnectionError:
+                pass
+            else:
                 break
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)

@@ -96,6 +96,8 @@ class BatchIngested(LedgerEvent):
     start: str | None = None
     """Of the range of event times that was taken; none is all of the source."""
     end: str | None = None
+    rows_late: int = 0
+    """Stored, although further behind their stream than it allows for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

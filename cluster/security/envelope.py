@@ -155,6 +155,8 @@ class ValueCipher:
 
     def __init__(self, secret: bytes) -> None:
         self._cipher = AESGCM(secret)
+        self.decrypt_raw = self._cipher.decrypt
+        """Of nonce, ciphertext with tag, and place; raises `InvalidTag`. For loops in which a call more would show."""
 
     @classmethod
     def create(cls, store: KeyStore, key: str) -> tuple[ValueCipher, str]:

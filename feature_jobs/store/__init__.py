@@ -12,6 +12,7 @@ from feature_jobs.store.definitions import (
     Sensitivity,
     Transform,
 )
+from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.sources import FileSource, SqlSource
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureView",
     "Field",
     "FileSource",
+    "KafkaSource",
     "Freshness",
     "Keep",
     "NotNull",

@@ -57,6 +57,8 @@ class Batch:
     findings: list[dict[str, Any]] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     """Of the source."""
+    rows_late: int = 0
+    """Stored, although further behind their stream than it allows for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,8 @@ from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout, local, resolve
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.online_lmdb import LmdbEngine
-from feature_jobs.store.online_store import Found, OnlineStore
+from feature_jobs.store.online_rows import Found
+from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.online_windows import WindowedView
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -38,6 +39,9 @@ class Status(enum.StrEnum):
     missing = "missing"
     """Nothing is known of the entity at that time."""
     expired = "expired"
+
+
+_PRESENT, _NULL, _MISSING, _EXPIRED = Status  # an enum's members are slow to look up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,18 +76,8 @@ class FeatureReader:
         vectors = FeatureVectors(columns={}, status={})
         for view, names in zip(self.spec.views, self._columns, strict=True):
             found = self._found(view, self._keys(view, entities, vectors), at_us)
-            limit_us = None if view.ttl_s is None else round(view.ttl_s * 1_000_000)
-            states = [_state(row, at_us, limit_us) for row in found]
-            nothing = (None,) * len(names)
-            rows = [
-                row[3] if row is not None and state is Status.present else nothing
-                for row, state in zip(found, states, strict=True)
-            ]
+            states, rows, whole = _judged(found, len(names), at_us, view.ttl_s)
             vectors.columns.update(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-            whole = all(
-                state is not Status.present or row is None or row[2]
-                for row, state in zip(found, states, strict=True)
-            )
             for name in names:
                 vectors.status[name] = states if whole else _with_nulls(states, vectors.columns[name])
         return vectors
@@ -172,16 +166,30 @@ def microseconds(moment: dt.datetime) -> int:
     return (moment - _EPOCH) // dt.timedelta(microseconds=1)
 
 
-def _state(row: Found | None, at_us: int, limit_us: int | None) -> Status:
-    if row is None or row[1] > at_us:
-        return Status.missing
-    if limit_us is not None and at_us - row[0] > limit_us:
-        return Status.expired
-    return Status.present
+def _judged(
+    found: Sequence[Found | None], width: int, at_us: int, ttl_s: float | None
+) -> tuple[list[Status], list[Sequence[Any]], bool]:
+    """Each row's status and values at a moment, and whether no value of those that are present is null."""
+    oldest_us = -(2**63) if ttl_s is None else at_us - round(ttl_s * 1_000_000)
+    states: list[Status] = []
+    rows: list[Sequence[Any]] = []
+    whole, nothing = True, (None,) * width
+    for row in found:
+        if row is None or row[1] > at_us:
+            states.append(_MISSING)
+            rows.append(nothing)
+        elif row[0] < oldest_us:
+            states.append(_EXPIRED)
+            rows.append(nothing)
+        else:
+            states.append(_PRESENT)
+            rows.append(row[3])
+            whole = whole and row[2]
+    return states, rows, whole
 
 
 def _with_nulls(states: list[Status], values: Sequence[Any]) -> list[Status]:
     return [
-        Status.null if state is Status.present and value is None else state
+        _NULL if state is _PRESENT and value is None else state
         for state, value in zip(states, values, strict=True)
     ]

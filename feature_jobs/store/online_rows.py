@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+from cryptography.exceptions import InvalidTag
 
-from cluster.security.envelope import ValueCipher, place_of
+from cluster.errors import ArtifactTampered
+from cluster.security.envelope import NONCE_BYTES, ValueCipher, place_of
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.definitions import Sensitivity
 
@@ -52,6 +54,10 @@ class OnlineRow:
     values: Sequence[Any]
     """In the order of the view's fields; of a deleted row none."""
     deleted: bool = False
+
+
+Found = tuple[int, int, bool, Sequence[Any]]
+"""Event and availability in microseconds, whether no value is null, and the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +204,19 @@ class RowCipher:
         }
         return cls(view, open_hash_key(store, view, wrapped), ciphers)
 
+    def addresses(self, entities: Iterable[Sequence[int | str]]) -> list[bytes]:
+        """Where entities' rows lie."""
+        new, pack = self._hash.copy, self._pack
+        places = []
+        for entity in entities:
+            state = new()
+            state.update(pack(entity))
+            places.append(state.digest())
+        return places
+
     def address(self, entity: Sequence[int | str]) -> bytes:
         """Where an entity's row lies."""
-        state = self._hash.copy()
-        state.update(self._pack(entity))
-        return state.digest()
+        return self.addresses([entity])[0]
 
     def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
         """A row as it lies in the store, in the layout of that number."""
@@ -219,32 +233,64 @@ class RowCipher:
         return header + (parts[0] if len(parts) == 1 else msgpack.packb(parts))
 
     def unpack(
-        self, address: bytes, packed: bytes, plans: Sequence[Plan]
-    ) -> tuple[int, int, bool, Sequence[Any]] | None:
-        """Event and availability in microseconds, whether no value is null, and the values; none of a deleted entity.
+        self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
+    ) -> list[Found | None]:
+        """What stored rows say; none where there is no row, or its entity was deleted.
 
         Raises:
             ArtifactTampered: a value was altered, or belongs to another entity, view or time.
         """
-        event, created, _, flags, number = _HEADER.unpack_from(packed)
-        if flags & _DELETED:
-            return None
-        plan, size, nulls = plans[number], _HEADER.size, flags & _NULLS
-        body = packed[size:]
+        found: list[Found | None] = []
+        header, size, first = _HEADER.unpack_from, _HEADER.size, _HEADER.size + NONCE_BYTES
+        number, address = -1, b""
+        try:
+            for address, packed in zip(addresses, rows, strict=True):
+                if packed is None:
+                    found.append(None)
+                    continue
+                event, created, _, flags, layout = header(packed)
+                if layout != number:
+                    plan, number = plans[layout], layout
+                    decrypt, place, fixed = self._single(plan)
+                if flags == 0 and fixed is not None:  # the common case, without a call that is not needed
+                    bound = place + address + packed[:size]
+                    values = fixed(decrypt(packed[size:first], packed[first:], bound))
+                elif flags & _DELETED:
+                    found.append(None)
+                    continue
+                else:
+                    values = self._values(address, packed, plan, nulls=bool(flags))
+                known = event if event > created else created
+                found.append((event - _OFFSET, known - _OFFSET, plan.complete and not flags, values))
+        except (InvalidTag, ValueError, struct.error) as error:
+            raise ArtifactTampered(
+                f"The online row at {address!r} was altered or belongs elsewhere."
+            ) from error
+        return found
+
+    def _single(self, plan: Plan) -> tuple[Any, bytes, Any]:
+        """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
+        if plan.order is not None:
+            return None, b"", None
+        _, name, fixed = plan.parts[0]
+        if name == "public" or fixed is None:
+            return None, b"", None
+        cipher, place = self._ciphers[name]
+        return cipher.decrypt_raw, place, fixed.unpack
+
+    def _values(self, address: bytes, packed: bytes, plan: Plan, *, nulls: bool) -> Sequence[Any]:
+        body, bound = packed[_HEADER.size :], address + packed[: _HEADER.size]
         stored = (body,) if plan.single else msgpack.unpackb(body)
-        bound = address + packed[:size]
-        values: Sequence[Any] = ()
         groups: dict[int, Sequence[Any]] = {}
         for part, name, fixed in plan.parts:
             content = stored[part]
             if name != "public":
                 cipher, place = self._ciphers[name]
                 content = cipher.decrypt(content, place + bound)
-            values = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
-            groups[part] = values
-        if plan.order is not None:
-            values = [None if place is None else groups[place[0]][place[1]] for place in plan.order]
-        return event - _OFFSET, max(event, created) - _OFFSET, plan.complete and not nulls, values
+            groups[part] = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
+        if plan.order is None:
+            return groups[0]
+        return [None if place is None else groups[place[0]][place[1]] for place in plan.order]
 
     def _sealed(self, name: str, group: bytes, bound: bytes) -> bytes:
         if name == Sensitivity.PUBLIC:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cluster.errors import SourceError
 from cluster.security.envelope import ValueCipher
@@ -21,6 +20,7 @@ from feature_jobs.store.online_engine import Carry, Engine, Rows, Write
 from feature_jobs.store.online_meta import Meta, layout_of
 from feature_jobs.store.online_rows import (
     EVERYTHING,
+    Found,
     Horizon,
     OnlineRow,
     Plan,
@@ -33,9 +33,6 @@ from feature_jobs.store.online_rows import (
 
 RETRY_S = 1.0
 """After this the key store is asked again, where it could not be; values are read with the keys of before."""
-
-Found = tuple[int, int, bool, Sequence[Any]]
-"""Event and availability in microseconds, whether no value is null, and the values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,22 +67,21 @@ class OnlineStore:
             ArtifactTampered: a value is not the one that was written there.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
-        while (opened := self._opened(view)) is not None:
-            address, unpack, plans = opened.cipher.address, opened.cipher.unpack, opened.plans
-            if None in keys:
-                break
-            addresses = [address(key) for key in keys]  # type: ignore[arg-type]
-            found = self.engine.rows(view.name, opened.stamp, addresses)
-            if found is not None:
-                return [
-                    None if packed is None else unpack(place, packed, plans)
-                    for place, packed in zip(addresses, found, strict=True)
-                ]
-            self._known.pop((view.name, view.version), None)
-        else:
-            return [None for _ in keys]
-        known = iter(self.get(view, [key for key in keys if key is not None]))
+        asked = [key for key in keys if key is not None]
+        found = self._get(view, asked)
+        if len(asked) == len(keys):
+            return found
+        known = iter(found)
         return [None if key is None else next(known) for key in keys]
+
+    def _get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...]]) -> list[Found | None]:
+        while (opened := self._opened(view)) is not None:
+            addresses = opened.cipher.addresses(keys)
+            rows = self.engine.rows(view.name, opened.stamp, addresses)
+            if rows is not None:
+                return opened.cipher.unpack(addresses, rows, opened.plans)
+            self._known.pop((view.name, view.version), None)  # another generation is there by now
+        return [None for _ in keys]
 
     def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
         """Write rows where no greater ones lie, all in one transaction; gives how many were written.
@@ -198,8 +194,10 @@ class OnlineStore:
                 return []
             opened = self._open(view, before, until=0.0)
             kept = []
-            for place, packed in beyond:
-                header, found = header_of(packed), opened.cipher.unpack(place, packed, opened.plans)
+            places, contents = [place for place, _ in beyond], [packed for _, packed in beyond]
+            old = opened.cipher.unpack(places, contents, opened.plans)
+            for (place, packed), found in zip(beyond, old, strict=True):
+                header = header_of(packed)
                 row = OnlineRow(
                     keys=(),
                     event_us=header.event_us,

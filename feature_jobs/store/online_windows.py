@@ -20,8 +20,7 @@ from feature_jobs.store.aggregations import WindowSpec
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.definitions import Sensitivity, content_hash
 from feature_jobs.store.offline import Snapshot
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.online_store import Found
+from feature_jobs.store.online_rows import Found, OnlineRow
 from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
 from feature_jobs.store.tiles import EventRow, Tiling, WindowState
 

@@ -120,6 +120,11 @@ class PushLog:
             ) from error
         return Appended(first=first, answer=answer, again=False)
 
+    def holds(self, first: int) -> bool:
+        """Whether the push with that number was not yet taken into the table and settled."""
+        with self._env.begin() as transaction:
+            return transaction.get(_RECORD + _bytes(first)) is not None
+
     def next_number(self) -> int:
         """The number that the next row will get."""
         with self._env.begin() as transaction:

@@ -22,7 +22,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import ViewSpec
-from feature_jobs.store.offline import Target
+from feature_jobs.store.offline import Batch, Target
 from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import SEQ
@@ -57,7 +57,7 @@ class PushStream:
         table = offline.open_table(self.target.uri)
         done = position(table, PUSH_APP)
         if table is not None:
-            self._finish(table, done)
+            self._finish(table, done, None)
         if self.log.next_number() <= done:
             raise Inconsistent(
                 f"View '{self.view.name}': the table has pushed rows up to number {done}, the push log would give that "
@@ -72,8 +72,8 @@ class PushStream:
                 "What lies between was lost. Restore the log from a backup."
             )
         batch = micro_batch(records, first_seq=1 + (-1 if table is None else offline.last_seq(table)))
-        _, table = store_batch(table, batch, self.target, view=self.view, quarantine=self.quarantine)
-        self._finish(table, records[-1].last)
+        stored, table = store_batch(table, batch, self.target, view=self.view, quarantine=self.quarantine)
+        self._finish(table, records[-1].last, stored)
         return batch.rows_in
 
     def _take(self, after: int) -> Iterator[PushRecord]:
@@ -84,23 +84,30 @@ class PushStream:
             if taken >= self.max_rows:
                 return
 
-    def _finish(self, table: DeltaTable, done: int) -> None:
-        """All that follows a commit, for the records that are still in the log."""
+    def _finish(self, table: DeltaTable, done: int, stored: Batch | None) -> None:
+        """All that follows a commit, for the records that are still in the log.
+
+        Args:
+            table: behind the commit.
+            done: number of the last row in it.
+            stored: what this process just stored; none to mend what a crash left.
+        """
         records = list(itertools.takewhile(lambda record: record.last <= done, self.log.records(-1)))
         if not records:
             return
         shift = position(table, PUSH_SEQ_APP) - done
         for record in records:
             self._settle(record, shift)
-        ingest_id = _batch_id(records)
-        found = offline.find_batch(table, ingest_id)
-        if found is None:
-            raise Inconsistent(
-                f"View '{self.view.name}': the table's history has no batch {ingest_id}, which it holds."
-            )
-        if not any(entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)):
-            self.ledger.append(event_of(self.view, "push", *found), actor=self.actor)
+        event = self._untold(table, _batch_id(records)) if stored is None else (stored, table.version())
+        if event is not None:
+            self.ledger.append(event_of(self.view, "push", *event), actor=self.actor)
         self.log.trim(done)
+
+    def _untold(self, table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
+        """A batch in the table, with its version, that the ledger has no event of."""
+        if any(entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)):
+            return None
+        return offline.find_batch(table, ingest_id)
 
     def _settle(self, record: PushRecord, shift: int) -> None:
         """Give a record's rows their numbers online, and put there what a crash kept from it."""

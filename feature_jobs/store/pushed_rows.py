@@ -24,7 +24,7 @@ from feature_jobs.store.validation import RAW, REASON, prepare
 MAX_ROWS = 1000
 ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})
 POSITION = "__position"
-_KEY_TYPES = {int: "int64", str: "string"}
+KEY_TYPES = {int: "int64", str: "string"}
 _TIMES = frozenset({EVENT, CREATED})
 
 
@@ -72,7 +72,7 @@ def check_rows(
         prepared = prepare(block, replace(view, source=source), now=now)
     except SourceError as error:
         raise InvalidRequest(f"The rows do not fit view '{view.name}': {error}") from error
-    return _parted(prepared, [_flat(row, view) for row in rows], reasons)
+    return parted(prepared, [_flat(row, view) for row in rows], reasons, places=range(len(rows)))
 
 
 def _flat(row: Mapping[str, Any], view: FeatureView) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _check_keys(rows: Sequence[Mapping[str, Any]], view: FeatureView, key_types:
         wanted = key_types.get(key)
         for position, row in enumerate(rows):
             value = row["keys"][key]
-            given = _KEY_TYPES.get(type(value))
+            given = KEY_TYPES.get(type(value))
             wanted = wanted or given
             if given is None or given != wanted or (given == "int64" and not -(2**63) <= value < 2**63):
                 kind = "text" if wanted == "string" else "a whole number of 64 bits"
@@ -127,7 +127,7 @@ def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> Source:
     own = view.source
     for given, name, of_source in (
         (created, CREATED, own.created_timestamp),
-        (deleted, DELETED, getattr(own, "deleted", None)),
+        (deleted, DELETED, own.deleted),
     ):
         if given and of_source is None:
             raise InvalidRequest(
@@ -144,17 +144,21 @@ def _columns(
     columns = {key: pa.array([row["keys"][key] for row in rows]) for key in view.join_keys}
     for name in names:
         values = [row.get("features", {}).get(name) for row in rows]
-        columns[name] = _column(name, values, dtypes.get(name), reasons)
+        columns[name] = typed_column(name, values, dtypes.get(name), reasons)
     for name, of_source in ((EVENT, source.event_timestamp), (CREATED, source.created_timestamp)):
         if of_source is not None:
-            columns[of_source] = _column(name, [row.get(name) for row in rows], "timestamp", reasons)
-    if (deleted := getattr(source, "deleted", None)) is not None:
-        columns[deleted] = pa.array([bool(row.get(DELETED)) for row in rows])
+            columns[of_source] = typed_column(name, [row.get(name) for row in rows], "timestamp", reasons)
+    if source.deleted is not None:
+        columns[source.deleted] = pa.array([bool(row.get(DELETED)) for row in rows])
     return columns
 
 
-def _column(name: str, values: list[Any], dtype: str | None, reasons: dict[int, str]) -> pa.Array:
-    """Values of one type; one that is not is null here, and its row has a reason."""
+def typed_column(name: str, values: list[Any], dtype: str | None, reasons: dict[int, str]) -> pa.Array:
+    """JSON values of one dtype; one that is not is null here, and its row gets a reason.
+
+    Raises:
+        InvalidRequest: no dtype is given, and the values are of several.
+    """
     if dtype is None:
         try:
             return pa.array(values)
@@ -198,19 +202,31 @@ def _instant(text: str) -> dt.datetime | None:
         return None
 
 
-def _parted(prepared: pa.Table, rows: Sequence[Mapping[str, Any]], reasons: Mapping[int, str]) -> CheckedRows:
-    """Good and bad rows; a value that did not fit counts before what the checks say of its null."""
+def parted(
+    prepared: pa.Table,
+    rows: Sequence[Mapping[str, Any]],
+    reasons: Mapping[int, str],
+    *,
+    places: Sequence[int],
+) -> CheckedRows:
+    """Good and bad rows; a value that did not fit counts before what the checks say of its null.
+
+    Args:
+        prepared: what `prepare` gave.
+        rows: as they came.
+        reasons: of rows with values that did not fit.
+        places: `POSITION` of each row.
+    """
     said = prepared[REASON].to_pylist()
     for position, reason in reasons.items():
         said[position] = reason
-    table = prepared.append_column(POSITION, pa.array(range(len(rows)), pa.int64()))
-    wrong = pa.array(said, pa.string())
+    table = prepared.append_column(POSITION, pa.array(places, pa.int64()))
     bad = [position for position, reason in enumerate(said) if reason is not None]
     return CheckedRows(
-        good=table.filter(pc.is_null(wrong)).drop_columns([REASON, RAW]),
+        good=table.filter(pc.is_null(pa.array(said, pa.string()))).drop_columns([REASON, RAW]),
         bad=pa.table(
             {
-                POSITION: pa.array(bad, pa.int64()),
+                POSITION: pa.array([places[position] for position in bad], pa.int64()),
                 "reason": pa.array([said[position] for position in bad], pa.string()),
                 "raw": pa.array([json.dumps(rows[position]) for position in bad], pa.string()),
             }

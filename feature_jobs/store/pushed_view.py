@@ -17,6 +17,8 @@ from cluster.ledger.events import FeatureViewApplied
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.definitions import Entity, FeatureView, Field, FileSource, Sensitivity
+from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.lifecycle import heed, read_lifecycles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,7 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
 
     Raises:
         FeatureViewNotFound: no view of that name was applied.
+        ViewRetired: it takes no new rows.
         DefinitionError: its transform's code cannot be imported here, or is not what was applied.
     """
     applied = [entry.payload for entry in ledger.entries(FeatureViewApplied)]
@@ -39,6 +42,7 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
     if not of_name:
         known = {payload["view"] for payload in applied}
         raise FeatureViewNotFound(f"No feature view '{name}' has been applied.{did_you_mean(name, known)}")
+    heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
     newest = of_name[-1]
     definition, version = newest["definition"], newest["version"]
     if "event_id" in definition:
@@ -72,16 +76,11 @@ def _from_code(name: str, version: str, module: str) -> FeatureView:
 
 def from_record(definition: dict[str, Any]) -> FeatureView:
     """A view without a transform, from the ledger's record of it."""
-    source = definition["source"]
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _subclasses(Check)}
     return FeatureView(
         definition["name"],
         entities=[Entity(one["name"], join_keys=one["join_keys"]) for one in definition["entities"]],
-        source=FileSource(
-            source.get("path") or "pushed",
-            event_timestamp=source["event_timestamp"],
-            created_timestamp=source["created_timestamp"],
-        ),
+        source=_source(definition["source"]),
         schema=[
             Field(one["name"], one["dtype"], sensitivity=Sensitivity(one["sensitivity"]))
             for one in definition["schema"]
@@ -89,6 +88,15 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
         created_lag=timedelta(seconds=definition["created_lag_s"]),
         checks=[kinds[check["check"]].from_definition(check) for check in definition["checks"]],
     )
+
+
+def _source(recorded: dict[str, Any]) -> FileSource | KafkaSource:
+    path, event = recorded.get("path") or "pushed", recorded["event_timestamp"]
+    created, deleted = recorded.get("created_timestamp"), recorded.get("deleted")
+    if path.startswith("kafka://"):
+        servers, _, topic = path.removeprefix("kafka://").partition("/")
+        return KafkaSource(servers, topic, event_timestamp=event, created_timestamp=created, deleted=deleted)
+    return FileSource(path, event_timestamp=event, created_timestamp=created, deleted=deleted)
 
 
 def _subclasses(kind: type) -> Iterator[type]:

@@ -68,6 +68,10 @@ class Pusher:
             raise InvalidRequest(
                 f"View '{view.name}' was applied by an older release and has no key for pushes. Apply it again."
             ) from error
+        if appended.again and not self._log.holds(appended.first):
+            return (
+                appended.answer
+            )  # it is online under its `ingest_seq`, which its number must not take the place of
         good = _accepted_then(checked, appended)
         if good.num_rows:
             given = offline.key_types(good.schema, view.join_keys)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from cluster.errors import DefinitionError, did_you_mean
+from feature_jobs.store.kafka_source import KafkaSource
 
 DTYPES: dict[str, pa.DataType] = {
     "bool": pa.bool_(),
@@ -161,7 +162,8 @@ class SqlSource:
         }
 
 
-Source = FileSource | SqlSource
+BatchSource = FileSource | SqlSource
+Source = BatchSource | KafkaSource
 
 
 def from_path(source: Source, path: str) -> FileSource:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from cluster.errors import CommitConflict
+from cluster.errors import CommitConflict, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import protected_files
 from feature_jobs.store import offline
@@ -41,6 +41,7 @@ class MicroBatch:
     last_seq: int
     positions: Mapping[str, int]
     """How far the stream has come with it, by application id."""
+    rows_late: int = 0
 
 
 def horizon(table: DeltaTable) -> Horizon:
@@ -52,6 +53,14 @@ def position(table: DeltaTable | None, app: str) -> int:
     """How far a stream has come, -1 at its beginning."""
     number = None if table is None else table.transaction_version(app)
     return -1 if number is None else int(number)
+
+
+def newest(table: DeltaTable | None, uri: str) -> DeltaTable | None:
+    """A table as it is now, none where there is none; one that is known reads only what its log has more."""
+    if table is None:
+        return offline.open_table(uri)
+    table.update_incremental()
+    return table
 
 
 def store_batch(
@@ -69,7 +78,13 @@ def store_batch(
     Raises:
         CommitConflict: another job committed meanwhile; nothing was stored.
         SchemaMismatch: a column has another type than the table's.
+        Inconsistent: rows in are not good and bad ones; nothing was stored.
     """
+    if rows.good.num_rows + rows.bad.num_rows != rows.rows_in:
+        raise Inconsistent(
+            f"View '{view.name}': {rows.rows_in} rows in are not {rows.good.num_rows} good + {rows.bad.num_rows} bad. "
+            "Nothing was committed."
+        )
     now = pa.scalar(dt.datetime.now(dt.UTC), TIMESTAMP)
     good = rows.good.append_column(INGESTED, pa.repeat(now, rows.good.num_rows))
     before = _standing(table, rows.positions)
@@ -94,6 +109,7 @@ def store_batch(
         rows_quarantined=rows.bad.num_rows,
         reasons=dict(Counter(rows.bad["reason"].to_pylist())),
         quarantine=said,
+        rows_late=rows.rows_late,
     )
     schema = good.schema if good.num_rows else _table_schema(table)
     offline.commit(table, schema, files, batch, seq=rows.last_seq, positions=rows.positions)
@@ -114,6 +130,7 @@ def event_of(view: ViewSpec, source: str, batch: Batch, table_version: int) -> B
         table_version=table_version,
         reasons=batch.reasons,
         quarantine=batch.quarantine,
+        rows_late=batch.rows_late,
     )
 
 
@@ -128,8 +145,9 @@ def _fitting(table: DeltaTable | None, rows: pa.Table, target: Target, *, view: 
         return offline.create_table(target.uri, rows.schema, num_buckets=target.buckets)
     if not rows.num_rows:
         return table
+    known = set(_table_schema(table).names)
     offline.check_schema(table, rows.schema, view=view)
-    return DeltaTable(target.uri)
+    return table if known >= set(rows.schema.names) else DeltaTable(target.uri)
 
 
 def _table_schema(table: DeltaTable) -> pa.Schema:

@@ -17,7 +17,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import ConfigError, DefinitionError, FeatureViewNotFound, ModelNotFound
+from cluster.errors import (
+    ConfigError,
+    DefinitionError,
+    FeatureViewNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    ViewRetired,
+)
 from cluster.ledger import open_ledger
 from cluster.security.identity import Principal
 from cluster.security.keys.access import key_store, service_access
@@ -114,6 +121,8 @@ class Features:
             return pushed_view(self._ledger, name)
         except FeatureViewNotFound:
             raise
+        except ViewRetired as error:
+            raise InvalidRequest(str(error)) from error
         except DefinitionError as error:
             raise Unavailable(str(error)) from error
 

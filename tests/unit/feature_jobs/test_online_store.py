@@ -5,6 +5,7 @@ Every test runs against both engines.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from cluster.errors import ConfigError, OnlineStoreUnavailable, SourceError
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
+from cluster.security.tls import ensure_tls
 from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
 from cluster.storage import Layout
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
@@ -24,6 +26,8 @@ from feature_jobs.store.online_engine import Rows
 from feature_jobs.store.online_redis import RedisEngine
 from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
 from feature_jobs.store.online_store import Found, OnlineStore
+from tests.ports import free_port
+from tests.redis_server import running_redis
 from tests.unit.feature_jobs.test_online import START, ServiceSpec
 
 KEY_TYPES = {"id": "int64"}
@@ -319,6 +323,34 @@ def test_a_redis_that_is_away_is_named(keys: Keyring) -> None:
     config = OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:1/0")
     with pytest.raises(OnlineStoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*online\.url"):
         open_online(config, Layout(""), keys).get(VIEW, PERSONS)
+
+
+def test_redis_is_spoken_to_over_tls_with_a_password_from_a_file(tmp_path: Path, keys: Keyring) -> None:
+    """Its certificate is checked against the given authority; without the password nothing is read."""
+    places = Layout(str(tmp_path))
+    ensure_tls(places)
+    (tmp_path / "password").write_text("s3cret\n")
+    port, files = free_port(), {"cert": "node.pem", "key": "node.key", "ca-cert": "ca.pem"}
+    options = [
+        word for name, file in files.items() for word in (f"--tls-{name}-file", f"{places.tls}/{file}")
+    ]
+    tls = ["--tls-port", str(port), "--tls-auth-clients", "no", "--requirepass", "s3cret"]
+    config = OnlineConfig(
+        kind=OnlineKind.redis,
+        url=f"rediss://127.0.0.1:{port}/0",
+        ca_file=f"{places.tls}/ca.pem",
+        password_file=str(tmp_path / "password"),
+    )
+    with running_redis(*options, *tls):
+        store = open_online(config, places, keys)
+        assert store.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)]) == 1
+        assert amounts(store) == [1.0, None, None]
+        store.close()
+        for lacking in ({"ca_file": None}, {"password_file": None}):
+            store = open_online(dataclasses.replace(config, **lacking), places, keys)  # type: ignore[arg-type]
+            with pytest.raises(OnlineStoreUnavailable):
+                store.get(VIEW, PERSONS)
+            store.close()
 
 
 def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:

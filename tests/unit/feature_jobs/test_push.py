@@ -13,13 +13,13 @@ from typing import Any
 import orjson
 import pytest
 
-from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt
-from cluster.ledger.events import BatchIngested, FeatureViewApplied
+from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt, ViewRetired
+from cluster.ledger.events import BatchIngested, FeatureViewApplied, FeatureViewStateChanged
 from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store import streamed
 from feature_jobs.store.offline import open_table
-from feature_jobs.store.online_rows import PROVISIONAL
+from feature_jobs.store.online_rows import PROVISIONAL, OnlineRow
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.pushed_view import from_record, pushed_view
 from tests.push_project import INCOME, START, PushProject, row, serve
@@ -61,6 +61,17 @@ def test_the_same_key_again_answers_the_same_without_a_second_effect(project: Pu
     assert project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a") == first
     assert project.stream().step() == 0
     assert project.table()["amount"].to_list() == [5.0, 6.0]
+
+
+def test_a_push_repeated_after_it_was_streamed_keeps_its_place(project: PushProject) -> None:
+    """Online it goes by its `ingest_seq`, so a row that came later with the same times goes before it."""
+    project.push(row(1, 1, 5.0), key="a")
+    project.stream().step()
+    project.push(row(1, 1, 5.0), key="a")
+    [found] = project.store.get(project.view.spec, [(1,)])
+    assert found is not None
+    later = OnlineRow(keys=(1,), event_us=found[0], created_us=found[1], seq=1, values=(6.0, "s"))
+    assert project.store.put(project.view.spec, {"person_id": "int64"}, [later]) == 1
 
 
 def test_a_key_used_for_something_else_is_refused(project: PushProject) -> None:
@@ -267,6 +278,16 @@ def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
     project.ledger.append(event, actor="test")
     with pytest.raises(DefinitionError, match="applied as version abc"):
         pushed_view(project.ledger, "income")
+
+
+def test_a_retired_view_takes_no_pushes(project: PushProject) -> None:
+    """What was pushed before still comes into its table."""
+    project.push(row(1, 1, 5.0), key="a")
+    event = FeatureViewStateChanged(view="income", state="retired", previous="active", reason="old")
+    project.ledger.append(event, actor="test")
+    with pytest.raises(ViewRetired, match="No new rows are taken"):
+        pushed_view(project.ledger, "income")
+    assert project.stream().step() == 1
 
 
 def pushes(count: int) -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""Messages of a topic to rows of the feature table, by the same transform and checks as everywhere.
+
+No message stops a stream: one that is no JSON object, lacks a key or makes the transform fail is its own bad row, found
+by halving the batch where the whole of it cannot be prepared.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from cluster.errors import InvalidRequest, SourceError
+from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, parted, typed_column
+from feature_jobs.store.validation import prepare
+
+_NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
+
+
+def check_messages(
+    messages: Sequence[bytes | None],
+    view: FeatureView,
+    *,
+    key_types: Mapping[str, str],
+    now: dt.datetime,
+) -> CheckedRows:
+    """Transform and check messages; `POSITION` is the place among them.
+
+    Args:
+        messages: their values.
+        view: its source names the fields of a message.
+        key_types: how its keys are stored; of the batch's first message where nothing is yet.
+        now: the moment of ingestion.
+    """
+    rows: list[dict[str, Any]] = []
+    places: list[int] = []
+    wrong: list[tuple[int, str]] = []
+    types = dict(key_types)
+    for place, message in enumerate(messages):
+        row = _parsed(message, view, types)
+        if isinstance(row, str):
+            wrong.append((place, row))
+        else:
+            rows.append(row)
+            places.append(place)
+    parts = list(_checked(rows, places, view, now)) if rows else []
+    raw = [_text(messages[place]) for place, _ in wrong]
+    unread = pa.table(
+        {
+            POSITION: pa.array([place for place, _ in wrong], pa.int64()),
+            "reason": pa.array([reason for _, reason in wrong], pa.string()),
+            "raw": pa.array(raw, pa.string()),
+        }
+    )
+    good = [part.good for part in parts if part.good.num_rows] or [_NO_ROWS]
+    return CheckedRows(
+        good=pa.concat_tables(good, promote_options="permissive"),
+        bad=pa.concat_tables([*(part.bad for part in parts), unread]).sort_by(POSITION),
+    )
+
+
+def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> dict[str, Any] | str:
+    """A message's row, or why it is none; the first one's keys say of which type keys are, where nothing else does."""
+    try:
+        row = orjson.loads(message or b"")
+    except orjson.JSONDecodeError:
+        return "the message is no JSON"
+    if not isinstance(row, dict):
+        return "the message is no JSON object"
+    for key in view.join_keys:
+        value: Any = row.get(key)
+        given = KEY_TYPES.get(type(value))
+        if given is None or (given == "int64" and not -(2**63) <= value < 2**63):
+            return f"{key} is null" if value is None else f"{key} is no key"
+        if types.setdefault(key, given) != given:
+            return f"{key} is no {types[key]}"
+    return row
+
+
+def _checked(
+    rows: list[dict[str, Any]], places: list[int], view: FeatureView, now: dt.datetime
+) -> Iterator[CheckedRows]:
+    """The rows in as few parts as can be prepared."""
+    reasons: dict[int, str] = {}
+    try:
+        prepared = prepare(pa.table(_columns(rows, view, reasons)), view, now=now)
+    except (SourceError, InvalidRequest) as error:
+        if len(rows) > 1:
+            half = len(rows) // 2
+            yield from _checked(rows[:half], places[:half], view, now)
+            yield from _checked(rows[half:], places[half:], view, now)
+            return
+        bad = {
+            POSITION: pa.array(places, pa.int64()),
+            "reason": [str(error)],
+            "raw": [orjson.dumps(rows[0]).decode()],
+        }
+        yield CheckedRows(good=_NO_ROWS, bad=pa.table(bad))
+        return
+    yield parted(prepared, rows, reasons, places=places)
+
+
+def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, str]) -> dict[str, pa.Array]:
+    source = view.source
+    dtypes = {field.name: field.dtype for field in view.schema} if view.transform is None else {}
+    times = [name for name in (source.event_timestamp, source.created_timestamp) if name is not None]
+    names = (
+        {name: None for row in rows for name in row} if view.transform is not None else dict.fromkeys(dtypes)
+    )
+    columns = {key: pa.array([row[key] for row in rows]) for key in view.join_keys}
+    for name in names:
+        if name not in columns and name not in (*times, source.deleted):
+            columns[name] = typed_column(name, [row.get(name) for row in rows], dtypes.get(name), reasons)
+    for name in times:
+        columns[name] = typed_column(name, [_time(row.get(name)) for row in rows], "timestamp", reasons)
+    if source.deleted is not None:
+        columns[source.deleted] = typed_column(
+            source.deleted, [row.get(source.deleted) for row in rows], "bool", reasons
+        )
+    return columns
+
+
+def _time(value: Any) -> Any:
+    """Text of an instant, from milliseconds too."""
+    if type(value) is int:
+        try:
+            return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(milliseconds=value)).isoformat()
+        except OverflowError:
+            return str(value)
+    return value
+
+
+def _text(message: bytes | None) -> str:
+    return "" if message is None else message.decode(errors="replace")

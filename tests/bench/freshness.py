@@ -1,0 +1,120 @@
+"""`make bench BENCH=freshness`: from a row's birth to its being read online, beside a steady stream of other rows.
+
+`push`: until a push is answered and its row read back: checked, on disk (fsync), in LMDB (fsync). `kafka`: from a
+producer's call until a reader in another process than the consumer sees the row: over librdkafka's mock broker,
+committed to Delta, then online. Without HTTP and Ray, which add a constant few milliseconds to `push`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+# This file is run by its path, which leaves the project's root out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cluster.security.keys.access import KeyAccess
+from feature_jobs.store.kafka_consumer import Reading, consume
+from tests.broker import running_broker
+from tests.kafka_broker import MockBroker
+from tests.push_project import PushProject, kafka_view, message, row
+
+ROWS, PEOPLE, PERIOD_S, DEADLINE_S = 250, 100, 0.02, 30.0
+KEYS = [
+    "push/income/sensitive",
+    "quarantine/income/sensitive",
+    *(f"{folder}/income/{name}" for folder in ("features", "online") for name in ("internal", "personal")),
+]
+
+
+def stream(root: str, access: KeyAccess, servers: str) -> None:
+    """A consumer, until it is killed."""
+    project = PushProject(Path(root), access, view=kafka_view(servers))
+    reading = Reading(source=project.topic, linger_s=0.05)
+    consume(project.kafka(), reading, threading.Event())
+
+
+def until_read(project: PushProject, number: int) -> None:
+    """Wait until a row's value is what the online store says."""
+    person, deadline = number % PEOPLE, time.monotonic() + DEADLINE_S
+    while project.amounts(person, hour=ROWS / 60) != [float(number)]:
+        assert time.monotonic() < deadline, f"row {number} never came"
+        time.sleep(0.001)
+
+
+def measured(project: PushProject, send: Callable[[int], None]) -> list[float]:
+    """Seconds from sending each row to reading it, one row every few milliseconds at most."""
+    taken = []
+    for number in range(ROWS):
+        began = time.perf_counter()
+        send(number)
+        until_read(project, number)
+        taken.append(time.perf_counter() - began)
+        time.sleep(max(PERIOD_S - taken[-1], 0.0))
+    return taken
+
+
+def push(root: Path, access: KeyAccess) -> list[float]:
+    """By pushes."""
+    project = PushProject(root, access)
+
+    def send(number: int) -> None:
+        project.push(row(number % PEOPLE, number / 60, float(number)), key=str(number))
+
+    taken = measured(project, send)
+    project.close()
+    return taken
+
+
+def kafka(root: Path, access: KeyAccess) -> list[float]:
+    """Through a topic, and a consumer in another process."""
+    broker = MockBroker()
+    project = PushProject(root, access, view=kafka_view(broker.servers))
+    context = multiprocessing.get_context("spawn")
+    consumer = context.Process(target=stream, args=(str(root), access, broker.servers), daemon=True)
+    broker.send("incomes", message(PEOPLE, 0, 1.0))
+    consumer.start()
+    project_ready = time.monotonic() + DEADLINE_S
+    while project.amounts(PEOPLE, hour=ROWS / 60) != [1.0]:
+        assert time.monotonic() < project_ready, "the consumer never came"
+        time.sleep(0.01)
+    taken = measured(
+        project, lambda number: broker.send("incomes", message(number % PEOPLE, number / 60, float(number)))
+    )
+    consumer.kill()
+    consumer.join()
+    project.close()
+    broker.close()
+    return taken
+
+
+def main() -> None:
+    """Measure and write the results."""
+    results = []
+    with running_broker(*KEYS) as access, tempfile.TemporaryDirectory() as name:
+        for case, measure in (("push", push), ("kafka", kafka)):
+            root = Path(name) / case
+            root.mkdir()
+            taken = measure(root, access)
+            value = float(np.percentile(taken, 99)) * 1000
+            results.append(
+                {"system": "falaj", "case": case, "metric": "p99_ms", "value": value, "unit": "ms"}
+            )
+            print(
+                f"{case:6} p50 {statistics.median(taken) * 1000:.1f} ms, p99 {value:.1f} ms, of {ROWS} rows"
+            )
+    output = Path(".falaj/bench/freshness.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""A topic into the table exactly once and online, over Kafka's own protocol."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import CommitConflict, ConfigError, SourceError
+from cluster.ledger.events import BatchIngested
+from cluster.security.keys.access import KeyAccess
+from feature_jobs.store import kafka_consumer
+from feature_jobs.store.kafka_consumer import Reading, properties
+from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.kafka_stream import Fenced, KafkaStream
+from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
+from tests.kafka_broker import MockBroker, mock_broker
+from tests.push_project import PushProject, consume_until_killed, kafka_view, message
+
+KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
+TOPIC = "incomes"
+
+
+@pytest.fixture
+def broker() -> Iterator[MockBroker]:
+    with mock_broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+def project(tmp_path: Path, access: KeyAccess, broker: MockBroker) -> Iterator[PushProject]:
+    opened = PushProject(tmp_path, access, view=kafka_view(broker.servers))
+    yield opened
+    opened.close()
+
+
+def ingested(project: PushProject, *names: str) -> list[Any]:
+    """Of every batch."""
+    return [[entry.payload[name] for name in names] for entry in project.ledger.entries(BatchIngested)]
+
+
+def test_rows_are_stored_once_and_read_online(project: PushProject, broker: MockBroker) -> None:
+    """From every partition; the next start goes on behind them."""
+    broker.send(TOPIC, message(1, 1, 5.0), message(2, 1, 6.0))
+    broker.send(TOPIC, message(3, 1, 7.0), partition=1)
+    assert (project.consume(), project.consume()) == (3, 0)
+    assert project.amounts(1, 2, 3) == [5.0, 6.0, 7.0]
+    broker.send(TOPIC, message(1, 2, 8.0), message(2, 2, gone=True))
+    assert project.consume() == 2
+    assert project.amounts(1, 2, 3) == [8.0, None, 7.0]
+    assert sorted(project.table()["ingest_seq"]) == [0, 1, 2, 3, 4]
+    assert ingested(project, "rows_in", "rows_stored") == [[3, 3], [2, 2]]
+
+
+def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -> None:
+    """Each bad one is in quarantine with its reason, also those from before the first row."""
+    broker.send(TOPIC, b"nonsense")
+    assert project.consume() == 0
+    bad = [
+        b"[1]",
+        None,
+        {"amount": 1.0},
+        message("one", 1),  # type: ignore[arg-type]
+        b'{"person_id": 1180591620717411303424}',
+        message(1, 1, "much"),
+        message(1, 1, -5.0),
+        message(1, 1) | {"at": 10**18},
+    ]
+    broker.send(TOPIC, message(7, 1, 7.0, at=1_704_067_200_000), *bad)
+    assert project.consume() == 10
+    assert project.amounts(7, hour=1) == [7.0]
+    [[rows_in, stored, reasons]] = ingested(project, "rows_in", "rows_stored", "reasons")
+    assert (rows_in, stored) == (10, 1)
+    assert reasons == {
+        "the message is no JSON": 2,
+        "person_id is no key": 1,
+        "the message is no JSON object": 1,
+        "person_id is null": 1,
+        "person_id is no int64": 1,
+        "amount is no float64": 1,
+        "amount outside 0..1e+06": 1,
+        "at is no timestamp": 1,
+    }
+
+
+def test_a_crash_between_table_and_online_is_mended_at_the_next_start(
+    project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the table has is put online, and the ledger told."""
+    broker.send(TOPIC, message(1, 1, 5.0))
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KafkaStream, "_put_online", crash)
+        with pytest.raises(KeyboardInterrupt):
+            project.consume()
+    assert (project.amounts(1), ingested(project, "rows_in")) == ([None], [])
+    assert project.consume() == 0
+    assert (project.amounts(1), ingested(project, "rows_in")) == ([5.0], [[1]])
+
+
+def test_a_zombie_is_refused(project: PushProject, broker: MockBroker) -> None:
+    """A consumer that finds a later one's generation in the table stores nothing any more."""
+    broker.send(TOPIC, message(1, 1, 5.0))
+    project.consume()
+    old, new = project.kafka(), project.kafka()
+    old.start()
+    new.start()
+    with pytest.raises(Fenced, match="started later"):
+        old.take([Sent(0, 1, b"{}")])
+    with pytest.raises(Fenced, match="started later"):
+        old.start()
+    assert new.take([Sent(0, 0, b"{}")]) == 0, "the table has it already"
+    assert project.table().height == 1
+
+
+class Sent:
+    """A message."""
+
+    def __init__(self, partition: int, offset: int, value: bytes) -> None:
+        self._said = (partition, offset, value)
+
+    def partition(self) -> int:
+        return self._said[0]
+
+    def offset(self) -> int:
+        return self._said[1]
+
+    def value(self) -> bytes:
+        return self._said[2]
+
+
+@pytest.mark.parametrize("policy", list(LatePolicy))
+def test_late_rows_are_counted_and_stored_or_put_aside(
+    project: PushProject, broker: MockBroker, policy: LatePolicy
+) -> None:
+    """By their own partition's watermark, also across commits and starts; a late row never overwrites a newer one."""
+    lateness = Lateness(3_600_000_000, policy)
+    broker.send(TOPIC, message(1, 5, 5.0), message(1, 4, 4.0), message(2, 3.9, 3.9))
+    broker.send(TOPIC, message(3, 1, 1.0), partition=1)
+    project.consume(lateness=lateness)
+    broker.send(TOPIC, message(4, 2, 2.0), message(4, 6, -1.0), message(4, 4.5, 4.5))
+    project.consume(lateness=lateness)
+    kept = policy is LatePolicy.accept
+    assert project.amounts(1, 2, 3, 4) == [5.0, 3.9 if kept else None, 1.0, 4.5]
+    late = [[1, {}], [1, {"amount outside 0..1e+06": 1}]]
+    if not kept:
+        late = [[1, {"late": 1}], [1, {"late": 1, "amount outside 0..1e+06": 1}]]
+    assert ingested(project, "rows_late", "reasons") == late
+
+
+@given(st.lists(st.integers(-5, 20)), st.integers(0, 5), st.integers(0, 20))
+def test_lateness_does_not_depend_on_the_batches(events: list[int], max_us: int, cut: int) -> None:
+    """Judged in two parts as in one."""
+    lateness = Lateness(max_us, LatePolicy.accept)
+    first, watermark = lateness.judge(events[:cut], BEGINNING)
+    second, end = lateness.judge(events[cut:], watermark)
+    assert (first + second, end) == lateness.judge(events, BEGINNING)
+    late = first + second
+    assert late == [
+        event < max(events[:place], default=BEGINNING) - max_us for place, event in enumerate(events)
+    ]
+
+
+def test_a_broker_that_is_away_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its topic."""
+    monkeypatch.setattr(kafka_consumer, "ANSWER_S", 0.3)
+    away = KafkaSource("127.0.0.1:1", TOPIC, event_timestamp="at")
+    reading = Reading(source=away, once=True)
+    with pytest.raises(SourceError, match=r"kafka://127\.0\.0\.1:1/incomes cannot be read"):
+        kafka_consumer.consume(project.kafka(), reading, threading.Event())
+
+
+def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_path: Path) -> None:
+    """A line that is none is refused."""
+    file = tmp_path / "kafka.properties"
+    file.write_text("# how to log in\nsasl.mechanism=PLAIN\nenable.auto.commit=true\n\n")
+    source = KafkaSource("a:1", TOPIC, event_timestamp="at")
+    given = properties(Reading(source=source, properties_file=file))
+    assert (given["sasl.mechanism"], given["enable.auto.commit"]) == ("PLAIN", False)
+    file.write_text("nonsense\n")
+    with pytest.raises(ConfigError, match="line 1 is no name=value"):
+        properties(Reading(source=source, properties_file=file))
+
+
+def test_kill_of_a_consumer_loses_and_doubles_nothing(
+    tmp_path: Path, access: KeyAccess, broker: MockBroker
+) -> None:
+    """Killed at random points and started again: table, quarantine and online as if never killed."""
+    draw = random.Random(0)
+    for _ in range(15 * (KILLS + 1)):
+        person = draw.randrange(4)
+        row = message(person, draw.randrange(6), draw.choice([1.0, -1.0, draw.random()]))
+        broker.send(TOPIC, row | {"gone": draw.random() < 0.2}, partition=person % 2)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = PushProject(tmp_path / "whole", access, view=kafka_view(broker.servers))
+    whole.consume()
+    kills = sum(killed_midway(tmp_path / "killed", access, broker) for _ in range(KILLS))
+    assert kills == KILLS
+    killed = PushProject(tmp_path / "killed", access, view=kafka_view(broker.servers))
+    killed.consume()
+    columns = ["person_id", "event_timestamp", "amount", "sector", "deleted"]
+    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (whole, killed))
+    assert actual.equals(expected)
+    assert killed.table()["ingest_seq"].is_unique().all()
+    for one in ("rows_in", "rows_stored", "rows_quarantined"):
+        assert sum(n for [n] in ingested(killed, one)) == sum(n for [n] in ingested(whole, one))
+    people = [(person,) for person in range(4)]
+    assert killed.store.get(killed.view.spec, people) == whole.store.get(whole.view.spec, people)
+    whole.close()
+    killed.close()
+
+
+def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
+    """Run a consumer; whether it was killed before it was done, a moment after one of its next few commits."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.push_project"])
+    consumer = context.Process(target=consume_until_killed, args=(str(root), access, broker.servers))
+    log = root / "features" / "income" / "_delta_log"
+    enough = len(list(log.glob("*.json"))) + random.randint(1, 4)
+    consumer.start()
+    while consumer.is_alive() and len(list(log.glob("*.json"))) < enough:
+        consumer.join(0.002)
+    consumer.join(random.uniform(0.0, 0.05))
+    consumer.kill()
+    consumer.join()
+    return consumer.exitcode != 0
+
+
+def test_a_conflict_is_looked_at_again(
+    project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job's commit between look and commit costs a second look, no row."""
+    broker.send(TOPIC, message(1, 1, 5.0))
+    taken, calls = KafkaStream.take, []
+
+    def take(stream: KafkaStream, messages: Any) -> int:
+        calls.append(len(messages))
+        if len(calls) == 1:
+            raise CommitConflict("meanwhile")
+        return taken(stream, messages)
+
+    monkeypatch.setattr(KafkaStream, "take", take)
+    assert project.consume() == 1
+    assert calls == [1, 1]

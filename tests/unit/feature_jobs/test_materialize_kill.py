@@ -1,0 +1,76 @@
+"""Materialisations that are killed: readers see all of one or all of another, and the next one is whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig, OnlineKind
+from cluster.storage import Layout
+from feature_jobs.store import online_lmdb, online_redis
+from feature_jobs.store.catalog import FieldSpec, ViewSpec
+from feature_jobs.store.online import open_online
+from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
+
+KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
+PEOPLE, PUSHED = 400, 401
+FIELD = FieldSpec(name="amount", dtype="int64", sensitivity="internal", categorical=False)
+VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[FIELD], ttl_s=None)
+KEY_TYPES = {"id": "int64"}
+
+
+def rows(value: int) -> Iterator[OnlineRow]:
+    """Everybody's, of one materialisation."""
+    for person in range(PEOPLE):
+        yield OnlineRow(keys=(person,), event_us=value, created_us=value, seq=0, values=(value,))
+
+
+def materialise(config: OnlineConfig, root: str, first: int, began: Connection) -> None:
+    """One after another in small pieces, until it is killed."""
+    online_lmdb.PIECE_ROWS = online_redis.PIECE_ROWS = 20
+    store = open_online(config, Layout(root), Keyring(Path(root) / "k.json", bytes(32)), readonly=False)
+    began.send("began")
+    for value in range(first, 10**6):
+        store.replace(VIEW, KEY_TYPES, rows(value), horizon=Horizon(0, -1))
+
+
+@pytest.mark.parametrize("kind", list(OnlineKind))
+def test_kill_of_a_materialisation_leaves_all_of_the_one_before(
+    kind: OnlineKind, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Everybody's value is of the same one, and what was pushed is there until a materialisation knows better."""
+    keys = Keyring.create(tmp_path / "k.json", bytes(32))
+    keys.ensure(KeyInfo(name="online/v/internal"))
+    url = request.getfixturevalue("redis_url") if kind is OnlineKind.redis else "redis://unused"
+    config = OnlineConfig(kind=kind, url=url, prefix=tmp_path.name, map_size_gib=0.05)
+    reader = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
+    reader.replace(VIEW, KEY_TYPES, rows(1))
+    pushed = OnlineRow(keys=(PUSHED,), event_us=5, created_us=5, seq=PROVISIONAL, values=(5,))
+    reader.put(VIEW, KEY_TYPES, [pushed])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    last = 1
+    for _ in range(KILLS):
+        here, there = context.Pipe()
+        job = context.Process(target=materialise, args=(config, str(tmp_path), last + 1, there))
+        job.start()
+        here.recv()
+        job.join(random.uniform(0.0, 0.15))
+        job.kill()
+        job.join()
+        found = reader.get(VIEW, [(person,) for person in (*range(PEOPLE), PUSHED)])
+        values = {one[3][0] for one in found[:-1] if one is not None}
+        assert len(values) == 1
+        assert None not in found
+        last = values.pop()
+    reader.replace(VIEW, KEY_TYPES, rows(last + 1))
+    assert [one[3][0] for one in reader.get(VIEW, [(0,), (PUSHED,)]) if one] == [last + 1]
+    reader.close()

@@ -1,0 +1,110 @@
+"""`feature_jobs.stream`, but for attaching and the policies."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from omegaconf import OmegaConf
+
+from cluster.errors import CommitConflict, ConfigError, DefinitionError
+from cluster.security.acting import Actor
+from cluster.security.keys.access import KeyAccess
+from cluster.settings import OnlineConfig, StorageConfig, load
+from feature_jobs.store.push_stream import PushStream
+from feature_jobs.stream import StreamConfig, StreamSource, push_stream, run, run_kafka
+from tests.kafka_broker import mock_broker
+from tests.push_project import PushProject, kafka_view, message, row
+
+
+def config(root: Path, **given: Any) -> StreamConfig:
+    """For a view `income` below a folder."""
+    return StreamConfig(
+        storage=StorageConfig(root=str(root)),
+        online=OnlineConfig(map_size_gib=0.1),
+        view="income",
+        once=True,
+        num_buckets=2,
+        **given,
+    )
+
+
+def actor(access: KeyAccess) -> Actor:
+    """Nobody asks whether he may."""
+    return cast(Actor, SimpleNamespace(name="test", access=access))
+
+
+def test_pushes_are_streamed_until_nothing_is_left(tmp_path: Path, access: KeyAccess) -> None:
+    """In as many commits as it takes; then it ends, if it is to run once."""
+    project = PushProject(tmp_path, access)
+    for number in range(5):
+        project.push(row(number, 1), key=str(number))
+    project.store.close()
+    project.log.close()
+    given = config(tmp_path, max_rows=2)
+    stream = push_stream(given, project.view.spec, project.ledger, actor(access))
+    assert run(stream, given, threading.Event()) == 5
+    assert project.table().height == 5
+    assert project.snapshot().num_buckets == 2
+    stream.store.close()
+    stream.log.close()
+    project.ledger.engine.dispose()
+
+
+def test_a_topic_is_streamed_to_its_end(tmp_path: Path, access: KeyAccess) -> None:
+    """With what the view's record says of its source."""
+    with mock_broker() as broker:
+        project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
+        project.store.close()
+        broker.send("incomes", message(1, 1), message(2, 1), message(3, -1, -1.0))
+        given = config(tmp_path, source=StreamSource.kafka)
+        assert run_kafka(given, project.ledger, actor(access), threading.Event()) == 3
+        assert project.table()["person_id"].to_list() == [1, 2]
+        project.log.close()
+        project.ledger.engine.dispose()
+
+
+def test_a_view_without_a_topic_is_not_read_from_kafka(tmp_path: Path, access: KeyAccess) -> None:
+    """It says what to run instead."""
+    project = PushProject(tmp_path, access)
+    with pytest.raises(DefinitionError, match="no KafkaSource"):
+        run_kafka(config(tmp_path), project.ledger, actor(access), threading.Event())
+    project.close()
+
+
+class Scripted:
+    """A stream that does as it is told: rows taken, or an error."""
+
+    def __init__(self, *steps: int | Exception) -> None:
+        self._steps = list(steps)
+
+    def step(self) -> int:
+        step = self._steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+
+def test_a_stream_waits_for_more_and_looks_again_after_a_conflict(tmp_path: Path) -> None:
+    """Until it is stopped; nothing else is passed over."""
+    stopped = threading.Event()
+    given = config(tmp_path, interval_s=0.001)
+    given.once = False
+    scripted = cast(PushStream, Scripted(1, 0, CommitConflict("meanwhile"), 2, OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        run(scripted, given, stopped)
+    stopped.set()
+    assert run(cast(PushStream, Scripted()), given, stopped) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["interval_s=0", "max_rows=0", "num_buckets=0", "kafka.linger_s=0", "kafka.max_lateness_s=-1"],
+)
+def test_settings_out_of_range_are_refused(wrong: str) -> None:
+    """By name."""
+    with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+        load(OmegaConf.from_dotlist(["view=v", wrong]), StreamConfig)
