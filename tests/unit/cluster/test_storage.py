@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster import storage
@@ -57,3 +58,20 @@ def test_state_that_must_be_local_says_so() -> None:
     """A remote root is refused where only a local disk works."""
     with pytest.raises(ConfigError, match="local disk"):
         storage.local("s3://bucket/models")
+
+
+def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> None:
+    """What hardly repeats; text and whole numbers, which often are codes, keep theirs."""
+    table = pa.table(
+        {
+            "amount": [0.5, 0.5],
+            "at": pa.array([0, 0], pa.timestamp("us", "UTC")),
+            "sector": ["x", "x"],
+            "code": [1, 1],
+        }
+    )
+    storage.write_parquet(table, f"{tmp_path}/t.parquet")
+    group = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0)
+    coded = [group.column(at).path_in_schema for at in range(4) if group.column(at).has_dictionary_page]
+    assert coded == ["sector", "code"]
+    assert storage.read_parquet(f"{tmp_path}/t.parquet").equals(table)

@@ -16,6 +16,7 @@ from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from feature_jobs.store import FeatureView, Field
 from feature_jobs.store.compaction import as_target, rewrite
+from feature_jobs.training_set import TrainingSetConfig
 from tests.feature_project import INCOME, PEOPLE, START, TIME, FeatureProject
 
 
@@ -112,6 +113,20 @@ def test_manifest_of_an_older_release_is_built_again(project: FeatureProject) ->
     with pytest.raises(TrainingSetError, match="does not say where"):
         project.again()
     assert project.again(entities=f"{project.root}/people.parquet")["row_hash"] == first["row_hash"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "manifest="),
+        ({"service": "credit", "manifest": "x.manifest.json"}, "manifest="),
+        ({"service": "credit"}, "entities="),
+    ],
+)
+def test_command_says_what_it_needs(given: dict[str, str], words: str) -> None:
+    """A service with entity rows, or a manifest."""
+    with pytest.raises(ValueError, match=words):
+        TrainingSetConfig(output="o.parquet", **given)
 
 
 def test_marked_not_reproducible_says_since_when_and_why(project: FeatureProject) -> None:
