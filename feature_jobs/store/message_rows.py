@@ -1,12 +1,14 @@
 """Messages of a topic to rows of the feature table, by the same transform and checks as everywhere.
 
 No message stops a stream: one that is no JSON object, lacks a key or makes the transform fail is its own bad row, found
-by halving the batch where the whole of it cannot be prepared.
+by halving the batch where the whole of it cannot be prepared. What is no row at all lies in quarantine as
+`{"message": text}`, which no replay takes for one.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +80,9 @@ def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> 
             return f"{key} is null" if value is None else f"{key} is no key"
         if types.setdefault(key, given) != given:
             return f"{key} is no {types[key]}"
-    return row
+    source = view.source
+    times = [name for name in (source.event_timestamp, source.created_timestamp) if name in row]
+    return row | {name: _time(row[name]) for name in times}
 
 
 def _checked(
@@ -116,7 +120,7 @@ def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, s
         if name not in columns and name not in (*times, source.deleted):
             columns[name] = typed_column(name, [row.get(name) for row in rows], dtypes.get(name), reasons)
     for name in times:
-        columns[name] = typed_column(name, [_time(row.get(name)) for row in rows], "timestamp", reasons)
+        columns[name] = typed_column(name, [row.get(name) for row in rows], "timestamp", reasons)
     if source.deleted is not None:
         columns[source.deleted] = typed_column(
             source.deleted, [row.get(source.deleted) for row in rows], "bool", reasons
@@ -135,4 +139,4 @@ def _time(value: Any) -> Any:
 
 
 def _text(message: bytes | None) -> str:
-    return "" if message is None else message.decode(errors="replace")
+    return json.dumps({"message": (message or b"").decode(errors="replace")})
