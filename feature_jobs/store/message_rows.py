@@ -2,7 +2,7 @@
 
 No message stops a stream: one that is no JSON object, lacks a key or makes the transform fail is its own bad row, found
 by halving the batch where the whole of it cannot be prepared. What is no row at all lies in quarantine as
-`{"message": text}`, which no replay takes for one.
+`{"message": text}`, which no replay takes for one. Rules for whole batches do not apply: where a batch ends is chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 from cluster.errors import InvalidRequest, SourceError
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, parted, typed_column
-from feature_jobs.store.validation import prepare
+from feature_jobs.store.validation import SOURCE, prepare_part
 
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
 
@@ -91,7 +91,7 @@ def _checked(
     """The rows in as few parts as can be prepared."""
     reasons: dict[int, str] = {}
     try:
-        prepared = prepare(pa.table(_columns(rows, view, reasons)), view, now=now)
+        prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now)
     except (SourceError, InvalidRequest) as error:
         if len(rows) > 1:
             half = len(rows) // 2
@@ -105,7 +105,8 @@ def _checked(
         }
         yield CheckedRows(good=_NO_ROWS, bad=pa.table(bad))
         return
-    yield parted(prepared, rows, reasons, places=places)
+    kept = [name for name in prepared.column_names if name != SOURCE]
+    yield parted(prepared.select(kept), rows, reasons, places=places)
 
 
 def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, str]) -> dict[str, pa.Array]:

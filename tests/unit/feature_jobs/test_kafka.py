@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import polars as pl
 import pytest
 from hypothesis import given
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess, protected_files
-from feature_jobs.store import kafka_consumer
+from feature_jobs.store import Unique, kafka_consumer
 from feature_jobs.store.kafka_consumer import Reading, properties
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
+from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.retry import try_again
 from tests.kafka_broker import MockBroker, mock_broker
@@ -94,6 +96,15 @@ def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -
         "amount outside 0..1e+06": 1,
         "at is no timestamp": 1,
     }
+
+
+def test_rules_for_whole_batches_do_not_judge_messages() -> None:
+    """Where a batch ends is chance, and after a crash it is another one."""
+    view = dataclasses.replace(kafka_view("a:1"), checks=(Unique(["person_id"]),))
+    twice = [orjson.dumps(message(1, 1))] * 2
+    checked = check_messages(twice, view, key_types={}, now=datetime.now(UTC))
+    assert (checked.good.num_rows, checked.bad.num_rows) == (2, 0)
+    assert "__source" not in checked.good.column_names
 
 
 def test_quarantined_messages_are_tried_again(
