@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.ports import free_port
 
@@ -32,7 +34,10 @@ def running_redis(*options: str) -> Iterator[str]:
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     process = subprocess.Popen([*command, "--dir", folder, *options], stdout=subprocess.DEVNULL)
     try:
-        client, deadline = redis.Redis(port=port), time.monotonic() + START_DEADLINE_S
+        client, deadline = (
+            redis.Redis(port=port, retry=Retry(NoBackoff(), 0)),
+            time.monotonic() + START_DEADLINE_S,
+        )
         while True:
             assert process.poll() is None, "redis-server ended"
             try:

@@ -1,12 +1,14 @@
 """Messages of a topic to rows of the feature table, by the same transform and checks as everywhere.
 
 No message stops a stream: one that is no JSON object, lacks a key or makes the transform fail is its own bad row, found
-by halving the batch where the whole of it cannot be prepared.
+by halving the batch where the whole of it cannot be prepared. What is no row at all lies in quarantine as
+`{"message": text}`, which no replay takes for one. Rules for whole batches do not apply: where a batch ends is chance.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import pyarrow as pa
 from cluster.errors import InvalidRequest, SourceError
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, parted, typed_column
-from feature_jobs.store.validation import prepare
+from feature_jobs.store.validation import SOURCE, prepare_part
 
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
 
@@ -78,7 +80,9 @@ def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> 
             return f"{key} is null" if value is None else f"{key} is no key"
         if types.setdefault(key, given) != given:
             return f"{key} is no {types[key]}"
-    return row
+    source = view.source
+    times = [name for name in (source.event_timestamp, source.created_timestamp) if name in row]
+    return row | {name: _time(row[name]) for name in times}
 
 
 def _checked(
@@ -87,7 +91,7 @@ def _checked(
     """The rows in as few parts as can be prepared."""
     reasons: dict[int, str] = {}
     try:
-        prepared = prepare(pa.table(_columns(rows, view, reasons)), view, now=now)
+        prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now)
     except (SourceError, InvalidRequest) as error:
         if len(rows) > 1:
             half = len(rows) // 2
@@ -101,7 +105,8 @@ def _checked(
         }
         yield CheckedRows(good=_NO_ROWS, bad=pa.table(bad))
         return
-    yield parted(prepared, rows, reasons, places=places)
+    kept = [name for name in prepared.column_names if name != SOURCE]
+    yield parted(prepared.select(kept), rows, reasons, places=places)
 
 
 def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, str]) -> dict[str, pa.Array]:
@@ -116,7 +121,7 @@ def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, s
         if name not in columns and name not in (*times, source.deleted):
             columns[name] = typed_column(name, [row.get(name) for row in rows], dtypes.get(name), reasons)
     for name in times:
-        columns[name] = typed_column(name, [_time(row.get(name)) for row in rows], "timestamp", reasons)
+        columns[name] = typed_column(name, [row.get(name) for row in rows], "timestamp", reasons)
     if source.deleted is not None:
         columns[source.deleted] = typed_column(
             source.deleted, [row.get(source.deleted) for row in rows], "bool", reasons
@@ -135,4 +140,4 @@ def _time(value: Any) -> Any:
 
 
 def _text(message: bytes | None) -> str:
-    return "" if message is None else message.decode(errors="replace")
+    return json.dumps({"message": (message or b"").decode(errors="replace")})

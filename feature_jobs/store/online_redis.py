@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from cluster.errors import OnlineStoreUnavailable
 from feature_jobs.store.online_engine import Carry, Rows, Write
@@ -88,7 +90,12 @@ class RedisEngine:
     """
 
     def __init__(self, url: str, *, prefix: str, ca_file: Path | None, password_file: Path | None) -> None:
-        options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+        options: dict[str, Any] = {
+            "socket_timeout": TIMEOUT_S,
+            "socket_connect_timeout": TIMEOUT_S,
+            # Soon, or a request waits for seconds; whatever was done already changes nothing when it is done again.
+            "retry": Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.1), 3),
+        }
         if ca_file is not None:
             options["ssl_ca_certs"] = str(ca_file)
         if password_file is not None:

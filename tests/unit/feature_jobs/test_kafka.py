@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import random
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import polars as pl
 import pytest
 from hypothesis import given
@@ -17,16 +20,19 @@ from hypothesis import strategies as st
 
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import KeyAccess
-from feature_jobs.store import kafka_consumer
+from cluster.security.keys.access import KeyAccess, protected_files
+from feature_jobs.store import Unique, kafka_consumer
 from feature_jobs.store.kafka_consumer import Reading, properties
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
+from feature_jobs.store.message_rows import check_messages
+from feature_jobs.store.protection import quarantine_protection
+from feature_jobs.store.retry import try_again
 from tests.kafka_broker import MockBroker, mock_broker
 from tests.push_project import PushProject, consume_until_killed, kafka_view, message
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
 TOPIC = "incomes"
 
 
@@ -90,6 +96,33 @@ def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -
         "amount outside 0..1e+06": 1,
         "at is no timestamp": 1,
     }
+
+
+def test_rules_for_whole_batches_do_not_judge_messages() -> None:
+    """Where a batch ends is chance, and after a crash it is another one."""
+    view = dataclasses.replace(kafka_view("a:1"), checks=(Unique(["person_id"]),))
+    twice = [orjson.dumps(message(1, 1))] * 2
+    checked = check_messages(twice, view, key_types={}, now=datetime.now(UTC))
+    assert (checked.good.num_rows, checked.bad.num_rows) == (2, 0)
+    assert "__source" not in checked.good.column_names
+
+
+def test_quarantined_messages_are_tried_again(
+    project: PushProject, broker: MockBroker, access: KeyAccess
+) -> None:
+    """What is no row stays, a row that the view takes by now comes out."""
+    bad = [b"nonsense", message("one", 1), message(2, 1, -5.0) | {"at": 1_704_067_200_000}]  # type: ignore[arg-type]
+    broker.send(TOPIC, message(1, 1, 5.0), *bad)
+    project.consume()
+    [[name]] = ingested(project, "ingest_id")
+    file = protected_files(access).read(
+        f"{project.places.quarantine('income')}/{name}.parquet", protection=quarantine_protection("income")
+    )
+    lenient = dataclasses.replace(project.view.view, checks=())
+    tried = try_again(file, lenient, now=datetime.now(UTC), baseline=None)
+    assert tried.reasons.to_pylist() == ["the message is no JSON", "person_id is no int64", None]
+    assert tried.good is not None
+    assert tried.good["amount"].to_pylist() == [-5.0]
 
 
 def test_a_crash_between_table_and_online_is_mended_at_the_next_start(

@@ -24,7 +24,7 @@ from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.pushed_view import from_record, pushed_view
 from tests.push_project import INCOME, START, PushProject, row, serve
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
 
 
 @pytest.fixture
