@@ -55,6 +55,7 @@ def view_key_names(view: ViewSpec) -> list[str]:
             for name in sorted(classes | {Sensitivity.INTERNAL})
         ),
         quarantine_protection(view.name).default,
+        push_key(view.name),
     ]
 
 
