@@ -201,7 +201,8 @@ class IdentityConfig:
     """A file with the replicas' token, kept fresh by somebody; none lets the dev issuer mint it."""
 
     token_file: str | None = None
-    """A file with an intent, or an access token to take one from; none lets the dev issuer give the user one."""
+    """A file with an intent, or an access token to take one from; or `vault:<path>#<field>`, a secret in KV. None lets
+    the dev issuer give the user one."""
     role: str = "admin"
     """Of a token that is minted here."""
     purpose: str = ""

@@ -17,6 +17,7 @@ from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from feature_jobs.store.catalog import Definitions, apply, load_definitions
+from feature_jobs.store.definitions import Sensitivity
 from feature_jobs.store.lifecycle import read_lifecycles
 from feature_jobs.store.plan import lines, make_plan, refuse_broken
 from feature_jobs.store.protection import service_keys, view_keys
@@ -51,9 +52,25 @@ def main(config: ApplyConfig) -> None:
     )
     plan = make_plan(definitions, read_recorded(ledger), read_lifecycles(ledger))
     print("\n".join(lines(plan)), flush=True)
+    for name in for_any_purpose(definitions):
+        print(
+            f"warning: view {name} has personal or sensitive fields and lists no purposes, so whoever may read columns "
+            "may read them for any purpose. List them with `purposes=[…]`.",
+            flush=True,
+        )
     refuse_broken(plan, allow_breaking=config.allow_breaking)
     if not config.plan:
         record_definitions(definitions, ledger, actor, region=region)
+
+
+def for_any_purpose(definitions: Definitions) -> list[str]:
+    """The views whose protected fields are under no purpose."""
+    guarded = {Sensitivity.PERSONAL, Sensitivity.SENSITIVE}
+    return sorted(
+        name
+        for name, view in definitions.views.items()
+        if not view.purposes and any(field.sensitivity in guarded for field in view.schema)
+    )
 
 
 def record_definitions(definitions: Definitions, ledger: Ledger, actor: Actor, *, region: str) -> None:

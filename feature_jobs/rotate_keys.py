@@ -10,6 +10,7 @@ another key without being written. Online values follow at the next materialisat
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from cluster.entrypoint import job
@@ -17,7 +18,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeysRotated
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
-from cluster.security.keys.store import KeyStore
+from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStore
 from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
@@ -58,8 +59,10 @@ def main(config: RotateKeysConfig) -> None:
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.rotate_keys")
     view, region = view_spec(ledger, config.view), config.cluster.region
     actor.check(Action.write_features, *view_resources(view, region=region))
-    store, names = key_store(actor.access), view_key_names(view)
-    actor.check(Action.manage_keys, *(Resource.of_key(store.info(name)) for name in names))
+    store = key_store(actor.access)
+    infos = present(view_key_names(view), store)
+    names = [info.name for info in infos]
+    actor.check(Action.manage_keys, *(Resource.of_key(info) for info in infos))
     if config.rotate:
         rotate(view.name, names, store, ledger, actor=actor.name)
         print(f"view {view.name}: {len(names)} keys have a new version")
@@ -78,6 +81,15 @@ def main(config: RotateKeysConfig) -> None:
             files.reprotect(uri, uri, protection, was=protection, place=profile_place(view.name, uri))
         replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
         print(f"view {view.name}: {replaced} files of the table and {len(quarantined)} quarantined rewritten")
+
+
+def present(names: list[str], store: KeyStore) -> list[KeyInfo]:
+    """The keys that there are: a view that was applied under an earlier release may lack those of what came later."""
+    infos = []
+    for name in names:
+        with contextlib.suppress(KeyNotFound):
+            infos.append(store.info(name))
+    return infos
 
 
 def rotate(view: str, names: list[str], store: KeyStore, ledger: Ledger, *, actor: str) -> None:

@@ -1,10 +1,11 @@
 """As whom a job acts, and what it may do: its point of policy enforcement.
 
 A job's principal is an intent (`cluster/security/intent.py`). With `identity.token_file` (or FALAJ_INTENT_FILE) it is
-the one in that file; an access token there is exchanged for one by the dev issuer. Without a file the dev issuer gives
-one to the user of this machine, with the configured role and purpose. Intents of the dev issuer are short-lived and
-renewed as long as the job lives, so that a long training does not outlive its identity, and a killed one leaves nothing
-that holds for long. Others are kept fresh by whoever wrote the file.
+the one in that file or, named `vault:<path>#<field>`, in Vault; an access token there is exchanged for one by the dev
+issuer. Without a file the dev issuer gives one to the user of this machine, with the configured role and purpose.
+Intents of the dev issuer are short-lived and renewed as long as the job lives, so that a long training does not outlive
+its identity, and a killed one leaves nothing that holds for long. Those in Vault are fetched again, and others are kept
+fresh by whoever wrote the file.
 
 The process asks the policy here before it does something, workers show the same file, and the key broker asks again
 for every key: a job that was changed to skip its own check still gets no key. Every denial is an event.
@@ -19,17 +20,18 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import ConfigError, Unauthenticated, did_you_mean
+from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
 from cluster.security.audit import Decisions
 from cluster.security.identity import Principal, current_actor
 from cluster.security.installation import hold_to
 from cluster.security.intent import (
+    FILE_VARIABLE,
     INTENT_AUDIENCE,
     intent_file,
     is_intent,
@@ -148,9 +150,8 @@ def _counting_strangers(decisions: Decisions) -> Iterator[None]:
 
 
 def _issuer_of(places: Layout) -> IssuerConfig:
-    from cluster.session import (
-        find_record,
-    )  # Ray's import takes a second, which only this reader has to wait for
+    # Ray's import takes a second, which only this reader has to wait for.
+    from cluster.session import find_record
 
     record = find_record(StorageConfig(root=places.root))
     own = record is not None and record.storage_root == places.root
@@ -160,9 +161,19 @@ def _issuer_of(places: Layout) -> IssuerConfig:
 def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
     """The principal, and the file that its intent lies in."""
     trust = Trust.of(config.identity.issuer, places)
+    named = config.identity.token_file or os.environ.get(FILE_VARIABLE, "")
     given = intent_file(config.identity.token_file, os.environ)
     if given is None:
         granted = _user_of_this_machine(config)
+    elif named.startswith("vault:"):
+        # Vault's client is slow to import, and few jobs want it.
+        from cluster.security.vault_token import token_in_vault
+
+        token = token_in_vault(named, config.secrets.vault)
+        if is_intent(token):
+            principal = trust.intents.verify(token, entrypoint=entrypoint).principal
+            return principal, _kept(places, entrypoint, lambda: token_in_vault(named, config.secrets.vault))
+        granted = trust.tokens.verify(token)
     else:
         given = Path(resolve(str(given)))
         token = read_private(given)
@@ -174,7 +185,7 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
             f"A job needs an intent of {config.identity.issuer.url}: a token for the audience {INTENT_AUDIENCE} with "
             f"the claim entrypoint '{entrypoint}'. Name its file with identity.token_file=…"
         )
-    path = _keep_intent(places, granted, entrypoint)
+    path = _kept(places, entrypoint, lambda: mint_intent(places, granted, entrypoint=entrypoint, ttl_s=TTL_S))
     return trust.intents.verify(read_private(path), entrypoint=entrypoint).principal, path
 
 
@@ -187,21 +198,21 @@ def _user_of_this_machine(config: PlatformConfig) -> Principal:
     )
 
 
-def _keep_intent(places: Layout, principal: Principal, entrypoint: str) -> Path:
-    """A file with an intent of the dev issuer, fresh while this process lives."""
+def _kept(places: Layout, entrypoint: str, fresh: Callable[[], str]) -> Path:
+    """A file with an intent for this process and its workers, fresh while this process lives."""
     folder = local(places.keys) / "intents"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_expired(folder)
     path = folder / f"{entrypoint}-{uuid.uuid4().hex}.jwt"
 
     def renew() -> None:
-        write_intent(path, mint_intent(places, principal, entrypoint=entrypoint, ttl_s=TTL_S))
+        write_intent(path, fresh())
 
     def keep() -> None:
         while not ended.wait(RENEW_S):
             try:
                 renew()
-            except (OSError, ConfigError) as error:
+            except (OSError, FalajError, RefusedError) as error:
                 logging.getLogger(__name__).warning("The job's intent could not be renewed: %s", error)
 
     def end() -> None:

@@ -22,10 +22,11 @@ from cluster.security.intent import FILE_VARIABLE, mint_intent, write_intent
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action, Resource, Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier
+from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier, VaultConfig
 from cluster.storage import Layout
 from tests.broker import running_broker
 from tests.oidc_issuer import Issuer
+from tests.vault_double import VaultDouble
 
 JOB = "feature_jobs.ingest"
 VIEW = Resource(kind="feature view", name="income")
@@ -283,3 +284,37 @@ def test_a_reader_of_the_ledger_is_held_against_the_clusters_issuer(
     finally:
         issuer.close()
     assert [entry.payload["count"] for entry in ledger.entries(StrangersRefused)] == [1]
+
+
+@pytest.mark.parametrize("kind", ["intent", "access token"])
+def test_a_token_is_fetched_from_vault_and_again_while_the_job_lives(
+    places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Against a double; workers are told of a file of this machine, as ever."""
+    monkeypatch.setattr(acting, "RENEW_S", 0.02)
+    access = mint_token(places, subject="alice", role=Role.data_engineer, purpose="care")
+    alice = TokenVerifier.of(places).verify(access)
+    tokens = [mint_intent(places, alice, entrypoint=JOB) if kind == "intent" else access for _ in range(2)]
+    secret = tmp_path / "secret-id"
+    write_intent(secret, "canary-secret-id")
+    with VaultDouble() as double:
+        double.state.approles["falaj"] = "canary-secret-id"
+        double.state.kv["jobs/ingest"] = [{"jwt": tokens[0]}]
+        asking = config(places, token_file="vault:jobs/ingest#jwt")
+        asking.secrets.vault = VaultConfig(address=double.address, secret_file=str(secret))
+        actor = act(asking, record(places), ledger, entrypoint=JOB)
+        assert (actor.name, actor.principal.entrypoint, actor.principal.purpose) == ("alice", JOB, "care")
+        path = Path(actor.access.token.file or "")
+        assert path.parent == Path(places.keys) / "intents"
+        first, deadline = path.read_text(), time.monotonic() + 10
+        double.state.kv["jobs/ingest"].append({"jwt": tokens[1]})
+        while path.read_text() == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for reference, match in (
+            ("vault:jobs/ingest", "must be vault:"),
+            ("vault:jobs/ingest#none", "no token"),
+        ):
+            asking.identity.token_file = reference
+            with pytest.raises(ConfigError, match=match):
+                act(asking, record(places), ledger, entrypoint=JOB)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cluster.errors import BreakingChange
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied, ModelRegistered
+from feature_jobs.apply import for_any_purpose
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
 from feature_jobs.store.catalog import Definitions, apply, service_spec
 from feature_jobs.store.differences import Impact, view_changes
@@ -246,3 +247,27 @@ def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> No
         plan = planned(ledger, *views)
         assert next(step for step in plan.steps if step.kind == "service").breaks
         refuse_broken(plan, allow_breaking=False)
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "purposes", "warned"),
+    [
+        (Sensitivity.PERSONAL, [], ["v"]),
+        (Sensitivity.SENSITIVE, [], ["v"]),
+        (Sensitivity.PERSONAL, ["care"], []),
+        (Sensitivity.INTERNAL, [], []),
+    ],
+)
+def test_protected_fields_for_any_purpose_are_warned_of(
+    sensitivity: Sensitivity, purposes: list[str], warned: list[str]
+) -> None:
+    """Whoever may read columns may read them."""
+    view = FeatureView(
+        "v",
+        entities=[Entity("person", join_keys=["id"])],
+        source=FileSource("v.parquet", event_timestamp="at"),
+        schema=[Field("a", "float64", sensitivity=sensitivity)],
+        owner="test",
+        purposes=purposes,
+    )
+    assert for_any_purpose(Definitions(module="m", views={"v": view}, services={})) == warned
