@@ -74,7 +74,7 @@ def test_the_keys_of_a_view_are_those_it_was_applied_with(tmp_path: Path, classe
 
 
 def test_keys_of_personal_columns_are_for_the_views_purposes() -> None:
-    """Offline, online, of quarantine and push log; the internal ones, which join keys are under, serve every purpose."""
+    """Offline, online, of quarantine and push log; the internal ones, of join keys too, serve every purpose."""
     view = FeatureView(
         "v",
         entities=[Entity("person", join_keys=["id"])],
