@@ -1,0 +1,129 @@
+"""What happens to models: made, registered, served, rolled out, watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.ledger.events.base import Json, LedgerEvent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepFinished(LedgerEvent):
+    model: str
+    family: str
+    trials: int
+    metric: str
+    best: dict[str, Json]
+    results: list[dict[str, Json]]
+    training_set_hash: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRegistered(LedgerEvent):
+    name: str
+    version: int
+    family: str
+    task: str
+    manifest_hash: str
+    files: dict[str, str]
+    """File name to SHA-256 in hex."""
+    lineage: dict[str, Json]
+    metrics: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEvaluated(LedgerEvent):
+    name: str
+    version: int
+    data_hash: str
+    rows: int
+    metrics: dict[str, Json]
+    slices: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AliasMoved(LedgerEvent):
+    name: str
+    alias: str
+    version: int
+    previous: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDeployed(LedgerEvent):
+    name: str
+    version: int
+    variant: str
+    app: str
+    route_prefix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactRefused(LedgerEvent):
+    name: str
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStarted(LedgerEvent):
+    model: str
+    rollout: str
+    salt: str
+    treatment_version: int
+    treatment_variant: str
+    champion_version: int
+    weight: float
+    """Percent of units in the treatment arm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutWeightChanged(LedgerEvent):
+    model: str
+    rollout: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutPromoted(LedgerEvent):
+    model: str
+    rollout: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRolledBack(LedgerEvent):
+    model: str
+    rollout: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardrailBreached(LedgerEvent):
+    model: str
+    rollout: str
+    metric: str
+    treatment: float
+    control: float
+    threshold: float
+    treatment_outcomes: int
+    control_outcomes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomesReceived(LedgerEvent):
+    model: str
+    accepted: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelMonitored(LedgerEvent):
+    model: str
+    variant: str
+    version: int
+    periods: dict[str, Json]
+    drift: dict[str, Json]
+    inputs: dict[str, str]
+    results: str
