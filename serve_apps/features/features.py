@@ -70,6 +70,11 @@ class Features:
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
 
+    def __del__(self) -> None:
+        """Serve calls it when a replica ends in order."""
+        if (access := getattr(self, "_access", None)) is not None:
+            access.close()
+
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
         try:
