@@ -43,6 +43,7 @@ from feature_jobs.store.pusher import Pusher, open_log
 from serve_apps.access import AccessCheck
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.listening import listen_on_own_address
 
 REFRESH_S = 5
 """So long at most a definition is used that has been changed."""
@@ -57,6 +58,7 @@ class Features:
         Args:
             config: the platform's configuration as plain values.
         """
+        listen_on_own_address()
         self._platform = from_plain(config)
         self._places = layout(self._platform.storage)
         self._ledger = open_ledger(self._platform)

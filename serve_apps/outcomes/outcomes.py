@@ -24,6 +24,7 @@ from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, to_utc
 
@@ -83,6 +84,7 @@ class Outcomes:
         Args:
             config: the platform's configuration as plain values.
         """
+        listen_on_own_address()
         platform = from_plain(config)
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)

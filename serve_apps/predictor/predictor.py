@@ -31,6 +31,7 @@ from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
+from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
@@ -56,6 +57,7 @@ class Predictor:
         Raises:
             ArtifactTampered: a file is not the one that was registered; an event says so.
         """
+        listen_on_own_address()
         platform = from_plain(config)
         places = layout(platform.storage)
         ledger = open_ledger(platform)

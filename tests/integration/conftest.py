@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 
 from cluster import processes
@@ -87,6 +88,15 @@ class Project:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
         return self.run("cluster.up", *overrides, *args, check=check, **env)
+
+    def listeners(self) -> dict[int, str]:
+        """Every TCP port that a process of the cluster listens on, with its address."""
+        mine = {process.pid for process in processes.find(self.record.cluster_id)}
+        return {
+            connection.laddr.port: connection.laddr.ip.removeprefix("::ffff:")
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.pid in mine
+        }
 
     def stranger(self) -> Project:
         """The same project from a shell that was told nothing."""

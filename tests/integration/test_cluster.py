@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from cluster import processes
@@ -187,14 +186,9 @@ def test_status_names_what_listens_and_who_guards_it(falaj_cluster: Project) -> 
 
 def test_everything_listens_on_loopback_only(falaj_cluster: Project) -> None:
     """A stranger on the network reaches nothing, Ray's own ports and metrics included."""
-    processes_of = {process.pid for process in processes.find(falaj_cluster.record.cluster_id)}
-    listening = {
-        connection.laddr.port: connection.laddr.ip
-        for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.pid in processes_of
-    }
+    listening = falaj_cluster.listeners()
     assert {falaj_cluster.ports[name] for name in NAMED} <= set(listening)
-    assert {address.removeprefix("::ffff:") for address in listening.values()} == {"127.0.0.1"}
+    assert set(listening.values()) == {"127.0.0.1"}
 
 
 def test_a_second_up_is_refused_and_harms_nothing(falaj_cluster: Project) -> None:

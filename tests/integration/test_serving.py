@@ -138,6 +138,12 @@ def test_another_projects_model_answers_by_key(client: Shop) -> None:
     assert answers[0][1]["model_version"] == "1"
 
 
+def test_replicas_listen_on_loopback_only(client: Shop) -> None:
+    """Their gRPC servers for other deployments too, which unpickle what they are sent."""
+    assert client.predict(1)[0] == 200
+    assert set(client.project.listeners().values()) == {"127.0.0.1"}
+
+
 def test_each_answer_is_one_row_of_the_log(client: Shop) -> None:
     """With the features as they were used."""
     before = count_records(predictions(client.project))
