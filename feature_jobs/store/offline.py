@@ -329,11 +329,25 @@ def snapshot(
         )
     if version is not None:
         table.load_as_version(version)
+    schema = pa.schema(table.schema().to_arrow())
+    return Snapshot(
+        uri=uri,
+        version=int(table.version()),
+        num_buckets=num_buckets(table),
+        key_types=key_types(schema, keys),
+        files=_files_of(table),
+        protection=protection,
+        access=access,
+        tombstones=DELETED in schema.names,
+    )
+
+
+def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
     # Neither as `pa.table`, nor with the times among the columns: for both, Arrow would import pandas.
     said = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
     named = said.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])
     actions: list[dict[str, Any]] = named.to_pylist()
-    files = tuple(
+    return tuple(
         BucketFile(
             path=action["path"],
             bucket=int(action[f"partition.{BUCKET}"]),
@@ -341,17 +355,6 @@ def snapshot(
             size_bytes=int(action["size_bytes"]),
         )
         for action in sorted(actions, key=lambda action: str(action["path"]))
-    )
-    schema = pa.schema(table.schema().to_arrow())
-    return Snapshot(
-        uri=uri,
-        version=int(table.version()),
-        num_buckets=num_buckets(table),
-        key_types=key_types(schema, keys),
-        files=files,
-        protection=protection,
-        access=access,
-        tombstones=DELETED in schema.names,
     )
 
 

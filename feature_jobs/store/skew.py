@@ -98,6 +98,17 @@ def skew_of(online: pl.Series, offline: pl.Series, verdicts: pl.Series) -> Featu
     return FeatureSkew(**counts, error_sum=float(terms.sum()), error_count=pair.height)
 
 
+_VERDICT = (
+    pl.when(pl.col(_ONLINE).is_null() & pl.col("__known").is_not_null())
+    .then(pl.lit(Verdict.online_missing.value))
+    .when(pl.col(_ONLINE).is_null() | pl.col("__excused"))
+    .then(pl.lit(Verdict.lag.value))
+    .when(pl.col("__known").is_null())
+    .then(pl.lit(Verdict.offline_missing.value))
+    .otherwise(pl.lit(Verdict.mismatch.value))
+)
+
+
 def judge(
     asked: pl.DataFrame,
     history: pl.DataFrame,
@@ -154,13 +165,4 @@ def judge(
     found = rows.group_by(POSITION, maintain_order=True).agg(
         pl.col(_ONLINE).first(), value.alias("__known"), same.any().alias("__excused")
     )
-    verdict = (
-        pl.when(pl.col(_ONLINE).is_null() & pl.col("__known").is_not_null())
-        .then(pl.lit(Verdict.online_missing.value))
-        .when(pl.col(_ONLINE).is_null() | pl.col("__excused"))
-        .then(pl.lit(Verdict.lag.value))
-        .when(pl.col("__known").is_null())
-        .then(pl.lit(Verdict.offline_missing.value))
-        .otherwise(pl.lit(Verdict.mismatch.value))
-    )
-    return found.select(POSITION, verdict.alias("verdict"))
+    return found.select(POSITION, _VERDICT.alias("verdict"))
