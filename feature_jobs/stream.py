@@ -1,6 +1,7 @@
 """`python -m feature_jobs.stream source=push|kafka view=v [once=true]`: a stream into a feature table, exactly once.
 
-Killed at any point, the same command run again goes on where the table's own commits say that it was.
+With `kafka.consumers=4` that many Ray actors read and check a topic's partitions, and this process commits. Killed at
+any point, the same command run again goes on where the table's own commits say that it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
-from cluster.session import require_record
+from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
 from feature_jobs.store import offline
@@ -46,7 +47,10 @@ class KafkaConfig:
     """How a topic is read."""
 
     properties_file: str | None = None
-    """A file with properties of librdkafka, one `name=value` a line: how to log in, for one."""
+    """A file with properties of librdkafka, one `name=value` a line: how to log in, for one. It lies wherever a
+    consumer runs."""
+    consumers: int = 1
+    """Ray actors that share the partitions, at most one for each; 1 is this process itself."""
     linger_s: float = 0.1
     """So long rows are gathered for a commit."""
     max_lateness_s: float | None = None
@@ -55,6 +59,8 @@ class KafkaConfig:
     """What becomes of rows further behind."""
 
     def __post_init__(self) -> None:
+        if self.consumers < 1:
+            raise ValueError(f"kafka.consumers must be at least 1, got {self.consumers}.")
         if self.linger_s <= 0:
             raise ValueError(f"kafka.linger_s must be positive, got {self.linger_s}.")
         if self.max_lateness_s is not None and self.max_lateness_s < 0:
@@ -94,7 +100,9 @@ _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
 def main(config: StreamConfig) -> None:
     """Stream into one view's table until there is nothing more, or until stopped."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.stream")
+    apart = config.source is StreamSource.kafka and config.kafka.consumers > 1
+    record = attach(config) if apart else require_record(config)
+    actor = act(config, record, ledger, entrypoint="feature_jobs.stream")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
     stopped = _until_asked_to_stop()
@@ -127,7 +135,8 @@ def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threa
     Raises:
         DefinitionError: the view's source is no topic.
     """
-    from feature_jobs.store.kafka_consumer import Reading, consume  # librdkafka, where it is used
+    from feature_jobs.consumers import consume_apart  # librdkafka, where it is used
+    from feature_jobs.store.kafka_consumer import Reading, consume
 
     view, places = pushed_view(ledger, config.view), layout(config.storage)
     if not isinstance(view.view.source, KafkaSource):
@@ -153,6 +162,8 @@ def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threa
         linger_s=config.kafka.linger_s,
         max_rows=config.max_rows,
     )
+    if config.kafka.consumers > 1:
+        return consume_apart(stream, reading, stopped, consumers=config.kafka.consumers)
     return consume(stream, reading, stopped)
 
 

@@ -5,6 +5,9 @@ So Kafka's own groups are not used; whoever starts goes on where the table says.
 it started, which its commits state: one that finds a later generation in the table is a zombie and ends. Until then it
 does no harm either, because of two commits from the same offsets Delta takes one.
 
+Messages are checked here, or by readers elsewhere (`feature_jobs/consumers.py`). They are stored only here, so how many
+read changes nothing about where a stream is and whose.
+
 A row goes online after the commit, under its `ingest_seq`. A crash between the two is mended at the next start, from
 the last batch in the table.
 """
@@ -15,7 +18,6 @@ import datetime as dt
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -27,8 +29,8 @@ from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store import offline
+from feature_jobs.store.checked_messages import CheckedMessages, Message, checked
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
-from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.offline import Batch, Target
 from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_store import OnlineStore
@@ -46,17 +48,9 @@ class Fenced(RefusedError):
     """Another consumer started since."""
 
 
-class Message(Protocol):
-    """What a consumer gives."""
-
-    def partition(self) -> int: ...
-    def offset(self) -> int: ...
-    def value(self) -> bytes | None: ...
-
-
 @dataclass(kw_only=True, slots=True)
 class KafkaStream:
-    """Of one view, in one process. What it holds in memory can be lost at any time."""
+    """Of one view, committed by one process. What it holds in memory can be lost at any time."""
 
     view: PushedView
     topic: str
@@ -78,7 +72,7 @@ class KafkaStream:
             Fenced: a later generation is there already.
             CommitConflict: another job committed meanwhile; try again.
         """
-        table = offline.open_table(self.target.uri)
+        table = self._table = offline.open_table(self.target.uri)
         if table is None:
             return
         self._check_generation(table)
@@ -101,32 +95,62 @@ class KafkaStream:
             Fenced: a later generation committed; nothing was stored.
             CommitConflict: another job committed meanwhile; take the same messages again.
         """
+        table = self._current()
+        # Those that are held stand before these in their partitions, so they must not be left behind.
+        fresh = [
+            one
+            for one in [*self._held, *messages]
+            if one.offset() > position(table, self._offset_app(one.partition()))
+        ]
+        if not fresh:
+            return 0
+        found = checked(fresh, self.view.view, key_types=self.key_types, now=dt.datetime.now(dt.UTC))
+        if table is None and not found.rows.good.num_rows:
+            self._held = fresh
+            return 0
+        self._commit(table, found)
+        self._held = []
+        return len(fresh)
+
+    def store_checked(self, messages: CheckedMessages) -> int:
+        """As `take`, for messages that were checked with the table's types of keys.
+
+        Raises:
+            Fenced, CommitConflict: as `take`.
+            Inconsistent: the table lacks messages before these; nothing was stored.
+        """
+        table = self._current()
+        apps = {number: self._offset_app(number) for number in messages.reached}
+        fresh = messages.after({number: position(table, app) for number, app in apps.items()})
+        if len(fresh):
+            self._commit(table, fresh)
+        return len(fresh)
+
+    @property
+    def key_types(self) -> Mapping[str, str]:
+        """How the table stores keys; nothing where there was none when it was looked at last."""
+        if self._table is None:
+            return {}
+        return offline.key_types(pa.schema(self._table.schema().to_arrow()), self.view.spec.join_keys)
+
+    def _current(self) -> DeltaTable | None:
+        """The table as it is now, if it is still this generation's."""
         table = self._table = newest(self._table, self.target.uri)
         if table is not None:
             self._check_generation(table)
-        fresh = [one for one in messages if one.offset() > position(table, self._offset_app(one.partition()))]
-        if not fresh:
-            return 0
+        return table
+
+    def _commit(self, table: DeltaTable | None, messages: CheckedMessages) -> None:
+        """Store, put online, tell the ledger."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
-        checked = check_messages(
-            [one.value() for one in fresh],
-            self.view.view,
-            key_types=self._key_types(table),
-            now=dt.datetime.now(dt.UTC),
-        )
-        if table is None and not checked.good.num_rows:
-            self._held = fresh
-            return 0
-        checked, rows_late, watermarks = self._judged(checked, fresh, table)
-        positions = {self._offset_app(one.partition()): one.offset() for one in fresh} | watermarks
-        batch = self._batch(checked, positions, first, len(fresh), rows_late=rows_late)
+        rows, rows_late, watermarks = self._judged(messages, table)
+        reached = {self._offset_app(number): offset for number, offset in messages.reached.items()}
+        batch = self._batch(rows, reached | watermarks, first, len(messages), rows_late=rows_late)
         stored, self._table = store_batch(
             table, batch, self.target, view=self.view.spec, quarantine=self.quarantine
         )
-        self._held = []
         self._put_online(batch.good)
         self._tell(stored, self._table.version())
-        return len(fresh)
 
     def _batch(
         self,
@@ -150,13 +174,13 @@ class KafkaStream:
         )
 
     def _judged(
-        self, checked: CheckedRows, messages: Sequence[Message], table: DeltaTable | None
+        self, messages: CheckedMessages, table: DeltaTable | None
     ) -> tuple[CheckedRows, int, dict[str, int]]:
         """Late rows counted or put aside, and the partitions' watermarks behind them."""
-        good = checked.good
+        good = messages.rows.good
         if not good.num_rows:
-            return checked, 0, {}
-        partitions = np.array([messages[place].partition() for place in good[POSITION].to_pylist()])
+            return messages.rows, 0, {}
+        partitions = messages.partitions[np.array(good[POSITION])]
         events = np.array(good[EVENT].cast(pa.int64()))
         late = np.zeros(good.num_rows, dtype=bool)
         watermarks = {}
@@ -168,11 +192,11 @@ class KafkaStream:
             )
         count = int(late.sum())
         if not count or self.lateness.policy is LatePolicy.accept:
-            return checked, count, watermarks
+            return messages.rows, count, watermarks
         places = good[POSITION].filter(pa.array(late)).to_pylist()
-        raw = [(messages[place].value() or b"").decode(errors="replace") for place in places]
+        raw = [(messages.values[place].as_py() or b"").decode(errors="replace") for place in places]
         aside = pa.table({POSITION: pa.array(places, pa.int64()), "reason": ["late"] * count, "raw": raw})
-        bad = pa.concat_tables([checked.bad, aside]).sort_by(POSITION)
+        bad = pa.concat_tables([messages.rows.bad, aside]).sort_by(POSITION)
         return CheckedRows(good=good.filter(pa.array(~late)), bad=bad), count, watermarks
 
     def _finish(self, table: DeltaTable) -> None:
@@ -213,11 +237,6 @@ class KafkaStream:
                 f"View '{self.view.spec.name}' is streamed by a consumer that started later (generation {there}, this "
                 f"one is {self.generation}). This one ends."
             )
-
-    def _key_types(self, table: DeltaTable | None) -> Mapping[str, str]:
-        if table is None:
-            return {}
-        return offline.key_types(pa.schema(table.schema().to_arrow()), self.view.spec.join_keys)
 
     def _offset_app(self, partition: int) -> str:
         return f"falaj.kafka.{self.topic}.{partition}"

@@ -98,6 +98,15 @@ def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -
     }
 
 
+def test_messages_from_before_the_first_row_are_not_left_behind(
+    project: PushProject, broker: MockBroker
+) -> None:
+    """Read alone, they wait for the row that says what keys are, and are stored with it."""
+    broker.send(TOPIC, b"nonsense", b"more of it", message(1, 1, 5.0))
+    assert project.consume(max_rows=1) == 3
+    assert ingested(project, "rows_in", "reasons") == [[3, {"the message is no JSON": 2}]]
+
+
 def test_rules_for_whole_batches_do_not_judge_messages() -> None:
     """Where a batch ends is chance, and after a crash it is another one."""
     view = dataclasses.replace(kafka_view("a:1"), checks=(Unique(["person_id"]),))

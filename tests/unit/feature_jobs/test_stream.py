@@ -102,7 +102,14 @@ def test_a_stream_waits_for_more_and_looks_again_after_a_conflict(tmp_path: Path
 
 @pytest.mark.parametrize(
     "wrong",
-    ["interval_s=0", "max_rows=0", "num_buckets=0", "kafka.linger_s=0", "kafka.max_lateness_s=-1"],
+    [
+        "interval_s=0",
+        "max_rows=0",
+        "num_buckets=0",
+        "kafka.consumers=0",
+        "kafka.linger_s=0",
+        "kafka.max_lateness_s=-1",
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: str) -> None:
     """By name."""
