@@ -25,6 +25,7 @@ from cluster.storage import layout
 from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.online import open_online
+from feature_jobs.store.online_events import merge_of
 from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_rows import OnlineRow
 from feature_jobs.store.online_windows import state_rows, stored_view
@@ -63,7 +64,9 @@ def main(config: MaterializeConfig) -> None:
     store = open_online(config.online, places, key_store(actor.access), readonly=False)
     table = DeltaTable(pinned.uri, version=pinned.version)
     found = rows(view, pinned, as_of)
-    count = store.replace(stored_view(view), pinned.key_types, found, horizon=horizon(table))
+    count = store.replace(
+        stored_view(view), pinned.key_types, found, horizon=horizon(table), merge=merge_of(view)
+    )
     store.close()
     event = ViewMaterialized(
         view=view.name,

@@ -32,7 +32,7 @@ from feature_jobs.store import offline
 from feature_jobs.store.checked_messages import CheckedMessages, Message, checked
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
 from feature_jobs.store.offline import Batch, Target
-from feature_jobs.store.online_frames import online_rows
+from feature_jobs.store.online_events import put_online
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import EVENT, SEQ
 from feature_jobs.store.pushed_rows import POSITION, CheckedRows
@@ -209,7 +209,7 @@ class KafkaStream:
             protection=self.target.protection,
             access=self.target.access,
         )
-        names = [one.name for one in self.view.spec.fields]
+        names = [one.name for one in self.view.spec.stored]
         for bucket in range(snapshot.num_buckets):
             rows = snapshot.read(bucket, names)
             if not rows.is_empty():
@@ -224,7 +224,7 @@ class KafkaStream:
         if good.num_rows:
             spec = self.view.spec
             types = offline.key_types(good.schema, spec.join_keys)
-            self.store.put(spec, types, list(online_rows(spec, pl.DataFrame(pl.from_arrow(good)))))
+            put_online(self.store, spec, types, pl.DataFrame(pl.from_arrow(good)))
 
     def _tell(self, batch: Batch, table_version: int) -> None:
         event = event_of(self.view.spec, f"kafka:{self.topic}", batch, table_version)

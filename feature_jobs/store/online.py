@@ -65,6 +65,7 @@ class FeatureReader:
             view.name: WindowedView(view, view.windows) for view in spec.views if view.windows is not None
         }
         self._key_types: dict[str, Mapping[str, str]] = {}
+        self._whole: set[str] = set()
 
     def read(self, entities: Sequence[Mapping[str, Any]], as_of: dt.datetime) -> FeatureVectors:
         """The features of entities as they stand at a moment.
@@ -86,9 +87,14 @@ class FeatureReader:
         windowed = self._windowed.get(view.name)
         if windowed is None:
             return self._store.get(view, keys)
-        if not self._types(view):
+        if not self._is_whole(view.name):
             return [None for _ in keys]
         return windowed.found(keys, self._store.get(windowed.stored, keys), at_us)
+
+    def _is_whole(self, view: str) -> bool:
+        if view not in self._whole and self._store.is_whole(view):
+            self._whole.add(view)
+        return view in self._whole
 
     def _keys(
         self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], vectors: FeatureVectors

@@ -12,8 +12,11 @@ from typing import Protocol
 
 Rows = Sequence[tuple[bytes, bytes]]
 """Address and packed row."""
-Carry = Callable[[Rows], Rows]
-"""Of rows that were put since the last switch, those to take along, packed for the new generation."""
+Carry = Callable[[Sequence[tuple[bytes, bytes, bytes | None]]], Rows]
+"""Of rows that were put since the last switch, each with its address and the row that is staged there, those to take
+along, packed for the new generation."""
+NOTHING = b"\x00"
+"""Stands for the rank of a row where none lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Write:
     address: bytes
     packed: bytes
     expected: bytes = b""
-    """If given, it is put only where the row of this rank lies."""
+    """If given, it is put only where the row of this rank lies, or none does."""
 
 
 class Engine(Protocol):

@@ -15,7 +15,7 @@ from pathlib import Path
 import lmdb
 
 from cluster.errors import OnlineStoreUnavailable
-from feature_jobs.store.online_engine import Carry, Write
+from feature_jobs.store.online_engine import NOTHING, Carry, Write
 from feature_jobs.store.online_meta import GENERATION_BYTES, STAMP_BYTES
 from feature_jobs.store.online_rows import RANK_BYTES
 
@@ -75,7 +75,10 @@ class LmdbEngine:
         with self._writing() as transaction:
             if _stamp(transaction, view) != before:
                 return False
-            kept = carry(_put_since(transaction, view, before)) if before is not None else ()
+            prefix = view.encode() + b"\x00" + generation
+            fresh = [] if before is None else _put_since(transaction, view, before)
+            staged: list[bytes | None] = [transaction.get(prefix + address) for address, _ in fresh]  # type: ignore[misc]
+            kept = carry([(*row, there) for row, there in zip(fresh, staged, strict=True)])
             _delete(transaction, _PUT + view.encode() + b"\x00")
             _put(transaction, view, generation, [Write(address, packed) for address, packed in kept])
             transaction.put(_META + view.encode(), meta)
@@ -118,8 +121,8 @@ def _put(transaction: lmdb.Transaction, view: str, generation: bytes, writes: Se
     written = 0
     for write in writes:
         found: bytes | None = transaction.get(rows + write.address)  # type: ignore[assignment]
-        rank = None if found is None else found[:RANK_BYTES]
-        fits = rank == write.expected if write.expected else rank is None or rank < write.packed[:RANK_BYTES]
+        rank = NOTHING if found is None else found[:RANK_BYTES]
+        fits = rank == write.expected if write.expected else found is None or rank < write.packed[:RANK_BYTES]
         if fits:
             transaction.put(rows + write.address, write.packed)
             transaction.put(put + write.address, b"")

@@ -29,6 +29,8 @@ class Meta:
     """A row names its layout by the place here."""
     data_keys: Mapping[str, str]
     """Class to wrapped data key."""
+    whole: bool = True
+    """Whether it began with a materialisation, so that of an entity without a row there was none."""
 
     @property
     def stamp(self) -> bytes:
@@ -36,7 +38,9 @@ class Meta:
         return self.generation + struct.pack(">Q", self.edition)
 
     @classmethod
-    def new(cls, view: ViewSpec, key_types: Mapping[str, str], data_keys: Mapping[str, str]) -> Meta:
+    def new(
+        cls, view: ViewSpec, key_types: Mapping[str, str], data_keys: Mapping[str, str], *, whole: bool
+    ) -> Meta:
         """Of a new generation, written by one version of the view."""
         return cls(
             generation=secrets.token_bytes(GENERATION_BYTES),
@@ -44,6 +48,7 @@ class Meta:
             key_types=dict(key_types),
             layouts=(layout_of(view),),
             data_keys=data_keys,
+            whole=whole,
         )
 
     @classmethod
@@ -56,6 +61,7 @@ class Meta:
             key_types=stored["key_types"],
             layouts=tuple(Layout(version, fields) for version, fields in stored["layouts"]),
             data_keys=stored["data_keys"],
+            whole=stored.get("whole", True),
         )
 
     def pack(self) -> bytes:
@@ -64,6 +70,7 @@ class Meta:
             "key_types": self.key_types,
             "layouts": [[layout.version, layout.fields] for layout in self.layouts],
             "data_keys": self.data_keys,
+            "whole": self.whole,
         }
         return self.stamp + bytes(msgpack.packb(content))
 

@@ -47,7 +47,7 @@ for i = 2, #ARGV, 3 do
   local old = redis.call('HGET', KEYS[1], ARGV[i])
   local fits
   if ARGV[i + 2] ~= '' then
-    fits = old and string.sub(old, 1, 24) == ARGV[i + 2]
+    fits = (old and string.sub(old, 1, 24) or '\\0') == ARGV[i + 2]
   else
     fits = not old or newer(ARGV[i + 1], old)
   end
@@ -144,8 +144,10 @@ class RedisEngine:
         while True:
             with self._asking():
                 turn = self._ask("HGET", rows, "n") or b"0"
-                fresh = self._put_after(rows, recent, after)
-            taken = [Write(address, packed) for address, packed in (carry(fresh) if before else ())]
+                fresh = self._put_after(rows, recent, after) if before else ()
+                lying = self._at(staged, [address for address, _ in fresh])
+            beside = [(*row, there) for row, there in zip(fresh, lying, strict=True)]
+            taken = [Write(address, packed) for address, packed in carry(beside)]
             with self._asking():
                 if taken:
                     _cas(self._put, staged, kept, b"", taken)
@@ -163,13 +165,16 @@ class RedisEngine:
     def _put_after(self, rows: bytes, recent: bytes, after: bytes) -> Rows:
         """The rows that were put since a turn."""
         addresses = self._ask("ZRANGEBYSCORE", recent, after, "+inf")
-        found = [
+        found = self._at(rows, addresses)
+        return [
+            (address, packed) for address, packed in zip(addresses, found, strict=True) if packed is not None
+        ]
+
+    def _at(self, rows: bytes, addresses: Sequence[bytes]) -> list[bytes | None]:
+        return [
             packed
             for piece in range(0, len(addresses), PIECE_ROWS)
             for packed in self._ask("HMGET", rows, *addresses[piece : piece + PIECE_ROWS])
-        ]
-        return [
-            (address, packed) for address, packed in zip(addresses, found, strict=True) if packed is not None
         ]
 
     # The braces keep a view's keys on one node of a cluster, where a script needs them.

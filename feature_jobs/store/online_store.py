@@ -16,11 +16,13 @@ from cluster.security.keys.store import KeyRevoked, KeyStore, KeyStoreUnavailabl
 from cluster.security.parquet import CACHE_S
 from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.definitions import Sensitivity
-from feature_jobs.store.online_engine import Carry, Engine, Rows, Write
+from feature_jobs.store.online_changes import Change, Merge
+from feature_jobs.store.online_engine import NOTHING, Carry, Engine, Rows, Write
 from feature_jobs.store.online_meta import Meta, layout_of
 from feature_jobs.store.online_rows import (
     EVERYTHING,
     Found,
+    Header,
     Horizon,
     OnlineRow,
     Plan,
@@ -106,6 +108,7 @@ class OnlineStore:
         rows: Iterable[OnlineRow],
         *,
         horizon: Horizon = EVERYTHING,
+        merge: Merge | None = None,
     ) -> int:
         """Put a view's rows in place of all it had; gives how many entities they are.
 
@@ -114,6 +117,7 @@ class OnlineStore:
             key_types: of its join keys.
             rows: one an entity.
             horizon: what the rows were taken from. A row in the store from beyond it counts beside them.
+            merge: how it does, where an entity's row is not one row of the table.
 
         Raises:
             SourceError: another materialisation of the view came meanwhile; nothing was changed.
@@ -125,12 +129,12 @@ class OnlineStore:
         hash_key = self._hash_key(name, before)
         classes = layout_of(view).classes
         cipher, wrapped = RowCipher.create(self._keys, name, classes, hash_key=hash_key)
-        meta = Meta.new(view, key_types, wrapped)
+        meta = Meta.new(view, key_types, wrapped, whole=True)
         counter = _Counter()
         self.engine.stage(name, meta.generation, counter.packed(rows, cipher, meta))
         while True:
             stamp = before.stamp if before else None
-            carry = self._carry(view, before if hash_key else None, cipher, meta, horizon)
+            carry = self._carry(view, before if hash_key else None, cipher, meta, horizon, merge)
             if self.engine.switch(name, stamp, meta.pack(), carry):
                 return counter.entities
             before = self._meta(name)
@@ -139,6 +143,33 @@ class OnlineStore:
                     f"View '{name}' was materialised by another job meanwhile, or got its first pushed rows; this one "
                     "changed nothing. Run it again."
                 )
+
+    def update(self, view: ViewSpec, key_types: Mapping[str, str], changes: Sequence[Change]) -> None:
+        """Change rows by what lies there: where another writer was in between, by what lies there then; raises as
+        `put`.
+
+        Args:
+            view: whose.
+            key_types: of its join keys.
+            changes: one an entity.
+        """
+        while changes:
+            opened, number = self._for_writing(view, key_types)
+            addresses = opened.cipher.addresses([change.keys for change in changes])
+            lying = self.engine.rows(view.name, opened.stamp, addresses)
+            if lying is not None:
+                writes = self._changed(opened, number, changes, lying)
+                written = self.engine.put(view.name, opened.stamp, writes) if writes else 0
+                if written == len(writes):
+                    return
+                if written is not None:
+                    continue
+            self._known.pop((view.name, view.version), None)
+
+    def is_whole(self, view: str) -> bool:
+        """Whether nothing is known of the entities that the view has no row of, because it was materialised."""
+        meta = self._meta(view)
+        return meta is not None and meta.whole
 
     def key_types(self, view: str) -> Mapping[str, str]:
         """How a view's keys are stored; empty before its first row."""
@@ -173,7 +204,7 @@ class OnlineStore:
             opened = self._opened(view)
             if opened is None:
                 _, wrapped = RowCipher.create(self._keys, view.name, layout_of(view).classes)
-                self.engine.change(view.name, None, Meta.new(view, key_types, wrapped).pack())
+                self.engine.change(view.name, None, Meta.new(view, key_types, wrapped, whole=False).pack())
                 continue
             number = opened.meta.layout_number(view)
             if number is not None:
@@ -184,32 +215,54 @@ class OnlineStore:
             self._known.pop((view.name, view.version), None)
 
     def _carry(
-        self, view: ViewSpec, before: Meta | None, cipher: RowCipher, meta: Meta, horizon: Horizon
+        self,
+        view: ViewSpec,
+        before: Meta | None,
+        cipher: RowCipher,
+        meta: Meta,
+        horizon: Horizon,
+        merge: Merge | None,
     ) -> Carry:
-        """Packs the rows of before that are not in the horizon for the new generation."""
+        """Packs the rows of before that are not in the horizon for the new generation, or what they are merged to."""
+        layout = meta.layouts[0]
+        plan = layout.plan([(field.name, field.dtype) for field in view.fields])
 
-        def carry(rows: Rows) -> Rows:
-            beyond = [(place, packed) for place, packed in rows if not horizon.covers(header_of(packed).seq)]
-            if not beyond or before is None:
+        def carry(rows: Sequence[tuple[bytes, bytes, bytes | None]]) -> Rows:
+            if merge is None:
+                rows = [row for row in rows if not horizon.covers(header_of(row[1]).seq)]
+            if not rows or before is None:
                 return []
             opened = self._open(view, before, until=0.0)
+            places = [place for place, _, _ in rows]
+            old = opened.cipher.unpack(places, [packed for _, packed, _ in rows], opened.plans)
+            new = cipher.unpack(places, [staged for _, _, staged in rows], [plan])
             kept = []
-            places, contents = [place for place, _ in beyond], [packed for _, packed in beyond]
-            old = opened.cipher.unpack(places, contents, opened.plans)
-            for (place, packed), found in zip(beyond, old, strict=True):
-                header = header_of(packed)
-                row = OnlineRow(
-                    keys=(),
-                    event_us=header.event_us,
-                    created_us=header.created_us,
-                    seq=header.seq,
-                    values=found[3] if found else (),
-                    deleted=header.deleted,
-                )
-                kept.append((place, cipher.pack(place, row, meta.layouts[0], 0)))
+            for (place, packed, staged), said, beside in zip(rows, old, new, strict=True):
+                row: OnlineRow | None
+                row = lay = _row_of(header_of(packed), said)
+                if merge is not None:
+                    there = None if staged is None else _row_of(header_of(staged), beside)
+                    row = merge(there, lay, horizon)
+                if row is not None:
+                    kept.append((place, cipher.pack(place, row, layout, 0)))
             return kept
 
         return carry
+
+    def _changed(
+        self, opened: _Opened, number: int, changes: Sequence[Change], lying: Sequence[bytes | None]
+    ) -> list[Write]:
+        """What changes make of the rows that lie there."""
+        addresses = opened.cipher.addresses([change.keys for change in changes])
+        said = opened.cipher.unpack(addresses, lying, opened.plans)
+        writes = []
+        for change, address, packed, found in zip(changes, addresses, lying, said, strict=True):
+            before = None if packed is None else _row_of(header_of(packed), found)
+            row = change.made(before, opened.meta.whole)
+            if row is not None:
+                content = opened.cipher.pack(address, row, opened.meta.layouts[number], number)
+                writes.append(Write(address, content, NOTHING if before is None else rank_of(before)))
+        return writes
 
     def _hash_key(self, view: str, before: Meta | None) -> bytes | None:
         """The key of the entities' hash of before; none where there is none, or what it protected is gone."""
@@ -248,6 +301,18 @@ class OnlineStore:
         classes = sorted({name for plan in plans for _, name, _ in plan.parts})
         cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
         return _Opened(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, until=until)
+
+
+def _row_of(header: Header, found: Found | None) -> OnlineRow:
+    """A row that lies in the store, but for its keys."""
+    return OnlineRow(
+        keys=(),
+        event_us=header.event_us,
+        created_us=header.created_us,
+        seq=header.seq,
+        values=found[3] if found else (),
+        deleted=header.deleted,
+    )
 
 
 class _Counter:

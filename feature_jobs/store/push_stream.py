@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import polars as pl
 import pyarrow as pa
@@ -23,7 +23,7 @@ from cluster.ledger.events import BatchIngested
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.offline import Batch, Target
-from feature_jobs.store.online_frames import online_rows
+from feature_jobs.store.online_events import settle_online
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.push_log import PushLog, PushRecord
@@ -115,12 +115,8 @@ class PushStream:
             return
         types = offline.key_types(record.good.schema, self.view.join_keys)
         frame = pl.DataFrame(pl.from_arrow(provisional(record.good, record.first)))
-        rows = list(online_rows(self.view, frame))
         numbers = [record.first + place + shift for place in record.good[POSITION].to_pylist()]
-        self.store.put(
-            self.view, types, [replace(row, seq=seq) for row, seq in zip(rows, numbers, strict=True)]
-        )
-        self.store.settle(self.view, types, list(zip(rows, numbers, strict=True)))
+        settle_online(self.store, self.view, types, frame, numbers)
 
 
 def micro_batch(records: list[PushRecord], *, first_seq: int) -> MicroBatch:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.errors import DefinitionError, FeatureViewNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied
+from feature_jobs.store.aggregations import Aggregation
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.checks import Check
 from feature_jobs.store.definitions import Entity, FeatureView, Field, FileSource, Sensitivity
@@ -45,10 +46,6 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
     heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
     newest = of_name[-1]
     definition, version = newest["definition"], newest["version"]
-    if "event_id" in definition:
-        raise DefinitionError(
-            f"View '{name}' is aggregated from events, which cannot be pushed yet. Ingest them."
-        )
     if definition["transform"] is None:
         view = from_record(definition)
     else:
@@ -87,6 +84,11 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
         ],
         created_lag=timedelta(seconds=definition["created_lag_s"]),
         checks=[kinds[check["check"]].from_definition(check) for check in definition["checks"]],
+        event_id=definition.get("event_id"),
+        aggregations=[
+            Aggregation(one["column"], one["function"], windows=[timedelta(microseconds=one["window_us"])])
+            for one in definition.get("aggregations", ())
+        ],
     )
 
 

@@ -20,7 +20,7 @@ from cluster.errors import InvalidRequest
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.storage import Layout, local
 from feature_jobs.store import offline
-from feature_jobs.store.online_frames import online_rows
+from feature_jobs.store.online_events import put_online
 from feature_jobs.store.online_rows import PROVISIONAL
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import SEQ
@@ -76,7 +76,7 @@ class Pusher:
         if good.num_rows:
             given = offline.key_types(good.schema, view.join_keys)
             frame = pl.DataFrame(pl.from_arrow(provisional(good, appended.first)))
-            self._store.put(self._view.spec, given, list(online_rows(self._view.spec, frame)))
+            put_online(self._store, self._view.spec, given, frame)
         return appended.answer
 
     def _known_key_types(self) -> Mapping[str, str]:

@@ -12,6 +12,9 @@ Events come in any order, late and repeatedly: a version of an event is identifi
 event keeps those of its versions that count at some time. An event is forgotten one longest window after all its
 versions were known. Its older versions are then too old to count again, should they come, but for one case: a version
 dated ahead (event after created) that comes for the first time a longest window after what corrected it.
+
+A pushed version goes by a provisional number, behind all that are final, until it gets its own. Which of its event's
+final ones with equal created will then be behind it is open until that moment, so these are kept beside it.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ import msgpack
 
 from feature_jobs.store.aggregations import EVERY, WindowSpec
 from feature_jobs.store.hyperloglog import value_hash
+from feature_jobs.store.online_rows import PROVISIONAL
 from feature_jobs.store.partials import Ranked, add, answer, empty
 
 FORMAT = 1
 _ID_BYTES = 8
 _MOST_TILES = 256
 _BEGINNING = -(1 << 62)
+NEVER = 1 << 62
+"""`since_us` of a state that lacks events, and so says nothing."""
 
 Version = list[Any]
 """Created, seq, event and values of one version of an event; the values of a tombstone are none."""
@@ -95,14 +101,31 @@ class WindowState:
         tiles = [[number, *self._tiles[number].parts()] for number in sorted(self._tiles)]
         return bytes(msgpack.packb([FORMAT, self.since_us, tiles]))
 
-    def apply(self, row: EventRow) -> bool:
-        """Take a version of an event in; gives whether that changed anything."""
+    @property
+    def newest_us(self) -> int:
+        """When the last version was known."""
+        return max((tile.last_us for tile in self._tiles.values()), default=_BEGINNING)
+
+    def rows(self) -> Iterator[EventRow]:
+        """All versions that are kept."""
+        for tile in self._tiles.values():
+            for name, _, versions in tile.events:
+                for created_us, seq, event_us, values in versions:
+                    yield EventRow(name, event_us, created_us, seq, None if values is None else tuple(values))
+
+    def apply(self, row: EventRow, *, was: int | None = None) -> bool:
+        """Take a version of an event in; gives whether that changed anything.
+
+        Args:
+            row: the version.
+            was: the provisional number that it went by until now, if it did.
+        """
         key = value_hash(row.event_id).to_bytes(_ID_BYTES, "little")
         version = [row.created_us, row.seq, row.event_us, None if row.values is None else _plain(row.values)]
         for number, tile in self._tiles.items():
             place = tile.find(key, row.event_id)
             if place is not None:
-                return self._correct(number, key, place, version)
+                return self._correct(number, key, place, _with(tile.events[place], version, was))
         self._place(key, [row.event_id, _known(version), [version]])
         return True
 
@@ -124,15 +147,13 @@ class WindowState:
                 del self._tiles[number]
             elif tile.corrected and tile.last_us <= now_us:
                 tile.fill(
-                    [[name, known, versions[-1:]] for name, known, versions in tile.events], self._tiling
+                    [[name, known, _newest(versions)] for name, known, versions in tile.events], self._tiling
                 )
         self.since_us = max(self.since_us, now_us)
 
-    def _correct(self, number: int, key: bytes, place: int, version: Version) -> bool:
+    def _correct(self, number: int, key: bytes, place: int, changed: Event) -> bool:
         tile = self._tiles[number]
-        event = tile.events[place]
-        changed = _with(event, version)
-        if changed == event:
+        if changed == tile.events[place]:
             return False
         events = list(tile.events)
         if changed[2][-1][2] // self._tiling.width_us == number:
@@ -273,16 +294,27 @@ class _Tile:
         return found
 
 
-def _with(event: Event, version: Version) -> Event:
-    """An event with one more version; those that count at no time any more go."""
+def _with(event: Event, version: Version, was: int | None) -> Event:
+    """An event with one more version, which may have had another number; those that count at no time any more go."""
     name, known, versions = event
-    if any(one[:2] == version[:2] for one in versions):
-        return event
+    others = [one for one in versions if one[:2] != [version[0], was]]
+    if not any(one[:2] == version[:2] for one in others):
+        others.append(version)
     kept: list[Version] = []
-    for one in sorted([*versions, version], reverse=True):
-        if not kept or _known(one) < min(map(_known, kept)):
+    for one in sorted(others, reverse=True):
+        if all(_known(one) < _known(later) or not _stays_behind(later, one) for later in kept):
             kept.append(one)
     return [name, max(known, _known(version)), kept[::-1]]
+
+
+def _stays_behind(later: Version, earlier: Version) -> bool:
+    """Whether the order of two versions will be the same when each has its final number."""
+    return bool(later[0] > earlier[0] or not later[1] >= PROVISIONAL > earlier[1])
+
+
+def _newest(versions: list[Version]) -> list[Version]:
+    """The last version, and those that may come behind it yet."""
+    return [one for one in versions if one is versions[-1] or not _stays_behind(versions[-1], one)]
 
 
 def _known(version: Version) -> int:
