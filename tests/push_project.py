@@ -17,17 +17,31 @@ from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, KafkaSource, Range, Sensitivity
+from feature_jobs.materialize import rows
+from feature_jobs.store import (
+    Aggregation,
+    Entity,
+    FeatureView,
+    Field,
+    FileSource,
+    KafkaSource,
+    Range,
+    Sensitivity,
+)
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply
 from feature_jobs.store.kafka_consumer import Reading, consume
 from feature_jobs.store.kafka_stream import KafkaStream
 from feature_jobs.store.lateness import Lateness, LatePolicy
-from feature_jobs.store.offline import Snapshot, Target, snapshot
+from feature_jobs.store.offline import Snapshot, Target, open_table, snapshot
 from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.online_events import merge_of
+from feature_jobs.store.online_windows import stored_view
 from feature_jobs.store.protection import view_protection
 from feature_jobs.store.push_stream import PushStream
 from feature_jobs.store.pushed_view import pushed_view
 from feature_jobs.store.pusher import Pusher, open_log
+from feature_jobs.store.streamed import horizon
+from feature_jobs.store.windows import aggregate
 from serve_apps.features.request import parse_push
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -39,6 +53,8 @@ INCOME = FeatureView(
     checks=[Range("amount", 0, 1e6)],
     ttl=timedelta(days=30),
 )
+END = START + timedelta(hours=12)
+"""By then everything that the tests push has happened and is known."""
 
 
 def row(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
@@ -46,6 +62,28 @@ def row(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str,
     at = (START + timedelta(hours=hour)).isoformat()
     features = {"amount": amount, "sector": f"s{person}"}
     return {"keys": {"person_id": person}, "features": features, "event_timestamp": at} | fields
+
+
+def payments_view() -> FeatureView:
+    """A view of that name, aggregated from events; made here, as a module has one definition of a name."""
+    return FeatureView(
+        "income",
+        entities=INCOME.entities,
+        source=INCOME.source,
+        schema=[Field("payment", "string"), *INCOME.schema],
+        checks=INCOME.checks,
+        event_id="payment",
+        aggregations=[
+            Aggregation("amount", function, windows=[timedelta(hours=2), timedelta(hours=5)])
+            for function in ("count", "sum", "last")
+        ],
+    )
+
+
+def payment(number: int, hour: float, amount: float = 1.0, **fields: Any) -> dict[str, Any]:
+    """An event of one of two people, as a client sends it."""
+    sent = row(number % 2, hour, amount, **fields)
+    return sent | {"features": sent["features"] | {"payment": f"p{number}"}}
 
 
 class PushProject:
@@ -147,18 +185,45 @@ class PushProject:
         vectors = FeatureReader(service, self.store).read(entities, START + timedelta(hours=hour))
         return vectors.columns["income__amount"]
 
+    def materialise(self) -> None:
+        """The table as it is now, as of the end."""
+        spec, pinned, table = self.view.spec, self.snapshot(), open_table(self.target().uri)
+        assert table is not None
+        found, merge = rows(spec, pinned, END), merge_of(spec)
+        self.store.replace(stored_view(spec), pinned.key_types, found, horizon=horizon(table), merge=merge)
+
+    def served(self, *hours: float) -> list[dict[str, list[Any]]]:
+        """What the online store says of two people at each hour."""
+        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[self.view.spec]), self.store)
+        entities = [{"person_id": person} for person in (0, 1)]
+        return [reader.read(entities, START + timedelta(hours=hour)).columns for hour in hours]
+
+    def trained(self, *hours: float) -> list[dict[str, list[Any]]]:
+        """What the table says of them."""
+        spec, pinned = self.view.spec, self.snapshot()
+        assert spec.windows is not None
+        parts = [pinned.read(bucket, spec.windows.read) for bucket in range(pinned.num_buckets)]
+        events = pl.concat([part for part in parts if not part.is_empty()], how="diagonal_relaxed")
+        said = []
+        for hour in hours:
+            at = pl.lit(START + timedelta(hours=hour)).dt.cast_time_unit("us").alias("event_timestamp")
+            asked = pl.DataFrame({"person_id": [0, 1]}).with_columns(at)
+            answers = aggregate(asked, events, keys=spec.join_keys, windows=spec.windows).columns
+            said.append(dict(zip(spec.columns, answers.to_dict(as_series=False).values(), strict=True)))
+        return said
+
     def close(self) -> None:
         self.store.close()
         self.log.close()
         self.ledger.engine.dispose()
 
 
-def kafka_view(servers: str) -> FeatureView:
+def kafka_view(servers: str, view: FeatureView = INCOME) -> FeatureView:
     """The same view, from a topic."""
     source = KafkaSource(
         servers, "incomes", event_timestamp="at", created_timestamp="known_at", deleted="gone"
     )
-    return replace(INCOME, source=source)
+    return replace(view, source=source)
 
 
 def message(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
@@ -173,12 +238,14 @@ def consume_until_killed(root: str, access: KeyAccess, servers: str) -> None:
     project.consume(max_rows=3)
 
 
-def serve(root: str, access: KeyAccess, asked: Connection) -> None:
-    """Do what comes in and say so: a push, or `stream`, which takes the log into the table."""
-    project = PushProject(Path(root), access)
+def serve(root: str, access: KeyAccess, asked: Connection, *, aggregated: bool = False) -> None:
+    """Do what comes in and say so: a push, `stream`, which takes the log into the table, or `materialise`."""
+    project = PushProject(Path(root), access, view=payments_view() if aggregated else INCOME)
     stream = project.stream(max_rows=5)
     while True:
         match asked.recv():
+            case "materialise":
+                project.materialise()
             case "stream":
                 while stream.step():
                     pass

@@ -171,6 +171,5 @@ def _packed(row: OnlineRow) -> bytes | None:
 
 def _next(before: OnlineRow | None, state: WindowState, seq: int) -> OnlineRow:
     """A state as the next row: its event time counts writes, so no rank comes twice; its number is the greatest put."""
-    if before is None:
-        return OnlineRow(keys=(), event_us=0, created_us=0, seq=seq, values=[state.pack()])
-    return replace(before, event_us=before.event_us + 1, seq=max(before.seq, seq), values=[state.pack()])
+    writes, number = (0, seq) if before is None else (before.event_us + 1, max(before.seq, seq))
+    return OnlineRow(keys=(), event_us=writes, created_us=0, seq=number, values=[state.pack()])

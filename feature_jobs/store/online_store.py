@@ -235,7 +235,7 @@ class OnlineStore:
             opened = self._open(view, before, until=0.0)
             places = [place for place, _, _ in rows]
             old = opened.cipher.unpack(places, [packed for _, packed, _ in rows], opened.plans)
-            new = cipher.unpack(places, [staged for _, _, staged in rows], [plan])
+            new = cipher.unpack(places, [staged if merge else None for _, _, staged in rows], [plan])
             kept = []
             for (place, packed, staged), said, beside in zip(rows, old, new, strict=True):
                 row: OnlineRow | None

@@ -4,7 +4,8 @@ Values that were computed at some instant would be wrong at the next one, becaus
 sealed by the most sensitive class among the columns it is made of, and read at the request's own `as_of`.
 
 A materialisation answers for instants from one longest window before its own: earlier ones are missing. An entity that
-the store does not hold, in a view that was materialised, has no events: its counts are 0, as offline.
+the store does not hold, in a view that was materialised, has no events: its counts are 0, as offline. In one that was
+only pushed to, all is missing. `online_events` takes events into the states.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Why a served value of an aggregated view is not the offline one: the counterpart of `skew.judge`.
 
-What the online store held is known exactly: the events that the last materialisation before the request could read. So
-the value is made from those once more, offline, at the request's own instant. Sums are exact, so equal means equal.
+What the online store held is at least the events that the last materialisation before the request could read. So the
+value is made from those once more, offline, at the request's own instant. Sums are exact, so equal means equal. Events
+that were pushed between the two are not told apart from later ones, so where a still later one (with an earlier
+`created_timestamp`) made the difference, it is called a mismatch.
 """
 
 from __future__ import annotations

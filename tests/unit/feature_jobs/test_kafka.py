@@ -30,7 +30,7 @@ from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.retry import try_again
 from tests.kafka_broker import MockBroker, mock_broker
-from tests.push_project import PushProject, consume_until_killed, kafka_view, message
+from tests.push_project import PushProject, consume_until_killed, kafka_view, message, payments_view
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
 TOPIC = "incomes"
@@ -65,6 +65,26 @@ def test_rows_are_stored_once_and_read_online(project: PushProject, broker: Mock
     assert project.amounts(1, 2, 3) == [8.0, None, 7.0]
     assert sorted(project.table()["ingest_seq"]) == [0, 1, 2, 3, 4]
     assert ingested(project, "rows_in", "rows_stored") == [[3, 3], [2, 2]]
+
+
+def test_streamed_events_are_online_as_offline(
+    tmp_path: Path, access: KeyAccess, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an aggregated view; also those that a crash kept from going online, and what corrects others."""
+    project = PushProject(tmp_path, access, view=kafka_view(broker.servers, payments_view()))
+    broker.send(TOPIC, message(1, 6, 5.0, payment="a"), message(0, 6, 7.0, payment="b"))
+    project.consume()
+    project.materialise()
+    broker.send(TOPIC, message(1, 7, 2.0, payment="c"), message(0, 7, payment="b", gone=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(project.store, "update", lambda *_: None)
+        project.consume()
+    assert project.served(7) != project.trained(7)
+    broker.send(TOPIC, message(1, 7.5, 4.0, payment="a"))
+    project.consume()
+    assert project.served(7, 7.5, 8.5, 12) == project.trained(7, 7.5, 8.5, 12)
+    assert project.served(7.5)[0]["income__amount_sum_5h"] == [None, 6.0]
+    project.close()
 
 
 def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -> None:

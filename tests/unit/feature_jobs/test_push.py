@@ -7,6 +7,8 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from cluster.ledger.events import BatchIngested, FeatureViewApplied, FeatureView
 from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store import streamed
+from feature_jobs.store.catalog import Definitions, apply
 from feature_jobs.store.offline import open_table
 from feature_jobs.store.online_rows import PROVISIONAL, OnlineRow
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.pushed_view import from_record, pushed_view
-from tests.push_project import INCOME, START, PushProject, row, serve
+from feature_jobs.store.pusher import Pusher
+from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
+EVENT_KILLS = (KILLS + 1) // 2
 
 
 @pytest.fixture
@@ -264,6 +269,7 @@ def test_view_without_a_transform_needs_no_module() -> None:
     assert [(field.name, field.dtype) for field in again.schema] == [
         (field.name, field.dtype) for field in INCOME.schema
     ]
+    assert from_record(payments_view().definition()).windows == payments_view().windows
 
 
 def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
@@ -334,12 +340,98 @@ def test_kill_of_a_push_server_and_its_stream_loses_and_doubles_nothing(
     killed.close()
 
 
-def answered(root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None) -> int:
+@pytest.fixture
+def payments(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
+    """Of an aggregated view."""
+    opened = PushProject(tmp_path, access, view=payments_view())
+    yield opened
+    opened.close()
+
+
+HOURS = (7, 8, 9.5, 12, 20)
+"""From one longest window before the end."""
+
+
+def test_pushed_events_count_at_once_and_when_they_are_settled(payments: PushProject) -> None:
+    """Corrected, deleted and repeated ones too; a first push says nothing before the view is materialised."""
+    payments.push(payment(1, 6, 5.0), payment(2, 6, 7.0), key="a")
+    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
+    payments.stream().step()
+    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
+    payments.materialise()
+    assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
+    late = {"created_timestamp": payment(0, 8)["event_timestamp"]}
+    sent = [payment(1, 5, 6.0, **late), payment(2, 6, deleted=True, **late), payment(4, 7.5, 1.5)]
+    for _ in range(2):
+        payments.push(*sent, key="b")
+        assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
+        assert payments.served(8)[0]["income__amount_sum_5h"] == [1.5, 6.0]
+    pushed = payments.served(*HOURS)
+    payments.stream().step()
+    assert payments.served(*HOURS) == payments.trained(*HOURS) == pushed
+    payments.materialise()
+    assert payments.served(*HOURS) == pushed
+
+
+def test_view_applied_with_other_windows_says_nothing_until_it_is_materialised(
+    payments: PushProject,
+) -> None:
+    """A state of before may lack what the new windows need; an event does not make it whole."""
+    payments.push(payment(2, 6, 7.0), key="a")
+    payments.stream().step()
+    payments.materialise()
+    [longer] = [replace(one, windows=[timedelta(hours=9)]) for one in payments_view().aggregations[1:2]]
+    changed = replace(payments_view(), aggregations=[longer])
+    apply(Definitions(module="m", views={"income": changed}, services={}), payments.ledger, actor="test")
+    payments.view = pushed_view(payments.ledger, "income")
+    payments.pusher = Pusher(payments.view, payments.places, payments.store, payments.log)
+    payments.push(payment(4, 7, 1.0), key="b")
+    assert payments.served(8) == [{"income__amount_sum_9h": [None, None]}]
+    payments.stream().step()
+    payments.materialise()
+    assert payments.served(8) == payments.trained(8) == [{"income__amount_sum_9h": [8.0, None]}]
+
+
+def test_kill_of_pushes_streams_and_materialisations_of_events_loses_and_doubles_nothing(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """Killed at random points, asked again with the same keys: online is offline."""
+    draw, kills = random.Random(0), 0
+    hours = [draw.randrange(8) for _ in range(6 * EVENT_KILLS)]
+    sent = [
+        payment(draw.randrange(6), hour, float(place), deleted=draw.random() < 0.2)
+        for place, hour in enumerate(hours)
+    ]
+    steps = ["stream", "stream", "materialise", "push again"]
+    waiting: list[Any] = [{"key": "first", "rows": sent[:1]}, "stream", "materialise"]
+    for place, one in enumerate(sent):
+        push = {"key": f"k{place}", "rows": [one, sent[draw.randrange(len(sent))]]}
+        step = draw.choice(steps)
+        waiting += [push, push if step == "push again" else step]
+    killing = random.Random()
+    while waiting:
+        kill_after_s = killing.uniform(0.0, 0.3) if kills < EVENT_KILLS else None
+        kills += kill_after_s is not None
+        waiting = waiting[answered(tmp_path, access, waiting, kill_after_s, aggregated=True) :]
+    assert kills == EVENT_KILLS
+    killed = PushProject(tmp_path, access, view=payments_view())
+    while killed.stream().step():
+        pass
+    assert killed.table().height == 2 * len(sent) + 1
+    assert killed.served(*HOURS) == killed.trained(*HOURS)
+    killed.close()
+
+
+def answered(
+    root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None, *, aggregated: bool = False
+) -> int:
     """How much of what was asked a server did before it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.push_project"])
     here, there = context.Pipe()
-    server = context.Process(target=serve, args=(str(root), access, there), daemon=True)
+    server = context.Process(
+        target=serve, args=(str(root), access, there), kwargs={"aggregated": aggregated}, daemon=True
+    )
     server.start()
     there.close()
     timer = threading.Timer(kill_after_s or 0.0, server.kill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.aggregations import EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
+from feature_jobs.store.online_rows import PROVISIONAL
 from feature_jobs.store.tiles import EventRow, Tiling, WindowState
 from feature_jobs.store.windows import aggregate
 from tests.unit.feature_jobs.event_frames import COLUMNS, EVENTS, KEYS, SPEC, START, TIME, event_frames
@@ -125,6 +127,22 @@ def test_repeated_version_that_was_corrected_stays_corrected() -> None:
     state.expire(at(21))
     state.apply(row("a", 20, 1.0))
     assert state.values(at(21)) == [0]
+
+
+def test_pushed_version_takes_its_place_when_it_gets_its_number() -> None:
+    """Until then it is the last of its moment; what will be behind it is kept meanwhile, through forgetting too."""
+    state = WindowState(Tiling(only("amount", "sum", "last")))
+    pushed = row("a", 1, 7.0, seq=PROVISIONAL + 4)
+    state.apply(row("a", 1, 5.0, seq=10))
+    state.apply(pushed)
+    state.apply(row("a", 1, 8.0, seq=12))
+    state.apply(row("b", 1, 1.0, seq=13))
+    state.expire(at(1))
+    assert state.values(at(1)) == [8.0, 7.0]
+    assert state.apply(replace(pushed, seq=11), was=pushed.seq)
+    assert state.values(at(1)) == [9.0, 1.0]
+    assert not state.apply(replace(pushed, seq=11), was=pushed.seq)
+    assert sorted(one.seq for one in state.rows()) == [12, 13]
 
 
 def test_event_dated_ahead_counts_from_then_on() -> None:

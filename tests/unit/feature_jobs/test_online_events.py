@@ -1,0 +1,236 @@
+"""Events pushed and streamed into the online states of an aggregated view: read at any instant, they are as offline.
+
+On both engines.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig, OnlineKind
+from cluster.storage import Layout
+from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.online_engine import Write
+from feature_jobs.store.online_events import merge_of, put_online, settle_online
+from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.online_windows import states, stored_view
+from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
+from tests.unit.feature_jobs.test_online_windows import (
+    EVENT,
+    EVERYONE,
+    SERVICE,
+    TYPES,
+    VIEW,
+    frame_of,
+    offline_columns,
+)
+
+AS_OF = START + timedelta(hours=12)
+HOURS = (7, 9, 12, 15)
+"""From one longest window before `AS_OF`."""
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[list[OnlineStore]]:
+    folder = tmp_path_factory.mktemp("online")
+    keyring = Keyring.create(folder / "keyring.json", bytes(32))
+    for name in ("internal", "personal"):
+        for view in ("visits", "others"):
+            keyring.ensure(KeyInfo(name=f"online/{view}/{name}"))
+    remote = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="events")
+    opened = [
+        open_online(config, Layout(str(folder)), keyring, readonly=False)
+        for config in (OnlineConfig(map_size_gib=0.1), remote)
+    ]
+    yield opened
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture(params=[0, 1], ids=["lmdb", "redis"])
+def store(request: pytest.FixtureRequest, stores: list[OnlineStore]) -> OnlineStore:
+    """With the view materialised from an empty table."""
+    store = stores[request.param]
+    store.replace(stored_view(VIEW), TYPES, [])
+    return store
+
+
+@dataclass
+class Pipeline:
+    """A push log, a topic, a table and the online store; `rows` come in order by one or the other way."""
+
+    store: OnlineStore
+    rows: pl.DataFrame
+    pushed: list[int] = field(default_factory=list)
+    """Rows in the order of the log."""
+    table: list[int] = field(default_factory=list)
+    """Rows in the order of their `ingest_seq`."""
+    settled: int = 0
+    """So many of the log are in the table and settled."""
+    streamed: int = 0
+    """So many of the log are in the table."""
+    taken: int = 0
+    """So many rows came."""
+    put: set[int] = field(default_factory=set)
+    """Numbers in the log of what was put online."""
+
+    def numbered(self, rows: list[int], numbers: list[int]) -> pl.DataFrame:
+        return self.rows[rows].with_columns(pl.Series("ingest_seq", numbers, pl.Int64))
+
+    def next(self, count: int) -> list[int]:
+        rows = list(range(self.taken, min(self.taken + count, self.rows.height)))
+        self.taken += len(rows)
+        return rows
+
+    def push(self, count: int, *, lost: bool = False) -> None:
+        """Append to the log, and put online unless a crash comes before."""
+        self.pushed += self.next(count)
+        if not lost:
+            self.push_again(count)
+
+    def push_again(self, count: int) -> None:
+        """Repeat the last pushes that are not settled."""
+        numbers = list(range(max(len(self.pushed) - count, self.settled), len(self.pushed)))
+        self.put |= set(numbers)
+        known = self.numbered([self.pushed[n] for n in numbers], [PROVISIONAL + n for n in numbers])
+        put_online(self.store, VIEW, TYPES, known)
+
+    def stream(self, *, settle: bool) -> None:
+        """Take the log into the table, and settle unless a crash comes before; that is made up for next time."""
+        self.settle()
+        self.table += self.pushed[self.streamed :]
+        self.streamed = len(self.pushed)
+        if settle:
+            self.settle()
+
+    def settle(self) -> None:
+        numbers = list(range(self.settled, self.streamed))
+        rows = [self.pushed[n] for n in numbers]
+        known = self.numbered(rows, [PROVISIONAL + n for n in numbers])
+        settle_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
+        self.settled = self.streamed
+
+    def kafka(self, count: int) -> None:
+        """Take rows of the topic into the table, then put them online."""
+        rows = self.next(count)
+        self.table += rows
+        put_online(self.store, VIEW, TYPES, self.numbered(rows, [self.table.index(row) for row in rows]))
+
+    def materialise(self, inside: Callable[[], None]) -> None:
+        """Materialise the table as it is now, while something happens."""
+        horizon = Horizon(len(self.table) - 1, self.streamed - 1)
+        known = self.numbered(self.table, list(range(len(self.table))))
+
+        def slow() -> Iterator[OnlineRow]:
+            yield from states(known, list(KEYS), SPEC, AS_OF)
+            inside()
+
+        self.store.replace(stored_view(VIEW), TYPES, slow(), horizon=horizon, merge=merge_of(VIEW))
+
+    def offline(self) -> list[dict[str, list[object]]]:
+        """What the table says at each hour, with what was put online and is in the log only."""
+        rows = self.table + [self.pushed[n] for n in sorted(self.put) if n >= self.streamed]
+        known = self.numbered(rows, list(range(len(rows))))
+        return [offline_columns(known, hour) for hour in HOURS]
+
+    def online(self) -> list[dict[str, list[object]]]:
+        """What the store says."""
+        reader = FeatureReader(SERVICE, self.store)
+        return [reader.read(EVERYONE, START + timedelta(hours=hour)).columns for hour in HOURS]
+
+
+@settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
+@given(frame=event_frames(min_size=20), seed=st.integers(0, 10**6))
+def test_events_in_any_order_by_any_way_are_online_as_offline(
+    stores: list[OnlineStore], frame: pl.DataFrame, seed: int
+) -> None:
+    """Pushes, repetitions, crashes before any step, a topic beside them and materialisations during all that."""
+    # What is dated ahead may be forgotten too early (see `tiles`).
+    known = pl.max_horizontal("event_timestamp", "created_timestamp")
+    frame = frame.with_columns(known.alias("created_timestamp"))
+    # Not a list drawn, as those are mostly short.
+    draw = random.Random(seed)
+    steps = [(draw.choice("pplrsscmm"), draw.randint(1, 4), draw.choice("plrsc")) for _ in range(12)]
+    runs = [Pipeline(store, frame) for store in stores]
+    for run in runs:
+        run.store.replace(stored_view(VIEW), TYPES, [])
+        for step, count, inside in steps:
+            if step == "m":
+                run.materialise(functools.partial(taken, run, inside, count))
+            else:
+                taken(run, step, count)
+        run.settle()
+    assert runs[0].online() == runs[1].online() == runs[0].offline()
+
+
+def taken(run: Pipeline, step: str, count: int) -> None:
+    """Do one step."""
+    match step:
+        case "p":
+            run.push(count)
+        case "l":
+            run.push(count, lost=True)
+        case "r":
+            run.push_again(count)
+        case "s":
+            run.stream(settle=count > 2)
+        case "c":
+            run.kafka(count)
+
+
+def event(number: int, amount: float = 1.0) -> pl.DataFrame:
+    """An event of one entity, pushed."""
+    changed = {"event_id": pl.lit(str(number)), "amount": pl.lit(amount)}
+    return frame_of(EVENT).with_columns(ingest_seq=pl.lit(PROVISIONAL + number, pl.Int64), **changed)
+
+
+def count(store: OnlineStore) -> object:
+    """How many events of the entity there are."""
+    found = FeatureReader(SERVICE, store).read([EVERYONE[0]], START + timedelta(hours=1))
+    return found.columns["visits__count_2h"][0]
+
+
+def test_writers_at_once_lose_no_event_of_an_entity(store: OnlineStore) -> None:
+    """Each reads what the other wrote, or writes again."""
+
+    def push(start: int) -> None:
+        for number in range(start, start + 10):
+            put_online(store, VIEW, TYPES, event(number))
+
+    threads = [threading.Thread(target=push, args=(start,)) for start in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert count(store) == 30
+
+
+def test_an_event_between_reading_and_writing_a_state_is_not_lost(
+    store: OnlineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first of an entity nor a later one."""
+    put, waiting = store.engine.put, [1, 3]
+
+    def slow(view: str, stamp: bytes, writes: list[Write]) -> int | None:
+        if waiting and waiting[0] % 2:
+            number = waiting.pop(0)
+            put_online(store, VIEW, TYPES, event(number))
+        return put(view, stamp, writes)
+
+    monkeypatch.setattr(store.engine, "put", slow)
+    put_online(store, VIEW, TYPES, event(0))
+    put_online(store, VIEW, TYPES, event(2))
+    assert count(store) == 4
