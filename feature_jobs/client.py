@@ -157,7 +157,7 @@ class FeatureStore:
         heed(read_lifecycles(self._ledger), views, doing="No new training set is built.")
         rows = _arrow(entities)
         config = self._training_config(service, cutoff=cutoff)
-        request = Request(spec=spec, entities=None, cutoff=cutoff, original=None)
+        request = Request(spec=spec, entities=None, cutoff=cutoff, versions={})
         table, manifest = join_entities(config, request, rows, row_hash(rows), access=self._actor.access)
         event = event_of(manifest, "", None)
         manifest["seq"] = self._ledger.append(event, actor=self._actor.name).seq

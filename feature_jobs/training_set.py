@@ -7,14 +7,14 @@ cutoff that it pins, whatever was ingested, compacted or rotated since.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from cluster.entrypoint import job
-from cluster.errors import Inconsistent, TrainingSetError
+from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import TrainingSetBuilt
 from cluster.security.acting import act
@@ -59,8 +59,12 @@ class TrainingSetConfig(PlatformConfig):
     cutoff: bool = True
     """Leave out what was created after an entity row's time; false goes by the event's time alone. A manifest says
     itself."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """View to the version of its table that is read; the newest where a view is not named. A manifest says itself."""
 
     def __post_init__(self) -> None:
+        if self.manifest is not None and self.versions:
+            raise ValueError("A manifest says which table versions are read. Leave versions away.")
         if (self.service is None) == (self.manifest is None):
             raise ValueError("Give service=… for a new training set, or manifest=… for one to build again.")
         if self.service is not None and self.entities is None:
@@ -75,7 +79,9 @@ class Request:
     entities: str | None
     """Where the entity rows are; none where they are in memory."""
     cutoff: bool
-    original: Manifest | None
+    versions: dict[str, int]
+    """Table versions that are not the newest ones."""
+    original: Manifest | None = None
     """Of the training set that is built again."""
 
 
@@ -152,31 +158,43 @@ def join_entities(
 
 
 def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
-    """A service's newest version and tables, or what a manifest pins.
+    """A service's newest version and the tables that are asked for, or what a manifest pins.
 
     Raises:
-        TrainingSetError: a manifest that cannot be built again.
+        TrainingSetError: a manifest that cannot be built again, or a version of a view that the service does not have.
         FeatureServiceNotFound: no such service was applied.
     """
     if config.manifest is None:
         spec = service_spec(ledger, str(config.service))
-        return Request(spec=spec, entities=str(config.entities), cutoff=config.cutoff, original=None)
+        known = [view.name for view in spec.views]
+        if strange := [name for name in config.versions if name not in known]:
+            raise TrainingSetError(
+                f"Service '{spec.name}' has no view '{strange[0]}'.{did_you_mean(strange[0], known)}"
+            )
+        return Request(
+            spec=spec, entities=str(config.entities), cutoff=config.cutoff, versions=config.versions
+        )
     manifest = read_manifest(config.manifest)
     check_manifest(manifest, ledger)
     entities = config.entities or manifest.entities
     if entities is None:
         raise TrainingSetError(f"{manifest.path} does not say where its entity rows are. Give `entities=…`.")
     spec = service_spec(ledger, manifest.service, manifest.service_version)
-    return Request(spec=spec, entities=entities, cutoff=manifest.cutoff, original=manifest)
+    return Request(
+        spec=spec,
+        entities=entities,
+        cutoff=manifest.cutoff,
+        versions=manifest.table_versions,
+        original=manifest,
+    )
 
 
 def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[str, Snapshot]:
-    """Each view's table, at the manifest's version where there is one.
+    """Each view's table, at the version that is asked for.
 
     Raises:
         TrainingSetError: a view without rows, or files that were removed.
     """
-    versions = {} if request.original is None else request.original.table_versions
     snapshots = {
         view.name: snapshot(
             places.features(view.name),
@@ -184,13 +202,12 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
             keys=view.join_keys,
             protection=view_protection(view),
             access=access,
-            version=versions.get(view.name),
+            version=request.versions.get(view.name),
         )
         for view in request.spec.views
     }
-    if request.original is not None:
-        for name, pinned in snapshots.items():
-            check_files(pinned, name)
+    for name in request.versions:
+        check_files(snapshots[name], name)
     return snapshots
 
 

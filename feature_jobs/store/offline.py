@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
@@ -320,15 +320,21 @@ def snapshot(
         version: of the table.
 
     Raises:
-        TrainingSetError: nothing was ingested into the view yet.
+        TrainingSetError: nothing was ingested into the view yet, or there is no such version.
     """
     table = open_table(uri)
     if table is None:
         raise TrainingSetError(
             f"View '{view}' has no rows yet. Run `python -m feature_jobs.ingest view={view}`."
         )
+    newest = int(table.version())
     if version is not None:
-        table.load_as_version(version)
+        try:
+            table.load_as_version(version)
+        except (DeltaError, OverflowError) as error:
+            raise TrainingSetError(
+                f"View '{view}' has no table version {version}; the newest is {newest}."
+            ) from error
     schema = pa.schema(table.schema().to_arrow())
     return Snapshot(
         uri=uri,

@@ -57,6 +57,18 @@ def test_the_same_rows_after_corrections_compaction_rotation_and_a_new_definitio
     assert [payload["rebuilt_from"] for payload in built] == [None, first["seq"], None]
 
 
+def test_an_earlier_version_of_a_table_gives_what_it_gave_then(project: FeatureProject) -> None:
+    """Whatever was ingested since; a version or view that is not there is refused by name."""
+    then = project.build()
+    project.ingest(3)
+    travelled = project.build("then", versions=then["table_versions"])
+    assert (travelled["row_hash"], travelled["table_versions"]) == (then["row_hash"], then["table_versions"])
+    with pytest.raises(TrainingSetError, match="no table version 99; the newest is"):
+        project.build("never", versions={"income": 99})
+    with pytest.raises(TrainingSetError, match="no view 'incme'"):
+        project.build("never", versions={"incme": 1})
+
+
 def test_the_switch_is_pinned_too(project: FeatureProject) -> None:
     """Whatever the command line says."""
     late = pa.array([START + timedelta(days=20)] * PEOPLE, TIME)
