@@ -31,7 +31,7 @@ def test_neighbouring_ids_scatter_evenly() -> None:
     assert np.abs(np.bincount(found) - 10_000).max() < 5 * np.sqrt(80_000 * 1 / 8 * 7 / 8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.tuples(st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.text()), min_size=1, max_size=8

@@ -32,7 +32,7 @@ from feature_jobs.store.retry import try_again
 from tests.kafka_broker import MockBroker, mock_broker
 from tests.push_project import PushProject, consume_until_killed, kafka_view, message, payments_view
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 TOPIC = "incomes"
 
 

@@ -20,7 +20,7 @@ from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.online import open_online
 from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 PEOPLE, PUSHED = 400, 401
 FIELD = FieldSpec(name="amount", dtype="int64", sensitivity="internal", categorical=False)
 VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[FIELD], ttl_s=None)

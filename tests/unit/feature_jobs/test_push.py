@@ -28,7 +28,7 @@ from feature_jobs.store.pushed_view import from_record, pushed_view
 from feature_jobs.store.pusher import Pusher
 from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "2"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 EVENT_KILLS = (KILLS + 1) // 2
 
 
