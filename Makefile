@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test unit unit-ground unit-data unit-serving chaos lint format bench lock clean
+.PHONY: help install demo down test unit unit-ground unit-features unit-engines unit-serving chaos lint format bench lock clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
@@ -36,22 +36,25 @@ down: $(STAMP)
 test: unit
 	@$(BIN)/python -m pytest tests/integration
 
-# Three processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
+# Four processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
 # otherwise take all cores several times over and hold each other up. The engines' test goes where they are imported.
 UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest
 unit: $(STAMP)
-	@$(MAKE) --silent --jobs=3 --output-sync=target unit-ground unit-data unit-serving
+	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
 
 unit-ground:
 	@$(UNIT) tests/unit/cluster --ignore=tests/unit/cluster/test_runtime.py
 
-unit-data:
-	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/feature_jobs tests/unit/jobs tests/configs
+unit-features:
+	@$(UNIT) tests/unit/feature_jobs
+
+unit-engines:
+	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/jobs tests/configs
 
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps
 
-# The crash tests killed fifty times, and the property tests with twenty times the examples.
+# The crash tests killed fifty times, and the property tests with forty times the examples.
 chaos: $(STAMP)
 	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/unit
