@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from deltalake import DeltaTable
 
 from cluster.entrypoint import job
-from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ViewMaterialized
 from cluster.security.acting import act
@@ -31,6 +30,7 @@ from feature_jobs.store.online_rows import OnlineRow
 from feature_jobs.store.online_windows import state_rows, stored_view
 from feature_jobs.store.point_in_time import latest
 from feature_jobs.store.protection import view_protection, view_resources
+from feature_jobs.store.ranges import parse_instant
 from feature_jobs.store.streamed import horizon
 
 
@@ -98,15 +98,7 @@ def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:
     Raises:
         ConfigError: the text is no moment.
     """
-    if text is None:
-        return dt.datetime.now(dt.UTC)
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"{name} must be an ISO 8601 instant such as 2016-12-31T00:00:00Z, got '{text}'."
-        ) from error
-    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+    return dt.datetime.now(dt.UTC) if text is None else parse_instant(text, name=name)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,6 @@ class PushLog:
                 yield record
                 more = cursor.next()
 
-    def first_number(self) -> int | None:
-        """The number of the oldest row that is still here."""
-        with self._env.begin() as transaction, transaction.cursor() as cursor:
-            found = cursor.set_range(_RECORD) and bytes(cursor.key())
-            return _number(found[1:]) if found and found.startswith(_RECORD) else None
-
     def trim(self, upto: int) -> None:
         """Remove records up to a number, and the memory of idempotency keys that are too old."""
         oldest = _AGE + struct.pack(">d", time.time() - REMEMBERED_S)

@@ -63,7 +63,7 @@ def parse_range(start: str | None, end: str | None) -> TimeRange | None:
         return None
     if start is None or end is None:
         raise ConfigError("Give both start and end; end itself is not in the range.")
-    return TimeRange(_instant("start", start), _instant("end", end))
+    return TimeRange(parse_instant(start, name="start"), parse_instant(end, name="end"))
 
 
 def parse_span(text: str | None) -> dt.timedelta | None:
@@ -92,7 +92,12 @@ def _without(wanted: TimeRange, done: Iterable[TimeRange]) -> Iterable[TimeRange
         yield TimeRange(start, wanted.end)
 
 
-def _instant(name: str, text: str) -> dt.datetime:
+def parse_instant(text: str, *, name: str) -> dt.datetime:
+    """A moment from ISO 8601, UTC where no zone is given.
+
+    Raises:
+        ConfigError: the text is no moment; `name` is what it was given for.
+    """
     try:
         moment = dt.datetime.fromisoformat(text)
     except ValueError as error:
