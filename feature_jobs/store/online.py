@@ -20,7 +20,7 @@ from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout, local, resolve
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.online_lmdb import LmdbEngine
-from feature_jobs.store.online_rows import Found
+from feature_jobs.store.online_rows import Block, Found
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.online_windows import WindowedView
 
@@ -77,16 +77,24 @@ class FeatureReader:
         vectors = FeatureVectors(columns={}, status={})
         for view, names in zip(self.spec.views, self._columns, strict=True):
             found = self._found(view, self._keys(view, entities, vectors), at_us)
-            states, rows, whole = _judged(found, len(names), at_us, view.ttl_s)
-            vectors.columns.update(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-            for name in names:
-                vectors.status[name] = states if whole else _with_nulls(states, vectors.columns[name])
+            oldest_us = -(2**63) if view.ttl_s is None else at_us - round(view.ttl_s * 1_000_000)
+            if isinstance(found, Block):
+                whole, columns = True, found.columns
+                states = _judge_block(found, oldest_us, at_us)
+            else:
+                states, columns, whole = _judge_rows(found, len(names), oldest_us, at_us)
+            vectors.columns.update(zip(names, columns, strict=True))
+            if whole:
+                vectors.status.update(dict.fromkeys(names, states))
+            else:
+                judged = (_with_nulls(states, column) for column in columns)
+                vectors.status.update(zip(names, judged, strict=True))
         return vectors
 
-    def _found(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Sequence[Found | None]:
+    def _found(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Block | Sequence[Found | None]:
         windowed = self._windowed.get(view.name)
         if windowed is None:
-            return self._store.get(view, keys)
+            return self._store.read(view, keys)
         if not self._is_whole(view.name):
             return [None for _ in keys]
         return windowed.found(keys, self._store.get(windowed.stored, keys), at_us)
@@ -169,14 +177,29 @@ def open_online(
 
 def microseconds(moment: dt.datetime) -> int:
     """UTC microseconds since 1970, exactly."""
-    return (moment - _EPOCH) // dt.timedelta(microseconds=1)
+    since = moment - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _judged(
-    found: Sequence[Found | None], width: int, at_us: int, ttl_s: float | None
-) -> tuple[list[Status], list[Sequence[Any]], bool]:
-    """Each row's status and values at a moment, and whether no value of those that are present is null."""
-    oldest_us = -(2**63) if ttl_s is None else at_us - round(ttl_s * 1_000_000)
+def _judge_block(block: Block, oldest_us: int, at_us: int) -> list[Status]:
+    """Each row's status at a moment; of those that are not present then, the values are taken out."""
+    if min(block.events) >= oldest_us and max(block.known) <= at_us:
+        return [_PRESENT] * len(block.events)
+    states = [
+        _MISSING if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
+        for event, known in zip(block.events, block.known, strict=True)
+    ]
+    absent = [place for place, state in enumerate(states) if state is not _PRESENT]
+    for column in block.columns:
+        for place in absent:
+            column[place] = None
+    return states
+
+
+def _judge_rows(
+    found: Sequence[Found | None], width: int, oldest_us: int, at_us: int
+) -> tuple[list[Status], list[list[Any]], bool]:
+    """Each row's status at a moment, the values by column, and whether none of those that are present is null."""
     states: list[Status] = []
     rows: list[Sequence[Any]] = []
     whole, nothing = True, (None,) * width
@@ -191,7 +214,9 @@ def _judged(
             states.append(_PRESENT)
             rows.append(row[3])
             whole = whole and row[2]
-    return states, rows, whole
+    if len(rows) == 1:
+        return states, [[value] for value in rows[0]], whole
+    return states, [list(column) for column in zip(*rows, strict=True)], whole
 
 
 def _with_nulls(states: list[Status], values: Sequence[Any]) -> list[Status]:

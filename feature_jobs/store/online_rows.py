@@ -14,6 +14,7 @@ materialisation keeps its place.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import secrets
 import struct
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+import numpy as np
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ArtifactTampered
@@ -32,6 +34,8 @@ from feature_jobs.store.definitions import Sensitivity
 HASH_BYTES = 24
 RANK_BYTES = 24
 """Of a header: what orders rows."""
+BLOCK_ROWS = 8
+"""From so many rows on, going by columns pays."""
 ENTITY = "entity"
 """Stands for the hash's key among the wrapped ones."""
 PROVISIONAL = 1 << 62
@@ -58,6 +62,17 @@ class OnlineRow:
 
 Found = tuple[int, int, bool, Sequence[Any]]
 """Event and availability in microseconds, whether no value is null, and the values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What rows say that are all there, without a null among them, column by column."""
+
+    events: Sequence[int]
+    """Microseconds, as are those of `known`."""
+    known: Sequence[int]
+    """Since when each was available."""
+    columns: list[list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +258,7 @@ class RowCipher:
         found: list[Found | None] = []
         header, size, first = _HEADER.unpack_from, _HEADER.size, _HEADER.size + NONCE_BYTES
         number, address = -1, b""
+        values: Sequence[Any]
         try:
             for address, packed in zip(addresses, rows, strict=True):
                 if packed is None:
@@ -254,7 +270,7 @@ class RowCipher:
                     decrypt, place, fixed = self._single(plan)
                 if flags == 0 and fixed is not None:  # the common case, without a call that is not needed
                     bound = place + address + packed[:size]
-                    values = fixed(decrypt(packed[size:first], packed[first:], bound))
+                    values = fixed.unpack(decrypt(packed[size:first], packed[first:], bound))
                 elif flags & _DELETED:
                     found.append(None)
                     continue
@@ -268,7 +284,35 @@ class RowCipher:
             ) from error
         return found
 
-    def _single(self, plan: Plan) -> tuple[Any, bytes, Any]:
+    def block(
+        self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
+    ) -> Block | None:
+        """What `unpack` says, column by column, which is faster; none where it is for `unpack` to say: rows are few,
+        missing, deleted, altered, of several layouts, have nulls, or are not all of fixed width."""
+        if len(rows) < BLOCK_ROWS or None in rows:
+            return None
+        size, first = _HEADER.size, _HEADER.size + NONCE_BYTES
+        try:
+            heads = [_HEADER.unpack_from(row) for row in rows]  # type: ignore[arg-type]
+            (flags, layout), *others = {head[3:] for head in heads}
+            if others or flags:
+                return None
+            decrypt, place, fixed = self._single(plans[layout])
+            if fixed is None:
+                return None
+            contents = [
+                decrypt(row[size:first], row[first:], place + address + row[:size])  # type: ignore[index]
+                for address, row in zip(addresses, rows, strict=True)
+            ]
+        except (InvalidTag, ValueError, struct.error):
+            return None
+        return Block(
+            events=[head[0] - _OFFSET for head in heads],
+            known=[max(head[0], head[1]) - _OFFSET for head in heads],
+            columns=_columns(b"".join(contents), fixed),
+        )
+
+    def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None]:
         """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
         if plan.order is not None:
             return None, b"", None
@@ -276,7 +320,7 @@ class RowCipher:
         if name == "public" or fixed is None:
             return None, b"", None
         cipher, place = self._ciphers[name]
-        return cipher.decrypt_raw, place, fixed.unpack
+        return cipher.decrypt_raw, place, fixed
 
     def _values(self, address: bytes, packed: bytes, plan: Plan, *, nulls: bool) -> Sequence[Any]:
         body, bound = packed[_HEADER.size :], address + packed[: _HEADER.size]
@@ -307,3 +351,19 @@ def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> byt
 def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
     codes = [_CODES.get(dtype) for dtype in dtypes]
     return None if None in codes else struct.Struct("<" + "".join(code for code in codes if code))
+
+
+def _columns(rows: bytes, fixed: struct.Struct) -> list[list[Any]]:
+    """The values of rows of a fixed type that lie one behind the other, by column."""
+    dtype, width = _uniform(fixed.format)
+    if dtype is None:
+        return [list(column) for column in zip(*fixed.iter_unpack(rows), strict=True)]
+    columns: list[list[Any]] = np.frombuffer(rows, dtype).reshape(-1, width).T.tolist()
+    return columns
+
+
+@functools.cache
+def _uniform(form: str) -> tuple[np.dtype[Any] | None, int]:
+    """The one type of a struct's values, none where there are several, and how many they are."""
+    order, codes = form[0], form[1:]
+    return np.dtype(order + codes[0]) if len(set(codes)) == 1 else None, len(codes)

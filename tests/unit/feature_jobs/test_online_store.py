@@ -6,7 +6,9 @@ Every test runs against both engines.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -316,6 +318,40 @@ def test_a_batch_has_every_status_side_by_side(
         for value, state in zip([1.0, None, 3.0, None], states, strict=True)
     ]
     assert vectors.columns["v__amount"] == values
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float64",) * 3, ("float64", "int64", "bool"), ("int64", "string", "bool")]
+)
+@given(
+    lying=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=5, max_size=12),
+    whole=st.booleans(),
+    at=st.integers(0, 4),
+)
+def test_many_entities_are_told_as_each_alone(
+    keys: Keyring, dtypes: tuple[str, ...], lying: list[tuple[int, bool]], whole: bool, at: int
+) -> None:
+    """Whether rows go by columns or one by one; with and without nulls, missing entities and expired rows."""
+    makers = {"float64": float, "int64": int, "bool": lambda number: number % 2 == 0, "string": str}
+    fields = {f"f{place}": dtype for place, dtype in enumerate(dtypes)}
+    view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
+    moment = START + timedelta(seconds=at)
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_online(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
+        rows = []
+        for key, (second, null) in enumerate(lying):
+            values = [None if null and not whole else makers[dtype](key) for dtype in dtypes]
+            event = microseconds(START + timedelta(seconds=second))
+            rows.append(OnlineRow(keys=(key,), event_us=event, created_us=event, seq=0, values=values))
+        store.put(view, KEY_TYPES, rows)
+        asked = [{"id": key} for key in range(len(lying) + (not whole))]
+        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
+        together, alone = reader.read(asked, moment), [reader.read([one], moment) for one in asked]
+        store.close()
+    for name in view.columns:
+        assert together.columns[name] == [one.columns[name][0] for one in alone]
+        assert list(map(type, together.columns[name])) == [type(one.columns[name][0]) for one in alone]
+        assert list(together.status[name]) == [one.status[name][0] for one in alone]
 
 
 def test_a_redis_that_is_away_is_named(keys: Keyring) -> None:
