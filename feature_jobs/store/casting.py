@@ -32,7 +32,8 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     try:
         result = _utf8(plain, name).cast(target)
     except pa.ArrowInvalid as error:
-        raise _mismatch(name, target, column.type, reason=str(error)) from error
+        # Arrow's own words quote the value, and this message goes into the ledger.
+        raise _mismatch(name, target, column.type, reason="a value would change") from error
     narrowed = pa.types.is_floating(plain.type) and pa.types.is_floating(target)
     if narrowed and not pc.all(pc.equal(result.cast(plain.type), plain), min_count=0).as_py():
         raise _mismatch(name, target, column.type, reason="values would be rounded")
@@ -125,5 +126,5 @@ def _is_string(dtype: pa.DataType) -> bool:
 def _mismatch(
     name: str, expected: pa.DataType, actual: pa.DataType, *, reason: str | None = None
 ) -> SchemaMismatch:
-    tail = f" ({reason.splitlines()[0].rstrip('.')})" if reason else ""
+    tail = f" ({reason})" if reason else ""
     return SchemaMismatch(f"Column '{name}' should be {expected}, the source has {actual}{tail}.")

@@ -99,6 +99,21 @@ def test_column_that_stands_twice_is_refused() -> None:
         prepare(twice, view(), now=NOW)
 
 
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [
+        (pa.array([7_341_905_220]), "int32"),
+        (pa.array([7341905.5]), "int64"),
+        (pa.array(["7341905 Jane"]).dictionary_encode(), "int64"),
+    ],
+)
+def test_refusal_does_not_quote_the_value_that_would_change(source: pa.Array, dtype: str) -> None:
+    """It stands in the ledger, which is for everybody who audits and forever."""
+    with pytest.raises(SchemaMismatch, match="a value would change") as refusal:
+        prepare(block(source), view(dtype), now=NOW)
+    assert "7341905" not in str(refusal.value)
+
+
 def test_column_of_mixed_values_is_refused_with_its_type() -> None:
     """Numbers and a word in one column arrive as text, and are not guessed at."""
     with pytest.raises(SchemaMismatch, match="'amount' should be double, the source has string"):
