@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
+from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog import Definitions, apply
-from feature_jobs.store.definitions import FeatureService
 from feature_jobs.store.protection import view_keys
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
@@ -120,8 +120,13 @@ class Replica:
 
 
 @contextlib.contextmanager
-def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
-    """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
+def running_replica(
+    root: Path, signature: ModelSignature, *, before: Callable[[Layout, KeyAccess], None] | None = None
+) -> Iterator[Replica]:
+    """A replica of version 1 of a model, in a storage root of its own or an edge's.
+
+    `before` is called before it starts, to put features online for one.
+    """
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
     ensure_issuer(places)
@@ -129,6 +134,8 @@ def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
     with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
         version = register(root, config, signature, keys)
+        if before is not None:
+            before(places, keys)
         failures: list[Exception] = []
         predictor = Predictor(to_plain(config), version.name, version.version)
         prefix = f"/{MODEL}-v{version.version}"
