@@ -19,6 +19,7 @@ from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime import InputSpec
+from cluster.runtime.hardware import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import key_store, service_access
 from cluster.session import require_record
@@ -64,7 +65,9 @@ class Predictor:
         registry.check_files(self._version, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
         store = key_store(service_access(platform, require_record(platform), name=name, purpose=purpose))
-        self._model = load_model(self._version, store)
+        replica = platform.replica
+        hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
+        self._model = load_model(self._version, store, hardware=hardware)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
