@@ -121,11 +121,19 @@ class Replica:
 
 @contextlib.contextmanager
 def running_replica(
-    root: Path, signature: ModelSignature, *, before: Callable[[Layout, KeyAccess], None] | None = None
+    root: Path,
+    signature: ModelSignature,
+    *,
+    write: Callable[[Path, ModelSignature], None] = write_model,
+    before: Callable[[Layout, KeyAccess], None] | None = None,
 ) -> Iterator[Replica]:
     """A replica of version 1 of a model, in a storage root of its own or an edge's.
 
-    `before` is called before it starts, to put features online for one.
+    Args:
+        root: the storage root.
+        signature: of the model.
+        write: makes the folder of its files.
+        before: is called before it starts, to put features online for one.
     """
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
@@ -133,7 +141,7 @@ def running_replica(
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
     with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
-        version = register(root, config, signature, keys)
+        version = register(root, config, signature, keys, write)
         if before is not None:
             before(places, keys)
         failures: list[Exception] = []
@@ -161,8 +169,14 @@ def running_features(replica: Replica) -> Iterator[str]:
         yield address
 
 
-def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:
-    write_model(root / "new", signature)
+def register(
+    root: Path,
+    config: PlatformConfig,
+    signature: ModelSignature,
+    keys: KeyAccess,
+    write: Callable[[Path, ModelSignature], None],
+) -> ModelVersion:
+    write(root / "new", signature)
     return Registry(open_ledger(config), layout(config.storage)).register(
         root / "new",
         name=MODEL,
