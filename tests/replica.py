@@ -81,6 +81,7 @@ class Replica:
     places: Layout
     keys: KeyAccess
     prefix: str
+    predictor: Predictor
     failures: list[Exception] = field(default_factory=list)
     """What the application let through; nothing may."""
 
@@ -150,7 +151,13 @@ def running_replica(
         outcomes = application(Outcomes(to_plain(config)), "/outcomes", failures)
         with served(application(predictor, prefix, failures)) as address, served(outcomes) as other:
             yield Replica(
-                address=address, outcomes=other, places=places, keys=keys, prefix=prefix, failures=failures
+                address=address,
+                outcomes=other,
+                places=places,
+                keys=keys,
+                prefix=prefix,
+                predictor=predictor,
+                failures=failures,
             )
 
 
