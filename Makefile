@@ -37,7 +37,7 @@ test: unit
 	@$(BIN)/python -m pytest tests/integration
 
 # Four processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
-# otherwise take all cores several times over and hold each other up. The engines' test goes where they are imported.
+# otherwise take all cores several times over and hold each other up. The engines' tests go where they are imported.
 UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest
 unit: $(STAMP)
 	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
@@ -49,10 +49,10 @@ unit-features:
 	@$(UNIT) tests/unit/feature_jobs
 
 unit-engines:
-	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/jobs tests/configs
+	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/serve_apps/test_engines.py tests/unit/jobs tests/configs
 
 unit-serving:
-	@$(UNIT) tests/unit/serve_apps
+	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/test_engines.py
 
 # The crash tests killed fifty times, and the property tests with forty times the examples.
 chaos: $(STAMP)

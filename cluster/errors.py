@@ -26,6 +26,7 @@
     │   ├── LedgerCorrupt             the hash chain is broken
     │   ├── RolloutError
     │   ├── InvalidRequest            HTTP 400
+    │   │   └── FeatureAbsent         a feature is missing or expired, and may not be
     │   ├── Unauthenticated           HTTP 401
     │   └── AccessDenied              HTTP 403
     ├── KeyStoreUnavailable           the broker is down: exit code 1
@@ -139,6 +140,15 @@ class RolloutError(RefusedError):
 
 class InvalidRequest(RefusedError):
     """A request that cannot be answered as it stands (HTTP 400)."""
+
+
+class FeatureAbsent(InvalidRequest):
+    """A feature is missing or expired that the feature service does not let be (HTTP 400)."""
+
+    def __init__(self, message: str, *, status: dict[str, list[str]]) -> None:
+        super().__init__(message)
+        self.status = status
+        """`<view>__<feature>` to what is known of its value, for each entity."""
 
 
 class Unauthenticated(RefusedError):

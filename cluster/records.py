@@ -55,6 +55,9 @@ class PredictionRecord:
     """As answered."""
     given: list[str] = field(default_factory=list)
     """Inputs that the client gave itself; older records do not have it."""
+    defaulted: dict[str, list[int]] = field(default_factory=dict)
+    """Input to the rows whose value was missing or expired, and is the feature service's default; older records do
+    not have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +227,7 @@ def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
 
 
 def _head(record: dict[str, Any]) -> dict[str, Any]:
-    nested = ("entities", "features", "predictions", "given")
+    nested = ("entities", "features", "predictions", "given", "defaulted")
     return {name: value for name, value in record.items() if name not in nested}
 
 

@@ -178,7 +178,7 @@ class FeatureStore:
         as_of: dt.datetime | str | None = None,
         features: Mapping[str, Sequence[Any]] | None = None,
     ) -> OnlineFeatures:
-        """The features of entities as they stand online at a moment, by default now.
+        """The features of entities as they stand online at a moment, by default now; no default stands in.
 
         Args:
             service: as it was applied last.

@@ -35,6 +35,7 @@ from feature_jobs.materialize import instant
 from feature_jobs.store import offline
 from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.missing import NO_POLICY
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.point_in_time import DELETED
 from feature_jobs.store.protection import view_protection, view_resources
@@ -113,8 +114,8 @@ def main(config: SkewConfig) -> None:
     for group in groups:
         origin = registry.get(config.name, group.version).lineage
         spec = service_spec(ledger, origin.service, origin.service_version)
-        # What is made on demand is a function of the request and of these.
-        compare(replace(spec, on_demand=()), tables, group, result)
+        # What is made on demand is a function of the request and of these, and defaults stand in for what was read.
+        compare(replace(spec, on_demand=(), missing=NO_POLICY), tables, group, result)
     report = f"{places.skew(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     event = event_of(config, result, report)
     write_bytes(report, json.dumps(event.payload() | {"examples": result.examples}, indent=1).encode())

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from cluster.errors import (
     AccessDenied,
     FalajError,
+    FeatureAbsent,
     FeatureServiceNotFound,
     FeatureViewNotFound,
     InvalidRequest,
@@ -56,8 +57,10 @@ def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = 
 
 def refusal(error: Exception) -> Response:
     """The response of an error: the contract's `{"error", "code"}`."""
-    headers = {}
+    headers, more = {}, {}
     match error:
+        case FeatureAbsent():
+            status, message, more = 400, str(error), {"features_status": error.status}
         case InvalidRequest():
             status, message = 400, str(error)
         case ClientDisconnect():
@@ -81,7 +84,7 @@ def refusal(error: Exception) -> Response:
             status, message = 500, "The request failed inside the service; its operators can see why."
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
-    return answer({"error": message, "code": status}, status=status, headers=headers)
+    return answer({"error": message, "code": status, **more}, status=status, headers=headers)
 
 
 async def read_body(request: Request) -> bytes:

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
+from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog import Definitions, apply
-from feature_jobs.store.definitions import FeatureService
 from feature_jobs.store.protection import view_keys
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
@@ -81,6 +81,7 @@ class Replica:
     places: Layout
     keys: KeyAccess
     prefix: str
+    predictor: Predictor
     failures: list[Exception] = field(default_factory=list)
     """What the application let through; nothing may."""
 
@@ -120,22 +121,43 @@ class Replica:
 
 
 @contextlib.contextmanager
-def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
-    """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
+def running_replica(
+    root: Path,
+    signature: ModelSignature,
+    *,
+    write: Callable[[Path, ModelSignature], None] = write_model,
+    before: Callable[[Layout, KeyAccess], None] | None = None,
+) -> Iterator[Replica]:
+    """A replica of version 1 of a model, in a storage root of its own or an edge's.
+
+    Args:
+        root: the storage root.
+        signature: of the model.
+        write: makes the folder of its files.
+        before: is called before it starts, to put features online for one.
+    """
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
     with running_broker(*names) as keys, listener() as port:
         write_record(record(root, keys.socket, port), config.storage)
-        version = register(root, config, signature, keys)
+        version = register(root, config, signature, keys, write)
+        if before is not None:
+            before(places, keys)
         failures: list[Exception] = []
         predictor = Predictor(to_plain(config), version.name, version.version)
         prefix = f"/{MODEL}-v{version.version}"
         outcomes = application(Outcomes(to_plain(config)), "/outcomes", failures)
         with served(application(predictor, prefix, failures)) as address, served(outcomes) as other:
             yield Replica(
-                address=address, outcomes=other, places=places, keys=keys, prefix=prefix, failures=failures
+                address=address,
+                outcomes=other,
+                places=places,
+                keys=keys,
+                prefix=prefix,
+                predictor=predictor,
+                failures=failures,
             )
 
 
@@ -154,8 +176,14 @@ def running_features(replica: Replica) -> Iterator[str]:
         yield address
 
 
-def register(root: Path, config: PlatformConfig, signature: ModelSignature, keys: KeyAccess) -> ModelVersion:
-    write_model(root / "new", signature)
+def register(
+    root: Path,
+    config: PlatformConfig,
+    signature: ModelSignature,
+    keys: KeyAccess,
+    write: Callable[[Path, ModelSignature], None],
+) -> ModelVersion:
+    write(root / "new", signature)
     return Registry(open_ledger(config), layout(config.storage)).register(
         root / "new",
         name=MODEL,

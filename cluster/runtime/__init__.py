@@ -4,13 +4,14 @@ from cluster.runtime.encoding import Encoder, encode
 from cluster.runtime.loader import load_model, open_model
 from cluster.runtime.model import Model
 from cluster.runtime.predictions import Predictions
-from cluster.runtime.signature import InputSpec, ModelSignature, Task, parse_signature
+from cluster.runtime.signature import InputSpec, ModelSignature, Precision, Task, parse_signature
 
 __all__ = [
     "Encoder",
     "InputSpec",
     "Model",
     "ModelSignature",
+    "Precision",
     "Predictions",
     "Task",
     "encode",

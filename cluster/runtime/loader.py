@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cluster.artifact import open_file, verify_files
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.registry import ModelVersion
+from cluster.runtime.hardware import Hardware, Runner, choose_runner
 from cluster.runtime.model import Engine, Model
-from cluster.runtime.signature import LIGHTGBM_FILE, ONNX_FILE, SIGNATURE_FILE, parse_signature
+from cluster.runtime.signature import (
+    LIGHTGBM_FILE,
+    NETWORK_FILE,
+    ONNX_FILE,
+    SIGNATURE_FILE,
+    WEIGHTS_FILE,
+    ModelSignature,
+    parse_signature,
+)
 from cluster.security.keys.store import KeyStore
 from cluster.storage import read_bytes
 
-_NEEDED = (SIGNATURE_FILE, LIGHTGBM_FILE, ONNX_FILE)
+ReadFile = Callable[[str], bytes]
+"""The content of a file of the model's folder, by name."""
+ONE_CPU = Hardware()
 
 
-def load_model(version: ModelVersion, store: KeyStore, *, num_threads: int = 1) -> Model:
+def load_model(version: ModelVersion, store: KeyStore, *, hardware: Hardware = ONE_CPU) -> Model:
     """Load a registered version.
 
     Args:
         version: as the registry has it.
         store: has the model's key.
-        num_threads: CPU threads one prediction may use.
+        hardware: what it may run on.
 
     Raises:
         ArtifactTampered: a file is not the one that was registered.
@@ -30,8 +42,7 @@ def load_model(version: ModelVersion, store: KeyStore, *, num_threads: int = 1) 
         RefusedError: the files are as registered, but make no model.
     """
     verify_files(version.uri, version.manifest_hash)
-    needed = [name for name in version.files if name in _NEEDED]
-    return _load({name: read_file(version, name, store) for name in needed}, num_threads)
+    return _load(version.files, lambda name: read_file(version, name, store), hardware)
 
 
 def read_file(version: ModelVersion, name: str, store: KeyStore) -> bytes:
@@ -48,35 +59,38 @@ def read_file(version: ModelVersion, name: str, store: KeyStore) -> bytes:
     return open_file(data, name=version.name, version=version.version, part=name, store=store)
 
 
-def open_model(folder: Path, *, num_threads: int = 1) -> Model:
+def open_model(folder: Path, *, hardware: Hardware = ONE_CPU) -> Model:
     """Load a folder of model files that is not registered yet, as training has just written it.
 
     Raises:
         RefusedError: the files make no model.
     """
-    return _load(
-        {path.name: path.read_bytes() for path in folder.iterdir() if path.name in _NEEDED}, num_threads
-    )
+    names = [path.name for path in folder.iterdir()]
+    return _load(names, lambda name: (folder / name).read_bytes(), hardware)
 
 
-def _load(files: dict[str, bytes], num_threads: int) -> Model:
-    if SIGNATURE_FILE not in files:
+def _load(names: Collection[str], read: ReadFile, hardware: Hardware) -> Model:
+    if SIGNATURE_FILE not in names:
         raise RefusedError(f"The model folder has no {SIGNATURE_FILE}. Train the version again.")
-    return Model(parse_signature(files[SIGNATURE_FILE]), _engine(files, num_threads))
+    signature = parse_signature(read(SIGNATURE_FILE))
+    return Model(signature, _engine(signature, names, read, hardware))
 
 
-def _engine(files: dict[str, bytes], num_threads: int) -> Engine:
-    # Imported here: LightGBM takes two seconds to import, and a replica needs only one of the engines.
-    match ONNX_FILE in files, LIGHTGBM_FILE in files:
-        case True, False:
-            from cluster.runtime.onnx_engine import OnnxEngine
-
-            return OnnxEngine(files[ONNX_FILE], num_threads=num_threads)
-        case False, True:
+def _engine(signature: ModelSignature, names: Collection[str], read: ReadFile, hardware: Hardware) -> Engine:
+    # Imported here: LightGBM and torch take seconds to import, and a replica needs only one of the engines.
+    match choose_runner(names, signature.precision, hardware):
+        case Runner.lightgbm:
             from cluster.runtime.lightgbm_engine import LightGBMEngine
 
-            return LightGBMEngine(files[LIGHTGBM_FILE].decode(errors="replace"), num_threads=num_threads)
-        case _:
-            raise RefusedError(
-                f"A model folder needs either {ONNX_FILE} or {LIGHTGBM_FILE}, not both or none."
+            text = read(LIGHTGBM_FILE).decode(errors="replace")
+            return LightGBMEngine(text, num_threads=hardware.num_threads)
+        case Runner.onnx:
+            from cluster.runtime.onnx_engine import OnnxEngine
+
+            return OnnxEngine(
+                read(ONNX_FILE), precision=signature.precision, num_threads=hardware.num_threads
             )
+        case Runner.torch:
+            from cluster.runtime.torch_engine import TorchEngine
+
+            return TorchEngine(read(NETWORK_FILE), read(WEIGHTS_FILE), hardware=hardware)

@@ -18,6 +18,9 @@ Label = str | int | float | bool
 SIGNATURE_FILE = "model.json"
 LIGHTGBM_FILE = "model.txt"
 ONNX_FILE = "model.onnx"
+WEIGHTS_FILE = "model.safetensors"
+NETWORK_FILE = "network.json"
+"""What the tabular network is built from beside its weights."""
 ONNX_INPUT = "inputs"
 ONNX_OUTPUT = "scores"
 
@@ -36,6 +39,14 @@ class Task(enum.Enum):
     binary = "binary"
     multiclass = "multiclass"
     regression = "regression"
+
+
+class Precision(enum.Enum):
+    """The numbers that a network's layers multiply."""
+
+    float32 = "float32"
+    int8 = "int8"
+    """Weights are stored as int8, and what they are multiplied with becomes uint8 as it comes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +82,8 @@ class ModelSignature:
     service_version: str = ""
     threshold: float = 0.5
     """A binary model answers the positive class from this probability on."""
+    precision: Precision = Precision.float32
+    """Versions of before do not say."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -99,7 +112,8 @@ class ModelSignature:
 
     def to_json(self) -> str:
         """The content of `model.json`."""
-        return json.dumps(asdict(self) | {"task": self.task.value}, indent=1, ensure_ascii=False)
+        named = {"task": self.task.value, "precision": self.precision.value}
+        return json.dumps(asdict(self) | named, indent=1, ensure_ascii=False)
 
 
 def parse_signature(text: str | bytes) -> ModelSignature:
@@ -116,7 +130,8 @@ def parse_signature(text: str | bytes) -> ModelSignature:
         )
         task = Task(fields.pop("task"))
         classes = _tuple(fields.pop("classes"))
-        return ModelSignature(task=task, inputs=inputs, classes=classes, **fields)
+        precision = Precision(fields.pop("precision", Precision.float32.value))
+        return ModelSignature(task=task, inputs=inputs, classes=classes, precision=precision, **fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
             f"{SIGNATURE_FILE} is no model signature: {error}. Train the version again."

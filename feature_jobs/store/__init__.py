@@ -5,20 +5,21 @@ from feature_jobs.store.batch_checks import Drift, Freshness, Keep, NullShare, O
 from feature_jobs.store.checks import Allowed, Check, NotNull, Pattern, Range
 from feature_jobs.store.definitions import (
     Entity,
-    FeatureService,
     FeatureView,
     Field,
-    OnDemandTransform,
     Sensitivity,
     Transform,
 )
 from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.missing import Default, Missing
+from feature_jobs.store.services import FeatureService, OnDemandTransform
 from feature_jobs.store.sources import FileSource, SqlSource
 
 __all__ = [
     "Aggregation",
     "Allowed",
     "Check",
+    "Default",
     "Drift",
     "Entity",
     "FeatureService",
@@ -28,6 +29,7 @@ __all__ = [
     "KafkaSource",
     "Freshness",
     "Keep",
+    "Missing",
     "NotNull",
     "NullShare",
     "OnDemandTransform",

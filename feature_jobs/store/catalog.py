@@ -18,7 +18,9 @@ from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewN
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from feature_jobs.store.aggregations import EVERY, WindowSpec, window_spec
-from feature_jobs.store.definitions import FeatureService, FeatureView
+from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.missing import NO_POLICY, MissingPolicy, parse
+from feature_jobs.store.services import FeatureService
 
 N = TypeVar("N", FeatureView, FeatureService)
 
@@ -93,6 +95,7 @@ class ServiceSpec:
     version: str
     views: list[ViewSpec]
     on_demand: tuple[OnDemandSpec, ...] = ()
+    missing: MissingPolicy = NO_POLICY
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +133,10 @@ class ServiceSpec:
             )
             for one in data.get("on_demand", ())
         )
-        return cls(name=data["name"], version=data["version"], views=views, on_demand=on_demand)
+        policy = data.get("missing") or {"defaults": {}, "refused": ()}
+        missing = MissingPolicy(defaults=policy["defaults"], refused=tuple(policy["refused"]))
+        name, version = data["name"], data["version"]
+        return cls(name=name, version=version, views=views, on_demand=on_demand, missing=missing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,12 +250,17 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
             f"Feature service '{name}' has no version '{version}'.{did_you_mean(str(version), versions)}"
         )
     payload = fitting[-1]
-    views = _all_views(ledger)
+    known_views = _all_views(ledger)
+    views = [known_views[view, payload["views"][view]] for view in payload["view_order"]]
+    dtypes = {
+        column: field.dtype for view in views for column, field in zip(view.columns, view.fields, strict=True)
+    }
     return ServiceSpec(
         name=name,
         version=payload["version"],
-        views=[views[view, payload["views"][view]] for view in payload["view_order"]],
+        views=views,
         on_demand=tuple(_on_demand_spec(one) for one in payload.get("on_demand", [])),
+        missing=parse(payload.get("missing", {}), dtypes),
     )
 
 
@@ -324,6 +335,7 @@ def _service_event(service: FeatureService, module: str) -> FeatureServiceApplie
         view_order=[view.name for view in service.views],
         module=module,
         on_demand=[one.definition() for one in service.on_demand],
+        missing=service.missing_definition(),
     )
 
 

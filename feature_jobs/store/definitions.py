@@ -53,12 +53,12 @@ class Entity:
     join_keys: Sequence[str]
 
     def __post_init__(self) -> None:
-        _check_name("Entity", self.name)
+        check_name("Entity", self.name)
         object.__setattr__(self, "join_keys", _names(f"Entity '{self.name}'", "join_keys", self.join_keys))
         if not self.join_keys:
             raise DefinitionError(f"Entity '{self.name}' has no join key. Give join_keys=['…'].")
         for key in self.join_keys:
-            _check_name(f"Join key of entity '{self.name}'", key)
+            check_name(f"Join key of entity '{self.name}'", key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Field:
     """Source columns that the view's transform makes it from, for lineage; none says nothing, so all of them."""
 
     def __post_init__(self) -> None:
-        _check_name("Field", self.name)
+        check_name("Field", self.name)
         if self.dtype not in DTYPES:
             raise DefinitionError(
                 f"Field '{self.name}' has the unknown dtype '{self.dtype}'.{did_you_mean(self.dtype, DTYPES)}"
@@ -113,7 +113,7 @@ class FeatureView:
     """What the view's features are, in place of its columns."""
 
     def __post_init__(self) -> None:
-        _check_name("Feature view", self.name)
+        check_name("Feature view", self.name)
         if "__" in self.name:
             raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
         for name in ("entities", "schema", "checks", "aggregations"):
@@ -142,6 +142,13 @@ class FeatureView:
         dtypes = {field.name: field.dtype for field in self.schema}
         return window_spec(self.event_id, self._outputs(), dtypes)
 
+    @property
+    def features(self) -> dict[str, str]:
+        """The features that readers get, by name with their dtypes."""
+        if self.windows is not None:
+            return {output.name: output.dtype for output in self.windows.outputs}
+        return {field.name: field.dtype for field in self.schema}
+
     def definition(self) -> dict[str, Any]:
         """The whole definition as JSON, enough to read the view without this object."""
         return {
@@ -150,11 +157,11 @@ class FeatureView:
                 {"name": entity.name, "join_keys": list(entity.join_keys)} for entity in self.entities
             ],
             "join_keys": self.join_keys,
-            "schema": [_field(field) for field in self.schema],
+            "schema": [field_definition(field) for field in self.schema],
             "ttl_s": _seconds(self.ttl),
             "source": self.source.definition(),
             "created_lag_s": _seconds(self.created_lag),
-            "transform": _describe(self.transform),
+            "transform": code_definition(self.transform),
             "checks": [check.definition() for check in self.checks],
             "owner": self.owner,
             "purposes": list(self.purposes),
@@ -261,109 +268,13 @@ class FeatureView:
                 raise DefinitionError(f"View '{self.name}': '{output.name}' is a join key and a feature.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OnDemandTransform:
-    """Features that are made when they are asked for, from what a request says and the features of views.
-
-    The transform gets a table with a column for each input and `<view>__<feature>` for each feature of its sources, and
-    gives one with the columns of the schema, in any order, a row for a row. Training and serving call the same
-    function; a training set takes the inputs from the entity rows.
-    """
-
-    name: str
-    _: KW_ONLY
-    inputs: Sequence[Field]
-    """What a request says."""
-    sources: Sequence[FeatureView] = ()
-    schema: Sequence[Field]
-    transform: Transform
-
-    def __post_init__(self) -> None:
-        _check_name("On-demand transform", self.name)
-        what = f"On-demand transform '{self.name}'"
-        if "__" in self.name:
-            raise DefinitionError(f"{what}: '__' is kept for '<view>__<feature>'.")
-        for name in ("inputs", "sources", "schema"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.inputs or not self.schema:
-            raise DefinitionError(f"{what} needs inputs and a schema. Without inputs, write a FeatureView.")
-        for fields in (self.inputs, self.schema):
-            names = [field.name for field in fields]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise DefinitionError(f"{what} names the field '{twice[0]}' twice.")
-        for field in self.inputs:
-            if field.name in RESERVED or "__" in field.name:
-                raise DefinitionError(f"{what}: the input name '{field.name}' is kept for the platform.")
-            if field.dtype == "timestamp":
-                raise DefinitionError(
-                    f"{what}: input '{field.name}' must be text or a number; JSON has no times."
-                )
-
-    def definition(self) -> dict[str, Any]:
-        """The whole definition as JSON; its hash covers the transform's code."""
-        return {
-            "name": self.name,
-            "inputs": [_field(field) for field in self.inputs],
-            "sources": [view.name for view in self.sources],
-            "schema": [_field(field) for field in self.schema],
-            "transform": _describe(self.transform),
-        }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureService:
-    """The features one model reads: views, in order, then what is made of them on demand.
-
-    A join key that the entity rows lack is taken from the feature of the same name of an earlier view.
-    """
-
-    name: str
-    _: KW_ONLY
-    views: Sequence[FeatureView]
-    on_demand: Sequence[OnDemandTransform] = ()
-
-    def __post_init__(self) -> None:
-        _check_name("Feature service", self.name)
-        object.__setattr__(self, "views", tuple(self.views))
-        object.__setattr__(self, "on_demand", tuple(self.on_demand))
-        names = [view.name for view in self.views] + [one.name for one in self.on_demand]
-        if not self.views:
-            raise DefinitionError(f"Feature service '{self.name}' has no view.")
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DefinitionError(f"Feature service '{self.name}' names the view '{twice[0]}' twice.")
-        self._check_on_demand()
-
-    @property
-    def version(self) -> str:
-        """Content hash of the name, the views' versions and the on-demand transforms, in order: 12 hex digits."""
-        parts = {"name": self.name, "views": [[view.name, view.version] for view in self.views]}
-        more = {"on_demand": [one.definition() for one in self.on_demand]} if self.on_demand else {}
-        return content_hash(parts | more)
-
-    def _check_on_demand(self) -> None:
-        versions = {view.name: view.version for view in self.views} if self.on_demand else {}
-        inputs: dict[str, str] = {}
-        for one in self.on_demand:
-            for view in one.sources:
-                if versions.get(view.name) != view.version:
-                    raise DefinitionError(
-                        f"On-demand transform '{one.name}' reads the view '{view.name}', which feature service "
-                        f"'{self.name}' does not have. Add it to views=[…]."
-                    )
-            for field in one.inputs:
-                if inputs.setdefault(field.name, field.dtype) != field.dtype:
-                    raise DefinitionError(
-                        f"Feature service '{self.name}': input '{field.name}' has two dtypes, "
-                        f"{inputs[field.name]} and {field.dtype}."
-                    )
-
-
 def content_hash(value: Any) -> str:
     """The first 12 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()[:12]
 
 
-def _field(field: Field) -> dict[str, Any]:
+def field_definition(field: Field) -> dict[str, Any]:
+    """A field as JSON."""
     return {
         "name": field.name,
         "dtype": field.dtype,
@@ -375,7 +286,8 @@ def _field(field: Field) -> dict[str, Any]:
     }
 
 
-def _describe(transform: Transform | None) -> dict[str, str] | None:
+def code_definition(transform: Transform | None) -> dict[str, str] | None:
+    """Which function it is, by name and by the hash of its code."""
     if transform is None:
         return None
     code = source_code(transform)
@@ -387,7 +299,12 @@ def _seconds(span: timedelta | None) -> float | None:
     return None if span is None else span.total_seconds()
 
 
-def _check_name(what: str, name: str) -> None:
+def check_name(what: str, name: str) -> None:
+    """Refuse what is no name; `what` says whose.
+
+    Raises:
+        DefinitionError
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
 

@@ -16,6 +16,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.storage import exists, read_bytes, resolve
 from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.missing import view_of
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.training_set import Built
 
@@ -141,6 +142,7 @@ def describe(
         for one in parts
         for name, field in zip(one.columns, one.fields, strict=True)
     ]
+    default_share = {name: built.absent[view_of(name)] / table.num_rows for name in spec.missing.defaults}
     return {
         "service": spec.name,
         "service_version": spec.version,
@@ -154,6 +156,7 @@ def describe(
         "cutoff": cutoff,
         "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},
         "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
+        **({"default_share": default_share} if default_share else {}),
     }
 
 

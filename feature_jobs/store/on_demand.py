@@ -95,12 +95,18 @@ def add_on_demand(
     Raises:
         InvalidRequest: an input is missing, or the transform cannot work with it.
     """
-    made = {column for one in spec.on_demand for column in one.columns}
-    if not any(name in made and name not in given for name in wanted):
+    if not made_on_demand(spec, wanted, given):
         return
     for name, values in from_request(spec, given, vectors.columns).items():
         vectors.columns[name] = values
         vectors.status[name] = [Status.null if value is None else Status.present for value in values]
+
+
+def made_on_demand(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> list[OnDemandSpec]:
+    """The transforms of which a column is wanted that is not given."""
+    return [
+        one for one in spec.on_demand if any(name in wanted and name not in given for name in one.columns)
+    ]
 
 
 def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.Table:

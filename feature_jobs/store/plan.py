@@ -15,10 +15,11 @@ from typing import Any
 
 from cluster.errors import BreakingChange
 from feature_jobs.store.catalog import Definitions
-from feature_jobs.store.definitions import FeatureService, FeatureView, content_hash
+from feature_jobs.store.definitions import FeatureView, content_hash
 from feature_jobs.store.differences import Change, Impact, view_changes
 from feature_jobs.store.lifecycle import Lifecycle
 from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
+from feature_jobs.store.services import FeatureService
 
 
 class Act(enum.StrEnum):
@@ -188,7 +189,12 @@ def service_changes(before: RecordedService, after: FeatureService) -> list[Chan
         why = "join keys may be taken from other features"
         order = [", ".join(one) for one in orders]
         changes.append(Change(what="order", before=order[0], after=order[1], impact=Impact.breaking, why=why))
-    return [*changes, *_on_demand_changes(before.on_demand, [one.definition() for one in after.on_demand])]
+    on_demand = [one.definition() for one in after.on_demand]
+    return [
+        *changes,
+        *_on_demand_changes(before.on_demand, on_demand),
+        *_missing_changes(before.missing, after.missing_definition()),
+    ]
 
 
 def _on_demand_changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[Change]:
@@ -209,6 +215,26 @@ def _on_demand_changes(before: list[dict[str, Any]], after: list[dict[str, Any]]
                 impact=Impact.breaking,
                 why=why,
             )
+
+
+def _missing_changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
+    """A default changes what training sets hold; a refusal what requests are answered."""
+    for column in dict.fromkeys([*before, *after]):
+        was, now = before.get(column), after.get(column)
+        if was == now:
+            continue
+        impact, why = Impact.safe, ""
+        if "default" in {one["then"] for one in (was, now) if one is not None}:
+            impact, why = Impact.breaking, "training sets built from now on hold other values"
+        elif now is not None:
+            impact, why = Impact.restricts, "requests may be refused"
+        texts = ["null" if one is None else _then(one) for one in (was, now)]
+        what = f"where {column} is missing"
+        yield Change(what=what, before=texts[0], after=texts[1], impact=impact, why=why)
+
+
+def _then(stated: dict[str, Any]) -> str:
+    return f"default {stated['value']!r}" if stated["then"] == "default" else str(stated["then"])
 
 
 def _view_step(view: FeatureView, before: RecordedView | None) -> Step:

@@ -38,6 +38,8 @@ class Answers:
     """The features, one row per entity row in the same order; nulls where nothing was known."""
     hidden: int
     """Entity rows that have no answer only because what there is was not known yet; 0 without the cutoff."""
+    absent: pl.Series
+    """Which entity rows have no answer at all; the others may still have nulls that the source said."""
 
 
 def join(
@@ -87,7 +89,8 @@ def answer(
     found = found.with_columns((~_counts(ends, ttl)).alias(_NONE))
     hidden = _hidden(found.filter(_NONE), rows, keys=keys, ends=ends, ttl=ttl) if cutoff else 0
     answers = found.with_columns(pl.when(~pl.col(_NONE)).then(pl.col(name)).alias(name) for name in columns)
-    return Answers(columns=answers.sort(_POSITION).select(columns), hidden=hidden)
+    answers = answers.sort(_POSITION)
+    return Answers(columns=answers.select(columns), hidden=hidden, absent=answers[_NONE])
 
 
 def latest(

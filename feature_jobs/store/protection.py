@@ -12,8 +12,9 @@ from cluster.security.keys.store import KeyInfo
 from cluster.security.parquet import Protection
 from cluster.security.policy import Resource
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
-from feature_jobs.store.definitions import FeatureService, FeatureView, Sensitivity
+from feature_jobs.store.definitions import FeatureView, Sensitivity
 from feature_jobs.store.online_rows import online_key
+from feature_jobs.store.services import FeatureService
 
 NO_COMMON_PURPOSE = "no-common-purpose"
 """Stands where views' purposes exclude each other, because an empty list would allow every purpose."""

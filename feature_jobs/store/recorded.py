@@ -31,6 +31,8 @@ class RecordedService:
     module: str
     on_demand: list[dict[str, Any]]
     """Definitions of its on-demand transforms."""
+    missing: dict[str, dict[str, Any]]
+    """What becomes of missing values, by `<view>__<feature>`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,7 @@ def read_recorded(ledger: Ledger) -> Recorded:
             view_versions=said["views"],
             module=said.get("module", ""),
             on_demand=said.get("on_demand", []),
+            missing=said.get("missing", {}),
         )
         services.pop((service.name, service.version), None)
         services[service.name, service.version] = service

@@ -2,7 +2,7 @@
 
 A request is compared where it was answered from the online store: those that brought all their features along have no
 entity. An input that a client gave itself is left out; where a record does not say which those were, because an older
-release wrote it, all of it is.
+release wrote it, all of it is. Where a default stood in, nothing was read, so it counts as null.
 """
 
 from __future__ import annotations
@@ -86,5 +86,10 @@ def _add(group: Served, record: Mapping[str, Any]) -> None:
     group.entities.extend(record["entities"])
     group.as_of.extend([dt.datetime.fromisoformat(record["as_of"])] * count)
     group.requested.extend([dt.datetime.fromisoformat(record["time"])] * count)
+    defaulted = record.get("defaulted", {})
     for name, values in record["features"].items():
-        group.features.setdefault(name, []).extend(values)
+        stood_in = set(defaulted.get(name, ()))
+        read = (
+            [None if row in stood_in else value for row, value in enumerate(values)] if stood_in else values
+        )
+        group.features.setdefault(name, []).extend(read)

@@ -20,12 +20,13 @@ from cluster.errors import TrainingSetError
 from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
+from feature_jobs.store.missing import fill
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.on_demand import with_on_demand
 from feature_jobs.store.point_in_time import EVENT, answer
 from feature_jobs.store.windows import aggregate
 
-POSITION = "__position"
+POSITION, ABSENT = "__position", "__absent"
 THREADS = min(4, os.cpu_count() or 1)
 """Buckets that are joined at once in a process; memory is bounded by as many."""
 Part = tuple[int, pl.DataFrame]
@@ -34,7 +35,7 @@ Part = tuple[int, pl.DataFrame]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """A bucket's entity rows with their features and positions."""
+    """A bucket's entity rows with their features, positions and whether nothing was found."""
 
     frame: pl.DataFrame
     hidden: int
@@ -46,12 +47,25 @@ JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[Joined]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """One view's features for all entity rows, in their order."""
+
+    table: pa.Table
+    hidden: int
+    """As of `point_in_time.Answers`."""
+    absent: pa.Array
+    """Bool: nothing was found, or nothing fresh."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
     """A training set."""
 
     table: pa.Table
     hidden: dict[str, int]
     """By view, the entity rows that have no answer only because of the cutoff."""
+    absent: dict[str, int]
+    """By view, the entity rows that have no answer, or none that is fresh."""
 
 
 def build(
@@ -82,7 +96,7 @@ def assemble(
         TrainingSetError: a key or the timestamp is missing or has the wrong type.
     """
     times = event_times(entities)
-    output, hidden = entities, {}
+    output, answers = entities, {}
     for name in spec.columns:
         if name in entities.column_names:
             raise TrainingSetError(
@@ -92,16 +106,21 @@ def assemble(
         snapshot = snapshots[view.name]
         keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
         asked = pa.table({**keys, EVENT: times})
-        found, hidden[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
-        for column, values in zip(view.columns, found.columns, strict=True):
+        answers[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
+        for column, values in zip(view.columns, answers[view.name].table.columns, strict=True):
             output = output.append_column(column, values)
-    return Built(table=with_on_demand(spec, output), hidden=hidden)
+    output = fill(spec.missing, output, {name: one.absent for name, one in answers.items()})
+    return Built(
+        table=with_on_demand(spec, output),
+        hidden={name: one.hidden for name, one in answers.items()},
+        absent={name: one.absent.true_count for name, one in answers.items()},
+    )
 
 
 def joined(
     view: ViewSpec, snapshot: Snapshot, asked: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
-) -> tuple[pa.Table, int]:
-    """The features of one view for keys and times, in their order, and how many rows the cutoff left without."""
+) -> Answered:
+    """The features of one view for keys and times."""
     buckets = bucket_of(asked, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
     frame = pl.DataFrame(pl.from_arrow(asked)).with_row_index(POSITION)
     parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]
@@ -109,10 +128,14 @@ def joined(
     names = [field.name for field in view.fields]
     schema = pa.schema([pa.field(field.name, DTYPES[field.dtype]) for field in view.fields])
     if not answers:
-        return schema.empty_table(), 0
+        return Answered(table=schema.empty_table(), hidden=0, absent=pa.array([], pa.bool_()))
     frames = [answer.frame for answer in answers]
-    whole = pl.concat(frames, how="vertical_relaxed").sort(POSITION).select(names)
-    return whole.to_arrow().cast(schema), sum(answer.hidden for answer in answers)
+    whole = pl.concat(frames, how="vertical_relaxed").sort(POSITION)
+    return Answered(
+        table=whole.select(names).to_arrow().cast(schema),
+        hidden=sum(answer.hidden for answer in answers),
+        absent=whole[ABSENT].to_arrow(),
+    )
 
 
 def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
@@ -127,13 +150,15 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
     if view.windows is not None:
         events = snapshot.read(bucket, view.windows.read)
         made = aggregate(asked, events, keys=list(snapshot.key_types), windows=view.windows, cutoff=cutoff)
-        return Joined(frame=made.columns.with_columns(asked[POSITION]), hidden=made.hidden)
+        return Joined(
+            frame=made.columns.with_columns(asked[POSITION], made.absent.alias(ABSENT)), hidden=made.hidden
+        )
     names = [field.name for field in view.fields]
     ordered = snapshot.is_ordered(bucket)
     features = snapshot.read(bucket, names, sequence=not ordered)
     if features.is_empty():
         nothing = [pl.lit(None).alias(name) for name in names]
-        return Joined(frame=asked.select(*nothing, POSITION), hidden=0)
+        return Joined(frame=asked.select(*nothing, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
     ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
     found = answer(
         asked,
@@ -144,7 +169,9 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
         cutoff=cutoff,
         ordered=ordered,
     )
-    return Joined(frame=found.columns.with_columns(asked[POSITION]), hidden=found.hidden)
+    return Joined(
+        frame=found.columns.with_columns(asked[POSITION], found.absent.alias(ABSENT)), hidden=found.hidden
+    )
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:

@@ -94,6 +94,7 @@ def aggregate(
     return Answers(
         columns=everyone.join(answers, on=_POSITION, how="left", maintain_order="left").drop(_POSITION),
         hidden=_hidden(known, rows, versions, windows) if cutoff else 0,
+        absent=numbered[_GROUP].is_null(),
     )
 
 

@@ -14,6 +14,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
+from cluster.runtime.hardware import Hardware
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.policy import Action
@@ -35,7 +36,7 @@ def main(config: EvaluateConfig) -> None:
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
     # What is found becomes part of what the registry says of the version.
     actor.check(Action.register_model, version.resource(region=config.cluster.region))
-    model = load_model(version, key_store(actor.access), num_threads=2)
+    model = load_model(version, key_store(actor.access), hardware=Hardware(num_threads=2))
     signature = model.signature
     places = layout(config.storage)
     source = read_training_set(

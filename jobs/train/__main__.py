@@ -14,7 +14,8 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.registry import Registry
-from cluster.runtime import open_model
+from cluster.runtime import ModelSignature, Precision, Predictions, open_model
+from cluster.runtime.hardware import Hardware
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
@@ -27,6 +28,7 @@ from jobs.train.config import TrainConfig
 from jobs.train.data import Dataset, prepare, read_training_set
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.lineage import lineage, plain
+from jobs.train.quantise import cost, quantise
 
 
 @job("train", TrainConfig)
@@ -59,9 +61,8 @@ def main(config: TrainConfig) -> None:
         learned = permuted(dataset, seed=config.seed) if config.label_permutation else dataset
         module.fit(learned, parameters, context)
         origin = lineage(config, source, parameters)
-        (folder / SIGNATURE_FILE).write_text(dataset.signature.to_json())
+        metrics = judged(folder, dataset, precision_of(parameters))
         (folder / "config.json").write_text(json.dumps(plain(origin.config), indent=1))
-        metrics = held_out_metrics(folder, dataset)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         version = Registry(ledger, places).register(
             folder,
@@ -105,11 +106,41 @@ def permuted(dataset: Dataset, *, seed: int) -> Dataset:
     return replace(dataset, target=np.random.default_rng(seed).permutation(dataset.target))
 
 
-def held_out_metrics(folder: Path, dataset: Dataset) -> dict[str, Any]:
-    """The metrics of what was written, on rows it has never seen, under their true labels."""
-    model = open_model(folder, num_threads=2)
-    rows = dataset.held_out
-    return score(model.predict_matrix(dataset.matrix[rows]), dataset.target[rows])
+def judged(folder: Path, dataset: Dataset, precision: Precision) -> dict[str, Any]:
+    """Say in the folder what model it holds, and give the metrics of just that on the held-out rows.
+
+    An int8 model's say under `quantised_from` what the float32 one's were, and how far the scores lie apart.
+
+    Raises:
+        ConfigError: int8 of a model that cannot be.
+    """
+    before = held_out(folder, dataset, dataset.signature)
+    target = dataset.target[dataset.held_out]
+    metrics = score(before, target)
+    if precision is Precision.float32:
+        return metrics
+    quantise(folder)
+    after = held_out(folder, dataset, replace(dataset.signature, precision=precision))
+    return score(after, target) | {"quantised_from": cost(before, after, metrics)}
+
+
+def held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
+    """What a folder's model says of rows it has never seen; from then on the folder has the signature."""
+    (folder / SIGNATURE_FILE).write_text(signature.to_json())
+    model = open_model(folder, hardware=Hardware(num_threads=2))
+    return model.predict_matrix(dataset.matrix[dataset.held_out])
+
+
+def precision_of(parameters: Any) -> Precision:
+    """What a version is registered as, where its family has the choice.
+
+    Raises:
+        ConfigError: a user's own family declares it as something else.
+    """
+    chosen = getattr(parameters, "precision", Precision.float32)
+    if not isinstance(chosen, Precision):
+        raise ConfigError(f"model.precision must be a cluster.runtime.Precision, got {chosen!r}.")
+    return chosen
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A family is a module with two names:
 
-    Parameters                     a dataclass of its hyper-parameters
+    Parameters                     a dataclass of its hyper-parameters; where it has a `precision` of type
+                                   `cluster.runtime.Precision`, the graph that `fit` writes is registered as that
     fit(dataset, parameters, context) -> None
                                    writes its files, `model.txt` (LightGBM) or `model.onnx`, into `context.folder`
 """

@@ -162,7 +162,11 @@ def _schemas() -> dict[str, Any]:
     }
     yes = {"const": True}
     return {
-        "Error": _object({"error": text, "code": {"type": "integer"}}, "error", "code"),
+        "Error": _object(
+            {"error": text, "code": {"type": "integer"}, "features_status": _ref("FeaturesStatus")},
+            "error",
+            "code",
+        ),
         "Live": _object({"live": yes}, "live"),
         "Ready": _object({"ready": yes}, "ready"),
         "Server": _object(
@@ -242,13 +246,16 @@ def _key_schemas() -> dict[str, Any]:
         "label": label,
         "value": {"type": "number"},
     }
-    status = {"type": "object", "additionalProperties": _list(_ref("Status"))}
     predictions = {
         "prediction_id": text,
         "model_version": text,
         "variant": text,
         "predictions": _list(_object(row)),
-        "features_status": {**status, "description": "Of the inputs that were not all present."},
+        "features_status": _ref("FeaturesStatus"),
+        "features_defaults": {
+            "type": "object",
+            "description": "Input to the value put in where it is missing or expired.",
+        },
     }
     outcome = {
         "prediction_id": {"type": "string", "pattern": "^[0-9a-zA-Z-]{1,64}$"},
@@ -259,6 +266,11 @@ def _key_schemas() -> dict[str, Any]:
     closed = _closed(outcome, "prediction_id", "outcome")
     outcomes = {"model": text, "outcomes": {**_list(closed), "minItems": 1, "maxItems": MAX_OUTCOMES}}
     return {
+        "FeaturesStatus": {
+            "type": "object",
+            "additionalProperties": _list(_ref("Status")),
+            "description": "Of the inputs that were not all present.",
+        },
         "Predict": _closed(predict, "entities"),
         "Predictions": _object(predictions, "prediction_id", "model_version", "variant", "predictions"),
         "Outcomes": _object(outcomes, "model", "outcomes"),

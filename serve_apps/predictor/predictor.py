@@ -9,31 +9,30 @@ from __future__ import annotations
 import datetime as dt
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from ray.serve import metrics
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import InvalidRequest
 from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime import InputSpec
+from cluster.runtime.hardware import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import key_store, service_access
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
+from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
@@ -66,7 +65,9 @@ class Predictor:
         registry.check_files(self._version, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
         store = key_store(service_access(platform, require_record(platform), name=name, purpose=purpose))
-        self._model = load_model(self._version, store)
+        replica = platform.replica
+        hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
+        self._model = load_model(self._version, store, hardware=hardware)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
@@ -118,19 +119,24 @@ class Predictor:
 
     def _predict(self, request: Request, body: dict[str, Any]) -> Response:
         asked = parse_predict(body, self._asked | self._inputs, now=dt.datetime.now(dt.UTC))
-        columns, status = self._features(asked.entities, asked.overrides, asked.as_of)
-        rows = self._model.predict(columns).rows()
+        inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
+        rows = self._model.predict(inputs.columns).rows()
         given = sorted(asked.overrides)
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
-        prediction_id = self._write(request, asked.as_of, asked.entities, columns | said, rows, given)
+        columns = inputs.columns | said
+        prediction_id = self._write(
+            request, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted
+        )
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
             "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
             "predictions": rows,
         }
-        if status:
-            content["features_status"] = status
+        if inputs.status:
+            content["features_status"] = inputs.status
+        if inputs.defaults:
+            content["features_defaults"] = inputs.defaults
         return answer(content, headers={PREDICTION_ID: prediction_id})
 
     def _infer(self, request: Request, body: bytes) -> Response:
@@ -155,25 +161,6 @@ class Predictor:
             *inference_protocol.answered(head, outputs, asked.outputs), {PREDICTION_ID: prediction_id}
         )
 
-    def _features(
-        self, entities: list[dict[str, Any]], overrides: dict[str, list[Any]], as_of: dt.datetime
-    ) -> tuple[dict[str, list[Any]], dict[str, Sequence[str]]]:
-        """The model's columns in its own order, and the status of those that are not all present."""
-        if self._reader is None:
-            if missing := self._inputs.keys() - overrides.keys():
-                raise InvalidRequest(
-                    f"Model '{self._version.name}' has no feature service: give input '{min(missing)}' in \"features\"."
-                )
-            return {name: overrides[name] for name in self._inputs}, {}
-        vectors = self._reader.read(entities, as_of)
-        add_on_demand(self._reader.spec, vectors, overrides, self._inputs)
-        columns = {
-            name: overrides[name] if name in overrides else vectors.columns[name] for name in self._inputs
-        }
-        read = (name for name in self._inputs if name not in overrides)
-        status = {name: vectors.status[name] for name in read if set(vectors.status[name]) != {"present"}}
-        return columns, status
-
     def _write(
         self,
         request: Request,
@@ -182,6 +169,7 @@ class Predictor:
         columns: dict[str, list[Any]],
         rows: list[dict[str, Any]],
         given: list[str],
+        defaulted: dict[str, list[int]] | None = None,
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
         headers = request.headers
@@ -201,6 +189,7 @@ class Predictor:
             features=columns,
             predictions=rows,
             given=given,
+            defaulted=defaulted or {},
         )
         try:
             self._log.append(record)

@@ -35,6 +35,8 @@ class FeatureServiceApplied(LedgerEvent):
     module: str = ""
     on_demand: list[dict[str, Json]] = field(default_factory=list)
     """Definitions of its on-demand transforms."""
+    missing: dict[str, Json] = field(default_factory=dict)
+    """`<view>__<feature>` to what is done where it is missing or expired, without those that become null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,12 @@
-"""From weights to what is served: an ONNX graph that takes the encoded matrix, and the same weights as safetensors."""
+"""From weights to what is served: an ONNX graph that takes the encoded matrix, and for replicas with a GPU the same
+network as its shape and weights."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +16,15 @@ from safetensors.torch import load_file
 from cluster.errors import Inconsistent
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.onnx_engine import OnnxEngine
-from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT
-from jobs.train.tabular_network.network import NetworkShape, ScoringNetwork, TabularNetwork
+from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, WEIGHTS_FILE
+from cluster.runtime.tabular_network import NetworkShape, ScoringNetwork, TabularNetwork
 
-WEIGHTS_FILE = "model.safetensors"
 OPSET = 18
 TOLERANCE = 1e-5
 
 
 def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) -> None:
-    """Write `model.onnx` and `model.safetensors`.
+    """Write `model.onnx`, `model.safetensors` and `network.json`.
 
     Args:
         shape: of the network.
@@ -58,3 +60,4 @@ def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) 
             f"The exported graph differs from the network by {np.abs(actual - expected).max():.2e}."
         )
     shutil.copyfile(weights, folder / WEIGHTS_FILE)
+    (folder / NETWORK_FILE).write_text(json.dumps(asdict(shape)))

@@ -12,12 +12,13 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.runtime import Task
+from cluster.runtime import Precision, Task
+from cluster.runtime.signature import WEIGHTS_FILE
+from cluster.runtime.tabular_network import NetworkShape
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
-from jobs.train.tabular_network.export import WEIGHTS_FILE, export
+from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.loop import METRIC, train_loop
-from jobs.train.tabular_network.network import NetworkShape
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +34,8 @@ class Parameters:
     epochs: int = 8
     batch_size: int = 1024
     """Rows a step over all workers together."""
+    precision: Precision = Precision.float32
+    """Of the layers' weights as they are registered and served; training is in float32."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "embedding_dim", "epochs", "batch_size"):

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.runtime import Task
+from cluster.runtime.signature import WEIGHTS_FILE
+from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
 from cluster.security.scratch import memory_folder, scratch
-from jobs.train.tabular_network.export import WEIGHTS_FILE
-from jobs.train.tabular_network.network import NetworkShape, TabularNetwork, loss
 
 WARMUP_SHARE = 0.1
 METRIC = "validation_loss"
@@ -119,6 +119,17 @@ def learning_rate(peak: float, progress: float) -> float:
     if progress < WARMUP_SHARE:
         return peak * (progress / WARMUP_SHARE + 0.01) / 1.01
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
+
+
+def loss(outputs: torch.Tensor, target: torch.Tensor, task: Task) -> torch.Tensor:
+    """Mean loss of a batch: cross-entropy, or half the squared error of the standardised target."""
+    match task:
+        case Task.binary:
+            return torch.nn.functional.binary_cross_entropy_with_logits(outputs.squeeze(1), target)
+        case Task.multiclass:
+            return torch.nn.functional.cross_entropy(outputs, target.to(torch.int64))
+        case Task.regression:
+            return 0.5 * torch.nn.functional.mse_loss(outputs.squeeze(1), target)
 
 
 def _set_rate(engine: Any, peak: float, progress: float) -> None:

@@ -66,6 +66,7 @@ def test_join_agrees_with_the_definition_in_sql(
         actual = answer(entities, features, keys=keys, columns=columns, ttl=ttl, cutoff=cutoff)
         assert [row[:2] for row in rows] == actual.columns.rows()
         assert count == actual.hidden
+        assert [not row[2] for row in rows] == actual.absent.to_list()
 
 
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)

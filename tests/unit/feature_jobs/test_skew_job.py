@@ -82,7 +82,10 @@ class Tables:
 
 
 def checked(
-    tables: Tables, *people: tuple[int, str | None, float | None], given: tuple[str, ...] = ()
+    tables: Tables,
+    *people: tuple[int, str | None, float | None],
+    given: tuple[str, ...] = (),
+    defaulted: dict[str, list[int]] | None = None,
 ) -> Result:
     """What comes of one logged request for some people: id, served band, served rate."""
     record: dict[str, Any] = {
@@ -96,6 +99,7 @@ def checked(
             "cohort__rate": [rate for _, _, rate in people],
         },
         "given": list(given),
+        "defaulted": defaulted or {},
     }
     [group], _ = served([record], since=None)
     result = Result(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
@@ -152,3 +156,12 @@ def test_what_the_client_gave_is_not_compared(tables: Tables) -> None:
     result = checked(tables, (1, "stranger", 0.75), given=("person__band",))
     assert "person__band" not in result.features
     assert counts(result, "cohort__rate") == {"equal": 1}
+
+
+def test_a_default_is_no_mismatch(tables: Tables) -> None:
+    """Nothing was read where it stood in: equal where offline knows nothing either, and missing where it does."""
+    defaulted = {"person__band": [0, 1], "cohort__rate": [0, 1]}
+    result = checked(tables, (9, "none", -1.0), (1, "none", -1.0), defaulted=defaulted)
+    assert counts(result, "person__band") == {"equal": 1, "online_missing": 1}
+    assert counts(result, "cohort__rate") == {"equal": 2}
+    assert result.mismatches == 0

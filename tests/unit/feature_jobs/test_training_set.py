@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cluster.errors import TrainingSetError
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import offline
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.missing import MissingPolicy
 from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import view_protection
 from feature_jobs.store.row_hash import row_hash
@@ -117,6 +119,20 @@ def test_join_key_comes_from_an_earlier_view(snapshots: dict[str, Snapshot]) -> 
     table = built(snapshots, entities([1, 1, 2, 99], 3, 6, 6, 6))
     assert table["person__age_band"].to_pylist() == ["young", "old", "old", None]
     assert table["cohort__rate"].to_pylist() == [0.5, 0.7, 0.7, None]
+
+
+def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> None:
+    """A person of whom nothing is known has the default band, and no cohort but the default one."""
+    defaults: dict[str, Any] = {"person__age_band": "old", "person__amount": -1.0, "cohort__rate": 0.0}
+    service = replace(SERVICE, missing=MissingPolicy(defaults=defaults))
+    asked = entities([1, 2, 99], 6, 20, 6)
+    answered = assemble(service, snapshots, asked, join_parts=join_here)
+    table = answered.table
+    assert table["person__age_band"].to_pylist() == ["old", "old", "old"]
+    assert table["person__amount"].to_pylist() == [11.0, None, -1.0]
+    assert table["cohort__rate"].to_pylist() == [0.7, 0.0, 0.0]
+    assert table["cohort__size"].to_pylist() == [4, None, None]
+    assert answered.absent == {"person": 1, "cohort": 2}
 
 
 def test_join_key_of_the_entity_row_goes_before_that_of_a_view(snapshots: dict[str, Snapshot]) -> None:

@@ -154,6 +154,17 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
 
+def test_only_nobody_is_absent() -> None:
+    """Somebody without events has a count of none, which is a value."""
+    entities = pl.DataFrame(
+        {"person": [1, None, 9], "place": "n", "event_timestamp": START},
+        schema=KEYS | {"event_timestamp": TIME},
+    )
+    found = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
+    assert found.absent.to_list() == [False, True, False]
+    assert found.columns.to_series().to_list() == [1, None, 0]
+
+
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames(min_size=12), late_h=st.integers(0, 3))
 def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> None:

@@ -17,6 +17,7 @@ from cluster.errors import ConfigError, TrainingSetError
 from cluster.ledger import Ledger
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
+from cluster.runtime.tabular_network import TabularNetwork
 from cluster.security.keys.keyring import Keyring
 from cluster.security.parquet import ProtectedFiles
 from cluster.storage import Layout
@@ -28,7 +29,6 @@ from jobs.train.families import resolve_family
 from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.family import Parameters, network_shape
 from jobs.train.tabular_network.loop import learning_rate
-from jobs.train.tabular_network.network import TabularNetwork
 
 ROWS = 200
 
@@ -134,7 +134,7 @@ def test_the_exported_graph_scores_as_the_network(tmp_path: Path, task: Task, ta
     scores = OnnxEngine((folder / "model.onnx").read_bytes()).scores(data.matrix)
     assert scores.shape == ((ROWS, 3) if task is Task.multiclass else (ROWS,))
     assert np.isfinite(scores).all()
-    assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.safetensors", "network.json"}
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:

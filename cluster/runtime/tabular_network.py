@@ -1,7 +1,8 @@
 """The tabular network: entity embeddings for categories, standardised numbers, a multilayer perceptron.
 
 It takes the encoded matrix as it comes from `cluster.runtime.encoding`, with NaN for what is missing, so that the
-exported graph needs no step of its own before it. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
+exported graph needs no step of its own before it. It stands here and not with its training because a replica with a GPU
+builds it again from its shape and weights. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cluster.runtime import Task
+from cluster.runtime.signature import Task
+
+FARTHEST = 1e6
+"""Standard deviations from the mean beyond which a number counts as this far: normalising layers would overflow, and
+engines differ in what they make of that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +77,7 @@ class TabularNetwork(nn.Module):
             numbers = inputs[:, self.get_buffer("numeric")]
             missing = torch.isnan(numbers)
             scaled = (numbers - self.get_buffer("means")) / self.get_buffer("scales")
-            parts.append(torch.where(missing, torch.zeros_like(scaled), scaled))
+            parts.append(torch.where(missing, torch.zeros_like(scaled), scaled.clamp(-FARTHEST, FARTHEST)))
             parts.append(missing.to(torch.float32))
         return torch.cat(parts, 1)
 
@@ -96,17 +101,6 @@ class ScoringNetwork(nn.Module):
                 return torch.softmax(outputs, 1)
             case Task.regression:
                 return (outputs * shape.target_scale + shape.target_mean).squeeze(1)
-
-
-def loss(outputs: Tensor, target: Tensor, task: Task) -> Tensor:
-    """Mean loss of a batch: cross-entropy, or half the squared error of the standardised target."""
-    match task:
-        case Task.binary:
-            return nn.functional.binary_cross_entropy_with_logits(outputs.squeeze(1), target)
-        case Task.multiclass:
-            return nn.functional.cross_entropy(outputs, target.to(torch.int64))
-        case Task.regression:
-            return 0.5 * nn.functional.mse_loss(outputs.squeeze(1), target)
 
 
 def _layers(num_features: int, shape: NetworkShape) -> list[nn.Module]:

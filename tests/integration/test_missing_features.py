@@ -1,0 +1,121 @@
+"""A feature service that says what becomes of missing features, from its definition to answers through the edge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.ledger.events import SkewChecked
+from cluster.settings import PlatformConfig, StorageConfig
+from tests.integration.client import Client
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+DEFINITIONS = """
+from datetime import timedelta
+from feature_jobs.store import Default, Entity, FeatureService, FeatureView, Field, FileSource, Missing
+
+worker = Entity("worker", join_keys=["worker_id"])
+wage = FeatureView(
+    "wage",
+    entities=[worker],
+    ttl=timedelta(days=365),
+    source=FileSource("wage.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64")],
+)
+debts = FeatureView(
+    "debts",
+    entities=[worker],
+    source=FileSource("debts.parquet", event_timestamp="at"),
+    schema=[Field("total", "float64")],
+)
+careful = FeatureService(
+    "careful", views=[wage, debts], missing={"wage__amount": Default(-1.0), "debts": Missing.REFUSE}
+)
+"""
+WORKERS, WITH_WAGE, WITH_DEBTS = 240, 200, 230
+KNOWN, WITHOUT_WAGE, WITHOUT_DEBTS = 7, 210, 235
+AS_OF = "2024-06-01T00:00:00Z"
+AT = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
+
+
+@pytest.fixture(scope="module")
+def project(falaj_cluster: Project) -> Project:
+    """A project with a model served that was trained with such a service."""
+    root, run = falaj_cluster.root, falaj_cluster.run
+    (root / "lending.py").write_text(DEFINITIONS)
+    write_data(root)
+    run("feature_jobs.apply", "definitions=lending", check=True)
+    for view in ("wage", "debts"):
+        run("feature_jobs.ingest", "definitions=lending", f"view={view}", check=True)
+        run("feature_jobs.materialize", "definitions=lending", f"view={view}", f"as_of={AS_OF}", check=True)
+    training = ("service=careful", "entities=workers.parquet", "output=careful.parquet")
+    run("feature_jobs.training_set", "definitions=lending", *training, check=True)
+    small = ("model=lightgbm", "model.rounds=10", "model.min_data_in_leaf=5", "model.num_threads=1")
+    data = ("name=careful", "training_set=careful.parquet", "label=rich", "split.column=worker_id")
+    run("jobs.train", *small, *data, check=True)
+    run("serve_apps.deploy", "name=careful", check=True)
+    return falaj_cluster
+
+
+def write_data(root: Path) -> None:
+    frame = pl.DataFrame({"worker_id": list(range(WORKERS))}).with_columns(
+        AT.alias("at"), amount=(pl.col("worker_id") * 37 % 101).cast(pl.Float64)
+    )
+    frame.head(WITH_WAGE).write_parquet(root / "wage.parquet")
+    frame.head(WITH_DEBTS).rename({"amount": "total"}).write_parquet(root / "debts.parquet")
+    frame.select(
+        "worker_id",
+        event_timestamp=pl.lit("2024-03-01").str.to_datetime(time_unit="us", time_zone="UTC"),
+        rich=(pl.col("amount") > 50).cast(pl.Int64),
+    ).write_parquet(root / "workers.parquet")
+
+
+def predict(project: Project, *workers: int, **more: Any) -> tuple[int, dict[str, Any]]:
+    body = {"entities": [{"worker_id": worker} for worker in workers], "as_of": AS_OF, **more}
+    return Client(project).call("/v1/models/careful:predict", body, unit="u")
+
+
+def test_the_training_set_holds_the_defaults(project: Project) -> None:
+    """Where nothing is known of a worker's wage; what is refused online stays null there."""
+    rows = pl.read_parquet(project.root / "careful.parquet")
+    assert (rows["wage__amount"] == -1.0).sum() == WORKERS - WITH_WAGE
+    assert rows["debts__total"].null_count() == WORKERS - WITH_DEBTS
+    manifest = json.loads((project.root / "careful.manifest.json").read_text())
+    assert manifest["default_share"] == {"wage__amount": (WORKERS - WITH_WAGE) / WORKERS}
+
+
+def test_answers_say_what_stood_in_and_what_was_refused(project: Project) -> None:
+    """Through the edge; reading features goes on saying what is stored."""
+    status, content = predict(project, KNOWN, WITHOUT_WAGE)
+    assert status == 200, content
+    assert content["features_status"] == {"wage__amount": ["present", "missing"]}
+    assert content["features_defaults"] == {"wage__amount": -1.0}
+    status, content = predict(project, KNOWN, WITHOUT_DEBTS)
+    assert (status, content["code"]) == (400, 400)
+    assert content["features_status"] == {"debts__total": ["present", "missing"]}
+    assert "Feature 'total' of view 'debts' is missing for entities[1]" in content["error"]
+    assert predict(project, WITHOUT_DEBTS, features={"debts__total": 3.0})[0] == 200
+    body = {"service": "careful", "entities": [{"worker_id": WITHOUT_DEBTS}], "as_of": AS_OF}
+    status, content = Client(project).call("/v1/features:read", body)
+    assert (status, content["features"]["wage__amount"]) == (200, [None])
+    assert content["status"] == {"wage__amount": ["missing"], "debts__total": ["missing"]}
+
+
+def test_defaults_are_no_skew(project: Project) -> None:
+    """The gate asks the same requests again and finds nothing that it cannot explain."""
+    assert predict(project, WITHOUT_WAGE)[0] == 200
+    project.run("feature_jobs.skew", "name=careful", check=True)
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    [checked] = [
+        entry.payload for entry in ledger.entries(SkewChecked) if entry.payload["model"] == "careful"
+    ]
+    ledger.close()
+    assert checked["mismatches"] == 0
+    assert checked["features"]["wage__amount"]["equal"] == checked["rows"] > 0

@@ -1,0 +1,63 @@
+"""What a replica runs a version on."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import RefusedError
+from cluster.runtime.hardware import Hardware, Runner, choose_runner, find_hardware, replica_hardware
+from cluster.runtime.signature import Precision
+
+NETWORK = ["model.json", "model.onnx", "model.safetensors", "network.json"]
+GRAPH = ["model.json", "model.onnx"]
+TREES = ["model.json", "model.txt"]
+GPU = Hardware(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_gpus", "has_cuda", "expected"),
+    [
+        (0.1, 0.0, False, Hardware(num_threads=1)),
+        (0.1, 0.0, True, Hardware(num_threads=1)),
+        (3.9, 0.0, False, Hardware(num_threads=3)),
+        (1.0, 0.25, False, Hardware(num_threads=1)),
+        (1.0, 0.25, True, Hardware(num_threads=1, device="cuda", memory_share=0.25)),
+        (2.0, 1.0, True, Hardware(num_threads=2, device="cuda")),
+        (2.0, 2.0, True, Hardware(num_threads=2, device="cuda")),
+    ],
+)
+def test_a_replica_uses_what_it_was_given(
+    num_cpus: float, num_gpus: float, has_cuda: bool, expected: Hardware
+) -> None:
+    """A thread for each whole CPU, and of a GPU that is there its share of the memory."""
+    assert replica_hardware(num_cpus=num_cpus, num_gpus=num_gpus, has_cuda=has_cuda) == expected
+
+
+def test_without_a_gpu_nobody_asks_for_one() -> None:
+    """Torch need not be imported to know it."""
+    assert find_hardware(num_cpus=0.1, num_gpus=0.0) == Hardware()
+
+
+@pytest.mark.parametrize(
+    ("files", "precision", "hardware", "expected"),
+    [
+        (NETWORK, Precision.float32, Hardware(), Runner.onnx),
+        (NETWORK, Precision.float32, GPU, Runner.torch),
+        (NETWORK, Precision.int8, GPU, Runner.onnx),
+        (NETWORK[:3], Precision.float32, GPU, Runner.onnx),
+        (GRAPH, Precision.float32, GPU, Runner.onnx),
+        (TREES, Precision.float32, GPU, Runner.lightgbm),
+    ],
+)
+def test_the_engine_follows_from_files_and_hardware(
+    files: list[str], precision: Precision, hardware: Hardware, expected: Runner
+) -> None:
+    """Torch for a whole network on a GPU alone, and never for one that was judged as int8."""
+    assert choose_runner(files, precision, hardware) is expected
+
+
+@pytest.mark.parametrize("files", [[], ["model.onnx", "model.txt"], ["model.safetensors", "network.json"]])
+def test_files_of_no_model_are_refused(files: list[str]) -> None:
+    """None, or those of two."""
+    with pytest.raises(RefusedError, match="not both or none"):
+        choose_runner(files, Precision.float32, GPU)

@@ -1,0 +1,220 @@
+"""What becomes of missing and expired features: as the service says, in serving and in training alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DefinitionError, FeatureAbsent
+from cluster.ledger import Ledger
+from cluster.ledger.events import FeatureServiceApplied
+from cluster.security.keys.access import KeyAccess
+from feature_jobs.store import (
+    Aggregation,
+    Default,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    Missing,
+)
+from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.differences import Impact
+from feature_jobs.store.missing import ABSENT, MissingPolicy, fill, parse, settle
+from feature_jobs.store.online import Status
+from feature_jobs.store.plan import make_plan
+from feature_jobs.store.recorded import read_recorded
+from tests.feature_project import INCOME as PEOPLES_INCOME
+from tests.feature_project import PEOPLE, FeatureProject
+
+INCOME = FeatureView(
+    "income",
+    entities=[Entity("person", join_keys=["person_id"])],
+    source=FileSource("income.parquet", event_timestamp="at"),
+    schema=[
+        Field("amount", "float64"),
+        Field("jobs", "int32"),
+        Field("sector", "string"),
+        Field("at", "timestamp"),
+    ],
+)
+VISITS = FeatureView(
+    "visits",
+    entities=INCOME.entities,
+    source=INCOME.source,
+    schema=[Field("id", "string"), Field("page", "string")],
+    event_id="id",
+    aggregations=[Aggregation("*", "count", windows=[timedelta(days=1)])],
+)
+
+
+def service(missing: Any = Missing.NULL) -> FeatureService:
+    return FeatureService("credit", views=[INCOME, VISITS], missing=missing)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    yield opened
+    opened.close()
+
+
+def applied(ledger: Ledger, one: FeatureService) -> ServiceSpec:
+    views = {view.name: view for view in one.views}
+    apply(Definitions(module="m", views=views, services={one.name: one}), ledger, actor="t")
+    return service_spec(ledger, one.name)
+
+
+def test_a_service_that_says_nothing_keeps_its_version() -> None:
+    """So does one that says null; what is said is part of the version."""
+    plain = FeatureService("credit", views=[PEOPLES_INCOME]).version
+    assert plain == FeatureService("credit", views=[PEOPLES_INCOME], missing={"income": Missing.NULL}).version
+    assert service().version == service({}).version
+    versions = {service(one).version for one in (Missing.NULL, Missing.REFUSE, {"income": Missing.REFUSE})}
+    assert len(versions) == 3
+    whole, fraction = (service({"income__amount": Default(one)}).version for one in (0, 0.0))
+    assert whole == fraction not in versions
+
+
+def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
+    """A feature counts before its view, and a process gets it whole; older events say nothing."""
+    missing = {
+        "income": Missing.REFUSE,
+        "income__jobs": Default(2**31 - 1),
+        "income__at": Missing.NULL,
+        "visits__count_1d": Default(2**60),
+    }
+    spec = applied(ledger, service(missing))
+    assert spec.missing == MissingPolicy(
+        defaults={"income__jobs": 2**31 - 1, "visits__count_1d": 2**60},
+        refused=("income__amount", "income__sector"),
+    )
+    assert ServiceSpec.from_dict(spec.to_dict()) == spec
+    versions = {view.name: view.version for view in spec.views}
+    event = FeatureServiceApplied(service="old", version="v", views=versions, view_order=[*versions])
+    payload = {name: value for name, value in event.payload().items() if name != "missing"}
+    ledger.append(FeatureServiceApplied(**payload), actor="t")
+    assert not service_spec(ledger, "old").missing
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ({"income__amont": Missing.REFUSE}, "Did you mean 'income__amount'"),
+        ({"wealth": Missing.REFUSE}, "no such feature"),
+        ({"income": Default(0.0)}, "for one feature, not for the view 'income'"),
+        ({"income__amount": Default("much")}, "'much' does not fit float64"),
+        ({"income__amount": Default(float("nan"))}, "does not fit float64"),
+        ({"income__amount": Default(True)}, "True does not fit float64"),
+        ({"income__jobs": Default(2**31)}, "does not fit int32"),
+        ({"income__jobs": Default(1.0)}, "1.0 does not fit int32"),
+        ({"income__sector": Default(1)}, "1 does not fit string"),
+        ({"income__at": Default("2024-01-01")}, "none fits a time"),
+        ({"income__amount": "refuse "}, "is no policy"),
+    ],
+)
+def test_a_policy_that_cannot_work_is_refused(missing: Any, words: str) -> None:
+    """When it is written down."""
+    with pytest.raises(DefinitionError, match=words):
+        service(missing)
+
+
+def test_a_plan_says_what_a_changed_policy_does(ledger: Ledger) -> None:
+    """A default changes training sets; a refusal restricts, and giving it up is safe."""
+    applied(ledger, service({"income__jobs": Missing.REFUSE, "income__amount": Default(1.5)}))
+    after = service({"income__sector": Missing.REFUSE, "income__amount": Default(2)})
+    module = Definitions(module="m", views={"income": INCOME, "visits": VISITS}, services={"credit": after})
+    plan = make_plan(module, read_recorded(ledger))
+    [step] = [step for step in plan.steps if step.kind == "service"]
+    assert {(change.text.split(" [")[0].rstrip(), change.impact) for change in step.changes} == {
+        ("~ where income__amount is missing default 1.5 -> default 2.0", Impact.breaking),
+        ("~ where income__jobs is missing refuse -> null", Impact.safe),
+        ("~ where income__sector is missing null -> refuse", Impact.restricts),
+    }
+
+
+VALUES = {
+    "float64": st.none() | st.floats(-1e9, 1e9),
+    "float32": st.none() | st.floats(-1e9, 1e9, width=32),
+    "int64": st.none() | st.integers(-(2**63), 2**63 - 1),
+    "string": st.none() | st.text(max_size=3),
+    "bool": st.none() | st.booleans(),
+}
+
+
+@given(st.data())
+def test_serving_fills_as_training_does(data: st.DataObject) -> None:
+    """The same values, where the same are missing or expired; a null that the source said stays."""
+    dtype = data.draw(st.sampled_from(sorted(VALUES)))
+    view = FeatureView("v", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", dtype)])
+    default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
+    one = FeatureService("s", views=[view], missing={"v__x": Default(default)})
+    policy = parse(one.missing_definition(), {"v__x": dtype})
+    rows = data.draw(st.lists(st.tuples(VALUES[dtype], st.sampled_from(list(Status))), min_size=1))
+    status = [Status.null if known is Status.present and value is None else known for value, known in rows]
+    values = [
+        value if known is Status.present else None for (value, _), known in zip(rows, status, strict=True)
+    ]
+    arrow = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}
+    kind = arrow.get(dtype, pa.string() if dtype == "string" else pa.bool_())
+    absent = pa.array([known in ABSENT for known in status])
+    trained = fill(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})["v__x"].to_pylist()
+    columns = {"v__x": list(values)}
+    put_in = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
+    assert repr(columns["v__x"]) == repr(trained)
+    assert put_in.get("v__x", []) == [row for row, known in enumerate(status) if known in ABSENT]
+
+
+def test_a_refusal_names_what_is_not_there() -> None:
+    """View, feature, status and entity; what nobody needs is never refused."""
+    policy = MissingPolicy(refused=("income__amount", "income__sector"))
+    status = {"income__amount": ["present", "expired", "missing"], "income__sector": ["null"] * 3}
+    columns = {name: [None] * 3 for name in status}
+    assert settle(policy, columns, status, service="credit", needed={"income__sector"}) == {}
+    words = re.escape("'amount' of view 'income' is expired for entities[1], and 1 more")
+    with pytest.raises(FeatureAbsent, match=words) as refused:
+        settle(policy, columns, status, service="credit", needed=set(status))
+    assert refused.value.status == {"income__amount": ["present", "expired", "missing"]}
+
+
+@pytest.fixture
+def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
+    project = FeatureProject(tmp_path / "root", access)
+    yield project
+    project.close()
+
+
+def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
+    """For entities that nothing is known of, while a null that was ingested stays; the manifest says how many, and the
+    set can be built again."""
+    amounts: list[Any] = [float(one) for one in range(PEOPLE)]
+    amounts[3] = None
+    project.ingest(0, amount=pa.array(amounts, pa.float64()))
+    project.write_entities(PEOPLE + 5)
+    plain = project.build("plain")
+    one = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
+    applied(project.ledger, one)
+    manifest = project.build()
+    assert manifest["default_share"] == {"income__amount": 5 / (PEOPLE + 5)}
+    assert manifest["null_share"] == {"income__amount": 1 / (PEOPLE + 5)}
+    assert "default_share" not in plain
+    assert project.again()["row_hash"] == manifest["row_hash"] != plain["row_hash"]
+
+
+def test_an_expired_value_counts_as_not_there(project: FeatureProject) -> None:
+    """As online: beyond its time-to-live the default stands in."""
+    view = replace(PEOPLES_INCOME, ttl=timedelta(days=1))
+    one = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
+    applied(project.ledger, one)
+    project.ingest(0)
+    assert project.build()["default_share"] == {"income__amount": 1.0}

@@ -1,0 +1,171 @@
+"""The tabular network as it is served: in ONNX Runtime, in torch, and as int8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from cluster.errors import ConfigError, RefusedError
+from cluster.runtime import (
+    InputSpec,
+    Model,
+    ModelSignature,
+    Precision,
+    Task,
+    open_model,
+    parse_signature,
+)
+from cluster.runtime.hardware import Hardware
+from cluster.runtime.onnx_engine import OnnxEngine
+from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
+from cluster.runtime.torch_engine import TorchEngine
+from jobs.train.__main__ import precision_of
+from jobs.train.quantise import bounded_layers, cost, quantise
+from jobs.train.tabular_network.family import Parameters
+from tests.network import as_int8, rows, write_network
+
+INPUTS = (
+    InputSpec(name="p__age", dtype="double"),
+    InputSpec(name="p__sex", dtype="string", categories=("f", "m")),
+    InputSpec(name="p__income", dtype="double"),
+)
+BINARY = ModelSignature(task=Task.binary, inputs=INPUTS, label="y", classes=("no", "yes"))
+ABC = ModelSignature(task=Task.multiclass, inputs=INPUTS, label="y", classes=("a", "b", "c"))
+VALUE = ModelSignature(task=Task.regression, inputs=INPUTS, label="y")
+by_task = pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
+    """A float32 network of each task."""
+    root = tmp_path_factory.mktemp("networks")
+    for signature in (BINARY, ABC, VALUE):
+        write_network(root / signature.task.value, signature)
+    return {signature.task: root / signature.task.value for signature in (BINARY, ABC, VALUE)}
+
+
+@pytest.fixture
+def quantised(folders: dict[Task, Path], tmp_path: Path) -> Path:
+    """The binary one as int8."""
+    for path in folders[Task.binary].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    quantise(tmp_path)
+    (tmp_path / SIGNATURE_FILE).write_text(as_int8(BINARY).to_json())
+    return tmp_path
+
+
+def torch_model(folder: Path, signature: ModelSignature) -> Model:
+    shape, weights = ((folder / name).read_bytes() for name in (NETWORK_FILE, WEIGHTS_FILE))
+    return Model(signature, TorchEngine(shape, weights, hardware=Hardware()))
+
+
+@by_task
+def test_torch_scores_as_onnx_runtime_does(folders: dict[Task, Path], signature: ModelSignature) -> None:
+    """Missing values, unknown categories and the greatest numbers among them, for one row and for many."""
+    matrix = rows(signature, 200)
+    matrix[:4, 0] = [1e30, 3.4e38, -3.4e38, 1e19]
+    onnx_model, network = open_model(folders[signature.task]), torch_model(folders[signature.task], signature)
+    for part in (matrix, matrix[:1]):
+        ours, theirs = (one.predict_matrix(part).scores for one in (network, onnx_model))
+        assert np.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert np.ptp(ours := network.predict_matrix(matrix).scores) > 1e-3, ours
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"), [(b"{}", None), (b"no json", None), (None, b"no weights"), (b'{"width": 3}', None)]
+)
+def test_files_that_make_no_network_are_refused(
+    folders: dict[Task, Path], shape: bytes | None, weights: bytes | None
+) -> None:
+    """In words, naming them; so are weights of another network."""
+    found = {name: (folders[Task.binary] / name).read_bytes() for name in (NETWORK_FILE, WEIGHTS_FILE)}
+    with pytest.raises(RefusedError, match=f"{NETWORK_FILE} and {WEIGHTS_FILE} make no network"):
+        TorchEngine(shape or found[NETWORK_FILE], weights or found[WEIGHTS_FILE], hardware=Hardware())
+    wider = json.dumps(json.loads(found[NETWORK_FILE]) | {"width": 32}).encode()
+    with pytest.raises(RefusedError, match="make no network"):
+        TorchEngine(wider, found[WEIGHTS_FILE], hardware=Hardware())
+
+
+def test_int8_scores_nearly_as_float32(folders: dict[Task, Path], quantised: Path) -> None:
+    """What it costs is measured on the same rows; the weights it was made from stay beside it."""
+    matrix = rows(BINARY, 500)
+    before = open_model(folders[Task.binary]).predict_matrix(matrix)
+    after = open_model(quantised).predict_matrix(matrix)
+    paid = cost(before, after, {"auc": 0.5})
+    assert 0 < paid["mean_score_difference"] <= paid["largest_score_difference"] < 0.02
+    assert paid["float32"] == {"auc": 0.5}
+    assert {path.name for path in quantised.iterdir()} == {
+        path.name for path in folders[Task.binary].iterdir()
+    }
+
+
+def test_a_row_takes_no_precision_from_those_beside_it(quantised: Path) -> None:
+    """Activations share a scale in a batch; the layer that sees the client's own numbers is not quantised."""
+    model, matrix = open_model(quantised), rows(BINARY, 50)
+    alone = model.predict_matrix(matrix).scores
+    extreme = np.array([[1e30, 0, -1e30]], dtype=np.float32)
+    beside = model.predict_matrix(np.vstack([matrix, extreme])).scores[:50]
+    assert np.abs(alone - beside).max() < 0.02
+
+
+def test_only_layers_behind_a_normalisation_are_quantised(folders: dict[Task, Path]) -> None:
+    """Both but the first, of depth two."""
+    graph = onnx.load(folders[Task.binary] / ONNX_FILE)
+    layers = [node.name for node in graph.graph.node if node.op_type == "Gemm"]
+    assert len(layers) == 3
+    assert bounded_layers(graph) == [f"{name}_MatMul" for name in layers[1:]]
+
+
+@pytest.mark.parametrize("registered", list(Precision))
+def test_a_graph_of_another_precision_than_registered_is_refused(
+    folders: dict[Task, Path], quantised: Path, registered: Precision
+) -> None:
+    """Either way round."""
+    folder = folders[Task.binary] if registered is Precision.int8 else quantised
+    data = (folder / ONNX_FILE).read_bytes()
+    with pytest.raises(RefusedError, match=f"was registered as {registered.value}"):
+        OnnxEngine(data, precision=registered)
+
+
+def test_an_int8_version_stays_what_it_was_judged_as(quantised: Path) -> None:
+    """On a GPU too, which is not asked for anything; a signature that says nothing is float32."""
+    gpu = Hardware(device="cuda")
+    matrix = rows(BINARY, 10)
+    scores = open_model(quantised, hardware=gpu).predict_matrix(matrix).scores
+    assert np.array_equal(scores, open_model(quantised).predict_matrix(matrix).scores)
+    assert parse_signature((quantised / SIGNATURE_FILE).read_bytes()) == as_int8(BINARY)
+    older = json.loads(BINARY.to_json())
+    del older["precision"]
+    assert parse_signature(json.dumps(older)) == BINARY
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    """A family without a graph, and a graph whose layers are fed by anything."""
+    with pytest.raises(ConfigError, match="the family wrote none"):
+        quantise(tmp_path)
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [3, 1], [1.0, 2.0, 3.0])
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["inputs", "w"], ["scores"], name="only")],
+        "g",
+        [value("inputs", TensorProto.FLOAT, ["n", 3])],
+        [value("scores", TensorProto.FLOAT, ["n", 1])],
+        [weights],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / ONNX_FILE)
+    with pytest.raises(ConfigError, match="that a LayerNormalization feeds"):
+        quantise(tmp_path)
+    assert not list(tmp_path.glob("whole*"))
+
+
+def test_a_family_says_what_its_versions_are_registered_as() -> None:
+    """Float32 where it has no say; a word of its own for it is refused."""
+    assert precision_of(Parameters(precision=Precision.int8)) is Precision.int8
+    assert precision_of(object()) is Precision.float32
+    with pytest.raises(ConfigError, match="must be a"):
+        precision_of(type("Mine", (), {"precision": "int8"})())

@@ -1,0 +1,188 @@
+"""A real replica whose feature service says what becomes of features that are missing or expired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.records import read_records
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
+from cluster.storage import Layout
+from feature_jobs.store import (
+    Default,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    Missing,
+    OnDemandTransform,
+)
+from feature_jobs.store.catalog import Definitions, apply, view_spec
+from feature_jobs.store.online import microseconds, open_online
+from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.protection import view_keys
+from feature_jobs.store.served import served
+from tests.replica import MODEL, Replica, running_replica
+
+NOW = datetime(2024, 1, 10, tzinfo=UTC)
+PERSON = Entity("person", join_keys=["person_id"])
+SOURCE = FileSource("x.parquet", event_timestamp="at")
+INCOME = FeatureView(
+    "income",
+    entities=[PERSON],
+    source=SOURCE,
+    schema=[Field("amount", "float64"), Field("region", "string")],
+    ttl=timedelta(days=5),
+)
+RENT = FeatureView(
+    "rent",
+    entities=[Entity("region", join_keys=["region"])],
+    source=SOURCE,
+    schema=[Field("mean", "float64")],
+)
+DEBT = FeatureView("debt", entities=[PERSON], source=SOURCE, schema=[Field("total", "float64")])
+
+
+def half(table: pa.Table) -> pa.Table:
+    return pa.table({"debt": [None if one is None else one / 2 for one in table["debt__total"].to_pylist()]})
+
+
+HALF = OnDemandTransform(
+    "half",
+    inputs=[Field("asked", "float64")],
+    sources=[DEBT],
+    schema=[Field("debt", "float64")],
+    transform=half,
+)
+CREDIT = FeatureService(
+    "credit",
+    views=[INCOME, RENT, DEBT],
+    on_demand=[HALF],
+    missing={
+        "income__amount": Default(-7),
+        "income__region": Default("north"),
+        "rent": Missing.NULL,
+        "debt": Missing.REFUSE,
+    },
+)
+ROWS: dict[str, dict[Any, tuple[datetime, tuple[Any, ...]]]] = {
+    "income": {
+        1: (NOW - timedelta(days=1), (4.0, "south")),
+        2: (NOW - timedelta(days=6), (5.0, "south")),
+        3: (NOW - timedelta(days=1), (None, None)),
+    },
+    "rent": {"north": (NOW, (9.0,)), "south": (NOW, (8.0,))},
+    "debt": dict.fromkeys((1, 2, 3, 4), (NOW, (2.0,))),
+}
+"""Of each view, key to when and what. Nothing is known of person 5, and nothing of person 4 but a debt."""
+INPUTS = (
+    InputSpec(name="income__amount", dtype="double"),
+    InputSpec(name="income__region", dtype="string", categories=("north", "south")),
+    InputSpec(name="rent__mean", dtype="double"),
+    InputSpec(name="half__debt", dtype="double"),
+)
+PREDICT = "/v1/models/m:predict"
+
+
+def put_online(places: Layout, keys: KeyAccess) -> None:
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=places.root)))
+    store = open_online(OnlineConfig(map_size_gib=0.1), places, key_store(keys), readonly=False)
+    for view in (INCOME, RENT, DEBT):
+        for info in view_keys(view, region="local"):
+            key_store(keys).ensure(info)
+        kind = "string" if view is RENT else "int64"
+        rows = [
+            OnlineRow(
+                keys=(key,), event_us=microseconds(at), created_us=microseconds(at), seq=number, values=values
+            )
+            for number, (key, (at, values)) in enumerate(ROWS[view.name].items())
+        ]
+        store.replace(view_spec(ledger, view.name), {view.join_keys[0]: kind}, rows)
+    store.close()
+    ledger.close()
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    root: Path = tmp_path_factory.mktemp("replica")
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+    views = {view.name: view for view in CREDIT.views}
+    apply(Definitions(module="m", views=views, services={"credit": CREDIT}), ledger, actor="t")
+    ledger.close()
+    signature = ModelSignature(
+        task=Task.regression, inputs=INPUTS, label="y", service="credit", service_version=CREDIT.version
+    )
+    with running_replica(root, signature, before=put_online) as running:
+        yield running
+    assert running.failures == []
+
+
+def ask(replica: Replica, *people: int, **features: Any) -> tuple[int, dict[str, Any]]:
+    body = {
+        "entities": [{"person_id": person} for person in people],
+        "features": {"asked": 1.0} | features,
+        "as_of": NOW.isoformat(),
+    }
+    return replica.json(PREDICT, body)
+
+
+def records(replica: Replica, prediction_id: str) -> list[dict[str, Any]]:
+    log = read_records(Path(replica.places.predictions(MODEL)), key_store(replica.keys))
+    return [one for one in log if one["prediction_id"] == prediction_id]
+
+
+def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
+    """For what is expired or missing, not for a null; a join key never comes from one. The log says what the model got
+    and where nothing was read, and so does the skew check's view of it."""
+    status, content = ask(replica, 1, 2, 3, 4)
+    assert status == 200, content
+    known = ["present", "expired", "null", "missing"]
+    assert content["features_status"] == {
+        "income__amount": known,
+        "income__region": known,
+        "rent__mean": ["present", "missing", "missing", "missing"],
+    }
+    assert content["features_defaults"] == {"income__amount": -7.0, "income__region": "north"}
+    [record] = records(replica, content["prediction_id"])
+    assert record["features"]["income__amount"] == [4.0, -7.0, None, -7.0]
+    assert record["features"]["income__region"] == ["south", "north", None, "north"]
+    assert record["features"]["rent__mean"] == [8.0, None, None, None]
+    assert record["features"]["half__debt"] == [1.0] * 4
+    assert record["defaulted"] == {"income__amount": [1, 3], "income__region": [1, 3]}
+    [group], _ = served([record], since=None)
+    assert group.features["income__amount"] == [4.0, None, None, None]
+    assert group.features["income__region"] == ["south", None, None, None]
+    defaulted, given = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])
+    assert given["predictions"] == defaulted
+
+
+def test_a_refused_request_says_what_is_not_there(replica: Replica) -> None:
+    """400, because the client can mend it: by giving the feature, or what is made of it."""
+    status, content = ask(replica, 1, 5)
+    assert (status, content["code"]) == (400, 400)
+    assert content["features_status"] == {"debt__total": ["present", "missing"]}
+    for words in (
+        "Feature 'total' of view 'debt' is missing for entities[1]",
+        "'credit'",
+        "Give 'debt__total'",
+    ):
+        assert words in content["error"]
+    status, content = ask(replica, 1, 5, half__debt=[1.0, 2.0])
+    assert (status, content["features_defaults"]["income__amount"]) == (200, -7.0)
+
+
+def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
+    """Nor is anything marked in the log."""
+    status, content = ask(replica, 1)
+    assert (status, content.keys() & {"features_status", "features_defaults"}) == (200, set())
+    [record] = records(replica, content["prediction_id"])
+    assert record["defaulted"] == {}
