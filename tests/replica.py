@@ -29,7 +29,7 @@ from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
+from cluster.settings import Durability, OnlineConfig, PlatformConfig, ReplicaConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
 from feature_jobs.store.catalog import Definitions, apply
 from feature_jobs.store.definitions import FeatureService
@@ -120,9 +120,13 @@ class Replica:
 
 
 @contextlib.contextmanager
-def running_replica(root: Path, signature: ModelSignature) -> Iterator[Replica]:
+def running_replica(
+    root: Path, signature: ModelSignature, *, durability: Durability = Durability.process
+) -> Iterator[Replica]:
     """A replica of version 1 of a model without a feature service, in a storage root of its own or an edge's."""
-    config = PlatformConfig(storage=StorageConfig(root=str(root)))
+    config = PlatformConfig(
+        storage=StorageConfig(root=str(root)), replica=ReplicaConfig(durability=durability)
+    )
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from cluster.errors import InvalidRequest
 from cluster.ledger import open_ledger
-from cluster.records import PredictionRecord, SegmentWriter
+from cluster.records import PredictionRecord
 from cluster.registry import Registry
 from cluster.runtime import InputSpec
 from cluster.runtime.loader import load_model
@@ -30,13 +30,14 @@ from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
-from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
+from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
+from serve_apps.record_log import RecordLog
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
@@ -72,8 +73,11 @@ class Predictor:
         self._outputs = inference_protocol.output_names(signature)
         mine = self._version.resource(region=platform.cluster.region)
         self._access = AccessCheck.of(platform, mine, ledger)
-        self._log = SegmentWriter(
-            local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
+        self._log = RecordLog(
+            local(places.predictions(name)),
+            store=store,
+            key=prediction_key(ledger, self._version),
+            durability=platform.replica.durability,
         )
         self._reader: FeatureReader | None = None
         self._asked: dict[str, InputSpec] = {}
@@ -85,8 +89,9 @@ class Predictor:
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""
-        if (access := getattr(self, "_access", None)) is not None:
-            access.close()
+        for part in ("_access", "_log"):
+            if (opened := getattr(self, part, None)) is not None:
+                opened.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -108,9 +113,11 @@ class Predictor:
         call.check_version(name, version)
         match call.operation:
             case Operation.predict:
-                return self._predict(request, parse_json(await read_body(request)))
+                content = parse_json(await read_body(request))
+                return await self._log.settled(self._predict(request, content))
             case Operation.infer:
-                return self._infer(request, await read_body(request))
+                body = await read_body(request)
+                return await self._log.settled(self._infer(request, body))
             case Operation.metadata:
                 return answer(inference_protocol.metadata(name, version, self._model.signature))
             case Operation.ready:
@@ -202,12 +209,7 @@ class Predictor:
             predictions=rows,
             given=given,
         )
-        try:
-            self._log.append(record)
-        except OSError as error:
-            raise Unavailable(
-                f"The prediction cannot be written down, so it is not given: {error}."
-            ) from error
+        self._log.append(record)
         return prediction_id
 
 
