@@ -87,11 +87,7 @@ class SegmentWriter:
             OSError: the disk is full or failed; the next append starts a clean line.
         """
         segment = self._segment
-        if (
-            segment.broken
-            or segment.size >= self._max_bytes
-            or time.monotonic() - segment.began >= self._max_age_s
-        ):
+        if segment.broken or (segment.count and self._is_full(segment)):
             segment = self._next()
         place, count = segment.place, segment.count
         lines = [
@@ -123,6 +119,9 @@ class SegmentWriter:
         for one in (*self._left, self._segment):
             one.close()
         self._left.clear()
+
+    def _is_full(self, segment: _Segment) -> bool:
+        return segment.size >= self._max_bytes or time.monotonic() - segment.began >= self._max_age_s
 
     def _next(self) -> _Segment:
         before, self._segment = (
@@ -233,7 +232,7 @@ def segment_records(path: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
         header = file.readline()
         if not header.endswith(b"\n"):
             return
-        cipher, place = _cipher(path, header, store), segment_place(path)
+        cipher, place = ValueCipher.open(store, *_stated(path, header)), segment_place(path)
         for number, line in enumerate(file):
             if line.endswith(b"\n"):
                 yield _record(path, number, line, cipher, place)
@@ -249,7 +248,19 @@ def count_segment(path: Path) -> int:
         return max(sum(line.endswith(b"\n") for line in file) - 1, 0)
 
 
-def _cipher(path: Path, header: bytes, store: KeyStore) -> ValueCipher:
+def segment_class(path: Path) -> str | None:
+    """The class of a segment's key; none where not even its first line is whole, so that it holds nothing.
+
+    Raises:
+        RecordLogCorrupt: the key is none of the log's.
+    """
+    with path.open("rb") as file:
+        header = file.readline()
+    return _stated(path, header)[0].rpartition("/")[2] if header.endswith(b"\n") else None
+
+
+def _stated(path: Path, header: bytes) -> tuple[str, str]:
+    """A segment's key and its wrapped data key."""
     try:
         stated = orjson.loads(header)
         key, wrapped = stated["key"], stated["data_key"]
@@ -259,7 +270,7 @@ def _cipher(path: Path, header: bytes, store: KeyStore) -> ValueCipher:
         raise RecordLogCorrupt(
             f"{path}: it says that it is under key {key!r}, which is none of this log's. Restore it from a backup."
         )
-    return ValueCipher.open(store, key, wrapped)
+    return key, wrapped
 
 
 def _is_of_this_log(path: Path, key: object) -> bool:

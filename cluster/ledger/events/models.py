@@ -119,6 +119,26 @@ class OutcomesReceived(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionsCompacted(LedgerEvent):
+    """Segments of a model's prediction log lie in its table now."""
+
+    model: str
+    table_version: int
+    segments: int
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomesCompacted(LedgerEvent):
+    """Segments of a model's outcomes lie in their table now."""
+
+    model: str
+    table_version: int
+    segments: int
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelMonitored(LedgerEvent):
     model: str
     variant: str
