@@ -3,11 +3,18 @@
 `segments` is how a replica writes, `reading` how everybody reads.
 """
 
-from cluster.records.reading import count_records, read_outcomes, read_predictions, read_records
-from cluster.records.schema import OutcomeRecord, PredictionRecord, Record
+from cluster.records.reading import (
+    count_records,
+    read_outcomes,
+    read_predictions,
+    read_records,
+    read_shadow_predictions,
+)
+from cluster.records.schema import SHADOW, OutcomeRecord, PredictionRecord, Record
 from cluster.records.segments import SegmentWriter
 
 __all__ = [
+    "SHADOW",
     "OutcomeRecord",
     "PredictionRecord",
     "Record",
@@ -16,4 +23,5 @@ __all__ = [
     "read_outcomes",
     "read_predictions",
     "read_records",
+    "read_shadow_predictions",
 ]

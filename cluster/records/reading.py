@@ -7,13 +7,14 @@ newer version of the table has it. Each record is given once, and none that was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from cluster.errors import RecordLogCorrupt
+from cluster.records.schema import SHADOW
 from cluster.records.segments import count_segment, segment_records, segments
 from cluster.records.table import LogTable
 from cluster.security.keys.store import KeyStore
@@ -73,17 +74,28 @@ def count_records(folder: Path) -> int:
 
 
 def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """One row per predicted entity, in the order in which they were written; raises as `read_records`.
+    """One row per predicted entity of an answer, in the order in which they were written; raises as `read_records`.
+
+    What a shadow predicted is left out: nobody was answered with it, so it is in no figure of what was served.
 
     Columns: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm, unit_hash,
     those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its name.
     """
+    return _predictions(one for one in _in_order(folder, store) if one["arm"] != SHADOW)
+
+
+def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
+    """What shadows predicted, as `read_predictions` gives the others; `request_id` is that of the answer beside it."""
+    return _predictions(one for one in _in_order(folder, store) if one["arm"] == SHADOW)
+
+
+def _predictions(records: Iterable[dict[str, Any]]) -> pl.DataFrame:
     rows = [
         _head(record)
         | {"row": row}
         | prediction
         | {name: values[row] for name, values in record["features"].items()}
-        for record in _in_order(folder, store)
+        for record in records
         for row, prediction in enumerate(record["predictions"])
     ]
     frame = pl.DataFrame(rows, infer_schema_length=None)

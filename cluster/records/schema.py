@@ -20,7 +20,7 @@ class PredictionRecord:
     rollout: str
     """Empty outside any rollout."""
     arm: str
-    """`treatment`, `control`, `outside` or `none` (no unit given)."""
+    """`treatment`, `control`, `outside`, `none` (no unit given), or `shadow`."""
     unit_hash: str
     as_of: str
     entities: list[dict[str, Any]]
@@ -44,4 +44,6 @@ class OutcomeRecord:
     received_at: str
 
 
+SHADOW = "shadow"
+"""Arm and variant of a prediction that no client has seen."""
 Record = PredictionRecord | OutcomeRecord

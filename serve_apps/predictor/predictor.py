@@ -30,6 +30,7 @@ from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
+from serve_apps.edge.controller import serve_targets
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor import inference_protocol, paths
@@ -37,6 +38,7 @@ from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
+from serve_apps.predictor.shadow import Shadowing, copy_counter
 from serve_apps.record_log import RecordLog
 
 DEFAULT_VARIANT = "champion"
@@ -66,7 +68,9 @@ class Predictor:
         self._version = registry.get(name, version)
         registry.check_files(self._version, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
-        store = key_store(service_access(platform, require_record(platform), name=name, purpose=purpose))
+        cluster = require_record(platform)
+        access = service_access(platform, cluster, name=name, purpose=purpose)
+        store = key_store(access)
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
@@ -85,11 +89,20 @@ class Predictor:
             spec = service_spec(ledger, signature.service, signature.service_version)
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
             self._asked = request_inputs(spec)
-        self._answered, self._seconds = _meters({"model": name, "version": str(version)})
+        tags = {"model": name, "version": str(version)}
+        self._answered, self._seconds = _meters(tags)
+        self._shadowing = Shadowing(
+            model=name,
+            version=version,
+            ledger=ledger,
+            fetch_targets=serve_targets(cluster, host=None),
+            token=access.token.token,
+            count=copy_counter(tags),
+        )
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""
-        for part in ("_access", "_log"):
+        for part in ("_access", "_log", "_shadowing"):
             if (opened := getattr(self, part, None)) is not None:
                 opened.close()
 
@@ -113,11 +126,13 @@ class Predictor:
         call.check_version(name, version)
         match call.operation:
             case Operation.predict:
-                content = parse_json(await read_body(request))
-                return await self._log.settled(self._predict(request, content))
+                body = await read_body(request)
+                response = await self._log.settled(self._predict(request, parse_json(body)))
+                return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.infer:
                 body = await read_body(request)
-                return await self._log.settled(self._infer(request, body))
+                response = await self._log.settled(self._infer(request, body))
+                return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.metadata:
                 return answer(inference_protocol.metadata(name, version, self._model.signature))
             case Operation.ready:

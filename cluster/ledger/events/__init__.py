@@ -37,6 +37,8 @@ from cluster.ledger.events.models import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    ShadowStarted,
+    ShadowStopped,
     SweepFinished,
 )
 from cluster.ledger.events.platform import (
@@ -81,6 +83,8 @@ __all__ = [
     "RolloutRolledBack",
     "RolloutStarted",
     "RolloutWeightChanged",
+    "ShadowStarted",
+    "ShadowStopped",
     "SweepFinished",
     "AccessDecided",
     "CheckpointSigned",
