@@ -111,8 +111,7 @@ class SegmentWriter:
             self._left.remove(one)
             with contextlib.closing(one):
                 one.sync()
-        if not segment.closed:
-            segment.sync()
+        segment.sync()
 
     def close(self) -> None:
         """Let go of the segment, so that it can be compacted."""
@@ -184,6 +183,8 @@ class _Segment:
             raise
 
     def sync(self) -> None:
+        if self.closed:
+            return
         try:
             os.fdatasync(self._descriptor)
         except OSError:
@@ -192,7 +193,7 @@ class _Segment:
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = True
+            self.closed = self.broken = True  # its number may soon be another file's
             os.close(self._descriptor)
 
 

@@ -316,3 +316,16 @@ def test_a_segment_that_names_no_key_is_refused(
     writer.path.write_bytes(json.dumps(stated).encode() + b"\n" + b"".join(rest))
     with pytest.raises(RecordLogCorrupt, match="none of this log's"):
         list(read_records(log, keyring))
+
+
+def test_a_writer_that_was_closed_writes_to_no_other_file(
+    log: Path, keyring: Keyring, writer: SegmentWriter
+) -> None:
+    """The kernel gives its file's number to the next one that is opened."""
+    writer.append(prediction(1))
+    writer.close()
+    with (log.parent / "other").open("wb") as other:
+        writer.append(prediction(2))
+        assert other.tell() == os.fstat(other.fileno()).st_size == 0
+    assert count_records(log) == 2
+    writer.close()
