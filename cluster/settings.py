@@ -262,6 +262,15 @@ class ScalingConfig:
             raise ValueError(f"scaling.num_workers must be at least 1, got {self.num_workers}.")
 
 
+class Durability(enum.Enum):
+    """What an answer of a replica says of its record."""
+
+    process = "process"
+    """It survives the replica's end, kill -9 too."""
+    disk = "disk"
+    """It survives the machine's."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ReplicaConfig:
     """Replicas of one served model version."""
@@ -272,6 +281,8 @@ class ReplicaConfig:
     num_gpus: float = 0.0
     """Fraction of a GPU; logical, without memory isolation."""
     max_ongoing_requests: int = 64
+    durability: Durability = Durability.process
+    """Of predictions and outcomes, before they are answered."""
 
     def __post_init__(self) -> None:
         if self.num_replicas < 1:

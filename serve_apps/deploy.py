@@ -91,7 +91,7 @@ def deploy(
 
 
 def restore(config: PlatformConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
-    """Start the application of every model's champion and running treatment.
+    """Start the application of every model's champion, running treatment and shadow.
 
     Raises:
         AccessDenied: the actor is not one who runs the cluster; nobody deploys anything new here.
@@ -99,8 +99,12 @@ def restore(config: PlatformConfig, ledger: Ledger, registry: Registry, actor: A
     actor.check(Action.manage_cluster, Resource(kind="cluster", name="serving", region=config.cluster.region))
     ensure_common(config)
     for name, state in read_states(ledger).items():
-        wanted = (state.champion_version, state.rollout.treatment_version if state.rollout else None)
-        for number in (version for version in wanted if version is not None):
+        wanted = (
+            state.champion_version,
+            state.rollout.treatment_version if state.rollout else None,
+            state.shadow.version if state.shadow else None,
+        )
+        for number in dict.fromkeys(version for version in wanted if version is not None):
             app = ensure_model(config, registry.get(name, number), actor=actor.name)
             wait_until_applied(config, ledger.head(), app=app)
             print(f"restored {app}")

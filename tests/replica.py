@@ -29,7 +29,7 @@ from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig, to_plain
+from cluster.settings import Durability, OnlineConfig, PlatformConfig, ReplicaConfig, StorageConfig, to_plain
 from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog import Definitions, apply
@@ -127,6 +127,7 @@ def running_replica(
     *,
     write: Callable[[Path, ModelSignature], None] = write_model,
     before: Callable[[Layout, KeyAccess], None] | None = None,
+    durability: Durability = Durability.process,
 ) -> Iterator[Replica]:
     """A replica of version 1 of a model, in a storage root of its own or an edge's.
 
@@ -135,8 +136,11 @@ def running_replica(
         signature: of the model.
         write: makes the folder of its files.
         before: is called before it starts, to put features online for one.
+        durability: of its log.
     """
-    config = PlatformConfig(storage=StorageConfig(root=str(root)))
+    config = PlatformConfig(
+        storage=StorageConfig(root=str(root)), replica=ReplicaConfig(durability=durability)
+    )
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))

@@ -5,7 +5,8 @@ Denied is what no policy permits, and what any policy forbids. The edge's rules 
 
     data_engineer    writes, pushes features, applies definitions, reads public and internal columns, wraps their keys
     data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
-    ml_engineer      registers models, deploys them outside production, rolls out and back, predicts, writes outcomes
+    ml_engineer      registers models, deploys them outside production, rolls out and back, predicts, writes outcomes,
+                     compacts logs
     approver         approves models, deploys, rolls out and back, in every environment
     auditor          reads the ledger
     service          predicts, writes outcomes, reads features online by key, pushes features
@@ -76,6 +77,7 @@ class Action(enum.StrEnum):
     deploy = "deploy"
     rollout = "rollout"
     rollback = "rollback"
+    compact_log = "compact_log"
     wrap_key = "wrap_key"
     unwrap_key = "unwrap_key"
     create_key = "create_key"

@@ -7,6 +7,7 @@ import hashlib
 import re
 from typing import Any
 
+import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,7 +15,7 @@ from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
 from cluster.ledger.events import OutcomesReceived
-from cluster.records import OutcomeRecord, SegmentWriter
+from cluster.records import OutcomeRecord
 from cluster.registry import Registry
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound
@@ -27,6 +28,7 @@ from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, to_utc
+from serve_apps.record_log import RecordLog
 
 MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
@@ -92,12 +94,15 @@ class Outcomes:
         every = Resource(kind="outcomes", name="*", region=platform.cluster.region)
         self._access = AccessCheck.of(platform, every, self._ledger)
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
-        self._writers: dict[str, SegmentWriter] = {}
+        self._durability = platform.replica.durability
+        self._logs: dict[str, RecordLog] = {}
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""
         if (access := getattr(self, "_access", None)) is not None:
             access.close()
+        for log in getattr(self, "_logs", {}).values():
+            log.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -105,28 +110,37 @@ class Outcomes:
             principal = self._access(request.headers.get("authorization"), Action.write_outcome)
             body = await read_json(request)
             model, records = parse_outcomes(body, received_at=dt.datetime.now(dt.UTC))
-            self._write(model, records, actor=f"{principal.role}:{principal.subject}")
+            await self._write(model, records, actor=f"{principal.role}:{principal.subject}")
             return answer({"accepted": len(records)})
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             return refusal(error)
 
-    def _write(self, model: str, records: list[OutcomeRecord], *, actor: str) -> None:
-        if model not in self._writers:
+    async def _write(self, model: str, records: list[OutcomeRecord], *, actor: str) -> None:
+        if model not in self._logs:
             if model not in self._registry.names():
                 raise ModelNotFound(f"No model '{model}'.")
-            self._writers[model] = self._writer(model)
-        try:
-            self._writers[model].append(*records)
-        except OSError as error:
-            raise Unavailable(f"The outcomes cannot be written down: {error}.") from error
+            self._logs[model] = self._open_log(model)
+        log = self._logs[model]
+        log.append(*records)
+        await log.settled(None)
         content = canonical([[record.prediction_id, record.row, str(record.outcome)] for record in records])
         digest = hashlib.sha256(content).hexdigest()
-        self._ledger.append(OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor)
-
-    def _writer(self, model: str) -> SegmentWriter:
         try:
-            return SegmentWriter(
-                local(self._places.outcomes(model)), store=self._store, key=outcome_key(model)
+            self._ledger.append(
+                OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor
+            )
+        except sa.exc.OperationalError as error:  # a full disk, say; sent again, the outcomes count once
+            raise Unavailable(
+                "The ledger cannot be written, so the outcomes are not accepted. Try again later."
+            ) from error
+
+    def _open_log(self, model: str) -> RecordLog:
+        try:
+            return RecordLog(
+                local(self._places.outcomes(model)),
+                store=self._store,
+                key=outcome_key(model),
+                durability=self._durability,
             )
         except KeyNotFound as error:
             raise ModelNotFound(f"Model '{model}' has never been deployed, so it has no outcomes.") from error

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.ledger import open_ledger
-from cluster.records import PredictionRecord, SegmentWriter
+from cluster.records import PredictionRecord
 from cluster.registry import Registry
 from cluster.runtime import InputSpec
 from cluster.runtime.hardware import find_hardware
@@ -28,7 +28,8 @@ from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
-from serve_apps.http import Unavailable, answer, parse_json, read_body, refusal
+from serve_apps.edge.controller import serve_targets
+from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
@@ -36,6 +37,8 @@ from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
+from serve_apps.predictor.shadow import Shadowing, copy_counter
+from serve_apps.record_log import RecordLog
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
@@ -64,7 +67,9 @@ class Predictor:
         self._version = registry.get(name, version)
         registry.check_files(self._version, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
-        store = key_store(service_access(platform, require_record(platform), name=name, purpose=purpose))
+        cluster = require_record(platform)
+        access = service_access(platform, cluster, name=name, purpose=purpose)
+        store = key_store(access)
         replica = platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         self._model = load_model(self._version, store, hardware=hardware)
@@ -73,8 +78,11 @@ class Predictor:
         self._outputs = inference_protocol.output_names(signature)
         mine = self._version.resource(region=platform.cluster.region)
         self._access = AccessCheck.of(platform, mine, ledger)
-        self._log = SegmentWriter(
-            local(places.predictions(name)), store=store, key=prediction_key(ledger, self._version)
+        self._log = RecordLog(
+            local(places.predictions(name)),
+            store=store,
+            key=prediction_key(ledger, self._version),
+            durability=platform.replica.durability,
         )
         self._reader: FeatureReader | None = None
         self._asked: dict[str, InputSpec] = {}
@@ -82,12 +90,22 @@ class Predictor:
             spec = service_spec(ledger, signature.service, signature.service_version)
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
             self._asked = request_inputs(spec)
-        self._answered, self._seconds = _meters({"model": name, "version": str(version)})
+        tags = {"model": name, "version": str(version)}
+        self._answered, self._seconds = _meters(tags)
+        self._shadowing = Shadowing(
+            model=name,
+            version=version,
+            ledger=ledger,
+            fetch_targets=serve_targets(cluster, host=None),
+            token=access.token.token,
+            count=copy_counter(tags),
+        )
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""
-        if (access := getattr(self, "_access", None)) is not None:
-            access.close()
+        for part in ("_access", "_log", "_shadowing"):
+            if (opened := getattr(self, part, None)) is not None:
+                opened.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -109,9 +127,13 @@ class Predictor:
         call.check_version(name, version)
         match call.operation:
             case Operation.predict:
-                return self._predict(request, parse_json(await read_body(request)))
+                body = await read_body(request)
+                response = await self._log.settled(self._predict(request, parse_json(body)))
+                return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.infer:
-                return self._infer(request, await read_body(request))
+                body = await read_body(request)
+                response = await self._log.settled(self._infer(request, body))
+                return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.metadata:
                 return answer(inference_protocol.metadata(name, version, self._model.signature))
             case Operation.ready:
@@ -191,12 +213,7 @@ class Predictor:
             given=given,
             defaulted=defaulted or {},
         )
-        try:
-            self._log.append(record)
-        except OSError as error:
-            raise Unavailable(
-                f"The prediction cannot be written down, so it is not given: {error}."
-            ) from error
+        self._log.append(record)
         return prediction_id
 
 

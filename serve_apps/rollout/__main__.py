@@ -1,4 +1,4 @@
-"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back, check."""
+"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back, check, shadow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    ShadowStarted,
+    ShadowStopped,
 )
-from cluster.records import read_outcomes, read_predictions
+from cluster.records import SHADOW, read_outcomes, read_predictions
 from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.runtime.loader import read_file
 from cluster.runtime.signature import SIGNATURE_FILE, parse_signature
@@ -43,6 +45,8 @@ class RolloutAction(enum.Enum):
     promote = "promote"
     rollback = "rollback"
     check = "check"
+    shadow = "shadow"
+    stop_shadow = "stop_shadow"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +58,8 @@ class RolloutConfig(PlatformConfig):
     """Of the model."""
     version: str = "latest"
     weight: float = 10.0
+    share: float = 10.0
+    """Percent of requests that a shadow sees."""
     variant: str = "challenger"
     reason: str = "by command"
     min_outcomes: int = 200
@@ -63,6 +69,8 @@ class RolloutConfig(PlatformConfig):
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 100:
             raise ValueError(f"weight must be above 0 and at most 100 percent, got {self.weight}.")
+        if not 0 < self.share <= 100:
+            raise ValueError(f"share must be above 0 and at most 100 percent, got {self.share}.")
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
 
@@ -89,6 +97,10 @@ def main(config: RolloutConfig) -> None:
             result = roll_back(config, ledger, actor, running(config, state), reason=config.reason)
         case RolloutAction.check:
             result = check(config, ledger, actor, running(config, state))
+        case RolloutAction.shadow:
+            result = shadow(config, ledger, actor, state)
+        case RolloutAction.stop_shadow:
+            result = stop_shadow(config, ledger, actor, state)
     print(json.dumps(result, indent=1))
     if config.output is not None:
         write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
@@ -199,6 +211,33 @@ def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout)
         reason = f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"
         result |= roll_back(config, ledger, actor, rollout, reason=reason)
     return result
+
+
+def shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
+    """Deploy the version if need be, then have it see copies of a share of the requests, whose answers nobody sees."""
+    version = permitted(config, ledger, actor, Action.rollout, config.version)
+    if state.champion_version is None or version.version == state.champion_version:
+        raise RolloutError(
+            f"Version {version.version} is the champion of '{config.name}': its answers are seen already."
+        )
+    from serve_apps.deploy import deploy  # a rollback should not wait for Serve's import
+
+    attach(config)
+    app = deploy(config, ledger, actor, version, variant=SHADOW)
+    wait_until_applied(config, ledger.head(), app=app)
+    event = ShadowStarted(model=config.name, version=version.version, app=app, share=config.share)
+    ledger.append(event, actor=actor.name)
+    return event.payload()
+
+
+def stop_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
+    """Send the shadow no more copies."""
+    if state.shadow is None:
+        raise RolloutError(f"'{config.name}' has no shadow. Start one with `action=shadow version=…`.")
+    permitted(config, ledger, actor, Action.rollback, state.shadow.version)
+    event = ShadowStopped(model=config.name, version=state.shadow.version, reason=config.reason)
+    ledger.append(event, actor=actor.name)
+    return event.payload()
 
 
 def find(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:

@@ -14,6 +14,8 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    ShadowStarted,
+    ShadowStopped,
 )
 from cluster.registry import CHAMPION
 
@@ -32,6 +34,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Shadow:
+    """A version that sees copies of requests, and whose answers nobody sees."""
+
+    version: int
+    app: str
+    share: float
+    """Percent of requests."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
     """What the edge should do for one model."""
 
@@ -39,6 +51,7 @@ class ModelState:
     apps: dict[int, str] = field(default_factory=dict)
     """Deployed version to the name of its Serve application."""
     rollout: Rollout | None = None
+    shadow: Shadow | None = None
 
 
 States = dict[str, ModelState]
@@ -69,6 +82,10 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
             return _with_rollout(states, model, replace(current, weight=weight))
         case RolloutPromoted(model=model) | RolloutRolledBack(model=model):
             return _with_rollout(states, model, None)
+        case ShadowStarted(model=model, version=version, app=app, share=share):
+            return _with_shadow(states, model, Shadow(version=version, app=app, share=share))
+        case ShadowStopped(model=model):
+            return _with_shadow(states, model, None)
         case _:
             return states
 
@@ -90,6 +107,8 @@ _NAMES = frozenset(
         RolloutWeightChanged,
         RolloutPromoted,
         RolloutRolledBack,
+        ShadowStarted,
+        ShadowStopped,
     )
 )
 
@@ -105,3 +124,7 @@ def read_states(ledger: Ledger) -> States:
 
 def _with_rollout(states: States, model: str, rollout: Rollout | None) -> States:
     return states | {model: replace(states.get(model, ModelState()), rollout=rollout)}
+
+
+def _with_shadow(states: States, model: str, shadow: Shadow | None) -> States:
+    return states | {model: replace(states.get(model, ModelState()), shadow=shadow)}

@@ -100,6 +100,24 @@ class RolloutRolledBack(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShadowStarted(LedgerEvent):
+    """A version sees copies of requests from now on; one that did before sees no more."""
+
+    model: str
+    version: int
+    app: str
+    share: float
+    """Percent of requests."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShadowStopped(LedgerEvent):
+    model: str
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardrailBreached(LedgerEvent):
     model: str
     rollout: str
@@ -116,6 +134,26 @@ class OutcomesReceived(LedgerEvent):
     model: str
     accepted: int
     digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionsCompacted(LedgerEvent):
+    """Segments of a model's prediction log lie in its table now."""
+
+    model: str
+    table_version: int
+    segments: int
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomesCompacted(LedgerEvent):
+    """Segments of a model's outcomes lie in their table now."""
+
+    model: str
+    table_version: int
+    segments: int
+    records: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ TABLE: dict[Action, frozenset[Role]] = {
     Action.deploy: frozenset({ML, AP, AD}),
     Action.rollout: frozenset({ML, AP, AD}),
     Action.rollback: frozenset({ML, AP, AD}),
+    Action.compact_log: frozenset({ML, AD}),
     Action.wrap_key: frozenset({AD}),
     Action.unwrap_key: frozenset({AD}),
     Action.create_key: frozenset({AD}),
@@ -171,6 +172,16 @@ def test_jobs_that_move_values_unwrap_every_class_of_them(policy: Policy, job: s
         key = Resource(kind="key", name=f"{folder}/income/sensitive", column_class="sensitive")
         assert policy.decide(moving, Action.unwrap_key, key).allowed
         assert not policy.decide(engineer, Action.unwrap_key, key).allowed
+
+
+def test_the_job_that_compacts_logs_writes_under_their_keys(policy: Policy) -> None:
+    """An ML engineer alone reads records, and cannot add any."""
+    engineer = who(Role.ml_engineer, "credit")
+    compacting = dataclasses.replace(engineer, entrypoint="jobs.compact_log")
+    for folder in ("predictions", "outcomes", "features"):
+        key = Resource(kind="key", name=f"{folder}/income/sensitive", column_class="sensitive")
+        assert policy.decide(compacting, Action.wrap_key, key).allowed == (folder != "features")
+        assert not policy.decide(engineer, Action.wrap_key, key).allowed
 
 
 def test_every_action_is_in_the_table_and_in_the_schema(policy: Policy) -> None:

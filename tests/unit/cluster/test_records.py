@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -146,6 +149,70 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(
     ]
 
 
+def test_what_a_real_limit_cuts_off_is_taken_away(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
+    """The kernel takes the beginning of a record, then none of the next; with room again, all is as if never tried."""
+    writer.append(prediction(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 50, limits[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"took 50 of"):
+                writer.append(prediction(2))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(OSError, match="too large"):
+            writer.append(prediction(2))
+        with pytest.raises(OSError, match="took 10 of"):
+            SegmentWriter(log, store=keyring, key=KEY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(log.iterdir()) == [writer.path]
+    writer.append(prediction(4))
+    assert read_predictions(log, keyring)["prediction_id"].unique().sort().to_list() == ["p1", "p4"]
+
+
+def test_where_a_cut_record_cannot_be_taken_away_a_new_segment_follows(
+    log: Path, keyring: Keyring, writer: SegmentWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line may come behind half a one, or the whole log could not be read."""
+    writer.append(prediction(1))
+    before, real_write = writer.path, os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
+    monkeypatch.setattr(os, "ftruncate", lambda *_: os.stat("/nowhere"))
+    with pytest.raises(OSError, match="nowhere"):
+        writer.append(prediction(2))
+    monkeypatch.undo()
+    writer.append(prediction(3))
+    assert writer.path != before
+    assert read_predictions(log, keyring)["prediction_id"].unique().sort().to_list() == ["p1", "p3"]
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody writes a segment."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("limits", [{"max_bytes": 1}, {"max_age_s": 0.0}], ids=["large", "old"])
+def test_a_segment_that_is_large_or_old_is_left_for_a_new_one(
+    log: Path, keyring: Keyring, limits: dict[str, Any]
+) -> None:
+    """Its lock says that nothing more comes; the log is one all the same, and the key store was asked once."""
+    writer = SegmentWriter(log, store=keyring, key=KEY, **limits)
+    keyring.revoke(KEY)  # which a new segment does not ask for
+    for number in range(3):
+        writer.append(prediction(number))
+    paths = sorted(log.iterdir())
+    assert {path.suffix for path in paths} == {".records"}
+    assert [path for path in paths if is_held(path)] == [writer.path]
+    assert count_records(log) == 3
+    writer.close()
+    assert not is_held(writer.path)
+
+
 def test_nothing_of_a_record_lies_in_the_clear(log: Path, writer: SegmentWriter) -> None:
     """Not even what was asked for; only whose key it is, and how many there are."""
     writer.append(prediction(1))
@@ -249,3 +316,16 @@ def test_a_segment_that_names_no_key_is_refused(
     writer.path.write_bytes(json.dumps(stated).encode() + b"\n" + b"".join(rest))
     with pytest.raises(RecordLogCorrupt, match="none of this log's"):
         list(read_records(log, keyring))
+
+
+def test_a_writer_that_was_closed_writes_to_no_other_file(
+    log: Path, keyring: Keyring, writer: SegmentWriter
+) -> None:
+    """The kernel gives its file's number to the next one that is opened."""
+    writer.append(prediction(1))
+    writer.close()
+    with (log.parent / "other").open("wb") as other:
+        writer.append(prediction(2))
+        assert other.tell() == os.fstat(other.fileno()).st_size == 0
+    assert count_records(log) == 2
+    writer.close()

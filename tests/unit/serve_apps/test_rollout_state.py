@@ -13,6 +13,8 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    ShadowStarted,
+    ShadowStopped,
 )
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.routes import entry, routes
@@ -65,6 +67,18 @@ def test_a_promotion_makes_the_treatment_champion() -> None:
     assert between is not None
     assert between.startswith("m-v2|m-v2|")
     assert after == "m-v2|m-v2|champion|none|-|0|10000"
+
+
+def test_a_shadow_is_part_of_the_state_and_of_no_entry() -> None:
+    """The edge sends nobody to it; a second one takes the first one's place, and outlives a rollout."""
+    first, second = (ShadowStarted(model="m", version=n, app=f"m-v{n}", share=5.0) for n in (2, 3))
+    back = RolloutRolledBack(model="m", rollout="r", reason="worse")
+    assert entry_after(first) == entry_after()
+    shadow = fold([*DEPLOYED, first, STARTED, second, back])["m"].shadow
+    assert shadow is not None
+    assert (shadow.version, shadow.app, shadow.share) == (3, "m-v3", 5.0)
+    stopped = ShadowStopped(model="m", version=3, reason="")
+    assert fold([*DEPLOYED, first, second, stopped]) == fold(DEPLOYED)
 
 
 def test_a_weight_of_another_rollout_is_passed_over() -> None:

@@ -1,0 +1,1 @@
+"""Compaction: what replicas logged line by line, as a table."""

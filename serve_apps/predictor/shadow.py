@@ -1,0 +1,238 @@
+"""Shadow mode: another version sees a share of the requests, and nobody sees its answers but the log.
+
+The replica that answered sends a copy when its answer has left, from threads of its own, over a queue that is bounded:
+where the shadow is slow or down, copies are dropped and counted, and no answer waits. The ledger says which version is
+the shadow; replicas look at its head in the background, so that a request costs one attribute while there is none.
+
+A copy goes straight to a replica of the shadow's application as the service that this replica is: the client's token
+and all its headers but those that the model reads stay here. The shadow logs under the same request id, arm and variant
+`shadow`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import http.client
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import ray
+import sqlalchemy as sa
+import xxhash
+from ray.serve import metrics
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+
+from cluster.errors import FalajError
+from cluster.ledger import Ledger
+from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped
+from cluster.records import SHADOW
+from serve_apps.predictor.inference_protocol import JSON_LENGTH
+from serve_apps.predictor.paths import Operation
+from serve_apps.rollout.assignment import BUCKETS
+from serve_apps.rollout.state import Shadow, States, apply
+
+LOG = logging.getLogger("falaj.serve")
+LEDGER_INTERVAL_S, TARGETS_INTERVAL_S = 1.0, 2.0
+SENDERS, TIMEOUT_S = 2, 5.0
+MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
+"""Together they bound the memory of copies that wait."""
+_PASSED_ON = ("x-falaj-request-id", "x-falaj-rollout", "x-falaj-unit-hash", JSON_LENGTH.lower())
+
+Targets = Mapping[str, tuple[str, ...]]
+
+
+def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
+    """Counts copies by what became of them."""
+    keys: Any = ("model", "version", "result")  # Ray annotates a tuple of one
+    copies = metrics.Counter("falaj_shadow_copies", "requests for the shadow", tag_keys=keys)
+    copies.set_default_tags(dict(tags))
+    return lambda result: copies.inc(tags={"result": result})
+
+
+def is_sampled(request_id: str, share: float) -> bool:
+    """Whether a request is among the share, in percent: the same for whoever asks; one without an id never is."""
+    return bool(request_id) and xxhash.xxh32_intdigest(request_id.encode()) % BUCKETS < share * BUCKETS / 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """A request to be sent again."""
+
+    operation: Operation
+    headers: dict[str, str]
+    body: bytes
+    moment: str
+    """At which it was answered: features are read as of then, however long the copy waits."""
+
+    def path(self, model: str) -> str:
+        """That it is sent to, whatever version the client named."""
+        return (
+            f"/v1/models/{model}:predict"
+            if self.operation is Operation.predict
+            else f"/v2/models/{model}/infer"
+        )
+
+    def content(self) -> bytes:
+        """The body that is sent."""
+        if self.operation is not Operation.predict:
+            return self.body
+        return orjson.dumps({"as_of": self.moment} | orjson.loads(self.body))
+
+
+class Shadowing:
+    """Copies one replica's requests to the shadow of its model, while there is one.
+
+    Args:
+        model, version: that this replica serves; a shadow copies nothing to itself.
+        ledger: says which version is the shadow.
+        fetch_targets: asks Serve for the replicas' addresses of each application.
+        token: this service's own.
+        count: is told what became of each copy: `sent`, `refused`, `failed` or `dropped`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        version: int,
+        ledger: Ledger,
+        fetch_targets: Callable[[], Targets],
+        token: Callable[[], str],
+        count: Callable[[str], None],
+    ) -> None:
+        self._model, self._version = model, version
+        self._ledger = ledger
+        self._fetch_targets = fetch_targets
+        self._token = token
+        self._count = count
+        self._states: States = {}
+        self._seq = 0
+        self._shadow: Shadow | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._turn = itertools.count()
+        self._waiting: queue.Queue[Copy] = queue.Queue(MAX_WAITING)
+        self._ended = threading.Event()
+        self._senders: list[threading.Thread] = []
+        threading.Thread(target=self._follow_all, daemon=True, name="shadow").start()
+
+    def follow(
+        self, answer: Response, operation: Operation, headers: Mapping[str, str], body: bytes
+    ) -> Response:
+        """The answer, with a copy of its request behind it if it is one of the share."""
+        shadow = self._shadow
+        if shadow is None or headers.get("x-falaj-arm") == SHADOW:
+            return answer
+        if is_sampled(headers.get("x-falaj-request-id", ""), shadow.share):
+            copy = Copy(
+                operation=operation,
+                headers={name: headers[name] for name in _PASSED_ON if name in headers},
+                body=body,
+                moment=dt.datetime.now(dt.UTC).isoformat(),
+            )
+            answer.background = BackgroundTask(self._offer, copy)
+        return answer
+
+    async def _offer(self, copy: Copy) -> None:
+        try:
+            if len(copy.body) > MAX_COPY_BYTES:
+                raise queue.Full
+            self._waiting.put_nowait(copy)
+        except queue.Full:
+            self._count("dropped")
+
+    def close(self) -> None:
+        """Send no more."""
+        self._ended.set()
+        self._shadow = None
+
+    def _follow_all(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._look()
+            except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException, FalajError) as error:
+                LOG.warning("The shadow's replicas cannot be asked for, the last ones stay: %s", error)
+            except sa.exc.SQLAlchemyError as error:
+                LOG.warning("The ledger cannot be read, so the shadow stays as it is: %s", error)
+            self._ended.wait(LEDGER_INTERVAL_S if self._shadow is None else TARGETS_INTERVAL_S)
+
+    def _look(self) -> None:
+        """Take up what the ledger and Serve say."""
+        head = self._ledger.head()
+        if head != self._seq:
+            news = [*self._news(ShadowStarted), *self._news(ShadowStopped)]
+            for _, event in sorted(news, key=lambda one: one[0]):
+                self._states = apply(self._states, event)
+            self._seq = head
+        state = self._states.get(self._model)
+        shadow = state.shadow if state else None
+        if shadow is not None and shadow.version == self._version:
+            shadow = None
+        if shadow is not None:
+            self._addresses = tuple(map(_near, self._fetch_targets().get(shadow.app, ())))
+            self._start_senders()
+        self._shadow = None if self._ended.is_set() else shadow
+
+    def _news(self, kind: type[LedgerEvent]) -> list[tuple[int, LedgerEvent]]:
+        entries = self._ledger.entries(kind, after=self._seq)
+        return [(entry.seq, entry.event()) for entry in entries if entry.payload["model"] == self._model]
+
+    def _start_senders(self) -> None:
+        while len(self._senders) < SENDERS:
+            sender = threading.Thread(target=self._send_all, daemon=True, name="shadow copies")
+            self._senders.append(sender)
+            sender.start()
+
+    def _send_all(self) -> None:
+        connections: dict[str, http.client.HTTPConnection] = {}
+        while not self._ended.is_set():
+            try:
+                copy = self._waiting.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            shadow, addresses = self._shadow, self._addresses
+            if shadow is None or not addresses:
+                self._count("dropped")
+                continue
+            address = addresses[next(self._turn) % len(addresses)]
+            connection = connections.setdefault(
+                address, http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+            )
+            try:
+                status = self._send(copy, shadow, connection)
+                self._count("sent" if status == 200 else "refused")
+            except (OSError, http.client.HTTPException, FalajError) as error:
+                connections.pop(address).close()
+                LOG.debug("A copy for %s failed: %s", shadow.app, error)
+                self._count("failed")
+
+    def _send(self, copy: Copy, shadow: Shadow, connection: http.client.HTTPConnection) -> int:
+        headers = copy.headers | {
+            "authorization": f"Bearer {self._token()}",
+            "x-falaj-variant": SHADOW,
+            "x-falaj-arm": SHADOW,
+        }
+        connection.request("POST", f"/{shadow.app}{copy.path(self._model)}", copy.content(), headers)
+        response = connection.getresponse()
+        response.read()
+        return response.status
+
+
+def _near(address: str) -> str:
+    """An address as it can be reached from here: replicas of this node listen on loopback, or where Serve says."""
+    host, _, port = address.rpartition(":")
+    if host != ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
+        return address
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT_S)
+    try:
+        connection.connect()
+    except OSError:
+        return address
+    connection.close()
+    return f"127.0.0.1:{port}"

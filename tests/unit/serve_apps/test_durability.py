@@ -1,0 +1,240 @@
+"""What an answer stands for: its record is on the disk before it leaves, or it does not leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.records import OutcomeRecord, count_records, read_outcomes
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import Durability
+from serve_apps.http import Unavailable
+from serve_apps.record_log import RecordLog
+from tests.replica import MODEL, Replica, running_replica
+
+KEY = "outcomes/m/sensitive"
+VALUE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
+BODY = {"entities": [{"id": 1}], "features": {"age": 3}}
+PREDICT = "/v1/models/m:predict"
+
+
+def outcome(number: int) -> OutcomeRecord:
+    moment = "2026-01-01T00:00:00+00:00"
+    return OutcomeRecord(prediction_id=str(number), outcome=number, observed_at=moment, received_at=moment)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    keyring.ensure(KeyInfo(name=KEY))
+    return keyring
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "outcomes" / "m"
+
+
+def opened(folder: Path, keyring: Keyring) -> RecordLog:
+    return RecordLog(folder, store=keyring, key=KEY, durability=Durability.disk)
+
+
+class Disk:
+    """`os.fdatasync` that says when it is called, waits until it may return, and fails when told to."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.entered = threading.Semaphore(0)
+        self.may_return = threading.Semaphore(0)
+        self.failing = False
+
+    def __call__(self, descriptor: int) -> None:
+        self.events.append(("begins", 0))
+        self.entered.release()
+        assert self.may_return.acquire(timeout=10)
+        if self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.events.append(("ends", 0))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    disk.may_return.release(2)  # of the first segment's beginning
+    monkeypatch.setattr(os, "fdatasync", disk)
+    return disk
+
+
+async def ask(log: RecordLog, disk: Disk, number: int) -> int:
+    log.append(outcome(number))
+    disk.events.append(("append", number))
+    answer = await log.settled(number)
+    disk.events.append(("answer", number))
+    return answer
+
+
+def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
+    folder: Path, keyring: Keyring, disk: Disk
+) -> None:
+    """Forty requests that come while two syncs go on are answered after two syncs in all, not forty."""
+    log = opened(folder, keyring)
+    disk.may_return = threading.Semaphore(0)
+    disk.entered = threading.Semaphore(0)
+    disk.events.clear()
+
+    async def run() -> list[int]:
+        asked = [asyncio.create_task(ask(log, disk, 0))]
+        for batch in range(2):
+            await asyncio.to_thread(disk.entered.acquire)
+            asked += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
+            await asyncio.sleep(0)
+            assert not any(one.done() for one in asked[-20:])
+            disk.may_return.release()
+        disk.may_return.release()
+        return list(await asyncio.gather(*asked))
+
+    assert asyncio.run(run()) == list(range(41))
+    assert sum(what == "begins" for what, _ in disk.events) == 3
+    for number in range(41):
+        appended, answered = (disk.events.index((what, number)) for what in ("append", "answer"))
+        between = [what for what, _ in disk.events[appended:answered]]
+        assert "ends" in between[between.index("begins") :]
+    log.close()
+
+
+def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
+    folder: Path, keyring: Keyring, disk: Disk
+) -> None:
+    """The kernel may have forgotten what it could not write: no later sync of that file counts."""
+    log = opened(folder, keyring)
+    disk.may_return.release(100)
+
+    async def run(*numbers: int) -> list[Any]:
+        return await asyncio.gather(*(ask(log, disk, n) for n in numbers), return_exceptions=True)
+
+    disk.failing = True
+    failures = asyncio.run(run(1, 2, 3))
+    assert [type(one) for one in failures] == [Unavailable] * 3
+    disk.failing = False
+    assert asyncio.run(run(4, 5)) == [4, 5]
+    log.close()
+    assert len(list(folder.iterdir())) == 2
+    assert set(read_outcomes(folder, keyring)["prediction_id"]) >= {"4", "5"}
+
+
+def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyring) -> None:
+    """Before the answers of its last records leave; then it is let go of."""
+    log = opened(folder, keyring)
+    log._writer._max_bytes = 1
+    synced: list[str] = []
+    real = os.fdatasync
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    async def run() -> None:
+        for number in range(3):
+            log.append(outcome(number))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fdatasync", sync)
+            await log.settled(None)
+
+    asyncio.run(run())
+    assert set(synced) >= {str(path) for path in folder.iterdir()}
+    assert not log._writer._left
+    log.close()
+    assert count_records(folder) == 3
+
+
+def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both endpoints and outcomes; what writes nothing does not wait."""
+    with (
+        running_replica(tmp_path, VALUE, durability=Durability.disk) as replica,
+        ThreadPoolExecutor(1) as client,
+    ):
+        infer = {"inputs": [{"name": "age", "datatype": "FP64", "shape": [1], "data": [3.0]}]}
+        prediction_id = replica.json(PREDICT, BODY)[1]["prediction_id"]
+        given = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
+        assert posted(replica, given)[0] == 200  # its log is open from here on
+        disk = Disk()
+        monkeypatch.setattr(os, "fdatasync", disk)
+        for ask in (
+            lambda: replica.json(PREDICT, BODY),
+            lambda: replica.json("/v2/models/m/infer", infer),
+            lambda: posted(replica, given),
+        ):
+            answer = client.submit(ask)
+            assert disk.entered.acquire(timeout=10)
+            assert replica.json("/v2/models/m")[0] == 200
+            assert not answer.done()
+            disk.may_return.release()
+            assert answer.result(timeout=10)[0] == 200
+        monkeypatch.undo()
+    assert replica.failures == []
+
+
+def posted(replica: Replica, body: Any) -> tuple[int, Any]:
+    """What the application that takes outcomes answers."""
+    other = dataclasses.replace(replica, address=replica.outcomes, prefix="")
+    return other.json("/outcomes/v1/outcomes", body)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with few bytes, where the machine lets us mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of its own needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(path: Path) -> None:
+    """Until not a byte is left."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path) -> None:
+    """Of predictions and of outcomes; with room again, the service goes on by itself."""
+    with running_replica(small, VALUE, durability=Durability.disk) as replica:
+        answered = []
+
+        def both() -> set[int]:
+            status, content = replica.json(PREDICT, BODY)
+            answered.extend([content["prediction_id"]] if status == 200 else [])
+            if status != 200:
+                assert "cannot be written" in content["error"]
+                assert content["code"] == 503
+            given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
+            return {status, posted(replica, given)[0]}
+
+        assert both() == {200}
+        fill(small / "filler")
+        while (statuses := both()) != {503}:  # what is left of the last pages
+            assert statuses <= {200, 503}
+        assert both() == {503}
+        (small / "filler").unlink()
+        assert both() == {200}
+        assert replica.log()["prediction_id"].to_list() == answered
+        outcomes = read_outcomes(Path(replica.places.outcomes(MODEL)), key_store(replica.keys))
+        assert outcomes["outcome"].to_list() == [len(answered)]
+    assert replica.failures == []
