@@ -40,7 +40,7 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "0"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 """Of real processes, which take seconds to start; every single step of one is broken in every run."""
 PERSONAL, SENSITIVE, OUTCOMES = "predictions/m/personal", "predictions/m/sensitive", "outcomes/m/sensitive"
 MOMENT = "2026-01-02T03:04:05.000006+00:00"
@@ -231,7 +231,6 @@ def write_and_compact(root: str, first: int, began: Connection) -> None:
         run(log, keyring)
 
 
-@pytest.mark.skipif(KILLS == 0, reason="set FALAJ_KILLS")
 def test_kill_9_of_writers_and_compactions_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """As many records as were written are there after every kill, each once, and still after the next compaction."""
     log, keyring = tmp_path / "predictions" / "m", new_keyring(tmp_path)
