@@ -8,13 +8,16 @@ int8, so it stays on the CPU whatever there is; so does one that was registered 
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from cluster.errors import RefusedError
 from cluster.runtime.signature import LIGHTGBM_FILE, NETWORK_FILE, ONNX_FILE, WEIGHTS_FILE, Precision
 
-CPU, CUDA = "cpu", "cuda"
+LOG = logging.getLogger("falaj.runtime")
+CPU, CUDA = "cpu", "cuda:0"
+"""Devices, as torch calls them; Ray lets a replica see no GPU but its own, which is the first then."""
 
 
 class Runner(enum.Enum):
@@ -47,7 +50,7 @@ def replica_hardware(*, num_cpus: float, num_gpus: float, has_cuda: bool) -> Har
     """
     threads = max(1, int(num_cpus))
     if num_gpus > 0 and has_cuda:
-        return Hardware(num_threads=threads, device=CUDA, memory_share=min(num_gpus, 1.0))
+        return Hardware(num_threads=threads, device=CUDA, memory_share=float(min(num_gpus, 1.0)))
     return Hardware(num_threads=threads)
 
 
@@ -58,6 +61,8 @@ def find_hardware(*, num_cpus: float, num_gpus: float) -> Hardware:
         import torch  # takes seconds, and only who has a GPU needs to know
 
         has_cuda = torch.cuda.is_available()
+        if not has_cuda:
+            LOG.warning("%s of a GPU is reserved here, and torch finds none: models run on the CPU", num_gpus)
     return replica_hardware(num_cpus=num_cpus, num_gpus=num_gpus, has_cuda=has_cuda)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.artifact import open_file, verify_files
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.registry import ModelVersion
-from cluster.runtime.hardware import Hardware, Runner, choose_runner
+from cluster.runtime.hardware import CPU, LOG, Hardware, Runner, choose_runner
 from cluster.runtime.model import Engine, Model
 from cluster.runtime.signature import (
     LIGHTGBM_FILE,
@@ -78,7 +78,15 @@ def _load(names: Collection[str], read: ReadFile, hardware: Hardware) -> Model:
 
 def _engine(signature: ModelSignature, names: Collection[str], read: ReadFile, hardware: Hardware) -> Engine:
     # Imported here: LightGBM and torch take seconds to import, and a replica needs only one of the engines.
-    match choose_runner(names, signature.precision, hardware):
+    runner = choose_runner(names, signature.precision, hardware)
+    if hardware.device != CPU and runner is not Runner.torch:
+        LOG.warning(
+            "a GPU is reserved here for a model that runs on the CPU in %s: only a float32 network with its %s "
+            "uses one",
+            runner.value,
+            NETWORK_FILE,
+        )
+    match runner:
         case Runner.lightgbm:
             from cluster.runtime.lightgbm_engine import LightGBMEngine
 

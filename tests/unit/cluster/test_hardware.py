@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cluster.errors import RefusedError
-from cluster.runtime.hardware import Hardware, Runner, choose_runner, find_hardware, replica_hardware
+from cluster.runtime.hardware import CUDA, Hardware, Runner, choose_runner, find_hardware, replica_hardware
 from cluster.runtime.signature import Precision
 
 NETWORK = ["model.json", "model.onnx", "model.safetensors", "network.json"]
 GRAPH = ["model.json", "model.onnx"]
 TREES = ["model.json", "model.txt"]
-GPU = Hardware(device="cuda")
+GPU = Hardware(device=CUDA)
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ GPU = Hardware(device="cuda")
         (0.1, 0.0, True, Hardware(num_threads=1)),
         (3.9, 0.0, False, Hardware(num_threads=3)),
         (1.0, 0.25, False, Hardware(num_threads=1)),
-        (1.0, 0.25, True, Hardware(num_threads=1, device="cuda", memory_share=0.25)),
-        (2.0, 1.0, True, Hardware(num_threads=2, device="cuda")),
-        (2.0, 2.0, True, Hardware(num_threads=2, device="cuda")),
+        (1.0, 0.25, True, Hardware(num_threads=1, device=CUDA, memory_share=0.25)),
+        (2.0, 1.0, True, Hardware(num_threads=2, device=CUDA)),
+        (2.0, 2.0, True, Hardware(num_threads=2, device=CUDA)),
     ],
 )
 def test_a_replica_uses_what_it_was_given(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from cluster.errors import ConfigError, RefusedError
@@ -20,7 +22,7 @@ from cluster.runtime import (
     open_model,
     parse_signature,
 )
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
@@ -132,16 +134,34 @@ def test_a_graph_of_another_precision_than_registered_is_refused(
         OnnxEngine(data, precision=registered)
 
 
-def test_an_int8_version_stays_what_it_was_judged_as(quantised: Path) -> None:
-    """On a GPU too, which is not asked for anything; a signature that says nothing is float32."""
-    gpu = Hardware(device="cuda")
+def test_an_int8_version_stays_what_it_was_judged_as(
+    quantised: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where there is a GPU too, which is not asked for anything, as a warning says; a signature that says nothing is
+    float32."""
+    gpu = Hardware(device=CUDA)
     matrix = rows(BINARY, 10)
     scores = open_model(quantised, hardware=gpu).predict_matrix(matrix).scores
+    assert "a GPU is reserved here for a model that runs on the CPU in onnx" in caplog.text
     assert np.array_equal(scores, open_model(quantised).predict_matrix(matrix).scores)
     assert parse_signature((quantised / SIGNATURE_FILE).read_bytes()) == as_int8(BINARY)
     older = json.loads(BINARY.to_json())
     del older["precision"]
     assert parse_signature(json.dumps(older)) == BINARY
+
+
+def test_a_gpu_is_named_by_its_number() -> None:
+    """Torch shares out the memory of a numbered one only."""
+    assert (torch.device(CUDA).type, torch.device(CUDA).index) == ("cuda", 0)
+
+
+def test_a_graph_runs_on_the_threads_it_is_given(folders: dict[Task, Path]) -> None:
+    """The caller's is one of them."""
+    process = psutil.Process()
+    before = process.num_threads()
+    model = open_model(folders[Task.binary], hardware=Hardware(num_threads=4))
+    assert process.num_threads() == before + 3
+    del model
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
