@@ -99,7 +99,7 @@ def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
     async def run() -> list[int]:
         asked = [asyncio.create_task(ask(log, disk, 0))]
         for batch in range(2):
-            await asyncio.to_thread(disk.entered.acquire)
+            assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
             asked += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
             await asyncio.sleep(0)
             assert not any(one.done() for one in asked[-20:])
