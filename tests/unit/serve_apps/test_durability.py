@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import subprocess
 import threading
@@ -219,11 +220,12 @@ def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path)
         answered = []
 
         def both() -> set[int]:
-            status, content = replica.json(PREDICT, BODY)
+            status, headers, body = replica.call(PREDICT, BODY)
+            content = json.loads(body)
             answered.extend([content["prediction_id"]] if status == 200 else [])
             if status != 200:
                 assert "cannot be written" in content["error"]
-                assert content["code"] == 503
+                assert (content["code"], headers["retry-after"]) == (503, "1")
             given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
             return {status, posted(replica, given)[0]}
 
