@@ -78,7 +78,7 @@ def refusal(error: Exception) -> Response:
         case EncodingNotSupported():
             status, message, headers = 415, str(error), {"accept-encoding": "identity"}
         case Unavailable() | OnlineStoreUnavailable():
-            status, message = 503, str(error)
+            status, message, headers = 503, str(error), {"retry-after": "1"}
         case _:
             LOG.error("a request failed", exc_info=error)
             status, message = 500, "The request failed inside the service; its operators can see why."

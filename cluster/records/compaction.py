@@ -25,7 +25,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.security.parquet import ProtectedFiles
 
 LOCK = ".compaction"
-MAX_RECORDS, MAX_BYTES = 100_000, 64 * 2**20
+MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
 """Of one file, as JSON: they bound the memory it takes to write and to read it."""
 MAX_SEGMENTS = 500
 """Of one run: each is held open."""

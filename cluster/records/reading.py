@@ -123,8 +123,8 @@ def _in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
 
 
 def _head(record: dict[str, Any]) -> dict[str, Any]:
-    nested = ("entities", "features", "predictions", "given", "defaulted")
-    return {name: value for name, value in record.items() if name not in nested}
+    """What is one value for the whole answer."""
+    return {name: value for name, value in record.items() if not isinstance(value, list | dict)}
 
 
 def _times(frame: pl.DataFrame, *columns: str) -> list[pl.Expr]:

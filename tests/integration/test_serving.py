@@ -21,12 +21,20 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
+from polars.testing import assert_frame_equal
 
 from cluster import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import check
-from cluster.ledger.events import ArtifactRefused, SkewChecked
-from cluster.records import PredictionRecord, SegmentWriter, count_records, read_predictions
+from cluster.ledger.events import ArtifactRefused, PredictionsCompacted, SkewChecked
+from cluster.records import (
+    PredictionRecord,
+    SegmentWriter,
+    count_records,
+    read_outcomes,
+    read_predictions,
+    read_shadow_predictions,
+)
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
@@ -394,6 +402,29 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(client: S
     assert {client.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
 
 
+def test_a_shadow_sees_every_request_and_no_client_sees_it(client: Shop) -> None:
+    """Real replicas of two applications: its predictions lie beside the answers by request id, until it is stopped."""
+    project = client.project
+    log, store = predictions(project), key_store(project.owner)
+    project.run("serve_apps.rollout", "action=shadow", "name=loan", "version=2", "share=100", check=True)
+    answered: dict[str, str] = {}
+    deadline = time.monotonic() + 60
+    while (shadows := read_shadow_predictions(log, store)).height < 20:
+        assert time.monotonic() < deadline, f"{shadows.height} copies after {len(answered)} answers"
+        for customer in range(10):
+            status, content = client.predict(customer)
+            assert (status, content["variant"]) == (200, "champion")
+            answered[content["prediction_id"]] = content["model_version"]
+    project.run("serve_apps.rollout", "action=stop_shadow", "name=loan", check=True)
+    assert set(shadows.select("version", "variant", "arm").rows()) == {(2, "shadow", "shadow")}
+    served = read_predictions(log, store)
+    pairs = shadows.join(served, on="request_id", suffix="_answered")
+    assert pairs.height == shadows.height
+    assert set(pairs["prediction_id_answered"]) <= set(answered)
+    assert pairs["income__amount"].to_list() == pairs["income__amount_answered"].to_list()
+    assert served.filter(pl.col("prediction_id").is_in(shadows["prediction_id"].to_list())).is_empty()
+
+
 def test_a_killed_replica_loses_no_answer_and_comes_back(client: Shop) -> None:
     """kill -9 right after an answer: its row is in the log; Serve starts a new replica."""
     project = client.project
@@ -413,6 +444,32 @@ def test_a_killed_replica_loses_no_answer_and_comes_back(client: Shop) -> None:
     while client.predict(11)[0] != 200:
         assert time.monotonic() < deadline, "no replica came back"
         threading.Event().wait(0.2)
+
+
+def test_a_log_is_compacted_beside_its_replicas(client: Shop) -> None:
+    """By an ML engineer: what replicas of before wrote is in tables, what lives goes on, and nothing else changes."""
+    project = client.project
+    log, store = predictions(project), key_store(project.owner)
+    outcomes = project.storage_root / "outcomes" / "loan"
+    before, known, count = read_predictions(log, store), read_outcomes(outcomes, store), count_records(log)
+    segments = set(log.glob("*.records"))
+    engineer = ("identity.role=ml_engineer", "identity.purpose=testing")
+    project.run("jobs.compact_log", "name=loan", *engineer, check=True)
+    left = set(log.glob("*.records"))
+    assert left < segments
+    assert_frame_equal(read_predictions(log, store), before)
+    assert_frame_equal(read_outcomes(outcomes, store), known)
+    prediction_id = client.predict(12)[1]["prediction_id"]
+    assert count_records(log) == count + 1
+    assert prediction_id in read_predictions(log, store)["prediction_id"].to_list()
+    again = project.run("jobs.compact_log", "name=loan", *engineer, check=True)
+    assert "predictions of loan: 0 segments taken" in again.stdout
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    assert [entry.payload["model"] for entry in ledger.entries(PredictionsCompacted)] == ["loan"]
+    assert project.run("jobs.compact_log", "name=lone", *engineer).returncode == 2
+    scientist = ("identity.role=data_scientist", "identity.purpose=testing")
+    refused = project.run("jobs.compact_log", "name=loan", *scientist)
+    assert (refused.returncode, "may not compact log" in refused.stderr) == (2, True)
 
 
 def test_a_tampered_version_is_refused_and_the_old_one_serves_on(client: Shop) -> None:

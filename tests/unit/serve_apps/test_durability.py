@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import subprocess
 import threading
@@ -99,7 +100,7 @@ def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
     async def run() -> list[int]:
         asked = [asyncio.create_task(ask(log, disk, 0))]
         for batch in range(2):
-            await asyncio.to_thread(disk.entered.acquire)
+            assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
             asked += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
             await asyncio.sleep(0)
             assert not any(one.done() for one in asked[-20:])
@@ -219,11 +220,12 @@ def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path)
         answered = []
 
         def both() -> set[int]:
-            status, content = replica.json(PREDICT, BODY)
+            status, headers, body = replica.call(PREDICT, BODY)
+            content = json.loads(body)
             answered.extend([content["prediction_id"]] if status == 200 else [])
             if status != 200:
                 assert "cannot be written" in content["error"]
-                assert content["code"] == 503
+                assert (content["code"], headers["retry-after"]) == (503, "1")
             given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
             return {status, posted(replica, given)[0]}
 
