@@ -9,9 +9,10 @@ from importlib import metadata
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
-from serve_apps.edge import dashboard
+from serve_apps.edge import dashboard, limiting, scopes
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.token_checks import token_checks
@@ -45,11 +46,13 @@ class EdgeSettings:
     map_file: str
     error_folder: str
     admin_socket: str
+    limits: Limits
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
     role_claim: str = "role"
     tenant_claim: str = "tenant"
+    scope_claim: str = "scope"
     tenant: str = "default"
     """Of all that is behind the edge; whoever says that he is of another one is let nowhere."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
@@ -67,6 +70,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
     parts = [
         _global(settings),
         _defaults(settings),
+        limiting.tables(settings.limits),
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
@@ -78,6 +82,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
 def _global(settings: EdgeSettings) -> str:
     return f"""global
     log stdout len 4096 format raw local0
+    localpeer edge
     nbthread {settings.threads}
     maxconn {settings.max_connections}
     hard-stop-after 1h
@@ -127,7 +132,9 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
     http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
 {_authorise(settings)}
+{scopes.rules(routes.entries, claim=settings.scope_claim)}
 {dashboard.passage()}
+{limiting.rules(settings.limits, tenant=settings.tenant)}
     {say(_SERVER)} if {{ path /v2 }}
     {say(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}
     {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}

@@ -90,6 +90,15 @@ class HAProxy:
             if "not found" in self._command(f"@!{worker} set map {file} {key} {value}"):
                 self._command(f"@!{worker} add map {file} {key} {value}")
 
+    def del_map(self, file: Path, key: str) -> None:
+        """Take an entry out of the running map in every worker, where it is in.
+
+        Raises:
+            OSError: the socket does not answer.
+        """
+        for worker in self._workers():
+            self._command(f"@!{worker} del map {file} {key}")
+
     def stop(self) -> None:
         """End the process and its workers."""
         if self._process is not None and self._process.poll() is None:

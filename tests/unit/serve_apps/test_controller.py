@@ -19,6 +19,7 @@ import pytest
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     AliasMoved,
+    EdgeLimitSet,
     LedgerEvent,
     ModelDeployed,
     RolloutRolledBack,
@@ -35,6 +36,7 @@ from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
+from serve_apps.edge.limiting import Limited, Limits
 from serve_apps.edge.state import EdgeState
 from tests.ports import free_port
 
@@ -87,6 +89,7 @@ class Running:
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(short / "admin.sock"),
+            limits=Limits(folder=str(root), socket=str(short / "peers.sock")),
             max_body_bytes=100_000,
         )
         self.ledger: Ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
@@ -227,6 +230,22 @@ def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
     assert running.split() == CHAMPION_ONLY
+
+
+def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
+    """Of one principal, as the ledger says; the file has it too, so that a reload keeps it."""
+    file = running.settings.limits.file(Limited.principal)
+
+    def told(rate: int | None) -> str:
+        event = EdgeLimitSet(limited="principal", name="alice b", requests_per_s=rate, concurrent=None)
+        seq = running.tell(event)
+        wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+        return running.ask(f"show map {file}").strip()
+
+    assert told(5).endswith("alice%20b 5|512")
+    assert told(6).endswith("alice%20b 6|512")
+    assert file.read_text() == "alice%20b 6|512\n"
+    assert told(None) == file.read_text() == ""
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import threading
 import time
 from pathlib import Path
@@ -190,11 +189,7 @@ def test_a_change_right_after_a_reload_is_not_lost(whole: Edge) -> None:
 
 
 def admin(edge: Edge, command: str) -> dict[str, str]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(edge.settings.admin_socket)
-        connection.sendall(command.encode() + b"\n")
-        text = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
-    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    return dict(line.split(": ", 1) for line in edge.ask(command).splitlines() if ": " in line)
 
 
 def test_an_open_connection_outlives_a_reload_and_hears_of_a_rollback(whole: Edge) -> None:
