@@ -108,8 +108,8 @@ def scoped_models(claims: dict[str, Any], name: str) -> tuple[str, ...] | None:
     Raises:
         Unauthenticated: it is neither text nor a list of words.
     """
-    value = claims.get(name, "")
-    words = value.split(" ") if isinstance(value, str) else value
+    value = claims.get(name)
+    words = [] if value is None else value.split(" ") if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise Unauthenticated(f"The token's claim '{name}' is neither text nor a list of words.")
     models = [word.removeprefix(MODEL_SCOPE) for word in words if word.startswith(MODEL_SCOPE)]
