@@ -194,6 +194,13 @@ class Edge:
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
+    def records(self) -> list[dict[str, Any]]:
+        """The access records that have been written."""
+        files = sorted((Path(self.places.root) / "access").iterdir())
+        lines = "".join(path.read_text(errors="replace") for path in files).splitlines()
+        # HAProxy's own notices at a reload stand among them.
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
     def connect(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=10)
 

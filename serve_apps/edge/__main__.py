@@ -61,6 +61,9 @@ class EdgeConfig(PlatformConfig):
     max_body_bytes: int = 32_000_000
     """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 2
+    hang_s: float = 0.7
+    """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
+    longest prediction takes, because a replica answers one thing after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
@@ -88,6 +91,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         ),
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
+        hang_ms=round(config.hang_s * 1000),
     )
 
 

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
-from serve_apps.edge import dashboard, limiting, scopes
+from serve_apps.edge import dashboard, fallback, limiting, scopes
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
@@ -57,6 +58,13 @@ class EdgeSettings:
     """Of all that is behind the edge; whoever says that he is of another one is let nowhere."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
+    hang_ms: int = 700
+    """A treatment's replica that answers no health check for so long hangs; see `fallback`."""
+
+    @property
+    def again_socket(self) -> str:
+        """Where treated requests come in again."""
+        return str(Path(self.admin_socket).with_name("again.sock"))
 
 
 def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
@@ -75,6 +83,12 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         *(_backend(backend) for backend in routes.backends),
+        fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
+        *(
+            fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
+            for backend in routes.backends
+            if backend.name not in (OUTCOMES_APP, FEATURES_APP)
+        ),
     ]
     return "\n".join(parts)
 
@@ -111,7 +125,7 @@ defaults
     timeout http-keep-alive 60s
     option http-buffer-request
     option idle-close-on-response
-    option redispatch
+    option redispatch 1
     retries 3
     retry-on conn-failure empty-response response-timeout
 """
@@ -141,6 +155,8 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
     http-response del-header server
+{fallback.recorded()}
+    use_backend %[var(txn.treatment)]{fallback.SUFFIX} if treated treatable
     use_backend %[var(txn.backend)]
 """
 
