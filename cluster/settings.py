@@ -175,6 +175,8 @@ class IssuerConfig:
     role_claim: str = "role"
     purpose_claim: str = "purpose"
     tenant_claim: str = "tenant"
+    scope_claim: str = "scope"
+    """Where its `model:<name>` words say which models may be asked; without any, the role alone decides."""
 
     def __post_init__(self) -> None:
         for name in ("url", "audience"):
@@ -184,7 +186,7 @@ class IssuerConfig:
                     f"identity.issuer.{name} must be one word of letters, digits and ._~:/?@+,=%-, because it stands "
                     f"in the edge's configuration, got '{value}'."
                 )
-        for name in ("role_claim", "purpose_claim", "tenant_claim"):
+        for name in ("role_claim", "purpose_claim", "tenant_claim", "scope_claim"):
             if not _CLAIM.fullmatch(getattr(self, name)):
                 raise ValueError(
                     f"identity.issuer.{name} must be letters, digits and '_', because the edge reads it as a path, "

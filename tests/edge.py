@@ -8,6 +8,7 @@ import http.server
 import json
 import random
 import shutil
+import socket
 import ssl
 import threading
 import time
@@ -31,6 +32,7 @@ from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
+from serve_apps.edge.limiting import Limited, Limits
 from serve_apps.edge.routes import Routes, routes
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
@@ -92,10 +94,13 @@ class Edge:
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(socket_folder / "admin.sock"),
+            limits=Limits(folder=str(root), socket=str(socket_folder / "peers.sock")),
             max_body_bytes=100_000,
         )
         for status in ERROR_STATUSES:
             write_bytes(f"{self.settings.error_folder}/{status}.http", error_file(status).encode())
+        for kind in Limited:
+            write_bytes(str(self.settings.limits.file(kind)), b"")
         self.haproxy = HAProxy(
             config=root / "haproxy.cfg",
             admin_socket=Path(self.settings.admin_socket),
@@ -139,8 +144,23 @@ class Edge:
                 threading.Event().wait(0.05)
         raise TimeoutError("HAProxy did not become ready")
 
-    def token(self, role: Role = Role.service, ttl_s: int = 900, tenant: str = "default") -> str:
-        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=ttl_s, tenant=tenant)
+    def token(
+        self,
+        role: Role = Role.service,
+        ttl_s: int = 900,
+        tenant: str = "default",
+        subject: str = "t",
+        scope: str = "",
+    ) -> str:
+        return mint_token(
+            self.places,
+            subject=subject,
+            role=role,
+            purpose="test",
+            ttl_s=ttl_s,
+            tenant=tenant,
+            scope=scope,
+        )
 
     def call(
         self,
@@ -166,6 +186,20 @@ class Edge:
         if over is None:
             connection.close()
         return response.status, content
+
+    def ask(self, command: str) -> str:
+        """What the running worker says on its admin socket."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.settings.admin_socket)
+            connection.sendall(command.encode() + b"\n")
+            return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The access records that have been written."""
+        files = sorted((Path(self.places.root) / "access").iterdir())
+        lines = "".join(path.read_text(errors="replace") for path in files).splitlines()
+        # HAProxy's own notices at a reload stand among them.
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def connect(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=10)

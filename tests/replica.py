@@ -85,8 +85,8 @@ class Replica:
     failures: list[Exception] = field(default_factory=list)
     """What the application let through; nothing may."""
 
-    def token(self, role: Role = Role.service) -> str:
-        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900)
+    def token(self, role: Role = Role.service, scope: str = "") -> str:
+        return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900, scope=scope)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.address, timeout=10)

@@ -42,6 +42,10 @@ EVENTS = sa.Table(
 )
 
 
+_HEAD = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))
+"""Made once: making it takes longer than asking it, and the edge asks it many times a second."""
+
+
 class Ledger:
     """Append-only events in a SQL database."""
 
@@ -90,9 +94,7 @@ class Ledger:
     def head(self) -> int:
         """The last seq, 0 when there is no event yet."""
         with self._engine.connect() as connection:
-            return int(
-                connection.execute(sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))).scalar_one()
-            )
+            return int(connection.execute(_HEAD).scalar_one())
 
     def close(self) -> None:
         """Give back the connections."""

@@ -43,6 +43,7 @@ from cluster.security.tokens import (
     MAX_LIFETIME_S,
     MAX_TOKEN_BYTES,
     TokenRules,
+    scoped_models,
     text_claim,
     verified_claims,
 )
@@ -79,6 +80,8 @@ class Principal:
     tenant: str = "default"
     entrypoint: str = ""
     """The one job that a principal taken from an intent may run; empty for an access token's."""
+    models: tuple[str, ...] | None = None
+    """The only models that its scope lets it do anything to; none where its role alone decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +91,7 @@ class ClaimNames:
     role: str = "role"
     purpose: str = "purpose"
     tenant: str = "tenant"
+    scope: str = "scope"
 
 
 class TokenVerifier:
@@ -168,6 +172,7 @@ def principal_of(
         expires_at=int(claims["exp"]),
         tenant=text_claim(claims, names.tenant, default="default"),
         entrypoint=entrypoint,
+        models=scoped_models(claims, names.scope),
     )
 
 
@@ -189,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--role", required=True, choices=[role.value for role in Role])
         command.add_argument("--purpose", default="", help="what the data will be used for")
         command.add_argument("--tenant", default="default", help="whose data it is (default: default)")
+        command.add_argument(
+            "--scope",
+            default="",
+            help="'model:a model:b' for these models alone (default: what the role may)",
+        )
         command.add_argument("--ttl-s", type=int, default=900, help="seconds until it expires (default: 900)")
         command.add_argument(
             "--output", type=Path, help="file to write (mode 0600) instead of standard output"
@@ -235,6 +245,7 @@ def _minted(places: Layout, arguments: argparse.Namespace) -> str:
             purpose=arguments.purpose,
             ttl_s=arguments.ttl_s,
             tenant=arguments.tenant,
+            scope=arguments.scope,
         )
     from cluster.security.intent import mint_intent  # which builds on this module
 
@@ -244,6 +255,7 @@ def _minted(places: Layout, arguments: argparse.Namespace) -> str:
         purpose=arguments.purpose,
         tenant=arguments.tenant,
         expires_at=0,
+        models=scoped_models({"scope": arguments.scope}, "scope"),
     )
     return mint_intent(places, stated, entrypoint=arguments.entrypoint, ttl_s=arguments.ttl_s)
 

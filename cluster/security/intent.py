@@ -26,6 +26,7 @@ from cluster.security.issuer import ISSUER, replace_private, sign
 from cluster.security.oidc import KeySource
 from cluster.security.tokens import (
     MAX_TOKEN_BYTES,
+    MODEL_SCOPE,
     TokenRules,
     stated,
     text_claim,
@@ -133,6 +134,8 @@ def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s:
         "tenant": principal.tenant,
         "entrypoint": entrypoint,
     }
+    if principal.models is not None:
+        claims["scope"] = " ".join(f"{MODEL_SCOPE}{model}" for model in principal.models)
     return sign(places, claims, audience=INTENT_AUDIENCE, token_type=INTENT_TYPE, ttl_s=ttl_s)
 
 

@@ -84,7 +84,14 @@ def _retiring(entry: dict[str, Any], current: ECKey, retires_at: int) -> dict[st
 
 
 def mint_token(
-    places: Layout, *, subject: str, role: Role, purpose: str, ttl_s: int = 900, tenant: str = "default"
+    places: Layout,
+    *,
+    subject: str,
+    role: Role,
+    purpose: str,
+    ttl_s: int = 900,
+    tenant: str = "default",
+    scope: str = "",
 ) -> str:
     """A token of the dev issuer.
 
@@ -92,6 +99,7 @@ def mint_token(
         ConfigError: there is no issuer yet, or the token would hold longer than one may.
     """
     claims = {"sub": subject, "role": role.value, "purpose": purpose, "tenant": tenant}
+    claims |= {"scope": scope} if scope else {}
     return sign(places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=ttl_s)  # noqa: S106 - a type, no secret
 
 

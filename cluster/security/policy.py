@@ -14,7 +14,8 @@ Denied is what no policy permits, and what any policy forbids. The edge's rules 
     every role       reads metadata and public columns
 
 Boundaries hold for all of them: the principal's tenant is the resource's; its region is this process's or a permitted
-one (metadata and the ledger may be read from anywhere); a column that is not public is used for a purpose that the
+one (metadata and the ledger may be read from anywhere); a model is one that its token's scope names, where that names
+any; a column that is not public is used for a purpose that the
 resource lists, where it lists any; a sensitive one never without a purpose; and in production, which is every
 environment not known to be another, nobody approves, deploys or rolls out a model that he registered himself. A
 rollback is always possible.
@@ -158,6 +159,7 @@ class _Asker:
     purpose: str = ""
     tenant: str = "default"
     entrypoint: str = ""
+    models: tuple[str, ...] | None = None
 
 
 class Policy:
@@ -210,6 +212,7 @@ class Policy:
             purpose=principal.purpose,
             tenant=principal.tenant,
             entrypoint=principal.entrypoint,
+            models=principal.models,
         )
         return self._decide(asker, action, resource, environment)
 
@@ -289,6 +292,8 @@ def _entities(asker: _Asker, resource: Resource) -> list[dict[str, Any]]:
                 "purpose": asker.purpose,
                 "tenant": asker.tenant,
                 "entrypoint": asker.entrypoint,
+                "scoped": asker.models is not None,
+                "models": list(asker.models or ()),
             },
             "parents": [{"type": "Role", "id": asker.role}],
         },

@@ -28,6 +28,7 @@ MAX_TOKEN_BYTES = 4096
 MAX_LIFETIME_S = 7 * 86_400
 LEEWAY_S = 30
 MAX_TEXT = 200
+MODEL_SCOPE = "model:"
 KEY_TYPES = {"ES256": "EC", "RS256": "RSA"}
 """The algorithms there are to choose from, by type of key; none of them takes a shared secret."""
 ACCESS_TYPES = frozenset({"", "jwt", "at+jwt"})
@@ -99,6 +100,20 @@ def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None)
             f"The token's claim '{name}' is not printable text of at most {MAX_TEXT} characters."
         )
     return value
+
+
+def scoped_models(claims: dict[str, Any], name: str) -> tuple[str, ...] | None:
+    """The models that a scope names, as `model:<name>` among its words; none where it names no model.
+
+    Raises:
+        Unauthenticated: it is neither text nor a list of words.
+    """
+    value = claims.get(name)
+    words = [] if value is None else value.split(" ") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise Unauthenticated(f"The token's claim '{name}' is neither text nor a list of words.")
+    models = [word.removeprefix(MODEL_SCOPE) for word in words if word.startswith(MODEL_SCOPE)]
+    return tuple(sorted(set(models))) or None
 
 
 def _header(token: str, rules: TokenRules) -> dict[str, str]:

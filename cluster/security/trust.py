@@ -51,7 +51,12 @@ class Trust:
             else discovered(issuer.url, ca_file=issuer.ca_file)
         )
         keys = RemoteKeys(fetch, algorithms=tuple(KEY_TYPES), max_age_s=keys_max_age_s)
-        names = ClaimNames(role=issuer.role_claim, purpose=issuer.purpose_claim, tenant=issuer.tenant_claim)
+        names = ClaimNames(
+            role=issuer.role_claim,
+            purpose=issuer.purpose_claim,
+            tenant=issuer.tenant_claim,
+            scope=issuer.scope_claim,
+        )
         return cls(
             keys=keys,
             tokens=TokenVerifier(keys, rules=access_rules(issuer), names=names),

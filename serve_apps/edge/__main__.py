@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,10 +21,33 @@ from serve_apps.edge.controller import Controller, serve_targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
+from serve_apps.edge.limiting import Limit, Limits
 from serve_apps.edge.state import state_file
 
 KEYS_MAX_AGE_S = 30.0
 """Others ask an OIDC issuer again when a token names a key that they do not know; HAProxy cannot."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LimitConfig:
+    """What one may ask for; see `Limit`."""
+
+    requests_per_s: int = 10_000
+    concurrent: int = 512
+
+    def __post_init__(self) -> None:
+        self.limit()
+
+    def limit(self) -> Limit:
+        return Limit(requests_per_s=self.requests_per_s, concurrent=self.concurrent)
+
+
+@dataclass(kw_only=True, slots=True)
+class LimitsConfig:
+    """For who has no limit of his own by `serve_apps.edge.limits`."""
+
+    principal: LimitConfig = field(default_factory=LimitConfig)
+    tenant: LimitConfig = field(default_factory=lambda: LimitConfig(requests_per_s=50_000, concurrent=1_500))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +61,10 @@ class EdgeConfig(PlatformConfig):
     max_body_bytes: int = 32_000_000
     """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 2
+    hang_s: float = 0.7
+    """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
+    longest prediction takes, because a replica answers one thing after another."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
@@ -52,11 +79,19 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
         tenant_claim=config.identity.issuer.tenant_claim,
+        scope_claim=config.identity.issuer.scope_claim,
         map_file=str(edge / "routes.map"),
         error_folder=str(edge / "errors"),
         admin_socket=f"{record.temp_dir}/edge.sock",
+        limits=Limits(
+            principal=config.limits.principal.limit(),
+            tenant=config.limits.tenant.limit(),
+            folder=str(edge),
+            socket=f"{record.temp_dir}/peers.sock",
+        ),
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
+        hang_ms=round(config.hang_s * 1000),
     )
 
 

@@ -6,6 +6,7 @@ import json
 from http import HTTPStatus
 
 ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
+NO_ANSWER = "No replica answered; try again."
 
 
 def error_body(status: int, message: str | None = None) -> str:
@@ -14,8 +15,14 @@ def error_body(status: int, message: str | None = None) -> str:
 
 
 def error_file(status: int) -> str:
-    """What HAProxy sends when it refuses by itself."""
-    body = error_body(status)
+    """What HAProxy sends when it refuses by itself.
+
+    That a replica gave no answer, or none in time, is 503 to a client; the access record keeps 502 and 504 apart.
+    """
+    if status in (502, 504):
+        status, body = 503, error_body(503, NO_ANSWER)
+    else:
+        body = error_body(status)
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
 

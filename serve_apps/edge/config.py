@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
-from serve_apps.edge import dashboard
+from serve_apps.edge import dashboard, fallback, limiting, scopes
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.token_checks import token_checks
@@ -45,15 +47,24 @@ class EdgeSettings:
     map_file: str
     error_folder: str
     admin_socket: str
+    limits: Limits
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
     role_claim: str = "role"
     tenant_claim: str = "tenant"
+    scope_claim: str = "scope"
     tenant: str = "default"
     """Of all that is behind the edge; whoever says that he is of another one is let nowhere."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
+    hang_ms: int = 700
+    """A treatment's replica that answers no health check for so long hangs; see `fallback`."""
+
+    @property
+    def again_socket(self) -> str:
+        """Where treated requests come in again."""
+        return str(Path(self.admin_socket).with_name("again.sock"))
 
 
 def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
@@ -67,10 +78,17 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
     parts = [
         _global(settings),
         _defaults(settings),
+        limiting.tables(settings.limits),
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         *(_backend(backend) for backend in routes.backends),
+        fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
+        *(
+            fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
+            for backend in routes.backends
+            if backend.name not in (OUTCOMES_APP, FEATURES_APP)
+        ),
     ]
     return "\n".join(parts)
 
@@ -78,6 +96,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
 def _global(settings: EdgeSettings) -> str:
     return f"""global
     log stdout len 4096 format raw local0
+    localpeer edge
     nbthread {settings.threads}
     maxconn {settings.max_connections}
     hard-stop-after 1h
@@ -106,7 +125,7 @@ defaults
     timeout http-keep-alive 60s
     option http-buffer-request
     option idle-close-on-response
-    option redispatch
+    option redispatch 1
     retries 3
     retry-on conn-failure empty-response response-timeout
 """
@@ -127,13 +146,17 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
     http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
 {_authorise(settings)}
+{scopes.rules(routes.entries, claim=settings.scope_claim)}
 {dashboard.passage()}
+{limiting.rules(settings.limits, tenant=settings.tenant)}
     {say(_SERVER)} if {{ path /v2 }}
     {say(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}
     {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
     http-response del-header server
+{fallback.recorded()}
+    use_backend %[var(txn.treatment)]{fallback.SUFFIX} if treated treatable
     use_backend %[var(txn.backend)]
 """
 

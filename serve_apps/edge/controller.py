@@ -12,6 +12,7 @@ import logging
 import threading
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -25,11 +26,13 @@ from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.limiting import Limited, OwnLimits
 from serve_apps.edge.routes import Backend, Routes, routes
+from serve_apps.edge.running_map import RunningMap
 from serve_apps.edge.state import EdgeState, write_state
 from serve_apps.rollout.state import States, apply
 
-LEDGER_INTERVAL_S = 0.05
+LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
@@ -37,6 +40,8 @@ ERROR_INTERVAL_S = 0.5
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
+Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...]]
+"""All that a configuration is made from: backends, champions, models, keys."""
 
 
 class Controller:
@@ -62,8 +67,13 @@ class Controller:
         self._keys = Followed[tuple[JwtKey, ...]](
             fetch_keys, name="the issuer", value=(), interval_s=KEYS_INTERVAL_S
         )
-        self._entries: dict[str, str] | None = None
-        self._loaded: tuple[tuple[Backend, ...], tuple[str, ...], tuple[JwtKey, ...]] | None = None
+        self._own_limits = OwnLimits()
+        self._splits = RunningMap(haproxy, Path(settings.map_file))
+        self._limits = {kind: RunningMap(haproxy, settings.limits.file(kind)) for kind in Limited}
+        self._maps = (self._splits, *self._limits.values())
+        self._loader = ThreadPoolExecutor(1, "loading")
+        self._loading: tuple[Loaded, Future[None]] | None = None
+        self._loaded: Loaded | None = None
         self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event) -> None:
@@ -76,6 +86,7 @@ class Controller:
         finally:
             self._targets.stop()
             self._keys.stop()
+            self._loader.shutdown()
             self._haproxy.stop()
 
     def _step_or_stay(self) -> bool:
@@ -99,11 +110,11 @@ class Controller:
         for source in (self._targets, self._keys):
             source.look(wait_s=FIRST_ANSWER_S if self._loaded is None else 0.0)
         wanted = routes(self._states, self._targets.value)
-        self._bring_map(wanted)
+        self._bring_maps(wanted)
         if self._loaded is not None:
             self._write_state()
         self._bring_backends(wanted)
-        if self._haproxy.revive():
+        if self._loading is None and self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
 
@@ -112,28 +123,43 @@ class Controller:
             if self._ledger.head() == self._seq:
                 return
             for entry in self._ledger.entries(after=self._seq):
-                self._states = apply(self._states, entry.event(), time=entry.time)
+                event = entry.event()
+                self._states = apply(self._states, event, time=entry.time)
+                self._own_limits = self._own_limits.apply(event)
                 self._seq = entry.seq
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the ledger cannot be read, the last state stays: %s", error)
 
-    def _bring_map(self, wanted: Routes) -> None:
-        if wanted.entries == self._entries:
-            return
-        file = self._settings.map_file
-        write_bytes(file, "".join(f"{model} {value}\n" for model, value in wanted.entries.items()).encode())
-        if self._haproxy.pid is not None:
-            for model, value in wanted.entries.items():
-                if (self._entries or {}).get(model) != value:
-                    self._haproxy.set_map(Path(file), model, value)
-        self._entries = wanted.entries
+    def _bring_maps(self, wanted: Routes) -> None:
+        self._splits.bring(wanted.entries)
+        for kind, running in self._limits.items():
+            running.bring(self._own_limits.entries(kind, self._settings.limits.of(kind)))
 
     def _bring_backends(self, wanted: Routes) -> None:
-        loaded = (wanted.backends, wanted.champions, self._keys.value)
-        if loaded != self._loaded:
-            LOG.info("loading %s with keys %s", wanted, [key.kid for key in self._keys.value])
-            self._haproxy.load(render(wanted, self._keys.value, self._settings))
-            self._loaded = loaded
+        """Load what is new, in a thread, because a split that changes must not wait for it."""
+        self._finish_loading()
+        keys = self._keys.value
+        loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys)
+        if self._loading is not None or loaded == self._loaded:
+            return
+        LOG.info("loading %s with keys %s", wanted, [key.kid for key in keys])
+        for running in self._maps:
+            running.note_changes()
+        text = render(wanted, keys, self._settings)
+        self._loading = loaded, self._loader.submit(self._haproxy.load, text)
+        if self._loaded is None:
+            wait([self._loading[1]])
+            self._finish_loading()
+
+    def _finish_loading(self) -> None:
+        if self._loading is None or not self._loading[1].done():
+            return
+        loaded, loading = self._loading
+        self._loading = None
+        loading.result()
+        for running in self._maps:
+            running.tell_again()
+        self._loaded = loaded
 
     def _write_state(self) -> None:
         names = [backend.name for backend in self._loaded[0]] if self._loaded else []

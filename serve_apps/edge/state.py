@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cluster.errors import FalajError
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, write_bytes
+from cluster.storage import layout, local
+from serve_apps.edge.files import replace_file
 
 POLL_S = 0.005
 DEADLINE_S = 30.0
@@ -36,7 +37,7 @@ def state_file(config: PlatformConfig) -> Path:
 
 def write_state(path: Path, state: EdgeState) -> None:
     """Write the state, whole."""
-    write_bytes(str(path), json.dumps(asdict(state)).encode())
+    replace_file(path, json.dumps(asdict(state)).encode())
 
 
 def wait_until_applied(config: PlatformConfig, seq: int, *, app: str | None = None) -> None:

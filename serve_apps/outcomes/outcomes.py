@@ -91,7 +91,8 @@ class Outcomes:
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)
         self._registry = Registry(self._ledger, self._places)
-        every = Resource(kind="outcomes", name="*", region=platform.cluster.region)
+        self._region = platform.cluster.region
+        every = Resource(kind="outcomes", name="*", region=self._region)
         self._access = AccessCheck.of(platform, every, self._ledger)
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._durability = platform.replica.durability
@@ -110,6 +111,8 @@ class Outcomes:
             principal = self._access(request.headers.get("authorization"), Action.write_outcome)
             body = await read_json(request)
             model, records = parse_outcomes(body, received_at=dt.datetime.now(dt.UTC))
+            mine = Resource(kind="model", name=model, region=self._region)
+            self._access.check(principal, Action.write_outcome, mine)
             await self._write(model, records, actor=f"{principal.role}:{principal.subject}")
             return answer({"accepted": len(records)})
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)

@@ -82,6 +82,17 @@ class StrangersRefused(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeLimitSet(LedgerEvent):
+    """How much a principal or a tenant may ask of the edges; without either number it is the edges' default again."""
+
+    limited: str
+    """`principal` or `tenant`."""
+    name: str
+    requests_per_s: int | None
+    concurrent: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSigned(LedgerEvent):
     upto_seq: int
     upto_hash: str

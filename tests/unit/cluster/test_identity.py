@@ -340,6 +340,32 @@ def test_the_tenant_is_taken_from_the_token(places: Layout, sign: Sign, verifier
     assert verifier.verify(sign()).tenant == "default"
 
 
+@pytest.mark.parametrize(
+    ("scope", "models"),
+    [
+        (None, None),
+        ("", None),
+        ("openid profile", None),
+        ("openid model:b model:a model:b", ("a", "b")),
+        (["openid", "model:a"], ("a",)),
+        ("model:", ("",)),
+        ("xmodel:a Model:a", None),
+    ],
+)
+def test_the_models_of_a_scope_are_taken_from_the_token(
+    sign: Sign, verifier: TokenVerifier, scope: Any, models: tuple[str, ...] | None
+) -> None:
+    """None where it names no model, so that the role alone decides."""
+    assert verifier.verify(sign(scope=scope)).models == models
+
+
+@pytest.mark.parametrize("scope", [7, {"model:a": True}, [["model:a"]], [1]])
+def test_a_scope_of_another_form_is_refused(sign: Sign, verifier: TokenVerifier, scope: Any) -> None:
+    """It might have been meant to narrow."""
+    with pytest.raises(Unauthenticated, match="scope"):
+        verifier.verify(sign(scope=scope))
+
+
 def test_only_algorithms_of_public_keys_can_be_allowed() -> None:
     """Neither none nor a shared secret, by no configuration."""
     for names in (("none",), ("HS256",), ("ES256", "HS256"), ()):

@@ -43,7 +43,14 @@ def places(tmp_path: Path) -> Layout:
 @pytest.fixture
 def alice(places: Layout) -> Principal:
     """As an access token says her."""
-    token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="credit", tenant="north")
+    token = mint_token(
+        places,
+        subject="alice",
+        role=Role.data_engineer,
+        purpose="credit",
+        tenant="north",
+        scope="model:a model:b",
+    )
     return TokenVerifier.of(places).verify(token)
 
 

@@ -184,6 +184,22 @@ def test_the_job_that_compacts_logs_writes_under_their_keys(policy: Policy) -> N
         assert not policy.decide(engineer, Action.wrap_key, key).allowed
 
 
+@pytest.mark.parametrize("role", list(Role))
+def test_a_scope_narrows_a_role_to_its_models(policy: Policy, role: Role) -> None:
+    """It widens nothing, and says nothing of what is no model."""
+    asker = who(role, "credit")
+    for action, models in itertools.product(Action, (None, (), ("loan",), ("other", "loan"), ("other",))):
+        scoped = dataclasses.replace(asker, models=models)
+        loan = Resource(kind="model", name="loan")
+        before = policy.decide(asker, action, loan).allowed
+        within = models is None or "loan" in models
+        decision = policy.decide(scoped, action, loan)
+        assert decision.allowed == (before and within), (action, models)
+        assert ("model-out-of-scope" in decision.policies) == (not within)
+        view = columns()
+        assert policy.decide(scoped, action, view).allowed == policy.decide(asker, action, view).allowed
+
+
 def test_every_action_is_in_the_table_and_in_the_schema(policy: Policy) -> None:
     """A new action without policies is denied to all but the admin, which a test should say before a user does."""
     assert set(TABLE) | {Action.read_columns} == set(Action)

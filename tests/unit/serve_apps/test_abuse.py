@@ -178,6 +178,19 @@ def test_the_other_applications_refuse_them_too(
     connection.close()
 
 
+def test_a_model_out_of_a_tokens_scope_is_403_behind_the_edge_too(replica: Replica) -> None:
+    """Predictions, metadata and outcomes."""
+    outcome = json.dumps({"model": "m", "outcomes": [{"prediction_id": "a", "outcome": 1.0}]})
+    for scope, status in (("model:m", 200), ("model:x", 403)):
+        token = replica.token(scope=scope)
+        assert replica.call(INFER, GOOD, token=token)[0] == status
+        assert replica.call("/v2/models/m", token=token)[0] == status
+        connection = http.client.HTTPConnection(replica.outcomes, timeout=10)
+        connection.request("POST", "/outcomes/v1/outcomes", outcome, {"authorization": f"Bearer {token}"})
+        assert connection.getresponse().status == status
+        connection.close()
+
+
 def test_a_compressed_body_is_415_whatever_it_would_grow_to(edge: Edge, replica: Replica) -> None:
     """It is not unpacked; `identity` says that nothing was done."""
     bomb = gzip.compress(b"0" * 20_000_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -13,16 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     AliasMoved,
+    EdgeLimitSet,
     LedgerEvent,
     ModelDeployed,
     RolloutRolledBack,
     RolloutStarted,
+    RolloutWeightChanged,
 )
 from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
 from cluster.security.issuer import rotate_issuer
@@ -35,6 +39,7 @@ from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
+from serve_apps.edge.limiting import Limited, Limits
 from serve_apps.edge.state import EdgeState
 from tests.ports import free_port
 
@@ -71,10 +76,24 @@ class Serve:
         return self.targets
 
 
+class Held(HAProxy):
+    """Loads when it may."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.may_load, self.loading = threading.Event(), threading.Event()
+        self.may_load.set()
+
+    def load(self, text: str) -> None:
+        self.loading.set()
+        assert self.may_load.wait(20)
+        super().load(text)
+
+
 class Running:
     """A controller in a thread, and a look at what HAProxy has."""
 
-    def __init__(self, root: Path, short: Path) -> None:
+    def __init__(self, root: Path, short: Path, *, ledger: Ledger | None = None) -> None:
         self.places = places = Layout(str(root))
         ensure_issuer(places)
         ensure_tls(places)
@@ -87,13 +106,14 @@ class Running:
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(short / "admin.sock"),
+            limits=Limits(folder=str(root), socket=str(short / "peers.sock")),
             max_body_bytes=100_000,
         )
-        self.ledger: Ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+        self.ledger = ledger or open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
         self.serve = Serve()
         self.state_file = root / "state.json"
         self.haproxy_file = root / "haproxy.cfg"
-        self.haproxy = HAProxy(
+        self.haproxy = Held(
             config=self.haproxy_file,
             admin_socket=short / "admin.sock",
             access_folder=root / "access",
@@ -117,6 +137,10 @@ class Running:
     def state(self) -> EdgeState | None:
         return EdgeState(**json.loads(self.state_file.read_text())) if self.state_file.exists() else None
 
+    @property
+    def applied(self) -> int:
+        return self.state.applied_seq if self.state else 0
+
     def split(self) -> str:
         """The model's entry in the running HAProxy."""
         lines = self.ask(f"show map {self.settings.map_file}").splitlines()
@@ -130,6 +154,7 @@ class Running:
 
     def close(self) -> None:
         self.serve.answering.set()
+        self.haproxy.may_load.set()
         self.stopped.set()
         self.thread.join(20)
         self.ledger.close()
@@ -176,6 +201,45 @@ def test_a_rollback_does_not_wait_for_serve(running: Running) -> None:
     seq = running.tell(ROLLED_BACK)
     wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
     assert running.split() == CHAMPION_ONLY
+
+
+def test_a_rollback_does_not_wait_for_a_reload(running: Running) -> None:
+    """The worker that serves hears of it at once, and the one that comes after it, too."""
+    running.haproxy.may_load.clear()
+    running.haproxy.loading.clear()
+    running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
+    assert running.haproxy.loading.wait(10)
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    assert running.split() == CHAMPION_ONLY
+    assert "m-v3" not in running.ask("show backend")
+    running.haproxy.may_load.set()
+    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    assert running.split() == CHAMPION_ONLY
+
+
+def test_two_edges_follow_one_ledger(running: Running, tmp_path: Path) -> None:
+    """Each on a node of its own; both have a weight soon after its event."""
+    with another(tmp_path / "other", running.ledger) as other:
+        for weight, bounds in ((5, "500|9500"), (50, "5000|5000")):
+            seq = running.tell(RolloutWeightChanged(model="m", rollout="r", weight=weight))
+            for edge in (running, other):
+                wait_until(lambda one=edge, told=seq: one.applied == told, seconds=5)  # type: ignore[misc]
+                assert edge.split() == f"m-v1|m-v2|challenger|r|s|{bounds}"
+
+
+@contextlib.contextmanager
+def another(root: Path, ledger: Ledger) -> Iterator[Running]:
+    """A second edge over the first one's ledger."""
+    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
+    short.mkdir(mode=0o700)
+    root.mkdir()
+    one = Running(root, short, ledger=ledger)
+    one.thread.start()
+    wait_until(lambda: one.state is not None)
+    yield one
+    one.close()
+    shutil.rmtree(short)
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("no JSON"), http.client.IncompleteRead(b"")])
@@ -227,6 +291,22 @@ def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
     assert running.split() == CHAMPION_ONLY
+
+
+def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
+    """Of one principal, as the ledger says; the file has it too, so that a reload keeps it."""
+    file = running.settings.limits.file(Limited.principal)
+
+    def told(rate: int | None) -> str:
+        event = EdgeLimitSet(limited="principal", name="alice b", requests_per_s=rate, concurrent=None)
+        seq = running.tell(event)
+        wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+        return running.ask(f"show map {file}").strip()
+
+    assert told(5).endswith("alice%20b 5|512")
+    assert told(6).endswith("alice%20b 6|512")
+    assert file.read_text() == "alice%20b 6|512\n"
+    assert told(None) == file.read_text() == ""
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:

@@ -1,0 +1,68 @@
+"""The champion answers where a treatment's replicas do not: those that are dead, those that hang, and in between.
+
+Each model's backend exists twice. The plain one is patient: a replica that is only busy must not be taken out, because
+nobody else might be there. The other is for treated requests and is not, because behind its replicas stands the
+champion, as a backup server that leads back into this HAProxy: one refused connection or one health check without an
+answer takes a replica out. What a killed one had not answered is sent to the next, or to the champion, at once; what a
+hanging one has, when it has waited ten times as long. (HAProxy could end these at once, too, but would then sometimes
+end a request of a killed replica that is just being sent again.) Such requests keep their arm, and their access record
+says `fallback`.
+"""
+
+from __future__ import annotations
+
+from serve_apps.edge.answers import refuse
+from serve_apps.edge.routes import CHAMPION_VARIANT, Backend
+
+SUFFIX = ":treated"
+_SERVER = "champion"
+_CONNECT_MS = 500
+"""A retry of a refused connection waits no longer than this."""
+_CHECK_EVERY_MS = 200
+_ANSWER_IN_HANGS = 10
+
+
+def frontend(*, map_file: str, socket: str) -> str:
+    """Where a treated request comes in again: its path begins with the treatment's application."""
+    return f"""frontend again
+    bind unix@{socket} mode 600
+    http-request set-var(txn.model) path,field(5,/),field(1,:)
+    http-request set-var(txn.backend) var(txn.model),map_str({map_file}),field(1,|)
+    {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
+    http-request set-header x-falaj-variant {CHAMPION_VARIANT}
+    http-request set-var(txn.rest) path,regsub(^/[^/]+,)
+    http-request set-path /%[var(txn.backend)]%[var(txn.rest)]
+    use_backend %[var(txn.backend)]
+"""
+
+
+def recorded() -> str:
+    """Rules that have the access record say who answered; a frontend's."""
+    answered = f"if {{ srv_name -m str {_SERVER} }}"
+    return f"""    http-response set-var(txn.fallback) bool(true) {answered}
+    http-response set-var(txn.variant) str({CHAMPION_VARIANT}) {answered}"""
+
+
+def treated(backend: Backend, *, socket: str, hang_ms: int) -> str:
+    """The backend of treated requests.
+
+    Args:
+        backend: the treatment's.
+        socket: of the frontend above.
+        hang_ms: how long a replica may leave a health check without an answer.
+    """
+    servers = "\n".join(
+        f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
+    )
+    every = f"inter {_CHECK_EVERY_MS}ms fastinter {_CHECK_EVERY_MS // 2}ms downinter {_CHECK_EVERY_MS}ms"
+    gone = "observe layer4 error-limit 1 on-error mark-down"
+    return f"""backend {backend.name}{SUFFIX}
+    balance leastconn
+    timeout connect {_CONNECT_MS}ms
+    timeout server {hang_ms * _ANSWER_IN_HANGS}ms
+    timeout check {hang_ms}ms
+    option httpchk GET /-/healthz
+    default-server {every} fall 1 rise 1 {gone}
+{servers}
+    server {_SERVER} unix@{socket} backup
+"""

@@ -1,0 +1,92 @@
+"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: give one principal or tenant limits of its own.
+
+`action=show` prints those that there are; without either number the default of `configs/edge.yaml` holds again.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import dataclass
+
+from cluster.entrypoint import job
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import EdgeLimitSet
+from cluster.security.acting import act
+from cluster.security.policy import Action, Resource
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from serve_apps.edge.limiting import MAX_NAME_BYTES, Limit, Limited, OwnLimits
+from serve_apps.edge.state import wait_until_applied
+
+
+class LimitAction(enum.Enum):
+    """What to do."""
+
+    set = "set"
+    show = "show"
+
+
+@dataclass(kw_only=True, slots=True)
+class LimitsCommand(PlatformConfig):
+    """Whose limits, and which."""
+
+    action: LimitAction = LimitAction.set
+    principal: str | None = None
+    """A token's `sub`."""
+    tenant: str | None = None
+    requests_per_s: int | None = None
+    concurrent: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.action is LimitAction.show:
+            return
+        if (self.principal is None) == (self.tenant is None):
+            raise ValueError("Say whose limits, by either `principal=…` or `tenant=…`.")
+        if not 0 < len(self.name.encode()) <= MAX_NAME_BYTES:
+            raise ValueError(f"A {self.limited.value}'s name has 1 to {MAX_NAME_BYTES} bytes.")
+        Limit(requests_per_s=self.requests_per_s or 1, concurrent=self.concurrent or 1)
+        if 0 in (self.requests_per_s, self.concurrent):
+            raise ValueError("A limit is at least 1; to keep somebody out, take the role away.")
+
+    @property
+    def limited(self) -> Limited:
+        return Limited.tenant if self.principal is None else Limited.principal
+
+    @property
+    def name(self) -> str:
+        return self.principal or self.tenant or ""
+
+
+@job("limits", LimitsCommand)
+def main(config: LimitsCommand) -> None:
+    """Set or show."""
+    record, ledger = require_record(config), open_ledger(config)
+    actor = act(config, record, ledger, entrypoint="serve_apps.edge.limits")
+    edge = Resource(kind="edge", name="limits", region=config.cluster.region)
+    match config.action:
+        case LimitAction.show:
+            actor.check(Action.read_metadata, edge)
+        case LimitAction.set:
+            actor.check(Action.manage_cluster, edge)
+            event = EdgeLimitSet(
+                limited=config.limited.value,
+                name=config.name,
+                requests_per_s=config.requests_per_s,
+                concurrent=config.concurrent,
+            )
+            wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    own = read_own_limits(ledger).set.values()
+    print(json.dumps([event.payload() for event in own], indent=1))
+
+
+def read_own_limits(ledger: Ledger) -> OwnLimits:
+    """Whose limits are his own, after the ledger's last event."""
+    limits = OwnLimits()
+    for entry in ledger.entries(EdgeLimitSet):
+        limits = limits.apply(entry.event())
+    return limits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Which models a token may ask: those that its scope names as `model:<name>`, and all where it names none.
+
+HAProxy cannot look for a word that it reads from the path, so there is a rule for each model that is deployed; a model
+without a rule is out of every such scope. A scope that is a list HAProxy reads as none: replicas know better.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from serve_apps.edge.answers import refuse
+
+
+def rules(models: Iterable[str], *, claim: str) -> str:
+    """Rules that refuse with 403 a model that the token's scope leaves out.
+
+    Args:
+        models: all that are deployed.
+        claim: the issuer's name for the scope.
+    """
+    lines = [
+        f"    http-request set-var(txn.scope) var(txn.token),jwt_payload_query('$.{claim}')",
+        "    acl scoped var(txn.scope) -m reg (^|\\ )model:",
+        *(_within(model) for model in models),
+        f"    {refuse(403, 'The scope of your token does not name this model.')} "
+        "if { var(txn.model) -m found } scoped !{ var(txn.in_scope) -m bool }",
+    ]
+    return "\n".join(lines)
+
+
+def _within(model: str) -> str:
+    word = f"(^|\\ )model:{re.escape(model)}(\\ |$)".replace("\\.", "[.]").replace("\\-", "-")
+    return (
+        f"    http-request set-var(txn.in_scope) bool(true) if scoped {{ var(txn.model) -m str -- {model} }} "
+        f"{{ var(txn.scope) -m reg -- {word} }}"
+    )

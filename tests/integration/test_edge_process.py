@@ -1,0 +1,110 @@
+"""What takes a running edge some seconds: a real HAProxy and replicas that are killed or stopped, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.edge import Edge, running_edge, treated_unit
+from tests.ports import free_port
+
+REPLICA = """
+import sys
+from tests.edge import Echo, Mirror
+Mirror(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    with running_edge(tmp_path_factory.mktemp("edge")) as running:
+        yield running
+
+
+def patiently(said: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.2)
+
+
+def counted(edge: Edge, subject: str) -> int:
+    """How many requests of a principal the running HAProxy has let through."""
+    said = edge.ask("show table principals_counted").splitlines()
+    line = next((line for line in said if f"key={subject} " in line), "gpc0=0")
+    return int(line.split("gpc0=")[1].split()[0])
+
+
+def test_what_principals_have_asked_survives_a_reload(edge: Edge) -> None:
+    """The outgoing worker teaches the new one, once it has itself been up for ten seconds or was taught."""
+    patiently(lambda: int(edge.ask("show peers").split("flags=")[1].split()[0], 16) & 3 == 3)
+    for number in range(1, 4):
+        assert edge.call(token=edge.token(subject="gina"))[0] == 200
+        edge.load_targets(edge.targets)
+        patiently(lambda told=number: counted(edge, "gina") == told)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def replica(port: int) -> Iterator[int]:
+    """Pid of a replica that is a process of its own."""
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen([sys.executable, "-c", REPLICA, str(port)], cwd=root) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one request; times in monotonic seconds."""
+
+    asked_at: float
+    at: float
+    status: int
+    variant: str
+
+
+def ask(edge: Edge, token: str) -> Answer:
+    began = time.monotonic()
+    status, heard = edge.call(token=token, headers={"X-Unit-ID": treated_unit()})
+    return Answer(began, time.monotonic(), status, heard.get("x-falaj-variant", ""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_treatments_share_goes_to_the_champion_within_a_second(
+    edge: Edge, number: signal.Signals
+) -> None:
+    """Killed or hanging: every request is answered, those that had reached it too."""
+    port, token = free_port(), edge.token()
+    with replica(port) as pid, ThreadPoolExecutor(300) as pool:
+        edge.load_targets(edge.targets | {"m-v2": (f"127.0.0.1:{port}",)})
+        patiently(lambda: ask(edge, token).variant == "challenger")
+        asked = []
+        for turn in range(250):
+            if turn == 50:
+                os.kill(pid, number)
+                lost_at = time.monotonic()
+            asked.append(pool.submit(ask, edge, token))
+            threading.Event().wait(0.01)
+        answers = [future.result() for future in asked]
+    assert {answer.status for answer in answers} == {200}
+    late = [answer for answer in answers if answer.asked_at > lost_at + 1]
+    assert {answer.variant for answer in late} == {"champion"}
+    waited = [answer.asked_at - lost_at for answer in answers if answer.at - answer.asked_at > 1.5]
+    slowest = max(answer.at - answer.asked_at for answer in answers)
+    print(
+        f"{number.name}: {len(waited)} waited, the last one asked after {max(waited, default=0):.2f} s; "
+        f"the slowest answer took {slowest:.2f} s"
+    )

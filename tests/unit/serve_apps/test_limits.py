@@ -1,0 +1,201 @@
+"""Limits of principals and tenants, and scopes of models, in a real HAProxy."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.ledger.events import EdgeLimitSet
+from cluster.security.policy import Role
+from serve_apps.edge.limiting import Limit, Limited, OwnLimits
+from serve_apps.edge.limits import LimitAction, LimitsCommand
+from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
+
+WIDE = Limit(requests_per_s=100_000, concurrent=1000)
+NAMES = st.text(min_size=1, max_size=20)
+NUMBERS = st.none() | st.integers(min_value=1, max_value=10)
+
+
+@pytest.fixture
+def limited(edge: Edge) -> Iterator[Edge]:
+    """An edge where 20 requests a second and 3 at once are allowed to a principal, and twice that to the tenant."""
+    before = edge.settings
+    edge.settings = replace(
+        before,
+        limits=replace(
+            before.limits,
+            principal=Limit(requests_per_s=20, concurrent=3),
+            tenant=Limit(requests_per_s=40, concurrent=6),
+        ),
+    )
+    edge.load(ROLLOUT)
+    yield edge
+    edge.settings = before
+    edge.load(ROLLOUT)
+
+
+def flood(edge: Edge, subject: str, number: int) -> list[tuple[int, str | None, dict[str, Any]]]:
+    """Status, Retry-After and JSON of so many requests, one right after another."""
+    connection, token = edge.connect(), edge.token(subject=subject)
+    answers = []
+    for _ in range(number):
+        connection.request("POST", PREDICT, b"{}", {"authorization": f"Bearer {token}"})
+        response = connection.getresponse()
+        answers.append((response.status, response.getheader("retry-after"), json.loads(response.read())))
+    connection.close()
+    return answers
+
+
+def test_who_asks_too_often_is_429_and_others_are_answered(limited: Edge) -> None:
+    """Each principal has a count of its own, up to what all of the tenant may ask."""
+    alice = flood(limited, "alice", 25)
+    assert [status for status, _, _ in alice] == [200] * 20 + [429] * 5
+    assert alice[-1][1] == "1"
+    assert alice[-1][2] == {
+        "error": "Your principal has asked too often within a second; try again.",
+        "code": 429,
+    }
+    assert {status for status, _, _ in flood(limited, "bob", 20)} == {200}
+    assert "tenant" in flood(limited, "carol", 1)[0][2]["error"]
+    assert limited.call("/v2/health/live", method="GET")[0] == 200
+
+
+def test_refused_requests_do_not_count(limited: Edge) -> None:
+    """Who goes on asking too often is answered as often as the limit says, not never."""
+    ended, answered = time.monotonic() + 1, 0
+    while time.monotonic() < ended:
+        answered += sum(status == 200 for status, _, _ in flood(limited, "dora", 5))
+    assert 20 <= answered <= 50
+
+
+def test_too_many_requests_at_once_are_429(limited: Edge) -> None:
+    """Until one of them has been answered."""
+    held, release = threading.Semaphore(0), threading.Event()
+
+    def hold(handler: http.client.HTTPConnection) -> None:
+        held.release()
+        release.wait(10)
+
+    with slow(limited, hold), ThreadPoolExecutor(3) as pool:
+        open_ones = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
+        for _ in open_ones:
+            assert held.acquire(timeout=10)
+        status, content = limited.call("/v2", method="GET", token=limited.token(subject="erik"))
+        assert (status, content["error"]) == (
+            429,
+            "Your principal has too many requests open; try again.",
+        )
+        assert limited.call("/v2", method="GET", token=limited.token(subject="fred"))[0] == 200
+        release.set()
+        assert {one.result()[0] for one in open_ones} == {200}
+    wait_until(lambda: limited.call("/v2", method="GET", token=limited.token(subject="erik"))[0] == 200)
+
+
+class slow:
+    """Replicas that do something before they answer."""
+
+    def __init__(self, edge: Edge, first: Any) -> None:
+        self._handler = edge.servers[0].RequestHandlerClass
+        self._first = first
+
+    def __enter__(self) -> None:
+        first, echo = self._first, self._handler.do_POST  # type: ignore[attr-defined]
+
+        def do_post(handler: Any) -> None:
+            first(handler)
+            echo(handler)
+
+        self._echo = echo
+        self._handler.do_POST = do_post  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        self._handler.do_POST = self._echo  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("subject", ["alice", "a b/ü%|#", "-x", "user:alice@example.org"])
+def test_a_principal_may_have_a_limit_of_its_own(edge: Edge, subject: str) -> None:
+    """Whatever its name; told to the running HAProxy, and gone again by the next change."""
+    own = OwnLimits().apply(
+        EdgeLimitSet(limited="principal", name=subject, requests_per_s=2, concurrent=None)
+    )
+    file = edge.settings.limits.file(Limited.principal)
+    for key, value in own.entries(Limited.principal, WIDE).items():
+        edge.haproxy.set_map(file, key, value)
+    assert [status for status, _, _ in flood(edge, subject, 4)] == [200, 200, 429, 429]
+    assert [status for status, _, _ in flood(edge, "somebody else", 4)] == [200] * 4
+    for key in own.entries(Limited.principal, WIDE):
+        edge.haproxy.del_map(file, key)
+    assert flood(edge, subject, 1)[0][0] == 200
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from(Limited), NAMES, NUMBERS, NUMBERS), max_size=8))
+def test_the_last_limit_of_each_counts(changes: list[tuple[Limited, str, int | None, int | None]]) -> None:
+    """What it leaves open is the default's; each name has one line of the map, and none where both are open."""
+    own = OwnLimits()
+    for kind, name, rate, concurrent in changes:
+        own = own.apply(
+            EdgeLimitSet(limited=kind.value, name=name, requests_per_s=rate, concurrent=concurrent)
+        )
+    last = {(kind, name): (rate, concurrent) for kind, name, rate, concurrent in changes}
+    kept = {key: numbers for key, numbers in last.items() if numbers != (None, None)}
+    for kind in Limited:
+        entries = own.entries(kind, WIDE)
+        assert len(entries) == sum(key[0] is kind for key in kept)
+        assert all(key.isascii() and " " not in key and "#" not in key for key in entries)
+    for (kind, name), (rate, concurrent) in last.items():
+        limit = own.limit(kind, name, WIDE)
+        assert limit == Limit(requests_per_s=rate or 100_000, concurrent=concurrent or 1000)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"principal": "a", "tenant": "b"},
+        {"principal": "é" * 101},
+        {"principal": ""},
+        {"tenant": "a", "requests_per_s": 0},
+        {"tenant": "a", "concurrent": -1},
+        {"tenant": "a", "requests_per_s": 2**31},
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(given: dict[str, Any]) -> None:
+    """Before anything is asked of the cluster."""
+    with pytest.raises(ValueError, match=r"limit|name|Say"):
+        LimitsCommand(**given)
+    assert LimitsCommand(action=LimitAction.show).name == ""
+
+
+@pytest.mark.parametrize(
+    ("scope", "status"),
+    [
+        ("", 200),
+        ("openid profile", 200),
+        ("model:m", 200),
+        ("openid model:x model:m", 200),
+        ("model:mm", 403),
+        ("model:M", 403),
+        ("xmodel:m model:n", 403),
+        ("model:", 403),
+        ("model:x", 403),
+    ],
+)
+def test_a_scope_that_names_models_lets_ask_no_others(edge: Edge, scope: str, status: int) -> None:
+    """Predictions and metadata alike; without such words the role decides."""
+    token = edge.token(scope=scope)
+    for method, path in (("POST", PREDICT), ("GET", "/v2/models/m"), ("POST", "/v2/models/m/infer")):
+        answered, content = edge.call(path, method=method, token=token)
+        assert (answered, content.get("code", 200)) == (status, status)
+    assert edge.call("/v2", method="GET", token=token)[0] == 200
+    assert edge.call(token=edge.token(Role.auditor, scope="model:m"))[0] == 403
