@@ -93,6 +93,7 @@ def ray_environment(project: Project, first: int) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_worker_niceness": "0",  # as ours and FastAPI are
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_PORTS - 1),
     }

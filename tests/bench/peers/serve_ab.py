@@ -142,7 +142,13 @@ def platform() -> PlatformConfig:
 
 def deployment(kind: type, name: str) -> Any:
     """One replica that holds nobody up."""
-    return serve.deployment(kind, name=name, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.1})
+    return serve.deployment(
+        kind,
+        name=name,
+        max_ongoing_requests=100,
+        ray_actor_options={"num_cpus": 0.1},
+        logging_config={"enable_access_log": False},
+    )
 
 
 def main() -> None:
