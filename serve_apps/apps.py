@@ -17,6 +17,9 @@ from serve_apps.predictor.predictor import Predictor
 
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
+LOGGING = {"enable_access_log": False}
+"""Each answer is in the edge's access log. Serve's own holds a thousand lines back in throughput mode, and then writes
+them down at once in the event loop: every thousandth request waited 20 ms for it."""
 
 
 class DeployFailed(FalajError):
@@ -58,6 +61,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
             ray_actor_options={"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
             graceful_shutdown_timeout_s=GRACE_S,
             health_check_period_s=HEALTH_PERIOD_S,
+            logging_config=LOGGING,
         )
         _run(name, predictor.bind(to_plain(config), version.name, version.version))  # type: ignore[attr-defined]
     return name
@@ -73,6 +77,7 @@ def ensure_common(config: PlatformConfig) -> None:
                 ray_actor_options={"num_cpus": 0.1},
                 graceful_shutdown_timeout_s=GRACE_S,
                 health_check_period_s=HEALTH_PERIOD_S,
+                logging_config=LOGGING,
             )
             _run(name, deployed.bind(to_plain(config)))  # type: ignore[attr-defined]
 

@@ -23,6 +23,8 @@ from cluster.security.policy import Action, Decision, Resource
 OTHER_REASONS = "other"
 NOBODY = "unauthenticated"
 """The actor of events about strangers."""
+MAX_LOOKED_AT = 10_000
+"""Permissions of a window that are known to be recorded already or not of the sample."""
 _SCALE = 2**64
 
 
@@ -76,6 +78,7 @@ class Decisions:
         self._window = -1
         self._strangers: dict[str, StrangersRefused] = {}
         self._permits: set[bytes] = set()
+        self._looked_at: set[tuple[str, str, Action, Resource]] = set()
 
     def decided(
         self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
@@ -116,10 +119,15 @@ class Decisions:
         if window <= self._window:
             return []
         due = list(self._strangers.values())
-        self._window, self._strangers, self._permits = window, {}, set()
+        self._window, self._strangers, self._permits, self._looked_at = window, {}, set(), set()
         return due
 
     def _is_new_sample(self, principal: Principal, action: Action, resource: Resource) -> bool:
+        asked = (principal.tenant, principal.subject, action, resource)
+        if asked in self._looked_at:
+            return False
+        if len(self._looked_at) < MAX_LOOKED_AT:  # beyond it a decision is only looked at again
+            self._looked_at.add(asked)
         if not is_sampled(principal, action, resource, window=self._window, rate=self._rate):
             return False
         digest = _digest(principal, action, resource, self._window)

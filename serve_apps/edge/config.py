@@ -16,7 +16,7 @@ from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
-from serve_apps.edge.token_checks import token_checks
+from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURES = "/v1/features:read /v1/features:push"
@@ -82,6 +82,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
+        VERIFIED_TOKENS,
         *(_backend(backend) for backend in routes.backends),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
@@ -240,6 +241,7 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.fallback) bool(true) if treated !treatable
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
     http-request set-header x-falaj-request-id %[unique-id]
+    http-request set-header x-request-disconnect-disabled ?1
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
     http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str {NO_ROLLOUT} }}

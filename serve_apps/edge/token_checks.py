@@ -18,6 +18,15 @@ NOT_ACCEPTED = ('"crit"', '"b64"', '"jku"', '"jwk"', '"x5u"', '"x5c"', r"\u")
 """What no header may contain: fields that change how a token is read or bring a key, and their letters in disguise."""
 
 
+VERIFIED_S = 60
+VERIFIED_TOKENS = f"""backend verified_tokens
+    stick-table type binary len 32 size 20k expire {VERIFIED_S}s
+"""
+"""Tokens by SHA-256 whose signature was found valid within the last minute, by this worker: it costs more than all else
+that the edge does to a request. A key that is taken away is a reload, and a new worker remembers nothing. Only the
+signature is remembered: what a token says is looked at each time. Others never get in, so nobody can push them out."""
+
+
 def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
     """Rules that refuse with 401 what does not hold, and set `txn.role`, `txn.tenant` and `txn.exp` where it does.
 
@@ -29,7 +38,7 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     """
     verify = "\n".join(
         f'    http-request set-var(txn.signed) var(txn.token),jwt_verify(txn.alg,"{key.file}") '
-        f"if {{ var(txn.kid) -m str -- {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
+        f"if !verified {{ var(txn.kid) -m str -- {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
         for key in keys
     )
     unwanted = " ".join(f"'{text}'" for text in NOT_ACCEPTED)
@@ -48,8 +57,12 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     http-request set-var(txn.nbf) var(txn.token),jwt_payload_query('$.nbf','int')
     {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.token),field(1,.),ub64dec -m sub -- {unwanted} }}
     {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
+    http-request set-var(txn.fingerprint) var(txn.token),sha2(256)
+    acl verified var(txn.fingerprint),in_table(verified_tokens)
+    acl signed var(txn.signed) -m int 1
 {verify}
-    {_refuse("The token's signature is not valid.")} unless {{ var(txn.signed) -m int 1 }}
+    {_refuse("The token's signature is not valid.")} unless verified or signed
+    http-request track-sc0 var(txn.fingerprint) table verified_tokens if signed
     {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} {{ var(txn.aud) -m str -- {rules.audience} }}
     {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
     {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}

@@ -129,6 +129,28 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
     assert edge.call(token=forged(edge, real, aud=[AUDIENCE, "elsewhere"]))[0] == 200
 
 
+def remembered(edge: Edge) -> int:
+    """How many signatures the running worker knows to be valid."""
+    [worker] = edge.haproxy._workers()[:1]
+    head = edge.haproxy._command(f"@!{worker} show table verified_tokens").splitlines()[0]
+    return int(head.rsplit("used:", 1)[1])
+
+
+def test_of_a_token_only_the_signature_is_remembered(edge: Edge) -> None:
+    """It expires all the same, its signature is nobody else's, and who is refused is not remembered."""
+    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    before = remembered(edge)
+    token = forged(edge, real, exp=int(time.time()) + 2)
+    assert [edge.call(token=token)[0] for _ in range(3)] == [200] * 3
+    assert remembered(edge) == before + 1
+    words, signature = token.rsplit(".", 1)
+    other = forged(edge, real, role="admin").rsplit(".", 1)
+    assert edge.call(token=f"{words}.{other[1]}")[0] == 401
+    assert edge.call(token=f"{other[0]}.{signature}")[0] == 401
+    assert remembered(edge) == before + 1
+    wait_until(lambda: edge.call(token=token)[0] == 401)
+
+
 @pytest.mark.parametrize(
     ("header", "claims"),
     [('"alg":"ES256"', ""), ("", '"role":"admin"'), ('"cty":"JWT"', "")],

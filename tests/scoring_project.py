@@ -1,0 +1,105 @@
+"""A project whose model reads 16 features online by `account_id`, in two versions behind the edge, for load.
+
+The commands are those that a person would type; only the model is fitted here, because training is not what is looked
+at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightgbm as lgb
+import numpy as np
+import polars as pl
+
+from cluster.ledger import open_ledger
+from cluster.registry import Lineage, Registry
+from cluster.runtime.signature import LIGHTGBM_FILE, SIGNATURE_FILE, InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.storage import layout
+from feature_jobs.store.catalog import service_spec
+from tests.integration.conftest import Project
+
+MODEL, SERVICE = "score", "scoring"
+PREDICT = f"/v1/models/{MODEL}:predict"
+ACCOUNTS, FEATURES = 2_000, 16
+DEFINITIONS = f"""
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
+
+account = Entity("account", join_keys=["account_id"])
+usage = FeatureView(
+    "usage",
+    entities=[account],
+    source=FileSource("usage.parquet", event_timestamp="at"),
+    schema=[Field(f"f{{number}}", "float64") for number in range({FEATURES})],
+)
+scoring = FeatureService("{SERVICE}", views=[usage])
+"""
+
+
+def features() -> np.ndarray:
+    """Of all accounts, float64 [accounts, features]."""
+    return np.random.default_rng(0).normal(size=(ACCOUNTS, FEATURES))
+
+
+def write_model(folder: Path, *, seed: int, service_version: str = "") -> None:
+    """A small model as a folder of model files."""
+    inputs = features()
+    label = inputs[:, 0] + inputs[:, 1] * inputs[:, 2] > 0
+    parameters = {"objective": "binary", "num_leaves": 15, "num_threads": 1, "verbose": -1, "seed": seed}
+    booster = lgb.train(
+        parameters | {"bagging_fraction": 0.5, "bagging_freq": 1}, lgb.Dataset(inputs, label), 40
+    )
+    signature = ModelSignature(
+        task=Task.binary,
+        inputs=tuple(InputSpec(name=f"usage__f{number}", dtype="double") for number in range(FEATURES)),
+        label="label",
+        classes=(0, 1),
+        service=SERVICE if service_version else "",
+        service_version=service_version,
+    )
+    folder.mkdir(parents=True)
+    booster.save_model(folder / LIGHTGBM_FILE)
+    (folder / SIGNATURE_FILE).write_text(signature.to_json())
+
+
+def prepare(project: Project, *, versions: int = 2) -> None:
+    """Features online and model versions registered, in a project whose cluster is up."""
+    (project.root / "scoring.py").write_text(DEFINITIONS)
+    columns = {f"f{number}": column for number, column in enumerate(features().T)}
+    at = pl.lit("2026-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
+    frame = pl.DataFrame({"account_id": np.arange(ACCOUNTS), **columns}).with_columns(at=at)
+    frame.write_parquet(project.root / "usage.parquet")
+    project.run("feature_jobs.apply", "definitions=scoring", check=True)
+    project.run("feature_jobs.ingest", "definitions=scoring", "view=usage", check=True)
+    project.run("feature_jobs.materialize", "definitions=scoring", "view=usage", check=True)
+    for number in range(versions):
+        register(project, seed=number)
+
+
+def register(project: Project, *, seed: int) -> int:
+    """Another version of the model; gives its number."""
+    config = PlatformConfig(storage=StorageConfig(root=str(project.storage_root)))
+    ledger = open_ledger(config)
+    spec = service_spec(ledger, SERVICE)
+    folder = project.root / f"model-{seed}"
+    write_model(folder, seed=seed, service_version=spec.version)
+    version = Registry(ledger, layout(config.storage)).register(
+        folder,
+        name=MODEL,
+        family="lightgbm",
+        task=Task.binary.value,
+        lineage=Lineage(training_set_hash="", service=SERVICE, service_version=spec.version),
+        metrics={},
+        store=key_store(project.owner),
+        actor="t",
+    )
+    return version.version
+
+
+def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
+    """The first version as champion and the second beside it, with a share of the units."""
+    project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *overrides, check=True)
+    start = ("action=start", f"name={MODEL}", "version=2", f"weight={weight}")
+    project.run("serve_apps.rollout", *start, *overrides, check=True)
