@@ -20,7 +20,7 @@ from typing import Any
 from cluster.errors import CommitConflict
 from cluster.records.columns import to_row
 from cluster.records.segments import UNBORN, segment_class, segment_records, segments, sync_folder
-from cluster.records.table import LogTable
+from cluster.records.table import CLASS, LogTable
 from cluster.security.keys.store import KeyStore
 from cluster.security.parquet import ProtectedFiles
 
@@ -100,7 +100,7 @@ def _remove_leftovers(log: Path, table: LogTable) -> None:
     """Files that a killed compaction did not get to commit, and segments whose writer was killed before their first
     line. Nobody else compacts now, and nobody reads them."""
     known = {file.path for file in table.files}
-    for path in table.folder.glob("*/*.parquet*"):
+    for path in table.folder.glob(f"{CLASS}=*/*.parquet*"):
         if str(path.relative_to(table.folder)) not in known:
             path.unlink()
     for path in log.glob(f"*{UNBORN}"):

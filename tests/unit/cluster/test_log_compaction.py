@@ -165,6 +165,20 @@ def test_two_compactions_at_once_are_refused(log: Path, keyring: Keyring) -> Non
     assert run(log, keyring) == 3
 
 
+def test_what_was_taken_before_a_checkpoint_of_the_table_stays_taken(log: Path, keyring: Keyring) -> None:
+    """Delta writes one every hundred commits, and reads no older commit from then on."""
+    fill(log, keyring, segments=2, records=2)
+    stems = [path.stem for path in segments(log)]
+    run(log, keyring)
+    DeltaTable(str(log / "table")).create_checkpoint()
+    (log / "table" / "_delta_log" / f"{0:020}.json").unlink()
+    for number in (4, 8):
+        fill(log, keyring, first=number, segments=2, records=2)
+        assert run(log, keyring) == 2
+    assert all(LogTable(log).has(stem) for stem in stems)
+    assert len(ids(log, keyring)) == count_records(log) == 12
+
+
 class Killed(BaseException):
     """Nobody catches it."""
 
