@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict
@@ -59,8 +59,7 @@ class LogTable:
     def __init__(self, log: Path) -> None:
         self.kind, self._name = log.parts[-2], "/".join(log.parts[-2:])
         self.folder = log / FOLDER
-        # Asked of the disk first: for a missing table, Delta would look for much else.
-        self._table = DeltaTable(str(self.folder)) if (self.folder / "_delta_log").is_dir() else None
+        self._table = _opened(self.folder)
         self.files = () if self._table is None else _files(self._table)
 
     @property
@@ -142,6 +141,16 @@ class LogTable:
 
     def _place(self, path: str) -> str:
         return f"{self._name}/{FOLDER}/{path}"
+
+
+def _opened(folder: Path) -> DeltaTable | None:
+    """None where nothing was compacted, or the first compaction was killed before its first commit."""
+    if not (folder / "_delta_log").is_dir():
+        return None
+    try:
+        return DeltaTable(str(folder))
+    except TableNotFoundError:
+        return None
 
 
 def _created(folder: Path, columns: pa.Schema) -> DeltaTable:

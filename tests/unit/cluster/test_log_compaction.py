@@ -179,6 +179,15 @@ def test_what_was_taken_before_a_checkpoint_of_the_table_stays_taken(log: Path, 
     assert len(ids(log, keyring)) == count_records(log) == 12
 
 
+def test_a_table_that_was_killed_before_its_first_commit_is_none(log: Path, keyring: Keyring) -> None:
+    """Its folders may be there already."""
+    fill(log, keyring)
+    (log / "table" / "_delta_log").mkdir(parents=True)
+    assert count_records(log) == len(ids(log, keyring)) == 12
+    assert run(log, keyring) == 3
+    assert count_records(log) == len(ids(log, keyring)) == 12
+
+
 class Killed(BaseException):
     """Nobody catches it."""
 
