@@ -4,6 +4,8 @@ With `durability=disk` an answer waits until its record is on the disk. One `fda
 that came since the one before it began (group commit), so it costs each of them up to two, and the disk the same
 however many there are. Where one fails, all that waited for it get 503, and the next records go to a new segment: a
 kernel may forget what it could not write, so a second try would prove nothing.
+
+A replica that is not asked any more lets go of its segment when that is old, so that it can be compacted.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.records import Record, SegmentWriter
+from cluster.records import MAX_AGE_S, Record, SegmentWriter
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
 from serve_apps.http import Unavailable
@@ -27,16 +29,29 @@ class RecordLog:
     Args:
         folder, store, key: as `SegmentWriter` takes them.
         durability: what an answer stands for.
+        max_age_s: of a segment.
 
     Raises:
         KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
         Unavailable: the disk is full or failed.
     """
 
-    def __init__(self, folder: Path, *, store: KeyStore, key: str, durability: Durability) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store: KeyStore,
+        key: str,
+        durability: Durability,
+        max_age_s: float = MAX_AGE_S,
+    ) -> None:
         self._on_disk = durability is Durability.disk
+        self._max_age_s = max_age_s
+        self._timer: asyncio.TimerHandle | None = None
         try:
-            self._writer = SegmentWriter(folder, store=store, key=key, keep_unsynced=self._on_disk)
+            self._writer = SegmentWriter(
+                folder, store=store, key=key, keep_unsynced=self._on_disk, max_age_s=max_age_s
+            )
         except OSError as error:
             raise _unavailable(error) from error
         self._waiting: list[asyncio.Future[None]] = []
@@ -54,12 +69,22 @@ class RecordLog:
         except OSError as error:
             raise _unavailable(error) from error
 
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._leave_if_old)
+
+    def _leave_if_old(self) -> None:
+        if not self._waiting and self._syncing is None:
+            self._writer.leave_if_old()
+        self._look_later()
+
     async def settled(self, answer: T) -> T:
         """An answer, once all that was appended before is as durable as it is to be.
 
         Raises:
             Unavailable: the disk failed; the answer must not be given.
         """
+        if self._timer is None:
+            self._look_later()
         if self._on_disk:
             await self._synced()
         return answer
@@ -90,6 +115,8 @@ class RecordLog:
 
     def close(self) -> None:
         """Let go of the segment."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._thread.shutdown()
         self._writer.close()
 

@@ -11,9 +11,10 @@ from cluster.records.reading import (
     read_shadow_predictions,
 )
 from cluster.records.schema import SHADOW, OutcomeRecord, PredictionRecord, Record
-from cluster.records.segments import SegmentWriter
+from cluster.records.segments import MAX_AGE_S, SegmentWriter
 
 __all__ = [
+    "MAX_AGE_S",
     "SHADOW",
     "OutcomeRecord",
     "PredictionRecord",

@@ -98,6 +98,12 @@ class SegmentWriter:
         segment.write(b"".join(lines))
         segment.count = count + len(records)
 
+    def leave_if_old(self) -> None:
+        """Let go of the segment if it is old, without waiting for a record to do so; the next one begins a new
+        segment. For moments in which nothing waits for `sync`."""
+        if self._segment.count and self._is_full(self._segment):
+            self._segment.close()
+
     def sync(self) -> None:
         """Have all records that were appended before this call on the disk; may run beside `append`, but only once at
         a time.

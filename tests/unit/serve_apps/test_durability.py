@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +50,16 @@ def keyring(tmp_path: Path) -> Keyring:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "outcomes" / "m"
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody writes a segment."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def opened(folder: Path, keyring: Keyring) -> RecordLog:
@@ -160,6 +172,27 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
     assert not log._writer._left
     log.close()
     assert count_records(folder) == 3
+
+
+@pytest.mark.parametrize("durability", list(Durability))
+def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
+    folder: Path, keyring: Keyring, durability: Durability
+) -> None:
+    """When that is old; the next record begins a new one."""
+    log = RecordLog(folder, store=keyring, key=KEY, durability=durability, max_age_s=0.01)
+
+    async def run() -> None:
+        for number in range(2):
+            log.append(outcome(number))
+            await log.settled(None)
+            deadline = time.monotonic() + 10
+            while is_held(log._writer.path):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.005)
+
+    asyncio.run(run())
+    assert len(list(folder.iterdir())) == count_records(folder) == 2
+    log.close()
 
 
 def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
