@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +22,8 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
+from serve_apps.access import in_background
+from serve_apps.edge import strangers
 from serve_apps.edge.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
@@ -37,6 +40,7 @@ SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
 ERROR_INTERVAL_S = 0.5
+ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
@@ -68,6 +72,8 @@ class Controller:
             fetch_keys, name="the issuer", value=(), interval_s=KEYS_INTERVAL_S
         )
         self._own_limits = OwnLimits()
+        self._append = in_background(ledger)
+        self._strangers = strangers.Seen(at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
         self._limits = {kind: RunningMap(haproxy, settings.limits.file(kind)) for kind in Limited}
         self._maps = (self._splits, *self._limits.values())
@@ -117,6 +123,7 @@ class Controller:
         if self._loading is None and self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
+        self._tell_of_strangers()
 
     def _follow_ledger(self) -> None:
         try:
@@ -160,6 +167,15 @@ class Controller:
         for running in self._maps:
             running.tell_again()
         self._loaded = loaded
+
+    def _tell_of_strangers(self) -> None:
+        now = time.time()
+        if now < self._strangers.at + strangers.EVERY_S or self._loading is not None:
+            return
+        counted = strangers.counts(self._haproxy.ask(strangers.SHOWN))
+        self._strangers, events = self._strangers.look(counted, at=now)
+        for event in events:
+            self._append(event, actor=ACTOR)
 
     def _write_state(self) -> None:
         names = [backend.name for backend in self._loaded[0]] if self._loaded else []

@@ -98,6 +98,14 @@ class HAProxy:
             if "not found" in ask(f"set map {file} {key} {value}"):
                 ask(f"add map {file} {key} {value}")
 
+    def ask(self, line: str) -> str:
+        """What the worker that serves says to a command.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        return self._command(line, self._admin_socket)
+
     def del_map(self, file: Path, key: str) -> None:
         """Take an entry out of the running map in every worker, where it is in.
 
@@ -135,7 +143,7 @@ class HAProxy:
     def _askers(self) -> list[Callable[[str], str]]:
         """A way to ask each worker."""
         if self._reloading:
-            return [lambda line: self._command(line, self._admin_socket)]
+            return [self.ask]
         return [
             functools.partial(lambda worker, line: self._command(f"@!{worker} {line}"), worker)
             for worker in self._workers()

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    StrangersRefused,
 )
 from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
 from cluster.security.issuer import rotate_issuer
@@ -34,6 +36,7 @@ from cluster.security.tls import ensure_tls
 from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
+from serve_apps.edge import strangers
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
@@ -307,6 +310,23 @@ def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
     assert told(6).endswith("alice%20b 6|512")
     assert file.read_text() == "alice%20b 6|512\n"
     assert told(None) == file.read_text() == ""
+
+
+def test_the_ledger_hears_how_many_strangers_there_were(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then, in one event for all of a kind."""
+    context = ssl.create_default_context(cafile=f"{running.places.tls}/ca.pem")
+    host, port = running.settings.bind.split(":")
+    for _ in range(3):
+        connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
+        connection.request("POST", "/v1/models/m:predict", b"{}")
+        assert connection.getresponse().status == 401
+        connection.close()
+    monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+    wait_until(lambda: any(running.ledger.entries(StrangersRefused)))
+    (entry,) = running.ledger.entries(StrangersRefused)
+    assert (entry.actor, entry.payload["count"]) == ("system:edge", 3)
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:
