@@ -194,11 +194,22 @@ class Edge:
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
+    def logged(self, request_id: str) -> dict[str, Any]:
+        """The access record of a request, once it has been written."""
+        found: list[dict[str, Any]] = []
+
+        def written() -> bool:
+            found[:] = [record for record in self.records() if record["request_id"] == request_id]
+            return bool(found)
+
+        wait_until(written)
+        return found[0]
+
     def records(self) -> list[dict[str, Any]]:
         """The access records that have been written."""
         files = sorted((Path(self.places.root) / "access").iterdir())
         lines = "".join(path.read_text(errors="replace") for path in files).splitlines()
-        # HAProxy's own notices at a reload stand among them.
+
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def connect(self) -> http.client.HTTPSConnection:

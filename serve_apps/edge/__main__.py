@@ -1,16 +1,24 @@
-"""`python -m serve_apps.edge`: the edge of this machine; started by `cluster.up`, ended by SIGTERM."""
+"""`python -m serve_apps.edge`: the edge of this machine; started by `cluster.up`, ended by SIGTERM.
+
+To restart it, start it again.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import sqlalchemy as sa
+
 from cluster.entrypoint import job
-from cluster.ledger import open_ledger
+from cluster.ledger import Ledger, open_ledger
+from cluster.processes import ID_VARIABLE
 from cluster.security.tls import EDGE_NAME
 from cluster.security.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_record
@@ -23,7 +31,9 @@ from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limit, Limits
 from serve_apps.edge.state import state_file
+from serve_apps.edge.succession import SIGNAL, sole_controller
 
+LEDGER_AGAIN_S = 1.0
 KEYS_MAX_AGE_S = 30.0
 """Others ask an OIDC issuer again when a token names a key that they do not know; HAProxy cannot."""
 
@@ -97,29 +107,59 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
 
 @job("edge", EdgeConfig)
 def main(config: EdgeConfig) -> None:
-    """Run until SIGTERM."""
+    """Run until SIGTERM, or until a second one is started, which takes over without a refused request."""
     logging.basicConfig(level=logging.INFO)
     record = require_record(config)
-    places = layout(config.storage)
-    edge = local(places.edge)
+    as_part_of(record)
+    edge = local(layout(config.storage).edge)
     files = settings(config, record)
-    trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
-    controller = Controller(
-        ledger=open_ledger(config),
-        fetch_targets=serve_targets(record, host=config.replica_host),
-        fetch_keys=written_keys(trust.keys, edge / "keys"),
-        haproxy=HAProxy(
-            config=edge / "haproxy.cfg",
-            admin_socket=Path(files.admin_socket),
-            access_folder=edge / "access",
-            secrets={TOKEN_VARIABLE: Path(record.token_path).read_text().strip()},
-        ),
-        settings=files,
-        state_file=state_file(config),
+    haproxy = HAProxy(
+        config=edge / "haproxy.cfg",
+        admin_socket=Path(files.admin_socket),
+        access_folder=edge / "access",
+        secrets={TOKEN_VARIABLE: Path(record.token_path).read_text().strip()},
     )
-    stopped = threading.Event()
+    stopped, handed_over = threading.Event(), threading.Event()
+
+    def hand_over(*_: object) -> None:
+        handed_over.set()
+        stopped.set()
+
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    controller.run(stopped)
+    signal.signal(SIGNAL, hand_over)
+    with sole_controller(edge / "controller.lock"):
+        ledger = ledger_when_it_answers(config, haproxy, stopped)
+        trust = Trust.of(config.identity.issuer, layout(config.storage), keys_max_age_s=KEYS_MAX_AGE_S)
+        controller = Controller(
+            ledger=ledger,
+            fetch_targets=serve_targets(record, host=config.replica_host),
+            fetch_keys=written_keys(trust.keys, edge / "keys"),
+            haproxy=haproxy,
+            settings=files,
+            state_file=state_file(config),
+        )
+        controller.run(stopped, handed_over=handed_over)
+
+
+def as_part_of(record: ClusterRecord) -> None:
+    """Begin again with the cluster's mark in the environment where `cluster.up` has not started this, so that
+    `cluster.down` ends it."""
+    if os.environ.get(ID_VARIABLE) != record.cluster_id:
+        os.environ[ID_VARIABLE] = record.cluster_id
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program
+
+
+def ledger_when_it_answers(config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event) -> Ledger:
+    """The ledger; while its database is down, HAProxy serves with what was written last."""
+    while True:
+        try:
+            return open_ledger(config)
+        except sa.exc.SQLAlchemyError as error:
+            logging.warning("the ledger cannot be opened, the edge serves as it last did: %s", error)
+            haproxy.serve_last()
+            if stopped.wait(LEDGER_AGAIN_S):
+                haproxy.stop()
+                raise
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
-from serve_apps.edge import dashboard, fallback, limiting, scopes
+from serve_apps.edge import dashboard, fallback, limiting, scopes, strangers
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
@@ -79,6 +79,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _global(settings),
         _defaults(settings),
         limiting.tables(settings.limits),
+        strangers.table(),
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
@@ -96,7 +97,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
 
 def _global(settings: EdgeSettings) -> str:
     return f"""global
-    log stdout len 4096 format raw local0
+    log stdout len 4096 format raw local0 {strangers.LEVEL}
     localpeer edge
     nbthread {settings.threads}
     maxconn {settings.max_connections}
@@ -138,6 +139,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     log global
     log-format '{_LOG_FORMAT}'
     unique-id-format %[uuid()]
+{strangers.rules()}
     http-request del-header x-falaj- -m beg
 {_health(routes)}
     {refuse(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
@@ -146,6 +148,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {_classify()}
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
     http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
+{strangers.known()}
 {_authorise(settings)}
 {scopes.rules(routes.entries, claim=settings.scope_claim)}
 {dashboard.passage()}

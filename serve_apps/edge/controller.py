@@ -1,8 +1,10 @@
 """The edge's controller: follows the ledger and Serve, and keeps HAProxy true to both.
 
 It only ever moves forward: while the ledger or Serve cannot be read, or a file not written, or HAProxy refuses a
-configuration, the last good state stays and the step is tried again. A changed split is the map file on disk first,
-then one `set map`, so that neither a crash nor a reload can undo it; it waits for nothing else, least of all for Serve.
+configuration, the last good state stays and the step is tried again; one that starts then begins with what its
+predecessor has left on disk. When it is killed, or hands over, HAProxy serves on. A changed split is the map file on
+disk first, then one `set map`, so that neither a crash nor a reload can undo it; it waits for nothing else, least of
+all for Serve.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -21,11 +25,14 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
+from serve_apps.access import in_background
+from serve_apps.edge import strangers
 from serve_apps.edge.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.last import Last
 from serve_apps.edge.limiting import Limited, OwnLimits
 from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.running_map import RunningMap
@@ -37,11 +44,13 @@ SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
 ERROR_INTERVAL_S = 0.5
+KEEP_EVERY_S = 60.0
+ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
-Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...]]
-"""All that a configuration is made from: backends, champions, models, keys."""
+Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...], int]
+"""All that a configuration is made from: backends, champions, models, keys, and the certificate's time."""
 
 
 class Controller:
@@ -63,11 +72,18 @@ class Controller:
         self._state_file = state_file
         self._states: States = {}
         self._seq = 0
-        self._targets = Followed(fetch_targets, name="Serve", value=Targets(), interval_s=SERVE_INTERVAL_S)
-        self._keys = Followed[tuple[JwtKey, ...]](
-            fetch_keys, name="the issuer", value=(), interval_s=KEYS_INTERVAL_S
+        self._ledger_read = False
+        self._last_file = state_file.with_name("last.json")
+        self._last = Last.read(self._last_file, now=time.time())
+        self._targets = Followed(
+            fetch_targets, name="Serve", value=Targets(self._last.targets), interval_s=SERVE_INTERVAL_S
+        )
+        self._keys = Followed(
+            fetch_keys, name="the issuer", value=self._last.keys, interval_s=KEYS_INTERVAL_S
         )
         self._own_limits = OwnLimits()
+        self._append = in_background(ledger)
+        self._strangers = strangers.Seen(at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
         self._limits = {kind: RunningMap(haproxy, settings.limits.file(kind)) for kind in Limited}
         self._maps = (self._splits, *self._limits.values())
@@ -76,18 +92,24 @@ class Controller:
         self._loaded: Loaded | None = None
         self._written: EdgeState | None = None
 
-    def run(self, stopped: threading.Event) -> None:
-        """Step until told to stop."""
+    def run(self, stopped: threading.Event, *, handed_over: threading.Event | None = None) -> None:
+        """Step until told to stop, and then end HAProxy, unless another controller takes it over.
+
+        What nobody had thought of ends this and leaves HAProxy to serve.
+        """
+        ordered = False
         for status in ERROR_STATUSES:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
         try:
             while not stopped.is_set():
                 stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
+            ordered = handed_over is None or not handed_over.is_set()
         finally:
             self._targets.stop()
             self._keys.stop()
             self._loader.shutdown()
-            self._haproxy.stop()
+            if ordered:
+                self._haproxy.stop()
 
     def _step_or_stay(self) -> bool:
         """A step; when it fails after a good one, a full disk say, what runs stays and the step is tried again."""
@@ -107,6 +129,8 @@ class Controller:
             OSError, FalajError: something could not be applied; the next step tries it again.
         """
         self._follow_ledger()
+        if not self._ledger_read and self._haproxy.serve_last():
+            return
         for source in (self._targets, self._keys):
             source.look(wait_s=FIRST_ANSWER_S if self._loaded is None else 0.0)
         wanted = routes(self._states, self._targets.value)
@@ -117,16 +141,20 @@ class Controller:
         if self._loading is None and self._haproxy.revive():
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
+        self._keep_last()
+        self._tell_of_strangers()
 
     def _follow_ledger(self) -> None:
         try:
             if self._ledger.head() == self._seq:
+                self._ledger_read = True
                 return
             for entry in self._ledger.entries(after=self._seq):
                 event = entry.event()
                 self._states = apply(self._states, event, time=entry.time)
                 self._own_limits = self._own_limits.apply(event)
                 self._seq = entry.seq
+            self._ledger_read = True
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the ledger cannot be read, the last state stays: %s", error)
 
@@ -139,7 +167,8 @@ class Controller:
         """Load what is new, in a thread, because a split that changes must not wait for it."""
         self._finish_loading()
         keys = self._keys.value
-        loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys)
+        certificate = changed_at(self._settings.certificate)
+        loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys, certificate)
         if self._loading is not None or loaded == self._loaded:
             return
         LOG.info("loading %s with keys %s", wanted, [key.kid for key in keys])
@@ -161,12 +190,36 @@ class Controller:
             running.tell_again()
         self._loaded = loaded
 
+    def _keep_last(self) -> None:
+        """For the next controller; once a minute also that the issuer still says the same."""
+        last = Last(targets=self._targets.value, keys=self._keys.value, at=self._keys.answered_at)
+        if replace(last, at=self._last.at) != self._last or last.at > self._last.at + KEEP_EVERY_S:
+            last.write(self._last_file)
+            self._last = last
+
+    def _tell_of_strangers(self) -> None:
+        now = time.time()
+        if now < self._strangers.at + strangers.EVERY_S or self._loading is not None:
+            return
+        counted = strangers.counts(self._haproxy.ask(strangers.SHOWN))
+        self._strangers, events = self._strangers.look(counted, at=now)
+        for event in events:
+            self._append(event, actor=ACTOR)
+
     def _write_state(self) -> None:
         names = [backend.name for backend in self._loaded[0]] if self._loaded else []
         state = EdgeState(applied_seq=self._seq, backends=names, pid=self._haproxy.pid)
         if state != self._written:
             write_state(self._state_file, state)
             self._written = state
+
+
+def changed_at(file: str) -> int:
+    """When a file was last changed, in ns; 0 where there is none."""
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:

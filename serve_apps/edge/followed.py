@@ -27,6 +27,7 @@ class Followed(Generic[T]):
 
     def __init__(self, fetch: Callable[[], T], *, name: str, value: T, interval_s: float) -> None:
         self.value = value
+        self.answered_at = 0.0
         self._fetch = fetch
         self._name = name
         self._interval_s = interval_s
@@ -52,6 +53,7 @@ class Followed(Generic[T]):
         self._next_at = time.monotonic() + self._interval_s
         try:
             self.value = answer.result()
+            self.answered_at = time.time()
         except (OSError, ValueError, KeyError, TypeError, FalajError, http.client.HTTPException) as error:
             LOG.warning("%s cannot be asked, the last answer stays: %s", self._name, error)
 

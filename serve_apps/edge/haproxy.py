@@ -3,6 +3,8 @@
 Everything goes through the master's own socket, because only the master answers when a reload is done and knows the
 workers that still drain: a change told to the outgoing worker alone would be lost with it. During a reload the master
 answers nobody; a change is then told at once to the worker that serves, and has to be told again when it is done.
+A master that an earlier controller left behind hands its listening sockets to the next one and ends when it has
+answered what it had begun: nobody is refused, and the new one has this process's environment and binary.
 """
 
 from __future__ import annotations
@@ -81,6 +83,17 @@ class HAProxy:
         if not answer.startswith("Success=1"):
             raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
+    def serve_last(self) -> bool:
+        """Run with the configuration that was written last, if there is one and nothing runs; says whether it does now.
+
+        Raises:
+            ConfigRefused: HAProxy does not take it any more.
+        """
+        if self.pid is None and self._config.exists():
+            self._check(self._config.read_text())
+            self._start()
+        return self.pid is not None
+
     def revive(self) -> bool:
         """Start again if the process has died; says whether it had."""
         if self._process is None or self._process.poll() is None:
@@ -97,6 +110,14 @@ class HAProxy:
         for ask in self._askers():
             if "not found" in ask(f"set map {file} {key} {value}"):
                 ask(f"add map {file} {key} {value}")
+
+    def ask(self, line: str) -> str:
+        """What the worker that serves says to a command.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        return self._command(line, self._admin_socket)
 
     def del_map(self, file: Path, key: str) -> None:
         """Take an entry out of the running map in every worker, where it is in.
@@ -119,7 +140,10 @@ class HAProxy:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
         with (self._access_folder / name).open("xb") as sink:
             self._process = subprocess.Popen(
-                [self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)],
+                [
+                    *(self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)),
+                    *self._succession(),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 env=self._environment,
@@ -127,15 +151,32 @@ class HAProxy:
         deadline = time.monotonic() + START_DEADLINE_S
         while self.pid is not None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # the socket comes a little later than the process
-                if self._workers():
+                if self._workers() and self._master() == self._process.pid:
                     return
             time.sleep(0.01)
         raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
 
+    def _succession(self) -> list[str]:
+        """Arguments for taking over from a master that is there already."""
+        try:
+            return ["-x", str(self._admin_socket), "-sf", str(self._master())]
+        except OSError:
+            return []
+
+    def _master(self) -> int:
+        """Pid of the master that answers.
+
+        Raises:
+            OSError: none does.
+        """
+        return next(
+            int(row.split()[0]) for row in self._command("show proc").splitlines() if " master " in row
+        )
+
     def _askers(self) -> list[Callable[[str], str]]:
         """A way to ask each worker."""
         if self._reloading:
-            return [lambda line: self._command(line, self._admin_socket)]
+            return [self.ask]
         return [
             functools.partial(lambda worker, line: self._command(f"@!{worker} {line}"), worker)
             for worker in self._workers()

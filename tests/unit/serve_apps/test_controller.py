@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    StrangersRefused,
 )
 from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
 from cluster.security.issuer import rotate_issuer
@@ -34,6 +36,7 @@ from cluster.security.tls import ensure_tls
 from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
+from serve_apps.edge import strangers
 from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller, Targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
@@ -113,22 +116,7 @@ class Running:
         self.serve = Serve()
         self.state_file = root / "state.json"
         self.haproxy_file = root / "haproxy.cfg"
-        self.haproxy = Held(
-            config=self.haproxy_file,
-            admin_socket=short / "admin.sock",
-            access_folder=root / "access",
-            secrets={TOKEN_VARIABLE: "of-ray"},
-        )
-        self.controller = Controller(
-            ledger=self.ledger,
-            fetch_targets=self.serve,
-            fetch_keys=written_keys(local_keys(places), root / "keys"),
-            haproxy=self.haproxy,
-            settings=self.settings,
-            state_file=self.state_file,
-        )
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.controller.run, args=(self.stopped,))
+        self.begin()
 
     def tell(self, *events: LedgerEvent) -> int:
         return [self.ledger.append(event, actor="test").seq for event in events][-1]
@@ -151,6 +139,37 @@ class Running:
             connection.connect(self.settings.admin_socket)
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+    def begin(self, *, fetch_targets: Callable[[], Targets] | None = None) -> None:
+        """A controller and a HAProxy of it, over what earlier ones have left."""
+        self.haproxy = Held(
+            config=self.haproxy_file,
+            admin_socket=Path(self.settings.admin_socket),
+            access_folder=self.haproxy_file.with_name("access"),
+            secrets={TOKEN_VARIABLE: "of-ray"},
+        )
+        self.controller = Controller(
+            ledger=self.ledger,
+            fetch_targets=fetch_targets or self.serve,
+            fetch_keys=written_keys(local_keys(self.places), self.haproxy_file.with_name("keys")),
+            haproxy=self.haproxy,
+            settings=self.settings,
+            state_file=self.state_file,
+        )
+        self.stopped, self.handed_over = threading.Event(), threading.Event()
+        self.thread = threading.Thread(
+            target=self.controller.run, args=(self.stopped,), kwargs={"handed_over": self.handed_over}
+        )
+
+    def hand_over(self) -> None:
+        self.handed_over.set()
+        self.stopped.set()
+        self.thread.join(20)
+
+    def connect(self) -> http.client.HTTPSConnection:
+        context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
+        host, port = self.settings.bind.split(":")
+        return http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
 
     def close(self) -> None:
         self.serve.answering.set()
@@ -307,6 +326,137 @@ def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
     assert told(6).endswith("alice%20b 6|512")
     assert file.read_text() == "alice%20b 6|512\n"
     assert told(None) == file.read_text() == ""
+
+
+def test_the_ledger_hears_how_many_strangers_there_were(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then, in one event for all of a kind."""
+    for _ in range(3):
+        connection = running.connect()
+        connection.request("POST", "/v1/models/m:predict", b"{}")
+        assert connection.getresponse().status == 401
+        connection.close()
+    monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+    wait_until(lambda: any(running.ledger.entries(StrangersRefused)))
+    (entry,) = running.ledger.entries(StrangersRefused)
+    assert (entry.actor, entry.payload["count"]) == ("system:edge", 3)
+
+
+@contextlib.contextmanager
+def asking(running: Running) -> Iterator[list[int]]:
+    """Requests without a pause, each on a connection of its own; the list has their statuses."""
+    statuses: list[int] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            connection = running.connect()
+            try:
+                connection.request("GET", "/v2/health/live")
+                statuses.append(connection.getresponse().status)
+            except OSError:
+                statuses.append(0)
+            connection.close()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        wait_until(lambda: len(statuses) > 5)
+        yield statuses
+        more = len(statuses) + 5
+        wait_until(lambda: len(statuses) > more)
+    finally:
+        ended.set()
+        thread.join(20)
+
+
+def test_a_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
+    """HAProxy serves on when the first one has handed over, and gives its sockets to the second one's."""
+    before = running.haproxy.pid
+    with asking(running) as statuses:
+        running.hand_over()
+        assert running.ask("show info")
+        seq = running.tell(ROLLED_BACK)
+        running.begin()
+        running.thread.start()
+        wait_until(lambda: running.applied == seq)
+        assert running.haproxy.pid not in (before, None)
+        assert running.split() == CHAMPION_ONLY
+    assert set(statuses) == {200}
+    assert before is not None
+    wait_until(lambda: not alive(before))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def serves(running: Running, split: str) -> bool:
+    """Whether HAProxy is there already, with a split."""
+    try:
+        return running.split() == split
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("lost", ["Serve", "Serve and ledger"])
+def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
+    running: Running, lost: str
+) -> None:
+    """With the replicas, the split and the keys of before, though HAProxy had been killed, too."""
+
+    def gone() -> Targets:
+        raise OSError("gone")
+
+    wait_until(lambda: running.state_file.with_name("last.json").exists())
+    running.stopped.set()
+    running.thread.join(20)
+    rename = "ALTER TABLE {} RENAME TO {}"
+    if "ledger" in lost:
+        with running.ledger.engine.begin() as connection:
+            connection.exec_driver_sql(rename.format("events", "elsewhere"))
+    running.begin(fetch_targets=gone)
+    running.thread.start()
+    wait_until(lambda: serves(running, SPLIT))
+    assert "m-v2" in running.ask("show backend")
+    (key,) = local_keys(running.places).all()
+    assert key in running.haproxy_file.read_text()
+    if "ledger" in lost:
+        with running.ledger.engine.begin() as connection:
+            connection.exec_driver_sql(rename.format("elsewhere", "events"))
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.applied == seq)
+    assert running.split() == CHAMPION_ONLY
+    assert "m-v2" in running.ask("show backend")
+
+
+def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
+    """As soon as its file is there; what is none stays unused."""
+    file = Path(running.settings.certificate)
+
+    def shown() -> bytes | None:
+        connection = running.connect()
+        connection.connect()
+        assert isinstance(connection.sock, ssl.SSLSocket)
+        certificate = connection.sock.getpeercert(binary_form=True)
+        connection.close()
+        return certificate
+
+    before, content = shown(), file.read_bytes()
+    with asking(running) as statuses:
+        file.write_bytes(b"no certificate")
+        asked = running.serve.asked
+        wait_until(lambda: running.serve.asked > asked + 1)
+        file.unlink()
+        ensure_tls(running.places)
+        assert file.read_bytes() != content
+        wait_until(lambda: shown() != before)
+    assert set(statuses) == {200}
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:

@@ -1,0 +1,49 @@
+"""What Serve and the issuer said last, for an edge that starts while they cannot be asked.
+
+Replicas that are gone by then fail their health checks. Keys that may have been taken away meanwhile are believed for
+a day, as everywhere where an issuer is down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from serve_apps.edge.files import replace_file
+from serve_apps.edge.keys import JwtKey
+
+KEYS_HOLD_S = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Last:
+    """The last answers."""
+
+    targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Serve application to its replicas' addresses."""
+    keys: tuple[JwtKey, ...] = ()
+    at: float = 0.0
+    """Unix seconds."""
+
+    @classmethod
+    def read(cls, path: Path, *, now: float) -> Last:
+        """What lies in a file; nothing where none does, or one that cannot be understood."""
+        try:
+            content = json.loads(path.read_text())
+            keys = tuple(JwtKey(**key) for key in content["keys"])
+            targets = {str(name): tuple(map(str, servers)) for name, servers in content["targets"].items()}
+            at = float(content["at"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+        held = at + KEYS_HOLD_S > now and all(Path(key.file).exists() for key in keys)
+        return cls(targets=targets, keys=keys if held else (), at=at)
+
+    def write(self, path: Path) -> None:
+        """Keep it.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        replace_file(path, json.dumps(asdict(self)).encode())

@@ -1,0 +1,72 @@
+"""Who controls an edge, and what it leaves to the next one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError
+from serve_apps.edge import succession
+from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.last import KEYS_HOLD_S, Last
+from serve_apps.edge.succession import sole_controller
+
+HOLDER = """
+import signal, sys, threading
+from pathlib import Path
+from serve_apps.edge.succession import SIGNAL, sole_controller
+stopped = threading.Event()
+if sys.argv[2] == "willing":
+    signal.signal(SIGNAL, lambda *_: stopped.set())
+else:
+    signal.signal(SIGNAL, signal.SIG_IGN)
+with sole_controller(Path(sys.argv[1])):
+    print("held", flush=True)
+    stopped.wait()
+"""
+
+
+@pytest.mark.parametrize("willing", ["willing", "unwilling"])
+def test_a_second_controller_asks_the_first_to_hand_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, willing: str
+) -> None:
+    """And is one only when the first has let go."""
+    file = tmp_path / "controller.lock"
+    command = [sys.executable, "-c", HOLDER, str(file), willing]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        if willing == "willing":
+            with sole_controller(file):
+                assert first.wait(10) == 0
+        else:
+            monkeypatch.setattr(succession, "DEADLINE_S", 0.2)
+            with pytest.raises(ConfigError, match=f"{first.pid} does not hand over"), sole_controller(file):
+                pass
+            first.send_signal(signal.SIGKILL)
+    with sole_controller(file):
+        assert int(file.read_text()) > 0
+
+
+def test_the_last_answers_are_kept_whole_and_keys_for_a_day(tmp_path: Path) -> None:
+    """A key whose file is gone, or that nobody has confirmed for a day, is believed no more."""
+    file, key = tmp_path / "last.json", JwtKey(kid="k", algorithm="ES256", file=str(tmp_path / "k.pem"))
+    last = Last(targets={"m-v1": ("a:1", "b:2")}, keys=(key,), at=1000.0)
+    last.write(file)
+    assert Last.read(file, now=1000.0).keys == ()
+    Path(key.file).touch()
+    assert Last.read(file, now=1000.0) == last
+    late = Last.read(file, now=1000.0 + KEYS_HOLD_S)
+    assert (late.targets, late.keys) == (last.targets, ())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"targets": [], "keys": [], "at": 1}', "nonsense"])
+def test_what_nobody_can_read_is_no_answer(tmp_path: Path, content: str) -> None:
+    """An edge starts all the same."""
+    file = tmp_path / "last.json"
+    file.write_text(content)
+    assert Last.read(file, now=0.0) == Last() == Last.read(tmp_path / "none", now=0.0)
