@@ -17,6 +17,7 @@ from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
+from serve_apps.predictor.ongoing import ARRIVED
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURES = "/v1/features:read /v1/features:push"
@@ -242,6 +243,7 @@ def _route(settings: EdgeSettings) -> str:
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
     http-request set-header x-falaj-request-id %[unique-id]
     http-request set-header x-request-disconnect-disabled ?1
+    http-request set-header {ARRIVED} %[date(0,us)] if by_model
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
     http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str {NO_ROLLOUT} }}
