@@ -291,7 +291,7 @@ class ReplicaConfig:
     downscale_to_zero_delay_s: float = 1800.0
     """How long there must have been none before the last replica goes."""
     look_back_s: float = 30.0
-    """What is counted is a mean over this time."""
+    """What is counted is a mean over this time; replicas report every other second."""
     num_cpus: float = 0.1
     """Logical CPUs a replica reserves."""
     num_gpus: float = 0.0
@@ -319,8 +319,8 @@ class ReplicaConfig:
         for name in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"replica.{name} must not be negative, got {getattr(self, name)}.")
-        if self.look_back_s <= 0:
-            raise ValueError(f"replica.look_back_s must be positive, got {self.look_back_s}.")
+        if self.look_back_s < 3:
+            raise ValueError(f"replica.look_back_s must be at least 3, got {self.look_back_s}.")
 
 
 @dataclass(kw_only=True, slots=True)

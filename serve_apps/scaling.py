@@ -8,6 +8,7 @@ count no version would ever be scaled up, and a busy one would go as idle. So a 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 ONGOING = "falaj_ongoing_requests"
+REPORT_INTERVAL_S = 2.0
+"""From replicas and Serve's proxy to its controller. A request that comes just when the last replica leaves waits for
+the next report before one is started."""
 MAX_STARTS = 3
 """Failed starts of a replica before its version counts as failed; what it refuses once, it refuses again."""
 
@@ -34,8 +38,14 @@ def replicas(config: ReplicaConfig) -> dict[str, Any]:
     }
     if config.num_replicas is not None:
         return options | {"num_replicas": config.num_replicas}
-    return options | {
-        "autoscaling_config": AutoscalingConfig(
+    return options | {"autoscaling_config": _scaled(config)}
+
+
+def _scaled(config: ReplicaConfig) -> AutoscalingConfig:
+    with warnings.catch_warnings():
+        # Serve means to replace the interval by environment variables, but 2.60 does not read those yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
             min_replicas=config.min_replicas,
             initial_replicas=max(1, config.min_replicas),
             max_replicas=config.max_replicas,
@@ -44,9 +54,9 @@ def replicas(config: ReplicaConfig) -> dict[str, Any]:
             downscale_delay_s=config.downscale_delay_s,
             downscale_to_zero_delay_s=config.downscale_to_zero_delay_s,
             look_back_period_s=config.look_back_s,
+            metrics_interval_s=REPORT_INTERVAL_S,
             policy=AutoscalingPolicy(policy_function=wanted_replicas),  # type: ignore[no-untyped-call]
         )
-    }
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:

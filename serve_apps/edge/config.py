@@ -16,6 +16,7 @@ from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
+from serve_apps.edge.targets import HEALTH_CHECK, waking_backend
 from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
 from serve_apps.predictor.ongoing import ARRIVED
 
@@ -52,6 +53,8 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
+    wake_timeout_s: int = 60
+    """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
@@ -84,10 +87,10 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         VERIFIED_TOKENS,
-        *(_backend(backend) for backend in routes.backends),
+        *(_backend(backend, settings) for backend in routes.backends),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
-            fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
+            _treated(backend, settings)
             for backend in routes.backends
             if backend.name not in (OUTCOMES_APP, FEATURES_APP)
         ),
@@ -259,16 +262,25 @@ def _metrics(settings: EdgeSettings) -> str:
 """
 
 
-def _backend(backend: Backend) -> str:
+def _backend(backend: Backend, settings: EdgeSettings) -> str:
+    if backend.asleep:
+        return waking_backend(backend.name, backend.servers, timeout_s=settings.wake_timeout_s)
     servers = "\n".join(
         f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
     )
     return f"""backend {backend.name}
     balance leastconn
-    option httpchk GET /-/healthz
+{HEALTH_CHECK}
     default-server inter 500ms fastinter 200ms fall 2 rise 1 on-error fastinter observe layer4
 {servers}
 """
+
+
+def _treated(backend: Backend, settings: EdgeSettings) -> str:
+    if backend.asleep:
+        name = f"{backend.name}{fallback.SUFFIX}"
+        return waking_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
+    return fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
 
 
 def _known(routes: Routes, name: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_apps.edge.targets import Waker
 from serve_apps.rollout.assignment import BUCKETS, bounds
 from serve_apps.rollout.state import ModelState, States
 
@@ -18,6 +20,8 @@ class Backend:
     name: str
     servers: tuple[str, ...]
     """`host:port`, sorted."""
+    asleep: bool = False
+    """Without replicas, and well: the address is that of who starts one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,19 @@ def entry(state: ModelState) -> str | None:
     return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
 
 
-def routes(states: States, targets: dict[str, tuple[str, ...]]) -> Routes:
+def routes(states: States, targets: Mapping[str, tuple[str, ...] | Waker]) -> Routes:
     """What the ledger says, over the replicas that Serve has.
 
     Args:
         states: by model.
-        targets: Serve application to its replicas' addresses.
+        targets: Serve application to its replicas' addresses, or to who wakes it.
     """
     entries = {model: text for model, state in sorted(states.items()) if (text := entry(state))}
-    backends = tuple(Backend(name, tuple(sorted(servers))) for name, servers in sorted(targets.items()))
+    backends = tuple(_backend(name, targets[name]) for name in sorted(targets))
     return Routes(entries, backends, tuple(sorted(text.split("|", 1)[0] for text in entries.values())))
+
+
+def _backend(name: str, target: tuple[str, ...] | Waker) -> Backend:
+    asleep = isinstance(target, Waker)
+    servers = target.servers if isinstance(target, Waker) else target
+    return Backend(name, tuple(sorted(servers)), asleep=asleep)

@@ -40,11 +40,7 @@ from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
 from serve_apps.predictor.shadow import Shadowing, copy_counter
 from serve_apps.record_log import RecordLog
-        self._ongoing = OngoingRequests()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks for it, and `serve_apps/scaling.py` decides by it."""
-        return {ONGOING: self._ongoing.take()}
+from serve_apps.scaling import ONGOING
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
