@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve_apps.edge.targets import Waker
+from serve_apps.edge.targets import Target, Waker, addresses_of
 from serve_apps.rollout.assignment import BUCKETS, bounds
 from serve_apps.rollout.state import ModelState, States
 
@@ -52,7 +52,7 @@ def entry(state: ModelState) -> str | None:
     return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
 
 
-def routes(states: States, targets: Mapping[str, tuple[str, ...] | Waker]) -> Routes:
+def routes(states: States, targets: Mapping[str, Target]) -> Routes:
     """What the ledger says, over the replicas that Serve has.
 
     Args:
@@ -60,11 +60,8 @@ def routes(states: States, targets: Mapping[str, tuple[str, ...] | Waker]) -> Ro
         targets: Serve application to its replicas' addresses, or to who wakes it.
     """
     entries = {model: text for model, state in sorted(states.items()) if (text := entry(state))}
-    backends = tuple(_backend(name, targets[name]) for name in sorted(targets))
+    backends = tuple(
+        Backend(name, tuple(sorted(addresses_of(target))), asleep=isinstance(target, Waker))
+        for name, target in sorted(targets.items())
+    )
     return Routes(entries, backends, tuple(sorted(text.split("|", 1)[0] for text in entries.values())))
-
-
-def _backend(name: str, target: tuple[str, ...] | Waker) -> Backend:
-    asleep = isinstance(target, Waker)
-    servers = target.servers if isinstance(target, Waker) else target
-    return Backend(name, tuple(sorted(servers)), asleep=asleep)

@@ -29,8 +29,14 @@ class Waker:
     """`host:port`."""
 
 
-Targets = dict[str, tuple[str, ...] | Waker]
-"""Application to its replicas' addresses, or to who wakes it."""
+Target = tuple[str, ...] | Waker
+"""An application's replicas, as `host:port`, or who wakes it."""
+Targets = dict[str, Target]
+
+
+def addresses_of(target: Target) -> tuple[str, ...]:
+    """Where a request is sent, which is the same for both; only the patience is not."""
+    return target.servers if isinstance(target, Waker) else target
 
 
 def read_targets(content: Mapping[str, Any], *, host: str | None) -> Targets:
