@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
-    http-check expect status 200,503
-    http-check expect ! string UNHEALTHY"""
+    http-check expect status 200,503"""
 """A replica that Serve takes away answers health checks by 503 DRAINING from then on, and requests for half a minute.
-If it counted as dead, its version would have nobody until the edge has heard from Serve who comes next."""
+If it counted as dead, its version would have nobody until the edge has heard from Serve who comes next. One that Serve
+finds unwell says 503, too; Serve then takes it away by itself."""
 
 RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""

@@ -123,35 +123,32 @@ def test_a_version_that_never_wakes_is_an_error_in_time(whole: Edge, waker: Slow
 
 
 class Leaving(Echo):
-    """Says of itself what it was told to."""
+    """As a replica is that Serve takes away."""
 
     def do_GET(self) -> None:
         assert isinstance(self.server, LeavingMirror)
         self.server.checks += 1
         self.send_response(503)
-        self.send_header("content-length", str(len(self.server.says)))
+        self.send_header("content-length", "8")
         self.end_headers()
-        self.wfile.write(self.server.says)
+        self.wfile.write(b"DRAINING")
 
 
 class LeavingMirror(Mirror):
-    """A replica that answers requests, and health checks with 503."""
+    """Counts the health checks."""
 
-    def __init__(self, says: bytes) -> None:
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Leaving)
-        self.says, self.checks = says, 0
+        self.checks = 0
 
 
-@pytest.mark.parametrize(("says", "status"), [(b"DRAINING", 200), (b"UNHEALTHY", 503)])
-def test_a_replica_that_drains_is_asked_until_its_successor_is_known(
-    whole: Edge, says: bytes, status: int
-) -> None:
-    """It still answers; one that is unwell must not."""
-    server = LeavingMirror(says)
+def test_a_replica_that_drains_is_asked_until_its_successor_is_known(whole: Edge) -> None:
+    """It still answers, whatever its health checks say."""
+    server = LeavingMirror()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     whole.load_targets(whole.targets | {"m-v1": (f"127.0.0.1:{server.server_address[1]}",)})
-    token = whole.token()
-    wait_until(lambda: server.checks > 2 and whole.call(token=token)[0] == status)
+    wait_until(lambda: server.checks > 2)
+    assert whole.call(token=whole.token())[0] == 200
     server.shutdown()
     server.server_close()
 
