@@ -275,20 +275,52 @@ class Durability(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ReplicaConfig:
-    """Replicas of one served model version."""
+    """Replicas of one served model version: a fixed number of them, or as many as the requests want."""
 
-    num_replicas: int = 1
+    num_replicas: int | None = None
+    """A fixed number; none scales between `min_replicas` and `max_replicas`."""
+    min_replicas: int = 0
+    """0 lets an idle version go; its next request waits until a replica has started."""
+    max_replicas: int = 2
+    target_ongoing_requests: float = 24.0
+    """Requests at once that one replica should have, those that wait for it included."""
+    upscale_delay_s: float = 30.0
+    """How long there must have been too many."""
+    downscale_delay_s: float = 300.0
+    """How long there must have been too few, while one replica stays."""
+    downscale_to_zero_delay_s: float = 1800.0
+    """How long there must have been none before the last replica goes."""
+    look_back_s: float = 30.0
+    """What is counted is a mean over this time; replicas report every other second."""
     num_cpus: float = 0.1
     """Logical CPUs a replica reserves."""
     num_gpus: float = 0.0
     """Fraction of a GPU; logical, without memory isolation."""
     max_ongoing_requests: int = 64
+    """What a replica has in hand at once; more wait before it."""
     durability: Durability = Durability.process
     """Of predictions and outcomes, before they are answered."""
 
     def __post_init__(self) -> None:
-        if self.num_replicas < 1:
-            raise ValueError(f"replica.num_replicas must be at least 1, got {self.num_replicas}.")
+        if self.num_replicas is not None and self.num_replicas < 1:
+            raise ValueError(
+                f"replica.num_replicas must be at least 1, or null to scale, got {self.num_replicas}."
+            )
+        if self.max_replicas < max(1, self.min_replicas) or self.min_replicas < 0:
+            raise ValueError(
+                f"replica.min_replicas and max_replicas must be 0 <= min <= max and 1 <= max, got "
+                f"{self.min_replicas} and {self.max_replicas}."
+            )
+        if not 0 < self.target_ongoing_requests <= self.max_ongoing_requests:
+            raise ValueError(
+                f"replica.target_ongoing_requests must be above 0 and at most max_ongoing_requests "
+                f"({self.max_ongoing_requests}), got {self.target_ongoing_requests}."
+            )
+        for name in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"replica.{name} must not be negative, got {getattr(self, name)}.")
+        if self.look_back_s < 3:
+            raise ValueError(f"replica.look_back_s must be at least 3, got {self.look_back_s}.")
 
 
 @dataclass(kw_only=True, slots=True)

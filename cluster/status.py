@@ -22,7 +22,7 @@ from cluster.settings import PlatformConfig
 FLAGS = ("--env", "--json")
 GUARDED_BY = {
     "edge": "TLS and tokens of principals",
-    "serve_http": "open; no route leads here",
+    "serve_http": "tokens, which replicas check; starts one where a version has none",
     "ray_metrics": "open to read",
     "edge_metrics": "open to read",
 }

@@ -14,6 +14,7 @@ from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.predictor import Predictor
+from serve_apps.scaling import replicas
 
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
@@ -52,16 +53,13 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
-        replica = config.replica
         predictor = serve.deployment(
             Predictor,
             name="predictor",
-            num_replicas=replica.num_replicas,
-            max_ongoing_requests=replica.max_ongoing_requests,
-            ray_actor_options={"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
             graceful_shutdown_timeout_s=GRACE_S,
             health_check_period_s=HEALTH_PERIOD_S,
             logging_config=LOGGING,
+            **replicas(config.replica),
         )
         _run(name, predictor.bind(to_plain(config), version.name, version.version))  # type: ignore[attr-defined]
     return name

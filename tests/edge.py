@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limited, Limits
 from serve_apps.edge.routes import Routes, routes
+from serve_apps.edge.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
 from tests.ports import free_port
@@ -124,7 +125,7 @@ class Edge:
         one, two = (f"127.0.0.1:{server.server_address[1]}" for server in self.servers)
         return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,), "features": (one,)}
 
-    def routes(self, rollout: Rollout | None, targets: dict[str, tuple[str, ...]] | None = None) -> Routes:
+    def routes(self, rollout: Rollout | None, targets: Mapping[str, Target] | None = None) -> Routes:
         states = {"m": ModelState(champion_version=1, apps={1: "m-v1", 2: "m-v2"}, rollout=rollout)}
         return routes(states, self.targets if targets is None else targets)
 

@@ -185,7 +185,7 @@ def register(
     config: PlatformConfig,
     signature: ModelSignature,
     keys: KeyAccess,
-    write: Callable[[Path, ModelSignature], None],
+    write: Callable[[Path, ModelSignature], None] = write_model,
 ) -> ModelVersion:
     write(root / "new", signature)
     return Registry(open_ledger(config), layout(config.storage)).register(

@@ -75,6 +75,8 @@ class EdgeConfig(PlatformConfig):
     """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
     longest prediction takes, because a replica answers one thing after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    wake_timeout_s: int = 60
+    """How long a request for a version that was scaled to zero waits for a replica."""
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
@@ -102,6 +104,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
         hang_ms=round(config.hang_s * 1000),
+        wake_timeout_s=config.wake_timeout_s,
     )
 
 

@@ -16,7 +16,9 @@ from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
+from serve_apps.edge.targets import HEALTH_CHECK, waking_backend
 from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
+from serve_apps.predictor.ongoing import ARRIVED
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURES = "/v1/features:read /v1/features:push"
@@ -24,6 +26,8 @@ _LIVE, _READY = '{"live":true}', '{"ready":true}'
 _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
 )
+STICK_COUNTERS = 4
+"""Two of `limiting`, one of `strangers`, one of `token_checks`: of two rules with one number only the first counts."""
 MODEL_NAME = "[A-Za-z0-9._-]+"
 
 
@@ -51,6 +55,8 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
+    wake_timeout_s: int = 60
+    """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
@@ -84,10 +90,10 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         VERIFIED_TOKENS,
-        *(_backend(backend) for backend in routes.backends),
+        *(_backend(backend, settings) for backend in routes.backends),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
-            fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
+            _treated(backend, settings)
             for backend in routes.backends
             if backend.name not in (OUTCOMES_APP, FEATURES_APP)
         ),
@@ -105,6 +111,7 @@ def _global(settings: EdgeSettings) -> str:
     stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
     ssl-default-bind-options ssl-min-ver TLSv1.3
     tune.ssl.default-dh-param 2048
+    tune.stick-counters {STICK_COUNTERS}
 """
 
 
@@ -245,6 +252,7 @@ def _route(settings: EdgeSettings) -> str:
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
     http-request set-header x-falaj-request-id %[unique-id]
     http-request set-header x-request-disconnect-disabled ?1
+    http-request set-header {ARRIVED} %[date(0,us)] if by_model
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
     http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str {NO_ROLLOUT} }}
@@ -260,16 +268,25 @@ def _metrics(settings: EdgeSettings) -> str:
 """
 
 
-def _backend(backend: Backend) -> str:
+def _backend(backend: Backend, settings: EdgeSettings) -> str:
+    if backend.asleep:
+        return waking_backend(backend.name, backend.servers, timeout_s=settings.wake_timeout_s)
     servers = "\n".join(
         f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
     )
     return f"""backend {backend.name}
     balance leastconn
-    option httpchk GET /-/healthz
+{HEALTH_CHECK}
     default-server inter 500ms fastinter 200ms fall 2 rise 1 on-error fastinter observe layer4
 {servers}
 """
+
+
+def _treated(backend: Backend, settings: EdgeSettings) -> str:
+    if backend.asleep:
+        name = f"{backend.name}{fallback.SUFFIX}"
+        return waking_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
+    return fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
 
 
 def _known(routes: Routes, name: str) -> bool:

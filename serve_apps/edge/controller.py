@@ -37,6 +37,7 @@ from serve_apps.edge.limiting import Limited, OwnLimits
 from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.running_map import RunningMap
 from serve_apps.edge.state import EdgeState, write_state
+from serve_apps.edge.targets import Targets, read_targets
 from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.03
@@ -48,7 +49,6 @@ KEEP_EVERY_S = 60.0
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
-Targets = dict[str, tuple[str, ...]]
 Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...], int]
 """All that a configuration is made from: backends, champions, models, keys, and the certificate's time."""
 
@@ -223,7 +223,7 @@ def changed_at(file: str) -> int:
 
 
 def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:
-    """A function that asks Serve for each application's replicas.
+    """A function that asks Serve where each application is answered.
 
     Args:
         record: of the running cluster.
@@ -235,12 +235,6 @@ def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Ta
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
         with urllib.request.urlopen(request, timeout=5) as response:
             content = json.load(response)
-        return {
-            group["app_name"]: tuple(
-                f"{host or target['ip']}:{target['port']}" for target in group["targets"]
-            )
-            for group in content["target_groups"]
-            if group["protocol"] == "HTTP" and group["app_name"] and group["targets"]
-        }
+        return read_targets(content, host=host)
 
     return fetch

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from serve_apps.edge.answers import refuse
 from serve_apps.edge.routes import CHAMPION_VARIANT, Backend
+from serve_apps.edge.targets import HEALTH_CHECK
 
 SUFFIX = ":treated"
 _SERVER = "champion"
@@ -61,7 +62,7 @@ def treated(backend: Backend, *, socket: str, hang_ms: int) -> str:
     timeout connect {_CONNECT_MS}ms
     timeout server {hang_ms * _ANSWER_IN_HANGS}ms
     timeout check {hang_ms}ms
-    option httpchk GET /-/healthz
+{HEALTH_CHECK}
     default-server {every} fall 1 rise 1 {gone}
 {servers}
     server {_SERVER} unix@{socket} backup

@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from serve_apps.edge.files import replace_file
 from serve_apps.edge.keys import JwtKey
+from serve_apps.edge.targets import Target, Waker
 
 KEYS_HOLD_S = 86_400.0
 
@@ -21,8 +23,8 @@ KEYS_HOLD_S = 86_400.0
 class Last:
     """The last answers."""
 
-    targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Serve application to its replicas' addresses."""
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    """Serve application to its replicas' addresses, or who wakes it."""
     keys: tuple[JwtKey, ...] = ()
     at: float = 0.0
     """Unix seconds."""
@@ -33,7 +35,7 @@ class Last:
         try:
             content = json.loads(path.read_text())
             keys = tuple(JwtKey(**key) for key in content["keys"])
-            targets = {str(name): tuple(map(str, servers)) for name, servers in content["targets"].items()}
+            targets = {str(name): _target(stated) for name, stated in content["targets"].items()}
             at = float(content["at"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
@@ -47,3 +49,9 @@ class Last:
             OSError: the file could not be written.
         """
         replace_file(path, json.dumps(asdict(self)).encode())
+
+
+def _target(stated: Any) -> Target:
+    if isinstance(stated, dict):
+        return Waker(tuple(map(str, stated["servers"])))
+    return tuple(map(str, stated))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_apps.edge.targets import Target, Waker, addresses_of
 from serve_apps.rollout.assignment import BUCKETS, bounds
 from serve_apps.rollout.state import ModelState, States
 
@@ -18,6 +20,8 @@ class Backend:
     name: str
     servers: tuple[str, ...]
     """`host:port`, sorted."""
+    asleep: bool = False
+    """Without replicas, and well: the address is that of who starts one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,16 @@ def entry(state: ModelState) -> str | None:
     return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
 
 
-def routes(states: States, targets: dict[str, tuple[str, ...]]) -> Routes:
+def routes(states: States, targets: Mapping[str, Target]) -> Routes:
     """What the ledger says, over the replicas that Serve has.
 
     Args:
         states: by model.
-        targets: Serve application to its replicas' addresses.
+        targets: Serve application to its replicas' addresses, or to who wakes it.
     """
     entries = {model: text for model, state in sorted(states.items()) if (text := entry(state))}
-    backends = tuple(Backend(name, tuple(sorted(servers))) for name, servers in sorted(targets.items()))
+    backends = tuple(
+        Backend(name, tuple(sorted(addresses_of(target))), asleep=isinstance(target, Waker))
+        for name, target in sorted(targets.items())
+    )
     return Routes(entries, backends, tuple(sorted(text.split("|", 1)[0] for text in entries.values())))

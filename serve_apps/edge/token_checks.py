@@ -62,7 +62,7 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     acl signed var(txn.signed) -m int 1
 {verify}
     {_refuse("The token's signature is not valid.")} unless verified or signed
-    http-request track-sc2 var(txn.fingerprint) table verified_tokens if signed
+    http-request track-sc3 var(txn.fingerprint) table verified_tokens if signed
     {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} {{ var(txn.aud) -m str -- {rules.audience} }}
     {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
     {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}

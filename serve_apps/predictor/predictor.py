@@ -35,10 +35,12 @@ from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
+from serve_apps.predictor.ongoing import ARRIVED, OngoingRequests
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
 from serve_apps.predictor.shadow import Shadowing, copy_counter
 from serve_apps.record_log import RecordLog
+from serve_apps.scaling import ONGOING
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
@@ -100,6 +102,11 @@ class Predictor:
             token=access.token.token,
             count=copy_counter(tags),
         )
+        self._ongoing = OngoingRequests()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it, and `serve_apps/scaling.py` decides by it."""
+        return {ONGOING: self._ongoing.take()}
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""
@@ -114,8 +121,11 @@ class Predictor:
             response = await self._answer(request)
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             response = refusal(error)
+        took_s = time.perf_counter() - started
         self._answered.inc(tags={"status": str(response.status_code)})
-        self._seconds.observe(time.perf_counter() - started)
+        self._seconds.observe(took_s)
+        if request.method == "POST":  # whether it is ready, a monitor asks for ever
+            self._ongoing.add(arrived=request.headers.get(ARRIVED), took_s=took_s)
         return response
 
     async def _answer(self, request: Request) -> Response:

@@ -33,6 +33,7 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped
 from cluster.records import SHADOW
+from serve_apps.edge.targets import Target, addresses_of
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.rollout.assignment import BUCKETS
@@ -45,7 +46,7 @@ MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
 """Together they bound the memory of copies that wait."""
 _PASSED_ON = ("x-falaj-request-id", "x-falaj-rollout", "x-falaj-unit-hash", JSON_LENGTH.lower())
 
-Targets = Mapping[str, tuple[str, ...]]
+Targets = Mapping[str, Target]
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
@@ -175,7 +176,7 @@ class Shadowing:
         if shadow is not None and shadow.version == self._version:
             shadow = None
         if shadow is not None:
-            self._addresses = tuple(map(_near, self._fetch_targets().get(shadow.app, ())))
+            self._addresses = tuple(map(_near, addresses_of(self._fetch_targets().get(shadow.app, ()))))
             self._start_senders()
         self._shadow = None if self._ended.is_set() else shadow
 

@@ -38,12 +38,13 @@ from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge import strangers
 from serve_apps.edge.config import EdgeSettings
-from serve_apps.edge.controller import Controller, Targets
+from serve_apps.edge.controller import Controller
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limited, Limits
 from serve_apps.edge.state import EdgeState
+from serve_apps.edge.targets import Targets
 from tests.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"

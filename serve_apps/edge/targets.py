@@ -1,0 +1,87 @@
+"""Where each Serve application is answered, from what Serve publishes for load balancers.
+
+For an application without a running replica Serve names its own proxy, whatever the reason. The proxy holds a request
+until there is a replica: right for a version that was scaled to zero, because that is what starts one; wrong for one
+that failed, whose share somebody else should answer at once. So the proxy is taken for the first alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+HEALTH_CHECK = """    option httpchk GET /-/healthz
+    http-check expect status 200,503"""
+"""A replica that Serve takes away answers health checks by 503 DRAINING from then on, and requests for half a minute.
+If it counted as dead, its version would have nobody until the edge has heard from Serve who comes next. One that Serve
+finds unwell says 503, too; Serve then takes it away by itself."""
+
+RUNNING = "RUNNING"
+"""Serve's word for an application whose deployments are healthy or just being scaled on requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waker:
+    """Serve's proxy, in the place of an application that is asleep."""
+
+    servers: tuple[str, ...]
+    """`host:port`."""
+
+
+Target = tuple[str, ...] | Waker
+"""An application's replicas, as `host:port`, or who wakes it."""
+Targets = dict[str, Target]
+
+
+def addresses_of(target: Target) -> tuple[str, ...]:
+    """Where a request is sent, which is the same for both; only the patience is not."""
+    return target.servers if isinstance(target, Waker) else target
+
+
+def read_targets(content: Mapping[str, Any], *, host: str | None) -> Targets:
+    """The applications that can be reached.
+
+    Args:
+        content: of `/api/serve/applications/`.
+        host: where everything listens, if not at the addresses that Serve publishes.
+    """
+    proxy_port = content["http_options"]["port"]
+    found: Targets = {}
+    for group in content["target_groups"]:
+        name, targets = group["app_name"], group["targets"]
+        if group["protocol"] != "HTTP" or not name or not targets:
+            continue
+        servers = tuple(f"{host or target['ip']}:{target['port']}" for target in targets)
+        if all(target["port"] != proxy_port for target in targets):
+            found[name] = servers
+        elif is_asleep(content["applications"][name]):
+            found[name] = Waker(servers)
+    return found
+
+
+def is_asleep(application: Mapping[str, Any]) -> bool:
+    """Whether an application without a running replica is well: it may have none, and Serve finds nothing wrong.
+
+    That includes one whose replica is just starting for a request, and one whose last replica is just leaving.
+    """
+    scaled = [
+        one["deployment_config"].get("autoscaling_config") for one in application["deployments"].values()
+    ]
+    return application["status"] == RUNNING and all(each and each["min_replicas"] == 0 for each in scaled)
+
+
+def waking_backend(name: str, servers: Sequence[str], *, timeout_s: int) -> str:
+    """HAProxy's backend that waits for a start.
+
+    Nothing is sent twice but what was never received: the one request would start, and be answered, several times.
+    """
+    lines = "\n".join(f"    server {address.replace(':', '_')} {address} check" for address in servers)
+    return f"""backend {name}
+    balance leastconn
+    timeout server {timeout_s}s
+    retry-on conn-failure
+    option httpchk GET /-/healthz
+    default-server inter 500ms fastinter 200ms fall 2 rise 1
+{lines}
+"""

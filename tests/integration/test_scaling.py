@@ -1,0 +1,143 @@
+"""A version without requests has no replica, and its next request waits for one instead of failing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+from cluster.records import read_predictions
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.settings import PlatformConfig, StorageConfig
+from tests.integration.client import Client
+from tests.replica import MODEL, register
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+SIGNATURE = ModelSignature(
+    task=Task.regression, inputs=(InputSpec(name="amount", dtype="double"),), label="value"
+)
+BODY = {"entities": [{"id": 1}], "features": {"amount": 2.0}}
+PREDICT = f"/v1/models/{MODEL}:predict"
+APP = f"{MODEL}-v1"
+SHORT = (
+    "replica.min_replicas=0",
+    "replica.downscale_to_zero_delay_s=1",
+    "replica.downscale_delay_s=1",
+    "replica.look_back_s=3",
+)
+
+
+class Version(Client):
+    """One that is scaled to zero soon, and what Serve and the edge make of it."""
+
+    def deployment(self) -> dict[str, Any]:
+        record = self.project.record
+        request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
+        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
+        with urllib.request.urlopen(request, timeout=10) as response:
+            deployment: dict[str, Any] = json.load(response)["applications"][APP]["deployments"]["predictor"]
+        return deployment
+
+    def replicas(self) -> set[str]:
+        return {one["replica_id"] for one in self.deployment()["replicas"] if one["state"] == "RUNNING"}
+
+    def backend(self) -> str:
+        """The edge's, as HAProxy has it."""
+        text = (self.project.storage_root / "edge" / "haproxy.cfg").read_text()
+        return (
+            text.split(f"backend {APP}\n", 1)[1].split("\nbackend ", 1)[0]
+            if f"backend {APP}\n" in text
+            else ""
+        )
+
+    def is_asleep(self) -> bool:
+        return f":{self.project.record.ports['serve_http']} " in self.backend()
+
+    def answered(self) -> pl.DataFrame:
+        folder = self.project.storage_root / "predictions" / MODEL
+        return read_predictions(folder, key_store(self.project.owner))
+
+
+@pytest.fixture(scope="module")
+def version(falaj_cluster: Project) -> Version:
+    config = PlatformConfig(storage=StorageConfig(root=str(falaj_cluster.storage_root)))
+    register(falaj_cluster.root / "scaled", config, SIGNATURE, falaj_cluster.owner)
+    falaj_cluster.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
+    return Version(falaj_cluster)
+
+
+def until(said: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < deadline, f"never {what}"
+        threading.Event().wait(0.2)
+
+
+def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) -> None:
+    """All that come while it starts are answered by it, each with one row that says whose they were."""
+    until(version.is_asleep, "asleep")
+    assert version.replicas() == set()
+    before = version.answered().height
+    answers: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def ask(unit: str) -> None:
+        answers[unit] = version.call(PREDICT, BODY, unit=unit)
+
+    threads = [threading.Thread(target=ask, args=(f"u{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in answers.values()] == [200] * 4
+    rows = version.answered()
+    assert rows.height == before + 4
+    for unit, (_, content) in answers.items():
+        [row] = rows.filter(pl.col("prediction_id") == content["prediction_id"]).to_dicts()
+        said = (row["variant"], row["arm"], row["unit_hash"], len(row["request_id"]))
+        digest = hashlib.sha256(unit.encode()).hexdigest().upper()[:16]
+        assert said == ("champion", "outside", digest, 36)
+
+
+def test_once_awake_it_is_addressed_directly_and_stays_while_it_is_asked(version: Version) -> None:
+    """Short requests, one after the other, which a count taken now and then never sees."""
+    assert version.call(PREDICT, BODY)[0] == 200
+    until(lambda: bool(version.backend()) and not version.is_asleep(), "addressed directly")
+    [replica] = version.replicas()
+    deadline, statuses = time.monotonic() + 25, set()
+    while time.monotonic() < deadline:
+        statuses.add(version.call(PREDICT, BODY)[0])
+        threading.Event().wait(0.05)
+    assert (statuses, version.replicas()) == ({200}, {replica})
+
+
+def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> None:
+    """The edge hears of it a little later than it happens."""
+    until(lambda: version.deployment()["target_num_replicas"] == 0, "scaled to zero")
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(version.call(PREDICT, BODY)[0])) for _ in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+        threading.Event().wait(0.05)
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 40
+
+
+def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
+    """Deploying it again starts nothing, and waits for nothing."""
+    until(version.is_asleep, "asleep")
+    version.project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
+    assert version.replicas() == set()

@@ -1,0 +1,164 @@
+"""Which address an application has when it has no replica: asleep and failed are different things."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve_apps.edge.config import render
+from serve_apps.edge.targets import Waker, read_targets
+from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
+
+PROXY, REPLICA = 8000, 30001
+
+
+def published(
+    *, status: str = "RUNNING", minimum: int | None = 0, ports: tuple[int, ...] = (PROXY,), **group: Any
+) -> dict[str, Any]:
+    """What Serve says of one application, as far as we read it."""
+    scaling = None if minimum is None else {"min_replicas": minimum, "max_replicas": 2}
+    targets = [{"ip": "10.0.0.7", "port": port, "name": "n"} for port in ports]
+    return {
+        "http_options": {"host": "127.0.0.1", "port": PROXY},
+        "applications": {
+            "m-v1": {
+                "status": status,
+                "deployments": {"predictor": {"deployment_config": {"autoscaling_config": scaling}}},
+            }
+        },
+        "target_groups": [{"app_name": "m-v1", "protocol": "HTTP", "targets": targets} | group],
+    }
+
+
+def test_a_running_replica_is_addressed_directly() -> None:
+    """Whatever else Serve says of its application."""
+    content = published(status="UNHEALTHY", minimum=None, ports=(REPLICA, REPLICA + 1))
+    assert read_targets(content, host=None) == {"m-v1": ("10.0.0.7:30001", "10.0.0.7:30002")}
+    assert read_targets(content, host="127.0.0.1") == {"m-v1": ("127.0.0.1:30001", "127.0.0.1:30002")}
+
+
+def test_asleep_is_reached_through_serves_proxy() -> None:
+    """It may have no replica, and Serve finds nothing wrong."""
+    assert read_targets(published(), host="127.0.0.1") == {"m-v1": Waker(("127.0.0.1:8000",))}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"status": status} for status in ("UNHEALTHY", "DEPLOYING", "DEPLOY_FAILED", "DELETING", "NOT_STARTED")]
+    + [{"minimum": 1}, {"minimum": None}],
+)
+def test_failed_is_not_reached_at_all(said: dict[str, Any]) -> None:
+    """Serve names its proxy here too, but somebody else should answer at once."""
+    assert read_targets(published(**said), host=None) == {}
+
+
+@pytest.mark.parametrize("group", [{"protocol": "gRPC"}, {"app_name": ""}, {"targets": []}])
+def test_other_targets_are_left_out(group: dict[str, Any]) -> None:
+    """Serve's own, those of other protocols, and groups without any."""
+    assert read_targets(published(**group), host=None) == {}
+
+
+class Starting(Echo):
+    """Answers when a replica would have started."""
+
+    def do_POST(self) -> None:
+        assert isinstance(self.server, SlowMirror)
+        self.server.asked.set()
+        self.server.started.wait(10)
+        super().do_POST()
+
+    def do_GET(self) -> None:
+        super().do_POST()
+
+
+class SlowMirror(Mirror):
+    """Serve's proxy, as far as the edge can tell."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Starting)
+        self.asked, self.started = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def waker(whole: Edge) -> Iterator[SlowMirror]:
+    """The treatment is asleep, and the edge gives it a second."""
+    server = SlowMirror()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    targets = whole.targets | {"m-v2": Waker((f"127.0.0.1:{server.server_address[1]}",))}
+    settings = replace(whole.settings, wake_timeout_s=1)
+    whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))
+    yield server
+    server.started.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_request_waits_for_a_version_that_is_asleep(whole: Edge, waker: SlowMirror) -> None:
+    """It is the treatment's, with all that the edge says of it; others do not wait with it."""
+    headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(whole.call, token=whole.token(), headers=headers)
+        assert waker.asked.wait(5)
+        assert whole.call(token=whole.token())[1]["x-falaj-variant"] == "champion"
+        assert not waiting.done()
+        waker.started.set()
+        status, heard = waiting.result(5)
+    said = [heard.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
+    assert (status, said, heard["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
+    assert {"x-falaj-request-id", "x-falaj-unit-hash", "authorization"} <= heard.keys()
+
+
+def test_a_version_that_never_wakes_is_an_error_in_time(whole: Edge, waker: SlowMirror) -> None:
+    """In JSON, and the edge does not ask twice."""
+    began = time.monotonic()
+    status, content = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
+    assert (status, content["code"]) == (503, 503)
+    assert 0.9 < time.monotonic() - began < 5
+
+
+class Leaving(Echo):
+    """As a replica is that Serve takes away."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, LeavingMirror)
+        self.server.checks += 1
+        self.send_response(503)
+        self.send_header("content-length", "8")
+        self.end_headers()
+        self.wfile.write(b"DRAINING")
+
+
+class LeavingMirror(Mirror):
+    """Counts the health checks."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Leaving)
+        self.checks = 0
+
+
+def test_a_replica_that_drains_is_asked_until_its_successor_is_known(whole: Edge) -> None:
+    """It still answers, whatever its health checks say."""
+    server = LeavingMirror()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    whole.load_targets(whole.targets | {"m-v1": (f"127.0.0.1:{server.server_address[1]}",)})
+    wait_until(lambda: server.checks > 2)
+    assert whole.call(token=whole.token())[0] == 200
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_champion_that_is_asleep_is_ready(whole: Edge) -> None:
+    """It will answer."""
+    server = Mirror(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    targets = whole.targets | {"m-v1": Waker((f"127.0.0.1:{server.server_address[1]}",))}
+    whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings))
+    assert whole.call("/v2/health/ready", method="GET")[0] == 200
+    server.shutdown()
+    server.server_close()
