@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -40,6 +41,8 @@ ERROR_INTERVAL_S = 0.5
 LOG = logging.getLogger("falaj.edge")
 
 Targets = dict[str, tuple[str, ...]]
+_RECOVERING = "RECOVERING"
+"""State of a replica that was there before Serve's controller was."""
 Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...]]
 """All that a configuration is made from: backends, champions, models, keys."""
 
@@ -181,13 +184,23 @@ def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Ta
         request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
         with urllib.request.urlopen(request, timeout=5) as response:
-            content = json.load(response)
-        return {
-            group["app_name"]: tuple(
-                f"{host or target['ip']}:{target['port']}" for target in group["targets"]
-            )
-            for group in content["target_groups"]
-            if group["protocol"] == "HTTP" and group["app_name"] and group["targets"]
-        }
+            return listed_targets(json.load(response), host=host)
 
     return fetch
+
+
+def listed_targets(content: dict[str, Any], *, host: str | None) -> Targets:
+    """The replicas' addresses in Serve's own description of its applications.
+
+    Raises:
+        ValueError: Serve's controller has been started again, and for a moment lists no address of replicas that run.
+    """
+    for name, app in content["applications"].items():
+        for deployment in app["deployments"].values():
+            if any(replica["state"] == _RECOVERING for replica in deployment["replicas"]):
+                raise ValueError(f"its controller has started again and is still finding replicas of {name}")
+    return {
+        group["app_name"]: tuple(f"{host or target['ip']}:{target['port']}" for target in group["targets"])
+        for group in content["target_groups"]
+        if group["protocol"] == "HTTP" and group["app_name"] and group["targets"]
+    }

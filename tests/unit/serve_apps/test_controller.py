@@ -35,7 +35,7 @@ from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge.config import EdgeSettings
-from serve_apps.edge.controller import Controller, Targets
+from serve_apps.edge.controller import Controller, Targets, listed_targets
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
@@ -333,3 +333,20 @@ def test_an_edge_that_cannot_start_says_so(tmp_path: Path) -> None:
         one.controller.run(one.stopped)
     one.ledger.close()
     shutil.rmtree(short)
+
+
+def described(*, replica: str, targets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Serve's description of one application."""
+    deployment = {"replicas": [{"state": replica}]}
+    group = {"app_name": "m-v1", "protocol": "HTTP", "targets": targets}
+    return {"applications": {"m-v1": {"deployments": {"predictor": deployment}}}, "target_groups": [group]}
+
+
+def test_a_controller_of_serve_that_has_just_come_back_takes_nobody_out() -> None:
+    """It lists no addresses until it has found its replicas again, all of which go on answering."""
+    known = described(replica="RUNNING", targets=[{"ip": "10.0.0.1", "port": 30000}])
+    assert listed_targets(known, host=None) == {"m-v1": ("10.0.0.1:30000",)}
+    assert listed_targets(known, host="127.0.0.1") == {"m-v1": ("127.0.0.1:30000",)}
+    assert listed_targets(described(replica="STARTING", targets=[]), host=None) == {}
+    with pytest.raises(ValueError, match="replicas of m-v1"):
+        listed_targets(described(replica="RECOVERING", targets=[]), host=None)
