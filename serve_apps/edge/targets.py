@@ -19,6 +19,8 @@ finds unwell says 503, too; Serve then takes it away by itself."""
 
 RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""
+_RECOVERING = "RECOVERING"
+"""State of a replica that was there before Serve's controller was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,14 @@ def read_targets(content: Mapping[str, Any], *, host: str | None) -> Targets:
     Args:
         content: of `/api/serve/applications/`.
         host: where everything listens, if not at the addresses that Serve publishes.
+
+    Raises:
+        ValueError: Serve's controller has been started again, and for a moment lists no address of replicas that run.
     """
+    for name, application in content["applications"].items():
+        for deployment in application["deployments"].values():
+            if any(replica["state"] == _RECOVERING for replica in deployment["replicas"]):
+                raise ValueError(f"its controller has started again and is still finding replicas of {name}")
     proxy_port = content["http_options"]["port"]
     found: Targets = {}
     for group in content["target_groups"]:

@@ -11,7 +11,6 @@ import time
 import uuid
 from typing import Any
 
-from ray.serve import metrics
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,10 +30,12 @@ from serve_apps.access import AccessCheck
 from serve_apps.edge.controller import serve_targets
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
+from serve_apps.one_write import answer_in_one_write
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
+from serve_apps.predictor.meters import Meters
 from serve_apps.predictor.ongoing import ARRIVED, OngoingRequests
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
@@ -44,7 +45,6 @@ from serve_apps.scaling import ONGOING
 
 DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
-_TAGS: Any = ("model", "version")  # Ray annotates a tuple of one
 
 
 class Predictor:
@@ -62,6 +62,7 @@ class Predictor:
             ArtifactTampered: a file is not the one that was registered; an event says so.
         """
         listen_on_own_address()
+        answer_in_one_write()
         platform = from_plain(config)
         places = layout(platform.storage)
         ledger = open_ledger(platform)
@@ -93,7 +94,7 @@ class Predictor:
             self._reader = FeatureReader(spec, open_online(platform.online, places, store))
             self._asked = request_inputs(spec)
         tags = {"model": name, "version": str(version)}
-        self._answered, self._seconds = _meters(tags)
+        self._meters = Meters(tags)
         self._shadowing = Shadowing(
             model=name,
             version=version,
@@ -122,8 +123,7 @@ class Predictor:
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             response = refusal(error)
         took_s = time.perf_counter() - started
-        self._answered.inc(tags={"status": str(response.status_code)})
-        self._seconds.observe(took_s)
+        self._meters.answer(response.status_code, took_s=took_s)
         if request.method == "POST":  # whether it is ready, a monitor asks for ever
             self._ongoing.add(arrived=request.headers.get(ARRIVED), took_s=took_s)
         return response
@@ -232,17 +232,3 @@ def _tensors(body: bytes, json_length: int | None, headers: dict[str, str]) -> R
         return Response(body, media_type="application/json", headers=headers)
     headers = headers | {inference_protocol.JSON_LENGTH: str(json_length)}
     return Response(body, media_type="application/octet-stream", headers=headers)
-
-
-def _meters(tags: dict[str, str]) -> tuple[metrics.Counter, metrics.Histogram]:
-    """Answers by status, and the time they took."""
-    answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
-    seconds = metrics.Histogram(
-        "falaj_prediction_seconds",
-        "time in the replica",
-        boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
-        tag_keys=_TAGS,
-    )
-    for meter in (answered, seconds):
-        meter.set_default_tags(dict(tags))  # Serve writes its own tags into what it is given
-    return answered, seconds

@@ -14,6 +14,7 @@ from serve_apps.edge import succession
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.last import KEYS_HOLD_S, Last
 from serve_apps.edge.succession import sole_controller
+from serve_apps.edge.targets import Waker
 
 HOLDER = """
 import signal, sys, threading
@@ -55,7 +56,7 @@ def test_a_second_controller_asks_the_first_to_hand_over(
 def test_the_last_answers_are_kept_whole_and_keys_for_a_day(tmp_path: Path) -> None:
     """A key whose file is gone, or that nobody has confirmed for a day, is believed no more."""
     file, key = tmp_path / "last.json", JwtKey(kid="k", algorithm="ES256", file=str(tmp_path / "k.pem"))
-    last = Last(targets={"m-v1": ("a:1", "b:2")}, keys=(key,), at=1000.0)
+    last = Last(targets={"m-v1": ("a:1", "b:2"), "m-v2": Waker(("p:1",))}, keys=(key,), at=1000.0)
     last.write(file)
     assert Last.read(file, now=1000.0).keys == ()
     Path(key.file).touch()

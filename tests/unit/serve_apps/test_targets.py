@@ -19,19 +19,23 @@ PROXY, REPLICA = 8000, 30001
 
 
 def published(
-    *, status: str = "RUNNING", minimum: int | None = 0, ports: tuple[int, ...] = (PROXY,), **group: Any
+    *,
+    status: str = "RUNNING",
+    minimum: int | None = 0,
+    ports: tuple[int, ...] = (PROXY,),
+    replicas: tuple[str, ...] = (),
+    **group: Any,
 ) -> dict[str, Any]:
     """What Serve says of one application, as far as we read it."""
     scaling = None if minimum is None else {"min_replicas": minimum, "max_replicas": 2}
+    deployment = {
+        "deployment_config": {"autoscaling_config": scaling},
+        "replicas": [{"state": state} for state in replicas],
+    }
     targets = [{"ip": "10.0.0.7", "port": port, "name": "n"} for port in ports]
     return {
         "http_options": {"host": "127.0.0.1", "port": PROXY},
-        "applications": {
-            "m-v1": {
-                "status": status,
-                "deployments": {"predictor": {"deployment_config": {"autoscaling_config": scaling}}},
-            }
-        },
+        "applications": {"m-v1": {"status": status, "deployments": {"predictor": deployment}}},
         "target_groups": [{"app_name": "m-v1", "protocol": "HTTP", "targets": targets} | group],
     }
 
@@ -62,6 +66,13 @@ def test_failed_is_not_reached_at_all(said: dict[str, Any]) -> None:
 def test_other_targets_are_left_out(group: dict[str, Any]) -> None:
     """Serve's own, those of other protocols, and groups without any."""
     assert read_targets(published(**group), host=None) == {}
+
+
+def test_a_controller_of_serve_that_has_just_come_back_takes_nobody_out() -> None:
+    """It lists no addresses until it has found its replicas again, all of which go on answering."""
+    with pytest.raises(ValueError, match="replicas of m-v1"):
+        read_targets(published(replicas=("RECOVERING",), targets=[]), host=None)
+    assert read_targets(published(replicas=("STARTING",), targets=[]), host=None) == {}
 
 
 class Starting(Echo):

@@ -1,0 +1,121 @@
+"""Under constant load, with two replicas a variant: no request fails, and each answer has exactly one row in the log.
+
+FALAJ_LOAD_S=60 keeps each disturbance's load up for longer, as `make chaos` does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from cluster import processes
+from tests import scoring_project as scoring
+from tests.under_load import Outcome, UnderLoad
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Project
+
+PER_S = 60.0
+AFTERWARDS = round(float(os.environ.get("FALAJ_LOAD_S", "2")) * PER_S)
+"""Requests that still come when a disturbance is over."""
+TWO = "replica.num_replicas=2"
+
+
+@pytest.fixture(scope="module")
+def project(falaj_cluster: Project) -> Iterator[Project]:
+    """Two versions with two replicas each, half of the units for each."""
+    scoring.prepare(falaj_cluster, versions=3)
+    scoring.serve(falaj_cluster, TWO)
+    yield falaj_cluster
+    stop(falaj_cluster)
+
+
+def stop(project: Project) -> None:
+    """Make room for the tests that follow."""
+    program = "import sys; from cluster.session import attach; from cluster.settings import PlatformConfig\n"
+    program += "attach(PlatformConfig()); from ray import serve\n"
+    program += "[serve.delete(name) for name in sys.argv[1:]]"
+    project.run_python("-c", program, *(f"{scoring.MODEL}-v{number}" for number in (1, 2, 3)))
+
+
+def check(outcome: Outcome, *, orphans: int = 0) -> None:
+    """Nothing failed, nothing was lost."""
+    print(outcome)
+    assert [(answer.status, answer.body[:200]) for answer in outcome.failed] == []
+    assert (outcome.lost, outcome.twice, outcome.unrecorded) == (set(), set(), set())
+    assert outcome.orphans <= orphans
+
+
+def replicas(project: Project, version: int) -> list[psutil.Process]:
+    """The processes that serve a version."""
+    title = f"ServeReplica:{scoring.MODEL}-v{version}:"
+    return [one for one in processes.find(project.record.cluster_id) if title in " ".join(one.cmdline())]
+
+
+def backend(project: Project, version: int) -> list[str]:
+    """The replicas of a version that the edge's configuration has."""
+    lines = (
+        (project.storage_root / "edge" / "haproxy.cfg")
+        .read_text()
+        .split(f"backend {scoring.MODEL}-v{version}\n")
+    )
+    return [
+        line.split()[1] for line in lines[1].split("\n\n")[0].splitlines() if line.startswith("    server ")
+    ]
+
+
+def test_a_changed_weight_costs_no_request(project: Project) -> None:
+    """Back and forth."""
+    with UnderLoad(project, per_s=PER_S) as load:
+        for weight in (10, 50):
+            project.run(
+                "serve_apps.rollout", "action=weight", f"name={scoring.MODEL}", f"weight={weight}", check=True
+            )
+        load.more(AFTERWARDS)
+    check(load.outcome())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_killed_replica_costs_no_request(project: Project, version: int) -> None:
+    """What it had not answered another one does; a row that it wrote meanwhile is an orphan, and counted."""
+    with UnderLoad(project, per_s=PER_S) as load:
+        before = replicas(project, version)
+        victim = random.choice(before)
+        victim.send_signal(signal.SIGKILL)
+        load.more(AFTERWARDS)
+        load.until(lambda: len(replicas(project, version)) == len(before))
+    check(load.outcome(), orphans=8)
+
+
+def test_a_killed_serve_controller_costs_no_request(project: Project) -> None:
+    """Replicas need it for nothing that a request waits for, and the edge keeps what it knew."""
+    with UnderLoad(project, per_s=PER_S) as load:
+        [controller] = serve_controllers(project)
+        controller.send_signal(signal.SIGKILL)
+        load.more(AFTERWARDS)
+        load.until(lambda: [one.pid for one in serve_controllers(project)] not in ([], [controller.pid]))
+        load.more(AFTERWARDS)
+    check(load.outcome())
+
+
+def serve_controllers(project: Project) -> list[psutil.Process]:
+    """Serve's controller, while there is one."""
+    found = processes.find(project.record.cluster_id)
+    return [one for one in found if one.is_running() and "ray::ServeController" in " ".join(one.cmdline())]
+
+
+def test_a_new_version_costs_no_request(project: Project) -> None:
+    """Deployed, promoted, and the next one started beside it: the edge reloads several times."""
+    with UnderLoad(project, per_s=PER_S) as load:
+        run: Any = project.run
+        run("serve_apps.rollout", "action=promote", f"name={scoring.MODEL}", check=True)
+        start = ("action=start", f"name={scoring.MODEL}", "version=3", "weight=50", TWO)
+        run("serve_apps.rollout", *start, check=True)
+        load.more(AFTERWARDS)
+    check(load.outcome())

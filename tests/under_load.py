@@ -1,0 +1,137 @@
+"""Constant load on a project's edge while something is done to it, and what the logs say of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from cluster.records import read_predictions
+from cluster.security.keys.access import key_store
+from tests import scoring_project as scoring
+from tests.integration.conftest import Project
+from tests.load import Answer, Load, percentile
+
+CONNECTIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of all requests of a load."""
+
+    answers: list[Answer]
+    failed: list[Answer]
+    """Not answered with 200."""
+    lost: set[str]
+    """Ids of answers without a row in the prediction log."""
+    twice: set[str]
+    """Ids of answers with more than one."""
+    orphans: int
+    """Rows without an answer: of a replica that was killed between the two, whose request another one answered."""
+    unrecorded: set[str]
+    """Ids of answers without an access record."""
+
+    def __str__(self) -> str:
+        took = [answer.took_s for answer in self.answers]
+        return (
+            f"{len(self.answers)} requests, {len(self.failed)} failed, {len(self.lost)} lost, "
+            f"{len(self.twice)} written twice, {self.orphans} orphans, {len(self.unrecorded)} without access record; "
+            f"p50 {percentile(took, 50) * 1e3:.1f} ms, p99 {percentile(took, 99) * 1e3:.1f} ms, "
+            f"longest {max(took) * 1e3:.0f} ms"
+        )
+
+
+class UnderLoad:
+    """A block during which requests come, `per_s` in all."""
+
+    def __init__(self, project: Project, *, per_s: float, connections: int = CONNECTIONS) -> None:
+        self._project = project
+        self._connections = connections
+        self._token, self._minted_at = "", 0.0
+        self._accounts = itertools.count()
+        context = ssl.create_default_context(cafile=str(project.storage_root / "tls" / "ca.pem"))
+        self._load = Load(
+            url=f"{project.edge_url}{scoring.PREDICT}", requests=self._request, context=context, per_s=per_s
+        )
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._load.run(connections=connections)))
+        self._before: set[str] = set()
+
+    def __enter__(self) -> UnderLoad:
+        self._before = set(logged(self._project))
+        self._thread.start()
+        self.more(20)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._load.stopped = True
+        self._thread.join()
+
+    def more(self, count: int) -> None:
+        """Wait until so many more requests have been answered."""
+        wanted, deadline = len(self._load.answers) + count, time.monotonic() + 60
+        while len(self._load.answers) < wanted:
+            assert time.monotonic() < deadline, "no more answers come"
+            time.sleep(0.05)
+
+    def until(self, said: Callable[[], bool], *, seconds: float = 60) -> None:
+        """Wait, under load, until something has come true."""
+        deadline = time.monotonic() + seconds
+        while not said():
+            assert time.monotonic() < deadline, "it never came true"
+            time.sleep(0.1)
+
+    def outcome(self) -> Outcome:
+        """To be asked behind the block."""
+        answers = self._load.answers
+        good = [answer for answer in answers if answer.status == 200]
+        ids = {json.loads(answer.body)["prediction_id"] for answer in good}
+        rows = Counter(one for one in logged(self._project) if one not in self._before)
+        return Outcome(
+            answers=answers,
+            failed=[answer for answer in answers if answer.status != 200],
+            lost=ids - rows.keys(),
+            twice={one for one in ids if rows[one] > 1},
+            orphans=len(rows.keys() - ids),
+            unrecorded=self._unrecorded(ids),
+        )
+
+    def _request(self) -> tuple[dict[str, str], bytes]:
+        if time.monotonic() - self._minted_at > 300:  # a token lives shorter than a long load
+            self._token, self._minted_at = self._project.token(), time.monotonic()
+        account = next(self._accounts) % scoring.ACCOUNTS
+        headers = {"authorization": f"Bearer {self._token}", "x-unit-id": str(account)}
+        return headers, json.dumps({"entities": [{"account_id": account}]}).encode()
+
+    def _unrecorded(self, ids: set[str]) -> set[str]:
+        """HAProxy writes its records a little later."""
+        deadline = time.monotonic() + 10
+        while missing := ids - set(recorded(self._project.storage_root / "edge" / "access")):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return missing
+
+
+def logged(project: Project) -> list[str]:
+    """The prediction ids of the model's log, a row each."""
+    folder = project.storage_root / "predictions" / scoring.MODEL
+    frame = read_predictions(folder, key_store(project.owner))
+    return [] if frame.is_empty() else frame["prediction_id"].to_list()
+
+
+def recorded(folder: Path) -> Iterable[str]:
+    """The prediction ids of all access records; HAProxy's own notices stand among them."""
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            if line.startswith("{") and '"prediction_id"' in line:
+                yield json.loads(line)["prediction_id"]
