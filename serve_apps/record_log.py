@@ -11,6 +11,7 @@ A replica that is not asked any more lets go of its segment when that is old, so
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -73,9 +74,12 @@ class RecordLog:
         self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._leave_if_old)
 
     def _leave_if_old(self) -> None:
-        if not self._waiting and self._syncing is None:
-            self._writer.leave_if_old()
         self._look_later()
+        if not self._waiting and self._syncing is None:
+            with contextlib.suppress(
+                OSError
+            ):  # the records that this concerns have been answered for already
+                self._writer.leave_if_old()
 
     async def settled(self, answer: T) -> T:
         """An answer, once all that was appended before is as durable as it is to be.
@@ -102,8 +106,11 @@ class RecordLog:
             group, self._waiting = self._waiting, []
             try:
                 await loop.run_in_executor(self._thread, self._writer.sync)
-            except (OSError, RuntimeError) as error:  # the latter from a thread that was told to end
+            except Exception as error:  # noqa: BLE001 (whatever it was, who waits must hear of it)
+                LOG.error("records could not be brought to the disk", exc_info=error)
                 failed = _unavailable(error)
+                # Those that came meanwhile may have been written to the same file, so they are refused as well.
+                group, self._waiting = [*group, *self._waiting], []
                 for one in group:
                     if not one.done():
                         one.set_exception(failed)

@@ -100,17 +100,24 @@ class SegmentWriter:
 
     def leave_if_old(self) -> None:
         """Let go of the segment if it is old, without waiting for a record to do so; the next one begins a new
-        segment. For moments in which nothing waits for `sync`."""
-        if self._segment.count and self._is_full(self._segment):
-            self._segment.close()
+        segment. For moments in which no `sync` runs.
+
+        Raises:
+            OSError: as `sync`.
+        """
+        segment = self._segment
+        if segment.count and self._is_full(segment):
+            if self._keep_unsynced:
+                segment.sync()
+            segment.close()
 
     def sync(self) -> None:
         """Have all records that were appended before this call on the disk; may run beside `append`, but only once at
         a time.
 
         Raises:
-            OSError: the disk failed. What was not synced may be lost, even where a later call succeeds, so the segment
-                gets no more records.
+            OSError: the disk failed. What was not synced may be lost, even where a later call succeeds: whoever waits
+                for it must be told so now, and the segment gets no more records.
         """
         segment = self._segment  # before the others: what is left in between is then among them
         for one in self._left.copy():
@@ -133,7 +140,7 @@ class SegmentWriter:
             self._segment,
             _Segment(self._folder, self._header, synced=self._keep_unsynced),
         )
-        if self._keep_unsynced:
+        if self._keep_unsynced and not before.lossy:
             self._left.append(before)
         else:
             before.close()
@@ -150,6 +157,8 @@ class _Segment:
         self.count, self.size = 0, 0
         self.began = time.monotonic()
         self.broken = self.closed = False
+        self.lossy = False
+        """A sync failed: the kernel may have forgotten records, and would not say so again."""
         _make_folder(folder, synced=synced)
         unborn = folder / f"{name}{UNBORN}"
         self._descriptor = os.open(unborn, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
@@ -191,10 +200,12 @@ class _Segment:
     def sync(self) -> None:
         if self.closed:
             return
+        if self.lossy:
+            raise OSError(errno.EIO, "an earlier sync failed", str(self.path))
         try:
             os.fdatasync(self._descriptor)
         except OSError:
-            self.broken = True
+            self.broken = self.lossy = True
             raise
 
     def close(self) -> None:

@@ -87,7 +87,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    disk.may_return.release(2)  # of the first segment's beginning
+    disk.may_return.release()  # of the first segment's beginning
     monkeypatch.setattr(os, "fdatasync", disk)
     return disk
 
@@ -105,8 +105,7 @@ def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
 ) -> None:
     """Forty requests that come while two syncs go on are answered after two syncs in all, not forty."""
     log = opened(folder, keyring)
-    disk.may_return = threading.Semaphore(0)
-    disk.entered = threading.Semaphore(0)
+    assert disk.entered.acquire(timeout=10)
     disk.events.clear()
 
     async def run() -> list[int]:
@@ -147,6 +146,31 @@ def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
     log.close()
     assert len(list(folder.iterdir())) == 2
     assert set(read_outcomes(folder, keyring)["prediction_id"]) >= {"4", "5"}
+
+
+def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
+    folder: Path, keyring: Keyring, disk: Disk
+) -> None:
+    """A second one would succeed, and prove nothing."""
+    log = opened(folder, keyring)
+    assert disk.entered.acquire(timeout=10)
+
+    async def run() -> list[Any]:
+        first = asyncio.create_task(ask(log, disk, 1))
+        assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
+        second = asyncio.create_task(ask(log, disk, 2))
+        await asyncio.sleep(0)
+        disk.failing = True
+        disk.may_return.release()
+        failed = await asyncio.gather(first, second, return_exceptions=True)
+        disk.failing = False
+        disk.may_return.release(10)
+        return [*failed, await ask(log, disk, 3)]
+
+    *failed, last = asyncio.run(run())
+    assert ([type(one) for one in failed], last) == ([Unavailable] * 2, 3)
+    log.close()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyring) -> None:
