@@ -19,7 +19,7 @@ from typing import TypeVar
 from cluster.records import MAX_AGE_S, Record, SegmentWriter
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
-from serve_apps.http import Unavailable
+from serve_apps.http import LOG, Unavailable
 
 T = TypeVar("T")
 
@@ -129,7 +129,6 @@ class RecordLog:
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    why = (
-        error.strerror if isinstance(error, OSError) else "the replica ends"
-    )  # no paths, which clients would see
+    # Without the path, which clients would see.
+    why = error.strerror if isinstance(error, OSError) else "the log failed"
     return Unavailable(f"It cannot be written down, so it is not answered: {why}. Try again later.")
