@@ -73,13 +73,15 @@ class Disk:
         self.events: list[tuple[str, int]] = []
         self.entered = threading.Semaphore(0)
         self.may_return = threading.Semaphore(0)
-        self.failing = False
+        self.failures = 0
+        """That are still to come."""
 
     def __call__(self, descriptor: int) -> None:
         self.events.append(("begins", 0))
         self.entered.release()
         assert self.may_return.acquire(timeout=10)
-        if self.failing:
+        if self.failures:
+            self.failures -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self.events.append(("ends", 0))
 
@@ -138,10 +140,9 @@ def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
     async def run(*numbers: int) -> list[Any]:
         return await asyncio.gather(*(ask(log, disk, n) for n in numbers), return_exceptions=True)
 
-    disk.failing = True
+    disk.failures = 1
     failures = asyncio.run(run(1, 2, 3))
     assert [type(one) for one in failures] == [Unavailable] * 3
-    disk.failing = False
     assert asyncio.run(run(4, 5)) == [4, 5]
     log.close()
     assert len(list(folder.iterdir())) == 2
@@ -160,11 +161,9 @@ def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
         assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
         second = asyncio.create_task(ask(log, disk, 2))
         await asyncio.sleep(0)
-        disk.failing = True
-        disk.may_return.release()
-        failed = await asyncio.gather(first, second, return_exceptions=True)
-        disk.failing = False
+        disk.failures = 1
         disk.may_return.release(10)
+        failed = await asyncio.gather(first, second, return_exceptions=True)
         return [*failed, await ask(log, disk, 3)]
 
     *failed, last = asyncio.run(run())
