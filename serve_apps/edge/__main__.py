@@ -72,6 +72,9 @@ class EdgeConfig(PlatformConfig):
     max_body_bytes: int = 32_000_000
     """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 2
+    max_connections: int = 2000
+    max_connections_of_one_address: int = 1000
+    """All, where a proxy stands in front."""
     hang_s: float = 0.7
     """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
     longest prediction takes, because a replica answers one thing after another."""
@@ -104,6 +107,8 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         ),
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
+        max_connections=config.max_connections,
+        max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
     )

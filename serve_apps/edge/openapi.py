@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-MAX_BYTES = 15_000
+MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
 MAX_ROWS = 1000
 MAX_OUTCOMES = 10_000
