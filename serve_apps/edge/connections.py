@@ -13,8 +13,8 @@ MAX_STREAMS = 50
 """Of one HTTP/2 connection at one time; each is a request of its own."""
 _TABLE = "addresses_counted"
 _NUMBER = 4
-"""Of the counter in HAProxy. The first four are two of `limiting` and one each of `strangers` and `token_checks`; of two
-rules with one number only the first would count."""
+"""Of the counter in HAProxy. The first four are two of `limiting` and one each of `strangers` and `token_checks`: of
+two rules with one number only the first would count."""
 
 
 def tuning() -> str:
