@@ -107,7 +107,7 @@ class HAProxy:
         """Change an entry of the running map, or add it, in every worker, those that drain included.
 
         Raises:
-            OSError: the socket does not answer; the map file on disk has the entry all the same.
+            OSError: the socket does not answer.
         """
         for ask in self._askers():
             if "not found" in ask(f"set map {file} {key} {value}"):
