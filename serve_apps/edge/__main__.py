@@ -19,9 +19,10 @@ import sqlalchemy as sa
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.processes import ID_VARIABLE
+from cluster.security.installation import hold_to
 from cluster.security.tls import EDGE_NAME
 from cluster.security.trust import Trust, access_rules
-from cluster.session import ClusterRecord, require_record
+from cluster.session import ClusterRecord, find_record, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
@@ -71,6 +72,9 @@ class EdgeConfig(PlatformConfig):
     max_body_bytes: int = 32_000_000
     """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 2
+    max_connections: int = 2000
+    max_connections_of_one_address: int = 1000
+    """All, where a proxy stands in front."""
     hang_s: float = 0.7
     """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
     longest prediction takes, because a replica answers one thing after another."""
@@ -103,6 +107,8 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         ),
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
+        max_connections=config.max_connections,
+        max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
     )
@@ -112,8 +118,9 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
 def main(config: EdgeConfig) -> None:
     """Run until SIGTERM, or until a second one is started, which takes over without a refused request."""
     logging.basicConfig(level=logging.INFO)
-    record = require_record(config)
+    record = recorded(config)
     as_part_of(record)
+    hold_to(record, config)
     edge = local(layout(config.storage).edge)
     files = settings(config, record)
     haproxy = HAProxy(
@@ -142,6 +149,16 @@ def main(config: EdgeConfig) -> None:
             state_file=state_file(config),
         )
         controller.run(stopped, handed_over=handed_over)
+
+
+def recorded(config: EdgeConfig) -> ClusterRecord:
+    """The record of the cluster, also while its head does not answer: its replicas may.
+
+    Raises:
+        ClusterNotRunning: there is none.
+    """
+    record = find_record(config.storage)
+    return require_record(config) if record is None else record
 
 
 def as_part_of(record: ClusterRecord) -> None:

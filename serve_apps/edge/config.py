@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import TokenRules
-from serve_apps.edge import dashboard, fallback, limiting, scopes, strangers
+from serve_apps.edge import connections, dashboard, fallback, limiting, scopes, strangers
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
@@ -26,8 +26,6 @@ _LIVE, _READY = '{"live":true}', '{"ready":true}'
 _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
 )
-STICK_COUNTERS = 4
-"""Two of `limiting`, one of `strangers`, one of `token_checks`: of two rules with one number only the first counts."""
 MODEL_NAME = "[A-Za-z0-9._-]+"
 
 
@@ -55,6 +53,7 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
+    max_connections_of_one_address: int = 1000
     wake_timeout_s: int = 60
     """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
@@ -86,6 +85,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _defaults(settings),
         limiting.tables(settings.limits),
         strangers.table(),
+        connections.table(),
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
@@ -108,10 +108,10 @@ def _global(settings: EdgeSettings) -> str:
     nbthread {settings.threads}
     maxconn {settings.max_connections}
     hard-stop-after 1h
+{connections.tuning()}
     stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
     ssl-default-bind-options ssl-min-ver TLSv1.3
     tune.ssl.default-dh-param 2048
-    tune.stick-counters {STICK_COUNTERS}
 """
 
 
@@ -146,6 +146,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     log global
     log-format '{_LOG_FORMAT}'
     unique-id-format %[uuid()]
+{connections.rules(settings.max_connections_of_one_address)}
 {strangers.rules()}
     http-request del-header x-falaj- -m beg
 {_health(routes)}

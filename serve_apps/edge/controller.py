@@ -2,9 +2,9 @@
 
 It only ever moves forward: while the ledger or Serve cannot be read, or a file not written, or HAProxy refuses a
 configuration, the last good state stays and the step is tried again; one that starts then begins with what its
-predecessor has left on disk. When it is killed, or hands over, HAProxy serves on. A changed split is the map file on
-disk first, then one `set map`, so that neither a crash nor a reload can undo it; it waits for nothing else, least of
-all for Serve.
+predecessor has left on disk. When it is killed, or hands over, HAProxy serves on. A changed split is one `set map`, and
+then the map file on disk, before it counts as applied, so that neither a crash nor a reload can undo it; it waits for
+nothing, neither for Serve nor for a reload nor for the disk.
 """
 
 from __future__ import annotations

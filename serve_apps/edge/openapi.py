@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-MAX_BYTES = 15_000
+MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
 MAX_ROWS = 1000
 MAX_OUTCOMES = 10_000
@@ -349,9 +349,10 @@ def _operation(
 def _refusal() -> dict[str, Any]:
     description = (
         "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
-        "purpose may not do this. 404: no such path, model or version. 405: `Allow` names the method. 408: the "
-        "request came too slowly. 413: the body is larger than 1,000,000 bytes. 415: it is compressed. 503: no "
-        "healthy replica, or nothing can be written down; try again. Other 5xx: a failure."
+        "purpose may not do this, or its scope does not name the model. 404: no such path, model or version. 405: "
+        "`Allow` names the method. 408: the request came too slowly. 413: the body is larger than 1,000,000 bytes. "
+        "415: it is compressed. 429: more requests than a principal or tenant may send; `Retry-After` says when to try "
+        "again. 503: no healthy replica, or nothing can be written down; try again. Other 5xx: a failure."
     )
     return _json("Error", description)
 

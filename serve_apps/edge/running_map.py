@@ -1,7 +1,8 @@
-"""A map that HAProxy looks up: the file first, then entry by entry in the running workers.
+"""A map that HAProxy looks up: entry by entry in the running workers, then as the file that the next worker reads.
 
-In this order neither a crash nor a reload can undo a change, and the running map never gets ahead of the file. A worker
-that a reload is just starting may have read the file before, and not be there yet to be told: it is told again.
+The workers come first, because a file's rename can wait a third of a second for a busy disk, and fails on a full one. A
+worker that a reload is just starting may have read the file before, and not be there yet to be told: it is told again.
+A controller that is killed between the two is followed by one that reads the ledger.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ class RunningMap:
         """Have these entries and no others, where they are not there already.
 
         Raises:
-            OSError: the file could not be written, or a worker not told; nothing counts as done, so try again.
+            OSError: a worker could not be told, or the file not written; nothing counts as done, so try again.
         """
         if entries == self._entries:
             return
-        content = "".join(f"{key} {value}\n" for key, value in entries.items())
-        replace_file(self._file, content.encode())
         before = self._entries or {}
         changed = {key for key in before.keys() | entries.keys() if before.get(key) != entries.get(key)}
         self._changed |= changed
         self._tell(entries, changed)
+        content = "".join(f"{key} {value}\n" for key, value in entries.items())
+        replace_file(self._file, content.encode())
         self._entries = dict(entries)
 
     def note_changes(self) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import http.client
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cluster import processes
+from cluster.security.identity import ensure_issuer
+from cluster.security.tls import ensure_tls
+from cluster.session import write_record
+from cluster.settings import StorageConfig
+from cluster.storage import Layout
 from tests.edge import Edge, running_edge, treated_unit
 from tests.ports import free_port
+from tests.replica import listener, record
 
 REPLICA = """
 import sys
@@ -108,3 +121,91 @@ def test_a_lost_treatments_share_goes_to_the_champion_within_a_second(
         f"{number.name}: {len(waited)} waited, the last one asked after {max(waited, default=0):.2f} s; "
         f"the slowest answer took {slowest:.2f} s"
     )
+
+
+@dataclass
+class Command:
+    """`python -m serve_apps.edge` of a cluster whose Ray does not answer."""
+
+    root: Path
+    port: int
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Once it has said who controls."""
+        lock = self.root / "edge" / "controller.lock"
+        command = [sys.executable, "-m", "serve_apps.edge", f"storage.root={self.root}"]
+        process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2])
+        patiently(lambda: lock.exists() and lock.read_text().strip() == str(process.pid))
+        patiently(lambda: self.haproxy(process) is not None)
+        return process
+
+    def haproxy(self, process: subprocess.Popen[bytes]) -> psutil.Process | None:
+        """The process's master, once it answers."""
+        children = psutil.Process(process.pid).children()
+        masters = [child for child in children if "-W" in child.cmdline()]
+        return masters[0] if masters and self.lives() else None
+
+    def lives(self) -> bool:
+        context = ssl.create_default_context(cafile=str(self.root / "tls" / "ca.pem"))
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, timeout=10)
+        try:
+            connection.request("GET", "/v2/health/live")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Command]:
+    port, metrics = free_port(), free_port()
+    places = Layout(str(tmp_path))
+    ensure_issuer(places)
+    ensure_tls(places)
+    short = Path(tempfile.mkdtemp(dir="/tmp"))
+    (tmp_path / "edge").mkdir()
+    (tmp_path / "token").write_text("of-ray")
+    with listener() as ray_port:
+        known = dataclasses.replace(
+            record(tmp_path, "", ray_port),
+            cluster_id=f"test-{port}",
+            ports={"edge": port, "edge_metrics": metrics},
+            dashboard_url="http://127.0.0.1:9",
+            token_path=str(tmp_path / "token"),
+            temp_dir=str(short),
+        )
+        write_record(known, StorageConfig(root=str(tmp_path)))
+        yield Command(tmp_path, port)
+        processes.end(known.cluster_id)
+    shutil.rmtree(short)
+
+
+def test_an_edge_is_restarted_killed_and_ended(command: Command) -> None:
+    """By starting it again; a killed controller leaves HAProxy, and the next one takes it over; SIGTERM ends both."""
+    first = command.start()
+    lived: list[bool] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            lived.append(command.lives())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    second = command.start()
+    assert first.wait(20) == 0
+    second.kill()
+    second.wait(20)
+    number = len(lived)
+    patiently(lambda: len(lived) > number + 10)
+    third = command.start()
+    master = command.haproxy(third)
+    ended.set()
+    asking.join(20)
+    assert lived.count(False) == 0, f"of {len(lived)}"
+    assert master is not None
+    third.terminate()
+    assert third.wait(20) == 0
+    assert not psutil.pid_exists(master.pid) or master.status() == psutil.STATUS_ZOMBIE
+    assert not command.lives()

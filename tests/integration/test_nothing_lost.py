@@ -5,16 +5,23 @@ FALAJ_LOAD_S=60 keeps each disturbance's load up for longer, as `make chaos` doe
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from cluster import processes
+from cluster.security.tls import EDGE_NAME, ensure_tls
+from cluster.storage import Layout
 from tests import scoring_project as scoring
 from tests.under_load import Outcome, UnderLoad
 
@@ -108,6 +115,60 @@ def serve_controllers(project: Project) -> list[psutil.Process]:
     """Serve's controller, while there is one."""
     found = processes.find(project.record.cluster_id)
     return [one for one in found if one.is_running() and "ray::ServeController" in " ".join(one.cmdline())]
+
+
+def test_a_restarted_edge_and_a_killed_controller_of_it_cost_no_request(project: Project) -> None:
+    """Started again beside itself; and once more when the controller is gone and HAProxy serves alone."""
+    with UnderLoad(project, per_s=PER_S) as load:
+        second = restarted_edge(project, load)
+        load.more(AFTERWARDS)
+        second.kill()
+        second.wait(20)
+        load.more(AFTERWARDS)
+        restarted_edge(project, load)
+        load.more(AFTERWARDS)
+    check(load.outcome())
+
+
+def restarted_edge(project: Project, load: UnderLoad) -> subprocess.Popen[bytes]:
+    """The controller that has taken the edge over."""
+    edge = project.storage_root / "edge"
+
+    def said() -> tuple[str, int]:
+        return (edge / "controller.lock").read_text().strip(), json.loads((edge / "state.json").read_text())[
+            "pid"
+        ]
+
+    _, before = said()
+    with (edge / "controller.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve_apps.edge"],
+            cwd=project.root,
+            env=project.env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    load.until(lambda: said()[0] == str(process.pid) and said()[1] not in (before, None))
+    return process
+
+
+def test_a_new_certificate_costs_no_request(project: Project) -> None:
+    """It is shown as soon as its file is there."""
+    places = Layout(str(project.storage_root))
+    file = project.storage_root / "tls" / EDGE_NAME
+    host, port = urlsplit(project.edge_url).netloc.split(":")
+
+    def shown() -> str:
+        return ssl.get_server_certificate((host, int(port)))
+
+    before = shown()
+    with UnderLoad(project, per_s=PER_S) as load:
+        file.unlink()
+        ensure_tls(places)
+        load.until(lambda: shown() != before)
+        load.more(AFTERWARDS)
+    check(load.outcome())
 
 
 def test_a_new_version_costs_no_request(project: Project) -> None:
