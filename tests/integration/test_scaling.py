@@ -61,8 +61,12 @@ class Version(Client):
             else ""
         )
 
-    def is_asleep(self) -> bool:
+    def is_woken_by_serve(self) -> bool:
         return f":{self.project.record.ports['serve_http']} " in self.backend()
+
+    def is_asleep(self) -> bool:
+        wanted = self.deployment()["target_num_replicas"]
+        return not wanted and not self.replicas() and self.is_woken_by_serve()
 
     def answered(self) -> pl.DataFrame:
         folder = self.project.storage_root / "predictions" / MODEL
@@ -112,7 +116,7 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
 def test_once_awake_it_is_addressed_directly_and_stays_while_it_is_asked(version: Version) -> None:
     """Short requests, one after the other, which a count taken now and then never sees."""
     assert version.call(PREDICT, BODY)[0] == 200
-    until(lambda: bool(version.backend()) and not version.is_asleep(), "addressed directly")
+    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
     [replica] = version.replicas()
     deadline, statuses = time.monotonic() + 25, set()
     while time.monotonic() < deadline:
