@@ -55,7 +55,7 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 2
     max_connections: int = 2000
-    wake_timeout_s: int = 60
+    wake_timeout_s: float = 60.0
     """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"

@@ -80,7 +80,7 @@ def is_asleep(application: Mapping[str, Any]) -> bool:
     return application["status"] == RUNNING and all(each and each["min_replicas"] == 0 for each in scaled)
 
 
-def waking_backend(name: str, servers: Sequence[str], *, timeout_s: int) -> str:
+def waking_backend(name: str, servers: Sequence[str], *, timeout_s: float) -> str:
     """HAProxy's backend that waits for a start.
 
     Nothing is sent twice but what was never received: the one request would start, and be answered, several times.
@@ -88,7 +88,7 @@ def waking_backend(name: str, servers: Sequence[str], *, timeout_s: int) -> str:
     lines = "\n".join(f"    server {address.replace(':', '_')} {address} check" for address in servers)
     return f"""backend {name}
     balance leastconn
-    timeout server {timeout_s}s
+    timeout server {round(timeout_s * 1000)}ms
     retry-on conn-failure
     option httpchk GET /-/healthz
     default-server inter 500ms fastinter 200ms fall 2 rise 1

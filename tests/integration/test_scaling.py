@@ -32,6 +32,9 @@ PREDICT = f"/v1/models/{MODEL}:predict"
 APP = f"{MODEL}-v1"
 SHORT = (
     "replica.min_replicas=0",
+    "replica.max_replicas=2",
+    "replica.target_ongoing_requests=0.01",
+    "replica.upscale_delay_s=1",
     "replica.downscale_to_zero_delay_s=1",
     "replica.downscale_delay_s=1",
     "replica.look_back_s=3",
@@ -113,16 +116,23 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
         assert said == ("champion", "outside", digest, 36)
 
 
-def test_once_awake_it_is_addressed_directly_and_stays_while_it_is_asked(version: Version) -> None:
-    """Short requests, one after the other, which a count taken now and then never sees."""
+def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(version: Version) -> None:
+    """By short requests, one after the other, which a count taken now and then never sees."""
     assert version.call(PREDICT, BODY)[0] == 200
     until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
-    [replica] = version.replicas()
-    deadline, statuses = time.monotonic() + 25, set()
-    while time.monotonic() < deadline:
-        statuses.add(version.call(PREDICT, BODY)[0])
-        threading.Event().wait(0.05)
-    assert (statuses, version.replicas()) == ({200}, {replica})
+    first = version.replicas()
+    statuses: set[int] = set()
+
+    def asked_for(seconds: float) -> set[str]:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            statuses.add(version.call(PREDICT, BODY)[0])
+            threading.Event().wait(0.02)
+        return version.replicas()
+
+    until(lambda: len(asked_for(1)) == 2, "scaled up")
+    assert first <= asked_for(10)
+    assert statuses == {200}
 
 
 def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> None:
