@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
+from cluster import processes
 from cluster.records import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
@@ -155,3 +158,14 @@ def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
     until(version.is_asleep, "asleep")
     version.project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     assert version.replicas() == set()
+
+
+def test_a_killed_version_is_not_taken_for_one_that_sleeps(version: Version) -> None:
+    """Its requests are refused at once, for the champion to answer if it were a treatment; Serve brings it back."""
+    assert version.call(PREDICT, BODY)[0] == 200
+    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
+    for process in processes.find(version.project.record.cluster_id):
+        if APP in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+    until(lambda: version.call(PREDICT, BODY)[0] == 503, "refused")
+    until(lambda: version.call(PREDICT, BODY)[0] == 200, "back")

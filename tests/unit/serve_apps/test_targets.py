@@ -20,6 +20,7 @@ PROXY, REPLICA = 8000, 30001
 def published(
     *,
     status: str = "RUNNING",
+    deployment: str = "HEALTHY",
     minimum: int | None = 0,
     ports: tuple[int, ...] = (PROXY,),
     replicas: tuple[str, ...] = (),
@@ -27,14 +28,15 @@ def published(
 ) -> dict[str, Any]:
     """What Serve says of one application, as far as we read it."""
     scaling = None if minimum is None else {"min_replicas": minimum, "max_replicas": 2}
-    deployment = {
+    predictor = {
+        "status": deployment,
         "deployment_config": {"autoscaling_config": scaling},
         "replicas": [{"state": state} for state in replicas],
     }
     targets = [{"ip": "10.0.0.7", "port": port, "name": "n"} for port in ports]
     return {
         "http_options": {"host": "127.0.0.1", "port": PROXY},
-        "applications": {"m-v1": {"status": status, "deployments": {"predictor": deployment}}},
+        "applications": {"m-v1": {"status": status, "deployments": {"predictor": predictor}}},
         "target_groups": [{"app_name": "m-v1", "protocol": "HTTP", "targets": targets} | group],
     }
 
@@ -46,15 +48,17 @@ def test_a_running_replica_is_addressed_directly() -> None:
     assert read_targets(content, host="127.0.0.1") == {"m-v1": ("127.0.0.1:30001", "127.0.0.1:30002")}
 
 
-def test_asleep_is_reached_through_serves_proxy() -> None:
-    """It may have no replica, and Serve finds nothing wrong."""
-    assert read_targets(published(), host="127.0.0.1") == {"m-v1": Waker(("127.0.0.1:8000",))}
+@pytest.mark.parametrize("deployment", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
+def test_asleep_is_reached_through_serves_proxy(deployment: str) -> None:
+    """It may have no replica, and Serve finds nothing wrong: also while one starts, or the last leaves."""
+    found = read_targets(published(deployment=deployment), host="127.0.0.1")
+    assert found == {"m-v1": Waker(("127.0.0.1:8000",))}
 
 
 @pytest.mark.parametrize(
     "said",
     [{"status": status} for status in ("UNHEALTHY", "DEPLOYING", "DEPLOY_FAILED", "DELETING", "NOT_STARTED")]
-    + [{"minimum": 1}, {"minimum": None}],
+    + [{"deployment": "UNHEALTHY"}, {"minimum": 1}, {"minimum": None}],
 )
 def test_failed_is_not_reached_at_all(said: dict[str, Any]) -> None:
     """Serve names its proxy here too, but somebody else should answer at once."""
