@@ -274,6 +274,24 @@ class Durability(enum.Enum):
 
 
 @dataclass(kw_only=True, slots=True)
+class BatchingConfig:
+    """Requests that are at a replica at the same time are answered by one call, where a model gains by it."""
+
+    max_rows: int = 64
+    """Of a call; 1 answers each request by itself."""
+    max_wait_ms: float = 0.0
+    """How long a request may be held for others to come; 0 joins only what is there already."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"replica.batching.max_rows must be at least 1, got {self.max_rows}.")
+        if not 0 <= self.max_wait_ms <= 1000:
+            raise ValueError(
+                f"replica.batching.max_wait_ms must lie between 0 and 1000, got {self.max_wait_ms}."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
 class ReplicaConfig:
     """Replicas of one served model version: a fixed number of them, or as many as the requests want."""
 
@@ -300,6 +318,7 @@ class ReplicaConfig:
     """What a replica has in hand at once; more wait before it."""
     durability: Durability = Durability.process
     """Of predictions and outcomes, before they are answered."""
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
 
     def __post_init__(self) -> None:
         if self.num_replicas is not None and self.num_replicas < 1:

@@ -29,7 +29,15 @@ from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
-from cluster.settings import Durability, OnlineConfig, PlatformConfig, ReplicaConfig, StorageConfig, to_plain
+from cluster.settings import (
+    BatchingConfig,
+    Durability,
+    OnlineConfig,
+    PlatformConfig,
+    ReplicaConfig,
+    StorageConfig,
+    to_plain,
+)
 from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog import Definitions, apply
@@ -128,6 +136,7 @@ def running_replica(
     write: Callable[[Path, ModelSignature], None] = write_model,
     before: Callable[[Layout, KeyAccess], None] | None = None,
     durability: Durability = Durability.process,
+    batching: BatchingConfig | None = None,
 ) -> Iterator[Replica]:
     """A replica of version 1 of a model, in a storage root of its own or an edge's.
 
@@ -137,10 +146,10 @@ def running_replica(
         write: makes the folder of its files.
         before: is called before it starts, to put features online for one.
         durability: of its log.
+        batching: of its requests; none is the default.
     """
-    config = PlatformConfig(
-        storage=StorageConfig(root=str(root)), replica=ReplicaConfig(durability=durability)
-    )
+    options = ReplicaConfig(durability=durability, batching=batching or BatchingConfig())
+    config = PlatformConfig(storage=StorageConfig(root=str(root)), replica=options)
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))

@@ -46,7 +46,7 @@ class Model:
             )
         self.signature = signature
         self._engine = engine
-        self._encode = Encoder(signature)
+        self.encode = Encoder(signature)
         self._check_scores()
 
     def predict(self, columns: Columns) -> Predictions:
@@ -55,7 +55,7 @@ class Model:
         Raises:
             InvalidRequest: naming the input that is missing or cannot be encoded.
         """
-        return self.predict_matrix(self._encode(columns))
+        return self.predict_matrix(self.encode(columns))
 
     def predict_matrix(self, matrix: Matrix) -> Predictions:
         """Predict rows that are encoded already, float32 [rows, inputs]."""

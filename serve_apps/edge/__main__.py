@@ -79,7 +79,7 @@ class EdgeConfig(PlatformConfig):
     """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
     longest prediction takes, because a replica answers one thing after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    wake_timeout_s: int = 60
+    wake_timeout_s: float = 60.0
     """How long a request for a version that was scaled to zero waits for a replica."""
 
 

@@ -54,7 +54,7 @@ class EdgeSettings:
     threads: int = 2
     max_connections: int = 2000
     max_connections_of_one_address: int = 1000
-    wake_timeout_s: int = 60
+    wake_timeout_s: float = 60.0
     """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"

@@ -19,6 +19,8 @@ finds unwell says 503, too; Serve then takes it away by itself."""
 
 RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""
+WELL = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
+"""The same of a deployment; it changes in the moment in which a replica is lost, the application's a little later."""
 _RECOVERING = "RECOVERING"
 """State of a replica that was there before Serve's controller was."""
 
@@ -74,13 +76,17 @@ def is_asleep(application: Mapping[str, Any]) -> bool:
 
     That includes one whose replica is just starting for a request, and one whose last replica is just leaving.
     """
-    scaled = [
-        one["deployment_config"].get("autoscaling_config") for one in application["deployments"].values()
-    ]
-    return application["status"] == RUNNING and all(each and each["min_replicas"] == 0 for each in scaled)
+    return application["status"] == RUNNING and all(
+        one["status"] in WELL and _may_have_none(one) for one in application["deployments"].values()
+    )
 
 
-def waking_backend(name: str, servers: Sequence[str], *, timeout_s: int) -> str:
+def _may_have_none(deployment: Mapping[str, Any]) -> bool:
+    scaling = deployment["deployment_config"].get("autoscaling_config")
+    return scaling is not None and scaling["min_replicas"] == 0
+
+
+def waking_backend(name: str, servers: Sequence[str], *, timeout_s: float) -> str:
     """HAProxy's backend that waits for a start.
 
     Nothing is sent twice but what was never received: the one request would start, and be answered, several times.
@@ -88,7 +94,7 @@ def waking_backend(name: str, servers: Sequence[str], *, timeout_s: int) -> str:
     lines = "\n".join(f"    server {address.replace(':', '_')} {address} check" for address in servers)
     return f"""backend {name}
     balance leastconn
-    timeout server {timeout_s}s
+    timeout server {round(timeout_s * 1000)}ms
     retry-on conn-failure
     option httpchk GET /-/healthz
     default-server inter 500ms fastinter 200ms fall 2 rise 1

@@ -33,6 +33,7 @@ from serve_apps.listening import listen_on_own_address
 from serve_apps.one_write import answer_in_one_write
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.asked import request_inputs
+from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.meters import Meters
@@ -76,6 +77,7 @@ class Predictor:
         replica = platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         self._model = load_model(self._version, store, hardware=hardware)
+        self._batches = batches(self._model, replica.batching)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
@@ -138,21 +140,27 @@ class Predictor:
         match call.operation:
             case Operation.predict:
                 body = await read_body(request)
-                response = await self._log.settled(self._predict(request, parse_json(body)))
+                response = await self._log.settled(await self._predict(request, parse_json(body)))
                 return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.infer:
                 body = await read_body(request)
-                response = await self._log.settled(self._infer(request, body))
+                response = await self._log.settled(await self._infer(request, body))
                 return self._shadowing.follow(response, call.operation, request.headers, body)
             case Operation.metadata:
                 return answer(inference_protocol.metadata(name, version, self._model.signature))
             case Operation.ready:
                 return answer({"name": name, "ready": True})
 
-    def _predict(self, request: Request, body: dict[str, Any]) -> Response:
+    async def _rows(self, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        # Encoded one by one, so that what cannot be encoded refuses its own request alone.
+        if self._batches is None:
+            return self._model.predict(columns).rows()
+        return (await self._batches.predict(self._model.encode(columns))).rows()
+
+    async def _predict(self, request: Request, body: dict[str, Any]) -> Response:
         asked = parse_predict(body, self._asked | self._inputs, now=dt.datetime.now(dt.UTC))
         inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
-        rows = self._model.predict(inputs.columns).rows()
+        rows = await self._rows(inputs.columns)
         given = sorted(asked.overrides)
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
         columns = inputs.columns | said
@@ -171,11 +179,11 @@ class Predictor:
             content["features_defaults"] = inputs.defaults
         return answer(content, headers={PREDICTION_ID: prediction_id})
 
-    def _infer(self, request: Request, body: bytes) -> Response:
+    async def _infer(self, request: Request, body: bytes) -> Response:
         length = request.headers.getlist(inference_protocol.JSON_LENGTH)
         content, raw = inference_protocol.split_body(body, length)
         asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
-        rows = self._model.predict(asked.columns).rows()
+        rows = await self._rows(asked.columns)
         entities: list[dict[str, Any]] = [{} for _ in rows]
         given = sorted(asked.columns)
         prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows, given)

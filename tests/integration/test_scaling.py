@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
+from cluster import processes
 from cluster.records import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
@@ -32,6 +35,9 @@ PREDICT = f"/v1/models/{MODEL}:predict"
 APP = f"{MODEL}-v1"
 SHORT = (
     "replica.min_replicas=0",
+    "replica.max_replicas=2",
+    "replica.target_ongoing_requests=0.01",
+    "replica.upscale_delay_s=1",
     "replica.downscale_to_zero_delay_s=1",
     "replica.downscale_delay_s=1",
     "replica.look_back_s=3",
@@ -61,8 +67,12 @@ class Version(Client):
             else ""
         )
 
-    def is_asleep(self) -> bool:
+    def is_woken_by_serve(self) -> bool:
         return f":{self.project.record.ports['serve_http']} " in self.backend()
+
+    def is_asleep(self) -> bool:
+        wanted = self.deployment()["target_num_replicas"]
+        return not wanted and not self.replicas() and self.is_woken_by_serve()
 
     def answered(self) -> pl.DataFrame:
         folder = self.project.storage_root / "predictions" / MODEL
@@ -109,16 +119,23 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
         assert said == ("champion", "outside", digest, 36)
 
 
-def test_once_awake_it_is_addressed_directly_and_stays_while_it_is_asked(version: Version) -> None:
-    """Short requests, one after the other, which a count taken now and then never sees."""
+def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(version: Version) -> None:
+    """By short requests, one after the other, which a count taken now and then never sees."""
     assert version.call(PREDICT, BODY)[0] == 200
-    until(lambda: bool(version.backend()) and not version.is_asleep(), "addressed directly")
-    [replica] = version.replicas()
-    deadline, statuses = time.monotonic() + 25, set()
-    while time.monotonic() < deadline:
-        statuses.add(version.call(PREDICT, BODY)[0])
-        threading.Event().wait(0.05)
-    assert (statuses, version.replicas()) == ({200}, {replica})
+    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
+    first = version.replicas()
+    statuses: set[int] = set()
+
+    def asked_for(seconds: float) -> set[str]:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            statuses.add(version.call(PREDICT, BODY)[0])
+            threading.Event().wait(0.02)
+        return version.replicas()
+
+    until(lambda: len(asked_for(1)) == 2, "scaled up")
+    assert first <= asked_for(10)
+    assert statuses == {200}
 
 
 def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> None:
@@ -141,3 +158,14 @@ def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
     until(version.is_asleep, "asleep")
     version.project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     assert version.replicas() == set()
+
+
+def test_a_killed_version_is_not_taken_for_one_that_sleeps(version: Version) -> None:
+    """Its requests are refused at once, for the champion to answer if it were a treatment; Serve brings it back."""
+    assert version.call(PREDICT, BODY)[0] == 200
+    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
+    for process in processes.find(version.project.record.cluster_id):
+        if APP in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+    until(lambda: version.call(PREDICT, BODY)[0] == 503, "refused")
+    until(lambda: version.call(PREDICT, BODY)[0] == 200, "back")
