@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test unit unit-ground unit-features unit-engines unit-serving chaos lint format bench lock clean
+.PHONY: help install demo down test unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make down    end what make demo started"
 	@echo "make unit    tests without Ray       make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests, thoroughly"
+	@echo "make soak    ten minutes of requests: no failure, no growing process"
 
 install: $(STAMP)
 
@@ -54,10 +55,15 @@ unit-engines:
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/test_engines.py
 
-# The crash tests killed fifty times, and the property tests with forty times the examples.
+# The crash tests killed fifty times, the property tests with forty times the examples, and longer load on a cluster
+# of which parts are killed.
 chaos: $(STAMP)
 	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/unit
+	@FALAJ_LOAD_S=20 $(BIN)/python -m pytest -s tests/integration/test_nothing_lost.py
+
+soak: $(STAMP)
+	@$(BIN)/python tests/soak.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -6,6 +6,9 @@ at.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightgbm as lgb
@@ -19,7 +22,7 @@ from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
 from feature_jobs.store.catalog import service_spec
-from tests.integration.conftest import Project
+from tests.integration.conftest import Project, exports, new_project
 
 MODEL, SERVICE = "score", "scoring"
 PREDICT = f"/v1/models/{MODEL}:predict"
@@ -103,3 +106,18 @@ def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
     project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *overrides, check=True)
     start = ("action=start", f"name={MODEL}", "version=2", f"weight={weight}")
     project.run("serve_apps.rollout", *start, *overrides, check=True)
+
+
+@contextlib.contextmanager
+def running_project(*overrides: str) -> Iterator[Project]:
+    """A cluster of its own in a temporary folder, that serves both versions."""
+    with tempfile.TemporaryDirectory(prefix="falaj-scoring-") as name:
+        project = new_project(Path(name))
+        project.up()
+        try:
+            project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
+            prepare(project)
+            serve(project, *overrides)
+            yield project
+        finally:
+            project.run("cluster.down")

@@ -52,7 +52,7 @@ class Outcome:
 class UnderLoad:
     """A block during which requests come, `per_s` in all."""
 
-    def __init__(self, project: Project, *, per_s: float, connections: int = CONNECTIONS) -> None:
+    def __init__(self, project: Project, *, per_s: float | None, connections: int = CONNECTIONS) -> None:
         self._project = project
         self._connections = connections
         self._token, self._minted_at = "", 0.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.runtime import Model
+from cluster.runtime import Model, Precision
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Predictions
 from cluster.settings import BatchingConfig
@@ -47,8 +47,11 @@ def _cost(predict: Predict, rows: int, num_inputs: int, clock: Callable[[], floa
 
 
 def batches(model: Model, config: BatchingConfig) -> Batches | None:
-    """What joins requests for a model; none where it would not pay."""
-    if config.max_rows == 1 or not pays(model.predict_matrix, len(model.signature.inputs)):
+    """What joins requests for a model; none where it would not pay, nor for an int8 one, whose activations are scaled
+    over a whole call: what one request is answered would depend on whose came beside it, and could not be replayed."""
+    if config.max_rows == 1 or model.signature.precision is Precision.int8:
+        return None
+    if not pays(model.predict_matrix, len(model.signature.inputs)):
         return None
     return Batches(model.predict_matrix, max_rows=config.max_rows, max_wait_s=config.max_wait_ms / 1000)
 

@@ -21,7 +21,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from _load import Measured, Target, has_wrk, measure
 
 from tests import scoring_project as scoring
-from tests.integration.conftest import Project, exports, new_project
+from tests.integration.conftest import Project
 from tests.ports import free_port
 
 SECONDS, ROUNDS = int(os.environ.get("SECONDS", "4")), int(os.environ.get("ROUNDS", "5"))
@@ -48,21 +47,6 @@ AIMS = (
     ("requests/s, falaj / fastapi", "c16", "requests_per_s", "fastapi", "at least 0.3"),
     ("p99, falaj / falaj_direct", "c16", "p99_ms", "falaj_direct", "at most 1.2"),
 )
-
-
-@contextlib.contextmanager
-def running_project() -> Iterator[Project]:
-    """A new cluster that serves two versions of a model."""
-    with tempfile.TemporaryDirectory(prefix="falaj-bench-") as name:
-        project = new_project(Path(name))
-        project.up()
-        try:
-            project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
-            scoring.prepare(project)
-            scoring.serve(project)
-            yield project
-        finally:
-            project.run("cluster.down")
 
 
 @contextlib.contextmanager
@@ -185,7 +169,7 @@ def main() -> None:
     wrk = has_wrk()
     fastapi, first = free_port(), random.randrange(32_000, 32_600, NUM_PORTS)  # beyond those of `free_port`
     with ExitStack() as stack:
-        project = stack.enter_context(running_project())
+        project = stack.enter_context(scoring.running_project())
         folder = project.root / "model-0"
         stack.enter_context(running_peer("serve_fastapi.py", folder, PORT=str(fastapi)))
         stack.enter_context(running_peer("serve_ab.py", folder, **ray_environment(project, first)))

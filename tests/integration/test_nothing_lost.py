@@ -5,10 +5,12 @@ FALAJ_LOAD_S=60 keeps each disturbance's load up for longer, as `make chaos` doe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 PER_S = 60.0
 AFTERWARDS = round(float(os.environ.get("FALAJ_LOAD_S", "2")) * PER_S)
 """Requests that still come when a disturbance is over."""
-TWO = "replica.num_replicas=2"
+CONTROLLER, TWO = "ray::ServeController", "replica.num_replicas=2"
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +61,19 @@ def check(outcome: Outcome, *, orphans: int = 0) -> None:
     assert outcome.orphans <= orphans
 
 
+def running(project: Project, title: str) -> list[psutil.Process]:
+    """The cluster's processes whose title has a word; others come and go meanwhile."""
+    found = []
+    for one in processes.find(project.record.cluster_id):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(one.cmdline()) and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
+
+
 def replicas(project: Project, version: int) -> list[psutil.Process]:
     """The processes that serve a version."""
-    title = f"ServeReplica:{scoring.MODEL}-v{version}:"
-    return [one for one in processes.find(project.record.cluster_id) if title in " ".join(one.cmdline())]
-
-
-def backend(project: Project, version: int) -> list[str]:
-    """The replicas of a version that the edge's configuration has."""
-    lines = (
-        (project.storage_root / "edge" / "haproxy.cfg")
-        .read_text()
-        .split(f"backend {scoring.MODEL}-v{version}\n")
-    )
-    return [
-        line.split()[1] for line in lines[1].split("\n\n")[0].splitlines() if line.startswith("    server ")
-    ]
+    return running(project, f"ServeReplica:{scoring.MODEL}-v{version}:")
 
 
 def test_a_changed_weight_costs_no_request(project: Project) -> None:
@@ -103,18 +102,32 @@ def test_a_killed_replica_costs_no_request(project: Project, version: int) -> No
 def test_a_killed_serve_controller_costs_no_request(project: Project) -> None:
     """Replicas need it for nothing that a request waits for, and the edge keeps what it knew."""
     with UnderLoad(project, per_s=PER_S) as load:
-        [controller] = serve_controllers(project)
+        [controller] = running(project, CONTROLLER)
         controller.send_signal(signal.SIGKILL)
         load.more(AFTERWARDS)
-        load.until(lambda: [one.pid for one in serve_controllers(project)] not in ([], [controller.pid]))
+        load.until(lambda: [one.pid for one in running(project, CONTROLLER)] not in ([], [controller.pid]))
         load.more(AFTERWARDS)
     check(load.outcome())
 
 
-def serve_controllers(project: Project) -> list[psutil.Process]:
-    """Serve's controller, while there is one."""
-    found = processes.find(project.record.cluster_id)
-    return [one for one in found if one.is_running() and "ray::ServeController" in " ".join(one.cmdline())]
+def test_a_reload_of_the_edge_costs_no_request(project: Project) -> None:
+    """Three in a row: the workers before go on with what they have begun."""
+    master = f"{project.record.temp_dir}/master.sock"
+    with UnderLoad(project, per_s=PER_S) as load:
+        for _ in range(3):
+            assert said(master, "reload").startswith("Success=1")
+            load.more(AFTERWARDS)
+    check(load.outcome())
+
+
+def said(address: str, line: str) -> str:
+    """What HAProxy's master answers."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(address)
+        connection.sendall(line.encode() + b"\n")
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
 
 def test_a_restarted_edge_and_a_killed_controller_of_it_cost_no_request(project: Project) -> None:

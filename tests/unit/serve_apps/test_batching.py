@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.runtime import InputSpec, ModelSignature, Predictions, Task
+from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Predictions, Task
 from cluster.runtime.encoding import Matrix
 from cluster.settings import BatchingConfig
 from serve_apps.predictor import batching
@@ -142,6 +144,16 @@ def test_joining_pays_where_a_calls_own_cost_dominates(
         return Predictions(signature=SIGNATURE, scores=np.zeros(len(matrix)))
 
     assert pays(model, 1, clock=lambda: now) is expected
+
+
+@pytest.mark.parametrize(("precision", "joins"), [(Precision.float32, True), (Precision.int8, False)])
+def test_requests_for_an_int8_model_are_never_joined(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, joins: bool
+) -> None:
+    """Whatever it would gain: an answer must not depend on who else asked."""
+    monkeypatch.setattr(batching, "pays", lambda predict, num_inputs: True)
+    model = SimpleNamespace(signature=replace(SIGNATURE, precision=precision), predict_matrix=Doubling())
+    assert (batching.batches(cast(Model, model), BatchingConfig()) is not None) == joins
 
 
 def test_a_replica_joins_requests_and_logs_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
