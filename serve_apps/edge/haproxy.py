@@ -154,9 +154,17 @@ class HAProxy:
         while self.pid is not None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # the socket comes a little later than the process
                 if self._workers(self._socket):
+                    self._point_to_socket()
                     return
             time.sleep(0.01)
         raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
+
+    def _point_to_socket(self) -> None:
+        """Have `master.sock` be the socket of the master that serves, for who looks by hand."""
+        link = self._socket.with_name("master.sock")
+        new = self._socket.with_suffix(".new")
+        new.symlink_to(self._socket.name)
+        new.replace(link)
 
     def _succession(self) -> list[str]:
         """Arguments for taking over from a master that is there already."""
