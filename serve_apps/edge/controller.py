@@ -28,6 +28,7 @@ from cluster.storage import write_bytes
 from serve_apps.access import in_background
 from serve_apps.edge import strangers
 from serve_apps.edge.answers import ERROR_STATUSES, error_file
+from serve_apps.edge.certificate import Certificate
 from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
 from serve_apps.edge.haproxy import HAProxy
@@ -49,8 +50,8 @@ KEEP_EVERY_S = 60.0
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
-Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...], int]
-"""All that a configuration is made from: backends, champions, models, keys, and the certificate's time."""
+Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...], str]
+"""All that a configuration is made from: backends, champions, models, keys, and the certificate's file."""
 
 
 class Controller:
@@ -81,6 +82,7 @@ class Controller:
         self._keys = Followed(
             fetch_keys, name="the issuer", value=self._last.keys, interval_s=KEYS_INTERVAL_S
         )
+        self._certificate = Certificate(Path(settings.certificate), state_file.with_name("certificates"))
         self._own_limits = OwnLimits()
         self._append = in_background(ledger)
         self._strangers = strangers.Seen(at=time.time())
@@ -167,14 +169,14 @@ class Controller:
         """Load what is new, in a thread, because a split that changes must not wait for it."""
         self._finish_loading()
         keys = self._keys.value
-        certificate = changed_at(self._settings.certificate)
+        certificate = str(self._certificate.newest())
         loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys, certificate)
         if self._loading is not None or loaded == self._loaded:
             return
         LOG.info("loading %s with keys %s", wanted, [key.kid for key in keys])
         for running in self._maps:
             running.note_changes()
-        text = render(wanted, keys, self._settings)
+        text = render(wanted, keys, replace(self._settings, certificate=certificate))
         self._loading = loaded, self._loader.submit(self._haproxy.load, text)
         if self._loaded is None:
             wait([self._loading[1]])
@@ -188,6 +190,7 @@ class Controller:
         loading.result()
         for running in self._maps:
             running.tell_again()
+        self._certificate.forget_others(Path(loaded[-1]))
         self._loaded = loaded
 
     def _keep_last(self) -> None:
@@ -212,14 +215,6 @@ class Controller:
         if state != self._written:
             write_state(self._state_file, state)
             self._written = state
-
-
-def changed_at(file: str) -> int:
-    """When a file was last changed, in ns; 0 where there is none."""
-    try:
-        return Path(file).stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:

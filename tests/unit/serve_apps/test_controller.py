@@ -466,7 +466,7 @@ def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
 
 
 def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
-    """As soon as its file is there; what is none stays unused."""
+    """As soon as its file is there; what is none stays unused, and holds up no new replicas."""
     file = Path(running.settings.certificate)
 
     def shown() -> bytes | None:
@@ -480,13 +480,17 @@ def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) 
     before, content = shown(), file.read_bytes()
     with asking(running) as statuses:
         file.write_bytes(b"no certificate")
-        asked = running.serve.asked
-        wait_until(lambda: running.serve.asked > asked + 1)
+        running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
+        wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+        assert shown() == before
         file.unlink()
         ensure_tls(running.places)
         assert file.read_bytes() != content
         wait_until(lambda: shown() != before)
     assert set(statuses) == {200}
+    copies = running.state_file.with_name("certificates")
+    wait_until(lambda: [copy.read_bytes() for copy in copies.iterdir()] == [file.read_bytes()])
+    assert {copy.stat().st_mode & 0o777 for copy in copies.iterdir()} == {0o600}
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:
