@@ -14,7 +14,6 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.policy import Role
 from serve_apps.edge.config import render
 from serve_apps.http import LOG, MAX_BODY_BYTES
-from tests.edge import ROLLOUT, Edge, wait_until
+from tests.edge import ROLLOUT, Edge
 from tests.replica import Replica, running_features, running_replica
 
 SIGNATURE = ModelSignature(
@@ -379,56 +378,6 @@ def test_slow_clients_are_ended_and_keep_nobody_waiting(edge: Edge, replica: Rep
     answers = [answer_of(connection) for connection in bodies]
     assert {status for status, _ in answers} == {408}
     assert {refused(status, body) for status, body in answers} == {"Request Timeout"}
-    edge.load_targets(targets)
-
-
-def test_one_address_cannot_take_all_connections(edge: Edge, replica: Replica) -> None:
-    """What it has too many of is closed at once; when one ends, another may come."""
-    before, targets = edge.settings, edge.targets | {"m-v1": (replica.address,)}
-    edge.settings = replace(before, max_connections_of_one_address=5)
-    edge.load_targets(targets)
-    wait_until(lambda: edge.call("/v2/health/ready", method="GET")[0] == 200)
-    held = [begun(edge, b"") for _ in range(5)]
-    with pytest.raises((OSError, ssl.SSLError)):
-        begun(edge, b"")
-    held.pop().close()
-    wait_until(lambda: answers(edge))
-    for connection in held:
-        connection.close()
-    edge.settings = before
-    edge.load_targets(targets)
-    wait_until(lambda: answers(edge))
-
-
-def answers(edge: Edge) -> bool:
-    try:
-        return edge.call("/v2/health/live", method="GET")[0] == 200
-    except OSError:
-        return False
-
-
-def test_a_head_of_many_small_parts_is_ended_in_time(edge: Edge, replica: Replica) -> None:
-    """Slowloris: a byte now and then does not make a head's time longer."""
-    targets = edge.targets | {"m-v1": (replica.address,)}
-    config = render(edge.routes(ROLLOUT, targets), edge.keys, edge.settings)
-    edge.haproxy.load(config.replace("timeout http-request 10s", "timeout http-request 700ms"))
-    connections = [begun(edge, b"POST / HTTP/1.1\r\n") for _ in range(20)]
-    began = time.monotonic()
-    ended: set[int] = set()
-    while len(ended) < len(connections):
-        assert time.monotonic() - began < 10
-        for number, connection in enumerate(connections):
-            connection.settimeout(0.01)
-            try:
-                connection.sendall(b"X-a: b\r\n")
-                if connection.recv(1000) is not None:
-                    ended.add(number)
-            except TimeoutError:
-                continue
-            except OSError:
-                ended.add(number)
-    for connection in connections:
-        connection.close()
     edge.load_targets(targets)
 
 

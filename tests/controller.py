@@ -1,0 +1,213 @@
+"""A running controller of an edge over a real ledger and a real HAProxy, and what it hears of Serve."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import shutil
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import (
+    AliasMoved,
+    LedgerEvent,
+    ModelDeployed,
+    RolloutRolledBack,
+    RolloutStarted,
+)
+from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
+from cluster.security.tls import ensure_tls
+from cluster.security.tokens import TokenRules
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.storage import Layout
+from serve_apps.edge.config import EdgeSettings
+from serve_apps.edge.controller import Controller
+from serve_apps.edge.dashboard import TOKEN_VARIABLE
+from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.keys import written_keys
+from serve_apps.edge.limiting import Limits
+from serve_apps.edge.state import EdgeState
+from serve_apps.edge.targets import Targets
+from tests.ports import free_port
+
+ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
+CHAMPION_ONLY = "m-v1|m-v1|champion|none|-|0|10000"
+SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
+STARTED = RolloutStarted(
+    model="m",
+    rollout="r",
+    salt="s",
+    treatment_version=2,
+    treatment_variant="challenger",
+    champion_version=1,
+    weight=20,
+)
+ROLLED_BACK = RolloutRolledBack(model="m", rollout="r", reason="worse")
+
+
+class Serve:
+    """What the controller hears of Serve: targets, an error, or nothing for a while. Our own fake."""
+
+    def __init__(self) -> None:
+        self.targets: Targets = {"m-v1": (ONE,), "m-v2": (TWO,), "outcomes": (ONE,)}
+        self.error: Exception | None = None
+        self.asked = 0
+        self.answering = threading.Event()
+        self.answering.set()
+
+    def __call__(self) -> Targets:
+        self.asked += 1
+        self.answering.wait(20)
+        if self.error is not None:
+            raise self.error
+        return self.targets
+
+
+class Held(HAProxy):
+    """Loads when it may."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.may_load, self.loading = threading.Event(), threading.Event()
+        self.may_load.set()
+
+    def load(self, text: str) -> None:
+        self.loading.set()
+        assert self.may_load.wait(20)
+        super().load(text)
+
+
+class Running:
+    """A controller in a thread, and a look at what HAProxy has."""
+
+    def __init__(self, root: Path, short: Path, *, ledger: Ledger | None = None) -> None:
+        self.places = places = Layout(str(root))
+        ensure_issuer(places)
+        ensure_tls(places)
+        self.settings = EdgeSettings(
+            bind=f"127.0.0.1:{free_port()}",
+            metrics_bind=f"127.0.0.1:{free_port()}",
+            certificate=f"{places.tls}/edge.pem",
+            dashboard="127.0.0.1:9",
+            tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
+            map_file=str(root / "routes.map"),
+            error_folder=str(root / "errors"),
+            admin_socket=str(short / "admin.sock"),
+            limits=Limits(folder=str(root), socket=str(short / "peers.sock")),
+            max_body_bytes=100_000,
+        )
+        self.ledger = ledger or open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
+        self.serve = Serve()
+        self.state_file = root / "state.json"
+        self.haproxy_file = root / "haproxy.cfg"
+        self.begin()
+
+    def tell(self, *events: LedgerEvent) -> int:
+        return [self.ledger.append(event, actor="test").seq for event in events][-1]
+
+    @property
+    def state(self) -> EdgeState | None:
+        return EdgeState(**json.loads(self.state_file.read_text())) if self.state_file.exists() else None
+
+    @property
+    def applied(self) -> int:
+        return self.state.applied_seq if self.state else 0
+
+    def split(self) -> str:
+        """The model's entry in the running HAProxy."""
+        return entry_of(self.ask(f"show map {self.settings.map_file}"))
+
+    def ask(self, command: str, address: str | None = None) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address or self.settings.admin_socket)
+            connection.sendall(command.encode() + b"\n")
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+    def begin(self, *, fetch_targets: Callable[[], Targets] | None = None) -> None:
+        """A controller and a HAProxy of it, over what earlier ones have left."""
+        self.haproxy = Held(
+            config=self.haproxy_file,
+            admin_socket=Path(self.settings.admin_socket),
+            access_folder=self.haproxy_file.with_name("access"),
+            secrets={TOKEN_VARIABLE: "of-ray"},
+        )
+        self.controller = Controller(
+            ledger=self.ledger,
+            fetch_targets=fetch_targets or self.serve,
+            fetch_keys=written_keys(local_keys(self.places), self.haproxy_file.with_name("keys")),
+            haproxy=self.haproxy,
+            settings=self.settings,
+            state_file=self.state_file,
+        )
+        self.stopped, self.handed_over = threading.Event(), threading.Event()
+        self.thread = threading.Thread(
+            target=self.controller.run, args=(self.stopped,), kwargs={"handed_over": self.handed_over}
+        )
+
+    def hand_over(self) -> None:
+        self.handed_over.set()
+        self.stopped.set()
+        self.thread.join(20)
+
+    def connect(self) -> http.client.HTTPSConnection:
+        context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
+        host, port = self.settings.bind.split(":")
+        return http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
+
+    def ask_all(self, command: str) -> list[str]:
+        """What all workers say, those included that drain; there are two masters at least."""
+        said = []
+        masters = sorted(Path(self.settings.admin_socket).parent.glob("master-*.sock"))
+        assert len(masters) > 1
+        for master in masters:
+            rows = [row.split() for row in self.ask("show proc", str(master)).splitlines()]
+            for worker in (row[0] for row in rows if len(row) > 1 and row[1] == "worker"):
+                with contextlib.suppress(ConnectionError):  # it has just ended
+                    said.append(self.ask(f"@!{worker} {command}", str(master)))
+        return said
+
+    def close(self) -> None:
+        self.serve.answering.set()
+        self.haproxy.may_load.set()
+        self.stopped.set()
+        self.thread.join(20)
+        self.ledger.close()
+
+
+def entry_of(shown: str) -> str:
+    """The model's entry in what `show map` says."""
+    return next((line.split(" ")[2] for line in shown.splitlines() if " m " in line), "")
+
+
+def wait_until(said: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.02)
+
+
+@contextlib.contextmanager
+def running_controller(root: Path) -> Iterator[Running]:
+    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
+    short.mkdir(mode=0o700)
+    one = Running(root, short)
+    seq = one.tell(
+        ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
+        AliasMoved(name="m", alias="champion", version=1, previous=None, reason="first"),
+        ModelDeployed(name="m", version=2, variant="challenger", app="m-v2", route_prefix="/m-v2"),
+        STARTED,
+    )
+    one.thread.start()
+    wait_until(lambda: one.state is not None and one.state.applied_seq == seq)
+    yield one
+    one.close()
+    shutil.rmtree(short)

@@ -1,0 +1,166 @@
+"""An edge over a restart of its controller, a start without its control plane, and a new certificate."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger.events import (
+    AliasMoved,
+)
+from cluster.security.identity import local_keys
+from cluster.security.tls import ensure_tls
+from serve_apps.edge.targets import Targets
+from tests.controller import (
+    CHAMPION_ONLY,
+    ONE,
+    ROLLED_BACK,
+    SPLIT,
+    Running,
+    entry_of,
+    running_controller,
+    wait_until,
+)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    with running_controller(tmp_path) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def asking(running: Running) -> Iterator[list[int]]:
+    """Requests without a pause, each on a connection of its own; the list has their statuses."""
+    statuses: list[int] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            connection = running.connect()
+            try:
+                connection.request("GET", "/v2/health/live")
+                statuses.append(connection.getresponse().status)
+            except OSError:
+                statuses.append(0)
+            connection.close()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        wait_until(lambda: len(statuses) > 5)
+        yield statuses
+        more = len(statuses) + 5
+        wait_until(lambda: len(statuses) > more)
+    finally:
+        ended.set()
+        thread.join(20)
+
+
+def test_a_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
+    """HAProxy serves on when the first one has handed over, and gives its sockets to the second one's."""
+    before = running.haproxy.pid
+    kept = running.connect()
+    kept.request("GET", "/v2/health/live")
+    kept.getresponse().read()
+    with asking(running) as statuses:
+        running.hand_over()
+        assert running.ask("show info")
+        seq = running.tell(ROLLED_BACK)
+        running.begin()
+        running.thread.start()
+        wait_until(lambda: running.applied == seq)
+        assert running.haproxy.pid not in (before, None)
+        assert running.split() == CHAMPION_ONLY
+    assert set(statuses) == {200}
+    # The kept connection is still the old worker's, which hears of changes until it ends.
+    seq = running.tell(AliasMoved(name="m", alias="champion", version=2, previous=1, reason="better"))
+    wait_until(lambda: running.applied == seq)
+    assert {entry_of(said) for said in running.ask_all(f"show map {running.settings.map_file}")} == {
+        "m-v2|m-v2|champion|none|-|0|10000"
+    }
+    kept.request("GET", "/v2/health/live")
+    assert kept.getresponse().status == 200
+    kept.close()
+    assert before is not None
+    wait_until(lambda: not alive(before))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def serves(running: Running, split: str) -> bool:
+    """Whether HAProxy is there already, with a split."""
+    try:
+        return running.split() == split
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("lost", ["Serve", "Serve and ledger"])
+def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
+    running: Running, lost: str
+) -> None:
+    """With the replicas, the split and the keys of before, though HAProxy had been killed, too."""
+
+    def gone() -> Targets:
+        raise OSError("gone")
+
+    wait_until(lambda: running.state_file.with_name("last.json").exists())
+    running.stopped.set()
+    running.thread.join(20)
+    rename = "ALTER TABLE {} RENAME TO {}"
+    if "ledger" in lost:
+        with running.ledger.engine.begin() as connection:
+            connection.exec_driver_sql(rename.format("events", "elsewhere"))
+    running.begin(fetch_targets=gone)
+    running.thread.start()
+    wait_until(lambda: serves(running, SPLIT))
+    assert "m-v2" in running.ask("show backend")
+    (key,) = local_keys(running.places).all()
+    assert key in running.haproxy_file.read_text()
+    if "ledger" in lost:
+        with running.ledger.engine.begin() as connection:
+            connection.exec_driver_sql(rename.format("elsewhere", "events"))
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.applied == seq)
+    assert running.split() == CHAMPION_ONLY
+    assert "m-v2" in running.ask("show backend")
+
+
+def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
+    """As soon as its file is there; what is none stays unused, and holds up no new replicas."""
+    file = Path(running.settings.certificate)
+
+    def shown() -> bytes | None:
+        connection = running.connect()
+        connection.connect()
+        assert isinstance(connection.sock, ssl.SSLSocket)
+        certificate = connection.sock.getpeercert(binary_form=True)
+        connection.close()
+        return certificate
+
+    before, content = shown(), file.read_bytes()
+    with asking(running) as statuses:
+        file.write_bytes(b"no certificate")
+        running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
+        wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+        assert shown() == before
+        file.unlink()
+        ensure_tls(running.places)
+        assert file.read_bytes() != content
+        wait_until(lambda: shown() != before)
+    assert set(statuses) == {200}
+    copies = running.state_file.with_name("certificates")
+    wait_until(lambda: [copy.read_bytes() for copy in copies.iterdir()] == [file.read_bytes()])
+    assert {copy.stat().st_mode & 0o777 for copy in copies.iterdir()} == {0o600}
