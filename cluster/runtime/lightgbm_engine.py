@@ -9,6 +9,7 @@ import numpy as np
 
 from cluster.errors import RefusedError
 from cluster.runtime.encoding import Matrix
+from cluster.runtime.lightgbm_rows import RowPredictor
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import LIGHTGBM_FILE
 
@@ -28,12 +29,15 @@ class LightGBMEngine:
         except lgb.basic.LightGBMError as error:
             raise RefusedError(f"{LIGHTGBM_FILE} is no LightGBM text model: {error}.") from error
         self._num_threads = num_threads
+        self._row = RowPredictor(self._booster, num_threads=num_threads)
 
     @property
     def num_inputs(self) -> int:
         return int(self._booster.num_feature())
 
     def scores(self, matrix: Matrix) -> Scores:
+        if len(matrix) == 1:
+            return self._row.scores(matrix)
         return np.asarray(self._booster.predict(matrix, num_threads=self._num_threads), dtype=np.float64)
 
 
