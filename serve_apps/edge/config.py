@@ -51,7 +51,7 @@ class EdgeSettings:
     admin_socket: str
     limits: Limits
     max_body_bytes: int
-    threads: int = 2
+    threads: int = 1
     max_connections: int = 2000
     max_connections_of_one_address: int = 1000
     wake_timeout_s: float = 60.0
