@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
-from cluster import processes
 from cluster.records import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
@@ -164,8 +163,8 @@ def test_a_killed_version_is_not_taken_for_one_that_sleeps(version: Version) -> 
     """Its requests are refused at once, for the champion to answer if it were a treatment; Serve brings it back."""
     assert version.call(PREDICT, BODY)[0] == 200
     until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
-    for process in processes.find(version.project.record.cluster_id):
-        if APP in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
+    for replica in version.deployment()["replicas"]:
+        if replica["state"] == "RUNNING":
+            os.kill(replica["pid"], signal.SIGKILL)
     until(lambda: version.call(PREDICT, BODY)[0] == 503, "refused")
     until(lambda: version.call(PREDICT, BODY)[0] == 200, "back")

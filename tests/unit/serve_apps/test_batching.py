@@ -130,7 +130,7 @@ def test_a_wait_ends_when_nobody_comes() -> None:
 
 @pytest.mark.parametrize(
     ("one_us", "eight_us", "expected"),
-    [(100, 200, True), (100, 700, False), (14, 15, False), (30, 40, True), (5000, 9000, True)],
+    [(100, 200, True), (100, 700, False), (14, 15, False), (80, 100, True), (5000, 9000, True)],
 )
 def test_joining_pays_where_a_calls_own_cost_dominates(
     one_us: float, eight_us: float, expected: bool
