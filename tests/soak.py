@@ -102,7 +102,9 @@ def main() -> int:
     output = Path(".falaj/bench/soak.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1))
-    bad = bool(outcome.failed or outcome.lost or outcome.twice or outcome.orphans or grew)
+    bad = bool(
+        outcome.failed or outcome.lost or outcome.twice or outcome.orphans or outcome.unrecorded or grew
+    )
     print(f"grew: {', '.join(grew)}" if grew else "nothing grew")
     return int(bad)
 
