@@ -28,6 +28,7 @@
     │   ├── InvalidRequest            HTTP 400
     │   │   └── FeatureAbsent         a feature is missing or expired, and may not be
     │   ├── Unauthenticated           HTTP 401
+    │   │   └── KeysUnknown           the issuer has never answered, so nobody knows its keys
     │   └── AccessDenied              HTTP 403
     ├── KeyStoreUnavailable           the broker is down: exit code 1
     ├── OnlineStoreUnavailable        it cannot be reached, or is full: exit code 1, HTTP 503
@@ -153,6 +154,10 @@ class FeatureAbsent(InvalidRequest):
 
 class Unauthenticated(RefusedError):
     """No valid identity (HTTP 401)."""
+
+
+class KeysUnknown(Unauthenticated):
+    """An issuer has not answered since we began to ask, so nobody knows which keys it has."""
 
 
 class AccessDenied(RefusedError):

@@ -24,6 +24,7 @@ from cluster.ledger.events import (
     RolloutStarted,
 )
 from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
+from cluster.security.oidc import KeySource
 from cluster.security.tls import ensure_tls
 from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
@@ -132,7 +133,9 @@ class Running:
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
-    def begin(self, *, fetch_targets: Callable[[], Targets] | None = None) -> None:
+    def begin(
+        self, *, fetch_targets: Callable[[], Targets] | None = None, keys: KeySource | None = None
+    ) -> None:
         """A controller and a HAProxy of it, over what earlier ones have left."""
         self.haproxy = Held(
             config=self.haproxy_file,
@@ -143,7 +146,7 @@ class Running:
         self.controller = Controller(
             ledger=self.ledger,
             fetch_targets=fetch_targets or self.serve,
-            fetch_keys=written_keys(local_keys(self.places), self.haproxy_file.with_name("keys")),
+            fetch_keys=written_keys(keys or local_keys(self.places), self.haproxy_file.with_name("keys")),
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,

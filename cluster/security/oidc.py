@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from joserfc.errors import JoseError
 from joserfc.jwk import JWKRegistry, Key
 
-from cluster.errors import ConfigError, Unauthenticated
+from cluster.errors import ConfigError, KeysUnknown, Unauthenticated
 from cluster.security.tokens import KEY_TYPES
 
 MAX_DOCUMENT_BYTES = 256 * 1024
@@ -175,10 +175,13 @@ class RemoteKeys:
         """Every key, by `kid`.
 
         Raises:
-            Unauthenticated: no set was fetched within `max_stale_s`.
+            KeysUnknown: no set was ever fetched.
+            Unauthenticated: none was within `max_stale_s`.
         """
         if self._age() > self._max_age_s:
             self._refresh()
+        if self._fetched_at is None:
+            raise KeysUnknown("The issuer's keys could not be fetched yet; try again.")
         if self._age() > self._max_stale_s:
             raise Unauthenticated("The issuer's keys cannot be fetched now; try again.")
         return self._keys

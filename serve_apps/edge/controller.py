@@ -168,7 +168,7 @@ class Controller:
     def _bring_backends(self, wanted: Routes) -> None:
         """Load what is new, in a thread, because a split that changes must not wait for it."""
         self._finish_loading()
-        keys = self._keys.value
+        keys = self._believed_keys()
         certificate = str(self._certificate.newest())
         loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys, certificate)
         if self._loading is not None or loaded == self._loaded:
@@ -181,6 +181,12 @@ class Controller:
         if self._loaded is None:
             wait([self._loading[1]])
             self._finish_loading()
+
+    def _believed_keys(self) -> tuple[JwtKey, ...]:
+        """The issuer's, or those of the controller before while the issuer has not answered to this one."""
+        if self._keys.answered_at:
+            return self._keys.value
+        return self._last.believed(now=time.time()).keys
 
     def _finish_loading(self) -> None:
         if self._loading is None or not self._loading[1].done():
@@ -195,7 +201,11 @@ class Controller:
 
     def _keep_last(self) -> None:
         """For the next controller; once a minute also that the issuer still says the same."""
-        last = Last(targets=self._targets.value, keys=self._keys.value, at=self._keys.answered_at)
+        last = Last(
+            targets=self._targets.value,
+            keys=self._believed_keys(),
+            at=self._keys.answered_at or self._last.at,
+        )
         if replace(last, at=self._last.at) != self._last or last.at > self._last.at + KEEP_EVERY_S:
             last.write(self._last_file)
             self._last = last

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from joserfc.jwk import ECKey, RSAKey
 
-from cluster.errors import Unauthenticated
+from cluster.errors import KeysUnknown, Unauthenticated
 from cluster.security.issuer import replace_private
 from cluster.security.oidc import KeySource
 from cluster.security.tokens import KEY_TYPES, KID
@@ -34,13 +34,15 @@ def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, 
     """A function that writes the issuer's present keys below a folder, sorted by `kid`.
 
     A `kid` that a token of ours could not name is left out: it must not get into HAProxy's configuration. An issuer
-    whose keys were taken away has none.
+    whose keys were taken away has none. The function raises KeysUnknown while the issuer has not answered yet.
     """
 
     def write() -> tuple[JwtKey, ...]:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             keys = source.all()
+        except KeysUnknown:
+            raise
         except Unauthenticated:
             return ()
         found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,12 @@ class Last:
             at = float(content["at"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
-        held = at + KEYS_HOLD_S > now and all(Path(key.file).exists() for key in keys)
-        return cls(targets=targets, keys=keys if held else (), at=at)
+        kept = keys if all(Path(key.file).exists() for key in keys) else ()
+        return cls(targets=targets, keys=kept, at=at).believed(now=now)
+
+    def believed(self, *, now: float) -> Last:
+        """The same, without keys that nobody has confirmed for a day."""
+        return self if self.at + KEYS_HOLD_S > now else replace(self, keys=())
 
     def write(self, path: Path) -> None:
         """Keep it.

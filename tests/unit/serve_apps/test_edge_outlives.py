@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import ssl
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from cluster.ledger.events import (
     AliasMoved,
 )
 from cluster.security.identity import local_keys
+from cluster.security.oidc import RemoteKeys
 from cluster.security.tls import ensure_tls
+from serve_apps.edge import last
 from serve_apps.edge.targets import Targets
 from tests.controller import (
     CHAMPION_ONLY,
@@ -136,6 +139,33 @@ def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
     wait_until(lambda: running.applied == seq)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
+
+
+def test_an_edge_that_starts_while_its_issuer_is_down_keeps_the_keys_for_a_day(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of before, and so does the next one, though replicas have changed meanwhile."""
+
+    def down() -> bytes:
+        raise OSError("down")
+
+    kept = running.state_file.with_name("last.json")
+    wait_until(kept.exists)
+    (key,) = local_keys(running.places).all()
+    confirmed = 0.0
+    for app in ("m-v3", "m-v4"):
+        running.stopped.set()
+        running.thread.join(20)
+        confirmed = confirmed or json.loads(kept.read_text())["at"]
+        running.serve.targets = {**running.serve.targets, app: (ONE,)}
+        running.begin(keys=RemoteKeys(down, cooldown_s=0.0))
+        running.thread.start()
+        wait_until(lambda app=app: app in json.loads(kept.read_text())["targets"])  # type: ignore[misc]
+        wait_until(lambda app=app: running.state is not None and app in running.state.backends)  # type: ignore[misc]
+        assert key in running.haproxy_file.read_text()
+        assert json.loads(kept.read_text())["at"] == confirmed
+    monkeypatch.setattr(last, "KEYS_HOLD_S", 0.0)
+    wait_until(lambda: key not in running.haproxy_file.read_text())
 
 
 def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
