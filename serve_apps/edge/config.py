@@ -26,6 +26,7 @@ _LIVE, _READY = '{"live":true}', '{"ready":true}'
 _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
 )
+ANSWER_MS = 30_000
 MODEL_NAME = "[A-Za-z0-9._-]+"
 
 
@@ -80,6 +81,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         keys: the issuer's; without any, every token is refused.
         settings: where everything is.
     """
+    asleep = any(backend.asleep and backend.name in routes.champions for backend in routes.backends)
     parts = [
         _global(settings),
         _defaults(settings),
@@ -93,7 +95,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         *(_backend(backend, settings) for backend in routes.backends),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
-            _treated(backend, settings)
+            _treated(backend, settings, asleep=asleep)
             for backend in routes.backends
             if backend.name not in (OUTCOMES_APP, FEATURES_APP)
         ),
@@ -128,7 +130,7 @@ defaults
     timeout connect 2s
     timeout check 3s
     timeout client 30s
-    timeout server 30s
+    timeout server {ANSWER_MS}ms
     timeout queue 5s
     timeout http-request 10s
     timeout http-keep-alive 60s
@@ -283,11 +285,17 @@ def _backend(backend: Backend, settings: EdgeSettings) -> str:
 """
 
 
-def _treated(backend: Backend, settings: EdgeSettings) -> str:
+def _treated(backend: Backend, settings: EdgeSettings, *, asleep: bool) -> str:
     if backend.asleep:
         name = f"{backend.name}{fallback.SUFFIX}"
         return waking_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
-    return fallback.treated(backend, socket=settings.again_socket, hang_ms=settings.hang_ms)
+    return fallback.treated(
+        backend,
+        socket=settings.again_socket,
+        hang_ms=settings.hang_ms,
+        champion_ms=round(settings.wake_timeout_s * 1000) if asleep else ANSWER_MS,
+        asleep=asleep,
+    )
 
 
 def _known(routes: Routes, name: str) -> bool:

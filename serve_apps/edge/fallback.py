@@ -7,6 +7,10 @@ answer takes a replica out. What a killed one had not answered is sent to the ne
 hanging one has, when it has waited ten times as long. (HAProxy could end these at once, too, but would then sometimes
 end a request of a killed replica that is just being sent again.) Such requests keep their arm, and their access record
 says `fallback`.
+
+The champion has its own patience, though it is asked through such a backend: it would else be asked again for an answer
+that it is working on. So what finds no replica is sent once and waits as long as elsewhere; and while a champion is
+asleep, so does everything, though a request in a hanging replica then waits for that long, too.
 """
 
 from __future__ import annotations
@@ -44,26 +48,37 @@ def recorded() -> str:
     http-response set-var(txn.variant) str({CHAMPION_VARIANT}) {answered}"""
 
 
-def treated(backend: Backend, *, socket: str, hang_ms: int) -> str:
+def treated(backend: Backend, *, socket: str, hang_ms: int, champion_ms: int, asleep: bool) -> str:
     """The backend of treated requests.
 
     Args:
         backend: the treatment's.
         socket: of the frontend above.
         hang_ms: how long a replica may leave a health check without an answer.
+        champion_ms: how long the champion may take.
+        asleep: whether a champion has to be woken first.
     """
-    servers = "\n".join(
-        f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
-    )
+    name = f"{backend.name}{SUFFIX}"
+    answer_ms = champion_ms if asleep else hang_ms * _ANSWER_IN_HANGS
+    retried = "conn-failure empty-response" + ("" if asleep else " response-timeout")
+    some = " or ".join(f"{{ srv_is_up({name}/{_name_of(address)}) }}" for address in backend.servers)
+    servers = "\n".join(f"    server {_name_of(address)} {address} check" for address in backend.servers)
     every = f"inter {_CHECK_EVERY_MS}ms fastinter {_CHECK_EVERY_MS // 2}ms downinter {_CHECK_EVERY_MS}ms"
     gone = "observe layer4 error-limit 1 on-error mark-down"
-    return f"""backend {backend.name}{SUFFIX}
+    return f"""backend {name}
     balance leastconn
     timeout connect {_CONNECT_MS}ms
-    timeout server {hang_ms * _ANSWER_IN_HANGS}ms
+    timeout server {answer_ms}ms
+    retry-on {retried}
+    http-request set-timeout server {champion_ms}ms unless {some}
+    http-request disable-l7-retry unless {some}
     timeout check {hang_ms}ms
 {HEALTH_CHECK}
     default-server {every} fall 1 rise 1 {gone}
 {servers}
     server {_SERVER} unix@{socket} backup
 """
+
+
+def _name_of(address: str) -> str:
+    return address.replace(":", "_")

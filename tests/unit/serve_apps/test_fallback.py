@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,25 +14,28 @@ from typing import Any
 import pytest
 
 from serve_apps.edge.answers import NO_ANSWER
-from serve_apps.edge.config import render
+from serve_apps.edge.config import ANSWER_MS, render
+from serve_apps.edge.targets import Waker
 from tests.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
 from tests.ports import free_port
 
 
 @contextlib.contextmanager
 def server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Address of a server that does with a connection what it is told."""
+    """Address of a server that does with a connection what it is told, until that raises an OSError."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
             with contextlib.suppress(OSError):
                 while True:
                     serve(listener.accept()[0])
+            listener.close()
 
         threading.Thread(target=accept, daemon=True).start()
         host, port = listener.getsockname()
         yield f"{host}:{port}"
-        listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is closed already
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def healthy_and_then(answer: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
@@ -103,6 +107,42 @@ def test_what_a_hanging_treatment_has_not_answered_goes_to_the_champion(whole: E
     whole.settings = before
 
 
+@pytest.mark.parametrize("champion", ["asleep", "awake"])
+def test_a_champion_that_takes_its_time_is_asked_once(whole: Edge, champion: str) -> None:
+    """Longer than a hanging treatment may: one that is just being woken, or one that is slow."""
+    times = []
+
+    def answer_late(connection: socket.socket) -> None:
+        times.append(time.monotonic())
+        threading.Event().wait(0.6)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        connection.close()
+
+    def check_late(connection: socket.socket) -> None:
+        threading.Event().wait(0.1)
+        healthy_and_then(socket.socket.close)(connection)
+
+    def die(connection: socket.socket) -> None:
+        connection.close()
+        raise ConnectionAbortedError
+
+    settings = replace(whole.settings, hang_ms=20)
+    with (
+        server(healthy_and_then(answer_late)) as late,
+        server(healthy_and_then(die) if champion == "asleep" else check_late) as lost,
+    ):
+        targets = {
+            **whole.targets,
+            "m-v1": Waker((late,)) if champion == "asleep" else (late,),
+            "m-v2": (lost,),
+        }
+        whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))
+        if champion == "awake":
+            wait_until(lambda: ",DOWN," in whole.ask("show stat m-v2:treated 4 -1"))
+        status, _ = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
+    assert (status, len(times)) == (200, 1)
+
+
 def test_a_request_that_a_replica_drops_is_answered_by_another(whole: Edge) -> None:
     """Though the first one goes on answering its health checks."""
     with server(healthy_and_then(socket.socket.close)) as address:
@@ -128,7 +168,7 @@ def test_a_champion_that_gives_no_answer_is_503_to_the_client(
     with server(healthy_and_then(serve)) as address:
         targets = whole.targets | {"m-v1": (address,)}
         config = render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings)
-        whole.haproxy.load(config.replace("timeout server 30s", "timeout server 200ms"))
+        whole.haproxy.load(config.replace(f"timeout server {ANSWER_MS}ms", "timeout server 200ms"))
         before = len(whole.records())
         assert whole.call(token=whole.token()) == (503, {"error": NO_ANSWER, "code": 503})
         wait_until(lambda: len(whole.records()) > before)
