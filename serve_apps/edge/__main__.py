@@ -140,7 +140,7 @@ def main(config: EdgeConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     signal.signal(SIGNAL, hand_over)
     with sole_controller(edge / "controller.lock"):
-        ledger = ledger_when_it_answers(config, haproxy, stopped)
+        ledger = ledger_when_it_answers(config, haproxy, stopped, handed_over)
         trust = Trust.of(config.identity.issuer, layout(config.storage), keys_max_age_s=KEYS_MAX_AGE_S)
         controller = Controller(
             ledger=ledger,
@@ -171,8 +171,15 @@ def as_part_of(record: ClusterRecord) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program
 
 
-def ledger_when_it_answers(config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event) -> Ledger:
-    """The ledger; while its database is down, HAProxy serves with what was written last."""
+def ledger_when_it_answers(
+    config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event, handed_over: threading.Event
+) -> Ledger:
+    """The ledger; while its database is down, HAProxy serves with what was written last.
+
+    Raises:
+        SQLAlchemyError: the database is still down, and this is told to stop; HAProxy serves on if another one is to
+            take it over.
+    """
     while True:
         try:
             return open_ledger(config)
@@ -180,7 +187,8 @@ def ledger_when_it_answers(config: EdgeConfig, haproxy: HAProxy, stopped: thread
             logging.warning("the ledger cannot be opened, the edge serves as it last did: %s", error)
             haproxy.serve_last()
             if stopped.wait(LEDGER_AGAIN_S):
-                haproxy.stop()
+                if not handed_over.is_set():
+                    haproxy.stop()
                 raise
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.errors import ConfigError
+from cluster.settings import LedgerConfig
 from serve_apps.edge import succession
+from serve_apps.edge.__main__ import EdgeConfig, ledger_when_it_answers
+from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.last import KEYS_HOLD_S, Last
 from serve_apps.edge.succession import sole_controller
@@ -51,6 +56,34 @@ def test_a_second_controller_asks_the_first_to_hand_over(
             first.send_signal(signal.SIGKILL)
     with sole_controller(file):
         assert int(file.read_text()) > 0
+
+
+class Served(HAProxy):
+    """Runs nothing, and says whether it was ended. Our own fake."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def serve_last(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_who_hands_over_while_the_ledger_is_down_leaves_haproxy_to_serve(
+    tmp_path: Path, handed_over: bool
+) -> None:
+    """Who is just told to stop ends it."""
+    config = EdgeConfig(ledger=LedgerConfig(url=f"sqlite:///{tmp_path}/none/ledger.db"))
+    haproxy, stopped, over = Served(), threading.Event(), threading.Event()
+    stopped.set()
+    if handed_over:
+        over.set()
+    with pytest.raises(sa.exc.SQLAlchemyError):
+        ledger_when_it_answers(config, haproxy, stopped, over)
+    assert haproxy.ended is not handed_over
 
 
 def test_the_last_answers_are_kept_whole_and_keys_for_a_day(tmp_path: Path) -> None:
