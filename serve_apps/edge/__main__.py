@@ -75,7 +75,7 @@ class EdgeConfig(PlatformConfig):
     """Of HAProxy. One takes 140 µs of a core a request, and several lose access records: where two threads write at
     once, one line is dropped (two threads at full load: 17 of 20,156)."""
     max_connections: int = 2000
-    max_connections_of_one_address: int = 1000
+    max_connections_of_one_address: int = 500
     """All, where a proxy stands in front."""
     hang_s: float = 0.7
     """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its

@@ -54,7 +54,7 @@ class EdgeSettings:
     max_body_bytes: int
     threads: int = 1
     max_connections: int = 2000
-    max_connections_of_one_address: int = 1000
+    max_connections_of_one_address: int = 500
     wake_timeout_s: float = 60.0
     """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
@@ -87,7 +87,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _defaults(settings),
         limiting.tables(settings.limits),
         strangers.table(),
-        connections.table(),
+        connections.tables(),
         _frontend(routes, keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
@@ -134,7 +134,6 @@ defaults
     timeout queue 5s
     timeout http-request 10s
     timeout http-keep-alive 60s
-    option http-buffer-request
     option idle-close-on-response
     option redispatch 1
     retries 3
@@ -163,6 +162,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {scopes.rules(routes.entries, claim=settings.scope_claim)}
 {dashboard.passage()}
 {limiting.rules(settings.limits, tenant=settings.tenant)}
+{connections.body()}
     {say(_SERVER)} if {{ path /v2 }}
     {say(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}
     {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}

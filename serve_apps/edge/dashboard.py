@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.security.policy import Action
+from serve_apps.edge import connections
 from serve_apps.edge.answers import refuse
 
 BACKEND = "ray_dashboard"
@@ -37,6 +38,7 @@ def entrance() -> str:
     http-request set-var(txn.path) path if dashboard
 {own_pages}
     http-request set-var(txn.browser) bool(true) if {{ path /ray/login }} METH_POST
+{connections.login_body("browser")}
     http-request set-var(txn.token) req.body_param(token) if browser
     http-request set-var(txn.browser) bool(true) if dashboard !browser !{{ var(txn.token) -m found }} {{ req.cook({COOKIE}) -m found }}
     http-request set-var(txn.token) req.cook({COOKIE}) if browser !{{ var(txn.token) -m found }}

@@ -15,6 +15,7 @@ asleep, so does everything, though a request in a hanging replica then waits for
 
 from __future__ import annotations
 
+from serve_apps.edge import connections
 from serve_apps.edge.answers import refuse
 from serve_apps.edge.routes import CHAMPION_VARIANT, Backend
 from serve_apps.edge.targets import HEALTH_CHECK
@@ -34,6 +35,7 @@ def frontend(*, map_file: str, socket: str) -> str:
     http-request set-var(txn.model) path,field(5,/),field(1,:)
     http-request set-var(txn.backend) var(txn.model),map_str({map_file}),field(1,|)
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
+{connections.body()}
     http-request set-header x-falaj-variant {CHAMPION_VARIANT}
     http-request set-var(txn.rest) path,regsub(^/[^/]+,)
     http-request set-path /%[var(txn.backend)]%[var(txn.rest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import ssl
 import time
@@ -10,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from serve_apps.edge.config import render
-from tests.edge import ROLLOUT, Edge, wait_until
+from serve_apps.edge.connections import MAX_LOGINS
+from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
 
 
 def begun(edge: Edge, data: bytes) -> ssl.SSLSocket:
@@ -66,3 +68,34 @@ def test_a_head_of_many_small_parts_is_ended_in_time(edge: Edge) -> None:
     for connection in connections:
         connection.close()
     edge.load(ROLLOUT)
+
+
+def test_a_strangers_body_is_not_waited_for(edge: Edge) -> None:
+    """Nor kept, by as many streams as he likes: he hears at once that a token is missing."""
+    connection = begun(edge, begun_post(PREDICT))
+    connection.settimeout(5)
+    assert status_of(connection) == 401
+
+
+def test_few_logins_are_read_at_one_time(edge: Edge) -> None:
+    """Their bodies are waited for before anybody is known; the others are told to come again."""
+    login = begun_post("/ray/login")
+    held = [begun(edge, login) for _ in range(MAX_LOGINS)]
+    wait_until(lambda: f"conn_cur={MAX_LOGINS}" in edge.ask("show table logins_counted"))
+    assert status_of(begun(edge, login + b"oken=abc")) == 429
+    for connection in held:
+        connection.close()
+    wait_until(lambda: status_of(begun(edge, login + b"oken=abc")) == 401)
+
+
+def begun_post(path: str) -> bytes:
+    """A request without a token, and one byte of its nine."""
+    form = "Content-Type: application/x-www-form-urlencoded\r\nSec-Fetch-Site: same-origin"
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n{form}\r\n\r\nt".encode()
+
+
+def status_of(connection: ssl.SSLSocket) -> int:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    connection.close()
+    return response.status
