@@ -80,6 +80,7 @@ class Actor:
             decision = self.policy.decide(self.principal, action, resource, environment=self.environment)
             self.decisions.decided(self.principal, action, resource, decision, at=time.time())
             if not decision.allowed:
+                self.decisions.flush()  # a job that is denied something mostly ends
                 self.policy.check(self.principal, action, resource, environment=self.environment)
 
 

@@ -1,6 +1,7 @@
-"""What of all decisions is recorded: every denial, strangers by their number, permissions by a sample.
+"""What of all decisions is recorded: denials, strangers by their number, permissions by a sample.
 
-A denial names a known principal, so there are only as many as its token may cause. Strangers are counted per time
+A denial names a known principal and is an event of its own, unless the same is denied again and again within a window:
+see `denials`. Strangers are counted per time
 window and reason, because whoever needs no identity could otherwise fill the ledger. A permission is recorded at most
 once per principal, action, resource and window, and only for a share of these, chosen by a hash: the same decision in
 the same window is chosen in every process, and an auditor can recompute which ones must be there.
@@ -17,6 +18,7 @@ import threading
 from typing import Protocol
 
 from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
+from cluster.security.denials import Denials
 from cluster.security.identity import Principal
 from cluster.security.policy import Action, Decision, Resource
 
@@ -26,6 +28,8 @@ NOBODY = "unauthenticated"
 MAX_LOOKED_AT = 10_000
 """Permissions of a window that are known to be recorded already or not of the sample."""
 _SCALE = 2**64
+_Due = list[tuple[LedgerEvent, str]]
+"""Events and their actors."""
 
 
 class Append(Protocol):
@@ -77,16 +81,20 @@ class Decisions:
         self._lock = threading.Lock()
         self._window = -1
         self._strangers: dict[str, StrangersRefused] = {}
+        self._denials = Denials()
         self._permits: set[bytes] = set()
         self._looked_at: set[tuple[str, str, Action, Resource]] = set()
 
     def decided(
         self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
     ) -> None:
-        """Record a denial; record a permission if it is of the sample, and of the window's first `max_permits`."""
+        """Record or count a denial; record a permission if it is of the sample, and of the first `max_permits`."""
         with self._lock:
             due = self._turned(at)
-            recorded = not decision.allowed or self._is_new_sample(principal, action, resource)
+            if decision.allowed:
+                recorded = self._is_new_sample(principal, action, resource)
+            else:
+                recorded = self._denials.is_whole(principal, action, resource, at=at)
         self._write(due)
         if recorded:
             self._append(_event(principal, action, resource, decision), actor=principal.subject)
@@ -107,19 +115,22 @@ class Decisions:
         self._write(due)
 
     def flush(self) -> None:
-        """Record the strangers counted so far; call it at the end, and now and then where requests are few."""
+        """Record what was counted so far; call it at the end, and now and then where requests are few."""
         with self._lock:
-            due = list(self._strangers.values())
-            self._strangers = {}
+            due = self._taken()
         self._write(due)
 
-    def _turned(self, at: float) -> list[StrangersRefused]:
+    def _taken(self) -> _Due:
+        strangers, self._strangers = self._strangers, {}
+        return [*((event, NOBODY) for event in strangers.values()), *self._denials.take()]
+
+    def _turned(self, at: float) -> _Due:
         """What is due because a window is over; a clock that runs backwards opens none."""
         window = int(at // self._window_s)
         if window <= self._window:
             return []
-        due = list(self._strangers.values())
-        self._window, self._strangers, self._permits, self._looked_at = window, {}, set(), set()
+        due = self._taken()
+        self._window, self._denials, self._permits, self._looked_at = window, Denials(), set(), set()
         return due
 
     def _is_new_sample(self, principal: Principal, action: Action, resource: Resource) -> bool:
@@ -136,14 +147,14 @@ class Decisions:
         self._permits.add(digest)
         return True
 
-    def _write(self, due: list[StrangersRefused]) -> None:
+    def _write(self, due: _Due) -> None:
         """Outside the lock: the ledger may be slow."""
-        for event in due:
-            self._append(event, actor=NOBODY)
+        for event, actor in due:
+            self._append(event, actor=actor)
 
 
 def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Event) -> threading.Thread:
-    """Record the strangers now and then, though nobody comes to open the next window, and once more at the end."""
+    """Record what is counted now and then, though nobody comes to open the next window, and once more at the end."""
 
     def work() -> None:
         while not stopped.wait(every_s):
@@ -154,7 +165,7 @@ def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Eve
         try:
             decisions.flush()
         except Exception as error:  # noqa: BLE001 (the ledger may be back at the next turn)
-            logging.getLogger(__name__).error("Strangers could not be recorded: %s.", error)
+            logging.getLogger(__name__).error("What was counted could not be recorded: %s.", error)
 
     thread = threading.Thread(target=work, daemon=True, name="strangers")
     thread.start()

@@ -82,6 +82,19 @@ class StrangersRefused(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DenialsCounted(LedgerEvent):
+    """The event's actor was denied something more often than is worth an event each."""
+
+    tenant: str
+    action: str
+    count: int
+    """Beside those that are `AccessDecided`."""
+    first_at: float
+    """Unix seconds."""
+    last_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeLimitSet(LedgerEvent):
     """How much a principal or a tenant may ask of the edges; without either number it is the edges' default again."""
 

@@ -1,15 +1,17 @@
-"""What is recorded of decisions: each denial, strangers by number, permissions by a sample anybody can recompute."""
+"""What is recorded of decisions: denials, strangers by number, permissions by a sample anybody can recompute."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
+from cluster.ledger.events import AccessDecided, DenialsCounted, LedgerEvent, StrangersRefused
 from cluster.security.audit import NOBODY, OTHER_REASONS, Decisions, is_sampled
+from cluster.security.denials import MAX_KNOWN, MAX_OF_ACTION, MAX_OF_ONE
 from cluster.security.identity import Principal
 from cluster.security.policy import Action, Decision, Resource, Role
 
@@ -34,7 +36,7 @@ def who(subject: str = "alice") -> Principal:
     return Principal(subject=subject, role=Role.admin, purpose="credit", expires_at=0, tenant="north")
 
 
-def test_every_denial_is_recorded_whole() -> None:
+def test_a_denial_is_recorded_whole() -> None:
     """With who, what and why."""
     records = Records()
     decisions = Decisions(records.write, permit_rate=0.0)
@@ -54,6 +56,38 @@ def test_every_denial_is_recorded_whole() -> None:
         policies=["four-eyes"],
     )
     assert records.actors == ["alice"] * 3
+
+
+def test_denials_of_the_same_are_counted_after_the_first() -> None:
+    """Recorded once the window is over, after which the first are whole again; another resource is not hidden."""
+    records = Records()
+    decisions = Decisions(records.write, window_s=60)
+    for at in range(50):
+        decisions.decided(who(), Action.deploy, MODEL, DENIED, at=float(at))
+    assert [type(record) for record in records] == [AccessDecided] * MAX_OF_ONE
+    decisions.decided(who(), Action.deploy, replace(MODEL, name="other"), DENIED, at=59.0)
+    decisions.decided(who(), Action.deploy, MODEL, DENIED, at=60.0)
+    assert [type(record) for record in records[MAX_OF_ONE:]] == [AccessDecided, DenialsCounted, AccessDecided]
+    assert records[-2] == DenialsCounted(
+        tenant="north", action="deploy", count=50 - MAX_OF_ONE, first_at=float(MAX_OF_ONE), last_at=49.0
+    )
+    assert set(records.actors) == {"alice"}
+
+
+@pytest.mark.parametrize(("subjects", "each"), [(1, 500), (3, 200), (MAX_KNOWN + 10, 1)])
+def test_no_denial_is_lost_and_a_flood_is_few_records(subjects: int, each: int) -> None:
+    """Whoever asks, and whatever names he makes up."""
+    records = Records()
+    decisions = Decisions(records.write)
+    for number in range(each):
+        for subject in range(subjects):
+            resource = replace(MODEL, name=f"m{number}")
+            decisions.decided(who(str(subject)), Action.deploy, resource, DENIED, at=1.0)
+    whole = sum(isinstance(record, AccessDecided) for record in records)
+    assert whole == min(each, MAX_OF_ACTION) * subjects
+    decisions.flush()
+    counted = sum(record.count for record in records if isinstance(record, DenialsCounted))
+    assert whole + counted == each * subjects
 
 
 def test_strangers_are_counted_per_window_and_reason() -> None:
