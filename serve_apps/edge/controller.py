@@ -106,6 +106,7 @@ class Controller:
             while not stopped.is_set():
                 stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
             ordered = handed_over is None or not handed_over.is_set()
+            self._tell_of_strangers()
         finally:
             self._targets.stop()
             self._keys.stop()
@@ -144,7 +145,8 @@ class Controller:
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
         self._keep_last()
-        self._tell_of_strangers()
+        if self._loading is None and time.time() > self._strangers.at + strangers.EVERY_S:
+            self._tell_of_strangers()
 
     def _follow_ledger(self) -> None:
         try:
@@ -176,6 +178,7 @@ class Controller:
         LOG.info("loading %s with keys %s", wanted, [key.kid for key in keys])
         for running in self._maps:
             running.note_changes()
+        self._look_at_strangers()
         text = render(wanted, keys, replace(self._settings, certificate=certificate))
         self._loading = loaded, self._loader.submit(self._haproxy.load, text)
         if self._loaded is None:
@@ -196,6 +199,7 @@ class Controller:
         loading.result()
         for running in self._maps:
             running.tell_again()
+        self._strangers = self._strangers.begin_again()
         self._certificate.forget_others(Path(loaded[-1]))
         self._loaded = loaded
 
@@ -211,13 +215,19 @@ class Controller:
             self._last = last
 
     def _tell_of_strangers(self) -> None:
-        now = time.time()
-        if now < self._strangers.at + strangers.EVERY_S or self._loading is not None:
-            return
-        counted = strangers.counts(self._haproxy.ask(strangers.SHOWN))
-        self._strangers, events = self._strangers.look(counted, at=now)
+        self._look_at_strangers()
+        self._strangers, events = self._strangers.tell(at=time.time())
         for event in events:
             self._append(event, actor=ACTOR)
+
+    def _look_at_strangers(self) -> None:
+        """Their counts end with the worker; one that does not answer holds up nothing."""
+        if self._loaded is None:
+            return
+        try:
+            self._strangers = self._strangers.look(strangers.counts(self._haproxy.ask(strangers.SHOWN)))
+        except OSError as error:
+            LOG.warning("the worker does not say how many strangers it has refused: %s", error)
 
     def _write_state(self) -> None:
         names = [backend.name for backend in self._loaded[0]] if self._loaded else []

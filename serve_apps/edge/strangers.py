@@ -72,19 +72,31 @@ def counts(shown: str) -> dict[Reason, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """The counts when they were last looked at."""
+    """What the workers have counted, and what of it has not been told yet."""
 
     at: float
-    """Unix seconds."""
+    """Unix seconds, when it was told last."""
     counted: dict[Reason, int] = field(default_factory=dict)
+    """By the worker that serves, when it was last looked at."""
+    untold: dict[Reason, int] = field(default_factory=dict)
 
-    def look(self, counted: dict[Reason, int], *, at: float) -> tuple[Seen, list[StrangersRefused]]:
-        """What has been added since; a worker that began again after a reload has all of its own."""
-        events = []
+    def look(self, counted: dict[Reason, int]) -> Seen:
+        """Add what the worker has counted since; one that began again by itself has all of its own."""
+        untold = dict(self.untold)
         for reason, count in counted.items():
             before = self.counted.get(reason, 0)
-            if added := count - before if count >= before else count:
-                events.append(
-                    StrangersRefused(reason=reason.value, count=added, first_at=self.at, last_at=at)
-                )
-        return replace(self, at=at, counted=counted), events
+            untold[reason] = untold.get(reason, 0) + (count - before if count >= before else count)
+        return replace(self, counted=counted, untold=untold)
+
+    def begin_again(self) -> Seen:
+        """After a reload: the new worker has counted nothing yet."""
+        return replace(self, counted={})
+
+    def tell(self, *, at: float) -> tuple[Seen, list[StrangersRefused]]:
+        """The events for what has not been told."""
+        events = [
+            StrangersRefused(reason=reason.value, count=count, first_at=self.at, last_at=at)
+            for reason, count in self.untold.items()
+            if count
+        ]
+        return replace(self, at=at, untold={}), events

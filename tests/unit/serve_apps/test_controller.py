@@ -165,19 +165,30 @@ def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
     assert told(None) == file.read_text() == ""
 
 
+@pytest.mark.parametrize("when", ["now and then", "at the end"])
 def test_the_ledger_hears_how_many_strangers_there_were(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Now and then, in one event for all of a kind."""
-    for _ in range(3):
-        connection = running.connect()
-        connection.request("POST", "/v1/models/m:predict", b"{}")
-        assert connection.getresponse().status == 401
-        connection.close()
-    monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+    """In one event for all of a kind, over a reload, too."""
+
+    def come(number: int) -> None:
+        for _ in range(number):
+            connection = running.connect()
+            connection.request("POST", "/v1/models/m:predict", b"{}")
+            assert connection.getresponse().status == 401
+            connection.close()
+
+    come(2)
+    running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
+    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    come(3)
+    if when == "now and then":
+        monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+    else:
+        running.stopped.set()
     wait_until(lambda: any(running.ledger.entries(StrangersRefused)))
     (entry,) = running.ledger.entries(StrangersRefused)
-    assert (entry.actor, entry.payload["count"]) == ("system:edge", 3)
+    assert (entry.actor, entry.payload["count"]) == ("system:edge", 5)
 
 
 def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:

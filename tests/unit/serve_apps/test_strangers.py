@@ -54,10 +54,11 @@ def test_events_add_up_to_what_the_workers_counted(workers: list[list[int]]) -> 
     """Looked at after every few requests, over reloads, each of which begins at nothing."""
     seen, told, at = Seen(at=0.0), 0, 0.0
     for steps in workers:
-        counted = 0
-        for step in [0, *steps]:
+        counted, seen = 0, seen.begin_again()
+        for step in steps:
             counted, at = counted + step, at + 1
-            seen, events = seen.look({Reason.identity: counted, Reason.request: 0}, at=at)
+            seen = seen.look({Reason.identity: counted, Reason.request: 0})
+            seen, events = seen.tell(at=at)
             told += sum(event.count for event in events)
             assert all(event.first_at == at - 1 and event.last_at == at for event in events)
     assert told == sum(sum(steps) for steps in workers)
