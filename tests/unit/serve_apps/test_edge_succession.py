@@ -58,6 +58,38 @@ def test_a_second_controller_asks_the_first_to_hand_over(
         assert int(file.read_text()) > 0
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_nobody_else_is_asked_to_hand_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Who has just taken the lock has not written who he is: what stands there may be nobody's pid, or another's."""
+    file = tmp_path / "controller.lock"
+    monkeypatch.setattr(succession, "DEADLINE_S", 0.2)
+    with subprocess.Popen(["sleep", "60"]) as other, sole_controller(file):
+        if gone:
+            other.kill()
+            other.wait()
+        file.write_text(f"{other.pid}\n")
+        with pytest.raises(ConfigError, match="does not hand over"), sole_controller(file):
+            pass
+        assert gone or other.poll() is None
+        other.kill()
+
+
+def test_who_says_late_that_he_holds_the_lock_is_asked_then(tmp_path: Path) -> None:
+    """And hands over."""
+    file = tmp_path / "controller.lock"
+    command = [sys.executable, "-c", HOLDER, str(file), "willing"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        file.write_text("")
+        late = threading.Timer(0.1, lambda: file.write_text(f"{first.pid}\n"))
+        late.start()
+        with sole_controller(file):
+            assert first.wait(10) == 0
+
+
 class Served(HAProxy):
     """Runs nothing, and says whether it was ended. Our own fake."""
 
