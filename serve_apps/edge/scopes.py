@@ -1,7 +1,9 @@
 """Which models a token may ask: those that its scope names as `model:<name>`, and all where it names none.
 
 HAProxy cannot look for a word that it reads from the path, so there is a rule for each model that is deployed; a model
-without a rule is out of every such scope. A scope that is a list HAProxy reads as none: replicas know better.
+without a rule is out of every such scope. A scope that is a list HAProxy reads as none: replicas know better. Ray's
+dashboard does not, and whoever gets there can do anything to every model: there, a token that speaks of a model anywhere
+is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from cluster.security.tokens import MODEL_SCOPE
 from serve_apps.edge.answers import refuse
 
 
@@ -22,6 +25,8 @@ def rules(models: Iterable[str], *, claim: str) -> str:
     lines = [
         f"    http-request set-var(txn.scope) var(txn.token),jwt_payload_query('$.{claim}')",
         "    acl scoped var(txn.scope) -m reg (^|\\ )model:",
+        f"    {refuse(403, 'A token for some models is none for the dashboard.')} "
+        f"if dashboard {{ var(txn.token),field(2,.),ub64dec -m sub -- {MODEL_SCOPE} }}",
         *(_within(model) for model in models),
         f"    {refuse(403, 'The scope of your token does not name this model.')} "
         "if { var(txn.model) -m found } scoped !{ var(txn.in_scope) -m bool }",

@@ -64,6 +64,16 @@ def test_the_dashboard_lets_in_who_says_no_tenant_or_its_own(edge: Edge, tenant:
     assert edge.call("/ray/", method="GET", token=token)[0] == expected
 
 
+@pytest.mark.parametrize("scope", ["model:m", "openid model:m", ["model:m"], ["openid", "model:x"]])
+def test_a_token_for_some_models_opens_no_dashboard(edge: Edge, scope: object) -> None:
+    """Behind it there are all models. Other words of a scope are not ours."""
+    claims = {"sub": "t", "role": "admin", "purpose": ""}
+    for claimed, expected in ((scope, 403), ("openid profile", 200), ("", 200)):
+        token = sign(edge.places, claims | {"scope": claimed}, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+        assert edge.call("/ray/", method="GET", token=token)[0] == expected
+        assert sign_in(edge, token)[0].status == (403 if expected == 403 else 303)
+
+
 def test_without_a_token_nothing_is_shown(edge: Edge) -> None:
     """A program is told so; whoever navigates is led to where he can sign in."""
     assert edge.call("/ray/", method="GET")[0] == 401
