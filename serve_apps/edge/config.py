@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
-from cluster.security.tokens import TokenRules
+from cluster.security.tokens import MAX_TEXT, TokenRules
 from serve_apps.edge import connections, dashboard, fallback, limiting, scopes, strangers
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
@@ -27,7 +27,8 @@ _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
 )
 ANSWER_MS = 30_000
-MODEL_NAME = "[A-Za-z0-9._-]+"
+_MAX_SUBJECT_BYTES = 4 * MAX_TEXT
+MODEL_NAME = "[A-Za-z0-9._-]{1,200}"
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
@@ -156,6 +157,7 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {dashboard.entrance()}
 {_classify()}
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
+    {refuse(401, "The token's subject is too long.")} hdr WWW-Authenticate "Bearer" if {{ var(txn.token),jwt_payload_query('$.sub') -m len gt {_MAX_SUBJECT_BYTES} }}
     http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
 {strangers.known()}
 {_authorise(settings)}
@@ -307,8 +309,8 @@ _FIELDS = {
     "request_id": '"%ID"',
     "model": '"%[var(txn.model),json(utf8s)]"',
     "action": '"%[var(txn.action)]"',
-    "principal": '"%[var(txn.principal),json(utf8s)]"',
-    "path": '"%[var(txn.path),json(utf8s)]"',
+    "principal": '"%[var(txn.principal),bytes(0,400),json(utf8s)]"',
+    "path": '"%[var(txn.path),bytes(0,300),json(utf8s)]"',
     "rollout": '"%[var(txn.rollout)]"',
     "arm": '"%[var(txn.arm)]"',
     "variant": '"%[var(txn.variant)]"',
@@ -320,3 +322,4 @@ _FIELDS = {
     "termination": '"%ts"',
 }
 _LOG_FORMAT = "{" + ",".join(f'"{name}":{value}' for name, value in _FIELDS.items()) + "}"
+"""HAProxy cuts a record at 4,096 bytes, so what a client chooses is bounded: a byte may become six, as `\\u0001` is."""

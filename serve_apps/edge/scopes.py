@@ -2,8 +2,8 @@
 
 HAProxy cannot look for a word that it reads from the path, so there is a rule for each model that is deployed; a model
 without a rule is out of every such scope. A scope that is a list HAProxy reads as none: replicas know better. Ray's
-dashboard does not, and whoever gets there can do anything to every model: there, a token that speaks of a model anywhere
-is refused.
+dashboard does not, and whoever gets there can do anything to every model, so there a token that speaks of a model
+anywhere is refused.
 """
 
 from __future__ import annotations

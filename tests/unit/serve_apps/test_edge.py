@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.security.identity import AUDIENCE
+from cluster.security.issuer import sign
 from cluster.security.policy import Role
 from serve_apps.edge.haproxy import ConfigRefused
 from serve_apps.rollout.assignment import assign, bounds
@@ -130,6 +132,27 @@ def test_every_request_leaves_one_record_without_the_unit(edge: Edge) -> None:
     assert len(mine) == 5
     assert all(record["status"] == 200 and record["prediction_id"] == "p1" for record in mine)
     assert "unit-" not in json.dumps(edge.records())
+
+
+def test_no_record_is_too_long_to_be_read(edge: Edge) -> None:
+    """However long the names are that somebody gives, and whatever they become as JSON."""
+
+    def ask(path: str, subject: str) -> int:
+        claims = {"sub": subject, "role": "admin", "purpose": ""}
+        token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+        return edge.call(path, token=token)[0]
+
+    odd = "\u0001" * 200
+    assert ask(f"/ray/{'%22' * 3000}", odd) == 200
+    assert ask(f"/v1/models/{'m' * 200}:predict", odd) == 404
+    assert ask(f"/v1/models/{'m' * 5000}:predict", odd) == 404
+    assert ask(f"/v2/models/m/versions/{'1' * 5000}", odd) == 404
+    assert ask(PREDICT, "a" * 900) == 401
+    assert ask(PREDICT, "last") == 200
+    wait_until(lambda: bool(edge.records()) and edge.records()[-1]["principal"] == "last")
+    folder = Path(edge.settings.map_file).with_name("access")
+    lines = [line for file in folder.iterdir() for line in file.read_text().split("\n")[:-1]]
+    assert {type(json.loads(line)) for line in lines} == {dict}
 
 
 def test_a_configuration_that_haproxy_refuses_is_never_loaded(edge: Edge) -> None:
