@@ -34,9 +34,9 @@ from serve_apps.edge.controller import Controller
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
-from serve_apps.edge.limiting import Limits
 from serve_apps.edge.state import EdgeState
 from serve_apps.edge.targets import Targets
+from tests.edge import limits
 from tests.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
@@ -102,8 +102,13 @@ class Running:
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(short / "admin.sock"),
-            limits=Limits(folder=str(root), socket=str(short / "peers.sock")),
+            limits=limits(folder=str(root), socket=str(short / "peers.sock")),
             max_body_bytes=100_000,
+            threads=1,
+            max_connections=2000,
+            max_connections_of_one_address=500,
+            wake_timeout_s=60.0,
+            hang_ms=700,
         )
         self.ledger = ledger or open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
         self.serve = Serve()

@@ -32,7 +32,7 @@ from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
-from serve_apps.edge.limiting import Limited, Limits
+from serve_apps.edge.limiting import Limit, Limited, Limits
 from serve_apps.edge.routes import Routes, routes
 from serve_apps.edge.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
@@ -43,6 +43,16 @@ PREDICT = "/v1/models/m:predict"
 SALT = "sé"
 RAY_TOKEN = "token-of-ray"
 ROLLOUT = Rollout(id="r1", salt=SALT, treatment_version=2, treatment_variant="challenger", weight=20)
+
+
+def limits(*, folder: str, socket: str) -> Limits:
+    """Those of an edge by default."""
+    return Limits(
+        principal=Limit(requests_per_s=10_000, concurrent=512),
+        tenant=Limit(requests_per_s=50_000, concurrent=1_500),
+        folder=folder,
+        socket=socket,
+    )
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
@@ -95,8 +105,13 @@ class Edge:
             map_file=str(root / "routes.map"),
             error_folder=str(root / "errors"),
             admin_socket=str(socket_folder / "admin.sock"),
-            limits=Limits(folder=str(root), socket=str(socket_folder / "peers.sock")),
+            limits=limits(folder=str(root), socket=str(socket_folder / "peers.sock")),
             max_body_bytes=100_000,
+            threads=1,
+            max_connections=2000,
+            max_connections_of_one_address=500,
+            wake_timeout_s=60.0,
+            hang_ms=700,
         )
         for status in ERROR_STATUSES:
             write_bytes(f"{self.settings.error_folder}/{status}.http", error_file(status).encode())

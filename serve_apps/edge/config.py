@@ -19,6 +19,7 @@ from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
 from serve_apps.edge.targets import HEALTH_CHECK, waking_backend
 from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
 from serve_apps.predictor.ongoing import ARRIVED
+from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURES = "/v1/features:read /v1/features:push"
@@ -53,10 +54,10 @@ class EdgeSettings:
     admin_socket: str
     limits: Limits
     max_body_bytes: int
-    threads: int = 1
-    max_connections: int = 2000
-    max_connections_of_one_address: int = 500
-    wake_timeout_s: float = 60.0
+    threads: int
+    max_connections: int
+    max_connections_of_one_address: int
+    wake_timeout_s: float
     """How long a request for a version that was scaled to zero waits for a replica."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
@@ -65,7 +66,7 @@ class EdgeSettings:
     """Of all that is behind the edge; whoever says that he is of another one is let nowhere."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
     """Compiled from the policies when the edge starts."""
-    hang_ms: int = 700
+    hang_ms: int
     """A treatment's replica that answers no health check for so long hangs; see `fallback`."""
 
     @property
@@ -235,7 +236,7 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.backend) str({OUTCOMES_APP}) if {{ path /v1/outcomes }}
     http-request set-var(txn.backend) str({FEATURES_APP}) if {{ path {_FEATURES} }}
     http-request set-var(txn.backend) var(txn.route),field(1,|) if by_model
-    http-request set-var(txn.variant) str(champion) if by_model
+    http-request set-var(txn.variant) str({CHAMPION_VARIANT}) if by_model
     http-request set-var(txn.rollout) var(txn.route),field(4,|) if by_model
     http-request set-var(txn.salt) var(txn.route),field(5,|) if by_model
     http-request set-var(txn.below) var(txn.route),field(6,|) if by_model

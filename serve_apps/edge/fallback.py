@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from serve_apps.edge import connections
 from serve_apps.edge.answers import refuse
-from serve_apps.edge.routes import CHAMPION_VARIANT, Backend
+from serve_apps.edge.routes import Backend
 from serve_apps.edge.targets import HEALTH_CHECK
+from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 SUFFIX = ":treated"
-_SERVER = "champion"
+_SERVER = CHAMPION_VARIANT
 _CONNECT_MS = 500
 """A retry of a refused connection waits no longer than this."""
 _CHECK_EVERY_MS = 200

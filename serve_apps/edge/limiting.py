@@ -55,11 +55,11 @@ class Limit:
 class Limits:
     """What holds for everybody without a limit of his own, and where those of the others are."""
 
-    principal: Limit = Limit(requests_per_s=10_000, concurrent=512)
-    tenant: Limit = Limit(requests_per_s=50_000, concurrent=1_500)
-    folder: str = ""
+    principal: Limit
+    tenant: Limit
+    folder: str
     """Of the two map files."""
-    socket: str = ""
+    socket: str
     """Where the workers before and after a reload meet, in a folder of nobody else's."""
 
     def of(self, limited: Limited) -> Limit:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from serve_apps.edge.targets import Target, Waker, addresses_of
-from serve_apps.rollout.assignment import BUCKETS, bounds
+from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
 from serve_apps.rollout.state import ModelState, States
 
-CHAMPION_VARIANT = "champion"
 NO_ROLLOUT = "none"
 
 

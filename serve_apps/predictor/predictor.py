@@ -42,9 +42,9 @@ from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
 from serve_apps.predictor.shadow import Shadowing, copy_counter
 from serve_apps.record_log import RecordLog
+from serve_apps.rollout.assignment import CHAMPION_VARIANT
 from serve_apps.scaling import ONGOING
 
-DEFAULT_VARIANT = "champion"
 PREDICTION_ID = "x-falaj-prediction-id"
 
 
@@ -170,7 +170,7 @@ class Predictor:
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
-            "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
+            "variant": request.headers.get("x-falaj-variant", CHAMPION_VARIANT),
             "predictions": rows,
         }
         if inputs.status:
@@ -193,7 +193,7 @@ class Predictor:
             **({} if asked.id is None else {"id": asked.id}),
             "parameters": {
                 "prediction_id": prediction_id,
-                "variant": request.headers.get("x-falaj-variant", DEFAULT_VARIANT),
+                "variant": request.headers.get("x-falaj-variant", CHAMPION_VARIANT),
             },
         }
         outputs = inference_protocol.results(self._model.signature, rows)
@@ -220,7 +220,7 @@ class Predictor:
             time=dt.datetime.now(dt.UTC).isoformat(),
             model=self._version.name,
             version=self._version.version,
-            variant=headers.get("x-falaj-variant", DEFAULT_VARIANT),
+            variant=headers.get("x-falaj-variant", CHAMPION_VARIANT),
             rollout=headers.get("x-falaj-rollout", ""),
             arm=headers.get("x-falaj-arm", "none"),
             unit_hash=headers.get("x-falaj-unit-hash", ""),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import xxhash
 
 BUCKETS = 10_000
+CHAMPION_VARIANT = "champion"
+"""What records call the champion, whatever it was deployed as."""
 
 
 class Arm(enum.StrEnum):
