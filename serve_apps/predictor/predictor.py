@@ -27,7 +27,7 @@ from cluster.storage import layout, local
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
-from serve_apps.edge.controller import serve_targets
+from serve_apps.edge.targets import serve_targets
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.one_write import answer_in_one_write
@@ -101,7 +101,7 @@ class Predictor:
             model=name,
             version=version,
             ledger=ledger,
-            fetch_targets=serve_targets(cluster, host=None),
+            fetch_targets=serve_targets(cluster),
             token=access.token.token,
             count=copy_counter(tags),
         )

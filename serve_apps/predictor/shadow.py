@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-import ray
 import sqlalchemy as sa
 import xxhash
 from ray.serve import metrics
@@ -33,7 +32,7 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped
 from cluster.records import SHADOW
-from serve_apps.edge.targets import Target, addresses_of
+from serve_apps.edge.targets import Targets, addresses_of
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.rollout.assignment import BUCKETS
@@ -45,8 +44,6 @@ SENDERS, TIMEOUT_S = 2, 5.0
 MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
 """Together they bound the memory of copies that wait."""
 _PASSED_ON = ("x-falaj-request-id", "x-falaj-rollout", "x-falaj-unit-hash", JSON_LENGTH.lower())
-
-Targets = Mapping[str, Target]
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
@@ -176,7 +173,7 @@ class Shadowing:
         if shadow is not None and shadow.version == self._version:
             shadow = None
         if shadow is not None:
-            self._addresses = tuple(map(_near, addresses_of(self._fetch_targets().get(shadow.app, ()))))
+            self._addresses = addresses_of(self._fetch_targets().get(shadow.app, ()))
             self._start_senders()
         self._shadow = None if self._ended.is_set() else shadow
 
@@ -223,17 +220,3 @@ class Shadowing:
         response = connection.getresponse()
         response.read()
         return response.status
-
-
-def _near(address: str) -> str:
-    """An address as it can be reached from here: replicas of this node listen on loopback, or where Serve says."""
-    host, _, port = address.rpartition(":")
-    if host != ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
-        return address
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT_S)
-    try:
-        connection.connect()
-    except OSError:
-        return address
-    connection.close()
-    return f"127.0.0.1:{port}"

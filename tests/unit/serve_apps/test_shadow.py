@@ -227,7 +227,7 @@ def test_a_shadow_that_is_down_or_refuses_is_counted(
 def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Version 1 of a model, and version 2 as its shadow."""
     targets: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(predictor_module, "serve_targets", lambda record, host: lambda: targets)
+    monkeypatch.setattr(predictor_module, "serve_targets", lambda record: lambda: targets)
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     with running_replica(root, SIGNATURE) as replica:
         ledger = open_ledger(config)
