@@ -25,7 +25,7 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
-from serve_apps.predictor import predictor as predictor_module
+from serve_apps.predictor import parts as parts_module
 from serve_apps.predictor import shadow as shadow_module
 from serve_apps.predictor import shadow_replicas
 from serve_apps.predictor.paths import Operation
@@ -335,7 +335,7 @@ def test_serve_is_asked_seldom_and_sooner_only_while_that_may_help(monkeypatch: 
 def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Version 1 of a model, and version 2 as its shadow."""
     targets: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(predictor_module, "serve_targets", lambda record: lambda: targets)
+    monkeypatch.setattr(parts_module, "serve_targets", lambda record: lambda: targets)
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     with running_replica(root, SIGNATURE) as replica:
         ledger = open_ledger(config)
