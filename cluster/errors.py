@@ -21,7 +21,7 @@
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
     │   ├── ProtectedFileCorrupt      a Parquet file that was altered or exchanged (`security/parquet`)
-    │   ├── RecordLogCorrupt          a log of predictions or outcomes that was altered
+    │   ├── RecordLogCorrupt          a log of predictions or outcomes that was altered, or is there in part
     │   ├── KeyNotFound, KeyRevoked … what a key store refuses; `security/keys/store.py` draws them
     │   ├── LedgerCorrupt             the hash chain is broken
     │   ├── RolloutError
@@ -132,7 +132,7 @@ class LedgerCorrupt(RefusedError):
 
 
 class RecordLogCorrupt(RefusedError):
-    """A log of predictions or outcomes that was altered."""
+    """A log of predictions or outcomes that was altered, or of which a part is lost."""
 
 
 class RolloutError(RefusedError):

@@ -3,7 +3,8 @@
 A segment is taken when its writer has left it or has ended: nobody holds its lock then. Its records are written to
 protected files, one Delta transaction adds these and names the segment, and only when that is on the disk is the
 segment deleted. Killed before the transaction, a compaction leaves files that nothing refers to; killed after it,
-segments whose records are in the table, which every reader passes over. The next run removes both.
+segments whose records are in the table, which every reader passes over. The next run removes both. A file that nothing
+refers to is removed only while its records are somewhere else: else it is what is left of a table.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CommitConflict
-from cluster.records.columns import to_row
+import pyarrow.parquet as pq
+
+from cluster.errors import CommitConflict, RecordLogCorrupt
+from cluster.records.columns import SEGMENT, to_row
 from cluster.records.segments import UNBORN, segment_class, segment_records, segments, sync_folder
-from cluster.records.table import CLASS, LogTable
+from cluster.records.table import CLASS, HISTORY, LogTable
 from cluster.security.keys.store import KeyStore
 from cluster.security.parquet import ProtectedFiles
 
@@ -43,7 +46,7 @@ def compact(log: Path, *, store: KeyStore, files: ProtectedFiles) -> int:
 
     Raises:
         CommitConflict: another compaction of the log runs.
-        RecordLogCorrupt: a segment was altered; nothing was taken.
+        RecordLogCorrupt: a segment was altered, or a part of the table's history is lost; nothing was taken.
         AccessDenied, KeyRevoked, KeyNotFound: as the key store says.
     """
     if not log.is_dir():
@@ -57,23 +60,22 @@ def compact(log: Path, *, store: KeyStore, files: ProtectedFiles) -> int:
         _remove_leftovers(log, table)
         if wanted := [path for path in ended if not table.has(path.stem)]:
             _take(wanted, table, store=store, files=files)
+        if ended:
+            table.sync()  # here, because a run that was killed may have committed without it
         for path in ended:
             path.unlink()
         return len(ended)
 
 
 def _take(paths: Sequence[Path], table: LogTable, *, store: KeyStore, files: ProtectedFiles) -> None:
-    """Commit segments' records, and have the commit on the disk."""
+    """Commit segments' records."""
+    table.ensure()
     written = [
         table.write(rows, column_class, files) for column_class, rows in _pieces(table.kind, paths, store)
     ]
-    version = table.commit(written, [path.stem for path in paths])
-    history = table.folder / "_delta_log"
-    with (history / f"{version:020}.json").open("rb") as committed:
-        os.fsync(committed.fileno())
-    for folder in {history, *((table.folder / file.path).parent for file in written), table.folder}:
-        sync_folder(folder)
-    sync_folder(table.folder.parent)
+    for folder in {(table.folder / file.path).parent for file in written} | {table.folder}:
+        sync_folder(folder)  # what is committed must be there, also if only the commit outlives a power cut
+    table.commit(written, [path.stem for path in paths])
 
 
 def _pieces(kind: str, paths: Sequence[Path], store: KeyStore) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -100,13 +102,28 @@ def _remove_leftovers(log: Path, table: LogTable) -> None:
     """Files that a killed compaction did not get to commit, and segments whose writer was killed before their first
     line. Nobody else compacts now, and nobody reads them."""
     known = {file.path for file in table.files}
-    for path in table.folder.glob(f"{CLASS}=*/*.parquet*"):
-        if str(path.relative_to(table.folder)) not in known:
-            path.unlink()
+    there = {path.stem for path in segments(log)}
+    found = table.folder.glob(f"{CLASS}=*/*.parquet*")
+    leftovers = [path for path in found if str(path.relative_to(table.folder)) not in known]
+    for path in leftovers:
+        if path.suffix == ".parquet":
+            _check_is_elsewhere(path, there, table)
+    for path in leftovers:
+        path.unlink()
     for path in log.glob(f"*{UNBORN}"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - ABANDONED_S:
                 path.unlink()
+
+
+def _check_is_elsewhere(path: Path, there: Container[str], table: LogTable) -> None:
+    """Refuse to take the last copy of records for a leftover."""
+    held = set(pq.ParquetFile(path).read([SEGMENT]).column(SEGMENT).to_pylist())
+    if lost := sorted(one for one in held if one not in there and not table.has(one)):
+        raise RecordLogCorrupt(
+            f"{path} holds records of segment {lost[0]}, which is gone and which the table does not name: a part of "
+            f"its history is lost. Nothing was changed. Restore {table.folder / HISTORY} from a backup."
+        )
 
 
 def _locked(path: Path, locks: contextlib.ExitStack, *, flags: int) -> bool:

@@ -232,6 +232,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Have what others wrote to a file on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def segments(folder: Path) -> list[Path]:
     """A log's segments, in the order of their beginning."""
     return sorted(folder.glob(f"*{SUFFIX}"))

@@ -9,6 +9,7 @@ against that.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +19,16 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from cluster.errors import CommitConflict
+from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.records.columns import LINE, SEGMENT, schema, to_record
+from cluster.records.segments import sync_file, sync_folder
 from cluster.security.parquet import ProtectedFiles, Protection
 
-FOLDER = "table"
+FOLDER, UNBORN_FOLDER = "table", "table.new"
+HISTORY = "_delta_log"
 CLASS = "column_class"
 _APP, _SAID = "falaj.segment.", "falaj.compaction"
 
@@ -54,6 +57,9 @@ class LogTable:
 
     Args:
         log: the log's folder, `predictions/<model>` or `outcomes/<model>`.
+
+    Raises:
+        RecordLogCorrupt: there is a table, but its history cannot be read.
     """
 
     def __init__(self, log: Path) -> None:
@@ -98,14 +104,18 @@ class LogTable:
         )
         return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
 
+    def ensure(self) -> DeltaTable:
+        """Have a table, before the first file is written: a file without a table says then that its table is lost."""
+        if self._table is None:
+            self._table = _created(self.folder, schema(self.kind))
+        return self._table
+
     def commit(self, files: Sequence[LogFile], segments: Sequence[str]) -> int:
         """Add files and name the segments that they hold, in one transaction; gives the table's version.
 
         Raises:
             CommitConflict: somebody else committed meanwhile; nothing was changed.
         """
-        if self._table is None:
-            self._table = _created(self.folder, schema(self.kind))
         said = Compaction(segments=len(segments), records=sum(file.records for file in files))
         properties = CommitProperties(
             custom_metadata={_SAID: json.dumps({"segments": said.segments, "records": said.records})},
@@ -114,7 +124,7 @@ class LogTable:
         )
         actions: list[AddAction | RemoveAction] = [_added(file) for file in files]
         try:
-            self._table.create_write_transaction(
+            self.ensure().create_write_transaction(
                 actions,
                 mode="append",
                 schema=_with_class(schema(self.kind)),
@@ -126,6 +136,15 @@ class LogTable:
                 f"Somebody else committed to {self.folder} meanwhile; nothing was changed. Run it again."
             ) from error
         return int(DeltaTable(str(self.folder)).version())
+
+    def sync(self) -> None:
+        """Have all on the disk that says what is in the table, whichever run wrote it; Delta syncs nothing itself."""
+        history = self.folder / HISTORY
+        for path in history.iterdir():
+            if path.is_file():
+                sync_file(path)
+        for folder in (history, *self.folder.glob(f"{CLASS}=*"), self.folder, self.folder.parent):
+            sync_folder(folder)
 
     def compactions(self) -> dict[int, Compaction]:
         """Table version to what it took, of every compaction."""
@@ -144,24 +163,38 @@ class LogTable:
 
 
 def _opened(folder: Path) -> DeltaTable | None:
-    """None where nothing was compacted, or the first compaction was killed before its first commit."""
-    if not (folder / "_delta_log").is_dir():
+    """None where nothing was compacted."""
+    if not folder.exists():
         return None
     try:
         return DeltaTable(str(folder))
-    except TableNotFoundError:
-        return None
+    except DeltaError as error:
+        said = str(error).partition("\n")[0]
+        raise RecordLogCorrupt(
+            f"{folder} is there, but its history cannot be read ({said}), so nobody knows which records are in it. "
+            f"Nothing was changed. Restore {folder / HISTORY} from a backup."
+        ) from error
 
 
 def _created(folder: Path, columns: pa.Schema) -> DeltaTable:
-    folder.mkdir(parents=True, exist_ok=True)
-    return DeltaTable.create(
-        str(folder),
+    """The folder appears whole and on the disk, or not at all."""
+    unborn = folder.with_name(UNBORN_FOLDER)
+    if unborn.exists():
+        shutil.rmtree(unborn)
+    unborn.mkdir(parents=True)
+    DeltaTable.create(
+        str(unborn),
         schema=_with_class(columns),
         partition_by=[CLASS],
         configuration={"delta.enableExpiredLogCleanup": "false"},  # compactions are found in its history
-        mode="ignore",
     )
+    for path in (unborn / HISTORY).iterdir():
+        sync_file(path)
+    for made in (unborn / HISTORY, unborn):
+        sync_folder(made)
+    unborn.rename(folder)
+    sync_folder(folder.parent)
+    return DeltaTable(str(folder))
 
 
 def _with_class(columns: pa.Schema) -> Schema:

@@ -11,7 +11,6 @@ A refusal has no counterpart in training: such rows stay null there, and whoever
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -182,7 +181,7 @@ def _stated(what: str, choice: Choice, dtype: str) -> dict[str, Any]:
             return {"then": "default", "value": str(typed) if is_large else typed}
         case Default():
             like = "none fits a time" if dtype == "timestamp" else f"give one of type {dtype}"
-            raise DefinitionError(f"{what}: the default {choice.value!r} does not fit {dtype}; {like}.")
+            raise DefinitionError(f"{what}: the default {_shown(choice.value)} does not fit {dtype}; {like}.")
         case _:
             raise DefinitionError(
                 f"{what}: {choice!r} is no policy. Use Missing.NULL, Missing.REFUSE or Default(…)."
@@ -202,9 +201,15 @@ def _fits(value: Any, dtype: str) -> bool:
             )
         case "float32" | "float64":
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            return number and math.isfinite(value) and abs(value) <= float(np.finfo(dtype).max)
+            return number and abs(value) <= float(np.finfo(dtype).max)  # which neither NaN nor infinity is
         case _:
             return False
+
+
+def _shown(value: Any) -> str:
+    """Python refuses to write very large whole numbers."""
+    is_large = isinstance(value, int) and abs(value) > 10**99
+    return "of more than 99 digits" if is_large else repr(value)
 
 
 def _typed(value: Any, dtype: str) -> Value:

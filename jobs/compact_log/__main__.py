@@ -38,12 +38,20 @@ class CompactLogConfig(PlatformConfig):
 def main(config: CompactLogConfig) -> None:
     """Compact both logs of a model."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="jobs.compact_log")
+    compact_both(config, ledger, act(config, require_record(config), ledger, entrypoint="jobs.compact_log"))
+
+
+def compact_both(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None:
+    """If the actor may: what a scope says of a model holds for its logs.
+
+    Raises:
+        ModelNotFound, AccessDenied: before anything was looked at.
+    """
     places = layout(config.storage)
     known = Registry(ledger, places).names()
     if config.name not in known:
         raise ModelNotFound(f"No model '{config.name}'.{did_you_mean(config.name, known)}")
-    actor.check(Action.compact_log, Resource(kind="log", name=config.name, region=config.cluster.region))
+    actor.check(Action.compact_log, Resource(kind="model", name=config.name, region=config.cluster.region))
     for log, event in (
         (local(places.predictions(config.name)), PredictionsCompacted),
         (local(places.outcomes(config.name)), OutcomesCompacted),

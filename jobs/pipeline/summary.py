@@ -12,7 +12,7 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import count_records, read_predictions
+from cluster.records import read_predictions
 from cluster.registry import Registry
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store
@@ -46,8 +46,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        "prediction_log_rows": count_records(log),
-        "orphans": predictions.join(answers, on="prediction_id", how="anti")["prediction_id"].n_unique(),
+        **logged(predictions, answers),
         "monitor": _monitor(results["monitor"]),
         "rollback_ms": results["check"]["rollback_ms"],
         "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
@@ -55,6 +54,20 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     }
     write_bytes(str(demo / "summary.json"), json.dumps(summary, indent=2).encode())
     return summary
+
+
+def logged(predictions: pl.DataFrame, answers: pl.DataFrame) -> dict[str, int]:
+    """Logged predictions, and those of them whose answer never left; what shadows predicted is in neither.
+
+    Args:
+        predictions: as `read_predictions` gives them, a row for each entity.
+        answers: that clients got, with their `prediction_id`.
+    """
+    orphans = predictions.join(answers, on="prediction_id", how="anti")
+    return {
+        "prediction_log_rows": predictions["prediction_id"].n_unique(),
+        "orphans": orphans["prediction_id"].n_unique(),
+    }
 
 
 def quarantine_reasons(ledger: Ledger) -> dict[str, dict[str, int]]:

@@ -26,13 +26,14 @@ from cluster.session import ClusterRecord, find_record, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
-from serve_apps.edge.controller import Controller, serve_targets
+from serve_apps.edge.controller import Controller
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limit, Limits
 from serve_apps.edge.state import state_file
 from serve_apps.edge.succession import SIGNAL, sole_controller
+from serve_apps.edge.targets import serve_targets
 
 LEDGER_AGAIN_S = 1.0
 KEYS_MAX_AGE_S = 30.0
@@ -67,8 +68,6 @@ class EdgeConfig(PlatformConfig):
 
     host: str = "127.0.0.1"
     """Address the edge listens on."""
-    replica_host: str | None = "127.0.0.1"
-    """Where replicas listen; none takes the addresses that Serve publishes."""
     max_body_bytes: int = 32_000_000
     """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
     threads: int = 1
@@ -144,7 +143,7 @@ def main(config: EdgeConfig) -> None:
         trust = Trust.of(config.identity.issuer, layout(config.storage), keys_max_age_s=KEYS_MAX_AGE_S)
         controller = Controller(
             ledger=ledger,
-            fetch_targets=serve_targets(record, host=config.replica_host),
+            fetch_targets=serve_targets(record),
             fetch_keys=written_keys(trust.keys, edge / "keys"),
             haproxy=haproxy,
             settings=files,

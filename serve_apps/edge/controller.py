@@ -9,11 +9,9 @@ nothing, neither for Serve nor for a reload nor for the disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -23,7 +21,6 @@ import sqlalchemy as sa
 
 from cluster.errors import FalajError
 from cluster.ledger import Ledger
-from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 from serve_apps.access import in_background
 from serve_apps.edge import strangers
@@ -38,7 +35,7 @@ from serve_apps.edge.limiting import Limited, OwnLimits
 from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.running_map import RunningMap
 from serve_apps.edge.state import EdgeState, write_state
-from serve_apps.edge.targets import Targets, read_targets
+from serve_apps.edge.targets import Targets
 from serve_apps.rollout.state import States, apply
 
 LEDGER_INTERVAL_S = 0.03
@@ -235,21 +232,3 @@ class Controller:
         if state != self._written:
             write_state(self._state_file, state)
             self._written = state
-
-
-def serve_targets(record: ClusterRecord, *, host: str | None) -> Callable[[], Targets]:
-    """A function that asks Serve where each application is answered.
-
-    Args:
-        record: of the running cluster.
-        host: where the replicas listen, if not at the address that Serve publishes.
-    """
-
-    def fetch() -> Targets:
-        request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
-        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
-        with urllib.request.urlopen(request, timeout=5) as response:
-            content = json.load(response)
-        return read_targets(content, host=host)
-
-    return fetch

@@ -7,9 +7,14 @@ that failed, whose share somebody else should answer at once. So the proxy is ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from cluster.session import ClusterRecord
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
     http-check expect status 200,503"""
@@ -21,6 +26,7 @@ RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""
 WELL = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
 """The same of a deployment; it changes in the moment in which a replica is lost, the application's a little later."""
+_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 (read, not bound)
 _RECOVERING = "RECOVERING"
 """State of a replica that was there before Serve's controller was."""
 
@@ -43,12 +49,29 @@ def addresses_of(target: Target) -> tuple[str, ...]:
     return target.servers if isinstance(target, Waker) else target
 
 
-def read_targets(content: Mapping[str, Any], *, host: str | None) -> Targets:
+def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
+    """A function that asks Serve where each application is answered.
+
+    Args:
+        record: of the running cluster.
+    """
+
+    def fetch() -> Targets:
+        request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
+        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return read_targets(json.load(response))
+
+    return fetch
+
+
+def read_targets(content: Mapping[str, Any]) -> Targets:
     """The applications that can be reached.
+
+    Serve publishes replicas at their nodes' addresses, but they listen where its proxy was told to: on loopback, say.
 
     Args:
         content: of `/api/serve/applications/`.
-        host: where everything listens, if not at the addresses that Serve publishes.
 
     Raises:
         ValueError: Serve's controller has been started again, and for a moment lists no address of replicas that run.
@@ -57,13 +80,15 @@ def read_targets(content: Mapping[str, Any], *, host: str | None) -> Targets:
         for deployment in application["deployments"].values():
             if any(replica["state"] == _RECOVERING for replica in deployment["replicas"]):
                 raise ValueError(f"its controller has started again and is still finding replicas of {name}")
-    proxy_port = content["http_options"]["port"]
+    host, proxy_port = content["http_options"]["host"], content["http_options"]["port"]
     found: Targets = {}
     for group in content["target_groups"]:
         name, targets = group["app_name"], group["targets"]
         if group["protocol"] != "HTTP" or not name or not targets:
             continue
-        servers = tuple(f"{host or target['ip']}:{target['port']}" for target in targets)
+        servers = tuple(
+            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in targets
+        )
         if all(target["port"] != proxy_port for target in targets):
             found[name] = servers
         elif is_asleep(content["applications"][name]):

@@ -35,9 +35,9 @@ class OngoingRequests:
         """
         now = self._clock()
         waited = now - int(arrived) / 1e6 if arrived and arrived.isdecimal() else took_s
-        # Of a wait that began earlier only the part since then is counted: a wait for this replica's start tells
-        # nothing of its load.
-        self._seconds += max(took_s, min(waited, now - self._since))
+        # Of what began earlier only the part since then is counted: a wait for this replica's start tells nothing of
+        # its load, and one body that took an hour to come is one request, not a thousand.
+        self._seconds += min(max(took_s, waited), max(now - self._since, 0.0))
 
     def take(self) -> float:
         """Mean number since it was last taken."""

@@ -14,34 +14,20 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.ledger import open_ledger
 from cluster.records import PredictionRecord
-from cluster.registry import Registry
-from cluster.runtime import InputSpec
-from cluster.runtime.hardware import find_hardware
-from cluster.runtime.loader import load_model
-from cluster.security.keys.access import key_store, service_access
-from cluster.session import require_record
 from cluster.settings import from_plain
-from cluster.storage import layout, local
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.online import FeatureReader, open_online
-from serve_apps.access import AccessCheck
-from serve_apps.edge.controller import serve_targets
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.one_write import answer_in_one_write
 from serve_apps.predictor import inference_protocol, paths
-from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
-from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.meters import Meters
 from serve_apps.predictor.ongoing import ARRIVED, OngoingRequests
+from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
-from serve_apps.predictor.shadow import Shadowing, copy_counter
-from serve_apps.record_log import RecordLog
+from serve_apps.predictor.shadow import copy_counter
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 from serve_apps.scaling import ONGOING
 
@@ -64,47 +50,20 @@ class Predictor:
         """
         listen_on_own_address()
         answer_in_one_write()
-        platform = from_plain(config)
-        places = layout(platform.storage)
-        ledger = open_ledger(platform)
-        registry = Registry(ledger, places)
-        self._version = registry.get(name, version)
-        registry.check_files(self._version, actor=f"service:{name}")
-        purpose = platform.identity.purpose or serving_purpose(ledger, self._version)
-        cluster = require_record(platform)
-        access = service_access(platform, cluster, name=name, purpose=purpose)
-        store = key_store(access)
-        replica = platform.replica
-        hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
-        self._model = load_model(self._version, store, hardware=hardware)
-        self._batches = batches(self._model, replica.batching)
+        parts = Parts.of(from_plain(config), name, version)
+        self._version = parts.version
+        self._model = parts.model()
+        self._batches = batches(self._model, parts.platform.replica.batching)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
-        mine = self._version.resource(region=platform.cluster.region)
-        self._access = AccessCheck.of(platform, mine, ledger)
-        self._log = RecordLog(
-            local(places.predictions(name)),
-            store=store,
-            key=prediction_key(ledger, self._version),
-            durability=platform.replica.durability,
-        )
-        self._reader: FeatureReader | None = None
-        self._asked: dict[str, InputSpec] = {}
-        if signature.service:
-            spec = service_spec(ledger, signature.service, signature.service_version)
-            self._reader = FeatureReader(spec, open_online(platform.online, places, store))
-            self._asked = request_inputs(spec)
+        self._access = parts.access_check()
+        self._log = parts.log()
+        features = parts.features(signature)
+        self._reader, self._asked = features.reader, features.asked
         tags = {"model": name, "version": str(version)}
         self._meters = Meters(tags)
-        self._shadowing = Shadowing(
-            model=name,
-            version=version,
-            ledger=ledger,
-            fetch_targets=serve_targets(cluster, host=None),
-            token=access.token.token,
-            count=copy_counter(tags),
-        )
+        self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

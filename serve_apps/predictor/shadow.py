@@ -11,42 +11,38 @@ and all its headers but those that the model reads stay here. The shadow logs un
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
-import http.client
 import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
-import ray
-import sqlalchemy as sa
 import xxhash
 from ray.serve import metrics
 from starlette.background import BackgroundTask
 from starlette.responses import Response
 
-from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped
 from cluster.records import SHADOW
-from serve_apps.edge.targets import Target, addresses_of
+from serve_apps.edge.targets import Targets, addresses_of
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
+from serve_apps.predictor.shadow_replicas import Connections, Pace
 from serve_apps.rollout.assignment import BUCKETS
 from serve_apps.rollout.state import Shadow, States, apply
 
 LOG = logging.getLogger("falaj.serve")
-LEDGER_INTERVAL_S, TARGETS_INTERVAL_S = 1.0, 2.0
-SENDERS, TIMEOUT_S = 2, 5.0
+LEDGER_INTERVAL_S = 1.0
+SENDERS = 2
 MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
 """Together they bound the memory of copies that wait."""
 _PASSED_ON = ("x-falaj-request-id", "x-falaj-rollout", "x-falaj-unit-hash", JSON_LENGTH.lower())
-
-Targets = Mapping[str, Target]
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
@@ -87,6 +83,15 @@ class Copy:
         return orjson.dumps({"as_of": self.moment} | orjson.loads(self.body))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Destination:
+    """Where copies go."""
+
+    shadow: Shadow
+    addresses: tuple[str, ...]
+    """Of its replicas, as Serve last named them; empty where there was none."""
+
+
 class Shadowing:
     """Copies one replica's requests to the shadow of its model, while there is one.
 
@@ -115,8 +120,11 @@ class Shadowing:
         self._count = count
         self._states: States = {}
         self._seq = 0
-        self._shadow: Shadow | None = None
-        self._addresses: tuple[str, ...] = ()
+        self._to: Destination | None = None
+        self._app = ""
+        self._pace = Pace()
+        self._is_failing = True
+        """Copies do not arrive, or nobody knows where to."""
         self._turn = itertools.count()
         self._waiting: queue.Queue[Copy] = queue.Queue(MAX_WAITING)
         self._ended = threading.Event()
@@ -127,10 +135,10 @@ class Shadowing:
         self, answer: Response, operation: Operation, headers: Mapping[str, str], body: bytes
     ) -> Response:
         """The answer, with a copy of its request behind it if it is one of the share."""
-        shadow = self._shadow
-        if shadow is None or headers.get("x-falaj-arm") == SHADOW:
+        to = self._to
+        if to is None or headers.get("x-falaj-arm") == SHADOW:
             return answer
-        if is_sampled(headers.get("x-falaj-request-id", ""), shadow.share):
+        if is_sampled(headers.get("x-falaj-request-id", ""), to.shadow.share):
             copy = Copy(
                 operation=operation,
                 headers={name: headers[name] for name in _PASSED_ON if name in headers},
@@ -151,89 +159,82 @@ class Shadowing:
     def close(self) -> None:
         """Send no more."""
         self._ended.set()
-        self._shadow = None
+        self._to = None
 
     def _follow_all(self) -> None:
         while not self._ended.is_set():
             try:
                 self._look()
-            except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException, FalajError) as error:
-                LOG.warning("The shadow's replicas cannot be asked for, the last ones stay: %s", error)
-            except sa.exc.SQLAlchemyError as error:
-                LOG.warning("The ledger cannot be read, so the shadow stays as it is: %s", error)
-            self._ended.wait(LEDGER_INTERVAL_S if self._shadow is None else TARGETS_INTERVAL_S)
+            except Exception as error:  # noqa: BLE001 (nobody starts this thread again)
+                LOG.warning(
+                    "What is to be known of the shadow cannot be read, so the last of it stays: %s", error
+                )
+            self._ended.wait(LEDGER_INTERVAL_S)
 
     def _look(self) -> None:
         """Take up what the ledger and Serve say."""
+        self._follow_ledger()
+        state = self._states.get(self._model)
+        shadow = state.shadow if state else None
+        if self._ended.is_set() or shadow is None or shadow.version == self._version:
+            self._to, self._app = None, ""
+            return
+        if shadow.app != self._app:
+            self._to, self._app, self._pace, self._is_failing = None, shadow.app, Pace(), True
+        if self._to is not None:
+            self._to = replace(self._to, shadow=shadow)
+        self._start_senders()
+        if self._pace.is_due(failing=self._is_failing):
+            self._is_failing = True  # until Serve has answered
+            addresses = addresses_of(self._fetch_targets().get(shadow.app, ()))
+            self._to, self._is_failing = Destination(shadow=shadow, addresses=addresses), not addresses
+
+    def _follow_ledger(self) -> None:
         head = self._ledger.head()
         if head != self._seq:
             news = [*self._news(ShadowStarted), *self._news(ShadowStopped)]
             for _, event in sorted(news, key=lambda one: one[0]):
                 self._states = apply(self._states, event)
             self._seq = head
-        state = self._states.get(self._model)
-        shadow = state.shadow if state else None
-        if shadow is not None and shadow.version == self._version:
-            shadow = None
-        if shadow is not None:
-            self._addresses = tuple(map(_near, addresses_of(self._fetch_targets().get(shadow.app, ()))))
-            self._start_senders()
-        self._shadow = None if self._ended.is_set() else shadow
 
     def _news(self, kind: type[LedgerEvent]) -> list[tuple[int, LedgerEvent]]:
         entries = self._ledger.entries(kind, after=self._seq)
         return [(entry.seq, entry.event()) for entry in entries if entry.payload["model"] == self._model]
 
     def _start_senders(self) -> None:
+        self._senders = [sender for sender in self._senders if sender.is_alive()]
         while len(self._senders) < SENDERS:
             sender = threading.Thread(target=self._send_all, daemon=True, name="shadow copies")
             self._senders.append(sender)
             sender.start()
 
     def _send_all(self) -> None:
-        connections: dict[str, http.client.HTTPConnection] = {}
-        while not self._ended.is_set():
-            try:
-                copy = self._waiting.get(timeout=1.0)
-            except queue.Empty:
-                continue
-            shadow, addresses = self._shadow, self._addresses
-            if shadow is None or not addresses:
-                self._count("dropped")
-                continue
-            address = addresses[next(self._turn) % len(addresses)]
-            connection = connections.setdefault(
-                address, http.client.HTTPConnection(address, timeout=TIMEOUT_S)
-            )
-            try:
-                status = self._send(copy, shadow, connection)
-                self._count("sent" if status == 200 else "refused")
-            except (OSError, http.client.HTTPException, FalajError) as error:
-                connections.pop(address).close()
-                LOG.debug("A copy for %s failed: %s", shadow.app, error)
-                self._count("failed")
+        with contextlib.closing(Connections()) as connections:
+            while not self._ended.is_set():
+                to = self._to
+                connections.keep(to.addresses if to else ())
+                try:
+                    copy = self._waiting.get(timeout=1.0)
+                except queue.Empty:
+                    continue
+                self._count(self._sent(copy, connections))
 
-    def _send(self, copy: Copy, shadow: Shadow, connection: http.client.HTTPConnection) -> int:
-        headers = copy.headers | {
-            "authorization": f"Bearer {self._token()}",
-            "x-falaj-variant": SHADOW,
-            "x-falaj-arm": SHADOW,
-        }
-        connection.request("POST", f"/{shadow.app}{copy.path(self._model)}", copy.content(), headers)
-        response = connection.getresponse()
-        response.read()
-        return response.status
-
-
-def _near(address: str) -> str:
-    """An address as it can be reached from here: replicas of this node listen on loopback, or where Serve says."""
-    host, _, port = address.rpartition(":")
-    if host != ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
-        return address
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT_S)
-    try:
-        connection.connect()
-    except OSError:
-        return address
-    connection.close()
-    return f"127.0.0.1:{port}"
+    def _sent(self, copy: Copy, connections: Connections) -> str:
+        """What became of a copy."""
+        to = self._to
+        if to is None or not to.addresses:
+            return "dropped"
+        address = to.addresses[next(self._turn) % len(to.addresses)]
+        try:
+            headers = copy.headers | {
+                "authorization": f"Bearer {self._token()}",
+                "x-falaj-variant": SHADOW,
+                "x-falaj-arm": SHADOW,
+            }
+            path = f"/{to.shadow.app}{copy.path(self._model)}"
+            status = connections.post(address, path, copy.content(), headers)
+        except Exception as error:  # noqa: BLE001 (a copy is lost, whatever the reason; the next may arrive)
+            LOG.debug("A copy for %s at %s failed: %s", to.shadow.app, address, error)
+            self._is_failing = True
+            return "failed"
+        return "sent" if status == 200 else "refused"

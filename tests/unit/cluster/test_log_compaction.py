@@ -179,13 +179,37 @@ def test_what_was_taken_before_a_checkpoint_of_the_table_stays_taken(log: Path, 
     assert len(ids(log, keyring)) == count_records(log) == 12
 
 
-def test_a_table_that_was_killed_before_its_first_commit_is_none(log: Path, keyring: Keyring) -> None:
-    """Its folders may be there already."""
+@pytest.mark.parametrize("lost", ["folder", "commits", "first commit", "last commit"])
+def test_files_whose_table_is_lost_are_never_taken_for_leftovers(
+    log: Path, keyring: Keyring, lost: str
+) -> None:
+    """Half a restore, say: their records are nowhere else. Whoever counts or reads hears of it, too."""
     fill(log, keyring)
-    (log / "table" / "_delta_log").mkdir(parents=True)
-    assert count_records(log) == len(ids(log, keyring)) == 12
+    run(log, keyring)
+    fill(log, keyring, first=12)
+    history = log / "table" / "_delta_log"
+    kept = log.with_name("kept")
+    shutil.copytree(history, kept)
+    match lost:
+        case "folder":
+            shutil.rmtree(history)
+        case "commits":
+            shutil.rmtree(history)
+            history.mkdir()
+        case _:
+            (history / f"{0 if lost == 'first commit' else 1:020}.json").unlink()
+    before = set(log.rglob("*"))
+    with pytest.raises(RecordLogCorrupt, match=r"Restore .*_delta_log from a backup"):
+        run(log, keyring)
+    if lost != "last commit":  # without it the table is an older one, and whole
+        with pytest.raises(RecordLogCorrupt, match="cannot be read"):
+            count_records(log)
+        with pytest.raises(RecordLogCorrupt, match="cannot be read"):
+            ids(log, keyring)
+    assert set(log.rglob("*")) - {log / LOCK} == before - {log / LOCK}
+    shutil.copytree(kept, history, dirs_exist_ok=True)
     assert run(log, keyring) == 3
-    assert count_records(log) == len(ids(log, keyring)) == 12
+    assert ids(log, keyring) == sorted(f"p{number}" for number in range(24))
 
 
 class Killed(BaseException):
@@ -210,10 +234,60 @@ def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DeltaTable, "create", counted(DeltaTable.create))
     patch.setattr(DeltaTable, "create_write_transaction", counted(DeltaTable.create_write_transaction))
     patch.setattr(os, "fsync", counted(os.fsync))
+    patch.setattr(Path, "rename", counted(Path.rename))
     patch.setattr(Path, "unlink", counted(Path.unlink))
 
 
-def test_killed_at_any_step_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+class Disk:
+    """Knows what was synced, and forgets all else in a power cut."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._synced: set[int] = set()
+        fsync = os.fsync
+
+        def noted(descriptor: int) -> None:
+            fsync(descriptor)
+            self._synced.add(os.fstat(descriptor).st_ino)
+
+        patch.setattr(os, "fsync", noted)
+
+    def unsynced(self, folder: Path) -> list[Path]:
+        return [path for path in sorted(folder.rglob("*")) if path.stat().st_ino not in self._synced]
+
+    def lose_power(self, log: Path) -> None:
+        for path in (*self.unsynced(log / "table"), *self.unsynced(log / "table.new")):
+            if path.is_file():
+                path.write_bytes(b"")
+
+
+def test_a_segment_goes_only_when_all_that_says_what_became_of_it_is_on_the_disk(
+    log: Path, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every commit and checkpoint and their folders, also those of a run that was killed before it synced them."""
+    disk, unlink = Disk(monkeypatch), Path.unlink
+    unsynced: list[Path] = []
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        unsynced.extend(disk.unsynced(log / "table"))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    fill(log, keyring)
+    run(log, keyring)
+    assert unsynced == []
+    fill(log, keyring, first=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(LogTable, "sync", lambda _: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(log, keyring)
+    DeltaTable(str(log / "table")).create_checkpoint()
+    assert disk.unsynced(log / "table") != []
+    assert run(log, keyring) == 3
+    assert unsynced == []
+
+
+@pytest.mark.parametrize("end", ["kill -9", "power cut"])
+def test_killed_at_any_step_nothing_is_lost_or_doubled(tmp_path: Path, end: str) -> None:
     """Readers see every record once at once, and the next run leaves the very table of an unbroken one."""
     whole = tmp_path / "whole"
     keyring = new_keyring(tmp_path)
@@ -226,12 +300,15 @@ def test_killed_at_any_step_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
         log = tmp_path / str(step) / "predictions" / "m"
         shutil.copytree(whole, tmp_path / str(step))
         with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch)
             kill_at(step, patch)
             try:
                 run(log, keyring)
                 break
             except Killed:
                 pass
+        if end == "power cut":
+            disk.lose_power(log)
         assert_frame_equal(read_predictions(log, keyring), expected)
         assert count_records(log) == 4
         run(log, keyring)

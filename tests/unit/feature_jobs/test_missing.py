@@ -115,6 +115,8 @@ def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
         ({"income": Default(0.0)}, "for one feature, not for the view 'income'"),
         ({"income__amount": Default("much")}, "'much' does not fit float64"),
         ({"income__amount": Default(float("nan"))}, "does not fit float64"),
+        ({"income__amount": Default(10**400)}, "of more than 99 digits does not fit float64"),
+        ({"income__jobs": Default(-(10**5000))}, "of more than 99 digits does not fit int32"),
         ({"income__amount": Default(True)}, "True does not fit float64"),
         ({"income__jobs": Default(2**31)}, "does not fit int32"),
         ({"income__jobs": Default(1.0)}, "1.0 does not fit int32"),

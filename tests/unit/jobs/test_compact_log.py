@@ -8,11 +8,16 @@ from typing import Any, cast
 
 import pytest
 
+from cluster.errors import AccessDenied
 from cluster.ledger import open_ledger
 from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.records import OutcomeRecord, SegmentWriter, count_records
+from cluster.registry import Registry
 from cluster.security.acting import Actor
-from cluster.security.keys.access import key_store
+from cluster.security.audit import Decisions
+from cluster.security.identity import Principal
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.policy import Policy, Role
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.compact_log import __main__ as compact_log
 from tests.broker import running_broker
@@ -59,4 +64,27 @@ def test_a_compaction_is_one_event_also_where_it_was_killed_before_it(
         assert compact_log.run(write("outcomes"), OutcomesCompacted, ledger, actor, model="m") == 1
         assert said(OutcomesCompacted) == [(1, 1, 3)]
         assert count_records(log) == 6
+    ledger.engine.dispose()
+
+
+def test_a_token_scoped_to_one_model_compacts_the_logs_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's log is the model's."""
+    storage = StorageConfig(root=str(tmp_path))
+    ledger = open_ledger(PlatformConfig(storage=storage))
+    monkeypatch.setattr(Registry, "names", lambda _: ["m", "other"])
+    actor = Actor(
+        principal=Principal(subject="t", role=Role.ml_engineer, purpose="", expires_at=0, models=("m",)),
+        access=cast(KeyAccess, None),
+        policy=Policy.load(),
+        environment="development",
+        decisions=Decisions(ledger.append),
+    )
+    taken: list[str] = []
+    monkeypatch.setattr(compact_log, "run", lambda log, *_, model: taken.append(model) or 0)
+    compact_log.compact_both(compact_log.CompactLogConfig(name="m", storage=storage), ledger, actor)
+    with pytest.raises(AccessDenied, match="scope"):
+        compact_log.compact_both(compact_log.CompactLogConfig(name="other", storage=storage), ledger, actor)
+    assert taken == ["m", "m"]
     ledger.engine.dispose()

@@ -151,6 +151,18 @@ def test_a_wait_counts_in_the_time_it_fell_in() -> None:
     assert ongoing.take() == 0.0
 
 
+@pytest.mark.parametrize("arrived", [None, "1", str(int(1e9 * 1e6))])
+def test_one_long_request_is_one_at_most(arrived: str | None) -> None:
+    """A body that took an hour to come was not 1,800 requests of the last two seconds."""
+    clock = Clock()
+    ongoing = OngoingRequests(clock)
+    clock.now += 3600
+    ongoing.take()
+    clock.now += 2
+    ongoing.add(arrived=arrived, took_s=3600.0)
+    assert ongoing.take() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("arrived", [None, "", "-5", "soon", "9" * 20])
 def test_without_a_sensible_arrival_the_own_time_counts(arrived: str | None) -> None:
     """A client's own words never get here, but a clock may go astray."""

@@ -25,12 +25,15 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
-from serve_apps.predictor import predictor as predictor_module
+from serve_apps.predictor import parts as parts_module
 from serve_apps.predictor import shadow as shadow_module
+from serve_apps.predictor import shadow_replicas
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Shadowing, is_sampled
+from serve_apps.predictor.shadow_replicas import Connections, Pace
 from serve_apps.predictor.tensors import to_raw
+from tests.ports import free_port
 from tests.replica import MODEL, Replica, application, running_replica, served, write_model
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
@@ -43,7 +46,8 @@ STOPPED = ShadowStopped(model=MODEL, version=2, reason="")
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits a second for the ledger."""
     monkeypatch.setattr(shadow_module, "LEDGER_INTERVAL_S", 0.02)
-    monkeypatch.setattr(shadow_module, "TARGETS_INTERVAL_S", 0.02)
+    monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(shadow_replicas, "FIRST_S", 0.02)
 
 
 def wait_until(said: Callable[[], bool]) -> None:
@@ -76,10 +80,22 @@ class Heard:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.may_answer = threading.Event()
         self.may_answer.set()
+        self.idle_s = 60.0
+        self.num_closed = 0
+        """Connections that one of both sides has ended."""
         heard = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                self.connection.settimeout(heard.idle_s)
+
+            def finish(self) -> None:
+                super().finish()
+                self.connection.close()
+                heard.num_closed += 1
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
@@ -123,14 +139,33 @@ class Mirrored:
 
     def __init__(self, ledger: Ledger, address: str, *, version: int = 1) -> None:
         self.counts: Counter[str] = Counter()
+        self.address = address
+        self.troubles: dict[str, BaseException] = {}
+        """What fails next, once, and how."""
         self.shadowing = Shadowing(
             model=MODEL,
             version=version,
             ledger=ledger,
-            fetch_targets=lambda: {APP: (address,)},
-            token=lambda: "own",
-            count=lambda result: self.counts.update([result]),
+            fetch_targets=self.fetch_targets,
+            token=self.token,
+            count=self.count,
         )
+
+    def fetch_targets(self) -> dict[str, tuple[str, ...]]:
+        self._fail("fetch_targets")
+        return {APP: (self.address,)}
+
+    def token(self) -> str:
+        self._fail("token")
+        return "own"
+
+    def count(self, result: str) -> None:
+        self._fail("count")
+        self.counts.update([result])
+
+    def _fail(self, what: str) -> None:
+        if (trouble := self.troubles.pop(what, None)) is not None:
+            raise trouble
 
     def ask(self, number: int = 0, **more: str) -> bool:
         """Whether a copy was made; more are headers."""
@@ -223,11 +258,84 @@ def test_a_shadow_that_is_down_or_refuses_is_counted(
     assert mirrored.counts["dropped"] == 1
 
 
+def test_a_connection_that_the_shadow_has_closed_costs_no_copy(heard: Heard) -> None:
+    """Serve closes one after 90 s without a request, so a model that is seldom asked would have no copies at all."""
+    heard.idle_s = 0.01
+    with contextlib.closing(Connections()) as connections:
+        for number in range(1, 4):
+            assert connections.post(heard.address, "/", b"", {}) == 200
+            wait_until(lambda number=number: heard.num_closed == number)  # type: ignore[misc]
+    assert len(heard.requests) == 3
+
+
+def test_a_connection_is_kept_while_its_replica_is_there(heard: Heard) -> None:
+    """And closed when it is gone, or replicas that come and go would leave one each."""
+    with contextlib.closing(Connections()) as connections:
+        for _ in range(3):
+            assert connections.post(heard.address, "/", b"", {}) == 200
+        connections.keep([heard.address])
+        assert heard.num_closed == 0
+        connections.keep(["127.0.0.1:1"])
+        wait_until(lambda: heard.num_closed == 1)
+
+
+def test_copies_follow_a_shadow_whose_replica_is_replaced(
+    heard: Heard, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not only when it is time to ask Serve."""
+    monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 600.0)
+    mirrored = Mirrored(ledger, f"127.0.0.1:{free_port()}")
+    ledger.append(STARTED, actor="t")
+    wait_until(lambda: mirrored.ask() and mirrored.counts["failed"] > 0)
+    mirrored.address = heard.address
+    wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > 0)
+    mirrored.shadowing.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("what", "trouble"),
+    [("fetch_targets", AttributeError("a")), ("token", RuntimeError("t")), ("count", SystemExit())],
+    ids=["asking Serve", "sending", "a thread that ends"],
+)
+def test_nothing_ends_copies_for_good(
+    mirrored: Mirrored, ledger: Ledger, what: str, trouble: BaseException
+) -> None:
+    """What nobody had thought of costs one copy or one look."""
+    ledger.append(STARTED, actor="t")
+    for _ in range(SENDERS):
+        mirrored.troubles[what] = trouble
+        wait_until(lambda: mirrored.ask() and what not in mirrored.troubles)
+    before = mirrored.counts["sent"]
+    wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > before + SENDERS)
+
+
+def test_serve_is_asked_seldom_and_sooner_only_while_that_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replica does so, and a shadow that is down for an hour must not have all of them ask every second."""
+    monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 10.0)
+    monkeypatch.setattr(shadow_replicas, "FIRST_S", 1.0)
+    now = 0.0
+    pace = Pace(lambda: now)
+
+    def asked(failing: bool, seconds: int) -> list[float]:
+        nonlocal now
+        found, end = [], now + seconds
+        while now < end:
+            if pace.is_due(failing=failing):
+                found.append(now)
+            now += 0.5
+        return found
+
+    assert asked(False, 30) == [0, 10, 20]
+    assert asked(True, 40) == [30, 32, 36, 44, 54, 64]
+    assert asked(False, 20) == [74, 84]
+
+
 @contextlib.contextmanager
 def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Version 1 of a model, and version 2 as its shadow."""
     targets: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(predictor_module, "serve_targets", lambda record, host: lambda: targets)
+    monkeypatch.setattr(parts_module, "serve_targets", lambda record: lambda: targets)
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     with running_replica(root, SIGNATURE) as replica:
         ledger = open_ledger(config)

@@ -22,6 +22,7 @@ def published(
     status: str = "RUNNING",
     deployment: str = "HEALTHY",
     minimum: int | None = 0,
+    host: str = "127.0.0.1",
     ports: tuple[int, ...] = (PROXY,),
     replicas: tuple[str, ...] = (),
     **group: Any,
@@ -35,23 +36,26 @@ def published(
     }
     targets = [{"ip": "10.0.0.7", "port": port, "name": "n"} for port in ports]
     return {
-        "http_options": {"host": "127.0.0.1", "port": PROXY},
+        "http_options": {"host": host, "port": PROXY},
         "applications": {"m-v1": {"status": status, "deployments": {"predictor": predictor}}},
         "target_groups": [{"app_name": "m-v1", "protocol": "HTTP", "targets": targets} | group],
     }
 
 
-def test_a_running_replica_is_addressed_directly() -> None:
-    """Whatever else Serve says of its application."""
-    content = published(status="UNHEALTHY", minimum=None, ports=(REPLICA, REPLICA + 1))
-    assert read_targets(content, host=None) == {"m-v1": ("10.0.0.7:30001", "10.0.0.7:30002")}
-    assert read_targets(content, host="127.0.0.1") == {"m-v1": ("127.0.0.1:30001", "127.0.0.1:30002")}
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("0.0.0.0", "10.0.0.7"), ("::", "10.0.0.7"), ("127.0.0.1", "127.0.0.1"), ("10.1.0.7", "10.1.0.7")],  # noqa: S104
+)
+def test_a_running_replica_is_addressed_directly(host: str, expected: str) -> None:
+    """Whatever else Serve says of its application; where replicas listen, which is where Serve's proxy does."""
+    content = published(status="UNHEALTHY", minimum=None, host=host, ports=(REPLICA, REPLICA + 1))
+    assert read_targets(content) == {"m-v1": (f"{expected}:30001", f"{expected}:30002")}
 
 
 @pytest.mark.parametrize("deployment", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
 def test_asleep_is_reached_through_serves_proxy(deployment: str) -> None:
     """It may have no replica, and Serve finds nothing wrong: also while one starts, or the last leaves."""
-    found = read_targets(published(deployment=deployment), host="127.0.0.1")
+    found = read_targets(published(deployment=deployment))
     assert found == {"m-v1": Waker(("127.0.0.1:8000",))}
 
 
@@ -62,20 +66,20 @@ def test_asleep_is_reached_through_serves_proxy(deployment: str) -> None:
 )
 def test_failed_is_not_reached_at_all(said: dict[str, Any]) -> None:
     """Serve names its proxy here too, but somebody else should answer at once."""
-    assert read_targets(published(**said), host=None) == {}
+    assert read_targets(published(**said)) == {}
 
 
 @pytest.mark.parametrize("group", [{"protocol": "gRPC"}, {"app_name": ""}, {"targets": []}])
 def test_other_targets_are_left_out(group: dict[str, Any]) -> None:
     """Serve's own, those of other protocols, and groups without any."""
-    assert read_targets(published(**group), host=None) == {}
+    assert read_targets(published(**group)) == {}
 
 
 def test_a_controller_of_serve_that_has_just_come_back_takes_nobody_out() -> None:
     """It lists no addresses until it has found its replicas again, all of which go on answering."""
     with pytest.raises(ValueError, match="replicas of m-v1"):
-        read_targets(published(replicas=("RECOVERING",), targets=[]), host=None)
-    assert read_targets(published(replicas=("STARTING",), targets=[]), host=None) == {}
+        read_targets(published(replicas=("RECOVERING",), targets=[]))
+    assert read_targets(published(replicas=("STARTING",), targets=[])) == {}
 
 
 class Starting(Echo):

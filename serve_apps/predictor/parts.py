@@ -1,0 +1,109 @@
+"""What a replica consists of, opened one by one from a configuration and a version that was found whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.ledger import Ledger, open_ledger
+from cluster.registry import ModelVersion, Registry
+from cluster.runtime import InputSpec, Model, ModelSignature
+from cluster.runtime.hardware import find_hardware
+from cluster.runtime.loader import load_model
+from cluster.security.keys.access import KeyAccess, key_store, service_access
+from cluster.security.keys.store import KeyStore
+from cluster.session import ClusterRecord, require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import Layout, layout, local
+from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.online import FeatureReader, open_online
+from serve_apps.access import AccessCheck
+from serve_apps.edge.targets import serve_targets
+from serve_apps.predictor.asked import request_inputs
+from serve_apps.predictor.log_keys import prediction_key, serving_purpose
+from serve_apps.predictor.shadow import Shadowing
+from serve_apps.record_log import RecordLog
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedFeatures:
+    """What a model reads by key, and what a request must say beside it."""
+
+    reader: FeatureReader | None = None
+    asked: dict[str, InputSpec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Opens the parts of one version's replica, as the service that it is."""
+
+    platform: PlatformConfig
+    places: Layout
+    ledger: Ledger
+    cluster: ClusterRecord
+    version: ModelVersion
+    access: KeyAccess
+    store: KeyStore
+
+    @classmethod
+    def of(cls, platform: PlatformConfig, name: str, version: int) -> Parts:
+        """Of a version whose files are those that were registered.
+
+        Raises:
+            ArtifactTampered: a file is another; an event says so.
+        """
+        places, ledger = layout(platform.storage), open_ledger(platform)
+        registry = Registry(ledger, places)
+        served = registry.get(name, version)
+        registry.check_files(served, actor=f"service:{name}")
+        purpose = platform.identity.purpose or serving_purpose(ledger, served)
+        cluster = require_record(platform)
+        access = service_access(platform, cluster, name=name, purpose=purpose)
+        return cls(
+            platform=platform,
+            places=places,
+            ledger=ledger,
+            cluster=cluster,
+            version=served,
+            access=access,
+            store=key_store(access),
+        )
+
+    def model(self) -> Model:
+        """Loaded and warm."""
+        replica = self.platform.replica
+        hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
+        return load_model(self.version, self.store, hardware=hardware)
+
+    def access_check(self) -> AccessCheck:
+        """Who may ask this version."""
+        mine = self.version.resource(region=self.platform.cluster.region)
+        return AccessCheck.of(self.platform, mine, self.ledger)
+
+    def log(self) -> RecordLog:
+        """Where predictions are written down."""
+        return RecordLog(
+            local(self.places.predictions(self.version.name)),
+            store=self.store,
+            key=prediction_key(self.ledger, self.version),
+            durability=self.platform.replica.durability,
+        )
+
+    def features(self, signature: ModelSignature) -> ServedFeatures:
+        """Without a reader for a model that was trained without a feature service."""
+        if not signature.service:
+            return ServedFeatures()
+        spec = service_spec(self.ledger, signature.service, signature.service_version)
+        online = open_online(self.platform.online, self.places, self.store)
+        return ServedFeatures(reader=FeatureReader(spec, online), asked=request_inputs(spec))
+
+    def shadowing(self, count: Callable[[str], None]) -> Shadowing:
+        """What watches for a shadow, and sends it copies."""
+        return Shadowing(
+            model=self.version.name,
+            version=self.version.version,
+            ledger=self.ledger,
+            fetch_targets=serve_targets(self.cluster),
+            token=self.access.token.token,
+            count=count,
+        )

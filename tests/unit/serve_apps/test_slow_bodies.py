@@ -1,0 +1,155 @@
+"""A bound on how long a body may take, without a timer where nothing has to be waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import select
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from cluster.runtime import InputSpec, ModelSignature, Task
+from serve_apps import http as http_module
+from serve_apps.within import within
+from tests.replica import Replica, running_replica
+
+SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
+BODIES = {
+    "/v2/models/m/infer": b'{"inputs": [{"name": "age", "shape": [1], "datatype": "FP64", "data": [1.5]}]}',
+    "/v1/models/m:predict": b'{"entities": [{"id": 1}], "features": {"age": 1.5}}',
+}
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    with running_replica(tmp_path_factory.mktemp("slow"), SIGNATURE) as running:
+        yield running
+    assert running.failures == []
+
+
+def test_what_is_there_at_once_costs_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result or its error is given; whatever it would set raises."""
+    monkeypatch.setattr(asyncio, "timeout", None)
+
+    async def work(error: Exception | None) -> str:
+        if error is not None:
+            raise error
+        return "done"
+
+    assert asyncio.run(within(0.0, work(None))) == "done"
+    with pytest.raises(KeyError):
+        asyncio.run(within(0.0, work(KeyError())))
+
+
+def test_what_waits_goes_on_as_if_it_was_awaited() -> None:
+    """Through any number of waits, of futures, sleeps and its own timeouts."""
+
+    async def work() -> list[int]:
+        found = []
+        for number in range(3):
+            await asyncio.sleep(0)
+            future = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(future.set_result, number)
+            found.append(await future)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await asyncio.Event().wait()
+        return found
+
+    assert asyncio.run(within(10.0, work())) == [0, 1, 2]
+
+
+async def _ended_by_time(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with pytest.raises(TimeoutError):
+        await within(0.001, work())
+
+
+async def _ended_from_outside(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    task = asyncio.create_task(within(10.0, work()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("end", [_ended_by_time, _ended_from_outside], ids=["time", "outside"])
+def test_what_is_ended_gets_to_clean_up(end: Callable[..., Coroutine[Any, Any, None]]) -> None:
+    """By time, or because the request was cancelled: it sees the cancellation where it waits."""
+    seen = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            seen.append("cancelled")
+            raise
+
+    asyncio.run(end(work))
+    assert seen == ["cancelled"]
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/outcomes"])
+def test_a_body_that_drips_holds_its_request_for_a_moment_only(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """However steadily it comes, its time ends, in JSON; one in two parts in time is answered."""
+    monkeypatch.setattr(http_module, "BODY_TIMEOUT_S", 0.3)
+    predicts = path in BODIES
+    address = replica.address if predicts else replica.outcomes
+    target = f"{replica.prefix if predicts else '/outcomes'}{path}"
+    host, _, port = address.partition(":")
+    lines = (f"POST {target} HTTP/1.1", "host: x", f"authorization: Bearer {replica.token()}")
+
+    def begun_directly(length: int) -> socket.socket:
+        connection = socket.create_connection((host, int(port)), timeout=10)
+        connection.sendall("\r\n".join((*lines, f"content-length: {length}", "", "")).encode())
+        return connection
+
+    dripping = begun_directly(10_000)
+    began = time.monotonic()
+    while not select.select([dripping], [], [], 0.02)[0]:
+        dripping.sendall(b" ")
+        assert time.monotonic() < began + 5
+    response = http.client.HTTPResponse(dripping)
+    response.begin()
+    content = json.loads(response.read())
+    assert (content["code"], "0.3 s" in content["error"]) == (408, True)
+    assert (response.status, response.headers["connection"]) == (408, "close")
+    dripping.close()
+    if predicts:
+        good = BODIES[path]
+        parted = begun_directly(len(good))
+        parted.sendall(good[:5])
+        assert not select.select([parted], [], [], 0.05)[0]
+        parted.sendall(good[5:])
+        assert parted.recv(100).startswith(b"HTTP/1.1 200")
+        parted.close()
+
+
+def test_a_body_that_came_with_its_head_needs_no_timer(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a real server has when it calls the replica, so that no request pays for the few that are slow."""
+    waited = []
+
+    async def noted(limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
+        timeout = asyncio.timeout
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "timeout", lambda limit_s: waited.append(limit_s) or timeout(limit_s))
+            return await within(limit_s, work)
+
+    monkeypatch.setattr(http_module, "within", noted)
+    path, good = next(iter(BODIES.items()))
+    head = (f"POST {replica.prefix}{path} HTTP/1.1", "host: x", f"content-length: {len(good)}")
+    lines = "\r\n".join((*head, f"authorization: Bearer {replica.token()}", "", "")).encode()
+    host, _, port = replica.address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(lines + good)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert waited == []
