@@ -26,7 +26,9 @@ RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""
 WELL = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
 """The same of a deployment; it changes in the moment in which a replica is lost, the application's a little later."""
-_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 (read, not bound)
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
+_UNSAID = "127.0.0.1"
+"""Where Serve listens if it was not told, which it does not publish then."""
 _RECOVERING = "RECOVERING"
 """State of a replica that was there before Serve's controller was."""
 
@@ -80,7 +82,8 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
         for deployment in application["deployments"].values():
             if any(replica["state"] == _RECOVERING for replica in deployment["replicas"]):
                 raise ValueError(f"its controller has started again and is still finding replicas of {name}")
-    host, proxy_port = content["http_options"]["host"], content["http_options"]["port"]
+    host = content["http_options"].get("host", _UNSAID)
+    proxy_port = content["http_options"]["port"]
     found: Targets = {}
     for group in content["target_groups"]:
         name, targets = group["app_name"], group["targets"]

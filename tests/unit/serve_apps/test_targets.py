@@ -44,11 +44,19 @@ def published(
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("0.0.0.0", "10.0.0.7"), ("::", "10.0.0.7"), ("127.0.0.1", "127.0.0.1"), ("10.1.0.7", "10.1.0.7")],  # noqa: S104
+    [
+        ("", "127.0.0.1"),
+        ("0.0.0.0", "10.0.0.7"),  # noqa: S104
+        ("::", "10.0.0.7"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("10.1.0.7", "10.1.0.7"),
+    ],
 )
 def test_a_running_replica_is_addressed_directly(host: str, expected: str) -> None:
     """Whatever else Serve says of its application; where replicas listen, which is where Serve's proxy does."""
     content = published(status="UNHEALTHY", minimum=None, host=host, ports=(REPLICA, REPLICA + 1))
+    if not host:
+        del content["http_options"]["host"]
     assert read_targets(content) == {"m-v1": (f"{expected}:30001", f"{expected}:30002")}
 
 
