@@ -46,11 +46,12 @@ def project(falaj_cluster: Project) -> Iterator[Project]:
 
 
 def stop(project: Project) -> None:
-    """Make room for the tests that follow."""
+    """Make room for the tests that follow; without its champion the edge would not be ready."""
+    project.run("serve_apps.rollout", "action=rollback", f"name={scoring.MODEL}", check=True)
     program = "import sys; from cluster.session import attach; from cluster.settings import PlatformConfig\n"
     program += "attach(PlatformConfig()); from ray import serve\n"
-    program += "[serve.delete(name) for name in sys.argv[1:]]"
-    project.run_python("-c", program, *(f"{scoring.MODEL}-v{number}" for number in (1, 2, 3)))
+    program += "[serve.delete(name, _blocking=False) for name in sys.argv[1:]]"
+    project.run_python("-c", program, *(f"{scoring.MODEL}-v{number}" for number in (1, 3)))
 
 
 def check(outcome: Outcome, *, orphans: int = 0) -> None:
