@@ -183,11 +183,11 @@ def microseconds(moment: dt.datetime) -> int:
 
 def _judge_block(block: Block, oldest_us: int, at_us: int) -> list[Status]:
     """Each row's status at a moment; of those that are not present then, the values are taken out."""
-    if min(block.events) >= oldest_us and max(block.known) <= at_us:
-        return [_PRESENT] * len(block.events)
+    if block.within(oldest_us, at_us):
+        return [_PRESENT] * len(block.heads)
     states = [
         _MISSING if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
-        for event, known in zip(block.events, block.known, strict=True)
+        for event, known in block.times()
     ]
     absent = [place for place, state in enumerate(states) if state is not _PRESENT]
     for column in block.columns:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import secrets
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ PROVISIONAL = 1 << 62
 as the row's own will be greater than all that were given out before."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
+_CREATED = operator.itemgetter(1)
 _DELETED, _NULLS = 1, 2
 _CODES = {"float64": "d", "float32": "f", "int64": "q", "int32": "i", "bool": "?", "timestamp": "q"}
 
@@ -68,11 +70,17 @@ Found = tuple[int, int, bool, Sequence[Any]]
 class Block:
     """What rows say that are all there, without a null among them, column by column."""
 
-    events: Sequence[int]
-    """Microseconds, as are those of `known`."""
-    known: Sequence[int]
-    """Since when each was available."""
+    heads: list[tuple[int, ...]]
     columns: list[list[Any]]
+
+    def within(self, oldest_us: int, newest_us: int) -> bool:
+        """Whether all events are of that time at least, and all was known by then."""
+        last, known = max(self.heads)[0], max(map(_CREATED, self.heads))
+        return min(self.heads)[0] >= oldest_us + _OFFSET and max(last, known) <= newest_us + _OFFSET
+
+    def times(self) -> Iterator[tuple[int, int]]:
+        """Event and availability of each row in microseconds."""
+        return ((head[0] - _OFFSET, max(head[0], head[1]) - _OFFSET) for head in self.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,11 +314,7 @@ class RowCipher:
             ]
         except (InvalidTag, ValueError, struct.error):
             return None
-        return Block(
-            events=[head[0] - _OFFSET for head in heads],
-            known=[max(head[0], head[1]) - _OFFSET for head in heads],
-            columns=_columns(b"".join(contents), fixed),
-        )
+        return Block(heads, _columns(b"".join(contents), fixed))
 
     def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None]:
         """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
