@@ -39,7 +39,8 @@ test: unit
 
 # Four processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
 # otherwise take all cores several times over and hold each other up. The engines' tests go where they are imported.
-UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest
+# Only an integration test uses schemathesis, whose plugin takes longer to import than pytest.
+UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest -p no:schemathesis
 unit: $(STAMP)
 	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
 

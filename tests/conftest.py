@@ -7,6 +7,8 @@ import os
 
 from hypothesis import settings
 
+gc.disable()  # imports leave nothing to collect, and pytest_collection_finish turns it on again
+
 settings.register_profile("short", max_examples=12, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -16,6 +18,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays, so the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cluster import up
 from cluster.errors import AccessDenied, ConfigError, Unauthenticated
@@ -23,6 +24,7 @@ from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Operation
+from cluster.security.keys.kek import SALT_BYTES, Derivation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo
 from cluster.security.keys.vault import VaultKeyStore
@@ -37,9 +39,16 @@ SECRET = b"a data key of thirty-two bytes.."
 
 def chosen(root: Path, *overrides: str) -> PlatformConfig:
     """The configuration of these words of a command line."""
+    composed = _composed(*overrides).copy()
+    composed.storage.root = str(root)
+    return load(composed, PlatformConfig)
+
+
+@functools.cache
+def _composed(*overrides: str) -> DictConfig:
     with initialize_config_module("configs", version_base=None):
-        composed = compose("cluster", overrides=[f"storage.root={root}", *overrides])
-    return load(OmegaConf.masked_copy(composed, list(PlatformConfig.__dataclass_fields__)), PlatformConfig)
+        composed = compose("cluster", overrides=list(overrides))
+    return OmegaConf.masked_copy(composed, list(PlatformConfig.__dataclass_fields__))
 
 
 @pytest.fixture
@@ -70,13 +79,15 @@ def secret_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def in_vault(tmp_path: Path, double: VaultDouble, secret_file: Path) -> PlatformConfig:
     """An installation that keeps its keys in Vault."""
-    return chosen(
+    config = chosen(
         tmp_path,
         "secrets=vault",
         "tier=enterprise_gpu",
-        f"secrets.vault.address={double.address}",
-        f"secrets.vault.secret_file={secret_file}",
+        "secrets.vault.address=http://127.0.0.1:8200",
+        "secrets.vault.secret_file=/run/secret",
     )
+    config.secrets.vault.address, config.secrets.vault.secret_file = double.address, str(secret_file)
+    return config
 
 
 @contextlib.contextmanager
@@ -236,9 +247,11 @@ def test_a_replaced_secret_opens_vault_again_without_a_restart(
 
 
 def test_a_keyring_is_opened_by_the_passphrase_in_a_file(
-    tmp_path: Path, secret_file: Path, stopped: threading.Event
+    tmp_path: Path, secret_file: Path, stopped: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No key lies beside it; another passphrase, an open file, and a keyring that has none are refused."""
+    quick = Derivation(salt=bytes(SALT_BYTES), n=2**14)
+    monkeypatch.setattr(Derivation, "new", lambda: quick)
     named = f"secrets.passphrase_file={secret_file}"
     secret_file.write_text("correct horse battery\n")
     open_store(chosen(tmp_path, named), stopped=stopped).ensure(INFO)

@@ -45,7 +45,7 @@ from cluster.security.keys.store import (
 )
 
 KEK = bytes(range(32))
-KILLS = int(os.environ.get("FALAJ_KILLS", "6"))
+KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
 """Of each crash test; `make chaos` has more."""
 NAME = "features/income/personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))

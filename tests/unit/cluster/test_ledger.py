@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from cluster.security.identity import ensure_issuer, mint_token, write_private
 from cluster.security.policy import Role
 from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
+from tests import forks
 from tests.commands import run_main
 
 JSON = st.recursive(
@@ -110,8 +110,7 @@ def _append_many(url: str, writer: int) -> None:
 def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
     """Four processes append 25 events each: 100 events in one chain."""
     url = f"sqlite:///{tmp_path}/ledger.db"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cluster.ledger"])
+    context = forks.context()
     writers = [context.Process(target=_append_many, args=(url, writer)) for writer in range(4)]
     for writer in writers:
         writer.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import multiprocessing
 import os
 import random
 import shutil
@@ -39,6 +38,7 @@ from cluster.records.table import LogTable
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
+from tests import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 """Of real processes, which take seconds to start; every single step of one is broken in every run."""
@@ -334,8 +334,7 @@ def write_and_compact(root: str, first: int, began: Connection) -> None:
 def test_kill_9_of_writers_and_compactions_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """As many records as were written are there after every kill, each once, and still after the next compaction."""
     log, keyring = tmp_path / "predictions" / "m", new_keyring(tmp_path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = forks.context()
     written = 0
     for _ in range(KILLS):
         here, there = context.Pipe()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import threading
@@ -29,6 +28,7 @@ from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
 from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.retry import try_again
+from tests import forks
 from tests.kafka_broker import MockBroker, mock_broker
 from tests.push_project import PushProject, consume_until_killed, kafka_view, message, payments_view
 
@@ -287,8 +287,7 @@ def test_kill_of_a_consumer_loses_and_doubles_nothing(
 
 def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
     """Run a consumer; whether it was killed before it was done, a moment after one of its next few commits."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.push_project"])
+    context = forks.context()
     consumer = context.Process(target=consume_until_killed, args=(str(root), access, broker.servers))
     log = root / "features" / "income" / "_delta_log"
     enough = len(list(log.glob("*.json"))) + random.randint(1, 4)

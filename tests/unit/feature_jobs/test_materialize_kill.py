@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from feature_jobs.store import online_lmdb, online_redis
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.online import open_online
 from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
+from tests import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 PEOPLE, PUSHED = 400, 401
@@ -55,8 +55,7 @@ def test_kill_of_a_materialisation_leaves_all_of_the_one_before(
     reader.replace(VIEW, KEY_TYPES, rows(1))
     pushed = OnlineRow(keys=(PUSHED,), event_us=5, created_us=5, seq=PROVISIONAL, values=(5,))
     reader.put(VIEW, KEY_TYPES, [pushed])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = forks.context()
     last = 1
     for _ in range(KILLS):
         here, there = context.Pipe()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import threading
@@ -26,6 +25,7 @@ from feature_jobs.store.online_rows import PROVISIONAL, OnlineRow
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.pushed_view import from_record, pushed_view
 from feature_jobs.store.pusher import Pusher
+from tests import forks
 from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
@@ -426,8 +426,7 @@ def answered(
     root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None, *, aggregated: bool = False
 ) -> int:
     """How much of what was asked a server did before it was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.push_project"])
+    context = forks.context()
     here, there = context.Pipe()
     server = context.Process(
         target=serve, args=(str(root), access, there), kwargs={"aggregated": aggregated}, daemon=True

@@ -155,10 +155,10 @@ def test_a_column_without_values_has_no_distance(census: Frames) -> None:
 
 def test_regression_is_estimated_by_dle() -> None:
     """NannyML's car prices: the estimated error is near the measured one."""
-    reference = _cars("regression_synthetic_reference.csv").head(8000)
+    reference = _cars("regression_synthetic_reference.csv").head(4000)
     served = _cars("regression_synthetic_analysis.csv")
     served[TRUTH] = pd.read_csv(data("regression_synthetic_analysis_targets.csv"))["y_true"].to_numpy()
-    served = served.head(4000)
+    served = served.head(2000)
     frames = Frames(
         task=Task.regression,
         reference=reference.assign(**{TIME: days(len(reference), chunks=10)}),
@@ -168,7 +168,7 @@ def test_regression_is_estimated_by_dle() -> None:
         categorical=["fuel", "transmission"],
     )
     truths, estimates = realised(frames, min_outcomes=MIN_OUTCOMES), estimated(frames)
-    halves = {"first": served.head(2000), "second": served.tail(2000)}
+    halves = {"first": served.head(1000), "second": served.tail(1000)}
     for chunk, rows in halves.items():
         assert truths[chunk].value == pytest.approx(mean_squared_error(rows[TRUTH], rows[PREDICTED]) ** 0.5)
         assert estimates[chunk].value == pytest.approx(truths[chunk].value, rel=0.15)
@@ -180,9 +180,9 @@ def _cars(name: str) -> pd.DataFrame:
 
 def test_multiclass_is_estimated_over_all_classes() -> None:
     """NannyML's card choices: three classes, estimated AUC near the realised one."""
-    reference = _cards("mc_reference.csv").head(20_000)
+    reference = _cards("mc_reference.csv").head(10_000)
     served = _cards("mc_analysis.csv").merge(pd.read_csv(data("mc_analysis_gt.csv")), on="id")
-    served = served.rename(columns={"y_true": TRUTH}).head(8000)
+    served = served.rename(columns={"y_true": TRUTH}).head(4000)
     frames = Frames(
         task=Task.multiclass,
         reference=reference.assign(**{TIME: days(len(reference), chunks=10)}),
@@ -193,7 +193,7 @@ def test_multiclass_is_estimated_over_all_classes() -> None:
     )
     truths, estimates = realised(frames, min_outcomes=MIN_OUTCOMES), estimated(frames)
     names = sorted(served[TRUTH].unique())
-    for chunk, rows in {"first": served.head(4000), "second": served.tail(4000)}.items():
+    for chunk, rows in {"first": served.head(2000), "second": served.tail(2000)}.items():
         scores = rows[[f"{PROBABILITY}{name}" for name in names]].to_numpy()
         expected = roc_auc_score(rows[TRUTH], scores, multi_class="ovr", labels=names)
         assert truths[chunk].value == pytest.approx(expected, abs=1e-3)

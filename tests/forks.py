@@ -1,0 +1,22 @@
+"""Processes that tests kill or let race: forked from one that has imported what they need once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing.context import ForkServerContext
+
+_TARGETS = (
+    "tests.push_project",
+    "tests.unit.cluster.test_ledger",
+    "tests.unit.cluster.test_log_compaction",
+    "tests.unit.feature_jobs.test_materialize_kill",
+)
+"""Modules whose functions such processes run."""
+
+
+def context() -> ForkServerContext:
+    """The context of them all; there is one server a test run, so it preloads for every test that was collected."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in _TARGETS if name in sys.modules])
+    return context
