@@ -297,7 +297,7 @@ class RowCipher:
     ) -> Block | None:
         """What `unpack` says, column by column, which is faster; none where it is for `unpack` to say: rows are few,
         missing, deleted, altered, of several layouts, have nulls, or are not all of fixed width."""
-        if len(rows) < BLOCK_ROWS or None in rows:
+        if len(rows) < BLOCK_ROWS:
             return None
         size, first = _HEADER.size, _HEADER.size + NONCE_BYTES
         try:
@@ -312,7 +312,7 @@ class RowCipher:
                 decrypt(row[size:first], row[first:], place + address + row[:size])  # type: ignore[index]
                 for address, row in zip(addresses, rows, strict=True)
             ]
-        except (InvalidTag, ValueError, struct.error):
+        except (InvalidTag, TypeError, ValueError, struct.error):  # a missing row is no bytes
             return None
         return Block(heads, _columns(b"".join(contents), fixed))
 
