@@ -23,20 +23,18 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
 )
-from cluster.security.identity import AUDIENCE, ISSUER, ensure_issuer, local_keys
+from cluster.security.identity import ensure_issuer, local_keys
 from cluster.security.oidc import KeySource
 from cluster.security.tls import ensure_tls
-from cluster.security.tokens import TokenRules
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
-from serve_apps.edge.config import EdgeSettings
 from serve_apps.edge.controller import Controller
 from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import EdgeState
 from serve_apps.edge.targets import Targets
-from tests.edge import limits
+from tests.edge import edge_settings
 from tests.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
@@ -93,22 +91,8 @@ class Running:
         self.places = places = Layout(str(root))
         ensure_issuer(places)
         ensure_tls(places)
-        self.settings = EdgeSettings(
-            bind=f"127.0.0.1:{free_port()}",
-            metrics_bind=f"127.0.0.1:{free_port()}",
-            certificate=f"{places.tls}/edge.pem",
-            dashboard="127.0.0.1:9",
-            tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
-            map_file=str(root / "routes.map"),
-            error_folder=str(root / "errors"),
-            admin_socket=str(short / "admin.sock"),
-            limits=limits(folder=str(root), socket=str(short / "peers.sock")),
-            max_body_bytes=100_000,
-            threads=1,
-            max_connections=2000,
-            max_connections_of_one_address=500,
-            wake_timeout_s=60.0,
-            hang_ms=700,
+        self.settings = edge_settings(
+            root, short, places, ports=(free_port(), free_port()), dashboard="127.0.0.1:9"
         )
         self.ledger = ledger or open_ledger(PlatformConfig(storage=StorageConfig(root=str(root))))
         self.serve = Serve()

@@ -85,6 +85,37 @@ class Mirror(http.server.ThreadingHTTPServer):
         """Say nothing of a connection that HAProxy gave up."""
 
 
+def edge_settings(
+    root: Path, sockets: Path, places: Layout, *, ports: tuple[int, int], dashboard: str
+) -> EdgeSettings:
+    """An edge's settings on loopback.
+
+    Args:
+        root: for its files.
+        sockets: a folder whose name is short enough for a socket's.
+        places: where its certificate is.
+        ports: of the edge and of its metrics.
+        dashboard: address of what stands for Ray's.
+    """
+    return EdgeSettings(
+        bind=f"127.0.0.1:{ports[0]}",
+        metrics_bind=f"127.0.0.1:{ports[1]}",
+        certificate=f"{places.tls}/edge.pem",
+        dashboard=dashboard,
+        tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
+        map_file=str(root / "routes.map"),
+        error_folder=str(root / "errors"),
+        admin_socket=str(sockets / "admin.sock"),
+        limits=limits(folder=str(root), socket=str(sockets / "peers.sock")),
+        max_body_bytes=100_000,
+        threads=1,
+        max_connections=2000,
+        max_connections_of_one_address=500,
+        wake_timeout_s=60.0,
+        hang_ms=700,
+    )
+
+
 class Edge:
     """A running HAProxy and a client of it."""
 
@@ -96,22 +127,12 @@ class Edge:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
         self.port, metrics_port = free_port(), free_port()
-        self.settings = EdgeSettings(
-            bind=f"127.0.0.1:{self.port}",
-            metrics_bind=f"127.0.0.1:{metrics_port}",
-            certificate=f"{self.places.tls}/edge.pem",
+        self.settings = edge_settings(
+            root,
+            socket_folder,
+            self.places,
+            ports=(self.port, metrics_port),
             dashboard=self.targets["m-v1"][0],
-            tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
-            map_file=str(root / "routes.map"),
-            error_folder=str(root / "errors"),
-            admin_socket=str(socket_folder / "admin.sock"),
-            limits=limits(folder=str(root), socket=str(socket_folder / "peers.sock")),
-            max_body_bytes=100_000,
-            threads=1,
-            max_connections=2000,
-            max_connections_of_one_address=500,
-            wake_timeout_s=60.0,
-            hang_ms=700,
         )
         for status in ERROR_STATUSES:
             write_bytes(f"{self.settings.error_folder}/{status}.http", error_file(status).encode())

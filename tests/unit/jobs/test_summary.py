@@ -7,31 +7,18 @@ from pathlib import Path
 
 import polars as pl
 
-from cluster.records import SHADOW, PredictionRecord, SegmentWriter, read_predictions
+from cluster.records import SHADOW, SegmentWriter, read_predictions
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from jobs.pipeline.summary import logged
+from tests.unit.cluster.test_records import prediction
 
 
 def test_what_a_shadow_predicted_is_neither_a_logged_answer_nor_an_orphan(tmp_path: Path) -> None:
     """Nobody was to be answered with it; answers count once, however many entities they have."""
     keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
     keyring.ensure(KeyInfo(name="predictions/m/personal"))
-    answered = PredictionRecord(
-        prediction_id="answered",
-        request_id="r",
-        time="2026-01-02T03:04:05+00:00",
-        model="m",
-        version=1,
-        variant="champion",
-        rollout="",
-        arm="outside",
-        unit_hash="",
-        as_of="2026-01-02T03:04:05+00:00",
-        entities=[{"id": 1}, {"id": 2}],
-        features={"age": [41.0, None]},
-        predictions=[{"value": 0.25}, {"value": 0.75}],
-    )
+    answered = dataclasses.replace(prediction(1), prediction_id="answered")
     log = tmp_path / "predictions" / "m"
     SegmentWriter(log, store=keyring, key="predictions/m/personal").append(
         answered,
