@@ -257,7 +257,6 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.fallback) bool(true) if treated !treatable
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
     http-request set-header x-falaj-request-id %[unique-id]
-    http-request set-header x-request-disconnect-disabled ?1
     http-request set-header {ARRIVED} %[date(0,us)] if by_model
     http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
     http-request set-header x-falaj-arm %[var(txn.arm)] if by_model

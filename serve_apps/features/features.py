@@ -41,6 +41,7 @@ from feature_jobs.store.push_log import PushLog, PushLogFull
 from feature_jobs.store.pushed_view import PushedView, pushed_view
 from feature_jobs.store.pusher import Pusher, open_log
 from serve_apps.access import AccessCheck
+from serve_apps.direct import answer_directly
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.listening import listen_on_own_address
@@ -71,6 +72,7 @@ class Features:
         self._opening = threading.Lock()  # LMDB opens a folder once in a process
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
+        answer_directly(self, at_once=self._platform.replica.max_ongoing_requests)
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""

@@ -24,6 +24,7 @@ from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
+from serve_apps.direct import answer_directly
 from serve_apps.http import Unavailable, answer, read_json, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor.log_keys import outcome_key
@@ -97,6 +98,7 @@ class Outcomes:
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._durability = platform.replica.durability
         self._logs: dict[str, RecordLog] = {}
+        answer_directly(self, at_once=platform.replica.max_ongoing_requests)
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""

@@ -7,8 +7,8 @@ model in this process, one write, the answer.
 from __future__ import annotations
 
 import datetime as dt
+import os
 import time
-import uuid
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
+from serve_apps.direct import answer_directly
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.listening import listen_on_own_address
 from serve_apps.one_write import answer_in_one_write
@@ -61,10 +62,12 @@ class Predictor:
         self._log = parts.log()
         features = parts.features(signature)
         self._reader, self._asked = features.reader, features.asked
+        self._askable = self._asked | self._inputs
         tags = {"model": name, "version": str(version)}
         self._meters = Meters(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
+        answer_directly(self, at_once=parts.platform.replica.max_ongoing_requests)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it, and `serve_apps/scaling.py` decides by it."""
@@ -117,14 +120,15 @@ class Predictor:
         return (await self._batches.predict(self._model.encode(columns))).rows()
 
     async def _predict(self, request: Request, body: dict[str, Any]) -> Response:
-        asked = parse_predict(body, self._asked | self._inputs, now=dt.datetime.now(dt.UTC))
+        now = dt.datetime.now(dt.UTC)
+        asked = parse_predict(body, self._askable, now=now)
         inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
         rows = await self._rows(inputs.columns)
         given = sorted(asked.overrides)
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
         columns = inputs.columns | said
         prediction_id = self._write(
-            request, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted
+            request, now, asked.entities, columns, rows, given, as_of=asked.as_of, defaulted=inputs.defaulted
         )
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
@@ -145,7 +149,8 @@ class Predictor:
         rows = await self._rows(asked.columns)
         entities: list[dict[str, Any]] = [{} for _ in rows]
         given = sorted(asked.columns)
-        prediction_id = self._write(request, dt.datetime.now(dt.UTC), entities, asked.columns, rows, given)
+        now = dt.datetime.now(dt.UTC)
+        prediction_id = self._write(request, now, entities, asked.columns, rows, given)
         head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
@@ -163,27 +168,30 @@ class Predictor:
     def _write(
         self,
         request: Request,
-        as_of: dt.datetime,
+        now: dt.datetime,
         entities: list[dict[str, Any]],
         columns: dict[str, list[Any]],
         rows: list[dict[str, Any]],
         given: list[str],
+        *,
+        as_of: dt.datetime | None = None,
         defaulted: dict[str, list[int]] | None = None,
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
         headers = request.headers
-        prediction_id = uuid.uuid4().hex
+        prediction_id = os.urandom(16).hex()
+        moment = now.isoformat()
         record = PredictionRecord(
             prediction_id=prediction_id,
             request_id=headers.get("x-falaj-request-id", ""),
-            time=dt.datetime.now(dt.UTC).isoformat(),
+            time=moment,
             model=self._version.name,
             version=self._version.version,
             variant=headers.get("x-falaj-variant", CHAMPION_VARIANT),
             rollout=headers.get("x-falaj-rollout", ""),
             arm=headers.get("x-falaj-arm", "none"),
             unit_hash=headers.get("x-falaj-unit-hash", ""),
-            as_of=as_of.isoformat(),
+            as_of=moment if as_of is None or as_of is now else as_of.isoformat(),
             entities=entities,
             features=columns,
             predictions=rows,
