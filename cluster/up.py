@@ -24,6 +24,7 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, Falaj
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.scheduling import wait_for_turn
 from cluster.security.disks import keeps_secrets
 from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.keys.keyring import check_keyring
@@ -65,6 +66,7 @@ def main(config: PlatformConfig) -> None:
     record = describe(config)
     prepare(config, record)
     warn_of_spilling(config, record)
+    wait_for_turn()
     try:
         start_ray(config, record)
         write_record(record, config.storage)

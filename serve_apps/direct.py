@@ -62,8 +62,6 @@ def middlewares() -> list[Middleware]:
 def answer_directly(answer: Application, *, at_once: int) -> None:
     """Have the requests of this replica answered directly; outside a replica nothing happens.
 
-    To be called by the constructor of its application, which is over before the server starts.
-
     Args:
         answer: the application.
         at_once: so many requests at most; the others wait.

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.processes import ID_VARIABLE
+from cluster.scheduling import wait_for_turn
 from cluster.security.installation import hold_to
 from cluster.security.tls import EDGE_NAME
 from cluster.security.trust import Trust, access_rules
@@ -119,6 +120,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
 def main(config: EdgeConfig) -> None:
     """Run until SIGTERM, or until a second one is started, which takes over without a refused request."""
     logging.basicConfig(level=logging.INFO)
+    wait_for_turn()
     record = recorded(config)
     as_part_of(record)
     hold_to(record, config)

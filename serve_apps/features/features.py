@@ -41,10 +41,9 @@ from feature_jobs.store.push_log import PushLog, PushLogFull
 from feature_jobs.store.pushed_view import PushedView, pushed_view
 from feature_jobs.store.pusher import Pusher, open_log
 from serve_apps.access import AccessCheck
-from serve_apps.direct import answer_directly
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.http import Unavailable, answer, read_json, refusal
-from serve_apps.listening import listen_on_own_address
+from serve_apps.replica_process import prepare_replica
 
 REFRESH_S = 5
 """So long at most a definition is used that has been changed."""
@@ -59,8 +58,8 @@ class Features:
         Args:
             config: the platform's configuration as plain values.
         """
-        listen_on_own_address()
         self._platform = from_plain(config)
+        prepare_replica(self, at_once=self._platform.replica.max_ongoing_requests)
         self._places = layout(self._platform.storage)
         self._ledger = open_ledger(self._platform)
         self._region = self._platform.cluster.region
@@ -72,7 +71,6 @@ class Features:
         self._opening = threading.Lock()  # LMDB opens a folder once in a process
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
-        answer_directly(self, at_once=self._platform.replica.max_ongoing_requests)
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""

@@ -24,12 +24,11 @@ from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
-from serve_apps.direct import answer_directly
 from serve_apps.http import Unavailable, answer, read_json, refusal
-from serve_apps.listening import listen_on_own_address
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, to_utc
 from serve_apps.record_log import RecordLog
+from serve_apps.replica_process import prepare_replica
 
 MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
@@ -87,8 +86,8 @@ class Outcomes:
         Args:
             config: the platform's configuration as plain values.
         """
-        listen_on_own_address()
         platform = from_plain(config)
+        prepare_replica(self, at_once=platform.replica.max_ongoing_requests)
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)
         self._registry = Registry(self._ledger, self._places)
@@ -98,7 +97,6 @@ class Outcomes:
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._durability = platform.replica.durability
         self._logs: dict[str, RecordLog] = {}
-        answer_directly(self, at_once=platform.replica.max_ongoing_requests)
 
     def __del__(self) -> None:
         """Serve calls it when a replica ends in order."""

@@ -16,10 +16,7 @@ from starlette.responses import Response
 
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
-from serve_apps.direct import answer_directly
 from serve_apps.http import answer, parse_json, read_body, refusal
-from serve_apps.listening import listen_on_own_address
-from serve_apps.one_write import answer_in_one_write
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
@@ -29,6 +26,7 @@ from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import parse_predict
 from serve_apps.predictor.shadow import copy_counter
+from serve_apps.replica_process import prepare_replica
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 from serve_apps.scaling import ONGOING
 
@@ -49,12 +47,12 @@ class Predictor:
         Raises:
             ArtifactTampered: a file is not the one that was registered; an event says so.
         """
-        listen_on_own_address()
-        answer_in_one_write()
-        parts = Parts.of(from_plain(config), name, version)
+        platform = from_plain(config)
+        prepare_replica(self, at_once=platform.replica.max_ongoing_requests)
+        parts = Parts.of(platform, name, version)
         self._version = parts.version
         self._model = parts.model()
-        self._batches = batches(self._model, parts.platform.replica.batching)
+        self._batches = batches(self._model, platform.replica.batching)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
@@ -67,7 +65,6 @@ class Predictor:
         self._meters = Meters(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
-        answer_directly(self, at_once=parts.platform.replica.max_ongoing_requests)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it, and `serve_apps/scaling.py` decides by it."""

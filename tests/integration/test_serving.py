@@ -5,6 +5,7 @@ The project has its own data, definitions and configuration; nothing of this rep
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -150,6 +151,19 @@ def test_replicas_listen_on_loopback_only(client: Shop) -> None:
     """Their gRPC servers for other deployments too, which unpickle what they are sent."""
     assert client.predict(1)[0] == 200
     assert set(client.project.listeners().values()) == {"127.0.0.1"}
+
+
+def test_nothing_but_replicas_interrupts_what_runs(client: Shop) -> None:
+    """On a busy core; Ray's daemons, HAProxy and controllers wait for the end of a slice."""
+    policies = {}
+    for process in processes.find(client.project.record.cluster_id):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            kind = " ".join(process.cmdline())
+            policies[kind] = {os.sched_getscheduler(thread.id) for thread in process.threads()}
+    replicas = {kind: found for kind, found in policies.items() if "ServeReplica" in kind}
+    assert len(replicas) >= 3
+    assert all(os.SCHED_OTHER in found for found in replicas.values())
+    assert all(found == {os.SCHED_BATCH} for kind, found in policies.items() if kind not in replicas)
 
 
 def test_each_answer_is_one_row_of_the_log(client: Shop) -> None:
