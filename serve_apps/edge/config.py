@@ -158,8 +158,8 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
 {dashboard.entrance()}
 {_classify()}
 {token_checks(keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim)}
-    {refuse(401, "The token's subject is too long.")} hdr WWW-Authenticate "Bearer" if {{ var(txn.token),jwt_payload_query('$.sub') -m len gt {_MAX_SUBJECT_BYTES} }}
-    http-request set-var(txn.principal) var(txn.token),jwt_payload_query('$.sub')
+    {refuse(401, "The token's subject is too long.")} hdr WWW-Authenticate "Bearer" if {{ var(txn.claims),json_query('$.sub') -m len gt {_MAX_SUBJECT_BYTES} }}
+    http-request set-var(txn.principal) var(txn.claims),json_query('$.sub')
 {strangers.known()}
 {_authorise(settings)}
 {scopes.rules(routes.entries, claim=settings.scope_claim)}
@@ -212,7 +212,7 @@ def _authorise(settings: EdgeSettings) -> str:
     # Behind the edge the policies are asked for the tenant, too, but neither Ray's dashboard nor GET /v2 asks anybody.
     # A tenant that is no text, which HAProxy reads as none, is for replicas to refuse; none stands before the dashboard.
     message = "Your tenant is not the one that this installation is for."
-    stated = f"{{ var(txn.token),field(2,.),ub64dec -m sub -- '\"{settings.tenant_claim}\"' }}"
+    stated = f"{{ var(txn.claims) -m sub -- '\"{settings.tenant_claim}\"' }}"
     lines = [
         "    acl of_a_tenant var(txn.tenant) -m found",
         f"    {refuse(403, message)} if of_a_tenant !{{ var(txn.tenant) -m str -- {settings.tenant} }}",

@@ -23,10 +23,10 @@ def rules(models: Iterable[str], *, claim: str) -> str:
         claim: the issuer's name for the scope.
     """
     lines = [
-        f"    http-request set-var(txn.scope) var(txn.token),jwt_payload_query('$.{claim}')",
+        f"    http-request set-var(txn.scope) var(txn.claims),json_query('$.{claim}')",
         "    acl scoped var(txn.scope) -m reg (^|\\ )model:",
         f"    {refuse(403, 'A token for some models is none for the dashboard.')} "
-        f"if dashboard {{ var(txn.token),field(2,.),ub64dec -m sub -- {MODEL_SCOPE} }}",
+        f"if dashboard {{ var(txn.claims) -m sub -- {MODEL_SCOPE} }}",
         *(_within(model) for model in models),
         f"    {refuse(403, 'The scope of your token does not name this model.')} "
         "if { var(txn.model) -m found } scoped !{ var(txn.in_scope) -m bool }",

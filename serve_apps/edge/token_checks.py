@@ -28,7 +28,8 @@ signature is remembered: what a token says is looked at each time. Others never 
 
 
 def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
-    """Rules that refuse with 401 what does not hold, and set `txn.role`, `txn.tenant` and `txn.exp` where it does.
+    """Rules that refuse with 401 what does not hold, and set `txn.claims`, `txn.role`, `txn.tenant` and `txn.exp` where
+    it does.
 
     Args:
         keys: the issuer's; without any, every token is refused.
@@ -46,16 +47,18 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     return f"""    {_refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ var(txn.token) -m found }}
     {_refuse(f"The token is longer than {rules.max_bytes} bytes.")} if {{ var(txn.token) -m len gt {rules.max_bytes} }}
     http-request set-var(txn.now) date()
-    http-request set-var(txn.alg) var(txn.token),jwt_header_query('$.alg')
-    http-request set-var(txn.kid) var(txn.token),jwt_header_query('$.kid')
-    http-request set-var(txn.iss) var(txn.token),jwt_payload_query('$.iss')
-    http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud')
-    http-request set-var(txn.aud) var(txn.token),jwt_payload_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
-    http-request set-var(txn.role) var(txn.token),jwt_payload_query('$.{role_claim}')
-    http-request set-var(txn.tenant) var(txn.token),jwt_payload_query('$.{tenant_claim}')
-    http-request set-var(txn.exp) var(txn.token),jwt_payload_query('$.exp','int')
-    http-request set-var(txn.nbf) var(txn.token),jwt_payload_query('$.nbf','int')
-    {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.token),field(1,.),ub64dec -m sub -- {unwanted} }}
+    http-request set-var(txn.head) var(txn.token),field(1,.),ub64dec
+    http-request set-var(txn.claims) var(txn.token),field(2,.),ub64dec
+    http-request set-var(txn.alg) var(txn.head),json_query('$.alg')
+    http-request set-var(txn.kid) var(txn.head),json_query('$.kid')
+    http-request set-var(txn.iss) var(txn.claims),json_query('$.iss')
+    http-request set-var(txn.aud) var(txn.claims),json_query('$.aud')
+    http-request set-var(txn.aud) var(txn.claims),json_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
+    http-request set-var(txn.role) var(txn.claims),json_query('$.{role_claim}')
+    http-request set-var(txn.tenant) var(txn.claims),json_query('$.{tenant_claim}')
+    http-request set-var(txn.exp) var(txn.claims),json_query('$.exp','int')
+    http-request set-var(txn.nbf) var(txn.claims),json_query('$.nbf','int')
+    {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.head) -m sub -- {unwanted} }}
     {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
     http-request set-var(txn.fingerprint) var(txn.token),sha2(256)
     acl verified var(txn.fingerprint),in_table(verified_tokens)
