@@ -32,6 +32,7 @@
     │   └── AccessDenied              HTTP 403
     ├── KeyStoreUnavailable           the broker is down: exit code 1
     ├── OnlineStoreUnavailable        it cannot be reached, or is full: exit code 1, HTTP 503
+    │   └── OnlineStoreOutdated       a view's rows lie there as another release wrote them
     └── Inconsistent                  our own books do not add up: exit code 1
 
 A message says what happened, to which thing, and what to do.
@@ -166,6 +167,10 @@ class AccessDenied(RefusedError):
 
 class OnlineStoreUnavailable(FalajError):
     """The online store cannot be reached, or is full."""
+
+
+class OnlineStoreOutdated(OnlineStoreUnavailable):
+    """A view's online rows were written by a release that laid them out otherwise."""
 
 
 class Inconsistent(FalajError):

@@ -74,22 +74,24 @@ class FeatureReader:
             InvalidRequest: an entity lacks a key, or has one of the wrong type.
         """
         at_us = microseconds(as_of)
-        vectors = FeatureVectors(columns={}, status={})
+        columns: dict[str, list[Any]] = {}
+        status: dict[str, Sequence[str]] = {}
         for view, names in zip(self.spec.views, self._columns, strict=True):
-            found = self._found(view, self._keys(view, entities, vectors), at_us)
+            found = self._found(view, self._keys(view, entities, columns), at_us)
             oldest_us = -(2**63) if view.ttl_s is None else at_us - round(view.ttl_s * 1_000_000)
             if isinstance(found, Block):
-                whole, columns = True, found.columns
+                whole, values = True, found.columns
                 states = _judge_block(found, oldest_us, at_us)
             else:
-                states, columns, whole = _judge_rows(found, len(names), oldest_us, at_us)
-            vectors.columns.update(zip(names, columns, strict=True))
+                states, values, whole = _judge_rows(found, len(names), oldest_us, at_us)
+            for name, column in zip(names, values, strict=True):  # half the time of an update with pairs
+                columns[name] = column
             if whole:
-                vectors.status.update(dict.fromkeys(names, states))
+                status.update(dict.fromkeys(names, states))
             else:
-                judged = (_with_nulls(states, column) for column in columns)
-                vectors.status.update(zip(names, judged, strict=True))
-        return vectors
+                judged = (_with_nulls(states, column) for column in values)
+                status.update(zip(names, judged, strict=True))
+        return FeatureVectors(columns=columns, status=status)
 
     def _found(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Block | Sequence[Found | None]:
         windowed = self._windowed.get(view.name)
@@ -105,7 +107,7 @@ class FeatureReader:
         return view in self._whole
 
     def _keys(
-        self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], vectors: FeatureVectors
+        self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], earlier: Mapping[str, Sequence[Any]]
     ) -> Sequence[Key]:
         """Each entity's key in a view; none where an earlier view that should give it knows nothing."""
         types = self._types(view)
@@ -114,32 +116,36 @@ class FeatureReader:
             column = [entity.get(key) for entity in entities]
             if set(map(type, column)) == {_TYPES.get(types.get(key, ""))}:
                 return [(value,) for value in column]  # type: ignore[misc]  # of the one type that is asked for
-        return [self._key(view, types, entity, vectors, place) for place, entity in enumerate(entities)]
+        return [self._key(view, types, entity, earlier, place) for place, entity in enumerate(entities)]
 
     def _key(
         self,
         view: ViewSpec,
         types: Mapping[str, str],
         entity: Mapping[str, Any],
-        vectors: FeatureVectors,
+        earlier: Mapping[str, Sequence[Any]],
         position: int,
     ) -> Key:
         parts: list[int | str] = []
         for key in view.join_keys:
-            value = entity[key] if key in entity else self._from_earlier(view, key, vectors, position)
+            value = entity[key] if key in entity else self._from_earlier(view, key, earlier, position)
             if value is None:
                 return None
             wanted = types.get(key)
-            if wanted is not None and isinstance(value, str) != (wanted == "string"):
+            if wanted is not None and (
+                isinstance(value, bool) or isinstance(value, str) != (wanted == "string")
+            ):
                 kind = "text" if wanted == "string" else "a whole number"
                 raise InvalidRequest(f"entities[{position}].{key} must be {kind}, got {value!r}.")
             parts.append(value)
         return tuple(parts)
 
-    def _from_earlier(self, view: ViewSpec, key: str, vectors: FeatureVectors, position: int) -> Any:
+    def _from_earlier(
+        self, view: ViewSpec, key: str, earlier: Mapping[str, Sequence[Any]], position: int
+    ) -> Any:
         views = self.spec.views
-        for earlier in reversed(views[: views.index(view)]):
-            column = vectors.columns.get(f"{earlier.name}__{key}")
+        for other in reversed(views[: views.index(view)]):
+            column = earlier.get(f"{other.name}__{key}")
             if column is not None:
                 return column[position]
         raise InvalidRequest(f"entities[{position}] lacks the key '{key}' of view '{view.name}'.")
@@ -184,7 +190,7 @@ def microseconds(moment: dt.datetime) -> int:
 def _judge_block(block: Block, oldest_us: int, at_us: int) -> list[Status]:
     """Each row's status at a moment; of those that are not present then, the values are taken out."""
     if block.within(oldest_us, at_us):
-        return [_PRESENT] * len(block.heads)
+        return [_PRESENT] * len(block.moments)
     states = [
         _MISSING if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
         for event, known in block.times()

@@ -12,6 +12,8 @@ import msgpack
 from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.online_rows import Layout
 
+FORMAT = 2
+"""How rows and their addresses are made; in 1, which metas do not name, every address was a hash."""
 GENERATION_BYTES = 8
 STAMP_BYTES = GENERATION_BYTES + 8
 
@@ -31,6 +33,7 @@ class Meta:
     """Class to wrapped data key."""
     whole: bool = True
     """Whether it began with a materialisation, so that of an entity without a row there was none."""
+    format: int = FORMAT
 
     @property
     def stamp(self) -> bytes:
@@ -62,6 +65,7 @@ class Meta:
             layouts=tuple(Layout(version, fields) for version, fields in stored["layouts"]),
             data_keys=stored["data_keys"],
             whole=stored.get("whole", True),
+            format=stored.get("format", 1),
         )
 
     def pack(self) -> bytes:
@@ -71,6 +75,7 @@ class Meta:
             "layouts": [[layout.version, layout.fields] for layout in self.layouts],
             "data_keys": self.data_keys,
             "whole": self.whole,
+            "format": self.format,
         }
         return self.stamp + bytes(msgpack.packb(content))
 

@@ -5,18 +5,16 @@
 The three numbers are big-endian and counted from -2^63, so that bytes compare as (event, created, seq) do, whatever
 engine compares them. `layout` says which version of the view wrote the row (`online_meta.py`).
 
-An entity's key is replaced by a keyed hash (BLAKE2b, RFC 7693), so a stolen file says nobody's name. Public values lie
-as they are; those of every other class are one AES-256-GCM value together, bound to view, class, entity and header, so
-that none can be moved to another entity or made younger. Data keys are made anew with every materialisation and wrapped
-under `online/<view>/<class>`; the hash's key stays, wrapped under the internal one, so that a row that came during a
-materialisation keeps its place.
+An entity's key is replaced by an address (`online_addresses.py`). Public values lie as they are; those of every other
+class are one AES-256-GCM value together, bound to view, class, entity and header, so that none can be moved to another
+entity or made younger. Data keys are made anew with every materialisation and wrapped under `online/<view>/<class>`;
+the addresses' key stays, wrapped under the internal one, so that a row that came during a materialisation keeps its
+place.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import operator
 import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,20 +29,19 @@ from cluster.errors import ArtifactTampered
 from cluster.security.envelope import NONCE_BYTES, ValueCipher, place_of
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.definitions import Sensitivity
+from feature_jobs.store.online_addresses import Addresses
 
-HASH_BYTES = 24
 RANK_BYTES = 24
 """Of a header: what orders rows."""
 BLOCK_ROWS = 8
 """From so many rows on, going by columns pays."""
 ENTITY = "entity"
-"""Stands for the hash's key among the wrapped ones."""
+"""Stands for the addresses' key among the wrapped ones."""
 PROVISIONAL = 1 << 62
 """Added to a pushed row's number in the push log until the row has an `ingest_seq`: greater than every one of those,
 as the row's own will be greater than all that were given out before."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
-_CREATED = operator.itemgetter(1)
 _DELETED, _NULLS = 1, 2
 _CODES = {"float64": "d", "float32": "f", "int64": "q", "int32": "i", "bool": "?", "timestamp": "q"}
 
@@ -70,17 +67,17 @@ Found = tuple[int, int, bool, Sequence[Any]]
 class Block:
     """What rows say that are all there, without a null among them, column by column."""
 
-    heads: list[tuple[int, ...]]
+    moments: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    """(rows, 2): event and creation in microseconds."""
     columns: list[list[Any]]
 
     def within(self, oldest_us: int, newest_us: int) -> bool:
         """Whether all events are of that time at least, and all was known by then."""
-        last, known = max(self.heads)[0], max(map(_CREATED, self.heads))
-        return min(self.heads)[0] >= oldest_us + _OFFSET and max(last, known) <= newest_us + _OFFSET
+        return bool(self.moments[:, 0].min() >= oldest_us and self.moments.max() <= newest_us)
 
     def times(self) -> Iterator[tuple[int, int]]:
         """Event and availability of each row in microseconds."""
-        return ((head[0] - _OFFSET, max(head[0], head[1]) - _OFFSET) for head in self.heads)
+        return zip(self.moments[:, 0].tolist(), self.moments.max(axis=1).tolist(), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +185,7 @@ class RowCipher:
     """Packs and unpacks the rows of one materialisation of a view."""
 
     def __init__(self, view: str, hash_key: bytes, ciphers: Mapping[str, ValueCipher]) -> None:
-        self._hash = hashlib.blake2b(key=hash_key, digest_size=HASH_BYTES)
-        self._pack = msgpack.Packer().pack
+        self.addresses = Addresses(hash_key).of
         self._ciphers = {
             name: (cipher, place_of(online_key(view, name), b"")) for name, cipher in ciphers.items()
         }
@@ -198,7 +194,7 @@ class RowCipher:
     def create(
         cls, store: KeyStore, view: str, classes: Iterable[str], *, hash_key: bytes | None = None
     ) -> tuple[RowCipher, dict[str, str]]:
-        """New data keys, and their wrapped text to keep beside the rows; the hash's key may be one of before.
+        """New data keys, and their wrapped text to keep beside the rows; the addresses' key may be one of before.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
@@ -226,16 +222,6 @@ class RowCipher:
             if name != Sensitivity.PUBLIC
         }
         return cls(view, open_hash_key(store, view, wrapped), ciphers)
-
-    def addresses(self, entities: Iterable[Sequence[int | str]]) -> list[bytes]:
-        """Where entities' rows lie."""
-        new, pack = self._hash.copy, self._pack
-        places = []
-        for entity in entities:
-            state = new()
-            state.update(pack(entity))
-            places.append(state.digest())
-        return places
 
     def address(self, entity: Sequence[int | str]) -> bytes:
         """Where an entity's row lies."""
@@ -299,22 +285,23 @@ class RowCipher:
         missing, deleted, altered, of several layouts, have nulls, or are not all of fixed width."""
         if len(rows) < BLOCK_ROWS:
             return None
-        size, first = _HEADER.size, _HEADER.size + NONCE_BYTES
         try:
-            heads = [_HEADER.unpack_from(row) for row in rows]  # type: ignore[arg-type]
-            (flags, layout), *others = {head[3:] for head in heads}
-            if others or flags:
+            joined, size = b"".join(rows), len(rows[0])  # type: ignore[arg-type]
+            table = np.frombuffer(joined, np.uint8).reshape(len(rows), size)
+            _, _, _, flags, layout = _HEADER.unpack_from(joined)
+            kind = joined[RANK_BYTES : _HEADER.size]
+            if flags or table[:, RANK_BYTES : _HEADER.size].tobytes() != kind * len(rows):
                 return None
             decrypt, place, fixed = self._single(plans[layout])
             if fixed is None:
                 return None
+            parts = zip(addresses, _split(size).iter_unpack(joined), strict=True)
             contents = [
-                decrypt(row[size:first], row[first:], place + address + row[:size])  # type: ignore[index]
-                for address, row in zip(addresses, rows, strict=True)
+                decrypt(nonce, sealed, place + address + header) for address, (header, nonce, sealed) in parts
             ]
         except (InvalidTag, TypeError, ValueError, struct.error):  # a missing row is no bytes
             return None
-        return Block(heads, _columns(b"".join(contents), fixed))
+        return Block(_moments(table), _columns(b"".join(contents), fixed))
 
     def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None]:
         """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
@@ -348,7 +335,7 @@ class RowCipher:
 
 
 def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> bytes:
-    """The key of the entities' hash; raises as the key store says."""
+    """The addresses' key; raises as the key store says."""
     return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
 
 
@@ -364,6 +351,18 @@ def _columns(rows: bytes, fixed: struct.Struct) -> list[list[Any]]:
         return [list(column) for column in zip(*fixed.iter_unpack(rows), strict=True)]
     columns: list[list[Any]] = np.frombuffer(rows, dtype).reshape(-1, width).T.tolist()
     return columns
+
+
+def _moments(table: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Event and creation from rows of bytes."""
+    counted = table[:, :16].copy().view(">u8").astype(np.uint64)
+    return (counted ^ np.uint64(_OFFSET)).view(np.int64)
+
+
+@functools.cache
+def _split(size: int) -> struct.Struct:
+    """Header, nonce, and ciphertext with tag, of a row of one sealed part that is so long."""
+    return struct.Struct(f"{_HEADER.size}s{NONCE_BYTES}s{size - _HEADER.size - NONCE_BYTES}s")
 
 
 @functools.cache

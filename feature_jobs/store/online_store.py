@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from cluster.errors import SourceError
+from cluster.errors import OnlineStoreOutdated, SourceError
 from cluster.security.envelope import ValueCipher
 from cluster.security.keys.store import KeyRevoked, KeyStore, KeyStoreUnavailable
 from cluster.security.parquet import CACHE_S
@@ -19,7 +19,7 @@ from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.definitions import Sensitivity
 from feature_jobs.store.online_changes import Change, Merge
 from feature_jobs.store.online_engine import NOTHING, Carry, Engine, Rows, Write
-from feature_jobs.store.online_meta import Meta, layout_of
+from feature_jobs.store.online_meta import FORMAT, Meta, layout_of
 from feature_jobs.store.online_rows import (
     EVERYTHING,
     Block,
@@ -73,6 +73,7 @@ class OnlineStore:
         Raises:
             AccessDenied, KeyRevoked: the keys of a class that the view has are not given to this process.
             ArtifactTampered: a value is not the one that was written there.
+            OnlineStoreOutdated: another release wrote the rows; the same holds for `put` and `update`.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
         asked = [key for key in keys if key is not None]
@@ -133,6 +134,8 @@ class OnlineStore:
         merge: Merge | None = None,
     ) -> int:
         """Put a view's rows in place of all it had; gives how many entities they are.
+
+        Of rows that lie in an older format nothing counts beside the new ones: nobody can say whose they are.
 
         Args:
             view: whose.
@@ -287,8 +290,8 @@ class OnlineStore:
         return writes
 
     def _hash_key(self, view: str, before: Meta | None) -> bytes | None:
-        """The key of the entities' hash of before; none where there is none, or what it protected is gone."""
-        if before is None:
+        """The addresses' key of before; none where there is none, or what it protected is gone or cannot be read."""
+        if before is None or before.format != FORMAT:
             return None
         try:
             return open_hash_key(self._keys, view, before.data_keys)
@@ -318,6 +321,11 @@ class OnlineStore:
         return opened
 
     def _open(self, view: ViewSpec, meta: Meta, *, until: float) -> _Opened:
+        if meta.format != FORMAT:
+            raise OnlineStoreOutdated(
+                f"The online rows of view '{view.name}' lie in format {meta.format}, this release reads {FORMAT}. Run "
+                f"`python -m feature_jobs.materialize view={view.name}` with this release."
+            )
         wanted = [(field.name, field.dtype) for field in view.fields]
         plans = tuple(layout.plan(wanted) for layout in meta.layouts)
         classes = sorted({name for plan in plans for _, name, _ in plan.parts})

@@ -138,6 +138,7 @@ def test_rows_keep_order_and_repetitions(store: OnlineStore) -> None:
     [
         ({"persn_id": 1}, "lacks the key 'person_id'"),
         ({"person_id": "1"}, "must be a whole number"),
+        ({"person_id": True}, "must be a whole number"),
         ({"person_id": 1, "age_band": 3}, "must be text"),
     ],
 )

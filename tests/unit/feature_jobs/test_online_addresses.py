@@ -1,0 +1,102 @@
+"""Where entities' rows lie: the same alone and in a batch, of every kind of key, and nobody's without the secret."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import OnlineStoreOutdated
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online import FeatureReader, open_online
+from feature_jobs.store.online_addresses import ADDRESS_BYTES, Addresses
+from feature_jobs.store.online_changes import Change
+from feature_jobs.store.online_meta import STAMP_BYTES
+from feature_jobs.store.online_rows import OnlineRow
+
+SECRET = bytes(range(32))
+numbers = st.integers(-(2**63), 2**64 - 1)
+keys = st.one_of(
+    st.lists(st.tuples(numbers), unique=True, max_size=9),
+    st.lists(st.tuples(st.text(max_size=9)), unique=True, max_size=9),
+    st.lists(st.tuples(numbers, st.one_of(numbers, st.just("a"))), unique=True, max_size=9),
+)
+
+
+@given(keys)
+def test_an_entity_lies_at_one_place_alone_and_in_a_batch(entities: list[tuple[int | str, ...]]) -> None:
+    """Of whichever parts its key is, and another entity's is another one."""
+    of = Addresses(SECRET).of
+    together = list(of(entities))
+    assert together == [Addresses(SECRET).of([entity])[0] for entity in entities]
+    assert {len(address) for address in together} <= {ADDRESS_BYTES}
+    assert len(set(together)) == len(entities)
+
+
+def test_keys_of_different_kinds_do_not_meet() -> None:
+    """A number is not its text, nor a pair with nothing, whichever of the two ways each goes."""
+    of = Addresses(SECRET).of
+    entities = [(1,), ("1",), (1, 0), (0, 1), (2**63,), (-(2**63),), (1, ""), ("",), (0,)]
+    assert len({of([entity])[0] for entity in entities}) == len(entities)
+
+
+@given(st.lists(st.tuples(numbers), min_size=1, unique=True, max_size=9))
+def test_another_secret_gives_other_places(entities: list[tuple[int]]) -> None:
+    """So without it nobody can say whose row lies where."""
+    assert not set(Addresses(SECRET).of(entities)) & set(Addresses(bytes(32)).of(entities))
+
+
+def test_threads_ask_one_another_never_wrongly() -> None:
+    """A replica reads in several threads, and the cipher's context takes one at a time."""
+    of = Addresses(SECRET).of
+    batches = [[(number,) for number in range(first, first + first % 7 + 1)] for first in range(2_000)]
+    wanted = [list(of(batch)) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        assert [list(found) for found in pool.map(of, batches)] == wanted
+
+
+AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
+VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[AMOUNT], ttl_s=None)
+AT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+
+def row(value: float) -> OnlineRow:
+    return OnlineRow(keys=(1,), event_us=1, created_us=1, seq=0, values=[value])
+
+
+def test_rows_of_an_older_release_are_refused_until_they_are_materialised_again(tmp_path: Path) -> None:
+    """They lie at other addresses, so read as they are everything would be missing."""
+    keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    keys.ensure(KeyInfo(name="online/v/internal"))
+    store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    store.replace(VIEW, {"id": "int64"}, [row(1.0)])
+    lying = store.engine.meta("v")
+    assert lying is not None
+    stamp, content = lying[:STAMP_BYTES], msgpack.unpackb(lying[STAMP_BYTES:])
+    assert content.pop("format") == 2
+    store.engine.change("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
+    store.close()
+
+    store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[VIEW]), store)
+    attempts: list[Callable[[], object]] = [
+        lambda: reader.read([{"id": 1}], AT),
+        lambda: store.put(VIEW, {"id": "int64"}, [row(3.0)]),
+        lambda: store.update(VIEW, {"id": "int64"}, [Change((1,), lambda before, whole: before)]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(OnlineStoreOutdated, match=r"feature_jobs\.materialize view=v"):
+            attempt()
+    store.replace(VIEW, {"id": "int64"}, [row(2.0)])
+    assert reader.read([{"id": 1}], AT).columns == {"v__amount": [2.0]}
+    store.close()
