@@ -1,0 +1,77 @@
+"""A batch of online rows that is taken apart at once: the same values as row by row, and none that was altered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import ArtifactTampered
+from cluster.security.envelope import ValueCipher
+from feature_jobs.store.online_rows import BLOCK_ROWS, Layout, OnlineRow, RowCipher
+
+LAYOUTS = [
+    Layout(version, [(name, "float64", "internal") for name in names])
+    for version, names in (("v1", "ab"), ("v2", "abc"))
+]
+PLANS = [layout.plan([("a", "float64"), ("b", "float64")]) for layout in LAYOUTS]
+CIPHER = RowCipher("v", bytes(32), {"internal": ValueCipher(bytes(32))})
+COUNT = BLOCK_ROWS + 1
+ADDRESSES = list(CIPHER.addresses([(number,) for number in range(COUNT)]))
+times = st.integers(-(2**63), 2**63 - 1)
+
+
+def packed(place: int, *, event_us: int = 5, created_us: int = 5, layout: int = 0) -> bytes:
+    values = [float(place), 0.5, 0.25][: 2 + layout]
+    row = OnlineRow(keys=(place,), event_us=event_us, created_us=created_us, seq=7, values=values)
+    return CIPHER.pack(ADDRESSES[place], row, LAYOUTS[layout], layout)
+
+
+@given(st.lists(st.tuples(times, times), min_size=COUNT, max_size=COUNT), times, times)
+def test_a_batch_says_what_its_rows_say(moments: list[tuple[int, int]], oldest: int, newest: int) -> None:
+    """Values, event and availability, to the ends of their range."""
+    rows = [
+        packed(place, event_us=event, created_us=created) for place, (event, created) in enumerate(moments)
+    ]
+    block = CIPHER.block(ADDRESSES, rows, PLANS)
+    alone = [row for row in CIPHER.unpack(ADDRESSES, rows, PLANS) if row is not None]
+    assert block is not None
+    assert list(block.times()) == [row[:2] for row in alone]
+    assert list(zip(*block.columns, strict=True)) == [tuple(row[3]) for row in alone]
+    assert block.within(oldest, newest) == all(row[0] >= oldest and row[1] <= newest for row in alone)
+
+
+def flipped(row: bytes, place: int) -> bytes:
+    return row[:place] + bytes([row[place] ^ 1]) + row[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        lambda rows: [flipped(rows[0], 7), *rows[1:]],
+        lambda rows: [*rows[:3], flipped(rows[3], 30), *rows[4:]],
+        lambda rows: [*rows[:-1], flipped(rows[-1], len(rows[-1]) - 1)],
+        lambda rows: [rows[1], rows[0], *rows[2:]],
+        lambda rows: [rows[0] + b"\0", rows[1][:-1], *rows[2:]],
+        lambda rows: [rows[0], b"", *rows[2:]],
+    ],
+    ids=["header", "nonce", "content", "exchanged", "shifted", "emptied"],
+)
+def test_no_value_of_a_batch_is_given_where_one_was_altered(
+    altered: Callable[[list[bytes]], list[bytes]],
+) -> None:
+    """The way by columns steps back, and the one by rows says which it was."""
+    rows = altered([packed(place) for place in range(COUNT)])
+    assert CIPHER.block(ADDRESSES, rows, PLANS) is None
+    with pytest.raises(ArtifactTampered):
+        CIPHER.unpack(ADDRESSES, rows, PLANS)
+
+
+def test_rows_of_two_versions_go_one_by_one() -> None:
+    """Each lies as its version packed it."""
+    rows = [packed(place, layout=place % 2) for place in range(COUNT)]
+    assert CIPHER.block(ADDRESSES, rows, PLANS) is None
+    found = CIPHER.unpack(ADDRESSES, rows, PLANS)
+    assert [list(row[3]) for row in found if row] == [[float(place), 0.5] for place in range(COUNT)]
