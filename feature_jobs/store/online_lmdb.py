@@ -1,25 +1,27 @@
 """The online store's bytes in LMDB: mapped into memory on one machine, so a read is a look-up in this process.
 
-Writers of all processes take turns at one lock. A materialisation therefore writes its rows in pieces under a
-generation of their own, and only the switch, which looks at the few rows put since the last one, is a single
-transaction.
+Writers of all processes take turns at one lock. A materialisation therefore writes its rows into a file of its own
+(`online_segment.py`), and only the switch, which looks at the few rows put since the last one, is a transaction. What
+is put afterwards lies in LMDB, under the generation, and goes before what the file says.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lmdb
 
 from cluster.errors import OnlineStoreUnavailable
+from feature_jobs.store import online_segment
 from feature_jobs.store.online_engine import NOTHING, Carry, Write
 from feature_jobs.store.online_meta import GENERATION_BYTES, STAMP_BYTES
 from feature_jobs.store.online_rows import RANK_BYTES
+from feature_jobs.store.online_segment import Segment
 
-_META, _PUT = b"\x00meta2\x00", b"\x00put\x00"
+_META, _PUT, _BASE = b"\x00meta2\x00", b"\x00put\x00", b"\x00base\x00"
 PIECE_ROWS = 20_000
 
 
@@ -30,6 +32,11 @@ class LmdbEngine:
         folder.mkdir(parents=True, exist_ok=True)
         if readonly and not (folder / "data.mdb").exists():
             lmdb.open(str(folder), map_size=map_size_bytes).close()
+        self._folder = folder
+        self._bases: dict[str, tuple[bytes, Segment | None]] = {}
+        self._touched: dict[str, bytes] = {}
+        self._calm: dict[str, tuple[bytes, int, Segment]] = {}
+        """By view: all there is under a stamp, as of a transaction."""
         self.env = lmdb.open(
             str(folder), map_size=map_size_bytes, readonly=readonly, max_readers=1024, readahead=False
         )
@@ -40,20 +47,30 @@ class LmdbEngine:
             return found
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
-        name = view.encode()
-        prefix = name + b"\x00" + stamp[:GENERATION_BYTES]
         with self.env.begin() as transaction:
-            get = transaction.get
-            meta = get(_META + name)
-            if meta is None or not meta.startswith(stamp):
+            calm = self._calm.get(view)
+            if calm is not None and calm[0] == stamp and calm[1] == transaction.id():
+                return calm[2].rows(addresses)  # nobody has written anything since
+            if _stamp(transaction, view) != stamp:
                 return None
-            return [get(prefix + address) for address in addresses]
+            generation = stamp[:GENERATION_BYTES]
+            try:
+                base = self._base(transaction, view, generation)
+            except FileNotFoundError:
+                return None
+            if base is not None and not self._is_touched(transaction, view, generation):
+                self._calm[view] = stamp, transaction.id(), base
+                return base.rows(addresses)
+            prefix, get = view.encode() + b"\x00" + generation, transaction.get
+            found = [get(prefix + address) for address in addresses]
+        return found if base is None else _over(base, addresses, found)
 
     def put(self, view: str, stamp: bytes, writes: Sequence[Write]) -> int | None:
         with self._writing() as transaction:
             if _stamp(transaction, view) != stamp:
                 return None
-            return _put(transaction, view, stamp[:GENERATION_BYTES], writes)
+            generation = stamp[:GENERATION_BYTES]
+            return _put(transaction, view, generation, writes, self._base(transaction, view, generation))
 
     def change(self, view: str, before: bytes | None, meta: bytes) -> bool:
         with self._writing() as transaction:
@@ -63,30 +80,70 @@ class LmdbEngine:
             return True
 
     def stage(self, view: str, generation: bytes, rows: Iterable[tuple[bytes, bytes]]) -> None:
-        prefix = view.encode() + b"\x00" + generation
-        remaining = iter(rows)
-        while piece := list(itertools.islice(remaining, PIECE_ROWS)):
-            piece.sort()
-            with self._writing() as transaction, transaction.cursor() as cursor:
-                cursor.putmulti((prefix + address, packed) for address, packed in piece)
+        path = self._path(view, generation)
+        try:
+            online_segment.write(path, rows)
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OnlineStoreUnavailable(f"{path} cannot be written: {error}.") from error
+            raise
 
     def switch(self, view: str, before: bytes | None, meta: bytes, carry: Carry) -> bool:
         generation = meta[:GENERATION_BYTES]
         with self._writing() as transaction:
             if _stamp(transaction, view) != before:
                 return False
-            prefix = view.encode() + b"\x00" + generation
+            base = Segment(self._path(view, generation))
+            # A materialisation whose file is here by now began before this one switches, so that it cannot any more.
+            others = [
+                path for path in self._folder.glob(f"{view}.*.rows") if path != self._path(view, generation)
+            ]
             fresh = [] if before is None else _put_since(transaction, view, before)
-            staged: list[bytes | None] = [transaction.get(prefix + address) for address, _ in fresh]  # type: ignore[misc]
+            staged = base.rows([address for address, _ in fresh])
             kept = carry([(*row, there) for row, there in zip(fresh, staged, strict=True)])
-            _delete(transaction, _PUT + view.encode() + b"\x00")
-            _put(transaction, view, generation, [Write(address, packed) for address, packed in kept])
+            _delete(transaction, _put_key(view))
+            writes = [Write(address, packed) for address, packed in kept]
+            _put(transaction, view, generation, writes, base)
             transaction.put(_META + view.encode(), meta)
-        self._remove_others(view, generation)
+            transaction.put(_BASE + view.encode(), generation)
+        for path in others:
+            path.unlink(missing_ok=True)
+        self._remove_others(view)
         return True
 
     def close(self) -> None:
         self.env.close()
+
+    def _path(self, view: str, generation: bytes) -> Path:
+        return self._folder / f"{view}.{generation.hex()}.rows"
+
+    def _base(self, transaction: lmdb.Transaction, view: str, generation: bytes) -> Segment | None:
+        """What the generation began with; none for one that began with a put.
+
+        Raises:
+            FileNotFoundError: another generation is there by now, which took the file of before away.
+        """
+        known = self._bases.get(view)
+        if known is not None and known[0] == generation:
+            return known[1]
+        path, base = self._path(view, generation), None
+        if transaction.get(_BASE + view.encode()) == generation:
+            try:
+                base = Segment(path)
+            except FileNotFoundError as error:
+                if not (self.meta(view) or b"").startswith(generation):
+                    raise
+                again = f"Run `python -m feature_jobs.materialize view={view}`."
+                raise OnlineStoreUnavailable(f"{path} was there and is not. {again}") from error
+        self._bases[view] = generation, base
+        return base
+
+    def _is_touched(self, transaction: lmdb.Transaction, view: str, generation: bytes) -> bool:
+        """Whether anything was put since the generation began."""
+        if self._touched.get(view) != generation and any(_keys(transaction, _put_key(view))):
+            self._touched[view] = generation
+        return self._touched.get(view) == generation
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
@@ -95,20 +152,31 @@ class LmdbEngine:
                 yield transaction
         except lmdb.MapFullError as error:
             raise OnlineStoreUnavailable(
-                f"The online store at {self.env.path()} is full. Raise online.map_size_gib; a materialisation needs "
-                "room for a view's rows twice."
+                f"The online store at {self.env.path()} is full. Raise online.map_size_gib, which bounds the rows that "
+                "were put since each view was materialised, or materialise."
             ) from error
 
-    def _remove_others(self, view: str, generation: bytes) -> None:
-        """Remove the generations of before, and those of materialisations that were killed, in pieces.
-
-        One that is staged just now cannot be switched to any more, as the generation it began at is gone.
-        """
+    def _remove_others(self, view: str) -> None:
+        """Remove what was put into the generations of before, in pieces."""
         prefix = view.encode() + b"\x00"
         done = False
         while not done:
             with self._writing() as transaction:
+                # Another materialisation may have switched since.
+                generation = (_stamp(transaction, view) or b"")[:GENERATION_BYTES]
                 done = _delete(transaction, prefix, but=prefix + generation, limit=PIECE_ROWS)
+
+
+def _over(base: Segment, addresses: Sequence[bytes], found: Sequence[bytes | None]) -> Sequence[bytes | None]:
+    """The rows that were put, and beneath them those of before."""
+    lacking = [address for address, row in zip(addresses, found, strict=True) if row is None]
+    beneath = iter(base.rows(lacking))
+    return [next(beneath) if row is None else row for row in found]
+
+
+def _put_key(view: str) -> bytes:
+    """What the marks of a view's put rows begin with."""
+    return _PUT + view.encode() + b"\x00"
 
 
 def _stamp(transaction: lmdb.Transaction, view: str) -> bytes | None:
@@ -116,11 +184,14 @@ def _stamp(transaction: lmdb.Transaction, view: str) -> bytes | None:
     return None if meta is None else bytes(meta[:STAMP_BYTES])
 
 
-def _put(transaction: lmdb.Transaction, view: str, generation: bytes, writes: Sequence[Write]) -> int:
-    rows, put = view.encode() + b"\x00" + generation, _PUT + view.encode() + b"\x00"
+def _put(
+    transaction: lmdb.Transaction, view: str, generation: bytes, writes: Sequence[Write], base: Segment | None
+) -> int:
+    rows, put = view.encode() + b"\x00" + generation, _put_key(view)
     written = 0
-    for write in writes:
-        found: bytes | None = transaction.get(rows + write.address)  # type: ignore[assignment]
+    staged = [None] * len(writes) if base is None else base.rows([write.address for write in writes])
+    for write, beneath in zip(writes, staged, strict=True):
+        found: bytes | None = transaction.get(rows + write.address) or beneath  # type: ignore[assignment]
         rank = NOTHING if found is None else found[:RANK_BYTES]
         fits = rank == write.expected if write.expected else found is None or rank < write.packed[:RANK_BYTES]
         if fits:
@@ -132,7 +203,7 @@ def _put(transaction: lmdb.Transaction, view: str, generation: bytes, writes: Se
 
 def _put_since(transaction: lmdb.Transaction, view: str, stamp: bytes) -> list[tuple[bytes, bytes]]:
     """The rows that were put since the last switch."""
-    put, rows = _PUT + view.encode() + b"\x00", view.encode() + b"\x00" + stamp[:GENERATION_BYTES]
+    put, rows = _put_key(view), view.encode() + b"\x00" + stamp[:GENERATION_BYTES]
     addresses = [key[len(put) :] for key in _keys(transaction, put)]
     found = ((address, transaction.get(rows + address)) for address in addresses)
     return [(address, bytes(packed)) for address, packed in found if packed is not None]

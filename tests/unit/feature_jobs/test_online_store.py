@@ -394,7 +394,7 @@ def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring)
     small = open_online(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
     small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
-        small.replace(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])
+        small.put(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])
     assert amounts(small) == [1.0, None, None]
     small.close()
 

@@ -1,0 +1,160 @@
+"""A materialisation's file in the LMDB store: every row is found, no other is, and it goes as it came."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import ArtifactTampered, OnlineStoreUnavailable
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.settings import OnlineConfig
+from cluster.storage import Layout
+from feature_jobs.store.catalog import FieldSpec, ViewSpec
+from feature_jobs.store.online import open_online
+from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.online_segment import Segment, write
+from feature_jobs.store.online_store import OnlineStore
+
+heads = st.sampled_from([bytes(8), b"\xff" * 8, b"\x80" + bytes(7), b"\x7f" * 8]) | st.binary(
+    min_size=8, max_size=8
+)
+addresses = st.builds(
+    lambda head, rest: head + bytes(7) + bytes([rest]), heads, st.integers(0, 3)
+)  # many begin alike
+AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
+VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[AMOUNT], ttl_s=None)
+KEY_TYPES = {"id": "int64"}
+PEOPLE = [(number,) for number in range(12)]
+
+
+@given(st.dictionaries(addresses, st.binary(max_size=70), max_size=40), st.lists(addresses), st.randoms())
+def test_every_row_is_found_and_no_other(
+    rows: dict[bytes, bytes], others: list[bytes], order: random.Random
+) -> None:
+    """One by one and many at once, whatever addresses have in common."""
+    asked = [*rows, *others]
+    order.shuffle(asked)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "rows", rows.items())
+        segment = Segment(Path(folder) / "rows")
+        wanted = [rows.get(address) for address in asked]
+        assert segment.rows(asked) == wanted
+        assert [segment.rows([address])[0] for address in asked] == wanted
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "another's", "cut off"])
+def test_what_is_no_whole_segment_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """It says to materialise again."""
+    path = tmp_path / "rows"
+    write(path, [(bytes(16), b"row")])
+    path.write_bytes(path.read_bytes()[8:] if content is None else content)
+    with pytest.raises(OnlineStoreUnavailable, match="Materialise its view again"):
+        Segment(path)
+
+
+def rows(value: float) -> Iterator[OnlineRow]:
+    """Everybody's."""
+    for key in PEOPLE:
+        yield OnlineRow(keys=key, event_us=int(value), created_us=int(value), seq=0, values=(value,))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[OnlineStore]:
+    keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    keys.ensure(KeyInfo(name="online/v/internal"))
+    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    yield opened
+    opened.close()
+
+
+def amounts(store: OnlineStore) -> list[float | None]:
+    return [None if found is None else found[3][0] for found in store.get(VIEW, PEOPLE)]
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "online").glob("*.rows"))
+
+
+def test_one_file_is_left_of_all_materialisations(store: OnlineStore, tmp_path: Path) -> None:
+    """Those of before, and of one that failed or was killed, are gone with the next one."""
+    store.replace(VIEW, KEY_TYPES, rows(1))
+    (first,) = files(tmp_path)
+    (tmp_path / "online" / "v.0123456789abcdef.rows").write_bytes(b"of one that was killed")
+    (tmp_path / "online" / "v2.0123456789abcdef.rows").write_bytes(b"another view's")
+    store.replace(VIEW, KEY_TYPES, rows(2))
+    left, other = files(tmp_path)
+    assert left != first
+    assert other.name.startswith("v2.")
+    assert amounts(store) == [2.0] * len(PEOPLE)
+
+
+def test_what_is_put_goes_before_the_file_if_it_is_newer(store: OnlineStore) -> None:
+    """A deletion too; what is older changes nothing, and the next materialisation knows better."""
+    store.replace(VIEW, KEY_TYPES, rows(5))
+    assert amounts(store) == [5.0] * len(PEOPLE)
+    new, old = next(rows(6)), list(rows(4))[1]
+    gone = OnlineRow(keys=PEOPLE[2], event_us=6, created_us=6, seq=0, values=(), deleted=True)
+    assert store.put(VIEW, KEY_TYPES, [new, old, gone]) == 2
+    assert amounts(store) == [6.0, 5.0, None, *[5.0] * (len(PEOPLE) - 3)]
+    store.replace(VIEW, KEY_TYPES, rows(7))
+    assert amounts(store) == [7.0] * len(PEOPLE)
+
+
+def test_a_reader_whose_file_is_taken_away_reads_the_next_one(store: OnlineStore, tmp_path: Path) -> None:
+    """It asks for the meta, and by the time it opens the file another materialisation has switched."""
+    store.replace(VIEW, KEY_TYPES, rows(1))
+    reader = OnlineStore(store.engine, store._keys)
+    opened = reader._opened(VIEW)
+    store.replace(VIEW, KEY_TYPES, rows(2))
+    assert opened is not None
+    assert store.engine.rows("v", opened.stamp, [bytes(16)]) is None
+    assert amounts(reader) == [2.0] * len(PEOPLE)
+
+
+def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineStore) -> None:
+    """Not that all is missing: its path, and what to do."""
+    store.replace(VIEW, KEY_TYPES, rows(1))
+    files(tmp_path)[0].unlink()
+    store.engine._bases.clear()  # type: ignore[attr-defined]  # as in another process
+    with pytest.raises(OnlineStoreUnavailable, match=r"feature_jobs\.materialize view=v"):
+        amounts(store)
+
+
+def test_a_full_disk_leaves_the_old_rows(
+    store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no half a file."""
+    store.replace(VIEW, KEY_TYPES, rows(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OnlineStoreUnavailable, match="No space left"):
+            store.replace(VIEW, KEY_TYPES, rows(2))
+    assert len(files(tmp_path)) == 1
+    assert amounts(store) == [1.0] * len(PEOPLE)
+
+
+def test_a_value_that_was_altered_in_the_file_is_not_given(store: OnlineStore, tmp_path: Path) -> None:
+    """Of a batch and alone."""
+    store.replace(VIEW, KEY_TYPES, rows(1))
+    store.close()
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
+    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
+    for asked in (PEOPLE, PEOPLE[:1]):
+        with pytest.raises(ArtifactTampered):
+            opened.read(VIEW, asked)
+    opened.close()
