@@ -72,7 +72,7 @@ class OnlineConfig:
 
     kind: OnlineKind = OnlineKind.lmdb
     map_size_gib: float = 4.0
-    """Upper bound of the store's file; the file is sparse."""
+    """Upper bound of what is put into LMDB after materialisations, whose own rows lie beside it; the file is sparse."""
     url: str = "redis://127.0.0.1:6379/0"
     """Of Redis; `rediss://` is TLS. A password stands in a file, never here."""
     password_file: str | None = None

@@ -11,6 +11,7 @@ import contextlib
 import errno
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import lmdb
 
@@ -24,6 +25,10 @@ from feature_jobs.store.online_segment import Segment
 _META, _PUT, _BASE = b"\x00meta2\x00", b"\x00put\x00", b"\x00base\x00"
 PIECE_ROWS = 20_000
 
+_Seen: TypeAlias = tuple[bytes, int, Segment | None, bool]
+"""The stamp, the transaction as of which nothing has changed, the file if the generation began with one, and whether
+anything was put since."""
+
 
 class LmdbEngine:
     """An LMDB environment; a folder may be opened once in a process."""
@@ -34,9 +39,7 @@ class LmdbEngine:
             lmdb.open(str(folder), map_size=map_size_bytes).close()
         self._folder = folder
         self._bases: dict[str, tuple[bytes, Segment | None]] = {}
-        self._touched: dict[str, bytes] = {}
-        self._calm: dict[str, tuple[bytes, int, Segment]] = {}
-        """By view: all there is under a stamp, as of a transaction."""
+        self._seen: dict[str, _Seen] = {}
         self.env = lmdb.open(
             str(folder), map_size=map_size_bytes, readonly=readonly, max_readers=1024, readahead=False
         )
@@ -48,20 +51,15 @@ class LmdbEngine:
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
         with self.env.begin() as transaction:
-            calm = self._calm.get(view)
-            if calm is not None and calm[0] == stamp and calm[1] == transaction.id():
-                return calm[2].rows(addresses)  # nobody has written anything since
-            if _stamp(transaction, view) != stamp:
-                return None
-            generation = stamp[:GENERATION_BYTES]
-            try:
-                base = self._base(transaction, view, generation)
-            except FileNotFoundError:
-                return None
-            if base is not None and not self._is_touched(transaction, view, generation):
-                self._calm[view] = stamp, transaction.id(), base
+            seen = self._seen.get(view)
+            if seen is None or seen[0] != stamp or seen[1] != transaction.id():
+                seen = self._look(transaction, view, stamp)
+                if seen is None:
+                    return None
+            _, _, base, touched = seen
+            if base is not None and not touched:
                 return base.rows(addresses)
-            prefix, get = view.encode() + b"\x00" + generation, transaction.get
+            prefix, get = view.encode() + b"\x00" + stamp[:GENERATION_BYTES], transaction.get
             found = [get(prefix + address) for address in addresses]
         return found if base is None else _over(base, addresses, found)
 
@@ -139,11 +137,17 @@ class LmdbEngine:
         self._bases[view] = generation, base
         return base
 
-    def _is_touched(self, transaction: lmdb.Transaction, view: str, generation: bytes) -> bool:
-        """Whether anything was put since the generation began."""
-        if self._touched.get(view) != generation and any(_keys(transaction, _put_key(view))):
-            self._touched[view] = generation
-        return self._touched.get(view) == generation
+    def _look(self, transaction: lmdb.Transaction, view: str, stamp: bytes) -> _Seen | None:
+        """Where a view's rows lie as of this transaction; none when the stamp has changed."""
+        if _stamp(transaction, view) != stamp:
+            return None
+        try:
+            base = self._base(transaction, view, stamp[:GENERATION_BYTES])
+        except FileNotFoundError:
+            return None
+        touched = any(_keys(transaction, _put_key(view)))
+        seen = self._seen[view] = stamp, transaction.id(), base, touched
+        return seen
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
@@ -169,6 +173,8 @@ class LmdbEngine:
 
 def _over(base: Segment, addresses: Sequence[bytes], found: Sequence[bytes | None]) -> Sequence[bytes | None]:
     """The rows that were put, and beneath them those of before."""
+    if not any(found):
+        return base.rows(addresses)
     lacking = [address for address, row in zip(addresses, found, strict=True) if row is None]
     beneath = iter(base.rows(lacking))
     return [next(beneath) if row is None else row for row in found]
