@@ -20,9 +20,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-OF_SERVE = "/-/"
-"""What begins the paths that Serve answers: `/-/healthz`, `/-/routes`."""
-
 Application = Callable[[Request], Awaitable[Response]]
 
 
@@ -34,7 +31,7 @@ class _Direct:
 
 
 class DirectAnswers:
-    """Answers a server's requests by the application of its process, where one asked for it."""
+    """Answers a server's requests below its application's prefix; all others are Serve's: `/-/healthz`, say."""
 
     of_this_process: ClassVar[_Direct | None] = None
     """Serve makes an application, then the server, and shows neither to the other."""
@@ -45,7 +42,7 @@ class DirectAnswers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, by ASGI."""
         direct = self.of_this_process
-        if direct is None or scope["type"] != "http" or scope["path"].startswith(OF_SERVE):
+        if direct is None or scope["type"] != "http" or not scope["path"].startswith(direct.prefix):
             await self._serve(scope, receive, send)
             return
         scope["root_path"] = direct.prefix

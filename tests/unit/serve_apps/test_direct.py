@@ -63,6 +63,7 @@ def test_a_replica_answers_directly_without_its_prefix_and_serve_says_how_it_is(
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "/v2/models/m"
     assert asyncio.run(ask("/-/healthz")) == "by Serve"
     assert asyncio.run(ask("/-/routes")) == "by Serve"
+    assert asyncio.run(ask("/others-v1/v2/models/m")) == "by Serve"
 
 
 def test_so_many_requests_at_once_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
