@@ -109,7 +109,7 @@ def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
 
 
 @contextlib.contextmanager
-def running_project(*overrides: str) -> Iterator[Project]:
+def running_project(*overrides: str, weight: float = 50.0) -> Iterator[Project]:
     """A cluster of its own in a temporary folder, that serves both versions."""
     with tempfile.TemporaryDirectory(prefix="falaj-scoring-") as name:
         project = new_project(Path(name))
@@ -117,7 +117,7 @@ def running_project(*overrides: str) -> Iterator[Project]:
         try:
             project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
             prepare(project)
-            serve(project, *overrides)
+            serve(project, *overrides, weight=weight)
             yield project
         finally:
             project.run("cluster.down")

@@ -8,7 +8,7 @@ the same ingress doing nothing of it. Ray Serve is in its fastest mode: throughp
 addressed directly, because Serve's own HAProxy in front only adds to that. The project is a new one in a temporary
 folder on ports of its own.
 
-    SECONDS=2 ROUNDS=3 makes a shorter run.
+    SECONDS=2 ROUNDS=3 makes a shorter run; WEIGHT=10 splits as a first step of a rollout does, not half and half.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from tests.integration.conftest import Project
 from tests.ports import free_port
 
 SECONDS, ROUNDS = int(os.environ.get("SECONDS", "4")), int(os.environ.get("ROUNDS", "5"))
+WEIGHT = float(os.environ.get("WEIGHT", "50"))
+"""Share of the second version, in percent."""
 CASES = {"c16": 16, "c1": 1}
 PEERS = Path(__file__).resolve().parent / "peers"
 UNITS, NUM_PORTS = 512, 20
@@ -74,6 +76,7 @@ def ray_environment(project: Project, first: int) -> dict[str, str]:
         **{name: value for name, value in project.env.items() if name in known},
         "PORT": str(free_port()),
         "BENCH_STORAGE_ROOT": str(project.storage_root),
+        "BENCH_WEIGHT": str(WEIGHT),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -169,7 +172,7 @@ def main() -> None:
     wrk = has_wrk()
     fastapi, first = free_port(), random.randrange(32_000, 32_600, NUM_PORTS)  # beyond those of `free_port`
     with ExitStack() as stack:
-        project = stack.enter_context(scoring.running_project())
+        project = stack.enter_context(scoring.running_project(weight=WEIGHT))
         folder = project.root / "model-0"
         stack.enter_context(running_peer("serve_fastapi.py", folder, PORT=str(fastapi)))
         stack.enter_context(running_peer("serve_ab.py", folder, **ray_environment(project, first)))

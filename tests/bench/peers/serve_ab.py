@@ -47,7 +47,7 @@ from serve_apps.rollout.assignment import Arm, assign, bounds
 from tests.scoring_project import MODEL
 
 ROOT_VARIABLE = "BENCH_STORAGE_ROOT"
-LIMITS = bounds(50)
+LIMITS = bounds(float(os.environ["BENCH_WEIGHT"]))
 
 
 class BareModel:
