@@ -5,11 +5,13 @@ core lately; and HAProxy, Ray's daemons and their controllers wake up thousands 
 costs a replica its caches and holds up all requests that wait in it. Under SCHED_BATCH a process that wakes up waits
 until the running one's slice is over, a few milliseconds at most, and on a core that is free it waits for nothing.
 
-No privilege is needed for either, and a process that is started has its parent's policy.
+No privilege is needed for either, and a process that is started has its parent's policy. Where a sandbox forbids it, or
+there is no Linux, all interrupt each other as they always did.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -24,5 +26,6 @@ def interrupt_others() -> None:
 
 
 def _set(policy: str) -> None:
-    if hasattr(os, "sched_setscheduler"):  # Linux has it
-        os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
+    if hasattr(os, "sched_setscheduler"):
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
