@@ -32,6 +32,7 @@ from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.records.schema import Record
 from cluster.security.envelope import ValueCipher, place_of
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
+from cluster.synced import sync_folder
 
 SUFFIX = ".records"
 UNBORN = ".new"
@@ -221,21 +222,6 @@ def _make_folder(folder: Path, *, synced: bool) -> None:
         _make_folder(folder.parent, synced=True)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Have what others wrote to a file on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def segments(folder: Path) -> list[Path]:

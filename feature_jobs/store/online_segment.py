@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cluster.errors import OnlineStoreUnavailable
+from cluster.synced import sync_folder
 from feature_jobs.store.online_addresses import ADDRESS_BYTES
 
 MAGIC = b"FALAJROW"
@@ -60,11 +61,7 @@ def write(path: Path, rows: Iterable[tuple[bytes, bytes]]) -> None:
         _write_index(file, np.frombuffer(heads, ">u8").astype(np.uint64), places, index)
         file.flush()
         os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _write_index(file: BinaryIO, heads: _Numbers, places: array[int], index: int) -> None:

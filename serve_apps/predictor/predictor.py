@@ -125,7 +125,7 @@ class Predictor:
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
         columns = inputs.columns | said
         prediction_id = self._write(
-            request, now, asked.entities, columns, rows, given, as_of=asked.as_of, defaulted=inputs.defaulted
+            request, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted
         )
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
@@ -147,7 +147,7 @@ class Predictor:
         entities: list[dict[str, Any]] = [{} for _ in rows]
         given = sorted(asked.columns)
         now = dt.datetime.now(dt.UTC)
-        prediction_id = self._write(request, now, entities, asked.columns, rows, given)
+        prediction_id = self._write(request, now, now, entities, asked.columns, rows, given)
         head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
@@ -166,12 +166,11 @@ class Predictor:
         self,
         request: Request,
         now: dt.datetime,
+        as_of: dt.datetime,
         entities: list[dict[str, Any]],
         columns: dict[str, list[Any]],
         rows: list[dict[str, Any]],
         given: list[str],
-        *,
-        as_of: dt.datetime | None = None,
         defaulted: dict[str, list[int]] | None = None,
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
@@ -188,7 +187,7 @@ class Predictor:
             rollout=headers.get("x-falaj-rollout", ""),
             arm=headers.get("x-falaj-arm", "none"),
             unit_hash=headers.get("x-falaj-unit-hash", ""),
-            as_of=moment if as_of is None or as_of is now else as_of.isoformat(),
+            as_of=moment if as_of is now else as_of.isoformat(),
             entities=entities,
             features=columns,
             predictions=rows,

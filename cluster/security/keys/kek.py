@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from cluster.errors import ConfigError
 from cluster.security.keys.store import KeyFileRefused
+from cluster.synced import sync_folder
 
 KEK_BYTES = 32
 SALT_BYTES = 16
@@ -124,15 +125,6 @@ def kek_from_file(path: Path) -> bytes:
             f"{path} does not hold a key-encryption key of {KEK_BYTES} bytes. Restore it from a backup."
         )
     return kek
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_owned(path: Path, status: os.stat_result) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ConfigError
-from cluster.security.keys.kek import KEK_BYTES, Derivation, create_kek_file, kek_from_file, sync_folder
+from cluster.security.keys.kek import KEK_BYTES, Derivation, create_kek_file, kek_from_file
 from cluster.security.keys.ringfile import (
     Entry,
     Ring,
@@ -49,6 +49,7 @@ from cluster.security.keys.store import (
     write_wrapped,
 )
 from cluster.settings import SecretsConfig, SecretsKind, Tier
+from cluster.synced import sync_folder
 
 SCHEME = "kr"
 ALTCHARS = b"-_"

@@ -36,9 +36,13 @@ def test_a_thread_waits_for_its_turn_and_interrupts_again() -> None:
 def test_where_it_is_forbidden_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sandbox may take the call away."""
 
-    def forbid(*arguments: object) -> None:
+    tried = []
+
+    def forbid(_: int, policy: int, *__: object) -> None:
+        tried.append(policy)
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "sched_setscheduler", forbid)
     wait_for_turn()
     interrupt_others()
+    assert tried == [os.SCHED_BATCH, os.SCHED_OTHER]
