@@ -24,6 +24,7 @@
     │   ├── RecordLogCorrupt          a log of predictions or outcomes that was altered, or is there in part
     │   ├── KeyNotFound, KeyRevoked … what a key store refuses; `security/keys/store.py` draws them
     │   ├── LedgerCorrupt             the hash chain is broken
+    │   ├── ReleaseTooOld             an event of a newer release changes what this one acts on
     │   ├── RolloutError
     │   ├── InvalidRequest            HTTP 400
     │   │   └── FeatureAbsent         a feature is missing or expired, and may not be
@@ -130,6 +131,10 @@ class LedgerCorrupt(RefusedError):
     def __init__(self, message: str, *, seq: int) -> None:
         super().__init__(message)
         self.seq = seq
+
+
+class ReleaseTooOld(RefusedError):
+    """The ledger has an event of a newer release that this release would have to act on."""
 
 
 class RecordLogCorrupt(RefusedError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import KeysRotated
+from cluster.ledger.events import KeysRotated, Subject
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStore
@@ -64,6 +64,7 @@ def main(config: RotateKeysConfig) -> None:
     names = [info.name for info in infos]
     actor.check(Action.manage_keys, *(Resource.of_key(info) for info in infos))
     if config.rotate:
+        ledger.require_known(Subject.key)
         rotate(view.name, names, store, ledger, actor=actor.name)
         print(f"view {view.name}: {len(names)} keys have a new version")
     if config.rewrite:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from cluster.errors import ConfigError
 from cluster.ledger.chain import GENESIS, Entry, canonical, link, plain
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
-from cluster.ledger.events import LedgerEvent
+from cluster.ledger.events import LedgerEvent, Subject, UnknownEvent, is_known, require_known
 from cluster.settings import PlatformConfig, Tier
 from cluster.storage import is_uri, layout, local
 
@@ -95,6 +95,18 @@ class Ledger:
         """The last seq, 0 when there is no event yet."""
         with self._engine.connect() as connection:
             return int(connection.execute(_HEAD).scalar_one())
+
+    def require_known(self, subject: Subject) -> None:
+        """Stop a command that is about to change a subject where a newer release has changed it already.
+
+        Raises:
+            ReleaseTooOld: naming the first event type of the subject that this release does not know.
+        """
+        with self._engine.connect() as connection:
+            types = connection.execute(sa.select(EVENTS.c.type).distinct()).scalars().all()
+        for type_name in sorted(types):
+            if not is_known(type_name):
+                require_known(UnknownEvent(stored_type=type_name, content={}), subject)
 
     def close(self) -> None:
         """Give back the connections."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation
+from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation, Subject
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.keys.keyring import rotate_local_kek
@@ -59,6 +59,7 @@ def main(config: ManageKeysConfig) -> None:
     """Do it, as who may."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint=ENTRYPOINT)
+    ledger.require_known(Subject.key)
     match config.action:
         case KeyAction.rotate_kek:
             count = rotate_kek(config, ledger, actor)

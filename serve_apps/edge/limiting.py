@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import quote
 
-from cluster.ledger.events import EdgeLimitSet, LedgerEvent
+from cluster.ledger.events import EdgeLimitSet, LedgerEvent, Subject, require_known
 from serve_apps.edge.answers import refuse
 
 MAX_NAME_BYTES = 200
@@ -77,7 +77,12 @@ class OwnLimits:
     set: Mapping[tuple[Limited, str], EdgeLimitSet] = field(default_factory=dict)
 
     def apply(self, event: LedgerEvent) -> OwnLimits:
-        """The limits after one more event; those of other kinds change nothing, nor does a limit for nobody we know."""
+        """The limits after one more event; events of other kinds change nothing.
+
+        Raises:
+            ReleaseTooOld: an event of a newer release that changes limits.
+        """
+        require_known(event, Subject.limit)
         if not isinstance(event, EdgeLimitSet) or event.limited not in Limited.__members__:
             return self
         key = (Limited(event.limited), event.name)

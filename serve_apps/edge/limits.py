@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import EdgeLimitSet
+from cluster.ledger.events import EdgeLimitSet, Subject
 from cluster.security.acting import act
 from cluster.security.policy import Action, Resource
 from cluster.session import require_record
@@ -83,8 +83,9 @@ def main(config: LimitsCommand) -> None:
 def read_own_limits(ledger: Ledger) -> OwnLimits:
     """Whose limits are his own, after the ledger's last event."""
     limits = OwnLimits()
-    for entry in ledger.entries(EdgeLimitSet):
-        limits = limits.apply(entry.event())
+    for entry in ledger.entries():
+        if Subject.limit.has(entry.type):
+            limits = limits.apply(entry.event())
     return limits
 
 

@@ -28,7 +28,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 from cluster.ledger import Ledger
-from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped
+from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
 from cluster.records import SHADOW
 from serve_apps.edge.targets import Targets, addresses_of
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
@@ -192,6 +192,7 @@ class Shadowing:
     def _follow_ledger(self) -> None:
         head = self._ledger.head()
         if head != self._seq:
+            self._ledger.require_known(Subject.serving)
             news = [*self._news(ShadowStarted), *self._news(ShadowStopped)]
             for _, event in sorted(news, key=lambda one: one[0]):
                 self._states = apply(self._states, event)

@@ -16,6 +16,8 @@ from cluster.ledger.events import (
     RolloutWeightChanged,
     ShadowStarted,
     ShadowStopped,
+    Subject,
+    require_known,
 )
 from cluster.registry import CHAMPION
 
@@ -58,7 +60,12 @@ States = dict[str, ModelState]
 
 
 def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
-    """The states after one more event; events of other kinds change nothing."""
+    """The states after one more event; events of other kinds change nothing.
+
+    Raises:
+        ReleaseTooOld: an event of a newer release that changes what is served.
+    """
+    require_known(event, Subject.serving)
     match event:
         case ModelDeployed(name=name, version=version, app=app):
             before = states.get(name, ModelState())
@@ -98,26 +105,15 @@ def fold(events: Iterable[LedgerEvent]) -> States:
     return states
 
 
-_NAMES = frozenset(
-    kind.__name__
-    for kind in (
-        ModelDeployed,
-        AliasMoved,
-        RolloutStarted,
-        RolloutWeightChanged,
-        RolloutPromoted,
-        RolloutRolledBack,
-        ShadowStarted,
-        ShadowStopped,
-    )
-)
-
-
 def read_states(ledger: Ledger) -> States:
-    """The states after the ledger's last event."""
+    """The states after the ledger's last event.
+
+    Raises:
+        ReleaseTooOld
+    """
     states: States = {}
     for entry in ledger.entries():
-        if entry.type in _NAMES:
+        if Subject.serving.has(entry.type):
             states = apply(states, entry.event(), time=entry.time)
     return states
 

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import ConfigError, LedgerCorrupt
+from cluster.errors import ConfigError, LedgerCorrupt, ReleaseTooOld
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
 from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
 from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
-from cluster.ledger.events import AccessDecided, AliasMoved, CheckpointSigned, ClusterStopped
+from cluster.ledger.events import (
+    AccessDecided,
+    AliasMoved,
+    CheckpointSigned,
+    ClusterStopped,
+    LedgerEvent,
+    Subject,
+    UnknownEvent,
+    parse,
+)
+from cluster.registry import Registry
 from cluster.security.identity import ensure_issuer, mint_token, write_private
 from cluster.security.policy import Role
 from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
+from serve_apps.edge.limits import read_own_limits
+from serve_apps.rollout.state import read_states
 from tests import forks
 from tests.commands import run_main
 
@@ -99,6 +113,71 @@ def test_events_are_typed_and_survive_reopening(tmp_path: Path) -> None:
     assert [entry.event() for entry in reopened.entries(AliasMoved)] == [moved]
     assert [entry.seq for entry in reopened.entries(after=1)] == [2]
     assert reopened.head() == 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _FromNewerRelease:
+    """An event as a newer release would write it; no subclass of `LedgerEvent`, so this release does not know it."""
+
+    type: str
+    content: dict[str, Any]
+
+    def payload(self) -> dict[str, Any]:
+        return self.content
+
+
+def _append_newer(ledger: Ledger, type_name: str, **content: Any) -> Entry:
+    return ledger.append(
+        cast("LedgerEvent", _FromNewerRelease(type=type_name, content=content)), actor="user:new"
+    )
+
+
+def test_an_event_of_a_newer_release_is_kept_verified_and_passed_over(tmp_path: Path) -> None:
+    """Its content stays as it was written, readers go on behind it, and the chain covers it."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    _append_newer(ledger, "PipelineStarted", run="r1")
+    moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
+    ledger.append(moved, actor="user:b")
+    unknown, known = [entry.event() for entry in check(ledger.entries())]
+    assert unknown == UnknownEvent(stored_type="PipelineStarted", content={"run": "r1"})
+    assert (unknown.type, unknown.payload()) == ("PipelineStarted", {"run": "r1"})
+    assert known == moved
+    assert read_states(ledger)["m"].champion_version == 2
+    assert read_own_limits(ledger).set == {}
+    assert Registry(ledger, Layout(str(tmp_path))).aliases("m") == {"champion": 2}
+    for subject in Subject:
+        ledger.require_known(subject)
+
+
+def test_a_field_of_a_newer_release_is_left_out_where_nothing_acts_on_it() -> None:
+    """A field more does not stop a reader, unless the event changes what is served, a key or a limit."""
+    assert parse("ClusterStopped", {"cluster_id": "c", "why": "x"}, seq=1) == ClusterStopped(cluster_id="c")
+    limit = {"limited": "tenant", "name": "t", "burst": 9}
+    assert parse("EdgeLimitSet", limit, seq=1) == UnknownEvent(stored_type="EdgeLimitSet", content=limit)
+    with pytest.raises(LedgerCorrupt, match="Event 7 is no valid ClusterStopped"):
+        parse("ClusterStopped", {}, seq=7)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "subject", "reader"),
+    [
+        ("RolloutPaused", Subject.serving, read_states),
+        ("EdgeLimitsDropped", Subject.limit, read_own_limits),
+        ("KeyHeld", Subject.key, None),
+    ],
+)
+def test_an_unknown_event_stops_whoever_acts_on_its_subject(
+    tmp_path: Path, type_name: str, subject: Subject, reader: Callable[[Ledger], object] | None
+) -> None:
+    """Acting on half of what is known would undo what a newer release did; other subjects go on."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    _append_newer(ledger, type_name)
+    for each in Subject:
+        with pytest.raises(ReleaseTooOld, match=type_name) if each is subject else contextlib.nullcontext():
+            ledger.require_known(each)
+    if reader is not None:
+        with pytest.raises(ReleaseTooOld, match="Update this installation"):
+            reader(ledger)
 
 
 def _append_many(url: str, writer: int) -> None:
