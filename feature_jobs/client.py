@@ -33,8 +33,9 @@ from cluster.settings import PlatformConfig, load
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import instant
 from feature_jobs.store.catalog import ServiceSpec, service_spec
+from feature_jobs.store.dtypes import arrow_values
 from feature_jobs.store.lifecycle import heed, read_lifecycles
-from feature_jobs.store.on_demand import add_on_demand, typed_array
+from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.protection import view_resources
@@ -194,17 +195,12 @@ class FeatureStore:
         self._check(Action.read_online, spec)
         moment = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
         vectors = FeatureReader(spec, self._online).read(entities, moment)
-        dtypes = {
-            name: field.dtype
-            for view in spec.views
-            for name, field in zip(view.columns, view.fields, strict=True)
-        }
+        made = [name for one in spec.on_demand for name in one.columns]
+        dtypes = {name: dtype for name, dtype in spec.dtypes.items() if features is not None or name not in made}
         if features is not None:
-            made = [pair for one in spec.on_demand for pair in zip(one.columns, one.fields, strict=True)]
-            dtypes |= {name: field.dtype for name, field in made}
-            add_on_demand(spec, vectors, features, [name for name, _ in made])
+            add_on_demand(spec, vectors, features, made)
         keys = {key: [entity.get(key) for entity in entities] for entity in entities[:1] for key in entity}
-        columns = {name: typed_array(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
+        columns = {name: arrow_values(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
         status = {name: [str(one) for one in vectors.status[name]] for name in dtypes}
         return OnlineFeatures(table=pa.table(keys | columns), status=status)
 

@@ -29,7 +29,7 @@ from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline import Snapshot, snapshot
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
-from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.row_hash import has_row_hash, row_hash
 from feature_jobs.store.training_set import (
     Joined,
     JoinParts,
@@ -117,14 +117,14 @@ def produce(
     original, places = request.original, layout(config.storage)
     entities = read_entities(str(request.entities))
     entities_hash = row_hash(entities)
-    if original is not None and entities_hash != original.entities_hash:
+    if original is not None and not has_row_hash(entities, original.entities_hash):
         raise TrainingSetError(
             f"The entity rows at {resolve(str(request.entities))} are not those of {original.path}: their hash is "
             f"{entities_hash[:16]}, not {original.entities_hash[:16]}. Give the same file with `entities=…`."
         )
     table, manifest = join_entities(config, request, entities, entities_hash, access=access)
     if original is not None:
-        check_same(original, manifest["row_hash"])
+        check_same(original, table)
     output = resolve(config.output)
     write(table, output, request.spec, places=places, access=access)
     manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
@@ -220,15 +220,15 @@ def chosen_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[s
     return join_in_tasks
 
 
-def check_same(original: Manifest, row_hash: str) -> None:
+def check_same(original: Manifest, table: pa.Table) -> None:
     """Go on only if the rows are those of the manifest.
 
     Raises:
         Inconsistent: they are others, though everything they come from is as it was.
     """
-    if row_hash != original.row_hash:
+    if not has_row_hash(table, original.row_hash):
         raise Inconsistent(
-            f"Built again from {original.path} the rows have hash {row_hash[:16]}, not {original.row_hash[:16]}. "
+            f"Built again from {original.path} the rows have hash {row_hash(table)[:16]}, not {original.row_hash[:16]}. "
             "Nothing was written. Compare the tables' files with a backup."
         )
 

@@ -57,9 +57,13 @@ class Unavailable(FalajError):
     """HTTP 503: nothing was lost, try again."""
 
 
+NUMPY = orjson.OPT_SERIALIZE_NUMPY
+"""Lists of numbers come from the online store as arrays."""
+
+
 def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON response."""
-    return Response(orjson.dumps(content), status_code=status, media_type="application/json", headers=headers)
+    return Response(orjson.dumps(content, option=NUMPY), status_code=status, media_type="application/json", headers=headers)
 
 
 def refusal(error: Exception) -> Response:

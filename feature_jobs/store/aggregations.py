@@ -30,6 +30,7 @@ from datetime import timedelta
 from typing import Any
 
 from cluster.errors import DefinitionError, did_you_mean
+from feature_jobs.store.dtypes import INTEGERS, NUMBERS, is_rich
 
 FUNCTIONS = ("sum", "count", "mean", "min", "max", "last", "distinct")
 EVERY = "*"
@@ -99,7 +100,7 @@ class Output:
             case "mean":
                 return "float64"
             case "sum":
-                return "int64" if self.column_dtype.startswith("int") else "float64"
+                return "int64" if self.column_dtype in INTEGERS else "float64"
             case _:
                 return self.column_dtype
 
@@ -179,6 +180,11 @@ def _dtype(column: str, function: str, dtypes: Mapping[str, str]) -> str:
     if column not in dtypes:
         raise DefinitionError(f"Aggregated column '{column}' is unknown.{did_you_mean(column, dtypes)}")
     dtype = dtypes[column]
-    if function in ("sum", "mean") and not dtype.startswith(("int", "float")):
+    if is_rich(dtype) and dtype != "date":
+        raise DefinitionError(
+            f"{function} of '{column}': windows take bools, numbers, text, times and dates, '{column}' is {dtype}. "
+            "Make such a column in the view's transform; count('*') counts events."
+        )
+    if function in ("sum", "mean") and dtype not in NUMBERS:
         raise DefinitionError(f"{function} of '{column}' needs numbers, '{column}' is {dtype}.")
     return dtype

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
 from feature_jobs.store.checks import Check
+from feature_jobs.store.dtypes import NUMBERS, is_rich, list_of
 from feature_jobs.store.profile import Distribution, Profile
 
 TIMES = ("event_timestamp", "created_timestamp")
@@ -57,6 +58,12 @@ class Unique(Check):
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(name for name in self.of if name not in TIMES)
+
+    def verify(self, dtype: str | None) -> None:
+        if dtype is not None and list_of(dtype) is not None:
+            raise DefinitionError(
+                f"Unique({list(self.of)}): rows are not told apart by lists, one column is {dtype}."
+            )
 
     def definition(self) -> dict[str, Any]:
         return {"check": "Unique", "of": list(self.of), "keep": self.keep.value}
@@ -101,7 +108,7 @@ class Outlier(Check):
         return (self.column,)
 
     def verify(self, dtype: str | None) -> None:
-        if dtype is None or not dtype.startswith(("int", "float")):
+        if dtype not in NUMBERS:
             raise DefinitionError(f"Outlier('{self.column}') needs a numeric feature.")
 
     @property
@@ -262,8 +269,12 @@ class Drift(BatchCheck):
 
     def verify(self, dtype: str | None) -> None:
         _only_features("Drift", self.column, dtype)
-        if dtype == "timestamp":
+        if dtype in ("timestamp", "date"):
             raise DefinitionError(f"Drift('{self.column}'): a time moves by itself. Use Freshness.")
+        if dtype is not None and is_rich(dtype):
+            raise DefinitionError(
+                f"Drift('{self.column}') needs numbers, text or bools, '{self.column}' is {dtype}."
+            )
 
     def finding(self, facts: Facts) -> Finding | None:
         before = facts.baseline.distributions.get(self.column) if facts.baseline is not None else None

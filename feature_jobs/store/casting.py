@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
 
 TIME = pa.timestamp("us", "UTC")
+_PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
@@ -21,12 +24,20 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     """
     was_dictionary = pa.types.is_dictionary(column.type)
     plain = column.cast(column.type.value_type) if was_dictionary else column
+    if pa.types.is_list(target):
+        return cast_list(plain, target, name=name)
     if pa.types.is_floating(plain.type):
         plain = pc.if_else(pc.is_nan(plain), pa.scalar(None, plain.type), plain)
     if target == TIME:
         return _within_years(cast_time(plain, name=name), name, column.type)
+    if pa.types.is_date32(target):
+        return _cast_date(plain, name=name)
     if plain.type == target:
         return _utf8(plain, name)
+    if pa.types.is_decimal(target) and pa.types.is_integer(plain.type):
+        plain = plain.cast(
+            pa.decimal128(38, 0)
+        )  # Arrow casts no int64 to a decimal of fewer digits than all int64 have
     if not _fits(plain.type, target, was_dictionary=was_dictionary):
         raise _mismatch(name, target, column.type)
     try:
@@ -54,6 +65,40 @@ def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
     raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
 
 
+def cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
+    """Lists, of any kind that Arrow has, with their elements cast; a NaN among them is a null element.
+
+    Raises:
+        SchemaMismatch: they are no lists, or an element does not fit.
+    """
+    if pa.types.is_null(column.type):
+        return column.cast(target)
+    if not (_is_list(column.type) and _is_scalar(column.type.value_type)):
+        raise _mismatch(name, target, column.type)
+    chunks = []
+    for chunk in column.chunks:
+        lengths = pc.fill_null(pc.list_value_length(chunk), 0).cast(pa.int64())
+        elements = pa.chunked_array([pc.list_flatten(chunk)])
+        values = cast_feature(elements, target.value_type, name=f"{name}, an element").combine_chunks()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]), pa.int32())
+        chunks.append(pa.ListArray.from_arrays(offsets, values, type=target, mask=chunk.is_null()))
+    return pa.chunked_array(chunks, target)
+
+
+def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """What can be wrong with lists row by row, and a non-null bool a row that says where it is."""
+    if length is not None:
+        yield (
+            f"has not {length} elements",
+            pc.fill_null(pc.not_equal(pc.list_value_length(column), length), False),
+        )
+    parents, elements = pc.list_parent_indices(column), pc.list_flatten(column)
+    with_null = np.zeros(len(column), dtype=bool)
+    if elements.null_count:
+        with_null[parents.filter(pc.is_null(elements)).to_numpy()] = True
+    yield "has a null element", pa.chunked_array([pa.array(with_null)])
+
+
 def cast_time(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
     """A time as UTC microseconds: without a zone it is taken as UTC, nanoseconds are cut off.
 
@@ -73,6 +118,24 @@ def cast_time(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
     elif column.type.unit != "us":
         column = _within_microseconds(column)
     return column.cast(TIME)
+
+
+def _cast_date(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
+    """Dates, and times at midnight UTC: pandas has no dates of its own."""
+    if pa.types.is_null(column.type):
+        return column.cast(pa.date32())
+    if not (pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)):
+        raise _mismatch(name, pa.date32(), column.type)
+    dates = column.cast(pa.date32())
+    if pa.types.is_timestamp(column.type):
+        days = pc.cast(dates, pa.int32()).cast(pa.int64())
+        back = pc.multiply(days, _PER_DAY[column.type.unit])
+        if not pc.all(pc.equal(back, column.cast(pa.int64())), min_count=0).as_py():
+            raise _mismatch(name, pa.date32(), column.type, reason="a time is not midnight in UTC")
+    first, last = pa.scalar(date.min, pa.date32()), pa.scalar(date.max, pa.date32())
+    if pc.any(pc.or_(pc.less(dates, first), pc.greater(dates, last)), min_count=0).as_py():
+        raise _mismatch(name, pa.date32(), column.type, reason="a date is not within the years 1 to 9999")
+    return dates
 
 
 def is_utf8(column: pa.ChunkedArray) -> bool:
@@ -114,7 +177,31 @@ def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> 
     numbers = pa.types.is_integer(actual) or pa.types.is_floating(actual)
     if pa.types.is_integer(target) or pa.types.is_floating(target):
         return numbers or (was_dictionary and _is_string(actual) and pa.types.is_integer(target))
+    if pa.types.is_decimal(target):
+        return bool(pa.types.is_decimal(actual))
+    if pa.types.is_binary(target):
+        return _is_binary(actual)
     return bool(pa.types.is_string(target) and _is_string(actual))
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+    )
+
+
+def _is_scalar(dtype: pa.DataType) -> bool:
+    return not pa.types.is_nested(dtype)
+
+
+def _is_binary(dtype: pa.DataType) -> bool:
+    kinds = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_binary_view,
+    )
+    return any(kind(dtype) for kind in kinds)
 
 
 def _is_string(dtype: pa.DataType) -> bool:

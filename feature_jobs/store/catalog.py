@@ -103,6 +103,16 @@ class ServiceSpec:
         read = [column for view in self.views for column in view.columns]
         return read + [column for one in self.on_demand for column in one.columns]
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Output column to dtype, in order."""
+        parts: list[ViewSpec | OnDemandSpec] = [*self.views, *self.on_demand]
+        return {
+            column: field.dtype
+            for one in parts
+            for column, field in zip(one.columns, one.fields, strict=True)
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, to cross a process boundary."""
         return asdict(self)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
+from feature_jobs.store.dtypes import NUMBERS, decimal_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Range(RowCheck):
             )
 
     def verify(self, dtype: str | None) -> None:
-        if dtype is not None and not dtype.startswith(("int", "float")):
+        if dtype is not None and dtype not in NUMBERS and decimal_of(dtype) is None:
             raise DefinitionError(
                 f"Range('{self.column}') needs a numeric column, '{self.column}' is {dtype}."
             )
@@ -102,12 +104,23 @@ class Range(RowCheck):
         return f"{self.column} outside {low}..{high}"
 
     def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if pa.types.is_decimal(column.type):
+            return self._decimals_failing(column)
         fails = pc.equal(pc.is_null(column), None)
         if self.minimum is not None:
             fails = pc.or_kleene(fails, pc.less(column, self.minimum))
         if self.maximum is not None:
             fails = pc.or_kleene(fails, pc.greater(column, self.maximum))
         return pc.fill_null(fails, False)
+
+    def _decimals_failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Compared as decimals: as floats, the ones next to a bound would be taken for it."""
+        low, high = (None if bound is None else Decimal(str(bound)) for bound in (self.minimum, self.maximum))
+        failing = [
+            value is not None and ((low is not None and value < low) or (high is not None and value > high))
+            for value in column.to_pylist()
+        ]
+        return pa.chunked_array([pa.array(failing, pa.bool_())])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from cluster.errors import DefinitionError, did_you_mean
 from cluster.ledger.chain import canonical
 from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.checks import Check
+from feature_jobs.store.dtypes import is_rich, spelled
 from feature_jobs.store.source_code import source_code
 from feature_jobs.store.sources import DTYPES as DTYPES
 from feature_jobs.store.sources import FileSource as FileSource
@@ -80,6 +81,11 @@ class Field:
         if self.dtype not in DTYPES:
             raise DefinitionError(
                 f"Field '{self.name}' has the unknown dtype '{self.dtype}'.{did_you_mean(self.dtype, DTYPES)}"
+            )
+        object.__setattr__(self, "dtype", spelled(self.dtype))
+        if self.categorical and is_rich(self.dtype):
+            raise DefinitionError(
+                f"Field '{self.name}' is {self.dtype}, which has no categories. Remove categorical=True."
             )
         object.__setattr__(self, "sensitivity", Sensitivity(self.sensitivity))
         columns = _names(f"Field '{self.name}'", "from_columns", self.from_columns)

@@ -24,7 +24,7 @@ _ALPHA = 1 / (2 * math.log(2))
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 Registers = npt.NDArray[np.uint8]
-Value = str | int | float | dt.datetime
+Value = str | int | float | dt.datetime | dt.date
 
 
 def value_hash(value: Value) -> int:
@@ -34,6 +34,8 @@ def value_hash(value: Value) -> int:
             content = value.encode()
         case dt.datetime():
             content = struct.pack("<q", (value - _EPOCH) // dt.timedelta(microseconds=1))
+        case dt.date():
+            content = struct.pack("<q", (value - _EPOCH.date()).days)
         case float():
             content = struct.pack("<d", value + 0.0)
         case _:

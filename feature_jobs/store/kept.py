@@ -17,7 +17,7 @@ from cluster.storage import Layout, exists
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.manifest import check_known, read_manifest
 from feature_jobs.store.protection import training_set_protection
-from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.row_hash import has_row_hash
 
 
 def place_of(uri: str, places: Layout) -> str | None:
@@ -46,7 +46,7 @@ def read_kept(
     table = files.read(
         uri, protection=training_set_protection(spec), place=place_of(uri, places), unplaced=True
     )
-    if row_hash(table) != manifest.row_hash:
+    if not has_row_hash(table, manifest.row_hash):
         raise TrainingSetError(
             f"The rows of {uri} are not those that were built: their hash is not the ledger's. Restore the file from "
             "a backup, or build it again with `python -m feature_jobs.training_set manifest=…`."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,8 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
+from feature_jobs.store.dtypes import from_json, is_rich, online_value, to_json
 
-Value: TypeAlias = bool | int | float | str
+Value: TypeAlias = Any
+"""Of a default: bool, number or text; of a date, a decimal, bytes or a list its JSON form."""
 ABSENT = frozenset({"missing", "expired"})
 """Statuses of values that a policy is about."""
 
@@ -160,7 +163,8 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
     for name, default in policy.defaults.items():
         position = table.column_names.index(name)
         kind = table.schema.field(position).type
-        filled = pc.if_else(absent[view_of(name)], pa.scalar(default, kind), table.column(position))
+        stands_in = pa.scalar(Decimal(default) if pa.types.is_decimal(kind) else default, kind)
+        filled = pc.if_else(absent[view_of(name)], stands_in, table.column(position))
         table = table.set_column(position, name, filled)
     return table
 
@@ -178,9 +182,11 @@ def _stated(what: str, choice: Choice, dtype: str) -> dict[str, Any]:
             typed = _typed(value, dtype)
             # As the ledger writes whole numbers that not every reader of JSON holds exactly.
             is_large = isinstance(typed, int) and abs(typed) > 2**53
-            return {"then": "default", "value": str(typed) if is_large else typed}
+            [shown] = to_json([str(typed) if is_large else typed], dtype)
+            return {"then": "default", "value": shown}
         case Default():
             like = "none fits a time" if dtype == "timestamp" else f"give one of type {dtype}"
+            like = f"{like}, as JSON has it" if is_rich(dtype) else like
             raise DefinitionError(f"{what}: the default {_shown(choice.value)} does not fit {dtype}; {like}.")
         case _:
             raise DefinitionError(
@@ -202,6 +208,12 @@ def _fits(value: Any, dtype: str) -> bool:
         case "float32" | "float64":
             number = isinstance(value, int | float) and not isinstance(value, bool)
             return number and abs(value) <= float(np.finfo(dtype).max)  # which neither NaN nor infinity is
+        case _ if is_rich(dtype):
+            try:
+                from_json(value, dtype)
+            except ValueError:
+                return False
+            return True
         case _:
             return False
 
@@ -221,6 +233,8 @@ def _typed(value: Any, dtype: str) -> Value:
             return float(np.float32(value))
         case "float64":
             return float(value)
+        case _ if is_rich(dtype):
+            return online_value(value, dtype)
         case _:
             kept: Value = value
             return kept

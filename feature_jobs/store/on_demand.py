@@ -12,11 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
-from feature_jobs.store.casting import cast_feature
-from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, import_module
+from feature_jobs.store.casting import cast_feature, misfits
+from feature_jobs.store.catalog import FieldSpec, OnDemandSpec, ServiceSpec, import_module
 from feature_jobs.store.definitions import DTYPES, Transform
+from feature_jobs.store.dtypes import arrow_values, list_of, online_values
 from feature_jobs.store.online import FeatureVectors, Status
 from feature_jobs.store.source_code import source_code
 
@@ -58,11 +60,7 @@ def from_request(
         InvalidRequest: an input is missing or has the wrong type, or the transform cannot work with it.
     """
     columns: dict[str, list[Any]] = {}
-    dtypes = {
-        name: field.dtype
-        for view in spec.views
-        for name, field in zip(view.columns, view.fields, strict=True)
-    }
+    dtypes = spec.dtypes
     for one in spec.on_demand:
         dtypes |= {field.name: field.dtype for field in one.inputs}
         if missing := [field.name for field in one.inputs if field.name not in given]:
@@ -71,15 +69,13 @@ def from_request(
             )
         wanted = _read(one, spec)
         try:
-            arrays = {name: typed_array({**features, **given}[name], dtypes[name]) for name in wanted}
+            arrays = {name: arrow_values({**features, **given}[name], dtypes[name]) for name in wanted}
             made = compute(one, pa.table(arrays), service=spec)
-        except (SchemaMismatch, TrainingSetError, pa.ArrowException, TypeError) as error:
+        except (SchemaMismatch, TrainingSetError, ValueError, pa.ArrowException, TypeError) as error:
             raise InvalidRequest(f"'{one.name}' cannot be made of what is given: {error}") from error
         columns |= {
-            name: column.cast(pa.int64()).to_pylist()
-            if pa.types.is_timestamp(column.type)
-            else column.to_pylist()
-            for name, column in zip(one.columns, made.columns, strict=True)
+            name: online_values(column, field.dtype)
+            for name, field, column in zip(one.columns, one.fields, made.columns, strict=True)
         }
     return columns
 
@@ -118,7 +114,7 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
     """
     asked = table.select(_read(one, service))
     for position, field in enumerate(one.inputs):
-        column = cast_feature(asked[field.name], DTYPES[field.dtype], name=field.name)
+        column = _fitting(asked[field.name], field)
         asked = asked.set_column(position, field.name, column)
     try:
         made = load(one)(asked)
@@ -134,8 +130,18 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
     for field in one.fields:
         if field.name not in made.column_names:
             raise SchemaMismatch(f"On-demand transform '{one.name}' gave no column '{field.name}'.")
-        columns[field.name] = cast_feature(made[field.name], DTYPES[field.dtype], name=field.name)
+        columns[field.name] = _fitting(made[field.name], field)
     return pa.table(columns)
+
+
+def _fitting(column: pa.ChunkedArray, field: FieldSpec) -> pa.ChunkedArray:
+    """A column as its field declares it."""
+    cast = cast_feature(column, DTYPES[field.dtype], name=field.name)
+    if (wanted := list_of(field.dtype)) is not None:
+        for said, failing in misfits(cast, wanted.length):
+            if pc.any(failing).as_py():
+                raise SchemaMismatch(f"Column '{field.name}' should be {field.dtype}: a list {said}.")
+    return cast
 
 
 @functools.lru_cache(maxsize=256)
@@ -166,10 +172,3 @@ def _read(one: OnDemandSpec, service: ServiceSpec) -> list[str]:
     """The columns that the transform gets: its inputs, then the features of its sources."""
     features = [column for view in service.views if view.name in one.sources for column in view.columns]
     return [*(field.name for field in one.inputs), *features]
-
-
-def typed_array(values: Sequence[Any], dtype: str) -> pa.Array:
-    """Values of the online store, or of a request, as Arrow."""
-    if dtype == "timestamp":
-        return pa.array(values, pa.int64()).cast(DTYPES[dtype])
-    return pa.array(values, DTYPES[dtype])

@@ -60,6 +60,7 @@ class FeatureReader:
     def __init__(self, spec: ServiceSpec, store: OnlineStore) -> None:
         self.spec = spec
         self._store = store
+        self.dtypes = spec.dtypes
         self._columns = [view.columns for view in spec.views]
         self._windowed = {
             view.name: WindowedView(view, view.windows) for view in spec.views if view.windows is not None

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import polars as pl
 
 from feature_jobs.store.catalog import ViewSpec
+from feature_jobs.store.dtypes import decimal_of
 from feature_jobs.store.online_rows import OnlineRow
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT, SEQ
+
+
+def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:
+    """The columns whose values the online store has in another form than the feature table, in that form."""
+    columns = []
+    for name, dtype in dtypes.items():
+        if dtype == "timestamp":
+            columns.append(pl.col(name).dt.epoch("us"))
+        elif dtype == "date":
+            columns.append(pl.col(name).to_physical())
+        elif decimal_of(dtype) is not None:
+            columns.append(pl.col(name).cast(pl.String))
+    return columns
 
 
 def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
@@ -21,13 +35,9 @@ def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
     """
     keys, names = view.join_keys, [field.name for field in view.fields]
     lacking = [pl.lit(None).alias(name) for name in names if name not in known.columns]
-    times = [
-        pl.col(field.name).dt.epoch("us")
-        for field in view.fields
-        if field.dtype == "timestamp" and field.name in known.columns
-    ]
+    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in known.columns})
     deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
-    frame = known.with_columns(*times, *lacking).select(
+    frame = known.with_columns(*plain, *lacking).select(
         pl.col(EVENT).dt.epoch("us").alias("__event"),
         pl.col(CREATED).dt.epoch("us").alias("__created"),
         SEQ,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import msgpack
 
 from feature_jobs.store.catalog import ViewSpec
-from feature_jobs.store.online_rows import Layout
+from feature_jobs.store.online_layout import Layout
 
 FORMAT = 2
 """How rows and their addresses are made; in 1, which metas do not name, every address was a hash."""

@@ -30,6 +30,7 @@ from cluster.security.envelope import NONCE_BYTES, ValueCipher, place_of
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.definitions import Sensitivity
 from feature_jobs.store.online_addresses import Addresses
+from feature_jobs.store.online_layout import Layout, Lists, Plan, columns_of, with_lists
 
 RANK_BYTES = 24
 """Of a header: what orders rows."""
@@ -43,7 +44,6 @@ as the row's own will be greater than all that were given out before."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
 _DELETED, _NULLS = 1, 2
-_CODES = {"float64": "d", "float32": "f", "int64": "q", "int32": "i", "bool": "?", "timestamp": "q"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,65 +104,6 @@ class Horizon:
 
 
 EVERYTHING = Horizon(PROVISIONAL, PROVISIONAL)
-
-
-class Layout:
-    """The order in which one version of a view packs its values: class by class, each class by type.
-
-    A class whose fields are all of fixed width is packed as such, unless a row has a null; the others are msgpack.
-    """
-
-    def __init__(self, version: str, fields: Iterable[Sequence[str]]) -> None:
-        """From the version and its fields' name, dtype and class."""
-        self.version = version
-        self.fields = tuple((name, dtype, sensitivity) for name, dtype, sensitivity in fields)
-        places: dict[str, list[int]] = {}
-        for place, (_, _, sensitivity) in enumerate(self.fields):
-            places.setdefault(sensitivity, []).append(place)
-        self.classes = tuple(places)
-        self.places = tuple(places.values())
-        self.structs = tuple(
-            _struct([self.fields[place][1] for place in of_class]) for of_class in self.places
-        )
-
-    def groups(self, values: Sequence[Any], *, nulls: bool) -> list[bytes]:
-        """A row's values as bytes, by class."""
-        groups = []
-        for places, fixed in zip(self.places, self.structs, strict=True):
-            group = [values[place] for place in places]
-            packed = msgpack.packb(group) if fixed is None or nulls else fixed.pack(*group)
-            groups.append(packed)
-        return groups
-
-    def plan(self, wanted: Iterable[Sequence[str]]) -> Plan:
-        """How rows of this layout are read as another version of the view wants them: features by name and dtype."""
-        known = {
-            (name, dtype): (number, position)
-            for number, places in enumerate(self.places)
-            for position, (name, dtype, _) in enumerate(self.fields[place] for place in places)
-        }
-        order = [known.get((name, dtype)) for name, dtype, *_ in wanted]
-        parts = sorted({place[0] for place in order if place is not None})
-        as_it_lies = [(0, position) for position in range(len(self.fields))]
-        return Plan(
-            parts=tuple((number, self.classes[number], self.structs[number]) for number in parts),
-            single=len(self.classes) == 1,
-            order=None if len(self.classes) == 1 and order == as_it_lies else tuple(order),
-            complete=None not in order,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Which parts of a row are opened, and where each wanted feature stands in them."""
-
-    parts: tuple[tuple[int, str, struct.Struct | None], ...]
-    """Place of the part, its class and its fixed type."""
-    single: bool
-    """Whether the row is one part alone."""
-    order: tuple[tuple[int, int] | None, ...] | None
-    """Part and place therein of each feature, none for one that the row lacks; none where they lie in order."""
-    complete: bool
 
 
 def online_key(view: str, sensitivity: str) -> str:
@@ -229,7 +170,7 @@ class RowCipher:
 
     def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
         """A row as it lies in the store, in the layout of that number."""
-        nulls = None in row.values
+        nulls = any(value is None for value in row.values)  # an array is compared value by value
         header = rank_of(row) + struct.pack(
             ">BH", (_DELETED if row.deleted else 0) | (_NULLS if nulls else 0), number
         )
@@ -253,6 +194,7 @@ class RowCipher:
         header, size, first = _HEADER.unpack_from, _HEADER.size, _HEADER.size + NONCE_BYTES
         number, address = -1, b""
         values: Sequence[Any]
+        lists: Lists = ()
         try:
             for address, packed in zip(addresses, rows, strict=True):
                 if packed is None:
@@ -261,10 +203,12 @@ class RowCipher:
                 event, created, _, flags, layout = header(packed)
                 if layout != number:
                     plan, number = plans[layout], layout
-                    decrypt, place, fixed = self._single(plan)
+                    decrypt, place, fixed, lists = self._single(plan)
                 if flags == 0 and fixed is not None:  # the common case, without a call that is not needed
                     bound = place + address + packed[:size]
                     values = fixed.unpack(decrypt(packed[size:first], packed[first:], bound))
+                    if lists:
+                        values = with_lists(values, lists)
                 elif flags & _DELETED:
                     found.append(None)
                     continue
@@ -292,7 +236,7 @@ class RowCipher:
             kind = joined[RANK_BYTES : _HEADER.size]
             if flags or table[:, RANK_BYTES : _HEADER.size].tobytes() != kind * len(rows):
                 return None
-            decrypt, place, fixed = self._single(plans[layout])
+            decrypt, place, fixed, lists = self._single(plans[layout])
             if fixed is None:
                 return None
             parts = zip(addresses, _split(size).iter_unpack(joined), strict=True)
@@ -301,28 +245,33 @@ class RowCipher:
             ]
         except (InvalidTag, TypeError, ValueError, struct.error):  # a missing row is no bytes
             return None
-        return Block(_moments(table), _columns(b"".join(contents), fixed))
+        columns = columns_of(b"".join(contents), fixed)
+        for position, element in lists:
+            packed = np.frombuffer(b"".join(columns[position]), element)
+            columns[position] = list(packed.reshape(len(rows), -1))
+        return Block(_moments(table), columns)
 
-    def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None]:
+    def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None, Lists]:
         """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
         if plan.order is not None:
-            return None, b"", None
-        _, name, fixed = plan.parts[0]
+            return None, b"", None, ()
+        _, name, fixed, lists = plan.parts[0]
         if name == "public" or fixed is None:
-            return None, b"", None
+            return None, b"", None, ()
         cipher, place = self._ciphers[name]
-        return cipher.decrypt_raw, place, fixed
+        return cipher.decrypt_raw, place, fixed, lists
 
     def _values(self, address: bytes, packed: bytes, plan: Plan, *, nulls: bool) -> Sequence[Any]:
         body, bound = packed[_HEADER.size :], address + packed[: _HEADER.size]
         stored = (body,) if plan.single else msgpack.unpackb(body)
         groups: dict[int, Sequence[Any]] = {}
-        for part, name, fixed in plan.parts:
+        for part, name, fixed, lists in plan.parts:
             content = stored[part]
             if name != "public":
                 cipher, place = self._ciphers[name]
                 content = cipher.decrypt(content, place + bound)
-            groups[part] = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
+            values = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
+            groups[part] = with_lists(values, lists) if lists else values
         if plan.order is None:
             return groups[0]
         return [None if place is None else groups[place[0]][place[1]] for place in plan.order]
@@ -339,20 +288,6 @@ def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> byt
     return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
 
 
-def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
-    codes = [_CODES.get(dtype) for dtype in dtypes]
-    return None if None in codes else struct.Struct("<" + "".join(code for code in codes if code))
-
-
-def _columns(rows: bytes, fixed: struct.Struct) -> list[list[Any]]:
-    """The values of rows of a fixed type that lie one behind the other, by column."""
-    dtype, width = _uniform(fixed.format)
-    if dtype is None:
-        return [list(column) for column in zip(*fixed.iter_unpack(rows), strict=True)]
-    columns: list[list[Any]] = np.frombuffer(rows, dtype).reshape(-1, width).T.tolist()
-    return columns
-
-
 def _moments(table: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """Event and creation from rows of bytes."""
     counted = table[:, :16].copy().view(">u8").astype(np.uint64)
@@ -363,10 +298,3 @@ def _moments(table: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[tuple[int
 def _split(size: int) -> struct.Struct:
     """Header, nonce, and ciphertext with tag, of a row of one sealed part that is so long."""
     return struct.Struct(f"{_HEADER.size}s{NONCE_BYTES}s{size - _HEADER.size - NONCE_BYTES}s")
-
-
-@functools.cache
-def _uniform(form: str) -> tuple[np.dtype[Any] | None, int]:
-    """The one type of a struct's values, none where there are several, and how many they are."""
-    order, codes = form[0], form[1:]
-    return np.dtype(order + codes[0]) if len(set(codes)) == 1 else None, len(codes)

@@ -19,6 +19,7 @@ from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.definitions import Sensitivity
 from feature_jobs.store.online_changes import Change, Merge
 from feature_jobs.store.online_engine import NOTHING, Carry, Engine, Rows, Write
+from feature_jobs.store.online_layout import Plan
 from feature_jobs.store.online_meta import FORMAT, Meta, layout_of
 from feature_jobs.store.online_rows import (
     EVERYTHING,
@@ -27,7 +28,6 @@ from feature_jobs.store.online_rows import (
     Header,
     Horizon,
     OnlineRow,
-    Plan,
     RowCipher,
     header_of,
     online_key,
@@ -328,7 +328,7 @@ class OnlineStore:
             )
         wanted = [(field.name, field.dtype) for field in view.fields]
         plans = tuple(layout.plan(wanted) for layout in meta.layouts)
-        classes = sorted({name for plan in plans for _, name, _ in plan.parts})
+        classes = sorted({name for plan in plans for _, name, _, _ in plan.parts})
         cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
         return _Opened(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, until=until)
 

@@ -21,6 +21,7 @@ from feature_jobs.store.aggregations import WindowSpec
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.definitions import Sensitivity, content_hash
 from feature_jobs.store.offline import Snapshot
+from feature_jobs.store.online_frames import plain_columns
 from feature_jobs.store.online_rows import Found, OnlineRow
 from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
 from feature_jobs.store.tiles import EventRow, Tiling, WindowState
@@ -126,7 +127,7 @@ def _useful(
     # An event is needed whole or not at all: without its correction, the version before would count again.
     newest = AVAILABLE.max().over([*keys, windows.event_id])
     deleted = pl.col(DELETED) if DELETED in known.columns else pl.lit(False)
-    times = [pl.col(name).dt.epoch("us") for name, dtype in windows.columns.items() if dtype == "timestamp"]
+    times = plain_columns(windows.columns)
     columns = [pl.col(name).alias(f"__value_{name}") for name in windows.columns]
     return (
         known.filter(newest > since - longest)

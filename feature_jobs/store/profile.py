@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.store.definitions import Field
+from feature_jobs.store.dtypes import is_rich
 from feature_jobs.store.point_in_time import DELETED
 
 Numbers = npt.NDArray[np.float64]
@@ -101,7 +102,7 @@ def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
         numbers={
             field.name: _order_statistics(_numbers(good[field.name]))
             for field in fields
-            if not is_categorical(field)
+            if not (is_categorical(field) or is_rich(field.dtype))
         },
         categories={
             field.name: _most_frequent(good[field.name]) for field in fields if is_categorical(field)
@@ -216,6 +217,8 @@ def _can_count(good: pa.Table, name: str, chosen: Distribution) -> bool:
     if name not in good.column_names:
         return False
     kind = good[name].type
+    if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)) or pa.types.is_date(kind):
+        return False
     textual = pa.types.is_string(kind) or pa.types.is_boolean(kind)
     if chosen.categories is None:
         return not textual

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import InvalidRequest, SourceError, did_you_mean
 from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
+from feature_jobs.store.dtypes import from_json
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.sources import Source
 from feature_jobs.store.validation import RAW, REASON, prepare
@@ -175,30 +176,10 @@ def typed_column(name: str, values: list[Any], dtype: str | None, reasons: dict[
 
 
 def _converted(value: Any, dtype: str) -> Any:
-    """A JSON value as the type wants it; none where it does not fit."""
-    kind = type(value)
-    match dtype:
-        case "timestamp":
-            return _instant(value) if kind is str else None
-        case "float64" | "float32":
-            try:
-                return float(value) if kind in (int, float) else None
-            except OverflowError:
-                return None
-        case "int64" | "int32":
-            bits = int(dtype[3:]) - 1
-            return value if kind is int and -(1 << bits) <= value < 1 << bits else None
-        case "bool":
-            return value if kind is bool else None
-        case _:
-            return value if kind is str else None
-
-
-def _instant(text: str) -> dt.datetime | None:
+    """A JSON value as the type wants it; None where it does not fit."""
     try:
-        instant = dt.datetime.fromisoformat(text)
-        return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)
-    except (ValueError, OverflowError):
+        return from_json(value, dtype)
+    except ValueError:
         return None
 
 

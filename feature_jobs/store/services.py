@@ -53,10 +53,6 @@ class OnDemandTransform:
         for field in self.inputs:
             if field.name in RESERVED or "__" in field.name:
                 raise DefinitionError(f"{what}: the input name '{field.name}' is kept for the platform.")
-            if field.dtype == "timestamp":
-                raise DefinitionError(
-                    f"{what}: input '{field.name}' must be text or a number; JSON has no times."
-                )
 
     def definition(self) -> dict[str, Any]:
         """The whole definition as JSON; its hash covers the transform's code."""

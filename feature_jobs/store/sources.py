@@ -13,21 +13,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow as pa
 import sqlalchemy as sa
 
 from cluster.errors import DefinitionError, did_you_mean
+from feature_jobs.store.dtypes import DTYPES as DTYPES
 from feature_jobs.store.kafka_source import KafkaSource
-
-DTYPES: dict[str, pa.DataType] = {
-    "bool": pa.bool_(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float32": pa.float32(),
-    "float64": pa.float64(),
-    "string": pa.string(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
 
 
 class FileFormat(enum.StrEnum):

@@ -5,6 +5,8 @@ No message says a value, because messages stand in the ledger.
 
 from __future__ import annotations
 
+import datetime as dt
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 from cluster.errors import SchemaMismatch
 from feature_jobs.store.casting import TIME, cast_feature
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.sources import DTYPES
+from feature_jobs.store.dtypes import DTYPES, from_json, is_rich, list_of
 
 _ZONED = r"[T ]\d{2}:.*(Z|[+-]\d{2}(:?\d{2})?)$"
 _WHOLE = r"^[+-]?\d{16,}$"
@@ -27,6 +29,10 @@ _LIKE = {
     "float32": "numbers with a decimal point",
     "float64": "numbers with a decimal point, that 64 bits hold exactly where they are whole",
     "timestamp": "ISO 8601, as 2024-01-31T12:00:00Z",
+    "date": "ISO 8601, as 2024-01-31",
+    "bytes": "base64",
+    "decimal": "decimals as text or whole numbers, with no more digits than declared",
+    "list": "JSON arrays without nulls",
 }
 
 
@@ -89,14 +95,13 @@ def text_column(column: pa.ChunkedArray, dtype: str, *, name: str) -> pa.Chunked
     """
     if dtype == "string":
         return column
+    if is_rich(dtype):
+        return _rich_column(column.to_pylist(), dtype, name=name)
     try:
         return _parsed(column, dtype)
     except pa.ArrowInvalid:  # which quotes the value
         bad = sum(not _fits(value, dtype) for value in column.drop_null())
-        raise SchemaMismatch(
-            f"Column '{name}' should be {dtype}; {bad} of {len(column)} values in one block are not. "
-            f"Write {_LIKE[dtype]}, and leave nulls empty (or name them with `nulls`)."
-        ) from None
+        raise _misfits(name, dtype, bad, len(column)) from None
 
 
 def value_column(values: list[Any], dtype: str, *, name: str) -> pa.ChunkedArray:
@@ -107,6 +112,8 @@ def value_column(values: list[Any], dtype: str, *, name: str) -> pa.ChunkedArray
     """
     if dtype == "text":
         return pa.chunked_array([pa.array([_as_text(value) for value in values], pa.string())])
+    if is_rich(dtype):
+        return _rich_column(values, dtype, name=name)
     try:
         column = pa.chunked_array([pa.array(values)])
         return _cast_values(column, dtype, name=name)
@@ -116,6 +123,40 @@ def value_column(values: list[Any], dtype: str, *, name: str) -> pa.ChunkedArray
         raise SchemaMismatch(
             f"Column '{name}' should be {dtype}; its values are of several types."
         ) from error
+
+
+def _rich_column(values: Sequence[Any], dtype: str, *, name: str) -> pa.ChunkedArray:
+    """Dates, bytes, decimals and lists, from text or from a database's own values; whether a list has the declared
+    length is a row's own matter and judged later."""
+    any_length = dtype if (one := list_of(dtype)) is None else f"list<{one.element}>"
+    found, bad = [], 0
+    for value in values:
+        try:
+            found.append(None if value is None else _rich_value(value, any_length))
+        except ValueError:
+            bad += 1
+    if bad:
+        raise _misfits(name, dtype, bad, len(values))
+    return pa.chunked_array([pa.array(found, DTYPES[dtype])])
+
+
+def _rich_value(value: Any, dtype: str) -> Any:
+    match value:
+        case str() if list_of(dtype) is not None:
+            return from_json(orjson.loads(value), dtype)
+        case bytes() | bytearray() | memoryview() if dtype == "bytes":
+            return bytes(value)
+        case dt.date() if dtype == "date" and type(value) is dt.date:
+            return value
+        case _:
+            return from_json(value, dtype)
+
+
+def _misfits(name: str, dtype: str, bad: int, values: int) -> SchemaMismatch:
+    return SchemaMismatch(
+        f"Column '{name}' should be {dtype}; {bad} of {values} values in one block are not. "
+        f"Write {_LIKE[re.split('[<(]', dtype)[0]]}, and leave nulls empty (or name them with `nulls`)."
+    )
 
 
 def _cast_values(column: pa.ChunkedArray, dtype: str, *, name: str) -> pa.ChunkedArray:

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.batch_checks import Outlier, Unique
-from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time, is_utf8
+from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time, is_utf8, misfits
 from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
+from feature_jobs.store.dtypes import list_of
 from feature_jobs.store.point_in_time import DELETED
 from feature_jobs.store.profile import Profile
 
@@ -186,6 +187,10 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile 
     for name in ("event_timestamp", "created_timestamp"):
         yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
         yield _Rule(f"{name} lies before the year 1", pc.fill_null(pc.less(table[name], start), False))
+    for field in view.schema:
+        if (wanted := list_of(field.dtype)) is not None:
+            for said, failing in misfits(table[field.name], wanted.length):
+                yield _Rule(f"{field.name} {said}", failing)
     for check in view.checks:
         if isinstance(check, RowCheck | Outlier):
             failing = _failing(check, table[check.column], baseline)

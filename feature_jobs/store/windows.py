@@ -37,6 +37,7 @@ _DTYPES: dict[str, pl.DataType] = {
     "float64": pl.Float64(),
     "string": pl.String(),
     "timestamp": _TIME,
+    "date": pl.Date(),
 }
 
 

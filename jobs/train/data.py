@@ -19,7 +19,7 @@ from cluster.runtime.signature import Label
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
 from feature_jobs.store.kept import place_of, read_kept
-from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.row_hash import has_row_hash
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.target import Target, encode_target, learn_classes
 
@@ -105,7 +105,7 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
         raise TrainingSetError(
             f"{uri} describes {rows} rows, the file has {table.num_rows}{lacks}. Build the training set again."
         )
-    if manifest.get("row_hash", row_hash(table)) != row_hash(table):
+    if "row_hash" in manifest and not has_row_hash(table, manifest["row_hash"]):
         raise TrainingSetError(
             f"{uri} describes other rows than the file has. Build the training set again, or take the manifest away "
             "to learn from the file as it is."

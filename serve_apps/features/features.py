@@ -34,6 +34,7 @@ from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout
 from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.dtypes import to_json
 from feature_jobs.store.online import FeatureReader, open_online
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.protection import view_resources
@@ -105,7 +106,9 @@ class Features:
             "service": reader.spec.name,
             "service_version": reader.spec.version,
             "as_of": asked.as_of.isoformat(),
-            "features": vectors.columns,
+            "features": {
+                name: to_json(values, reader.dtypes[name]) for name, values in vectors.columns.items()
+            },
             "status": vectors.status,
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.catalog import ServiceSpec
+from feature_jobs.store.dtypes import to_json
 from feature_jobs.store.missing import Value, settle
 from feature_jobs.store.on_demand import add_on_demand, made_on_demand
 from feature_jobs.store.online import FeatureReader, Status
@@ -63,13 +64,14 @@ def model_inputs(
         needed = _needed(spec, wanted, overrides)
         defaulted = settle(spec.missing, vectors.columns, vectors.status, service=spec.name, needed=needed)
     add_on_demand(spec, vectors, overrides, wanted)
+    dtypes = spec.dtypes if defaulted else {}
     columns = {name: overrides[name] if name in overrides else vectors.columns[name] for name in wanted}
     read = [name for name in wanted if name not in overrides]
     shown = [*read, *(name for name in defaulted if name not in columns)]
     return ModelInputs(
         columns=columns,
         status={name: vectors.status[name] for name in shown if set(vectors.status[name]) != _WHOLE},
-        defaults={name: spec.missing.defaults[name] for name in defaulted},
+        defaults={name: to_json([spec.missing.defaults[name]], dtypes[name])[0] for name in defaulted},
         defaulted={name: rows for name, rows in defaulted.items() if name in columns},
     )
 
