@@ -196,7 +196,9 @@ class FeatureStore:
         moment = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
         vectors = FeatureReader(spec, self._online).read(entities, moment)
         made = [name for one in spec.on_demand for name in one.columns]
-        dtypes = {name: dtype for name, dtype in spec.dtypes.items() if features is not None or name not in made}
+        dtypes = {
+            name: dtype for name, dtype in spec.dtypes.items() if features is not None or name not in made
+        }
         if features is not None:
             add_on_demand(spec, vectors, features, made)
         keys = {key: [entity.get(key) for entity in entities] for entity in entities[:1] for key in entity}

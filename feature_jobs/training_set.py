@@ -228,8 +228,8 @@ def check_same(original: Manifest, table: pa.Table) -> None:
     """
     if not has_row_hash(table, original.row_hash):
         raise Inconsistent(
-            f"Built again from {original.path} the rows have hash {row_hash(table)[:16]}, not {original.row_hash[:16]}. "
-            "Nothing was written. Compare the tables' files with a backup."
+            f"Built again from {original.path} the rows have hash {row_hash(table)[:16]}, "
+            f"not {original.row_hash[:16]}. Nothing was written. Compare the tables' files with a backup."
         )
 
 

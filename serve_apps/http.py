@@ -63,7 +63,12 @@ NUMPY = orjson.OPT_SERIALIZE_NUMPY
 
 def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON response."""
-    return Response(orjson.dumps(content, option=NUMPY), status_code=status, media_type="application/json", headers=headers)
+    return Response(
+        orjson.dumps(content, option=NUMPY),
+        status_code=status,
+        media_type="application/json",
+        headers=headers,
+    )
 
 
 def refusal(error: Exception) -> Response:

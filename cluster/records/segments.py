@@ -92,7 +92,11 @@ class SegmentWriter:
             segment = self._next()
         place, count = segment.place, segment.count
         lines = [
-            base64.b64encode(self._cipher.encrypt(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(place, b"%d" % number)))
+            base64.b64encode(
+                self._cipher.encrypt(
+                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(place, b"%d" % number)
+                )
+            )
             + b"\n"
             for number, record in enumerate(records, start=count)
         ]

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import InvalidRequest, did_you_mean
+from cluster.runtime.list_encoding import list_row, list_rows
 from cluster.runtime.signature import InputSpec, Label, ModelSignature
 
 Matrix = npt.NDArray[np.float32]
@@ -43,6 +44,8 @@ class Encoder:
         encoders = [_encoders(spec) for spec in signature.inputs]
         self._by_value = [by_value for by_value, _, _ in encoders]
         self._by_column = [_by_column(*encoder) for encoder in encoders]
+        self._width = signature.width
+        self._has_lists = any(spec.length is not None for spec in signature.inputs)
 
     def __call__(self, columns: Columns) -> Matrix:
         """The model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
@@ -56,11 +59,24 @@ class Encoder:
         if isinstance(columns, pa.Table):
             return self._encode_table(columns)
         given = self._given(columns)
+        if self._has_lists:
+            return self._encode_with_lists(given)
         if len(given[0]) == 1:
             row = [by_value(values[0]) for by_value, values in zip(self._by_value, given, strict=True)]
             return np.array([row], dtype=np.float32)
         encoded = [by_column(values) for by_column, values in zip(self._by_column, given, strict=True)]
         return np.array(encoded, dtype=np.float32).T.copy()
+
+    def _encode_with_lists(self, given: list[Sequence[Any]]) -> Matrix:
+        matrix, at = np.empty((len(given[0]), self._width), dtype=np.float32), 0
+        for spec, by_column, values in zip(self._inputs, self._by_column, given, strict=True):
+            if spec.length is None:
+                matrix[:, at] = by_column(values)
+            else:
+                for row, value in enumerate(values):
+                    matrix[row, at : at + spec.length] = list_row(spec, spec.length, value)
+            at += spec.width
+        return matrix
 
     def _given(self, columns: Mapping[str, Sequence[Any]]) -> list[Sequence[Any]]:
         """Each input's values, as many of one as of another."""
@@ -78,13 +94,18 @@ class Encoder:
         return given
 
     def _encode_table(self, table: pa.Table) -> Matrix:
-        matrix = np.empty((table.num_rows, len(self._inputs)), dtype=np.float32)
-        for position, spec in enumerate(self._inputs):
+        matrix, at = np.empty((table.num_rows, self._width), dtype=np.float32), 0
+        for spec in self._inputs:
             if spec.name not in table.column_names:
                 raise InvalidRequest(
                     f"Input '{spec.name}' is missing.{did_you_mean(spec.name, table.column_names)}"
                 )
-            matrix[:, position] = _encode_column(spec, table.column(spec.name))
+            column = table.column(spec.name)
+            if spec.length is None:
+                matrix[:, at] = _encode_column(spec, column)
+            else:
+                matrix[:, at : at + spec.length] = list_rows(spec, spec.length, column)
+            at += spec.width
         return matrix
 
 

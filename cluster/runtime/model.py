@@ -39,9 +39,9 @@ class Model:
         Raises:
             RefusedError: other inputs than the signature names, or scores that do not fit its task.
         """
-        if engine.num_inputs != len(signature.inputs):
+        if engine.num_inputs != signature.width:
             raise RefusedError(
-                f"The model takes {engine.num_inputs} inputs, its signature names {len(signature.inputs)}. "
+                f"The model takes {engine.num_inputs} inputs, its signature names {signature.width}. "
                 "Train the version again."
             )
         self.signature = signature
@@ -68,7 +68,7 @@ class Model:
         return (num_rows,)
 
     def _check_scores(self) -> None:
-        matrix = np.full((1, len(self.signature.inputs)), math.nan, dtype=np.float32)
+        matrix = np.full((1, self.signature.width), math.nan, dtype=np.float32)
         scores = self._engine.scores(matrix)
         if scores.shape != self._shape(1) or not np.isfinite(scores).all():
             raise RefusedError(

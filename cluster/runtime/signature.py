@@ -58,13 +58,22 @@ class InputSpec:
     """Arrow type name of the values that are given."""
     categories: tuple[Label, ...] | None = None
     """The known values of a categorical input, in code order; none for a number."""
+    length: int | None = None
+    """Of a list of numbers: how many, each a column of the model's matrix; `dtype` is that of one."""
 
     def __post_init__(self) -> None:
+        if self.length is not None and (self.length < 1 or self.categories is not None):
+            raise ValueError(f"Input '{self.name}' is a list of {self.length} numbers with categories.")
         if self.categories is None and self.dtype not in NUMERIC:
             raise ValueError(
                 f"Input '{self.name}' has type {self.dtype}, which a model cannot take as a number: "
-                "declare it categorical or exclude it."
+                "declare it categorical, exclude it, or make a number of it in a transform."
             )
+
+    @property
+    def width(self) -> int:
+        """Columns of the model's matrix."""
+        return 1 if self.length is None else self.length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +110,19 @@ class ModelSignature:
         return [spec.name for spec in self.inputs]
 
     @property
+    def matrix_columns(self) -> list[InputSpec]:
+        """The input of each column of the model's matrix; a list has several."""
+        return [spec for spec in self.inputs for _ in range(spec.width)]
+
+    @property
+    def width(self) -> int:
+        """Columns of the model's matrix."""
+        return sum(spec.width for spec in self.inputs)
+
+    @property
     def categorical(self) -> list[int]:
-        """Positions of the categorical inputs."""
-        return [i for i, spec in enumerate(self.inputs) if spec.categories is not None]
+        """Positions of the categorical inputs in the matrix."""
+        return [i for i, spec in enumerate(self.matrix_columns) if spec.categories is not None]
 
     @property
     def num_scores(self) -> int:
@@ -125,7 +144,12 @@ def parse_signature(text: str | bytes) -> ModelSignature:
     try:
         fields: dict[str, Any] = json.loads(text)
         inputs = tuple(
-            InputSpec(name=one["name"], dtype=one["dtype"], categories=_tuple(one["categories"]))
+            InputSpec(
+                name=one["name"],
+                dtype=one["dtype"],
+                categories=_tuple(one["categories"]),
+                length=one.get("length"),
+            )
             for one in fields.pop("inputs")
         )
         task = Task(fields.pop("task"))

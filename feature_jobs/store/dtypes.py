@@ -142,10 +142,10 @@ def _arrow(dtype: str) -> pa.DataType:
         if one.element not in _ELEMENTS or (one.length is not None and not 1 <= one.length <= MAX_LIST):
             return _unknown(dtype)
         return pa.list_(pa.field(ELEMENT, _SCALARS[one.element]))
-    if (number := decimal_of(dtype)) is not None and 0 <= number.scale <= number.digits <= MAX_DIGITS:
-        if number.digits:
-            return pa.decimal128(number.digits, number.scale)
-    return _unknown(dtype)
+    number = decimal_of(dtype)
+    if number is None or not (1 <= number.digits <= MAX_DIGITS and 0 <= number.scale <= number.digits):
+        return _unknown(dtype)
+    return pa.decimal128(number.digits, number.scale)
 
 
 def _unknown(dtype: str) -> Any:

@@ -63,8 +63,8 @@ def build(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label:
         reference=_days(_reference(model, reference, label), days),
         served=_days(_served(signature, served), np.repeat(np.arange(len(chunks)), served_rows)),
         chunks=chunks,
-        continuous=[spec.name for spec in signature.inputs if not _is_categorical(signature, spec.name)],
-        categorical=[spec.name for spec in signature.inputs if _is_categorical(signature, spec.name)],
+        continuous=[name for name in _scalars(signature) if not _is_categorical(signature, name)],
+        categorical=[name for name in _scalars(signature) if _is_categorical(signature, name)],
     )
 
 
@@ -112,7 +112,7 @@ def _served(signature: ModelSignature, rows: pl.DataFrame) -> pd.DataFrame:
 
 def _inputs(signature: ModelSignature, rows: pl.DataFrame) -> pd.DataFrame:
     columns: dict[str, Any] = {}
-    for name in signature.columns:
+    for name in _scalars(signature):
         if _is_categorical(signature, name):
             values = rows[name].to_list()
             columns[name] = np.array(
@@ -138,6 +138,11 @@ def _coder(signature: ModelSignature) -> Callable[[Any], Any]:
         case _:
             return float
     return lambda value: codes.get(value, codes.get(str(value)))
+
+
+def _scalars(signature: ModelSignature) -> list[str]:
+    """The inputs that are one value each; the distance of lists is not measured."""
+    return [spec.name for spec in signature.inputs if spec.length is None]
 
 
 def _is_categorical(signature: ModelSignature, name: str) -> bool:

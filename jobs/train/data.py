@@ -18,6 +18,7 @@ from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import Label
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
+from feature_jobs.store.dtypes import list_of
 from feature_jobs.store.kept import place_of, read_kept
 from feature_jobs.store.row_hash import has_row_hash
 from jobs.train.config import LearningConfig, SplitConfig
@@ -171,10 +172,10 @@ def learn_signature(
     """
     table, manifest = source.table, source.manifest
     rows = table.filter(pa.array(fit))
-    declared = {column["name"]: bool(column["categorical"]) for column in manifest.get("columns", [])}
+    declared = {column["name"]: column for column in manifest.get("columns", [])}
     try:
         inputs = tuple(
-            _input(rows[name], name, config, declared.get(name)) for name in input_names(config, source)
+            _input(rows[name], name, config, declared.get(name, {})) for name in input_names(config, source)
         )
         return ModelSignature(
             task=config.task,
@@ -231,10 +232,12 @@ def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
     return table[label]
 
 
-def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared: bool | None) -> InputSpec:
+def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared: dict[str, Any]) -> InputSpec:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind):
+        return _list_input(kind, name, str(declared.get("dtype", "")))
     textual = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (textual or declared):
+    if not (textual or declared.get("categorical")):
         return InputSpec(name=name, dtype=str(kind))
     categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(kind).drop_null()).to_pylist()))
     if len(categories) > config.max_categories:
@@ -243,3 +246,15 @@ def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared:
             "max_categories."
         )
     return InputSpec(name=name, dtype="string" if textual else str(kind), categories=categories)
+
+
+def _list_input(kind: pa.DataType, name: str, dtype: str) -> InputSpec:
+    """A list of numbers that always has the same length: a column of the matrix for each of them."""
+    declared = list_of(dtype)
+    length = kind.list_size if pa.types.is_fixed_size_list(kind) else declared.length if declared else None
+    if length is None:
+        raise TrainingSetError(
+            f"Input '{name}' is {dtype or kind}, lists of any length, which no model takes: declare their length, as "
+            "list<float32, 384>, exclude the input, or make numbers of it in a transform."
+        )
+    return InputSpec(name=name, dtype=str(kind.value_type), length=length)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from cluster.runtime import InputSpec
-from feature_jobs.store.catalog import ServiceSpec
+from feature_jobs.store.catalog import FieldSpec, ServiceSpec
+from feature_jobs.store.dtypes import is_rich
 from feature_jobs.store.on_demand import load
 
 
-def request_inputs(spec: ServiceSpec) -> dict[str, InputSpec]:
+def request_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:
     """What a client may give in "features" beside the model's own inputs.
 
     Raises:
         DefinitionError: a transform's code is not here, or is not what the model was trained with.
     """
-    inputs = {}
+    inputs: dict[str, InputSpec | FieldSpec] = {}
     for one in spec.on_demand:
         load(one)
         for field in one.inputs:
+            if is_rich(field.dtype) or field.dtype == "timestamp":
+                inputs[field.name] = field
+                continue
             categories = () if field.dtype == "string" else None
             inputs[field.name] = InputSpec(name=field.name, dtype=field.dtype, categories=categories)
     return inputs

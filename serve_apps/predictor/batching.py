@@ -51,7 +51,7 @@ def batches(model: Model, config: BatchingConfig) -> Batches | None:
     over a whole call: what one request is answered would depend on whose came beside it, and could not be replayed."""
     if config.max_rows == 1 or model.signature.precision is Precision.int8:
         return None
-    if not pays(model.predict_matrix, len(model.signature.inputs)):
+    if not pays(model.predict_matrix, model.signature.width):
         return None
     return Batches(model.predict_matrix, max_rows=config.max_rows, max_wait_s=config.max_wait_ms / 1000)
 

@@ -15,7 +15,7 @@ import orjson
 from cluster.errors import InvalidRequest, did_you_mean
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
 from serve_apps.http import parse_json
-from serve_apps.predictor.request import Scalar, shown
+from serve_apps.predictor.request import shown
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
 
 PLATFORM = "falaj"
@@ -37,7 +37,7 @@ class Inference:
     """A request of `infer`: all features are given."""
 
     id: str | None
-    columns: dict[str, list[Scalar]]
+    columns: dict[str, list[Any]]
     count: int
     outputs: tuple[Wanted, ...]
     """In the order of the answer."""
@@ -96,7 +96,7 @@ def parse_infer(
     tensors = body.get("inputs")
     if not isinstance(tensors, list) or not tensors:
         raise InvalidRequest('Give "inputs" as a list of tensors, one per feature.')
-    columns: dict[str, list[Scalar]] = {}
+    columns: dict[str, list[Any]] = {}
     count: int | None = None
     for content in tensors:
         tensor = read_tensor(content, raw)
@@ -106,7 +106,7 @@ def parse_infer(
         count = len(tensor.values) if count is None else count
         if len(tensor.values) != count:
             raise InvalidRequest(f"Input '{tensor.name}' has {len(tensor.values)} values for {count} rows.")
-        columns[tensor.name] = tensor.values
+        columns[tensor.name] = _values(tensor, inputs[tensor.name])
     raw.finish()
     if missing := inputs.keys() - columns.keys():
         raise InvalidRequest(f"Input '{min(missing)}' is missing; the model takes {len(inputs)} inputs.")
@@ -169,7 +169,12 @@ def metadata(name: str, version: int, signature: ModelSignature) -> dict[str, An
         "versions": [str(version)],
         "platform": PLATFORM,
         "inputs": [
-            {"name": spec.name, "datatype": datatype(spec.dtype), "shape": [-1]} for spec in signature.inputs
+            {
+                "name": spec.name,
+                "datatype": datatype(spec.dtype),
+                "shape": [-1] if spec.length is None else [-1, spec.length],
+            }
+            for spec in signature.inputs
         ],
         "outputs": outputs,
         "task": signature.task.value,
@@ -220,6 +225,20 @@ def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, Input
         raise InvalidRequest(
             f"Input '{spec.name}' must be {wanted.kind.value} ({wanted.name}), got {tensor.datatype.name}."
         )
+
+
+def _values(tensor: Tensor, spec: InputSpec) -> list[Any]:
+    """A tensor's rows as the input takes them.
+
+    Raises:
+        InvalidRequest: another shape than the input has.
+    """
+    if tensor.width != spec.width:
+        shape = "[n] or [n, 1]" if spec.length is None else f"[n, {spec.length}]"
+        raise InvalidRequest(f"Input '{spec.name}' has {tensor.width} values a row; give shape {shape}.")
+    if spec.length == 1:
+        return [None if value is None else [value] for value in tensor.values]
+    return tensor.values
 
 
 def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:

@@ -15,7 +15,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
-from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.catalog import FieldSpec, service_spec
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.edge.targets import serve_targets
@@ -30,7 +30,7 @@ class ServedFeatures:
     """What a model reads by key, and what a request must say beside it."""
 
     reader: FeatureReader | None = None
-    asked: dict[str, InputSpec] = field(default_factory=dict)
+    asked: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

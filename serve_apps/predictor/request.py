@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from cluster.errors import InvalidRequest, did_you_mean
+from cluster.runtime.list_encoding import list_row
 from cluster.runtime.signature import InputSpec
+from feature_jobs.store.catalog import FieldSpec
+from feature_jobs.store.dtypes import from_json, list_of
 
 MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63
 MAX_SHOWN = 60
 _KNOWN_FIELDS = frozenset({"entities", "features", "as_of"})
 
+Asked = InputSpec | FieldSpec
+"""An input of the model, or one that an on-demand transform alone takes."""
 Scalar = str | int | float | bool | None
 
 
@@ -22,12 +29,12 @@ class ByKey:
     """A request of `:predict`: features are read by the entities' keys."""
 
     entities: list[dict[str, Any]]
-    overrides: dict[str, list[Scalar]]
+    overrides: dict[str, list[Any]]
     """Input to one value per entity, taking the place of what the store holds."""
     as_of: dt.datetime
 
 
-def parse_predict(body: dict[str, Any], inputs: dict[str, InputSpec], *, now: dt.datetime) -> ByKey:
+def parse_predict(body: dict[str, Any], inputs: Mapping[str, Asked], *, now: dt.datetime) -> ByKey:
     """The request in a `:predict` body.
 
     Raises:
@@ -43,8 +50,8 @@ def parse_predict(body: dict[str, Any], inputs: dict[str, InputSpec], *, now: dt
     return ByKey(entities=entities, overrides=overrides, as_of=parse_as_of(body.get("as_of"), now))
 
 
-def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) -> list[Scalar]:
-    """One value per entity for an input, from a single value or a list.
+def override(inputs: Mapping[str, Asked], name: str, value: Any, count: int) -> list[Any]:
+    """One value per entity for an input, from a single value or a list of them; a value may be a list itself.
 
     Raises:
         InvalidRequest: an unknown input, a wrong number of values, or one of the wrong type.
@@ -52,7 +59,9 @@ def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) ->
     spec = inputs.get(name)
     if spec is None:
         raise InvalidRequest(f"The model has no input '{name}'.{did_you_mean(name, inputs)}")
-    values = value if isinstance(value, list) else [value] * count
+    is_list = spec.length is not None if isinstance(spec, InputSpec) else list_of(spec.dtype) is not None
+    several = isinstance(value, list) and (not is_list or {type(one) for one in value} & {list, NoneType})
+    values = value if several else [value] * count
     if len(values) != count:
         raise InvalidRequest(f"Input '{name}' has {len(values)} values for {count} entities.")
     for one in values:
@@ -60,13 +69,22 @@ def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) ->
     return values
 
 
-def check_value(spec: InputSpec, value: Any) -> None:
-    """Refuse what is no scalar of the input's type; null is always allowed.
+def check_value(spec: Asked, value: Any) -> None:
+    """Refuse what is no value of the input's type; null is always allowed.
 
     Raises:
         InvalidRequest
     """
     if value is None:
+        return
+    if isinstance(spec, FieldSpec):
+        try:
+            from_json(value, spec.dtype)
+        except ValueError as error:
+            raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}: {error}.") from error
+        return
+    if spec.length is not None:
+        list_row(spec, spec.length, value)
         return
     if isinstance(value, dict | list):
         raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")

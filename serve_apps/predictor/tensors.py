@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InvalidRequest
+from feature_jobs.store.dtypes import MAX_LIST
 from serve_apps.predictor.request import MAX_ENTITIES, MAX_INTEGER, Scalar, shown
 
 _LENGTH = struct.Struct("<I")
@@ -75,7 +76,10 @@ class Tensor:
 
     name: str
     datatype: Datatype
-    values: list[Scalar]
+    values: list[Any]
+    """One a row: a scalar, or a list where the tensor is wider than one; a list of nulls alone is a null."""
+    width: int
+    """Values a row."""
 
 
 class RawData:
@@ -117,7 +121,7 @@ class RawData:
 
 
 def read_tensor(content: Any, raw: RawData) -> Tensor:
-    """One of a request's `inputs`; of a shape [n] or [n, 1], its data nested as the shape says, flat, or raw.
+    """One of a request's `inputs`; of a shape [n] or [n, m], its data nested as the shape says, flat, or raw.
 
     Raises:
         InvalidRequest: naming the input and what of it does not fit.
@@ -133,13 +137,13 @@ def read_tensor(content: Any, raw: RawData) -> Tensor:
     shape = _shape(name, content.get("shape"))
     parameters = parameters_of(content, f"Input '{name}'")
     if "binary_data_size" not in parameters:
-        return Tensor(
-            name=name, datatype=datatype, values=_from_json(name, datatype, shape, content.get("data"))
-        )
+        values = _from_json(name, datatype, shape, content.get("data"))
+        return Tensor(name=name, datatype=datatype, values=_rows(name, shape, values), width=_width(shape))
     if "data" in content:
         raise InvalidRequest(f"Input '{name}' has both data and binary_data_size; give one.")
     data = raw.take(name, parameters["binary_data_size"])
-    return Tensor(name=name, datatype=datatype, values=_from_raw(name, datatype, shape[0], data))
+    values = _from_raw(name, datatype, shape[0] * _width(shape), data)
+    return Tensor(name=name, datatype=datatype, values=_rows(name, shape, values), width=_width(shape))
 
 
 def parameters_of(content: dict[str, Any], what: str) -> dict[str, Any]:
@@ -170,20 +174,42 @@ def to_raw(datatype: str, values: list[Any]) -> bytes:
 
 def _shape(name: str, shape: Any) -> list[int]:
     fits = isinstance(shape, list) and all(type(size) is int for size in shape)
-    if not fits or not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
-        raise InvalidRequest(f"Input '{name}' has shape {shown(shape)}; give [n] or [n, 1].")
+    if not fits or not (len(shape) == 1 or (len(shape) == 2 and 1 <= shape[1] <= MAX_LIST)):
+        raise InvalidRequest(
+            f"Input '{name}' has shape {shown(shape)}; give [n], [n, 1], or [n, m] for a list."
+        )
     if not 1 <= shape[0] <= MAX_ENTITIES:
         raise InvalidRequest(f"Input '{name}' has shape {shape}; a request has 1 to {MAX_ENTITIES} rows.")
     return list(shape)
+
+
+def _width(shape: list[int]) -> int:
+    return shape[1] if len(shape) == 2 else 1
+
+
+def _rows(name: str, shape: list[int], values: list[Scalar]) -> list[Any]:
+    width = _width(shape)
+    if width == 1:
+        return values
+    rows = [values[at : at + width] for at in range(0, len(values), width)]
+    if None in values:
+        missing = [set(map(type, row)) == {NoneType} for row in rows]
+        if any(None in row and not gone for row, gone in zip(rows, missing, strict=True)):
+            raise InvalidRequest(
+                f"Input '{name}' has a row that is missing in part; a list is whole or missing."
+            )
+        return [None if gone else row for row, gone in zip(rows, missing, strict=True)]
+    return rows
 
 
 def _from_json(name: str, datatype: Datatype, shape: list[int], data: Any) -> list[Scalar]:
     if not isinstance(data, list):
         raise InvalidRequest(f"Input '{name}' needs data as a list, got {type(data).__name__}.")
     values: list[Any] = data
-    if len(shape) == 2 and set(map(type, data)) == {list} and set(map(len, data)) == {1}:
-        values = [value for (value,) in data]
-    if len(values) != shape[0]:
+    width = _width(shape)
+    if len(shape) == 2 and set(map(type, data)) == {list} and set(map(len, data)) == {width}:
+        values = [value for row in data for value in row]
+    if len(values) != shape[0] * width:
         raise InvalidRequest(f"Input '{name}' has shape {shape} and {len(values)} values.")
     found = set(map(type, values)) - {NoneType}
     if not found <= datatype.types:

@@ -1,7 +1,8 @@
 """`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, turn by turn with Feast.
 
 Ours are typed, checked against a time-to-live, and sealed as internal columns are; through LMDB in this process and
-through a Redis of the bench's own. A case is `<engine> <entities>` with 10 features, and `… x50` with 50. Feast is
+through a Redis of the bench's own. A case is `<engine> <entities>` with 10 features, `… x50` with 50, and `… list384`
+with one list of 384 float32, which Feast is not asked for and of which a tenth of the entities have one. Feast is
 installed into an environment of its own below `build/`; where that fails it is left out with a message. It is given a
 minute to load its store, so its stores are smaller than ours; how large they are is printed.
 
@@ -44,6 +45,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENTITIES = int(os.environ.get("ENTITIES", "1000000"))
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 FEATURES, BATCHES, ROUNDS = (10, 50), {1: 2000, 100: 200}, 5
+LIST = 384
+"""Elements of the list, in place of a number of features."""
 FEAST, FEAST_LOAD_S, FEAST_SHARE = "feast[redis]==0.67.0", 60.0, 10
 """Feast makes a tenth of the calls, because each takes so much longer."""
 ENVIRONMENT = ROOT / "build" / "feast"
@@ -53,21 +56,27 @@ Measure = Callable[[int, int], list[int]]
 
 
 def view_of(features: int) -> ViewSpec:
-    """A view with so many internal columns."""
-    fields = [
-        FieldSpec(name=f"f{number}", dtype="float64", sensitivity="internal", categorical=False)
-        for number in range(features)
-    ]
+    """A view with so many internal columns, or with one list."""
+    names = ["f0"] if features == LIST else [f"f{number}" for number in range(features)]
+    dtype = f"list<float32, {LIST}>" if features == LIST else "float64"
+    fields = [FieldSpec(name=name, dtype=dtype, sensitivity="internal", categorical=False) for name in names]
     return ViewSpec(name=f"v{features}", version="1", join_keys=["id"], fields=fields, ttl_s=86_400.0)
 
 
 def rows(features: int) -> Iterator[OnlineRow]:
     """One row an entity."""
     draw, at = np.random.default_rng(0), microseconds(AT)
-    for first in range(0, ENTITIES, 10_000):
-        piece = draw.standard_normal((min(10_000, ENTITIES - first), features)).tolist()
+    entities = entities_of(features)
+    for first in range(0, entities, 10_000):
+        piece = draw.standard_normal((min(10_000, entities - first), features)).tolist()
         for number, values in enumerate(piece, start=first):
-            yield OnlineRow(keys=(number,), event_us=at, created_us=at, seq=number, values=values)
+            row = [values] if features == LIST else values
+            yield OnlineRow(keys=(number,), event_us=at, created_us=at, seq=number, values=row)
+
+
+def entities_of(features: int) -> int:
+    """How many there are."""
+    return ENTITIES // 10 if features == LIST else ENTITIES
 
 
 def ours(store: OnlineStore, kind: str, features: int) -> Measure:
@@ -76,19 +85,20 @@ def ours(store: OnlineStore, kind: str, features: int) -> Measure:
     store.replace(view, {"id": "int64"}, rows(features))
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
     print(f"  {kind}, {features} features: loaded in {time.monotonic() - began:.0f} s")
-    vectors = reader.read([{"id": ENTITIES - 1}, {"id": ENTITIES}], AT)
+    entities = entities_of(features)
+    vectors = reader.read([{"id": entities - 1}, {"id": entities}], AT)
     assert list(vectors.status[f"v{features}__f0"]) == ["present", "missing"]
-    return measured(reader)
+    return measured(reader, entities)
 
 
-def measured(reader: FeatureReader) -> Measure:
+def measured(reader: FeatureReader, entities: int) -> Measure:
     """Calls of a reader, each for other entities."""
     draw = random.Random(1)
 
     def measure(size: int, calls: int) -> list[int]:
         taken = []
         for _ in range(calls):
-            asked = [{"id": draw.randrange(ENTITIES)} for _ in range(size)]
+            asked = [{"id": draw.randrange(entities)} for _ in range(size)]
             began = time.perf_counter_ns()
             reader.read(asked, AT)
             taken.append(time.perf_counter_ns() - began)
@@ -155,7 +165,8 @@ def compare(engine: str, features: int, systems: dict[str, Measure]) -> list[dic
                 of_round = measure(size, calls)
                 if number:  # the first one warms up
                     taken[name].append(of_round)
-        case = f"{engine} {size}" + ("" if features == FEATURES[0] else f" x{features}")
+        suffix = {FEATURES[0]: "", LIST: f" list{LIST}"}.get(features, f" x{features}")
+        case = f"{engine} {size}{suffix}"
         for name, rounds in taken.items():
             for percent in (50, 99):
                 value = statistics.median(float(np.percentile(one, percent)) for one in rounds) / 1e6
@@ -174,7 +185,7 @@ def main() -> None:
     """Measure and write the results."""
     python = feast_python()
     results: list[dict[str, Any]] = []
-    keys = [f"online/v{features}/internal" for features in FEATURES]
+    keys = [f"online/v{features}/internal" for features in (*FEATURES, LIST)]
     with ExitStack() as stack:
         access = stack.enter_context(running_broker(*keys))
         url = stack.enter_context(running_redis())
@@ -185,11 +196,12 @@ def main() -> None:
         }
         for engine, config in configs.items():
             store = open_online(config, Layout(str(folder)), key_store(access), readonly=False)
-            for features in FEATURES:
+            for features in (*FEATURES, LIST):
                 with ExitStack() as peers:
                     kind = "sqlite" if engine == "lmdb" else "redis"
                     port = urlsplit(url).port or 0
-                    peer = feast(python, kind, port, features, peers) if python else None
+                    asked = python is not None and features != LIST
+                    peer = feast(str(python), kind, port, features, peers) if asked else None
                     # Loaded after the peer, because some kernels let go of what lies idle for a minute, and what is
                     # measured is a store in memory.
                     systems = {"falaj": ours(store, engine, features)}

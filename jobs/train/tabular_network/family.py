@@ -126,8 +126,8 @@ def loop_config(
 def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
     """The network's shape, with means and scales of the rows to fit on."""
     signature = dataset.signature
-    categorical = signature.categorical
-    numeric = [i for i in range(len(signature.inputs)) if i not in categorical]
+    categorical, columns = signature.categorical, signature.matrix_columns
+    numeric = [i for i in range(signature.width) if i not in categorical]
     numbers = dataset.matrix[dataset.fit][:, numeric]
     means = np.nan_to_num(np.nanmean(numbers, axis=0)) if numeric else np.zeros(0)
     spreads = np.nan_to_num(np.nanstd(numbers, axis=0)) if numeric else np.zeros(0)
@@ -137,7 +137,7 @@ def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
         task=signature.task.value,
         num_outputs=signature.num_scores,
         categorical=categorical,
-        cardinalities=[len(signature.inputs[i].categories or ()) for i in categorical],
+        cardinalities=[len(columns[i].categories or ()) for i in categorical],
         numeric=numeric,
         means=[float(value) for value in means],
         scales=[float(value) or 1.0 for value in spreads],

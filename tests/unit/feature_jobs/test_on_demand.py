@@ -191,7 +191,6 @@ def test_service_without_on_demand_keeps_its_version() -> None:
         (lambda: on_demand(inputs=[]), "needs inputs and a schema"),
         (lambda: on_demand(inputs=[ASKED, ASKED]), "names the field 'asked' twice"),
         (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "kept for the platform"),
-        (lambda: on_demand(inputs=[Field("at", "timestamp")]), "must be text or a number"),
     ],
 )
 def test_transform_that_cannot_work_is_refused(make: Any, words: str) -> None:
