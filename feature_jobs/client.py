@@ -72,8 +72,20 @@ class Rows:
         return pl.DataFrame(pl.from_arrow(self.table))
 
     def to_pandas(self) -> pd.DataFrame:
-        """As pandas."""
-        return self.table.to_pandas()
+        """As pandas, with nullable dtypes for whole numbers and bools, so that a null costs no digits.
+
+        Times keep their microseconds; dates, decimals, bytes and texts are Python's own, a list is a NumPy array.
+        """
+        import pandas as pd  # only where it is used
+
+        nullable = {
+            pa.bool_(): pd.BooleanDtype(),
+            **{pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype()},
+            **{pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()},
+            **{pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype()},
+            **{pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype()},
+        }
+        return self.table.to_pandas(types_mapper=nullable.get)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from cluster.session import refusal_behind
 from cluster.storage import Layout, is_uri
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
+from feature_jobs.store.partitions import partitions_of, with_partitions
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
@@ -27,6 +28,8 @@ from feature_jobs.store.typed import column_types, typed_rows, typed_text
 from feature_jobs.store.validation import prepare_part
 
 HEAD_ROWS = 1000
+_PATH = "path"
+"""Column in which Ray says where a row was read."""
 BATCH_ROWS = 131_072
 
 
@@ -96,7 +99,7 @@ def heads(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> Iterat
         return
     shape = _shape(opened, view, known)
     for path in opened.paths:
-        yield shape.typed(head(path, HEAD_ROWS, opened.source))
+        yield shape.of_file(head(path, HEAD_ROWS, opened.source), path)
 
 
 def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.data.Dataset:
@@ -104,16 +107,26 @@ def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.
     if isinstance(opened, SourceRows):
         return ray.data.from_arrow_refs(opened.blocks)
     kind, (paths, filesystem) = opened.source.kind, _for_arrow(opened.paths)
+    partitioned = any(map(partitions_of, opened.paths))
+    # Ray's own reading of partition folders knows no declared types.
+    common: dict[str, Any] = {
+        "filesystem": filesystem,
+        "file_extensions": None,
+        "partitioning": None,
+        "include_paths": partitioned,
+    }
     match kind:
         case FileFormat.parquet:
-            return ray.data.read_parquet(paths, filesystem=filesystem)
+            rows = ray.data.read_parquet(paths, **common)
+            if not partitioned:
+                return rows
         case FileFormat.csv:
-            options = csv_options(opened.paths, opened.source)
-            text = ray.data.read_csv(paths, filesystem=filesystem, file_extensions=None, **options)
+            rows = ray.data.read_csv(paths, **common, **csv_options(opened.paths, opened.source))
         case FileFormat.json:
-            text = ray.data.read_text(paths, filesystem=filesystem, file_extensions=None)
+            rows = ray.data.read_text(paths, **common)
     shape = _shape(opened, view, known)
-    return text.map_batches(shape.typed, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+    typed = shape.of_files if partitioned else shape.typed
+    return rows.map_batches(typed, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
 
 
 def prepared(
@@ -195,13 +208,27 @@ class _Shape:
                 lines = [line for line in block["text"].to_pylist() if line.strip()]
                 return typed_rows(parsed_lines(lines), self.types, self.names)
 
+    def of_file(self, block: pa.Table, path: str) -> pa.Table:
+        """Rows of one file."""
+        return with_partitions(self.typed(block), path, self.types)
+
+    def of_files(self, block: pa.Table) -> pa.Table:
+        """Rows of some files, which Ray names in a column."""
+        parts, paths = [], block[_PATH].dictionary_encode().combine_chunks()
+        content = block.drop_columns([_PATH])
+        for number, path in enumerate(paths.dictionary.to_pylist()):
+            part = content.filter(pc.equal(paths.indices, number))
+            parts.append(self.of_file(part, path))
+        return pa.concat_tables(parts, promote_options="permissive") if parts else content
+
 
 def _shape(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) -> _Shape:
     first, kind = head(files.paths[0], HEAD_ROWS, files.source), files.source.kind
     if kind is FileFormat.json:
         rows = parsed_lines(first["text"].to_pylist())
         first = typed_rows(rows, _natural(rows[0] if rows else {}, view))
-    return _Shape(kind=kind, types=column_types(view, first, known), names=first.column_names)
+    names, first = first.column_names, with_partitions(first, files.paths[0])
+    return _Shape(kind=kind, types=column_types(view, first, known), names=names)
 
 
 def _natural(row: Mapping[str, Any], view: FeatureView) -> dict[str, str]:

@@ -1,0 +1,282 @@
+"""Dtypes: their names, what casts to them without loss, and which rules, windows and categories they take."""
+
+from __future__ import annotations
+
+import datetime as dt
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import DefinitionError, SchemaMismatch
+from feature_jobs.store import (
+    Aggregation,
+    Allowed,
+    Default,
+    Drift,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    Outlier,
+    Pattern,
+    Range,
+    Unique,
+)
+from feature_jobs.store.casting import cast_feature
+from feature_jobs.store.checks import Check
+from feature_jobs.store.dtypes import DTYPES, arrow_values, from_json, online_value, to_json
+from feature_jobs.store.profile import bins, count, profile, sketch
+from feature_jobs.store.row_hash import has_row_hash, row_hash
+from feature_jobs.store.typed import text_column, typed_rows
+from feature_jobs.store.validation import REASON, prepare
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+RICH = {
+    "price": "decimal(12, 2)",
+    "day": "date",
+    "blob": "bytes",
+    "emb": "list<float32, 3>",
+    "tags": "list<string>",
+    "codes": "list<int64>",
+}
+JSON: list[tuple[str, Any, Any]] = [
+    ("bool", True, True),
+    ("int64", 2**53 + 1, 2**53 + 1),
+    ("float64", 0.1, 0.1),
+    ("string", "ü", "ü"),
+    ("timestamp", "2026-01-31T12:00:00.000005Z", 1769860800000005),
+    ("date", "0001-01-01", -719162),
+    ("decimal(12, 2)", "12.50", "12.50"),
+    ("decimal(38, 10)", "0.0000000001", "0.0000000001"),
+    ("bytes", "AP8=", b"\x00\xff"),
+    ("list<float32, 2>", [0.5, -1.0], [0.5, -1.0]),
+    ("list<string>", ["a", ""], ["a", ""]),
+    ("list<int64>", [], []),
+]
+
+
+def view(
+    checks: list[Check] | None = None, fields: dict[str, str] = RICH, name: str = "v", **more: Any
+) -> FeatureView:
+    return FeatureView(
+        name,
+        entities=[Entity("e", join_keys=["id"])],
+        source=FileSource("x.parquet", event_timestamp="at"),
+        schema=[Field(name, dtype) for name, dtype in fields.items()],
+        checks=checks or [],
+        **more,
+    )
+
+
+def block(rows: int = 2, **columns: Any) -> pa.Table:
+    given = {
+        "price": pa.array([Decimal("1.5"), None][:rows]),
+        "day": pa.array([dt.date(2026, 1, 31), None][:rows]),
+        "blob": pa.array([b"\x00", None][:rows]),
+        "emb": pa.array([[0.5, 1.0, 2.0], None][:rows], pa.list_(pa.float64(), 3)),
+        "tags": pa.array([["a"], []][:rows], pa.list_(pa.string())),
+        "codes": pa.array([[2**53 + 1], None][:rows]),
+    } | columns
+    times = pa.array([NOW - timedelta(days=1)] * rows, pa.timestamp("us", "UTC"))
+    return pa.table({"id": list(range(rows)), "at": times, **given})
+
+
+@pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[one[0] for one in JSON])
+def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: Any) -> None:
+    """What one gives, the other takes unchanged; Arrow is made of either."""
+    assert online_value(as_json, dtype) == online
+    assert list(to_json([online, None], dtype)) == [as_json, None]
+    arrow = [arrow_values([one, None], dtype) for one in (as_json, online)]
+    assert arrow[0].equals(arrow[1])
+    assert arrow[0].type == DTYPES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("timestamp", 1769860800000000),
+        ("date", "2026-01-31T00:00:00Z"),
+        ("date", "20260131"),
+        ("decimal(4, 2)", 1.5),
+        ("decimal(4, 2)", "1.555"),
+        ("decimal(4, 2)", "100"),
+        ("decimal(4, 2)", "NaN"),
+        ("bytes", "AP8"),
+        ("bytes", "ü"),
+        ("float32", 1e39),
+        ("float32", 2**24 + 1),
+        ("float64", 2**53 + 1),
+        ("int32", 2**31),
+        ("list<float32>", 0.5),
+        ("list<float32>", [0.5, None]),
+        ("list<float32>", [0.5, 1e39]),
+        ("list<float32>", [float("nan")]),
+        ("list<float32, 2>", [0.5]),
+        ("list<int64>", [True]),
+        ("list<string>", [["a"]]),
+    ],
+)
+def test_json_of_another_form_is_refused(dtype: str, value: Any) -> None:
+    """A number without a unit, a rounded decimal, a list with a hole; no message says the value."""
+    with pytest.raises(ValueError, match=r"^(?!.*(1\.555|1769860800000000))"):
+        from_json(value, dtype)
+
+
+def test_a_dtype_has_one_spelling_and_limits() -> None:
+    """However it was written, so that a view's version does not depend on a space."""
+    assert Field("a", "list<float32,384>").dtype == "list<float32, 384>"
+    assert Field("a", "decimal(12,2)").dtype == "decimal(12, 2)"
+    unknown = ("list<list<int64>>", "list<date>", "list<int64, 0>", "list<int64, 65537>", "decimal(39, 2)")
+    for dtype in (*unknown, "decimal(2, 3)", "decimal(0, 0)", "list", "decimal", "list<int64>[3]"):
+        with pytest.raises(DefinitionError, match="unknown dtype"):
+            Field("a", dtype)
+    for dtype in RICH.values():
+        with pytest.raises(DefinitionError, match="no categories"):
+            Field("a", dtype, categorical=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "column"),
+    [
+        ("decimal(12, 2)", pa.array([1.5])),
+        ("decimal(12, 2)", pa.array([Decimal("1.555")])),
+        ("decimal(12, 2)", pa.array([10**11])),
+        ("float64", pa.array([Decimal("1.5")])),
+        ("date", pa.array([datetime(2026, 1, 1, 5)])),
+        ("date", pa.array([10**9], pa.int32()).cast(pa.date32())),
+        ("bytes", pa.array(["a"])),
+        ("string", pa.array([b"a"])),
+        ("list<float32>", pa.array([[0.1]])),
+        ("list<float64>", pa.array([[2**53 + 1]])),
+        ("list<int64>", pa.array([1])),
+        ("list<int64>", pa.array([["a"]])),
+        ("int64", pa.array([[1]])),
+    ],
+)
+def test_what_would_lose_something_is_refused_by_column(dtype: str, column: pa.Array) -> None:
+    """Also inside lists."""
+    with pytest.raises(SchemaMismatch, match="Column 'c"):
+        cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "column", "expected"),
+    [
+        ("decimal(25, 2)", pa.array([2**63], pa.uint64()), [Decimal("9223372036854775808.00")]),
+        ("date", pa.array([datetime(2026, 1, 1)], pa.timestamp("ns")), [dt.date(2026, 1, 1)]),
+        ("date", pa.array([dt.date(1, 1, 1)], pa.date64()), [dt.date(1, 1, 1)]),
+        ("bytes", pa.array([b"ab"], pa.binary(2)), [b"ab"]),
+        ("list<float32>", pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int8(), 2))[1:], [None, [3.0, 4.0]]),
+        ("list<string>", pa.array([["a"], []], pa.large_list(pa.large_string())), [["a"], []]),
+        ("list<string, 2>", pa.nulls(1), [None]),
+    ],
+)
+def test_other_types_of_the_same_values_are_taken(dtype: str, column: pa.Array, expected: list[Any]) -> None:
+    """Of any width, and of every list that Arrow has."""
+    cast = cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
+    assert (cast.to_pylist(), cast.type) == (expected, DTYPES[dtype])
+
+
+def test_a_list_of_another_length_is_its_row_s_alone() -> None:
+    """It goes to quarantine, as does one with a null among its elements; the types are those declared."""
+    emb = pa.array([[0.5, 1.0, 2.0], [1.0], [1.0, float("nan"), 2.0], None])
+    empty = {name: pa.nulls(4) for name in ("price", "day", "blob", "tags", "codes")}
+    prepared = prepare(block(4, emb=emb, **empty), view(), now=NOW)
+    reasons = [None, "emb has not 3 elements", "emb has a null element", None]
+    assert prepared[REASON].to_pylist() == reasons
+    assert [prepared.schema.field(name).type for name in RICH] == [DTYPES[one] for one in RICH.values()]
+
+
+def test_text_and_json_lines_are_read_as_declared() -> None:
+    """A list is a JSON array in CSV; bytes are base64."""
+    text = {
+        "price": ["1.5", None],
+        "day": ["2026-01-31", None],
+        "blob": ["AA==", None],
+        "emb": ["[0.5, 1, 2]", None],
+        "tags": ['["a"]', "[]"],
+        "codes": [f"[{2**53 + 1}]", None],
+    }
+    columns = {
+        name: text_column(pa.chunked_array([pa.array(values, pa.string())]), RICH[name], name=name)
+        for name, values in text.items()
+    }
+    lines = [
+        {"price": "1.5", "day": "2026-01-31", "blob": "AA==", "emb": [0.5, 1, 2], "tags": ["a"]}
+        | {"codes": [2**53 + 1]},
+        {"tags": []},
+    ]
+    of_json = typed_rows(lines, RICH)
+    wanted = prepare(block(), view(), now=NOW)
+    for name in RICH:
+        assert columns[name].to_pylist() == of_json[name].to_pylist() == wanted[name].to_pylist()
+    with pytest.raises(SchemaMismatch, match=r"'price' should be decimal.*1 of 1 values"):
+        typed_rows([{"price": 1.25}], RICH)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: view([Range("day", minimum=0)]),
+        lambda: view([Range("emb", minimum=0)]),
+        lambda: view([Allowed("price", values=[1])]),
+        lambda: view([Pattern("blob", pattern="a")]),
+        lambda: view([Outlier("price")]),
+        lambda: view([Drift("emb")]),
+        lambda: view([Drift("day")]),
+        lambda: view([Unique(["id", "tags"])]),
+        *(
+            lambda name=name: view(
+                event_id="no",
+                fields={"no": "string", **RICH},
+                aggregations=[Aggregation(name, "last", windows=[timedelta(days=1)])],
+            )
+            for name in ("price", "blob", "emb", "tags")
+        ),
+        lambda: FeatureService("s", views=[view()], missing={"v__emb": Default([1.0])}),
+        lambda: FeatureService("s", views=[view()], missing={"v__price": Default(1.5)}),
+    ],
+)
+def test_what_makes_no_sense_of_a_dtype_is_refused_at_definition(make: Any) -> None:
+    """Rules, windows and defaults."""
+    with pytest.raises(DefinitionError):
+        make()
+
+
+def test_bounds_of_decimals_are_exact() -> None:
+    """As floats, the neighbour of a bound would be taken for it."""
+    rule = Range("c", minimum=0.1, maximum=1e17)
+    numbers = ["0.1000000000", "0.0999999999", "100000000000000000.0000000001", None]
+    column = pa.chunked_array([arrow_values(numbers, "decimal(38, 10)")])
+    assert rule.failing(column).to_pylist() == [False, True, True, False]
+
+
+def test_rich_columns_have_nulls_in_a_batch_s_profile_and_no_distribution() -> None:
+    """There is nothing that a list or bytes could be counted by."""
+    fields = list(view().schema)
+    good = prepare(block(), view(), now=NOW)
+    first = sketch(good, good, fields)
+    chosen = bins([first])
+    whole = profile([first], chosen, [count(good, chosen)])
+    assert (whole.nulls["price"], whole.nulls["tags"], whole.distributions) == (1, 0, {})
+
+
+def test_row_hash_of_lists_does_not_depend_on_the_library() -> None:
+    """Neither on offsets nor on the elements' name; and what an earlier release hashed is still known."""
+    table = pa.table({"a": [[1.0, 2.0], None, []], "s": [["x"], [None], []]})
+    large = pa.schema([("a", pa.large_list(pa.float64())), ("s", pa.large_list(pa.large_string()))])
+    assert row_hash(table.cast(large)) == row_hash(table)
+    changed = [
+        pa.table({"a": [[1.0], None, [2.0]], "s": table["s"]}),
+        pa.table({"a": [[1.0, 2.5], None, []]}),
+    ]
+    assert len({row_hash(one) for one in (table, *changed)}) == 3
+    old = pa.table({"a": pa.array([[1.0, None], None, []]), "s": ["x", None, "z"]})
+    before = "6c843d7cacf4d9af160c4c3006bab98713677422511ca1e5bd31da4caddeb6d5"
+    old = old.append_column("d", pa.array([1, None, 3], pa.date32()))
+    assert has_row_hash(old, before)
+    assert not has_row_hash(table, before)

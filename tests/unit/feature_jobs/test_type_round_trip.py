@@ -1,0 +1,176 @@
+"""Every dtype from a push to the online store, the table, a training set, and back into a push unchanged."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.parquet import ProtectedFiles
+from feature_jobs.store import Default, FeatureService, FeatureView, Field, Sensitivity
+from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.dtypes import to_json
+from feature_jobs.store.missing import settle
+from feature_jobs.store.online import FeatureReader
+from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.training_set import assemble, join_here
+from serve_apps.http import answer
+from tests.push_project import INCOME, START, PushProject
+
+VALUES: dict[str, tuple[str, Any]] = {
+    "flag": ("bool", True),
+    "small": ("int32", -(2**31)),
+    "large": ("int64", 2**53 + 1),
+    "half": ("float32", 0.5),
+    "tenth": ("float64", 0.1),
+    "text": ("string", "ü"),
+    "since": ("timestamp", "2023-05-01T00:00:00.000001Z"),
+    "born": ("date", "1970-01-02"),
+    "price": ("decimal(20, 4)", "-1234567890123456.7890"),
+    "blob": ("bytes", "AAH/"),
+    "emb": ("list<float32, 4>", [0.1, -2.0, 3.5, 1e-30]),
+    "scores": ("list<float64>", [0.1, 1e300]),
+    "codes": ("list<int64>", [2**53 + 1, -1]),
+    "flags": ("list<bool>", [True, False]),
+    "tags": ("list<string>", ["a", ""]),
+}
+
+
+def typed_view(*names: str) -> FeatureView:
+    """A view with a column of each dtype."""
+    schema = [
+        Field(
+            name, VALUES[name][0], sensitivity=Sensitivity.PERSONAL if name == "emb" else Sensitivity.INTERNAL
+        )
+        for name in names or VALUES
+    ]
+    return FeatureView(
+        "income", entities=INCOME.entities, source=INCOME.source, schema=schema, ttl=timedelta(days=30)
+    )
+
+
+def pushed(person: int, features: dict[str, Any], hour: float = 1) -> dict[str, Any]:
+    at = (START + timedelta(hours=hour)).isoformat()
+    return {"keys": {"person_id": person}, "features": features, "event_timestamp": at}
+
+
+def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list[Any]]:
+    """As `features:read` answers, parsed."""
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    vectors = reader.read([{"person_id": person} for person in people], START + timedelta(hours=hour))
+    columns = {name: to_json(values, reader.dtypes[name]) for name, values in vectors.columns.items()}
+    content: dict[str, list[Any]] = orjson.loads(answer(columns).body)
+    return {name.removeprefix("income__"): values for name, values in content.items()}
+
+
+@pytest.mark.parametrize("names", [(), ("emb",), ("half", "emb", "born"), ("codes", "tags")])
+def test_what_is_read_can_be_pushed_again_unchanged(
+    tmp_path: Path, access: KeyAccess, names: tuple[str, ...]
+) -> None:
+    """Before and after the stream and a materialisation, for one entity and for many, with nulls and without."""
+    project = PushProject(tmp_path, access, view=typed_view(*names))
+    sent = {name: VALUES[name][1] for name in names or VALUES}
+    everyone = range(12)
+    answered = project.push(*(pushed(person, sent) for person in everyone), key="a")
+    assert answered == {"view": "income", "accepted": 12, "quarantined": []}
+    first = read(project, *everyone)
+    assert {name: values[0] for name, values in first.items()} == sent
+    assert all(values == [values[0]] * 12 for values in first.values())
+    again = {name: values[3] for name, values in first.items()}
+    project.push(pushed(3, again, hour=2), pushed(4, dict.fromkeys(sent), hour=2), key="b")
+    assert {name: values[0] for name, values in read(project, 3).items()} == sent
+    stream = project.stream()
+    while stream.step():
+        pass
+    before = read(project, *everyone)
+    assert before["emb" if "emb" in sent else "tags"][4] is None
+    project.materialise()
+    assert read(project, *everyone) == before
+    project.push(pushed(3, sent, hour=3), key="c")
+    assert read(project, *everyone) == before
+    project.close()
+
+
+def test_training_sets_hold_what_was_pushed(tmp_path: Path, access: KeyAccess) -> None:
+    """With the declared types, nulls where nothing is known, and a default where the service has one."""
+    view = typed_view()
+    defaults = {
+        "income__price": Default("7"),
+        "income__emb": Default([0.0] * 4),
+        "income__born": Default("2000-01-01"),
+    }
+    service = FeatureService("s", views=[view], missing={**defaults, "income__blob": Default("AA==")})
+    project = PushProject(tmp_path, access, view=view)
+    apply(Definitions(module="m", views={"income": view}, services={"s": service}), project.ledger, actor="t")
+    project.push(pushed(1, {name: value for name, (_, value) in VALUES.items()}), key="a")
+    project.stream().step()
+    at = pa.array([START + timedelta(hours=5)] * 2, pa.timestamp("us", "UTC"))
+    asked = pa.table({"person_id": [1, 9], "event_timestamp": at})
+    spec = service_spec(project.ledger, "s")
+    table = assemble(spec, {"income": project.snapshot()}, asked, join_parts=join_here).table
+    known, unknown = table.to_pylist()
+    assert known["income__price"] == Decimal("-1234567890123456.7890")
+    assert known["income__emb"] == np.array(VALUES["emb"][1], np.float32).tolist()
+    assert (known["income__blob"], known["income__tags"]) == (b"\x00\x01\xff", ["a", ""])
+    assert (unknown["income__price"], unknown["income__emb"]) == (Decimal("7.0000"), [0.0] * 4)
+    assert (unknown["income__blob"], unknown["income__codes"]) == (b"\x00", None)
+    reader = FeatureReader(spec, project.store)
+    vectors = reader.read([{"person_id": 9}], START + timedelta(hours=5))
+    put_in = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
+    assert set(put_in) == {"income__price", "income__emb", "income__born", "income__blob"}
+    served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in put_in}
+    assert served == {
+        "income__price": "7.0000",
+        "income__emb": [0.0] * 4,
+        "income__born": "2000-01-01",
+        "income__blob": "AA==",
+    }
+    frame = pl.DataFrame(pl.from_arrow(table)).to_arrow().cast(table.schema)
+    assert row_hash(frame) == row_hash(table)
+    project.close()
+
+
+def test_lists_are_encrypted_by_their_column_s_class(tmp_path: Path, access: KeyAccess) -> None:
+    """Parquet names the elements of a list; the list's key holds for them, and no statistics lie in the clear."""
+    project = PushProject(tmp_path, access, view=typed_view("tags", "emb"))
+    project.push(pushed(1, {"tags": ["canary"], "emb": [0.5] * 4}), key="a")
+    project.stream().step()
+    [file] = project.snapshot().files
+    uri = f"{project.target().uri}/{file.path}"
+    keys = ProtectedFiles(key_store(access)).keys(uri).columns
+    assert keys["tags"] == "features/income/internal"
+    assert keys["emb"] == "features/income/personal"
+    content = Path(uri).read_bytes()
+    assert b"canary" not in content
+    assert np.array([0.5] * 4, np.float32).tobytes() not in content
+    project.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("emb", [0.1] * 3),
+        ("emb", [0.1, 0.2, 0.3, None]),
+        ("price", 1.5),
+        ("since", 1682899200000001),
+        ("born", "yesterday"),
+        ("blob", "not base64"),
+    ],
+)
+def test_a_value_of_another_form_is_its_row_s_alone(
+    tmp_path: Path, access: KeyAccess, name: str, value: Any
+) -> None:
+    """The reason names the column and its dtype; the other rows are taken."""
+    project = PushProject(tmp_path, access, view=typed_view())
+    answered = project.push(pushed(1, {name: value}), pushed(2, {}), key="a")
+    assert answered["accepted"] == 1
+    assert answered["quarantined"] == [{"row": 0, "reason": f"{name} is no {VALUES[name][0]}"}]
+    project.close()
