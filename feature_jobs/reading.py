@@ -24,7 +24,7 @@ from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
-from feature_jobs.store.typed import column_types, typed_rows, typed_text
+from feature_jobs.store.typed import column_types, declared, typed_rows, typed_text
 from feature_jobs.store.validation import prepare_part
 
 HEAD_ROWS = 1000
@@ -72,7 +72,7 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         SchemaMismatch: a database's value is not what the view declares.
     """
     if not isinstance(source, SqlSource):
-        return open_source(source, places)
+        return open_source(source, places, declared=declared(view))
     digest, blocks, types, first = RowDigest(), [], None, None
     for rows in read_chunks(source):
         if types is None:
@@ -107,7 +107,8 @@ def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.
     if isinstance(opened, SourceRows):
         return ray.data.from_arrow_refs(opened.blocks)
     kind, (paths, filesystem) = opened.source.kind, _for_arrow(opened.paths)
-    partitioned = any(map(partitions_of, opened.paths))
+    shape = _shape(opened, view, known)
+    partitioned = any(partitions_of(path, shape.types) for path in opened.paths)
     # Ray's own reading of partition folders knows no declared types.
     common: dict[str, Any] = {
         "filesystem": filesystem,
@@ -124,7 +125,6 @@ def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.
             rows = ray.data.read_csv(paths, **common, **csv_options(opened.paths, opened.source))
         case FileFormat.json:
             rows = ray.data.read_text(paths, **common)
-    shape = _shape(opened, view, known)
     typed = shape.of_files if partitioned else shape.typed
     return rows.map_batches(typed, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
 
@@ -227,8 +227,9 @@ def _shape(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) -> _
     if kind is FileFormat.json:
         rows = parsed_lines(first["text"].to_pylist())
         first = typed_rows(rows, _natural(rows[0] if rows else {}, view))
-    names, first = first.column_names, with_partitions(first, files.paths[0])
-    return _Shape(kind=kind, types=column_types(view, first, known), names=names)
+    names = first.column_names
+    folders = with_partitions(first, files.paths[0], dict.fromkeys(declared(view), "string"))
+    return _Shape(kind=kind, types=column_types(view, folders, known), names=names)
 
 
 def _natural(row: Mapping[str, Any], view: FeatureView) -> dict[str, str]:

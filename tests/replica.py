@@ -54,7 +54,7 @@ MODEL = "m"
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
     """A linear model as a folder of model files: scores are the inputs' sum, a missing one counting as nothing."""
-    width, outputs = len(signature.inputs), signature.num_scores
+    width, outputs = signature.width, signature.num_scores
     weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
     known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}
     end = {Task.binary: "Sigmoid", Task.multiclass: "Softmax", Task.regression: "Identity"}[signature.task]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +18,7 @@ from fsspec.core import url_to_fs
 
 from cluster.errors import SourceError
 from cluster.storage import Layout, is_uri, resolve, sha256
+from feature_jobs.store.partitions import partitions_of, with_digest
 from feature_jobs.store.sources import FileFormat, FileSource
 
 STORAGE = "{storage}"
@@ -40,8 +41,13 @@ class SourceFiles:
         return ", ".join(path.rsplit("/", 1)[-1] for path in self.paths)
 
 
-def open_source(source: FileSource, places: Layout) -> SourceFiles:
+def open_source(source: FileSource, places: Layout, *, declared: Collection[str] = ()) -> SourceFiles:
     """Find and check the files of a path, folder or glob; text is read to its end.
+
+    Args:
+        source: which.
+        places: where the storage root is.
+        declared: columns that may come from partition folders.
 
     Raises:
         SourceError: there is no file, one cannot be read, or there is no row.
@@ -51,8 +57,18 @@ def open_source(source: FileSource, places: Layout) -> SourceFiles:
     rows = sum(_num_rows(file, source) for file in paths)
     if rows == 0:
         raise SourceError(f"Source {full} is empty: {len(paths)} files, no row. Nothing was ingested.")
-    digest = hashlib.sha256("".join(sha256(file) for file in paths).encode()).hexdigest()
+    parts = [_digest(file, source, declared) for file in paths]
+    digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     return SourceFiles(paths=paths, rows=rows, digest=digest, source=source)
+
+
+def _digest(path: str, source: FileSource, declared: Collection[str]) -> str:
+    content = sha256(path)
+    if not partitions_of(path, declared):
+        return content
+    first = head(path, 1, source)
+    lines = parsed_lines(first["text"].to_pylist()) if source.kind is FileFormat.json else []
+    return with_digest(content, path, declared, lines[0].keys() if lines else first.column_names)
 
 
 def find(full: str, kind: FileFormat) -> list[str]:

@@ -52,6 +52,13 @@ def column_types(view: FeatureView, head: pa.Table, known: Mapping[str, str]) ->
     return types | dict(source.columns)
 
 
+def declared(view: FeatureView) -> set[str]:
+    """The columns that a view names: its own, and those that its source gives a dtype."""
+    source = view.source
+    times = {source.event_timestamp, source.created_timestamp, source.deleted} - {None}
+    return {*view.join_keys, *(field.name for field in view.schema), *map(str, times), *source.columns}
+
+
 def typed_text(block: pa.Table, types: Mapping[str, str]) -> pa.Table:
     """A block of text columns, nulls apart, with the declared ones as their types.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
-MAX_ROWS = 1000
+MAX_ROWS, MAX_WIDTH = 1000, 65_536
 MAX_OUTCOMES = 10_000
 _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
@@ -186,11 +186,11 @@ def _schemas() -> dict[str, Any]:
 
 def _tensor_schemas() -> dict[str, Any]:
     text, value = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
-    shape = {**_list({"type": "integer", "minimum": 1, "maximum": MAX_ROWS}), "minItems": 1, "maxItems": 2}
+    shape = {**_list({"type": "integer", "minimum": 1, "maximum": MAX_WIDTH}), "minItems": 1, "maxItems": 2}
     given = {
         "name": text,
         "datatype": _ref("Datatype"),
-        "shape": {**shape, "description": "[n] or [n, 1]"},
+        "shape": {**shape, "description": "[n] or [n, 1]; [n, m] for a list"},
         "data": {
             **_list({"anyOf": [value, _list(value)]}),
             "description": "Flat or nested; null is missing.",
@@ -235,8 +235,9 @@ def _key_schemas() -> dict[str, Any]:
         "entities": _ref("Entities"),
         "features": {
             "type": ["object", "null"],
-            "additionalProperties": {"anyOf": [value, _list(value)]},
-            "description": "Input to one value, or one per entity, in place of what the store holds.",
+            "additionalProperties": {"anyOf": [value, _list({"anyOf": [value, _list(value)]})]},
+            "description": "Input to one value, or one per entity, in place of what the store holds. A value is as in "
+            "features:read.",
         },
         "as_of": _ref("AsOf"),
     }
@@ -295,11 +296,15 @@ def _feature_schemas() -> dict[str, Any]:
         "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ROWS},
     }
     columns = {"type": "object", "additionalProperties": _list({})}
+    forms = (
+        'By dtype: numbers and bools as they are; timestamp and date ISO 8601; decimal(p, s) text, as "12.50"; bytes '
+        "base64; list<…> an array. A push takes the same."
+    )
     features = {
         "service": text,
         "service_version": text,
         "as_of": text,
-        "features": columns,
+        "features": {**columns, "description": forms},
         "status": {**columns, "additionalProperties": _list(_ref("Status"))},
     }
     bad = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")

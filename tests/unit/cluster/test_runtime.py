@@ -183,3 +183,26 @@ def test_a_row_alone_is_answered_as_among_others(
     with ThreadPoolExecutor(4) as threads:
         alone = list(threads.map(lambda row: model.predict_matrix(row).scores, np.split(matrix, len(matrix))))
     np.testing.assert_array_equal(np.concatenate(alone), together)
+
+
+def test_a_list_is_as_many_columns_of_the_matrix(tmp_path: Path) -> None:
+    """From a request, the online store's arrays and Arrow alike; a missing list is missing throughout."""
+    emb = InputSpec(name="emb", dtype="float", length=2)
+    one = ModelSignature(task=Task.regression, inputs=(emb, SEX, AGE), label="y")
+    assert (one.width, one.categorical, parse_signature(one.to_json())) == (4, [2], one)
+    expected = np.array([[0.5, 1.5, 1, 3], [np.nan, np.nan, 0, np.nan]], np.float32)
+    rest = {"sex": ["m", "f"], "age": [3.0, None]}
+    for lists in ([[0.5, 1.5], None], [np.array([0.5, 1.5], np.float32), None]):
+        assert np.array_equal(encode(one, {"emb": lists, **rest}), expected, equal_nan=True)
+        [row, _] = lists
+        single = encode(one, {"emb": [row], "sex": ["m"], "age": [3.0]})
+        assert np.array_equal(single, expected[:1])
+    for kind in (pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 2)):
+        table = pa.table({"emb": pa.array([[0.5, 1.5], None], kind), **rest})
+        assert np.array_equal(encode(one, table), expected, equal_nan=True)
+    for bad in ([0.5], [0.5, "a"], 0.5, [0.5, 1e39], [True, False]):
+        with pytest.raises(InvalidRequest, match="'emb'"):
+            encode(one, {"emb": [bad], "sex": ["m"], "age": [3.0]})
+    for column in (pa.array([[0.5]]), pa.array([["a", "b"]]), pa.array([0.5]), pa.array([[0.5, 1e39]])):
+        with pytest.raises(InvalidRequest, match="'emb'"):
+            encode(one, pa.table({"emb": column, "sex": ["m"], "age": [3.0]}))

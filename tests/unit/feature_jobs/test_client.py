@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cluster.security.keys.access import key_store
 from cluster.session import write_record
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout, read_parquet
-from feature_jobs.client import FeatureStore
+from feature_jobs.client import FeatureStore, Rows
 from feature_jobs.materialize import rows
 from feature_jobs.store import (
     Entity,
@@ -204,3 +205,26 @@ def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger
                 store.training_set("credit", PEOPLE)
     with pytest.raises(ClusterNotRunning):
         FeatureStore.attach(storage_root=f"{tmp_path}/nowhere")
+
+
+def test_whole_numbers_keep_their_digits_in_pandas_beside_a_null() -> None:
+    """Whatever the table holds, and bools stay bools; what pandas gives is taken back unchanged."""
+    large = 2**53 + 1
+    at = datetime(1, 1, 1, 0, 0, 0, 5, tzinfo=UTC)
+    table = pa.table(
+        {
+            "n": pa.array([large, None]),
+            "small": pa.array([1, None], pa.int32()),
+            "flag": pa.array([True, None]),
+            "at": pa.array([at, None], offline.TIMESTAMP),
+            "day": pa.array([date(9999, 12, 31), None]),
+            "price": pa.array([Decimal("0.10"), None]),
+            "blob": pa.array([b"a", None]),
+            "emb": pa.array([[0.5], None], pa.list_(pa.float32())),
+        }
+    )
+    frame = Rows(table=table).to_pandas()
+    kinds = {"n": "Int64", "small": "Int32", "flag": "boolean", "at": "datetime64[us, UTC]"}
+    assert {name: str(frame[name].dtype) for name in kinds} == kinds
+    assert int(frame["n"][0]) == large
+    assert pa.Table.from_pandas(frame, preserve_index=False).cast(table.schema).equals(table)

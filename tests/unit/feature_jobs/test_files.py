@@ -75,3 +75,15 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(SourceError, match="cannot be read"):
         head(str(path), 10, FileSource(str(path), event_timestamp="at"))
+
+
+def test_partition_folders_are_part_of_a_batch_where_they_give_it_columns(tmp_path: Path) -> None:
+    """The same file of two days is two batches; a folder that nothing is declared of changes nothing."""
+    paths = [parquet(tmp_path / f"dt=2026-01-0{day}" / "x.parquet", 1) for day in (1, 2)]
+
+    def digests(*declared: str) -> list[str]:
+        sources = [FileSource(str(path), event_timestamp="at") for path in paths]
+        return [open_source(one, Layout(""), declared=declared).digest for one in sources]
+
+    assert len({*digests("dt"), *digests()}) == 3
+    assert digests("n", "day") == digests()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -307,3 +308,23 @@ def test_file_in_place_of_a_source_has_its_columns_and_its_own_format() -> None:
     assert from_path(sql, "old.csv").definition()["created_timestamp"] == "known"
     assert (from_path(csv, "b.txt").kind, from_path(csv, "b.txt").delimiter) == ("csv", ";")
     assert from_path(csv, "b.parquet").kind == "parquet"
+
+
+def test_partition_folders_are_columns(tmp_path: Path) -> None:
+    """As declared, in every format; a column of the file counts before a folder, and Hive's word for null is null."""
+    folder = tmp_path / "in" / "at=2024-01-01" / "city=Abu%20Dhabi" / "items=3" / "other=9"
+    null = tmp_path / "in" / "at=2024-01-01" / "city=__HIVE_DEFAULT_PARTITION__" / "items=4"
+    row = {"person_id": 1, "amount": 0.5, "new": True, "items": 7}
+    for number, place in enumerate((folder, null)):
+        place.mkdir(parents=True)
+        one = pl.DataFrame({name: [value] for name, value in row.items() if number or name != "items"})
+        one.write_parquet(place / "x.parquet")
+        one.write_csv(place / "x.csv")
+        one.write_ndjson(place / "x.jsonl")
+    for kind in ("parquet", "csv", "json"):
+        source = FileSource(str(tmp_path / "in"), event_timestamp="at", format=kind)
+        first, second = heads(open_source(source, Layout("")), view(source), {})
+        assert "other" not in first.column_names
+        assert (first["city"].to_pylist(), first["items"].to_pylist()) == (["Abu Dhabi"], [3])
+        assert (second["city"].to_pylist(), second["items"].to_pylist()) == ([None], [7])
+        assert first["at"].to_pylist() == [DAY]

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.parquet import ProtectedFiles
-from feature_jobs.store import Default, FeatureService, FeatureView, Field, Sensitivity
+from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field, Sensitivity
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
 from feature_jobs.store.dtypes import to_json
 from feature_jobs.store.missing import settle
@@ -173,4 +173,37 @@ def test_a_value_of_another_form_is_its_row_s_alone(
     answered = project.push(pushed(1, {name: value}), pushed(2, {}), key="a")
     assert answered["accepted"] == 1
     assert answered["quarantined"] == [{"row": 0, "reason": f"{name} is no {VALUES[name][0]}"}]
+    project.close()
+
+
+def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, access: KeyAccess) -> None:
+    """First, last and different days of two hours, from the state and from the events."""
+    view = FeatureView(
+        "income",
+        entities=INCOME.entities,
+        source=INCOME.source,
+        schema=[Field("payment", "string"), Field("day", "date"), Field("emb", "list<float32, 2>")],
+        event_id="payment",
+        aggregations=[
+            Aggregation("day", function, windows=[timedelta(hours=2)])
+            for function in ("min", "max", "last", "distinct", "count")
+        ],
+    )
+    project = PushProject(tmp_path, access, view=view)
+    days = ["2023-01-05", "1969-12-31", None, "2023-01-05", "2024-02-29"]
+    rows = [
+        pushed(1, {"payment": f"p{n}", "day": day, "emb": [1.0, 2.0]}, hour=n / 2)
+        for n, day in enumerate(days)
+    ]
+    project.push(*rows, key="a")
+    project.stream().step()
+    project.materialise()
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    for hour in (0.5, 2.0, 3.9, 9.0):
+        [offline] = project.trained(hour)
+        vectors = reader.read([{"person_id": 0}, {"person_id": 1}], START + timedelta(hours=hour))
+        online = {
+            name: list(to_json(values, reader.dtypes[name])) for name, values in vectors.columns.items()
+        }
+        assert orjson.loads(orjson.dumps(offline)) == online
     project.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cluster.runtime.tabular_network import TabularNetwork
 from cluster.security.keys.keyring import Keyring
 from cluster.security.parquet import ProtectedFiles
 from cluster.storage import Layout
+from feature_jobs.store.dtypes import DTYPES
 from jobs.evaluate.metrics import binary_metrics, roc_auc
 from jobs.train.__main__ import with_best
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
@@ -82,6 +85,42 @@ def test_data_that_cannot_be_learned_from_is_named(
     """Each says which column, and what to do."""
     with pytest.raises(TrainingSetError, match=said):
         prepare(config(**changes), source(**columns))
+
+
+def listed(dtype: str, column: pa.Array) -> TrainingSet:
+    """A training set with a manifest, whose column `x` has a dtype."""
+    names = [("age", "float64"), ("x", dtype)]
+    columns = [{"name": name, "dtype": kind, "categorical": False} for name, kind in names]
+    return TrainingSet(table=source(x=column).table, manifest={"columns": columns}, hash="h")
+
+
+def test_a_list_of_declared_length_is_that_many_inputs() -> None:
+    """Of a training set by its manifest, of a file of one's own by its type."""
+    lists = pa.array([[float(n), None if n == 5 else 1.0] for n in range(ROWS)])
+    lists = pa.array([None if None in one else one for one in lists.to_pylist()], pa.list_(pa.float32()))
+    for one in (listed("list<float32, 2>", lists), source(x=lists.cast(pa.list_(pa.float32(), 2)))):
+        data = prepare(config(inputs=["age", "x"]), one)
+        assert [(spec.name, spec.length) for spec in data.signature.inputs] == [("age", None), ("x", 2)]
+        assert data.matrix[4].tolist() == [4.0, 4.0, 1.0]
+        assert np.isnan(data.matrix[5]).tolist() == [False, True, True]
+    shape = network_shape(data, Parameters())
+    assert (shape.numeric, shape.categorical) == ([0, 1, 2], [])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [
+        ("list<float32>", [1.0], "'x' is list<float32>, lists of any length"),
+        ("list<string, 1>", ["a"], "'x' has type string"),
+        ("bytes", b"a", "'x' has type binary"),
+        ("date", date(2026, 1, 1), "'x' has type date32"),
+        ("decimal(3, 1)", Decimal("1.5"), "'x' has type decimal128"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(dtype: str, value: Any, said: str) -> None:
+    """A decimal is no float until a transform says so."""
+    with pytest.raises(TrainingSetError, match=said):
+        prepare(config(), listed(dtype, pa.array([value] * ROWS, DTYPES[dtype])))
 
 
 @pytest.mark.parametrize(

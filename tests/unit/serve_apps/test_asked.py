@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,21 +24,23 @@ INCOME = FeatureView(
     "income",
     entities=[Entity("person", join_keys=["person_id"])],
     source=FileSource("income.parquet", event_timestamp="at"),
-    schema=[Field("amount", "float64")],
+    schema=[Field("amount", "float64"), Field("price", "decimal(8, 2)"), Field("emb", "list<float32, 2>")],
 )
 PREDICT = "/v1/models/m:predict"
 ENTITIES = [{"person_id": 1}, {"person_id": 2}]
 
 
 def loan_terms(table: pa.Table) -> pa.Table:
-    return pa.table({"share": pc.divide(table["asked"], table["income__amount"])})
+    assert table.schema.field("income__price").type == pa.decimal128(8, 2)
+    days = pc.days_between(pa.scalar(date(2026, 1, 1)), table["due"])
+    return pa.table({"share": pc.divide(table["asked"], table["income__amount"]), "days": days})
 
 
 TERMS = OnDemandTransform(
     "terms",
-    inputs=[Field("asked", "float64"), Field("channel", "string")],
+    inputs=[Field("asked", "float64"), Field("channel", "string"), Field("due", "date")],
     sources=[INCOME],
-    schema=[Field("share", "float64")],
+    schema=[Field("share", "float64"), Field("days", "int64")],
     transform=loan_terms,
 )
 CREDIT = FeatureService("credit", views=[INCOME], on_demand=[TERMS])
@@ -54,7 +57,9 @@ def applied(root: Path) -> Ledger:
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     root = tmp_path_factory.mktemp("replica")
     applied(root).close()
-    inputs = tuple(InputSpec(name=name, dtype="double") for name in ("income__amount", "terms__share"))
+    names = ("income__amount", "terms__share", "terms__days")
+    emb = InputSpec(name="income__emb", dtype="float", length=2)
+    inputs = (*(InputSpec(name=name, dtype="double") for name in names), emb)
     signature = ModelSignature(
         task=Task.regression, inputs=inputs, label="y", service="credit", service_version=CREDIT.version
     )
@@ -65,22 +70,30 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
 
 def test_features_are_made_of_the_request_and_written_down_with_it(replica: Replica) -> None:
     """A view's feature that the client gives counts in the transform, too."""
-    features = {"asked": [2, None], "channel": "web", "income__amount": [4.0, 4.0]}
+    features = {"asked": [2, None], "channel": "web", "income__amount": [4.0, 4.0], "due": "2026-01-31"}
+    features["income__emb"] = [[0.5, 1.5], None]
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": features})
     assert status == 200, content
     assert content["features_status"] == {"terms__share": ["present", "null"]}
+    assert [one["value"] for one in content["predictions"]] == pytest.approx([0.365, 0.34], abs=1e-6)
     mine = replica.log().filter(prediction_id=content["prediction_id"])
     assert mine["terms__share"].to_list() == [0.5, None]
     assert (mine["asked"].to_list(), mine["channel"].to_list()) == ([2, None], ["web", "web"])
+    assert (mine["due"].to_list(), mine["terms__days"].to_list()) == (["2026-01-31"] * 2, [30, 30])
+    assert mine["income__emb"].to_list() == [[0.5, 1.5], None]
 
 
 def test_request_that_does_not_say_what_is_needed_is_refused(replica: Replica) -> None:
     """But one that brings the feature itself needs no input."""
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"channel": "web"}})
     assert (status, "'asked' is missing" in content["error"]) == (400, True)
+    asked = {"asked": 1.0, "channel": "web", "due": 20484}
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": asked})
+    assert (status, "'due' must be date" in content["error"]) == (400, True)
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"asked": "much"}})
     assert (status, "must be a number" in content["error"]) == (400, True)
-    status, _ = replica.json(PREDICT, {"entities": ENTITIES, "features": {"terms__share": 0.5}})
+    made = {"terms__share": 0.5, "terms__days": 1}
+    status, _ = replica.json(PREDICT, {"entities": ENTITIES, "features": made})
     assert status == 200
 
 

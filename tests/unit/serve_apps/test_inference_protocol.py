@@ -68,9 +68,11 @@ def test_named_tensors_are_columns() -> None:
         ([], "inputs"),
         ([tensor("p__age", [1.0])], "'p__sex' is missing"),
         ([tensor("p__age", [1.0], shape=[2])], r"shape \[2\] and 1 values"),
-        ([tensor("p__age", [1.0], shape=[1, 2])], r"\[n\] or \[n, 1\]"),
-        ([tensor("p__age", [1.0], shape=[True])], r"\[n\] or \[n, 1\]"),
-        ([tensor("p__age", [1.0], shape=[1.0])], r"\[n\] or \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[1, 2])], r"shape \[1, 2\] and 1 values"),
+        ([tensor("p__age", [1.0, 2.0], shape=[1, 2])], r"2 values a row; give shape \[n\] or \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[1, 0])], r"\[n\], \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[True])], r"\[n\], \[n, 1\]"),
+        ([tensor("p__age", [1.0], shape=[1.0])], r"\[n\], \[n, 1\]"),
         ([tensor("p__age", [1.0], shape=[-1])], "1 to 1000 rows"),
         ([tensor("p__age", [1.0], shape=[2**70])], "1 to 1000 rows"),
         ([tensor("p__age", [], shape=[0])], "1 to 1000 rows"),
@@ -267,3 +269,31 @@ def read_raw(datatype: str, data: bytes) -> list[Any]:
         return list(struct.unpack(f"<{len(data) // 8}{'q' if datatype == 'INT64' else 'd'}", data))
     (size,) = struct.unpack("<I", data[:4])
     return [data[4 : 4 + size].decode()]
+
+
+def test_a_list_is_one_tensor_of_its_length() -> None:
+    """Nested, flat or raw; a row of nulls alone is a missing list, and the metadata says the shape."""
+    emb = InputSpec(name="p__emb", dtype="float", length=3)
+    rows = [[0.5, 1.0, 2.0], None]
+    flat = [0.5, 1.0, 2.0, None, None, None]
+    raw = np.array(flat, dtype="<f4").tobytes()
+    for sent, data in (
+        (tensor("p__emb", [rows[0], [None] * 3], "FP32", [2, 3]), None),
+        (tensor("p__emb", flat, "FP32", [2, 3]), None),
+        (raw_tensor("p__emb", len(raw), "FP32", [2, 3]), raw),
+    ):
+        assert column(sent, emb, data) == rows
+    assert column(
+        tensor("p__emb", [7.0], shape=[1, 1]), InputSpec(name="p__emb", dtype="float", length=1)
+    ) == [[7.0]]
+    for data, shape, said in (
+        ([1.0, 2.0], [1, 2], r"2 values a row; give shape \[n, 3\]"),
+        ([1.0], [1], r"give shape \[n, 3\]"),
+        ([1.0, None, 2.0], [1, 3], "missing in part"),
+        ([[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], [2, 3], "2 values"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            column(tensor("p__emb", data, "FP32", shape), emb)
+    signature = ModelSignature(task=Task.regression, inputs=(AGE, emb), label="y")
+    inputs = metadata("m", 1, signature)["inputs"]
+    assert [(one["datatype"], one["shape"]) for one in inputs] == [("FP64", [-1]), ("FP32", [-1, 3])]

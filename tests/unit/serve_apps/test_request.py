@@ -14,6 +14,7 @@ from cluster.records import SegmentWriter, read_outcomes
 from cluster.runtime import InputSpec
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
+from feature_jobs.store.catalog import FieldSpec
 from serve_apps.http import MAX_MESSAGE, refusal
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.request import parse_predict
@@ -108,3 +109,48 @@ def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> Non
     read = read_outcomes(log, keyring)
     assert read.height == 4
     assert read["observed_at"].to_list()[1] == dt.datetime(2015, 12, 31, 18, 29, 45, tzinfo=dt.UTC)
+
+
+EMB = InputSpec(name="p__emb", dtype="float", length=2)
+DUE = FieldSpec(name="due", dtype="date", sensitivity="internal", categorical=False)
+QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", categorical=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "values"),
+    [
+        ("p__emb", [0.5, 1], [[0.5, 1]] * 2),
+        ("p__emb", [[0.5, 1], None], [[0.5, 1], None]),
+        ("due", "2026-01-31", ["2026-01-31"] * 2),
+        ("due", ["2026-01-31", None], ["2026-01-31", None]),
+        ("query", [], [[], []]),
+        ("query", [["a"], []], [["a"], []]),
+    ],
+)
+def test_one_value_or_one_an_entity_also_where_values_are_lists(
+    name: str, given: Any, values: list[Any]
+) -> None:
+    """A list of lists is one an entity."""
+    body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: given}}
+    inputs = {spec.name: spec for spec in (EMB, DUE, QUERY)}
+    assert parse_predict(body, inputs, now=NOW).overrides == {name: values}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("p__emb", 0.5, "'p__emb' must be a list of 2 numbers"),
+        ("p__emb", [0.5], "'p__emb' must be a list of 2 numbers"),
+        ("p__emb", ["a", "b"], "'p__emb' must be a list of 2 numbers"),
+        ("p__emb", [[0.5, True]], "'p__emb' must be a list of 2 numbers"),
+        ("p__emb", [[0.5, 1e39]], "beyond what a float32"),
+        ("due", 20484, "'due' must be date"),
+        ("due", "tomorrow", "'due' must be date"),
+        ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
+    ],
+)
+def test_a_list_or_a_date_that_is_none_is_named(name: str, given: Any, said: str) -> None:
+    """With what it should be."""
+    body = {"entities": [{"id": 1}], "features": {name: given}}
+    with pytest.raises(InvalidRequest, match=said):
+        parse_predict(body, {spec.name: spec for spec in (EMB, DUE, QUERY)}, now=NOW)
