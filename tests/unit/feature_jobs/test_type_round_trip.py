@@ -192,14 +192,14 @@ def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, acce
     project = PushProject(tmp_path, access, view=view)
     days = ["2023-01-05", "1969-12-31", None, "2023-01-05", "2024-02-29"]
     rows = [
-        pushed(1, {"payment": f"p{n}", "day": day, "emb": [1.0, 2.0]}, hour=n / 2)
+        pushed(1, {"payment": f"p{n}", "day": day, "emb": [1.0, 2.0]}, hour=10 + n / 2)
         for n, day in enumerate(days)
     ]
     project.push(*rows, key="a")
     project.stream().step()
     project.materialise()
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
-    for hour in (0.5, 2.0, 3.9, 9.0):
+    for hour in (10.5, 12.0, 13.9, 19.0):
         [offline] = project.trained(hour)
         vectors = reader.read([{"person_id": 0}, {"person_id": 1}], START + timedelta(hours=hour))
         online = {
