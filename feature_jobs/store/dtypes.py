@@ -189,7 +189,7 @@ def _scalar(value: Any, dtype: str) -> Any:
             return value if kind is str else None
 
 
-def _float(value: float, dtype: str) -> float | None:
+def _float(value: Any, dtype: str) -> float | None:
     """A fraction is rounded to the dtype, as every number that was written with decimals; a whole number is not."""
     try:
         number = float(value)

@@ -24,7 +24,7 @@ from serve_apps.predictor.meters import Meters
 from serve_apps.predictor.ongoing import ARRIVED, OngoingRequests
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
-from serve_apps.predictor.request import parse_predict
+from serve_apps.predictor.request import Asked, parse_predict
 from serve_apps.predictor.shadow import copy_counter
 from serve_apps.replica_process import prepare_replica
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
@@ -60,7 +60,7 @@ class Predictor:
         self._log = parts.log()
         features = parts.features(signature)
         self._reader, self._asked = features.reader, features.asked
-        self._askable = self._asked | self._inputs
+        self._askable: dict[str, Asked] = {**self._asked, **self._inputs}
         tags = {"model": name, "version": str(version)}
         self._meters = Meters(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))

@@ -6,6 +6,7 @@ import datetime as dt
 import sqlite3
 import subprocess
 import sys
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -37,6 +38,15 @@ views = [
     )
     for kind, source in SOURCES.items()
 ]
+days = FeatureView(
+    "gauge_days",
+    entities=[meter],
+    source=FileSource("gauge_days", event_timestamp="at"),
+    schema=[
+        Field("dt", "date"), Field("wave", "list<float32, 3>"), Field("price", "decimal(8, 2)"), Field("raw", "bytes")
+    ],
+)
+gauge_days = FeatureService("gauge_days", views=[days])
 gauges = FeatureService("gauges", views=views)
 """
 ROWS = 100
@@ -86,6 +96,33 @@ def test_every_kind_of_source_gives_the_same_features(project: Project) -> None:
     for kind in ("csv", "json", "sql"):
         assert table[f"gauge_{kind}__watts"].to_list() == expected
         assert table[f"gauge_{kind}__place"][1] == "room, 1"
+
+
+def test_partition_folders_with_lists_and_decimals_go_through_ingestion(project: Project) -> None:
+    """Folders are columns, equal files of two days are two batches' rows, a list of another length is in quarantine."""
+    day = pl.DataFrame(
+        {"gauge_id": [1, 2, 3], "wave": [[0.5, 1.0, 2.0], [0.5], None], "raw": [b"a", b"b", None]},
+        schema_overrides={"wave": pl.List(pl.Float32)},
+    ).with_columns(
+        price=pl.lit("1.50").cast(pl.Decimal(10, 2)), at=pl.lit(AT).str.to_datetime(time_zone="UTC")
+    )
+    for name in ("2024-01-02", "2024-01-03"):
+        folder = project.root / "gauge_days" / f"dt={name}"
+        folder.mkdir(parents=True)
+        day.write_parquet(folder / "x.parquet")
+    command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_days")
+    for name in ("2024-01-02", "2024-01-03"):
+        said = project.run(*command, f"source.path='gauge_days/dt={name}'", check=True).stdout
+        assert "3 rows in = 2 stored + 1 quarantined" in said
+    arguments = ("service=gauge_days", "entities=gauges_asked.parquet", "output=gauge_days_out.parquet")
+    project.run("feature_jobs.training_set", "definitions=gauges_defs", *arguments, check=True)
+    rows = pl.read_parquet(project.root / "gauge_days_out.parquet").filter(
+        pl.col("gauge_id").is_in([1, 2, 3])
+    )
+    assert rows["gauge_days__dt"].to_list() == [dt.date(2024, 1, 3), None, dt.date(2024, 1, 3)]
+    assert rows["gauge_days__wave"].to_list() == [[0.5, 1.0, 2.0], None, None]
+    assert rows["gauge_days__price"].to_list() == [Decimal("1.50"), None, Decimal("1.50")]
+    assert rows["gauge_days__raw"].to_list() == [b"a", None, None]
 
 
 def test_source_that_does_not_fit_is_refused(project: Project) -> None:
