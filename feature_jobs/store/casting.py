@@ -79,7 +79,10 @@ def cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.
     for chunk in column.chunks:
         lengths = pc.fill_null(pc.list_value_length(chunk), 0).cast(pa.int64())
         elements = pa.chunked_array([pc.list_flatten(chunk)])
-        values = cast_feature(elements, target.value_type, name=f"{name}, an element").combine_chunks()
+        try:
+            values = cast_feature(elements, target.value_type, name=name).combine_chunks()
+        except SchemaMismatch as error:
+            raise SchemaMismatch(f"{error} These are the elements of its lists.") from error
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]), pa.int32())
         chunks.append(pa.ListArray.from_arrays(offsets, values, type=target, mask=chunk.is_null()))
     return pa.chunked_array(chunks, target)

@@ -40,7 +40,7 @@ INCOME = FeatureView(
     "income",
     entities=[PERSON],
     source=SOURCE,
-    schema=[Field("amount", "float64"), Field("region", "string")],
+    schema=[Field("amount", "float64"), Field("region", "string"), Field("emb", "list<float32, 2>")],
     ttl=timedelta(days=5),
 )
 RENT = FeatureView(
@@ -70,15 +70,16 @@ CREDIT = FeatureService(
     missing={
         "income__amount": Default(-7),
         "income__region": Default("north"),
+        "income__emb": Default([0.0, 1.0]),
         "rent": Missing.NULL,
         "debt": Missing.REFUSE,
     },
 )
 ROWS: dict[str, dict[Any, tuple[datetime, tuple[Any, ...]]]] = {
     "income": {
-        1: (NOW - timedelta(days=1), (4.0, "south")),
-        2: (NOW - timedelta(days=6), (5.0, "south")),
-        3: (NOW - timedelta(days=1), (None, None)),
+        1: (NOW - timedelta(days=1), (4.0, "south", [0.5, 2.0])),
+        2: (NOW - timedelta(days=6), (5.0, "south", [0.5, 2.0])),
+        3: (NOW - timedelta(days=1), (None, None, None)),
     },
     "rent": {"north": (NOW, (9.0,)), "south": (NOW, (8.0,))},
     "debt": dict.fromkeys((1, 2, 3, 4), (NOW, (2.0,))),
@@ -89,6 +90,7 @@ INPUTS = (
     InputSpec(name="income__region", dtype="string", categories=("north", "south")),
     InputSpec(name="rent__mean", dtype="double"),
     InputSpec(name="half__debt", dtype="double"),
+    InputSpec(name="income__emb", dtype="float", length=2),
 )
 PREDICT = "/v1/models/m:predict"
 
@@ -149,15 +151,18 @@ def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
     assert content["features_status"] == {
         "income__amount": known,
         "income__region": known,
+        "income__emb": known,
         "rent__mean": ["present", "missing", "missing", "missing"],
     }
-    assert content["features_defaults"] == {"income__amount": -7.0, "income__region": "north"}
+    stood_in = {"income__amount": -7.0, "income__region": "north", "income__emb": [0.0, 1.0]}
+    assert content["features_defaults"] == stood_in
     [record] = records(replica, content["prediction_id"])
     assert record["features"]["income__amount"] == [4.0, -7.0, None, -7.0]
     assert record["features"]["income__region"] == ["south", "north", None, "north"]
+    assert record["features"]["income__emb"] == [[0.5, 2.0], [0.0, 1.0], None, [0.0, 1.0]]
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
-    assert record["defaulted"] == {"income__amount": [1, 3], "income__region": [1, 3]}
+    assert record["defaulted"] == dict.fromkeys(stood_in, [1, 3])
     [group], _ = served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
