@@ -22,7 +22,9 @@ _NOT_OF_ROWS = frozenset(
     {"ttl_s", "owner", "purposes", "region", "retention_s", "subject_key", "entities", "aggregations"}
 )
 _NOT_OF_COLUMNS = frozenset({"description", "categorical"})
-_OF_SOURCE = frozenset({"event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls"})
+_OF_SOURCE = frozenset(
+    {"event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls", "zone"}
+)
 
 
 def row_version(definition: Mapping[str, Any]) -> str:
