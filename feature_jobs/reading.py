@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from feature_jobs.store.source_blocks import (
     BATCH_ROWS,
     HEAD_ROWS,
     Shape,
+    empty_part,
     grouped,
     natural,
     prepared_blocks,
@@ -30,7 +31,7 @@ from feature_jobs.store.source_blocks import (
 )
 from feature_jobs.store.sources import BatchSource, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
-from feature_jobs.store.typed import Roles, column_types, typed_rows
+from feature_jobs.store.typed import Roles, column_types, typed_rows, zoneless
 from feature_jobs.store.validation import prepare_part
 
 
@@ -44,6 +45,7 @@ class SourceRows:
     rows: int
     digest: str
     names: str
+    zoneless: Sequence[str]
 
 
 Opened = SourceFiles | SourceRows
@@ -57,6 +59,8 @@ class Prepared:
     """Object references to tables."""
     columns: list[str]
     """Of the source."""
+    zoneless: Sequence[str] = ()
+    """Event and created times that have no zone, though the source declares none."""
 
 
 def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str]) -> Opened:
@@ -76,8 +80,12 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         return open_source(source, places)
     digest, blocks, types, first, roles = RowDigest(), [], None, None, Roles.of(view)
     names: list[str] = []
+    without: list[str] = []
     for rows in read_chunks(source, columns=names):
         if types is None:
+            without = zoneless(
+                pa.table({name: [rows[0][name]] for name in names if name in roles.instants}), roles
+            )
             types = column_types(view, typed_rows(rows[:HEAD_ROWS], natural(rows[0], view)), known)
         table = typed_rows(rows, types, names, roles)
         first = table.slice(0, HEAD_ROWS) if first is None else first
@@ -86,7 +94,12 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
     if first is None:
         first = typed_rows([], column_types(view, typed_rows([], {}, names), known), names, roles)
     return SourceRows(
-        blocks=blocks, first=first, rows=digest.rows, digest=digest.hexdigest(), names=source.path
+        blocks=blocks,
+        first=first,
+        rows=digest.rows,
+        digest=digest.hexdigest(),
+        names=source.path,
+        zoneless=without,
     )
 
 
@@ -116,8 +129,9 @@ def prepared(
     first_rows = _checked_heads(opened, view, known, now)
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
     if opened.rows == 0:
-        nothing = prepare_part(first_rows[0].slice(0, 0), view, now=now)
+        nothing = empty_part(view, columns, now=now)
         return Prepared(blocks=[ray.put(nothing)], columns=columns)
+    zoneless = opened.zoneless if isinstance(opened, SourceRows) else shape_of(opened, view, known).zoneless
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -131,7 +145,7 @@ def prepared(
             zero_copy_batch=True,
         )
     else:
-        shape, groups = shape_of(opened, view, known), grouped(opened)
+        shape, groups = shape_of(opened, view, known), grouped(opened, view)
         read = _Read(shape=shape, groups=groups, baseline=baseline, now=now)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
         checked = numbers.map_batches(read.blocks, batch_size=1)
@@ -142,7 +156,7 @@ def prepared(
         raise unreadable(refusal_behind(error), opened) from error
     if rows != opened.rows:
         raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
-    return Prepared(blocks=blocks, columns=columns)
+    return Prepared(blocks=blocks, columns=columns, zoneless=zoneless)
 
 
 def _checked_heads(
@@ -150,13 +164,20 @@ def _checked_heads(
 ) -> list[pa.Table]:
     """The first rows of every file, which refuse in a second what does not fit the view."""
     if isinstance(opened, SourceRows):
-        prepare_part(opened.first, view, now=now)
+        _check(opened.first, view, now)
         return [opened.first]
     shape, found = shape_of(opened, view, known), list(heads(opened, view, known))
     for path, first in zip(opened.paths, found, strict=True):
         with shape.naming(path):
-            prepare_part(first, view, now=now)
+            _check(first, view, now)
     return found
+
+
+def _check(first: pa.Table, view: FeatureView, now: dt.datetime) -> None:
+    if first.num_rows:
+        prepare_part(first, view, now=now)
+    else:
+        empty_part(view, first.column_names, now=now)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,8 @@ def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
         return cast_feature(plain, pa.int64(), name=name)
     if _is_string(plain.type):
         return _utf8(plain, name).cast(pa.string())
+    if pa.types.is_null(plain.type) and len(plain) == 0:
+        return plain.cast(pa.string())
     raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
 
 

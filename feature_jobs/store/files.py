@@ -125,7 +125,7 @@ def _parquet(path: str, file: IO[bytes], rows: int, source: FileSource) -> Itera
     elif not (wide := int96_columns(coarse)):
         yield from parts
     else:
-        rounded_up = {source.event_timestamp, source.created_timestamp}
+        rounded_up = {source.event_timestamp, source.created_timestamp or source.event_timestamp}
         with _reading(path, source) as again:
             fine = pq.ParquetFile(again).iter_batches(batch_size=rows, columns=wide)
             for part, times in zip(parts, fine, strict=True):

@@ -214,7 +214,7 @@ def _converted(value: Any, dtype: str, zone: str | None) -> Any:
             return value if kind is str else None
 
 
-def _float(value: float, dtype: str) -> float | None:
+def _float(value: int | float, dtype: str) -> float | None:
     """A fraction is rounded to the type, a whole number is not; neither becomes infinite."""
     try:
         number = float(value)
@@ -224,7 +224,7 @@ def _float(value: float, dtype: str) -> float | None:
         held = float(np.float32(number)) if dtype == "float32" else number
     if math.isinf(held) and not math.isinf(number):
         return None
-    return number if isinstance(value, float) or held == value else None
+    return None if isinstance(value, int) and held != value else number
 
 
 def parted(

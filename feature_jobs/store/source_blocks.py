@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +22,8 @@ from feature_jobs.store.files import SourceFiles, head, header, parquet_schema, 
 from feature_jobs.store.instants import TIME, zoned
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.sources import DTYPES, FileFormat
-from feature_jobs.store.typed import Roles, column_types, typed_rows, typed_text
-from feature_jobs.store.validation import RAW, prepare_part, raw_field, time_columns
+from feature_jobs.store.typed import Roles, column_types, typed_rows, typed_text, zoneless
+from feature_jobs.store.validation import RAW, prepare_part, raw_field, time_columns, unique_rules
 
 HEAD_ROWS = 1000
 BATCH_ROWS = 131_072
@@ -43,6 +43,8 @@ class Shape:
     """Of Parquet: type of each column that the files encode differently."""
     unread: frozenset[str] = frozenset()
     """Of Parquet: columns of several kinds that the view does not read."""
+    zoneless: Sequence[str] = ()
+    """Event and created times that have no zone, though the source declares none."""
     schema: pa.Schema | None = None
     """The types of all files' columns together; None where there is one file, whose blocks say it themselves."""
 
@@ -75,6 +77,8 @@ class Shape:
 
     def _typed(self, block: pa.Table, roles: Roles, first: int) -> pa.Table:
         match self.files.source.kind:
+            case FileFormat.parquet | FileFormat.csv if not block.num_rows:
+                return block
             case FileFormat.parquet:
                 return self._cast(block, roles)
             case FileFormat.csv:
@@ -107,11 +111,11 @@ def shape_of(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) ->
         SourceError: a file cannot be read.
         SchemaMismatch: a column that the view reads is of different kinds in different files.
     """
-    if files.source.kind is FileFormat.parquet:
-        return _parquet_shape(files, view)
     # A file without rows does not say of which type a key is.
     path = next((path for path, rows in zip(files.paths, files.sizes, strict=True) if rows), files.paths[0])
     first = head(path, HEAD_ROWS, files.source)
+    if files.source.kind is FileFormat.parquet:
+        return _parquet_shape(files, view, zoneless(first, Roles.of(view)))
     if files.source.kind is FileFormat.json:
         rows = parsed_lines(first["text"].to_pylist())
         first = typed_rows(rows, natural(rows[0] if rows else {}, view), () if rows else _declared(view))
@@ -120,7 +124,14 @@ def shape_of(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) ->
     if files.source.kind is FileFormat.csv and len(files.paths) > 1:
         names = dict.fromkeys(name for path in files.paths for name in header(path, files.source))
         schema = pa.schema([(name, DTYPES[types.get(name, "string")]) for name in names])
-    return Shape(files=files, view=view, types=types, names=first.column_names, schema=schema)
+    return Shape(
+        files=files,
+        view=view,
+        types=types,
+        names=first.column_names,
+        zoneless=zoneless(first, Roles.of(view)),
+        schema=schema,
+    )
 
 
 def prepared_blocks(
@@ -137,12 +148,29 @@ def prepared_blocks(
             yield part
 
 
-def grouped(files: SourceFiles) -> list[list[str]]:
-    """Files that are read together, in order: small ones share a task."""
+def empty_part(view: FeatureView, names: Sequence[str], *, now: dt.datetime) -> pa.Table:
+    """A checked block of a source without rows, whose columns need be there alone: nothing is said of their types.
+
+    Raises:
+        SchemaMismatch: a column is missing.
+    """
+    if view.transform is not None:  # which columns it reads is not known
+        names, view = _declared(replace(view, transform=None)), replace(view, transform=None)
+    return prepare_part(pa.table({name: pa.nulls(0) for name in names}), view, now=now)
+
+
+def grouped(files: SourceFiles, view: FeatureView) -> list[list[str]]:
+    """Files that are read together, in order: small ones share a task, those without rows are left out.
+
+    Not where a rule needs the source rows themselves, whose types may differ from file to file.
+    """
+    alone = bool(unique_rules(view))
     groups: list[list[str]] = []
-    rows = BATCH_ROWS
+    rows = 0
     for path, size in zip(files.paths, files.sizes, strict=True):
-        if rows + size > BATCH_ROWS:
+        if not size:
+            continue
+        if alone or not groups or rows + size > BATCH_ROWS:
             groups.append([])
             rows = 0
         groups[-1].append(path)
@@ -163,11 +191,12 @@ def _declared(view: FeatureView) -> list[str]:
     return [*view.join_keys, *fields, *(name for name in times if name)]
 
 
-def _parquet_shape(files: SourceFiles, view: FeatureView) -> Shape:
+def _parquet_shape(files: SourceFiles, view: FeatureView, zoneless: Sequence[str]) -> Shape:
     if len(files.paths) == 1:
-        return Shape(files=files, view=view, types={})
+        return Shape(files=files, view=view, types={}, zoneless=zoneless)
     types: dict[str, dict[pa.DataType, str]] = {}
-    for path in files.paths:
+    filled = [path for path, rows in zip(files.paths, files.sizes, strict=True) if rows]
+    for path in filled:
         for column in parquet_schema(path, files.source):
             types.setdefault(column.name, {}).setdefault(column.type, path)
     common = {name: _common(list(of_column)) for name, of_column in types.items()}
@@ -177,12 +206,15 @@ def _parquet_shape(files: SourceFiles, view: FeatureView) -> Shape:
             said = " and ".join(f"{kind} in {path}" for kind, path in list(types[name].items())[:2])
             raise SchemaMismatch(f"Column '{name}' is {said}. Write all files with one type.")
     several = {name for name, of_column in types.items() if len(of_column) > 1}
+    # A field is cast to its dtype from what each file has: a common type could be too narrow for one of them.
+    own = {field.name for field in view.schema if view.transform is None and common.get(field.name) != TIME}
     return Shape(
         files=files,
         view=view,
         types={},
-        casts={name: common[name] for name in several if common[name] is not None},
+        casts={name: common[name] for name in several - own if common[name] is not None},
         unread=frozenset(name for name in several if common[name] is None and name not in needed),
+        zoneless=zoneless,
         schema=pa.schema([(name, kind or pa.string()) for name, kind in common.items()]),
     )
 

@@ -64,6 +64,21 @@ class Roles:
 _PLAIN = Roles()
 
 
+def zoneless(first: pa.Table, roles: Roles) -> list[str]:
+    """The event and created times that have no zone, by some first rows; empty where the source declares one."""
+    found = []
+    for name in first.column_names if roles.zone is None else ():
+        column = first[name].drop_null()
+        if name not in roles.instants or not len(column):
+            continue
+        if pa.types.is_string(column.type):
+            bare = not pc.all(pc.match_substring_regex(column, _ZONED)).as_py()
+        else:
+            bare = pa.types.is_date(column.type) or getattr(column.type, "tz", "") is None
+        found += [name] if bare else []
+    return found
+
+
 def column_types(view: FeatureView, head: pa.Table, known: Mapping[str, str]) -> dict[str, str]:
     """The dtype of each column that is not text, decided once for a batch.
 

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.batch_checks import Outlier, Unique
-from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time, is_utf8
+from feature_jobs.store.casting import cast_feature, cast_key, cast_time, is_utf8
 from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
-from feature_jobs.store.instants import Rounding, zoned
+from feature_jobs.store.instants import TIME, Rounding, zoned
 from feature_jobs.store.point_in_time import DELETED
 from feature_jobs.store.profile import Profile
 
@@ -152,7 +152,7 @@ def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
 def _column(table: pa.Table, name: str, view: FeatureView, expected: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise SchemaMismatch(
-            f"Column '{name}' ({expected}) of view '{view.name}' is missing in the source."
+            f"Column '{name}' ({expected}) of view '{view.name}' is missing."
             f"{did_you_mean(name, table.column_names)}"
         )
     if table.column_names.count(name) > 1:
