@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -200,8 +201,35 @@ def coded_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, or only some of its columns."""
+    """Read one Parquet file, or only some of its columns.
+
+    INT96 times come as nanoseconds where these hold them all, else as microseconds.
+    """
     fs, path = url_to_fs(uri)
     with fs.open(path, "rb") as file:
         # `pq.read_table` would import Arrow's dataset layer, and with it pandas.
-        return pq.ParquetFile(file).read(columns)
+        found = pq.ParquetFile(file)
+        wide = [name for name in int96_columns(found) if columns is None or name in columns]
+        table = found.read(columns)
+        if not wide:
+            return table
+        coarse = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read(wide)
+    for name in wide:
+        if not _is_within_nanoseconds(coarse[name]):
+            table = table.set_column(table.schema.get_field_index(name), name, coarse[name])
+    return table
+
+
+def int96_columns(file: pq.ParquetFile) -> list[str]:
+    """The columns that hold times as Spark, Impala and old Hive write them."""
+    columns = (file.schema.column(place) for place in range(len(file.schema)))
+    return [column.path for column in columns if column.physical_type == "INT96"]
+
+
+def _is_within_nanoseconds(times: pa.ChunkedArray) -> bool:
+    """Whether 64 bits hold all times, given in microseconds, as nanoseconds: the years 1677 to 2262."""
+    most = (2**63 - 1) // 1000 - 1
+    numbers = times.cast(pa.int64())
+    return bool(
+        pc.all(pc.and_(pc.less_equal(numbers, most), pc.greater_equal(numbers, -most)), min_count=0).as_py()
+    )

@@ -6,6 +6,9 @@ files without a commit are dead weight, and a commit without its event is found 
 
 With `start=… end=… [chunk=30d]` only rows whose event lies in [start, end) are taken, each chunk a batch of its own.
 The source is read once; a backfill that was killed goes on with the chunks that are left.
+
+With `again=true` a source that is stored already is read again, and rows that an older release stored wrongly are put
+right. The same happens by itself where the view's definition has moved the times of its rows since.
 """
 
 from __future__ import annotations
@@ -23,16 +26,17 @@ from deltalake import DeltaTable
 from ray.exceptions import RayError
 
 from cluster.entrypoint import job
-from cluster.errors import BatchRefused, DefinitionError, RefusedError, SourceError
+from cluster.errors import DefinitionError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import BatchIngested
+from cluster.ledger.events import BatchIngested, BatchMended
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
 from cluster.security.acting import Actor, act
 from cluster.security.policy import Action
 from cluster.session import attach, refusal_behind
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batch import Judged, judge, last_good, new_columns, settle
+from feature_jobs.again import mend_batches, report
+from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
 from feature_jobs.store import offline
 from feature_jobs.store.batch_checks import Finding
@@ -83,10 +87,14 @@ class IngestConfig(PlatformConfig):
     end: str | None = None
     chunk: str | None = None
     """`30d`, `12h`: the range in parts of this length, each committed by itself."""
+    again: bool = False
+    """Read what is stored already once more, and mend the rows that are not as they should be."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.start is None:
             raise ValueError("chunk needs start and end.")
+        if self.again and self.start is not None:
+            raise ValueError("again mends whole batches. Leave start and end away.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
         if self.num_buckets < 1:
@@ -120,11 +128,15 @@ def main(config: IngestConfig) -> None:
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     wanted, span = parse_range(config.start, config.end), parse_span(config.chunk)
     run = open_run(config, ledger, actor, view, spec)
-    missing = ingested(run).missing(wanted, span)
+    found = ingested(run)
+    if found.earlier and (config.again or (found.moved and wanted is None)):
+        mend_stored(run, spec, found)
+        return
+    missing = found.missing(wanted, span) if run.files.rows else [found.whole()]
     if not missing:
         print(f"view {view.name}: this content is ingested already; nothing to do")
         return
-    before = {one: found for one in missing if (found := found_again(run, one)) is not None}
+    before = {one: again for one in missing if (again := found_again(run, one)) is not None}
     rows = read_or_refuse(run) if len(before) < len(missing) else Prepared(blocks=[], columns=[])
     for one in missing:
         batch, version = before.get(one) or store_one(run, rows, one)
@@ -144,7 +156,7 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
     """Open the source, and find out what there is of the view.
 
     Raises:
-        SourceError: the source is missing, empty or unreadable.
+        SourceError: the source is missing or unreadable.
     """
     places = layout(config.storage)
     uri, quarantine = places.features(view.name), places.quarantine(view.name)
@@ -187,15 +199,43 @@ def store_one(run: Run, rows: Prepared, wanted: Wanted) -> tuple[offline.Batch, 
     checked = check_or_refuse(run, rows)
     if checked.rows == 0:
         table = offline.open_table(run.target.uri)
-        return nothing(wanted), -1 if table is None else int(table.version())
+        return nothing(wanted, checked.columns), -1 if table is None else int(table.version())
     return store(run.view, checked, wanted.ingest_id, target=run.target, quarantine=run.quarantine)
 
 
-def nothing(wanted: Wanted) -> offline.Batch:
-    """A chunk without rows."""
+def nothing(wanted: Wanted, columns: list[str]) -> offline.Batch:
+    """A source or a chunk without rows."""
     return offline.Batch(
-        ingest_id=wanted.ingest_id, rows_in=0, rows_stored=0, rows_quarantined=0, reasons={}, quarantine=None
+        ingest_id=wanted.ingest_id,
+        rows_in=0,
+        rows_stored=0,
+        rows_quarantined=0,
+        reasons={},
+        quarantine=None,
+        columns=columns,
     )
+
+
+def mend_stored(run: Run, spec: ViewSpec, found: Ingested) -> None:
+    """Put rows right that are stored of this source.
+
+    Raises:
+        RefusedError: the source does not fit the view, or a batch cannot be mended.
+    """
+    checked = check_or_refuse(run, read_or_refuse(run))
+    events = mend_batches(
+        run.view,
+        spec,
+        checked,
+        found.earlier,
+        target=run.target,
+        quarantine=run.quarantine,
+        source=(run.files.names, run.files.digest),
+        ledger=run.ledger,
+        actor=run.actor.name,
+    )
+    for event in events:
+        print(report(event))
 
 
 def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
@@ -240,10 +280,11 @@ def stored_keys(table: DeltaTable | None, view: FeatureView) -> dict[str, str]:
 
 def ingested(run: Run) -> Ingested:
     """What the view has of the source's content."""
+    entries = [*run.ledger.entries(BatchIngested), *run.ledger.entries(BatchMended)]
     return Ingested(
         run.view.definition(),
         run.files.digest,
-        batches=(entry.payload for entry in run.ledger.entries(BatchIngested)),
+        batches=[entry.payload for entry in sorted(entries, key=lambda entry: entry.seq)],
         definitions={key: one.definition for key, one in read_recorded(run.ledger).views.items()},
     )
 
@@ -255,7 +296,12 @@ def read_or_refuse(run: Run) -> Prepared:
         RefusedError: columns that do not fit the view; an event says so.
     """
     try:
-        return prepared(run.files, run.view, run.keys, run.baseline, now=dt.datetime.now(dt.UTC))
+        rows = prepared(run.files, run.view, run.keys, run.baseline, now=dt.datetime.now(dt.UTC))
+        for name in rows.zoneless:
+            print(
+                f"view {run.view.name}: times without a zone in '{name}' are taken as UTC; zone=… in its source"
+            )
+        return rows
     except RefusedError as error:
         say_refused(run, error, rows_in=run.files.rows)
         raise
@@ -288,11 +334,11 @@ def check_or_refuse(run: Run, rows: Prepared) -> Checked:
         RefusedError: too many bad rows, or a batch rule that does not hold.
     """
     checked = check(run, rows)
-    if checked.rows == 0:
+    if checked.rows == 0 and run.files.rows:  # a chunk
         return checked
     found = checked.judged.findings
     try:
-        decide(run.config, run.view, checked)
+        refuse_bad(run.view, checked.rows, checked.reasons, max_bad_share=run.config.max_bad_share)
         if run.config.batch_rules is BatchRules.enforce:
             refuse_unlike(run.view, checked.judged)
         return checked
@@ -315,44 +361,6 @@ def say_refused(
         findings=[asdict(finding) for finding in findings],
     )
     run.ledger.append(event, actor=run.actor.name)
-
-
-def decide(config: IngestConfig, view: FeatureView, checked: Checked) -> None:
-    """Refuse a batch with too many bad rows before any of it is written.
-
-    Raises:
-        BatchRefused: with the most frequent reason.
-    """
-    share = checked.rows_bad / checked.rows
-    if share <= config.max_bad_share:
-        return
-    reason, count = max(checked.reasons.items(), key=lambda item: item[1])
-    raise BatchRefused(
-        f"View '{view.name}': {share:.1%} of {checked.rows} rows are bad, at most {config.max_bad_share:.1%} may be; "
-        f"mostly: {reason} ({count}). Nothing was stored. Mend the source, or raise max_bad_share."
-    )
-
-
-def refuse_unlike(view: FeatureView, judged: Judged) -> None:
-    """Refuse a batch for which a batch rule does not hold.
-
-    Raises:
-        BatchRefused: naming all of them.
-    """
-    if judged.findings:
-        said = "; ".join(finding.said for finding in judged.findings)
-        raise BatchRefused(
-            f"View '{view.name}': {said}. Nothing was stored. Mend the source, or let it be with batch_rules=report."
-        )
-
-
-def unread(view: FeatureView, columns: list[str]) -> str:
-    """The tail of a message that says which columns of a source a view leaves; a transform may read them all."""
-    source = view.source
-    times = (source.event_timestamp, source.created_timestamp)
-    read = {*view.join_keys, *(field.name for field in view.schema), *times}
-    ignored = [name for name in columns if name not in read and view.transform is None]
-    return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
 
 
 def event_of(run: Run, wanted: Wanted, batch: offline.Batch, version: int, new: list[str]) -> BatchIngested:

@@ -1,36 +1,38 @@
-"""From a view's source to a Ray dataset of its rows: by Ray Data's own readers, or in chunks where it has none."""
+"""From a view's source to its rows, transformed and checked by Ray Data: a task reads a file, or some small ones."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from fsspec.core import url_to_fs
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import Inconsistent, SourceError
 from cluster.session import refusal_behind
-from cluster.storage import Layout, is_uri
+from cluster.storage import Layout
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
-from feature_jobs.store.partitions import partitions_of, with_partitions
+from feature_jobs.store.files import SourceFiles, open_source
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
-from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
+from feature_jobs.store.source_blocks import (
+    BATCH_ROWS,
+    HEAD_ROWS,
+    Shape,
+    empty_part,
+    grouped,
+    natural,
+    prepared_blocks,
+    shape_of,
+)
+from feature_jobs.store.sources import BatchSource, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
-from feature_jobs.store.typed import column_types, declared, typed_rows, typed_text
+from feature_jobs.store.typed import Roles, column_types, declared, typed_rows, zoneless
 from feature_jobs.store.validation import prepare_part
-
-HEAD_ROWS = 1000
-_PATH = "path"
-"""Column in which Ray says where a row was read."""
-BATCH_ROWS = 131_072
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,7 @@ class SourceRows:
     rows: int
     digest: str
     names: str
+    zoneless: Sequence[str]
 
 
 Opened = SourceFiles | SourceRows
@@ -56,6 +59,8 @@ class Prepared:
     """Object references to tables."""
     columns: list[str]
     """Of the source."""
+    zoneless: Sequence[str] = ()
+    """Event and created times that have no zone, though the source declares none."""
 
 
 def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str]) -> Opened:
@@ -68,23 +73,33 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         known: the feature table's join keys and their types.
 
     Raises:
-        SourceError: it is missing, empty or unreadable.
+        SourceError: it is missing or unreadable.
         SchemaMismatch: a database's value is not what the view declares.
     """
     if not isinstance(source, SqlSource):
         return open_source(source, places, declared=declared(view))
-    digest, blocks, types, first = RowDigest(), [], None, None
-    for rows in read_chunks(source):
+    digest, blocks, types, first, roles = RowDigest(), [], None, None, Roles.of(view)
+    names: list[str] = []
+    without: list[str] = []
+    for rows in read_chunks(source, columns=names):
         if types is None:
-            types = column_types(view, typed_rows(rows[:HEAD_ROWS], _natural(rows[0], view)), known)
-        table = typed_rows(rows, types)
+            without = zoneless(
+                pa.table({name: [rows[0][name]] for name in names if name in roles.instants}), roles
+            )
+            types = column_types(view, typed_rows(rows[:HEAD_ROWS], natural(rows[0], view)), known)
+        table = typed_rows(rows, types, names, roles)
         first = table.slice(0, HEAD_ROWS) if first is None else first
         digest.add(rows)
         blocks.append(ray.put(table))
     if first is None:
-        raise SourceError(f"Source {source.path} is empty: no row. Nothing was ingested.")
+        first = typed_rows([], column_types(view, typed_rows([], {}, names), known), names, roles)
     return SourceRows(
-        blocks=blocks, first=first, rows=digest.rows, digest=digest.hexdigest(), names=source.path
+        blocks=blocks,
+        first=first,
+        rows=digest.rows,
+        digest=digest.hexdigest(),
+        names=source.path,
+        zoneless=without,
     )
 
 
@@ -97,36 +112,9 @@ def heads(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> Iterat
     if isinstance(opened, SourceRows):
         yield opened.first
         return
-    shape = _shape(opened, view, known)
+    shape = shape_of(opened, view, known)
     for path in opened.paths:
-        yield shape.of_file(head(path, HEAD_ROWS, opened.source), path)
-
-
-def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.data.Dataset:
-    """All rows, typed, in the order of the source."""
-    if isinstance(opened, SourceRows):
-        return ray.data.from_arrow_refs(opened.blocks)
-    kind, (paths, filesystem) = opened.source.kind, _for_arrow(opened.paths)
-    shape = _shape(opened, view, known)
-    partitioned = any(partitions_of(path, shape.types) for path in opened.paths)
-    # Ray's own reading of partition folders knows no declared types.
-    common: dict[str, Any] = {
-        "filesystem": filesystem,
-        "file_extensions": None,
-        "partitioning": None,
-        "include_paths": partitioned,
-    }
-    match kind:
-        case FileFormat.parquet:
-            rows = ray.data.read_parquet(paths, **common)
-            if not partitioned:
-                return rows
-        case FileFormat.csv:
-            rows = ray.data.read_csv(paths, **common, **csv_options(opened.paths, opened.source))
-        case FileFormat.json:
-            rows = ray.data.read_text(paths, **common)
-    typed = shape.of_files if partitioned else shape.typed
-    return rows.map_batches(typed, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+        yield shape.head(path)
 
 
 def prepared(
@@ -138,22 +126,29 @@ def prepared(
         RefusedError: columns that do not fit the view.
         Inconsistent: Ray Data gave another number of rows than the source has.
     """
-    first_rows = list(heads(opened, view, known))
-    for first in first_rows:
-        prepare_part(first, view, now=now)
+    first_rows = _checked_heads(opened, view, known, now)
+    columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
+    if opened.rows == 0:
+        nothing = empty_part(view, columns, now=now)
+        return Prepared(blocks=[ray.put(nothing)], columns=columns)
+    zoneless = opened.zoneless if isinstance(opened, SourceRows) else shape_of(opened, view, known).zoneless
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # Else a refusal comes back wrapped in an error of Ray's own, without its cause.
     context.raise_original_map_exception = True
-    # The newer reader starts a pool of actors to read footers, which takes longer than a batch of this size.
-    context.use_datasource_v2 = False
-    checked = dataset(opened, view, known).map_batches(
-        lambda block: prepare_part(block, view, now=now, baseline=baseline),
-        batch_format="pyarrow",
-        batch_size=BATCH_ROWS,
-        zero_copy_batch=True,
-    )
+    if isinstance(opened, SourceRows):
+        checked = ray.data.from_arrow_refs(opened.blocks).map_batches(
+            lambda block: prepare_part(block, view, now=now, baseline=baseline),
+            batch_format="pyarrow",
+            batch_size=BATCH_ROWS,
+            zero_copy_batch=True,
+        )
+    else:
+        shape, groups = shape_of(opened, view, known), grouped(opened, view)
+        read = _Read(shape=shape, groups=groups, baseline=baseline, now=now)
+        numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
+        checked = numbers.map_batches(read.blocks, batch_size=1)
     try:
         blocks: list[Any] = checked.to_arrow_refs()
         rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
@@ -161,8 +156,42 @@ def prepared(
         raise unreadable(refusal_behind(error), opened) from error
     if rows != opened.rows:
         raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
-    columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
-    return Prepared(blocks=blocks, columns=columns)
+    return Prepared(blocks=blocks, columns=columns, zoneless=zoneless)
+
+
+def _checked_heads(
+    opened: Opened, view: FeatureView, known: Mapping[str, str], now: dt.datetime
+) -> list[pa.Table]:
+    """The first rows of every file, which refuse in a second what does not fit the view."""
+    if isinstance(opened, SourceRows):
+        _check(opened.first, view, now)
+        return [opened.first]
+    shape, found = shape_of(opened, view, known), list(heads(opened, view, known))
+    for path, first in zip(opened.paths, found, strict=True):
+        with shape.naming(path):
+            _check(first, view, now)
+    return found
+
+
+def _check(first: pa.Table, view: FeatureView, now: dt.datetime) -> None:
+    if first.num_rows:
+        prepare_part(first, view, now=now)
+    else:
+        empty_part(view, first.column_names, now=now)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """What a task needs to read its files."""
+
+    shape: Shape
+    groups: list[list[str]]
+    baseline: Profile | None
+    now: dt.datetime
+
+    def blocks(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+        for number in batch["item"]:
+            yield from prepared_blocks(self.groups[int(number)], self.shape, self.baseline, now=self.now)
 
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:
@@ -188,59 +217,3 @@ def in_range(times: pa.ChunkedArray, range: TimeRange) -> pa.ChunkedArray:
 @ray.remote(num_cpus=0.1)
 def _num_rows(block: pa.Table) -> int:
     return int(block.num_rows)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Shape:
-    """What blocks of a batch are made to be, decided once."""
-
-    kind: FileFormat
-    types: dict[str, str]
-    names: list[str]
-
-    def typed(self, block: pa.Table) -> pa.Table:
-        match self.kind:
-            case FileFormat.parquet:
-                return block
-            case FileFormat.csv:
-                return typed_text(block, self.types)
-            case FileFormat.json:
-                lines = [line for line in block["text"].to_pylist() if line.strip()]
-                return typed_rows(parsed_lines(lines), self.types, self.names)
-
-    def of_file(self, block: pa.Table, path: str) -> pa.Table:
-        """Rows of one file."""
-        return with_partitions(self.typed(block), path, self.types)
-
-    def of_files(self, block: pa.Table) -> pa.Table:
-        """Rows of some files, which Ray names in a column."""
-        parts, paths = [], block[_PATH].dictionary_encode().combine_chunks()
-        content = block.drop_columns([_PATH])
-        for number, path in enumerate(paths.dictionary.to_pylist()):
-            part = content.filter(pc.equal(paths.indices, number))
-            parts.append(self.of_file(part, path))
-        return pa.concat_tables(parts, promote_options="permissive") if parts else content
-
-
-def _shape(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) -> _Shape:
-    first, kind = head(files.paths[0], HEAD_ROWS, files.source), files.source.kind
-    if kind is FileFormat.json:
-        rows = parsed_lines(first["text"].to_pylist())
-        first = typed_rows(rows, _natural(rows[0] if rows else {}, view))
-    names = first.column_names
-    folders = with_partitions(first, files.paths[0], dict.fromkeys(declared(view), "string"))
-    return _Shape(kind=kind, types=column_types(view, folders, known), names=names)
-
-
-def _natural(row: Mapping[str, Any], view: FeatureView) -> dict[str, str]:
-    """Of JSON and SQL, keys have a type of their own."""
-    whole = [key for key in view.join_keys if isinstance(row.get(key), int)]
-    return dict.fromkeys(whole, "int64")
-
-
-def _for_arrow(paths: list[str]) -> tuple[list[str], Any]:
-    """Paths and the file system that Ray reads them by; a URI goes through fsspec, as everywhere here."""
-    if not is_uri(paths[0]):
-        return paths, None
-    fs = url_to_fs(paths[0])[0]
-    return [url_to_fs(path)[1] for path in paths], PyFileSystem(FSSpecHandler(fs))

@@ -28,6 +28,7 @@ from feature_jobs.store.kept import place_of
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.store.point_in_time import EVENT
 from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.row_hash import has_row_hash, row_hash
 from feature_jobs.store.training_set import (
@@ -116,6 +117,8 @@ def produce(
     """
     original, places = request.original, layout(config.storage)
     entities = read_entities(str(request.entities))
+    if EVENT in entities.column_names and getattr(entities[EVENT].type, "tz", "") is None:
+        print(f"note: '{EVENT}' of the entity rows has no zone and is taken as UTC")
     entities_hash = row_hash(entities)
     if original is not None and not has_row_hash(entities, original.entities_hash):
         raise TrainingSetError(

@@ -22,7 +22,9 @@ _NOT_OF_ROWS = frozenset(
     {"ttl_s", "owner", "purposes", "region", "retention_s", "subject_key", "entities", "aggregations"}
 )
 _NOT_OF_COLUMNS = frozenset({"description", "categorical"})
-_OF_SOURCE = frozenset({"event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls"})
+_OF_SOURCE = frozenset(
+    {"event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls", "zone"}
+)
 
 
 def row_version(definition: Mapping[str, Any]) -> str:
@@ -34,6 +36,13 @@ def row_version(definition: Mapping[str, Any]) -> str:
     ]
     parts["source"] = {key: value for key, value in definition["source"].items() if key in _OF_SOURCE}
     return content_hash(parts)
+
+
+def _times(definition: Mapping[str, Any]) -> list[Any]:
+    """What decides under which times a row is stored; a transform may too, but then nobody can say."""
+    source = definition["source"]
+    names = ("event_timestamp", "created_timestamp", "zone")
+    return [definition.get("created_lag_s"), *(source.get(name) for name in names)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +61,7 @@ class Ingested:
     Args:
         definition: of the view as it is now.
         digest: of the source's content.
-        batches: payloads of `BatchIngested` in order; older releases gave batches other ids.
+        batches: payloads of `BatchIngested` and `BatchMended` in order; older releases gave batches other ids.
         definitions: by view and version, as they were applied.
     """
 
@@ -68,15 +77,24 @@ class Ingested:
         self._parts = [name, rows, digest]
         self._whole = False
         self._ranges: list[TimeRange] = []
+        self.earlier: dict[str, bool] = {}
+        """The batches that hold this content by id, and whether each is of the whole source."""
+        self._times_changed = False
         for batch in batches:
             if batch["view"] == name and batch["source_digest"] == digest:
                 made_with = definitions.get((name, batch["view_version"]))
                 self._take(batch, alike=made_with is not None and row_version(made_with) == rows)
+                if "mend_id" in batch:
+                    self._times_changed = made_with is None or _times(made_with) != _times(definition)
+                    continue
+                if batch.get("rows_in", 1):
+                    self.earlier[batch["ingest_id"]] = batch.get("start") is None
+                    self._times_changed |= made_with is not None and _times(made_with) != _times(definition)
 
     def _take(self, batch: Mapping[str, Any], *, alike: bool) -> None:
         if not alike:  # its rows have taken the place of those before
             self._whole, self._ranges = False, []
-            self._parts = [*self._parts[:3], batch["ingest_id"]]
+            self._parts = [*self._parts[:3], batch.get("mend_id") or batch["ingest_id"]]
         elif batch.get("start") is None:
             self._whole = True
         else:
@@ -97,6 +115,15 @@ class Ingested:
         return [
             Wanted(ingest_id=self._id(str(chunk)), range=chunk) for chunk in chunks(range, span, self._ranges)
         ]
+
+    @property
+    def moved(self) -> bool:
+        """Whether rows are stored under times that the definition no longer gives them, and can be put right."""
+        return self._times_changed and all(self.earlier.values())
+
+    def whole(self) -> Wanted:
+        """All of the source as one batch, also where it is stored already."""
+        return Wanted(ingest_id=self._id())
 
     def _id(self, *more: str) -> str:
         return hashlib.sha256(":".join([*self._parts, *more]).encode()).hexdigest()[:16]

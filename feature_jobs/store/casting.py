@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
+from feature_jobs.store.instants import TIME, Rounding, days, in_zone, micros
 
-TIME = pa.timestamp("us", "UTC")
 _PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
@@ -29,7 +29,7 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     if pa.types.is_floating(plain.type):
         plain = pc.if_else(pc.is_nan(plain), pa.scalar(None, plain.type), plain)
     if target == TIME:
-        return _within_years(cast_time(plain, name=name), name, column.type)
+        return _within_years(cast_time(plain, name=name, rounding=Rounding.exact), name, column.type)
     if pa.types.is_date32(target):
         return _cast_date(plain, name=name)
     if plain.type == target:
@@ -62,6 +62,8 @@ def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
         return cast_feature(plain, pa.int64(), name=name)
     if _is_string(plain.type):
         return _utf8(plain, name).cast(pa.string())
+    if pa.types.is_null(plain.type) and len(plain) == 0:
+        return plain.cast(pa.string())
     raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
 
 
@@ -102,25 +104,31 @@ def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, 
     yield "has a null element", pa.chunked_array([pa.array(with_null)])
 
 
-def cast_time(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
-    """A time as UTC microseconds: without a zone it is taken as UTC, nanoseconds are cut off.
+def cast_time(column: pa.ChunkedArray, *, name: str, rounding: Rounding) -> pa.ChunkedArray:
+    """A time as UTC microseconds; without a zone it is UTC (`instants.zoned` is for sources with another one).
 
     A time that microseconds cannot reach becomes the last or first that they can, hundreds of thousands of years away.
 
+    Args:
+        column: timestamps or dates.
+        name: of the column, for messages.
+        rounding: of times that are finer than microseconds.
+
     Raises:
-        SchemaMismatch: it is no timestamp or date.
+        SchemaMismatch: it is no timestamp or date, or would be rounded though it must be exact.
     """
-    if pa.types.is_date32(column.type):
-        column = column.cast(pa.date64())
-    if pa.types.is_date64(column.type):
-        column = column.cast(pa.timestamp("ms"))
+    actual = column.type
+    if pa.types.is_date(actual):
+        column = days(column)
+    if pa.types.is_null(actual):
+        column = column.cast(TIME)
     if not pa.types.is_timestamp(column.type):
-        raise _mismatch(name, TIME, column.type)
-    if column.type.unit == "ns":
-        column = pc.floor_temporal(column, unit="microsecond")
-    elif column.type.unit != "us":
-        column = _within_microseconds(column)
-    return column.cast(TIME)
+        raise _mismatch(name, TIME, actual)
+    try:
+        return in_zone(micros(column, rounding), None)
+    except pa.ArrowInvalid as error:
+        reason = "a time is finer than microseconds; round it where it is written"
+        raise _mismatch(name, TIME, actual, reason=reason) from error
 
 
 def _cast_date(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
@@ -131,8 +139,8 @@ def _cast_date(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
         raise _mismatch(name, pa.date32(), column.type)
     dates = column.cast(pa.date32())
     if pa.types.is_timestamp(column.type):
-        days = pc.cast(dates, pa.int32()).cast(pa.int64())
-        back = pc.multiply(days, _PER_DAY[column.type.unit])
+        numbers = pc.cast(dates, pa.int32()).cast(pa.int64())
+        back = pc.multiply(numbers, _PER_DAY[column.type.unit])
         if not pc.all(pc.equal(back, column.cast(pa.int64())), min_count=0).as_py():
             raise _mismatch(name, pa.date32(), column.type, reason="a time is not midnight in UTC")
     first, last = pa.scalar(date.min, pa.date32()), pa.scalar(date.max, pa.date32())
@@ -161,16 +169,6 @@ def _within_years(column: pa.ChunkedArray, name: str, actual: pa.DataType) -> pa
     if pc.any(beyond, min_count=0).as_py():
         raise _mismatch(name, TIME, actual, reason="a time is not within the years 1 to 9999")
     return column
-
-
-def _within_microseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind, factor = column.type, 10**6 if column.type.unit == "s" else 10**3
-    numbers = column.cast(pa.int64())
-    most = (2**63 - 1) // factor
-    inside = pc.min_element_wise(
-        pc.max_element_wise(numbers, -most, skip_nulls=False), most, skip_nulls=False
-    )
-    return inside.cast(kind)
 
 
 def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> bool:

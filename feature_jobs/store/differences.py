@@ -28,7 +28,7 @@ Definition = Mapping[str, Any]
 
 _SAFE = {"ttl_s": "time-to-live", "owner": "owner", "subject_key": "subject key"}
 _RESTRICTING = {"purposes": "purposes", "region": "region"}
-_MEANING = ("event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls")
+_MEANING = ("event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls", "zone")
 """Of a source: what its rows say and when, as opposed to where they are."""
 _HANDLED = frozenset(
     {

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from feature_jobs.store.instants import Rounding, parse
+
 MAX_LIST = 65_536
 """Elements of a list with a declared length."""
 MAX_DIGITS = 38
@@ -173,7 +175,7 @@ def _scalar(value: Any, dtype: str) -> Any:
     kind = type(value)
     match dtype:
         case "timestamp":
-            return _instant(value) if kind is str else None
+            return parse(value, None, Rounding.exact)
         case "date":
             return _date(value) if kind is str else None
         case "bytes":
@@ -199,14 +201,6 @@ def _float(value: Any, dtype: str) -> float | None:
         return None
     rounded = float(np.float32(number)) if dtype == "float32" else number
     return number if isinstance(value, float) or rounded == value else None
-
-
-def _instant(text: str) -> dt.datetime | None:
-    try:
-        instant = dt.datetime.fromisoformat(text)
-        return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)
-    except (ValueError, OverflowError):
-        return None
 
 
 def _date(text: str) -> dt.date | None:

@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import SourceError
-from cluster.storage import Layout, is_uri, resolve, sha256
+from cluster.storage import Layout, int96_columns, is_uri, resolve, sha256
+from feature_jobs.store.int96 import exact_times
 from feature_jobs.store.partitions import partitions_of, with_digest
 from feature_jobs.store.sources import FileFormat, FileSource
 
 STORAGE = "{storage}"
+_CSV_BLOCK = 16 << 20
 _NAMES = {FileFormat.parquet: "Parquet", FileFormat.csv: "CSV", FileFormat.json: "JSON lines"}
 
 
@@ -30,10 +32,16 @@ class SourceFiles:
     """The files of one batch."""
 
     paths: list[str]
-    rows: int
+    sizes: list[int]
+    """Rows of each."""
     digest: str
     source: FileSource
     """How to read them."""
+
+    @property
+    def rows(self) -> int:
+        """Of all files."""
+        return sum(self.sizes)
 
     @property
     def names(self) -> str:
@@ -50,16 +58,14 @@ def open_source(source: FileSource, places: Layout, *, declared: Collection[str]
         declared: columns that may come from partition folders.
 
     Raises:
-        SourceError: there is no file, one cannot be read, or there is no row.
+        SourceError: there is no file, or one cannot be read.
     """
     full = resolve(source.path.replace(STORAGE, places.root))
     paths = find(full, source.kind)
-    rows = sum(_num_rows(file, source) for file in paths)
-    if rows == 0:
-        raise SourceError(f"Source {full} is empty: {len(paths)} files, no row. Nothing was ingested.")
+    sizes = [_num_rows(file, source) for file in paths]
     parts = [_digest(file, source, declared) for file in paths]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return SourceFiles(paths=paths, rows=rows, digest=digest, source=source)
+    return SourceFiles(paths=paths, sizes=sizes, digest=digest, source=source)
 
 
 def _digest(path: str, source: FileSource, declared: Collection[str]) -> str:
@@ -90,24 +96,66 @@ def find(full: str, kind: FileFormat) -> list[str]:
 
 
 def head(path: str, rows: int, source: FileSource) -> pa.Table:
-    """The first rows of a file: of text files all columns as text, of JSON lines the lines in a column `text`.
+    """The first rows of a file, as `tables` gives them; of one without rows its columns.
 
     Raises:
         SourceError: its rows cannot be read.
+    """
+    return next(tables(path, rows, source)).slice(0, rows)
+
+
+def tables(path: str, rows: int, source: FileSource) -> Iterator[pa.Table]:
+    """A file in parts of some rows, at least one part; of text files all columns as text, of JSON lines the lines in a
+    column `text`.
+
+    Raises:
+        SourceError: its rows cannot be read.
+        SchemaMismatch: a time would change.
     """
     options = csv_options([path], source) if source.kind is FileFormat.csv else {}
     with _reading(path, source) as file:
         match source.kind:
             case FileFormat.csv:
-                for batch in pcsv.open_csv(file, **options):
-                    return pa.Table.from_batches([batch]).slice(0, rows)
+                reader = pcsv.open_csv(file, read_options=pcsv.ReadOptions(block_size=_CSV_BLOCK), **options)
+                empty = True
+                for batch in reader:
+                    empty = False
+                    yield pa.Table.from_batches([batch])
+                if empty:
+                    yield reader.schema.empty_table()
             case FileFormat.json:
-                return pa.table({"text": pa.array(islice(_lines(file), rows), pa.string())})
+                lines = _lines(file)
+                part = list(islice(lines, rows))
+                yield pa.table({"text": pa.array(part, pa.string())})
+                while part := list(islice(lines, rows)):
+                    yield pa.table({"text": pa.array(part, pa.string())})
             case FileFormat.parquet:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=rows):
-                    return pa.Table.from_batches([batch])
-                return pq.ParquetFile(file).schema_arrow.empty_table()
-    raise SourceError(f"Source {path} has no rows.")
+                yield from _parquet(path, file, rows, source)
+
+
+def _parquet(path: str, file: IO[bytes], rows: int, source: FileSource) -> Iterator[pa.Table]:
+    coarse = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
+    parts = (pa.Table.from_batches([batch]) for batch in coarse.iter_batches(batch_size=rows))
+    if not coarse.metadata.num_rows:
+        yield coarse.schema_arrow.empty_table()
+    elif not (wide := int96_columns(coarse)):
+        yield from parts
+    else:
+        rounded_up = {source.event_timestamp, source.created_timestamp or source.event_timestamp}
+        with _reading(path, source) as again:
+            fine = pq.ParquetFile(again).iter_batches(batch_size=rows, columns=wide)
+            for part, times in zip(parts, fine, strict=True):
+                yield exact_times(part, pa.Table.from_batches([times]), rounded_up)
+
+
+def parquet_schema(path: str, source: FileSource) -> pa.Schema:
+    """A Parquet file's columns, as `tables` gives them.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    with _reading(path, source) as file:
+        return pq.ParquetFile(file, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
 
 
 def csv_options(paths: list[str], source: FileSource) -> dict[str, Any]:
@@ -126,6 +174,15 @@ def csv_options(paths: list[str], source: FileSource) -> dict[str, Any]:
     return {"parse_options": parse, "convert_options": convert}
 
 
+def header(path: str, source: FileSource) -> list[str]:
+    """The columns of a CSV file.
+
+    Raises:
+        SourceError: it has no header, or cannot be read.
+    """
+    return _header(path, source, pcsv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True))
+
+
 def _header(path: str, source: FileSource, parse: pcsv.ParseOptions) -> list[str]:
     with _reading(path, source) as file:
         first = file.readline().decode("utf-8-sig")
@@ -135,21 +192,25 @@ def _header(path: str, source: FileSource, parse: pcsv.ParseOptions) -> list[str
     return list(pcsv.read_csv(line, parse_options=parse).column_names)
 
 
-def parsed_lines(lines: list[str]) -> list[dict[str, Any]]:
+def parsed_lines(lines: list[str], *, first: int = 1) -> list[dict[str, Any]]:
     """The objects of JSON lines.
+
+    Args:
+        lines: without blank ones.
+        first: number of the first line, blank ones not counted.
 
     Raises:
         SourceError: a line is no JSON object.
     """
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            raise SourceError(f"Line {number} of one block is no JSON: {error.msg}.") from error
+            raise SourceError(f"Line {number} is no JSON: {error.msg}.") from error
         if not isinstance(row, dict):
             raise SourceError(
-                f"Line {number} of one block is {type(row).__name__}, no JSON object. Write one object a line."
+                f"Line {number} is {type(row).__name__}, no JSON object. Write one object a line."
             )
         rows.append(row)
     return rows

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from cluster.errors import DefinitionError
+from feature_jobs.store.instants import check_zone
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
@@ -28,6 +29,8 @@ class KafkaSource:
     """Field that says when the source knew it."""
     deleted: str | None = None
     """Bool field; a row with it true is a tombstone."""
+    zone: str | None = None
+    """Time zone of text times without one; None is UTC. Milliseconds since 1970 are UTC always."""
 
     def __post_init__(self) -> None:
         if not self.bootstrap_servers or not _TOPIC.fullmatch(self.topic):
@@ -37,6 +40,7 @@ class KafkaSource:
             )
         if not self.event_timestamp:
             raise DefinitionError(f"KafkaSource('{self.topic}') needs event_timestamp, the name of a field.")
+        check_zone(self.zone, f"KafkaSource('{self.topic}')")
         if self.deleted in ("", self.event_timestamp, self.created_timestamp or self.event_timestamp):
             raise DefinitionError(f"KafkaSource('{self.topic}'): deleted must name a bool field of its own.")
         if self.created_timestamp == self.event_timestamp:
@@ -59,4 +63,5 @@ class KafkaSource:
             "event_timestamp": self.event_timestamp,
             "created_timestamp": self.created_timestamp,
             **({} if self.deleted is None else {"deleted": self.deleted}),
+            **({} if self.zone is None else {"zone": self.zone}),
         }

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from cluster.errors import InvalidRequest, SourceError
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, parted, typed_column
+from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, instants, parted, typed_column
 from feature_jobs.store.validation import SOURCE, prepare_part
 
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
@@ -119,9 +119,12 @@ def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, s
     columns = {key: pa.array([row[key] for row in rows]) for key in view.join_keys}
     for name in names:
         if name not in columns and name not in (*times, source.deleted):
-            columns[name] = typed_column(name, [row.get(name) for row in rows], dtypes.get(name), reasons)
+            values = [row.get(name) for row in rows]
+            columns[name] = typed_column(name, values, dtypes.get(name), reasons, zone=source.zone)
     for name in times:
-        columns[name] = typed_column(name, [row.get(name) for row in rows], "timestamp", reasons)
+        columns[name] = instants(
+            name, [row.get(name) for row in rows], reasons, zone=source.zone, kind="timestamp"
+        )
     if source.deleted is not None:
         columns[source.deleted] = typed_column(
             source.deleted, [row.get(source.deleted) for row in rows], "bool", reasons

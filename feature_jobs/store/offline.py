@@ -300,6 +300,16 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     return None
 
 
+def sequence_of(uri: str, ingest_id: str) -> range | None:
+    """The `ingest_seq` of a batch's rows in the order of their source, those that went to quarantine included."""
+    found = find_batch(DeltaTable(uri), ingest_id)
+    if found is None:
+        return None
+    batch, version = found
+    last = last_seq(DeltaTable(uri, version=version))
+    return range(last - batch.rows_in + 1, last + 1)
+
+
 def snapshot(
     uri: str,
     *,

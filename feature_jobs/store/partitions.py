@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from feature_jobs.store.typed import typed_text
+from feature_jobs.store.typed import Roles, typed_text
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 """The folder's value where the column is null."""
@@ -29,7 +29,7 @@ def partitions_of(path: str, wanted: Collection[str]) -> dict[str, str | None]:
     }
 
 
-def with_partitions(table: pa.Table, path: str, types: Mapping[str, str]) -> pa.Table:
+def with_partitions(table: pa.Table, path: str, types: Mapping[str, str], roles: Roles) -> pa.Table:
     """Rows of a file with the columns of its folders, each of its declared type.
 
     Raises:
@@ -38,7 +38,7 @@ def with_partitions(table: pa.Table, path: str, types: Mapping[str, str]) -> pa.
     for name, value in partitions_of(path, types).items():
         if name not in table.column_names:
             column = pa.chunked_array([pa.repeat(pa.scalar(value, pa.string()), table.num_rows)])
-            table = table.append_column(name, typed_text(pa.table({name: column}), types).column(0))
+            table = table.append_column(name, typed_text(pa.table({name: column}), types, roles).column(0))
     return table
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cluster.errors import InvalidRequest, SourceError, did_you_mean
 from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
 from feature_jobs.store.dtypes import from_json
+from feature_jobs.store.instants import Rounding, parse
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.sources import Source
 from feature_jobs.store.validation import RAW, REASON, prepare
@@ -26,7 +27,6 @@ MAX_ROWS = 1000
 ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})
 POSITION = "__position"
 KEY_TYPES = {int: "int64", str: "string"}
-_TIMES = frozenset({EVENT, CREATED})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,17 +145,36 @@ def _columns(
     columns = {key: pa.array([row["keys"][key] for row in rows]) for key in view.join_keys}
     for name in names:
         values = [row.get("features", {}).get(name) for row in rows]
-        columns[name] = typed_column(name, values, dtypes.get(name), reasons)
+        columns[name] = typed_column(name, values, dtypes.get(name), reasons, zone=view.source.zone)
     for name, of_source in ((EVENT, source.event_timestamp), (CREATED, source.created_timestamp)):
         if of_source is not None:
-            columns[of_source] = typed_column(name, [row.get(name) for row in rows], "timestamp", reasons)
+            times = [row.get(name) for row in rows]
+            columns[of_source] = instants(name, times, reasons, zone=view.source.zone)
     if source.deleted is not None:
         columns[source.deleted] = pa.array([bool(row.get(DELETED)) for row in rows])
     return columns
 
 
-def typed_column(name: str, values: list[Any], dtype: str | None, reasons: dict[int, str]) -> pa.Array:
+def instants(
+    name: str, values: list[Any], reasons: dict[int, str], *, zone: str | None, kind: str = "instant"
+) -> pa.Array:
+    """Event or created times from text, rounded up; one that is no instant is null, and its row gets a reason."""
+    found = [parse(value, zone, Rounding.up) for value in values]
+    _mark(found, values, f"{name} is no {kind}", reasons)
+    return pa.array(found, DTYPES["timestamp"])
+
+
+def typed_column(
+    name: str, values: list[Any], dtype: str | None, reasons: dict[int, str], *, zone: str | None = None
+) -> pa.Array:
     """JSON values of one dtype; one that is not is null here, and its row gets a reason.
+
+    Args:
+        name: of the column.
+        values: as JSON gave them.
+        dtype: None where a transform makes the features.
+        reasons: by row; added to.
+        zone: of times without one.
 
     Raises:
         InvalidRequest: no dtype is given, and the values are of several.
@@ -165,20 +184,22 @@ def typed_column(name: str, values: list[Any], dtype: str | None, reasons: dict[
             return pa.array(values)
         except pa.ArrowInvalid as error:
             raise InvalidRequest(f"The values of '{name}' are not of one type: {error}.") from error
-    fitting = []
-    for position, value in enumerate(values):
-        converted = None if value is None else _converted(value, dtype)
-        if value is not None and converted is None:
-            said = f"{name} is no {'instant' if name in _TIMES else dtype}"
-            reasons[position] = f"{reasons[position]}; {said}" if position in reasons else said
-        fitting.append(converted)
+    fitting = [None if value is None else _converted(value, dtype, zone) for value in values]
+    _mark(fitting, values, f"{name} is no {dtype}", reasons)
     return pa.array(fitting, DTYPES[dtype])
 
 
-def _converted(value: Any, dtype: str) -> Any:
+def _mark(converted: Sequence[Any], values: Sequence[Any], said: str, reasons: dict[int, str]) -> None:
+    """Give the rows whose value could not be converted a reason."""
+    for position, (one, value) in enumerate(zip(converted, values, strict=True)):
+        if value is not None and one is None:
+            reasons[position] = f"{reasons[position]}; {said}" if position in reasons else said
+
+
+def _converted(value: Any, dtype: str, zone: str | None) -> Any:
     """A JSON value as the type wants it; None where it does not fit."""
     try:
-        return from_json(value, dtype)
+        return parse(value, zone, Rounding.exact) if dtype == "timestamp" else from_json(value, dtype)
     except ValueError:
         return None
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SourceError
-from cluster.ledger.events import BatchIngested, LedgerEvent, QuarantineReplayed
+from cluster.ledger.events import BatchIngested, BatchMended, LedgerEvent, QuarantineReplayed
 from feature_jobs.store.validation import SOURCE_SCHEMA
 
 
@@ -28,7 +28,7 @@ def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str,
         match event:
             case BatchIngested(view=name) if name == view and event.rows_quarantined:
                 batches[event.ingest_id] = dict(event.reasons)
-            case QuarantineReplayed(view=name) if name == view:
+            case QuarantineReplayed(view=name) | BatchMended(view=name) if name == view:
                 batches[event.batch] = dict(event.reasons)
     return {batch: reasons for batch, reasons in batches.items() if reasons}
 

@@ -91,7 +91,7 @@ def _rewrite_without(pinned: Snapshot, where: pl.Expr, held: Mapping[str, int], 
     new = [
         kept
         for number, file in enumerate(old)
-        if (kept := _kept(pinned, file, where, name=f"kept-{run}-{number}")) is not None
+        if (kept := file_without(pinned, file, where, name=f"kept-{run}-{number}")) is not None
     ]
     said = asdict(reason) | {
         "rows_before": pinned.rows,
@@ -102,8 +102,8 @@ def _rewrite_without(pinned: Snapshot, where: pl.Expr, held: Mapping[str, int], 
     return removed
 
 
-def _kept(pinned: Snapshot, file: BucketFile, where: pl.Expr, *, name: str) -> BucketFile | None:
-    """The file without the rows; None where nothing is left."""
+def file_without(pinned: Snapshot, file: BucketFile, where: pl.Expr, *, name: str) -> BucketFile | None:
+    """A file without some rows, written anew; None where nothing is left."""
     table = protected_files(pinned.access).read(
         f"{pinned.uri}/{file.path}", protection=pinned.protection, place=place_of(pinned.uri, file.path)
     )

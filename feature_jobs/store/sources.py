@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from cluster.errors import DefinitionError, did_you_mean
 from feature_jobs.store.dtypes import DTYPES as DTYPES
+from feature_jobs.store.instants import check_zone
 from feature_jobs.store.kafka_source import KafkaSource
 
 
@@ -62,6 +63,8 @@ class FileSource:
     """Of CSV."""
     nulls: Sequence[str] = ("",)
     """What stands for null in CSV; in quotes it is text."""
+    zone: str | None = None
+    """IANA name of the time zone of times without one, as America/Los_Angeles; None is UTC. See `instants`."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -97,6 +100,7 @@ class FileSource:
             **({} if not self.columns else {"columns": dict(self.columns)}),
             **({} if self.delimiter == "," else {"delimiter": self.delimiter}),
             **({} if self.nulls == ("",) else {"nulls": list(self.nulls)}),
+            **({} if self.zone is None else {"zone": self.zone}),
         }
 
 
@@ -120,6 +124,8 @@ class SqlSource:
     created_timestamp: str | None = None
     deleted: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    zone: str | None = None
+    """As of a FileSource."""
 
     def __post_init__(self) -> None:
         _check_times(self, "SqlSource")
@@ -141,7 +147,7 @@ class SqlSource:
 
     def definition(self) -> dict[str, Any]:
         """As it stands in the ledger."""
-        names = ("url", "url_env", "url_file", "query", "table", "deleted")
+        names = ("url", "url_env", "url_file", "query", "table", "deleted", "zone")
         given = {name: getattr(self, name) for name in names}
         return {
             "kind": "sql",
@@ -169,6 +175,7 @@ def from_path(source: Source, path: str) -> FileSource:
             columns=source.columns,
             delimiter=source.delimiter,
             nulls=source.nulls,
+            zone=source.zone,
         )
     return FileSource(
         path,
@@ -176,12 +183,14 @@ def from_path(source: Source, path: str) -> FileSource:
         created_timestamp=source.created_timestamp,
         deleted=source.deleted,
         columns=source.columns,
+        zone=source.zone,
     )
 
 
 def _check_times(source: Source, what: str) -> None:
     if not source.event_timestamp:
         raise DefinitionError(f"{what} needs event_timestamp, the name of a column.")
+    check_zone(source.zone, what)
     if source.deleted in ("", source.event_timestamp, source.created_timestamp or source.event_timestamp):
         raise DefinitionError(f"{what}: deleted must name a bool column of its own.")
     if source.created_timestamp == source.event_timestamp:

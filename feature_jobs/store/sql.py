@@ -43,9 +43,14 @@ class RowDigest:
 
 
 def read_chunks(
-    source: SqlSource, environment: Mapping[str, str] = os.environ
+    source: SqlSource, environment: Mapping[str, str] = os.environ, *, columns: list[str] | None = None
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows, some at a time.
+
+    Args:
+        source: what is asked for.
+        environment: where `url_env` is looked up.
+        columns: gets the names of the columns, which a query without rows has too.
 
     Raises:
         SourceError: no address, no connection, or a query that fails.
@@ -59,6 +64,8 @@ def read_chunks(
             names = list(result.keys())
             if twice := [name for name in names if names.count(name) > 1]:
                 raise SourceError(f"The query on {where} gives two columns '{twice[0]}'. Name one otherwise.")
+            if columns is not None:
+                columns += names
             for part in result.partitions(CHUNK_ROWS):
                 yield [dict(zip(names, row, strict=True)) for row in part]
     except sa.exc.SQLAlchemyError as error:

@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from cluster.errors import TrainingSetError
 from feature_jobs.store.buckets import bucket_of
+from feature_jobs.store.casting import cast_time
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
+from feature_jobs.store.instants import Rounding
 from feature_jobs.store.missing import fill
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.on_demand import with_on_demand
@@ -175,7 +177,7 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:
-    """The entity rows' times as UTC microseconds; without a zone they are UTC.
+    """The entity rows' times as UTC microseconds, rounded down; without a zone they are UTC.
 
     Raises:
         TrainingSetError: no such column, another type, or a null.
@@ -189,8 +191,8 @@ def event_times(entities: pa.Table) -> pa.ChunkedArray:
         raise TrainingSetError(f"'{EVENT}' of the entity rows must be a timestamp, got {column.type}.")
     if column.null_count:
         raise TrainingSetError(f"'{EVENT}' is null in {column.null_count} entity rows. Give each a time.")
-    # Half a microsecond later is no earlier, so cutting off is right.
-    return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(DTYPES["timestamp"])
+    # A row that is a nanosecond later than the entity row must not be seen, and its time was rounded up.
+    return cast_time(column, name=EVENT, rounding=Rounding.down)
 
 
 def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: pa.Table) -> pa.ChunkedArray:

@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.batch_checks import Outlier, Unique
-from feature_jobs.store.casting import TIME, cast_feature, cast_key, cast_time, is_utf8, misfits
+from feature_jobs.store.casting import cast_feature, cast_key, cast_time, is_utf8, misfits
 from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
 from feature_jobs.store.dtypes import list_of
+from feature_jobs.store.instants import TIME, Rounding, zoned
 from feature_jobs.store.point_in_time import DELETED
 from feature_jobs.store.profile import Profile
 
@@ -74,7 +75,7 @@ def prepare_part(
 
     For a view with such rules the last column is the source row itself as a struct, `SOURCE`, for `reject`.
     """
-    raw = _transformed(block, view)
+    raw = _transformed(zoned(block, view.source.zone, time_columns(view)), view)
     columns: dict[str, pa.ChunkedArray] = {}
     for key in view.join_keys:
         columns[key] = cast_key(_column(raw, key, view, "a join key"), name=key)
@@ -89,8 +90,16 @@ def prepare_part(
         columns[DELETED] = deleted
     table = pa.table(columns)
     reasons = _reasons(list(_rules(table, view, now, baseline)), table.num_rows)
-    table = table.append_column(REASON, reasons).append_column(_raw_field(block.schema), _raw(block, reasons))
+    table = table.append_column(REASON, reasons).append_column(raw_field(block.schema), _raw(block, reasons))
     return table.append_column(SOURCE, block.to_struct_array()) if unique_rules(view) else table
+
+
+def time_columns(view: FeatureView) -> set[str]:
+    """Columns of a view's source that are declared to hold times."""
+    source = view.source
+    declared = [name for name, dtype in source.columns.items() if dtype == "timestamp"]
+    features = [field.name for field in view.schema if field.dtype == "timestamp"]
+    return {source.event_timestamp, source.created_timestamp or source.event_timestamp, *declared, *features}
 
 
 def unique_rules(view: FeatureView) -> list[Unique]:
@@ -144,7 +153,7 @@ def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
 def _column(table: pa.Table, name: str, view: FeatureView, expected: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise SchemaMismatch(
-            f"Column '{name}' ({expected}) of view '{view.name}' is missing in the source."
+            f"Column '{name}' ({expected}) of view '{view.name}' is missing."
             f"{did_you_mean(name, table.column_names)}"
         )
     if table.column_names.count(name) > 1:
@@ -157,12 +166,13 @@ def _column(table: pa.Table, name: str, view: FeatureView, expected: str) -> pa.
 def _times(raw: pa.Table, view: FeatureView) -> dict[str, pa.ChunkedArray]:
     source = view.source
     name = source.event_timestamp
-    event = cast_time(_column(raw, name, view, "the event timestamp"), name=name)
+    event = cast_time(_column(raw, name, view, "the event timestamp"), name=name, rounding=Rounding.up)
     implied = pc.add(event, pa.scalar(view.created_lag, pa.duration("us")))
     if source.created_timestamp is None:
         return {"event_timestamp": event, "created_timestamp": implied}
     name = source.created_timestamp
-    created = cast_time(_column(raw, name, view, "the created timestamp"), name=name)
+    column = _column(raw, name, view, "the created timestamp")
+    created = cast_time(column, name=name, rounding=Rounding.up)
     return {"event_timestamp": event, "created_timestamp": pc.coalesce(created, implied)}
 
 
@@ -224,7 +234,7 @@ def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
     return reasons
 
 
-def _raw_field(source: pa.Schema) -> pa.Field:
+def raw_field(source: pa.Schema) -> pa.Field:
     """The column `RAW`, which remembers the source's types, so that its rows can be read again as they were."""
     types = base64.b64encode(source.remove_metadata().serialize())
     return pa.field(RAW, pa.string(), metadata={SOURCE_SCHEMA: types})

@@ -16,6 +16,7 @@ from cluster.errors import LedgerCorrupt, ReleaseTooOld
 from cluster.ledger.events.base import Json, LedgerEvent, UnknownEvent
 from cluster.ledger.events.features import (
     BatchIngested,
+    BatchMended,
     BatchRefused,
     FeatureServiceApplied,
     FeatureTableRewritten,
@@ -70,6 +71,7 @@ __all__ = [
     "parse",
     "require_known",
     "BatchIngested",
+    "BatchMended",
     "BatchRefused",
     "FeatureServiceApplied",
     "FeatureTableRewritten",

@@ -68,6 +68,32 @@ class BatchIngested(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchMended(LedgerEvent):
+    """The rows of a batch, read from the same source again, in place of those that were stored wrongly."""
+
+    view: str
+    view_version: str
+    batch: str
+    """The batch's `ingest_id`."""
+    mend_id: str
+    source: str
+    source_digest: str
+    rows_in: int = 0
+    rows_kept: int = 0
+    """They were as they should be."""
+    rows_changed: int = 0
+    rows_added: int = 0
+    """They were in quarantine."""
+    rows_removed: int = 0
+    """They are in quarantine now."""
+    rows_quarantined: int = 0
+    """Of the batch, now."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    table_version: int | None = None
+    """None where the table was right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRefused(LedgerEvent):
     view: str
     source: str

@@ -1,0 +1,123 @@
+"""Times of sources: what a time without a zone means, and which way a finer time is rounded."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DefinitionError, SchemaMismatch
+from feature_jobs.store import FeatureView, FileSource, SqlSource
+from feature_jobs.store.casting import cast_feature, cast_time
+from feature_jobs.store.instants import TIME, Rounding, in_zone, instant, micros, parse
+from feature_jobs.store.kafka_source import KafkaSource
+from tests.feature_project import INCOME
+
+ZONE = "America/Los_Angeles"
+NS = pa.timestamp("ns", "UTC")
+
+
+@pytest.mark.parametrize(
+    ("shown", "utc"),
+    [
+        ("2024-01-01T00:00:00", "2024-01-01T08:00:00Z"),
+        ("2024-07-01T00:00:00", "2024-07-01T07:00:00Z"),
+        ("2024-03-10T01:59:59", "2024-03-10T09:59:59Z"),
+        ("2024-03-10T02:30:00", "2024-03-10T10:30:00Z"),  # missing: by the offset from before
+        ("2024-03-10T03:00:00", "2024-03-10T10:00:00Z"),
+        ("2024-11-03T00:59:59", "2024-11-03T07:59:59Z"),
+        ("2024-11-03T01:30:00", "2024-11-03T09:30:00Z"),  # repeated: the second pass
+        ("2024-11-03T02:00:00", "2024-11-03T10:00:00Z"),
+        ("2024-11-03T01:30:00-07:00", "2024-11-03T08:30:00Z"),
+        ("2024-01-01T00:00:00Z", "2024-01-01T00:00:00Z"),
+    ],
+)
+def test_local_time_is_read_by_one_rule(shown: str, utc: str) -> None:
+    """In columns of every unit and in text alike: the later of two instants; a time with a zone is what it says."""
+    local, expected = datetime.fromisoformat(shown), datetime.fromisoformat(utc)
+    assert parse(shown, ZONE, Rounding.exact) == expected
+    for unit in ("s", "ms", "us", "ns"):
+        kind = pa.timestamp(unit, None if local.tzinfo is None else "UTC")
+        column = pa.chunked_array([pa.array([local, None], kind)])
+        found = in_zone(column, ZONE)
+        assert (found.type, found.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
+
+
+@given(
+    st.datetimes(min_value=datetime(1900, 1, 1), max_value=datetime(2100, 1, 1)),
+    st.sampled_from([ZONE, "Europe/London", "Asia/Dubai", "Australia/Lord_Howe", "Africa/Casablanca"]),
+)
+def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
+    """Polars' tables of zones and Python's, at any time: never earlier than either reading of the clock."""
+    column = pa.chunked_array([pa.array([shown], pa.timestamp("us"))])
+    [found] = in_zone(column, zone).to_pylist()
+    assert found == instant(shown, zone)
+    readings = [shown.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
+    assert found == max(readings)
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "up", "down"),
+    [
+        *[(0, 0, 0), (1, 1, 0), (999, 1, 0), (1000, 1, 1), (-1, 0, -1), (-1000, -1, -1), (-1001, -1, -2)],
+        (2**63 - 1, 9223372036854776, 9223372036854775),
+        (1 - 2**63, -9223372036854775, -9223372036854776),
+    ],
+)
+def test_finer_time_is_rounded_as_it_is_said(nanoseconds: int, up: int, down: int) -> None:
+    """Up or down, also before 1970 and at the ends of what nanoseconds reach."""
+    column = pa.chunked_array([pa.array([nanoseconds, None], NS)])
+    found = [micros(column, one).cast(pa.int64()).to_pylist() for one in (Rounding.up, Rounding.down)]
+    assert found == [[up, None], [down, None]]
+
+
+def test_feature_time_is_exact_or_refused() -> None:
+    """Nanoseconds that say nothing are cast, others are refused by column."""
+    whole = pa.chunked_array([pa.array([1000], NS)])
+    assert cast_feature(whole, TIME, name="seen").to_pylist() == [datetime(1970, 1, 1, 0, 0, 0, 1, UTC)]
+    with pytest.raises(SchemaMismatch, match=r"'seen' .*finer than microseconds"):
+        cast_feature(pa.chunked_array([pa.array([1001], NS)]), TIME, name="seen")
+    with pytest.raises(SchemaMismatch, match="'at' should be timestamp"):
+        cast_time(pa.chunked_array([[1]]), name="at", rounding=Rounding.up)
+
+
+@pytest.mark.parametrize(
+    ("text", "up", "exact"),
+    [
+        ("2024-01-01T00:00:00.1234560Z", 123456, 123456),
+        ("2024-01-01T00:00:00.1234561Z", 123457, None),
+        ("2024-01-01T00:00:00,0000001", 1, None),
+        ("2024-01-01", 0, 0),
+        ("9999-12-31T23:59:59.9999999Z", None, None),
+        ("01/02/2024", None, None),
+        (1704067200, None, None),
+    ],
+)
+def test_text_is_rounded_as_columns_are(text: object, up: int | None, exact: int | None) -> None:
+    """Python cuts off what is finer than microseconds."""
+    day = datetime(2024, 1, 1, tzinfo=UTC)
+    for rounding, expected in ((Rounding.up, up), (Rounding.exact, exact)):
+        found = parse(text, None, rounding)
+        assert found == (None if expected is None else day + timedelta(microseconds=expected))
+
+
+def test_zone_stands_in_a_definition_only_where_it_is_declared() -> None:
+    """An unknown one is refused; a known one makes another version of the view."""
+    sources = [
+        lambda zone: FileSource("x.parquet", event_timestamp="at", zone=zone),
+        lambda zone: SqlSource(url="sqlite:///x.db", table="t", event_timestamp="at", zone=zone),
+        lambda zone: KafkaSource("h:1", "t", event_timestamp="at", zone=zone),
+    ]
+    for make in sources:
+        assert "zone" not in make(None).definition()
+        assert make(ZONE).definition()["zone"] == ZONE
+        with pytest.raises(DefinitionError, match="unknown zone 'America/Los_Angles'; did you mean"):
+            make("America/Los_Angles")
+    declared = FeatureView(
+        "income", entities=INCOME.entities, source=sources[0](ZONE), schema=list(INCOME.schema)
+    )
+    assert declared.version != INCOME.version

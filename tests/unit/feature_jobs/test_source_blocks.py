@@ -1,0 +1,218 @@
+"""Sources of many files: each is read and cast by itself, and a refusal names file and column."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import SchemaMismatch, SourceError
+from cluster.storage import Layout, read_parquet
+from feature_jobs.store import Entity, FeatureView, Field, FileSource
+from feature_jobs.store.files import open_source
+from feature_jobs.store.quarantine import source_rows, source_schema
+from feature_jobs.store.source_blocks import empty_part, grouped, prepared_blocks, shape_of
+from feature_jobs.store.validation import RAW, REASON
+
+NOW = datetime(2025, 1, 1, tzinfo=UTC)
+DAY = datetime(2024, 1, 1, tzinfo=UTC)
+FIELDS = [Field("amount", "float64"), Field("city", "string")]
+
+
+def view(path: Path, *fields: Field, transform: Any = None, **options: Any) -> FeatureView:
+    source = FileSource(str(path), event_timestamp="at", **options)
+    person = Entity("person", join_keys=["person_id"])
+    return FeatureView(
+        "income", entities=[person], source=source, schema=fields or FIELDS, transform=transform
+    )
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """One row; a column given as None is left out."""
+    columns = {
+        "person_id": pa.array([1]),
+        "amount": pa.array([1.5]),
+        "city": pa.array(["Sur"]),
+        "at": pa.array([DAY], pa.timestamp("us", "UTC")),
+    } | changes
+    path.parent.mkdir(exist_ok=True)
+    table = pa.table({name: values for name, values in columns.items() if values is not None})
+    pq.write_table(table, path, use_deprecated_int96_timestamps=path.name.startswith("spark"))
+    return path
+
+
+def read(declared: FeatureView) -> pa.Table:
+    """All rows of its source, checked."""
+    files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
+    shape = shape_of(files, declared, {})
+    parts = [
+        part for paths in grouped(files, declared) for part in prepared_blocks(paths, shape, None, now=NOW)
+    ]
+    assert sum(part.num_rows for part in parts) == files.rows
+    return pa.concat_tables(parts)
+
+
+def test_one_column_may_be_encoded_in_many_ways(tmp_path: Path) -> None:
+    """Text plain, coded and large, numbers of other widths, times of other units, zones and as dates."""
+    folder = tmp_path / "in"
+    write(folder / "a.parquet")
+    write(
+        folder / "b.parquet", city=pa.array(["Sur"]).dictionary_encode(), amount=pa.array([1.5], pa.float32())
+    )
+    write(
+        folder / "c.parquet", city=pa.array(["Sur"], pa.large_string()), person_id=pa.array([1], pa.int32())
+    )
+    write(folder / "d.parquet", at=pa.array([datetime(2024, 1, 1)], pa.timestamp("ms")), city=pa.nulls(1))
+    write(folder / "e.parquet", at=pa.array([date(2024, 1, 1)]), amount=pa.array([2], pa.int8()))
+    found = read(view(folder))
+    assert found["person_id"].to_pylist() == [1] * 5
+    assert found["amount"].to_pylist() == [1.5, 1.5, 1.5, 1.5, 2.0]
+    assert found["city"].to_pylist() == ["Sur", "Sur", "Sur", None, "Sur"]
+    assert found["event_timestamp"].to_pylist() == [DAY] * 5
+
+
+def test_file_of_wider_numbers_narrows_no_other(tmp_path: Path) -> None:
+    """pandas writes whole numbers with a null as floats; what the other file has is not made a float for it."""
+    write(tmp_path / "a.parquet", amount=pa.array([2**53 + 1]))
+    write(tmp_path / "b.parquet", amount=pa.array([None, 7.0])[1:])
+    fields = (Field("amount", "int64"), Field("city", "string"))
+    assert read(view(tmp_path / "*.parquet", *fields))["amount"].to_pylist() == [2**53 + 1, 7]
+
+
+def upper(block: pa.Table) -> pa.Table:
+    """Needs plain text."""
+    assert block.schema.field("city").type == pa.string()
+    position = block.schema.get_field_index("city")
+    return block.set_column(position, "city", pc.utf8_upper(block["city"]))
+
+
+def test_transform_sees_one_type_and_quarantine_remembers_it(tmp_path: Path) -> None:
+    """Rows of every file are read back from quarantine with the types that fit them all."""
+    folder = tmp_path / "in"
+    write(folder / "a.parquet", person_id=pa.array([None], pa.int64()))
+    write(folder / "b.parquet", person_id=pa.nulls(1), city=pa.array(["Ruwi"]).dictionary_encode())
+    found = read(view(folder, transform=upper))
+    assert found["city"].to_pylist() == ["SUR", "RUWI"]
+    bad = found.select([REASON, RAW]).rename_columns(["reason", "raw"])
+    schema = source_schema(bad)
+    assert schema is not None
+    assert source_rows(bad, schema)["city"].to_pylist() == ["Sur", "Ruwi"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"city": None}, r"b\.parquet: Column 'city' \(string\) of view 'income' is missing"),
+        ({"amount": pa.array(["much"])}, r"b\.parquet: Column 'amount' should be double"),
+        ({"amount": pa.array([2**53 + 1])}, r"b\.parquet: Column 'amount' should be double"),
+        ({"person_id": pa.array(["1"])}, r"'person_id' is int64 in .*a\.parquet and string in .*b\.parquet"),
+        ({"at": pa.array(["2024-01-01"])}, r"b\.parquet: Column 'at' should be timestamp"),
+    ],
+)
+def test_refusal_names_file_and_column(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    """Of the second file, which alone is wrong."""
+    folder = tmp_path / "in"
+    write(folder / "a.parquet")
+    write(folder / "b.parquet", **changes)
+    with pytest.raises(SchemaMismatch, match=words):
+        read(view(folder))
+
+
+def test_refusal_names_the_text_file(tmp_path: Path) -> None:
+    """Far behind the first rows, by column or by line."""
+    head = "person_id,amount,city,at\n"
+    (tmp_path / "a.csv").write_text(head + "1,1,a,2024-01-01\n")
+    (tmp_path / "b.csv").write_text(head + "1,1,a,2024-01-01\n" * 2000 + "1,many,a,2024-01-01\n")
+    with pytest.raises(SchemaMismatch, match=r"b\.csv: Column 'amount' should be float64; 1 of"):
+        read(view(tmp_path / "*.csv"))
+    line = json.dumps({"person_id": 1, "amount": 1, "city": "a", "at": "2024-01-01"})
+    (tmp_path / "a.jsonl").write_text(line)
+    (tmp_path / "b.jsonl").write_text(f"{line}\n" * 5 + "{")
+    with pytest.raises(SourceError, match=r"b\.jsonl: Line 6 is no JSON"):
+        read(view(tmp_path / "*.jsonl"))
+
+
+def test_file_without_rows_decides_nothing(tmp_path: Path) -> None:
+    """Neither the type of a key nor that of another column."""
+    head = "person_id,amount,city,at\n"
+    (tmp_path / "a.csv").write_text(head)
+    (tmp_path / "b.csv").write_text(head + "7,1,a,2024-01-01\n")
+    assert read(view(tmp_path / "*.csv"))["person_id"].to_pylist() == [7]
+    floats = {name: pa.array([], pa.float64()) for name in ("person_id", "amount", "city", "at")}
+    write(tmp_path / "a.parquet", **floats)
+    write(tmp_path / "b.parquet")
+    assert read(view(tmp_path / "*.parquet"))["person_id"].to_pylist() == [1]
+
+
+def test_source_without_rows_needs_its_columns_alone() -> None:
+    """An empty frame of pandas has no types to speak of; a transform's columns are not known."""
+    names = ["person_id", "amount", "city", "at"]
+    for transform in (None, upper):
+        part = empty_part(view(Path("x.parquet"), transform=transform), names, now=NOW)
+        assert (part.num_rows, part.column_names[:3]) == (0, names[:3])
+    with pytest.raises(SchemaMismatch, match="Column 'city'"):
+        empty_part(view(Path("x.parquet")), ["person_id", "amount", "at"], now=NOW)
+
+
+SEEN = [Field("seen", "timestamp")]
+
+
+def test_int96_times_are_what_was_written(tmp_path: Path) -> None:
+    """Of any year; an event's nanosecond is rounded up, and that of a feature refused."""
+    years = [datetime(year, 12, 31, tzinfo=UTC) for year in (1, 1500, 1677, 2024, 2262, 9999)]
+    kind = pa.timestamp("us", "UTC")
+    write(
+        tmp_path / "spark.parquet",
+        person_id=pa.array(range(6)),
+        amount=None,
+        city=None,
+        at=pa.array([*years[:4], None, None], kind),
+        seen=pa.array(years, kind),
+    )
+    found = read(view(tmp_path / "spark.parquet", *SEEN))
+    assert found["seen"].to_pylist() == years
+    assert found["event_timestamp"].to_pylist() == [*years[:4], None, None]
+    assert read_parquet(str(tmp_path / "spark.parquet"))["seen"].to_pylist() == [
+        one.replace(tzinfo=None) for one in years
+    ]
+    fine = pa.array([int(DAY.timestamp()) * 10**9 + 1], pa.timestamp("ns", "UTC"))
+    write(tmp_path / "spark_ns.parquet", at=fine)
+    [at] = read(view(tmp_path / "spark_ns.parquet"))["event_timestamp"].to_pylist()
+    assert at == DAY.replace(microsecond=1)
+    write(tmp_path / "spark_seen.parquet", seen=fine)
+    with pytest.raises(SchemaMismatch, match="'seen' has times that are finer"):
+        read(view(tmp_path / "spark_seen.parquet", *SEEN))
+
+
+def test_int96_spine_of_before_is_read_as_it_was(tmp_path: Path) -> None:
+    """Nanoseconds where they hold all times, so that the hash of entity rows stays."""
+    write(tmp_path / "spark.parquet")
+    assert read_parquet(str(tmp_path / "spark.parquet")).schema.field("at").type == pa.timestamp("ns")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "spark.parquet", "a.csv", "a.jsonl"])
+def test_zone_of_a_source_holds_for_every_format(tmp_path: Path, name: str) -> None:
+    """Also in quarantine: the row stays as it was written, and is read by the same zone again."""
+    local = datetime(2024, 1, 1)
+    row = {"person_id": 1, "seen": "2024-07-01T00:00:00", "at": "2024-01-01"}
+    match name.rsplit(".", 1)[1]:
+        case "csv":
+            (tmp_path / name).write_text("person_id,seen,at\n" + ",".join(map(str, row.values())))
+        case "jsonl":
+            (tmp_path / name).write_text(json.dumps(row))
+        case _:
+            seen = pa.array([datetime(2024, 7, 1)], pa.timestamp("us"))
+            write(tmp_path / name, at=pa.array([local], pa.timestamp("us")), seen=seen)
+    for zone, hours in ((None, (0, 0)), ("America/Los_Angeles", (8, 7))):
+        declared = view(tmp_path / name, *SEEN, zone=zone)
+        shape = shape_of(open_source(declared.source, Layout("")), declared, {})  # type: ignore[arg-type]
+        found = read(declared)
+        assert found["event_timestamp"].to_pylist() == [DAY.replace(hour=hours[0])]
+        assert found["seen"].to_pylist() == [datetime(2024, 7, 1, hours[1], tzinfo=UTC)]
+        assert list(shape.zoneless) == ([] if zone else ["at"])
