@@ -162,7 +162,7 @@ def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
     assert record["features"]["income__emb"] == [[0.5, 2.0], [0.0, 1.0], None, [0.0, 1.0]]
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
-    assert record["defaulted"] == dict.fromkeys(stood_in, [1, 3])
+    assert record["defaulted"] == {name: [1, 3] for name in stood_in}
     [group], _ = served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
