@@ -47,6 +47,12 @@ class Layout:
         )
         self.lists = tuple(_lists([self.fields[place][1] for place in of_class]) for of_class in self.places)
 
+    def has_null(self, values: Sequence[Any]) -> bool:
+        """Whether a row has a null."""
+        if any(self.lists):  # an array would be compared value by value
+            return any(value is None for value in values)
+        return None in values
+
     def groups(self, values: Sequence[Any], *, nulls: bool) -> list[bytes]:
         """A row's values as bytes, by class."""
         groups = []

@@ -170,7 +170,7 @@ class RowCipher:
 
     def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
         """A row as it lies in the store, in the layout of that number."""
-        nulls = any(value is None for value in row.values)  # an array is compared value by value
+        nulls = layout.has_null(row.values)
         header = rank_of(row) + struct.pack(
             ">BH", (_DELETED if row.deleted else 0) | (_NULLS if nulls else 0), number
         )

@@ -110,7 +110,7 @@ def test_partition_folders_with_lists_and_decimals_go_through_ingestion(project:
         folder = project.root / "gauge_days" / f"dt={name}"
         folder.mkdir(parents=True)
         day.write_parquet(folder / "x.parquet")
-    command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_days")
+    command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_days", "max_bad_share=0.5")
     for name in ("2024-01-02", "2024-01-03"):
         said = project.run(*command, f"source.path='gauge_days/dt={name}'", check=True).stdout
         assert "3 rows in = 2 stored + 1 quarantined" in said

@@ -214,6 +214,10 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
     wanted = prepare(block(), view(), now=NOW)
     for name in RICH:
         assert columns[name].to_pylist() == of_json[name].to_pylist() == wanted[name].to_pylist()
+    native = {"price": Decimal("1.5"), "day": dt.date(2026, 1, 31), "blob": memoryview(b"\x00")}
+    of_sql = typed_rows([native | {"emb": "[0.5, 1, 2]", "tags": ["a"], "codes": [1]}], RICH)
+    for name in ("price", "day", "blob", "emb", "tags"):
+        assert of_sql[name][0] == of_json[name][0]
     with pytest.raises(SchemaMismatch, match=r"'price' should be decimal.*1 of 1 values"):
         typed_rows([{"price": 1.25}], RICH)
 

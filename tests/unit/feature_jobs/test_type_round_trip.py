@@ -17,7 +17,7 @@ from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.parquet import ProtectedFiles
 from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field, Sensitivity
 from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.dtypes import to_json
+from feature_jobs.store.dtypes import DTYPES, arrow_values, to_json
 from feature_jobs.store.missing import settle
 from feature_jobs.store.online import FeatureReader
 from feature_jobs.store.row_hash import row_hash
@@ -66,6 +66,8 @@ def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list
     """As `features:read` answers, parsed."""
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
     vectors = reader.read([{"person_id": person} for person in people], START + timedelta(hours=hour))
+    for name, values in vectors.columns.items():  # as the client in a notebook gives them
+        assert arrow_values(values, reader.dtypes[name]).type == DTYPES[reader.dtypes[name]]
     columns = {name: to_json(values, reader.dtypes[name]) for name, values in vectors.columns.items()}
     content: dict[str, list[Any]] = orjson.loads(answer(columns).body)
     return {name.removeprefix("income__"): values for name, values in content.items()}
