@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,18 +137,20 @@ def prepared(
     context.enable_progress_bars = False
     # Else a refusal comes back wrapped in an error of Ray's own, without its cause.
     context.raise_original_map_exception = True
+
+    def check(block: pa.Table) -> pa.Table:
+        return prepare_part(block, view, now=now, baseline=baseline)
+
     if isinstance(opened, SourceRows):
-        checked = ray.data.from_arrow_refs(opened.blocks).map_batches(
-            lambda block: prepare_part(block, view, now=now, baseline=baseline),
-            batch_format="pyarrow",
-            batch_size=BATCH_ROWS,
-            zero_copy_batch=True,
-        )
+        checked = _checked(ray.data.from_arrow_refs(opened.blocks), check)
     else:
         shape, groups = shape_of(opened, view, known), grouped(opened, view)
         read = _Read(shape=shape, groups=groups, baseline=baseline, now=now)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
-        checked = numbers.map_batches(read.blocks, batch_size=1)
+        if len(opened.paths) > 1:
+            checked = numbers.map_batches(read.checked, batch_size=1)
+        else:  # the rows of one file are checked by several tasks
+            checked = _checked(numbers.map_batches(read.typed, batch_size=1), check)
     try:
         blocks: list[Any] = checked.to_arrow_refs()
         rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
@@ -157,6 +159,10 @@ def prepared(
     if rows != opened.rows:
         raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
     return Prepared(blocks=blocks, columns=columns, zoneless=zoneless)
+
+
+def _checked(rows: ray.data.Dataset, check: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+    return rows.map_batches(check, batch_format="pyarrow", batch_size=BATCH_ROWS, zero_copy_batch=True)
 
 
 def _checked_heads(
@@ -189,7 +195,12 @@ class _Read:
     baseline: Profile | None
     now: dt.datetime
 
-    def blocks(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+    def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+        for number in batch["item"]:
+            for path in self.groups[int(number)]:
+                yield from self.shape.typed(path)
+
+    def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
             yield from prepared_blocks(self.groups[int(number)], self.shape, self.baseline, now=self.now)
 
