@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pyarrow as pa
-import ray
 
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from feature_jobs.store import offline
-from feature_jobs.store.catalog import ViewSpec
-from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.mending import Place, mend
-from feature_jobs.store.protection import view_protection
-from feature_jobs.storing import Checked
 
 
 def mend_batches(
-    view: FeatureView,
-    spec: ViewSpec,
-    checked: Checked,
+    rows: pa.Table,
     earlier: Mapping[str, bool],
+    said: BatchMended,
     *,
     target: offline.Target,
     quarantine: str,
-    source: tuple[str, str],
     ledger: Ledger,
     actor: str,
 ) -> list[BatchMended]:
     """Mend every batch that holds a source's rows; gives their events.
 
     Args:
-        view: whose.
-        spec: the same, as it was applied.
-        checked: all rows of the source.
+        rows: of the source, checked.
         earlier: the batches by id, and whether each is of the whole source.
+        said: an event with the view and the source.
         target: the view's table.
         quarantine: folder of the view's.
-        source: name and digest.
         ledger: gets the events.
         actor: who does it.
 
@@ -49,29 +41,21 @@ def mend_batches(
     """
     if parts := [batch for batch, whole in earlier.items() if not whole]:
         raise SourceError(
-            f"View '{view.name}' has this content in parts by time (batch {parts[0]}), and only whole batches can be "
+            f"View '{said.view}' has this content in parts by time (batch {parts[0]}), and only whole batches can be "
             "mended."
         )
-    rows = pa.concat_tables(ray.get(checked.blocks))
     events = []
     for batch in earlier:
         pinned = offline.snapshot(
             target.uri,
-            view=view.name,
-            keys=view.join_keys,
-            protection=view_protection(spec),
+            view=said.view,
+            keys=target.keys,
+            protection=target.protection,
             access=target.access,
         )
-        place = Place(pinned=pinned, target=target, quarantine=quarantine, view=view.name)
-        said = BatchMended(
-            view=view.name,
-            view_version=view.version,
-            batch=batch,
-            mend_id=uuid.uuid4().hex[:16],
-            source=source[0],
-            source_digest=source[1],
-        )
-        events.append(mend(place, rows, said, ledger, actor=actor))
+        place = Place(pinned=pinned, target=target, quarantine=quarantine, view=said.view)
+        one = replace(said, batch=batch, mend_id=uuid.uuid4().hex[:16])
+        events.append(mend(place, rows, one, ledger, actor=actor))
     return events
 
 

@@ -156,7 +156,7 @@ class FeatureStore:
 
         Args:
             service: as it was applied last.
-            entities: join keys, `event_timestamp`, and any other columns.
+            entities: join keys, `event_timestamp` (UTC where it has no zone), and any other columns.
             cutoff: leave out what was created after an entity row's time.
 
         Raises:

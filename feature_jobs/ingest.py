@@ -130,7 +130,7 @@ def main(config: IngestConfig) -> None:
     run = open_run(config, ledger, actor, view, spec)
     found = ingested(run)
     if found.earlier and (config.again or (found.moved and wanted is None)):
-        mend_stored(run, spec, found)
+        mend_stored(run, found)
         return
     missing = found.missing(wanted, span) if run.files.rows else [found.whole()]
     if not missing:
@@ -216,21 +216,25 @@ def nothing(wanted: Wanted, columns: list[str]) -> offline.Batch:
     )
 
 
-def mend_stored(run: Run, spec: ViewSpec, found: Ingested) -> None:
+def mend_stored(run: Run, found: Ingested) -> None:
     """Put rows right that are stored of this source.
 
     Raises:
         RefusedError: the source does not fit the view, or a batch cannot be mended.
     """
     checked = check_or_refuse(run, read_or_refuse(run))
+    said = BatchMended(
+        view=run.view.name,
+        view_version=run.view.version,
+        source=run.files.names,
+        source_digest=run.files.digest,
+    )
     events = mend_batches(
-        run.view,
-        spec,
-        checked,
+        pa.concat_tables(ray.get(checked.blocks)),
         found.earlier,
+        said,
         target=run.target,
         quarantine=run.quarantine,
-        source=(run.files.names, run.files.digest),
         ledger=run.ledger,
         actor=run.actor.name,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,7 @@ def heads(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> Iterat
         yield opened.first
         return
     shape = shape_of(opened, view, known)
-    for path in opened.paths:
-        yield shape.head(path)
+    yield from map(shape.head, opened.paths)
 
 
 def prepared(
@@ -126,29 +125,31 @@ def prepared(
         RefusedError: columns that do not fit the view.
         Inconsistent: Ray Data gave another number of rows than the source has.
     """
-    first_rows = _checked_heads(opened, view, known, now)
+    source = opened if isinstance(opened, SourceRows) else shape_of(opened, view, known)
+    first_rows = _checked_heads(source, view, now)
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
     if opened.rows == 0:
         nothing = empty_part(view, columns, now=now)
         return Prepared(blocks=[ray.put(nothing)], columns=columns)
-    zoneless = opened.zoneless if isinstance(opened, SourceRows) else shape_of(opened, view, known).zoneless
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # Else a refusal comes back wrapped in an error of Ray's own, without its cause.
     context.raise_original_map_exception = True
-    if isinstance(opened, SourceRows):
-        checked = ray.data.from_arrow_refs(opened.blocks).map_batches(
-            lambda block: prepare_part(block, view, now=now, baseline=baseline),
-            batch_format="pyarrow",
-            batch_size=BATCH_ROWS,
-            zero_copy_batch=True,
-        )
+
+    def check(block: pa.Table) -> pa.Table:
+        return prepare_part(block, view, now=now, baseline=baseline)
+
+    if isinstance(source, SourceRows):
+        checked = _checked(ray.data.from_arrow_refs(source.blocks), check)
     else:
-        shape, groups = shape_of(opened, view, known), grouped(opened, view)
-        read = _Read(shape=shape, groups=groups, baseline=baseline, now=now)
+        groups = grouped(source.files, view)
+        read = _Read(shape=source, groups=groups, baseline=baseline, now=now)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
-        checked = numbers.map_batches(read.blocks, batch_size=1)
+        if len(source.files.paths) > 1:
+            checked = numbers.map_batches(read.checked, batch_size=1)
+        else:  # the rows of one file are checked by several tasks
+            checked = _checked(numbers.map_batches(read.typed, batch_size=1), check)
     try:
         blocks: list[Any] = checked.to_arrow_refs()
         rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
@@ -156,19 +157,21 @@ def prepared(
         raise unreadable(refusal_behind(error), opened) from error
     if rows != opened.rows:
         raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
-    return Prepared(blocks=blocks, columns=columns, zoneless=zoneless)
+    return Prepared(blocks=blocks, columns=columns, zoneless=source.zoneless)
 
 
-def _checked_heads(
-    opened: Opened, view: FeatureView, known: Mapping[str, str], now: dt.datetime
-) -> list[pa.Table]:
+def _checked(rows: ray.data.Dataset, check: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+    return rows.map_batches(check, batch_format="pyarrow", batch_size=BATCH_ROWS, zero_copy_batch=True)
+
+
+def _checked_heads(source: Shape | SourceRows, view: FeatureView, now: dt.datetime) -> list[pa.Table]:
     """The first rows of every file, which refuse in a second what does not fit the view."""
-    if isinstance(opened, SourceRows):
-        _check(opened.first, view, now)
-        return [opened.first]
-    shape, found = shape_of(opened, view, known), list(heads(opened, view, known))
-    for path, first in zip(opened.paths, found, strict=True):
-        with shape.naming(path):
+    if isinstance(source, SourceRows):
+        _check(source.first, view, now)
+        return [source.first]
+    found = [source.head(path) for path in source.files.paths]
+    for path, first in zip(source.files.paths, found, strict=True):
+        with source.naming(path):
             _check(first, view, now)
     return found
 
@@ -189,7 +192,12 @@ class _Read:
     baseline: Profile | None
     now: dt.datetime
 
-    def blocks(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+    def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+        for number in batch["item"]:
+            for path in self.groups[int(number)]:
+                yield from self.shape.typed(path)
+
+    def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
             yield from prepared_blocks(self.groups[int(number)], self.shape, self.baseline, now=self.now)
 

@@ -5,6 +5,7 @@ that says nothing about rows. After a change that does, a new column for one, th
 rows are stored once more, under the same keys and times, and take the place of the earlier ones everywhere, because of
 equal times the greatest `ingest_seq` counts. So the way to fill a new column for old rows, or to go back to an earlier
 transform, is to ingest the old files again; training sets that were pinned to earlier table versions do not see it.
+Where a change moves the rows' times (a zone, a lag), the earlier rows would stay visible: they are mended (`mending`).
 """
 
 from __future__ import annotations

@@ -136,6 +136,46 @@ def test_source_that_does_not_fit_is_refused(project: Project) -> None:
     assert (missing.returncode, "GAUGES" in missing.stderr) == (2, True), missing.stderr
 
 
+def test_hour_without_events_is_a_batch_without_rows(project: Project) -> None:
+    """Zero rows, exit 0 and an event, as often as it comes; a column that one of several files lacks is refused."""
+    folder = project.root / "hours"
+    folder.mkdir()
+    for name in ("1.csv", "2.csv"):
+        (folder / name).write_text("gauge_id,watts,place,at\n")
+    command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_csv", "source.path=hours/*.csv")
+    for _ in range(2):
+        assert "0 rows in = 0 stored" in project.run(*command, check=True).stdout
+    (folder / "2.csv").write_text(f"gauge_id,watts,at\n1,1,{AT}\n")
+    refused = project.run(*command)
+    assert (refused.returncode, "2.csv: Column 'place'" in refused.stderr) == (2, True), refused.stderr
+    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    hours = [
+        entry.payload for entry in ledger.entries(BatchIngested) if entry.payload["source"] == "1.csv, 2.csv"
+    ]
+    assert [(one["rows_in"], one["source_columns"]) for one in hours] == [
+        (0, ["gauge_id", "watts", "place", "at"])
+    ] * 2
+
+
+def test_source_is_ingested_again_where_it_is_asked_for(project: Project) -> None:
+    """Each row is as it was, or put right; a table that is right gets no new version."""
+    command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_csv")
+    said = project.run(*command, "again=true", check=True, GAUGES="sqlite:///gauges.db").stdout
+    assert f"{ROWS} rows in = {ROWS - 1} as they were + 0 mended + 0 added + 1 quarantined" in said
+    assert "the table is as it was" in said
+    zoned = (
+        (project.root / "gauges_defs.py")
+        .read_text()
+        .replace('*.csv", event', '*.csv", zone="Asia/Dubai", event')
+    )
+    (project.root / "gauges_defs.py").write_text(zoned)
+    changed = project.run("feature_jobs.apply", "definitions=gauges_defs", check=True).stdout
+    assert "source.zone" in changed
+    said = project.run(*command, check=True).stdout
+    assert f"{ROWS - 1} as they were + 0 mended" in said  # the file's times have a zone of their own
+    assert "already" in project.run(*command, check=True).stdout
+
+
 def test_backfill_that_is_killed_goes_on_where_it_was(project: Project) -> None:
     """Killed between two chunks: the next run stores the others, and every row once."""
     days = [dt.datetime(2024, 1, 1 + n, tzinfo=dt.UTC) for n in range(10)]

@@ -73,11 +73,11 @@ class BatchMended(LedgerEvent):
 
     view: str
     view_version: str
-    batch: str
-    """The batch's `ingest_id`."""
-    mend_id: str
     source: str
     source_digest: str
+    batch: str = ""
+    """The batch's `ingest_id`."""
+    mend_id: str = ""
     rows_in: int = 0
     rows_kept: int = 0
     """They were as they should be."""

@@ -70,11 +70,30 @@ def test_content_is_stored_once_where_rows_would_be_the_same(changes: dict[str, 
         {"checks": [NotNull("amount")]},
         {"source": FileSource("income.parquet", event_timestamp="at", created_timestamp="known")},
         {"created_lag": timedelta(days=1)},
+        {"source": FileSource("income.parquet", event_timestamp="at", zone="Asia/Dubai")},
     ],
 )
 def test_content_is_stored_again_where_rows_would_differ(changes: dict[str, Any]) -> None:
     """A new column is filled by ingesting the old files again."""
     assert ingested_again(replace(VIEW, **changes), VIEW)
+
+
+def test_rows_under_other_times_are_put_right() -> None:
+    """After a zone or a lag was declared, until they were mended; not where they are stored in parts."""
+    zoned = replace(VIEW, source=FileSource("income.parquet", event_timestamp="at", zone="Asia/Dubai"))
+    definitions = {("income", one.version): one.definition() for one in (VIEW, zoned)}
+    mended = batch(zoned, mend_id="m", batch="x")
+    day = {"start": "2024-01-01T00:00:00+00:00", "end": "2024-01-02T00:00:00+00:00"}
+    for batches, moved, left in (
+        ([], False, 1),
+        ([batch(VIEW)], True, 1),
+        ([batch(VIEW, rows_in=0)], False, 1),
+        ([batch(VIEW, **day)], False, 1),
+        ([batch(VIEW), mended], False, 0),
+        ([batch(zoned)], False, 0),
+    ):
+        found = Ingested(zoned.definition(), "d", batches=batches, definitions=definitions)
+        assert (found.moved, len(found.missing())) == (moved, left), batches
 
 
 def test_other_content_is_another_batch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cluster.errors import SourceError
 from cluster.ledger.events import BatchMended
 from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.materialize import rows as materialised
-from feature_jobs.store import mending, offline
+from feature_jobs.store import Field, FileSource, mending, offline
 from feature_jobs.store.catalog import view_spec
 from feature_jobs.store.mending import Place, mend
 from feature_jobs.store.offline import Batch, Target
@@ -97,17 +98,26 @@ def ingest(project: FeatureProject, batch: str, rows: Sequence[Row]) -> None:
 
 
 def again(project: FeatureProject, batch: str, rows: Sequence[Row]) -> BatchMended:
-    said = BatchMended(
+    return mend(place(project), prepared(rows), said(batch), project.ledger, actor="test")
+
+
+def said(batch: str) -> BatchMended:
+    """The event but for what is done."""
+    return BatchMended(
         view="income", view_version="v", batch=batch, mend_id="m", source="x", source_digest="d"
     )
-    return mend(place(project), prepared(rows), said, project.ledger, actor="test")
+
+
+def everything(project: FeatureProject, *columns: str) -> pl.DataFrame:
+    """The rows of the newest version by `ingest_seq`."""
+    table = project.newest()
+    frames = [table.read(bucket, columns) for bucket in range(table.num_buckets)]
+    return pl.concat([one for one in frames if not one.is_empty()]).sort("ingest_seq")
 
 
 def stored(project: FeatureProject) -> list[tuple[Any, ...]]:
     """Person, amount, hours and `ingest_seq` of each row of the newest version."""
-    table = project.newest()
-    frames = [table.read(bucket, ["amount"]) for bucket in range(table.num_buckets)]
-    whole = pl.concat([one for one in frames if not one.is_empty()]).sort("ingest_seq")
+    whole = everything(project, "amount")
     return [
         (person, amount, (at - START) / H, seq)
         for person, at, _, seq, amount in whole.iter_rows()
@@ -116,9 +126,7 @@ def stored(project: FeatureProject) -> list[tuple[Any, ...]]:
 
 def known(project: FeatureProject, person: int, at: datetime) -> float | None:
     """What a training set says of a person at a moment."""
-    table = project.newest()
-    frames = [table.read(bucket, ["amount"]) for bucket in range(table.num_buckets)]
-    features = pl.concat([one for one in frames if not one.is_empty()])
+    features = everything(project, "amount")
     asked = pl.DataFrame(
         {"person_id": [person], "event_timestamp": [at]},
         schema_overrides=features.select("event_timestamp").schema,
@@ -158,6 +166,25 @@ def test_mended_row_does_not_beat_a_later_correction(project: FeatureProject) ->
     assert stored(project) == [(1, 1.0, 1, 0), (1, 5.0, 1, 1)]
     assert known(project, 1, NOW) == 5.0
     assert online(project) == {1: 5.0}
+
+
+def test_new_column_and_tombstones_are_mended_too(project: FeatureProject) -> None:
+    """What a stored row lacks is null there, and no deletion."""
+    ingest(project, "a", RIGHT[:2])
+    source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
+    wider = replace(INCOME, source=source, schema=[*INCOME.schema, Field("sector", "string")])
+    block = {
+        "person_id": [1, 2],
+        "amount": [1.0, 2.0],
+        "sector": [None, "farm"],
+        "gone": [False, True],
+        "at": pa.array([START + H, START + 2 * H], TIME),
+    }
+    rows = prepare(pa.table(block), wider, now=NOW)
+    event = mend(place(project), rows, said("a"), project.ledger, actor="test")
+    assert (event.rows_kept, event.rows_changed) == (1, 1)
+    found = everything(project, "amount", "sector")
+    assert found.select("amount", "sector", "deleted").rows() == [(1.0, None, False), (None, None, True)]
 
 
 def test_second_time_changes_nothing(project: FeatureProject) -> None:

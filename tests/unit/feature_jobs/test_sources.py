@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import sqlite3
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from cluster.storage import Layout
 from feature_jobs.reading import heads
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
 from feature_jobs.store.files import open_source
+from feature_jobs.store.source_blocks import shape_of
 from feature_jobs.store.sources import Source, from_path
 from feature_jobs.store.sql import RowDigest, read_chunks
-from feature_jobs.store.typed import column_types, text_column, typed_rows, value_column
+from feature_jobs.store.typed import Roles, column_types, text_column, typed_rows, value_column
 
 FIELDS = [Field("amount", "float64"), Field("items", "int64"), Field("city", "string"), Field("new", "bool")]
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
@@ -135,11 +137,16 @@ def test_file_that_cannot_be_read_is_refused(
         ("float64", "1,5"),
         ("float64", " 1"),
         ("float64", "9007199254740993"),
+        ("float64", "1e400"),
         ("float32", "16777217000000001"),
+        ("float32", "16777217"),
+        ("float32", "1e39"),
+        ("int64", "0x1f"),
         ("bool", "yes"),
         ("timestamp", "01/02/2024"),
         ("timestamp", "1704067200"),
         ("timestamp", "2024-01-01T25:00:00"),
+        ("timestamp", "2024-01-01T00:00:00.0000001Z"),
     ],
 )
 def test_text_that_would_lose_something_is_refused(dtype: str, text: str) -> None:
@@ -157,6 +164,14 @@ def test_text_that_would_lose_something_is_refused(dtype: str, text: str) -> Non
         ("int64", [True]),
         ("int64", ["1"]),
         ("float64", [2**53 + 1]),
+        ("float64", [2**53 + 1, 0.5]),
+        ("float64", [Decimal(2**53 + 1)]),
+        ("float32", [Decimal(2**24 + 1)]),
+        ("float32", [Decimal("1e38"), Decimal("1e39")]),
+        ("int64", [Decimal("1.5")]),
+        ("int64", [Decimal(2**63)]),
+        ("int64", [2**63]),
+        ("timestamp", [DAY, 1704067200]),
         ("float64", ["1.5"]),
         ("string", [1]),
         ("bool", [2]),
@@ -169,6 +184,29 @@ def test_value_of_another_type_is_refused(dtype: str, values: list[Any]) -> None
     """JSON and SQL say what they mean; nothing is turned into something else."""
     with pytest.raises(SchemaMismatch, match="'x' should be"):
         value_column(values, dtype, name="x")
+
+
+def test_times_of_a_database_are_what_it_said() -> None:
+    """With and without a zone beside each other, and dates; those without one by the source's."""
+    dubai = timezone(timedelta(hours=4))
+    values = [DAY.astimezone(dubai), datetime(2024, 1, 1), None, date(2024, 1, 1)]
+    assert value_column(values, "timestamp", name="at").to_pylist() == [DAY, DAY, None, DAY]
+    local = Roles(zone="America/Los_Angeles")
+    found = value_column(values, "timestamp", name="at", roles=local).to_pylist()
+    assert found == [DAY, DAY.replace(hour=8), None, DAY.replace(hour=8)]
+    assert value_column([Decimal("0.5"), Decimal(2**53)], "float64", name="x").to_pylist() == [0.5, 2**53]
+
+
+def test_key_is_never_another_one(tmp_path: Path) -> None:
+    """`007` far behind rows that said that keys are whole numbers is refused: it would become 7."""
+    lines = [f"{n},1,1,a,1,2024-01-01" for n in range(1, 1500)]
+    text = "\n".join(["person_id,amount,items,city,new,at", *lines, "007,1,1,a,1,2024-01-01"])
+    (tmp_path / "a.csv").write_text(text)
+    declared = view(FileSource(str(tmp_path / "a.csv"), event_timestamp="at"))
+    files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
+    shape = shape_of(files, declared, {})
+    with pytest.raises(SchemaMismatch, match="Column 'person_id' should be int64; 1 of"):
+        list(shape.typed(files.paths[0]))
 
 
 @given(st.lists(st.none() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53)))

@@ -21,7 +21,7 @@ from feature_jobs.store.missing import MissingPolicy
 from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import view_protection
 from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import assemble, build, join_here
+from feature_jobs.store.training_set import assemble, build, event_times, join_here
 from feature_jobs.training_set import hidden_warning
 
 TIME = pa.timestamp("us", "UTC")
@@ -189,11 +189,25 @@ def test_times_of_other_zones_and_units_are_understood(snapshots: dict[str, Snap
         assert built(snapshots, asked)["person__amount"].to_pylist() == [10.0]
 
 
-def test_nanosecond_after_the_event_counts_as_after(snapshots: dict[str, Snapshot]) -> None:
-    """Finer times than ours are cut to ours."""
-    at = pa.array([int(hours(1)[0].timestamp()) * 10**9 + 1], pa.timestamp("ns", "UTC"))
+@pytest.mark.parametrize(("nanoseconds", "amount"), [(1, 10.0), (0, 10.0), (-1, None)])
+def test_nanosecond_decides(snapshots: dict[str, Snapshot], nanoseconds: int, amount: float | None) -> None:
+    """An entity row's time is rounded down to ours: what comes after it is not seen."""
+    at = pa.array([int(hours(1)[0].timestamp()) * 10**9 + nanoseconds], pa.timestamp("ns", "UTC"))
     asked = pa.table({"person_id": [1], "event_timestamp": at})
-    assert built(snapshots, asked)["person__amount"].to_pylist() == [10.0]
+    assert built(snapshots, asked)["person__amount"].to_pylist() == [amount]
+
+
+@pytest.mark.parametrize(
+    ("time", "rounded"),
+    [
+        (pa.array([-1], pa.timestamp("ns")), -1),
+        (pa.array([253_402_300_799], pa.timestamp("s")), 253_402_300_799_000_000),
+        (pa.array([10**16], pa.timestamp("s")), (2**63 - 1) // 10**6 * 10**6),
+    ],
+)
+def test_time_of_an_entity_row_never_wraps(time: pa.Array, rounded: int) -> None:
+    """Before 1970 it is rounded down too; what microseconds do not reach becomes the last that they do."""
+    assert event_times(pa.table({"event_timestamp": time})).cast(pa.int64()).to_pylist() == [rounded]
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,21 @@ def test_time_beyond_all_calendars_is_a_bad_row(at: pa.Array, said: str) -> None
     )
 
 
+def test_nothing_is_known_before_it_was_true() -> None:
+    """Event and created times are rounded up to the microsecond; without a zone they are read in the source's."""
+    first = int(AT.timestamp()) * 10**9
+    at = pa.array([first, first + 1], pa.timestamp("ns", "UTC"))
+    source = FileSource("x.parquet", event_timestamp="at", created_timestamp="known")
+    found = prepare(block([1.0, 2.0], at=at, known=at), view(source=source), now=NOW)
+    later = AT + timedelta(microseconds=1)
+    assert found["event_timestamp"].to_pylist() == [AT, later]
+    assert found["created_timestamp"].to_pylist() == [AT, later]
+    local = FileSource("x.parquet", event_timestamp="at", zone="Asia/Dubai")
+    bare = pa.array([AT.replace(tzinfo=None)], pa.timestamp("us"))
+    found = prepare(block([1.0], at=bare), view(source=local), now=NOW)
+    assert found["event_timestamp"].to_pylist() == [AT - timedelta(hours=4)]
+
+
 def test_time_of_a_feature_is_never_changed_to_fit() -> None:
     """What a feature says beyond the calendar refuses the batch."""
     far = pa.array([10**14], pa.timestamp("s"))

@@ -1,0 +1,54 @@
+"""Values and times of pushed rows and of messages: taken as they are, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+
+from feature_jobs.store import KafkaSource
+from feature_jobs.store.message_rows import check_messages
+from feature_jobs.store.pushed_rows import check_rows, typed_column
+from tests.push_project import INCOME, START, row
+
+NOW = datetime(2025, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "taken"),
+    [
+        ("float64", 2**53, True),
+        ("float64", 2**53 + 1, False),
+        ("float64", 10**400, False),
+        ("float32", 0.1, True),
+        ("float32", 2**24 + 1, False),
+        ("float32", 1e39, False),
+        ("int64", 2**63, False),
+        ("timestamp", "2024-01-01T00:00:00.1234560Z", True),
+        ("timestamp", "2024-01-01T00:00:00.1234561Z", False),
+    ],
+)
+def test_pushed_value_that_would_change_is_a_bad_row(dtype: str, value: Any, taken: bool) -> None:
+    """Fractions are rounded to their type; whole numbers and times are what they are, or nothing."""
+    reasons: dict[int, str] = {}
+    [held] = typed_column("x", [value], dtype, reasons).to_pylist()
+    assert (held is not None, reasons) == (taken, {} if taken else {0: f"x is no {dtype}"})
+
+
+def test_pushed_time_follows_the_rules_of_the_source() -> None:
+    """Rounded up, and read in the source's zone where it has none."""
+    local = replace(INCOME, source=replace(INCOME.source, zone="America/Los_Angeles"))
+    for view, text, expected in (
+        (INCOME, "2024-01-01T00:00:00.0000001", START + timedelta(microseconds=1)),
+        (local, "2024-11-03T01:30:00", datetime(2024, 11, 3, 9, 30, tzinfo=UTC)),
+        (local, "2024-01-01T00:00:00Z", START),
+    ):
+        found = check_rows([row(1, 0) | {"event_timestamp": text}], view, key_types={}, now=NOW)
+        assert found.good["event_timestamp"].to_pylist() == [expected]
+        topic = replace(view, source=KafkaSource("h:1", "t", event_timestamp="at", zone=view.source.zone))
+        message = orjson.dumps({"person_id": 1, "amount": 1.0, "sector": "a", "at": text})
+        found = check_messages([message], topic, key_types={}, now=NOW)
+        assert found.good["event_timestamp"].to_pylist() == [expected]
