@@ -95,6 +95,23 @@ class OnlineConfig:
             raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
 
 
+MAX_AHEAD_S = 31 * 86_400.0
+
+
+@dataclass(kw_only=True, slots=True)
+class FeaturesConfig:
+    """What holds for rows of all feature views."""
+
+    max_ahead_s: float = 60.0
+    """How far a row's times may lie ahead of the clock when it is pushed, streamed or ingested."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_ahead_s <= MAX_AHEAD_S:
+            raise ValueError(
+                f"features.max_ahead_s must be between 0 and {MAX_AHEAD_S:g}, got {self.max_ahead_s}."
+            )
+
+
 class SecretsKind(enum.Enum):
     """Where key-encryption keys are kept."""
 
@@ -352,6 +369,7 @@ class PlatformConfig:
     identity: IdentityConfig = field(default_factory=IdentityConfig)
     secrets: SecretsConfig = field(default_factory=SecretsConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)

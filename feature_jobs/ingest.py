@@ -35,12 +35,14 @@ from cluster.storage import layout
 from feature_jobs.batch import Judged, judge, last_good, new_columns, settle
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.batch_checks import Finding
 from feature_jobs.store.batches import Ingested, Wanted
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.lifecycle import heed, read_lifecycles
+from feature_jobs.store.limits import check_buckets
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.ranges import parse_range, parse_span
@@ -89,8 +91,7 @@ class IngestConfig(PlatformConfig):
             raise ValueError("chunk needs start and end.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
-        if self.num_buckets < 1:
-            raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}.")
+        check_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +256,9 @@ def read_or_refuse(run: Run) -> Prepared:
         RefusedError: columns that do not fit the view; an event says so.
     """
     try:
-        return prepared(run.files, run.view, run.keys, run.baseline, now=dt.datetime.now(dt.UTC))
+        ahead = Ahead.of(run.config.features.max_ahead_s)
+        now = dt.datetime.now(dt.UTC)
+        return prepared(run.files, run.view, run.keys, run.baseline, now=now, ahead=ahead)
     except RefusedError as error:
         say_refused(run, error, rows_in=run.files.rows)
         raise

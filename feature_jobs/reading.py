@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.errors import Inconsistent, SourceError
 from cluster.session import refusal_behind
 from cluster.storage import Layout, is_uri
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
 from feature_jobs.store.profile import Profile
@@ -24,7 +25,7 @@ from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
 from feature_jobs.store.typed import column_types, typed_rows, typed_text
-from feature_jobs.store.validation import prepare_part
+from feature_jobs.store.validation import FILES, prepare_part
 
 HEAD_ROWS = 1000
 BATCH_ROWS = 131_072
@@ -117,7 +118,13 @@ def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.
 
 
 def prepared(
-    opened: Opened, view: FeatureView, known: Mapping[str, str], baseline: Profile | None, *, now: dt.datetime
+    opened: Opened,
+    view: FeatureView,
+    known: Mapping[str, str],
+    baseline: Profile | None,
+    *,
+    now: dt.datetime,
+    ahead: Ahead = FILES,
 ) -> Prepared:
     """Read, transform and check all rows with Ray Data.
 
@@ -127,7 +134,7 @@ def prepared(
     """
     first_rows = list(heads(opened, view, known))
     for first in first_rows:
-        prepare_part(first, view, now=now)
+        prepare_part(first, view, now=now, ahead=ahead)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -136,7 +143,7 @@ def prepared(
     # The newer reader starts a pool of actors to read footers, which takes longer than a batch of this size.
     context.use_datasource_v2 = False
     checked = dataset(opened, view, known).map_batches(
-        lambda block: prepare_part(block, view, now=now, baseline=baseline),
+        lambda block: prepare_part(block, view, now=now, baseline=baseline, ahead=ahead),
         batch_format="pyarrow",
         batch_size=BATCH_ROWS,
         zero_copy_batch=True,

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from cluster.errors import SchemaMismatch
 
 TIME = pa.timestamp("us", "UTC")
+DECLARED_KEYS = {"int64": pa.int64(), "string": pa.string()}
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
@@ -40,18 +41,26 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     return result
 
 
-def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
+def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) -> pa.ChunkedArray:
     """A join key as int64 or string.
 
+    Args:
+        column: of the source.
+        name: of the key.
+        dtype: the declared type; None takes either.
+
     Raises:
-        SchemaMismatch: it is neither integers nor strings.
+        SchemaMismatch: it is neither integers nor strings, or not of the declared type.
     """
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-    if pa.types.is_integer(plain.type):
+    if dtype is not None and pa.types.is_null(plain.type):
+        return plain.cast(DECLARED_KEYS[dtype])
+    if pa.types.is_integer(plain.type) and dtype in (None, "int64"):
         return cast_feature(plain, pa.int64(), name=name)
-    if _is_string(plain.type):
+    if _is_string(plain.type) and dtype in (None, "string"):
         return _utf8(plain, name).cast(pa.string())
-    raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
+    wanted = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
+    raise SchemaMismatch(f"Join key '{name}' {wanted}, the source has {column.type}.")
 
 
 def cast_time(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:

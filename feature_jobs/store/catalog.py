@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from feature_jobs.store.aggregations import EVERY, WindowSpec, window_spec
 from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.limits import within
 from feature_jobs.store.missing import NO_POLICY, MissingPolicy, parse
 from feature_jobs.store.services import FeatureService
 
@@ -55,6 +56,8 @@ class ViewSpec:
     """How the features are made of events; none where they are the columns of the feature table."""
     event_fields: tuple[FieldSpec, ...] = ()
     """The columns of the feature table of an aggregated view."""
+    key_types: dict[str, str] = field(default_factory=dict)
+    """The declared types of join keys."""
 
     @property
     def stored(self) -> list[FieldSpec]:
@@ -287,11 +290,19 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         fields=fields if windows is None else aggregated_fields(windows, fields),
         windows=windows,
         event_fields=() if windows is None else tuple(fields),
-        ttl_s=definition["ttl_s"],
+        ttl_s=within(definition["ttl_s"]),
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
-        retention_s=definition.get("retention_s"),
+        retention_s=within(definition.get("retention_s")),
+        key_types=declared_key_types(definition),
     )
+
+
+def declared_key_types(definition: Mapping[str, Any]) -> dict[str, str]:
+    """The types of join keys that a view's definition declares."""
+    return {
+        key: dtype for entity in definition["entities"] for key, dtype in entity.get("key_types", {}).items()
+    }
 
 
 def _on_demand_spec(definition: dict[str, Any]) -> OnDemandSpec:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
 
 Value: TypeAlias = bool | int | float | str
-ABSENT = frozenset({"missing", "expired"})
+ABSENT = frozenset({"missing", "expired", "newer"})
 """Statuses of values that a policy is about."""
 
 

@@ -244,7 +244,7 @@ class RowCipher:
     def unpack(
         self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
     ) -> list[Found | None]:
-        """What stored rows say; none where there is no row, or its entity was deleted.
+        """What stored rows say; none where there is no row. A deleted entity's row has its times and no values.
 
         Raises:
             ArtifactTampered: a value was altered, or belongs to another entity, view or time.
@@ -266,8 +266,7 @@ class RowCipher:
                     bound = place + address + packed[:size]
                     values = fixed.unpack(decrypt(packed[size:first], packed[first:], bound))
                 elif flags & _DELETED:
-                    found.append(None)
-                    continue
+                    values = ()
                 else:
                     values = self._values(address, packed, plan, nulls=bool(flags))
                 known = event if event > created else created

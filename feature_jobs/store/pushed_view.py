@@ -76,7 +76,7 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _subclasses(Check)}
     return FeatureView(
         definition["name"],
-        entities=[Entity(one["name"], join_keys=one["join_keys"]) for one in definition["entities"]],
+        entities=[_entity(one) for one in definition["entities"]],
         source=_source(definition["source"]),
         schema=[
             Field(one["name"], one["dtype"], sensitivity=Sensitivity(one["sensitivity"]))
@@ -90,6 +90,11 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
             for one in definition.get("aggregations", ())
         ],
     )
+
+
+def _entity(recorded: dict[str, Any]) -> Entity:
+    names, types = recorded["join_keys"], recorded.get("key_types")
+    return Entity(recorded["name"], join_keys={key: types[key] for key in names} if types else names)
 
 
 def _source(recorded: dict[str, Any]) -> FileSource | KafkaSource:

@@ -123,7 +123,7 @@ def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: 
     """Neither one that happened later nor one that became known later."""
     store.replace(PERSON, {"person_id": "int64"}, [known])
     values, status = read(store, {"person_id": 1}, at=5.999)
-    assert (values["person__amount"], status["person__amount"]) == (None, "missing")
+    assert (values["person__amount"], status["person__amount"]) == (None, "newer")
     assert read(store, {"person_id": 1}, at=6)[0]["person__amount"] == 9.0
 
 
