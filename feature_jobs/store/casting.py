@@ -57,7 +57,7 @@ def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) ->
         return plain.cast(DECLARED_KEYS[dtype])
     if pa.types.is_integer(plain.type) and dtype in (None, "int64"):
         return cast_feature(plain, pa.int64(), name=name)
-    if _is_string(plain.type) and dtype in (None, "string"):
+    if is_text(plain.type) and dtype in (None, "string"):
         return _utf8(plain, name).cast(pa.string())
     wanted = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
     raise SchemaMismatch(f"Join key '{name}' {wanted}, the source has {column.type}.")
@@ -94,7 +94,7 @@ def is_utf8(column: pa.ChunkedArray) -> bool:
 
 
 def _utf8(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    if _is_string(column.type) and not is_utf8(column):
+    if is_text(column.type) and not is_utf8(column):
         raise SchemaMismatch(f"Column '{name}' holds text that is not UTF-8. Write the source anew.")
     return column
 
@@ -122,11 +122,12 @@ def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> 
         return True
     numbers = pa.types.is_integer(actual) or pa.types.is_floating(actual)
     if pa.types.is_integer(target) or pa.types.is_floating(target):
-        return numbers or (was_dictionary and _is_string(actual) and pa.types.is_integer(target))
-    return bool(pa.types.is_string(target) and _is_string(actual))
+        return numbers or (was_dictionary and is_text(actual) and pa.types.is_integer(target))
+    return bool(pa.types.is_string(target) and is_text(actual))
 
 
-def _is_string(dtype: pa.DataType) -> bool:
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether a column is text, in any encoding."""
     return bool(
         pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
     )

@@ -158,7 +158,7 @@ class Definitions:
         """
         if name not in self.views:
             raise FeatureViewNotFound(
-                f"No feature view '{name}' in {self.module}.{did_you_mean(name, self.views)}"
+                f"No feature view '{name}' in {self.module}.", hint=did_you_mean(name, self.views)
             )
         return self.views[name]
 
@@ -226,8 +226,8 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     known = view_specs(ledger)
     if name not in known:
         raise FeatureViewNotFound(
-            f"No feature view '{name}' has been applied.{did_you_mean(name, known)} "
-            "Run `python -m feature_jobs.apply`."
+            f"No feature view '{name}' has been applied.",
+            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
         )
     return known[name]
 
@@ -243,8 +243,8 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
     if not of_name:
         known = {payload["service"] for payload in applied}
         raise FeatureServiceNotFound(
-            f"No feature service '{name}' has been applied.{did_you_mean(name, known)} "
-            "Run `python -m feature_jobs.apply`."
+            f"No feature service '{name}' has been applied.",
+            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
         )
     fitting = [payload for payload in of_name if version in (None, payload["version"])]
     if not fitting:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import InvalidRequest, SourceError, did_you_mean
+from cluster.errors import InvalidRequest, SourceError, nearest
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
 from feature_jobs.store.keys import kind_of, type_of
@@ -99,7 +99,7 @@ def _check_shape(where: str, row: Any, view: FeatureView) -> None:
             raise InvalidRequest(f"{where}.{name} must be an object.")
         free = name == "features" and view.transform is not None
         if not free and (unknown := value.keys() - set(known)):
-            guess = did_you_mean(min(unknown), known)
+            guess = nearest(min(unknown), known)
             raise InvalidRequest(f"{where}.{name} has '{min(unknown)}', view '{view.name}' has not.{guess}")
     if missing := set(view.join_keys) - row["keys"].keys():
         raise InvalidRequest(f"{where}.keys lacks '{min(missing)}'.")

@@ -6,7 +6,7 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InvalidRequest, did_you_mean
+from cluster.errors import InvalidRequest, did_you_mean, nearest
 from cluster.runtime.signature import InputSpec
 
 MAX_ENTITIES = 1000
@@ -51,7 +51,7 @@ def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) ->
     """
     spec = inputs.get(name)
     if spec is None:
-        raise InvalidRequest(f"The model has no input '{name}'.{did_you_mean(name, inputs)}")
+        raise InvalidRequest(f"The model has no input '{name}'.{nearest(name, inputs)}")
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count:
         raise InvalidRequest(f"Input '{name}' has {len(values)} values for {count} entities.")
