@@ -66,6 +66,9 @@ class LedgerConfig:
             )
 
 
+MAX_MAP_GIB = 65_536
+
+
 @dataclass(kw_only=True, slots=True)
 class OnlineConfig:
     """The online store."""
@@ -82,8 +85,10 @@ class OnlineConfig:
     """In front of every key in Redis, so that one can serve several installations."""
 
     def __post_init__(self) -> None:
-        if self.map_size_gib <= 0:
-            raise ValueError(f"online.map_size_gib must be positive, got {self.map_size_gib}.")
+        if not 0 < self.map_size_gib <= MAX_MAP_GIB:
+            raise ValueError(
+                f"online.map_size_gib must be positive, at most {MAX_MAP_GIB}, got {self.map_size_gib}."
+            )
         parts = urlsplit(self.url)
         if parts.scheme not in ("redis", "rediss"):
             raise ValueError("online.url must begin with redis:// or rediss://.")

@@ -24,6 +24,7 @@ from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
 Value: TypeAlias = bool | int | float | str
 ABSENT = frozenset({"missing", "expired", "newer"})
 """Statuses of values that a policy is about."""
+_SAID = {"newer": "stored only as it was known after as_of"}
 
 
 class Missing(enum.StrEnum):
@@ -166,8 +167,9 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
 
 
 def view_of(column: str) -> str:
-    """The view of a column; a view's name has no "__"."""
-    return column.partition("__")[0]
+    """The view of a column. A view's name has no "__", but may end with "_"; a feature's begins with a letter."""
+    name, _, rest = column.partition("__")
+    return name + "_" * (len(rest) - len(rest.lstrip("_")))
 
 
 def _stated(what: str, choice: Choice, dtype: str) -> dict[str, Any]:
@@ -230,9 +232,10 @@ def _refusal(service: str, refused: dict[str, list[str]]) -> FeatureAbsent:
     name, found = next(iter(refused.items()))
     row, status = next(_absent_rows(found))
     more = sum(len(list(_absent_rows(one))) for one in refused.values()) - 1
-    view, _, feature = name.partition("__")
+    view = view_of(name)
+    feature = name[len(view) + 2 :]
     return FeatureAbsent(
-        f"Feature '{feature}' of view '{view}' is {status} for entities[{row}]"
+        f"Feature '{feature}' of view '{view}' is {_SAID.get(status, status)} for entities[{row}]"
         f"{f', and {more} more values are not there' if more else ''}; feature service '{service}' refuses to go on "
         f"without. Give '{name}' in \"features\", or ask again when the view has a newer value.",
         status=refused,
