@@ -128,7 +128,8 @@ def main(config: StreamConfig) -> None:
 
 def counted(tally: Tally, kind: str) -> str:
     """What became of the rows of a run, for people."""
-    said = f"{tally.stored} {kind} rows taken into the table, {tally.quarantined} quarantined"
+    total = tally.stored + tally.quarantined
+    said = f"{total} {kind} rows taken: {tally.stored} into the table, {tally.quarantined} quarantined"
     if tally.reasons:
         reason, count = tally.reasons.most_common(1)[0]
         said += f" (mostly: {reason}, {count})"
