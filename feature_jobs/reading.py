@@ -20,6 +20,7 @@ from cluster.storage import Layout, is_uri
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
+from feature_jobs.store.keys import refuse_unlike
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
@@ -134,7 +135,7 @@ def prepared(
     """
     first_rows = list(heads(opened, view, known))
     for first in first_rows:
-        prepare_part(first, view, now=now, ahead=ahead)
+        refuse_unlike(view.name, prepare_part(first, view, now=now, ahead=ahead).schema, known)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import DefinitionError
+from cluster.errors import DefinitionError, SchemaMismatch
 
 MAX_KEY = 2**63 - 1
 _OF_PYTHON = {int: "int64", str: "string"}
@@ -77,6 +77,20 @@ def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     if not pa.types.is_int64(column.type):
         return None
     return pc.fill_null(pc.less(column, -MAX_KEY), False)
+
+
+def refuse_unlike(view: str, given: pa.Schema, stored: Mapping[str, str]) -> None:
+    """Go on only where a batch has the types of keys that the view's table has.
+
+    Raises:
+        SchemaMismatch: naming the key and both types.
+    """
+    for key, dtype in stored.items():
+        kind = given.field(key).type
+        if pa.types.is_int64(kind) != (dtype == "int64"):
+            raise SchemaMismatch(
+                f"Join key '{key}' of view '{view}' is stored as {dtype}, the source has {kind}."
+            )
 
 
 def refuse_undeclared(view: str, declared: Mapping[str, str], stored: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.differences import Impact, view_changes
-from feature_jobs.store.keys import MAX_KEY, refuse_undeclared
+from feature_jobs.store.keys import MAX_KEY, refuse_undeclared, refuse_unlike
 from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.online import FeatureReader
 from feature_jobs.store.protection import quarantine_place, quarantine_protection
@@ -122,6 +122,12 @@ def test_files_are_held_to_the_declared_type() -> None:
         prepare(pa.table({"person_id": ["1", "2"], **rest}), WHOLE, now=NOW)
     with pytest.raises(SchemaMismatch, match="declared as string, the source has int32"):
         prepare(pa.table({"person_id": pa.array([1, 2], pa.int32()), **rest}), TEXT, now=NOW)
+    stored = prepare(pa.table({"person_id": ["1", "2"], **rest}), INCOME, now=NOW)
+    refuse_unlike("income", stored.schema, {"person_id": "string"})
+    with pytest.raises(
+        SchemaMismatch, match="'person_id' of view 'income' is stored as int64, the source has"
+    ):
+        refuse_unlike("income", stored.schema, {"person_id": "int64"})
     head = pa.table({"person_id": ["7", "8"]})
     types = column_types(TEXT, head, {})
     assert typed_text(head, {"person_id": types["person_id"]})["person_id"].to_pylist() == ["7", "8"]
