@@ -22,8 +22,8 @@ from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.checks import Check, RowCheck
 from feature_jobs.store.keys import declared_types
 from feature_jobs.store.limits import CENTURY, check_span
+from feature_jobs.store.names import LONGEST_NAME, Named, refuse_alike, refuse_reserved
 from feature_jobs.store.names import RESERVED as RESERVED
-from feature_jobs.store.names import Named, refuse_alike, refuse_reserved
 from feature_jobs.store.names import check_name as check_name
 from feature_jobs.store.source_code import source_code
 from feature_jobs.store.sources import DTYPES as DTYPES
@@ -119,7 +119,7 @@ class FeatureView:
     """What the view's features are, in place of its columns."""
 
     def __post_init__(self) -> None:
-        check_name("Feature view", self.name)
+        check_name("Feature view", self.name, longest=LONGEST_NAME)
         if "__" in self.name:
             raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
         for name in ("entities", "schema", "checks", "aggregations"):

@@ -16,6 +16,8 @@ RESERVED = frozenset(
     {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
 )
 """Columns that the platform adds to a feature table."""
+LONGEST_NAME = 200
+"""Of a view or a service: clients ask by it, and a view's is also the name of a folder."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -27,14 +29,23 @@ class Named(NamedTuple):
     name: str
 
 
-def check_name(what: str, name: str) -> None:
-    """Refuse what is no name; `what` says whose.
+def check_name(what: str, name: str, *, longest: int | None = None) -> None:
+    """Refuse what is no name.
+
+    Args:
+        what: says whose name it is.
+        name: as it was given.
+        longest: how many characters it may have; None is any number.
 
     Raises:
         DefinitionError
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
+    if longest is not None and len(name) > longest:
+        raise DefinitionError(
+            f"{what} '{name[:40]}…': a name has at most {longest} characters, got {len(name)}."
+        )
 
 
 def refuse_reserved(owner: str, one: Named) -> None:

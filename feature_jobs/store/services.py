@@ -17,7 +17,7 @@ from feature_jobs.store.definitions import (
     field_definition,
 )
 from feature_jobs.store.missing import Choice, Missing, definition
-from feature_jobs.store.names import Named, refuse_alike, refuse_reserved
+from feature_jobs.store.names import LONGEST_NAME, Named, refuse_alike, refuse_reserved
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +85,7 @@ class FeatureService:
     """What becomes of a value that is missing or expired: for all features, or by view or `<view>__<feature>`."""
 
     def __post_init__(self) -> None:
-        check_name("Feature service", self.name)
+        check_name("Feature service", self.name, longest=LONGEST_NAME)
         object.__setattr__(self, "views", tuple(self.views))
         object.__setattr__(self, "on_demand", tuple(self.on_demand))
         if not self.views:

@@ -143,6 +143,8 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
     ("make", "words"),
     [
         (lambda: view(ttl=HUGE), "ttl must be at most"),
+        (lambda: view("v" * 201), "at most 200 characters, got 201"),
+        (lambda: FeatureService("s" * 201, views=[view()]), "at most 200 characters"),
         (lambda: view(ttl=-timedelta(days=1)), "ttl must be positive"),
         (lambda: view(ttl=3600), "ttl must be a timedelta"),
         (lambda: view(retention=HUGE), "retention must be at most"),
