@@ -50,7 +50,17 @@ class FalajError(Exception):
 
 
 class RefusedError(FalajError, ValueError):
-    """The caller's mistake or a closed gate."""
+    """The caller's mistake or a closed gate.
+
+    Args:
+        message: what happened, to which thing, and what to do.
+        hint: the end of the message that lists names. It is for people at a command; a client over HTTP gets `public`
+            alone, because a name of one team's view is no other team's business.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message}{hint}")
+        self.public = message
 
 
 class ConfigError(RefusedError):
@@ -191,6 +201,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     if not names:
         return " None is known yet."
-    near = difflib.get_close_matches(name, names, n=1) if len(name) <= MAX_GUESSED else []
-    guess = f" Did you mean '{near[0]}'?" if near else ""
-    return f"{guess} Known: {', '.join(names)}."
+    return f"{nearest(name, names)} Known: {', '.join(names)}."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest name as a guess, for a client who should not get all of them; empty where none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= MAX_GUESSED else []
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -155,7 +155,7 @@ class Registry:
             row = connection.execute(query).first()
         if row is None:
             raise ModelNotFound(
-                f"Model '{name}' has no version {number}. Known: {_join(self.versions(name))}."
+                f"Model '{name}' has no version {number}.", hint=f" Known: {_join(self.versions(name))}."
             )
         return self._version(json.loads(row.event))
 
@@ -206,14 +206,16 @@ class Registry:
     def _number(self, name: str, version: int | str) -> int:
         known = self.versions(name)
         if not known:
-            raise ModelNotFound(f"No model '{name}'.{did_you_mean(name, self.names())}")
+            raise ModelNotFound(f"No model '{name}'.", hint=did_you_mean(name, self.names()))
         if isinstance(version, int) or version.isdecimal():
             return int(version)
         if version == LATEST:
             return known[-1]
         aliases = self.aliases(name)
         if version not in aliases:
-            raise ModelNotFound(f"Model '{name}' has no alias '{version}'.{did_you_mean(version, aliases)}")
+            raise ModelNotFound(
+                f"Model '{name}' has no alias '{version}'.", hint=did_you_mean(version, aliases)
+            )
         return aliases[version]
 
     def _reserve(self, name: str) -> tuple[int, Path]:

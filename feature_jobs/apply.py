@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
@@ -16,8 +18,11 @@ from cluster.security.keys.access import key_store
 from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
+from cluster.storage import Layout, layout
+from feature_jobs.store import offline
 from feature_jobs.store.catalog import Definitions, apply, load_definitions
 from feature_jobs.store.definitions import Sensitivity
+from feature_jobs.store.keys import refuse_undeclared
 from feature_jobs.store.lifecycle import read_lifecycles
 from feature_jobs.store.plan import lines, make_plan, refuse_broken
 from feature_jobs.store.protection import service_keys, view_keys
@@ -59,8 +64,23 @@ def main(config: ApplyConfig) -> None:
             flush=True,
         )
     refuse_broken(plan, allow_breaking=config.allow_breaking)
+    check_stored_keys(definitions, layout(config.storage))
     if not config.plan:
         record_definitions(definitions, ledger, actor, region=region)
+
+
+def check_stored_keys(definitions: Definitions, places: Layout) -> None:
+    """Refuse a declared type of a join key that is not how the view's table stores it.
+
+    Raises:
+        DefinitionError: naming view, key and both types.
+    """
+    for name, view in definitions.views.items():
+        table = offline.open_table(places.features(name)) if view.key_types else None
+        if table is not None:
+            schema = pa.schema(table.schema().to_arrow())
+            stored = offline.key_types(schema, [key for key in view.key_types if key in schema.names])
+            refuse_undeclared(name, view.key_types, stored)
 
 
 def for_any_purpose(definitions: Definitions) -> list[str]:

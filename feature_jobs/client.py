@@ -23,7 +23,7 @@ import pyarrow as pa
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from cluster.errors import TrainingSetError
+from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
@@ -34,6 +34,7 @@ from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import instant
 from feature_jobs.store.catalog import ServiceSpec, service_spec
 from feature_jobs.store.dtypes import arrow_values
+from feature_jobs.store.keys import kind_of, type_of
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.on_demand import add_on_demand
 from feature_jobs.store.online import FeatureReader, open_online
@@ -106,7 +107,7 @@ class OnlineFeatures(Rows):
     """Features of some entities, in their order."""
 
     status: dict[str, list[str]]
-    """`<view>__<feature>` to present, null, missing or expired, an entity each."""
+    """`<view>__<feature>` to present, null, missing, expired or newer, an entity each."""
 
 
 class FeatureStore:
@@ -196,7 +197,8 @@ class FeatureStore:
         Args:
             service: as it was applied last.
             entities: an object of join keys each.
-            as_of: time-to-live is applied there; without a zone it is UTC.
+            as_of: time-to-live is applied there; without a zone it is UTC. The store has one row an entity: where that
+                is later, its status is `newer`, and a training set says what was known.
             features: inputs of on-demand transforms, a value an entity; without them there is nothing made on demand.
 
         Raises:
@@ -205,6 +207,7 @@ class FeatureStore:
         """
         spec = service_spec(self._ledger, service)
         self._check(Action.read_online, spec)
+        entities = keys_of(entities)
         moment = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
         vectors = FeatureReader(spec, self._online).read(entities, moment)
         made = [name for one in spec.on_demand for name in one.columns]
@@ -244,6 +247,22 @@ class FeatureStore:
     def _training_config(self, service: str, *, cutoff: bool) -> TrainingSetConfig:
         platform = {each.name: getattr(self._config, each.name) for each in fields(PlatformConfig)}
         return TrainingSetConfig(**platform, service=service, entities="in memory", output="", cutoff=cutoff)
+
+
+def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entities with keys as Python has them, where NumPy or pandas gave its own.
+
+    Raises:
+        InvalidRequest: a key that is neither text nor a whole number of 64 bits.
+    """
+    plain = []
+    for position, entity in enumerate(entities):
+        keys = {key: value.item() if hasattr(value, "item") else value for key, value in entity.items()}
+        for key, value in keys.items():
+            if value is not None and type_of(value) is None:
+                raise InvalidRequest(f"entities[{position}].{key} must be {kind_of(None)}, got {value!r}.")
+        plain.append(keys)
+    return plain
 
 
 def _configuration(overrides: Sequence[str]) -> PlatformConfig:

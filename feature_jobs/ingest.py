@@ -39,12 +39,14 @@ from feature_jobs.again import mend_batches, report
 from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.batch_checks import Finding
 from feature_jobs.store.batches import Ingested, Wanted
 from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.lifecycle import heed, read_lifecycles
+from feature_jobs.store.limits import check_buckets
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.ranges import parse_range, parse_span
@@ -97,8 +99,7 @@ class IngestConfig(PlatformConfig):
             raise ValueError("again mends whole batches. Leave start and end away.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
-        if self.num_buckets < 1:
-            raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}.")
+        check_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,7 +301,9 @@ def read_or_refuse(run: Run) -> Prepared:
         RefusedError: columns that do not fit the view; an event says so.
     """
     try:
-        rows = prepared(run.files, run.view, run.keys, run.baseline, now=dt.datetime.now(dt.UTC))
+        ahead = Ahead.of(run.config.features.max_ahead_s)
+        now = dt.datetime.now(dt.UTC)
+        rows = prepared(run.files, run.view, run.keys, run.baseline, now=now, ahead=ahead)
         for name in rows.zoneless:
             print(
                 f"view {run.view.name}: times without a zone in '{name}' are taken as UTC; zone=… in its source"

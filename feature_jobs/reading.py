@@ -15,8 +15,10 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.errors import Inconsistent, SourceError
 from cluster.session import refusal_behind
 from cluster.storage import Layout
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, open_source
+from feature_jobs.store.keys import refuse_unlike
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.source_blocks import (
@@ -32,7 +34,7 @@ from feature_jobs.store.source_blocks import (
 from feature_jobs.store.sources import BatchSource, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
 from feature_jobs.store.typed import Roles, column_types, declared, typed_rows, zoneless
-from feature_jobs.store.validation import prepare_part
+from feature_jobs.store.validation import FILES, prepare_part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +119,13 @@ def heads(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> Iterat
 
 
 def prepared(
-    opened: Opened, view: FeatureView, known: Mapping[str, str], baseline: Profile | None, *, now: dt.datetime
+    opened: Opened,
+    view: FeatureView,
+    known: Mapping[str, str],
+    baseline: Profile | None,
+    *,
+    now: dt.datetime,
+    ahead: Ahead = FILES,
 ) -> Prepared:
     """Read, transform and check all rows with Ray Data.
 
@@ -126,7 +134,7 @@ def prepared(
         Inconsistent: Ray Data gave another number of rows than the source has.
     """
     source = opened if isinstance(opened, SourceRows) else shape_of(opened, view, known)
-    first_rows = _checked_heads(source, view, now)
+    first_rows = _checked_heads(source, view, known, now=now, ahead=ahead)
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
     if opened.rows == 0:
         nothing = empty_part(view, columns, now=now)
@@ -138,13 +146,13 @@ def prepared(
     context.raise_original_map_exception = True
 
     def check(block: pa.Table) -> pa.Table:
-        return prepare_part(block, view, now=now, baseline=baseline)
+        return prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
 
     if isinstance(source, SourceRows):
         checked = _checked(ray.data.from_arrow_refs(source.blocks), check)
     else:
         groups = grouped(source.files, view)
-        read = _Read(shape=source, groups=groups, baseline=baseline, now=now)
+        read = _Read(shape=source, groups=groups, baseline=baseline, now=now, ahead=ahead)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
         if len(source.files.paths) > 1:
             checked = numbers.map_batches(read.checked, batch_size=1)
@@ -164,21 +172,25 @@ def _checked(rows: ray.data.Dataset, check: Callable[[pa.Table], pa.Table]) -> r
     return rows.map_batches(check, batch_format="pyarrow", batch_size=BATCH_ROWS, zero_copy_batch=True)
 
 
-def _checked_heads(source: Shape | SourceRows, view: FeatureView, now: dt.datetime) -> list[pa.Table]:
+def _checked_heads(
+    source: Shape | SourceRows, view: FeatureView, known: Mapping[str, str], *, now: dt.datetime, ahead: Ahead
+) -> list[pa.Table]:
     """The first rows of every file, which refuse in a second what does not fit the view."""
     if isinstance(source, SourceRows):
-        _check(source.first, view, now)
+        _check(source.first, view, known, now=now, ahead=ahead)
         return [source.first]
     found = [source.head(path) for path in source.files.paths]
     for path, first in zip(source.files.paths, found, strict=True):
         with source.naming(path):
-            _check(first, view, now)
+            _check(first, view, known, now=now, ahead=ahead)
     return found
 
 
-def _check(first: pa.Table, view: FeatureView, now: dt.datetime) -> None:
+def _check(
+    first: pa.Table, view: FeatureView, known: Mapping[str, str], *, now: dt.datetime, ahead: Ahead
+) -> None:
     if first.num_rows:
-        prepare_part(first, view, now=now)
+        refuse_unlike(view.name, prepare_part(first, view, now=now, ahead=ahead).schema, known)
     else:
         empty_part(view, first.column_names, now=now)
 
@@ -191,6 +203,7 @@ class _Read:
     groups: list[list[str]]
     baseline: Profile | None
     now: dt.datetime
+    ahead: Ahead
 
     def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
@@ -199,7 +212,8 @@ class _Read:
 
     def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
-            yield from prepared_blocks(self.groups[int(number)], self.shape, self.baseline, now=self.now)
+            paths = self.groups[int(number)]
+            yield from prepared_blocks(paths, self.shape, self.baseline, now=self.now, ahead=self.ahead)
 
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:

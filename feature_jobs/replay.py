@@ -30,10 +30,12 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
 from feature_jobs.batch import last_good
-from feature_jobs.ingest import applied_view
+from feature_jobs.ingest import applied_view, stored_keys
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.lifecycle import heed, read_lifecycles
+from feature_jobs.store.limits import check_buckets
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import (
@@ -44,6 +46,7 @@ from feature_jobs.store.protection import (
 )
 from feature_jobs.store.quarantine import quarantined
 from feature_jobs.store.retry import Tried, try_again
+from feature_jobs.store.validation import FILES
 from feature_jobs.storing import row_schema
 
 
@@ -57,6 +60,9 @@ class ReplayConfig(PlatformConfig):
     """The `ingest_id` of one batch; none replays all of them."""
     num_buckets: int = 8
     """Of a new table, where no row of the view was stored yet."""
+
+    def __post_init__(self) -> None:
+        check_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +101,12 @@ def main(config: ReplayConfig) -> None:
         access=actor.access,
     )
     baseline = last_good(ledger, view, quarantine=folder, access=actor.access)
+    ahead = Ahead.of(config.features.max_ahead_s)
     refusals = []
     for batch in batches(folder, config.batch, view=view.name):
         place = Place(view=view, batch=batch, folder=folder, target=target)
         try:
-            event = replay(place, baseline, now=dt.datetime.now(dt.UTC))
+            event = replay(place, baseline, now=dt.datetime.now(dt.UTC), ahead=ahead)
         except (SourceError, InvalidRequest) as error:  # the other batches may have come from another source
             refusals.append(f"batch {batch}: {error}")
             continue
@@ -129,7 +136,9 @@ def batches(folder: str, wanted: str | None, *, view: str) -> list[str]:
     return found if wanted is None else [wanted]
 
 
-def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> QuarantineReplayed:
+def replay(
+    place: Place, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead = FILES
+) -> QuarantineReplayed:
     """Store what is good now, unless a run before has; what stays lies aside for `finish`.
 
     Raises:
@@ -145,7 +154,9 @@ def replay(place: Place, baseline: Profile | None, *, now: dt.datetime) -> Quara
     before = offline.committed(table, replay_id) if table is not None else None
     if before is not None:
         return event_of(place, *before)
-    tried = try_again(file, place.view, now=now, baseline=baseline)
+    tried = try_again(
+        file, place.view, now=now, baseline=baseline, ahead=ahead, key_types=stored_keys(table, place.view)
+    )
     left = still_bad(file, tried)
     if left.num_rows:
         files.write(left, place.pending(replay_id), protection, place=belongs)

@@ -20,6 +20,7 @@ from cluster.settings import PlatformConfig
 from feature_jobs.compact import newest
 from feature_jobs.materialize import instant
 from feature_jobs.store.catalog import ViewSpec, view_spec
+from feature_jobs.store.limits import before
 from feature_jobs.store.past_retention import past_retention
 from feature_jobs.store.protection import view_resources
 from feature_jobs.store.removal import Reason, remove
@@ -61,7 +62,7 @@ def oldest_kept(view: ViewSpec, now: dt.datetime) -> dt.datetime:
         raise ConfigError(
             f"View '{view.name}' has no retention: its rows are kept. Give it `retention=timedelta(…)` and apply it."
         )
-    return now - dt.timedelta(seconds=view.retention_s)
+    return before(now, dt.timedelta(seconds=view.retention_s))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,21 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.catalog import ViewSpec, view_spec
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.kafka_stream import KafkaStream
 from feature_jobs.store.lateness import Lateness, LatePolicy
+from feature_jobs.store.limits import CENTURY, check_buckets
 from feature_jobs.store.offline import Target
 from feature_jobs.store.online import open_online
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.push_stream import PushStream
 from feature_jobs.store.pushed_view import pushed_view
 from feature_jobs.store.pusher import open_log
+from feature_jobs.store.streamed import Tally
+
+LONGEST_WAIT_S = 86_400
 
 
 class StreamSource(enum.Enum):
@@ -61,10 +66,14 @@ class KafkaConfig:
     def __post_init__(self) -> None:
         if self.consumers < 1:
             raise ValueError(f"kafka.consumers must be at least 1, got {self.consumers}.")
-        if self.linger_s <= 0:
-            raise ValueError(f"kafka.linger_s must be positive, got {self.linger_s}.")
-        if self.max_lateness_s is not None and self.max_lateness_s < 0:
-            raise ValueError(f"kafka.max_lateness_s must not be negative, got {self.max_lateness_s}.")
+        if not 0 < self.linger_s <= LONGEST_WAIT_S:
+            raise ValueError(
+                f"kafka.linger_s must be positive, at most {LONGEST_WAIT_S}, got {self.linger_s}."
+            )
+        if self.max_lateness_s is not None and not 0 <= self.max_lateness_s <= CENTURY.total_seconds():
+            raise ValueError(
+                f"kafka.max_lateness_s must not be negative, nor more than a century, got {self.max_lateness_s}."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,11 +95,11 @@ class StreamConfig(PlatformConfig):
     kafka: KafkaConfig = field(default_factory=KafkaConfig)
 
     def __post_init__(self) -> None:
-        if self.interval_s <= 0:
-            raise ValueError(f"interval_s must be positive, got {self.interval_s}.")
-        for name in ("max_rows", "num_buckets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.interval_s <= LONGEST_WAIT_S:
+            raise ValueError(f"interval_s must be positive, at most {LONGEST_WAIT_S}, got {self.interval_s}.")
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {self.max_rows}.")
+        check_buckets(self.num_buckets)
 
 
 _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
@@ -106,12 +115,25 @@ def main(config: StreamConfig) -> None:
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
     stopped = _until_asked_to_stop()
+    tally = Tally()
     match config.source:
         case StreamSource.push:
-            total = run(push_stream(config, view, ledger, actor), config, stopped)
+            stream = push_stream(config, view, ledger, actor)
+            run(stream, config, stopped)
+            tally = stream.tally
         case StreamSource.kafka:
-            total = run_kafka(config, ledger, actor, stopped)
-    print(f"view {view.name}: {total} {_ROWS[config.source]} rows taken into the table")
+            run_kafka(config, ledger, actor, stopped, tally)
+    print(f"view {view.name}: {counted(tally, _ROWS[config.source])}")
+
+
+def counted(tally: Tally, kind: str) -> str:
+    """What became of the rows of a run, for people."""
+    total = tally.stored + tally.quarantined
+    said = f"{total} {kind} rows taken: {tally.stored} into the table, {tally.quarantined} quarantined"
+    if tally.reasons:
+        reason, count = tally.reasons.most_common(1)[0]
+        said += f" (mostly: {reason}, {count})"
+    return said if not tally.late else f"{said}; {tally.late} came late"
 
 
 def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Actor) -> PushStream:
@@ -129,8 +151,10 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
     )
 
 
-def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threading.Event) -> int:
-    """Stream a view's topic; gives the rows taken.
+def run_kafka(
+    config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threading.Event, tally: Tally | None = None
+) -> int:
+    """Stream a view's topic; gives the rows taken, and counts in `tally` what became of them.
 
     Raises:
         DefinitionError: the view's source is no topic.
@@ -144,6 +168,7 @@ def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threa
             f"View '{config.view}' has no KafkaSource. Run `python -m feature_jobs.ingest`."
         )
     lateness_s = config.kafka.max_lateness_s
+    ahead = Ahead.of(config.features.max_ahead_s, online_at_once=True)
     stream = KafkaStream(
         view=view,
         topic=view.view.source.topic,
@@ -153,6 +178,8 @@ def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threa
         ledger=ledger,
         actor=actor.name,
         lateness=Lateness(None if lateness_s is None else round(lateness_s * 1e6), config.kafka.late),
+        ahead=ahead,
+        tally=tally or Tally(),
     )
     file = config.kafka.properties_file
     reading = Reading(
@@ -161,6 +188,7 @@ def run_kafka(config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threa
         once=config.once,
         linger_s=config.kafka.linger_s,
         max_rows=config.max_rows,
+        ahead=ahead,
     )
     if config.kafka.consumers > 1:
         return consume_apart(stream, reading, stopped, consumers=config.kafka.consumers)

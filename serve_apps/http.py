@@ -86,7 +86,7 @@ def refusal(error: Exception) -> Response:
         case AccessDenied():
             status, message = 403, str(error)
         case ModelNotFound() | FeatureViewNotFound() | FeatureServiceNotFound():
-            status, message = 404, str(error)
+            status, message = 404, error.public
         case MethodNotAllowed():
             status, message, headers = 405, str(error), {"allow": error.allow}
         case BodyTooSlow():

@@ -31,13 +31,14 @@ from typing import Any
 
 from cluster.errors import DefinitionError, did_you_mean
 from feature_jobs.store.dtypes import INTEGERS, NUMBERS, is_rich
+from feature_jobs.store.limits import CENTURY as LONGEST
+from feature_jobs.store.limits import check_span
 
 FUNCTIONS = ("sum", "count", "mean", "min", "max", "last", "distinct")
 EVERY = "*"
 """Stands for the event itself, to count rows whatever their values are."""
 EXACT_DISTINCT = 1024
 """Up to here `distinct` is exact."""
-LONGEST = timedelta(days=36_525)
 _UNITS = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1_000))
 
 
@@ -57,12 +58,13 @@ class Aggregation:
             raise DefinitionError(f"{what}: unknown function.{did_you_mean(self.function, FUNCTIONS)}")
         if self.column == EVERY and self.function != "count":
             raise DefinitionError(f"{what}: only count takes '*'. Name a column.")
+        if isinstance(self.windows, timedelta):
+            raise DefinitionError(f"{what}: windows must be a list. Write windows=[timedelta(…)].")
         object.__setattr__(self, "windows", tuple(self.windows))
         if not self.windows:
             raise DefinitionError(f"{what} has no window. Give windows=[timedelta(…)].")
         for window in self.windows:
-            if not timedelta(0) < window <= LONGEST:
-                raise DefinitionError(f"{what}: a window is positive, at most a century; got {window}.")
+            check_span(f"{what}: a window", window, longest=LONGEST)
 
     def definition(self) -> list[dict[str, Any]]:
         """What the aggregation gives, as it stands in the ledger: one entry per feature."""

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from cluster.errors import DefinitionError
 from feature_jobs.store.checks import Check
 from feature_jobs.store.dtypes import NUMBERS, is_rich, list_of
+from feature_jobs.store.limits import check_number, check_span
 from feature_jobs.store.profile import Distribution, Profile
 
 TIMES = ("event_timestamp", "created_timestamp")
@@ -53,6 +54,8 @@ class Unique(Check):
         if isinstance(self.of, str) or not self.of:
             raise DefinitionError(f"Unique needs a list of columns, got {self.of!r}.")
         object.__setattr__(self, "of", tuple(self.of))
+        if twice := [name for name in self.of if list(self.of).count(name) > 1]:
+            raise DefinitionError(f"Unique names the column '{twice[0]}' twice.")
         object.__setattr__(self, "keep", Keep(self.keep))
 
     @property
@@ -100,6 +103,7 @@ class Outlier(Check):
     fences: float = 3.0
 
     def __post_init__(self) -> None:
+        check_number(f"Outlier('{self.column}'): fences", self.fences)
         if self.fences <= 0:
             raise DefinitionError(f"Outlier('{self.column}'): fences must be positive, got {self.fences}.")
 
@@ -166,6 +170,7 @@ class NullShare(BatchCheck):
     maximum: float
 
     def __post_init__(self) -> None:
+        check_number(f"NullShare('{self.column}'): maximum", self.maximum)
         if not 0 <= self.maximum < 1:
             raise DefinitionError(
                 f"NullShare('{self.column}'): maximum must be at least 0 and below 1, got {self.maximum}."
@@ -193,8 +198,7 @@ class Freshness(BatchCheck):
     maximum_age: timedelta
 
     def __post_init__(self) -> None:
-        if self.maximum_age <= timedelta(0):
-            raise DefinitionError(f"Freshness: maximum_age must be positive, got {self.maximum_age}.")
+        check_span("Freshness: maximum_age", self.maximum_age)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -229,6 +233,7 @@ class RowCount(BatchCheck):
     factor: float
 
     def __post_init__(self) -> None:
+        check_number("RowCount: factor", self.factor)
         if self.factor <= 1:
             raise DefinitionError(f"RowCount: factor must be above 1, got {self.factor}.")
 
@@ -258,6 +263,7 @@ class Drift(BatchCheck):
     threshold: float = 0.2
 
     def __post_init__(self) -> None:
+        check_number(f"Drift('{self.column}'): threshold", self.threshold)
         if self.threshold <= 0:
             raise DefinitionError(
                 f"Drift('{self.column}'): threshold must be positive, got {self.threshold}."

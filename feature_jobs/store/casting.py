@@ -13,6 +13,7 @@ from cluster.errors import SchemaMismatch
 from feature_jobs.store.instants import TIME, Rounding, days, in_zone, micros
 
 _PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
+DECLARED_KEYS = {"int64": pa.int64(), "string": pa.string()}
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
@@ -51,20 +52,28 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     return result
 
 
-def cast_key(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
+def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) -> pa.ChunkedArray:
     """A join key as int64 or string.
 
+    Args:
+        column: of the source.
+        name: of the key.
+        dtype: the declared type; None takes either.
+
     Raises:
-        SchemaMismatch: it is neither integers nor strings.
+        SchemaMismatch: it is neither integers nor strings, or not of the declared type.
     """
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-    if pa.types.is_integer(plain.type):
+    if dtype is not None and pa.types.is_null(plain.type):
+        return plain.cast(DECLARED_KEYS[dtype])
+    if pa.types.is_integer(plain.type) and dtype in (None, "int64"):
         return cast_feature(plain, pa.int64(), name=name)
-    if _is_string(plain.type):
+    if is_text(plain.type) and dtype in (None, "string"):
         return _utf8(plain, name).cast(pa.string())
     if pa.types.is_null(plain.type) and len(plain) == 0:
         return plain.cast(pa.string())
-    raise SchemaMismatch(f"Join key '{name}' must be integers or strings, the source has {column.type}.")
+    wanted = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
+    raise SchemaMismatch(f"Join key '{name}' {wanted}, the source has {column.type}.")
 
 
 def cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
@@ -159,7 +168,7 @@ def is_utf8(column: pa.ChunkedArray) -> bool:
 
 
 def _utf8(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    if _is_string(column.type) and not is_utf8(column):
+    if is_text(column.type) and not is_utf8(column):
         raise SchemaMismatch(f"Column '{name}' holds text that is not UTF-8. Write the source anew.")
     return column
 
@@ -177,12 +186,12 @@ def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> 
         return True
     numbers = pa.types.is_integer(actual) or pa.types.is_floating(actual)
     if pa.types.is_integer(target) or pa.types.is_floating(target):
-        return numbers or (was_dictionary and _is_string(actual) and pa.types.is_integer(target))
+        return numbers or (was_dictionary and is_text(actual) and pa.types.is_integer(target))
     if pa.types.is_decimal(target):
         return bool(pa.types.is_decimal(actual))
     if pa.types.is_binary(target):
         return _is_binary(actual)
-    return bool(pa.types.is_string(target) and _is_string(actual))
+    return bool(pa.types.is_string(target) and is_text(actual))
 
 
 def _is_list(dtype: pa.DataType) -> bool:
@@ -205,7 +214,8 @@ def _is_binary(dtype: pa.DataType) -> bool:
     return any(kind(dtype) for kind in kinds)
 
 
-def _is_string(dtype: pa.DataType) -> bool:
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether a column is text, in any encoding."""
     return bool(
         pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
     )

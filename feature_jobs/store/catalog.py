@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from feature_jobs.store.aggregations import EVERY, WindowSpec, window_spec
 from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.limits import within
 from feature_jobs.store.missing import NO_POLICY, MissingPolicy, parse
 from feature_jobs.store.services import FeatureService
 
@@ -55,6 +56,8 @@ class ViewSpec:
     """How the features are made of events; none where they are the columns of the feature table."""
     event_fields: tuple[FieldSpec, ...] = ()
     """The columns of the feature table of an aggregated view."""
+    key_types: dict[str, str] = field(default_factory=dict)
+    """The declared types of join keys."""
 
     @property
     def stored(self) -> list[FieldSpec]:
@@ -165,7 +168,7 @@ class Definitions:
         """
         if name not in self.views:
             raise FeatureViewNotFound(
-                f"No feature view '{name}' in {self.module}.{did_you_mean(name, self.views)}"
+                f"No feature view '{name}' in {self.module}.", hint=did_you_mean(name, self.views)
             )
         return self.views[name]
 
@@ -233,8 +236,8 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     known = view_specs(ledger)
     if name not in known:
         raise FeatureViewNotFound(
-            f"No feature view '{name}' has been applied.{did_you_mean(name, known)} "
-            "Run `python -m feature_jobs.apply`."
+            f"No feature view '{name}' has been applied.",
+            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
         )
     return known[name]
 
@@ -250,8 +253,8 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
     if not of_name:
         known = {payload["service"] for payload in applied}
         raise FeatureServiceNotFound(
-            f"No feature service '{name}' has been applied.{did_you_mean(name, known)} "
-            "Run `python -m feature_jobs.apply`."
+            f"No feature service '{name}' has been applied.",
+            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
         )
     fitting = [payload for payload in of_name if version in (None, payload["version"])]
     if not fitting:
@@ -297,11 +300,19 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         fields=fields if windows is None else aggregated_fields(windows, fields),
         windows=windows,
         event_fields=() if windows is None else tuple(fields),
-        ttl_s=definition["ttl_s"],
+        ttl_s=within(definition["ttl_s"]),
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
-        retention_s=definition.get("retention_s"),
+        retention_s=within(definition.get("retention_s")),
+        key_types=declared_key_types(definition),
     )
+
+
+def declared_key_types(definition: Mapping[str, Any]) -> dict[str, str]:
+    """The types of join keys that a view's definition declares."""
+    return {
+        key: dtype for entity in definition["entities"] for key, dtype in entity.get("key_types", {}).items()
+    }
 
 
 def _on_demand_spec(definition: dict[str, Any]) -> OnDemandSpec:

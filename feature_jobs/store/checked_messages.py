@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.errors import Inconsistent
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.message_rows import check_messages
-from feature_jobs.store.pushed_rows import POSITION, CheckedRows
+from feature_jobs.store.pushed_rows import AT_ONCE, POSITION, CheckedRows
 
 
 class Message(Protocol):
@@ -82,6 +83,7 @@ def checked(
     *,
     key_types: Mapping[str, str],
     now: dt.datetime,
+    ahead: Ahead = AT_ONCE,
     starts: Mapping[int, int] | None = None,
 ) -> CheckedMessages:
     """Transform and check messages; arguments as those of `check_messages`."""
@@ -90,7 +92,7 @@ def checked(
         partitions=np.array([one.partition() for one in messages], dtype=np.int64),
         offsets=np.array([one.offset() for one in messages], dtype=np.int64),
         values=pa.array(values, pa.binary()),
-        rows=check_messages(values, view, key_types=key_types, now=now),
+        rows=check_messages(values, view, key_types=key_types, now=now, ahead=ahead),
         starts=starts or {},
     )
 

@@ -6,6 +6,7 @@ SQL: whether a value may be absent and what it may be are separate decisions.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
 from feature_jobs.store.dtypes import NUMBERS, decimal_of
+from feature_jobs.store.limits import EXACT, check_number
+
+_BITS = {"int32": 31, "int64": 63}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,9 @@ class Range(RowCheck):
     def __post_init__(self) -> None:
         if self.minimum is None and self.maximum is None:
             raise DefinitionError(f"Range('{self.column}') needs a minimum or a maximum.")
+        for name in ("minimum", "maximum"):
+            if getattr(self, name) is not None:
+                check_number(f"Range('{self.column}'): {name}", getattr(self, name))
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise DefinitionError(
                 f"Range('{self.column}'): minimum {self.minimum} is above maximum {self.maximum}."
@@ -96,12 +103,29 @@ class Range(RowCheck):
             raise DefinitionError(
                 f"Range('{self.column}') needs a numeric column, '{self.column}' is {dtype}."
             )
+        if dtype in _BITS and not self._holds_whole(_BITS[dtype]):
+            raise DefinitionError(
+                f"Range('{self.column}') can never hold: no {dtype} lies in {self._bounds}. Every row would fail."
+            )
 
     @property
     def reason(self) -> str:
+        return f"{self.column} outside {self._bounds}"
+
+    @property
+    def _bounds(self) -> str:
         low = "" if self.minimum is None else f"{self.minimum:g}"
         high = "" if self.maximum is None else f"{self.maximum:g}"
-        return f"{self.column} outside {low}..{high}"
+        return f"{low}..{high}"
+
+    def _holds_whole(self, bits: int) -> bool:
+        """Whether a whole number of so many bits and a sign can pass."""
+        low, high = -(1 << bits), (1 << bits) - 1
+        if self.minimum is not None:
+            low = max(low, math.ceil(self.minimum))
+        if self.maximum is not None:
+            high = min(high, math.floor(self.maximum))
+        return low <= high
 
     def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         if pa.types.is_decimal(column.type):
@@ -130,9 +154,15 @@ class Allowed(RowCheck):
     values: Sequence[str | int | bool] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.values, str):
+            raise DefinitionError(f"Allowed('{self.column}'): values must be a list, got '{self.values}'.")
         object.__setattr__(self, "values", tuple(self.values))
         if not self.values:
             raise DefinitionError(f"Allowed('{self.column}') needs values.")
+        if len({type(value) for value in self.values}) > 1:
+            raise DefinitionError(
+                f"Allowed('{self.column}'): the values {list(self.values)} are of several types."
+            )
 
     def verify(self, dtype: str | None) -> None:
         kind = {"string": str, "bool": bool, "int32": int, "int64": int}.get(dtype or "")
@@ -140,6 +170,10 @@ class Allowed(RowCheck):
             raise DefinitionError(
                 f"Allowed('{self.column}'): the values {list(self.values)} do not fit dtype {dtype}."
             )
+        greatest = min(EXACT, (1 << _BITS.get(dtype or "int64", 63)) - 1)
+        for value in self.values:
+            if isinstance(value, int) and abs(value) > greatest:
+                raise DefinitionError(f"Allowed('{self.column}'): {value} is beyond {dtype or 'int64'}.")
 
     @property
     def reason(self) -> str:

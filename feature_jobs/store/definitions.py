@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +19,13 @@ import pyarrow as pa
 from cluster.errors import DefinitionError, did_you_mean
 from cluster.ledger.chain import canonical
 from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
-from feature_jobs.store.checks import Check
+from feature_jobs.store.checks import Check, RowCheck
 from feature_jobs.store.dtypes import is_rich, spelled
+from feature_jobs.store.keys import declared_types
+from feature_jobs.store.limits import CENTURY, check_span
+from feature_jobs.store.names import LONGEST_NAME, Named, refuse_alike, refuse_reserved
+from feature_jobs.store.names import RESERVED as RESERVED
+from feature_jobs.store.names import check_name as check_name
 from feature_jobs.store.source_code import source_code
 from feature_jobs.store.sources import DTYPES as DTYPES
 from feature_jobs.store.sources import FileSource as FileSource
@@ -29,11 +33,6 @@ from feature_jobs.store.sources import Source
 
 Transform = Callable[[pa.Table], pa.Table]
 """A pure function over Arrow tables that keeps the number and order of rows."""
-
-RESERVED = frozenset(
-    {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
-)
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class Sensitivity(enum.StrEnum):
@@ -51,11 +50,18 @@ class Entity:
 
     name: str
     _: KW_ONLY
-    join_keys: Sequence[str]
+    join_keys: Sequence[str] | Mapping[str, str]
+    """Their names; or name to type, "int64" or "string", which then holds for every writer and reader."""
+    key_types: Mapping[str, str] = field(init=False, hash=False)
+    """The declared types; empty where none are declared."""
 
     def __post_init__(self) -> None:
         check_name("Entity", self.name)
-        object.__setattr__(self, "join_keys", _names(f"Entity '{self.name}'", "join_keys", self.join_keys))
+        owner, given = f"Entity '{self.name}'", self.join_keys
+        types = declared_types(owner, given) if isinstance(given, Mapping) else {}
+        names = list(given) if isinstance(given, Mapping) else given
+        object.__setattr__(self, "key_types", types)
+        object.__setattr__(self, "join_keys", _names(owner, "join_keys", names))
         if not self.join_keys:
             raise DefinitionError(f"Entity '{self.name}' has no join key. Give join_keys=['…'].")
         for key in self.join_keys:
@@ -119,7 +125,7 @@ class FeatureView:
     """What the view's features are, in place of its columns."""
 
     def __post_init__(self) -> None:
-        check_name("Feature view", self.name)
+        check_name("Feature view", self.name, longest=LONGEST_NAME)
         if "__" in self.name:
             raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
         for name in ("entities", "schema", "checks", "aggregations"):
@@ -134,6 +140,11 @@ class FeatureView:
     def join_keys(self) -> list[str]:
         """The columns that identify a row's entity, in order."""
         return [key for entity in self.entities for key in entity.join_keys]
+
+    @property
+    def key_types(self) -> dict[str, str]:
+        """The declared types of join keys; a key without one is not among them."""
+        return {key: dtype for entity in self.entities for key, dtype in entity.key_types.items()}
 
     @property
     def version(self) -> str:
@@ -159,9 +170,7 @@ class FeatureView:
         """The whole definition as JSON, enough to read the view without this object."""
         return {
             "name": self.name,
-            "entities": [
-                {"name": entity.name, "join_keys": list(entity.join_keys)} for entity in self.entities
-            ],
+            "entities": [entity_definition(entity) for entity in self.entities],
             "join_keys": self.join_keys,
             "schema": [field_definition(field) for field in self.schema],
             "ttl_s": _seconds(self.ttl),
@@ -190,28 +199,22 @@ class FeatureView:
             raise DefinitionError(f"View '{self.name}' has no entity. Give entities=[Entity(…)].")
         if not self.schema:
             raise DefinitionError(f"View '{self.name}' has no features. Give schema=[Field(…)].")
-        seen: set[str] = set()
-        for key in self.join_keys:
-            self._check_column(key, "join key", seen)
-        for field in self.schema:
-            if field.name in self.join_keys:
+        columns = [Named("join key", key) for key in self.join_keys]
+        for one in self.schema:
+            if one.name in self.join_keys:
                 raise DefinitionError(
-                    f"View '{self.name}': '{field.name}' is a join key and cannot be a feature too. "
+                    f"View '{self.name}': '{one.name}' is a join key and cannot be a feature too. "
                     "Remove it from the schema, or give the feature another name in the transform."
                 )
-            if field.from_columns and self.transform is None:
+            if one.from_columns and self.transform is None:
                 raise DefinitionError(
-                    f"View '{self.name}': field '{field.name}' says from_columns, but without a transform it is the "
+                    f"View '{self.name}': field '{one.name}' says from_columns, but without a transform it is the "
                     "source's column of its name. Leave it out."
                 )
-            self._check_column(field.name, "field", seen)
-
-    def _check_column(self, name: str, what: str, seen: set[str]) -> None:
-        if name in RESERVED:
-            raise DefinitionError(f"View '{self.name}': the {what} name '{name}' is kept for the platform.")
-        if name in seen:
-            raise DefinitionError(f"View '{self.name}' names the {what} '{name}' twice.")
-        seen.add(name)
+            columns.append(Named("field", one.name))
+        for column in columns:
+            refuse_reserved(f"View '{self.name}'", column)
+        refuse_alike(f"View '{self.name}'", columns)
 
     def _check_rules(self) -> None:
         dtypes = {field.name: field.dtype for field in self.schema}
@@ -227,6 +230,8 @@ class FeatureView:
                         f"View '{self.name}' checks the unknown column '{column}'.{did_you_mean(column, columns)}"
                     )
                 check.verify(dtypes.get(column))
+                if isinstance(check, RowCheck) and column in self.key_types:
+                    check.verify(self.key_types[column])
         if self.subject_key is not None and self.subject_key not in columns:
             raise DefinitionError(
                 f"View '{self.name}': subject_key '{self.subject_key}' is no column of it."
@@ -236,12 +241,9 @@ class FeatureView:
     def _check_times(self) -> None:
         for name in ("ttl", "retention"):
             value = getattr(self, name)
-            if value is not None and value <= timedelta(0):
-                raise DefinitionError(f"View '{self.name}': {name} must be positive, got {value}.")
-        if self.created_lag < timedelta(0):
-            raise DefinitionError(
-                f"View '{self.name}': created_lag must not be negative, got {self.created_lag}."
-            )
+            if value is not None:
+                check_span(f"View '{self.name}': {name}", value)
+        check_span(f"View '{self.name}': created_lag", self.created_lag, longest=CENTURY, zero=True)
 
     def _check_aggregations(self) -> None:
         if (self.event_id is None) != (not self.aggregations):
@@ -269,14 +271,24 @@ class FeatureView:
             raise DefinitionError(
                 f"View '{self.name}': events are kept for {self.retention} only, a window reaches back {longest}."
             )
+        keys = {key.lower(): key for key in self.join_keys}
         for output in windows.outputs:
-            if output.name in self.join_keys:
-                raise DefinitionError(f"View '{self.name}': '{output.name}' is a join key and a feature.")
+            if (key := keys.get(output.name.lower())) is not None:
+                raise DefinitionError(
+                    f"View '{self.name}': the join key '{key}' and the feature '{output.name}' have one name. "
+                    "Rename the key."
+                )
 
 
 def content_hash(value: Any) -> str:
     """The first 12 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()[:12]
+
+
+def entity_definition(entity: Entity) -> dict[str, Any]:
+    """An entity as JSON; with types only where they are declared, so that views of before keep their version."""
+    types = {"key_types": dict(entity.key_types)} if entity.key_types else {}
+    return {"name": entity.name, "join_keys": list(entity.join_keys), **types}
 
 
 def field_definition(field: Field) -> dict[str, Any]:
@@ -303,16 +315,6 @@ def code_definition(transform: Transform | None) -> dict[str, str] | None:
 
 def _seconds(span: timedelta | None) -> float | None:
     return None if span is None else span.total_seconds()
-
-
-def check_name(what: str, name: str) -> None:
-    """Refuse what is no name; `what` says whose.
-
-    Raises:
-        DefinitionError
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
 
 
 def _names(owner: str, what: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from feature_jobs.store.catalog import declared_key_types
+
 Definition = Mapping[str, Any]
 
 _SAFE = {"ttl_s": "time-to-live", "owner": "owner", "subject_key": "subject key"}
@@ -110,9 +112,22 @@ def _key_changes(before: Definition, after: Definition) -> Iterator[Change]:
             impact=Impact.incompatible,
             why="stored rows are filed under the old keys",
         )
-    elif before["entities"] != after["entities"]:
-        names = [", ".join(entity["name"] for entity in one["entities"]) for one in (before, after)]
+        return
+    names = [", ".join(entity["name"] for entity in one["entities"]) for one in (before, after)]
+    if names[0] != names[1] or _keys_by_entity(before) != _keys_by_entity(after):
         yield Change(what="entities", before=names[0], after=names[1])
+    types = [declared_key_types(one) for one in (before, after)]
+    for key in new:
+        was, now = types[0].get(key), types[1].get(key)
+        if was != now:
+            # What an undeclared key is stored as is not known here; applying looks at the table.
+            impact = Impact.safe if was is None or now is None else Impact.incompatible
+            why = "stored rows have keys of the old type" if impact is Impact.incompatible else ""
+            yield Change(what=f"join key {key} type", before=was, after=now, impact=impact, why=why)
+
+
+def _keys_by_entity(definition: Definition) -> list[list[str]]:
+    return [list(entity["join_keys"]) for entity in definition["entities"]]
 
 
 def _column_changes(before: Definition, after: Definition) -> Iterator[Change]:

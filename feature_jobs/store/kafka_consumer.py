@@ -16,10 +16,12 @@ from typing import TypeVar
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from cluster.errors import CommitConflict, ConfigError, SourceError
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.checked_messages import CheckedMessages, Message, checked
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.kafka_stream import KafkaStream
+from feature_jobs.store.pushed_rows import AT_ONCE
 
 T = TypeVar("T")
 ANSWER_S = 10.0
@@ -36,6 +38,7 @@ class Reading:
     """End at what was the end at the start."""
     linger_s: float = 0.1
     max_rows: int = 50_000
+    ahead: Ahead = AT_ONCE
 
 
 def consume(
@@ -123,6 +126,7 @@ class PartitionReader:
             self._view,
             key_types=self._key_types,
             now=dt.datetime.now(dt.UTC),
+            ahead=self._reading.ahead,
             starts={number: start for number, start in starts.items() if self._offsets[number] > start},
         )
 

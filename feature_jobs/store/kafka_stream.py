@@ -29,15 +29,16 @@ from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.checked_messages import CheckedMessages, Message, checked
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
 from feature_jobs.store.offline import Batch, Target
 from feature_jobs.store.online_events import put_online
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import EVENT, SEQ
-from feature_jobs.store.pushed_rows import POSITION, CheckedRows
+from feature_jobs.store.pushed_rows import AT_ONCE, POSITION, CheckedRows
 from feature_jobs.store.pushed_view import PushedView
-from feature_jobs.store.streamed import MicroBatch, event_of, newest, position, store_batch
+from feature_jobs.store.streamed import MicroBatch, Tally, event_of, newest, position, store_batch
 
 GENERATION_APP, BATCH_APP = "falaj.kafka.generation", "falaj.kafka.batch"
 """Application transactions: the generation that committed last, and the first `ingest_seq` of its last batch."""
@@ -60,6 +61,8 @@ class KafkaStream:
     ledger: Ledger
     actor: str
     lateness: Lateness
+    ahead: Ahead = AT_ONCE
+    tally: Tally = field(default_factory=Tally)
     _held: list[Message] = field(default_factory=list)
     """Unreadable ones from before the first row, which says what the table's keys are."""
     _table: DeltaTable | None = None
@@ -104,7 +107,8 @@ class KafkaStream:
         ]
         if not fresh:
             return 0
-        found = checked(fresh, self.view.view, key_types=self.key_types, now=dt.datetime.now(dt.UTC))
+        now = dt.datetime.now(dt.UTC)
+        found = checked(fresh, self.view.view, key_types=self.key_types, now=now, ahead=self.ahead)
         if table is None and not found.rows.good.num_rows:
             self._held = fresh
             return 0
@@ -149,6 +153,7 @@ class KafkaStream:
         stored, self._table = store_batch(
             table, batch, self.target, view=self.view.spec, quarantine=self.quarantine
         )
+        self.tally.add(stored)
         self._put_online(batch.good)
         self._tell(stored, self._table.version())
 

@@ -16,10 +16,14 @@ import orjson
 import pyarrow as pa
 
 from cluster.errors import InvalidRequest, SourceError
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.pushed_rows import KEY_TYPES, POSITION, CheckedRows, instants, parted, typed_column
+from feature_jobs.store.keys import reason_against
+from feature_jobs.store.pushed_rows import AT_ONCE, POSITION, CheckedRows, instants, parted, typed_column
 from feature_jobs.store.validation import SOURCE, prepare_part
 
+NO_VALUE = "the message has no value; to delete, send an object whose `deleted` field is true"
+"""Kafka's own tombstone says neither when an entity ceased nor, by itself, which."""
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
 
 
@@ -29,19 +33,22 @@ def check_messages(
     *,
     key_types: Mapping[str, str],
     now: dt.datetime,
+    ahead: Ahead = AT_ONCE,
 ) -> CheckedRows:
     """Transform and check messages; `POSITION` is the place among them.
 
     Args:
         messages: their values.
         view: its source names the fields of a message.
-        key_types: how its keys are stored; of the batch's first message where nothing is yet.
+        key_types: how its keys are stored; of the batch's first message where nothing is yet. Declared types count
+            before them.
         now: the moment of ingestion.
+        ahead: how far times may lie ahead of it.
     """
     rows: list[dict[str, Any]] = []
     places: list[int] = []
     wrong: list[tuple[int, str]] = []
-    types = dict(key_types)
+    types = {**key_types, **view.key_types}
     for place, message in enumerate(messages):
         row = _parsed(message, view, types)
         if isinstance(row, str):
@@ -49,7 +56,7 @@ def check_messages(
         else:
             rows.append(row)
             places.append(place)
-    parts = list(_checked(rows, places, view, now)) if rows else []
+    parts = list(_checked(rows, places, view, now, ahead)) if rows else []
     raw = [_text(messages[place]) for place, _ in wrong]
     unread = pa.table(
         {
@@ -67,36 +74,33 @@ def check_messages(
 
 def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> dict[str, Any] | str:
     """A message's row, or why it is none; the first one's keys say of which type keys are, where nothing else does."""
+    if message is None:
+        return NO_VALUE
     try:
-        row = orjson.loads(message or b"")
+        row = orjson.loads(message)
     except orjson.JSONDecodeError:
         return "the message is no JSON"
     if not isinstance(row, dict):
         return "the message is no JSON object"
-    for key in view.join_keys:
-        value: Any = row.get(key)
-        given = KEY_TYPES.get(type(value))
-        if given is None or (given == "int64" and not -(2**63) <= value < 2**63):
-            return f"{key} is null" if value is None else f"{key} is no key"
-        if types.setdefault(key, given) != given:
-            return f"{key} is no {types[key]}"
+    if (reason := reason_against(row, view.join_keys, types)) is not None:
+        return reason
     source = view.source
     times = [name for name in (source.event_timestamp, source.created_timestamp) if name in row]
     return row | {name: _time(row[name]) for name in times}
 
 
 def _checked(
-    rows: list[dict[str, Any]], places: list[int], view: FeatureView, now: dt.datetime
+    rows: list[dict[str, Any]], places: list[int], view: FeatureView, now: dt.datetime, ahead: Ahead
 ) -> Iterator[CheckedRows]:
     """The rows in as few parts as can be prepared."""
     reasons: dict[int, str] = {}
     try:
-        prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now)
+        prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now, ahead=ahead)
     except (SourceError, InvalidRequest) as error:
         if len(rows) > 1:
             half = len(rows) // 2
-            yield from _checked(rows[:half], places[:half], view, now)
-            yield from _checked(rows[half:], places[half:], view, now)
+            yield from _checked(rows[:half], places[:half], view, now, ahead)
+            yield from _checked(rows[half:], places[half:], view, now, ahead)
             return
         bad = {
             POSITION: pa.array(places, pa.int64()),

@@ -25,8 +25,9 @@ from feature_jobs.store.dtypes import from_json, is_rich, online_value, to_json
 
 Value: TypeAlias = Any
 """Of a default: bool, number or text; of a date, a decimal, bytes or a list its JSON form."""
-ABSENT = frozenset({"missing", "expired"})
+ABSENT = frozenset({"missing", "expired", "newer"})
 """Statuses of values that a policy is about."""
+_SAID = {"newer": "stored only as it was known after as_of"}
 
 
 class Missing(enum.StrEnum):
@@ -170,8 +171,9 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
 
 
 def view_of(column: str) -> str:
-    """The view of a column; a view's name has no "__"."""
-    return column.partition("__")[0]
+    """The view of a column. A view's name has no "__", but may end with "_"; a feature's begins with a letter."""
+    name, _, rest = column.partition("__")
+    return name + "_" * (len(rest) - len(rest.lstrip("_")))
 
 
 def _stated(what: str, choice: Choice, dtype: str) -> dict[str, Any]:
@@ -244,9 +246,10 @@ def _refusal(service: str, refused: dict[str, list[str]]) -> FeatureAbsent:
     name, found = next(iter(refused.items()))
     row, status = next(_absent_rows(found))
     more = sum(len(list(_absent_rows(one))) for one in refused.values()) - 1
-    view, _, feature = name.partition("__")
+    view = view_of(name)
+    feature = name[len(view) + 2 :]
     return FeatureAbsent(
-        f"Feature '{feature}' of view '{view}' is {status} for entities[{row}]"
+        f"Feature '{feature}' of view '{view}' is {_SAID.get(status, status)} for entities[{row}]"
         f"{f', and {more} more values are not there' if more else ''}; feature service '{service}' refuses to go on "
         f"without. Give '{name}' in \"features\", or ask again when the view has a newer value.",
         status=refused,

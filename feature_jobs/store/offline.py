@@ -175,9 +175,7 @@ def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
         position = known.get_field_index(column.name)
         if position < 0:
             table.alter.add_columns(Schema.from_arrow(pa.schema([column])).fields)
-        elif known.field(position).type != column.type and not _same_text(
-            known.field(position).type, column.type
-        ):
+        elif not same_type(known.field(position).type, column.type):
             raise SchemaMismatch(
                 f"Column '{column.name}' of view '{view}' is stored as {known.field(position).type}, the batch has "
                 f"{column.type}. Give the new column another name."
@@ -382,6 +380,7 @@ def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return table.select(list(names))
 
 
-def _same_text(one: pa.DataType, other: pa.DataType) -> bool:
-    names = {str(one), str(other)}
-    return names <= {"string", "large_string", "string_view"}
+def same_type(known: pa.DataType, given: pa.DataType) -> bool:
+    """Whether a column of a table can take values of a type; text may be in one encoding or another."""
+    names = {str(known), str(given)}
+    return known == given or names <= {"string", "large_string", "string_view"}

@@ -19,6 +19,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout, local, resolve
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.keys import kind_of, type_of
 from feature_jobs.store.online_lmdb import LmdbEngine
 from feature_jobs.store.online_rows import Block, Found
 from feature_jobs.store.online_store import OnlineStore
@@ -37,11 +38,13 @@ class Status(enum.StrEnum):
     null = "null"
     """The source said null."""
     missing = "missing"
-    """Nothing is known of the entity at that time."""
+    """Nothing is stored of the entity, or it was deleted."""
     expired = "expired"
+    newer = "newer"
+    """What is stored is later than that time. What was known then is not stored online; a training set says it."""
 
 
-_PRESENT, _NULL, _MISSING, _EXPIRED = Status  # an enum's members are slow to look up
+_PRESENT, _NULL, _MISSING, _EXPIRED, _NEWER = Status  # an enum's members are slow to look up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,12 +135,12 @@ class FeatureReader:
             value = entity[key] if key in entity else self._from_earlier(view, key, earlier, position)
             if value is None:
                 return None
-            wanted = types.get(key)
-            if wanted is not None and (
-                isinstance(value, bool) or isinstance(value, str) != (wanted == "string")
-            ):
-                kind = "text" if wanted == "string" else "a whole number"
-                raise InvalidRequest(f"entities[{position}].{key} must be {kind}, got {value!r}.")
+            wanted, given = types.get(key), type_of(value)
+            if wanted not in (None, given):
+                types = self._types(view, again=True)
+                wanted = types.get(key)
+            if given is None or wanted not in (None, given):
+                raise InvalidRequest(f"entities[{position}].{key} must be {kind_of(wanted)}, got {value!r}.")
             parts.append(value)
         return tuple(parts)
 
@@ -148,14 +151,26 @@ class FeatureReader:
         for other in reversed(views[: views.index(view)]):
             column = earlier.get(f"{other.name}__{key}")
             if column is not None:
-                return column[position]
+                return _whole(column[position])
         raise InvalidRequest(f"entities[{position}] lacks the key '{key}' of view '{view.name}'.")
 
-    def _types(self, view: ViewSpec) -> Mapping[str, str]:
+    def _types(self, view: ViewSpec, *, again: bool = False) -> Mapping[str, str]:
+        """Of the view's keys: as they are declared, else as they are stored online.
+
+        Args:
+            view: whose.
+            again: look whether they changed, which they do once if pushes came before the first batch of the table.
+        """
         types = self._key_types.get(view.name)
-        if not types:
-            types = self._key_types[view.name] = self._store.key_types(view.name)
+        if not types or again:
+            stored = self._store.key_types(view.name)
+            types = self._key_types[view.name] = {**stored, **view.key_types}
         return types
+
+
+def _whole(value: Any) -> Any:
+    """A feature that serves as a key: a whole number that is stored as a fraction counts as what it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def open_online(
@@ -193,7 +208,7 @@ def _judge_block(block: Block, oldest_us: int, at_us: int) -> list[Status]:
     if block.within(oldest_us, at_us):
         return [_PRESENT] * len(block.moments)
     states = [
-        _MISSING if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
+        _NEWER if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
         for event, known in block.times()
     ]
     absent = [place for place, state in enumerate(states) if state is not _PRESENT]
@@ -211,8 +226,8 @@ def _judge_rows(
     rows: list[Sequence[Any]] = []
     whole, nothing = True, (None,) * width
     for row in found:
-        if row is None or row[1] > at_us:
-            states.append(_MISSING)
+        if row is None or row[1] > at_us or not row[3]:
+            states.append(_NEWER if row is not None and row[1] > at_us else _MISSING)
             rows.append(nothing)
         elif row[0] < oldest_us:
             states.append(_EXPIRED)

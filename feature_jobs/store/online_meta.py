@@ -87,6 +87,10 @@ class Meta:
                 return number
         return None
 
+    def with_key_types(self, key_types: Mapping[str, str]) -> Meta:
+        """The next edition, for keys of other types; rows under keys of the old types are not found any more."""
+        return replace(self, edition=self.edition + 1, key_types=dict(key_types))
+
     def with_layout(self, view: ViewSpec, data_keys: Mapping[str, str]) -> Meta:
         """The next edition, in which this version of the view writes too, with further data keys if it needs any."""
         return replace(

@@ -185,7 +185,7 @@ class RowCipher:
     def unpack(
         self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
     ) -> list[Found | None]:
-        """What stored rows say; none where there is no row, or its entity was deleted.
+        """What stored rows say; none where there is no row. A deleted entity's row has its times and no values.
 
         Raises:
             ArtifactTampered: a value was altered, or belongs to another entity, view or time.
@@ -210,8 +210,7 @@ class RowCipher:
                     if lists:
                         values = with_lists(values, lists)
                 elif flags & _DELETED:
-                    found.append(None)
-                    continue
+                    values = ()
                 else:
                     values = self._values(address, packed, plan, nulls=bool(flags))
                 known = event if event > created else created

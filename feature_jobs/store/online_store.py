@@ -76,6 +76,9 @@ class OnlineStore:
             OnlineStoreOutdated: another release wrote the rows; the same holds for `put` and `update`.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
+        return [one if one and one[3] else None for one in self._found(view, keys)]
+
+    def _found(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[Found | None]:
         asked = [key for key in keys if key is not None]
         lying = self._lying(view, asked)
         if lying is None:
@@ -90,10 +93,11 @@ class OnlineStore:
     def read(
         self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]
     ) -> Block | list[Found | None]:
-        """As `get`, but column by column where every row is there and whole; raises as `get`."""
+        """As `get`, but column by column where every row is there and whole, and with a row without values where what
+        was known has been deleted; raises as `get`."""
         known = [key for key in keys if key is not None]
         if len(known) < len(keys) or (lying := self._lying(view, known)) is None:
-            return self.get(view, keys)
+            return self._found(view, keys)
         opened, addresses, rows = lying
         block = opened.cipher.block(addresses, rows, opened.plans)
         return opened.cipher.unpack(addresses, rows, opened.plans) if block is None else block
@@ -201,6 +205,12 @@ class OnlineStore:
         meta = self._meta(view)
         return {} if meta is None else meta.key_types
 
+    def hold_key_types(self, view: str, key_types: Mapping[str, str]) -> None:
+        """Have a view's keys read as its feature table stores them, where pushes came before the table."""
+        meta = self._meta(view)
+        if meta is not None and dict(meta.key_types) != dict(key_types):
+            self.engine.change(view, meta.stamp, meta.with_key_types(key_types).pack())
+
     def close(self) -> None:
         """Close the engine."""
         self.engine.close()
@@ -230,6 +240,11 @@ class OnlineStore:
             if opened is None:
                 _, wrapped = RowCipher.create(self._keys, view.name, layout_of(view).classes)
                 self.engine.change(view.name, None, Meta.new(view, key_types, wrapped, whole=False).pack())
+                continue
+            if dict(opened.meta.key_types) != dict(key_types):
+                # Keys came here before the feature table decided their types, and the table decided otherwise.
+                self.engine.change(view.name, opened.stamp, opened.meta.with_key_types(key_types).pack())
+                self._known.pop((view.name, view.version), None)
                 continue
             number = opened.meta.layout_number(view)
             if number is not None:

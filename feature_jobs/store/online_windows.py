@@ -3,9 +3,9 @@
 Values that were computed at some instant would be wrong at the next one, because windows move. So the state is stored,
 sealed by the most sensitive class among the columns it is made of, and read at the request's own `as_of`.
 
-A materialisation answers for instants from one longest window before its own: earlier ones are missing. An entity that
-the store does not hold, in a view that was materialised, has no events: its counts are 0, as offline. In one that was
-only pushed to, all is missing. `online_events` takes events into the states.
+A materialisation answers for instants from one longest window before its own: for earlier ones the state is newer. An
+entity that the store does not hold, in a view that was materialised, has no events: its counts are 0, as offline. In
+one that was only pushed to, all is missing. `online_events` takes events into the states.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import polars as pl
 from feature_jobs.store.aggregations import WindowSpec
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.definitions import Sensitivity, content_hash
+from feature_jobs.store.limits import before
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.online_frames import plain_columns
 from feature_jobs.store.online_rows import Found, OnlineRow
 from feature_jobs.store.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
-from feature_jobs.store.tiles import EventRow, Tiling, WindowState
+from feature_jobs.store.tiles import NEVER, EventRow, Tiling, WindowState
 
 _ASCENDING = list(Sensitivity)
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -59,6 +60,8 @@ class WindowedView:
     ) -> list[Found | None]:
         """What the view's features are at an instant; none where nobody is asked for, or nothing can be said.
 
+        A state that begins later has its time and no values.
+
         Raises:
             InvalidRequest: a sum of whole numbers is beyond int64.
         """
@@ -75,7 +78,10 @@ class WindowedView:
         else:
             return None
         values = state.values(at_us)
-        return None if values is None else (at_us, at_us, None not in values, values)
+        if values is not None:
+            return at_us, at_us, None not in values, values
+        # A state that lacks events says nothing at all; any other one begins later than this instant.
+        return None if state.since_us >= NEVER else (state.since_us, state.since_us, False, ())
 
 
 def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Iterator[OnlineRow]:
@@ -98,7 +104,7 @@ def states(
         as_of: the moment.
     """
     tiling = Tiling(windows)
-    since = as_of - dt.timedelta(microseconds=tiling.longest_us)
+    since = before(as_of, dt.timedelta(microseconds=tiling.longest_us))
     since_us = (since - _EPOCH) // dt.timedelta(microseconds=1)
     known = events.filter(as_of >= AVAILABLE)
     useful = _useful(known, keys, windows, since)
@@ -130,7 +136,7 @@ def _useful(
     times = plain_columns(windows.columns)
     columns = [pl.col(name).alias(f"__value_{name}") for name in windows.columns]
     return (
-        known.filter(newest > since - longest)
+        known.filter(newest > before(since, longest))
         .sort(*keys, SEQ)
         .with_columns(*times)
         .select(

@@ -18,6 +18,7 @@ from feature_jobs.store.catalog import Definitions
 from feature_jobs.store.definitions import FeatureView, content_hash
 from feature_jobs.store.differences import Change, Impact, view_changes
 from feature_jobs.store.lifecycle import Lifecycle
+from feature_jobs.store.names import refuse_new_alike
 from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.services import FeatureService
 
@@ -85,8 +86,14 @@ class Plan:
 def make_plan(
     definitions: Definitions, recorded: Recorded, lifecycles: Mapping[str, Lifecycle] | None = None
 ) -> Plan:
-    """Compare a module with what was applied; `lifecycles` has the views that are not active."""
+    """Compare a module with what was applied; `lifecycles` has the views that are not active.
+
+    Raises:
+        DefinitionError: a new name that differs only in case from another one.
+    """
     views, services = recorded.newest_views, recorded.newest_services
+    refuse_new_alike("view", definitions.views, views)
+    refuse_new_alike("service", definitions.services, services)
     steps = [
         *(_view_step(view, views.get(view.name)) for view in definitions.views.values()),
         *_removed("view", definitions, list(views.values())),

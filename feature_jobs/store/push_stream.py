@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 import pyarrow as pa
@@ -21,6 +21,7 @@ from cluster.errors import Inconsistent
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store import offline
+from feature_jobs.store.casting import DECLARED_KEYS
 from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.offline import Batch, Target
 from feature_jobs.store.online_events import settle_online
@@ -29,7 +30,17 @@ from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.push_log import PushLog, PushRecord
 from feature_jobs.store.pushed_rows import POSITION
 from feature_jobs.store.pusher import provisional
-from feature_jobs.store.streamed import PUSH_APP, PUSH_SEQ_APP, MicroBatch, event_of, position, store_batch
+from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.streamed import (
+    PUSH_APP,
+    PUSH_SEQ_APP,
+    MicroBatch,
+    Tally,
+    event_of,
+    position,
+    store_batch,
+)
+from feature_jobs.store.unfit import SourceNames, set_aside, source_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +56,7 @@ class PushStream:
     actor: str
     max_rows: int = 50_000
     """Of one batch, but for the last push in it."""
+    tally: Tally = field(default_factory=Tally)
 
     def step(self) -> int:
         """Take what is in the log, once; gives how many rows.
@@ -71,10 +83,21 @@ class PushStream:
                 f"View '{self.view.name}': the push log begins at number {records[0].first}, the table ends at {done}. "
                 "What lies between was lost. Restore the log from a backup."
             )
+        records = self._fitting(records, table)
         batch = micro_batch(records, first_seq=1 + (-1 if table is None else offline.last_seq(table)))
         stored, table = store_batch(table, batch, self.target, view=self.view, quarantine=self.quarantine)
         self._finish(table, records[-1].last, stored)
+        self.tally.add(stored)
         return batch.rows_in
+
+    def _fitting(self, records: list[PushRecord], table: DeltaTable | None) -> list[PushRecord]:
+        """The records, with rows that the table cannot take among the bad ones."""
+        stored = None if table is None else pa.schema(table.schema().to_arrow())
+        declared = {key: DECLARED_KEYS[dtype] for key, dtype in self.view.key_types.items()}
+        return set_aside(records, stored, declared, self._source_names)
+
+    def _source_names(self, version: str) -> SourceNames:
+        return source_names(read_recorded(self.ledger).views[self.view.name, version].definition)
 
     def _take(self, after: int) -> Iterator[PushRecord]:
         taken = 0
@@ -96,7 +119,9 @@ class PushStream:
         if not records:
             return
         shift = position(table, PUSH_SEQ_APP) - done
-        for record in records:
+        schema = pa.schema(table.schema().to_arrow())
+        self.store.hold_key_types(self.view.name, offline.key_types(schema, self.view.join_keys))
+        for record in self._fitting(records, table):
             self._settle(record, shift)
         event = self._untold(table, _batch_id(records)) if stored is None else (stored, table.version())
         if event is not None:
@@ -128,7 +153,10 @@ def micro_batch(records: list[PushRecord], *, first_seq: int) -> MicroBatch:
     return MicroBatch(
         ingest_id=_batch_id(records),
         rows_in=end - begin + 1,
-        good=pa.concat_tables(good, promote_options="permissive"),
+        # One without a good row may have other columns than the table.
+        good=pa.concat_tables(
+            [rows for rows in good if rows.num_rows] or good[:1], promote_options="permissive"
+        ),
         bad=pa.concat_tables(bad),
         last_seq=end + shift,
         positions={PUSH_APP: end, PUSH_SEQ_APP: end + shift},

@@ -15,10 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import InvalidRequest, SourceError, did_you_mean
+from cluster.errors import InvalidRequest, SourceError, nearest
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import DTYPES, FeatureView, FileSource
 from feature_jobs.store.dtypes import from_json
 from feature_jobs.store.instants import Rounding, parse
+from feature_jobs.store.keys import kind_of, type_of
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.sources import Source
 from feature_jobs.store.validation import RAW, REASON, prepare
@@ -26,7 +28,7 @@ from feature_jobs.store.validation import RAW, REASON, prepare
 MAX_ROWS = 1000
 ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})
 POSITION = "__position"
-KEY_TYPES = {int: "int64", str: "string"}
+AT_ONCE = Ahead(online_at_once=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,15 +50,21 @@ class CheckedRows:
 
 
 def check_rows(
-    rows: Any, view: FeatureView, *, key_types: Mapping[str, str], now: dt.datetime
+    rows: Any,
+    view: FeatureView,
+    *,
+    key_types: Mapping[str, str],
+    now: dt.datetime,
+    ahead: Ahead = AT_ONCE,
 ) -> CheckedRows:
     """Transform and check pushed rows.
 
     Args:
         rows: of the request, as JSON gave them.
         view: whose.
-        key_types: how its keys are stored already; empty before its first row.
+        key_types: how its keys are stored already; empty before its first row. Declared types count before them.
         now: the moment of the push.
+        ahead: how far times may lie ahead of it.
 
     Raises:
         InvalidRequest: saying which row is no row of this view, and why.
@@ -65,12 +73,12 @@ def check_rows(
         raise InvalidRequest(f'Give "rows" as a list of 1 to {MAX_ROWS} objects.')
     for position, row in enumerate(rows):
         _check_shape(f"rows[{position}]", row, view)
-    _check_keys(rows, view, key_types)
+    _check_keys(rows, view, {**key_types, **view.key_types})
     reasons: dict[int, str] = {}
     source = _source(rows, view)
     block = pa.table(_columns(rows, view, source, reasons))
     try:
-        prepared = prepare(block, replace(view, source=source), now=now)
+        prepared = prepare(block, replace(view, source=source), now=now, ahead=ahead)
     except SourceError as error:
         raise InvalidRequest(f"The rows do not fit view '{view.name}': {error}") from error
     return parted(prepared, [_flat(row, view) for row in rows], reasons, places=range(len(rows)))
@@ -92,7 +100,7 @@ def _check_shape(where: str, row: Any, view: FeatureView) -> None:
             raise InvalidRequest(f"{where}.{name} must be an object.")
         free = name == "features" and view.transform is not None
         if not free and (unknown := value.keys() - set(known)):
-            guess = did_you_mean(min(unknown), known)
+            guess = nearest(min(unknown), known)
             raise InvalidRequest(f"{where}.{name} has '{min(unknown)}', view '{view.name}' has not.{guess}")
     if missing := set(view.join_keys) - row["keys"].keys():
         raise InvalidRequest(f"{where}.keys lacks '{min(missing)}'.")
@@ -105,11 +113,10 @@ def _check_keys(rows: Sequence[Mapping[str, Any]], view: FeatureView, key_types:
         wanted = key_types.get(key)
         for position, row in enumerate(rows):
             value = row["keys"][key]
-            given = KEY_TYPES.get(type(value))
+            given = type_of(value)
             wanted = wanted or given
-            if given is None or given != wanted or (given == "int64" and not -(2**63) <= value < 2**63):
-                kind = "text" if wanted == "string" else "a whole number of 64 bits"
-                raise InvalidRequest(f"rows[{position}].keys.{key} must be {kind}, got {value!r}.")
+            if given is None or given != wanted:
+                raise InvalidRequest(f"rows[{position}].keys.{key} must be {kind_of(wanted)}, got {value!r}.")
 
 
 def _source(rows: Sequence[Mapping[str, Any]], view: FeatureView) -> Source:

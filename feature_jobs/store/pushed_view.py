@@ -42,7 +42,9 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
     of_name = [payload for payload in applied if payload["view"] == name]
     if not of_name:
         known = {payload["view"] for payload in applied}
-        raise FeatureViewNotFound(f"No feature view '{name}' has been applied.{did_you_mean(name, known)}")
+        raise FeatureViewNotFound(
+            f"No feature view '{name}' has been applied.", hint=did_you_mean(name, known)
+        )
     heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
     newest = of_name[-1]
     definition, version = newest["definition"], newest["version"]
@@ -60,8 +62,8 @@ def _from_code(name: str, version: str, module: str) -> FeatureView:
         view = load_definitions(module).view(name)
     except DefinitionError as error:
         raise DefinitionError(
-            f"View '{name}' has a transform, whose code is not here: {error} Start from a folder or an environment "
-            f"that has the module '{module}' it was applied from."
+            f"View '{name}' has a transform, whose code is not here: {error.public} Start from a folder or an "
+            f"environment that has the module '{module}' it was applied from."
         ) from error
     if view.version != version:
         raise DefinitionError(
@@ -76,7 +78,7 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _subclasses(Check)}
     return FeatureView(
         definition["name"],
-        entities=[Entity(one["name"], join_keys=one["join_keys"]) for one in definition["entities"]],
+        entities=[_entity(one) for one in definition["entities"]],
         source=_source(definition["source"]),
         schema=[
             Field(one["name"], one["dtype"], sensitivity=Sensitivity(one["sensitivity"]))
@@ -90,6 +92,11 @@ def from_record(definition: dict[str, Any]) -> FeatureView:
             for one in definition.get("aggregations", ())
         ],
     )
+
+
+def _entity(recorded: dict[str, Any]) -> Entity:
+    names, types = recorded["join_keys"], recorded.get("key_types")
+    return Entity(recorded["name"], join_keys={key: types[key] for key in names} if types else names)
 
 
 def _source(recorded: dict[str, Any]) -> FileSource | KafkaSource:

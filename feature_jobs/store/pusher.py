@@ -20,12 +20,13 @@ from cluster.errors import InvalidRequest
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.storage import Layout, local
 from feature_jobs.store import offline
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.online_events import put_online
 from feature_jobs.store.online_rows import PROVISIONAL
 from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.push_log import Appended, PushLog, PushRecord
-from feature_jobs.store.pushed_rows import POSITION, CheckedRows, check_rows
+from feature_jobs.store.pushed_rows import AT_ONCE, POSITION, CheckedRows, check_rows
 from feature_jobs.store.pushed_view import PushedView
 
 
@@ -37,11 +38,23 @@ class Pusher:
         places: where the push log and the table are.
         store: the online store, to be written to.
         log: the view's push log.
+        ahead: how far a row's times may lie ahead of the clock.
+        table_keys: by view, how a table stores its keys; filled here, and true for good.
     """
 
-    def __init__(self, view: PushedView, places: Layout, store: OnlineStore, log: PushLog) -> None:
+    def __init__(
+        self,
+        view: PushedView,
+        places: Layout,
+        store: OnlineStore,
+        log: PushLog,
+        *,
+        ahead: Ahead = AT_ONCE,
+        table_keys: dict[str, Mapping[str, str]] | None = None,
+    ) -> None:
         self._view, self._places, self._store, self._log = view, places, store, log
-        self._key_types: Mapping[str, str] = {}
+        self._ahead = ahead
+        self._table_keys = {} if table_keys is None else table_keys
 
     def push(self, rows: Any, *, idempotency_key: str, digest: bytes, now: dt.datetime) -> dict[str, Any]:
         """The answer to a push, which is the same when it is repeated.
@@ -53,7 +66,7 @@ class Pusher:
         """
         view = self._view.view
         key_types = self._known_key_types()
-        checked = check_rows(rows, view, key_types=key_types, now=now)
+        checked = check_rows(rows, view, key_types=key_types, now=now, ahead=self._ahead)
         record = PushRecord(
             first=-1, rows=len(rows), view_version=self._view.spec.version, good=checked.good, bad=checked.bad
         )
@@ -80,14 +93,16 @@ class Pusher:
         return appended.answer
 
     def _known_key_types(self) -> Mapping[str, str]:
-        """As they are stored online, else in the table: a push must not bring another type into either."""
-        if not self._key_types:
-            view = self._view.view
-            self._key_types = self._store.key_types(view.name)
-            table = None if self._key_types else offline.open_table(self._places.features(view.name))
-            if table is not None:
-                self._key_types = offline.key_types(pa.schema(table.schema().to_arrow()), view.join_keys)
-        return self._key_types
+        """As the table stores them; where it has none yet, as pushes before decided them online."""
+        view = self._view.view
+        if view.name not in self._table_keys:
+            table = offline.open_table(self._places.features(view.name))
+            if table is None:
+                return self._store.key_types(view.name)
+            schema = pa.schema(table.schema().to_arrow())
+            keys = [key for key in view.join_keys if key in schema.names]
+            self._table_keys[view.name] = offline.key_types(schema, keys)
+        return self._table_keys[view.name]
 
 
 def provisional(good: pa.Table, first: int) -> pa.Table:

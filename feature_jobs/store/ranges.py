@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 
+MAX_CHUNKS = 10_000
 _SPAN = re.compile(r"(\d+)([dhm])")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
@@ -39,7 +40,12 @@ def chunks(wanted: TimeRange, span: dt.timedelta | None, done: Iterable[TimeRang
         wanted: the range.
         span: none does not cut.
         done: ranges, in any order, that may overlap.
+
+    Raises:
+        ConfigError: more chunks than make sense.
     """
+    if span is not None and (wanted.end - wanted.start) / span > MAX_CHUNKS:
+        raise ConfigError(f"The range has more than {MAX_CHUNKS} chunks of {span}. Give a longer chunk.")
     result = []
     for piece in _without(wanted, done):
         start = piece.start
@@ -47,7 +53,8 @@ def chunks(wanted: TimeRange, span: dt.timedelta | None, done: Iterable[TimeRang
             end = piece.end
             if span is not None:
                 whole = (start - wanted.start) // span
-                end = min(end, wanted.start + (whole + 1) * span)
+                if (whole + 1) * span < wanted.end - wanted.start:
+                    end = min(end, wanted.start + (whole + 1) * span)
             result.append(TimeRange(start, end))
             start = end
     return result
@@ -77,7 +84,10 @@ def parse_span(text: str | None) -> dt.timedelta | None:
     found = _SPAN.fullmatch(text)
     if found is None or int(found[1]) == 0:
         raise ConfigError(f"chunk must be a span such as 30d, 12h or 15m, got '{text}'.")
-    return dt.timedelta(**{_UNITS[found[2]]: int(found[1])})
+    try:
+        return dt.timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except (OverflowError, ValueError) as error:
+        raise ConfigError("chunk is longer than time spans can be. Leave it out for one batch.") from error
 
 
 def _without(wanted: TimeRange, done: Iterable[TimeRange]) -> Iterable[TimeRange]:
@@ -100,8 +110,8 @@ def parse_instant(text: str, *, name: str) -> dt.datetime:
     """
     try:
         moment = dt.datetime.fromisoformat(text)
-    except ValueError as error:
+        return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+    except (ValueError, OverflowError) as error:
         raise ConfigError(
             f"{name} must be an ISO 8601 instant such as 2024-01-31 or 2024-01-31T00:00:00Z, got '{text}'."
         ) from error
-    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)

@@ -15,12 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
+from feature_jobs.store.keys import reason_against
 from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.quarantine import source_rows, source_schema
-from feature_jobs.store.validation import RAW, REASON, prepare, unique_rules
+from feature_jobs.store.validation import FILES, RAW, REASON, prepare, unique_rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,15 @@ class Tried:
     """As the feature table holds them but for what ingestion adds; none where there is none."""
 
 
-def try_again(file: pa.Table, view: FeatureView, *, now: dt.datetime, baseline: Profile | None) -> Tried:
+def try_again(
+    file: pa.Table,
+    view: FeatureView,
+    *,
+    now: dt.datetime,
+    baseline: Profile | None,
+    ahead: Ahead = FILES,
+    key_types: Mapping[str, str] | None = None,
+) -> Tried:
     """Check the rows of a quarantine file.
 
     Args:
@@ -41,6 +51,8 @@ def try_again(file: pa.Table, view: FeatureView, *, now: dt.datetime, baseline: 
         view: as it is now.
         now: the moment.
         baseline: of the last good batch.
+        ahead: how far times may lie ahead of it.
+        key_types: of the view's feature table, where it has one.
 
     Raises:
         SourceError, InvalidRequest: the rows do not fit the view at all.
@@ -48,8 +60,8 @@ def try_again(file: pa.Table, view: FeatureView, *, now: dt.datetime, baseline: 
     alike = _alike(file, view)
     schema = source_schema(file)
     if schema is None:
-        return _pushed(file, alike, view, now)
-    prepared = prepare(source_rows(file, schema), view, now=now, baseline=baseline)
+        return _pushed(file, alike, view, {**(key_types or {}), **view.key_types}, now=now, ahead=ahead)
+    prepared = prepare(source_rows(file, schema), view, now=now, baseline=baseline, ahead=ahead)
     reasons = pc.coalesce(prepared[REASON], alike)
     good = prepared.filter(pc.is_null(reasons)).drop_columns([REASON, RAW])
     return Tried(reasons=reasons, good=good if good.num_rows else None)
@@ -66,17 +78,28 @@ def _alike(file: pa.Table, view: FeatureView) -> pa.ChunkedArray:
     return pc.if_else(stays, file["reason"], pa.scalar(None, pa.string()))
 
 
-def _pushed(file: pa.Table, alike: pa.ChunkedArray, view: FeatureView, now: dt.datetime) -> Tried:
+def _pushed(
+    file: pa.Table,
+    alike: pa.ChunkedArray,
+    view: FeatureView,
+    types: dict[str, str],
+    *,
+    now: dt.datetime,
+    ahead: Ahead,
+) -> Tried:
     flat = [json.loads(text) for text in file["raw"].to_pylist()]
     reasons: list[str | None] = alike.to_pylist()
     for position, row in enumerate(flat):
         if any(row.get(key) is None for key in view.join_keys):  # no push has such a row
             reasons[position] = file["reason"][position].as_py()
+        elif reasons[position] is None:
+            reasons[position] = reason_against(row, view.join_keys, types)
     open_ones = [position for position, reason in enumerate(reasons) if reason is None]
     good = []
     for start in range(0, len(open_ones), MAX_ROWS):
         places = open_ones[start : start + MAX_ROWS]
-        checked = check_rows([_as_pushed(flat[place], view) for place in places], view, key_types={}, now=now)
+        rows = [_as_pushed(flat[place], view) for place in places]
+        checked = check_rows(rows, view, key_types=types, now=now, ahead=ahead)
         for said in checked.reasons:
             reasons[places[said["row"]]] = said["reason"]
         if checked.good.num_rows:

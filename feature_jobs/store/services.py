@@ -8,7 +8,6 @@ from typing import Any
 
 from cluster.errors import DefinitionError
 from feature_jobs.store.definitions import (
-    RESERVED,
     FeatureView,
     Field,
     Transform,
@@ -18,6 +17,7 @@ from feature_jobs.store.definitions import (
     field_definition,
 )
 from feature_jobs.store.missing import Choice, Missing, definition
+from feature_jobs.store.names import LONGEST_NAME, Named, refuse_alike, refuse_reserved
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +46,13 @@ class OnDemandTransform:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.inputs or not self.schema:
             raise DefinitionError(f"{what} needs inputs and a schema. Without inputs, write a FeatureView.")
-        for fields in (self.inputs, self.schema):
-            names = [field.name for field in fields]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise DefinitionError(f"{what} names the field '{twice[0]}' twice.")
-        for field in self.inputs:
-            if field.name in RESERVED or "__" in field.name:
-                raise DefinitionError(f"{what}: the input name '{field.name}' is kept for the platform.")
+        refuse_alike(what, [Named("field", field.name) for field in self.schema])
+        inputs = [Named("field", field.name) for field in self.inputs]
+        refuse_alike(what, inputs)
+        for one in inputs:
+            refuse_reserved(what, one)
+            if "__" in one.name:
+                raise DefinitionError(f"{what}: the input name '{one.name}' is kept for the platform.")
 
     def definition(self) -> dict[str, Any]:
         """The whole definition as JSON; its hash covers the transform's code."""
@@ -80,14 +80,15 @@ class FeatureService:
     """What becomes of a value that is missing or expired: for all features, or by view or `<view>__<feature>`."""
 
     def __post_init__(self) -> None:
-        check_name("Feature service", self.name)
+        check_name("Feature service", self.name, longest=LONGEST_NAME)
         object.__setattr__(self, "views", tuple(self.views))
         object.__setattr__(self, "on_demand", tuple(self.on_demand))
-        names = [view.name for view in self.views] + [one.name for one in self.on_demand]
         if not self.views:
             raise DefinitionError(f"Feature service '{self.name}' has no view.")
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DefinitionError(f"Feature service '{self.name}' names the view '{twice[0]}' twice.")
+        names = [Named("view", view.name) for view in self.views]
+        made = [Named("on-demand transform", one.name) for one in self.on_demand]
+        refuse_alike(f"Feature service '{self.name}'", names + made)
+        self._check_keys()
         self._check_on_demand()
         self.missing_definition()
 
@@ -113,6 +114,18 @@ class FeatureService:
         """
         return definition(self.name, self.missing, {view.name: view.features for view in self.views})
 
+    def _check_keys(self) -> None:
+        """One entity row gives a key to all views, so its type is the same in all that declare one."""
+        declared: dict[str, tuple[str, FeatureView]] = {}
+        for view in self.views:
+            for key, dtype in view.key_types.items():
+                first, other = declared.setdefault(key, (dtype, view))
+                if first != dtype:
+                    raise DefinitionError(
+                        f"Feature service '{self.name}': join key '{key}' is {first} in view '{other.name}' and "
+                        f"{dtype} in view '{view.name}'. Declare one type."
+                    )
+
     def _check_on_demand(self) -> None:
         versions = {view.name: view.version for view in self.views} if self.on_demand else {}
         inputs: dict[str, str] = {}
@@ -129,3 +142,4 @@ class FeatureService:
                         f"Feature service '{self.name}': input '{field.name}' has two dtypes, "
                         f"{inputs[field.name]} and {field.dtype}."
                     )
+        refuse_alike(f"Feature service '{self.name}'", [Named("input", name) for name in inputs])

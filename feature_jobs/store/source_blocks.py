@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import SchemaMismatch, SourceError
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.casting import cast_time
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, header, parquet_schema, parsed_lines, tables
@@ -162,13 +163,13 @@ def _file_shape(files: SourceFiles, view: FeatureView, known: Mapping[str, str])
 
 
 def prepared_blocks(
-    paths: Sequence[str], shape: Shape, baseline: Profile | None, *, now: dt.datetime
+    paths: Sequence[str], shape: Shape, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead
 ) -> Iterator[pa.Table]:
     """Files' rows, transformed and checked; raises as `Shape.typed` and `prepare_part`."""
     for path in paths:
         for block in shape.typed(path):
             with shape.naming(path):
-                part = prepare_part(block, shape.view, now=now, baseline=baseline)
+                part = prepare_part(block, shape.view, now=now, baseline=baseline, ahead=ahead)
             if shape.schema is not None:
                 position = part.schema.get_field_index(RAW)
                 part = part.set_column(position, raw_field(shape.schema), part.column(position))

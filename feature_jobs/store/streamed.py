@@ -11,7 +11,7 @@ import datetime as dt
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -42,6 +42,24 @@ class MicroBatch:
     positions: Mapping[str, int]
     """How far the stream has come with it, by application id."""
     rows_late: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What became of the rows that one run of a stream took."""
+
+    stored: int = 0
+    quarantined: int = 0
+    late: int = 0
+    """Stored or quarantined, by the policy."""
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch that was committed."""
+        self.stored += batch.rows_stored
+        self.quarantined += batch.rows_quarantined
+        self.late += batch.rows_late
+        self.reasons.update(batch.reasons)
 
 
 def horizon(table: DeltaTable) -> Horizon:

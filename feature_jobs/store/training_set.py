@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import TrainingSetError
 from feature_jobs.store.buckets import bucket_of
-from feature_jobs.store.casting import cast_time
+from feature_jobs.store.casting import cast_time, is_text
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.instants import Rounding
+from feature_jobs.store.keys import beyond_range, kind_of
 from feature_jobs.store.missing import fill
 from feature_jobs.store.offline import Snapshot
 from feature_jobs.store.on_demand import with_on_demand
@@ -213,9 +215,20 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
         column = output[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        if textual != pa.types.is_string(wanted) and not pa.types.is_null(column.type):
+        if not _is_key(column.type, wanted):
             raise pa.ArrowInvalid(f"it is {column.type}")
-        return column.cast(wanted)
+        keys = column.cast(wanted)
+        if (beyond := beyond_range(keys)) is not None and pc.any(beyond).as_py():
+            raise pa.ArrowInvalid(f"it must be {kind_of(kind)}")
+        return keys
     except pa.ArrowException as error:
         raise TrainingSetError(f"Join key '{key}' must be {wanted}: {error}.") from error
+
+
+def _is_key(given: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of a type can be keys: numbers that may be whole, or text; a column of nulls matches nothing."""
+    types = pa.types
+    if types.is_string(wanted):
+        return bool(types.is_null(given) or is_text(given))
+    numbers = types.is_integer(given) or types.is_floating(given) or types.is_decimal(given)
+    return bool(types.is_null(given) or numbers)

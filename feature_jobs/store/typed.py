@@ -90,11 +90,13 @@ def column_types(view: FeatureView, head: pa.Table, known: Mapping[str, str]) ->
     Args:
         view: fields, keys, times and `columns` of its source.
         head: first rows, as they came.
-        known: key to "int64" or "string", as the feature table has them; else the first rows decide.
+        known: key to "int64" or "string", as the feature table has them. Declared types count before them; where
+            there are neither, the first rows decide.
     """
     source = view.source
     types = {field.name: field.dtype for field in view.schema}
-    types |= {key: known.get(key) or _key_type(head, key) for key in view.join_keys}
+    held = {**known, **view.key_types}
+    types |= {key: held.get(key) or _key_type(head, key) for key in view.join_keys}
     types |= {name: "timestamp" for name in (source.event_timestamp, source.created_timestamp) if name}
     types |= {source.deleted: "bool"} if source.deleted else {}
     return types | dict(source.columns)

@@ -10,27 +10,29 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.batch_checks import Outlier, Unique
 from feature_jobs.store.casting import cast_feature, cast_key, cast_time, is_utf8, misfits
 from feature_jobs.store.checks import RowCheck
 from feature_jobs.store.definitions import DTYPES, FeatureView
 from feature_jobs.store.dtypes import list_of
 from feature_jobs.store.instants import TIME, Rounding, zoned
+from feature_jobs.store.keys import RANGE, beyond_range
 from feature_jobs.store.point_in_time import DELETED
 from feature_jobs.store.profile import Profile
 
 REASON, RAW, SOURCE = "__reason", "__raw", "__source"
 SOURCE_SCHEMA = b"source_schema"
 """Metadata of the column `RAW`: the source's Arrow schema, in base64."""
-FUTURE_TOLERANCE = timedelta(days=1)
-"""Clocks differ; a time further ahead than this is a mistake."""
+FILES = Ahead()
+"""What is allowed to rows of files and databases where nothing else is set."""
 EARLIEST = datetime.min.replace(tzinfo=UTC)
 """What Python can still name."""
 
@@ -42,7 +44,12 @@ class _Rule:
 
 
 def prepare(
-    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+    block: pa.Table,
+    view: FeatureView,
+    *,
+    now: datetime,
+    baseline: Profile | None = None,
+    ahead: Ahead = FILES,
 ) -> pa.Table:
     """A whole batch as the feature table holds it, and for every bad row the reason and what the source said.
 
@@ -51,6 +58,7 @@ def prepare(
         view: its transform, schema and checks are used.
         now: the moment of ingestion, UTC.
         baseline: of the last good batch, for rules that compare with it.
+        ahead: how far times may lie ahead of `now`.
 
     Returns:
         Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`, `deleted` where
@@ -61,7 +69,7 @@ def prepare(
         SchemaMismatch: a column is missing or has a type that cannot be cast without loss.
         SourceError: the transform failed, or changed the number of rows.
     """
-    part = prepare_part(block, view, now=now, baseline=baseline)
+    part = prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
     for rule in unique_rules(view):
         [failing] = repeated([part], rule)
         part = reject(part, failing, rule.reason)
@@ -69,7 +77,12 @@ def prepare(
 
 
 def prepare_part(
-    block: pa.Table, view: FeatureView, *, now: datetime, baseline: Profile | None = None
+    block: pa.Table,
+    view: FeatureView,
+    *,
+    now: datetime,
+    baseline: Profile | None = None,
+    ahead: Ahead = FILES,
 ) -> pa.Table:
     """As `prepare`, for a part of a batch: whether rows are unique is not judged yet.
 
@@ -77,8 +90,9 @@ def prepare_part(
     """
     raw = _transformed(zoned(block, view.source.zone, time_columns(view)), view)
     columns: dict[str, pa.ChunkedArray] = {}
+    declared = view.key_types
     for key in view.join_keys:
-        columns[key] = cast_key(_column(raw, key, view, "a join key"), name=key)
+        columns[key] = cast_key(_column(raw, key, view, "a join key"), name=key, dtype=declared.get(key))
     deleted = _deleted(raw, view)
     for field in view.schema:
         column = _column(raw, field.name, view, field.dtype)
@@ -89,7 +103,7 @@ def prepare_part(
     if deleted is not None:
         columns[DELETED] = deleted
     table = pa.table(columns)
-    reasons = _reasons(list(_rules(table, view, now, baseline)), table.num_rows)
+    reasons = _reasons(list(_rules(table, view, now, baseline, ahead)), table.num_rows)
     table = table.append_column(REASON, reasons).append_column(raw_field(block.schema), _raw(block, reasons))
     return table.append_column(SOURCE, block.to_struct_array()) if unique_rules(view) else table
 
@@ -187,15 +201,19 @@ def _deleted(raw: pa.Table, view: FeatureView) -> pa.ChunkedArray | None:
     return pc.fill_null(column.cast(pa.bool_()), False)
 
 
-def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None) -> Iterator[_Rule]:
+def _rules(
+    table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None, ahead: Ahead
+) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
+        if (beyond := beyond_range(table[key])) is not None:
+            yield _Rule(f"{key} is outside {RANGE}", beyond)
     if view.event_id is not None:
         yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
     yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
-    limit, start = pa.scalar(now + FUTURE_TOLERANCE, TIME), pa.scalar(EARLIEST, TIME)
-    for name in ("event_timestamp", "created_timestamp"):
-        yield _Rule(f"{name} lies in the future", pc.fill_null(pc.greater(table[name], limit), False))
+    latest, start = pa.scalar(now + ahead.limit, TIME), pa.scalar(EARLIEST, TIME)
+    for name, said in (("event_timestamp", "event_timestamp"), ("created_timestamp", _created(view))):
+        yield _Rule(f"{said} lies in the future", ahead.failing(name, table, latest, view.created_lag))
         yield _Rule(f"{name} lies before the year 1", pc.fill_null(pc.less(table[name], start), False))
     for field in view.schema:
         if (wanted := list_of(field.dtype)) is not None:
@@ -207,6 +225,12 @@ def _rules(table: pa.Table, view: FeatureView, now: datetime, baseline: Profile 
             if DELETED in table.column_names and check.column not in view.join_keys:
                 failing = pc.and_not(failing, table[DELETED])
             yield _Rule(check.reason, failing)
+
+
+def _created(view: FeatureView) -> str:
+    """What a creation is, in a reason."""
+    implied = view.source.created_timestamp is None and view.created_lag
+    return "created_timestamp (event_timestamp + created_lag)" if implied else "created_timestamp"
 
 
 def _failing(check: RowCheck | Outlier, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:

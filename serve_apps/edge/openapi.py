@@ -13,6 +13,10 @@ MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
 MAX_ROWS, MAX_WIDTH = 1000, 65_536
 MAX_OUTCOMES = 10_000
+AS_OF = (
+    "ISO 8601; null is now. Time-to-live counts from here. The store has one row an entity, its newest: where that is "
+    "later than as_of the status is newer, and only a training set says what was known then."
+)
 _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
 
@@ -311,8 +315,8 @@ def _feature_schemas() -> dict[str, Any]:
     pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(bad)}
     return {
         "Entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
-        "AsOf": {"type": ["string", "null"], "description": "ISO 8601; features as they stood then."},
-        "Status": {"enum": ["present", "null", "missing", "expired"]},
+        "AsOf": {"type": ["string", "null"], "description": AS_OF},
+        "Status": {"enum": ["present", "null", "missing", "expired", "newer"]},
         "Read": _closed(
             {"service": name, "entities": _ref("Entities"), "as_of": _ref("AsOf")}, "service", "entities"
         ),

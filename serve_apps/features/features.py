@@ -12,6 +12,7 @@ import datetime as dt
 import functools
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -33,6 +34,7 @@ from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout
+from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.dtypes import to_json
 from feature_jobs.store.online import FeatureReader, open_online
@@ -69,6 +71,8 @@ class Features:
         self._record = require_record(self._platform)
         self._engine = open_online(self._platform.online, self._places, self._keys(""), readonly=False).engine
         self._logs: dict[str, PushLog] = {}
+        self._ahead = Ahead.of(self._platform.features.max_ahead_s, online_at_once=True)
+        self._table_keys: dict[str, Mapping[str, str]] = {}
         self._opening = threading.Lock()  # LMDB opens a folder once in a process
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
@@ -115,7 +119,14 @@ class Features:
     def _push(self, principal: Principal, push: Push) -> dict[str, Any]:
         view = self._view(push.view, _period())
         self._access.check(principal, Action.push_features, *view_resources(view.spec, region=self._region))
-        pusher = Pusher(view, self._places, self._store(_purpose(view)), self._log(view))
+        pusher = Pusher(
+            view,
+            self._places,
+            self._store(_purpose(view)),
+            self._log(view),
+            ahead=self._ahead,
+            table_keys=self._table_keys,
+        )
         try:
             return pusher.push(
                 push.rows,

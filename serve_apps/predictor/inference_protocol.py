@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from cluster.errors import InvalidRequest, did_you_mean
+from cluster.errors import InvalidRequest, nearest
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
 from serve_apps.http import parse_json
 from serve_apps.predictor.request import shown
@@ -219,7 +219,7 @@ def label_datatype(signature: ModelSignature) -> str:
 
 def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> None:
     if spec is None:
-        raise InvalidRequest(f"The model has no input '{tensor.name}'.{did_you_mean(tensor.name, inputs)}")
+        raise InvalidRequest(f"The model has no input '{tensor.name}'.{nearest(tensor.name, inputs)}")
     wanted = DATATYPES[datatype(spec.dtype)]
     if tensor.datatype.kind is not wanted.kind:
         raise InvalidRequest(
@@ -254,7 +254,7 @@ def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:
         if not isinstance(name, str):
             raise InvalidRequest("Each of the outputs is an object with a name.")
         if name not in known:
-            raise InvalidRequest(f"The model has no output '{name}'.{did_you_mean(name, known)}")
+            raise InvalidRequest(f"The model has no output '{name}'.{nearest(name, known)}")
         if name in wanted:
             raise InvalidRequest(f"Output '{name}' is asked for twice.")
         raw = _flag(parameters_of(content, f"Output '{name}'"), "binary_data", all_raw)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from cluster.errors import InvalidRequest, did_you_mean
+from cluster.errors import InvalidRequest, did_you_mean, nearest
 from cluster.runtime.list_encoding import list_row
 from cluster.runtime.signature import InputSpec
 from feature_jobs.store.catalog import FieldSpec
@@ -58,7 +58,7 @@ def override(inputs: Mapping[str, Asked], name: str, value: Any, count: int) -> 
     """
     spec = inputs.get(name)
     if spec is None:
-        raise InvalidRequest(f"The model has no input '{name}'.{did_you_mean(name, inputs)}")
+        raise InvalidRequest(f"The model has no input '{name}'.{nearest(name, inputs)}")
     is_list = spec.length is not None if isinstance(spec, InputSpec) else list_of(spec.dtype) is not None
     several = isinstance(value, list) and (not is_list or {type(one) for one in value} & {list, NoneType})
     values = value if several else [value] * count

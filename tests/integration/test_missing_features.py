@@ -35,6 +35,13 @@ debts = FeatureView(
     source=FileSource("debts.parquet", event_timestamp="at"),
     schema=[Field("total", "float64")],
 )
+tips = FeatureView(
+    "tips",
+    entities=[worker],
+    source=FileSource("tips.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64")],
+)
+tipped = FeatureService("tipped", views=[tips])
 careful = FeatureService(
     "careful", views=[wage, debts], missing={"wage__amount": Default(-1.0), "debts": Missing.REFUSE}
 )
@@ -106,6 +113,35 @@ def test_answers_say_what_stood_in_and_what_was_refused(project: Project) -> Non
     status, content = Client(project).call("/v1/features:read", body)
     assert (status, content["features"]["wage__amount"]) == (200, [None])
     assert content["status"] == {"wage__amount": ["missing"], "debts__total": ["missing"]}
+
+
+def push(project: Project, worker: int | str, at: str = "2024-02-01T00:00:00Z") -> tuple[int, dict[str, Any]]:
+    row = {"keys": {"worker_id": worker}, "features": {"amount": 2.0}, "event_timestamp": at}
+    body = {"view": "tips", "rows": [row], "idempotency_key": f"{worker} {at}"}
+    return Client(project).call("/v1/features:push", body)
+
+
+def test_a_bad_push_before_the_first_batch_stops_nothing(project: Project) -> None:
+    """The batch decides of which type keys are; then pushes are held to it, and so is who reads."""
+    assert push(project, 7)[0] == 200
+    times = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
+    known = pl.DataFrame({"worker_id": ["a", "b"], "amount": [1.0, 1.0]}).with_columns(at=times)
+    known.write_parquet(project.root / "tips.parquet")
+    project.run("feature_jobs.ingest", "definitions=lending", "view=tips", check=True)
+    assert push(project, "a")[0] == 200
+    status, content = push(project, 8)
+    assert (status, "rows[0].keys.worker_id must be text" in content["error"]) == (400, True)
+    _, content = push(project, "a", at="2999-01-01T00:00:00Z")
+    assert "event_timestamp lies in the future" in content["quarantined"][0]["reason"]
+    streamed = project.run("feature_jobs.stream", "source=push", "view=tips", "once=true", check=True).stdout
+    assert "3 pushed rows taken: 1 into the table, 2 quarantined" in streamed
+    for moment, values, known_then in ((AS_OF, [2.0], "present"), ("2024-01-15T00:00:00Z", [None], "newer")):
+        body = {"service": "tipped", "entities": [{"worker_id": "a"}], "as_of": moment}
+        status, content = Client(project).call("/v1/features:read", body)
+        assert (status, content["features"]) == (200, {"tips__amount": values})
+        assert content["status"] == {"tips__amount": [known_then]}
+    status, content = Client(project).call("/v1/features:read", body | {"service": "tiped"})
+    assert (status, content["error"]) == (404, "No feature service 'tiped' has been applied.")
 
 
 def test_defaults_are_no_skew(project: Project) -> None:

@@ -356,7 +356,10 @@ def test_pushed_features_are_read_and_predicted_with_and_streamed(client: Shop, 
     assert content["status"]["income__amount"] == ["present", "present"]
     assert client.predict(5000)[1]["predictions"][0]["label"] == 1
     streamed = ("source=push", "view=income", "once=true")
-    assert "2 pushed rows" in project.run("feature_jobs.stream", *streamed, check=True).stdout
+    assert (
+        "2 pushed rows taken: 1 into the table, 1 quarantined"
+        in project.run("feature_jobs.stream", *streamed, check=True).stdout
+    )
     assert "0 pushed rows" in project.run("feature_jobs.stream", *streamed, check=True).stdout
     project.run("feature_jobs.materialize", "definitions=shop", "view=income", f"as_of={AS_OF}", check=True)
     assert client.call("/v1/features:read", asked)[1]["features"] == content["features"]

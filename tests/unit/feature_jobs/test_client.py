@@ -163,7 +163,7 @@ def test_features_are_read_online_by_key(store: FeatureStore) -> None:
     }
     assert read.status["income__amount"] == ["present", "missing"]
     before = store.read("credit", [{"person_id": 1}], as_of=datetime(2023, 1, 1, tzinfo=UTC))
-    assert before.status["income__amount"] == ["missing"]
+    assert before.status["income__amount"] == ["newer"]
     with pytest.raises(InvalidRequest, match="person_id"):
         store.read("credit", [{"id": 1}])
 

@@ -25,7 +25,7 @@ from feature_jobs.store.kafka_consumer import Reading, properties
 from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
-from feature_jobs.store.message_rows import check_messages
+from feature_jobs.store.message_rows import NO_VALUE, check_messages
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.retry import try_again
 from tests import forks
@@ -107,7 +107,8 @@ def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -
     [[rows_in, stored, reasons]] = ingested(project, "rows_in", "rows_stored", "reasons")
     assert (rows_in, stored) == (10, 1)
     assert reasons == {
-        "the message is no JSON": 2,
+        "the message is no JSON": 1,
+        NO_VALUE: 1,
         "person_id is no key": 1,
         "the message is no JSON object": 1,
         "person_id is null": 1,

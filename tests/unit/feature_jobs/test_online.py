@@ -99,6 +99,30 @@ def test_join_key_comes_from_an_earlier_view(store: OnlineStore) -> None:
     assert {"present"} == set(status.values())
 
 
+def test_a_whole_number_stored_as_a_fraction_serves_as_a_key(store: OnlineStore) -> None:
+    """As in the training set, where 10.0 is the key 10; 0.5 is none."""
+    service = ServiceSpec(name="s", version="1", views=[PERSON, view("cohort", ["amount"], rate="float64")])
+    store.replace(service.views[1], {"amount": "int64"}, [row(10, 0.9)])
+    reader = FeatureReader(service, store)
+    assert reader.read([{"person_id": 1}], hour(5)).columns["cohort__rate"] == [0.9]
+    store.put(PERSON, {"person_id": "int64"}, [row(1, 0.5, "young", event=2)])
+    with pytest.raises(InvalidRequest, match="amount must be a whole number"):
+        reader.read([{"person_id": 1}], hour(5))
+
+
+def test_a_reader_follows_the_types_of_keys_when_the_table_decides_them(store: OnlineStore) -> None:
+    """A first push of another type holds it up no longer than until then."""
+    other = view("person2", ["person_id"], amount="float64")
+    store.put(other, {"person_id": "int64"}, [row(7, 1.0)])
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[other]), store)
+    with pytest.raises(InvalidRequest, match="must be a whole number"):
+        reader.read([{"person_id": "a"}], hour(5))
+    store.hold_key_types("person2", {"person_id": "string"})
+    assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [None]
+    store.put(other, {"person_id": "string"}, [row("a", 2.0)])
+    assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [2.0]
+
+
 def test_join_key_of_the_request_goes_before_that_of_a_view(store: OnlineStore) -> None:
     """What the request says counts."""
     assert read(store, {"person_id": 1, "age_band": "old"})[0]["cohort__rate"] == 0.7
@@ -123,7 +147,7 @@ def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: 
     """Neither one that happened later nor one that became known later."""
     store.replace(PERSON, {"person_id": "int64"}, [known])
     values, status = read(store, {"person_id": 1}, at=5.999)
-    assert (values["person__amount"], status["person__amount"]) == (None, "missing")
+    assert (values["person__amount"], status["person__amount"]) == (None, "newer")
     assert read(store, {"person_id": 1}, at=6)[0]["person__amount"] == 9.0
 
 

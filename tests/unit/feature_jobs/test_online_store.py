@@ -296,9 +296,9 @@ def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
 @pytest.mark.parametrize(
     ("seen_at", "states"),
     [
-        (START.replace(hour=0), ["missing", "missing", "missing", "missing"]),
-        (START.replace(hour=2), ["present", "null", "missing", "missing"]),
-        (START.replace(hour=4), ["expired", "expired", "missing", "missing"]),
+        (START.replace(hour=0), ["newer", "newer", "newer", "newer"]),
+        (START.replace(hour=2), ["present", "null", "newer", "missing"]),
+        (START.replace(hour=4), ["expired", "expired", "newer", "missing"]),
         (START.replace(hour=6), ["expired", "expired", "present", "missing"]),
     ],
 )

@@ -94,14 +94,14 @@ def test_online_is_offline_with_what_was_materialised(store: OnlineStore, frame:
 
 
 def test_values_say_whether_they_are_there(store: OnlineStore) -> None:
-    """A count of nothing is present, a sum of nothing null; before the horizon, and of nobody, all is missing."""
+    """A count of nothing is present, a sum of nothing null; of nobody all is missing, before the horizon newer."""
     frame = frame_of(EVENT).with_columns(person=pl.lit(2, pl.Int64))
     late = START + timedelta(days=9)
     store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, late))
     reader = FeatureReader(SERVICE, store)
     forgotten = [{"person": 2, "place": "n"}]
     assert reader.read(forgotten, late).columns["visits__count_2h"] == [0]
-    assert reader.read(forgotten, START).status["visits__count_2h"] == ["missing"]
+    assert reader.read(forgotten, START).status["visits__count_2h"] == ["newer"]
     status = reader.read([EVERYONE[0]], AS_OF).status
     assert (status["visits__count_2h"], status["visits__amount_sum_2h"]) == (["present"], ["null"])
     assert set(reader.read([{"person": None, "place": "n"}], AS_OF).status["visits__count_2h"]) == {"missing"}

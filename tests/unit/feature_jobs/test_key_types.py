@@ -1,0 +1,272 @@
+"""Join keys have one type, declared or decided by the first batch, and everybody is held to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pytest
+
+from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
+from cluster.ledger.events import BatchIngested
+from cluster.security.keys.access import KeyAccess, protected_files
+from feature_jobs.client import keys_of
+from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
+from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.differences import Impact, view_changes
+from feature_jobs.store.keys import MAX_KEY, refuse_undeclared, refuse_unlike
+from feature_jobs.store.message_rows import check_messages
+from feature_jobs.store.online import FeatureReader
+from feature_jobs.store.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.pushed_view import from_record
+from feature_jobs.store.retry import try_again
+from feature_jobs.store.streamed import MicroBatch, store_batch
+from feature_jobs.store.training_set import key_column
+from feature_jobs.store.typed import column_types, typed_text
+from feature_jobs.store.validation import REASON, prepare
+from tests.push_project import INCOME, START, PushProject, message, row
+
+NOW = datetime(2024, 2, 1, tzinfo=UTC)
+LOWEST = -(2**63)
+WHOLE = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "int64"})])
+TEXT = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "string"})])
+
+
+@pytest.fixture
+def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
+    """Of a view that declares nothing."""
+    opened = PushProject(tmp_path, access)
+    yield opened
+    opened.close()
+
+
+def ingest_text(project: PushProject, *people: str) -> None:
+    """A first batch whose keys are text, as files of a source would bring it."""
+    count = len(people)
+    good = pa.table(
+        {
+            "person_id": pa.array(people),
+            "amount": pa.array([5.0] * count),
+            "sector": pa.array(["s"] * count),
+            "event_timestamp": pa.array([START] * count, pa.timestamp("us", "UTC")),
+            "created_timestamp": pa.array([START] * count, pa.timestamp("us", "UTC")),
+            "ingest_seq": pa.array(range(count), pa.int64()),
+        }
+    )
+    bad = pa.table({name: pa.array([], kind) for name, kind in (("reason", "string"), ("raw", "string"))})
+    batch = MicroBatch(
+        ingest_id="files", rows_in=count, good=good, bad=bad, last_seq=count - 1, positions={"files": 1}
+    )
+    store_batch(None, batch, project.target(), view=project.view.spec, quarantine="")
+
+
+def read(project: PushProject, spec: ViewSpec, person: Any) -> list[Any]:
+    service = ServiceSpec(name="s", version="1", views=[spec])
+    at = START.replace(day=2)
+    return FeatureReader(service, project.store).read([{"person_id": person}], at).columns["income__amount"]
+
+
+def test_a_definition_says_a_type_only_where_it_is_declared() -> None:
+    """Views of before keep their version; one that declares a type has another."""
+    assert INCOME.definition()["entities"] == [{"name": "person", "join_keys": ["person_id"]}]
+    assert WHOLE.definition()["entities"][0]["key_types"] == {"person_id": "int64"}
+    assert len({INCOME.version, WHOLE.version, TEXT.version}) == 3
+    assert from_record(WHOLE.definition()).key_types == {"person_id": "int64"}
+    two = Entity("pair", join_keys={"b": "string", "a": "int64"})
+    assert (list(two.join_keys), two.key_types) == (["b", "a"], {"b": "string", "a": "int64"})
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float64", "text", int, None])
+def test_a_key_is_whole_numbers_or_text(dtype: Any) -> None:
+    """Nothing else can be stored as one."""
+    with pytest.raises(DefinitionError, match="join key 'k' has the type"):
+        Entity("e", join_keys={"k": dtype})
+
+
+def test_one_key_has_one_type_in_a_service_and_in_its_checks() -> None:
+    """One entity row is for all views; a rule must fit the key."""
+    other = replace(TEXT, name="other")
+    with pytest.raises(
+        DefinitionError, match="'person_id' is int64 in view 'income' and string in view 'other'"
+    ):
+        FeatureService("s", views=[WHOLE, other])
+    with pytest.raises(DefinitionError, match="needs a numeric column"):
+        replace(TEXT, checks=[Range("person_id", minimum=0)])
+    with pytest.raises(DefinitionError, match="do not fit dtype int64"):
+        replace(WHOLE, checks=[Allowed("person_id", ["a"])])
+
+
+def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
+    """What is stored decides; applying looks at the table."""
+    [declared] = view_changes(INCOME.definition(), WHOLE.definition())
+    [changed] = view_changes(WHOLE.definition(), TEXT.definition())
+    assert (declared.text, declared.impact) == ("+ join key person_id type int64", Impact.safe)
+    assert changed.impact is Impact.incompatible
+    refuse_undeclared("income", {"person_id": "int64"}, {"person_id": "int64"})
+    with pytest.raises(DefinitionError, match="declared as string, but its feature table holds int64"):
+        refuse_undeclared("income", {"person_id": "string"}, {"person_id": "int64"})
+
+
+def test_files_are_held_to_the_declared_type() -> None:
+    """A column of another type refuses the batch, naming the key; text that looks like numbers stays text."""
+    times = pa.array([START, START], pa.timestamp("us", "UTC"))
+    rest = {"amount": [1.0, 1.0], "sector": ["a", "b"], "at": times, "known_at": times}
+    with pytest.raises(
+        SchemaMismatch, match="Join key 'person_id' is declared as int64, the source has string"
+    ):
+        prepare(pa.table({"person_id": ["1", "2"], **rest}), WHOLE, now=NOW)
+    with pytest.raises(SchemaMismatch, match="declared as string, the source has int32"):
+        prepare(pa.table({"person_id": pa.array([1, 2], pa.int32()), **rest}), TEXT, now=NOW)
+    stored = prepare(pa.table({"person_id": ["1", "2"], **rest}), INCOME, now=NOW)
+    refuse_unlike("income", stored.schema, {"person_id": "string"})
+    with pytest.raises(
+        SchemaMismatch, match="'person_id' of view 'income' is stored as int64, the source has"
+    ):
+        refuse_unlike("income", stored.schema, {"person_id": "int64"})
+    head = pa.table({"person_id": ["7", "8"]})
+    types = column_types(TEXT, head, {})
+    assert typed_text(head, {"person_id": types["person_id"]})["person_id"].to_pylist() == ["7", "8"]
+    assert column_types(INCOME, head, {})["person_id"] == "int64"
+
+
+def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
+    """-(2^63 - 1) to 2^63 - 1: in pushes, messages, files, entity rows and reads."""
+    with pytest.raises(InvalidRequest, match=r"rows\[0\]\.keys\.person_id must be .* -\(2\^63 - 1\)"):
+        project.push(row(LOWEST, 1), key="a")
+    project.push(row(-MAX_KEY, 1, 3.0), row(MAX_KEY, 1, 4.0), key="b")
+    assert project.amounts(-MAX_KEY, MAX_KEY) == [3.0, 4.0]
+    for person in (LOWEST, 1.5):
+        with pytest.raises(InvalidRequest, match=r"entities\[0\]\.person_id must be"):
+            keys_of([{"person_id": person}])
+    with pytest.raises(InvalidRequest, match=r"entities\[1\]\.person_id must be"):
+        project.amounts(1, 1.5)  # type: ignore[arg-type]
+    view = replace(INCOME, source=FileSource("x", event_timestamp="at"))
+    checked = check_messages([orjson.dumps(message(LOWEST, 1))], view, key_types={}, now=NOW)
+    assert checked.bad["reason"].to_pylist() == ["person_id is no key"]
+    block = pa.table(
+        {"person_id": [LOWEST, 1], "amount": [1.0] * 2, "sector": ["s"] * 2, "at": pa.array([START] * 2)}
+    )
+    assert prepare(block, view, now=NOW)[REASON].to_pylist() == [
+        "person_id is outside -(2^63 - 1) to 2^63 - 1",
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [
+        ("int64", pa.array([LOWEST])),
+        ("int64", pa.array(["1"])),
+        ("int64", pa.array([True])),
+        ("int64", pa.array([1.5])),
+        ("string", pa.array([1])),
+    ],
+)
+def test_entity_rows_are_held_to_the_type_of_the_table(kind: str, column: pa.Array) -> None:
+    """By name, before anything is joined."""
+    view = ViewSpec(name="income", version="1", join_keys=["person_id"], fields=[], ttl_s=None)
+    service = ServiceSpec(name="s", version="1", views=[view])
+    with pytest.raises(TrainingSetError, match="Join key 'person_id'"):
+        key_column("person_id", kind, view, service, pa.table({"person_id": column}))
+
+
+def test_reads_are_held_to_the_declared_type_before_the_first_row(tmp_path: Path, access: KeyAccess) -> None:
+    """So are pushes and messages."""
+    project = PushProject(tmp_path, access, view=TEXT)
+    with pytest.raises(InvalidRequest, match="person_id must be text"):
+        project.amounts(1)
+    with pytest.raises(InvalidRequest, match=r"rows\[0\]\.keys\.person_id must be text"):
+        project.push(row(7, 1), key="a")
+    assert project.log.next_number() == 0
+    sent = [orjson.dumps(message(7, 1)), orjson.dumps(message("a", 1))]  # type: ignore[arg-type]
+    checked = check_messages(sent, TEXT, key_types={}, now=NOW)
+    assert checked.bad["reason"].to_pylist() == ["person_id is no string"]
+    assert checked.good["person_id"].to_pylist() == ["a"]
+    project.close()
+
+
+def test_a_push_that_the_table_cannot_take_goes_to_quarantine_and_stops_nobody(
+    project: PushProject, access: KeyAccess
+) -> None:
+    """It came before the table decided of which type keys are; what comes after is held to that."""
+    project.push(row(7, 1), key="early")
+    ingest_text(project, "a")
+    project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"keys\.person_id must be text"):
+        project.push(row(8, 2), key="wrong")
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    stream = project.stream()
+    assert [stream.step(), stream.step()] == [2, 0]
+    assert (stream.tally.stored, stream.tally.quarantined) == (1, 1)
+    assert project.table()["person_id"].to_list() == ["a", "b"]
+    at = START.replace(day=2)
+    assert reader.read([{"person_id": "b"}], at).columns["income__amount"] == [6.0]
+    [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
+    reason = "person_id is int64, the feature table holds string"
+    assert (event["rows_stored"], event["reasons"]) == (1, {reason: 1})
+    place = quarantine_place("income", event["ingest_id"])
+    uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
+    assert orjson.loads(file["raw"][0].as_py()) == {
+        "person_id": 7,
+        "amount": 1.0,
+        "sector": "s7",
+        "at": "2024-01-01 01:00:00+00:00",
+        "known_at": "2024-01-01 01:00:00+00:00",
+    }
+    tried = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
+    assert (tried.good, tried.reasons.to_pylist()) == (None, ["person_id is no string"])
+
+
+def test_a_log_of_before_the_declaration_is_taken_as_far_as_it_fits(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """The declared type makes the table, though the first pushes are of the other one."""
+    project = PushProject(tmp_path, access)
+    project.push(row(7, 1), key="a")
+    project.close()
+    project = PushProject(tmp_path, access, view=TEXT)
+    project.push(row("b", 2, 6.0), key="b")  # type: ignore[arg-type]
+    stream = project.stream(max_rows=1)
+    assert [stream.step(), stream.step(), stream.step()] == [1, 1, 0]
+    assert project.snapshot().key_types == {"person_id": "string"}
+    assert project.table()["person_id"].to_list() == ["b"]
+    assert read(project, project.view.spec, "b") == [6.0]
+    project.close()
+
+
+def test_killed_behind_the_commit_the_rows_set_aside_stay_aside(
+    project: PushProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the commit is done at the next start, for the same rows."""
+    project.push(row(7, 1), key="early")
+    ingest_text(project, "a")
+    project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
+    stream = project.stream()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(stream), "_settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stream.step()
+    assert project.stream().step() == 0
+    assert project.table()["person_id"].to_list() == ["a", "b"]
+    assert len(list(project.log.records(-1))) == 0
+
+
+def test_a_feature_of_another_type_than_the_table_is_set_aside_too(tmp_path: Path, access: KeyAccess) -> None:
+    """A definition that was changed must not stop what lies behind it."""
+    project = PushProject(tmp_path, access)
+    project.push(row(1, 1), key="a")
+    assert project.stream().step() == 1
+    project.close()
+    schema = [Field("amount", "string"), Field("sector", "string")]
+    project = PushProject(tmp_path, access, view=replace(INCOME, schema=schema, checks=[]))
+    project.push(row(1, 2, "much"), key="b")
+    stream = project.stream()
+    assert (stream.step(), stream.tally.quarantined) == (1, 1)
+    assert list(stream.tally.reasons) == ["amount is string, the feature table holds double"]
+    project.close()

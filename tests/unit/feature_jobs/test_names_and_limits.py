@@ -1,0 +1,227 @@
+"""Names that are too much alike and limits that cannot hold are refused when they are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import ConfigError, DefinitionError
+from cluster.settings import FeaturesConfig, OnlineConfig
+from feature_jobs.ingest import IngestConfig
+from feature_jobs.retain import oldest_kept
+from feature_jobs.store import (
+    Aggregation,
+    Allowed,
+    Drift,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    Freshness,
+    OnDemandTransform,
+    Outlier,
+    Range,
+    RowCount,
+    Unique,
+)
+from feature_jobs.store.catalog import Definitions, FieldSpec, ViewSpec
+from feature_jobs.store.limits import LONGEST, before, within
+from feature_jobs.store.missing import view_of
+from feature_jobs.store.plan import make_plan
+from feature_jobs.store.ranges import TimeRange, chunks, parse_instant, parse_span
+from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
+from feature_jobs.stream import KafkaConfig, StreamConfig
+
+NOW = datetime(2024, 1, 1, tzinfo=UTC)
+HUGE = timedelta.max
+FIELDS = [Field("amount", "float64"), Field("count", "int32"), Field("since", "timestamp")]
+
+
+def view(name: str = "income", **changes: Any) -> FeatureView:
+    parts: dict[str, Any] = {
+        "entities": [Entity("person", join_keys=["person_id"])],
+        "source": FileSource("x.parquet", event_timestamp="at"),
+        "schema": FIELDS,
+    }
+    return FeatureView(name, **(parts | changes))
+
+
+def same(table: pa.Table) -> pa.Table:
+    return table
+
+
+def on_demand(name: str = "made", **changes: Any) -> OnDemandTransform:
+    parts = {"inputs": [Field("asked", "int64")], "schema": [Field("ratio", "float64")], "transform": same}
+    return OnDemandTransform(name, **(parts | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: view(schema=[Field("Amount", "int64"), Field("amount", "int64")]), ("Amount", "amount")),
+        (lambda: view(schema=[Field("Person_ID", "int64")]), ("person_id", "Person_ID")),
+        (lambda: view(schema=[Field("Bucket", "int64")]), ("Bucket", "bucket")),
+        (lambda: view(schema=[Field("Event_Timestamp", "int64")]), ("Event_Timestamp", "event_timestamp")),
+        (lambda: view(schema=[Field("Ingest_seq", "int64")]), ("Ingest_seq", "ingest_seq")),
+        (
+            lambda: view(entities=[Entity("e", join_keys=["Created_Timestamp"])]),
+            ("Created_Timestamp", "created_timestamp"),
+        ),
+        (lambda: view(entities=[Entity("e", join_keys=["K", "k"])]), ("K", "k")),
+        (lambda: FeatureService("s", views=[view("Income"), view("income")]), ("Income", "income")),
+        (lambda: FeatureService("s", views=[view("made")], on_demand=[on_demand("Made")]), ("made", "Made")),
+        (lambda: on_demand(inputs=[Field("A", "int64"), Field("a", "int64")]), ("A", "a")),
+        (lambda: on_demand(inputs=[Field("Bucket", "int64")]), ("Bucket", "bucket")),
+        (lambda: on_demand(schema=[Field("R", "int64"), Field("r", "int64")]), ("R", "r")),
+        (
+            lambda: FeatureService(
+                "s",
+                views=[view()],
+                on_demand=[on_demand(), on_demand("more", inputs=[Field("Asked", "int64")])],
+            ),
+            ("asked", "Asked"),
+        ),
+        (
+            lambda: view(
+                entities=[Entity("e", join_keys=["Amount_Sum_7d"])],
+                schema=[Field("id", "string"), *FIELDS],
+                event_id="id",
+                aggregations=[Aggregation("amount", "sum", windows=[timedelta(days=7)])],
+            ),
+            ("Amount_Sum_7d", "amount_sum_7d"),
+        ),
+    ],
+)
+def test_names_that_differ_only_in_case_are_refused(
+    make: Callable[[], object], words: tuple[str, str]
+) -> None:
+    """Both are named."""
+    with pytest.raises(DefinitionError) as refused:
+        make()
+    assert all(f"'{word}'" in str(refused.value) for word in words)
+
+
+def recorded(*views: str, services: tuple[str, ...] = ()) -> Recorded:
+    known = {
+        (name, "1"): RecordedView(name=name, version="1", definition=view(name).definition(), module="m")
+        for name in views
+    }
+    asked = {
+        (name, "1"): RecordedService(
+            name=name, version="1", view_order=[], view_versions={}, module="m", on_demand=[], missing={}
+        )
+        for name in services
+    }
+    return Recorded(views=known, services=asked, uses=[])
+
+
+def definitions(*views: str, service: str | None = None) -> Definitions:
+    made = {name: view(name) for name in views}
+    services = {} if service is None else {service: FeatureService(service, views=list(made.values()))}
+    return Definitions(module="m", views=made, services=services)
+
+
+def test_views_and_services_that_would_share_a_folder_are_refused_when_applied() -> None:
+    """In one module, and against what was applied; what is there already stays."""
+    for given, known in (
+        (definitions("Income", "income"), recorded()),
+        (definitions("Income"), recorded("income")),
+        (definitions("income", service="Credit"), recorded(services=("credit",))),
+    ):
+        with pytest.raises(DefinitionError, match="differs only in case"):
+            make_plan(given, known)
+    make_plan(definitions("Income", "income"), recorded("Income", "income"))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: view(ttl=HUGE), "ttl must be at most"),
+        (lambda: view("v" * 201), "at most 200 characters, got 201"),
+        (lambda: FeatureService("s" * 201, views=[view()]), "at most 200 characters"),
+        (lambda: view(ttl=-timedelta(days=1)), "ttl must be positive"),
+        (lambda: view(ttl=3600), "ttl must be a timedelta"),
+        (lambda: view(retention=HUGE), "retention must be at most"),
+        (lambda: view(created_lag=HUGE), "created_lag must be at most 36525 days"),
+        (lambda: view(created_lag=timedelta.min), "created_lag must not be negative"),
+        (lambda: view(created_lag=None), "created_lag must be a timedelta"),
+        (lambda: Aggregation("a", "sum", windows=[HUGE]), "window must be at most"),
+        (lambda: Aggregation("a", "sum", windows=[timedelta(0)]), "window must be positive"),
+        (lambda: Aggregation("a", "sum", windows=[7]), "window must be a timedelta"),  # type: ignore[list-item]
+        (lambda: Aggregation("a", "sum", windows=timedelta(days=1)), "windows must be a list"),  # type: ignore[arg-type]
+        (lambda: Freshness(HUGE), "maximum_age must be at most"),
+        (lambda: Freshness(5), "maximum_age must be a timedelta"),  # type: ignore[arg-type]
+        (lambda: Range("amount", minimum=float("nan")), "minimum must be finite"),
+        (lambda: Range("amount", maximum=float("inf")), "maximum must be finite"),
+        (lambda: Range("amount", minimum="0"), "minimum must be a number"),  # type: ignore[arg-type]
+        (lambda: Range("amount", maximum=2**60), "beyond 2\\^53"),
+        (lambda: view(checks=[Range("count", minimum=2**40)]), "can never hold: no int32"),
+        (lambda: view(checks=[Range("count", maximum=-1e12)]), "can never hold: no int32"),
+        (lambda: view(checks=[Range("count", 0.2, 0.8)]), "can never hold: no int32 lies in 0.2..0.8"),
+        (lambda: view(checks=[Allowed("count", [2**31])]), "2147483648 is beyond int32"),
+        (lambda: Allowed("count", [1, "a"]), "several types"),
+        (lambda: Allowed("sector", "abc"), "must be a list"),
+        (lambda: Unique(["amount", "amount"]), "'amount' twice"),
+        (lambda: Outlier("amount", fences=float("nan")), "fences must be finite"),
+        (lambda: RowCount(factor=float("inf")), "factor must be finite"),
+        (lambda: Drift("amount", threshold=float("nan")), "threshold must be finite"),
+    ],
+)
+def test_a_limit_that_cannot_hold_is_refused_at_once(make: Callable[[], object], words: str) -> None:
+    """Never when rows are read or joined."""
+    with pytest.raises(DefinitionError, match=words):
+        make()
+
+
+def test_the_longest_spans_work_from_definition_to_reading() -> None:
+    """What is allowed overflows nowhere, and what an older release recorded is read as the longest span."""
+    longest = view(ttl=LONGEST, retention=LONGEST, checks=[Freshness(LONGEST)])
+    assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
+    assert (within(HUGE.total_seconds()), within(None)) == (LONGEST.total_seconds(), None)
+    assert before(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
+    fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
+    spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)
+    kept = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
+    assert kept == datetime.min.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: FeaturesConfig(max_ahead_s=float("nan")), "features.max_ahead_s"),
+        (lambda: FeaturesConfig(max_ahead_s=-1), "features.max_ahead_s"),
+        (lambda: OnlineConfig(map_size_gib=float("inf")), "online.map_size_gib"),
+        (lambda: KafkaConfig(max_lateness_s=float("inf")), "kafka.max_lateness_s"),
+        (lambda: KafkaConfig(linger_s=float("nan")), "kafka.linger_s"),
+        (lambda: StreamConfig(interval_s=float("inf")), "interval_s"),
+        (lambda: StreamConfig(num_buckets=10**9), "num_buckets"),
+        (lambda: IngestConfig(num_buckets=0), "num_buckets"),
+        (lambda: parse_span("99999999999999d"), "chunk is longer"),
+        (lambda: parse_instant("0001-01-01T00:00:00+14:00", name="start"), "start must be"),
+        (
+            lambda: chunks(TimeRange(NOW, NOW.replace(year=2124)), timedelta(minutes=1), []),
+            "more than 10000 chunks",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_hold_is_refused(make: Callable[[], object], words: str) -> None:
+    """Where it is set, by name."""
+    with pytest.raises((ValueError, ConfigError), match=words):
+        make()
+
+
+def test_a_chunk_longer_than_the_range_is_the_range() -> None:
+    """Also where its end would be beyond the last year."""
+    late = TimeRange(datetime(9990, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
+    assert chunks(late, timedelta(days=100_000), []) == [late]
+
+
+def test_a_column_belongs_to_its_view_also_where_that_ends_with_an_underscore() -> None:
+    """A feature's name begins with a letter."""
+    assert [view_of(name) for name in ("a__b", "a___b", "a__b__c")] == ["a", "a_", "a"]
