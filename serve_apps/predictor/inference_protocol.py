@@ -15,7 +15,7 @@ import orjson
 from cluster.errors import InvalidRequest, did_you_mean
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
 from serve_apps.http import parse_json
-from serve_apps.predictor.request import Scalar, shown
+from serve_apps.predictor.request import Scalar, fit_values, shown
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
 
 PLATFORM = "falaj"
@@ -100,13 +100,13 @@ def parse_infer(
     count: int | None = None
     for content in tensors:
         tensor = read_tensor(content, raw)
-        _check_input(inputs.get(tensor.name), tensor, inputs)
+        values = _input_values(inputs.get(tensor.name), tensor, inputs)
         if tensor.name in columns:
             raise InvalidRequest(f"Input '{tensor.name}' is given twice.")
         count = len(tensor.values) if count is None else count
         if len(tensor.values) != count:
             raise InvalidRequest(f"Input '{tensor.name}' has {len(tensor.values)} values for {count} rows.")
-        columns[tensor.name] = tensor.values
+        columns[tensor.name] = values
     raw.finish()
     if missing := inputs.keys() - columns.keys():
         raise InvalidRequest(f"Input '{min(missing)}' is missing; the model takes {len(inputs)} inputs.")
@@ -212,7 +212,9 @@ def label_datatype(signature: ModelSignature) -> str:
             return "BYTES"
 
 
-def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> None:
+def _input_values(
+    spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]
+) -> list[Scalar]:
     if spec is None:
         raise InvalidRequest(f"The model has no input '{tensor.name}'.{did_you_mean(tensor.name, inputs)}")
     wanted = DATATYPES[datatype(spec.dtype)]
@@ -220,6 +222,8 @@ def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, Input
         raise InvalidRequest(
             f"Input '{spec.name}' must be {wanted.kind.value} ({wanted.name}), got {tensor.datatype.name}."
         )
+    # A tensor of the input's own datatype has its values alone; one of FP64 may hold 1.5 for an input of INT64.
+    return tensor.values if tensor.datatype is wanted else fit_values(spec, tensor.values)
 
 
 def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:

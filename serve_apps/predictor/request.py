@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest, did_you_mean
 from cluster.runtime.signature import InputSpec
+from cluster.runtime.values import NotOfType, value_type
 
 MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63
@@ -55,29 +56,39 @@ def override(inputs: dict[str, InputSpec], name: str, value: Any, count: int) ->
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count:
         raise InvalidRequest(f"Input '{name}' has {len(values)} values for {count} entities.")
-    for one in values:
-        check_value(spec, one)
-    return values
+    return fit_values(spec, values)
 
 
-def check_value(spec: InputSpec, value: Any) -> None:
-    """Refuse what is no scalar of the input's type; null is always allowed.
+def fit_values(spec: InputSpec, values: list[Any]) -> list[Scalar]:
+    """The values as the input's type has them; null is always allowed.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: one is not of the type.
     """
-    if value is None:
-        return
-    if isinstance(value, dict | list):
-        raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
-    textual = spec.dtype in ("string", "large_string")
-    if isinstance(value, str) != textual:
-        wanted = "text" if textual else "a number"
-        raise InvalidRequest(f"Input '{spec.name}' must be {wanted}, got {shown(value)}.")
-    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
-        raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        raise InvalidRequest(f"Input '{spec.name}' must be finite, got {value}.")
+    kind = value_type(spec.dtype)
+    if kind is None:
+        return _fit_unknown(spec, values)
+    try:
+        return list(kind.fit(values))
+    except NotOfType as error:
+        if isinstance(error.value, dict | list):
+            got = type(error.value).__name__
+            raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {got}.") from error
+        raise InvalidRequest(
+            f"Input '{spec.name}' must be {error.wanted}, got {shown(error.value)}."
+        ) from error
+
+
+def _fit_unknown(spec: InputSpec, values: list[Any]) -> list[Scalar]:
+    """Of a type that has no plain values of its own: numbers, as ever."""
+    for value in values:
+        if isinstance(value, dict | list):
+            raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
+        if isinstance(value, str):
+            raise InvalidRequest(f"Input '{spec.name}' must be a number, got {shown(value)}.")
+        if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+            raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
+    return values
 
 
 def shown(value: Any) -> str:
