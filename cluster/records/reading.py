@@ -160,10 +160,17 @@ def fault_of(record: Mapping[str, Any], row: int) -> str:
         return str(fault)
     if row >= len(record["predictions"]):
         return "no answer"
-    prediction = record["predictions"][row]
+    return "no finite score" if _is_unscored(record["predictions"][row]) else ""
+
+
+def _is_unscored(prediction: Mapping[str, Any]) -> bool:
     scores = [prediction.get("probability", 0), prediction.get("value", 0)]
-    scores += (prediction.get("probabilities") or {}).values()
-    return "no finite score" if any(score is None for score in scores) else ""
+    return None in scores or None in (prediction.get("probabilities") or {}).values()
+
+
+def is_faulty(record: Mapping[str, Any]) -> bool:
+    """Whether a row of a record has no answer."""
+    return bool(record.get("fault")) or any(map(_is_unscored, record.get("predictions", ())))
 
 
 _TIME = pl.Datetime("us", "UTC")
@@ -206,9 +213,7 @@ def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.Da
         return pl.DataFrame()
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
-    return pl.DataFrame(
-        [_column(name, values, types.get(name)) for name, values in columns.items()]
-    )
+    return pl.DataFrame([_column(name, values, types.get(name)) for name, values in columns.items()])
 
 
 def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:

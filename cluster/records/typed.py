@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from cluster.records.reading import exact_column
 from cluster.runtime import ModelSignature, Task, Truths
 from cluster.runtime.values import value_type
 
@@ -17,33 +18,30 @@ class Typed:
     """Rows of one version."""
 
     rows: pl.DataFrame
-    """As they were, with each input and answer in its own type; null where a value is none of that type."""
-    absent: tuple[str, ...]
-    """Inputs that no record has; they are null."""
+    """As they were, with each input and answer in its own type; null where a value is none of that type, or absent."""
+    names: tuple[str, ...]
+    """Of the inputs and answers among its columns."""
     odd: dict[str, int]
     """Input to the number of its values that are not of its type."""
 
 
 def typed(rows: pl.DataFrame, signature: ModelSignature) -> Typed:
     """One version's rows, as `cluster.records.read_log` gives them."""
-    absent, odd = [], {}
+    odd = {}
     columns = _answers(rows, signature)
     for spec in signature.inputs:
-        if spec.name not in rows.columns:
-            absent.append(spec.name)
-        values = rows[spec.name].to_list() if spec.name in rows.columns else [None] * rows.height
-        column, wrong = column_of(spec.name, values, spec.dtype)
+        column, wrong = column_of(spec.name, _values(rows, spec.name), spec.dtype)
         columns.append(column)
         if wrong:
             odd[spec.name] = wrong
-    return Typed(rows=rows.with_columns(columns), absent=tuple(absent), odd=odd)
+    return Typed(rows=rows.with_columns(columns), names=tuple(one.name for one in columns), odd=odd)
 
 
 def column_of(name: str, values: Sequence[Any], dtype: str) -> tuple[pl.Series, int]:
     """Logged values as a column of an Arrow type, and how many are not of it and are null in the column."""
     kind = value_type(dtype)
     if kind is None:
-        return pl.Series(name, values, dtype=pl.Object), 0
+        return exact_column(name, values), 0
     fitted, wrong = kind.fit_what_fits(values)
     return pl.Series(name, fitted, dtype=_POLARS[kind.base], strict=False), wrong
 
@@ -52,16 +50,16 @@ _POLARS: dict[type, Any] = {bool: pl.Boolean, str: pl.String, int: pl.Int64, flo
 
 
 def _answers(rows: pl.DataFrame, signature: ModelSignature) -> list[pl.Series]:
-    match signature.task:
-        case Task.regression:
-            names = ["value"]
-        case Task.binary:
-            names = ["probability"]
-        case Task.multiclass:
-            names = []
-    columns = [column_of(name, rows[name].to_list(), "double")[0] for name in names]
-    if signature.classes is not None:
-        truths = Truths(signature)
-        labels = [None if value is None else truths.of(value) for value in rows["label"].to_list()]
-        columns.append(pl.Series("label", labels, dtype=pl.Object))
-    return columns
+    if signature.task is Task.regression:
+        return [column_of("value", _values(rows, "value"), "double")[0]]
+    truths = Truths(signature)
+    labels = [None if value is None else truths.of(value) for value in _values(rows, "label")]
+    label = exact_column("label", labels)
+    if signature.task is Task.binary:
+        return [label, column_of("probability", _values(rows, "probability"), "double")[0]]
+    classes = pl.Struct({str(name): pl.Float64 for name in signature.classes or ()})
+    return [label, pl.Series("probabilities", _values(rows, "probabilities"), dtype=classes)]
+
+
+def _values(rows: pl.DataFrame, name: str) -> list[Any]:
+    return rows[name].to_list() if name in rows.columns else [None] * rows.height

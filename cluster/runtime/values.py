@@ -80,10 +80,17 @@ class ValueType:
             return self.fit(values), 0
         except NotOfType:
             fitted = [self._or_null(value) for value in values]
-            return fitted, sum(new is None and old is not None for new, old in zip(fitted, values, strict=True))
+            return fitted, sum(
+                new is None and old is not None for new, old in zip(fitted, values, strict=True)
+            )
 
     def _one(self, value: Any) -> Any:
-        if self.base is int and isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_IN_FLOAT:
+        if (
+            self.base is int
+            and isinstance(value, float)
+            and value.is_integer()
+            and abs(value) <= EXACT_IN_FLOAT
+        ):
             value = int(value)
         if type(value) not in self.types:
             raise NotOfType(value, self.wanted)

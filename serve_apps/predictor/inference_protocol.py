@@ -212,9 +212,7 @@ def label_datatype(signature: ModelSignature) -> str:
             return "BYTES"
 
 
-def _input_values(
-    spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]
-) -> list[Scalar]:
+def _input_values(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> list[Scalar]:
     if spec is None:
         raise InvalidRequest(f"The model has no input '{tensor.name}'.{did_you_mean(tensor.name, inputs)}")
     wanted = DATATYPES[datatype(spec.dtype)]

@@ -262,7 +262,11 @@ def find(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) 
         min_outcomes=config.min_outcomes,
         max_drop=config.max_drop,
     )
-    failed = [] if log.failures.is_empty() else log.failures.filter(pl.col("rollout") == rollout.id)["arm"].to_list()
+    failed = (
+        []
+        if log.failures.is_empty()
+        else log.failures.filter(pl.col("rollout") == rollout.id)["arm"].to_list()
+    )
     return replace(
         finding,
         unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,

@@ -178,30 +178,30 @@ def test_what_was_not_read_online_is_left_out_and_counted() -> None:
     old = record(0)
     del old["given"]
     brought = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
-    groups, left_out = served([old, brought, record(2), record(3)], since=None)
+    groups, left_out, _ = served([old, brought, record(2), record(3)], since=None)
     assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
     assert left_out == 4
-    [late], _ = served([record(2), record(3)], since=at(13))
+    [late], *_ = served([record(2), record(3)], since=at(13))
     assert late.ids == [("p3", 0), ("p3", 1)]
 
 
 def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:
     """Each group can be asked for in one join."""
-    groups, _ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
+    groups, *_ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
     assert [(group.version, group.given) for group in groups] == [(1, ()), (2, ()), (1, ("person__seen",))]
 
 
 def test_a_key_that_was_read_before_is_the_one_that_was_served() -> None:
     """Unless the client gave it, because then another one was read."""
-    [group], _ = served([record(1)], since=None)
+    [group], *_ = served([record(1)], since=None)
     assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
-    [given], _ = served([record(1, given=["person__age_band"])], since=None)
+    [given], *_ = served([record(1, given=["person__age_band"])], since=None)
     assert "age_band" not in given.asked(SERVICE).column_names
 
 
 def test_a_served_time_is_the_instant_it_was() -> None:
     """The online store gives microseconds."""
-    [group], _ = served([record(1)], since=None)
+    [group], *_ = served([record(1)], since=None)
     seen = group.column("person__seen", PERSON.fields[1])
     assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]
 

@@ -21,8 +21,8 @@ from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Scores
 from jobs.monitor.chunks import CHUNK, MAX_REFERENCE_CHUNKS, MIN_REFERENCE_CHUNKS, cut, reference_chunks
 from jobs.monitor.config import Period
-from jobs.monitor.frames import PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames, build, unknown_outcomes
-from jobs.monitor.measures import drift, estimated, missing_shares, realised
+from jobs.monitor.frames import PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames, build
+from jobs.monitor.measures import drift, estimated, realised
 from jobs.monitor.plots import performance_plot
 
 YEARS = ("2016", "2017", "2018")
