@@ -104,7 +104,7 @@ class ValueType:
 
 
 _EMPTY = frozenset({NoneType})
-_TYPES = {
+_TYPES: dict[type, frozenset[type]] = {
     bool: frozenset({bool, NoneType}),
     int: frozenset({int, NoneType}),
     float: frozenset({int, float, NoneType}),

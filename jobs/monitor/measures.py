@@ -11,6 +11,7 @@ Each figure fails alone. One that is not defined has a reason instead of a value
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -82,7 +83,8 @@ def estimated(frames: Frames) -> Figure:
                 chunk_period=_PERIOD,
             )
     served = frames.served.drop(columns=TRUTH)
-    if fault := _attempt(lambda: estimator.fit(usable), "the estimator cannot be fitted to the reference"):
+    _, fault = _attempt(lambda: estimator.fit(usable), "the estimator cannot be fitted to the reference")
+    if fault:
         return _undefined(frames, fault)
     return _by_chunk(frames, metric, lambda day: estimator.estimate(served[served[TIME] == day]))
 
@@ -105,7 +107,8 @@ def realised(frames: Frames, *, min_outcomes: int) -> Figure:
         calculator = _nannyml().PerformanceCalculator(
             **_problem(frames), metrics=[metric], chunk_period=_PERIOD
         )
-        if failed := _attempt(lambda: calculator.fit(usable), "the reference cannot be measured"):
+        _, failed = _attempt(lambda: calculator.fit(usable), "the reference cannot be measured")
+        if failed:
             fault, calculator = failed, None
     if calculator is None:
         without = f"no threshold: {fault or 'the reference has no scored row with a label'}"
@@ -158,12 +161,15 @@ def _drift(frames: Frames, name: str) -> Figure:
     both = [name, TIME]  # other columns' nulls are their own affair
     reference = frames.reference[both].dropna(subset=[name])
     served = frames.served[both].dropna(subset=[name])
-    if fault := _attempt(lambda: calculator.fit(reference), "the reference cannot be measured"):
+    _, fault = _attempt(lambda: calculator.fit(reference), "the reference cannot be measured")
+    if fault:
         return _undefined(frames, fault)
-    found: list[Any] = []
-    if fault := _attempt(lambda: found.append(calculator.calculate(served)), "it cannot be measured"):
-        return _undefined(frames, fault)
-    return _figure(found[0], (name, "jensen_shannon"), frames.chunks, reasons=empty)
+    result, fault = _attempt(lambda: calculator.calculate(served), "it cannot be measured")
+    return (
+        _undefined(frames, fault)
+        if fault
+        else _figure(result, (name, "jensen_shannon"), frames.chunks, reasons=empty)
+    )
 
 
 def scored(frames: Frames) -> pd.DataFrame:
@@ -253,12 +259,11 @@ def _by_chunk(
     for chunk, day in _chunk_days(frames):
         if chunk in reasons:
             continue
-        found: list[Any] = []
-        fault = _attempt(lambda day=day: found.append(measured(day)), "it cannot be measured")  # type: ignore[misc]
+        result, fault = _attempt(functools.partial(measured, day), "it cannot be measured")
         if fault:
             reasons[chunk] = f"undefined: {fault}"
         else:
-            parts.append(_figure(found[0], name, [chunk], reasons={}))
+            parts.append(_figure(result, name, [chunk], reasons={}))
     return Figure(
         measures={chunk: one for part in parts for chunk, one in part.measures.items()},
         reasons=reasons | {chunk: reason for part in parts for chunk, reason in part.reasons.items()},
@@ -286,17 +291,15 @@ def _figure(
     return Figure(measures=measures, reasons=reasons)
 
 
-def _attempt(step: Callable[[], Any], what: str) -> str:
-    """Why a step failed, without a word of NannyML's, which may quote a value: it goes to the ledger. Empty where it
-    did not fail."""
+def _attempt(step: Callable[[], Any], what: str) -> tuple[Any, str]:
+    """What a step gives, or why it failed: without a word of NannyML's, which may quote a value, for the ledger."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say of single chunks is in the reasons
-            step()
-    except Exception as error:  # noqa: BLE001 (no other figure may fail with this one)
+            return step(), ""
+    except Exception as error:
         LOG.warning("%s", what, exc_info=error)
-        return f"{what} ({type(error).__name__}; the job's output says more)"
-    return ""
+        return None, f"{what} ({type(error).__name__}; the job's output says more)"
 
 
 def _undefined(frames: Frames, reason: str) -> Figure:
