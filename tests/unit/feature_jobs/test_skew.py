@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -183,6 +184,23 @@ def test_what_was_not_read_online_is_left_out_and_counted() -> None:
     assert left_out == 4
     [late], *_ = served([record(2), record(3)], since=at(13))
     assert late.ids == [("p3", 0), ("p3", 1)]
+
+
+def test_requests_without_an_answer_are_not_compared_and_counted() -> None:
+    """As replicas log them now, and as an older release did: with a null for a NaN."""
+    nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
+    found = served(
+        [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
+    )
+    assert found == ([], 0, 4)
+
+
+def test_served_values_are_read_by_the_features_own_type() -> None:
+    """What somebody else sent beside them changes no digit."""
+    large = 2**53 + 1
+    [group], *_ = served([record(1, features={"person__seen": [large, 1.5]})], since=None)
+    spec = next(one for one in SERVICE.views[0].fields if one.name == "seen")
+    assert group.column("person__seen", dataclasses.replace(spec, dtype="int64")).to_list() == [large, None]
 
 
 def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:
