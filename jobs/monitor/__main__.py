@@ -129,7 +129,7 @@ def measure(
         "rows": rows.height,
         "outcomes": 0 if rows.is_empty() else int(rows["outcome"].is_not_null().sum()),
     }
-    empty = {"periods": {}, "drift": {}, "missing": {}, "unseen": {}, "undefined": {}}
+    empty: dict[str, Any] = {"periods": {}, "drift": {}, "missing": {}, "unseen": {}, "undefined": {}}
     if rows.is_empty():
         return head | {"status": "no answer has a score: no statement"} | empty
     everything = cut(rows, config.period, min_rows=1)
