@@ -31,6 +31,7 @@
     │   ├── Unauthenticated           HTTP 401
     │   │   └── KeysUnknown           the issuer has never answered, so nobody knows its keys
     │   └── AccessDenied              HTTP 403
+    ├── ModelFailed                   a model gave no usable score: HTTP 503
     ├── KeyStoreUnavailable           the broker is down: exit code 1
     ├── OnlineStoreUnavailable        it cannot be reached, or is full: exit code 1, HTTP 503
     │   └── OnlineStoreOutdated       a view's rows lie there as another release wrote them
@@ -178,6 +179,10 @@ class KeysUnknown(Unauthenticated):
 
 class AccessDenied(RefusedError):
     """A known identity without the right (HTTP 403)."""
+
+
+class ModelFailed(FalajError):
+    """A model gave no usable score for a request (HTTP 503). The message says what it did, without its name."""
 
 
 class OnlineStoreUnavailable(FalajError):

@@ -86,6 +86,8 @@ class Result:
     rows: int
     left_out: int
     features: dict[str, FeatureSkew]
+    without_score: int = 0
+    """Rows that the model gave no answer to; they are not compared."""
     examples: list[dict[str, Any]]
     """Some mismatches: which prediction, which row, which feature; no values."""
 
@@ -102,14 +104,20 @@ def main(config: SkewConfig) -> None:
     places = layout(config.storage)
     since = None if config.since is None else instant(config.since)
     records = read_records(local(places.predictions(config.name)), key_store(actor.access))
-    groups, left_out = served(records, since)
+    groups, left_out, without_score = served(records, since)
     if not groups:
         raise RefusedError(
             f"No prediction of '{config.name}' was made from the online store{f' since {since}' if since else ''}: "
             "no data, so no statement."
         )
     registry = Registry(ledger, places)
-    result = Result(rows=0, left_out=left_out, features=defaultdict(FeatureSkew), examples=[])
+    result = Result(
+        rows=0,
+        left_out=left_out,
+        without_score=without_score,
+        features=defaultdict(FeatureSkew),
+        examples=[],
+    )
     tables = Offline(config, ledger, actor)
     for group in groups:
         origin = registry.get(config.name, group.version).lineage
@@ -122,6 +130,8 @@ def main(config: SkewConfig) -> None:
     ledger.append(event, actor=actor.name)
     for name, one in result.features.items():
         print(f"{name}: {', '.join(f'{what} {figure}' for what, figure in one.report().items())}")
+    if result.without_score:
+        print(f"not compared: {result.without_score} rows that the model gave no finite score for")
     if result.mismatches:
         raise SkewFound(
             f"Model '{config.name}': {result.mismatches} served values are not what offline data gives for the same "
@@ -136,6 +146,7 @@ def event_of(config: SkewConfig, result: Result, report: str) -> SkewChecked:
         since=config.since,
         rows=result.rows,
         rows_left_out=result.left_out,
+        rows_without_score=result.without_score,
         mismatches=result.mismatches,
         features={name: one.report() for name, one in result.features.items()},
         report="/".join(report.rsplit("/", 3)[1:]),

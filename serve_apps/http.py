@@ -19,6 +19,7 @@ from cluster.errors import (
     FeatureServiceNotFound,
     FeatureViewNotFound,
     InvalidRequest,
+    ModelFailed,
     ModelNotFound,
     OnlineStoreUnavailable,
     Unauthenticated,
@@ -95,6 +96,8 @@ def refusal(error: Exception) -> Response:
             status, message = 413, str(error)
         case EncodingNotSupported():
             status, message, headers = 415, str(error), {"accept-encoding": "identity"}
+        case ModelFailed():  # sent again, it would fail again
+            status, message = 503, str(error)
         case Unavailable() | OnlineStoreUnavailable():
             status, message, headers = 503, str(error), {"retry-after": "1"}
         case _:

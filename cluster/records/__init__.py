@@ -1,10 +1,15 @@
 """What replicas write down: one prediction record per HTTP answer, and the outcomes that come later.
 
-`segments` is how a replica writes, `reading` how everybody reads.
+`segments` is how a replica writes, `reading` how everybody reads. `typed` gives a version's rows the types of its
+signature, `matching` their outcomes.
 """
 
+from cluster.records.matching import Matched, match
 from cluster.records.reading import (
+    Log,
+    all_outcomes,
     count_records,
+    read_log,
     read_outcomes,
     read_predictions,
     read_records,
@@ -12,17 +17,25 @@ from cluster.records.reading import (
 )
 from cluster.records.schema import SHADOW, OutcomeRecord, PredictionRecord, Record
 from cluster.records.segments import MAX_AGE_S, SegmentWriter
+from cluster.records.typed import Typed, typed
 
 __all__ = [
     "MAX_AGE_S",
+    "Log",
+    "Matched",
     "SHADOW",
     "OutcomeRecord",
     "PredictionRecord",
     "Record",
     "SegmentWriter",
+    "Typed",
+    "all_outcomes",
     "count_records",
+    "match",
+    "read_log",
     "read_outcomes",
     "read_predictions",
     "read_records",
     "read_shadow_predictions",
+    "typed",
 ]

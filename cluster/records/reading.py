@@ -7,9 +7,12 @@ newer version of the table has it. Each record is given once, and none that was 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import datetime as dt
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -74,46 +77,128 @@ def count_records(folder: Path) -> int:
 
 
 def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """One row per predicted entity of an answer, in the order in which they were written; raises as `read_records`.
-
-    What a shadow predicted is left out: nobody was answered with it, so it is in no figure of what was served.
-
-    Columns: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm, unit_hash,
-    those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its name.
-    """
-    return _predictions(one for one in _in_order(folder, store) if one["arm"] != SHADOW)
+    """The `answers` of `read_log`; raises as `read_records`."""
+    return read_log(folder, store).answers
 
 
 def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
     """What shadows predicted, as `read_predictions` gives the others; `request_id` is that of the answer beside it."""
-    return _predictions(one for one in _in_order(folder, store) if one["arm"] == SHADOW)
+    return _log(one for one in _in_order(folder, store) if one["arm"] == SHADOW).answers
 
 
-def _predictions(records: Iterable[dict[str, Any]]) -> pl.DataFrame:
-    rows = [
-        _head(record)
-        | {"row": row}
-        | prediction
-        | {name: values[row] for name, values in record["features"].items()}
-        for record in records
-        for row, prediction in enumerate(record["predictions"])
-    ]
-    frame = pl.DataFrame(rows, infer_schema_length=None)
-    return frame.with_columns(_times(frame, "time", "as_of"))
+def read_log(folder: Path, store: KeyStore) -> Log:
+    """What a model was asked and what it answered, in the order in which it was written; raises as `read_records`.
+
+    What a shadow predicted is left out: nobody was answered with it, so it is in no figure of what was served.
+    """
+    return _log(one for one in _in_order(folder, store) if one["arm"] != SHADOW)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Log:
+    """A model's log as two frames, each with a row for each entity of a request.
+
+    Columns of both: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm,
+    unit_hash.
+    """
+
+    answers: pl.DataFrame
+    """With those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its
+    name. Values are as they were written: a column of several types is `pl.Object`, and so is `probabilities`, a dict
+    by class. `cluster.records.typed` reads them by a version's signature."""
+    failures: pl.DataFrame
+    """Rows that the model gave no finite score for, with the reason as `fault`. They are in no figure."""
+
+
+def _log(records: Iterable[dict[str, Any]]) -> Log:
+    answered: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for record in records:
+        head = {name: record.get(name) for name in _HEAD}
+        for row in range(max(len(record["predictions"]), len(record["entities"]))):
+            fault = fault_of(record, row)
+            if fault:
+                failed.append(head | {"row": row, "fault": fault})
+            else:
+                inputs = {name: values[row] for name, values in record["features"].items()}
+                answered.append(head | {"row": row} | record["predictions"][row] | inputs)
+    return Log(answers=_frame(answered, _HEAD), failures=_frame(failed, _HEAD | {"fault": pl.String}))
 
 
 def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
     """The last received outcome per prediction and row: prediction_id, row, outcome, observed_at, received_at (UTC).
 
-    Of two that were received in the same instant, the one that was written last counts. Raises as `read_records`.
+    Of two that were received in the same instant, the one that was written last counts. An outcome is as it was sent,
+    whatever the others are. Raises as `read_records`.
     """
-    frame = pl.DataFrame(_in_order(folder, store), infer_schema_length=None)
-    if frame.is_empty():
-        return frame
-    frame = frame.with_columns(_times(frame, "observed_at", "received_at"))
+    frame = _frame(_in_order(folder, store), _OUTCOME)
     return frame.sort("received_at", maintain_order=True).unique(
         ["prediction_id", "row"], keep="last", maintain_order=True
     )
+
+
+def all_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
+    """All outcomes as they were received, the last ones last; raises as `read_records`."""
+    frame = _frame(_in_order(folder, store), _OUTCOME).sort("received_at", maintain_order=True)
+    names = ("prediction_id", "row", "outcome")
+    for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
+        yield Outcome(prediction_id, row, value)
+
+
+class Outcome(NamedTuple):
+    """What somebody says came true."""
+
+    prediction_id: str
+    row: int
+    value: Any
+
+
+def fault_of(record: Mapping[str, Any], row: int) -> str:
+    """Why a row of a record has no answer; empty for one that has. A release that did not check scores wrote a NaN as
+    null, beside a label that means nothing."""
+    if fault := record.get("fault"):
+        return str(fault)
+    if row >= len(record["predictions"]):
+        return "no answer"
+    return "no finite score" if _is_unscored(record["predictions"][row]) else ""
+
+
+def _is_unscored(prediction: Mapping[str, Any]) -> bool:
+    scores = [prediction.get("probability", 0), prediction.get("value", 0)]
+    return None in scores or None in (prediction.get("probabilities") or {}).values()
+
+
+def is_faulty(record: Mapping[str, Any]) -> bool:
+    """Whether a row of a record has no answer."""
+    return bool(record.get("fault")) or any(map(_is_unscored, record.get("predictions", ())))
+
+
+_TIME = pl.Datetime("us", "UTC")
+_HEAD: dict[str, Any] = {
+    "prediction_id": pl.String,
+    "request_id": pl.String,
+    "time": _TIME,
+    "model": pl.String,
+    "version": pl.Int64,
+    "variant": pl.String,
+    "rollout": pl.String,
+    "arm": pl.String,
+    "unit_hash": pl.String,
+    "as_of": _TIME,
+}
+"""Columns whose type is the same for all models and versions."""
+_OUTCOME: dict[str, Any] = {
+    "prediction_id": pl.String,
+    "row": pl.Int64,
+    "observed_at": _TIME,
+    "received_at": _TIME,
+}
+_NATIVE: dict[frozenset[type], Any] = {
+    frozenset({bool}): pl.Boolean,
+    frozenset({int}): pl.Int64,
+    frozenset({float}): pl.Float64,
+    frozenset({str}): pl.String,
+}
 
 
 def _in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
@@ -122,14 +207,36 @@ def _in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
     return [record for _, _, record in placed]
 
 
-def _head(record: dict[str, Any]) -> dict[str, Any]:
-    """What is one value for the whole answer."""
-    return {name: value for name, value in record.items() if not isinstance(value, list | dict)}
+def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
+    """A frame whose columns beyond those of a stated type hold what was written, and nothing that was made of it."""
+    if not rows:
+        return pl.DataFrame()
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return pl.DataFrame([_column(name, values, types.get(name)) for name, values in columns.items()])
 
 
-def _times(frame: pl.DataFrame, *columns: str) -> list[pl.Expr]:
-    return [
-        pl.col(name).str.to_datetime(time_unit="us", time_zone="UTC")
-        for name in columns
-        if name in frame.columns
-    ]
+def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
+    if dtype == _TIME:
+        return pl.Series(name, [_moment(value) for value in values], dtype=_TIME)
+    if dtype is not None:
+        return pl.Series(name, values, dtype=dtype, strict=False)
+    return exact_column(name, values)
+
+
+def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
+    """Values as they are: of the type that all have, or of none (`pl.Object`)."""
+    found = frozenset(map(type, values)) - {NoneType}
+    try:
+        return pl.Series(name, values, dtype=_NATIVE.get(found, pl.Object) if found else pl.Null)
+    except (OverflowError, TypeError):  # beyond 64 bits, as an older release may have logged it
+        return pl.Series(name, values, dtype=pl.Object)
+
+
+def _moment(text: Any) -> dt.datetime | None:
+    """None for what is no moment: one of them must not make the others unreadable."""
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)

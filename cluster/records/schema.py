@@ -33,6 +33,9 @@ class PredictionRecord:
     defaulted: dict[str, list[int]] = field(default_factory=dict)
     """Input to the rows whose value was missing or expired, and is the feature service's default; older records do
     not have it."""
+    fault: str = ""
+    """Why the model gave no answer: `predictions` is empty then, and the client got 503. Older records do not have
+    it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from cluster.runtime.loader import load_model, open_model
 from cluster.runtime.model import Model
 from cluster.runtime.predictions import Predictions
 from cluster.runtime.signature import InputSpec, ModelSignature, Precision, Task, parse_signature
+from cluster.runtime.truths import Truths
 
 __all__ = [
     "Encoder",
@@ -14,6 +15,7 @@ __all__ = [
     "Precision",
     "Predictions",
     "Task",
+    "Truths",
     "encode",
     "load_model",
     "open_model",

@@ -59,6 +59,16 @@ def read_file(version: ModelVersion, name: str, store: KeyStore) -> bytes:
     return open_file(data, name=version.name, version=version.version, part=name, store=store)
 
 
+def load_signature(version: ModelVersion, store: KeyStore) -> ModelSignature:
+    """A registered version's signature, without its model.
+
+    Raises:
+        ArtifactTampered, AccessDenied, KeyRevoked: as `read_file`.
+        RefusedError: it is no signature.
+    """
+    return parse_signature(read_file(version, SIGNATURE_FILE, store))
+
+
 def open_model(folder: Path, *, hardware: Hardware = ONE_CPU) -> Model:
     """Load a folder of model files that is not registered yet, as training has just written it.
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.errors import RefusedError
+from cluster.errors import ModelFailed, RefusedError
 from cluster.runtime.encoding import Columns, Encoder, Matrix
 from cluster.runtime.predictions import Predictions, Scores
 from cluster.runtime.signature import ModelSignature, Task
@@ -58,8 +58,14 @@ class Model:
         return self.predict_matrix(self.encode(columns))
 
     def predict_matrix(self, matrix: Matrix) -> Predictions:
-        """Predict rows that are encoded already, float32 [rows, inputs]."""
+        """Predict rows that are encoded already, float32 [rows, inputs].
+
+        Raises:
+            ModelFailed: it gives another number of scores than there are rows.
+        """
         scores = self._engine.scores(matrix) if len(matrix) else np.empty(self._shape(0))
+        if scores.shape != self._shape(len(matrix)):
+            raise ModelFailed(f"gave scores of shape {scores.shape} for {len(matrix)} rows")
         return Predictions(signature=self.signature, scores=scores)
 
     def _shape(self, num_rows: int) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.errors import ModelFailed
 from cluster.runtime.signature import Label, ModelSignature, Task
 
 Scores = npt.NDArray[np.float64]
@@ -21,6 +23,18 @@ class Predictions:
     scores: Scores
     """Float64. Binary: probability of the positive class, [rows]. Multiclass: probabilities, [rows, classes].
     Regression: values, [rows]."""
+
+    def checked(self) -> Predictions:
+        """These, if each row has a finite score.
+
+        Raises:
+            ModelFailed: saying how many rows have none. A NaN is below every threshold, so it would become a label.
+        """
+        scores = self.scores
+        if math.isfinite(scores.item()) if scores.size == 1 else bool(np.isfinite(scores).all()):
+            return self
+        wrong = ~np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
+        raise ModelFailed(f"gave no finite score for {int(wrong.sum())} of {len(scores)} rows")
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON object a row.

@@ -10,13 +10,16 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
 
+from cluster.records.reading import is_faulty
+from cluster.records.typed import column_of
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec
 from feature_jobs.store.definitions import DTYPES
+from feature_jobs.store.dtypes import list_of
 from feature_jobs.store.point_in_time import EVENT
 
 TIME = pl.Datetime("us", "UTC")
@@ -37,10 +40,12 @@ class Served:
 
     def column(self, name: str, spec: FieldSpec) -> pl.Series:
         """What was served of a feature, in its own dtype."""
-        values = pl.Series(name, self.features[name], strict=False)
         wanted = pl.Series(pl.from_arrow(pa.array([], DTYPES[spec.dtype]))).dtype
-        # The online store gives a time as its microseconds.
-        return values.cast(pl.Int64).cast(wanted) if spec.dtype == "timestamp" else values.cast(wanted)
+        if list_of(spec.dtype) is not None:
+            return pl.Series(name, self.features[name], dtype=wanted, strict=False)
+        # By the feature's type, which the values may not be of. The online store gives a time as its microseconds.
+        logged = "int64" if spec.dtype == "timestamp" else spec.dtype
+        return column_of(name, self.features[name], logged)[0].cast(wanted)
 
     def asked(self, spec: ServiceSpec) -> pa.Table:
         """The entity rows: keys and `event_timestamp`.
@@ -57,11 +62,25 @@ class Served:
         return pa.table({**columns, EVENT: pa.array(self.as_of, DTYPES["timestamp"])})
 
 
-def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> tuple[list[Served], int]:
-    """The requests that can be asked again, and how many rows of predictions cannot."""
+class Requests(NamedTuple):
+    """What a log has."""
+
+    groups: list[Served]
+    """The requests that can be asked again."""
+    left_out: int
+    """Rows of predictions that cannot."""
+    without_score: int
+    """Rows of requests that the model gave no answer to."""
+
+
+def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> Requests:
+    """The requests in a log."""
     groups: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Served] = {}
-    left_out = 0
+    left_out = without_score = 0
     for record in _since(records, since):
+        if is_faulty(record):
+            without_score += len(record["entities"])
+            continue
         keys = tuple(sorted(record["entities"][0])) if record["entities"] else ()
         if not keys or "given" not in record:
             left_out += len(record["entities"])
@@ -71,7 +90,7 @@ def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> t
             (record["version"], given, keys), Served(version=record["version"], given=given)
         )
         _add(group, record)
-    return list(groups.values()), left_out
+    return Requests(list(groups.values()), left_out, without_score)
 
 
 def _since(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> Iterator[Mapping[str, Any]]:

@@ -10,33 +10,35 @@ import json
 import time
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 import polars as pl
 import ray
 
 from cluster.entrypoint import job
-from cluster.errors import RefusedError, TrainingSetError
+from cluster.errors import TrainingSetError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
-from cluster.records import read_outcomes, read_predictions
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
 from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
-from cluster.security.keys.store import KeyStore
 from cluster.session import attach
-from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
+from cluster.storage import exists, layout, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
 from jobs.monitor.config import MonitorConfig, SplitConfig
-from jobs.monitor.frames import build
-from jobs.monitor.measures import METRICS, SHORT, Measures, drift, estimated, realised
+from jobs.monitor.frames import Frames, build
+from jobs.monitor.logged import Served, read
+from jobs.monitor.measures import METRICS, SHORT, Measure, Measures, drift, estimated, realised
 from jobs.monitor.plots import performance_plot
+from jobs.monitor.said import Output, alerted, describe
+from jobs.monitor.shares import missing_shares, unseen_shares
 from jobs.train.data import read_training_set
 
 
 @job("monitor", MonitorConfig)
 def main(config: MonitorConfig) -> None:
-    """Measure every variant and write results, plots and events."""
+    """Measure every version under each variant that it answered as, and write results, plots and events."""
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
@@ -44,57 +46,55 @@ def main(config: MonitorConfig) -> None:
     actor = act(config, attach(config), ledger, entrypoint="jobs.monitor")
     files = protected_files(actor.access)
     places = layout(config.storage)
-    registry = Registry(ledger, places)
     source = read_training_set(config.reference, files, places=places, ledger=ledger)
     reference = held_out(pl.DataFrame(pl.from_arrow(source.table)), config)
-    run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    results: dict[str, Any] = {}
-    for (variant, number), rows in logged(config, key_store(actor.access)).group_by(
-        "variant", "version", maintain_order=True
-    ):
-        version = registry.get(config.name, int(str(number)))
-        figures = measure(config, version, reference, rows, access=actor.access)
-        results[str(variant)] = figures
-        print(describe(str(variant), figures), flush=True)
-        folder = f"{places.monitor(config.name)}/{run}"
-        write_bytes(f"{folder}/{variant}.json", json.dumps(figures, indent=1).encode())
-        if figures["periods"]:
-            plot = performance_plot(str(variant), figures["periods"], metric=figures["metric"])
-            write_bytes(f"{folder}/{variant}.svg", plot.encode())
-        identities = "".join(sorted(rows["prediction_id"].to_list()))
-        event = ModelMonitored(
-            model=config.name,
-            variant=str(variant),
-            version=version.version,
-            periods=figures["periods"],
-            drift=drifted(figures),
-            inputs={
-                "reference": sha256(reference_uri),
-                "predictions": hashlib.sha256(identities.encode()).hexdigest(),
-            },
-            results=f"{run}/{variant}.json",
+    folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    logged = read(config, Registry(ledger, places), key_store(actor.access))
+    output = Output()
+    for served in logged.served:
+        figures = measure(config, served, reference, access=actor.access) | {
+            "left_out": logged.left_out(served)
+        }
+        output.add(served, figures)
+        for line in describe(served.name, figures):
+            print(line, flush=True)
+        name = file_name(served)
+        write_bytes(f"{folder}/{name}.json", json.dumps(figures, indent=1).encode())
+        if any(one["estimate"] or one["realisation"] for one in figures["periods"].values()):
+            plot = performance_plot(served.name, figures["periods"], metric=figures["metric"])
+            write_bytes(f"{folder}/{name}.svg", plot.encode())
+        event = event_of(
+            config, served, figures, reference=sha256(reference_uri), results=f"{folder}/{name}.json"
         )
         ledger.append(event, actor=actor.name)
     if config.output is not None:
-        content = {"variants": {name: one["periods"] for name, one in results.items()}, "details": results}
-        write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())
+        write_bytes(resolve(config.output), json.dumps(output.content(), indent=1).encode())
 
 
-def logged(config: MonitorConfig, store: KeyStore) -> pl.DataFrame:
-    """Predictions with their outcomes where known.
+def file_name(served: Served) -> str:
+    """Of a version's results; a variant is a client's word where a request came by no edge."""
+    return f"{quote(served.variant, safe='')}-v{served.version.version}"
 
-    Raises:
-        RefusedError: nothing was predicted yet.
-    """
-    places = layout(config.storage)
-    predictions = read_predictions(local(places.predictions(config.name)), store)
-    if predictions.is_empty():
-        raise RefusedError(f"No prediction of '{config.name}' is logged: no data, so no statement.")
-    outcomes = read_outcomes(local(places.outcomes(config.name)), store)
-    if outcomes.is_empty():
-        return predictions.with_columns(outcome=pl.lit(None))
-    known = outcomes.select("prediction_id", "row", "outcome")
-    return predictions.join(known, on=["prediction_id", "row"], how="left")
+
+def event_of(
+    config: MonitorConfig, served: Served, figures: dict[str, Any], *, reference: str, results: str
+) -> ModelMonitored:
+    """What the ledger is told."""
+    identities = [] if served.rows.is_empty() else served.rows["prediction_id"].to_list()
+    digest = hashlib.sha256("".join(sorted(identities)).encode()).hexdigest()
+    return ModelMonitored(
+        model=config.name,
+        variant=served.variant,
+        version=served.version.version,
+        periods=figures["periods"],
+        drift=alerted(figures["drift"]),
+        missing=alerted(figures["missing"]),
+        unseen=alerted(figures["unseen"]),
+        undefined=figures["undefined"],
+        left_out=figures["left_out"],
+        inputs={"reference": reference, "predictions": digest},
+        results="/".join(results.rsplit("/", 2)[1:]),
+    )
 
 
 def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
@@ -117,26 +117,56 @@ def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
 
 
 def measure(
-    config: MonitorConfig,
-    version: ModelVersion,
-    reference: pl.DataFrame,
-    rows: pl.DataFrame,
-    *,
-    access: KeyAccess,
+    config: MonitorConfig, served: Served, reference: pl.DataFrame, *, access: KeyAccess
 ) -> dict[str, Any]:
-    """All figures of one variant by chunk; too few rows give none and say so."""
+    """All figures of one version by chunk; what cannot be said has a reason under `undefined`."""
+    metric = SHORT[METRICS[Task(served.version.task)]]
+    rows = served.rows
     head = {
-        "version": version.version,
-        "metric": SHORT[METRICS[Task(version.task)]],
+        "variant": served.variant,
+        "version": served.version.version,
+        "metric": metric,
+        "rows": rows.height,
+        "outcomes": 0 if rows.is_empty() else int(rows["outcome"].is_not_null().sum()),
+    }
+    empty: dict[str, Any] = {"periods": {}, "drift": {}, "missing": {}, "unseen": {}, "undefined": {}}
+    if rows.is_empty():
+        return head | {"status": "no answer has a score: no statement"} | empty
+    everything = cut(rows, config.period, min_rows=1)
+    enough = everything.filter(pl.len().over(CHUNK) >= config.min_rows)
+    if enough.is_empty():
+        found, status = empty, f"no chunk has {config.min_rows} rows: no statement"
+    else:
+        task = _measure.remote(served.version, access, reference, enough, config.label, config.min_rows)
+        found, status = ray.get(task), "measured"
+    return head | {"status": status} | with_small(found, everything, metric=metric, min_rows=config.min_rows)
+
+
+def with_small(
+    found: dict[str, Any], everything: pl.DataFrame, *, metric: str, min_rows: int
+) -> dict[str, Any]:
+    """The figures, with the chunks that have too few rows for any."""
+    periods, undefined = dict[str, Any](), {name: dict(one) for name, one in found["undefined"].items()}
+    for (chunk,), rows in everything.group_by(CHUNK, maintain_order=True):
+        name = str(chunk)
+        periods[name] = found["periods"].get(name) or _period(metric, rows, None, None)
+        if rows.height < min_rows:
+            for figure in (f"estimated_{metric}", f"realised_{metric}", "drift"):
+                undefined.setdefault(figure, {})[name] = f"chunk below min_rows: {rows.height} of {min_rows}"
+    return found | {"periods": periods, "undefined": undefined}
+
+
+def _period(
+    metric: str, rows: pl.DataFrame, estimate: Measure | None, realisation: Measure | None
+) -> dict[str, Any]:
+    return {
+        f"estimated_{metric}": None if estimate is None else estimate.value,
+        f"realised_{metric}": None if realisation is None else realisation.value,
         "rows": rows.height,
         "outcomes": int(rows["outcome"].is_not_null().sum()),
+        "estimate": None if estimate is None else asdict(estimate),
+        "realisation": None if realisation is None else asdict(realisation),
     }
-    served = cut(rows, config.period, min_rows=config.min_rows)
-    if served.is_empty():
-        status = f"no chunk has {config.min_rows} rows: no statement"
-        return head | {"status": status, "periods": {}, "drift": {}}
-    values = ray.get(_measure.remote(version, access, reference, served, config.label, config.min_rows))
-    return head | {"status": "measured"} | values
 
 
 @ray.remote
@@ -150,53 +180,35 @@ def _measure(
 ) -> dict[str, Any]:
     model = load_model(version, key_store(access))
     frames = build(model=model, reference=reference, served=served, label=label)
+    return figures_of(frames, served, min_outcomes=min_outcomes)
+
+
+def figures_of(frames: Frames, served: pl.DataFrame, *, min_outcomes: int) -> dict[str, Any]:
+    """Everything that is measured of one version."""
     estimates, realisations = estimated(frames), realised(frames, min_outcomes=min_outcomes)
-    name = SHORT[METRICS[frames.task]]
-    periods = {}
-    for chunk in frames.chunks:
-        of_chunk = served.filter(pl.col(CHUNK) == chunk)
-        periods[chunk] = {
-            f"estimated_{name}": _value(estimates, chunk),
-            f"realised_{name}": _value(realisations, chunk),
-            "rows": of_chunk.height,
-            "outcomes": int(of_chunk["outcome"].is_not_null().sum()),
-            "estimate": asdict(estimates[chunk]) if chunk in estimates else None,
-            "realisation": asdict(realisations[chunk]) if chunk in realisations else None,
-        }
-    distances = {
-        column: {chunk: asdict(one) for chunk, one in by_chunk.items()}
-        for column, by_chunk in drift(frames).items()
+    distances, metric = drift(frames), SHORT[METRICS[frames.task]]
+    periods = {
+        chunk: _period(
+            metric,
+            served.filter(pl.col(CHUNK) == chunk),
+            estimates.measures.get(chunk),
+            realisations.measures.get(chunk),
+        )
+        for chunk in frames.chunks
     }
-    return {"periods": periods, "drift": distances}
-
-
-def _value(measures: Measures, chunk: str) -> float | None:
-    return measures[chunk].value if chunk in measures else None
-
-
-def drifted(figures: dict[str, Any]) -> dict[str, list[str]]:
-    """Column to the chunks in which it left its threshold."""
-    found = {
-        name: [chunk for chunk, one in by_chunk.items() if one["alert"]]
-        for name, by_chunk in figures["drift"].items()
+    reasons = {f"estimated_{metric}": estimates.reasons, f"realised_{metric}": realisations.reasons}
+    reasons |= {f"drift of {name}": figure.reasons for name, figure in distances.items()}
+    return {
+        "periods": periods,
+        "drift": {name: _plain(figure.measures) for name, figure in distances.items()},
+        "missing": {name: _plain(one) for name, one in missing_shares(frames).items()},
+        "unseen": {name: _plain(one) for name, one in unseen_shares(frames).items()},
+        "undefined": {name: by_chunk for name, by_chunk in reasons.items() if by_chunk},
     }
-    return {name: chunks for name, chunks in found.items() if chunks}
 
 
-def describe(variant: str, figures: dict[str, Any]) -> str:
-    """One line for people."""
-    if not figures["periods"]:
-        return f"{variant}: {figures['status']}"
-    metric = figures["metric"]
-    shown = [
-        f"{chunk} {_shown(one[f'estimated_{metric}'])} / {_shown(one[f'realised_{metric}'])}"
-        for chunk, one in figures["periods"].items()
-    ]
-    return f"{variant}: {metric} estimated / realised: {', '.join(shown)}"
-
-
-def _shown(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"
+def _plain(measures: Measures) -> dict[str, Any]:
+    return {chunk: asdict(one) for chunk, one in measures.items()}
 
 
 if __name__ == "__main__":

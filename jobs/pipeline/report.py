@@ -15,7 +15,7 @@ from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.page import DemoReport, StageRun, render
 from jobs.pipeline.runner import Runner
 from jobs.pipeline.stages import plan
-from jobs.pipeline.summary import CANDIDATES, Summary, quarantine_reasons
+from jobs.pipeline.summary import CANDIDATES, Summary, monitored, quarantine_reasons
 
 
 def write_report(
@@ -31,7 +31,7 @@ def write_report(
             for variant, output in CANDIDATES.items()
             if f"evaluate_{output}" in results
         },
-        monitor=results["monitor"],
+        monitor=monitored(results["monitor"], summary["variants"]),
         quarantine=quarantine_reasons(open_ledger(config)),
         check=results["check"],
         split_requests=_split_requests(demo),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import read_predictions
+from cluster.records import Log, read_log
 from cluster.registry import Registry
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store
@@ -24,6 +25,8 @@ from jobs.pipeline.runner import Runner
 Summary = dict[str, Any]
 CANDIDATES = {"champion": "lightgbm", "challenger": "network", "broken": "broken"}
 """Variant to the output of the job that trained it."""
+UNIT_HASH_DIGITS = 16
+"""Of the edge's hash of a unit, which is what the log has of it."""
 
 
 def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
@@ -34,11 +37,11 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     answers = _answers(demo)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.pipeline")
     log = local(places.predictions(config.name))
-    predictions = read_predictions(log, key_store(actor.access))
+    variants = _variants(config, Registry(ledger, places), results)
     summary = {
         "rows": _rows(ledger),
         "training_set": _training_set(ledger),
-        "variants": _variants(config, Registry(ledger, places), results),
+        "variants": variants,
         "requests": {
             "sent": answers.height,
             "errors": answers.filter(pl.col("status") != 200).height,
@@ -46,8 +49,8 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        **logged(predictions, answers),
-        "monitor": _monitor(results["monitor"]),
+        **logged(read_log(log, key_store(actor.access)), answers),
+        "monitor": _monitor(monitored(results["monitor"], variants)),
         "rollback_ms": results["check"]["rollback_ms"],
         "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
         "seconds": {name: round(done.seconds, 1) for name, done in runner.finished.items()},
@@ -56,18 +59,45 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     return summary
 
 
-def logged(predictions: pl.DataFrame, answers: pl.DataFrame) -> dict[str, int]:
-    """Logged predictions, and those of them whose answer never left; what shadows predicted is in neither.
+def logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
+    """Logged predictions of the demo's own client, and those of them whose answer never left; what shadows predicted is
+    in neither, nor is what other clients asked.
+
+    A prediction is the demo's where the client has its id, or where it is of a person whose request got no answer.
 
     Args:
-        predictions: as `read_predictions` gives them, a row for each entity.
-        answers: that clients got, with their `prediction_id`.
+        log: of the model.
+        answers: to each of the client's requests, with `person_id` and, where it was answered, `prediction_id`.
     """
-    orphans = predictions.join(answers, on="prediction_id", how="anti")
+    failed = answers.filter(pl.col("prediction_id").is_null())["person_id"].to_list()
+    units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS] for key in failed}
+    ids = set(answers["prediction_id"].drop_nulls().to_list())
+    rows = [] if log.answers.is_empty() else log.answers.select("prediction_id", "unit_hash").rows()
+    answered = {prediction_id for prediction_id, _ in rows} & ids
+    orphans = {prediction_id for prediction_id, unit in rows if unit in units} - ids
+    everybody = {prediction_id for prediction_id, _ in rows}
+    unscored = 0 if log.failures.is_empty() else log.failures["prediction_id"].n_unique()
     return {
-        "prediction_log_rows": predictions["prediction_id"].n_unique(),
-        "orphans": orphans["prediction_id"].n_unique(),
+        "prediction_log_rows": len(answered | orphans),
+        "orphans": len(orphans),
+        "others": len(everybody - answered - orphans),
+        "without_score": unscored,
     }
+
+
+def monitored(output: dict[str, Any], variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The monitoring job's output with the demo's own version of each variant, or else its newest one.
+
+    The file of an older demo has one version a variant, and no version's number.
+    """
+    found: dict[str, dict[str, Any]] = {"variants": {}, "details": {}}
+    for variant, details in output["details"].items():
+        versions = {str(details["version"]): details} if "periods" in details else details
+        own = str(variants.get(variant, {}).get("version"))
+        chosen = versions[own if own in versions else max(versions, key=int)]
+        found["variants"][variant] = chosen["periods"]
+        found["details"][variant] = chosen
+    return found
 
 
 def quarantine_reasons(ledger: Ledger) -> dict[str, dict[str, int]]:

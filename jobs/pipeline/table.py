@@ -59,6 +59,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     lines.append(
         ("log rows", f"{summary['prediction_log_rows']:,}, of them {summary['orphans']} without an answer")
     )
+    if others := summary["others"]:
+        lines.append(("other clients", f"{others:,} logged predictions"))
     lines += [
         (f"share {variant}", f"{share['share']:.3f} (weight {share['weight']:.2f})")
         for variant, share in summary["shares"].items()

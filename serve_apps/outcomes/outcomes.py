@@ -5,28 +5,32 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import InvalidRequest, ModelNotFound
+from cluster.errors import InvalidRequest, ModelNotFound, RefusedError
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
 from cluster.ledger.events import OutcomesReceived
 from cluster.records import OutcomeRecord
 from cluster.registry import Registry
+from cluster.runtime import Truths
+from cluster.runtime.loader import load_signature
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.keys.store import KeyNotFound
+from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.access import AccessCheck
-from serve_apps.http import Unavailable, answer, read_json, refusal
+from serve_apps.http import LOG, Unavailable, answer, read_json, refusal
 from serve_apps.predictor.log_keys import outcome_key
-from serve_apps.predictor.request import MAX_ENTITIES, to_utc
+from serve_apps.predictor.request import MAX_ENTITIES, shown, to_utc
 from serve_apps.record_log import RecordLog
 from serve_apps.replica_process import prepare_replica
 
@@ -77,6 +81,63 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
     )
 
 
+def meant(records: list[OutcomeRecord], truths: Sequence[Truths]) -> list[OutcomeRecord]:
+    """The outcomes with the class or the number that each means, for any version that may have been asked.
+
+    Raises:
+        InvalidRequest: naming the first that means nothing to any of them.
+    """
+    found = []
+    for position, record in enumerate(records):
+        values = (one.of(record.outcome) for one in truths)
+        value = next((value for value in values if value is not None), None)
+        if value is None:
+            wanted = " or ".join(dict.fromkeys(one.wanted for one in truths))
+            raise InvalidRequest(
+                f"outcomes[{position}].outcome must be {wanted}, got {shown(record.outcome)}."
+            )
+        found.append(record if value is record.outcome else replace(record, outcome=value))
+    return found
+
+
+class Expected:
+    """What outcomes of each model may be, by all its versions: an answer may be of an old one."""
+
+    def __init__(self, registry: Registry, store: KeyStore) -> None:
+        self._registry = registry
+        self._store = store
+        self._known: dict[str, dict[int, Truths]] = {}
+
+    def of(self, model: str) -> list[Truths]:
+        """Of each version, the newest first.
+
+        Raises:
+            ModelNotFound: it has none.
+            Unavailable: no version's signature can be read.
+        """
+        try:
+            self._learn(model)
+        except sa.exc.OperationalError as error:  # a full disk, say; what is known of the model has to do
+            LOG.warning("the registry cannot be read: %s", error)
+        known = self._known.get(model)
+        if not known:
+            raise Unavailable(f"No signature of '{model}' can be read, so no outcome can be checked.")
+        return [known[number] for number in sorted(known, reverse=True)]
+
+    def _learn(self, model: str) -> None:
+        """Take up versions that are new."""
+        numbers = self._registry.versions(model)
+        if not numbers:
+            raise ModelNotFound(f"No model '{model}'.")
+        known = self._known.setdefault(model, {})
+        for number in numbers:
+            if number not in known:
+                try:
+                    known[number] = Truths(load_signature(self._registry.get(model, number), self._store))
+                except (RefusedError, OSError) as error:  # such a version cannot serve, and the others may
+                    LOG.warning("the signature of %s version %s cannot be read: %s", model, number, error)
+
+
 class Outcomes:
     """Takes outcomes of all models."""
 
@@ -90,12 +151,12 @@ class Outcomes:
         prepare_replica(self, at_once=platform.replica.max_ongoing_requests)
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)
-        self._registry = Registry(self._ledger, self._places)
         self._region = platform.cluster.region
         every = Resource(kind="outcomes", name="*", region=self._region)
         self._access = AccessCheck.of(platform, every, self._ledger)
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._durability = platform.replica.durability
+        self._expected = Expected(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}
 
     def __del__(self) -> None:
@@ -113,6 +174,7 @@ class Outcomes:
             model, records = parse_outcomes(body, received_at=dt.datetime.now(dt.UTC))
             mine = Resource(kind="model", name=model, region=self._region)
             self._access.check(principal, Action.write_outcome, mine)
+            records = meant(records, self._expected.of(model))
             await self._write(model, records, actor=f"{principal.role}:{principal.subject}")
             return answer({"accepted": len(records)})
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
@@ -120,8 +182,6 @@ class Outcomes:
 
     async def _write(self, model: str, records: list[OutcomeRecord], *, actor: str) -> None:
         if model not in self._logs:
-            if model not in self._registry.names():
-                raise ModelNotFound(f"No model '{model}'.")
             self._logs[model] = self._open_log(model)
         log = self._logs[model]
         log.append(*records)

@@ -15,7 +15,7 @@ import orjson
 from cluster.errors import InvalidRequest, nearest
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
 from serve_apps.http import parse_json
-from serve_apps.predictor.request import shown
+from serve_apps.predictor.request import fit_values, shown
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
 
 PLATFORM = "falaj"
@@ -100,13 +100,13 @@ def parse_infer(
     count: int | None = None
     for content in tensors:
         tensor = read_tensor(content, raw)
-        _check_input(inputs.get(tensor.name), tensor, inputs)
+        values = _input_values(inputs.get(tensor.name), tensor, inputs)
         if tensor.name in columns:
             raise InvalidRequest(f"Input '{tensor.name}' is given twice.")
         count = len(tensor.values) if count is None else count
         if len(tensor.values) != count:
             raise InvalidRequest(f"Input '{tensor.name}' has {len(tensor.values)} values for {count} rows.")
-        columns[tensor.name] = _values(tensor, inputs[tensor.name])
+        columns[tensor.name] = values
     raw.finish()
     if missing := inputs.keys() - columns.keys():
         raise InvalidRequest(f"Input '{min(missing)}' is missing; the model takes {len(inputs)} inputs.")
@@ -217,7 +217,7 @@ def label_datatype(signature: ModelSignature) -> str:
             return "BYTES"
 
 
-def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> None:
+def _input_values(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> list[Any]:
     if spec is None:
         raise InvalidRequest(f"The model has no input '{tensor.name}'.{nearest(tensor.name, inputs)}")
     wanted = DATATYPES[datatype(spec.dtype)]
@@ -225,20 +225,13 @@ def _check_input(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, Input
         raise InvalidRequest(
             f"Input '{spec.name}' must be {wanted.kind.value} ({wanted.name}), got {tensor.datatype.name}."
         )
-
-
-def _values(tensor: Tensor, spec: InputSpec) -> list[Any]:
-    """A tensor's rows as the input takes them.
-
-    Raises:
-        InvalidRequest: another shape than the input has.
-    """
     if tensor.width != spec.width:
         shape = "[n] or [n, 1]" if spec.length is None else f"[n, {spec.length}]"
         raise InvalidRequest(f"Input '{spec.name}' has {tensor.width} values a row; give shape {shape}.")
     if spec.length == 1:
         return [None if value is None else [value] for value in tensor.values]
-    return tensor.values
+    # A tensor of the input's own datatype has its values alone; one of FP64 may hold 1.5 for an input of INT64.
+    return tensor.values if tensor.datatype is wanted else fit_values(spec, tensor.values)
 
 
 def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:

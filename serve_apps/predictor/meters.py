@@ -28,7 +28,12 @@ class Meters:
             boundaries=[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5],
             tag_keys=_TAGS,
         )
-        for meter in (self._answered, self._seconds):
+        self._without_score = metrics.Counter(
+            "falaj_predictions_without_score",
+            "requests for which the model gave no finite score",
+            tag_keys=_TAGS,
+        )
+        for meter in (self._answered, self._seconds, self._without_score):
             meter.set_default_tags(dict(tags))  # Serve writes its own tags into what it is given
         self._untold: Counter[int] = Counter()
 
@@ -38,6 +43,10 @@ class Meters:
             asyncio.get_running_loop().call_later(TELL_EVERY_S, self._tell)
         self._untold[status] += 1
         self._seconds.observe(took_s)
+
+    def without_score(self) -> None:
+        """Count a request that the model gave no usable score for."""
+        self._without_score.inc()
 
     def _tell(self) -> None:
         for status, count in self._untold.items():

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cluster.errors import ModelFailed
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
 from serve_apps.http import answer, parse_json, read_body, refusal
@@ -110,23 +111,37 @@ class Predictor:
             case Operation.ready:
                 return answer({"name": name, "ready": True})
 
-    async def _rows(self, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-        # Encoded one by one, so that what cannot be encoded refuses its own request alone.
-        if self._batches is None:
-            return self._model.predict(columns).rows()
-        return (await self._batches.predict(self._model.encode(columns))).rows()
+    async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
+        """The answer as rows; or none, and why the model has no answer."""
+        try:
+            # Encoded one by one, so that what cannot be encoded refuses its own request alone.
+            if self._batches is None:
+                return self._model.predict(columns).checked().rows(), ""
+            return (await self._batches.predict(self._model.encode(columns))).checked().rows(), ""
+        except ModelFailed as failed:
+            self._meters.without_score()
+            return [], str(failed)
+
+    def _failed(self, fault: str, prediction_id: str) -> Response:
+        """503, so that it counts as a failure of the arm that the request was in."""
+        what = f"Model '{self._version.name}' version {self._version.version} {fault}, so there is no answer."
+        response = refusal(ModelFailed(what))
+        response.headers[PREDICTION_ID] = prediction_id
+        return response
 
     async def _predict(self, request: Request, body: dict[str, Any]) -> Response:
         now = dt.datetime.now(dt.UTC)
         asked = parse_predict(body, self._askable, now=now)
         inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
-        rows = await self._rows(inputs.columns)
+        rows, fault = await self._rows(inputs.columns)
         given = sorted(asked.overrides)
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
         columns = inputs.columns | said
         prediction_id = self._write(
-            request, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted
+            request, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted, fault
         )
+        if fault:
+            return self._failed(fault, prediction_id)
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
@@ -143,11 +158,13 @@ class Predictor:
         length = request.headers.getlist(inference_protocol.JSON_LENGTH)
         content, raw = inference_protocol.split_body(body, length)
         asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
-        rows = await self._rows(asked.columns)
-        entities: list[dict[str, Any]] = [{} for _ in rows]
+        rows, fault = await self._rows(asked.columns)
+        entities: list[dict[str, Any]] = [{} for _ in range(asked.count)]
         given = sorted(asked.columns)
         now = dt.datetime.now(dt.UTC)
-        prediction_id = self._write(request, now, now, entities, asked.columns, rows, given)
+        prediction_id = self._write(request, now, now, entities, asked.columns, rows, given, None, fault)
+        if fault:
+            return self._failed(fault, prediction_id)
         head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
@@ -171,7 +188,8 @@ class Predictor:
         columns: dict[str, list[Any]],
         rows: list[dict[str, Any]],
         given: list[str],
-        defaulted: dict[str, list[int]] | None = None,
+        defaulted: dict[str, list[int]] | None,
+        fault: str,
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
         headers = request.headers
@@ -193,6 +211,7 @@ class Predictor:
             predictions=rows,
             given=given,
             defaulted=defaulted or {},
+            fault=fault,
         )
         self._log.append(record)
         return prediction_id

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.errors import InvalidRequest, did_you_mean, nearest
 from cluster.runtime.list_encoding import list_row
 from cluster.runtime.signature import InputSpec
+from cluster.runtime.values import NotOfType, value_type
 from feature_jobs.store.catalog import FieldSpec
 from feature_jobs.store.dtypes import from_json, list_of
 
@@ -64,38 +65,56 @@ def override(inputs: Mapping[str, Asked], name: str, value: Any, count: int) -> 
     values = value if several else [value] * count
     if len(values) != count:
         raise InvalidRequest(f"Input '{name}' has {len(values)} values for {count} entities.")
-    for one in values:
-        check_value(spec, one)
-    return values
+    return fit_values(spec, values)
 
 
-def check_value(spec: Asked, value: Any) -> None:
-    """Refuse what is no value of the input's type; null is always allowed.
+def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
+    """The values as the input's type has them; null is always allowed.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: one is not of the type.
     """
+    if isinstance(spec, FieldSpec) or spec.length is not None:
+        for value in values:
+            _check_rich(spec, value)
+        return values
+    kind = value_type(spec.dtype)
+    if kind is None:
+        return _fit_unknown(spec, values)
+    try:
+        return list(kind.fit(values))
+    except NotOfType as error:
+        if isinstance(error.value, dict | list):
+            got = type(error.value).__name__
+            raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {got}.") from error
+        raise InvalidRequest(
+            f"Input '{spec.name}' must be {error.wanted}, got {shown(error.value)}."
+        ) from error
+
+
+def _check_rich(spec: Asked, value: Any) -> None:
+    """Refuse what is no list, date, time, decimal or bytes as the input has them; null is always allowed."""
     if value is None:
         return
-    if isinstance(spec, FieldSpec):
-        try:
-            from_json(value, spec.dtype)
-        except ValueError as error:
-            raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}: {error}.") from error
+    if isinstance(spec, InputSpec):
+        list_row(spec, spec.width, value)
         return
-    if spec.length is not None:
-        list_row(spec, spec.length, value)
-        return
-    if isinstance(value, dict | list):
-        raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
-    textual = spec.dtype in ("string", "large_string")
-    if isinstance(value, str) != textual:
-        wanted = "text" if textual else "a number"
-        raise InvalidRequest(f"Input '{spec.name}' must be {wanted}, got {shown(value)}.")
-    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
-        raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        raise InvalidRequest(f"Input '{spec.name}' must be finite, got {value}.")
+    try:
+        from_json(value, spec.dtype)
+    except ValueError as error:
+        raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}: {error}.") from error
+
+
+def _fit_unknown(spec: InputSpec, values: list[Any]) -> list[Scalar]:
+    """Of a type that has no plain values of its own: numbers, as ever."""
+    for value in values:
+        if isinstance(value, dict | list):
+            raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
+        if isinstance(value, str):
+            raise InvalidRequest(f"Input '{spec.name}' must be a number, got {shown(value)}.")
+        if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+            raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
+    return values
 
 
 def shown(value: Any) -> str:

@@ -50,7 +50,7 @@ class Datatype:
 def _whole(name: str, item: str) -> Datatype:
     bounds = np.iinfo(item)
     # The log and what reads it know no number beyond 64 bits with a sign.
-    limits = (int(bounds.min), min(int(bounds.max), MAX_INTEGER - 1))
+    limits = (max(int(bounds.min), 1 - MAX_INTEGER), min(int(bounds.max), MAX_INTEGER - 1))
     return Datatype(name=name, kind=Kind.number, types=frozenset({int}), item=item, limits=limits)
 
 

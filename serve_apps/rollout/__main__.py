@@ -6,8 +6,10 @@ import enum
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import polars as pl
 
 from cluster.entrypoint import job
 from cluster.errors import ModelNotFound, RolloutError, did_you_mean
@@ -21,10 +23,10 @@ from cluster.ledger.events import (
     ShadowStarted,
     ShadowStopped,
 )
-from cluster.records import SHADOW, read_outcomes, read_predictions
+from cluster.records import SHADOW, all_outcomes, match, read_log
 from cluster.registry import CHAMPION, ModelVersion, Registry
-from cluster.runtime.loader import read_file
-from cluster.runtime.signature import SIGNATURE_FILE, parse_signature
+from cluster.runtime import Truths
+from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
@@ -243,18 +245,34 @@ def stop_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: Mode
 def find(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
     """The finding over the rollout's own predictions and their outcomes."""
     places = layout(config.storage)
-    version = Registry(ledger, places).get(config.name, rollout.treatment_version)
-    store = key_store(actor.access)
-    signature = parse_signature(read_file(version, SIGNATURE_FILE, store))
-    predictions = read_predictions(local(places.predictions(config.name)), store)
-    outcomes = read_outcomes(local(places.outcomes(config.name)), store)
-    if predictions.is_empty() or outcomes.is_empty():
+    registry, store = Registry(ledger, places), key_store(actor.access)
+    log = read_log(local(places.predictions(config.name)), store)
+    outcomes = list(all_outcomes(local(places.outcomes(config.name)), store))
+    if log.answers.is_empty() or not outcomes:
         raise RolloutError(
             f"'{config.name}' has no predictions with outcomes yet; there is nothing to judge."
         )
-    mine = predictions.filter(predictions["rollout"] == rollout.id)
-    matched = mine.join(outcomes, on=["prediction_id", "row"], how="inner")
-    return judge(matched, signature=signature, min_outcomes=config.min_outcomes, max_drop=config.max_drop)
+    of_rollout = log.answers.filter(pl.col("rollout") == rollout.id)
+    numbers = {rollout.treatment_version, *of_rollout["version"].to_list()}
+    signatures = {number: load_signature(registry.get(config.name, number), store) for number in numbers}
+    matched = match(log.answers, outcomes, {number: Truths(one) for number, one in signatures.items()})
+    finding = judge(
+        matched.answers.filter(pl.col("rollout") == rollout.id),
+        signature=signatures[rollout.treatment_version],
+        min_outcomes=config.min_outcomes,
+        max_drop=config.max_drop,
+    )
+    failed = (
+        []
+        if log.failures.is_empty()
+        else log.failures.filter(pl.col("rollout") == rollout.id)["arm"].to_list()
+    )
+    return replace(
+        finding,
+        unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,
+        treatment_failures=failed.count("treatment"),
+        control_failures=failed.count("control"),
+    )
 
 
 if __name__ == "__main__":

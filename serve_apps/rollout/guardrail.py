@@ -8,14 +8,14 @@ is passed over: whoever may post outcomes must not be able to keep a bad version
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
 
+from cluster.records.matching import ODD
 from cluster.runtime.signature import ModelSignature, Task
+from cluster.runtime.truths import Truths
 
 
 class Verdict(enum.StrEnum):
@@ -24,6 +24,8 @@ class Verdict(enum.StrEnum):
     too_few = "too_few"
     holds = "holds"
     breached = "breached"
+    undefined = "undefined"
+    """There are outcomes enough, but the metric says nothing of them: all are of one class, or one number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,13 @@ class Finding:
     treatment_outcomes: int
     """That count: those which the model can have meant."""
     control_outcomes: int
+    odd_outcomes: int = 0
+    """Of either arm, that the model cannot have meant."""
+    unknown_outcomes: int = 0
+    """Of the whole model, for answers or rows that nobody logged."""
+    treatment_failures: int = 0
+    """Rows that the version gave no finite score for; they have no outcome and are in no figure."""
+    control_failures: int = 0
 
 
 def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int, max_drop: float) -> Finding:
@@ -50,6 +59,8 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
         max_drop: how far the treatment's metric may lie below the control's.
     """
     task = signature.task
+    arms_only = matched.filter(pl.col("arm").is_in(["treatment", "control"]))
+    odd = int(arms_only[ODD].sum()) if ODD in matched.columns else 0
     usable = matched.with_columns(pl.Series(TRUTH, truths(matched["outcome"], signature), dtype=pl.Float64))
     usable = usable.filter(pl.col(TRUTH).is_not_null())
     arms = {arm: usable.filter(pl.col("arm") == arm) for arm in ("treatment", "control")}
@@ -58,8 +69,10 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
         arm: score(frame, signature) if counts[arm] >= min_outcomes else None for arm, frame in arms.items()
     }
     treatment, control = scores["treatment"], scores["control"]
-    if treatment is None or control is None:
+    if min(counts.values()) < min_outcomes:
         verdict = Verdict.too_few
+    elif treatment is None or control is None:
+        verdict = Verdict.undefined
     else:
         verdict = Verdict.breached if treatment < control - max_drop else Verdict.holds
     return Finding(
@@ -69,6 +82,7 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
         control=control,
         treatment_outcomes=counts["treatment"],
         control_outcomes=counts["control"],
+        odd_outcomes=odd,
     )
 
 
@@ -78,11 +92,12 @@ TRUTH = "_truth"
 
 def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
     """Values as the task compares them: a class's position, or a finite number; null for anything else."""
-    keys = [_key(value) for value in values.to_list()]
+    meant = Truths(signature)
+    found = [None if value is None else meant.of(value) for value in values.to_list()]
     if signature.classes is None:
-        return [key if isinstance(key, float) and math.isfinite(key) else None for key in keys]
-    positions = {_key(name): float(position) for position, name in enumerate(signature.classes)}
-    return [positions.get(key) for key in keys]
+        return [None if value is None else float(value) for value in found]
+    positions = {name: float(position) for position, name in enumerate(signature.classes)}
+    return [None if value is None else positions[value] for value in found]
 
 
 def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
@@ -103,11 +118,3 @@ def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
             return (
                 None if spread == 0 else 1 - float(((truth - frame["value"].to_numpy()) ** 2).sum()) / spread
             )
-
-
-def _key(value: Any) -> float | str:
-    # One text among the outcomes makes a column of texts, so 1, 1.0, True and "1" have to be the same class.
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value)

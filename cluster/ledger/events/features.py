@@ -174,6 +174,8 @@ class SkewChecked(LedgerEvent):
     features: dict[str, Json]
     """Feature to its counts by verdict and its SMAPE."""
     report: str
+    rows_without_score: int = 0
+    """Entities that the model gave no finite score for; older events do not have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

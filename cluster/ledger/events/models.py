@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.ledger.events.base import Json, LedgerEvent
 
@@ -165,3 +165,11 @@ class ModelMonitored(LedgerEvent):
     drift: dict[str, Json]
     inputs: dict[str, str]
     results: str
+    missing: dict[str, Json] = field(default_factory=dict)
+    """Input to the chunks in which its share of nulls left its threshold; older events lack this and what follows."""
+    unseen: dict[str, Json] = field(default_factory=dict)
+    """Input to the chunks with unusually many values that the model does not know."""
+    undefined: dict[str, Json] = field(default_factory=dict)
+    """Figure to chunk to why it has no value, or no threshold."""
+    left_out: dict[str, Json] = field(default_factory=dict)
+    """What is in no figure: how many, by why."""

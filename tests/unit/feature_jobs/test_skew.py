@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -178,30 +179,47 @@ def test_what_was_not_read_online_is_left_out_and_counted() -> None:
     old = record(0)
     del old["given"]
     brought = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
-    groups, left_out = served([old, brought, record(2), record(3)], since=None)
+    groups, left_out, _ = served([old, brought, record(2), record(3)], since=None)
     assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
     assert left_out == 4
-    [late], _ = served([record(2), record(3)], since=at(13))
+    [late], *_ = served([record(2), record(3)], since=at(13))
     assert late.ids == [("p3", 0), ("p3", 1)]
+
+
+def test_requests_without_an_answer_are_not_compared_and_counted() -> None:
+    """As replicas log them now, and as an older release did: with a null for a NaN."""
+    nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
+    found = served(
+        [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
+    )
+    assert found == ([], 0, 4)
+
+
+def test_served_values_are_read_by_the_features_own_type() -> None:
+    """What somebody else sent beside them changes no digit."""
+    large = 2**53 + 1
+    [group], *_ = served([record(1, features={"person__seen": [large, 1.5]})], since=None)
+    spec = next(one for one in SERVICE.views[0].fields if one.name == "seen")
+    assert group.column("person__seen", dataclasses.replace(spec, dtype="int64")).to_list() == [large, None]
 
 
 def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:
     """Each group can be asked for in one join."""
-    groups, _ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
+    groups, *_ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
     assert [(group.version, group.given) for group in groups] == [(1, ()), (2, ()), (1, ("person__seen",))]
 
 
 def test_a_key_that_was_read_before_is_the_one_that_was_served() -> None:
     """Unless the client gave it, because then another one was read."""
-    [group], _ = served([record(1)], since=None)
+    [group], *_ = served([record(1)], since=None)
     assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
-    [given], _ = served([record(1, given=["person__age_band"])], since=None)
+    [given], *_ = served([record(1, given=["person__age_band"])], since=None)
     assert "age_band" not in given.asked(SERVICE).column_names
 
 
 def test_a_served_time_is_the_instant_it_was() -> None:
     """The online store gives microseconds."""
-    [group], _ = served([record(1)], since=None)
+    [group], *_ = served([record(1)], since=None)
     seen = group.column("person__seen", PERSON.fields[1])
     assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]
 

@@ -101,7 +101,7 @@ def checked(
         "given": list(given),
         "defaulted": defaulted or {},
     }
-    [group], _ = served([record], since=None)
+    [group], *_ = served([record], since=None)
     result = Result(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
     compare(SERVICE, tables, group, result)  # type: ignore[arg-type]
     return result

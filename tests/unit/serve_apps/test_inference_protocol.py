@@ -111,6 +111,17 @@ def test_tensors_that_do_not_fit_are_named(tensors: list[Any], said: str) -> Non
         parse(*tensors, raw=b"")
 
 
+def test_a_tensor_of_another_number_type_has_the_inputs_own_values() -> None:
+    """Clients send FP64 for all numbers: 50.0 is the whole number 50, and 1.5 is none."""
+    count = InputSpec(name="p__count", dtype="int64")
+    assert column(tensor("p__count", [50.0, None], "FP64"), count) == [50, None]
+    small = InputSpec(name="p__count", dtype="int8")
+    assert column(tensor("p__count", [127], "INT64"), small) == [127]
+    for spec, wrong in ((count, 1.5), (count, 2.0**60), (small, 128.0)):
+        with pytest.raises(InvalidRequest, match=r"p__count.*a whole number"):
+            column(tensor("p__count", [1.0, wrong], "FP64"), spec)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -22,7 +22,10 @@ from serve_apps.predictor.request import parse_predict
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 AGE = InputSpec(name="p__age", dtype="float64")
 SEX = InputSpec(name="p__sex", dtype="string", categories=("1", "2"))
-INPUTS = {spec.name: spec for spec in (AGE, SEX)}
+COUNT = InputSpec(name="p__count", dtype="int64")
+TINY = InputSpec(name="p__tiny", dtype="int8", categories=(1, 2))
+FLAG = InputSpec(name="p__flag", dtype="bool")
+INPUTS = {spec.name: spec for spec in (AGE, SEX, COUNT, TINY, FLAG)}
 
 
 def test_a_request_by_key_with_an_override_and_a_moment() -> None:
@@ -32,6 +35,13 @@ def test_a_request_by_key_with_an_override_and_a_moment() -> None:
     assert asked.overrides == {"p__age": [41, 41]}
     assert asked.as_of == dt.datetime(2016, 12, 31, tzinfo=dt.UTC)
     assert parse_predict({"entities": [{"id": 1}]}, INPUTS, now=NOW).as_of == NOW
+
+
+def test_a_whole_number_is_one_however_json_writes_it() -> None:
+    """50.0 is 50; beside it, 2^53 + 1 keeps its digits."""
+    body = {"entities": [{"id": 1}] * 3, "features": {"p__count": [50.0, 2**53 + 1, None]}}
+    found = parse_predict(body, INPUTS, now=NOW).overrides["p__count"]
+    assert (found, list(map(type, found))) == ([50, 2**53 + 1, None], [int, int, type(None)])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,20 @@ def test_a_request_by_key_with_an_override_and_a_moment() -> None:
         ({"entities": [{"id": 1}], "features": {"p__age": {"a": 1}}}, "single value"),
         ({"entities": [{"id": 1}], "features": {"p__age": float("nan")}}, "finite"),
         ({"entities": [{"id": 1}], "features": {"p__sex": 1}}, "p__sex.*text"),
+        (
+            {"entities": [{"id": 1}], "features": {"p__count": 50.5}},
+            r"p__count.*a whole number \(int64\), got 50.5",
+        ),
+        ({"entities": [{"id": 1}], "features": {"p__count": True}}, "p__count.*a whole number"),
+        (
+            {"entities": [{"id": 1}], "features": {"p__count": 2**63}},
+            "p__count.*from -9223372036854775807 to",
+        ),
+        ({"entities": [{"id": 1}], "features": {"p__count": 1e300}}, "p__count.*a whole number"),
+        ({"entities": [{"id": 1}], "features": {"p__tiny": 300}}, "p__tiny.*from -128 to 127"),
+        ({"entities": [{"id": 1}], "features": {"p__tiny": 1.5}}, "p__tiny.*a whole number"),
+        ({"entities": [{"id": 1}], "features": {"p__flag": 1}}, "p__flag.*true or false"),
+        ({"entities": [{"id": 1}], "features": {"p__age": True}}, "p__age.*a number"),
         ({"entities": [{"id": 1}], "features": {"p__ag": 1}}, "Did you mean 'p__age'"),
         ({"entities": [{"id": 1}], "as_of": "yesterday"}, "as_of"),
         ({"entities": [{"id": 1}], "as_of": 5}, "as_of"),

@@ -153,6 +153,12 @@ def test_a_wrong_outcome_cannot_stop_the_rule(hostile: str | float) -> None:
     assert finding.treatment_outcomes == 200 + (hostile is True)
 
 
+def test_outcomes_of_one_class_are_no_verdict() -> None:
+    """There are enough, but the metric says nothing of them: neither too few, nor a success."""
+    finding = judge(matched([(1, 0.9)] * 200, GOOD), signature=BINARY, min_outcomes=100, max_drop=0.05)
+    assert (finding.verdict, finding.treatment, finding.treatment_outcomes) == (Verdict.undefined, None, 200)
+
+
 def test_the_positive_class_is_the_models_second() -> None:
     """Not the greater one of the outcomes' values."""
     frame = matched(GOOD, GOOD).with_columns(

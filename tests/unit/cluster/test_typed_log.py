@@ -1,0 +1,176 @@
+"""A log in the types of its models: exact, whatever was written beside, and with what has no answer or meaning counted
+apart. Compacted or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.records import (
+    OutcomeRecord,
+    SegmentWriter,
+    all_outcomes,
+    match,
+    read_log,
+    read_outcomes,
+    read_predictions,
+    typed,
+)
+from cluster.records.compaction import compact
+from cluster.records.matching import ODD
+from cluster.runtime import InputSpec, ModelSignature, Task, Truths
+from cluster.security.keys.keyring import Keyring
+from cluster.security.keys.store import KeyInfo
+from cluster.security.parquet import ProtectedFiles
+from tests.unit.cluster.test_records import prediction
+
+LARGE = 2**53 + 1
+PERSONAL, OUTCOMES = "predictions/m/personal", "outcomes/m/sensitive"
+FLAGS = ModelSignature(
+    task=Task.binary, inputs=(InputSpec(name="x", dtype="int64"),), label="y", classes=(False, True)
+)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
+    for name in (PERSONAL, OUTCOMES):
+        keyring.ensure(KeyInfo(name=name))
+    return keyring
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "predictions" / "m"
+
+
+@pytest.fixture
+def outcomes(tmp_path: Path) -> Path:
+    return tmp_path / "outcomes" / "m"
+
+
+def answer(number: int, *values: Any, version: int = 1, name: str = "x", **changes: Any) -> Any:
+    record = replace(
+        prediction(number),
+        version=version,
+        entities=[{"id": row} for row in range(len(values))],
+        features={name: list(values)},
+        predictions=[{"probability": 0.75, "label": True} for _ in values],
+    )
+    return replace(record, **changes)
+
+
+def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False) -> None:
+    writer = SegmentWriter(
+        folder, store=keyring, key=PERSONAL if folder.parts[-2] == "predictions" else OUTCOMES
+    )
+    writer.append(*records)
+    writer.close()
+    if compacted:
+        compact(folder, store=keyring, files=ProtectedFiles(keyring))
+
+
+def outcome(number: int, value: Any, *, second: int = 0, row: int = 0) -> OutcomeRecord:
+    received = f"2026-01-01T00:00:{second:02}+00:00"
+    return OutcomeRecord(
+        prediction_id=f"p{number}", row=row, outcome=value, observed_at=received, received_at=received
+    )
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_no_client_changes_what_another_one_sent(log: Path, keyring: Keyring, compacted: bool) -> None:
+    """An older release took 1.5 for a whole number: it counts as odd, and 2^53 + 1 keeps all its digits."""
+    records = [answer(1, LARGE, 7.0), answer(2, 1.5), answer(3, "x"), answer(4, True), answer(5, 2**63)]
+    write(log, keyring, *records, answer(6, "old", version=2), compacted=compacted)
+    answers = read_predictions(log, keyring)
+    mine = typed(answers.filter(version=1), FLAGS)
+    assert mine.rows["x"].to_list() == [LARGE, 7, None, None, None, None]
+    assert mine.odd == {"x": 4}
+    texts = replace(FLAGS, inputs=(InputSpec(name="x", dtype="string", categories=("old",)),))
+    assert typed(answers.filter(version=2), texts).rows["x"].to_list() == ["old"]
+
+
+def test_an_input_that_no_record_has_is_null(log: Path, keyring: Keyring) -> None:
+    """And not an end of all reading."""
+    write(log, keyring, answer(1, 5, name="other"))
+    assert typed(read_predictions(log, keyring), FLAGS).rows["x"].to_list() == [None]
+
+
+def test_probabilities_of_versions_with_other_classes_are_all_read(log: Path, keyring: Keyring) -> None:
+    """Each version by its own classes."""
+    for version, classes in ((1, ("a", "b", "c")), (2, ("b", "c", "d"))):
+        shares = dict(zip(classes, (0.25, 0.5, 0.25), strict=True))
+        found = [{"probabilities": shares, "label": classes[1]}]
+        write(log, keyring, answer(version, 5, version=version, predictions=found))
+    signature = replace(FLAGS, task=Task.multiclass, classes=("b", "c", "d"))
+    mine = typed(read_predictions(log, keyring).filter(version=2), signature).rows
+    assert mine["probabilities"].to_list() == [{"b": 0.25, "c": 0.5, "d": 0.25}]
+    assert mine["label"].to_list() == ["c"]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_record_without_a_score_is_in_no_figure_and_counted(
+    log: Path, keyring: Keyring, compacted: bool
+) -> None:
+    """As replicas write it, and as an older release did: a NaN became null beside a label."""
+    old = [{"probability": None, "label": False}, {"probability": 0.5, "label": True}]
+    older = [{"probabilities": {"a": None, "b": None}, "label": "a"}]
+    write(
+        log,
+        keyring,
+        answer(1, 1, 2, predictions=[], fault="gave no finite score for 1 of 2 rows"),
+        answer(2, 3, 4, predictions=old),
+        answer(3, 5, predictions=older),
+        answer(4, 6, predictions=[{"value": None}]),
+        compacted=compacted,
+    )
+    found = read_log(log, keyring)
+    assert found.answers.select("prediction_id", "row").rows() == [("p2", 1)]
+    assert found.failures.select("prediction_id", "row", "fault").rows() == [
+        ("p1", 0, "gave no finite score for 1 of 2 rows"),
+        ("p1", 1, "gave no finite score for 1 of 2 rows"),
+        ("p2", 0, "no finite score"),
+        ("p3", 0, "no finite score"),
+        ("p4", 0, "no finite score"),
+    ]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_odd_and_unknown_outcomes_are_counted_and_change_no_other(
+    log: Path, outcomes: Path, keyring: Keyring, compacted: bool
+) -> None:
+    """A text among flags, for an answer that was never given, was enough to turn all of them into texts."""
+    write(log, keyring, answer(1, 1, 2), answer(2, 3), answer(3, 4), answer(4, 5))
+    posted = [
+        outcome(1, True),
+        outcome(1, 0, row=1),
+        outcome(77, "true"),
+        outcome(1, True, row=5),
+        outcome(2, "maybe"),
+        outcome(3, "maybe"),
+        outcome(3, False, second=1),
+        outcome(4, True),
+        outcome(4, "maybe", second=1),
+    ]
+    write(outcomes, keyring, *posted, compacted=compacted)
+    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
+    assert matched.answers["outcome"].to_list() == [True, False, None, False, True]
+    assert matched.answers[ODD].to_list() == [False, False, True, False, True]
+    assert (matched.unknown_predictions, matched.unknown_rows) == (1, 1)
+    known = {(one, row): value for one, row, value in read_outcomes(outcomes, keyring)
+        .select("prediction_id", "row", "outcome").rows()}  # fmt: skip
+    assert (known["p1", 0], known["p77", 0]) == (True, "true")
+
+
+def test_outcomes_of_versions_that_nobody_asks_for_are_passed_over(
+    log: Path, outcomes: Path, keyring: Keyring
+) -> None:
+    """They are neither unknown nor odd."""
+    write(log, keyring, answer(1, 1), answer(2, 2, version=2))
+    write(outcomes, keyring, outcome(1, True), outcome(2, "high"))
+    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
+    assert matched.answers.select("prediction_id", "outcome", ODD).rows() == [("p1", True, False)]
+    assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)

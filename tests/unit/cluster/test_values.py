@@ -1,0 +1,92 @@
+"""Values by type, and outcomes by class: what a request may bring is what the log is read as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.runtime import InputSpec, ModelSignature, Task, Truths
+from cluster.runtime.values import NotOfType, value_type
+
+LARGE = 2**53 + 1
+INPUTS = (InputSpec(name="x", dtype="double"),)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "fitted"),
+    [
+        ("int64", [1, None, 50.0, LARGE], [1, None, 50, LARGE]),
+        ("int64", [2**63 - 1, 1 - 2**63], [2**63 - 1, 1 - 2**63]),
+        ("uint8", [0, 255], [0, 255]),
+        ("double", [1, 1.5, None], [1, 1.5, None]),
+        ("float32", [1e308, 1e308], [1e308, 1e308]),
+        ("bool", [True, None], [True, None]),
+        ("string", ["1", None], ["1", None]),
+        ("int64", [], []),
+    ],
+)
+def test_values_of_a_type_stay_as_they_are(dtype: str, given: list[Any], fitted: list[Any]) -> None:
+    """A whole number is an int, whatever it was written as; no large one loses a digit beside a float."""
+    kind = value_type(dtype)
+    assert kind is not None
+    found = list(kind.fit(given))
+    assert (found, list(map(type, found))) == (fitted, list(map(type, fitted)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        *(("int64", one) for one in (1.5, True, "1", 2**63, -(2**63), 1e300, float("nan"), [1])),
+        ("int8", 128),
+        ("uint16", -1),
+        *(("double", one) for one in (True, "1", float("inf"), 2**64, {})),
+        *(("bool", one) for one in (1, "true")),
+        *(("string", one) for one in (1, True)),
+    ],
+)
+def test_a_value_of_another_type_is_refused_and_read_as_null(dtype: str, wrong: Any) -> None:
+    """Alone or among others, which stay as they are."""
+    kind = value_type(dtype)
+    assert kind is not None
+    good: dict[str, Any] = {"bool": True, "string": "a", "double": 0.5}
+    right = good.get(dtype, LARGE if dtype == "int64" else 7)
+    for values in ([wrong], [right, wrong]):
+        with pytest.raises(NotOfType):
+            kind.fit(values)
+    assert kind.fit_what_fits([right, wrong, None]) == ([right, None, None], 1)
+
+
+def truths(*classes: Any) -> Truths:
+    task = Task.binary if len(classes) == 2 else Task.multiclass
+    signature = ModelSignature(task=task, inputs=INPUTS, label="y", classes=classes)
+    return Truths(signature)
+
+
+@pytest.mark.parametrize(
+    ("classes", "meanings"),
+    [
+        ((0, 1), {1: [1, 1.0, True, "1"], 0: [0, 0.0, False, "0"], None: [2, 0.5, "true", "yes", [1]]}),
+        ((False, True), {True: [True, 1, 1.0], False: [False, 0], None: ["true", "True", "1", 2]}),
+        (("no", "yes"), {"yes": ["yes"], None: ["Yes", 1, True, ""]}),
+        (("0", "1"), {"1": ["1", 1, 1.0], None: [True, "1.0", "01"]}),
+        (("a", "b", "c"), {"c": ["c"], None: ["d", 2]}),
+    ],
+)
+def test_an_outcome_means_a_class_or_nothing(
+    classes: tuple[Any, ...], meanings: dict[Any, list[Any]]
+) -> None:
+    """JSON has several ways to write a class; nothing else is taken for one."""
+    for meant, outcomes in meanings.items():
+        for outcome in outcomes:
+            found = truths(*classes).of(outcome)
+            assert (found, type(found)) == (meant, type(meant)), outcome
+
+
+def test_an_outcome_of_a_regression_is_a_finite_number() -> None:
+    """No text, no flag."""
+    meant = Truths(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
+    assert [meant.of(one) for one in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
+    assert {meant.of(one) for one in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)} == {
+        None
+    }

@@ -1,0 +1,145 @@
+"""A model that gives no number for a request answers nothing: 503 in both endpoints, a log record and a metric."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from cluster.errors import ModelFailed
+from cluster.records import read_log
+from cluster.runtime import InputSpec, ModelSignature, Predictions, Task
+from cluster.runtime.model import Model
+from cluster.runtime.signature import ONNX_FILE
+from cluster.security.keys.access import key_store
+from serve_apps.predictor.batching import Batches
+from tests.replica import MODEL, Replica, running_replica, write_model
+
+AGE = InputSpec(name="p__age", dtype="double")
+BINARY = ModelSignature(task=Task.binary, inputs=(AGE,), label="y", classes=("no", "yes"))
+ABC = ModelSignature(task=Task.multiclass, inputs=(AGE,), label="y", classes=("a", "b", "c"))
+VALUE = ModelSignature(task=Task.regression, inputs=(AGE,), label="y")
+PREDICT, INFER = "/v1/models/m:predict", "/v2/models/m/infer"
+SAID = "Model 'm' version 1 gave no finite score for 1 of 2 rows"
+
+
+def write_root(folder: Path, signature: ModelSignature) -> None:
+    """The model of `write_model` over the square root of its inputs: NaN for a negative one."""
+    write_model(folder, signature)
+    model = onnx.load(folder / ONNX_FILE)
+    nodes = list(model.graph.node)
+    place = next(number for number, node in enumerate(nodes) if node.op_type == "MatMul")
+    nodes[place].input[0] = "root"
+    nodes.insert(place, helper.make_node("Sqrt", ["present"], ["root"]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    (folder / ONNX_FILE).write_bytes(onnx.ModelProto.SerializeToString(model))
+
+
+@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    with running_replica(tmp_path_factory.mktemp("replica"), request.param, write=write_root) as running:
+        yield running
+    assert running.failures == []
+
+
+class Counted:
+    """Stands for Ray's counter, which tells a process of its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def inc(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("endpoint", [PREDICT, INFER])
+def test_no_finite_score_is_503_with_a_record(
+    replica: Replica, endpoint: str, batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Naming the model; the record says why and is in no figure; what comes next is answered."""
+    predictor, counted = replica.predictor, Counted()
+    batches = Batches(predictor._model.predict_matrix, max_rows=64, max_wait_s=0) if batched else None
+    monkeypatch.setattr(predictor, "_batches", batches)
+    monkeypatch.setattr(predictor._meters, "_without_score", counted)
+    bodies: list[dict[str, Any]] = []
+    for ages in ([4.0, -1.0], [4.0, 9.0]):
+        tensor = {"name": "p__age", "datatype": "FP64", "shape": [2], "data": ages}
+        by_key = {"entities": [{"id": 1}, {"id": 2}], "features": {"p__age": ages}}
+        bodies.append(by_key if endpoint == PREDICT else {"inputs": [tensor]})
+    status, headers, answer = replica.call(endpoint, bodies[0])
+    assert (status, counted.count) == (503, 1)
+    assert SAID in answer.decode()
+    assert "label" not in answer.decode()
+    assert "retry-after" not in headers
+    log = read_log(Path(replica.places.predictions(MODEL)), key_store(replica.keys))
+    mine = log.failures.filter(prediction_id=headers["x-falaj-prediction-id"])
+    assert mine.select("row", "fault").rows() == [
+        (row, "gave no finite score for 1 of 2 rows") for row in (0, 1)
+    ]
+    assert (
+        log.answers.is_empty()
+        or log.answers.filter(prediction_id=headers["x-falaj-prediction-id"]).is_empty()
+    )
+    assert replica.json(endpoint, bodies[1])[0] == 200
+    assert counted.count == 1
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+def test_whatever_engine_gave_it_no_such_score_becomes_an_answer(
+    signature: ModelSignature, wrong: float
+) -> None:
+    """In any place of any row."""
+    shape = (3, 3) if signature.task is Task.multiclass else (3,)
+    good = Predictions(signature=signature, scores=np.full(shape, 0.25))
+    assert good.checked() is good
+    for place in range(good.scores.size):
+        scores = good.scores.copy()
+        scores.flat[place] = wrong
+        with pytest.raises(ModelFailed, match="no finite score for 1 of 3 rows"):
+            replace(good, scores=scores).checked()
+    with pytest.raises(ModelFailed, match="1 of 1 rows"):
+        Predictions(signature=signature, scores=np.full((1, *shape[1:]), wrong)).checked()
+
+
+class Short:
+    """An engine that forgets all rows but the first."""
+
+    num_inputs = 1
+
+    def scores(self, matrix: Any) -> Any:
+        return np.full(1, 0.5)
+
+
+def test_scores_of_another_shape_are_no_answer() -> None:
+    """One score for three rows would be three entities' answer."""
+    with pytest.raises(ModelFailed, match=r"shape \(1,\) for 3 rows"):
+        Model(VALUE, Short()).predict({"p__age": [1.0, 2.0, 3.0]})
+
+
+def test_of_a_batch_only_the_request_without_a_score_fails() -> None:
+    """Those beside it are answered."""
+
+    def roots(matrix: Any) -> Predictions:
+        with np.errstate(invalid="ignore"):
+            return Predictions(signature=VALUE, scores=np.sqrt(matrix[:, 0].astype(float)))
+
+    async def ask() -> list[Any]:
+        batches = Batches(roots, max_rows=64, max_wait_s=0)
+        asked = [batches.predict(np.array([[one]], dtype=np.float32)) for one in (4, -1, 9)]
+        return await asyncio.gather(*asked)
+
+    good, bad, other = asyncio.run(ask())
+    assert [one.checked().rows() for one in (good, other)] == [[{"value": 2.0}], [{"value": 3.0}]]
+    with pytest.raises(ModelFailed):
+        bad.checked()

@@ -1,0 +1,83 @@
+"""`POST /v1/outcomes` knows what a model can predict: nothing else is taken for an outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.records import count_records, read_outcomes
+from cluster.registry import Lineage, Registry
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.settings import PlatformConfig, StorageConfig
+from tests.replica import MODEL, Replica, running_replica, write_model
+
+FLAGS = ModelSignature(
+    task=Task.binary, inputs=(InputSpec(name="x", dtype="double"),), label="y", classes=(False, True)
+)
+WORDS = dataclasses.replace(FLAGS, task=Task.multiclass, classes=("high", "low", "mid"))
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
+        yield dataclasses.replace(running, address=running.outcomes, prefix="/outcomes")
+    assert running.failures == []
+
+
+def post(replica: Replica, *outcomes: Any, prediction_id: str = "p") -> tuple[int, dict[str, Any]]:
+    given = [{"prediction_id": prediction_id, "row": row, "outcome": one} for row, one in enumerate(outcomes)]
+    return replica.json("/v1/outcomes", {"model": MODEL, "outcomes": given})
+
+
+def folder(replica: Replica) -> Path:
+    return Path(replica.places.outcomes(MODEL))
+
+
+@pytest.mark.parametrize("wrong", ["true", "yes", 2, 0.5, "1"])
+def test_what_the_model_cannot_predict_is_refused_by_field(replica: Replica, wrong: object) -> None:
+    """And nothing of the request is written; the message says what would be right."""
+    before = count_records(folder(replica))
+    status, content = post(replica, True, wrong)
+    assert (status, content["code"]) == (400, 400)
+    assert "outcomes[1].outcome must be one of the model's classes False, True, got" in content["error"]
+    assert count_records(folder(replica)) == before
+
+
+def test_an_outcome_is_written_as_the_class_that_it_means(replica: Replica) -> None:
+    """The same one sent again, or another, replaces it."""
+    store = key_store(replica.keys)
+    for sent, meant in (([1, 0.0], [True, False]), ([False, True], [False, True])):
+        assert post(replica, *sent, prediction_id="again") == (200, {"accepted": 2})
+        known = read_outcomes(folder(replica), store).filter(prediction_id="again")
+        assert known.sort("row")["outcome"].to_list() == meant
+
+
+def test_an_outcome_may_be_of_any_version_of_the_model(replica: Replica, tmp_path: Path) -> None:
+    """Also of one that was registered since, and of the old one, whose answers are still out."""
+    assert post(replica, "low")[0] == 400
+    config = PlatformConfig(storage=StorageConfig(root=str(replica.places.root)))
+    write_model(tmp_path / "new", WORDS)
+    Registry(open_ledger(config), replica.places).register(
+        tmp_path / "new",
+        name=MODEL,
+        family="sum",
+        task=WORDS.task.value,
+        lineage=Lineage(training_set_hash=""),
+        metrics={},
+        store=key_store(replica.keys),
+        actor="t",
+    )
+    assert post(replica, "low", True)[0] == 200
+    assert "'high', 'low', 'mid' or one of the model's classes False, True" in post(replica, "x")[1]["error"]
+
+
+def test_outcomes_of_an_unknown_model_are_404(replica: Replica) -> None:
+    """Whatever they are."""
+    body = {"model": "other", "outcomes": [{"prediction_id": "p", "outcome": 1}]}
+    assert replica.json("/v1/outcomes", body)[0] == 404
