@@ -148,8 +148,8 @@ def prepared(
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
         if len(source.files.paths) > 1:
             checked = numbers.map_batches(read.checked, batch_size=1)
-        else:  # the rows of one file are checked by several tasks
-            checked = _checked(numbers.map_batches(read.typed, batch_size=1), check)
+        else:  # one task reads the file, several check its rows: with equal CPUs Ray would make them one
+            checked = _checked(numbers.map_batches(read.typed, batch_size=1, num_cpus=0.5), check)
     try:
         blocks: list[Any] = checked.to_arrow_refs()
         rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
