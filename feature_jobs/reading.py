@@ -23,10 +23,10 @@ from feature_jobs.store.source_blocks import (
     BATCH_ROWS,
     HEAD_ROWS,
     Shape,
+    checked_blocks,
     empty_part,
     grouped,
     natural,
-    prepared_blocks,
     shape_of,
 )
 from feature_jobs.store.sources import BatchSource, SqlSource
@@ -144,7 +144,7 @@ def prepared(
         checked = _checked(ray.data.from_arrow_refs(source.blocks), check)
     else:
         groups = grouped(source.files, view)
-        read = _Read(shape=source, groups=groups, baseline=baseline, now=now)
+        read = _Read(shape=source, groups=groups, check=check)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
         if len(source.files.paths) > 1:
             checked = numbers.map_batches(read.checked, batch_size=1)
@@ -189,8 +189,7 @@ class _Read:
 
     shape: Shape
     groups: list[list[str]]
-    baseline: Profile | None
-    now: dt.datetime
+    check: Callable[[pa.Table], pa.Table]
 
     def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
@@ -199,7 +198,7 @@ class _Read:
 
     def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
-            yield from prepared_blocks(self.groups[int(number)], self.shape, self.baseline, now=self.now)
+            yield from checked_blocks(self.groups[int(number)], self.shape, self.check)
 
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:
