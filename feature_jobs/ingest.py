@@ -306,7 +306,7 @@ def read_or_refuse(run: Run) -> Prepared:
         rows = prepared(run.files, run.view, run.keys, run.baseline, now=now, ahead=ahead)
         for name in rows.zoneless:
             print(
-                f"view {run.view.name}: times without a zone in '{name}' are taken as UTC; zone=… in its source"
+                f"view {run.view.name}: times in '{name}' have no zone and are taken as UTC; if local, declare it"
             )
         return rows
     except RefusedError as error:

@@ -25,10 +25,10 @@ from feature_jobs.store.source_blocks import (
     BATCH_ROWS,
     HEAD_ROWS,
     Shape,
+    checked_blocks,
     empty_part,
     grouped,
     natural,
-    prepared_blocks,
     shape_of,
 )
 from feature_jobs.store.sources import BatchSource, SqlSource
@@ -152,12 +152,12 @@ def prepared(
         checked = _checked(ray.data.from_arrow_refs(source.blocks), check)
     else:
         groups = grouped(source.files, view)
-        read = _Read(shape=source, groups=groups, baseline=baseline, now=now, ahead=ahead)
+        read = _Read(shape=source, groups=groups, check=check)
         numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
         if len(source.files.paths) > 1:
             checked = numbers.map_batches(read.checked, batch_size=1)
-        else:  # the rows of one file are checked by several tasks
-            checked = _checked(numbers.map_batches(read.typed, batch_size=1), check)
+        else:  # one task reads the file, several check its rows: with equal CPUs Ray would make them one
+            checked = _checked(numbers.map_batches(read.typed, batch_size=1, num_cpus=0.5), check)
     try:
         blocks: list[Any] = checked.to_arrow_refs()
         rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
@@ -201,9 +201,7 @@ class _Read:
 
     shape: Shape
     groups: list[list[str]]
-    baseline: Profile | None
-    now: dt.datetime
-    ahead: Ahead
+    check: Callable[[pa.Table], pa.Table]
 
     def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
@@ -212,8 +210,7 @@ class _Read:
 
     def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
-            paths = self.groups[int(number)]
-            yield from prepared_blocks(paths, self.shape, self.baseline, now=self.now, ahead=self.ahead)
+            yield from checked_blocks(self.groups[int(number)], self.shape, self.check)
 
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:

@@ -8,7 +8,7 @@ by file and column. No Ray in here: a file's blocks are made where the caller wa
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +16,11 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import SchemaMismatch, SourceError
-from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.casting import cast_time
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, header, parquet_schema, parsed_lines, tables
 from feature_jobs.store.instants import TIME, zoned
 from feature_jobs.store.partitions import partitions_of, with_partitions
-from feature_jobs.store.profile import Profile
 from feature_jobs.store.sources import DTYPES, FileFormat
 from feature_jobs.store.typed import Roles, column_types, declared, typed_rows, typed_text, zoneless
 from feature_jobs.store.validation import RAW, prepare_part, raw_field, time_columns, unique_rules
@@ -162,14 +160,14 @@ def _file_shape(files: SourceFiles, view: FeatureView, known: Mapping[str, str])
     )
 
 
-def prepared_blocks(
-    paths: Sequence[str], shape: Shape, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead
+def checked_blocks(
+    paths: Sequence[str], shape: Shape, check: Callable[[pa.Table], pa.Table]
 ) -> Iterator[pa.Table]:
-    """Files' rows, transformed and checked; raises as `Shape.typed` and `prepare_part`."""
+    """Files' rows, transformed and checked by `prepare_part`, or what calls it; raises as `Shape.typed` and that."""
     for path in paths:
         for block in shape.typed(path):
             with shape.naming(path):
-                part = prepare_part(block, shape.view, now=now, baseline=baseline, ahead=ahead)
+                part = check(block)
             if shape.schema is not None:
                 position = part.schema.get_field_index(RAW)
                 part = part.set_column(position, raw_field(shape.schema), part.column(position))

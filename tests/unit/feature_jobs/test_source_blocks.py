@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from cluster.storage import Layout, read_parquet
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.files import open_source
 from feature_jobs.store.quarantine import source_rows, source_schema
-from feature_jobs.store.source_blocks import empty_part, grouped, prepared_blocks, shape_of
-from feature_jobs.store.validation import RAW, REASON
+from feature_jobs.store.source_blocks import checked_blocks, empty_part, grouped, shape_of
+from feature_jobs.store.validation import RAW, REASON, prepare_part
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
@@ -51,9 +52,8 @@ def read(declared: FeatureView) -> pa.Table:
     """All rows of its source, checked."""
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
     shape = shape_of(files, declared, {})
-    parts = [
-        part for paths in grouped(files, declared) for part in prepared_blocks(paths, shape, None, now=NOW)
-    ]
+    check = partial(prepare_part, view=declared, now=NOW)
+    parts = [part for paths in grouped(files, declared) for part in checked_blocks(paths, shape, check)]
     assert sum(part.num_rows for part in parts) == files.rows
     return pa.concat_tables(parts)
 
