@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.errors import ConfigError
+from cluster.features_config import FeaturesConfig as FeaturesConfig
 
 T = TypeVar("T")
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
@@ -66,9 +67,6 @@ class LedgerConfig:
             )
 
 
-MAX_MAP_GIB = 65_536
-
-
 @dataclass(kw_only=True, slots=True)
 class OnlineConfig:
     """The online store."""
@@ -85,10 +83,8 @@ class OnlineConfig:
     """In front of every key in Redis, so that one can serve several installations."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.map_size_gib <= MAX_MAP_GIB:
-            raise ValueError(
-                f"online.map_size_gib must be positive, at most {MAX_MAP_GIB}, got {self.map_size_gib}."
-            )
+        if not 0 < self.map_size_gib <= 65_536:
+            raise ValueError(f"online.map_size_gib must be above 0, at most 65536, got {self.map_size_gib}.")
         parts = urlsplit(self.url)
         if parts.scheme not in ("redis", "rediss"):
             raise ValueError("online.url must begin with redis:// or rediss://.")
@@ -98,23 +94,6 @@ class OnlineConfig:
             )
         if "{" in self.prefix or "}" in self.prefix:
             raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
-
-
-MAX_AHEAD_S = 31 * 86_400.0
-
-
-@dataclass(kw_only=True, slots=True)
-class FeaturesConfig:
-    """What holds for rows of all feature views."""
-
-    max_ahead_s: float = 60.0
-    """How far a row's times may lie ahead of the clock when it is pushed, streamed or ingested."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_ahead_s <= MAX_AHEAD_S:
-            raise ValueError(
-                f"features.max_ahead_s must be between 0 and {MAX_AHEAD_S:g}, got {self.max_ahead_s}."
-            )
 
 
 class SecretsKind(enum.Enum):

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
@@ -15,9 +16,10 @@ import pytest
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess, protected_files
+from feature_jobs.apply import check_stored_keys
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
-from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.catalog import Definitions, ServiceSpec, ViewSpec
 from feature_jobs.store.differences import Impact, view_changes
 from feature_jobs.store.keys import MAX_KEY, refuse_undeclared, refuse_unlike
 from feature_jobs.store.message_rows import check_messages
@@ -112,6 +114,16 @@ def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
         refuse_undeclared("income", {"person_id": "string"}, {"person_id": "int64"})
 
 
+def test_applying_a_type_that_the_table_does_not_have_is_refused(project: PushProject) -> None:
+    """By name, before anything is recorded; the type that it has may be declared at any time."""
+    check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+    project.push(row(1, 1), key="a")
+    assert project.stream().step() == 1
+    check_stored_keys(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
+    with pytest.raises(DefinitionError, match="View 'income': join key 'person_id' is declared as string"):
+        check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+
+
 def test_files_are_held_to_the_declared_type() -> None:
     """A column of another type refuses the batch, naming the key; text that looks like numbers stays text."""
     times = pa.array([START, START], pa.timestamp("us", "UTC"))
@@ -140,7 +152,8 @@ def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
         project.push(row(LOWEST, 1), key="a")
     project.push(row(-MAX_KEY, 1, 3.0), row(MAX_KEY, 1, 4.0), key="b")
     assert project.amounts(-MAX_KEY, MAX_KEY) == [3.0, 4.0]
-    for person in (LOWEST, 1.5):
+    assert keys_of([{"person_id": np.int64(7), "place": np.str_("a")}]) == [{"person_id": 7, "place": "a"}]
+    for person in (LOWEST, 1.5, True):
         with pytest.raises(InvalidRequest, match=r"entities\[0\]\.person_id must be"):
             keys_of([{"person_id": person}])
     with pytest.raises(InvalidRequest, match=r"entities\[1\]\.person_id must be"):

@@ -336,7 +336,11 @@ def test_values_cannot_be_moved_or_altered(clinic: OnlineStore) -> None:
     (first, mine), (second, theirs) = rows.items()
     later = theirs[:7] + b"!" + theirs[8:]
     assert later != theirs
-    for change in ({first: theirs, second: mine}, {first: later, second: later}, {first: mine[:-1] + b"!"}):
+    for change in (
+        {first: theirs, second: mine},
+        {first: later, second: later},
+        {first: mine[:-1] + bytes([mine[-1] ^ 1])},
+    ):
         with engine.env.begin(write=True) as transaction:
             for key, value in (rows | change).items():
                 transaction.put(key, value)

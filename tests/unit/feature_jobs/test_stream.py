@@ -15,7 +15,8 @@ from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
 from cluster.settings import OnlineConfig, StorageConfig, load
 from feature_jobs.store.push_stream import PushStream
-from feature_jobs.stream import StreamConfig, StreamSource, push_stream, run, run_kafka
+from feature_jobs.store.streamed import Tally
+from feature_jobs.stream import StreamConfig, StreamSource, counted, push_stream, run, run_kafka
 from tests.kafka_broker import mock_broker
 from tests.push_project import PushProject, kafka_view, message, row
 
@@ -55,14 +56,17 @@ def test_pushes_are_streamed_until_nothing_is_left(tmp_path: Path, access: KeyAc
 
 
 def test_a_topic_is_streamed_to_its_end(tmp_path: Path, access: KeyAccess) -> None:
-    """With what the view's record says of its source."""
+    """With what the view's record says of its source; what was quarantined is counted apart."""
     with mock_broker() as broker:
         project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
         project.store.close()
         broker.send("incomes", message(1, 1), message(2, 1), message(3, -1, -1.0))
         given = config(tmp_path, source=StreamSource.kafka)
-        assert run_kafka(given, project.ledger, actor(access), threading.Event()) == 3
+        tally = Tally()
+        assert run_kafka(given, project.ledger, actor(access), threading.Event(), tally) == 3
         assert project.table()["person_id"].to_list() == [1, 2]
+        said = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
+        assert counted(tally, "Kafka") == said
         project.log.close()
         project.ledger.engine.dispose()
 
