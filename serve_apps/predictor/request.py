@@ -69,7 +69,7 @@ def fit_values(spec: InputSpec, values: list[Any]) -> list[Scalar]:
     if kind is None:
         return _fit_unknown(spec, values)
     try:
-        return list(kind.fit(values))
+        return kind.fit(values)
     except NotOfType as error:
         if isinstance(error.value, dict | list):
             got = type(error.value).__name__
