@@ -12,6 +12,7 @@ import pytest
 from cluster.ledger import open_ledger
 from cluster.records import SegmentWriter
 from cluster.registry import Registry
+from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.monitor.config import MonitorConfig
@@ -22,6 +23,12 @@ from serve_apps.rollout.state import Rollout
 from tests.replica import MODEL, Replica, register, running_replica
 from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
 
+WORDS = ModelSignature(
+    task=Task.multiclass,
+    inputs=(InputSpec(name="x", dtype="string", categories=("old", "new")),),
+    label="y",
+    classes=("a", "b", "c"),
+)
 ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=50.0)
 
 
@@ -32,6 +39,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
         root = Path(running.places.root)
         register(root / "second", platform(root), FLAGS, running.keys)
+        register(root / "third", platform(root), WORDS, running.keys)
         truths = [bool(number % 2) for number in range(40)]
         records: list[Any] = []
         for number, truth in enumerate(truths):
@@ -52,11 +60,15 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         records.append(
             answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
         )
+        share = {"a": 0.25, "b": 0.5, "c": 0.25}
+        found = [{"probabilities": share, "label": "b"}]
+        records.append(answer(91, "old", version=3, variant="champion", predictions=found))
         write(running, "predictions", *records)
         write(
             running,
             "outcomes",
             *(outcome(number, truth) for number, truth in enumerate(truths)),
+            outcome(91, "c"),
             outcome(77, "true"),
             outcome(3, True, row=4),
             outcome(5, "maybe", second=1),
@@ -88,15 +100,16 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
 
 
 def test_two_versions_of_one_variant_are_measured_apart(replica: Replica) -> None:
-    """As after a promotion: neither takes the other's place."""
+    """As after a promotion: neither takes the other's place, also where the classes of one are of another type."""
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
     registry = Registry(open_ledger(config), replica.places)
     logged = read(config, registry, key_store(replica.keys))
-    assert [one.name for one in logged.served] == ["champion v1", "champion v2"]
-    assert [one.rows.height for one in logged.served] == [20, 20]
+    assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
+    assert [one.rows.height for one in logged.served] == [20, 20, 1]
+    assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]
     assert logged.served[0].rows["outcome"].to_list() == [bool(number % 2) for number in range(20)]
-    assert [logged.left_out(one) for one in logged.served] == [
+    assert [logged.left_out(one) for one in logged.served[:2]] == [
         {
             "rows_without_score": failed,
             "odd_outcomes": odd,
