@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ def typed(rows: pl.DataFrame, signature: ModelSignature) -> Typed:
     return Typed(rows=rows.with_columns(columns), names=tuple(one.name for one in columns), odd=odd)
 
 
-def column_of(name: str, values: Sequence[Any], dtype: str) -> tuple[pl.Series, int]:
+def column_of(name: str, values: list[Any], dtype: str) -> tuple[pl.Series, int]:
     """Logged values as a column of an Arrow type, and how many are not of it and are null in the column."""
     kind = value_type(dtype)
     if kind is None:

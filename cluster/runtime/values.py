@@ -38,21 +38,32 @@ class ValueType:
     """bool, int, float or str; an int is a float, too."""
     wanted: str
     """In words, for a message."""
-    least: int = 0
+    least: int = 1
     greatest: int = 0
-    """Of a whole number; 0 for a type that takes no numbers."""
+    """Of a whole number; a type that takes no numbers has none between."""
 
     @property
     def types(self) -> frozenset[type]:
         """What values may be."""
         return _TYPES[self.base]
 
-    def fit(self, values: Sequence[Any]) -> Sequence[Any]:
+    def fit(self, values: list[Any]) -> list[Any]:
         """The same values, a whole number as an int however it is written (50.0).
 
         Raises:
             NotOfType: for the first that is none.
         """
+        if len(values) == 1:  # most requests are for one entity
+            value = values[0]
+            kind = type(value)
+            if kind is float:
+                if self.base is float and -math.inf < value < math.inf:
+                    return values
+            elif kind is int:
+                if self.least <= value <= self.greatest:
+                    return values
+            elif kind is self.base or value is None:
+                return values
         found = set(map(type, values))
         if not found <= self.types:
             return [self._one(value) for value in values]
@@ -74,7 +85,7 @@ class ValueType:
             elif not self.least <= number <= self.greatest:
                 raise NotOfType(number, f"{self.wanted} from {self.least} to {self.greatest}")
 
-    def fit_what_fits(self, values: Sequence[Any]) -> tuple[Sequence[Any], int]:
+    def fit_what_fits(self, values: list[Any]) -> tuple[list[Any], int]:
         """The values with a null for each that is none of the type, and how many these are."""
         try:
             return self.fit(values), 0

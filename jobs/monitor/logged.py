@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 
 from cluster.errors import RefusedError
-from cluster.records import all_outcomes, match, read_log, typed
-from cluster.records.matching import ODD, Matched
+from cluster.records import Matched, Typed, all_outcomes, match, read_log, typed
+from cluster.records.matching import ODD, OUTCOME
+from cluster.records.reading import exact_column
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Truths
 from cluster.runtime.loader import load_signature
@@ -18,7 +19,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.storage import layout, local
 from jobs.monitor.config import MonitorConfig
 
-_KEPT = ("prediction_id", "row", "as_of", "outcome", ODD)
+_KEPT = ("prediction_id", "row", "as_of", OUTCOME, ODD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +90,7 @@ def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> Logged:
         rows, odd = pl.DataFrame(), dict[str, int]()
         if key in groups:
             mine = typed(groups[key], signatures[number])
-            names = [*_KEPT, *mine.names]
-            rows, odd = (
-                mine.rows.select(name for name in names if mine.rows[name].dtype != pl.Object),
-                mine.odd,
-            )
+            rows, odd = _storable(mine), mine.odd
         served.append(
             Served(variant=variant, version=versions[number], rows=rows, failed=failed[key], odd_inputs=odd)
         )
@@ -102,3 +99,23 @@ def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> Logged:
         unknown_predictions=matched.unknown_predictions,
         unknown_rows=matched.unknown_rows,
     )
+
+
+def _storable(mine: Typed) -> pl.DataFrame:
+    """The columns that are measured, without those of a type that no frame stores.
+
+    Outcome and label are always among them. Where their values are of several types they are texts, which mean the
+    same.
+    """
+    rows = mine.rows.with_columns(
+        _texts_if_mixed(exact_column(name, mine.rows[name].to_list()))
+        for name in (OUTCOME, "label")
+        if name in mine.rows.columns
+    )
+    return rows.select(name for name in (*_KEPT, *mine.names) if rows[name].dtype != pl.Object)
+
+
+def _texts_if_mixed(column: pl.Series) -> pl.Series:
+    if column.dtype != pl.Object:
+        return column
+    return pl.Series(column.name, [None if value is None else str(value) for value in column.to_list()])

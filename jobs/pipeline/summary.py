@@ -26,7 +26,7 @@ Summary = dict[str, Any]
 CANDIDATES = {"champion": "lightgbm", "challenger": "network", "broken": "broken"}
 """Variant to the output of the job that trained it."""
 UNIT_HASH_DIGITS = 16
-"""Of the edge's hash of a unit, which is what the log has of it."""
+"""Of the edge's hash of a unit, in capitals, which is what the log has of it."""
 
 
 def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
@@ -70,7 +70,7 @@ def logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
         answers: to each of the client's requests, with `person_id` and, where it was answered, `prediction_id`.
     """
     failed = answers.filter(pl.col("prediction_id").is_null())["person_id"].to_list()
-    units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS] for key in failed}
+    units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS].upper() for key in failed}
     ids = set(answers["prediction_id"].drop_nulls().to_list())
     rows = [] if log.answers.is_empty() else log.answers.select("prediction_id", "unit_hash").rows()
     answered = {prediction_id for prediction_id, _ in rows} & ids

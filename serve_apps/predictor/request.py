@@ -82,7 +82,7 @@ def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
     if kind is None:
         return _fit_unknown(spec, values)
     try:
-        return list(kind.fit(values))
+        return kind.fit(values)
     except NotOfType as error:
         if isinstance(error.value, dict | list):
             got = type(error.value).__name__

@@ -163,7 +163,7 @@ def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
     assert record["defaulted"] == {name: [1, 3] for name in stood_in}
-    [group], _ = served([record], since=None)
+    [group], *_ = served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
     defaulted, given = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])

@@ -1,0 +1,120 @@
+"""What guardrail and monitor make of a real replica's log: each version by itself, and what means nothing apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.records import SegmentWriter
+from cluster.registry import Registry
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.settings import PlatformConfig, StorageConfig
+from jobs.monitor.config import MonitorConfig
+from jobs.monitor.logged import read
+from serve_apps.rollout.__main__ import RolloutConfig, find
+from serve_apps.rollout.guardrail import Verdict
+from serve_apps.rollout.state import Rollout
+from tests.replica import MODEL, Replica, register, running_replica
+from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
+
+WORDS = ModelSignature(
+    task=Task.multiclass,
+    inputs=(InputSpec(name="x", dtype="string", categories=("old", "new")),),
+    label="y",
+    classes=("a", "b", "c"),
+)
+ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=50.0)
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """Two versions: the first answers rightly, the second the opposite; and one odd outcome as an older release took
+    it, which made a column of flags into one of texts."""
+    with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
+        root = Path(running.places.root)
+        register(root / "second", platform(root), FLAGS, running.keys)
+        register(root / "third", platform(root), WORDS, running.keys)
+        truths = [bool(number % 2) for number in range(40)]
+        records: list[Any] = []
+        for number, truth in enumerate(truths):
+            version, arm = (1, "control") if number < 20 else (2, "treatment")
+            score = 0.9 if truth is (version == 1) else 0.1
+            found = [{"probability": score, "label": score > 0.5}]
+            records.append(
+                answer(
+                    number,
+                    number,
+                    version=version,
+                    rollout="r",
+                    arm=arm,
+                    predictions=found,
+                    variant="champion",
+                )
+            )
+        records.append(
+            answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
+        )
+        share = {"a": 0.25, "b": 0.5, "c": 0.25}
+        found = [{"probabilities": share, "label": "b"}]
+        records.append(answer(91, "old", version=3, variant="champion", predictions=found))
+        write(running, "predictions", *records)
+        write(
+            running,
+            "outcomes",
+            *(outcome(number, truth) for number, truth in enumerate(truths)),
+            outcome(91, "c"),
+            outcome(77, "true"),
+            outcome(3, True, row=4),
+            outcome(5, "maybe", second=1),
+        )
+        yield running
+
+
+def platform(root: Path) -> PlatformConfig:
+    return PlatformConfig(storage=StorageConfig(root=str(root)))
+
+
+def write(replica: Replica, log: str, *records: Any) -> None:
+    folder = Path(replica.places.root) / log / MODEL
+    writer = SegmentWriter(folder, store=key_store(replica.keys), key=f"{log}/{MODEL}/sensitive")
+    writer.append(*records)
+    writer.close()
+
+
+def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> None:
+    """The broken treatment is found, and the finding says what was left out."""
+    storage = StorageConfig(root=replica.places.root)
+    config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
+    actor: Any = SimpleNamespace(access=replica.keys)
+    found = find(config, open_ledger(config), actor, ROLLOUT)
+    assert (found.verdict, found.treatment, found.control) == (Verdict.breached, 0.0, 1.0)
+    assert (found.treatment_outcomes, found.control_outcomes) == (20, 20)
+    assert (found.odd_outcomes, found.unknown_outcomes) == (1, 2)
+    assert (found.treatment_failures, found.control_failures) == (1, 0)
+
+
+def test_two_versions_of_one_variant_are_measured_apart(replica: Replica) -> None:
+    """As after a promotion: neither takes the other's place, also where the classes of one are of another type."""
+    storage = StorageConfig(root=replica.places.root)
+    config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
+    registry = Registry(open_ledger(config), replica.places)
+    logged = read(config, registry, key_store(replica.keys))
+    assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
+    assert [one.rows.height for one in logged.served] == [20, 20, 1]
+    assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]
+    assert logged.served[0].rows["outcome"].to_list() == [bool(number % 2) for number in range(20)]
+    assert [logged.left_out(one) for one in logged.served[:2]] == [
+        {
+            "rows_without_score": failed,
+            "odd_outcomes": odd,
+            "outcomes_of_unknown_predictions": 1,
+            "outcomes_of_unknown_rows": 1,
+        }
+        for failed, odd in ((0, 1), (1, 0))
+    ]
