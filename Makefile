@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock clean
+.PHONY: help install demo down test integration unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
 	@echo "make test    every test; starts and ends its own cluster"
 	@echo "make down    end what make demo started"
-	@echo "make unit    tests without Ray       make lint    ruff, mypy, import-linter"
+	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
+	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests, thoroughly"
 	@echo "make soak    ten minutes of requests: no failure, no growing process"
 
@@ -34,8 +35,11 @@ demo: $(STAMP)
 down: $(STAMP)
 	@$(BIN)/python -m cluster.down
 
-test: unit
-	@$(BIN)/python -m pytest tests/integration
+test: unit integration
+
+# Two clusters side by side, each for the test files that one process takes: the tests mostly wait.
+integration: $(STAMP)
+	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 # Four processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
 # otherwise take all cores several times over and hold each other up. The engines' tests go where they are imported.

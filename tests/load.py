@@ -95,8 +95,22 @@ class Load:
         writer.write(f"POST {address.path} HTTP/1.1\r\n{lines}\r\n".encode() + body)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         answered = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
-        content = await reader.readexactly(int(answered["content-length"]))
+        if "chunked" in answered.get("transfer-encoding", "").lower():
+            content = await _read_chunks(reader)
+        else:
+            content = await reader.readexactly(int(answered["content-length"]))
         return int(head[0].split(" ", 2)[1]), content, answered.get("connection") != "close"
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    """A chunked body (RFC 9112, section 7.1); extensions and trailers are passed over."""
+    content = bytearray()
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        content += await reader.readexactly(size)
+        await reader.readexactly(2)
+    while await reader.readline() not in (b"\r\n", b""):
+        pass
+    return bytes(content)
 
 
 def _closed(writer: asyncio.StreamWriter) -> None:

@@ -23,8 +23,10 @@ from cluster.security.token_source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import PortsConfig, StorageConfig
 from cluster.storage import Layout
+from tests.forked_commands import run_forked
 
 NUM_REPLICA_PORTS = 1000
+COMMAND_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,16 @@ class Project:
     def run(
         self, module: str, *args: str, cwd: Path | None = None, check: bool = False, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module args`; with `check`, a failure shows what the command printed."""
-        return self.run_python("-m", module, *args, cwd=cwd, check=check, **env)
+        """Run `python -m module args` in a forked process; with `check`, a failure shows what it printed."""
+        result = run_forked(
+            module, *args, cwd=cwd or self.root, env=self.env | env, timeout_s=COMMAND_TIMEOUT_S
+        )
+        return _checked(result, check=check)
 
     def run_python(
         self, *args: str, cwd: Path | None = None, check: bool = False, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter."""
+        """Run the interpreter, where the start of a process is what is tested."""
         result = subprocess.run(
             [sys.executable, *args],
             cwd=cwd or self.root,
@@ -66,13 +71,9 @@ class Project:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=COMMAND_TIMEOUT_S,
         )
-        if check and result.returncode:
-            pytest.fail(
-                f"{args} exited {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-            )
-        return result
+        return _checked(result, check=check)
 
     @property
     def owner(self) -> KeyAccess:
@@ -87,7 +88,7 @@ class Project:
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
-        return self.run("cluster.up", *overrides, *args, check=check, **env)
+        return self.run_python("-m", "cluster.up", *overrides, *args, check=check, **env)
 
     def listeners(self) -> dict[int, str]:
         """Every TCP port that a process of the cluster listens on, with its address."""
@@ -111,6 +112,14 @@ class Project:
         return mint_token(places, subject=subject, role=Role(role), purpose=purpose, ttl_s=ttl_s)
 
 
+def _checked(result: subprocess.CompletedProcess[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+    if check and result.returncode:
+        pytest.fail(
+            f"{result.args} exited {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+        )
+    return result
+
+
 def new_project(root: Path) -> Project:
     """A project on free ports, in a shell that knows of no cluster."""
     clean = {
@@ -123,9 +132,15 @@ def new_project(root: Path) -> Project:
 
 
 def free_ports() -> dict[str, int]:
-    """A port for each of the cluster's, between the ports of Ray's workers and those of the kernel's clients."""
+    """A port for each of the cluster's, between the ports of Ray's workers and those of the kernel's clients.
+
+    Workers of pytest-xdist that look at the same moment get different blocks.
+    """
     names = list(PortsConfig.__dataclass_fields__)
-    for base in random.sample(range(20_000, 31_000, NUM_REPLICA_PORTS + 100), 10):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    blocks = range(20_000, 31_000, NUM_REPLICA_PORTS + 100)[worker::num_workers]
+    for base in random.sample(blocks, len(blocks)):
         ports = {name: base + i for i, name in enumerate(names)} | {"replicas": base + 100}
         if all(processes.port_is_free(port, "") for port in ports.values()):
             return ports

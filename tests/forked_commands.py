@@ -1,0 +1,91 @@
+"""Runs `python -m module key=value …` in a process forked from one that has imported what all commands need.
+
+Starting Python and importing Ray takes most of the time of a small command. What a user sees stays the same: the
+command has a process, a working directory, an environment and an exit code of its own. Where the start of the process
+is itself what is tested, run the interpreter instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+PRELOADED = (
+    "ray.data",
+    "ray.serve",
+    "deltalake",
+    "onnxruntime",
+    "polars",
+    "pyarrow.dataset",
+    "feature_jobs.ingest",
+    "feature_jobs.materialize",
+    "feature_jobs.training_set",
+    "jobs.train.families",
+    "serve_apps.deploy",
+)
+"""Modules that most commands import; none of them starts a thread that a fork would miss."""
+
+
+def run_forked(
+    module: str, *args: str, cwd: Path, env: dict[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """What a command printed and its exit code.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time, and was killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = context.Process(target=_main, args=(module, args, str(cwd), env, str(out), str(err)))
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([module, *args], timeout_s, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(
+            [module, *args],
+            process.exitcode or 0,
+            out.read_text(errors="replace"),
+            err.read_text(errors="replace"),
+        )
+
+
+def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+    """Become the command; ends the process with its exit code."""
+    for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (open until the process ends)
+        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+    )
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [module, *args]
+    checkout = str(Path(__file__).parent.parent)
+    sys.path[:] = [cwd, *(entry for entry in sys.path if entry not in ("", checkout))]
+    sys.modules.pop(module, None)
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # noqa: BLE001 (as the interpreter does it)
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(code)
