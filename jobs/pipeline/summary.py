@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cluster.registry import Registry
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store
 from cluster.session import require_record
-from cluster.storage import layout, local, write_bytes
+from cluster.storage import layout, local, write_json
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
 
@@ -52,7 +51,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
         "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
         "seconds": {name: round(done.seconds, 1) for name, done in runner.finished.items()},
     }
-    write_bytes(str(demo / "summary.json"), json.dumps(summary, indent=2).encode())
+    write_json(str(demo / "summary.json"), summary)
     return summary
 
 
