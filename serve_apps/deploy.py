@@ -62,7 +62,20 @@ def main(config: DeployConfig) -> None:
                 reason = "first deployment"
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
             wait_until_applied(config, ledger.head(), app=app)
-            print(f"serving {version.name} version {version.version} as application {app}")
+            print(described(version, app=app, champion=registry.aliases(version.name)[CHAMPION]))
+
+
+def described(version: ModelVersion, *, app: str, champion: int) -> str:
+    """Who answers now: a version that is not the champion runs, and gets no traffic before a rollout."""
+    if version.version == champion:
+        return f"serving {version.name} version {version.version} as application {app}"
+    start = (
+        f"python -m serve_apps.rollout action=start name={version.name} version={version.version} weight=10"
+    )
+    return (
+        f"deployed {version.name} version {version.version} as application {app}; version {champion} stays champion "
+        f"and keeps its traffic. Start a rollout with `{start}`, or copies of requests with `action=shadow`."
+    )
 
 
 def deploy(

@@ -130,6 +130,7 @@ def describe(
         cutoff: whether it was on.
     """
     table = built.table
+    names = set(table.column_names)
     parts: list[ViewSpec | OnDemandSpec] = [*spec.views, *spec.on_demand]
     columns = [
         {
@@ -152,6 +153,9 @@ def describe(
         "entities_hash": entities_hash,
         "row_hash": row_hash,
         "rows": table.num_rows,
+        "join_keys": list(
+            dict.fromkeys(key for view in spec.views for key in view.join_keys if key in names)
+        ),
         "columns": columns,
         "cutoff": cutoff,
         "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},

@@ -6,7 +6,6 @@ NannyML runs in a Ray task, so that the job shows on the dashboard and takes its
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ import polars as pl
 import ray
 
 from cluster.entrypoint import job
-from cluster.errors import RefusedError, TrainingSetError
+from cluster.errors import ConfigError, RefusedError, TrainingSetError, did_you_mean
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
 from cluster.records import read_outcomes, read_predictions
@@ -25,13 +24,15 @@ from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.security.keys.store import KeyStore
 from cluster.session import attach
-from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
+from cluster.storage import exists, layout, local, resolve, sha256, write_bytes, write_json
 from jobs.monitor.chunks import CHUNK, cut
-from jobs.monitor.config import MonitorConfig, SplitConfig
+from jobs.monitor.config import MonitorConfig
 from jobs.monitor.frames import build
 from jobs.monitor.measures import METRICS, SHORT, Measures, drift, estimated, realised
 from jobs.monitor.plots import performance_plot
-from jobs.train.data import read_training_set
+from jobs.train.config import AUTO, SplitConfig
+from jobs.train.data import TrainingSet, read_training_set
+from jobs.train.split import held_out_of
 
 
 @job("monitor", MonitorConfig)
@@ -46,18 +47,18 @@ def main(config: MonitorConfig) -> None:
     places = layout(config.storage)
     registry = Registry(ledger, places)
     source = read_training_set(config.reference, files, places=places, ledger=ledger)
-    reference = held_out(pl.DataFrame(pl.from_arrow(source.table)), config)
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     results: dict[str, Any] = {}
     for (variant, number), rows in logged(config, key_store(actor.access)).group_by(
         "variant", "version", maintain_order=True
     ):
         version = registry.get(config.name, int(str(number)))
+        reference = held_out(source, version, config)
         figures = measure(config, version, reference, rows, access=actor.access)
         results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
         folder = f"{places.monitor(config.name)}/{run}"
-        write_bytes(f"{folder}/{variant}.json", json.dumps(figures, indent=1).encode())
+        write_json(f"{folder}/{variant}.json", figures)
         if figures["periods"]:
             plot = performance_plot(str(variant), figures["periods"], metric=figures["metric"])
             write_bytes(f"{folder}/{variant}.svg", plot.encode())
@@ -77,7 +78,7 @@ def main(config: MonitorConfig) -> None:
         ledger.append(event, actor=actor.name)
     if config.output is not None:
         content = {"variants": {name: one["periods"] for name, one in results.items()}, "details": results}
-        write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())
+        write_json(resolve(config.output), content)
 
 
 def logged(config: MonitorConfig, store: KeyStore) -> pl.DataFrame:
@@ -97,22 +98,33 @@ def logged(config: MonitorConfig, store: KeyStore) -> pl.DataFrame:
     return predictions.join(known, on=["prediction_id", "row"], how="left")
 
 
-def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
-    """The reference's rows that the model was not fitted on, in order of time.
+def held_out(source: TrainingSet, version: ModelVersion, config: MonitorConfig) -> pl.DataFrame:
+    """The reference's rows that a version was not fitted on, in order of time.
 
     Raises:
         TrainingSetError: a column is missing, or no row is left.
+        ConfigError: half a split.
     """
-    split = config.split or SplitConfig(column=None)
-    for name in (config.timestamp, split.column):
-        if name is not None and name not in reference.columns:
-            raise TrainingSetError(
-                f"The reference has no column '{name}'; set `timestamp` and `split.column` to fit."
-            )
-    if split.column is not None:
-        reference = reference.filter(pl.col(split.column) % split.modulo == split.remainder)
+    reference = pl.DataFrame(pl.from_arrow(source.table))
+    if config.timestamp not in reference.columns:
+        raise TrainingSetError(
+            f"The reference has no column '{config.timestamp}'.{did_you_mean(config.timestamp, reference.columns)} "
+            "Set `timestamp` to the column that says when a row was true."
+        )
+    if config.split.column == AUTO and config.split != SplitConfig():
+        raise ConfigError(
+            "Name `split.column` beside split.modulo and split.remainder: `auto` takes the version's own."
+        )
+    if config.split.column is not None:
+        instead = None if config.split.column == AUTO else config.split
+        otherwise = "Give the training set, or `split.column=null` for rows that no version was fitted on."
+        mask = held_out_of(version, source, instead=instead, otherwise=otherwise)
+        reference = reference.filter(pl.Series(mask))
     if reference.is_empty():
-        raise TrainingSetError(f"No reference row has {split.column} % {split.modulo} == {split.remainder}.")
+        raise TrainingSetError(
+            f"No row of the reference was held out of version {version.version}'s training. Give its training set, or "
+            "`split.column=null` for rows that no version was fitted on."
+        )
     return reference.sort(config.timestamp)
 
 

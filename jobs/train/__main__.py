@@ -16,19 +16,23 @@ from cluster.ledger import open_ledger
 from cluster.registry import Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
 from cluster.runtime.hardware import Hardware
+from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.policy import Action, Resource
 from cluster.security.scratch import memory_folder, scratch
 from cluster.session import attach, require_record
-from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
+from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
 from jobs.evaluate.metrics import headline, score
+from jobs.train.checks import check_rows
 from jobs.train.config import TrainConfig
 from jobs.train.data import Dataset, prepare, read_training_set
+from jobs.train.describe import describe_data
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.lineage import lineage, plain
 from jobs.train.quantise import cost, quantise
+from jobs.train.split import resolve_split
 
 
 @job("train", TrainConfig)
@@ -44,7 +48,12 @@ def main(config: TrainConfig) -> None:
     source = read_training_set(
         config.training_set, protected_files(actor.access), places=places, ledger=ledger
     )
+    config = replace(config, split=resolve_split(config.split, source))
     dataset = prepare(config, source, threshold=config.threshold)
+    print("\n".join(describe_data(config, source, dataset)), flush=True)
+    warnings = check_rows(dataset)
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)
     attach(config)
     runs = local(f"{places.root}/runs")
     # What a run keeps for itself may be for several machines; the model, which is in the clear until it is registered,
@@ -62,8 +71,8 @@ def main(config: TrainConfig) -> None:
         module.fit(learned, parameters, context)
         origin = lineage(config, source, parameters)
         metrics = judged(folder, dataset, precision_of(parameters))
-        (folder / "config.json").write_text(json.dumps(plain(origin.config), indent=1))
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (folder / "config.json").write_text(json_text(plain(origin.config)))
+        (folder / "metrics.json").write_text(json_text(metrics))
         version = Registry(ledger, places).register(
             folder,
             name=config.name,
@@ -71,14 +80,14 @@ def main(config: TrainConfig) -> None:
             task=config.task.value,
             lineage=origin,
             metrics=metrics,
+            warnings=warnings,
             store=key_store(actor.access),
             actor=actor.name,
         )
-    name, value = headline(config.task, metrics)
-    print(f"registered {version.name} version {version.version} {name} {value:.4f}")
+    print(f"registered {version.name} version {version.version} {headline(config.task, metrics)}")
     if config.output is not None:
         result = {"name": version.name, "version": version.version, "family": family, "metrics": metrics}
-        write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
+        write_json(resolve(config.output), result | {"warnings": warnings})
 
 
 def with_best(config: TrainConfig) -> dict[str, Any]:
@@ -125,10 +134,16 @@ def judged(folder: Path, dataset: Dataset, precision: Precision) -> dict[str, An
 
 
 def held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
-    """What a folder's model says of rows it has never seen; from then on the folder has the signature."""
+    """What a folder's model says of rows it has never seen; from then on the folder has the signature.
+
+    Raises:
+        RefusedError: the files make no model, or its scores are not what the task says.
+    """
     (folder / SIGNATURE_FILE).write_text(signature.to_json())
     model = open_model(folder, hardware=Hardware(num_threads=2))
-    return model.predict_matrix(dataset.matrix[dataset.held_out])
+    predictions = model.predict_matrix(dataset.matrix[dataset.held_out])
+    check_scores(predictions)
+    return predictions
 
 
 def precision_of(parameters: Any) -> Precision:
