@@ -143,7 +143,8 @@ def _check_output(session: ort.InferenceSession) -> None:
     if ONNX_OUTPUT not in outputs:
         raise RefusedError(
             f"{ONNX_FILE} has the outputs {_names(session.get_outputs())}, and none named '{ONNX_OUTPUT}'. Rename the "
-            "output that has the probabilities or values (onnx.compose and onnx.helper can, or an Identity node)."
+            "output that has the probabilities or values (an Identity node does; skl2onnx: final_types=[('label', "
+            f"Int64TensorType([None])), ('{ONNX_OUTPUT}', FloatTensorType([None, 2]))], options={{'zipmap': False}})."
         )
     if outputs[ONNX_OUTPUT] not in _OUTPUTS:
         raise RefusedError(

@@ -111,12 +111,13 @@ def held_out(source: TrainingSet, version: ModelVersion, config: MonitorConfig) 
             f"The reference has no column '{config.timestamp}'.{did_you_mean(config.timestamp, reference.columns)} "
             "Set `timestamp` to the column that says when a row was true."
         )
-    if config.split.column == AUTO and config.split != SplitConfig():
+    split = config.split or SplitConfig(column=None)
+    if split.column == AUTO and split != SplitConfig():
         raise ConfigError(
-            "Name `split.column` beside split.modulo and split.remainder: `auto` takes the version's own."
+            "Name `split.column` beside split.modulo and split.remainder: `auto` takes the version's own split."
         )
-    if config.split.column is not None:
-        instead = None if config.split.column == AUTO else config.split
+    if split.column is not None:
+        instead = None if split.column == AUTO else split
         otherwise = "Give the training set, or `split.column=null` for rows that no version was fitted on."
         mask = held_out_of(version, source, instead=instead, otherwise=otherwise)
         reference = reference.filter(pl.Series(mask))

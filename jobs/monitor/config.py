@@ -31,9 +31,9 @@ class MonitorConfig(PlatformConfig):
     """Column of the reference that says when a row was true."""
     period: Period = Period.year
     """Length of a chunk of served rows, by their `as_of`."""
-    split: SplitConfig = field(default_factory=SplitConfig)
+    split: SplitConfig | None = field(default_factory=SplitConfig)
     """Which rows of the reference each version is held against. `auto` takes those that the version's own training held
-    out; a column takes the rows where it modulo `modulo` is `remainder`; none takes all rows."""
+    out; a column takes the rows where it modulo `modulo` is `remainder`; none takes all rows, and so does no split."""
     min_rows: int = 300
     """Nothing is said about a chunk with fewer rows, nor about realised performance with fewer outcomes."""
     output: str | None = None

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.entrypoint import job
-from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
+from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
 from cluster.security.acting import act
@@ -31,9 +30,9 @@ from cluster.security.scratch import scratch
 from cluster.session import attach, require_record
 from cluster.storage import finite, layout, local, resolve, write_json
 from jobs.sweep.config import SweepConfig
-from jobs.train.checks import check_rows
-from jobs.train.data import Dataset, prepare, read_training_set
-from jobs.train.describe import describe_data
+from jobs.sweep.trials import outcome, winner
+from jobs.train.data import Dataset, read_training_set
+from jobs.train.describe import prepare_aloud
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.split import resolve_split
 from jobs.train.tabular_network.family import Parameters, loop_config, network_shape, run, trainer
@@ -56,11 +55,8 @@ def main(config: SweepConfig) -> None:
         config.training_set, protected_files(actor.access), places=places, ledger=ledger
     )
     config = replace(config, split=resolve_split(config.split, source))
-    dataset = prepare(config, source)
-    print("\n".join(describe_data(config, source, dataset)), flush=True)
-    for warning in check_rows(dataset):
-        print(f"warning: {warning}", flush=True)
-    dataset = fewer_rows(dataset, config.sweep.rows, seed=config.seed)
+    whole, _ = prepare_aloud(config, source)
+    dataset = fewer_rows(whole, config.sweep.rows, seed=config.seed)
     attach(config)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
@@ -91,71 +87,6 @@ def main(config: SweepConfig) -> None:
     print(f"best of {len(ended)} trials: {best.chosen}, {METRIC} {best.validation_loss:.4f}")
     if config.output is not None:
         write_json(resolve(config.output), {"best": best.chosen, "metric": METRIC, "trials": results})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """What came of one trial; its name in the sweep's output is that of the metric."""
-
-    learning_rate: float
-    width: int
-    validation_loss: float | None
-    cause: str | None = None
-    """Why it has no loss to be compared by."""
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Its hyper-parameters."""
-        return {"learning_rate": self.learning_rate, "width": self.width}
-
-    def describe(self) -> str:
-        """One line."""
-        said = f"{METRIC} {self.validation_loss:.4f}" if self.cause is None else self.cause
-        return f"learning_rate={self.learning_rate:.3g} width={self.width}: {said}"
-
-
-def outcome(result: Any, *, deadline_s: float) -> Trial:
-    """What came of a trial, from Tune's `Result`."""
-    config, metrics = result.config or {}, result.metrics or {}
-    loss: float | None = metrics.get(METRIC)
-    cause: str | None = None
-    if result.error is not None:
-        cause = cause_of(result.error)
-    elif loss is None:
-        cause = f"ended before its first epoch did (sweep.trial_deadline_s is {deadline_s:g})"
-    elif not math.isfinite(loss):
-        cause = f"{METRIC} is {loss}"
-    return Trial(
-        learning_rate=config.get("learning_rate", math.nan),
-        width=config.get("width", 0),
-        validation_loss=loss if cause is None else None,
-        cause=cause,
-    )
-
-
-def cause_of(error: BaseException) -> str:
-    """A trial's error in one line: of a refusal its message, of a traceback the last line."""
-    behind = refusal_behind(error)
-    lines = [line.strip() for line in str(behind).splitlines() if line.strip()]
-    if not lines:
-        return type(behind).__name__
-    return lines[0] if isinstance(behind, RefusedError) else lines[-1]
-
-
-def winner(trials: list[Trial]) -> Trial:
-    """The trial with the smallest loss.
-
-    Raises:
-        TrainingFailed: no trial has one; a line on standard error says why for each.
-    """
-    ended = [one for one in trials if one.cause is None]
-    if not ended:
-        for number, one in enumerate(trials, start=1):
-            print(f"trial {number}: {one.describe()}", file=sys.stderr, flush=True)
-        raise TrainingFailed(
-            f"None of {len(trials)} trials has a finite {METRIC}, so the sweep has no winner."
-        )
-    return min(ended, key=lambda one: one.validation_loss or 0.0)
 
 
 class Follow(tune.Callback):

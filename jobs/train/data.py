@@ -198,6 +198,9 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         TrainingSetError: a configured column is missing.
     """
     table = source.table
+    doubled = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if doubled:
+        raise TrainingSetError(f"The training set has two columns '{doubled[0]}'; leave only one of them.")
     for name in [*(config.inputs or []), *config.exclude]:
         if name not in table.column_names:
             raise TrainingSetError(
@@ -218,9 +221,6 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:
         raise TrainingSetError(f"Input '{doubled[0]}' is named twice; name it once in `inputs`.")
-    doubled = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if doubled:
-        raise TrainingSetError(f"The training set has two columns '{doubled[0]}'; leave only one of them.")
     if config.label in names:
         raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
     return [name for name in names if name not in config.exclude]

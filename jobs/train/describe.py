@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
 from cluster.runtime import InputSpec, Task
+from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig
-from jobs.train.data import Dataset, TrainingSet
+from jobs.train.data import Dataset, TrainingSet, prepare
 from jobs.train.split import describe_split
 
 SHOWN = 12
 """Names in a list, at most."""
+
+
+class Prepared(NamedTuple):
+    """A data set that a model can be fitted to."""
+
+    dataset: Dataset
+    warnings: list[str]
+    """What to be wary of."""
+
+
+def prepare_aloud(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Prepared:
+    """Prepare and check a data set, and print what it is.
+
+    Raises:
+        TrainingSetError: it cannot be learned from.
+    """
+    dataset = prepare(config, source, threshold=threshold)
+    print("\n".join(describe_data(config, source, dataset)), flush=True)
+    warnings = check_rows(dataset)
+    say(warnings)
+    return Prepared(dataset, warnings)
+
+
+def say(warnings: Sequence[str]) -> None:
+    """Print each warning."""
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)
 
 
 def describe_data(config: LearningConfig, source: TrainingSet, dataset: Dataset) -> list[str]:

@@ -102,7 +102,8 @@ def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | N
             ],
         )
     except lightgbm.basic.LightGBMError as error:
-        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {error}.") from error
+        said = str(error).partition(" at /")[0]  # what follows is a line of its own source
+        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {said}.") from error
     ((name, loss),) = booster.best_score[_VALIDATION].items()
     return Fitted(
         text=str(booster.model_to_string(num_iteration=booster.best_iteration)),

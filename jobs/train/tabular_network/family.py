@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cluster.errors import TrainingFailed
+from cluster.errors import ConfigError, TrainingFailed
 from cluster.runtime import Precision, Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape
@@ -164,8 +164,16 @@ def rows_per_step(dataset: Dataset, parameters: Parameters) -> int:
 
 
 def describe_steps(dataset: Dataset, parameters: Parameters, *, num_workers: int) -> str:
-    """How much a fit does, as lines for people; with a warning where that is too little."""
+    """How much a fit does, as lines for people; with a warning where that is too little.
+
+    Raises:
+        ConfigError: there are fewer rows than workers.
+    """
     rows, batch = int(dataset.fit.sum()), rows_per_step(dataset, parameters)
+    if rows < num_workers:
+        raise ConfigError(
+            f"{num_workers} workers cannot share {rows} rows to fit on. Set scaling.num_workers=1."
+        )
     steps = steps_per_epoch(rows, batch_size=batch, workers=num_workers)
     said = (
         f"fitting a network on {num_workers} workers: {parameters.epochs} epochs of {steps} steps of {batch} rows "
