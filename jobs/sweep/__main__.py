@@ -8,6 +8,7 @@ others for one worker, which takes ten times as long as a short trial's work.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import asdict, replace
@@ -113,8 +114,10 @@ def search(
     config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: str, concurrent: int
 ) -> tune.ResultGrid:
     """Run the trials."""
-    # Tune's newer output prints its own tables and paths however little is asked for.
+    # Tune's newer output prints its own tables and paths however little is asked for, and it logs the traceback of each
+    # trial that fails; the sweep says what came of every trial itself.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shared = ray.put(dataset)
     space = config.sweep
     tuner = tune.Tuner(
