@@ -51,8 +51,8 @@ class Model:
         """
         if engine.num_inputs != len(signature.inputs):
             raise RefusedError(
-                f"The model takes {engine.num_inputs} inputs, its signature names {len(signature.inputs)}. "
-                "Train the version again."
+                f"The model takes {engine.num_inputs} inputs, its signature names {len(signature.inputs)}. It must "
+                "take one column for each input of the training set, in their order."
             )
         self.signature = signature
         self._engine = engine

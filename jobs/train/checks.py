@@ -124,11 +124,23 @@ def _leak(column: Floats, target: Target, task: Task, *, is_category: bool) -> s
     if task is Task.regression:
         close = abs(_rank_correlation(column, target)) >= LEAK_RANK_CORRELATION
         return "ranks the rows as label '{label}' does" if close else None
-    if task is Task.binary and min((target == 0).sum(), (target == 1).sum()) >= MIN_OF_CLASS:
+    if task is Task.multiclass:
+        return "alone puts the rows in order of label '{label}'" if _separates(column, target) else None
+    if min((target == 0).sum(), (target == 1).sum()) >= MIN_OF_CLASS:
         auc = roc_auc(column.astype(np.float64), target)
         if auc is not None and max(auc, 1 - auc) >= LEAK_AUC:
             return f"alone ranks the rows as label '{{label}}' does (auc {max(auc, 1 - auc):.4f})"
     return None
+
+
+def _separates(column: Floats, target: Target) -> bool:
+    """Whether each class has an interval of values to itself."""
+    order = np.argsort(column)
+    values, classes = column[order], target[order]
+    ends = np.flatnonzero(classes[1:] != classes[:-1])
+    known, rows = np.unique(target, return_counts=True)
+    enough = len(known) > 1 and rows.min() >= MIN_OF_CLASS
+    return enough and len(ends) == len(known) - 1 and bool((values[ends] != values[ends + 1]).all())
 
 
 def _determines(column: Floats, target: Target) -> bool:

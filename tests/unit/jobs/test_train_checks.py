@@ -74,6 +74,7 @@ def test_a_class_without_rows_is_named() -> None:
         ({"leak": -LABEL * 10 + DRAW.uniform(0, 9, ROWS)}, LABEL, Task.binary),
         ({"leak": [1.0 if n else None for n in LABEL]}, LABEL, Task.binary),
         ({"leak": [(n * 7 + 3) % 11 for n in THREE]}, THREE, Task.multiclass),
+        ({"leak": -THREE + DRAW.uniform(0, 0.9, ROWS)}, THREE, Task.multiclass),
         ({"leak": VALUE}, VALUE, Task.regression),
         ({"leak": np.exp(-VALUE / 1000)}, VALUE, Task.regression),
     ],
