@@ -120,11 +120,14 @@ def fit_network(
             TRAINING: float(total) / (steps * workers),
             METRIC: _validation_loss(engine, Task(shape.task), data["validation"]),
         }
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                when = f"epoch {epoch + 1} of {parameters['epochs']}"
-                raise TrainingFailed(diverged(name.replace("_", " "), value, when))
+        _require_finite(losses, when=f"epoch {epoch + 1} of {parameters['epochs']}")
         after_epoch(engine, losses | {"epoch": epoch})
+
+
+def _require_finite(losses: dict[str, float], *, when: str) -> None:
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise TrainingFailed(diverged(name.replace("_", " "), value, when))
 
 
 def steps_per_epoch(rows: int, *, batch_size: int, workers: int) -> int:
