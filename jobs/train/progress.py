@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINES = 20
 """Of a run in a log, at most about."""
-_POLL_S = 0.2
+_POLL_S, _LAST_S = 0.2, 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,8 @@ def shown(*, unit: str, total: int) -> Iterator[Queue]:
             yield queue
         finally:
             done.set()
-            thread.join()
-            queue.shutdown(force=True)
+            thread.join(_LAST_S)
+            queue.shutdown(force=True)  # ends the thread, too, where the queue's process never started
 
 
 def send(reports: Queue, report: Report) -> None:
