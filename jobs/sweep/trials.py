@@ -13,7 +13,7 @@ from jobs.train.tabular_network.loop import METRIC
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What came of one trial; its name in the sweep's output is that of the metric."""
+    """What came of one trial. The field of the loss has the metric's name, as the sweep's output does."""
 
     learning_rate: float
     width: int
