@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.errors import ConfigError, RefusedError
+from cluster.errors import ConfigError, RefusedError, refusal_behind
 from cluster.settings import load
 
 C = TypeVar("C")
@@ -35,8 +35,12 @@ def job(config_name: str, schema: type[C]) -> Callable[[Callable[[C], None]], Ca
             try:
                 refuse_shadowed_packages()
                 function(load(config, schema))
-            except RefusedError as error:
-                refuse(error)
+            except Exception as error:
+                # A refusal inside a worker comes wrapped in Ray's own error, whose message is a traceback.
+                refusal = refusal_behind(error)
+                if not isinstance(refusal, RefusedError):
+                    raise
+                refuse(refusal)
 
         def main() -> None:
             # Read by Hydra when it runs: raise instead of printing and exiting 1.

@@ -17,6 +17,7 @@
     │   │   └── CommitConflict        another job committed to the table meanwhile; nothing was stored
     │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
     │   ├── TrainingSetError
+    │   ├── TrainingFailed            fitting came to no usable model: the loss is NaN, or no trial of a sweep ended
     │   ├── SkewFound                 a served feature is not what offline data gives
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file is not the one that was registered
@@ -124,6 +125,10 @@ class TrainingSetError(RefusedError):
     """A training set that cannot be built or used."""
 
 
+class TrainingFailed(RefusedError):
+    """Fitting came to no usable model."""
+
+
 class SkewFound(RefusedError):
     """A served feature is not what offline data gives for the same request."""
 
@@ -195,6 +200,21 @@ class OnlineStoreOutdated(OnlineStoreUnavailable):
 
 class Inconsistent(FalajError):
     """Our own books do not add up; nothing was committed."""
+
+
+def refusal_behind(error: BaseException) -> BaseException:
+    """The refusal that a worker raised, if one is behind a Ray error; else the error itself."""
+    waiting: list[BaseException] = [error]
+    while waiting:
+        seen = waiting.pop(0)
+        # Ray's own error is of the kind that it carries, too, with a traceback for a message.
+        carried = getattr(seen, "cause", None)
+        if isinstance(seen, RefusedError) and carried is None:
+            return seen
+        failures = getattr(seen, "worker_failures", None)  # of Ray Train, by rank
+        behind = [carried, seen.__cause__, *(failures.values() if isinstance(failures, dict) else ())]
+        waiting += [one for one in behind if isinstance(one, BaseException)]
+    return error
 
 
 MAX_GUESSED = 200

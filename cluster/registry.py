@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
 from cluster.security.keys.store import KeyStore
 from cluster.security.policy import Resource
-from cluster.storage import Layout, local, write_bytes
+from cluster.storage import Layout, finite, local, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]
 
@@ -82,6 +82,8 @@ class ModelVersion:
     files: dict[str, str]
     lineage: Lineage
     metrics: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    """What training said to be wary of; versions of older releases have none."""
     registered_by: str = ""
     """Subject of who registered it."""
 
@@ -107,6 +109,7 @@ class Registry:
         task: str,
         lineage: Lineage,
         metrics: Mapping[str, Any],
+        warnings: Sequence[str] = (),
         store: KeyStore,
         actor: str,
     ) -> ModelVersion:
@@ -138,7 +141,8 @@ class Registry:
             manifest_hash=hashlib.sha256(data).hexdigest(),
             files=files,
             lineage=asdict(lineage),
-            metrics=dict(metrics),
+            metrics=finite(dict(metrics)),
+            warnings=list(warnings),
         )
         self._ledger.append(event, actor=actor)
         return self.get(name, version)

@@ -14,7 +14,8 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]
 
-from cluster.errors import ClusterNotRunning, RefusedError
+from cluster.errors import ClusterNotRunning
+from cluster.errors import refusal_behind as refusal_behind
 from cluster.processes import answers, cluster_on
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
@@ -144,15 +145,3 @@ def attach(config: PlatformConfig) -> ClusterRecord:
         ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
     return record
-
-
-def refusal_behind(error: BaseException) -> BaseException:
-    """The refusal that a worker raised, if one is behind a Ray error; else the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray's own error is of the kind that it carries, too, with a traceback for a message.
-        carried = getattr(seen, "cause", None)
-        if isinstance(seen, RefusedError) and carried is None:
-            return seen
-        seen = carried or seen.__cause__
-    return error

@@ -7,10 +7,13 @@ flushed to disk, then a rename. All Parquet of features, quarantine and predicti
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -144,6 +147,29 @@ def write_bytes(uri: str, data: bytes) -> None:
         if fs.exists(temporary):
             fs.rm(temporary)
         raise
+
+
+def write_json(uri: str, content: Any) -> None:
+    """Write a JSON file whole or not at all; a number that is not finite becomes null, as JSON has no NaN."""
+    write_bytes(uri, json_text(content).encode())
+
+
+def json_text(content: Any) -> str:
+    """Indented JSON of plain data; a number that is not finite becomes null."""
+    return json.dumps(finite(content), indent=1, allow_nan=False)
+
+
+def finite(content: Any) -> Any:
+    """Plain data with None in place of each NaN and infinity."""
+    match content:
+        case float():
+            return content if math.isfinite(content) else None
+        case dict():
+            return {key: finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [finite(value) for value in content]
+        case _:
+            return content
 
 
 def _replace(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:

@@ -8,7 +8,6 @@ aggregated views are not compared yet.
 from __future__ import annotations
 
 import datetime as dt
-import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, write_bytes
+from cluster.storage import layout, local, write_json
 from feature_jobs.materialize import instant
 from feature_jobs.store import offline
 from feature_jobs.store.buckets import bucket_of
@@ -126,7 +125,7 @@ def main(config: SkewConfig) -> None:
         compare(replace(spec, on_demand=(), missing=NO_POLICY), tables, group, result)
     report = f"{places.skew(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     event = event_of(config, result, report)
-    write_bytes(report, json.dumps(event.payload() | {"examples": result.examples}, indent=1).encode())
+    write_json(report, event.payload() | {"examples": result.examples})
     ledger.append(event, actor=actor.name)
     for name, one in result.features.items():
         print(f"{name}: {', '.join(f'{what} {figure}' for what, figure in one.report().items())}")

@@ -21,7 +21,7 @@ from cluster.storage import layout
 from serve_apps.apps import ensure_common, ensure_model
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
-from serve_apps.rollout.state import read_states
+from serve_apps.rollout.state import ModelState, read_states
 
 
 class DeployAction(enum.Enum):
@@ -62,7 +62,26 @@ def main(config: DeployConfig) -> None:
                 reason = "first deployment"
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
             wait_until_applied(config, ledger.head(), app=app)
-            print(f"serving {version.name} version {version.version} as application {app}")
+            state = read_states(ledger).get(version.name, ModelState())
+            print(described(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
+
+
+def described(version: ModelVersion, state: ModelState, *, app: str, champion: int) -> str:
+    """Who answers now: a version that is not the champion gets no traffic before a rollout."""
+    serving = f"serving {version.name} version {version.version} as application {app}"
+    if version.version == champion:
+        return serving
+    if state.rollout is not None and state.rollout.treatment_version == version.version:
+        return f"{serving}, with the share of requests that the running rollout gives it"
+    if state.shadow is not None and state.shadow.version == version.version:
+        return f"{serving}, as a shadow: copies of requests reach it, and its answers nobody"
+    start = (
+        f"python -m serve_apps.rollout action=start name={version.name} version={version.version} weight=10"
+    )
+    return (
+        f"deployed {version.name} version {version.version} as application {app}; version {champion} stays champion "
+        f"and keeps its traffic. Start a rollout with `{start}`, or copies of requests with `action=shadow`."
+    )
 
 
 def deploy(

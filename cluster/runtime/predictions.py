@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.errors import ModelFailed
+from cluster.errors import ModelFailed, RefusedError
 from cluster.runtime.signature import Label, ModelSignature, Task
 
 Scores = npt.NDArray[np.float64]
+
+SUM_TOLERANCE = 1e-3
+"""How far the probabilities of all classes may be from 1 together: float16 and int8 graphs round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +60,36 @@ class Predictions:
     def labels(self) -> list[Label]:
         """The answered class of each row; empty for a regression."""
         return [row["label"] for row in self.rows() if "label" in row]
+
+
+def check_scores(predictions: Predictions) -> None:
+    """Prove that scores mean what the task says, before a version is registered.
+
+    Raises:
+        RefusedError: a score that is not finite, no probability, or probabilities that do not sum to 1.
+    """
+    scores, task = predictions.scores, predictions.signature.task
+    by_row = scores.reshape(len(scores), -1)
+    if count := int((~np.isfinite(by_row)).any(axis=1).sum()):
+        raise RefusedError(
+            f"The model gives scores that are not finite for {count} of {len(scores)} held-out rows. It must give a "
+            "finite score for every row, also where values are missing or extreme."
+        )
+    if task is Task.regression or not len(scores):
+        return
+    last = "Sigmoid" if task is Task.binary else "Softmax"
+    if count := int(((by_row < 0) | (by_row > 1)).any(axis=1).sum()):
+        raise RefusedError(
+            f"The model gives {task.value} scores outside 0 to 1 for {count} of {len(scores)} held-out rows "
+            f"({by_row.min():.3g} to {by_row.max():.3g}), which are no probabilities. End it with a {last}."
+        )
+    if task is Task.multiclass:
+        sums = by_row.sum(axis=1)
+        if count := int((np.abs(sums - 1) > SUM_TOLERANCE).sum()):
+            raise RefusedError(
+                f"The probabilities of all classes do not sum to 1 for {count} of {len(scores)} held-out rows "
+                f"({sums.min():.3g} to {sums.max():.3g}). End the model with a {last}."
+            )
 
 
 def _multiclass_row(classes: tuple[Label, ...], scores: list[float]) -> dict[str, Any]:

@@ -115,6 +115,15 @@ class ModelSignature:
         return [spec for spec in self.inputs for _ in range(spec.width)]
 
     @property
+    def matrix_names(self) -> list[str]:
+        """The name of each column of the model's matrix, such as `emb[2]` for an element of a list."""
+        return [
+            spec.name if spec.length is None else f"{spec.name}[{element}]"
+            for spec in self.inputs
+            for element in range(spec.width)
+        ]
+
+    @property
     def width(self) -> int:
         """Columns of the model's matrix."""
         return sum(spec.width for spec in self.inputs)

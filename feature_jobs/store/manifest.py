@@ -152,12 +152,19 @@ def describe(
         "entities_hash": entities_hash,
         "row_hash": row_hash,
         "rows": table.num_rows,
+        "join_keys": _join_keys(spec, table.column_names),
         "columns": columns,
         "cutoff": cutoff,
         "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},
         "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
         **({"default_share": default_share} if default_share else {}),
     }
+
+
+def _join_keys(spec: ServiceSpec, columns: list[str]) -> list[str]:
+    """The keys that the entity rows have, in the order of the service's views."""
+    keys = dict.fromkeys(key for view in spec.views for key in view.join_keys)
+    return [key for key in keys if key in columns]
 
 
 def _entries_at(ledger: Ledger, seq: int) -> list[Any]:

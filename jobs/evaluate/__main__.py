@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from cluster.entrypoint import job
@@ -19,12 +16,12 @@ from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.policy import Action
 from cluster.session import require_record
-from cluster.storage import layout, resolve, write_bytes
+from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.metrics import headline, score
 from jobs.evaluate.slices import slice_metrics, smallest_slice
-from jobs.train.config import SplitConfig
-from jobs.train.data import held_out_mask, label_column, read_training_set
+from jobs.train.data import TrainingSet, label_column, read_training_set
+from jobs.train.split import held_out_of
 from jobs.train.target import encode_target
 
 
@@ -42,7 +39,7 @@ def main(config: EvaluateConfig) -> None:
     source = read_training_set(
         config.training_set, protected_files(actor.access), places=places, ledger=ledger
     )
-    table = chosen_rows(config, version, source.table)
+    table = chosen_rows(config, version, source)
     labels = label_column(table, signature.label)
     target = encode_target(signature.task, labels, classes=signature.classes, label=signature.label)
     predictions = model.predict(table)
@@ -59,8 +56,8 @@ def main(config: EvaluateConfig) -> None:
         slices=slices,
     )
     ledger.append(event, actor=actor.name)
-    name, value = headline(signature.task, metrics)
-    print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {name} {value:.4f}")
+    figure = headline(signature.task, metrics)
+    print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {figure}")
     if config.output is not None:
         result: dict[str, Any] = {
             "metrics": metrics,
@@ -68,19 +65,15 @@ def main(config: EvaluateConfig) -> None:
             "smallest_slice": smallest_slice(slices),
         }
         head = {"name": version.name, "version": version.version, "family": version.family}
-        write_bytes(resolve(config.output), json.dumps(head | result, indent=1).encode())
+        write_json(resolve(config.output), head | result)
 
 
-def chosen_rows(config: EvaluateConfig, version: ModelVersion, table: pa.Table) -> pa.Table:
+def chosen_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingSet) -> pa.Table:
     """The rows to evaluate: those the version's own training held out, or all."""
     if config.rows is Rows.all:
-        return table
-    recorded = version.lineage.config.get("split", {})
-    split = SplitConfig(
-        **{each.name: recorded[each.name] for each in fields(SplitConfig) if each.name in recorded}
-    )
-    mask = held_out_mask(split, table, seed=version.lineage.seed)
-    return table.filter(pa.array(np.asarray(mask)))
+        return source.table
+    mask = held_out_of(version, source, otherwise="Give the training set, or `rows=all` for data of its own.")
+    return source.table.filter(pa.array(mask))
 
 
 if __name__ == "__main__":

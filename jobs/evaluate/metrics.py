@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.runtime import Predictions, Task
+from cluster.storage import finite
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -31,18 +32,23 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
     signature = predictions.signature
     match signature.task:
         case Task.binary:
-            return binary_metrics(predictions.scores, target, threshold=signature.threshold)
+            metrics = binary_metrics(predictions.scores, target, threshold=signature.threshold)
         case Task.multiclass:
-            return multiclass_metrics(predictions.scores, target)
+            metrics = multiclass_metrics(predictions.scores, target)
         case Task.regression:
-            return regression_metrics(predictions.scores, target)
+            metrics = regression_metrics(predictions.scores, target)
+    found: dict[str, Any] = finite(metrics)  # a sum of huge values overflows
+    return found
 
 
-def headline(task: Task, metrics: dict[str, Any]) -> tuple[str, float]:
-    """The one metric a line of output has room for."""
+def headline(task: Task, metrics: dict[str, Any]) -> str:
+    """The one metric a line of output has room for, as `auc 0.8123`."""
     name = {Task.binary: "auc", Task.multiclass: "accuracy", Task.regression: "rmse"}[task]
     value = metrics[name]
-    return name, math.nan if value is None else float(value)
+    if value is not None:
+        return f"{name} {value:.6g}" if task is Task.regression else f"{name} {value:.4f}"
+    why = "one class in these rows" if task is Task.binary else "no finite value"
+    return f"{name} undefined ({why})"
 
 
 def binary_metrics(probabilities: Floats, target: Integers, *, threshold: float = 0.5) -> dict[str, Any]:

@@ -6,7 +6,6 @@ NannyML runs in a Ray task, so that the job shows on the dashboard and takes its
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +15,7 @@ import polars as pl
 import ray
 
 from cluster.entrypoint import job
-from cluster.errors import TrainingSetError
+from cluster.errors import ConfigError, TrainingSetError, did_you_mean
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
 from cluster.registry import ModelVersion, Registry
@@ -24,16 +23,18 @@ from cluster.runtime import Task, load_model
 from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.session import attach
-from cluster.storage import exists, layout, resolve, sha256, write_bytes
+from cluster.storage import exists, layout, resolve, sha256, write_bytes, write_json
 from jobs.monitor.chunks import CHUNK, cut
-from jobs.monitor.config import MonitorConfig, SplitConfig
+from jobs.monitor.config import MonitorConfig
 from jobs.monitor.frames import Frames, build
 from jobs.monitor.logged import Served, read
 from jobs.monitor.measures import METRICS, SHORT, Measure, Measures, drift, estimated, realised
 from jobs.monitor.plots import performance_plot
 from jobs.monitor.said import Output, alerted, describe
 from jobs.monitor.shares import missing_shares, unseen_shares
-from jobs.train.data import read_training_set
+from jobs.train.config import AUTO, SplitConfig
+from jobs.train.data import TrainingSet, read_training_set
+from jobs.train.split import held_out_of
 
 
 @job("monitor", MonitorConfig)
@@ -47,11 +48,11 @@ def main(config: MonitorConfig) -> None:
     files = protected_files(actor.access)
     places = layout(config.storage)
     source = read_training_set(config.reference, files, places=places, ledger=ledger)
-    reference = held_out(pl.DataFrame(pl.from_arrow(source.table)), config)
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     logged = read(config, Registry(ledger, places), key_store(actor.access))
     output = Output()
     for served in logged.served:
+        reference = held_out(source, served.version, config)
         figures = measure(config, served, reference, access=actor.access) | {
             "left_out": logged.left_out(served)
         }
@@ -59,7 +60,7 @@ def main(config: MonitorConfig) -> None:
         for line in describe(served.name, figures):
             print(line, flush=True)
         name = file_name(served)
-        write_bytes(f"{folder}/{name}.json", json.dumps(figures, indent=1).encode())
+        write_json(f"{folder}/{name}.json", figures)
         if any(one["estimate"] or one["realisation"] for one in figures["periods"].values()):
             plot = performance_plot(served.name, figures["periods"], metric=figures["metric"])
             write_bytes(f"{folder}/{name}.svg", plot.encode())
@@ -68,7 +69,7 @@ def main(config: MonitorConfig) -> None:
         )
         ledger.append(event, actor=actor.name)
     if config.output is not None:
-        write_bytes(resolve(config.output), json.dumps(output.content(), indent=1).encode())
+        write_json(resolve(config.output), output.content())
 
 
 def file_name(served: Served) -> str:
@@ -97,22 +98,34 @@ def event_of(
     )
 
 
-def held_out(reference: pl.DataFrame, config: MonitorConfig) -> pl.DataFrame:
-    """The reference's rows that the model was not fitted on, in order of time.
+def held_out(source: TrainingSet, version: ModelVersion, config: MonitorConfig) -> pl.DataFrame:
+    """The reference's rows that a version was not fitted on, in order of time.
 
     Raises:
         TrainingSetError: a column is missing, or no row is left.
+        ConfigError: half a split.
     """
+    reference = pl.DataFrame(pl.from_arrow(source.table))
+    if config.timestamp not in reference.columns:
+        raise TrainingSetError(
+            f"The reference has no column '{config.timestamp}'.{did_you_mean(config.timestamp, reference.columns)} "
+            "Set `timestamp` to the column that says when a row was true."
+        )
     split = config.split or SplitConfig(column=None)
-    for name in (config.timestamp, split.column):
-        if name is not None and name not in reference.columns:
-            raise TrainingSetError(
-                f"The reference has no column '{name}'; set `timestamp` and `split.column` to fit."
-            )
+    if split.column == AUTO and split != SplitConfig():
+        raise ConfigError(
+            "Name `split.column` beside split.modulo and split.remainder: `auto` takes the version's own split."
+        )
     if split.column is not None:
-        reference = reference.filter(pl.col(split.column) % split.modulo == split.remainder)
+        instead = None if split.column == AUTO else split
+        otherwise = "Give the training set, or `split.column=null` for rows that no version was fitted on."
+        mask = held_out_of(version, source, instead=instead, otherwise=otherwise)
+        reference = reference.filter(pl.Series(mask))
     if reference.is_empty():
-        raise TrainingSetError(f"No reference row has {split.column} % {split.modulo} == {split.remainder}.")
+        raise TrainingSetError(
+            f"No row of the reference was held out of version {version.version}'s training. Give its training set, or "
+            "`split.column=null` for rows that no version was fitted on."
+        )
     return reference.sort(config.timestamp)
 
 

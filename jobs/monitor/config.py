@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.settings import PlatformConfig
+from jobs.train.config import SplitConfig
 
 
 class Period(enum.Enum):
@@ -14,16 +15,6 @@ class Period(enum.Enum):
     year = "year"
     month = "month"
     day = "day"
-
-
-@dataclass(kw_only=True, slots=True)
-class SplitConfig:
-    """Which reference rows the model was not fitted on: `column % modulo == remainder`."""
-
-    column: str | None = "person_id"
-    """None takes all reference rows."""
-    modulo: int = 4
-    remainder: int = 3
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,7 +31,9 @@ class MonitorConfig(PlatformConfig):
     """Column of the reference that says when a row was true."""
     period: Period = Period.year
     """Length of a chunk of served rows, by their `as_of`."""
-    split: SplitConfig | None = None
+    split: SplitConfig | None = field(default_factory=SplitConfig)
+    """Which rows of the reference each version is held against. `auto` takes those that the version's own training held
+    out; a column takes the rows where it modulo `modulo` is `remainder`; none takes all rows, and so does no split."""
     min_rows: int = 300
     """Nothing is said about a chunk with fewer rows, nor about realised performance with fewer outcomes."""
     output: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from cluster.registry import Registry
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store
 from cluster.session import require_record
-from cluster.storage import layout, local, write_bytes
+from cluster.storage import layout, local, write_json
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
 
@@ -55,7 +54,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
         "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
         "seconds": {name: round(done.seconds, 1) for name, done in runner.finished.items()},
     }
-    write_bytes(str(demo / "summary.json"), json.dumps(summary, indent=2).encode())
+    write_json(str(demo / "summary.json"), summary)
     return summary
 
 

@@ -8,7 +8,9 @@ others for one worker, which takes ten times as long as a short trial's work.
 
 from __future__ import annotations
 
-import json
+import logging
+import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.entrypoint import job
-from cluster.errors import ConfigError, FalajError
+from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
 from cluster.security.acting import act
@@ -27,18 +29,17 @@ from cluster.security.keys.access import protected_files
 from cluster.security.policy import Action, Resource
 from cluster.security.scratch import scratch
 from cluster.session import attach, require_record
-from cluster.storage import layout, local, resolve, write_bytes
+from cluster.storage import finite, layout, local, resolve, write_json
 from jobs.sweep.config import SweepConfig
-from jobs.train.data import Dataset, prepare, read_training_set
+from jobs.sweep.trials import outcome, winner
+from jobs.train.data import Dataset, read_training_set
+from jobs.train.describe import prepare_aloud
 from jobs.train.families import FitContext, resolve_family
-from jobs.train.tabular_network.family import Parameters, loop_config, network_shape, trainer
+from jobs.train.split import resolve_split
+from jobs.train.tabular_network.family import Parameters, loop_config, network_shape, run, trainer
 from jobs.train.tabular_network.loop import METRIC, fit_alone
 
 TRIAL_CPUS = 0.5
-
-
-class SweepFailed(FalajError):
-    """No trial came to its end."""
 
 
 @job("sweep", SweepConfig)
@@ -54,47 +55,69 @@ def main(config: SweepConfig) -> None:
     source = read_training_set(
         config.training_set, protected_files(actor.access), places=places, ledger=ledger
     )
-    dataset = fewer_rows(prepare(config, source), config.sweep.rows, seed=config.seed)
+    config = replace(config, split=resolve_split(config.split, source))
+    whole, _ = prepare_aloud(config, source)
+    dataset = fewer_rows(whole, config.sweep.rows, seed=config.seed)
     attach(config)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
+    print(
+        f"{config.sweep.trials} trials, {concurrent} at once, each with {int(dataset.fit.sum())} rows to fit on "
+        f"(sweep.epochs={config.sweep.epochs})",
+        flush=True,
+    )
     runs = local(f"{layout(config.storage).root}/runs")
     with scratch(runs) as folder:
         grid = search(config, dataset, parameters, folder=str(folder), concurrent=concurrent)
-    ended = [one for one in (grid[number] for number in range(len(grid))) if one.error is None]
-    results = [
-        {
-            "learning_rate": one.config["learning_rate"],
-            "width": one.config["width"],
-            METRIC: one.metrics[METRIC],
-        }
-        for one in ended
-        if one.config and one.metrics and METRIC in one.metrics
-    ]
-    if not results:
-        raise SweepFailed(f"None of {config.sweep.trials} trials came to its end: {grid.errors[:1]}")
-    best = min(results, key=lambda one: float(one[METRIC]))
-    chosen = {name: best[name] for name in ("learning_rate", "width")}
+    trials = [outcome(grid[number], deadline_s=config.sweep.trial_deadline_s) for number in range(len(grid))]
+    best = winner(trials)
+    ended = [one for one in trials if one.cause is None]
+    results = [finite(asdict(one)) for one in trials]
+    # The ledger hears that a trial failed, but not why: the message of an unknown error may hold values of rows.
+    events = [{name: value for name, value in one.items() if name != "cause"} for one in results]
     event = SweepFinished(
         model=config.name,
         family=family,
-        trials=len(results),
+        trials=len(ended),
         metric=METRIC,
-        best=chosen,
-        results=results,
+        best=best.chosen,
+        results=events,
         training_set_hash=source.hash,
     )
     ledger.append(event, actor=actor.name)
-    print(f"best of {len(results)} trials: {chosen}, {METRIC} {best[METRIC]:.4f}")
+    print(f"best of {len(ended)} trials: {best.chosen}, {METRIC} {best.validation_loss:.4f}")
     if config.output is not None:
-        content = {"best": chosen, "metric": METRIC, "trials": results}
-        write_bytes(resolve(config.output), json.dumps(content, indent=1).encode())
+        write_json(resolve(config.output), {"best": best.chosen, "metric": METRIC, "trials": results})
+
+
+class Follow(tune.Callback):
+    """Prints each trial as it ends."""
+
+    def __init__(self, *, trials: int) -> None:
+        self._done, self._trials = 0, trials
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune in the driver."""
+        self._say(trial.config, f"{METRIC} {trial.last_result.get(METRIC, math.nan):.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune in the driver."""
+        self._say(trial.config, "failed")
+
+    def _say(self, config: dict[str, Any], what: str) -> None:
+        self._done += 1
+        chosen = f"learning_rate={config['learning_rate']:.3g} width={config['width']}"
+        print(f"  trial {self._done} of {self._trials}: {chosen}: {what}", flush=True)
 
 
 def search(
     config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: str, concurrent: int
 ) -> tune.ResultGrid:
     """Run the trials."""
+    # Tune's newer output prints its own tables and paths however little is asked for, and it logs the traceback of each
+    # trial that fails; the sweep says what came of every trial itself.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shared = ray.put(dataset)
     space = config.sweep
     tuner = tune.Tuner(
@@ -124,7 +147,12 @@ def search(
             reuse_actors=False,  # DeepSpeed cannot start twice in a process
             search_alg=tune.search.BasicVariantGenerator(random_state=config.seed, max_concurrent=concurrent),
         ),
-        run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=folder,
+            verbose=0,
+            callbacks=[Follow(trials=space.trials)],
+        ),
     )
     return tuner.fit()
 
@@ -141,7 +169,7 @@ def trial(settings: dict[str, Any]) -> None:
         fit_alone(loop_config(dataset, parameters, shape, context), report=tune.report)
         return
     callbacks = [TuneReportCallback()]  # type: ignore[no-untyped-call]
-    trainer(dataset, parameters, shape, context, num_workers=fixed["num_workers"], callbacks=callbacks).fit()
+    run(trainer(dataset, parameters, shape, context, num_workers=fixed["num_workers"], callbacks=callbacks))
 
 
 def trial_cpus(config: SweepConfig) -> float:

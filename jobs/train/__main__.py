@@ -6,29 +6,32 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
-from cluster.registry import Registry
+from cluster.registry import Lineage, Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
 from cluster.runtime.hardware import Hardware
+from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.policy import Action, Resource
 from cluster.security.scratch import memory_folder, scratch
 from cluster.session import attach, require_record
-from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
+from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
 from jobs.evaluate.metrics import headline, score
 from jobs.train.config import TrainConfig
-from jobs.train.data import Dataset, prepare, read_training_set
+from jobs.train.data import Dataset, read_training_set
+from jobs.train.describe import prepare_aloud, say
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.lineage import lineage, plain
 from jobs.train.quantise import cost, quantise
+from jobs.train.split import resolve_split
 
 
 @job("train", TrainConfig)
@@ -44,7 +47,8 @@ def main(config: TrainConfig) -> None:
     source = read_training_set(
         config.training_set, protected_files(actor.access), places=places, ledger=ledger
     )
-    dataset = prepare(config, source, threshold=config.threshold)
+    config = replace(config, split=resolve_split(config.split, source))
+    dataset, warnings = prepare_aloud(config, source, threshold=config.threshold)
     attach(config)
     runs = local(f"{places.root}/runs")
     # What a run keeps for itself may be for several machines; the model, which is in the clear until it is registered,
@@ -61,9 +65,10 @@ def main(config: TrainConfig) -> None:
         learned = permuted(dataset, seed=config.seed) if config.label_permutation else dataset
         module.fit(learned, parameters, context)
         origin = lineage(config, source, parameters)
-        metrics = judged(folder, dataset, precision_of(parameters))
-        (folder / "config.json").write_text(json.dumps(plain(origin.config), indent=1))
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        judgement = judged(folder, dataset, precision_of(parameters))
+        say(judgement.warnings)
+        metrics, warnings = judgement.metrics, [*warnings, *judgement.warnings]
+        describe_model(folder, origin, metrics)
         version = Registry(ledger, places).register(
             folder,
             name=config.name,
@@ -71,14 +76,20 @@ def main(config: TrainConfig) -> None:
             task=config.task.value,
             lineage=origin,
             metrics=metrics,
+            warnings=warnings,
             store=key_store(actor.access),
             actor=actor.name,
         )
-    name, value = headline(config.task, metrics)
-    print(f"registered {version.name} version {version.version} {name} {value:.4f}")
+    print(f"registered {version.name} version {version.version} {headline(config.task, metrics)}")
     if config.output is not None:
         result = {"name": version.name, "version": version.version, "family": family, "metrics": metrics}
-        write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
+        write_json(resolve(config.output), result | {"warnings": warnings})
+
+
+def describe_model(folder: Path, origin: Lineage, metrics: dict[str, Any]) -> None:
+    """Put the configuration and the metrics beside a model's files."""
+    (folder / "config.json").write_text(json_text(plain(origin.config)))
+    (folder / "metrics.json").write_text(json_text(metrics))
 
 
 def with_best(config: TrainConfig) -> dict[str, Any]:
@@ -106,8 +117,15 @@ def permuted(dataset: Dataset, *, seed: int) -> Dataset:
     return replace(dataset, target=np.random.default_rng(seed).permutation(dataset.target))
 
 
-def judged(folder: Path, dataset: Dataset, precision: Precision) -> dict[str, Any]:
-    """Say in the folder what model it holds, and give the metrics of just that on the held-out rows.
+class Judgement(NamedTuple):
+    """What is found of a model on the held-out rows."""
+
+    metrics: dict[str, Any]
+    warnings: list[str]
+
+
+def judged(folder: Path, dataset: Dataset, precision: Precision) -> Judgement:
+    """Say in the folder what model it holds, and judge just that on the held-out rows.
 
     An int8 model's say under `quantised_from` what the float32 one's were, and how far the scores lie apart.
 
@@ -117,18 +135,26 @@ def judged(folder: Path, dataset: Dataset, precision: Precision) -> dict[str, An
     before = held_out(folder, dataset, dataset.signature)
     target = dataset.target[dataset.held_out]
     metrics = score(before, target)
+    same = len(before.scores) > 1 and bool((before.scores == before.scores[0]).all())
+    warnings = ["the model gives all held-out rows the same score: it learned nothing"] if same else []
     if precision is Precision.float32:
-        return metrics
+        return Judgement(metrics, warnings)
     quantise(folder)
     after = held_out(folder, dataset, replace(dataset.signature, precision=precision))
-    return score(after, target) | {"quantised_from": cost(before, after, metrics)}
+    return Judgement(score(after, target) | {"quantised_from": cost(before, after, metrics)}, warnings)
 
 
 def held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
-    """What a folder's model says of rows it has never seen; from then on the folder has the signature."""
+    """What a folder's model says of rows it has never seen; from then on the folder has the signature.
+
+    Raises:
+        RefusedError: the files make no model, or its scores are not what the task says.
+    """
     (folder / SIGNATURE_FILE).write_text(signature.to_json())
     model = open_model(folder, hardware=Hardware(num_threads=2))
-    return model.predict_matrix(dataset.matrix[dataset.held_out])
+    predictions = model.predict_matrix(dataset.matrix[dataset.held_out])
+    check_scores(predictions)
+    return predictions
 
 
 def precision_of(parameters: Any) -> Precision:

@@ -9,6 +9,7 @@ from typing import Any
 from cluster.runtime import Task
 from cluster.settings import PlatformConfig
 
+AUTO = "auto"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -16,8 +17,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class SplitConfig:
     """Which rows are held out of training."""
 
-    column: str | None = "person_id"
-    """Held out are rows where this column modulo `modulo` is `remainder`; none draws rows by the seed."""
+    column: str | None = AUTO
+    """Held out are rows where this column modulo `modulo` is `remainder`; a text counts by its hash (xxh32).
+
+    None draws rows by the seed. `auto` takes the join key of the training set, so that all rows of one entity are on
+    one side; without a join key, the only `*_id` column; without that, it draws rows by the seed.
+    """
     modulo: int = 4
     remainder: int = 3
 

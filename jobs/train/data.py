@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import TrainingSetError, did_you_mean
+from cluster.errors import DefinitionError, TrainingSetError, did_you_mean
 from cluster.ledger import Ledger
 from cluster.runtime import InputSpec, ModelSignature, encode
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import Label
 from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
+from feature_jobs.store.catalog import service_spec
 from feature_jobs.store.dtypes import list_of
 from feature_jobs.store.kept import place_of, read_kept
 from feature_jobs.store.row_hash import has_row_hash
-from jobs.train.config import LearningConfig, SplitConfig
+from jobs.train.config import LearningConfig
+from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, learn_classes
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,8 @@ class TrainingSet:
     """Empty when none lies beside the file."""
     hash: str
     """The manifest's row hash, else the file's SHA-256."""
+    join_keys: tuple[str, ...] = ()
+    """Of the entity rows, in the order of the service's views; empty without a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,12 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")
     manifest = read_manifest(beside, table) if exists(beside) else {}
-    return TrainingSet(table=table, manifest=manifest, hash=manifest.get("row_hash") or sha256(uri))
+    return TrainingSet(
+        table=table,
+        manifest=manifest,
+        hash=manifest.get("row_hash") or sha256(uri),
+        join_keys=join_keys(manifest, ledger),
+    )
 
 
 def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
@@ -114,13 +121,25 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
     return manifest
 
 
+def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
+    """The join keys of a manifest's entity rows; a manifest of an older release names only the service."""
+    if "join_keys" in manifest:
+        return tuple(manifest["join_keys"])
+    try:
+        spec = service_spec(ledger, manifest["service"], manifest["service_version"])
+    except (KeyError, DefinitionError):
+        return ()
+    return tuple(dict.fromkeys(key for view in spec.views for key in view.join_keys))
+
+
 def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
     """Split, learn the signature from the rows to fit on, and encode.
 
     Raises:
         TrainingSetError: a column is missing, or a part of the split has no rows.
     """
-    held_out = held_out_mask(config.split, source.table, seed=config.seed)
+    split = resolve_split(config.split, source)
+    held_out = held_out_mask(split, source.table, seed=config.seed)
     rest = np.flatnonzero(~held_out)
     order = np.random.default_rng(config.seed).permutation(rest)
     num_validation = max(1, int(len(rest) * config.validation_share))
@@ -129,7 +148,10 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
     fit[order[num_validation:]] = True
     for name, mask in (("held-out", held_out), ("training", fit)):
         if not mask.any():
-            raise TrainingSetError(f"The split leaves no {name} rows of {len(held_out)}; change `split`.")
+            raise TrainingSetError(
+                f"The split ({describe_split(split, source.table)}) leaves no {name} rows of {len(held_out)}. Set "
+                "another `split.column` or `split.modulo`; `split.column=null` draws rows by the seed."
+            )
     signature = learn_signature(config, source, fit=fit, threshold=threshold)
     labels = label_column(source.table, config.label)
     return Dataset(
@@ -140,26 +162,6 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
         validation=validation,
         held_out=held_out,
     )
-
-
-def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
-    """The rows that are held out.
-
-    Raises:
-        TrainingSetError: the split's column is missing or holds no whole numbers.
-    """
-    if split.column is None:
-        draw = np.random.default_rng(seed).integers(split.modulo, size=table.num_rows)
-        return np.asarray(draw == split.remainder)
-    if split.column not in table.column_names:
-        raise TrainingSetError(
-            f"The training set has no column '{split.column}' to split by."
-            f"{did_you_mean(split.column, table.column_names)} Set `split.column=null` to draw rows by the seed."
-        )
-    column = table[split.column]
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise TrainingSetError(f"Column '{split.column}' must hold whole numbers without nulls to split by.")
-    return np.asarray(column.to_numpy() % split.modulo == split.remainder)
 
 
 def learn_signature(
@@ -197,6 +199,9 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         TrainingSetError: a configured column is missing.
     """
     table = source.table
+    doubled = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if doubled:
+        raise TrainingSetError(f"The training set has two columns '{doubled[0]}'; leave only one of them.")
     for name in [*(config.inputs or []), *config.exclude]:
         if name not in table.column_names:
             raise TrainingSetError(
@@ -206,7 +211,7 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
     if names is None and source.manifest:
         names = [column["name"] for column in source.manifest["columns"]]
     if names is None:
-        apart = {config.label, config.split.column, "event_timestamp"}
+        apart = {config.label, resolve_split(config.split, source).column, "event_timestamp"}
         names = [
             field.name
             for field in table.schema
@@ -214,6 +219,9 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
             and not field.name.endswith("_id")
             and not pa.types.is_temporal(field.type)
         ]
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise TrainingSetError(f"Input '{doubled[0]}' is named twice; name it once in `inputs`.")
     if config.label in names:
         raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
     return [name for name in names if name not in config.exclude]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import lightgbm
 import ray
+from lightgbm.callback import CallbackEnv
+from ray.util.queue import Queue
 
+from cluster.errors import TrainingFailed
 from cluster.runtime import Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
+from jobs.train.progress import LINES, Report, diverged, send, shown
+
+_VALIDATION = "validation"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,15 +45,29 @@ class Parameters:
             raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """What the task gives back."""
+
+    text: str
+    """The trees in LightGBM's text format."""
+    best_round: int
+    loss: str
+    """The validation loss of the best round, with its name."""
+
+
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
     """Fit the trees and write them in LightGBM's text format."""
+    print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
     remote = _fit.options(num_cpus=parameters.num_threads)
-    text = ray.get(remote.remote(dataset, parameters, context.seed))
-    (context.folder / LIGHTGBM_FILE).write_text(text)
+    with shown(unit="round", total=parameters.rounds) as reports:
+        fitted = ray.get(remote.remote(dataset, parameters, context.seed, reports))
+    print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
+    (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
 
 
 @ray.remote
-def _fit(dataset: Dataset, parameters: Parameters, seed: int) -> str:
+def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | None) -> Fitted:
     signature = dataset.signature
     settings = {
         **_objective(dataset),
@@ -67,14 +89,42 @@ def _fit(dataset: Dataset, parameters: Parameters, seed: int) -> str:
         dataset.matrix[dataset.fit], dataset.target[dataset.fit], categorical_feature=signature.categorical
     )
     validation = train.create_valid(dataset.matrix[dataset.validation], dataset.target[dataset.validation])
-    booster = lightgbm.train(
-        settings,
-        train,
-        num_boost_round=parameters.rounds,
-        valid_sets=[validation],
-        callbacks=[lightgbm.early_stopping(parameters.patience, verbose=False)],
+    try:
+        booster = lightgbm.train(
+            settings,
+            train,
+            num_boost_round=parameters.rounds,
+            valid_sets=[validation],
+            valid_names=[_VALIDATION],
+            callbacks=[
+                _follow(reports, every=max(1, parameters.rounds // LINES)),
+                lightgbm.early_stopping(parameters.patience, verbose=False),
+            ],
+        )
+    except lightgbm.basic.LightGBMError as error:
+        said = str(error).partition(" at /")[0]  # what follows is a line of its own source
+        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {said}.") from error
+    ((name, loss),) = booster.best_score[_VALIDATION].items()
+    return Fitted(
+        text=str(booster.model_to_string(num_iteration=booster.best_iteration)),
+        best_round=booster.best_iteration,
+        loss=f"{_VALIDATION} {name} {loss:.4f}",
     )
-    return str(booster.model_to_string(num_iteration=booster.best_iteration))
+
+
+def _follow(reports: Queue | None, *, every: int) -> Callable[[CallbackEnv], None]:
+    """A callback that reports each so many rounds, and ends a fit whose loss is no number."""
+
+    def after_round(env: CallbackEnv) -> None:
+        done = env.iteration + 1
+        losses = {f"{data} {name}": float(loss) for data, name, loss, *_ in env.evaluation_result_list or ()}
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise TrainingFailed(diverged(f"{name} loss", loss, f"round {done}"))
+        if reports is not None and (done == 1 or done % every == 0):
+            send(reports, Report(done=done, figures=losses))
+
+    return after_round
 
 
 def _objective(dataset: Dataset) -> dict[str, str | int]:

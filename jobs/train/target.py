@@ -71,6 +71,8 @@ def _values(column: pa.ChunkedArray, label: str) -> npt.NDArray[np.float64]:
     values = np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
     if not np.isfinite(values).all():
         raise TrainingSetError(f"Label '{label}' holds values that are not finite.")
+    if len(values) and np.abs(values).max() > np.finfo(np.float32).max:
+        raise TrainingSetError(f"Label '{label}' holds values beyond what a float32 can hold; scale it down.")
     return values
 
 

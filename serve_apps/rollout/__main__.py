@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, resolve, write_bytes
+from cluster.storage import json_text, layout, local, resolve, write_json
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.state import ModelState, Rollout, read_states
@@ -103,9 +102,9 @@ def main(config: RolloutConfig) -> None:
             result = shadow(config, ledger, actor, state)
         case RolloutAction.stop_shadow:
             result = stop_shadow(config, ledger, actor, state)
-    print(json.dumps(result, indent=1))
+    print(json_text(result))
     if config.output is not None:
-        write_bytes(resolve(config.output), json.dumps(result, indent=1).encode())
+        write_json(resolve(config.output), result)
 
 
 def permitted(

@@ -80,6 +80,18 @@ def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
     assert sweep["best"]["width"] in (64, 128, 256)
 
 
+def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:
+    """No trial wins with a loss that is no number; exit code 2, a line a trial, no file."""
+    broken = ("model.weight_decay=1e30", "sweep.trials=1", "sweep.rows=200", *SMALL[1:2])
+    result = project.run("jobs.sweep", *DATA, *broken, "output=none.json")
+    assert result.returncode == 2, result.stderr
+    *trials, refused = result.stderr.splitlines()
+    assert [line[:7] for line in trials] == ["trial 1"], result.stderr
+    assert all("loss is nan in epoch 1 of 1" in line for line in trials)
+    assert "None of 1 trials has a finite validation_loss" in refused
+    assert not (project.root / "none.json").exists()
+
+
 def test_permuted_labels_teach_nothing(project: Project) -> None:
     """The version that is broken on purpose is judged under the true labels."""
     arguments = ("model=lightgbm", *DATA, "label_permutation=true", "output=broken.json")
@@ -96,6 +108,7 @@ def test_permuted_labels_teach_nothing(project: Project) -> None:
         (("model=lightgbm", *DATA, "model.family=forest"), "forest"),
         (("model=tabular_network", *DATA, "deepspeed.zero_stage=7"), "0-3"),
         (("model=lightgbm", *DATA, "params_from=none.json"), "none.json"),
+        (("model=lightgbm", *DATA, "inputs=[age,age]"), "named twice"),
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(

@@ -29,6 +29,8 @@ class ModelRegistered(LedgerEvent):
     """File name to SHA-256 in hex."""
     lineage: dict[str, Json]
     metrics: dict[str, Json]
+    warnings: list[str] = field(default_factory=list)
+    """What training said to be wary of, such as an input that gives the label away."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
 
+from cluster.errors import ConfigError, TrainingFailed
 from cluster.runtime import Precision, Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
+from jobs.train.progress import shown
 from jobs.train.tabular_network.export import export
-from jobs.train.tabular_network.loop import METRIC, train_loop
+from jobs.train.tabular_network.loop import METRIC, steps_per_epoch, train_loop
+
+MAX_BATCH, MIN_BATCH = 1024, 16
+MIN_STEPS = 16
+"""Of an epoch, where the batch is sized by the data."""
+FEW_STEPS = 4
+"""Of an epoch, below which a configured batch size is warned of."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,17 +42,19 @@ class Parameters:
     dropout: float = 0.1
     weight_decay: float = 0.01
     epochs: int = 8
-    batch_size: int = 1024
-    """Rows a step over all workers together."""
+    batch_size: int | None = None
+    """Rows a step over all workers together; none sizes it by the rows to fit on, see `rows_per_step`."""
     precision: Precision = Precision.float32
     """Of the layers' weights as they are registered and served; training is in float32."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "embedding_dim", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"model.weight_decay must be finite and not negative, got {self.weight_decay}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie between 0 and 1, got {self.dropout}.")
 
@@ -52,12 +64,27 @@ def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
     # Ray Train looks at its workers every two seconds by itself, and each epoch's report waits for that look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     shape = network_shape(dataset, parameters)
-    result = trainer(dataset, parameters, shape, context, num_workers=context.scaling.num_workers).fit()
+    num_workers = context.scaling.num_workers
+    print(describe_steps(dataset, parameters, num_workers=num_workers), flush=True)
+    with shown(unit="epoch", total=parameters.epochs) as reports:
+        result = run(trainer(dataset, parameters, shape, context, num_workers=num_workers, reports=reports))
     best = result.get_best_checkpoint(METRIC, "min")
     if best is None:
         raise RuntimeError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
         export(shape, Path(folder) / WEIGHTS_FILE, context.folder, sample=dataset.matrix[:64])
+
+
+def run(prepared: TorchTrainer) -> Any:
+    """Fit; gives Ray Train's result.
+
+    Raises:
+        TrainingFailed: the fit diverged.
+    """
+    result: Any = prepared.fit()
+    if result.return_value is not None:
+        raise TrainingFailed(str(result.return_value))
+    return result
 
 
 def trainer(
@@ -68,6 +95,7 @@ def trainer(
     *,
     num_workers: int,
     callbacks: list[Any] | None = None,
+    reports: Queue | None = None,
 ) -> TorchTrainer:
     """The Ray Train trainer of one run.
 
@@ -78,14 +106,15 @@ def trainer(
         context: a worker's resources, DeepSpeed stage, where checkpoints go.
         num_workers: processes that train.
         callbacks: of Ray Train, a sweep's for one.
+        reports: gets the losses of each epoch.
     """
     scaling = context.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     return TorchTrainer(
-        train_loop,
-        train_loop_config=loop_config(dataset, parameters, shape, context),
+        cast(Any, train_loop),  # declared as a function without a result, and its result is used
+        train_loop_config=loop_config(dataset, parameters, shape, context) | {"reports": reports},
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -116,11 +145,43 @@ def loop_config(
     return {
         "data": ray.put(data),
         "shape": asdict(shape),
-        "parameters": asdict(parameters),
+        "parameters": asdict(parameters) | {"batch_size": rows_per_step(dataset, parameters)},
         "deepspeed": asdict(context.deepspeed),
         "seed": context.seed,
         "device": "cuda" if context.scaling.gpus_per_worker else "cpu",
     }
+
+
+def rows_per_step(dataset: Dataset, parameters: Parameters) -> int:
+    """The batch size: as configured, else a power of two that gives an epoch at least `MIN_STEPS` steps.
+
+    A network that takes one step an epoch learns next to nothing, so small data sets get small batches.
+    """
+    if parameters.batch_size is not None:
+        return parameters.batch_size
+    wanted = int(dataset.fit.sum()) // MIN_STEPS
+    return min(MAX_BATCH, max(MIN_BATCH, 1 << max(0, wanted.bit_length() - 1)))
+
+
+def describe_steps(dataset: Dataset, parameters: Parameters, *, num_workers: int) -> str:
+    """How much a fit does, as lines for people; with a warning where that is too little.
+
+    Raises:
+        ConfigError: there are fewer rows than workers.
+    """
+    rows, batch = int(dataset.fit.sum()), rows_per_step(dataset, parameters)
+    if rows < num_workers:
+        raise ConfigError(
+            f"{num_workers} workers cannot share {rows} rows to fit on. Set scaling.num_workers=1."
+        )
+    steps = steps_per_epoch(rows, batch_size=batch, workers=num_workers)
+    said = (
+        f"fitting a network on {num_workers} workers: {parameters.epochs} epochs of {steps} steps of {batch} rows "
+        f"({rows} rows to fit on)"
+    )
+    if steps >= FEW_STEPS or parameters.batch_size is None:
+        return said
+    return f"{said}\nwarning: model.batch_size={batch} leaves {steps} steps an epoch; lower it or raise model.epochs"
 
 
 def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
@@ -128,7 +189,8 @@ def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
     signature = dataset.signature
     categorical, columns = signature.categorical, signature.matrix_columns
     numeric = [i for i in range(signature.width) if i not in categorical]
-    numbers = dataset.matrix[dataset.fit][:, numeric]
+    # In float64, because the sum of large float32 values overflows.
+    numbers = dataset.matrix[dataset.fit][:, numeric].astype(np.float64)
     means = np.nan_to_num(np.nanmean(numbers, axis=0)) if numeric else np.zeros(0)
     spreads = np.nan_to_num(np.nanstd(numbers, axis=0)) if numeric else np.zeros(0)
     target = dataset.target[dataset.fit]

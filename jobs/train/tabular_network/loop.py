@@ -17,28 +17,47 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from ray.util.queue import Queue
 from safetensors.torch import save_file
 
+from cluster.errors import TrainingFailed
 from cluster.runtime import Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
 from cluster.security.scratch import memory_folder, scratch
+from jobs.train.progress import Report, diverged, send
 
 WARMUP_SHARE = 0.1
-METRIC = "validation_loss"
+METRIC, TRAINING = "validation_loss", "training_loss"
 
 
-def train_loop(config: dict[str, Any]) -> None:
-    """Fit a network as one of Ray Train's workers; every epoch's checkpoint has its consolidated weights."""
+def train_loop(config: dict[str, Any]) -> str | None:
+    """Fit a network as one of Ray Train's workers; every epoch's checkpoint has its consolidated weights.
+
+    Returns:
+        None, or why the fit diverged: an exception would have Ray Train try the same again.
+    """
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    fit_network(
-        config,
-        rank=rank,
-        workers=context.get_world_size(),
-        resume=ray.train.get_checkpoint(),
-        after_epoch=lambda engine, metrics: _save_and_report(engine, metrics, rank),
-    )
+    reports: Queue | None = config["reports"] if rank == 0 else None
+
+    def after_epoch(engine: Any, metrics: dict[str, Any]) -> None:
+        if reports is not None:
+            losses = {name: metrics[name] for name in (TRAINING, METRIC)}
+            send(reports, Report(done=metrics["epoch"] + 1, figures=losses))
+        _save_and_report(engine, metrics, rank)
+
+    try:
+        fit_network(
+            config,
+            rank=rank,
+            workers=context.get_world_size(),
+            resume=ray.train.get_checkpoint(),
+            after_epoch=after_epoch,
+        )
+    except TrainingFailed as error:
+        return str(error)
+    return None
 
 
 def fit_alone(config: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
@@ -62,7 +81,11 @@ def fit_network(
     resume: ray.train.Checkpoint | None,
     after_epoch: Callable[[Any, dict[str, Any]], None],
 ) -> None:
-    """DeepSpeed's engine over this rank's share of the rows; `after_epoch` gets the engine and the metrics."""
+    """DeepSpeed's engine over this rank's share of the rows; `after_epoch` gets the engine and the metrics.
+
+    Raises:
+        TrainingFailed: a loss is no finite number; all ranks see the same losses, and raise together.
+    """
     import deepspeed
 
     if config["device"] == "cpu":
@@ -75,23 +98,41 @@ def fit_network(
     data = ray.get(config["data"])
     inputs, target = (torch.tensor(part) for part in data["fit"])
     rows_per_step = max(1, parameters["batch_size"] // workers)
-    steps = max(1, len(inputs) // (rows_per_step * workers))
+    steps = steps_per_epoch(len(inputs), batch_size=parameters["batch_size"], workers=workers)
     engine, *_ = deepspeed.initialize(
         model=TabularNetwork(shape), config=deepspeed_config(config, rows_per_step), dist_init_required=False
     )
     for epoch in range(_first_epoch(engine, resume), parameters["epochs"]):
         order = np.random.default_rng([config["seed"], epoch]).permutation(len(inputs))[rank::workers]
         engine.train()
+        total = torch.zeros((), device=engine.device)
         for step in range(steps):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
             progress = (epoch * steps + step) / (parameters["epochs"] * steps)
             _set_rate(engine, parameters["learning_rate"], progress)
             scores = engine(inputs[rows].to(engine.device))
-            engine.backward(loss(scores, target[rows].to(engine.device), Task(shape.task)))
+            of_step = loss(scores, target[rows].to(engine.device), Task(shape.task))
+            total += of_step.detach()
+            engine.backward(of_step)
             engine.step()
-        after_epoch(
-            engine, {METRIC: _validation_loss(engine, Task(shape.task), data["validation"]), "epoch": epoch}
-        )
+        torch.distributed.all_reduce(total)
+        losses = {
+            TRAINING: float(total) / (steps * workers),
+            METRIC: _validation_loss(engine, Task(shape.task), data["validation"]),
+        }
+        _require_finite(losses, when=f"epoch {epoch + 1} of {parameters['epochs']}")
+        after_epoch(engine, losses | {"epoch": epoch})
+
+
+def _require_finite(losses: dict[str, float], *, when: str) -> None:
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise TrainingFailed(diverged(name.replace("_", " "), value, when))
+
+
+def steps_per_epoch(rows: int, *, batch_size: int, workers: int) -> int:
+    """Steps of an epoch, the same for every rank; rows that do not fill the last step wait for the next epoch."""
+    return max(1, rows // (max(1, batch_size // workers) * workers))
 
 
 def deepspeed_config(config: dict[str, Any], rows_per_step: int) -> dict[str, Any]:

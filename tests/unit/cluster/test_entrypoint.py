@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.entrypoint import job
+from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
 from tests.commands import run_main
 
@@ -108,3 +111,20 @@ def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
     result = run(program)
     assert result.returncode == 2
     assert "Package 'jobs' is found at" in result.stderr
+
+
+@job("platform", PlatformConfig)
+def in_worker(config: PlatformConfig) -> None:
+    """A job that is refused inside a task of Ray's, or inside a worker of Ray Train's."""
+    refusal = SourceError("Source 'a' is empty.")
+    wrapped = RayTaskError("f", "Traceback …\n  File …", refusal).as_instanceof_cause()
+    if config.storage.root == "train":
+        raise WorkerGroupError("Traceback …", {0: wrapped})
+    raise wrapped
+
+
+@pytest.mark.parametrize("where", ["task", "train"])
+def test_a_refusal_inside_a_worker_is_one_line(where: str) -> None:
+    """Without Ray's traceback, and with a refusal's exit code."""
+    result = run_main(in_worker, f"storage.root={where}")
+    assert (result.returncode, result.stderr) == (2, "refused: Source 'a' is empty.\n")

@@ -9,7 +9,7 @@ import pytest
 from cluster.artifact import open_file
 from cluster.errors import ArtifactTampered, ModelNotFound, RefusedError
 from cluster.ledger import Ledger
-from cluster.ledger.events import ArtifactRefused, ClusterStopped
+from cluster.ledger.events import ArtifactRefused, ClusterStopped, ModelRegistered, parse
 from cluster.registry import Lineage, ModelVersion, Registry, verify_files
 from cluster.runtime.loader import read_file
 from cluster.security.keys.keyring import Keyring
@@ -149,3 +149,30 @@ def test_a_crash_before_the_event_leaves_no_version(registry: Registry, tmp_path
     (tmp_path / "models" / "m" / "1").mkdir(parents=True)
     assert register(registry, tmp_path).version == 2
     assert registry.versions("m") == [2]
+
+
+def test_warnings_and_undefined_metrics_are_kept_with_a_version(registry: Registry, tmp_path: Path) -> None:
+    """A metric that is not finite is null in the ledger; events of an older release have no warnings."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.json").write_text("{}")
+    version = registry.register(
+        folder,
+        name="m",
+        family="f",
+        task="binary",
+        lineage=Lineage(training_set_hash=""),
+        metrics={"auc": float("nan"), "bins": [{"rate": float("inf")}]},
+        warnings=["leak: input 'a'"],
+        store=keys(tmp_path),
+        actor="a",
+    )
+    assert version.metrics == {"auc": None, "bins": [{"rate": None}]}
+    assert version.warnings == ["leak: input 'a'"]
+    event = ModelRegistered(
+        name="n", version=1, family="f", task="binary", manifest_hash="", files={}, lineage={}, metrics={}
+    )
+    older = {name: value for name, value in event.payload().items() if name != "warnings"}
+    read = parse("ModelRegistered", older, seq=1)
+    assert isinstance(read, ModelRegistered)
+    assert read.warnings == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from cluster import storage
 from cluster.errors import ConfigError
 from cluster.settings import StorageConfig
+from cluster.storage import write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +77,15 @@ def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> No
     coded = [group.column(at).path_in_schema for at in range(4) if group.column(at).has_dictionary_page]
     assert coded == ["sector", "code"]
     assert storage.read_parquet(f"{tmp_path}/t.parquet").equals(table)
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    """NaN is no JSON; a file that holds it is unreadable for other tools."""
+    content = {"a": [1.5, float("nan"), (float("inf"), 2)], "b": {"c": float("-inf")}, "d": "nan"}
+    write_json(str(tmp_path / "f.json"), content)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)
+    assert found == {"a": [1.5, None, [None, 2]], "b": {"c": None}, "d": "nan"}

@@ -38,6 +38,7 @@ from feature_jobs.store.catalog import Definitions, apply, view_spec
 from feature_jobs.store.manifest import check_manifest, read_manifest
 from feature_jobs.store.online import open_online
 from feature_jobs.store.protection import view_protection
+from jobs.train.data import join_keys
 from tests.broker import running_broker
 from tests.replica import listener, record
 
@@ -148,9 +149,12 @@ def test_saved_training_set_is_what_the_command_would_have_written(
     assert read_parquet(f"{tmp_path}/train.parquet").equals(made.to_arrow())
     manifest = read_manifest(f"{tmp_path}/train.manifest.json")
     check_manifest(manifest, ledger)
-    assert (
-        json.loads((tmp_path / "train.manifest.json").read_text())["columns"][0]["name"] == "income__amount"
-    )
+    content = json.loads((tmp_path / "train.manifest.json").read_text())
+    assert content["columns"][0]["name"] == "income__amount"
+    assert content["join_keys"] == ["person_id"]
+    # A manifest of an older release does not say; the service that the ledger has does.
+    older = {name: value for name, value in content.items() if name != "join_keys"}
+    assert join_keys(older, ledger) == join_keys(content, ledger) == ("person_id",)
 
 
 def test_features_are_read_online_by_key(store: FeatureStore) -> None:

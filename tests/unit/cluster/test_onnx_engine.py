@@ -1,0 +1,148 @@
+"""ONNX graphs that other tools wrote: run where that is safe, else refused with the tensor and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from cluster.errors import RefusedError
+from cluster.runtime import InputSpec, Model, ModelSignature, Predictions, Task
+from cluster.runtime.onnx_engine import OnnxEngine
+from cluster.runtime.predictions import check_scores
+
+INPUTS = tuple(InputSpec(name=name, dtype="double") for name in ("a", "b"))
+ROWS = np.array([[1, 2], [3, 4], [np.nan, 6]], np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A linear model as tools write it, with a fault or without."""
+
+    dtype: int = TensorProto.FLOAT
+    rows: int | str | None = "rows"
+    columns: int | str = 2
+    input_name: str = "inputs"
+    output_name: str = "scores"
+    outputs: int = 1
+    last: str = "Sigmoid"
+    imputes: bool = True
+    more: list[str] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        nodes = [
+            helper.make_node("IsNaN", [self.input_name], ["missing"]),
+            helper.make_node("Where", ["missing", "zero", self.input_name], ["filled"]),
+            helper.make_node("MatMul", ["filled" if self.imputes else self.input_name, "weights"], ["sums"]),
+            helper.make_node(self.last, ["sums"], [self.output_name]),
+        ]
+        weights = np.arange(1, 1 + 2 * self.outputs) / 10
+        graph = helper.make_graph(
+            nodes,
+            "linear",
+            [helper.make_tensor_value_info(self.input_name, self.dtype, [self.rows, self.columns])],
+            [helper.make_tensor_value_info(self.output_name, self.dtype, [self.rows, self.outputs])],
+            [
+                helper.make_tensor("weights", self.dtype, [2, self.outputs], weights),
+                helper.make_tensor("zero", self.dtype, [1], [0.0]),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        data: bytes = model.SerializeToString()
+        return data
+
+
+def model(graph: Graph, task: Task = Task.binary, classes: Any = ("no", "yes")) -> Model:
+    signature = ModelSignature(task=task, inputs=INPUTS, label="y", classes=classes)
+    return Model(signature, OnnxEngine(graph.to_bytes()))
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.DOUBLE])
+@pytest.mark.parametrize("rows", ["rows", None, 1, 2, 3, 5])
+def test_float64_and_any_fixed_batch_score_as_a_plain_graph(dtype: int, rows: Any) -> None:
+    """The matrix is cast, and a fixed batch is filled up; one row at a time and many give the same."""
+    expected = 1 / (1 + np.exp(-np.nan_to_num(ROWS) @ [[0.1], [0.2]])).ravel()
+    found = model(Graph(dtype=dtype, rows=rows))
+    assert found.predict_matrix(ROWS).scores == pytest.approx(expected, abs=1e-6)
+    assert found.predict_matrix(ROWS[:1]).scores == pytest.approx(expected[:1], abs=1e-6)
+
+
+def test_probabilities_of_both_classes_give_that_of_the_second() -> None:
+    """As scikit-learn's classifiers export them."""
+    pair = Graph(outputs=2, last="Softmax")
+    raw = OnnxEngine(pair.to_bytes()).scores(ROWS)
+    assert np.array_equal(model(pair).predict_matrix(ROWS).scores, raw[:, 1])
+    with pytest.raises(RefusedError, match=r"sum to 0.*Softmax"):
+        model(Graph(outputs=2, last="Identity"))
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (Graph(dtype=TensorProto.FLOAT16), r"takes 'inputs' as tensor\(float16\).*Cast"),
+        (Graph(input_name="X"), r"has the inputs 'X'.*named 'inputs'"),
+        (Graph(output_name="probabilities"), "outputs 'probabilities', and none named 'scores'"),
+        (Graph(columns="columns"), r"shape \['rows', 'columns'\].*number for the columns"),
+        (Graph(imputes=False), r"gives nan for a row without any known value.*Where\(IsNaN"),
+        (Graph(outputs=3), r"shape \(1, 3\).*one probability a row"),
+    ],
+)
+def test_a_graph_that_breaks_the_contract_is_refused_with_the_remedy(graph: Graph, said: str) -> None:
+    """In one sentence about the tensor, and one about what to do."""
+    with pytest.raises(RefusedError, match=said) as refused:
+        model(graph)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing at all"])
+def test_bytes_that_are_no_graph_are_refused(data: bytes) -> None:
+    """Without ONNX Runtime's or protobuf's own error."""
+    with pytest.raises(RefusedError, match=r"model\.onnx cannot be loaded"):
+        OnnxEngine(data)
+
+
+def test_a_graph_that_does_not_run_is_refused() -> None:
+    """Declared for any number of rows, and made for one."""
+    reshape = helper.make_graph(
+        [helper.make_node("Reshape", ["inputs", "shape"], ["scores"])],
+        "one row",
+        [helper.make_tensor_value_info("inputs", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["rows", 2])],
+        [helper.make_tensor("shape", TensorProto.INT64, [2], [1, 2])],
+    )
+    data = helper.make_model(reshape, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with pytest.raises(RefusedError, match="must declare it as the first dimension"):
+        OnnxEngine(data.SerializeToString()).scores(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("task", "scores", "said"),
+    [
+        (Task.binary, [0.2, 8.94], "outside 0 to 1 for 1 of 2.*Sigmoid"),
+        (Task.binary, [0.2, np.nan], "not finite for 1 of 2"),
+        (Task.multiclass, [[0.5, 0.5, 0.0], [0.9, 0.9, 0.9]], "do not sum to 1 for 1 of 2.*Softmax"),
+        (Task.multiclass, [[1.5, -0.5, 0.0], [1.0, 0.0, 0.0]], "outside 0 to 1"),
+        (Task.regression, [1.0, np.inf], "not finite"),
+    ],
+)
+def test_scores_that_are_not_what_the_task_says_are_refused(task: Task, scores: Any, said: str) -> None:
+    """Logits served as probabilities would be a number above one."""
+    with pytest.raises(RefusedError, match=said):
+        check_scores(predictions(task, scores))
+
+
+def test_right_scores_are_taken() -> None:
+    """Also where rounding keeps a sum a little from one."""
+    check_scores(predictions(Task.binary, [0.0, 1.0]))
+    check_scores(predictions(Task.multiclass, [[0.3, 0.3, 0.4004]]))
+    check_scores(predictions(Task.regression, [-1e30]))
+
+
+def predictions(task: Task, scores: Any) -> Predictions:
+    classes = {Task.binary: ("no", "yes"), Task.multiclass: ("a", "b", "c"), Task.regression: None}[task]
+    signature = ModelSignature(task=task, inputs=INPUTS, label="y", classes=classes)
+    return Predictions(signature=signature, scores=np.array(scores, np.float64))
