@@ -108,7 +108,8 @@ def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
         for entry in ledger.entries(BatchIngested)
         if entry.payload["view"] == view and entry.payload.get("source_columns")
     ]
-    return [name for name in columns if known and name not in known[-1]]
+    before = set(known[-1]) if known else set(columns)
+    return [name for name in columns if name not in before]
 
 
 def keep(profile: Profile, view: FeatureView, ingest_id: str, *, quarantine: str, access: KeyAccess) -> None:

@@ -79,11 +79,10 @@ class Encoder:
 
     def _encode_table(self, table: pa.Table) -> Matrix:
         matrix = np.empty((table.num_rows, len(self._inputs)), dtype=np.float32)
+        there = dict.fromkeys(table.column_names)
         for position, spec in enumerate(self._inputs):
-            if spec.name not in table.column_names:
-                raise InvalidRequest(
-                    f"Input '{spec.name}' is missing.{did_you_mean(spec.name, table.column_names)}"
-                )
+            if spec.name not in there:
+                raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, there)}")
             matrix[:, position] = _encode_column(spec, table.column(spec.name))
         return matrix
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any
@@ -187,8 +187,9 @@ class FeatureView:
         seen: set[str] = set()
         for key in self.join_keys:
             self._check_column(key, "join key", seen)
+        keys = set(self.join_keys)
         for field in self.schema:
-            if field.name in self.join_keys:
+            if field.name in keys:
                 raise DefinitionError(
                     f"View '{self.name}': '{field.name}' is a join key and cannot be a feature too. "
                     "Remove it from the schema, or give the feature another name in the transform."
@@ -209,7 +210,7 @@ class FeatureView:
 
     def _check_rules(self) -> None:
         dtypes = {field.name: field.dtype for field in self.schema}
-        columns = [*self.join_keys, *dtypes]
+        columns = dict.fromkeys([*self.join_keys, *dtypes])
         for check in self.checks:
             if not isinstance(check, Check):
                 raise DefinitionError(
@@ -307,6 +308,16 @@ def check_name(what: str, name: str) -> None:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
+
+
+def repeated_name(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time; None where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _names(owner: str, what: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
+from feature_jobs.store.columns import with_replaced
 
 Value: TypeAlias = bool | int | float | str
 ABSENT = frozenset({"missing", "expired"})
@@ -157,12 +158,11 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
         table: has the columns, nulls where nothing is known.
         absent: view to whether a row found nothing there, or nothing fresh.
     """
+    filled = {}
     for name, default in policy.defaults.items():
-        position = table.column_names.index(name)
-        kind = table.schema.field(position).type
-        filled = pc.if_else(absent[view_of(name)], pa.scalar(default, kind), table.column(position))
-        table = table.set_column(position, name, filled)
-    return table
+        column = table[name]
+        filled[name] = pc.if_else(absent[view_of(name)], pa.scalar(default, column.type), column)
+    return with_replaced(table, filled)
 
 
 def view_of(column: str) -> str:

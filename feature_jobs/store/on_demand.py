@@ -16,6 +16,7 @@ import pyarrow as pa
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
 from feature_jobs.store.casting import cast_feature
 from feature_jobs.store.catalog import OnDemandSpec, ServiceSpec, import_module
+from feature_jobs.store.columns import with_appended, with_replaced
 from feature_jobs.store.definitions import DTYPES, Transform
 from feature_jobs.store.online import FeatureVectors, Status
 from feature_jobs.store.source_code import source_code
@@ -29,8 +30,9 @@ def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
         DefinitionError: its code is not here, or is another.
     """
     for one in spec.on_demand:
+        there = set(table.column_names)
         for field in one.inputs:
-            if field.name not in table.column_names:
+            if field.name not in there:
                 raise TrainingSetError(
                     f"The entity rows lack '{field.name}' ({field.dtype}), an input of on-demand transform "
                     f"'{one.name}'. Give what requests will say."
@@ -39,8 +41,7 @@ def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
             made = compute(one, table, service=spec)
         except SchemaMismatch as error:
             raise TrainingSetError(str(error)) from error
-        for name, column in zip(one.columns, made.columns, strict=True):
-            table = table.append_column(name, column)
+        table = with_appended(table, dict(zip(one.columns, made.columns, strict=True)))
     return table
 
 
@@ -116,10 +117,13 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
         SchemaMismatch: an input or an output is not what it should be.
         TrainingSetError: it failed, or gave another number of rows.
     """
-    asked = table.select(_read(one, service))
-    for position, field in enumerate(one.inputs):
-        column = cast_feature(asked[field.name], DTYPES[field.dtype], name=field.name)
-        asked = asked.set_column(position, field.name, column)
+    asked = with_replaced(
+        table.select(_read(one, service)),
+        {
+            field.name: cast_feature(table[field.name], DTYPES[field.dtype], name=field.name)
+            for field in one.inputs
+        },
+    )
     try:
         made = load(one)(asked)
     except DefinitionError:
@@ -130,9 +134,9 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
         ) from error
     if not isinstance(made, pa.Table) or made.num_rows != table.num_rows:
         raise TrainingSetError(f"On-demand transform '{one.name}' must give a table with a row for each row.")
-    columns = {}
+    columns, there = {}, set(made.column_names)
     for field in one.fields:
-        if field.name not in made.column_names:
+        if field.name not in there:
             raise SchemaMismatch(f"On-demand transform '{one.name}' gave no column '{field.name}'.")
         columns[field.name] = cast_feature(made[field.name], DTYPES[field.dtype], name=field.name)
     return pa.table(columns)

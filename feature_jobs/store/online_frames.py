@@ -19,14 +19,14 @@ def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
         known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
             A feature that is no column is null.
     """
-    keys, names = view.join_keys, [field.name for field in view.fields]
-    lacking = [pl.lit(None).alias(name) for name in names if name not in known.columns]
+    keys, names, there = view.join_keys, [field.name for field in view.fields], set(known.columns)
+    lacking = [pl.lit(None).alias(name) for name in names if name not in there]
     times = [
         pl.col(field.name).dt.epoch("us")
         for field in view.fields
-        if field.dtype == "timestamp" and field.name in known.columns
+        if field.dtype == "timestamp" and field.name in there
     ]
-    deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in there else pl.lit(False).alias(DELETED)
     frame = known.with_columns(*times, *lacking).select(
         pl.col(EVENT).dt.epoch("us").alias("__event"),
         pl.col(CREATED).dt.epoch("us").alias("__created"),

@@ -16,6 +16,7 @@ from feature_jobs.store.definitions import (
     code_definition,
     content_hash,
     field_definition,
+    repeated_name,
 )
 from feature_jobs.store.missing import Choice, Missing, definition
 
@@ -48,8 +49,8 @@ class OnDemandTransform:
             raise DefinitionError(f"{what} needs inputs and a schema. Without inputs, write a FeatureView.")
         for fields in (self.inputs, self.schema):
             names = [field.name for field in fields]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise DefinitionError(f"{what} names the field '{twice[0]}' twice.")
+            if (twice := repeated_name(names)) is not None:
+                raise DefinitionError(f"{what} names the field '{twice}' twice.")
         for field in self.inputs:
             if field.name in RESERVED or "__" in field.name:
                 raise DefinitionError(f"{what}: the input name '{field.name}' is kept for the platform.")
@@ -90,8 +91,8 @@ class FeatureService:
         names = [view.name for view in self.views] + [one.name for one in self.on_demand]
         if not self.views:
             raise DefinitionError(f"Feature service '{self.name}' has no view.")
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DefinitionError(f"Feature service '{self.name}' names the view '{twice[0]}' twice.")
+        if (twice := repeated_name(names)) is not None:
+            raise DefinitionError(f"Feature service '{self.name}' names the view '{twice}' twice.")
         self._check_on_demand()
         self.missing_definition()
 

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from cluster.errors import SourceError
 from cluster.storage import resolve
+from feature_jobs.store.definitions import repeated_name
 from feature_jobs.store.sources import SqlSource
 
 CHUNK_ROWS = 50_000
@@ -57,8 +58,8 @@ def read_chunks(
         with engine.connect().execution_options(stream_results=True, max_row_buffer=CHUNK_ROWS) as connection:
             result = connection.execute(statement(source))
             names = list(result.keys())
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise SourceError(f"The query on {where} gives two columns '{twice[0]}'. Name one otherwise.")
+            if (twice := repeated_name(names)) is not None:
+                raise SourceError(f"The query on {where} gives two columns '{twice}'. Name one otherwise.")
             for part in result.partitions(CHUNK_ROWS):
                 yield [dict(zip(names, row, strict=True)) for row in part]
     except sa.exc.SQLAlchemyError as error:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
 from feature_jobs.store.casting import TIME, cast_feature
+from feature_jobs.store.columns import with_replaced
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.sources import DTYPES
 
@@ -52,11 +53,10 @@ def typed_text(block: pa.Table, types: Mapping[str, str]) -> pa.Table:
     Raises:
         SchemaMismatch: naming the column and how many values do not fit.
     """
-    for position, name in enumerate(block.column_names):
-        if name in types:
-            column = text_column(block.column(position), types[name], name=name)
-            block = block.set_column(position, name, column)
-    return block
+    columns = zip(block.column_names, block.columns, strict=True)
+    return with_replaced(
+        block, {name: text_column(column, types[name], name=name) for name, column in columns if name in types}
+    )
 
 
 def typed_rows(

@@ -99,13 +99,14 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
         raise TrainingSetError(
             f"{uri} is no training set's manifest ({error!r}). Build the set again."
         ) from error
-    missing = [name for name in columns if name not in table.column_names]
+    there = set(table.column_names)
+    missing = [name for name in columns if name not in there]
     if rows != table.num_rows or missing:
         lacks = f", and no column '{missing[0]}'" if missing else ""
         raise TrainingSetError(
             f"{uri} describes {rows} rows, the file has {table.num_rows}{lacks}. Build the training set again."
         )
-    if manifest.get("row_hash", row_hash(table)) != row_hash(table):
+    if "row_hash" in manifest and manifest["row_hash"] != row_hash(table):
         raise TrainingSetError(
             f"{uri} describes other rows than the file has. Build the training set again, or take the manifest away "
             "to learn from the file as it is."
@@ -196,11 +197,10 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         TrainingSetError: a configured column is missing.
     """
     table = source.table
+    there = dict.fromkeys(table.column_names)
     for name in [*(config.inputs or []), *config.exclude]:
-        if name not in table.column_names:
-            raise TrainingSetError(
-                f"The training set has no column '{name}'.{did_you_mean(name, table.column_names)}"
-            )
+        if name not in there:
+            raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, there)}")
     names = config.inputs
     if names is None and source.manifest:
         names = [column["name"] for column in source.manifest["columns"]]
@@ -215,7 +215,8 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         ]
     if config.label in names:
         raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
-    return [name for name in names if name not in config.exclude]
+    excluded = set(config.exclude)
+    return [name for name in names if name not in excluded]
 
 
 def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
