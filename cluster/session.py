@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import ray
-from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined]
-
 from cluster.errors import ClusterNotRunning, RefusedError
 from cluster.processes import answers, cluster_on
 from cluster.settings import PlatformConfig, StorageConfig
@@ -21,7 +17,7 @@ from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_
 
 RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
-LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray keeps to 127.0.0.1 only where it is told that there is no second node; else it takes the machine's own address,
 listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
 
@@ -136,6 +132,11 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     Raises:
         ClusterNotRunning: there is none.
     """
+    # Ray's import takes longer than most commands without it, so only who attaches waits for it.
+    import ray
+    from ray._private import ray_constants
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     record = require_record(config)
     os.environ.update(record.environment())
     if not ray.is_initialized():

@@ -1,41 +1,53 @@
-"""From a view's source to a Ray dataset of its rows: by Ray Data's own readers, or in chunks where it has none."""
+"""From a view's source to its rows: read here while they are few, by Ray Data's own readers once they are many."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from fsspec.core import url_to_fs
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import Inconsistent, SourceError
 from cluster.session import refusal_behind
 from cluster.storage import Layout, is_uri
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.files import SourceFiles, csv_options, head, open_source, parsed_lines
+from feature_jobs.store.files import (
+    SourceFiles,
+    csv_options,
+    head,
+    open_source,
+    parsed_lines,
+    size_bytes,
+    whole,
+)
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
 from feature_jobs.store.sources import BatchSource, FileFormat, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
 from feature_jobs.store.typed import column_types, typed_rows, typed_text
 from feature_jobs.store.validation import prepare_part
+from feature_jobs.work import Block, Work
+
+if TYPE_CHECKING:
+    import ray
 
 HEAD_ROWS = 1000
 BATCH_ROWS = 131_072
+MAX_BYTES_HERE = 256 * 2**20
+"""Of files, as they lie: however few rows they have, more than this is for Ray."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRows:
     """The rows of a batch that was read already."""
 
-    blocks: list[Any]
-    """Object references to typed tables."""
+    blocks: list[Block]
+    """Typed tables."""
     first: pa.Table
     rows: int
     digest: str
@@ -49,13 +61,14 @@ Opened = SourceFiles | SourceRows
 class Prepared:
     """All rows of a source, transformed and checked one by one."""
 
-    blocks: list[Any]
-    """Object references to tables."""
+    blocks: list[Block]
     columns: list[str]
     """Of the source."""
 
 
-def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str]) -> Opened:
+def open_batch(
+    view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str], work: Work
+) -> Opened:
     """Find, check and count what a source has; a database is read here.
 
     Args:
@@ -63,6 +76,7 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         source: the view's own, or another file in its place.
         places: where state lies.
         known: the feature table's join keys and their types.
+        work: where the batch's steps run.
 
     Raises:
         SourceError: it is missing, empty or unreadable.
@@ -70,14 +84,19 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
     """
     if not isinstance(source, SqlSource):
         return open_source(source, places)
-    digest, blocks, types, first = RowDigest(), [], None, None
+    digest, types, first = RowDigest(), None, None
+    blocks: list[Block] = []
     for rows in read_chunks(source):
         if types is None:
             types = column_types(view, typed_rows(rows[:HEAD_ROWS], _natural(rows[0], view)), known)
         table = typed_rows(rows, types)
         first = table.slice(0, HEAD_ROWS) if first is None else first
         digest.add(rows)
-        blocks.append(ray.put(table))
+        was_here = not work.in_tasks
+        work.expect((digest.rows + len(rows)) * table.num_columns)
+        if was_here and work.in_tasks:
+            blocks = [work.put(block) for block in blocks]
+        blocks.append(work.put(table))
     if first is None:
         raise SourceError(f"Source {source.path} is empty: no row. Nothing was ingested.")
     return SourceRows(
@@ -101,6 +120,8 @@ def heads(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> Iterat
 
 def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.data.Dataset:
     """All rows, typed, in the order of the source."""
+    import ray
+
     if isinstance(opened, SourceRows):
         return ray.data.from_arrow_refs(opened.blocks)
     kind, (paths, filesystem) = opened.source.kind, _for_arrow(opened.paths)
@@ -117,14 +138,51 @@ def dataset(opened: Opened, view: FeatureView, known: Mapping[str, str]) -> ray.
 
 
 def prepared(
-    opened: Opened, view: FeatureView, known: Mapping[str, str], baseline: Profile | None, *, now: dt.datetime
+    opened: Opened,
+    view: FeatureView,
+    known: Mapping[str, str],
+    baseline: Profile | None,
+    work: Work,
+    *,
+    now: dt.datetime,
 ) -> Prepared:
-    """Read, transform and check all rows with Ray Data.
+    """Read, transform and check all rows, here or with Ray Data.
 
     Raises:
         RefusedError: columns that do not fit the view.
-        Inconsistent: Ray Data gave another number of rows than the source has.
+        Inconsistent: another number of rows was read than the source has.
     """
+    if isinstance(opened, SourceFiles):
+        columns = len(_shape(opened, view, known).names)
+        work.expect(opened.rows * columns, is_large=size_bytes(opened.paths) > MAX_BYTES_HERE)
+    read = _prepared_in_tasks if work.in_tasks else _prepared_here
+    found = read(opened, view, known, baseline, now=now)
+    rows = sum(work.get([work.run(_num_rows, block, num_cpus=0.1) for block in found.blocks]))
+    if rows != opened.rows:
+        raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
+    return found
+
+
+def _prepared_here(
+    opened: Opened, view: FeatureView, known: Mapping[str, str], baseline: Profile | None, *, now: dt.datetime
+) -> Prepared:
+    if isinstance(opened, SourceRows):
+        tables = opened.blocks
+    else:
+        shape = _shape(opened, view, known)
+        tables = [shape.typed(whole(path, opened.source)) for path in opened.paths]
+    return Prepared(
+        blocks=[prepare_part(table, view, now=now, baseline=baseline) for table in tables],
+        columns=list(dict.fromkeys(name for table in tables for name in table.column_names)),
+    )
+
+
+def _prepared_in_tasks(
+    opened: Opened, view: FeatureView, known: Mapping[str, str], baseline: Profile | None, *, now: dt.datetime
+) -> Prepared:
+    import ray
+    from ray.exceptions import RayError
+
     first_rows = list(heads(opened, view, known))
     for first in first_rows:
         prepare_part(first, view, now=now)
@@ -142,25 +200,23 @@ def prepared(
         zero_copy_batch=True,
     )
     try:
-        blocks: list[Any] = checked.to_arrow_refs()
-        rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
+        blocks: list[Block] = checked.to_arrow_refs()
     except RayError as error:
         raise unreadable(refusal_behind(error), opened) from error
-    if rows != opened.rows:
-        raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
     return Prepared(blocks=blocks, columns=columns)
 
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:
     """An error of reading as a refusal that names the source; any other as it is."""
+    from ray.exceptions import RayTaskError
+
     if not isinstance(error, RayTaskError) or not isinstance(error.cause, OSError | pa.ArrowException):
         return error
     where = ", ".join(opened.paths) if isinstance(opened, SourceFiles) else opened.names
     return SourceError(f"Source {where} cannot be read: {str(error.cause).splitlines()[0]}")
 
 
-@ray.remote(num_cpus=0.1)
 def within(block: pa.Table, range: TimeRange) -> pa.Table:
     """The rows of a prepared block whose event lies in a range; one without a time lies in none."""
     return block.filter(in_range(block["event_timestamp"], range))
@@ -172,7 +228,6 @@ def in_range(times: pa.ChunkedArray, range: TimeRange) -> pa.ChunkedArray:
     return pc.and_(pc.greater_equal(times, start), pc.less(times, end))
 
 
-@ray.remote(num_cpus=0.1)
 def _num_rows(block: pa.Table) -> int:
     return int(block.num_rows)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
@@ -292,12 +291,10 @@ def hidden_warning(shares: dict[str, float]) -> str:
 
 def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
     """Join each bucket in a Ray task of its own."""
-    return ray.get([_join_bucket.remote(pinned, view, part, cutoff) for part in parts])
+    import ray  # only where the work is large
 
-
-@ray.remote
-def _join_bucket(pinned: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
-    return join_bucket(pinned, view, part, cutoff)
+    task = ray.remote(join_bucket)
+    return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Arrow columns as NumPy arrays, and tables with other columns.
 
-To NumPy through Polars, because Arrow's own `to_numpy` and `fill_null` import pandas, which takes longer than a small join.
+To NumPy through Polars, because Arrow's own `to_numpy` and `fill_null` import pandas, which takes longer than a small
+join.
 """
 
 from __future__ import annotations

@@ -94,6 +94,28 @@ def head(path: str, rows: int, source: FileSource) -> pa.Table:
     raise SourceError(f"Source {path} has no rows.")
 
 
+def whole(path: str, source: FileSource) -> pa.Table:
+    """All rows of a file, in the form of `head`.
+
+    Raises:
+        SourceError: its rows cannot be read.
+    """
+    options = csv_options([path], source) if source.kind is FileFormat.csv else {}
+    with _reading(path, source) as file:
+        match source.kind:
+            case FileFormat.csv:
+                return pcsv.open_csv(file, **options).read_all()
+            case FileFormat.json:
+                return pa.table({"text": pa.array(_lines(file), pa.string())})
+            case FileFormat.parquet:
+                return pq.ParquetFile(file).read()
+
+
+def size_bytes(paths: list[str]) -> int:
+    """What files take where they lie."""
+    return sum(int(fs.size(name)) for fs, name in map(url_to_fs, paths))
+
+
 def csv_options(paths: list[str], source: FileSource) -> dict[str, Any]:
     """How Arrow reads CSV files: every column as text, so that nothing is guessed.
 

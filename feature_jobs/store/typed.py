@@ -55,7 +55,8 @@ def typed_text(block: pa.Table, types: Mapping[str, str]) -> pa.Table:
     """
     columns = zip(block.column_names, block.columns, strict=True)
     return with_replaced(
-        block, {name: text_column(column, types[name], name=name) for name, column in columns if name in types}
+        block,
+        {name: text_column(column, types[name], name=name) for name, column in columns if name in types},
     )
 
 
