@@ -21,6 +21,15 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray keeps to 127.0.0.1 only where it is told that there is no second node; else it takes the machine's own address,
 listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
 
+NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
+"""Ray Data else asks a Prometheus that nobody has started, every ten seconds, and logs that it gets no answer."""
+RAYS_LOG_LEVELS = {
+    **dict.fromkeys(("ray.serve", "ray.train", "ray.tune", "ray.data._internal"), logging.WARNING),
+    # Its only warning is that progress bars, which we turn off, are off.
+    "ray.data._internal.progress": logging.ERROR,
+}
+"""What Ray's libraries say to whoever runs a command: what went wrong, and not how they go about it."""
+
 
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
     """What a process needs for TLS between Ray's, with the certificates of `cluster/security/tls.py`; head and drivers
@@ -68,6 +77,7 @@ class ClusterRecord:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
             **LOOPBACK,
+            **NO_TELEMETRY,
             **tls_environment(self.storage_root, on=self.tls),
             ROOT_VARIABLE: self.project_root,
             RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
@@ -139,6 +149,8 @@ def attach(config: PlatformConfig) -> ClusterRecord:
 
     record = require_record(config)
     os.environ.update(record.environment())
+    for name, level in RAYS_LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     if not ray.is_initialized():
         # Ray read both when it was imported; this is how ray.init itself makes it read the first again.
         Config.initialize("")

@@ -121,7 +121,7 @@ class Run:
     quarantine: str
 
 
-@job("ingest", IngestConfig)
+@job("ingest", IngestConfig, timed=True)
 def main(config: IngestConfig) -> None:
     """Ingest each view's batch, or the chunks of a range."""
     record, ledger = require_record(config), open_ledger(config)

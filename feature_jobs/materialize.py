@@ -65,7 +65,7 @@ class Run:
     as_of: dt.datetime
 
 
-@job("materialize", MaterializeConfig)
+@job("materialize", MaterializeConfig, timed=True)
 def main(config: MaterializeConfig) -> None:
     """Materialise each view."""
     ledger = open_ledger(config)

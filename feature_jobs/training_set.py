@@ -84,7 +84,7 @@ class Request:
     """Of the training set that is built again."""
 
 
-@job("training_set", TrainingSetConfig)
+@job("training_set", TrainingSetConfig, timed=True)
 def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
     ledger = open_ledger(config)

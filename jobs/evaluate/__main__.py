@@ -28,7 +28,7 @@ from jobs.train.data import held_out_mask, label_column, read_training_set
 from jobs.train.target import encode_target
 
 
-@job("evaluate", EvaluateConfig)
+@job("evaluate", EvaluateConfig, timed=True)
 def main(config: EvaluateConfig) -> None:
     """Evaluate one version."""
     ledger = open_ledger(config)

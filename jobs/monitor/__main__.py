@@ -34,7 +34,7 @@ from jobs.monitor.plots import performance_plot
 from jobs.train.data import read_training_set
 
 
-@job("monitor", MonitorConfig)
+@job("monitor", MonitorConfig, timed=True)
 def main(config: MonitorConfig) -> None:
     """Measure every variant and write results, plots and events."""
     reference_uri = resolve(config.reference)

@@ -41,7 +41,7 @@ class SweepFailed(FalajError):
     """No trial came to its end."""
 
 
-@job("sweep", SweepConfig)
+@job("sweep", SweepConfig, timed=True)
 def main(config: SweepConfig) -> None:
     """Run the sweep and write its best parameters."""
     family, _, parameters = resolve_family(config.model)

@@ -31,7 +31,7 @@ from jobs.train.lineage import lineage, plain
 from jobs.train.quantise import cost, quantise
 
 
-@job("train", TrainConfig)
+@job("train", TrainConfig, timed=True)
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
     family, module, parameters = resolve_family(with_best(config))
