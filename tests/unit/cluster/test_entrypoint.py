@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ main()
 @job("platform", PlatformConfig)
 def nothing(config: PlatformConfig) -> None:
     """A job that ends at once."""
+
+
+@job("platform", PlatformConfig, timed=True)
+def timed(config: PlatformConfig) -> None:
+    """A job that says how long it took."""
+    print("result")
 
 
 @pytest.fixture
@@ -108,3 +115,10 @@ def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
     result = run(program)
     assert result.returncode == 2
     assert "Package 'jobs' is found at" in result.stderr
+
+
+def test_timed_job_says_how_long_it_took() -> None:
+    """On standard error, because standard output is the result."""
+    done = run_main(timed)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+    assert re.fullmatch(r"done in \d+\.\d s\n", done.stderr)
