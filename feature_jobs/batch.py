@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.errors import BatchRefused
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess, protected_files
@@ -68,6 +69,50 @@ def judge(
     counts = profiles.added(counts for _, counts in first)
     facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
     return Judged(profile=measured, findings=findings(view.checks, facts))
+
+
+def refuse_bad(view: FeatureView, rows: int, reasons: Mapping[str, int], *, max_bad_share: float) -> None:
+    """Refuse a batch with too many bad rows before any of it is written.
+
+    Args:
+        view: whose batch it is.
+        rows: all of its rows.
+        reasons: bad rows by reason.
+        max_bad_share: of all rows.
+
+    Raises:
+        BatchRefused: with the most frequent reason.
+    """
+    share = sum(reasons.values()) / max(rows, 1)
+    if share <= max_bad_share:
+        return
+    reason, count = max(reasons.items(), key=lambda item: item[1])
+    raise BatchRefused(
+        f"View '{view.name}': {share:.1%} of {rows} rows are bad, at most {max_bad_share:.1%} may be; "
+        f"mostly: {reason} ({count}). Nothing was stored. Mend the source, or raise max_bad_share."
+    )
+
+
+def refuse_unlike(view: FeatureView, judged: Judged) -> None:
+    """Refuse a batch for which a batch rule does not hold.
+
+    Raises:
+        BatchRefused: naming all of them.
+    """
+    if judged.findings:
+        said = "; ".join(finding.said for finding in judged.findings)
+        raise BatchRefused(
+            f"View '{view.name}': {said}. Nothing was stored. Mend the source, or let it be with batch_rules=report."
+        )
+
+
+def unread(view: FeatureView, columns: list[str]) -> str:
+    """The tail of a message that says which columns of a source a view leaves; a transform may read them all."""
+    source = view.source
+    times = (source.event_timestamp, source.created_timestamp)
+    read = {*view.join_keys, *(field.name for field in view.schema), *times}
+    ignored = [name for name in columns if name not in read and view.transform is None]
+    return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
 
 
 def last_good(ledger: Ledger, view: FeatureView, *, quarantine: str, access: KeyAccess) -> Profile | None:

@@ -35,8 +35,7 @@ from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batch import judge, last_good, new_columns, settle
-from feature_jobs.fitness import refuse_bad_rows, refuse_unlike
+from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
 from feature_jobs.several import check_views, chosen, for_each, with_batches
 from feature_jobs.store import offline
@@ -322,7 +321,7 @@ def check_or_refuse(run: Run, rows: Prepared) -> Checked:
         return checked
     found = checked.judged.findings
     try:
-        refuse_bad_rows(run.view, checked, max_bad_share=run.config.max_bad_share)
+        refuse_bad(run.view, checked.rows, checked.reasons, max_bad_share=run.config.max_bad_share)
         if run.config.batch_rules is BatchRules.enforce:
             refuse_unlike(run.view, checked.judged)
         return checked
@@ -345,15 +344,6 @@ def say_refused(
         findings=[asdict(finding) for finding in findings],
     )
     run.ledger.append(event, actor=run.actor.name)
-
-
-def unread(view: FeatureView, columns: list[str]) -> str:
-    """The tail of a message that says which columns of a source a view leaves; a transform may read them all."""
-    source = view.source
-    times = (source.event_timestamp, source.created_timestamp)
-    read = {*view.join_keys, *(field.name for field in view.schema), *times}
-    ignored = [name for name in columns if name not in read and view.transform is None]
-    return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
 
 
 def event_of(run: Run, wanted: Wanted, batch: offline.Batch, version: int, new: list[str]) -> BatchIngested:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1000
 BATCH_ROWS = 131_072
 MAX_BYTES_HERE = 256 * 2**20
-"""Of files, as they lie: however few rows they have, more than this is for Ray."""
+"""Of files as they lie, or of a database's rows: however few values they are, more than this is for Ray."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +86,15 @@ def open_batch(
         return open_source(source, places)
     digest, types, first = RowDigest(), None, None
     blocks: list[Block] = []
+    size = 0
     for rows in read_chunks(source):
         if types is None:
             types = column_types(view, typed_rows(rows[:HEAD_ROWS], _natural(rows[0], view)), known)
         table = typed_rows(rows, types)
         first = table.slice(0, HEAD_ROWS) if first is None else first
         digest.add(rows)
-        was_here = not work.in_tasks
-        work.expect((digest.rows + len(rows)) * table.num_columns)
+        was_here, size = not work.in_tasks, size + table.nbytes
+        work.expect(digest.rows * table.num_columns, is_large=size > MAX_BYTES_HERE)
         if was_here and work.in_tasks:
             blocks = [work.put(block) for block in blocks]
         blocks.append(work.put(table))
