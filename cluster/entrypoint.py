@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -27,14 +28,25 @@ PACKAGES = ("cluster", "feature_jobs", "jobs", "serve_apps", "configs")
 REFUSED = 2
 
 
-def job(config_name: str, schema: type[C]) -> Callable[[Callable[[C], None]], Callable[[], None]]:
-    """Make `function(config)` the main of a module, configured by `configs/<config_name>.yaml`."""
+def job(
+    config_name: str, schema: type[C], *, timed: bool = False
+) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+    """Make `function(config)` the main of a module.
+
+    Args:
+        config_name: of `configs/<config_name>.yaml`.
+        schema: what the configuration is held against.
+        timed: say at the end how long it took; on standard error, because standard output is the result.
+    """
 
     def decorate(function: Callable[[C], None]) -> Callable[[], None]:
         def task(config: DictConfig) -> None:
+            started = time.perf_counter()
             try:
                 refuse_shadowed_packages()
                 function(load(config, schema))
+                if timed:
+                    print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
                 # A refusal inside a worker comes wrapped in Ray's own error, whose message is a traceback.
                 refusal = refusal_behind(error)

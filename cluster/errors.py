@@ -219,14 +219,17 @@ def refusal_behind(error: BaseException) -> BaseException:
 
 MAX_GUESSED = 200
 """Characters of a name for which a near one is looked for: of a longer one, sent to do harm, it would take seconds."""
+MAX_NAMED = 50
+"""Known names that a message lists."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of a not-found message: the nearest name, then all known ones."""
+    """The tail of a not-found message: the nearest name, then the known ones, or the first of many."""
     names = sorted(known)
     if not names:
         return " None is known yet."
-    return f"{nearest(name, names)} Known: {', '.join(names)}."
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return f"{nearest(name, names)} Known: {', '.join(names[:MAX_NAMED])}{more}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import ray
-from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined]
-
 from cluster.errors import ClusterNotRunning
 from cluster.errors import refusal_behind as refusal_behind
 from cluster.processes import answers, cluster_on
@@ -22,9 +18,18 @@ from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_
 
 RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
-LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray keeps to 127.0.0.1 only where it is told that there is no second node; else it takes the machine's own address,
 listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
+
+NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
+"""Ray Data else asks a Prometheus that nobody has started, every ten seconds, and logs that it gets no answer."""
+RAYS_LOG_LEVELS = {
+    **dict.fromkeys(("ray.serve", "ray.train", "ray.tune", "ray.data._internal"), logging.WARNING),
+    # Its only warning is that progress bars, which we turn off, are off.
+    "ray.data._internal.progress": logging.ERROR,
+}
+"""What Ray's libraries say to whoever runs a command: what went wrong, and not how they go about it."""
 
 
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
@@ -73,6 +78,7 @@ class ClusterRecord:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
             **LOOPBACK,
+            **NO_TELEMETRY,
             **tls_environment(self.storage_root, on=self.tls),
             ROOT_VARIABLE: self.project_root,
             RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
@@ -137,8 +143,15 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     Raises:
         ClusterNotRunning: there is none.
     """
+    # Ray's import takes longer than most commands without it, so only who attaches waits for it.
+    import ray
+    from ray._private import ray_constants
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     record = require_record(config)
     os.environ.update(record.environment())
+    for name, level in RAYS_LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     if not ray.is_initialized():
         # Ray read both when it was imported; this is how ray.init itself makes it read the first again.
         Config.initialize("")

@@ -33,7 +33,6 @@ from cluster.security.scratch import memory_folder, sweep
 from cluster.security.tls import ensure_tls
 from cluster.session import (
     LOOPBACK,
-    NAMESPACE,
     RECORD_VARIABLE,
     ClusterRecord,
     read_record,
@@ -71,9 +70,9 @@ def main(config: PlatformConfig) -> None:
         start_ray(config, record)
         write_record(record, config.storage)
         broker = start_process(config, record, "cluster.security.keys", log=key_log(config))
-        start_serve(config, record)
         print("starting the edge", flush=True)
         edge = start_process(config, record, "serve_apps.edge", log=edge_log(config))
+        start_serve(config, record)
         wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
         wait_until(edge, lambda: _answers(record.metrics_url), name="edge", log=edge_log(config))
     except BaseException:
@@ -266,16 +265,10 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Start Serve's controller in throughput mode: no application yet, so no HTTP."""
-    print("starting Serve", flush=True)
-    program = (
-        "import ray, sys; from ray import serve; from ray.serve.config import HTTPOptions\n"
-        "ray.init(sys.argv[1], namespace=sys.argv[3], logging_level='WARNING', log_to_driver=False)\n"
-        "serve.start(http_options=HTTPOptions(host='127.0.0.1', port=int(sys.argv[2])))"
-    )
-    arguments = [record.ray_address, str(record.ports["serve_http"]), NAMESPACE]
+    """Start Serve's controller in throughput mode, and the applications that belong to no model."""
+    print("starting Serve, with features and outcomes", flush=True)
     result = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-m", "serve_apps.common", *shared_overrides(config, record)],
         env=environment(config, record),
         capture_output=True,
         text=True,
@@ -284,6 +277,7 @@ def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
     )
     if result.returncode:
         raise StartFailed(f"Serve did not start:\n{result.stderr[-3000:]}")
+    print(result.stdout + result.stderr, end="", flush=True)
 
 
 def start_process(
@@ -314,6 +308,9 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
         *_overrides("identity.issuer", config.identity.issuer),
         *_overrides("secrets", config.secrets),
         *_overrides("ledger", config.ledger),
+        *_overrides("online", config.online),
+        *_overrides("replica.durability", config.replica.durability),
+        *_overrides("identity.service_token_file", config.identity.service_token_file),
     ]
 
 

@@ -1,7 +1,7 @@
 """What is asked of a batch as a whole, once its blocks are validated: are rows unique, and is it like the last one.
 
-The questions are pure functions (`store/validation.py`, `store/profile.py`, `store/batch_checks.py`); here are the Ray
-tasks that ask them of blocks where these lie, and the file that a profile is kept in.
+The questions are pure functions (`store/validation.py`, `store/profile.py`, `store/batch_checks.py`); here are the
+steps that ask them of blocks where these lie, and the file that a profile is kept in.
 """
 
 from __future__ import annotations
@@ -9,27 +9,21 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.exceptions import RayError
 
 from cluster.errors import BatchRefused
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess, protected_files
-from cluster.session import refusal_behind
 from feature_jobs.store import profile as profiles
 from feature_jobs.store.batch_checks import Drift, Facts, Finding, Outlier, Unique, findings
 from feature_jobs.store.definitions import FeatureView, Field
 from feature_jobs.store.profile import Distribution, Profile, Sketch
 from feature_jobs.store.protection import quarantine_protection
 from feature_jobs.store.validation import REASON, SOURCE, reject, repeated, unique_rules
-
-Block = Any
-"""An object reference to a validated table."""
+from feature_jobs.work import Block, Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,38 +34,38 @@ class Judged:
     findings: list[Finding]
 
 
-def settle(blocks: list[Block], view: FeatureView) -> list[Block]:
+def settle(blocks: list[Block], view: FeatureView, work: Work) -> list[Block]:
     """The blocks with rows rejected that are not unique in the batch, as the view's rules say."""
     rules = unique_rules(view)
     for rule in rules:
-        parts = [_select.remote(block, [*rule.of, REASON]) for block in blocks]
-        failing = _repeated.remote(rule, *parts)
+        parts = [work.run(_select, block, [*rule.of, REASON]) for block in blocks]
+        failing = work.run(_repeated, rule, *parts)
         last = rule is rules[-1]
         blocks = [
-            _reject.remote(block, failing, number, rule.reason, last) for number, block in enumerate(blocks)
+            work.run(_reject, block, failing, number, rule.reason, last)
+            for number, block in enumerate(blocks)
         ]
     return blocks
 
 
-def judge(blocks: list[Block], view: FeatureView, baseline: Profile | None, *, now: dt.datetime) -> Judged:
+def judge(
+    blocks: list[Block], view: FeatureView, baseline: Profile | None, work: Work, *, now: dt.datetime
+) -> Judged:
     """Measure a batch, and ask the view's rules for batches.
 
     Args:
         blocks: validated and settled.
         view: whose batch it is.
         baseline: of the last good batch, if there is one.
+        work: where its steps run.
         now: the moment of ingestion.
     """
     known = {} if baseline is None else baseline.distributions
-    try:
-        first = ray.get([_sketch.remote(block, view.schema, known) for block in blocks])
-        sketches = [sketch for sketch, _ in first]
-        chosen = profiles.bins(sketches)
-        measured = profiles.profile(
-            sketches, chosen, ray.get([_count.remote(block, chosen) for block in blocks])
-        )
-    except RayError as error:
-        raise refusal_behind(error) from error
+    first = work.get([work.run(_sketch, block, view.schema, known) for block in blocks])
+    sketches = [sketch for sketch, _ in first]
+    chosen = profiles.bins(sketches)
+    counted = work.get([work.run(_count, block, chosen) for block in blocks])
+    measured = profiles.profile(sketches, chosen, counted)
     counts = profiles.added(counts for _, counts in first)
     facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
     return Judged(profile=measured, findings=findings(view.checks, facts))
@@ -153,7 +147,8 @@ def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
         for entry in ledger.entries(BatchIngested)
         if entry.payload["view"] == view and entry.payload.get("source_columns")
     ]
-    return [name for name in columns if known and name not in known[-1]]
+    before = set(known[-1]) if known else set(columns)
+    return [name for name in columns if name not in before]
 
 
 def keep(profile: Profile, view: FeatureView, ingest_id: str, *, quarantine: str, access: KeyAccess) -> None:
@@ -174,23 +169,19 @@ def profile_place(view: str, path: str) -> str:
     return f"{view}/profiles/{path.rsplit('/', 1)[-1]}"
 
 
-@ray.remote
 def _select(block: pa.Table, names: list[str]) -> pa.Table:
     return block.select(names)
 
 
-@ray.remote
 def _repeated(rule: Unique, *parts: pa.Table) -> list[pa.Array]:
     return repeated(parts, rule)
 
 
-@ray.remote
 def _reject(block: pa.Table, failing: list[pa.Array], number: int, reason: str, last: bool) -> pa.Table:
     block = reject(block, failing[number], reason)
     return block.drop_columns([SOURCE]) if last else block
 
 
-@ray.remote
 def _sketch(
     block: pa.Table, fields: Sequence[Field], known: Mapping[str, Distribution]
 ) -> tuple[Sketch, dict[str, list[int]]]:
@@ -198,6 +189,5 @@ def _sketch(
     return profiles.sketch(block, good, fields), profiles.count(good, known)
 
 
-@ray.remote
 def _count(block: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
     return profiles.count(block.filter(pc.is_null(block[REASON])), chosen)

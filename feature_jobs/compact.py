@@ -33,7 +33,7 @@ class CompactConfig(PlatformConfig):
     view: str = "???"
 
 
-@job("compact", CompactConfig)
+@job("compact", CompactConfig, timed=True)
 def main(config: CompactConfig) -> None:
     """Compact one view's table."""
     ledger = open_ledger(config)

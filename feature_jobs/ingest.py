@@ -1,14 +1,18 @@
 """`python -m feature_jobs.ingest definitions=m view=v [source.path=…]`: a batch from its source into a feature table.
 
-Ray Data reads, transforms and checks; then it is decided whether the batch is fit to be stored at all; then Ray tasks
-write the buckets' files and the driver commits them. Killed at any point, the same command run again finishes the job:
-files without a commit are dead weight, and a commit without its event is found by the batch's id.
+Rows are read, transformed and checked; then it is decided whether the batch is fit to be stored at all; then the
+buckets' files are written and committed. This process does all of it while the batch is small, Ray Data and Ray tasks
+do it once it is large. Killed at any point, the same command run again finishes the job: files without a commit are
+dead weight, and a commit without its event is found by the batch's id.
 
 With `start=… end=… [chunk=30d]` only rows whose event lies in [start, end) are taken, each chunk a batch of its own.
 The source is read once; a backfill that was killed goes on with the chunks that are left.
 
 With `again=true` a source that is stored already is read again, and rows that an older release stored wrongly are put
 right. The same happens by itself where the view's definition has moved the times of its rows since.
+
+`view=[a,b]` and `view=all` (every view that has files or a table as its source) take one view after the other. What is
+refused of one is said and does not keep the others from being stored.
 """
 
 from __future__ import annotations
@@ -18,26 +22,26 @@ import enum
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from deltalake import DeltaTable
-from ray.exceptions import RayError
 
 from cluster.entrypoint import job
-from cluster.errors import DefinitionError, RefusedError, SourceError
+from cluster.errors import ConfigError, DefinitionError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchMended
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
 from cluster.security.acting import Actor, act
 from cluster.security.policy import Action
-from cluster.session import attach, refusal_behind
+from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.again import mend_batches, report
 from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
+from feature_jobs.several import check_views, chosen, for_each, with_batches
 from feature_jobs.store import offline
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.batch_checks import Finding
@@ -54,6 +58,7 @@ from feature_jobs.store.recorded import read_recorded
 from feature_jobs.store.sources import BatchSource, from_path
 from feature_jobs.store.validation import REASON
 from feature_jobs.storing import Checked, store
+from feature_jobs.work import Work
 
 
 class BatchRules(enum.Enum):
@@ -77,13 +82,16 @@ class IngestConfig(PlatformConfig):
     """What is ingested."""
 
     definitions: str = "feature_jobs.census"
-    view: str = "???"
+    view: Any = "???"
+    """A name, a list of names, or `all`."""
     source: SourceOverride = field(default_factory=SourceOverride)
     max_bad_share: float = 0.05
     """Above this share of bad rows the whole batch is refused."""
     batch_rules: BatchRules = BatchRules.enforce
     num_buckets: int = 8
     """Of a new table; a table keeps the number it was made with."""
+    task_values: int = 5_000_000
+    """Rows times columns of a source above which Ray tasks read, check and write it."""
     start: str | None = None
     """ISO 8601; with `end`, only rows whose event lies in [start, end) are taken."""
     end: str | None = None
@@ -93,6 +101,7 @@ class IngestConfig(PlatformConfig):
     """Read what is stored already once more, and mend the rows that are not as they should be."""
 
     def __post_init__(self) -> None:
+        check_views(self.view)
         if self.chunk is not None and self.start is None:
             raise ValueError("chunk needs start and end.")
         if self.again and self.start is not None:
@@ -111,6 +120,7 @@ class Run:
     actor: Actor
     view: FeatureView
     files: Opened
+    work: Work
     keys: dict[str, str]
     """Types of the join keys that the feature table has."""
     baseline: Profile | None
@@ -119,12 +129,24 @@ class Run:
     quarantine: str
 
 
-@job("ingest", IngestConfig)
+@job("ingest", IngestConfig, timed=True)
 def main(config: IngestConfig) -> None:
-    """Ingest one batch, or the chunks of a range."""
-    ledger = open_ledger(config)
-    actor = act(config, attach(config), ledger, entrypoint="feature_jobs.ingest")
-    view, spec = applied_view(config.definitions, config.view, ledger)
+    """Ingest each view's batch, or the chunks of a range."""
+    record, ledger = require_record(config), open_ledger(config)
+    actor = act(config, record, ledger, entrypoint="feature_jobs.ingest")
+    views = chosen(config.view, with_batches(config.definitions, ledger))
+    if len(views) > 1 and config.source.path is not None:
+        raise ConfigError("source.path is the source of one view. Name that view alone.")
+    for_each(views, lambda view: ingest(config, ledger, actor, view))
+
+
+def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> None:
+    """Ingest one batch of a view, or the chunks of a range.
+
+    Raises:
+        RefusedError: what is not stored, and why.
+    """
+    view, spec = applied_view(config.definitions, name, ledger)
     heed(read_lifecycles(ledger), [view.name], doing="No new rows are ingested.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     wanted, span = parse_range(config.start, config.end), parse_span(config.chunk)
@@ -163,12 +185,14 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
     uri, quarantine = places.features(view.name), places.quarantine(view.name)
     table = offline.open_table(uri)
     keys = stored_keys(table, view)
+    work = Work(config.task_values, lambda: attach(config))
     return Run(
         config=config,
         ledger=ledger,
         actor=actor,
         view=view,
-        files=open_batch(view, given_source(config, view), places, keys),
+        files=open_batch(view, given_source(config, view), places, keys, work),
+        work=work,
         keys=keys,
         baseline=last_good(ledger, view, quarantine=quarantine, access=actor.access),
         target=offline.Target(
@@ -195,13 +219,20 @@ def store_one(run: Run, rows: Prepared, wanted: Wanted) -> tuple[offline.Batch, 
         RefusedError: it is not fit to be stored; an event says so.
     """
     if wanted.range is not None:
-        blocks = [within.remote(block, wanted.range) for block in rows.blocks]
+        blocks = [run.work.run(within, block, wanted.range, num_cpus=0.1) for block in rows.blocks]
         rows = Prepared(blocks=blocks, columns=rows.columns)
     checked = check_or_refuse(run, rows)
     if checked.rows == 0:
         table = offline.open_table(run.target.uri)
         return nothing(wanted, checked.columns), -1 if table is None else int(table.version())
-    return store(run.view, checked, wanted.ingest_id, target=run.target, quarantine=run.quarantine)
+    return store(
+        run.view,
+        checked,
+        wanted.ingest_id,
+        target=run.target,
+        quarantine=run.quarantine,
+        work=run.work,
+    )
 
 
 def nothing(wanted: Wanted, columns: list[str]) -> offline.Batch:
@@ -231,7 +262,7 @@ def mend_stored(run: Run, found: Ingested) -> None:
         source_digest=run.files.digest,
     )
     events = mend_batches(
-        pa.concat_tables(ray.get(checked.blocks)),
+        pa.concat_tables(run.work.get(checked.blocks)),
         found.earlier,
         said,
         target=run.target,
@@ -303,7 +334,7 @@ def read_or_refuse(run: Run) -> Prepared:
     try:
         ahead = Ahead.of(run.config.features.max_ahead_s)
         now = dt.datetime.now(dt.UTC)
-        rows = prepared(run.files, run.view, run.keys, run.baseline, now=now, ahead=ahead)
+        rows = prepared(run.files, run.view, run.keys, run.baseline, run.work, now=now, ahead=ahead)
         for name in rows.zoneless:
             print(
                 f"view {run.view.name}: times in '{name}' have no zone and are taken as UTC; if local, declare it"
@@ -316,15 +347,13 @@ def read_or_refuse(run: Run) -> Prepared:
 
 def check(run: Run, rows: Prepared) -> Checked:
     """Count the rows of a batch and judge it as a whole."""
-    try:
-        settled = settle(rows.blocks, run.view)
-        counts = ray.get([_count.remote(block) for block in settled])
-    except RayError as error:
-        raise refusal_behind(error) from error
+    work = run.work
+    settled = settle(rows.blocks, run.view, work)
+    counts = work.get([work.run(_count, block, num_cpus=0.1) for block in settled])
     reasons: Counter[str] = Counter()
     for _, of_block in counts:
         reasons.update(of_block)
-    judged = judge(settled, run.view, run.baseline, now=dt.datetime.now(dt.UTC))
+    judged = judge(settled, run.view, run.baseline, work, now=dt.datetime.now(dt.UTC))
     return Checked(
         blocks=settled,
         sizes=[size for size, _ in counts],
@@ -393,7 +422,6 @@ def event_of(run: Run, wanted: Wanted, batch: offline.Batch, version: int, new: 
     )
 
 
-@ray.remote(num_cpus=0.1)
 def _count(block: pa.Table) -> tuple[int, dict[str, int]]:
     reasons = pc.value_counts(block[REASON].drop_null()).to_pylist()
     return block.num_rows, {one["values"]: one["counts"] for one in reasons}

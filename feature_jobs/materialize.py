@@ -2,6 +2,8 @@
 
 Readers see all of a materialisation or nothing of it: killed halfway, the store is as it was. What was pushed since the
 table's version that it reads counts beside it.
+
+`view=[a,b]` and `view=all` (every applied view that has rows) take one view after the other, as of one moment.
 """
 
 from __future__ import annotations
@@ -9,24 +11,27 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from deltalake import DeltaTable
 
 from cluster.entrypoint import job
-from cluster.ledger import open_ledger
+from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ViewMaterialized
-from cluster.security.acting import act
+from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
 from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.offline import Snapshot, snapshot
+from feature_jobs.several import check_views, chosen, for_each
+from feature_jobs.store.catalog import ViewSpec, view_spec, view_specs
+from feature_jobs.store.offline import Snapshot, open_table, snapshot
 from feature_jobs.store.online import open_online
 from feature_jobs.store.online_events import merge_of
 from feature_jobs.store.online_frames import online_rows
 from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.online_store import OnlineStore
 from feature_jobs.store.online_windows import state_rows, stored_view
 from feature_jobs.store.point_in_time import latest
 from feature_jobs.store.protection import view_protection, view_resources
@@ -36,47 +41,76 @@ from feature_jobs.store.streamed import horizon
 
 @dataclass(kw_only=True, slots=True)
 class MaterializeConfig(PlatformConfig):
-    """Which view, as of when."""
+    """Which views, as of when."""
 
     definitions: str = "feature_jobs.census"
     """Named for symmetry with the other commands: the view is read as it was applied."""
-    view: str = "???"
+    view: Any = "???"
+    """A name, a list of names, or `all`."""
     as_of: str | None = None
     """ISO 8601 instant; none is now."""
 
+    def __post_init__(self) -> None:
+        check_views(self.view)
 
-@job("materialize", MaterializeConfig)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What all views of one command share."""
+
+    config: MaterializeConfig
+    ledger: Ledger
+    actor: Actor
+    store: OnlineStore
+    as_of: dt.datetime
+
+
+@job("materialize", MaterializeConfig, timed=True)
 def main(config: MaterializeConfig) -> None:
-    """Materialise one view."""
+    """Materialise each view."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.materialize")
-    places = layout(config.storage)
-    view = view_spec(ledger, config.view)
-    actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
+    places, as_of = layout(config.storage), instant(config.as_of)
+    views = chosen(
+        config.view, (name for name in view_specs(ledger) if open_table(places.features(name)) is not None)
+    )
+    store = open_online(config.online, places, key_store(actor.access), readonly=False)
+    run = Run(config=config, ledger=ledger, actor=actor, store=store, as_of=as_of)
+    try:
+        for_each(views, lambda view: materialise(run, view))
+    finally:
+        store.close()
+
+
+def materialise(run: Run, name: str) -> None:
+    """Put what is known of a view's entities into the online store.
+
+    Raises:
+        RefusedError: the view has no rows, or may not be written; nothing was changed.
+    """
+    view = view_spec(run.ledger, name)
+    run.actor.check(Action.write_features, *view_resources(view, region=run.config.cluster.region))
     pinned = snapshot(
-        places.features(view.name),
+        layout(run.config.storage).features(view.name),
         view=view.name,
         keys=view.join_keys,
         protection=view_protection(view),
-        access=actor.access,
+        access=run.actor.access,
     )
-    as_of = instant(config.as_of)
-    store = open_online(config.online, places, key_store(actor.access), readonly=False)
     table = DeltaTable(pinned.uri, version=pinned.version)
-    found = rows(view, pinned, as_of)
-    count = store.replace(
+    found = rows(view, pinned, run.as_of)
+    count = run.store.replace(
         stored_view(view), pinned.key_types, found, horizon=horizon(table), merge=merge_of(view)
     )
-    store.close()
     event = ViewMaterialized(
         view=view.name,
         view_version=view.version,
         table_version=pinned.version,
-        as_of=as_of.isoformat(),
+        as_of=run.as_of.isoformat(),
         entities=count,
     )
-    ledger.append(event, actor=actor.name)
-    print(f"view {view.name}: {count} entities online as of {as_of.isoformat()}")
+    run.ledger.append(event, actor=run.actor.name)
+    print(f"view {view.name}: {count} entities online as of {run.as_of.isoformat()}", flush=True)
 
 
 def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:

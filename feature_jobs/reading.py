@@ -1,23 +1,21 @@
-"""From a view's source to its rows, transformed and checked by Ray Data: a task reads a file, or some small ones."""
+"""From a view's source to its rows, transformed and checked: in this process while few, by Ray Data once many."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import Inconsistent, SourceError
 from cluster.session import refusal_behind
 from cluster.storage import Layout
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.files import SourceFiles, open_source
+from feature_jobs.store.files import SourceFiles, open_source, size_bytes
 from feature_jobs.store.keys import refuse_unlike
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.ranges import TimeRange
@@ -35,14 +33,21 @@ from feature_jobs.store.sources import BatchSource, SqlSource
 from feature_jobs.store.sql import RowDigest, read_chunks
 from feature_jobs.store.typed import Roles, column_types, declared, typed_rows, zoneless
 from feature_jobs.store.validation import FILES, prepare_part
+from feature_jobs.work import Block, Work
+
+if TYPE_CHECKING:
+    import ray
+
+MAX_BYTES_HERE = 256 * 2**20
+"""Of files as they lie, or of a database's rows: however few values they are, more than this is for Ray."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRows:
     """The rows of a batch that was read already."""
 
-    blocks: list[Any]
-    """Object references to typed tables."""
+    blocks: list[Block]
+    """Typed tables."""
     first: pa.Table
     rows: int
     digest: str
@@ -51,21 +56,23 @@ class SourceRows:
 
 
 Opened = SourceFiles | SourceRows
+Check = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """All rows of a source, transformed and checked one by one."""
 
-    blocks: list[Any]
-    """Object references to tables."""
+    blocks: list[Block]
     columns: list[str]
     """Of the source."""
     zoneless: Sequence[str] = ()
     """Event and created times that have no zone, though the source declares none."""
 
 
-def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str]) -> Opened:
+def open_batch(
+    view: FeatureView, source: BatchSource, places: Layout, known: Mapping[str, str], work: Work
+) -> Opened:
     """Find, check and count what a source has; a database is read here.
 
     Args:
@@ -73,6 +80,7 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         source: the view's own, or another file in its place.
         places: where state lies.
         known: the feature table's join keys and their types.
+        work: where the batch's steps run.
 
     Raises:
         SourceError: it is missing or unreadable.
@@ -80,7 +88,8 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
     """
     if not isinstance(source, SqlSource):
         return open_source(source, places, declared=declared(view))
-    digest, blocks, types, first, roles = RowDigest(), [], None, None, Roles.of(view)
+    digest, types, first, roles, size = RowDigest(), None, None, Roles.of(view), 0
+    blocks: list[Block] = []
     names: list[str] = []
     without: list[str] = []
     for rows in read_chunks(source, columns=names):
@@ -92,7 +101,11 @@ def open_batch(view: FeatureView, source: BatchSource, places: Layout, known: Ma
         table = typed_rows(rows, types, names, roles)
         first = table.slice(0, HEAD_ROWS) if first is None else first
         digest.add(rows)
-        blocks.append(ray.put(table))
+        was_here, size = not work.in_tasks, size + table.nbytes
+        work.expect(digest.rows * table.num_columns, is_large=size > MAX_BYTES_HERE)
+        if was_here and work.in_tasks:
+            blocks = [work.put(block) for block in blocks]
+        blocks.append(work.put(table))
     if first is None:
         first = typed_rows([], column_types(view, typed_rows([], {}, names), known), names, roles)
     return SourceRows(
@@ -123,31 +136,51 @@ def prepared(
     view: FeatureView,
     known: Mapping[str, str],
     baseline: Profile | None,
+    work: Work,
     *,
     now: dt.datetime,
     ahead: Ahead = FILES,
 ) -> Prepared:
-    """Read, transform and check all rows with Ray Data.
+    """Read, transform and check all rows, here or with Ray Data.
 
     Raises:
         RefusedError: columns that do not fit the view.
-        Inconsistent: Ray Data gave another number of rows than the source has.
+        Inconsistent: another number of rows was read than the source has.
     """
     source = opened if isinstance(opened, SourceRows) else shape_of(opened, view, known)
     first_rows = _checked_heads(source, view, known, now=now, ahead=ahead)
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
     if opened.rows == 0:
         nothing = empty_part(view, columns, now=now)
-        return Prepared(blocks=[ray.put(nothing)], columns=columns)
+        return Prepared(blocks=[work.put(nothing)], columns=columns)
+    if isinstance(opened, SourceFiles):
+        work.expect(opened.rows * len(columns), is_large=size_bytes(opened.paths) > MAX_BYTES_HERE)
+
+    def check(block: pa.Table) -> pa.Table:
+        return prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
+
+    blocks = _blocks_in_tasks(source, view, check) if work.in_tasks else _blocks_here(source, check)
+    rows = sum(work.get([work.run(_num_rows, block, num_cpus=0.1) for block in blocks]))
+    if rows != opened.rows:
+        raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
+    return Prepared(blocks=blocks, columns=columns, zoneless=source.zoneless)
+
+
+def _blocks_here(source: Shape | SourceRows, check: Check) -> list[Block]:
+    if isinstance(source, SourceRows):
+        return [check(block) for block in source.blocks]
+    return list(checked_blocks(source.files.paths, source, check))
+
+
+def _blocks_in_tasks(source: Shape | SourceRows, view: FeatureView, check: Check) -> list[Block]:
+    import ray
+    from ray.exceptions import RayError
+
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # Else a refusal comes back wrapped in an error of Ray's own, without its cause.
     context.raise_original_map_exception = True
-
-    def check(block: pa.Table) -> pa.Table:
-        return prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
-
     if isinstance(source, SourceRows):
         checked = _checked(ray.data.from_arrow_refs(source.blocks), check)
     else:
@@ -159,16 +192,14 @@ def prepared(
         else:  # one task reads the file, several check its rows: with equal CPUs Ray would make them one
             checked = _checked(numbers.map_batches(read.typed, batch_size=1, num_cpus=0.5), check)
     try:
-        blocks: list[Any] = checked.to_arrow_refs()
-        rows = sum(ray.get([_num_rows.remote(block) for block in blocks]))
+        blocks: list[Block] = checked.to_arrow_refs()
     except RayError as error:
+        opened = source if isinstance(source, SourceRows) else source.files
         raise unreadable(refusal_behind(error), opened) from error
-    if rows != opened.rows:
-        raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
-    return Prepared(blocks=blocks, columns=columns, zoneless=source.zoneless)
+    return blocks
 
 
-def _checked(rows: ray.data.Dataset, check: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+def _checked(rows: ray.data.Dataset, check: Check) -> ray.data.Dataset:
     return rows.map_batches(check, batch_format="pyarrow", batch_size=BATCH_ROWS, zero_copy_batch=True)
 
 
@@ -201,7 +232,7 @@ class _Read:
 
     shape: Shape
     groups: list[list[str]]
-    check: Callable[[pa.Table], pa.Table]
+    check: Check
 
     def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
@@ -215,13 +246,14 @@ class _Read:
 
 def unreadable(error: BaseException, opened: Opened) -> BaseException:
     """An error of reading as a refusal that names the source; any other as it is."""
+    from ray.exceptions import RayTaskError
+
     if not isinstance(error, RayTaskError) or not isinstance(error.cause, OSError | pa.ArrowException):
         return error
     where = ", ".join(opened.paths) if isinstance(opened, SourceFiles) else opened.names
     return SourceError(f"Source {where} cannot be read: {str(error.cause).splitlines()[0]}")
 
 
-@ray.remote(num_cpus=0.1)
 def within(block: pa.Table, range: TimeRange) -> pa.Table:
     """The rows of a prepared block whose event lies in a range; one without a time lies in none."""
     return block.filter(in_range(block["event_timestamp"], range))
@@ -233,6 +265,5 @@ def in_range(times: pa.ChunkedArray, range: TimeRange) -> pa.ChunkedArray:
     return pc.and_(pc.greater_equal(times, start), pc.less(times, end))
 
 
-@ray.remote(num_cpus=0.1)
 def _num_rows(block: pa.Table) -> int:
     return int(block.num_rows)

@@ -82,7 +82,7 @@ class Place:
         return f"{self.folder}/pending/{replay_id}.parquet"
 
 
-@job("replay", ReplayConfig)
+@job("replay", ReplayConfig, timed=True)
 def main(config: ReplayConfig) -> None:
     """Replay one view's quarantine."""
     ledger = open_ledger(config)

@@ -37,7 +37,7 @@ class RetainConfig(PlatformConfig):
     """ISO 8601 instant from which age counts; none is now."""
 
 
-@job("retain", RetainConfig)
+@job("retain", RetainConfig, timed=True)
 def main(config: RetainConfig) -> None:
     """Remove what is too old."""
     ledger = open_ledger(config)

@@ -52,7 +52,7 @@ class RotateKeysConfig(PlatformConfig):
             raise ValueError("rotate and rewrite are both false: there is nothing to do.")
 
 
-@job("rotate_keys", RotateKeysConfig)
+@job("rotate_keys", RotateKeysConfig, timed=True)
 def main(config: RotateKeysConfig) -> None:
     """Rotate one view's keys."""
     ledger = open_ledger(config)

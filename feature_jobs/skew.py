@@ -95,7 +95,7 @@ class Result:
         return sum(one.mismatch for one in self.features.values())
 
 
-@job("skew", SkewConfig)
+@job("skew", SkewConfig, timed=True)
 def main(config: SkewConfig) -> None:
     """Hold a model's served features against offline ones."""
     ledger = open_ledger(config)

@@ -1,15 +1,13 @@
-"""Storing a checked batch: Ray tasks write its rows to their buckets, then the driver commits them."""
+"""Storing a checked batch: its blocks are written to their buckets, then the driver commits them all at once."""
 
 from __future__ import annotations
 
 import datetime as dt
 import uuid
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from deltalake import DeltaTable
 
 from cluster.errors import Inconsistent
@@ -20,14 +18,15 @@ from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.point_in_time import SEQ
 from feature_jobs.store.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.validation import RAW, REASON
+from feature_jobs.work import Block, Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
     """A batch after transform and checks: its blocks in source order."""
 
-    blocks: list[Any]
-    """Object references to validated tables."""
+    blocks: list[Block]
+    """Validated tables."""
     sizes: list[int]
     reasons: dict[str, int]
     judged: Judged
@@ -44,14 +43,21 @@ class Checked:
 
 
 def store(
-    view: FeatureView, checked: Checked, ingest_id: str, *, target: offline.Target, quarantine: str
+    view: FeatureView,
+    checked: Checked,
+    ingest_id: str,
+    *,
+    target: offline.Target,
+    quarantine: str,
+    work: Work,
 ) -> tuple[offline.Batch, int]:
     """Write the good rows to their buckets and the bad ones to quarantine, then commit.
 
     Raises:
         Inconsistent: rows in are not rows stored and quarantined; nothing was committed.
     """
-    schema = row_schema(ray.get(_schema.remote(checked.blocks[0])))
+    [validated] = work.get([work.run(_schema, checked.blocks[0], num_cpus=0.1)])
+    schema = row_schema(validated)
     table = offline.open_table(target.uri)
     if table is None:
         table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
@@ -61,9 +67,9 @@ def store(
     parts = []
     for block, size in zip(checked.blocks, checked.sizes, strict=True):
         name = f"{ingest_id}-{uuid.uuid4().hex[:8]}"
-        parts.append(_write.remote(block, seq + 1, target, name))
+        parts.append(work.run(_write, block, seq + 1, target, name))
         seq += size
-    written = ray.get(parts)
+    written = work.get(parts)
     files = [file for of_block, _ in written for file in of_block]
     bad = pa.concat_tables([rows for _, rows in written])
     batch = offline.Batch(
@@ -95,12 +101,10 @@ def row_schema(validated: pa.Schema) -> pa.Schema:
     return pa.schema([*kept, pa.field(offline.INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
 
 
-@ray.remote(num_cpus=0.1)
 def _schema(block: pa.Table) -> pa.Schema:
     return block.schema
 
 
-@ray.remote
 def _write(
     block: pa.Table, first_seq: int, target: offline.Target, name: str
 ) -> tuple[list[offline.BucketFile], pa.Table]:

@@ -105,7 +105,7 @@ class StreamConfig(PlatformConfig):
 _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
 
 
-@job("stream", StreamConfig)
+@job("stream", StreamConfig, timed=True)
 def main(config: StreamConfig) -> None:
     """Stream into one view's table until there is nothing more, or until stopped."""
     ledger = open_ledger(config)

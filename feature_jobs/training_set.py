@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
@@ -86,7 +85,7 @@ class Request:
     """Of the training set that is built again."""
 
 
-@job("training_set", TrainingSetConfig)
+@job("training_set", TrainingSetConfig, timed=True)
 def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
     ledger = open_ledger(config)
@@ -295,12 +294,10 @@ def hidden_warning(shares: dict[str, float]) -> str:
 
 def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
     """Join each bucket in a Ray task of its own."""
-    return ray.get([_join_bucket.remote(pinned, view, part, cutoff) for part in parts])
+    import ray  # only where the work is large
 
-
-@ray.remote
-def _join_bucket(pinned: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
-    return join_bucket(pinned, view, part, cutoff)
+    task = ray.remote(join_bucket)
+    return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Serve applications, and what it takes to have one running."""
+"""Serve applications, and what it takes to have one running; those of no model are in `serve_apps/common.py`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from ray import serve
 from ray.serve.schema import ApplicationStatus
@@ -10,9 +13,6 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
-from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
-from serve_apps.features.features import Features
-from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.scaling import replicas
 
@@ -21,6 +21,12 @@ HEALTH_PERIOD_S = 2.0
 LOGGING = {"enable_access_log": False}
 """Each answer is in the edge's access log. Serve's own holds a thousand lines back in throughput mode, and then writes
 them down at once in the event loop: every thousandth request waited 20 ms for it."""
+OPTIONS: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": GRACE_S,
+    "health_check_period_s": HEALTH_PERIOD_S,
+    "logging_config": LOGGING,
+}
+"""Of every deployment."""
 
 
 class DeployFailed(FalajError):
@@ -53,44 +59,35 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
-        predictor = serve.deployment(
-            Predictor,
-            name="predictor",
-            graceful_shutdown_timeout_s=GRACE_S,
-            health_check_period_s=HEALTH_PERIOD_S,
-            logging_config=LOGGING,
-            **replicas(config.replica),
-        )
-        _run(name, predictor.bind(to_plain(config), version.name, version.version))  # type: ignore[attr-defined]
+        predictor = serve.deployment(Predictor, name="predictor", **OPTIONS, **replicas(config.replica))
+        bound = predictor.bind(to_plain(config), version.name, version.version)  # type: ignore[attr-defined]
+        run({name: bound})
     return name
 
 
-def ensure_common(config: PlatformConfig) -> None:
-    """Have the applications running that belong to no model: outcomes and features."""
-    for name, kind in ((OUTCOMES_APP, Outcomes), (FEATURES_APP, Features)):
-        if not is_running(name):
-            deployed = serve.deployment(
-                kind,
-                name=name,
-                ray_actor_options={"num_cpus": 0.1},
-                graceful_shutdown_timeout_s=GRACE_S,
-                health_check_period_s=HEALTH_PERIOD_S,
-                logging_config=LOGGING,
-            )
-            _run(name, deployed.bind(to_plain(config)))  # type: ignore[attr-defined]
+def run(apps: Mapping[str, serve.Application]) -> None:
+    """Start applications, or start them anew, all at once, and wait until they answer.
 
+    One that does not start is removed, unless it ran before: its old replicas go on serving.
 
-def _run(name: str, app: serve.Application) -> None:
+    Raises:
+        ArtifactTampered: a replica refused its model's files.
+        DeployFailed: naming the application and why.
+    """
+    before = {name for name in apps if is_running(name)}
     try:
-        serve.run(app, name=name, route_prefix=f"/{name}", blocking=False)
+        serve.run_many([serve.RunTarget(app, name, f"/{name}") for name, app in apps.items()])
     except RuntimeError as error:
-        message = _why_failed(name) or str(error)
-        serve.delete(name, _blocking=False)
-        if ArtifactTampered.__name__ in message:
+        failed = [name for name in apps if not is_running(name)]
+        messages = {name: _why_failed(name) or str(error) for name in failed}
+        for name in set(failed) - before:
+            serve.delete(name, _blocking=False)
+        said = "; ".join(f"Application {name} did not start: {message}" for name, message in messages.items())
+        if ArtifactTampered.__name__ in said:
             raise ArtifactTampered(
-                f"The replica of {name} refused its files. See the ledger's ArtifactRefused."
+                f"The replica of {', '.join(failed)} refused its files. See the ledger's ArtifactRefused."
             ) from error
-        raise DeployFailed(f"Application {name} did not start: {message}") from error
+        raise DeployFailed(said) from error
 
 
 def _why_failed(name: str) -> str:

@@ -18,7 +18,8 @@ from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from serve_apps.apps import ensure_common, ensure_model
+from serve_apps.apps import ensure_model
+from serve_apps.common import ensure_common
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
 from serve_apps.rollout.state import ModelState, read_states
@@ -44,7 +45,7 @@ class DeployConfig(PlatformConfig):
     """What the version is called in answers and logs."""
 
 
-@job("deploy", DeployConfig)
+@job("deploy", DeployConfig, timed=True)
 def main(config: DeployConfig) -> None:
     """Deploy or restore."""
     ledger = open_ledger(config)

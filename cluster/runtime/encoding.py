@@ -95,11 +95,10 @@ class Encoder:
 
     def _encode_table(self, table: pa.Table) -> Matrix:
         matrix, at = np.empty((table.num_rows, self._width), dtype=np.float32), 0
+        there = dict.fromkeys(table.column_names)
         for spec in self._inputs:
-            if spec.name not in table.column_names:
-                raise InvalidRequest(
-                    f"Input '{spec.name}' is missing.{did_you_mean(spec.name, table.column_names)}"
-                )
+            if spec.name not in there:
+                raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, there)}")
             column = table.column(spec.name)
             if spec.length is None:
                 matrix[:, at] = _encode_column(spec, column)

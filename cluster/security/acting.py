@@ -23,7 +23,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
@@ -43,11 +42,9 @@ from cluster.security.keys.access import KeyAccess
 from cluster.security.policy import Action, Policy, Resource, Role
 from cluster.security.token_source import TokenSource
 from cluster.security.trust import Trust
+from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
-
-if TYPE_CHECKING:
-    from cluster.session import ClusterRecord
 
 TTL_S = 900
 RENEW_S = 300
@@ -151,9 +148,6 @@ def _counting_strangers(decisions: Decisions) -> Iterator[None]:
 
 
 def _issuer_of(places: Layout) -> IssuerConfig:
-    # Ray's import takes a second, which only this reader has to wait for.
-    from cluster.session import find_record
-
     record = find_record(StorageConfig(root=places.root))
     own = record is not None and record.storage_root == places.root
     return IssuerConfig(**record.issuer) if own and record and record.issuer else IssuerConfig()

@@ -200,8 +200,9 @@ class FeatureView:
         if not self.schema:
             raise DefinitionError(f"View '{self.name}' has no features. Give schema=[Field(…)].")
         columns = [Named("join key", key) for key in self.join_keys]
+        keys = set(self.join_keys)
         for one in self.schema:
-            if one.name in self.join_keys:
+            if one.name in keys:
                 raise DefinitionError(
                     f"View '{self.name}': '{one.name}' is a join key and cannot be a feature too. "
                     "Remove it from the schema, or give the feature another name in the transform."
@@ -218,7 +219,7 @@ class FeatureView:
 
     def _check_rules(self) -> None:
         dtypes = {field.name: field.dtype for field in self.schema}
-        columns = [*self.join_keys, *dtypes]
+        columns = dict.fromkeys([*self.join_keys, *dtypes])
         for check in self.checks:
             if not isinstance(check, Check):
                 raise DefinitionError(

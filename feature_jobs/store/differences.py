@@ -193,8 +193,9 @@ def _source_changes(before: Definition, after: Definition) -> Iterator[Change]:
 
 def _check_changes(before: Definition, after: Definition) -> Iterator[Change]:
     old, new = ([_check(check) for check in one.get("checks", [])] for one in (before, after))
-    yield from (Change(what="check", before=one, after=None) for one in old if one not in new)
-    yield from (Change(what="check", before=None, after=one) for one in new if one not in old)
+    gone, come = set(old) - set(new), set(new) - set(old)
+    yield from (Change(what="check", before=one, after=None) for one in old if one in gone)
+    yield from (Change(what="check", before=None, after=one) for one in new if one in come)
 
 
 def _governance_changes(before: Definition, after: Definition) -> Iterator[Change]:

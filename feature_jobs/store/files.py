@@ -158,6 +158,11 @@ def parquet_schema(path: str, source: FileSource) -> pa.Schema:
         return pq.ParquetFile(file, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
 
 
+def size_bytes(paths: list[str]) -> int:
+    """What files take where they lie."""
+    return sum(int(fs.size(name)) for fs, name in map(url_to_fs, paths))
+
+
 def csv_options(paths: list[str], source: FileSource) -> dict[str, Any]:
     """How Arrow reads CSV files: every column as text, so that nothing is guessed.
 

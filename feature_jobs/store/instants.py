@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
+from feature_jobs.store.columns import with_replaced
 
 TIME = pa.timestamp("us", "UTC")
 _EPOCH = dt.datetime(1970, 1, 1)
@@ -121,13 +122,13 @@ def zoned(table: pa.Table, zone: str | None, times: Collection[str]) -> pa.Table
     """
     if zone is None:
         return table
-    for position, field in enumerate(table.schema):
-        column = table.column(position)
+    columns = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
         if field.name in times and pa.types.is_date(field.type):
             column = days(column)
         if pa.types.is_timestamp(column.type) and column.type.tz is None:
-            table = table.set_column(position, field.name, in_zone(column, zone))
-    return table
+            columns[field.name] = in_zone(column, zone)
+    return with_replaced(table, columns)
 
 
 def days(column: pa.ChunkedArray) -> pa.ChunkedArray:

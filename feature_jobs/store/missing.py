@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
+from feature_jobs.store.columns import with_replaced
 from feature_jobs.store.dtypes import from_json, is_rich, online_value, to_json
 
 Value: TypeAlias = Any
@@ -161,13 +162,12 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
         table: has the columns, nulls where nothing is known.
         absent: view to whether a row found nothing there, or nothing fresh.
     """
+    filled = {}
     for name, default in policy.defaults.items():
-        position = table.column_names.index(name)
-        kind = table.schema.field(position).type
-        stands_in = pa.scalar(Decimal(default) if pa.types.is_decimal(kind) else default, kind)
-        filled = pc.if_else(absent[view_of(name)], stands_in, table.column(position))
-        table = table.set_column(position, name, filled)
-    return table
+        column = table[name]
+        stands_in = pa.scalar(Decimal(default) if pa.types.is_decimal(column.type) else default, column.type)
+        filled[name] = pc.if_else(absent[view_of(name)], stands_in, column)
+    return with_replaced(table, filled)
 
 
 def view_of(column: str) -> str:

@@ -48,6 +48,16 @@ def check_name(what: str, name: str, *, longest: int | None = None) -> None:
         )
 
 
+def repeated_name(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time; None where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def refuse_reserved(owner: str, one: Named) -> None:
     """Refuse a column's name that is the platform's, in any case.
 

@@ -165,21 +165,24 @@ def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable
 
 
 def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
-    """Refuse a batch whose columns changed their type; new columns are added to the table.
+    """Refuse a batch whose columns changed their type; new columns are added to the table, in one version of it.
 
     Raises:
         SchemaMismatch: naming the column and both types.
     """
     known = pa.schema(table.schema().to_arrow())
+    new = []
     for column in schema:
         position = known.get_field_index(column.name)
         if position < 0:
-            table.alter.add_columns(Schema.from_arrow(pa.schema([column])).fields)
+            new.append(column)
         elif not same_type(known.field(position).type, column.type):
             raise SchemaMismatch(
                 f"Column '{column.name}' of view '{view}' is stored as {known.field(position).type}, the batch has "
                 f"{column.type}. Give the new column another name."
             )
+    if new:
+        table.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
 
 
 def num_buckets(table: DeltaTable) -> int:
@@ -374,10 +377,11 @@ def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
 
 def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """The columns in order; one that an older file lacks is null."""
-    missing = [name for name in names if name not in table.column_names]
-    for name in missing:
-        table = table.append_column(name, pa.nulls(table.num_rows))
-    return table.select(list(names))
+    there = set(table.column_names)
+    if there.issuperset(names):
+        return table.select(list(names))
+    nothing = pa.nulls(table.num_rows)
+    return pa.table([table[name] if name in there else nothing for name in names], names=list(names))
 
 
 def same_type(known: pa.DataType, given: pa.DataType) -> bool:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
 from feature_jobs.store.casting import cast_feature, misfits
 from feature_jobs.store.catalog import FieldSpec, OnDemandSpec, ServiceSpec, import_module
+from feature_jobs.store.columns import with_appended, with_replaced
 from feature_jobs.store.definitions import DTYPES, Transform
 from feature_jobs.store.dtypes import arrow_values, list_of, online_values
 from feature_jobs.store.online import FeatureVectors, Status
@@ -31,8 +32,9 @@ def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
         DefinitionError: its code is not here, or is another.
     """
     for one in spec.on_demand:
+        there = set(table.column_names)
         for field in one.inputs:
-            if field.name not in table.column_names:
+            if field.name not in there:
                 raise TrainingSetError(
                     f"The entity rows lack '{field.name}' ({field.dtype}), an input of on-demand transform "
                     f"'{one.name}'. Give what requests will say."
@@ -41,8 +43,7 @@ def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
             made = compute(one, table, service=spec)
         except SchemaMismatch as error:
             raise TrainingSetError(str(error)) from error
-        for name, column in zip(one.columns, made.columns, strict=True):
-            table = table.append_column(name, column)
+        table = with_appended(table, dict(zip(one.columns, made.columns, strict=True)))
     return table
 
 
@@ -112,10 +113,10 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
         SchemaMismatch: an input or an output is not what it should be.
         TrainingSetError: it failed, or gave another number of rows.
     """
-    asked = table.select(_read(one, service))
-    for position, field in enumerate(one.inputs):
-        column = _fitting(asked[field.name], field)
-        asked = asked.set_column(position, field.name, column)
+    asked = with_replaced(
+        table.select(_read(one, service)),
+        {field.name: _fitting(table[field.name], field) for field in one.inputs},
+    )
     try:
         made = load(one)(asked)
     except DefinitionError:
@@ -126,9 +127,9 @@ def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.T
         ) from error
     if not isinstance(made, pa.Table) or made.num_rows != table.num_rows:
         raise TrainingSetError(f"On-demand transform '{one.name}' must give a table with a row for each row.")
-    columns = {}
+    columns, there = {}, set(made.column_names)
     for field in one.fields:
-        if field.name not in made.column_names:
+        if field.name not in there:
             raise SchemaMismatch(f"On-demand transform '{one.name}' gave no column '{field.name}'.")
         columns[field.name] = _fitting(made[field.name], field)
     return pa.table(columns)

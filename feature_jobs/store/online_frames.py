@@ -33,10 +33,10 @@ def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
         known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
             A feature that is no column is null.
     """
-    keys, names = view.join_keys, [field.name for field in view.fields]
-    lacking = [pl.lit(None).alias(name) for name in names if name not in known.columns]
-    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in known.columns})
-    deleted = pl.col(DELETED).fill_null(False) if DELETED in known.columns else pl.lit(False).alias(DELETED)
+    keys, names, there = view.join_keys, [field.name for field in view.fields], set(known.columns)
+    lacking = [pl.lit(None).alias(name) for name in names if name not in there]
+    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in there})
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in there else pl.lit(False).alias(DELETED)
     frame = known.with_columns(*plain, *lacking).select(
         pl.col(EVENT).dt.epoch("us").alias("__event"),
         pl.col(CREATED).dt.epoch("us").alias("__created"),

@@ -131,7 +131,12 @@ def bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
 
 def count(good: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
     """The second pass: how many values of a block's good rows lie in each bin; a column that is gone is left out."""
-    return {name: _count(good[name], one) for name, one in chosen.items() if _can_count(good, name, one)}
+    there = set(good.column_names)
+    return {
+        name: _count(good[name], one)
+        for name, one in chosen.items()
+        if name in there and _can_count(good[name].type, one)
+    }
 
 
 def profile(
@@ -212,11 +217,8 @@ def _most_frequent(column: pa.ChunkedArray) -> Counter[Any]:
     return Counter(dict(Counter(dict(pairs)).most_common(MAX_COUNTED)))
 
 
-def _can_count(good: pa.Table, name: str, chosen: Distribution) -> bool:
-    """A newer version of the view may lack the feature, or have it as another kind."""
-    if name not in good.column_names:
-        return False
-    kind = good[name].type
+def _can_count(kind: pa.DataType, chosen: Distribution) -> bool:
+    """A newer version of the view may have the feature as another kind."""
     if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)) or pa.types.is_date(kind):
         return False
     textual = pa.types.is_string(kind) or pa.types.is_boolean(kind)

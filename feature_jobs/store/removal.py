@@ -190,7 +190,7 @@ def _read(pinned: Snapshot, path: str, columns: list[str]) -> pl.DataFrame:
 
 
 def _all(names: list[str], where: pl.Expr) -> list[str]:
-    return [*names, *(name for name in where.meta.root_names() if name not in names)]
+    return list(dict.fromkeys([*names, *where.meta.root_names()]))
 
 
 def _true(where: pl.Expr) -> pl.Expr:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from cluster.errors import SchemaMismatch, SourceError
 from feature_jobs.store.casting import cast_time
+from feature_jobs.store.columns import with_replaced
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.files import SourceFiles, head, header, parquet_schema, parsed_lines, tables
 from feature_jobs.store.instants import TIME, zoned
@@ -94,13 +95,17 @@ class Shape:
     def _cast(self, block: pa.Table, roles: Roles) -> pa.Table:
         if not self.casts and not self.unread:
             return block
-        block = block.drop_columns([name for name in self.unread if name in block.column_names])
+        block = block.drop_columns(sorted(self.unread.intersection(block.column_names)))
         block = zoned(block, self.view.source.zone, time_columns(self.view))
-        for position, name in enumerate(block.column_names):
-            if name in self.casts:
-                column = _as(block.column(position), self.casts[name], name, roles)
-                block = block.set_column(position, name, column)
-        return block
+        columns = zip(block.column_names, block.columns, strict=True)
+        return with_replaced(
+            block,
+            {
+                name: _as(column, self.casts[name], name, roles)
+                for name, column in columns
+                if name in self.casts
+            },
+        )
 
 
 def shape_of(files: SourceFiles, view: FeatureView, known: Mapping[str, str]) -> Shape:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from cluster.errors import SourceError
 from cluster.storage import resolve
+from feature_jobs.store.names import repeated_name
 from feature_jobs.store.sources import SqlSource
 
 CHUNK_ROWS = 50_000
@@ -62,8 +63,8 @@ def read_chunks(
         with engine.connect().execution_options(stream_results=True, max_row_buffer=CHUNK_ROWS) as connection:
             result = connection.execute(statement(source))
             names = list(result.keys())
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise SourceError(f"The query on {where} gives two columns '{twice[0]}'. Name one otherwise.")
+            if (twice := repeated_name(names)) is not None:
+                raise SourceError(f"The query on {where} gives two columns '{twice}'. Name one otherwise.")
             if columns is not None:
                 columns += names
             for part in result.partitions(CHUNK_ROWS):

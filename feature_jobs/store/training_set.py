@@ -21,6 +21,7 @@ from cluster.errors import TrainingSetError
 from feature_jobs.store.buckets import bucket_of
 from feature_jobs.store.casting import cast_time, is_text
 from feature_jobs.store.catalog import ServiceSpec, ViewSpec
+from feature_jobs.store.columns import with_appended
 from feature_jobs.store.definitions import DTYPES
 from feature_jobs.store.instants import Rounding
 from feature_jobs.store.keys import beyond_range, kind_of
@@ -101,8 +102,9 @@ def assemble(
     """
     times = event_times(entities)
     output, answers = entities, {}
+    given = set(entities.column_names)
     for name in spec.columns:
-        if name in entities.column_names:
+        if name in given:
             raise TrainingSetError(
                 f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
             )
@@ -111,8 +113,8 @@ def assemble(
         keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
         asked = pa.table({**keys, EVENT: times})
         answers[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
-        for column, values in zip(view.columns, answers[view.name].table.columns, strict=True):
-            output = output.append_column(column, values)
+        columns = zip(view.columns, answers[view.name].table.columns, strict=True)
+        output = with_appended(output, dict(columns))
     output = fill(spec.missing, output, {name: one.absent for name, one in answers.items()})
     return Built(
         table=with_on_demand(spec, output),
@@ -204,7 +206,8 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
         TrainingSetError: neither has it, or its type does not fit.
     """
     earlier = [f"{other.name}__{key}" for other in spec.views[: spec.views.index(view)]]
-    name = next((one for one in [key, *reversed(earlier)] if one in output.column_names), None)
+    there = set(output.column_names)
+    name = next((one for one in [key, *reversed(earlier)] if one in there), None)
     if name is None:
         raise TrainingSetError(
             f"View '{view.name}' needs the join key '{key}', which neither the entity rows nor an earlier view of "

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
 from feature_jobs.store.casting import cast_feature
+from feature_jobs.store.columns import with_replaced
 from feature_jobs.store.definitions import FeatureView
 from feature_jobs.store.dtypes import DTYPES, from_json, is_rich, list_of
 from feature_jobs.store.instants import FINER_TEXT, TIME, Rounding, in_zone, instant
@@ -115,11 +116,15 @@ def typed_text(block: pa.Table, types: Mapping[str, str], roles: Roles = _PLAIN)
     Raises:
         SchemaMismatch: naming the column and how many values do not fit.
     """
-    for position, name in enumerate(block.column_names):
-        if name in types:
-            column = text_column(block.column(position), types[name], name=name, roles=roles)
-            block = block.set_column(position, name, column)
-    return block
+    columns = zip(block.column_names, block.columns, strict=True)
+    return with_replaced(
+        block,
+        {
+            name: text_column(column, types[name], name=name, roles=roles)
+            for name, column in columns
+            if name in types
+        },
+    )
 
 
 def typed_rows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,14 +89,14 @@ def prepare_part(
 
     For a view with such rules the last column is the source row itself as a struct, `SOURCE`, for `reject`.
     """
-    raw = _transformed(zoned(block, view.source.zone, time_columns(view)), view)
+    raw = _Source(_transformed(zoned(block, view.source.zone, time_columns(view)), view), view)
     columns: dict[str, pa.ChunkedArray] = {}
     declared = view.key_types
     for key in view.join_keys:
-        columns[key] = cast_key(_column(raw, key, view, "a join key"), name=key, dtype=declared.get(key))
+        columns[key] = cast_key(raw.column(key, "a join key"), name=key, dtype=declared.get(key))
     deleted = _deleted(raw, view)
     for field in view.schema:
-        column = _column(raw, field.name, view, field.dtype)
+        column = raw.column(field.name, field.dtype)
         if deleted is not None and field.name != view.event_id:
             column = pc.if_else(deleted, pa.scalar(None, column.type), column)
         columns[field.name] = cast_feature(column, DTYPES[field.dtype], name=field.name)
@@ -164,38 +165,49 @@ def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
     return table
 
 
-def _column(table: pa.Table, name: str, view: FeatureView, expected: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise SchemaMismatch(
-            f"Column '{name}' ({expected}) of view '{view.name}' is missing."
-            f"{did_you_mean(name, table.column_names)}"
-        )
-    if table.column_names.count(name) > 1:
-        raise SchemaMismatch(
-            f"The source of view '{view.name}' has {table.column_names.count(name)} columns '{name}'."
-        )
-    return table[name]
+class _Source:
+    """A transformed block and how often it has each column; Arrow would make the list of names anew at each look."""
+
+    def __init__(self, table: pa.Table, view: FeatureView) -> None:
+        self._table, self._view = table, view
+        self._counts = Counter(table.column_names)
+
+    def column(self, name: str, expected: str) -> pa.ChunkedArray:
+        """The column of that name.
+
+        Raises:
+            SchemaMismatch: there is none, or several.
+        """
+        count = self._counts[name]
+        if count == 0:
+            raise SchemaMismatch(
+                f"Column '{name}' ({expected}) of view '{self._view.name}' is missing."
+                f"{did_you_mean(name, self._counts)}"
+            )
+        if count > 1:
+            raise SchemaMismatch(f"The source of view '{self._view.name}' has {count} columns '{name}'.")
+        return self._table[name]
 
 
-def _times(raw: pa.Table, view: FeatureView) -> dict[str, pa.ChunkedArray]:
+def _times(raw: _Source, view: FeatureView) -> dict[str, pa.ChunkedArray]:
     source = view.source
     name = source.event_timestamp
-    event = cast_time(_column(raw, name, view, "the event timestamp"), name=name, rounding=Rounding.up)
+    event = cast_time(raw.column(name, "the event timestamp"), name=name, rounding=Rounding.up)
     implied = pc.add(event, pa.scalar(view.created_lag, pa.duration("us")))
     if source.created_timestamp is None:
         return {"event_timestamp": event, "created_timestamp": implied}
     name = source.created_timestamp
-    column = _column(raw, name, view, "the created timestamp")
+    column = raw.column(name, "the created timestamp")
     created = cast_time(column, name=name, rounding=Rounding.up)
     return {"event_timestamp": event, "created_timestamp": pc.coalesce(created, implied)}
 
 
-def _deleted(raw: pa.Table, view: FeatureView) -> pa.ChunkedArray | None:
+def _deleted(raw: _Source, view: FeatureView) -> pa.ChunkedArray | None:
     """Which rows are tombstones, never null; None where the source has none."""
     name = view.source.deleted
     if name is None:
         return None
-    column = _column(raw, name, view, "whether a row is a deletion")
+    column = raw.column(name, "whether a row is a deletion")
     if not (pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
         raise SchemaMismatch(f"Column '{name}' should be bool, the source has {column.type}.")
     return pc.fill_null(column.cast(pa.bool_()), False)
@@ -219,10 +231,11 @@ def _rules(
         if (wanted := list_of(field.dtype)) is not None:
             for said, failing in misfits(table[field.name], wanted.length):
                 yield _Rule(f"{field.name} {said}", failing)
+    keys, has_tombstones = set(view.join_keys), DELETED in table.column_names
     for check in view.checks:
         if isinstance(check, RowCheck | Outlier):
             failing = _failing(check, table[check.column], baseline)
-            if DELETED in table.column_names and check.column not in view.join_keys:
+            if has_tombstones and check.column not in keys:
                 failing = pc.and_not(failing, table[DELETED])
             yield _Rule(check.reason, failing)
 
@@ -279,16 +292,16 @@ def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
 
 def _plainer(rows: pa.Table) -> pa.Table:
     """The rows with times as numbers of their unit, and text that is no UTF-8 as bytes."""
-    for position, field in enumerate(rows.schema):
-        column = rows.column(position)
+    columns = []
+    for field, column in zip(rows.schema, rows.columns, strict=True):
         if pa.types.is_timestamp(field.type) or pa.types.is_date64(field.type):
             column = column.cast(pa.int64())
         elif pa.types.is_date32(field.type):
             column = column.cast(pa.int32())
         elif not is_utf8(column):
             column = column.cast(pa.binary())
-        rows = rows.set_column(position, field.name, column)
-    return rows
+        columns.append(column)
+    return pa.table(columns, names=rows.column_names)
 
 
 def _text(value: object) -> str:

@@ -34,7 +34,7 @@ class CompactLogConfig(PlatformConfig):
     """Of the model."""
 
 
-@job("compact_log", CompactLogConfig)
+@job("compact_log", CompactLogConfig, timed=True)
 def main(config: CompactLogConfig) -> None:
     """Compact both logs of a model."""
     ledger = open_ledger(config)

@@ -25,7 +25,7 @@ from jobs.train.split import held_out_of
 from jobs.train.target import encode_target
 
 
-@job("evaluate", EvaluateConfig)
+@job("evaluate", EvaluateConfig, timed=True)
 def main(config: EvaluateConfig) -> None:
     """Evaluate one version."""
     ledger = open_ledger(config)

@@ -37,7 +37,7 @@ from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.split import held_out_of
 
 
-@job("monitor", MonitorConfig)
+@job("monitor", MonitorConfig, timed=True)
 def main(config: MonitorConfig) -> None:
     """Measure every version under each variant that it answered as, and write results, plots and events."""
     reference_uri = resolve(config.reference)

@@ -42,7 +42,7 @@ from jobs.train.tabular_network.loop import METRIC, fit_alone
 TRIAL_CPUS = 0.5
 
 
-@job("sweep", SweepConfig)
+@job("sweep", SweepConfig, timed=True)
 def main(config: SweepConfig) -> None:
     """Run the sweep and write its best parameters."""
     family, _, parameters = resolve_family(config.model)

@@ -34,7 +34,7 @@ from jobs.train.quantise import cost, quantise
 from jobs.train.split import resolve_split
 
 
-@job("train", TrainConfig)
+@job("train", TrainConfig, timed=True)
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
     family, module, parameters = resolve_family(with_best(config))

@@ -107,7 +107,8 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
         raise TrainingSetError(
             f"{uri} is no training set's manifest ({error!r}). Build the set again."
         ) from error
-    missing = [name for name in columns if name not in table.column_names]
+    there = set(table.column_names)
+    missing = [name for name in columns if name not in there]
     if rows != table.num_rows or missing:
         lacks = f", and no column '{missing[0]}'" if missing else ""
         raise TrainingSetError(
@@ -202,11 +203,10 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
     doubled = [name for name, count in Counter(table.column_names).items() if count > 1]
     if doubled:
         raise TrainingSetError(f"The training set has two columns '{doubled[0]}'; leave only one of them.")
+    there = dict.fromkeys(table.column_names)
     for name in [*(config.inputs or []), *config.exclude]:
-        if name not in table.column_names:
-            raise TrainingSetError(
-                f"The training set has no column '{name}'.{did_you_mean(name, table.column_names)}"
-            )
+        if name not in there:
+            raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, there)}")
     names = config.inputs
     if names is None and source.manifest:
         names = [column["name"] for column in source.manifest["columns"]]
@@ -224,7 +224,8 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
         raise TrainingSetError(f"Input '{doubled[0]}' is named twice; name it once in `inputs`.")
     if config.label in names:
         raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
-    return [name for name in names if name not in config.exclude]
+    excluded = set(config.exclude)
+    return [name for name in names if name not in excluded]
 
 
 def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -38,9 +38,12 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def status_of(url: str, *, token: str | None = None, ca: Path | None = None) -> int:
-    """The HTTP status of a GET."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+def status_of(
+    url: str, *, token: str | None = None, ca: Path | None = None, body: bytes | None = None
+) -> int:
+    """The HTTP status of a GET, or of a POST of a body."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, data=body, headers=headers)
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     try:
         with urllib.request.urlopen(request, timeout=10, context=context) as response:
@@ -97,6 +100,25 @@ def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: P
         assert status_of(f"{record.edge_url}/ray/api/cluster_status", ca=ca, token=token) == expected
     assert status_of(record.metrics_url) == 200
     assert status_of(record.ray_metrics_url) == 200
+
+
+def test_features_and_outcomes_are_there_before_any_model(falaj_cluster: Project) -> None:
+    """What answers is the application, which knows no such service, view and model."""
+    token = falaj_cluster.token("service")
+    ca = falaj_cluster.storage_root / "tls" / "ca.pem"
+    asked: dict[str, dict[str, Any]] = {
+        "features:read": {"service": "none", "entities": [{"a": 1}]},
+        "features:push": {"view": "none", "idempotency_key": "a", "rows": [{}]},
+        "outcomes": {"model": "none", "outcomes": [{"prediction_id": "a", "outcome": 1}]},
+    }
+    for path, body in asked.items():
+        url = f"{falaj_cluster.edge_url}/v1/{path}"
+        assert status_of(url, ca=ca, token=token, body=json.dumps(body).encode()) == 404, path
+    running = json.loads(falaj_cluster.run("cluster.status", "--json", check=True).stdout)["applications"]
+    assert {name: running.get(name) for name in ("features", "outcomes")} == {
+        "features": "RUNNING",
+        "outcomes": "RUNNING",
+    }
 
 
 def test_the_edge_refuses_an_older_tls(falaj_cluster: Project) -> None:

@@ -1,8 +1,10 @@
-"""Ingestion through Ray: bad rows set apart, bad batches refused whole, the same batch never stored twice."""
+"""Ingestion on a cluster, in Ray tasks where a test says so: bad rows set apart, bad batches refused whole, the same
+batch never stored twice."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Project
 
 DEFINITIONS = """
+from dataclasses import replace
 from feature_jobs.store import Drift, Entity, FeatureView, Field, FileSource, Outlier, Range, RowCount, Unique
 
 meter = Entity("meter", join_keys=["meter_id"])
@@ -43,6 +46,7 @@ flow = FeatureView(
 )
 """
 INGEST = ("definitions=meters", "view=reading")
+IN_TASKS = "task_values=0"
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +76,14 @@ def stored(project: Project) -> pl.DataFrame:
 
 
 def test_rows_in_are_rows_stored_plus_rows_quarantined(project: Project) -> None:
-    """A bad row lies in quarantine with its reason and what the source said; a second run changes nothing."""
+    """A bad row lies in quarantine with its reason and what the source said; a second run changes nothing.
+
+    In Ray tasks, of which the command says nothing but what came out and how long it took.
+    """
     source = write(project.root, "mixed.parquet", [1.0, -1.0] + [2.0] * 98)
-    project.run("feature_jobs.ingest", *INGEST, source, check=True)
+    done = project.run("feature_jobs.ingest", *INGEST, source, IN_TASKS, check=True)
+    assert done.stdout == "view reading: 100 rows in = 99 stored + 1 quarantined, table version 1\n"
+    assert re.fullmatch(r"done in \d+\.\d s\n", done.stderr)
     again = project.run("feature_jobs.ingest", *INGEST, source, check=True)
     [entry] = (one for one in ledger(project).entries(BatchIngested) if one.payload["view"] == "reading")
     batch = entry.payload
@@ -123,7 +132,7 @@ def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
     first = write(project.root, "flow-1.parquet", [*spread, 7.0], [*range(100), 99])
     second = write(project.root, "flow-2.parquet", [*spread, 1e6])
     moved = write(project.root, "flow-3.parquet", [number + 60 for number in spread] * 4)
-    project.run("feature_jobs.ingest", *flow, first, check=True)
+    project.run("feature_jobs.ingest", *flow, first, IN_TASKS, check=True)
     project.run("feature_jobs.ingest", *flow, second, check=True)
     refused = project.run("feature_jobs.ingest", *flow, moved)
     assert refused.returncode == 2, refused.stderr
@@ -145,6 +154,25 @@ def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
     assert batches[0]["profile"] == {"rows_in": 101, "rows": 100, "nulls": {"watts": 0}}
 
 
+def test_several_views_are_one_command(project: Project) -> None:
+    """One is refused, which the command says and exits 2; the other is stored. All that have rows go online at once."""
+    first = DEFINITIONS.split("flow =")[0].replace("reading", "inflow")
+    (project.root / "several.py").write_text(
+        first
+        + 'outflow = replace(inflow, name="outflow", source=FileSource("none.parquet", event_timestamp="at"))'
+    )
+    project.run("feature_jobs.apply", "definitions=several", check=True)
+    write(project.root, "inflow.parquet", [1.0])
+    done = project.run("feature_jobs.ingest", "definitions=several", "view=all")
+    assert done.returncode == 2
+    assert "view inflow: 1 rows in = 1 stored" in done.stdout
+    assert "view outflow: refused: No Parquet file" in done.stderr
+    assert "refused: 1 of 2 views, as said above: outflow." in done.stderr
+    online = project.run("feature_jobs.materialize", "view=[inflow,reading]", check=True).stdout
+    assert "view inflow: 1 entities online" in online
+    assert "view reading: " in online
+
+
 def test_a_source_that_is_damaged_in_its_middle_is_refused(project: Project) -> None:
     """Its footer and first rows are whole; what is broken shows only in a worker, and is no crash for all that."""
     frame = pl.DataFrame({"meter_id": range(300_000), "watts": [float(n) for n in range(300_000)]})
@@ -156,7 +184,7 @@ def test_a_source_that_is_damaged_in_its_middle_is_refused(project: Project) -> 
     content[middle : middle + 200_000] = b"\xff" * 200_000
     path.write_bytes(content)
     before = stored(project).height
-    result = project.run("feature_jobs.ingest", *INGEST, "source.path=damaged.parquet")
+    result = project.run("feature_jobs.ingest", *INGEST, "source.path=damaged.parquet", IN_TASKS)
     assert result.returncode == 2, result.stderr
     assert "damaged.parquet cannot be read" in result.stderr
     assert stored(project).height == before

@@ -77,7 +77,9 @@ class ProtectedFiles:
             table.schema,
             compression="zstd",
             use_dictionary=coded_columns(table.schema),
-            write_statistics=[name for name in table.column_names if protection.key_of(name) is None],
+            write_statistics=[
+                name for name, key in protection.keys_of(table.column_names).items() if key is None
+            ],
             write_page_checksum=True,
             encryption_properties=self._encryption(by_key, protection) if by_key else None,
         ) as writer:

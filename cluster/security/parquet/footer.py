@@ -74,10 +74,12 @@ class FileKeys:
         ):
             under = "no key" if self.signed_by is None else f"key '{self.signed_by}'"
             raise ProtectedFileCorrupt(f"its footer is signed by {under}, not by '{protection.default}'")
-        for name, key in self.columns.items():
-            if (columns is None or name in columns) and key != protection.key_of(name):
+        counted = self.columns.keys() if columns is None else set(columns)
+        read = [name for name in self.columns if name in counted]
+        for name, wanted in protection.keys_of(read).items():
+            if self.columns[name] != wanted:
                 raise ProtectedFileCorrupt(
-                    f"column '{name}' is {_under(key)}, and should be {_under(protection.key_of(name))}"
+                    f"column '{name}' is {_under(self.columns[name])}, and should be {_under(wanted)}"
                 )
         at_home = self.place == place or (unplaced and self.place is None)
         if place is not None and self.signed_by is not None and not at_home:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -28,8 +29,13 @@ class Protection:
     """Column to its key; none for a public column, which needs no key."""
 
     def key_of(self, column: str) -> str | None:
-        """The key of a column."""
-        return dict(self.keys).get(column, self.default)
+        """The key of a column; for many, use `keys_of`."""
+        return self.keys_of([column])[column]
+
+    def keys_of(self, columns: Iterable[str]) -> dict[str, str | None]:
+        """The key of each column."""
+        named = dict(self.keys)
+        return {column: named.get(column, self.default) for column in columns}
 
     def may_be_plain(self, columns: Iterable[str]) -> bool:
         """Whether a file of these columns may be an ordinary one: nothing of the table is protected."""
@@ -44,8 +50,9 @@ class Protection:
                 `, ; :` between them, and would encrypt another column than the one that is meant.
         """
         found: dict[str, list[str]] = {}
+        counts, keys = Counter(columns), self.keys_of(columns)
         for column in columns:
-            key = self.key_of(column)
+            key = keys[column]
             if key is None:
                 continue
             if not column or column != column.strip() or any(mark in column for mark in _SEPARATORS):
@@ -53,7 +60,7 @@ class Protection:
                     f"Protected column {column!r} cannot be written: its name is empty, begins or ends with a space, "
                     f"or has one of {' '.join(_SEPARATORS)} in it. Rename it."
                 )
-            if columns.count(column) > 1:
+            if counts[column] > 1:
                 raise SchemaMismatch(f"Two columns are called {column!r}. Rename one.")
             found.setdefault(key, []).append(column)
         return found
@@ -68,9 +75,9 @@ def public_statistics(table: pa.Table, protection: Protection) -> str:
     least: dict[str, Any] = {}
     most: dict[str, Any] = {}
     nulls: dict[str, int] = {}
-    for name in table.column_names:
+    for name, key in protection.keys_of(table.column_names).items():
         column = table[name]
-        if protection.key_of(name) is not None or pa.types.is_nested(column.type):
+        if key is not None or pa.types.is_nested(column.type):
             continue
         nulls[name] = column.null_count
         if (bounds := _bounds(column)) is not None:

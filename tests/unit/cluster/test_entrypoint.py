@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ main()
 @job("platform", PlatformConfig)
 def nothing(config: PlatformConfig) -> None:
     """A job that ends at once."""
+
+
+@job("platform", PlatformConfig, timed=True)
+def timed(config: PlatformConfig) -> None:
+    """A job that says how long it took."""
+    print("result")
 
 
 @pytest.fixture
@@ -128,3 +135,8 @@ def test_a_refusal_inside_a_worker_is_one_line(where: str) -> None:
     """Without Ray's traceback, and with a refusal's exit code."""
     result = run_main(in_worker, f"storage.root={where}")
     assert (result.returncode, result.stderr) == (2, "refused: Source 'a' is empty.\n")
+def test_timed_job_says_how_long_it_took() -> None:
+    """On standard error, because standard output is the result."""
+    done = run_main(timed)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+    assert re.fullmatch(r"done in \d+\.\d s\n", done.stderr)

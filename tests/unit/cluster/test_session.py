@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
 from cluster import session
@@ -131,3 +132,8 @@ def test_refusal_of_a_task_is_told_without_rays_traceback() -> None:
     raised = RayTaskError("f", "Traceback …", refusal).as_instanceof_cause()
     assert isinstance(raised, SourceError)
     assert session.refusal_behind(raised) is refusal
+
+
+def test_ray_keeps_to_loopback_by_its_own_name_for_it() -> None:
+    """The variable is written out, so that nobody has to import Ray to know it."""
+    assert {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"} == session.LOOPBACK

@@ -1,0 +1,179 @@
+"""Ingestion of small batches, which this process does alone: there is no cluster here that it could attach to."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch
+from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
+from cluster.ledger.events import BatchRefused as BatchRefusedEvent
+from feature_jobs.several import ALL, check_views, chosen, for_each, with_batches
+from feature_jobs.store import offline
+from feature_jobs.store.catalog import view_spec
+from feature_jobs.store.protection import view_protection
+from tests.batch_project import BatchProject, keys_of
+from tests.broker import running_broker
+
+AT = "2024-01-01T00:00:00Z"
+VIEWS = ("parquet", "csv", "json", "sql")
+DEFINITIONS = """
+from feature_jobs.store import Entity, FeatureView, Field, FileSource, KafkaSource, Range, SqlSource, Unique
+
+SOURCES = {{
+    "parquet": FileSource("{root}/rows*.parquet", event_timestamp="at"),
+    "csv": FileSource("{root}/rows*.csv", event_timestamp="at"),
+    "json": FileSource("{root}/rows*.jsonl", event_timestamp="at"),
+    "sql": SqlSource(url="sqlite:///{root}/rows.db", table="rows", event_timestamp="at"),
+    "topic": KafkaSource("localhost:1", "rows", event_timestamp="at"),
+}}
+views = [
+    FeatureView(
+        name,
+        entities=[Entity("meter", join_keys=["meter_id"])],
+        source=source,
+        schema=[Field("watts", "float64")],
+        checks=[Range("watts", minimum=0), Unique(["meter_id"], keep="first")],
+    )
+    for name, source in SOURCES.items()
+]
+parquet, csv, json, sql, topic = views
+"""
+
+
+def write_rows(root: Path) -> None:
+    """Five rows in two files of each kind and in a table: one is negative, one repeats a key of the other file."""
+    rows = [(1, 1.0, AT), (2, -1.0, AT), (3, 3.0, AT), (1, 4.0, AT), (5, 5.0, AT)]
+    frame = pl.DataFrame(rows, schema=["meter_id", "watts", "at"], orient="row")
+    for number, part in enumerate((frame.head(3), frame.tail(2))):
+        part.write_csv(root / f"rows{number}.csv")
+        part.write_ndjson(root / f"rows{number}.jsonl")
+        times = pl.col("at").str.to_datetime(time_unit="us", time_zone="UTC")
+        part.with_columns(times).write_parquet(root / f"rows{number}.parquet")
+    with sqlite3.connect(root / "rows.db") as connection:
+        connection.execute("CREATE TABLE rows (meter_id INTEGER, watts REAL, at TEXT)")
+        connection.executemany("INSERT INTO rows VALUES (?, ?, ?)", rows)
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchProject]:
+    root = tmp_path_factory.mktemp("small")
+    write_rows(root)
+    with running_broker(*keys_of(*VIEWS)) as access:
+        project = BatchProject(root, access, DEFINITIONS.format(root=root), module="small_batches")
+        yield project
+        project.close()
+
+
+def batches(project: BatchProject, view: str) -> list[dict[str, Any]]:
+    entries = project.ledger.entries(BatchIngested)
+    return [entry.payload for entry in entries if entry.payload["view"] == view]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_small_batch_needs_no_cluster(project: BatchProject, view: str) -> None:
+    """Of every kind of source the same rows are stored, and rules over the whole batch see all its files."""
+    project.ingest(view, max_bad_share=0.5)
+    [batch] = batches(project, view)
+    assert (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"]) == (5, 3, 2)
+    assert batch["reasons"] == {"watts outside 0..": 1, "meter_id not unique in the batch": 1}
+    spec = view_spec(project.ledger, view)
+    uri = f"{project.storage.root}/features/{view}"
+    pinned = offline.snapshot(
+        uri, view=view, keys=["meter_id"], protection=view_protection(spec), access=project.access
+    )
+    rows = pl.concat([pinned.read(bucket, ["watts"]) for bucket in range(pinned.num_buckets)])
+    stored = rows.sort("ingest_seq").select("meter_id", "watts", "ingest_seq").rows()
+    assert stored == [(1, 1.0, 0), (3, 3.0, 2), (5, 5.0, 4)]
+    project.ingest(view)
+    assert len(batches(project, view)) == 1
+
+
+def test_large_batch_attaches_to_the_cluster(project: BatchProject) -> None:
+    """It is refused here, where none is up."""
+    with pytest.raises(ClusterNotRunning):
+        project.ingest("parquet", task_values=14, source={"path": other(project)})
+
+
+def other(project: BatchProject) -> str:
+    """A file with five rows of three columns that no other test ingests."""
+    path = project.root / "other.parquet"
+    rows = pl.read_parquet(project.root / "rows0.parquet")
+    pl.concat([rows, rows.head(2)]).with_columns(watts=9.0).write_parquet(path)
+    return str(path)
+
+
+def test_refused_view_does_not_stop_the_others(
+    project: BatchProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each refusal is said with its view, and the command is refused in the end."""
+    done = []
+
+    def do(view: str) -> None:
+        done.append(view)
+        if view in ("b", "c"):
+            raise BatchRefused(f"{view}\nis bad")
+
+    with pytest.raises(RefusedError, match=r"^2 of 4 views.*: b, c\.") as refused:
+        for_each(["a", "b", "c", "d"], do)
+    assert type(refused.value) is RefusedError
+    assert done == ["a", "b", "c", "d"]
+    assert capsys.readouterr().err.splitlines() == ["view b: refused: b is bad", "view c: refused: c is bad"]
+
+
+def test_refusal_of_a_single_view_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its type and its words, once."""
+
+    def do(view: str) -> None:
+        raise SchemaMismatch("no")
+
+    with pytest.raises(SchemaMismatch, match=r"^no$"):
+        for_each(["a"], do)
+    assert capsys.readouterr().err == ""
+
+
+def test_too_many_bad_rows_leave_an_event(project: BatchProject) -> None:
+    """As in Ray tasks."""
+    with pytest.raises(BatchRefused, match="of 5 rows are bad"):
+        project.ingest("csv", source={"path": f"{project.root}/rows*.jsonl"}, max_bad_share=0.1)
+    *_, last = project.ledger.entries(BatchRefusedEvent)
+    assert (last.payload["view"], last.payload["rows_bad"]) == ("csv", 2)
+
+
+def test_all_stands_for_views_that_take_batches(project: BatchProject) -> None:
+    """Not for a topic's view, nor for a retired one; names are taken once each."""
+    assert with_batches(project.module, project.ledger) == list(VIEWS)
+    gone = FeatureViewStateChanged(view="json", previous="active", state="retired", reason="x")
+    project.ledger.append(gone, actor="test")
+    assert with_batches(project.module, project.ledger) == ["parquet", "csv", "sql"]
+    assert chosen(ALL, ["a", "b"]) == ["a", "b"]
+    assert chosen(["b", "a", "b"], ["a"]) == ["b", "a"]
+    assert chosen("b", ["a"]) == ["b"]
+    with pytest.raises(RefusedError, match="finds no view"):
+        chosen(ALL, [])
+
+
+@pytest.mark.parametrize("given", [5, [], [5], {"a": 1}, None])
+def test_views_are_names(given: Any) -> None:
+    """Anything else is refused before something is done."""
+    with pytest.raises(ValueError, match="view must be a name"):
+        check_views(given)
+
+
+def test_commands_that_need_no_ray_do_not_import_it() -> None:
+    """Its import takes longer than a small batch."""
+    modules = [
+        f"feature_jobs.{name}" for name in ("apply", "ingest", "materialize", "training_set", "replay")
+    ]
+    program = f"import json, sys, {', '.join(modules)}; print(json.dumps('ray' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) is False

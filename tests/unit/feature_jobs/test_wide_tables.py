@@ -1,0 +1,61 @@
+"""Tables of many columns: changed at once, and named in messages within bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from cluster.errors import SchemaMismatch, did_you_mean
+from cluster.security.parquet import Protection
+from feature_jobs.store import offline
+from feature_jobs.store.columns import with_appended, with_replaced
+
+TABLE = pa.table({"a": pa.array([1, 2]), "b": pa.array(["x", None])}).replace_schema_metadata({"k": "v"})
+
+
+def test_columns_are_appended_and_replaced_as_one_by_one() -> None:
+    """Order, types and metadata are those that Arrow's own methods give."""
+    c, a = pa.chunked_array([[1.5, 2.5]]), pa.chunked_array([["p", "q"]])
+    expected = TABLE.append_column("c", c).append_column("d", a)
+    assert with_appended(TABLE, {"c": c, "d": a}).equals(expected, check_metadata=True)
+    expected = TABLE.set_column(0, "a", a)
+    assert with_replaced(TABLE, {"a": a}).equals(expected, check_metadata=True)
+    assert with_replaced(TABLE, {}).equals(TABLE, check_metadata=True)
+
+
+def test_columns_that_a_file_lacks_are_null() -> None:
+    """In the order that is asked for."""
+    found = offline.with_columns(TABLE, ["z", "b", "y"])
+    assert found.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
+    assert offline.with_columns(TABLE, ["b", "a"]).column_names == ["b", "a"]
+
+
+def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
+    """However many; and none is added by a batch that is refused."""
+    table = offline.create_table(str(tmp_path / "t"), pa.schema({"a": pa.int64()}), num_buckets=1)
+    new = {f"f{number}": pa.float64() for number in range(20)}
+    with pytest.raises(SchemaMismatch, match="Column 'a'"):
+        offline.check_schema(table, pa.schema({**new, "a": pa.string()}), view="v")
+    assert DeltaTable(str(tmp_path / "t")).version() == 0
+    offline.check_schema(table, pa.schema({"a": pa.int64(), **new}), view="v")
+    changed = DeltaTable(str(tmp_path / "t"))
+    assert changed.version() == 1
+    assert {field.name for field in changed.schema().fields} == {"a", "bucket", *new}
+
+
+def test_keys_of_columns_are_those_of_each() -> None:
+    """Named, public, and all others."""
+    protection = Protection(default="d", keys=(("a", "k"), ("b", None)))
+    assert protection.keys_of(["a", "b", "c"]) == {"a": "k", "b": None, "c": "d"}
+    assert [protection.key_of(name) for name in "abc"] == ["k", None, "d"]
+
+
+def test_message_lists_the_first_of_many_names() -> None:
+    """A view of 2,000 columns makes no message of 2,000 names."""
+    said = did_you_mean("f7x", [f"f{number}" for number in range(2_000)])
+    assert "Did you mean 'f7" in said
+    assert said.endswith(" and 1,950 more.")
+    assert len(said) < 600
