@@ -25,7 +25,7 @@ from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.security.keys.store import KeyStore
 from cluster.session import attach
-from cluster.storage import exists, layout, local, resolve, sha256, write_bytes
+from cluster.storage import exists, file_name, layout, local, resolve, sha256, write_bytes
 from jobs.monitor.chunks import CHUNK, cut
 from jobs.monitor.config import MonitorConfig, SplitConfig
 from jobs.monitor.frames import build
@@ -56,11 +56,11 @@ def main(config: MonitorConfig) -> None:
         figures = measure(config, version, reference, rows, access=actor.access)
         results[str(variant)] = figures
         print(describe(str(variant), figures), flush=True)
-        folder = f"{places.monitor(config.name)}/{run}"
-        write_bytes(f"{folder}/{variant}.json", json.dumps(figures, indent=1).encode())
+        folder, file = f"{places.monitor(config.name)}/{run}", file_name(str(variant))
+        write_bytes(f"{folder}/{file}.json", json.dumps(figures, indent=1).encode())
         if figures["periods"]:
             plot = performance_plot(str(variant), figures["periods"], metric=figures["metric"])
-            write_bytes(f"{folder}/{variant}.svg", plot.encode())
+            write_bytes(f"{folder}/{file}.svg", plot.encode())
         identities = "".join(sorted(rows["prediction_id"].to_list()))
         event = ModelMonitored(
             model=config.name,
@@ -72,7 +72,7 @@ def main(config: MonitorConfig) -> None:
                 "reference": sha256(reference_uri),
                 "predictions": hashlib.sha256(identities.encode()).hexdigest(),
             },
-            results=f"{run}/{variant}.json",
+            results=f"{run}/{file}.json",
         )
         ledger.append(event, actor=actor.name)
     if config.output is not None:

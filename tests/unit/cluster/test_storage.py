@@ -75,3 +75,13 @@ def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> No
     coded = [group.column(at).path_in_schema for at in range(4) if group.column(at).has_dictionary_page]
     assert coded == ["sector", "code"]
     assert storage.read_parquet(f"{tmp_path}/t.parquet").equals(table)
+
+
+def test_a_file_name_of_any_text_stays_in_its_folder() -> None:
+    """Two texts never share one, and ordinary names stay as they are."""
+    texts = ["challenger", "v2-b_1.x", "../zz", "..", ".", "a/b", "a%2Fb", "a\\b", "é", "a b", "\x00"]
+    names = [storage.file_name(text) for text in texts]
+    assert names[:2] == texts[:2]
+    assert len(set(names)) == len(texts)
+    for name in names:
+        assert Path("/folder", name).resolve().parent == Path("/folder")
