@@ -151,6 +151,11 @@ class Running:
         self.stopped.set()
         self.thread.join(20)
 
+    def stop(self) -> None:
+        """End the controller, and HAProxy with it."""
+        self.stopped.set()
+        self.thread.join(20)
+
     def connect(self) -> http.client.HTTPSConnection:
         context = ssl.create_default_context(cafile=f"{self.places.tls}/ca.pem")
         host, port = self.settings.bind.split(":")

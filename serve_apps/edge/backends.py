@@ -10,6 +10,7 @@ is for each server or model is a line of its own, in a section that only its own
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from serve_apps.edge.answers import NO_ANSWER, error_body, refuse, say
@@ -84,7 +85,7 @@ def any_up(acl: str, name: str, servers: Iterable[str]) -> list[str]:
 
 def server_name(address: str) -> str:
     """What a server is called."""
-    return address.replace(":", "_")
+    return re.sub(r"[^A-Za-z0-9.]", "_", address)
 
 
 def only_json() -> str:

@@ -109,8 +109,8 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         VERIFIED_TOKENS,
-        backends.readiness(routes),
         *_applications(routes, settings),
+        backends.readiness(routes),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
             _treated(backend, settings, asleep=asleep)
