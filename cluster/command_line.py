@@ -8,12 +8,11 @@ none.
 
 from __future__ import annotations
 
-import enum
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +21,6 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from cluster.errors import ConfigError
-from cluster.settings import PlatformConfig
 
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 _PLAIN_LIST = re.compile(r"\[[^\[\]{}()'\"\\$]*\]")
@@ -41,22 +39,18 @@ def quote_texts(words: Sequence[str], schema: type[Any]) -> list[str]:
     return [_quoted(word, schema) for word in words]
 
 
-def refuse_unused(config: PlatformConfig, used: Mapping[Any, Collection[str]], *, by: enum.Enum) -> None:
-    """Refuse an option of a command that was given and that does not matter.
+def refuse_unused(unused: Collection[str], *, by: str) -> None:
+    """Refuse options that were given on the command line and mean nothing for what it does.
 
     Args:
-        config: of the command; the options that all commands share are always used.
-        used: names of the options that each action uses.
-        by: the action.
+        unused: their names.
+        by: what the command does.
 
     Raises:
-        ConfigError: naming the option, and those that the action uses.
+        ConfigError: naming the first.
     """
-    shared = {one.name for one in fields(PlatformConfig)}
-    own = {one.name for one in fields(config)} - shared - {"action", "name", "output"}
-    for name in sorted(given_options() & own - set(used[by])):
-        uses = ", ".join(f"`{one}`" for one in used[by]) or "no options"
-        raise ConfigError(f"Option `{name}` means nothing for `{by.value}`, which uses {uses}. Leave it out.")
+    for name in sorted(given_options().intersection(unused)):
+        raise ConfigError(f"Option `{name}` means nothing with `{by}`. Leave it out.")
 
 
 def given_options() -> set[str]:

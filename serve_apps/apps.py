@@ -65,6 +65,14 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     return name
 
 
+def remove_app(name: str) -> bool:
+    """End an application and its replicas; says whether there was one."""
+    if name not in serve.status().applications:
+        return False
+    serve.delete(name)
+    return True
+
+
 def ensure_common(config: PlatformConfig) -> None:
     """Have the applications running that belong to no model: outcomes and features."""
     for name, kind in ((OUTCOMES_APP, Outcomes), (FEATURES_APP, Features)):

@@ -31,6 +31,7 @@ from cluster.ledger.events.features import (
 from cluster.ledger.events.models import (
     AliasMoved,
     ArtifactRefused,
+    DeploymentRemoved,
     GuardrailBreached,
     ModelDeployed,
     ModelEvaluated,
@@ -83,6 +84,7 @@ __all__ = [
     "ViewMaterialized",
     "AliasMoved",
     "ArtifactRefused",
+    "DeploymentRemoved",
     "GuardrailBreached",
     "ModelDeployed",
     "ModelEvaluated",
