@@ -266,9 +266,11 @@ def running_edge(root: Path) -> Iterator[Edge]:
     short = Path("/tmp") / f"falaj-edge-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
     edge = Edge(root, short)
-    yield edge
-    edge.close()
-    shutil.rmtree(short)
+    try:
+        yield edge
+    finally:
+        edge.close()
+        shutil.rmtree(short)
 
 
 def treated_unit() -> str:
