@@ -153,7 +153,7 @@ class Controller:
         if not self._ledger_read and self._haproxy.serve_last():
             return
         for source in (self._targets, self._keys):
-            source.look(wait_s=FIRST_ANSWER_S if self._loaded is self._refused is None else 0.0)
+            source.look(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
         wanted = routes(self._states, self._targets.value)
         self._bring_maps(wanted)
         if self._loaded is not None:
@@ -231,6 +231,11 @@ class Controller:
         self._strangers = self._strangers.begin_again()
         self._certificate.forget_others(Path(loaded.certificate))
         self._loaded = loaded
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether no configuration was loaded or refused yet."""
+        return self._loaded is None and self._refused is None
 
     def _is_refused(self, loaded: Loaded) -> bool:
         refused = self._refused
