@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.command_line import quote_texts
 from cluster.errors import ConfigError, RefusedError, refusal_behind
 from cluster.settings import load
 
@@ -57,8 +58,16 @@ def job(
         def main() -> None:
             # Read by Hydra when it runs: raise instead of printing and exiting 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            sys.argv[1:] = quote_texts(sys.argv[1:], schema)
             try:
                 hydra.main(version_base=None, config_path="pkg://configs", config_name=config_name)(task)()
+            except OverrideParseException as error:
+                refuse(
+                    ConfigError(
+                        f"`{error.override}` is no `key=value` of Hydra's. Put a value with special characters between "
+                        "quotes: `key='value'`."
+                    )
+                )
             except (HydraException, OmegaConfBaseException) as error:
                 refuse(ConfigError(_first_lines(error)))
 

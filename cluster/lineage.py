@@ -22,6 +22,7 @@ from cluster.errors import ModelNotFound, RefusedError, did_you_mean
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
     BatchIngested,
+    DeploymentRemoved,
     FeatureViewApplied,
     ModelDeployed,
     ModelRegistered,
@@ -61,6 +62,8 @@ class ModelTrace:
     """Ingested into the pinned table versions, in order."""
     columns: list[Column]
     deployments: list[Entry]
+    removals: list[Entry]
+    """After which it served nobody until it was deployed again."""
 
 
 @dataclass(slots=True)
@@ -73,6 +76,7 @@ class _Seen:
     models: dict[tuple[str, int], tuple[Entry, Entry | None]] = field(default_factory=dict)
     """With the training set as it was known when the version was registered."""
     deployed: list[Entry] = field(default_factory=list)
+    removed: list[Entry] = field(default_factory=list)
 
 
 def trace(entries: Iterable[Entry], model: str, version: int) -> ModelTrace:
@@ -100,10 +104,13 @@ def trace(entries: Iterable[Entry], model: str, version: int) -> ModelTrace:
             one for one in seen.batches if one.payload["table_version"] <= pinned.get(one.payload["view"], -1)
         ],
         columns=_columns(built, seen.views),
-        deployments=[
-            one for one in seen.deployed if (one.payload["name"], one.payload["version"]) == (model, version)
-        ],
+        deployments=_of(seen.deployed, model, version),
+        removals=_of(seen.removed, model, version),
     )
+
+
+def _of(entries: list[Entry], model: str, version: int) -> list[Entry]:
+    return [one for one in entries if (one.payload["name"], one.payload["version"]) == (model, version)]
 
 
 def source_of(definition: dict[str, Any]) -> str:
@@ -136,6 +143,7 @@ def describe(found: ModelTrace) -> str:
     lines += [
         f"deployed as {one.payload['app']}, variant {one.payload['variant']}" for one in found.deployments
     ]
+    lines += [f"removed from {one.payload['app']}: {one.payload['reason']}" for one in found.removals]
     return "\n".join(lines)
 
 
@@ -149,6 +157,7 @@ def as_json(found: ModelTrace) -> dict[str, Any]:
         "columns": [asdict(one) for one in found.columns],
         "batches": [one.payload for one in found.batches],
         "deployments": [one.payload for one in found.deployments],
+        "removals": [one.payload for one in found.removals],
     }
 
 
@@ -203,6 +212,8 @@ def _read(entries: Iterable[Entry]) -> _Seen:
                 seen.models[event.name, event.version] = entry, built
             case ModelDeployed():
                 seen.deployed.append(entry)
+            case DeploymentRemoved():
+                seen.removed.append(entry)
     return seen
 
 

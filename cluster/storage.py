@@ -14,6 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 import pyarrow as pa
@@ -129,6 +130,13 @@ class Layout:
 def layout(storage: StorageConfig) -> Layout:
     """The layout of a configured storage root."""
     return Layout(resolve(storage.root))
+
+
+def file_name(text: str) -> str:
+    """A text as one path component. Letters, digits, `_`, `-` and `~` stay, and dots but a first one; the rest is
+    percent-encoded, so that two texts never share a name."""
+    quoted = quote(text, safe="")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
 def write_bytes(uri: str, data: bytes) -> None:

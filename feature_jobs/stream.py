@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import CommitConflict, DefinitionError
 from cluster.ledger import Ledger, open_ledger
@@ -108,6 +109,8 @@ _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
 @job("stream", StreamConfig, timed=True)
 def main(config: StreamConfig) -> None:
     """Stream into one view's table until there is nothing more, or until stopped."""
+    if config.source is StreamSource.push:
+        refuse_unused(("kafka",), by="source=push")
     ledger = open_ledger(config)
     apart = config.source is StreamSource.kafka and config.kafka.consumers > 1
     record = attach(config) if apart else require_record(config)

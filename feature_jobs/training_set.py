@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
@@ -88,6 +89,8 @@ class Request:
 @job("training_set", TrainingSetConfig, timed=True)
 def main(config: TrainingSetConfig) -> None:
     """Build a training set and its manifest."""
+    if config.manifest is not None:
+        refuse_unused(("cutoff",), by="manifest=…")
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.training_set")
     request = requested(config, ledger)

@@ -76,8 +76,15 @@ class AccessCheck:
         self._ended.set()
         self._keeper.join(CLOSE_S)
 
-    def __call__(self, authorization: str | None, action: Action) -> Principal:
+    def __call__(
+        self, authorization: str | None, action: Action, resource: Resource | None = None
+    ) -> Principal:
         """The principal, if it may do the action.
+
+        Args:
+            authorization: the header.
+            action: what is asked.
+            resource: of the action, where it is not what this check is for.
 
         Raises:
             Unauthenticated, AccessDenied
@@ -87,7 +94,7 @@ class AccessCheck:
         except Unauthenticated as error:
             self._decisions.unauthenticated(str(error), at=time.time())
             raise
-        self.check(principal, action, self._resource)
+        self.check(principal, action, self._resource if resource is None else resource)
         return principal
 
     def check(self, principal: Principal, action: Action, *resources: Resource) -> None:

@@ -65,6 +65,14 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     return name
 
 
+def remove_app(name: str) -> bool:
+    """End an application and its replicas; says whether there was one."""
+    if name not in serve.status().applications:
+        return False
+    serve.delete(name)
+    return True
+
+
 def run(apps: Mapping[str, serve.Application]) -> None:
     """Start applications, or start them anew, all at once, and wait until they answer.
 

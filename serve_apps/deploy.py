@@ -1,4 +1,7 @@
-"""`python -m serve_apps.deploy name=m version=1`: have a model version served; the first one becomes champion."""
+"""`python -m serve_apps.deploy name=m version=1`: have a model version served; the first one becomes champion.
+
+`action=remove name=m version=1` ends a version that serves nobody.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import enum
 from dataclasses import dataclass
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger, open_ledger
@@ -22,6 +26,8 @@ from serve_apps.apps import ensure_model
 from serve_apps.common import ensure_common
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
+from serve_apps.removal import remove, require_number
+from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.state import ModelState, read_states
 
 
@@ -31,6 +37,8 @@ class DeployAction(enum.Enum):
     deploy = "deploy"
     restore = "restore"
     """Bring back all applications that the ledger says serve, after the cluster was down."""
+    remove = "remove"
+    """End the application of a version that is no champion, no running treatment and no shadow."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,21 +51,38 @@ class DeployConfig(PlatformConfig):
     """A number, an alias, or `latest`."""
     variant: str = CHAMPION
     """What the version is called in answers and logs."""
+    reason: str = "by command"
+    """Why a version is removed."""
+
+    def __post_init__(self) -> None:
+        require_variant(self.variant)
+
+
+UNUSED = {
+    DeployAction.deploy: ("reason",),
+    DeployAction.restore: ("name", "version", "variant", "reason"),
+    DeployAction.remove: ("variant",),
+}
+"""Options that mean nothing to an action."""
 
 
 @job("deploy", DeployConfig, timed=True)
 def main(config: DeployConfig) -> None:
-    """Deploy or restore."""
+    """Deploy, restore or remove."""
+    refuse_unused(UNUSED[config.action], by=f"action={config.action.value}")
     ledger = open_ledger(config)
     actor = act(config, attach(config), ledger, entrypoint="serve_apps.deploy")
     registry = Registry(ledger, layout(config.storage))
     match config.action:
         case DeployAction.restore:
             restore(config, ledger, registry, actor)
+        case DeployAction.remove:
+            require_number(config.version)
+            version = registry.get(named(config), config.version)
+            app = remove(config, ledger, actor, version, reason=config.reason)
+            print(f"removed {version.name} version {version.version}, application {app}")
         case DeployAction.deploy:
-            if config.name is None:
-                raise RefusedError("Say which model: `name=…`.")
-            version = registry.get(config.name, config.version)
+            version = registry.get(named(config), config.version)
             app = deploy(config, ledger, actor, version, variant=config.variant)
             if CHAMPION not in registry.aliases(version.name):
                 reason = "first deployment"
@@ -83,6 +108,17 @@ def described(version: ModelVersion, state: ModelState, *, app: str, champion: i
         f"deployed {version.name} version {version.version} as application {app}; version {champion} stays champion "
         f"and keeps its traffic. Start a rollout with `{start}`, or copies of requests with `action=shadow`."
     )
+
+
+def named(config: DeployConfig) -> str:
+    """The model.
+
+    Raises:
+        RefusedError: none is named.
+    """
+    if config.name is None:
+        raise RefusedError("Say which model: `name=…`.")
+    return config.name
 
 
 def deploy(

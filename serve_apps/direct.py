@@ -20,6 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_apps.parsing import parse_heads_only
+
 Application = Callable[[Request], Awaitable[Response]]
 
 
@@ -52,7 +54,11 @@ class DirectAnswers:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls when it starts a server; `cluster.up` names it in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    """What Serve calls when it starts a server; `cluster.up` names it in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH.
+
+    Its proxy is such a server, too: requests for a version without a replica pass through it.
+    """
+    parse_heads_only()
     return [Middleware(DirectAnswers)]
 
 

@@ -6,6 +6,7 @@ from cluster.scheduling import interrupt_others
 from serve_apps.direct import Application, answer_directly
 from serve_apps.listening import listen_on_own_address
 from serve_apps.one_write import answer_in_one_write
+from serve_apps.parsing import parse_heads_only
 
 
 def prepare_replica(answer: Application, *, at_once: int) -> None:
@@ -17,5 +18,6 @@ def prepare_replica(answer: Application, *, at_once: int) -> None:
     """
     listen_on_own_address()
     answer_in_one_write()
+    parse_heads_only()
     interrupt_others()
     answer_directly(answer, at_once=at_once)

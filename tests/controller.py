@@ -34,6 +34,7 @@ from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.state import EdgeState
 from serve_apps.edge.targets import Targets
+from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
 from tests.edge import edge_settings
 from tests.ports import free_port
 
@@ -130,7 +131,7 @@ class Running:
             config=self.haproxy_file,
             admin_socket=Path(self.settings.admin_socket),
             access_folder=self.haproxy_file.with_name("access"),
-            secrets={TOKEN_VARIABLE: "of-ray"},
+            secrets={TOKEN_VARIABLE: "of-ray", PROOF_VARIABLE: edge_proof(self.places)},
         )
         self.controller = Controller(
             ledger=self.ledger,
@@ -147,6 +148,11 @@ class Running:
 
     def hand_over(self) -> None:
         self.handed_over.set()
+        self.stopped.set()
+        self.thread.join(20)
+
+    def stop(self) -> None:
+        """End the controller, and HAProxy with it."""
         self.stopped.set()
         self.thread.join(20)
 

@@ -35,6 +35,7 @@ from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limit, Limited, Limits
 from serve_apps.edge.routes import Routes, routes
 from serve_apps.edge.targets import Target
+from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
 from tests.ports import free_port
@@ -142,7 +143,7 @@ class Edge:
             config=root / "haproxy.cfg",
             admin_socket=Path(self.settings.admin_socket),
             access_folder=root / "access",
-            secrets={TOKEN_VARIABLE: RAY_TOKEN},
+            secrets={TOKEN_VARIABLE: RAY_TOKEN, PROOF_VARIABLE: edge_proof(self.places)},
         )
         self.keys = written_keys(local_keys(self.places), root / "keys")()
         self.context = ssl.create_default_context(cafile=self.ca_file)
@@ -265,9 +266,11 @@ def running_edge(root: Path) -> Iterator[Edge]:
     short = Path("/tmp") / f"falaj-edge-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
     edge = Edge(root, short)
-    yield edge
-    edge.close()
-    shutil.rmtree(short)
+    try:
+        yield edge
+    finally:
+        edge.close()
+        shutil.rmtree(short)
 
 
 def treated_unit() -> str:

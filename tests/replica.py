@@ -42,6 +42,7 @@ from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog import Definitions, apply
 from feature_jobs.store.protection import view_keys
+from serve_apps.edge_headers import EdgeHeaders, edge_proof
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.log_keys import outcome_key
@@ -95,6 +96,10 @@ class Replica:
 
     def token(self, role: Role = Role.service, scope: str = "") -> str:
         return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900, scope=scope)
+
+    def as_edge(self, **said: str) -> dict[str, str]:
+        """Headers that the edge would send."""
+        return EdgeHeaders(**said).sent(edge_proof(self.places))
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.address, timeout=10)

@@ -11,6 +11,7 @@ import contextlib
 import enum
 from dataclasses import dataclass
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
@@ -57,6 +58,8 @@ class ManageKeysConfig(PlatformConfig):
 @job("manage_keys", ManageKeysConfig)
 def main(config: ManageKeysConfig) -> None:
     """Do it, as who may."""
+    if config.action is KeyAction.rotate_kek:
+        refuse_unused(("key", "confirm"), by="action=rotate_kek")
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint=ENTRYPOINT)
     ledger.require_known(Subject.key)

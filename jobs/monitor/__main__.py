@@ -9,7 +9,6 @@ import hashlib
 import time
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import quote
 
 import polars as pl
 import ray
@@ -23,7 +22,7 @@ from cluster.runtime import Task, load_model
 from cluster.security.acting import act
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.session import attach
-from cluster.storage import exists, layout, resolve, sha256, write_bytes, write_json
+from cluster.storage import exists, file_name, layout, resolve, sha256, write_bytes, write_json
 from jobs.monitor.chunks import CHUNK, cut
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.frames import Frames, build
@@ -59,7 +58,7 @@ def main(config: MonitorConfig) -> None:
         output.add(served, figures)
         for line in describe(served.name, figures):
             print(line, flush=True)
-        name = file_name(served)
+        name = results_name(served)
         write_json(f"{folder}/{name}.json", figures)
         if any(one["estimate"] or one["realisation"] for one in figures["periods"].values()):
             plot = performance_plot(served.name, figures["periods"], metric=figures["metric"])
@@ -72,9 +71,9 @@ def main(config: MonitorConfig) -> None:
         write_json(resolve(config.output), output.content())
 
 
-def file_name(served: Served) -> str:
+def results_name(served: Served) -> str:
     """Of a version's results; a variant is a client's word where a request came by no edge."""
-    return f"{quote(served.variant, safe='')}-v{served.version.version}"
+    return f"{file_name(served.variant)}-v{served.version.version}"
 
 
 def event_of(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
@@ -38,6 +39,8 @@ from jobs.train.split import resolve_split
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
     family, module, parameters = resolve_family(with_best(config))
+    if family == "lightgbm":
+        refuse_unused(("deepspeed",), by="model=lightgbm")
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.train")
     model = Resource(kind="model", name=config.name, region=config.cluster.region)

@@ -35,6 +35,7 @@ from serve_apps.edge.limiting import Limit, Limits
 from serve_apps.edge.state import state_file
 from serve_apps.edge.succession import SIGNAL, sole_controller
 from serve_apps.edge.targets import serve_targets
+from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
 
 LEDGER_AGAIN_S = 1.0
 KEYS_MAX_AGE_S = 30.0
@@ -82,7 +83,7 @@ class EdgeConfig(PlatformConfig):
     longest prediction takes, because a replica answers one thing after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     wake_timeout_s: float = 60.0
-    """How long a request for a version that was scaled to zero waits for a replica."""
+    """How long a request for a version that was scaled to zero, or for a champion without a replica, waits for one."""
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
@@ -113,6 +114,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
+        holder=urlsplit(record.serve_http_url).netloc,
     )
 
 
@@ -130,7 +132,10 @@ def main(config: EdgeConfig) -> None:
         config=edge / "haproxy.cfg",
         admin_socket=Path(files.admin_socket),
         access_folder=edge / "access",
-        secrets={TOKEN_VARIABLE: Path(record.token_path).read_text().strip()},
+        secrets={
+            TOKEN_VARIABLE: Path(record.token_path).read_text().strip(),
+            PROOF_VARIABLE: edge_proof(layout(config.storage)),
+        },
     )
     stopped, handed_over = threading.Event(), threading.Event()
 

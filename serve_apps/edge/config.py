@@ -10,26 +10,39 @@ from pathlib import Path
 
 from cluster.security.policy import EDGE_ACTIONS, Action, Policy, Role
 from cluster.security.tokens import MAX_TEXT, TokenRules
-from serve_apps.edge import connections, dashboard, fallback, limiting, scopes, strangers
+from serve_apps.edge import backends, connections, dashboard, fallback, limiting, scopes, strangers
 from serve_apps.edge.answers import ERROR_STATUSES, refuse, say
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.limiting import Limits
 from serve_apps.edge.openapi import document
 from serve_apps.edge.routes import NO_ROLLOUT, Backend, Routes
-from serve_apps.edge.targets import HEALTH_CHECK, waking_backend
 from serve_apps.edge.token_checks import VERIFIED_TOKENS, token_checks
-from serve_apps.predictor.ongoing import ARRIVED
+from serve_apps.edge_headers import (
+    ARM,
+    ARRIVED,
+    PREFIX,
+    PROOF,
+    PROOF_VARIABLE,
+    REQUEST_ID,
+    ROLLOUT,
+    UNIT_HASH,
+    VARIANT,
+)
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURES = "/v1/features:read /v1/features:push"
-_LIVE, _READY = '{"live":true}', '{"ready":true}'
+_LIVE = '{"live":true}'
+_HOP_BY_HOP = ("upgrade", "keep-alive", "proxy-connection", "te", "trailer", "http2-settings")
+"""Headers for the next hop alone (RFC 9110, 7.6.1); HAProxy keeps `Connection` by itself. Behind us only Ray's dashboard
+speaks anything but plain HTTP."""
 _SERVER = json.dumps(
     {"name": "falaj", "version": metadata.version("falaj"), "extensions": ["binary_tensor_data"]}
 )
 ANSWER_MS = 30_000
 _MAX_SUBJECT_BYTES = 4 * MAX_TEXT
 MODEL_NAME = "[A-Za-z0-9._-]{1,200}"
+_IS_READY = "{ path /v2/health/ready }"
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
@@ -58,7 +71,9 @@ class EdgeSettings:
     max_connections: int
     max_connections_of_one_address: int
     wake_timeout_s: float
-    """How long a request for a version that was scaled to zero waits for a replica."""
+    """How long a request for a version that was scaled to zero, or a champion without a replica, waits for one."""
+    holder: str = ""
+    """Address of Serve's proxy, which holds such a champion's requests; empty where they are refused instead."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
@@ -94,7 +109,8 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _metrics(settings),
         dashboard.backend(settings.dashboard),
         VERIFIED_TOKENS,
-        *(_backend(backend, settings) for backend in routes.backends),
+        *_applications(routes, settings),
+        backends.readiness(routes),
         fallback.frontend(map_file=settings.map_file, socket=settings.again_socket),
         *(
             _treated(backend, settings, asleep=asleep)
@@ -151,8 +167,8 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     unique-id-format %[uuid()]
 {connections.rules(settings.max_connections_of_one_address)}
 {strangers.rules()}
-    http-request del-header x-falaj- -m beg
-{_health(routes)}
+    http-request del-header {PREFIX} -m beg
+{_health()}
     {refuse(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
     http-request set-var(txn.token) http_auth_bearer
 {dashboard.entrance()}
@@ -162,33 +178,28 @@ def _frontend(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) ->
     http-request set-var(txn.principal) var(txn.claims),json_query('$.sub')
 {strangers.known()}
 {_authorise(settings)}
-{scopes.rules(routes.entries, claim=settings.scope_claim)}
+{scopes.rules(claim=settings.scope_claim)}
 {dashboard.passage()}
 {limiting.rules(settings.limits, tenant=settings.tenant)}
+{connections.stated_length(settings.max_body_bytes)}
 {connections.body()}
     {say(_SERVER)} if {{ path /v2 }}
     {say(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}
-    {refuse(413, "The body is too large.")} if {{ req.body_size gt {settings.max_body_bytes} }}
 {_route(settings)}
     http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
     http-response del-header server
 {fallback.recorded()}
+{backends.only_json()}
+    use_backend {backends.READINESS} if {_IS_READY}
     use_backend %[var(txn.treatment)]{fallback.SUFFIX} if treated treatable
     use_backend %[var(txn.backend)]
 """
 
 
-def _health(routes: Routes) -> str:
-    healthy = " ".join(f"{{ nbsrv({name}) gt 0 }}" for name in routes.champions if _known(routes, name))
-    missing = [name for name in routes.champions if not _known(routes, name)]
-    ready = f" if {{ path /v2/health/ready }} {healthy}".rstrip()
-    lines = [
-        f"    {refuse(405, 'This path takes GET.')} hdr allow GET if {{ path_beg /v2/health/ }} !METH_GET",
-        f"    {say(_LIVE)} if {{ path /v2/health/live }}",
-        *([] if missing else [f"    {say(_READY)}{ready}"]),
-        f"    {refuse(503, 'A champion has no healthy replica.')} if {{ path /v2/health/ready }}",
-    ]
-    return "\n".join(lines)
+def _health() -> str:
+    return f"""    {refuse(405, "This path takes GET.")} hdr allow GET if {{ path_beg /v2/health/ }} !METH_GET
+    {say(_LIVE)} if {{ path /v2/health/live }}
+    http-request allow if {_IS_READY}"""
 
 
 def _classify() -> str:
@@ -196,7 +207,8 @@ def _classify() -> str:
     predict = f"^/v1/models/{MODEL_NAME}:predict$"
     infer = f"^/v2/models/{MODEL_NAME}{version}/infer$"
     described = f"^/v2/models/{MODEL_NAME}{version}(/ready)?$"
-    return f"""    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
+    return f"""    http-request replace-path '^(/v1/[^%]*)%3[Aa]([a-z]+)$' '\\1:\\2' if {{ path_sub -i %3a }}
+    http-request set-var(txn.action) str({Action.predict}) if {{ path_reg {predict} }} or {{ path_reg {infer} }}
     http-request set-var(txn.action) str({Action.read_metadata}) if {{ path_reg {described} }} or {{ path /v2 /openapi.json }}
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
     http-request set-var(txn.action) str({Action.read_online}) if {{ path /v1/features:read }}
@@ -241,6 +253,7 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.salt) var(txn.route),field(5,|) if by_model
     http-request set-var(txn.below) var(txn.route),field(6,|) if by_model
     http-request set-var(txn.from) var(txn.route),field(7,|) if by_model
+    {refuse(400, "Give one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
     http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
     acl has_unit var(txn.unit) -m len gt 0
     http-request set-var(txn.arm) str(none) if by_model
@@ -256,13 +269,28 @@ def _route(settings: EdgeSettings) -> str:
     http-request set-var(txn.variant) var(txn.route),field(3,|) if treated treatable
     http-request set-var(txn.fallback) bool(true) if treated !treatable
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
-    http-request set-header x-falaj-request-id %[unique-id]
-    http-request set-header {ARRIVED} %[date(0,us)] if by_model
-    http-request set-header x-falaj-variant %[var(txn.variant)] if by_model
-    http-request set-header x-falaj-arm %[var(txn.arm)] if by_model
-    http-request set-header x-falaj-rollout %[var(txn.rollout)] if by_model !{{ var(txn.rollout) -m str {NO_ROLLOUT} }}
-    http-request set-header x-falaj-unit-hash %[var(txn.unit_hash)] if has_unit
+{_told()}
     http-request set-path /%[var(txn.backend)]%[path]"""
+
+
+def _told() -> str:
+    """Rules that tell a replica who asks and how; each header on every request, so that no trailer can stand in for one
+    that is missing."""
+    values = {
+        PROOF: f"${{{PROOF_VARIABLE}}}",
+        REQUEST_ID: "%[unique-id]",
+        ARRIVED: "%[date(0,us)]",
+        VARIANT: "%[var(txn.variant)]",
+        ARM: "%[var(txn.arm)]",
+        ROLLOUT: "%[var(txn.of_rollout)]",
+        UNIT_HASH: "%[var(txn.unit_hash)]",
+    }
+    lines = [
+        *(f"    http-request del-header {name}" for name in _HOP_BY_HOP),
+        f"    http-request set-var(txn.of_rollout) var(txn.rollout) unless {{ var(txn.rollout) -m str {NO_ROLLOUT} }}",
+        *(f'    http-request set-header {name} "{value}"' for name, value in values.items()),
+    ]
+    return "\n".join(lines)
 
 
 def _metrics(settings: EdgeSettings) -> str:
@@ -273,24 +301,24 @@ def _metrics(settings: EdgeSettings) -> str:
 """
 
 
-def _backend(backend: Backend, settings: EdgeSettings) -> str:
-    if backend.asleep:
-        return waking_backend(backend.name, backend.servers, timeout_s=settings.wake_timeout_s)
-    servers = "\n".join(
-        f"    server {address.replace(':', '_')} {address} check" for address in backend.servers
-    )
-    return f"""backend {backend.name}
-    balance leastconn
-{HEALTH_CHECK}
-    default-server inter 500ms fastinter 200ms fall 2 rise 1 on-error fastinter observe layer4
-{servers}
-"""
+def _applications(routes: Routes, settings: EdgeSettings) -> list[str]:
+    """The backends that are not the treatment's; of what nobody stands in for also where there is no replica."""
+    held = {*routes.champions, OUTCOMES_APP, FEATURES_APP} if settings.holder else set()
+    missing = sorted(held - {one.name for one in routes.backends})
+    return [
+        backends.backend(
+            one,
+            holder=settings.holder if one.name in held else "",
+            wake_timeout_s=settings.wake_timeout_s,
+        )
+        for one in (*routes.backends, *(Backend(name, ()) for name in missing))
+    ]
 
 
 def _treated(backend: Backend, settings: EdgeSettings, *, asleep: bool) -> str:
     if backend.asleep:
         name = f"{backend.name}{fallback.SUFFIX}"
-        return waking_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
+        return backends.waking_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
     return fallback.treated(
         backend,
         socket=settings.again_socket,
@@ -298,10 +326,6 @@ def _treated(backend: Backend, settings: EdgeSettings, *, asleep: bool) -> str:
         champion_ms=round(settings.wake_timeout_s * 1000) if asleep else ANSWER_MS,
         asleep=asleep,
     )
-
-
-def _known(routes: Routes, name: str) -> bool:
-    return any(backend.name == name and backend.servers for backend in routes.backends)
 
 
 _FIELDS = {

@@ -19,6 +19,8 @@ MAX_STREAMS = 50
 """Of one HTTP/2 connection at one time; each is a request of its own."""
 BODY_S = 10
 MAX_LOGINS = 16
+_MAX_LENGTH_DIGITS = 10
+"""HAProxy would read a longer number as another one, or as none."""
 _TABLE = "addresses_counted"
 _LOGINS = "logins_counted"
 _NUMBER, _LOGINS_NUMBER = 4, 5
@@ -47,6 +49,14 @@ def rules(max_of_one_address: int) -> str:
     """Rules that close a connection, before its handshake, to who has too many of them; a frontend's."""
     return f"""    tcp-request connection track-sc{_NUMBER} src,ipmask(32,64) table {_TABLE}
     tcp-request connection reject if {{ sc_conn_cur({_NUMBER}) gt {max_of_one_address} }}"""
+
+
+def stated_length(max_body_bytes: int) -> str:
+    """Rules that refuse a body by the length that its head states, before it is waited for."""
+    length = "req.fhdr(content-length)"
+    odd = refuse(400, "Content-Length is no number of at most 10 digits.")
+    return f"""    {odd} if {{ {length} -m len gt {_MAX_LENGTH_DIGITS} }}
+    {refuse(413, "The body is too large.")} if {{ {length} -m int gt {max_body_bytes} }}"""
 
 
 def body() -> str:

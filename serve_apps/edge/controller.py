@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -28,7 +28,7 @@ from serve_apps.edge.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.certificate import Certificate
 from serve_apps.edge.config import EdgeSettings, render
 from serve_apps.edge.followed import Followed
-from serve_apps.edge.haproxy import HAProxy
+from serve_apps.edge.haproxy import ConfigRefused, HAProxy
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.last import Last
 from serve_apps.edge.limiting import Limited, OwnLimits
@@ -44,11 +44,31 @@ KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
 ERROR_INTERVAL_S = 0.5
 KEEP_EVERY_S = 60.0
+REFUSED_AGAIN_S = 10.0
+"""A configuration that HAProxy refused is tried again after this: a file that it names may have come back."""
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
-Loaded = tuple[tuple[Backend, ...], tuple[str, ...], tuple[str, ...], tuple[JwtKey, ...], str]
-"""All that a configuration is made from: backends, champions, models, keys, and the certificate's file."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """All that a configuration is made from."""
+
+    backends: tuple[Backend, ...]
+    champions: tuple[str, ...]
+    keys: tuple[JwtKey, ...]
+    certificate: str
+    """Its file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A configuration that HAProxy does not take."""
+
+    loaded: Loaded
+    why: str
+    again_at: float
+    """When it is tried again."""
 
 
 class Controller:
@@ -89,6 +109,7 @@ class Controller:
         self._loader = ThreadPoolExecutor(1, "loading")
         self._loading: tuple[Loaded, Future[None]] | None = None
         self._loaded: Loaded | None = None
+        self._refused: Refused | None = None
         self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event, *, handed_over: threading.Event | None = None) -> None:
@@ -116,7 +137,7 @@ class Controller:
         try:
             self.step()
         except (OSError, FalajError) as error:
-            if self._loaded is None:
+            if self._loaded is None and self._haproxy.pid is None:
                 raise
             LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
             return False
@@ -132,7 +153,7 @@ class Controller:
         if not self._ledger_read and self._haproxy.serve_last():
             return
         for source in (self._targets, self._keys):
-            source.look(wait_s=FIRST_ANSWER_S if self._loaded is None else 0.0)
+            source.look(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
         wanted = routes(self._states, self._targets.value)
         self._bring_maps(wanted)
         if self._loaded is not None:
@@ -167,16 +188,22 @@ class Controller:
     def _bring_backends(self, wanted: Routes) -> None:
         """Load what is new, in a thread, because a split that changes must not wait for it."""
         self._finish_loading()
-        keys = self._believed_keys()
-        certificate = str(self._certificate.newest())
-        loaded = (wanted.backends, wanted.champions, tuple(wanted.entries), keys, certificate)
-        if self._loading is not None or loaded == self._loaded:
+        loaded = Loaded(
+            backends=wanted.backends,
+            champions=wanted.champions,
+            keys=self._believed_keys(),
+            certificate=str(self._certificate.newest()),
+        )
+        if loaded == self._loaded:
+            self._refused = None
             return
-        LOG.info("loading %s with keys %s", wanted, [key.kid for key in keys])
+        if self._loading is not None or self._is_refused(loaded):
+            return
+        LOG.info("loading %s with keys %s", wanted, [key.kid for key in loaded.keys])
         for running in self._maps:
             running.note_changes()
         self._look_at_strangers()
-        text = render(wanted, keys, replace(self._settings, certificate=certificate))
+        text = render(wanted, loaded.keys, replace(self._settings, certificate=loaded.certificate))
         self._loading = loaded, self._loader.submit(self._haproxy.load, text)
         if self._loaded is None:
             wait([self._loading[1]])
@@ -193,12 +220,39 @@ class Controller:
             return
         loaded, loading = self._loading
         self._loading = None
-        loading.result()
+        try:
+            loading.result()
+        except ConfigRefused as error:
+            self._refuse(loaded, error)
+            return
+        self._refused = None
         for running in self._maps:
             running.tell_again()
         self._strangers = self._strangers.begin_again()
-        self._certificate.forget_others(Path(loaded[-1]))
+        self._certificate.forget_others(Path(loaded.certificate))
         self._loaded = loaded
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether no configuration was loaded or refused yet."""
+        return self._loaded is None and self._refused is None
+
+    def _is_refused(self, loaded: Loaded) -> bool:
+        refused = self._refused
+        return refused is not None and refused.loaded == loaded and time.monotonic() < refused.again_at
+
+    def _refuse(self, loaded: Loaded, error: ConfigRefused) -> None:
+        """Stay with the last configuration that HAProxy took, an earlier controller's included.
+
+        Raises:
+            ConfigRefused: there is none.
+        """
+        if self._refused is None or self._refused.loaded != loaded:
+            LOG.error("the edge stays as it is: %s", error)
+        if not self._haproxy.serve_last():
+            raise error
+        again_at = time.monotonic() + REFUSED_AGAIN_S
+        self._refused = Refused(loaded=loaded, why=str(error), again_at=again_at)
 
     def _keep_last(self) -> None:
         """For the next controller; once a minute also that the issuer still says the same."""
@@ -227,8 +281,12 @@ class Controller:
             LOG.warning("the worker does not say how many strangers it has refused: %s", error)
 
     def _write_state(self) -> None:
-        names = [backend.name for backend in self._loaded[0]] if self._loaded else []
-        state = EdgeState(applied_seq=self._seq, backends=names, pid=self._haproxy.pid)
+        state = EdgeState(
+            applied_seq=self._seq,
+            backends=[backend.name for backend in self._loaded.backends] if self._loaded else [],
+            pid=self._haproxy.pid,
+            refused=self._refused.why if self._refused else "",
+        )
         if state != self._written:
             write_state(self._state_file, state)
             self._written = state

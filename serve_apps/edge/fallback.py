@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from serve_apps.edge import connections
 from serve_apps.edge.answers import refuse
+from serve_apps.edge.backends import HEALTH_CHECK, any_up, server_name
 from serve_apps.edge.routes import Backend
-from serve_apps.edge.targets import HEALTH_CHECK
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 SUFFIX = ":treated"
@@ -64,8 +64,8 @@ def treated(backend: Backend, *, socket: str, hang_ms: int, champion_ms: int, as
     name = f"{backend.name}{SUFFIX}"
     answer_ms = champion_ms if asleep else hang_ms * _ANSWER_IN_HANGS
     retried = "conn-failure empty-response" + ("" if asleep else " response-timeout")
-    some = " or ".join(f"{{ srv_is_up({name}/{_name_of(address)}) }}" for address in backend.servers)
-    servers = "\n".join(f"    server {_name_of(address)} {address} check" for address in backend.servers)
+    some = "\n".join(any_up("some_up", name, backend.servers))
+    servers = "\n".join(f"    server {server_name(address)} {address} check" for address in backend.servers)
     every = f"inter {_CHECK_EVERY_MS}ms fastinter {_CHECK_EVERY_MS // 2}ms downinter {_CHECK_EVERY_MS}ms"
     gone = "observe layer4 error-limit 1 on-error mark-down"
     return f"""backend {name}
@@ -73,15 +73,12 @@ def treated(backend: Backend, *, socket: str, hang_ms: int, champion_ms: int, as
     timeout connect {_CONNECT_MS}ms
     timeout server {answer_ms}ms
     retry-on {retried}
-    http-request set-timeout server {champion_ms}ms unless {some}
-    http-request disable-l7-retry unless {some}
+{some}
+    http-request set-timeout server {champion_ms}ms unless some_up
+    http-request disable-l7-retry unless some_up
     timeout check {hang_ms}ms
 {HEALTH_CHECK}
     default-server {every} fall 1 rise 1 {gone}
 {servers}
     server {_SERVER} unix@{socket} backup
 """
-
-
-def _name_of(address: str) -> str:
-    return address.replace(":", "_")

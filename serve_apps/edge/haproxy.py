@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -29,6 +30,9 @@ from cluster.storage import write_bytes
 SOCKET_TIMEOUT_S = 10.0
 START_DEADLINE_S = 10.0
 MASTER = "master-"
+MAX_WORDS = 2000
+"""Characters of what HAProxy says of a configuration."""
+_LINE = re.compile(r"\[[^\]]*:(\d+)\]")
 
 
 class ConfigRefused(FalajError):
@@ -73,6 +77,7 @@ class HAProxy:
             OSError: the master does not answer.
         """
         self._check(text)
+        before = self._config.read_bytes() if self._config.exists() else None
         write_bytes(str(self._config), text.encode())
         if self.pid is None:
             self._start()
@@ -83,6 +88,8 @@ class HAProxy:
         finally:
             self._reloading = False
         if not answer.startswith("Success=1"):
+            if before is not None:  # the file is what a restart begins with
+                write_bytes(str(self._config), before)
             raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
     def serve_last(self) -> bool:
@@ -239,7 +246,7 @@ class HAProxy:
         finally:
             os.unlink(name)
         if result.returncode:
-            raise ConfigRefused(f"HAProxy refuses the configuration:\n{result.stderr}{result.stdout}")
+            raise ConfigRefused(refusal(text, result.stderr + result.stdout))
 
     def _command(self, line: str, address: Path | None = None) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -248,6 +255,25 @@ class HAProxy:
             connection.sendall(line.encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+
+def refusal(text: str, said: str) -> str:
+    """A refused configuration's sections by name, and HAProxy's own words.
+
+    Args:
+        text: the configuration.
+        said: by HAProxy, which names lines by their numbers: `[file:12]`.
+    """
+    sections, section = [""], ""
+    for line in text.splitlines():
+        section = line if line and not line[0].isspace() else section
+        sections.append(section)
+    alerts = [line for line in said.splitlines() if "[ALERT]" in line]
+    numbers = [int(number) for line in alerts for number in _LINE.findall(line)]
+    named = dict.fromkeys(sections[number] for number in numbers if number < len(sections))
+    where = f" at {', '.join(map(repr, named))}" if named else ""
+    words = "\n".join(alerts) or said
+    return f"HAProxy refuses the configuration{where}:\n{words[:MAX_WORDS]}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import enum
 import json
 from dataclasses import dataclass
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import EdgeLimitSet, Subject
@@ -61,6 +62,8 @@ class LimitsCommand(PlatformConfig):
 @job("limits", LimitsCommand)
 def main(config: LimitsCommand) -> None:
     """Set or show."""
+    if config.action is LimitAction.show:
+        refuse_unused(("principal", "tenant", "requests_per_s", "concurrent"), by="action=show")
     record, ledger = require_record(config), open_ledger(config)
     actor = act(config, record, ledger, entrypoint="serve_apps.edge.limits")
     edge = Resource(kind="edge", name="limits", region=config.cluster.region)

@@ -28,6 +28,8 @@ class EdgeState:
     """The last event whose effect is in the running map."""
     backends: list[str]
     pid: int | None
+    refused: str = ""
+    """Why HAProxy does not take the newest configuration, so that an older one stays; empty where it does."""
 
 
 def state_file(config: PlatformConfig) -> Path:
@@ -47,12 +49,14 @@ def wait_until_applied(config: PlatformConfig, seq: int, *, app: str | None = No
         EdgeSilent: after 30 s.
     """
     path, deadline = state_file(config), time.monotonic() + DEADLINE_S
+    state = None
     while time.monotonic() < deadline:
         if path.exists():
             state = EdgeState(**json.loads(path.read_text()))
             if state.applied_seq >= seq and (app is None or app in state.backends):
                 return
         time.sleep(POLL_S)
+    refused = f" {state.refused}" if state and state.refused else ""
     raise EdgeSilent(
-        f"The edge did not take up event {seq} within {DEADLINE_S:.0f} s; see {path.parent}/controller.log."
+        f"The edge did not take up event {seq} within {DEADLINE_S:.0f} s; see {path.parent}/controller.log.{refused}"
     )

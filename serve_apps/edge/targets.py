@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.session import ClusterRecord
-
-HEALTH_CHECK = """    option httpchk GET /-/healthz
-    http-check expect status 200,503"""
-"""A replica that Serve takes away answers health checks by 503 DRAINING from then on, and requests for half a minute.
-If it counted as dead, its version would have nobody until the edge has heard from Serve who comes next. One that Serve
-finds unwell says 503, too; Serve then takes it away by itself."""
 
 RUNNING = "RUNNING"
 """Serve's word for an application whose deployments are healthy or just being scaled on requests."""
@@ -112,19 +106,3 @@ def is_asleep(application: Mapping[str, Any]) -> bool:
 def _may_have_none(deployment: Mapping[str, Any]) -> bool:
     scaling = deployment["deployment_config"].get("autoscaling_config")
     return scaling is not None and scaling["min_replicas"] == 0
-
-
-def waking_backend(name: str, servers: Sequence[str], *, timeout_s: float) -> str:
-    """HAProxy's backend that waits for a start.
-
-    Nothing is sent twice but what was never received: the one request would start, and be answered, several times.
-    """
-    lines = "\n".join(f"    server {address.replace(':', '_')} {address} check" for address in servers)
-    return f"""backend {name}
-    balance leastconn
-    timeout server {round(timeout_s * 1000)}ms
-    retry-on conn-failure
-    option httpchk GET /-/healthz
-    default-server inter 500ms fastinter 200ms fall 2 rise 1
-{lines}
-"""

@@ -16,8 +16,8 @@ NOT_BEFORE_LEEWAY_S = 5
 """How far ahead the issuer's clock may be; an expired token gets no leeway here, only from a replica."""
 NOT_ACCEPTED = ('"crit"', '"b64"', '"jku"', '"jwk"', '"x5u"', '"x5c"', r"\u")
 """What no header may contain: fields that change how a token is read or bring a key, and their letters in disguise."""
-
-
+MAX_AUDIENCES = 16
+"""Of a list in a token; ours among later ones is not seen."""
 VERIFIED_S = 60
 VERIFIED_TOKENS = f"""backend verified_tokens
     stick-table type binary len 32 size 20k expire {VERIFIED_S}s
@@ -53,7 +53,6 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     http-request set-var(txn.kid) var(txn.head),json_query('$.kid')
     http-request set-var(txn.iss) var(txn.claims),json_query('$.iss')
     http-request set-var(txn.aud) var(txn.claims),json_query('$.aud')
-    http-request set-var(txn.aud) var(txn.claims),json_query('$.aud[0]') unless {{ var(txn.aud) -m found }}
     http-request set-var(txn.role) var(txn.claims),json_query('$.{role_claim}')
     http-request set-var(txn.tenant) var(txn.claims),json_query('$.{tenant_claim}')
     http-request set-var(txn.exp) var(txn.claims),json_query('$.exp','int')
@@ -66,11 +65,21 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
 {verify}
     {_refuse("The token's signature is not valid.")} unless verified or signed
     http-request track-sc3 var(txn.fingerprint) table verified_tokens if signed
-    {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} {{ var(txn.aud) -m str -- {rules.audience} }}
+{_for_us(rules.audience)}
+    {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} for_us
     {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
     {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
     {_refuse(f"The token would hold for more than {rules.max_lifetime_s} s.")} if {{ var(txn.exp),sub(txn.now) -m int gt {latest_s} }}
     {_refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt {NOT_BEFORE_LEEWAY_S} }}"""
+
+
+def _for_us(audience: str) -> str:
+    """The condition that a token names the audience, alone or at any place of a list (RFC 7519, 4.1.3).
+
+    HAProxy reads a list's elements, but not a list.
+    """
+    elements = (f"var(txn.claims),json_query('$.aud[{place}]')" for place in range(MAX_AUDIENCES))
+    return "\n".join(f"    acl for_us {one} -m str -- {audience}" for one in ("var(txn.aud)", *elements))
 
 
 def _refuse(message: str) -> str:

@@ -1,4 +1,4 @@
-"""Which keys a model's predictions and outcomes are written under: as guarded as what they were made from.
+"""What a model's features ask of its log's keys and of its callers: as guarded as what they were made from.
 
 What clients bring along has no declared class, nor has an outcome, so a model without a feature service and every log
 of outcomes are under a sensitive key. A prediction says something about a person: its log is never below personal.
@@ -12,9 +12,10 @@ from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import ModelVersion
 from cluster.security.keys.store import KeyInfo
+from cluster.security.policy import Resource
 from feature_jobs.store.catalog import FieldSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions import Sensitivity
-from feature_jobs.store.protection import NO_COMMON_PURPOSE
+from feature_jobs.store.protection import NO_COMMON_PURPOSE, view_resources
 
 
 def prediction_key(ledger: Ledger, version: ModelVersion) -> str:
@@ -73,6 +74,22 @@ def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
     return next(iter(_common_purposes(_views(ledger, version))), "")
 
 
+def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -> Resource:
+    """A model as a caller of `:predict` uses it, for whom features are read by key.
+
+    It is of the highest class among those of the views, and for the purposes that all of them list. So the policies ask
+    the same as at `features:read`.
+    """
+    used = [one for view in views for one in view_resources(view, region=region)]
+    stated = [set(one.purposes) for one in used if one.purposes]
+    common = tuple(sorted(set.intersection(*stated))) if stated else ()
+    return replace(
+        model,
+        column_class=_highest({Sensitivity(one.column_class) for one in used}).value,
+        purposes=common or ((NO_COMMON_PURPOSE,) if stated else ()),
+    )
+
+
 def _common_purposes(views: list[ViewSpec]) -> tuple[str, ...]:
     stated = [set(view.purposes) for view in views if view.purposes]
     common = sorted(set.intersection(*stated)) if stated else []
@@ -97,6 +114,8 @@ def _fields(ledger: Ledger, version: ModelVersion) -> list[FieldSpec]:
 def _log_class(fields: list[FieldSpec]) -> Sensitivity:
     if not fields:
         return Sensitivity.SENSITIVE
-    classes = {Sensitivity(field.sensitivity) for field in fields}
-    ascending = list(Sensitivity)
-    return max(classes | {Sensitivity.PERSONAL}, key=ascending.index)
+    return _highest({Sensitivity(field.sensitivity) for field in fields} | {Sensitivity.PERSONAL})
+
+
+def _highest(classes: set[Sensitivity]) -> Sensitivity:
+    return max(classes, key=list(Sensitivity).index)

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import time
 
-ARRIVED = "x-falaj-arrived"
-"""Microseconds since 1970 at which the edge had the whole request."""
-
 
 class OngoingRequests:
     """A running mean, begun anew each time it is taken.
@@ -30,7 +27,7 @@ class OngoingRequests:
         """Count a request that was just answered.
 
         Args:
-            arrived: what the edge's header says.
+            arrived: what the edge said; nothing for a request that came past it.
             took_s: within the replica; where a clock went astray or nothing was said, this counts.
         """
         now = self._clock()

@@ -12,6 +12,7 @@ from cluster.runtime.hardware import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
+from cluster.security.policy import Resource
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
@@ -19,8 +20,9 @@ from feature_jobs.store.catalog import FieldSpec, service_spec
 from feature_jobs.store.online import FeatureReader, open_online
 from serve_apps.access import AccessCheck
 from serve_apps.edge.targets import serve_targets
+from serve_apps.edge_headers import edge_proof
 from serve_apps.predictor.asked import request_inputs
-from serve_apps.predictor.log_keys import prediction_key, serving_purpose
+from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
 from serve_apps.predictor.shadow import Shadowing
 from serve_apps.record_log import RecordLog
 
@@ -31,6 +33,8 @@ class ServedFeatures:
 
     reader: FeatureReader | None = None
     asked: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
+    used: Resource | None = None
+    """What a caller needs permission for; without features that is the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +99,13 @@ class Parts:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)
         online = open_online(self.platform.online, self.places, self.store)
-        return ServedFeatures(reader=FeatureReader(spec, online), asked=request_inputs(spec))
+        region = self.platform.cluster.region
+        model = self.version.resource(region=region)
+        return ServedFeatures(
+            reader=FeatureReader(spec, online),
+            asked=request_inputs(spec),
+            used=with_read_features(model, spec.views, region=region),
+        )
 
     def shadowing(self, count: Callable[[str], None]) -> Shadowing:
         """What watches for a shadow, and sends it copies."""
@@ -105,5 +115,6 @@ class Parts:
             ledger=self.ledger,
             fetch_targets=serve_targets(self.cluster),
             token=self.access.token.token,
+            proof=edge_proof(self.places),
             count=count,
         )

@@ -17,18 +17,18 @@ from starlette.responses import Response
 from cluster.errors import ModelFailed
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
+from serve_apps.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
 from serve_apps.http import answer, parse_json, read_body, refusal
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.meters import Meters
-from serve_apps.predictor.ongoing import ARRIVED, OngoingRequests
+from serve_apps.predictor.ongoing import OngoingRequests
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import Asked, parse_predict
 from serve_apps.predictor.shadow import copy_counter
 from serve_apps.replica_process import prepare_replica
-from serve_apps.rollout.assignment import CHAMPION_VARIANT
 from serve_apps.scaling import ONGOING
 
 PREDICTION_ID = "x-falaj-prediction-id"
@@ -58,9 +58,10 @@ class Predictor:
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._outputs = inference_protocol.output_names(signature)
         self._access = parts.access_check()
+        self._edge = EdgeHeaderReader(edge_proof(parts.places))
         self._log = parts.log()
         features = parts.features(signature)
-        self._reader, self._asked = features.reader, features.asked
+        self._reader, self._asked, self._used = features.reader, features.asked, features.used
         self._askable: dict[str, Asked] = {**self._asked, **self._inputs}
         tags = {"model": name, "version": str(version)}
         self._meters = Meters(tags)
@@ -80,32 +81,37 @@ class Predictor:
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
         started = time.perf_counter()
+        edge = self._edge.read(request.scope["headers"])
         try:
-            response = await self._answer(request)
+            response = await self._answer(request, edge)
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             response = refusal(error)
         took_s = time.perf_counter() - started
         self._meters.answer(response.status_code, took_s=took_s)
         if request.method == "POST":  # whether it is ready, a monitor asks for ever
-            self._ongoing.add(arrived=request.headers.get(ARRIVED), took_s=took_s)
+            self._ongoing.add(arrived=edge.arrived, took_s=took_s)
         return response
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request, edge: EdgeHeaders) -> Response:
         # The scope's own path spares building a URL from host, query and all.
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         name, version = self._version.name, self._version.version
         call = paths.call(request.method, path, model=name)
-        self._access(request.headers.get("authorization"), call.operation.action)
+        used = self._used if call.operation is Operation.predict else None
+        self._access(request.headers.get("authorization"), call.operation.action, used)
         call.check_version(name, version)
         match call.operation:
             case Operation.predict:
                 body = await read_body(request)
-                response = await self._log.settled(await self._predict(request, parse_json(body)))
-                return self._shadowing.follow(response, call.operation, request.headers, body)
+                response = await self._log.settled(await self._predict(edge, parse_json(body)))
+                return self._shadowing.follow(response, call.operation, edge, body)
             case Operation.infer:
                 body = await read_body(request)
-                response = await self._log.settled(await self._infer(request, body))
-                return self._shadowing.follow(response, call.operation, request.headers, body)
+                length = request.headers.getlist(inference_protocol.JSON_LENGTH)
+                response = await self._log.settled(await self._infer(edge, body, length))
+                return self._shadowing.follow(
+                    response, call.operation, edge, body, json_length="".join(length)
+                )
             case Operation.metadata:
                 return answer(inference_protocol.metadata(name, version, self._model.signature))
             case Operation.ready:
@@ -129,7 +135,7 @@ class Predictor:
         response.headers[PREDICTION_ID] = prediction_id
         return response
 
-    async def _predict(self, request: Request, body: dict[str, Any]) -> Response:
+    async def _predict(self, edge: EdgeHeaders, body: dict[str, Any]) -> Response:
         now = dt.datetime.now(dt.UTC)
         asked = parse_predict(body, self._askable, now=now)
         inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
@@ -138,14 +144,14 @@ class Predictor:
         said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
         columns = inputs.columns | said
         prediction_id = self._write(
-            request, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted, fault
+            edge, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted, fault
         )
         if fault:
             return self._failed(fault, prediction_id)
         content: dict[str, Any] = {
             "prediction_id": prediction_id,
             "model_version": str(self._version.version),
-            "variant": request.headers.get("x-falaj-variant", CHAMPION_VARIANT),
+            "variant": edge.variant,
             "predictions": rows,
         }
         if inputs.status:
@@ -154,15 +160,14 @@ class Predictor:
             content["features_defaults"] = inputs.defaults
         return answer(content, headers={PREDICTION_ID: prediction_id})
 
-    async def _infer(self, request: Request, body: bytes) -> Response:
-        length = request.headers.getlist(inference_protocol.JSON_LENGTH)
+    async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)
         asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
         rows, fault = await self._rows(asked.columns)
         entities: list[dict[str, Any]] = [{} for _ in range(asked.count)]
         given = sorted(asked.columns)
         now = dt.datetime.now(dt.UTC)
-        prediction_id = self._write(request, now, now, entities, asked.columns, rows, given, None, fault)
+        prediction_id = self._write(edge, now, now, entities, asked.columns, rows, given, None, fault)
         if fault:
             return self._failed(fault, prediction_id)
         head = {
@@ -171,7 +176,7 @@ class Predictor:
             **({} if asked.id is None else {"id": asked.id}),
             "parameters": {
                 "prediction_id": prediction_id,
-                "variant": request.headers.get("x-falaj-variant", CHAMPION_VARIANT),
+                "variant": edge.variant,
             },
         }
         outputs = inference_protocol.results(self._model.signature, rows)
@@ -181,7 +186,7 @@ class Predictor:
 
     def _write(
         self,
-        request: Request,
+        edge: EdgeHeaders,
         now: dt.datetime,
         as_of: dt.datetime,
         entities: list[dict[str, Any]],
@@ -192,19 +197,18 @@ class Predictor:
         fault: str,
     ) -> str:
         """Write the answer down before it leaves; gives its id."""
-        headers = request.headers
         prediction_id = os.urandom(16).hex()
         moment = now.isoformat()
         record = PredictionRecord(
             prediction_id=prediction_id,
-            request_id=headers.get("x-falaj-request-id", ""),
+            request_id=edge.request_id,
             time=moment,
             model=self._version.name,
             version=self._version.version,
-            variant=headers.get("x-falaj-variant", CHAMPION_VARIANT),
-            rollout=headers.get("x-falaj-rollout", ""),
-            arm=headers.get("x-falaj-arm", "none"),
-            unit_hash=headers.get("x-falaj-unit-hash", ""),
+            variant=edge.variant,
+            rollout=edge.rollout,
+            arm=edge.arm,
+            unit_hash=edge.unit_hash,
             as_of=moment if as_of is now else as_of.isoformat(),
             entities=entities,
             features=columns,

@@ -17,7 +17,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
 from cluster.records import SHADOW
 from serve_apps.edge.targets import Targets, addresses_of
+from serve_apps.edge_headers import EdgeHeaders
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.shadow_replicas import Connections, Pace
@@ -42,7 +43,6 @@ LEDGER_INTERVAL_S = 1.0
 SENDERS = 2
 MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
 """Together they bound the memory of copies that wait."""
-_PASSED_ON = ("x-falaj-request-id", "x-falaj-rollout", "x-falaj-unit-hash", JSON_LENGTH.lower())
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
@@ -63,7 +63,10 @@ class Copy:
     """A request to be sent again."""
 
     operation: Operation
-    headers: dict[str, str]
+    edge: EdgeHeaders
+    """What the edge said of the request, but that it is the shadow's now."""
+    json_length: str
+    """The header `JSON_LENGTH`; empty where the request had none."""
     body: bytes
     moment: str
     """At which it was answered: features are read as of then, however long the copy waits."""
@@ -100,6 +103,7 @@ class Shadowing:
         ledger: says which version is the shadow.
         fetch_targets: asks Serve for the replicas' addresses of each application.
         token: this service's own.
+        proof: the installation's secret, without which the shadow's replicas believe no header.
         count: is told what became of each copy: `sent`, `refused`, `failed` or `dropped`.
     """
 
@@ -111,12 +115,14 @@ class Shadowing:
         ledger: Ledger,
         fetch_targets: Callable[[], Targets],
         token: Callable[[], str],
+        proof: str,
         count: Callable[[str], None],
     ) -> None:
         self._model, self._version = model, version
         self._ledger = ledger
         self._fetch_targets = fetch_targets
         self._token = token
+        self._proof = proof
         self._count = count
         self._states: States = {}
         self._seq = 0
@@ -132,16 +138,23 @@ class Shadowing:
         threading.Thread(target=self._follow_all, daemon=True, name="shadow").start()
 
     def follow(
-        self, answer: Response, operation: Operation, headers: Mapping[str, str], body: bytes
+        self,
+        answer: Response,
+        operation: Operation,
+        edge: EdgeHeaders,
+        body: bytes,
+        *,
+        json_length: str = "",
     ) -> Response:
         """The answer, with a copy of its request behind it if it is one of the share."""
         to = self._to
-        if to is None or headers.get("x-falaj-arm") == SHADOW:
+        if to is None or edge.arm == SHADOW:
             return answer
-        if is_sampled(headers.get("x-falaj-request-id", ""), to.shadow.share):
+        if is_sampled(edge.request_id, to.shadow.share):
             copy = Copy(
                 operation=operation,
-                headers={name: headers[name] for name in _PASSED_ON if name in headers},
+                edge=replace(edge, arm=SHADOW, variant=SHADOW, arrived=""),
+                json_length=json_length,
                 body=body,
                 moment=dt.datetime.now(dt.UTC).isoformat(),
             )
@@ -227,11 +240,9 @@ class Shadowing:
             return "dropped"
         address = to.addresses[next(self._turn) % len(to.addresses)]
         try:
-            headers = copy.headers | {
-                "authorization": f"Bearer {self._token()}",
-                "x-falaj-variant": SHADOW,
-                "x-falaj-arm": SHADOW,
-            }
+            headers = copy.edge.sent(self._proof) | {"authorization": f"Bearer {self._token()}"}
+            if copy.json_length:
+                headers[JSON_LENGTH] = copy.json_length
             path = f"/{to.shadow.app}{copy.path(self._model)}"
             status = connections.post(address, path, copy.content(), headers)
         except Exception as error:  # noqa: BLE001 (a copy is lost, whatever the reason; the next may arrive)

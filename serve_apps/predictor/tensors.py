@@ -45,6 +45,8 @@ class Datatype:
     """An item in raw data; none where items have their own lengths."""
     limits: tuple[int, int] | None = None
     """Least and greatest whole number."""
+    greatest: float | None = None
+    """Greatest finite number of a floating type, of either sign."""
 
 
 def _whole(name: str, item: str) -> Datatype:
@@ -55,7 +57,9 @@ def _whole(name: str, item: str) -> Datatype:
 
 
 def _floating(name: str, item: str) -> Datatype:
-    return Datatype(name=name, kind=Kind.number, types=frozenset({int, float}), item=item)
+    greatest = float(np.finfo(item).max)
+    types = frozenset({int, float})
+    return Datatype(name=name, kind=Kind.number, types=types, item=item, greatest=greatest)
 
 
 DATATYPES = {
@@ -215,15 +219,20 @@ def _from_json(name: str, datatype: Datatype, shape: list[int], data: Any) -> li
     if not found <= datatype.types:
         wrong = next(value for value in values if value is not None and type(value) not in datatype.types)
         raise InvalidRequest(f"Input '{name}' is {datatype.name}, which cannot hold {shown(wrong)}.")
-    if datatype.limits is not None and found:
+    if found:
         _check_limits(name, datatype, [value for value in values if value is not None])
     if int in found and float in datatype.types:
         return [None if value is None else float(value) for value in values]
     return values
 
 
-def _check_limits(name: str, datatype: Datatype, values: list[int]) -> None:
-    least, greatest = datatype.limits or (0, 0)
+def _check_limits(name: str, datatype: Datatype, values: list[Any]) -> None:
+    if datatype.greatest is not None:
+        least, greatest = -datatype.greatest, datatype.greatest
+    elif datatype.limits is not None:
+        least, greatest = datatype.limits
+    else:
+        return
     for value in (min(values), max(values)):
         if not least <= value <= greatest:
             raise InvalidRequest(

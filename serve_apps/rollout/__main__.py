@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
+from cluster.command_line import given_options, refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import ModelNotFound, RolloutError, did_you_mean
+from cluster.errors import ModelNotFound, RefusedError, RolloutError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     GuardrailBreached,
@@ -23,7 +24,7 @@ from cluster.ledger.events import (
     ShadowStopped,
 )
 from cluster.records import SHADOW, all_outcomes, match, read_log
-from cluster.registry import CHAMPION, ModelVersion, Registry
+from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
 from cluster.runtime import Truths
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor, act
@@ -33,6 +34,7 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import json_text, layout, local, resolve, write_json
 from serve_apps.edge.state import wait_until_applied
+from serve_apps.rollout.assignment import CHAMPION_VARIANT, mixes_arms, require_percent, require_variant
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.state import ModelState, Rollout, read_states
 
@@ -68,17 +70,38 @@ class RolloutConfig(PlatformConfig):
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 100:
-            raise ValueError(f"weight must be above 0 and at most 100 percent, got {self.weight}.")
-        if not 0 < self.share <= 100:
-            raise ValueError(f"share must be above 0 and at most 100 percent, got {self.share}.")
+        for name in ("weight", "share"):
+            require_percent(getattr(self, name), name=name)
+        require_variant(self.variant)
+        if self.variant in (CHAMPION_VARIANT, SHADOW):
+            raise ValueError(
+                f"variant '{self.variant}' is what records call another version. Choose another name."
+            )
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
+
+
+_OWN_OPTIONS = frozenset({"version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"})
+_GUARDRAIL = frozenset({"min_outcomes", "max_drop"})
+USED: dict[RolloutAction, frozenset[str]] = {
+    RolloutAction.start: frozenset({"version", "weight", "variant"}),
+    RolloutAction.weight: frozenset({"weight"}),
+    RolloutAction.show: frozenset(),
+    RolloutAction.promote: frozenset({"version", "reason"}) | _GUARDRAIL,
+    RolloutAction.rollback: frozenset({"reason"}),
+    RolloutAction.check: _GUARDRAIL,
+    RolloutAction.shadow: frozenset({"version", "share"}),
+    RolloutAction.stop_shadow: frozenset({"reason"}),
+}
+"""Options that mean something to an action."""
 
 
 @job("rollout", RolloutConfig)
 def main(config: RolloutConfig) -> None:
     """Run one command."""
+    refuse_unused(_OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
+    if config.action is RolloutAction.weight and "weight" not in given_options():
+        raise RolloutError("Say which weight: `weight=…`, in percent of units.")
     record, ledger = require_record(config), open_ledger(config)
     actor = act(config, record, ledger, entrypoint="serve_apps.rollout")
     states = read_states(ledger)
@@ -134,6 +157,7 @@ def running(config: RolloutConfig, state: ModelState) -> Rollout:
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
     """Deploy the version if need be, then send it its share of units; started twice, it goes on as it is."""
     if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
+        require_same(config, state.rollout)
         return asdict(state.rollout)
     if state.rollout is not None:
         raise RolloutError(
@@ -159,26 +183,99 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         weight=config.weight,
     )
     wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
-    return event.payload()
+    return event.payload() | remark(config.weight)
+
+
+def require_same(config: RolloutConfig, rollout: Rollout) -> None:
+    """A rollout that runs is not changed by starting it again.
+
+    Raises:
+        RolloutError: an option that was given differs from what runs.
+    """
+    runs = {"weight": rollout.weight, "variant": rollout.treatment_variant}
+    for name in sorted(given_options() & runs.keys()):
+        if (asked := getattr(config, name)) != runs[name]:
+            raise RolloutError(
+                f"Rollout {rollout.id} of '{config.name}' runs with {name} {runs[name]}, not {asked}. "
+                "`action=weight` changes its weight; roll it back to start another one."
+            )
 
 
 def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
-    """Give the treatment another share of units."""
+    """Give the treatment another share of units.
+
+    Raises:
+        RolloutError: units that were treated would become the control of the same rollout.
+    """
     permitted(config, ledger, actor, Action.rollout, rollout.treatment_version)
+    reached = max(rollout.reached, rollout.weight)
+    if mixes_arms(reached, config.weight):
+        raise RolloutError(
+            f"Rollout {rollout.id} of '{config.name}' has treated {reached:g} % of units. At {config.weight:g} % some "
+            "of them would become its control, and spoil the comparison. Roll it back, and start another one."
+        )
     event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
     wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
-    return event.payload()
+    return event.payload() | remark(config.weight)
+
+
+def remark(weight: float) -> dict[str, str]:
+    """What a weight does to the comparison, where it does something."""
+    if weight <= 50:
+        return {}
+    return {
+        "remark": "Above 50 % units of the control arm are treated: what is compared from now on says little, and the "
+        "weight cannot go back."
+    }
 
 
 def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
-    """Make the treatment champion, then end the rollout; in this order no unit goes back in between."""
-    version = permitted(config, ledger, actor, Action.rollout, rollout.treatment_version).version
+    """Make the treatment champion, then end the rollout; in this order no unit goes back in between.
+
+    The result says what outcomes speak for it, if any.
+
+    Raises:
+        RolloutError: the command means another version, or the outcomes breach the guardrail.
+    """
+    version = rollout.treatment_version
+    permitted(config, ledger, actor, Action.rollout, version)
+    if config.version != LATEST:
+        meant = Registry(ledger, layout(config.storage)).get(config.name, config.version).version
+        if meant != version:
+            raise RolloutError(
+                f"Rollout {rollout.id} of '{config.name}' tries version {version}, not version {meant}: only what was "
+                "tried can be promoted. Leave `version` out, or start a rollout of the other one."
+            )
+    judged = judgement(config, ledger, actor, rollout)
+    reason = f"rollout {rollout.id} promoted {config.reason}; {judged}"
     Registry(ledger, layout(config.storage)).move_alias(
-        config.name, CHAMPION, version, actor=actor.name, reason=f"rollout {rollout.id} promoted"
+        config.name, CHAMPION, version, actor=actor.name, reason=reason
     )
     event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
     wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
-    return event.payload()
+    return event.payload() | {"judged": judged}
+
+
+def judgement(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> str:
+    """What the outcomes say of a rollout that is about to be promoted.
+
+    Raises:
+        RolloutError: they breach the guardrail.
+    """
+    try:
+        finding = find(config, ledger, actor, rollout)
+    except RefusedError as error:
+        return f"without a look at outcomes: {error}"
+    counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
+    if finding.treatment is None or finding.control is None:
+        return f"without a verdict: {counts}, {config.min_outcomes} of each are needed"
+    figures = f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control, {counts}"
+    if finding.verdict is Verdict.breached:
+        raise RolloutError(
+            f"Rollout {rollout.id} of '{config.name}' is worse than its control: {figures}. Roll it back, or give the "
+            "`max_drop` that you accept."
+        )
+    return figures
 
 
 def roll_back(

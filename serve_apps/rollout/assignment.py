@@ -8,6 +8,7 @@ one arm to the other. Beyond 50 % the arms meet: control gets what is left, and 
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 import xxhash
@@ -15,6 +16,19 @@ import xxhash
 BUCKETS = 10_000
 CHAMPION_VARIANT = "champion"
 """What records call the champion, whatever it was deployed as."""
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def require_variant(name: str) -> None:
+    """A variant's name stands in the edge's map, in headers, records and names of files.
+
+    Raises:
+        ValueError
+    """
+    if not _VARIANT.fullmatch(name):
+        raise ValueError(
+            f"variant must be a letter or digit and then letters, digits, '.', '_' and '-', at most 64, got '{name}'."
+        )
 
 
 class Arm(enum.StrEnum):
@@ -36,6 +50,17 @@ class Bounds:
     control_from: int
 
 
+def require_percent(value: float, *, name: str) -> None:
+    """A share is at least one bucket, and a whole number of them.
+
+    Raises:
+        ValueError
+    """
+    buckets = value * BUCKETS / 100
+    if not 1 <= round(buckets) <= BUCKETS or abs(buckets - round(buckets)) > 1e-6:
+        raise ValueError(f"{name} must be 0.01 to 100 percent, in steps of 0.01, got {value}.")
+
+
 def bounds(weight: float) -> Bounds:
     """The bounds of a treatment weight in percent.
 
@@ -46,6 +71,16 @@ def bounds(weight: float) -> Bounds:
         raise ValueError(f"A weight is 0 to 100 percent, got {weight}.")
     treatment = round(weight * BUCKETS / 100)
     return Bounds(treatment, max(BUCKETS - treatment, treatment))
+
+
+def mixes_arms(reached: float, weight: float) -> bool:
+    """Whether at a weight some units are control that were treated at an earlier one, of the same salt.
+
+    Args:
+        reached: the greatest weight so far.
+        weight: the next one.
+    """
+    return bounds(reached).treatment_below > bounds(weight).control_from
 
 
 def bucket(salt: str, unit: bytes) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from cluster.ledger import Ledger
 from cluster.ledger.events import (
     AliasMoved,
+    DeploymentRemoved,
     LedgerEvent,
     ModelDeployed,
     RolloutPromoted,
@@ -33,6 +34,8 @@ class Rollout:
     weight: float
     """Percent of units."""
     started_at: str = ""
+    reached: float = 0.0
+    """The greatest weight so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,16 @@ class ModelState:
     rollout: Rollout | None = None
     shadow: Shadow | None = None
 
+    def part_of(self, version: int) -> str | None:
+        """What a version is needed for now, in words; none where it serves nobody."""
+        if version == self.champion_version:
+            return "the champion"
+        if self.rollout is not None and version == self.rollout.treatment_version:
+            return f"the treatment of rollout {self.rollout.id}"
+        if self.shadow is not None and version == self.shadow.version:
+            return "the shadow"
+        return None
+
 
 States = dict[str, ModelState]
 
@@ -70,6 +83,10 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
         case ModelDeployed(name=name, version=version, app=app):
             before = states.get(name, ModelState())
             return states | {name: replace(before, apps=before.apps | {version: app})}
+        case DeploymentRemoved(name=name, version=version):
+            before = states.get(name, ModelState())
+            apps = {number: app for number, app in before.apps.items() if number != version}
+            return states | {name: replace(before, apps=apps)}
         case AliasMoved(name=name, alias=alias, version=version) if alias == CHAMPION:
             return states | {name: replace(states.get(name, ModelState()), champion_version=version)}
         case RolloutStarted():
@@ -80,13 +97,16 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
                 treatment_variant=event.treatment_variant,
                 weight=event.weight,
                 started_at=time,
+                reached=event.weight,
             )
             return _with_rollout(states, event.model, rollout)
         case RolloutWeightChanged(model=model, rollout=rollout_id, weight=weight):
             current = states.get(model, ModelState()).rollout
             if current is None or current.id != rollout_id:
                 return states
-            return _with_rollout(states, model, replace(current, weight=weight))
+            return _with_rollout(
+                states, model, replace(current, weight=weight, reached=max(current.reached, weight))
+            )
         case RolloutPromoted(model=model) | RolloutRolledBack(model=model):
             return _with_rollout(states, model, None)
         case ShadowStarted(model=model, version=version, app=app, share=share):

@@ -96,7 +96,9 @@ def answer(clinic: Project) -> dict[str, Any]:
     """One prediction by key, one of its inputs brought along, and its outcome."""
     client = Client(clinic)
     body = {"entities": [{"patient_id": 1}], "as_of": AT, "features": {"patient__illness": [GIVEN]}}
-    status, content = client.call("/v1/models/care:predict", body, unit=NAME)
+    path = "/v1/models/care:predict"
+    assert client.call(path, body, unit=NAME)[0] == 403, "its purpose is not one of the view's"
+    status, content = client.call(path, body, unit=NAME, token=clinic.token(purpose="care"))
     assert status == 200, content
     outcome = {"prediction_id": content["prediction_id"], "outcome": 1}
     assert client.call("/v1/outcomes", {"model": "care", "outcomes": [outcome]})[0] == 200

@@ -32,6 +32,7 @@ from cluster.ledger.events.features import (
 from cluster.ledger.events.models import (
     AliasMoved,
     ArtifactRefused,
+    DeploymentRemoved,
     GuardrailBreached,
     ModelDeployed,
     ModelEvaluated,
@@ -85,6 +86,7 @@ __all__ = [
     "ViewMaterialized",
     "AliasMoved",
     "ArtifactRefused",
+    "DeploymentRemoved",
     "GuardrailBreached",
     "ModelDeployed",
     "ModelEvaluated",

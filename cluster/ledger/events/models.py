@@ -62,6 +62,16 @@ class ModelDeployed(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentRemoved(LedgerEvent):
+    """A version that served nobody has no application any more; deployed again, it has."""
+
+    name: str
+    version: int
+    app: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactRefused(LedgerEvent):
     name: str
     version: int

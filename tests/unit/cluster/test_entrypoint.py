@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from cluster.command_line import quote_texts
 from cluster.entrypoint import job
 from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
@@ -43,6 +46,22 @@ def nothing(config: PlatformConfig) -> None:
 def timed(config: PlatformConfig) -> None:
     """A job that says how long it took."""
     print("result")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig(PlatformConfig):
+    """Options that are text."""
+
+    text: str = ""
+    texts: list[str] = field(default_factory=list)
+    table: dict[str, str] = field(default_factory=dict)
+    maybe: str | None = None
+
+
+@job("platform", TextConfig)
+def says(config: TextConfig) -> None:
+    """Print them."""
+    print(json.dumps([config.text, config.texts, config.table, config.maybe]))
 
 
 @pytest.fixture
@@ -89,6 +108,8 @@ def test_a_failure_is_1_with_its_traceback(program: Path) -> None:
     [
         ("storage.rot=x", "rot"),
         ("nonsense=1", "nonsense"),
+        ("cluster.num_cpus=it's", "`cluster.num_cpus=it's` is no `key=value`"),
+        ("nonsense", "`nonsense` is no `key=value`"),
         ("cluster.num_cpus=many", "many"),
         ("cluster.num_cpus=0", "cluster.num_cpus must be at least 1, got 0"),
         ("tier=huge", "huge"),
@@ -101,6 +122,41 @@ def test_a_bad_override_is_2_and_names_it(override: str, said: str) -> None:
     assert result.stderr.startswith("refused: ")
     assert len(result.stderr.splitlines()) == 1
     assert said in result.stderr
+
+
+def test_a_value_of_a_text_option_means_itself() -> None:
+    """Whatever Hydra or YAML would take it for; `null` is none only where an option may be none."""
+    texts = ["nan", "null", "true", "1e5", "on", "0x10", "1_000", "it's", 'a "b"', "a, b"]
+    texts += ["[", "{a:1}", "a\\", "${x", "#", " a", "a=b"]
+    words = [f"+table.k{place}={text}" for place, text in enumerate(texts)]
+    result = run_main(says, *words, "+texts=[nan, null,1e5,a b]", "+text=null", "+maybe=null")
+    assert result.returncode == 0, result.stderr
+    text, listed, table, maybe = json.loads(result.stdout)
+    assert list(table.values()) == texts
+    assert (text, listed, maybe) == ("null", ["nan", "null", "1e5", "a b"], None)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "storage.root='nan'",
+        'storage.root="a b"',
+        "storage.root=${oc.env:HOME}",
+        "storage.root=",
+        "ledger.url=null",
+        "cluster.num_cpus=2",
+        "tier=smb_cpu",
+        "online=redis",
+        "cluster.unknown=it's",
+        "~storage.root",
+        "--cfg",
+        "hydra.verbose=true",
+    ],
+)
+def test_what_hydra_understands_is_left_to_it(word: str) -> None:
+    """Quotations, interpolations, null where an option may be none, and options that are no text."""
+    assert quote_texts([word], PlatformConfig) == [word]
+    assert quote_texts(["storage.root=a,b", "-m"], PlatformConfig) == ["storage.root=a,b", "-m"]
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
@@ -135,6 +191,8 @@ def test_a_refusal_inside_a_worker_is_one_line(where: str) -> None:
     """Without Ray's traceback, and with a refusal's exit code."""
     result = run_main(in_worker, f"storage.root={where}")
     assert (result.returncode, result.stderr) == (2, "refused: Source 'a' is empty.\n")
+
+
 def test_timed_job_says_how_long_it_took() -> None:
     """On standard error, because standard output is the result."""
     done = run_main(timed)

@@ -89,3 +89,13 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)
     assert found == {"a": [1.5, None, [None, 2]], "b": {"c": None}, "d": "nan"}
+
+
+def test_a_file_name_of_any_text_stays_in_its_folder() -> None:
+    """Two texts never share one, and ordinary names stay as they are."""
+    texts = ["challenger", "v2-b_1.x", "../zz", "..", ".", "a/b", "a%2Fb", "a\\b", "é", "a b", "\x00"]
+    names = [storage.file_name(text) for text in texts]
+    assert names[:2] == texts[:2]
+    assert len(set(names)) == len(texts)
+    for name in names:
+        assert Path("/folder", name).resolve().parent == Path("/folder")

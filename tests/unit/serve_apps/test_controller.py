@@ -118,6 +118,25 @@ def test_a_refused_configuration_holds_up_no_rollback(running: Running) -> None:
     wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
+    assert running.state is not None
+    assert "'backend m-v1'" in running.state.refused
+    running.serve.targets = {"m-v1": (TWO,)}
+    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+    assert running.state.refused == ""
+
+
+def test_a_restart_with_a_refused_configuration_serves_the_last_good_one(running: Running) -> None:
+    """Until there is one that HAProxy takes; what is refused is named all the time."""
+    running.serve.targets = {"m-v1": ("no address",)}
+    wait_until(lambda: running.state is not None and bool(running.state.refused))
+    for restart in (running.hand_over, running.stop):
+        restart()
+        running.state_file.unlink()
+        running.begin()
+        running.thread.start()
+        wait_until(lambda: running.state is not None and "'backend m-v1'" in running.state.refused)
+        assert running.split() == SPLIT
+        assert "m-v2" in running.ask("show backend")
     running.serve.targets = {"m-v1": (TWO,)}
     wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
 

@@ -113,6 +113,8 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
         forged(edge, real, iss="elsewhere"),
         forged(edge, real, aud="elsewhere"),
         forged(edge, real, aud=["elsewhere"]),
+        forged(edge, real, aud=["elsewhere", f'x","{AUDIENCE}', [AUDIENCE]]),
+        forged(edge, real, aud=["elsewhere"], act={"aud": AUDIENCE}),
         forged(edge, real, kid="unknown"),
         forged(edge, real, kid="../../keys/issuer.pub.pem"),
         forged(edge, real, kid=edge.keys[0].file),
@@ -126,7 +128,9 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
     ]
     assert [edge.call(token=token)[0] for token in tokens] == [401] * len(tokens)
     assert edge.call(token=forged(edge, real))[0] == 200
-    assert edge.call(token=forged(edge, real, aud=[AUDIENCE, "elsewhere"]))[0] == 200
+    for others in range(4):
+        audiences = [*["elsewhere"] * others, AUDIENCE, "nowhere"]
+        assert edge.call(token=forged(edge, real, aud=audiences))[0] == 200
 
 
 def remembered(edge: Edge) -> int:

@@ -11,8 +11,15 @@ from cluster.ledger import Ledger
 from cluster.registry import Lineage, ModelVersion
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
-from feature_jobs.store.catalog import Definitions, apply
-from serve_apps.predictor.log_keys import NO_COMMON_PURPOSE, log_keys, outcome_key, prediction_key, within
+from feature_jobs.store.catalog import Definitions, apply, service_spec
+from serve_apps.predictor.log_keys import (
+    NO_COMMON_PURPOSE,
+    log_keys,
+    outcome_key,
+    prediction_key,
+    with_read_features,
+    within,
+)
 
 PERSON = Entity("person", join_keys=["id"])
 
@@ -98,6 +105,28 @@ def test_only_what_every_view_allows_is_allowed(
     for key in log_keys(ledger, version, region="here"):
         assert key.purposes == allowed
         assert key.region == "there"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "needed"),
+    [
+        (Sensitivity.PUBLIC, Sensitivity.PUBLIC, ("public", ())),
+        (Sensitivity.INTERNAL, Sensitivity.PUBLIC, ("internal", ())),
+        (Sensitivity.PERSONAL, Sensitivity.PUBLIC, ("personal", ("credit", "fraud"))),
+        (Sensitivity.PERSONAL, Sensitivity.SENSITIVE, ("sensitive", ("fraud",))),
+    ],
+)
+def test_a_caller_needs_a_purpose_of_all_views_with_protected_columns(
+    tmp_path: Path, first: Sensitivity, second: Sensitivity, needed: tuple[str, tuple[str, ...]]
+) -> None:
+    """Public and internal columns serve every purpose."""
+    ledger, version = served(
+        tmp_path, view("a", first, purposes=("credit", "fraud")), view("b", second, purposes=("fraud",))
+    )
+    lineage = version.lineage
+    views = service_spec(ledger, lineage.service, lineage.service_version).views
+    used = with_read_features(version.resource(region="here"), views, region="here")
+    assert (used.column_class, used.purposes, used.kind, used.name) == (*needed, "model", "loan")
 
 
 @pytest.mark.parametrize(

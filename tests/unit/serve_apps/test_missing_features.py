@@ -13,7 +13,9 @@ import pytest
 from cluster.ledger import open_ledger
 from cluster.records import read_records
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.identity import mint_token
 from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.policy import Role
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from feature_jobs.store import (
@@ -25,6 +27,7 @@ from feature_jobs.store import (
     FileSource,
     Missing,
     OnDemandTransform,
+    Sensitivity,
 )
 from feature_jobs.store.catalog import Definitions, apply, view_spec
 from feature_jobs.store.online import microseconds, open_online
@@ -49,7 +52,13 @@ RENT = FeatureView(
     source=SOURCE,
     schema=[Field("mean", "float64")],
 )
-DEBT = FeatureView("debt", entities=[PERSON], source=SOURCE, schema=[Field("total", "float64")])
+DEBT = FeatureView(
+    "debt",
+    entities=[PERSON],
+    source=SOURCE,
+    schema=[Field("total", "float64", sensitivity=Sensitivity.PERSONAL)],
+    purposes=["test"],
+)
 
 
 def half(table: pa.Table) -> pa.Table:
@@ -191,3 +200,16 @@ def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
     assert (status, content.keys() & {"features_status", "features_defaults"}) == (200, set())
     [record] = records(replica, content["prediction_id"])
     assert record["defaulted"] == {}
+
+
+@pytest.mark.parametrize("purpose", ["ads", ""])
+def test_a_token_for_another_purpose_gets_no_score_made_from_features_read_by_key(
+    replica: Replica, purpose: str
+) -> None:
+    """As at `features:read`; whoever gives all inputs has nothing read, so no purpose is asked."""
+    token = mint_token(replica.places, subject="t", role=Role.service, purpose=purpose, ttl_s=900)
+    body = {"entities": [{"person_id": 1, "region": "south"}], "features": {"asked": 1.0}}
+    status, answer = replica.json(PREDICT, body, token=token)
+    assert (status, "purpose-not-listed" in answer["error"]) == (403, True)
+    assert replica.json("/v2/models/m/infer", {}, token=token)[0] == 400
+    assert replica.json("/v2/models/m", token=token)[0] == 200

@@ -25,6 +25,7 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
+from serve_apps.edge_headers import EdgeHeaders
 from serve_apps.predictor import parts as parts_module
 from serve_apps.predictor import shadow as shadow_module
 from serve_apps.predictor import shadow_replicas
@@ -39,6 +40,7 @@ from tests.replica import MODEL, Replica, application, running_replica, served, 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 APP = "m-v2"
 STARTED = ShadowStarted(model=MODEL, version=2, app=APP, share=100.0)
+PROOF = "proof"
 STOPPED = ShadowStopped(model=MODEL, version=2, reason="")
 
 
@@ -148,6 +150,7 @@ class Mirrored:
             ledger=ledger,
             fetch_targets=self.fetch_targets,
             token=self.token,
+            proof=PROOF,
             count=self.count,
         )
 
@@ -168,13 +171,11 @@ class Mirrored:
             raise trouble
 
     def ask(self, number: int = 0, **more: str) -> bool:
-        """Whether a copy was made; more are headers."""
-        headers = {"x-falaj-request-id": f"r{number}", "authorization": "Bearer clients", "cookie": "c"}
-        body = b'{"entities": [{"id": 1}]}'
-        return self.send(headers | {name.replace("_", "-"): value for name, value in more.items()}, body)
+        """Whether a copy was made; more is what the edge said."""
+        return self.send(EdgeHeaders(request_id=f"r{number}", **more), b'{"entities": [{"id": 1}]}')
 
-    def send(self, headers: dict[str, str], body: bytes) -> bool:
-        answer = self.shadowing.follow(Response(), Operation.predict, headers, body)
+    def send(self, edge: EdgeHeaders, body: bytes) -> bool:
+        answer = self.shadowing.follow(Response(), Operation.predict, edge, body)
         if answer.background is None:
             return False
         asyncio.run(answer.background())
@@ -197,7 +198,7 @@ def test_a_shadow_starts_changes_and_stops_with_the_ledger(
     ledger.append(STARTED, actor="t")
     wait_until(mirrored.ask)
     wait_until(lambda: len(heard.requests) == 1)
-    assert not mirrored.ask(x_falaj_arm="shadow")
+    assert not mirrored.ask(arm="shadow")
     itself = Mirrored(ledger, heard.address, version=2)
     wait_until(lambda: itself.shadowing._seq == ledger.head())
     assert not itself.ask()
@@ -211,9 +212,7 @@ def test_a_copy_carries_nothing_of_the_client_but_the_question(
 ) -> None:
     """It comes as the service itself, asks as of the moment of the answer, and is told to log as the shadow."""
     ledger.append(STARTED, actor="t")
-    wait_until(
-        lambda: mirrored.ask(7, x_falaj_unit_hash="u", x_falaj_arm="control", x_falaj_variant="champion")
-    )
+    wait_until(lambda: mirrored.ask(7, unit_hash="u", arm="control", variant="champion"))
     wait_until(lambda: len(heard.requests) == 1)
     [(path, headers, body)] = heard.requests
     assert path == "/m-v2/v1/models/m:predict"
@@ -223,8 +222,8 @@ def test_a_copy_carries_nothing_of_the_client_but_the_question(
         "x-falaj-unit-hash": "u",
         "x-falaj-arm": "shadow",
         "x-falaj-variant": "shadow",
+        "x-falaj-proof": PROOF,
     }
-    assert headers.keys().isdisjoint({"cookie"})
     assert json.loads(body).keys() == {"entities", "as_of"}
 
 
@@ -254,7 +253,7 @@ def test_a_shadow_that_is_down_or_refuses_is_counted(
     ledger.append(STARTED, actor="t")
     wait_until(mirrored.ask)
     wait_until(lambda: mirrored.counts["failed"] == 1)
-    assert mirrored.send({"x-falaj-request-id": "r"}, bytes(MAX_COPY_BYTES + 1))
+    assert mirrored.send(EdgeHeaders(request_id="r"), bytes(MAX_COPY_BYTES + 1))
     assert mirrored.counts["dropped"] == 1
 
 
@@ -372,7 +371,7 @@ def test_a_shadows_predictions_lie_beside_the_answers_and_are_in_no_figure(
         def ask() -> bool:
             nonlocal asked
             by_key = {"entities": [{"id": 1}], "features": {"age": 3}}
-            ids = [{"x-falaj-request-id": f"r{asked + n}", "x-falaj-arm": "outside"} for n in range(2)]
+            ids = [replica.as_edge(request_id=f"r{asked + n}", arm="outside") for n in range(2)]
             assert replica.json("/v1/models/m:predict", by_key, headers=ids[0])[0] == 200
             length = {"Inference-Header-Content-Length": str(len(head))}
             assert (

