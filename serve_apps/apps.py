@@ -10,6 +10,7 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
+from serve_apps.as_deployed import keep_settings
 from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
@@ -62,6 +63,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
             **replicas(config.replica),
         )
         _run(name, predictor.bind(to_plain(config), version.name, version.version))  # type: ignore[attr-defined]
+        keep_settings(config, name)
     return name
 
 

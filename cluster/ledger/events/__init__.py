@@ -58,6 +58,8 @@ from cluster.ledger.events.platform import (
     KeyRelabelled,
     KeyRevocation,
     KeysRotated,
+    ProcessRestarted,
+    ServingRestored,
     StrangersRefused,
 )
 
@@ -108,6 +110,8 @@ __all__ = [
     "KeyRelabelled",
     "KeyRevocation",
     "KeysRotated",
+    "ProcessRestarted",
+    "ServingRestored",
     "StrangersRefused",
 ]
 
