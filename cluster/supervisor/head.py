@@ -65,7 +65,7 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
         RestoreFailed: with what the command said.
         ConfigError: another issuer than the dev issuer is believed, and no file holds an intent of it.
     """
-    token = _intent(config, record)
+    token = supervisor_intent(config, record)
     words = shared_overrides(config, record) if record.overrides is None else record.overrides
     try:
         result = subprocess.run(
@@ -87,7 +87,7 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
         raise RestoreFailed((result.stdout + result.stderr)[-3000:])
 
 
-def _intent(config: PlatformConfig, record: ClusterRecord) -> Path:
+def supervisor_intent(config: PlatformConfig, record: ClusterRecord) -> Path:
     """A file with the supervisor's intent to restore, and to do nothing else."""
     if config.identity.supervisor_token_file is not None:
         return Path(resolve(config.identity.supervisor_token_file))
