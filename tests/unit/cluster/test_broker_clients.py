@@ -90,6 +90,29 @@ def test_roots_token_goes_to_the_clusters_user_and_root_alone(
                     client.names()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_socket_gets_no_token_of_roots(tmp_path: Path) -> None:
+    """A real one, put where the broker's was: the connection is made, and nothing is sent."""
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True); "
+        "print(s.accept()[0].recv(9999), flush=True)"
+    )
+    with tempfile.TemporaryDirectory(prefix="fk-") as folder:
+        os.chown(folder, 65534, 65534)
+        path = Path(folder) / "broker.sock"
+        with subprocess.Popen(
+            [python, "-c", code, str(path)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
+        ) as stranger:
+            assert stranger.stdout is not None
+            stranger.stdout.readline()
+            with pytest.raises(KeyStoreUnavailable, match=r"user 65534.*no token was sent"):
+                BrokerKeyStore(path, lambda: "admin/all").names()
+            assert stranger.stdout.readline() == "b''\n"
+
+
 def test_whether_it_lives_is_asked_without_a_token_and_denies_nobody(world: World) -> None:
     """As the supervisor and `cluster.status` ask."""
     assert not broker_answers(world.path)
