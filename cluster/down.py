@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from cluster import processes
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
+from cluster.node.changing import changing
+from cluster.node.launch import end_all, remove_folders
 from cluster.security.identity import current_actor
 from cluster.session import find_record, record_path
 from cluster.settings import PlatformConfig, StorageConfig
@@ -21,10 +21,12 @@ def main(config: PlatformConfig) -> None:
     if record is None:
         print("no cluster is up")
         return
-    ended = processes.end(record.cluster_id)
-    open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
-    Path(record_path(StorageConfig(root=record.storage_root))).unlink(missing_ok=True)
-    shutil.rmtree(record.temp_dir, ignore_errors=True)
+    storage = StorageConfig(root=record.storage_root)
+    with changing(storage):
+        ended = end_all(record)
+        open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
+        Path(record_path(storage)).unlink(missing_ok=True)
+        remove_folders(record)
     print(f"ended {ended} processes of cluster {record.cluster_id}; state stays at {record.storage_root}")
 
 

@@ -7,9 +7,11 @@ known by their parents or, when these are gone, by the files they hold open in t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+from collections.abc import Callable
 
 import psutil
 
@@ -29,9 +31,12 @@ def find(cluster_id: str) -> list[psutil.Process]:
     return [process for pid, process in found.items() if pid not in spared]
 
 
-def temp_dir(cluster_id: str) -> str:
-    """A cluster's own folder for sockets and Ray's sessions; Unix socket paths end at about 100 characters."""
-    return f"/tmp/falaj-{cluster_id}"  # noqa: S108 (made with mode 0700)
+def runtime_dir(cluster_id: str) -> str:
+    """A cluster's own folder for sockets, with Ray's folder below it; Unix socket paths end at about 100 characters.
+
+    It does not lie below XDG_RUNTIME_DIR, which ends when its user logs out; a cluster does not.
+    """
+    return f"/tmp/falaj-{cluster_id}"  # noqa: S108 (random, made with mode 0700, and checked)
 
 
 def _belongs(process: psutil.Process, cluster_id: str) -> bool:
@@ -39,19 +44,48 @@ def _belongs(process: psutil.Process, cluster_id: str) -> bool:
     if environment:
         # A driver in somebody's shell has files of the cluster open, too, but is not the cluster's.
         return bool(environment.get(ID_VARIABLE) == cluster_id)
-    folder = f"{temp_dir(cluster_id)}/"
+    folder = f"{runtime_dir(cluster_id)}/"
     return any(file.path.startswith(folder) for file in process.open_files())
 
 
-def end(cluster_id: str, *, grace_s: float = 8.0) -> int:
+def end(
+    cluster_id: str, *, grace_s: float = 8.0, only: Callable[[psutil.Process], bool] = lambda process: True
+) -> int:
     """End a cluster's processes, asking first; gives how many there were.
 
     Ray's GCS is asked last: a raylet that has lost it waits for it instead of ending.
+
+    Args:
+        cluster_id: whose.
+        grace_s: how long they are waited for before they are killed.
+        only: which of them.
     """
-    ended = _send(signal.SIGTERM, find(cluster_id), wait_s=grace_s, spare="gcs_server")
-    ended |= _send(signal.SIGTERM, find(cluster_id), wait_s=grace_s)
-    ended |= _send(signal.SIGKILL, find(cluster_id), wait_s=5.0)
+
+    def those() -> list[psutil.Process]:
+        return [process for process in find(cluster_id) if _holds(only, process)]
+
+    ended = _send(signal.SIGTERM, those(), wait_s=grace_s, spare="gcs_server")
+    ended |= _send(signal.SIGTERM, those(), wait_s=grace_s)
+    ended |= _send(signal.SIGKILL, those(), wait_s=5.0)
     return len(ended)
+
+
+def end_one(process: psutil.Process, *, grace_s: float) -> None:
+    """End a process, asking first; one that is stopped cannot answer, and is killed at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.status() != psutil.STATUS_STOPPED:
+            process.terminate()
+            if not psutil.wait_procs([process], timeout=grace_s)[1]:
+                return
+        process.kill()
+        psutil.wait_procs([process], timeout=5.0)
+
+
+def _holds(only: Callable[[psutil.Process], bool], process: psutil.Process) -> bool:
+    try:
+        return only(process)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(

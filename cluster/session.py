@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,6 +69,23 @@ class ClusterRecord:
     issuer: dict[str, Any] | None = None
     """Fields of `IssuerConfig`."""
     tier: str | None = None
+    runtime_dir: str | None = None
+    """The cluster's own folder for sockets (0700), which Ray is never given. Ray's `temp_dir` lies below it, so that no
+    other user can reach that either, although Ray opens it to all."""
+    owner_uid: int | None = None
+    """The user that the cluster's processes run as: whom its sockets must belong to."""
+
+    gcs_dir: str | None = None
+    """Where Ray's GCS keeps what it knows, so that it can be started again."""
+    starting: bool = False
+    """Whether `cluster.up` is still at it, or was killed while it was."""
+    overrides: list[str] | None = None
+    """The configuration that its processes have, as words of a command line."""
+
+    @property
+    def runtime_folder(self) -> str:
+        """Where its sockets lie."""
+        return self.runtime_dir or self.temp_dir
 
     def environment(self) -> dict[str, str]:
         """What a shell needs to reach the cluster."""
@@ -85,6 +102,16 @@ class ClusterRecord:
         }
 
 
+def metrics_urls(record: ClusterRecord) -> list[str]:
+    """Where Prometheus finds the metrics of the edge, of Ray and of our own processes."""
+    own = [
+        f"http://127.0.0.1:{record.ports[name]}/metrics"
+        for name in ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
+        if name in record.ports
+    ]
+    return [record.metrics_url, record.ray_metrics_url, *own]
+
+
 def record_path(storage: StorageConfig) -> str:
     """Where the record of a storage root's cluster lies; beside the project for a remote root."""
     root = layout(storage).root
@@ -97,11 +124,24 @@ def write_record(record: ClusterRecord, storage: StorageConfig) -> None:
 
 
 def find_record(storage: StorageConfig) -> ClusterRecord | None:
-    """The record, whether its cluster still runs or not."""
-    for path in (record_path(storage), os.environ.get(RECORD_VARIABLE)):
-        if path and Path(path).exists():
-            return ClusterRecord(**json.loads(Path(path).read_text()))
-    return None
+    """The record, whether its cluster still runs or not; another one's where the environment names it."""
+    named = os.environ.get(RECORD_VARIABLE)
+    return _read(record_path(storage)) or (_read(named) if named else None)
+
+
+def find_own_record(storage: StorageConfig) -> ClusterRecord | None:
+    """The record of a storage root's own cluster, whether it still runs or not."""
+    return _read(record_path(storage))
+
+
+def _read(path: str) -> ClusterRecord | None:
+    """A record; fields that only a newer release knows are passed over."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    known = {each.name for each in fields(ClusterRecord)}
+    return ClusterRecord(**{name: value for name, value in content.items() if name in known})
 
 
 def read_record(storage: StorageConfig) -> ClusterRecord | None:
@@ -115,6 +155,16 @@ def is_up(record: ClusterRecord) -> bool:
     address = urlsplit(f"//{record.ray_address}")
     port = address.port or 0
     return answers(port, address.hostname or "127.0.0.1") and cluster_on(port) in (record.cluster_id, None)
+
+
+def recorded(config: PlatformConfig) -> ClusterRecord:
+    """The record of the cluster, also while its head does not answer: the rest of it may.
+
+    Raises:
+        ClusterNotRunning: there is none.
+    """
+    record = find_record(config.storage)
+    return require_record(config) if record is None else record
 
 
 def require_record(config: PlatformConfig) -> ClusterRecord:
@@ -131,8 +181,9 @@ def require_record(config: PlatformConfig) -> ClusterRecord:
         )
     if not is_up(record):
         raise ClusterNotRunning(
-            f"The cluster recorded for {record.storage_root} does not answer at {record.ray_address}. "
-            "Run `python -m cluster.down`, then `python -m cluster.up`."
+            f"The cluster recorded for {record.storage_root} does not answer at {record.ray_address}. Its supervisor "
+            "starts what has died again, and `python -m cluster.status` shows how far it is. Where it does not, "
+            "`python -m cluster.down` ends what is left, and `python -m cluster.up` starts what is missing."
         )
     return record
 

@@ -202,6 +202,9 @@ class IdentityConfig:
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
     service_token_file: str | None = None
     """A file with the replicas' token, kept fresh by somebody; none lets the dev issuer mint it."""
+    supervisor_token_file: str | None = None
+    """A file with the supervisor's intent for `serve_apps.deploy`, kept fresh by somebody; none lets the dev issuer
+    mint it. With another issuer and without this file, a lost head comes back without its applications."""
 
     token_file: str | None = None
     """A file with an intent, or an access token to take one from; or `vault:<path>#<field>`, a secret in KV. None lets
@@ -227,6 +230,9 @@ class PortsConfig:
     edge: int = 8443
     edge_metrics: int = 8404
     ray_metrics: int = 8080
+    supervisor_metrics: int = 8405
+    broker_metrics: int = 8406
+    edge_controller_metrics: int = 8407
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,14 +1,18 @@
-"""`python -m cluster.status [--env | --json] [key=value …]`: what runs, and what a shell needs to reach it."""
+"""`python -m cluster.status [--env | --json] [key=value …]`: what runs, and what a shell needs to reach it.
+
+Exit code 1 says that a part does not run, or that a path is open to other users of this machine.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,12 @@ import psutil
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.session import ClusterRecord, require_record
+from cluster.node.own_server import open_own
+from cluster.node.parts import Part, Seen, State, look, missing
+from cluster.node.permissions import permission_problems
+from cluster.session import ClusterRecord, metrics_urls, recorded, require_record
 from cluster.settings import PlatformConfig
+from cluster.supervisor.head import restore_is_due
 
 FLAGS = ("--env", "--json")
 GUARDED_BY = {
@@ -25,23 +33,53 @@ GUARDED_BY = {
     "serve_http": "tokens, which replicas check; starts one where a version has none",
     "ray_metrics": "open to read",
     "edge_metrics": "open to read",
+    "supervisor_metrics": "open to read",
+    "broker_metrics": "open to read",
+    "edge_controller_metrics": "open to read",
 }
 LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
 
 
-def show(record: ClusterRecord, flag: str | None) -> None:
-    """Print the status in the form asked for."""
-    match flag:
-        case "--env":
-            print(
-                "\n".join(
-                    f"export {name}={shlex.quote(value)}" for name, value in record.environment().items()
-                )
-            )
-        case "--json":
-            print(json.dumps(asdict(record) | {"applications": applications(record)}, indent=1))
-        case _:
-            _show_text(record)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """How a cluster is."""
+
+    parts: list[Seen]
+    problems: list[str]
+    """What is open to others."""
+    restoring: bool
+    """Whether its applications are not all back yet."""
+
+    @property
+    def well(self) -> bool:
+        return not (missing(self.parts) or self.problems or self.restoring)
+
+
+def health(record: ClusterRecord) -> Health:
+    """Look at every part and every path."""
+    return Health(parts=look(record), problems=permission_problems(record), restoring=restore_is_due(record))
+
+
+def show(config: PlatformConfig, flag: str | None) -> None:
+    """Print the status in the form asked for, and exit 1 if something is wrong."""
+    if flag == "--env":
+        variables = require_record(config).environment()
+        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
+        return
+    record = recorded(config)
+    found = health(record)
+    if flag == "--json":
+        plain = {
+            "applications": applications(record),
+            "parts": {one.part.value: one.state.value for one in found.parts},
+            "permission_problems": found.problems,
+            "restoring": found.restoring,
+        }
+        print(json.dumps(asdict(record) | plain, indent=1))
+    else:
+        _show_text(record, found)
+    if not found.well:
+        sys.exit(1)
 
 
 def applications(record: ClusterRecord) -> dict[str, str]:
@@ -49,7 +87,8 @@ def applications(record: ClusterRecord) -> dict[str, str]:
     request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
     request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        owner = os.geteuid() if record.owner_uid is None else record.owner_uid
+        with open_own(request, owner=owner, timeout_s=5) as response:
             content: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, OSError):
         return {}
@@ -69,7 +108,29 @@ def listeners(record: ClusterRecord) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: int(item[0].rsplit(":", 1)[1])))
 
 
-def _show_text(record: ClusterRecord) -> None:
+def _show_health(found: Health) -> None:
+    print("parts")
+    for one in found.parts:
+        pid = f"pid {one.process.pid}" if one.process is not None else ""
+        mark = "" if one.state is State.running else "  <- not as it should be"
+        print(f"  {one.part:18} {one.state:16} {pid}{mark}".rstrip())
+    lacking = missing(found.parts)
+    if found.restoring:
+        print(
+            "  the head was lost; its applications are being restored (edge/supervisor.log says how it goes)"
+        )
+    if any(one.part is Part.supervisor for one in lacking):
+        print("  nobody starts what is missing: `python -m cluster.up` does, and the supervisor with it")
+    elif lacking:
+        print("  the supervisor starts it again; `python -m cluster.up` waits until all runs")
+    print("permissions    " + ("closed to other users" if not found.problems else "NOT as they should be:"))
+    for problem in found.problems:
+        print(f"  {problem}")
+    if found.problems:
+        print("  `python -m cluster.up` closes the cluster's own folders; close other paths with chmod")
+
+
+def _show_text(record: ClusterRecord, found: Health) -> None:
     print(f"cluster {record.cluster_id}, up since {record.started_at}")
     print(f"project        {record.project_root}")
     print(f"state          {record.storage_root}")
@@ -77,7 +138,7 @@ def _show_text(record: ClusterRecord) -> None:
     print(
         f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
     )
-    print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
+    print(f"metrics        {' '.join(metrics_urls(record))}")
     print(f"key broker     {record.key_socket}")
     print("Serve applications")
     for name, status in applications(record).items() or {"none": ""}.items():
@@ -89,13 +150,14 @@ def _show_text(record: ClusterRecord) -> None:
         where = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
         guard = GUARDED_BY.get(named.get(port, ""), "Ray's token")
         print(f"  {address:23} {named.get(port, names[0]):26} {where}, {guard}")
+    _show_health(found)
 
 
 def main() -> None:
     """Take our own flags off the line; the rest is configuration."""
     flag = next((argument for argument in sys.argv[1:] if argument in FLAGS), None)
     sys.argv = [argument for argument in sys.argv if argument not in FLAGS]
-    job("cluster", PlatformConfig)(lambda config: show(require_record(config), flag))()
+    job("cluster", PlatformConfig)(lambda config: show(config, flag))()
 
 
 if __name__ == "__main__":

@@ -120,6 +120,9 @@ class Layout:
     def outcomes(self, model: str) -> str:
         return f"{self.root}/outcomes/{model}"
 
+    def serving(self, app: str) -> str:
+        return f"{self.root}/serving/{app}.json"
+
     def skew(self, model: str) -> str:
         return f"{self.root}/skew/{model}"
 

@@ -1,47 +1,67 @@
-"""`python -m cluster.up`: start a Ray head, Serve and the edge on this machine, or nothing at all."""
+"""`python -m cluster.up`: start a Ray head, Serve, the edge and their supervisor on this machine, or nothing at all.
+
+Where a part of the project's cluster is missing, it starts that.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-import enum
 import importlib.metadata
 import os
 import secrets
 import shutil
-import subprocess
-import sys
+import signal
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, FalajError, PortInUse
+from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.node.changing import changing, is_watched_by
+from cluster.node.launch import (
+    StartFailed,
+    answers_http,
+    edge_log,
+    end_all,
+    environment,
+    key_log,
+    new_gcs_folder,
+    remove_folders,
+    shared_overrides,
+    start_process,
+    start_ray,
+    start_serve,
+    supervisor_log,
+    wait_until,
+)
+from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, look, missing, named
 from cluster.scheduling import wait_for_turn
 from cluster.security.disks import keeps_secrets
 from cluster.security.identity import current_actor, ensure_issuer, write_private
+from cluster.security.installation import hold_to
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.pki import fetch_certificates
+from cluster.security.private_folder import close_to_others, private_folder
 from cluster.security.scratch import memory_folder, sweep
 from cluster.security.tls import ensure_tls
 from cluster.session import (
-    LOOPBACK,
-    RECORD_VARIABLE,
     ClusterRecord,
+    find_own_record,
+    metrics_urls,
     read_record,
     record_path,
-    tls_environment,
     write_record,
 )
-from cluster.settings import PlatformConfig, SecretsKind
-from cluster.storage import ROOT_VARIABLE, layout, local, project_root, resolve
+from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
+from cluster.storage import layout, local, project_root, resolve
+from cluster.supervisor.daemons import keep_commands
+from cluster.supervisor.head import restore_is_due
+
+__all__ = ["environment", "shared_overrides"]
 
 REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
@@ -49,35 +69,113 @@ REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
 )
 """They let a Parquet file's metadata run code (CVE-2026-41486)."""
-START_DEADLINE_S = 60.0
-NUM_REPLICA_PORTS = 1000
-
-
-class StartFailed(FalajError):
-    """A part of the cluster did not start; what had started was ended."""
+REPAIR_DEADLINE_S = 600.0
+WAKE_EVERY_S = 15.0
+METRICS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
+METRICS_RANGE = range(8408, 8500)
 
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """Start the cluster."""
+    """Start the cluster, or what is missing of it."""
+    wait_for_turn()
+    with changing(config.storage):
+        record = running_record(config)
+        if record is None:
+            start(config)
+        else:
+            repair(config, record)
+
+
+def running_record(config: PlatformConfig) -> ClusterRecord | None:
+    """The record of a cluster of which something still runs; what a start that was killed has left is ended first.
+
+    After a reboot, or where all of a cluster was killed, nothing runs: its folders are removed, and it counts as ended.
+    """
+    record = find_own_record(config.storage)
+    if record is None:
+        return None
+    parts = look(record)
+    if not record.starting and any(one.state is not State.dead for one in parts):
+        return record
+    end_all(record)
+    remove_folders(record)
+    return None
+
+
+def repair(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Have the supervisor start what is missing, and wait for it; files that are missing or open are mended first.
+
+    Raises:
+        ClusterAlreadyUp: nothing is missing.
+        StartFailed: something did not come back.
+    """
+    hold_to(record, config)
+    prepare(config, record)
+    if not (lacking := missing(look(record))) and not restore_is_due(record):
+        raise ClusterAlreadyUp(
+            f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
+        )
+    started, woken_at = time.monotonic(), -WAKE_EVERY_S
+    print(f"repairing cluster {record.cluster_id}: {named(lacking) or 'its applications'}", flush=True)
+    while lacking or restore_is_due(record):
+        now = time.monotonic()
+        if now > started + REPAIR_DEADLINE_S:
+            raise StartFailed(
+                f"After {REPAIR_DEADLINE_S:.0f} s this did not run: {named(lacking) or 'all applications'}. See "
+                f"{supervisor_log(config)}; the supervisor goes on trying."
+            )
+        if now > woken_at + WAKE_EVERY_S:
+            wake_supervisor(config, record)
+            woken_at = now
+        time.sleep(0.5)
+        lacking = missing(look(record))
+    print(f"repaired after {time.monotonic() - started:.0f} s")
+
+
+def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Have a supervisor that tries at once; one that is stopped gives way to a new one."""
+    found = next(one for one in look(record) if one.part is Part.supervisor)
+    if found.process is not None and found.state is State.running:
+        # Before it has taken its lock it would not understand the signal, and end.
+        if is_watched_by(config.storage, found.process.pid):
+            found.process.send_signal(signal.SIGHUP)
+        return
+    if found.process is not None:
+        processes.end_one(found.process, grace_s=0)
+    start_process(config, record, SUPERVISOR, log=supervisor_log(config))
+
+
+def start(config: PlatformConfig) -> None:
+    """Start a cluster."""
+    avoid_taken_metrics_ports(config.cluster.ports)
     check(config)
     started = time.perf_counter()
     record = describe(config)
     prepare(config, record)
     warn_of_spilling(config, record)
-    wait_for_turn()
     try:
+        # Before anything runs: whoever comes after a start that was killed can end what it has left.
+        write_record(replace(record, starting=True), config.storage)
         start_ray(config, record)
-        write_record(record, config.storage)
-        broker = start_process(config, record, "cluster.security.keys", log=key_log(config))
+        broker = start_process(config, record, BROKER, log=key_log(config))
         print("starting the edge", flush=True)
-        edge = start_process(config, record, "serve_apps.edge", log=edge_log(config))
+        edge = start_process(config, record, EDGE, log=edge_log(config))
         start_serve(config, record)
+        keep_commands(record)
         wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
-        wait_until(edge, lambda: _answers(record.metrics_url), name="edge", log=edge_log(config))
+        wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
+        write_record(record, config.storage)
+        watching = start_process(config, record, SUPERVISOR, log=supervisor_log(config))
+        wait_until(
+            watching,
+            lambda: is_watched_by(config.storage, watching.pid),
+            name="supervisor",
+            log=supervisor_log(config),
+        )
     except BaseException:
-        processes.end(record.cluster_id)
-        shutil.rmtree(record.temp_dir, ignore_errors=True)
+        end_all(record)
+        remove_folders(record)
         Path(record_path(config.storage)).unlink(missing_ok=True)
         raise
     event = ClusterStarted(
@@ -93,7 +191,7 @@ def main(config: PlatformConfig) -> None:
     print(
         f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
     )
-    print(f"metrics        {record.metrics_url}  {record.ray_metrics_url}")
+    print(f"metrics        {' '.join(metrics_urls(record))}")
 
 
 def check(config: PlatformConfig) -> None:
@@ -121,6 +219,17 @@ def check(config: PlatformConfig) -> None:
             )
 
 
+def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
+    """Take the next free port for metrics of our own where the default one is taken: a second cluster on this machine
+    should not be refused for that. One that somebody has set is checked like every other."""
+    for name in METRICS:
+        port = getattr(PortsConfig(), name)
+        if getattr(ports, name) == port and not processes.port_is_free(port):
+            taken = {getattr(ports, other) for other in METRICS}
+            free = (one for one in METRICS_RANGE if one not in taken and processes.port_is_free(one))
+            setattr(ports, name, next(free, port))
+
+
 def _is_taken(name: str, port: int) -> bool:
     if name == "replicas":
         # Connections of a replica that has just ended hold its port for a minute; Ray takes another of the thousand.
@@ -132,8 +241,9 @@ def describe(config: PlatformConfig) -> ClusterRecord:
     """The record of the cluster that is about to start."""
     cluster_id = secrets.token_hex(6)
     ports = _ports(config)
+    runtime_dir = processes.runtime_dir(cluster_id)
     root = layout(config.storage).root
-    return ClusterRecord(
+    record = ClusterRecord(
         cluster_id=cluster_id,
         project_root=str(project_root()),
         storage_root=root,
@@ -144,8 +254,8 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         ray_metrics_url=f"http://127.0.0.1:{ports['ray_metrics']}/metrics",
         serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
         token_path=f"{layout(config.storage).keys}/ray_token",
-        temp_dir=processes.temp_dir(cluster_id),
-        key_socket=f"{processes.temp_dir(cluster_id)}/keys/broker.sock",
+        temp_dir=f"{runtime_dir}/ray",
+        key_socket=f"{runtime_dir}/keys/broker.sock",
         tls=config.cluster.tls,
         ports=ports,
         pids={},
@@ -154,17 +264,24 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         region=config.cluster.region,
         issuer=asdict(config.identity.issuer),
         tier=config.tier.value,
+        runtime_dir=runtime_dir,
+        owner_uid=os.geteuid(),
+        gcs_dir=new_gcs_folder(cluster_id),
     )
+    return replace(record, overrides=shared_overrides(config, record))
 
 
 def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     """Folders, keys and certificates, each made on first use."""
     places = layout(config.storage)
     keys = local(places.keys)
-    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    local(places.edge).mkdir(parents=True, exist_ok=True)
+    for folder in (local(places.root), keys, local(places.tls), local(places.edge)):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        close_to_others(folder)
     # Neither git nor the upload of `ray job submit --working-dir` may take keys and data along.
-    (local(places.root) / ".gitignore").write_text("*\n")
+    ignored = local(places.root) / ".gitignore"
+    if not ignored.exists():
+        ignored.write_text("*\n")
     ensure_signer(keys)
     if config.identity.issuer.url is None:
         ensure_issuer(places, tier=config.tier)
@@ -177,7 +294,9 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         write_private(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (local(places.root) / "runs", memory_folder(otherwise=local(places.root) / "runs")):
         sweep(scratch_folder)
-    Path(record.temp_dir).mkdir(mode=0o700)
+    if Path(record.runtime_folder).exists():
+        close_to_others(Path(record.runtime_folder))
+    private_folder(Path(record.runtime_folder))
 
 
 def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -189,177 +308,6 @@ def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
             "nor on an encrypted device. Set cluster.spill_folder=… to a folder on one.",
             flush=True,
         )
-
-
-def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
-    """The environment of every process of the cluster, and so of every job and replica."""
-    unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
-    inherited = {name: value for name, value in os.environ.items() if name not in unset}
-    first = config.cluster.ports.replicas
-    return inherited | {
-        processes.ID_VARIABLE: record.cluster_id,
-        ROOT_VARIABLE: record.project_root,
-        RECORD_VARIABLE: record_path(config.storage),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": record.token_path,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **LOOPBACK,
-        **tls_environment(record.storage_root, on=record.tls),
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.direct.middlewares",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + NUM_REPLICA_PORTS // 2),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + NUM_REPLICA_PORTS - 1),
-        # Ray starts its workers at niceness 15, and a replica is one: whatever else has something to do on its core,
-        # the dashboard say, gets 28 times its share. Requests are no background work.
-        "RAY_worker_niceness": "0",
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "NML_DISABLE_USAGE_LOGGING": "1",
-        **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),
-    }
-
-
-def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Start the head node's daemons.
-
-    Raises:
-        StartFailed: with what Ray said.
-    """
-    print("starting the Ray head", flush=True)
-    ports = record.ports
-    command = [
-        str(Path(sys.executable).parent / "ray"),
-        "start",
-        "--head",
-        "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
-        "--include-dashboard=true",
-        f"--port={ports['gcs']}",
-        f"--ray-client-server-port={ports['ray_client']}",
-        f"--dashboard-port={ports['dashboard']}",
-        f"--metrics-export-port={ports['ray_metrics']}",
-        "--dashboard-agent-listen-port=0",
-        "--min-worker-port=0",
-        "--max-worker-port=0",
-        f"--num-cpus={config.cluster.num_cpus}",
-        f"--num-gpus={config.cluster.num_gpus}",
-        f"--object-store-memory={config.cluster.object_store_mib * 2**20}",
-        f"--labels=ray.io/availability-region={config.cluster.region}",
-        f"--temp-dir={record.temp_dir}",
-    ]
-    if config.cluster.spill_folder is not None:
-        command.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
-    result = subprocess.run(
-        command,
-        env=environment(config, record),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=record.project_root,
-    )
-    if result.returncode:
-        raise StartFailed(f"Ray did not start:\n{(result.stdout + result.stderr)[-3000:]}")
-
-
-def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Start Serve's controller in throughput mode, and the applications that belong to no model."""
-    print("starting Serve, with features and outcomes", flush=True)
-    result = subprocess.run(
-        [sys.executable, "-m", "serve_apps.common", *shared_overrides(config, record)],
-        env=environment(config, record),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=record.project_root,
-    )
-    if result.returncode:
-        raise StartFailed(f"Serve did not start:\n{result.stderr[-3000:]}")
-    print(result.stdout + result.stderr, end="", flush=True)
-
-
-def start_process(
-    config: PlatformConfig, record: ClusterRecord, module: str, *, log: Path
-) -> subprocess.Popen[bytes]:
-    """Start one of our own long-running processes, with the configuration that it shares with the cluster."""
-    with log.open("ab") as sink:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *shared_overrides(config, record)],
-            env=environment(config, record),
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-            cwd=record.project_root,
-        )
-
-
-def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]:
-    """What the cluster's own processes are configured with like itself, as words of a command line. Everybody on the
-    machine can read them, so no section may hold a secret."""
-    return [
-        f"storage.root={record.storage_root}",
-        f"tier={config.tier.value}",
-        *(f"cluster.ports.{name}={port}" for name, port in record.ports.items()),
-        f"cluster.region={config.cluster.region}",
-        f"identity.environment={config.identity.environment}",
-        *_overrides("identity.issuer", config.identity.issuer),
-        *_overrides("secrets", config.secrets),
-        *_overrides("ledger", config.ledger),
-        *_overrides("online", config.online),
-        *_overrides("replica.durability", config.replica.durability),
-        *_overrides("identity.service_token_file", config.identity.service_token_file),
-    ]
-
-
-def _overrides(name: str, value: Any) -> list[str]:
-    """A section as words of a command line that set it, whatever is composed there; what is none is left out."""
-    if is_dataclass(value):
-        return [
-            word
-            for each in fields(value)
-            for word in _overrides(f"{name}.{each.name}", getattr(value, each.name))
-        ]
-    if value is None:
-        return []
-    text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
-    return [f"++{name}='{text}'"]
-
-
-def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:
-    """Wait until a process serves.
-
-    Raises:
-        StartFailed: with the end of its log.
-    """
-    deadline = time.monotonic() + START_DEADLINE_S
-    while process.poll() is None and time.monotonic() < deadline:
-        if ready():
-            return
-        time.sleep(0.1)
-    raise StartFailed(
-        f"The {name} did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
-    )
-
-
-def edge_log(config: PlatformConfig) -> Path:
-    """Where the edge's controller writes."""
-    return local(layout(config.storage).edge) / "controller.log"
-
-
-def key_log(config: PlatformConfig) -> Path:
-    """Where the key broker writes."""
-    return local(layout(config.storage).keys) / "broker.log"
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _ports(config: PlatformConfig) -> dict[str, int]:

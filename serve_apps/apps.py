@@ -13,6 +13,7 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
+from serve_apps.as_deployed import keep_settings
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.scaling import replicas
 
@@ -62,6 +63,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
         predictor = serve.deployment(Predictor, name="predictor", **OPTIONS, **replicas(config.replica))
         bound = predictor.bind(to_plain(config), version.name, version.version)  # type: ignore[attr-defined]
         run({name: bound})
+        keep_settings(config, name)
     return name
 
 

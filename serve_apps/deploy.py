@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ray.exceptions import RayError
 
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import RefusedError
+from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import ModelDeployed
+from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.security.acting import Actor, act
 from cluster.security.keys.access import key_store
@@ -22,13 +27,15 @@ from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from serve_apps.apps import ensure_model
+from cluster.supervisor.head import restored
+from serve_apps.apps import DeployFailed, app_name, ensure_model
+from serve_apps.as_deployed import as_deployed
 from serve_apps.common import ensure_common
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
 from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant
-from serve_apps.rollout.state import ModelState, read_states
+from serve_apps.rollout.state import ModelState, States, read_states
 
 
 class DeployAction(enum.Enum):
@@ -53,15 +60,17 @@ class DeployConfig(PlatformConfig):
     """What the version is called in answers and logs."""
     reason: str = "by command"
     """Why a version is removed."""
+    as_deployed: bool = False
+    """Restores each application with the settings (`replica`, `online`) that it was deployed with, instead of these."""
 
     def __post_init__(self) -> None:
         require_variant(self.variant)
 
 
 UNUSED = {
-    DeployAction.deploy: ("reason",),
+    DeployAction.deploy: ("reason", "as_deployed"),
     DeployAction.restore: ("name", "version", "variant", "reason"),
-    DeployAction.remove: ("variant",),
+    DeployAction.remove: ("variant", "as_deployed"),
 }
 """Options that mean nothing to an action."""
 
@@ -71,11 +80,13 @@ def main(config: DeployConfig) -> None:
     """Deploy, restore or remove."""
     refuse_unused(UNUSED[config.action], by=f"action={config.action.value}")
     ledger = open_ledger(config)
-    actor = act(config, attach(config), ledger, entrypoint="serve_apps.deploy")
+    record = attach(config)
+    actor = act(config, record, ledger, entrypoint="serve_apps.deploy")
     registry = Registry(ledger, layout(config.storage))
     match config.action:
         case DeployAction.restore:
             restore(config, ledger, registry, actor)
+            restored(record)
         case DeployAction.remove:
             require_number(config.version)
             version = registry.get(named(config), config.version)
@@ -146,24 +157,64 @@ def deploy(
     return app
 
 
-def restore(config: PlatformConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
+def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
     """Start the application of every model's champion, running treatment and shadow.
 
+    One that does not start keeps no other from it.
+
     Raises:
-        AccessDenied: the actor is not one who runs the cluster; nobody deploys anything new here.
+        AccessDenied: the actor may not run the cluster; nobody deploys anything new here.
+        DeployFailed: naming the applications that did not start.
     """
-    actor.check(Action.manage_cluster, Resource(kind="cluster", name="serving", region=config.cluster.region))
-    ensure_common(config)
-    for name, state in read_states(ledger).items():
+    started, region = time.perf_counter(), config.cluster.region
+    versions = serving(read_states(ledger), registry)
+    whole = Resource(kind="cluster", name="serving", region=region, serves=True)
+    actor.check(
+        Action.restart_serving,
+        whole,
+        *(replace(one.resource(region=region), serves=True) for one in versions),
+    )
+    back: list[str] = []
+    failed: list[str] = []
+    for version in versions:
+        app = app_name(version)
+        with _noted(app, failed):
+            ensure_model(
+                as_deployed(config, app) if config.as_deployed else config, version, actor=actor.name
+            )
+            wait_until_applied(config, ledger.head(), app=app)
+            back.append(app)
+            print(f"restored {app}")
+    with _noted("features or outcomes", failed):
+        ensure_common(config)
+    event = ServingRestored(applications=back, failed=failed, seconds=time.perf_counter() - started)
+    ledger.append(event, actor=actor.name)
+    if failed:
+        raise DeployFailed(f"{', '.join(failed)} did not start; the others serve. The lines above say why.")
+
+
+def serving(states: States, registry: Registry) -> list[ModelVersion]:
+    """The versions that answer requests, by the ledger: champions, running treatments and shadows."""
+    found = []
+    for name, state in states.items():
         wanted = (
             state.champion_version,
             state.rollout.treatment_version if state.rollout else None,
             state.shadow.version if state.shadow else None,
         )
-        for number in dict.fromkeys(version for version in wanted if version is not None):
-            app = ensure_model(config, registry.get(name, number), actor=actor.name)
-            wait_until_applied(config, ledger.head(), app=app)
-            print(f"restored {app}")
+        numbers = dict.fromkeys(version for version in wanted if version is not None)
+        found += [registry.get(name, number) for number in numbers]
+    return found
+
+
+@contextlib.contextmanager
+def _noted(app: str, failed: list[str]) -> Iterator[None]:
+    """Put an application that does not start aside, and say why."""
+    try:
+        yield
+    except (FalajError, RayError) as error:
+        print(f"{app} did not start: {error}", file=sys.stderr)
+        failed.append(app)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
             socket=record.key_socket,
             token=TokenSource(file=str(path)),
             entrypoint=entrypoint,
+            owner=record.owner_uid,
             root=places.root,
             issuer=config.identity.issuer,
         ),

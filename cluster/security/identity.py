@@ -32,6 +32,7 @@ from cluster.security.issuer import (
     PUBLIC_NAME,
     ensure_issuer,
     mint_token,
+    no_issuer,
     replace_private,
     rotate_issuer,
     write_private,
@@ -149,7 +150,7 @@ def local_keys(places: Layout) -> FileKeys:
     """
     path = local(places.keys) / JWKS_NAME
     if not path.exists():
-        raise ConfigError(f"No issuer at {path}. Run `python -m cluster.up` first.")
+        raise no_issuer(path)
     return FileKeys(path)
 
 
@@ -189,9 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     token = commands.add_parser("token", help="mint a short-lived token from the dev issuer")
     intent = commands.add_parser("intent", help="mint one that runs a single job: identity.token_file=FILE")
     intent.add_argument("--entrypoint", required=True, help="the job's module, feature_jobs.ingest for one")
+    roles = [role.value for role in Role if role is not Role.supervisor]  # no person's
     for command in (token, intent):
         command.add_argument("--sub", required=True, help="subject")
-        command.add_argument("--role", required=True, choices=[role.value for role in Role])
+        command.add_argument("--role", required=True, choices=roles)
         command.add_argument("--purpose", default="", help="what the data will be used for")
         command.add_argument("--tenant", default="default", help="whose data it is (default: default)")
         command.add_argument(

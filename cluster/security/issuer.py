@@ -163,17 +163,25 @@ def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
     replace_private(keys / PRIVATE_NAME, key.as_pem(private=True))
 
 
+def no_issuer(path: Path) -> ConfigError:
+    """The refusal where the dev issuer's file is missing."""
+    return ConfigError(
+        f"No issuer at {path}. Run `python -m cluster.up` first: it makes the dev issuer, unless identity.issuer.url "
+        "names another one, which then gives the tokens."
+    )
+
+
 def _private_key(keys: Path) -> ECKey:
     path = keys / PRIVATE_NAME
     if not path.exists():
-        raise ConfigError(f"No issuer at {path}. Run `python -m cluster.up` first.")
+        raise no_issuer(path)
     return ECKey.import_key(path.read_bytes())
 
 
 def _published(keys: Path) -> list[dict[str, Any]]:
     path = keys / JWKS_NAME
     if not path.exists():
-        raise ConfigError(f"No issuer at {path}. Run `python -m cluster.up` first.")
+        raise no_issuer(path)
     return list(json.loads(path.read_text())["keys"])
 
 

@@ -11,6 +11,7 @@ Denied is what no policy permits, and what any policy forbids. The edge's rules 
     auditor          reads the ledger
     service          predicts, writes outcomes, reads features online by key, pushes features
     admin            everything
+    supervisor       starts again what the ledger says serves (the cluster's own process)
     every role       reads metadata and public columns
 
 Boundaries hold for all of them: the principal's tenant is the resource's; its region is this process's or a permitted
@@ -58,6 +59,8 @@ class Role(enum.StrEnum):
     auditor = "auditor"
     service = "service"
     admin = "admin"
+    supervisor = "supervisor"
+    """The cluster's own process of that name; no person's."""
 
 
 class Action(enum.StrEnum):
@@ -79,6 +82,7 @@ class Action(enum.StrEnum):
     rollout = "rollout"
     rollback = "rollback"
     compact_log = "compact_log"
+    restart_serving = "restart_serving"
     wrap_key = "wrap_key"
     unwrap_key = "unwrap_key"
     create_key = "create_key"
@@ -127,6 +131,8 @@ class Resource:
     tenant: str = "default"
     registered_by: str = ""
     """Subject of who registered the model; releasing one in production needs it."""
+    serves: bool = False
+    """Whether the ledger says that it answers requests now."""
 
     @classmethod
     def of_key(cls, key: KeyAttributes) -> Resource:
@@ -307,6 +313,7 @@ def _entities(asker: _Asker, resource: Resource) -> list[dict[str, Any]]:
                 "region": resource.region,
                 "tenant": resource.tenant,
                 "registered_by": resource.registered_by,
+                "serves": resource.serves,
             },
             "parents": [],
         },

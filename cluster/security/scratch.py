@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.errors import ConfigError
 from cluster.security.disks import MEMORY, mount_of
+from cluster.security.private_folder import close_to_others, openness
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of one's own is made in it)
 MIN_FREE_BYTES = 2**30
@@ -46,8 +48,15 @@ def memory_folder(*, otherwise: Path) -> Path:
 
 @contextlib.contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A folder of this process's own below `parent`, gone at the end; what killed processes left is removed first."""
+    """A folder of this process's own below `parent`, gone at the end; what killed processes left is removed first.
+
+    Raises:
+        ConfigError: `parent` is another user's, who could read what is written there, or exchange it.
+    """
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    close_to_others(parent)
+    if (problem := openness(parent)) is not None:
+        raise ConfigError(f"{problem}: nothing is written there. Remove it, or have its owner do so.")
     with _changing(parent):
         _sweep(parent)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))

@@ -15,15 +15,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
+from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
+from cluster.node.metrics import serve_metrics
 from cluster.processes import ID_VARIABLE
 from cluster.scheduling import wait_for_turn
 from cluster.security.installation import hold_to
 from cluster.security.tls import EDGE_NAME
 from cluster.security.trust import Trust, access_rules
-from cluster.session import ClusterRecord, find_record, require_record
+from cluster.session import ClusterRecord, recorded
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.config import EdgeSettings
@@ -32,6 +34,7 @@ from serve_apps.edge.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy import HAProxy
 from serve_apps.edge.keys import written_keys
 from serve_apps.edge.limiting import Limit, Limits
+from serve_apps.edge.metrics import EdgeMetrics
 from serve_apps.edge.state import state_file
 from serve_apps.edge.succession import SIGNAL, sole_controller
 from serve_apps.edge.targets import serve_targets
@@ -101,12 +104,12 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         scope_claim=config.identity.issuer.scope_claim,
         map_file=str(edge / "routes.map"),
         error_folder=str(edge / "errors"),
-        admin_socket=f"{record.temp_dir}/edge.sock",
+        admin_socket=f"{record.runtime_folder}/edge.sock",
         limits=Limits(
             principal=config.limits.principal.limit(),
             tenant=config.limits.tenant.limit(),
             folder=str(edge),
-            socket=f"{record.temp_dir}/peers.sock",
+            socket=f"{record.runtime_folder}/peers.sock",
         ),
         max_body_bytes=config.max_body_bytes,
         threads=config.threads,
@@ -146,6 +149,8 @@ def main(config: EdgeConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     signal.signal(SIGNAL, hand_over)
     with sole_controller(edge / "controller.lock"):
+        registry = CollectorRegistry()
+        serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
         ledger = ledger_when_it_answers(config, haproxy, stopped, handed_over)
         trust = Trust.of(config.identity.issuer, layout(config.storage), keys_max_age_s=KEYS_MAX_AGE_S)
         controller = Controller(
@@ -155,18 +160,9 @@ def main(config: EdgeConfig) -> None:
             haproxy=haproxy,
             settings=files,
             state_file=state_file(config),
+            metrics=EdgeMetrics(registry),
         )
         controller.run(stopped, handed_over=handed_over)
-
-
-def recorded(config: EdgeConfig) -> ClusterRecord:
-    """The record of the cluster, also while its head does not answer: its replicas may.
-
-    Raises:
-        ClusterNotRunning: there is none.
-    """
-    record = find_record(config.storage)
-    return require_record(config) if record is None else record
 
 
 def as_part_of(record: ClusterRecord) -> None:

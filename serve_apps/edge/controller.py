@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
+from prometheus_client import CollectorRegistry
 
 from cluster.errors import FalajError
 from cluster.ledger import Ledger
@@ -32,6 +33,7 @@ from serve_apps.edge.haproxy import ConfigRefused, HAProxy
 from serve_apps.edge.keys import JwtKey
 from serve_apps.edge.last import Last
 from serve_apps.edge.limiting import Limited, OwnLimits
+from serve_apps.edge.metrics import EdgeMetrics
 from serve_apps.edge.routes import Backend, Routes, routes
 from serve_apps.edge.running_map import RunningMap
 from serve_apps.edge.state import EdgeState, write_state
@@ -83,11 +85,13 @@ class Controller:
         haproxy: HAProxy,
         settings: EdgeSettings,
         state_file: Path,
+        metrics: EdgeMetrics | None = None,
     ) -> None:
         self._ledger = ledger
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file
+        self._metrics = metrics or EdgeMetrics(CollectorRegistry())
         self._states: States = {}
         self._seq = 0
         self._ledger_read = False
@@ -134,9 +138,12 @@ class Controller:
 
     def _step_or_stay(self) -> bool:
         """A step; when it fails after a good one, a full disk say, what runs stays and the step is tried again."""
+        self._metrics.last_step.set_to_current_time()
         try:
-            self.step()
+            with self._metrics.step_seconds.time():
+                self.step()
         except (OSError, FalajError) as error:
+            self._metrics.failed_steps.inc()
             if self._loaded is None and self._haproxy.pid is None:
                 raise
             LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
@@ -160,6 +167,7 @@ class Controller:
             self._write_state()
         self._bring_backends(wanted)
         if self._loading is None and self._haproxy.revive():
+            self._metrics.revivals.inc()
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
         self._keep_last()
@@ -220,6 +228,7 @@ class Controller:
             return
         loaded, loading = self._loading
         self._loading = None
+        self._metrics.loads.labels("refused" if loading.exception() else "ok").inc()
         try:
             loading.result()
         except ConfigRefused as error:
@@ -281,6 +290,7 @@ class Controller:
             LOG.warning("the worker does not say how many strangers it has refused: %s", error)
 
     def _write_state(self) -> None:
+        self._metrics.applied_seq.set(self._seq)
         state = EdgeState(
             applied_seq=self._seq,
             backends=[backend.name for backend in self._loaded.backends] if self._loaded else [],

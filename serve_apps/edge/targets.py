@@ -8,12 +8,14 @@ that failed, whose share somebody else should answer at once. So the proxy is ta
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.node.own_server import open_own
 from cluster.session import ClusterRecord
 
 RUNNING = "RUNNING"
@@ -52,10 +54,12 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
         record: of the running cluster.
     """
 
+    owner = os.geteuid() if record.owner_uid is None else record.owner_uid
+
     def fetch() -> Targets:
         request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with open_own(request, owner=owner, timeout_s=5) as response:
             return read_targets(json.load(response))
 
     return fetch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import os
 import select
 import time
 from collections.abc import Callable, Collection, Mapping
+
+from cluster.node.own_server import require_own_peer
 
 INTERVAL_S, FIRST_S = 10.0, 1.0
 TIMEOUT_S = 5.0
@@ -66,6 +69,8 @@ class Connections:
                 connection.close()
             connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
         try:
+            if connection.sock is None:
+                _connect(connection)
             connection.request("POST", path, body, dict(headers))
             response = connection.getresponse()
             response.read()
@@ -74,6 +79,12 @@ class Connections:
             raise
         self._open[address] = connection
         return response.status
+
+
+def _connect(connection: http.client.HTTPConnection) -> None:
+    """Connect to a replica, which is a process of this one's user: a token goes along."""
+    connection.connect()
+    require_own_peer(connection.sock, owner=os.geteuid())
 
 
 def _is_closed(connection: http.client.HTTPConnection) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,8 +20,16 @@ import pytest
 
 from cluster import processes
 from cluster.ledger import open_ledger
-from cluster.ledger.events import ClusterStarted, ClusterStopped, LedgerEvent
-from cluster.session import is_up
+from cluster.ledger.events import (
+    ClusterStarted,
+    ClusterStopped,
+    LedgerEvent,
+    ProcessRestarted,
+    ServingRestored,
+)
+from cluster.ledger.store import Entry
+from cluster.node.parts import Part, look, missing
+from cluster.session import is_up, metrics_urls
 from cluster.settings import PlatformConfig, StorageConfig
 
 if TYPE_CHECKING:
@@ -52,10 +62,15 @@ def status_of(
         return error.code
 
 
-def events(project: Project, kind: type[LedgerEvent]) -> list[LedgerEvent]:
-    """A project's events of one type."""
+def entries(project: Project, kind: type[LedgerEvent]) -> list[Entry]:
+    """A project's entries of one type."""
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-    return [entry.event() for entry in ledger.entries(kind)]
+    return list(ledger.entries(kind))
+
+
+def events(project: Project, kind: type[LedgerEvent]) -> list[Any]:
+    """A project's events of one type."""
+    return [entry.event() for entry in entries(project, kind)]
 
 
 @contextmanager
@@ -263,27 +278,83 @@ def test_a_failed_start_leaves_nothing_and_shows_the_log(empty_project: Project)
     assert events(empty_project, ClusterStarted) == []
 
 
-def test_up_kill_down_up(falaj_cluster: Project, empty_project: Project) -> None:
-    """A cluster whose head was killed is refused by jobs, ended by down and started anew; another one lives on."""
+def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
+    falaj_cluster: Project, empty_project: Project
+) -> None:
+    """Status says what is dead, `up` brings it back in place, and another cluster lives on."""
     empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
     first = empty_project.record
-    [head] = [process for process in processes.find(first.cluster_id) if process.name() == "gcs_server"]
-    head.kill()
-    head.wait(10)
-    message = refusal(empty_project.run("feature_jobs.apply"))
-    assert "does not answer" in message
-    assert "cluster.down" in message
-    assert first.cluster_id in empty_project.run("cluster.down", check=True).stdout
-    assert processes.find(first.cluster_id) == []
-    assert not Path(first.temp_dir).exists()
-    empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
-    second = empty_project.record
+    there = {one.part: one.process for one in look(first)}
+    lost = (Part.supervisor, Part.raylet)
+    for part in lost:
+        process = there[part]
+        assert process is not None
+        process.kill()
+        process.wait(10)
+    status = empty_project.run("cluster.status")
+    assert status.returncode == 1
+    assert all(f"{part} " in status.stdout for part in lost)
+    assert status.stdout.count("not as it should be") >= 2
+    assert "cluster.up" in status.stdout
+    assert "repaired" in empty_project.up("cluster.num_cpus=2", "cluster.region=oman").stdout
+    assert missing(look(first)) == []
+    assert empty_project.record == first
     with attached_driver(empty_project) as driver:
-        empty_project.run("cluster.down", check=True)
+        assert first.cluster_id in empty_project.run("cluster.down", check=True).stdout
         assert driver.poll() is None
-    assert processes.find(second.cluster_id) == []
-    ids = [first.cluster_id, second.cluster_id]
-    assert [event.cluster_id for event in events(empty_project, ClusterStarted)] == ids
-    assert [event.cluster_id for event in events(empty_project, ClusterStopped)] == ids
+    assert processes.find(first.cluster_id) == []
+    assert not Path(first.runtime_folder).exists()
+    for kind in (ClusterStarted, ClusterStopped):
+        assert [event.cluster_id for event in events(empty_project, kind)] == [first.cluster_id]
+    restarts = events(empty_project, ProcessRestarted)
+    assert "Ray head" in [event.process for event in restarts]
+    [restored] = entries(empty_project, ServingRestored)
+    assert restored.actor == "system:supervisor"
     assert is_up(falaj_cluster.record)
     assert status_of(falaj_cluster.record.metrics_url) == 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_comes_to_nothing(falaj_cluster: Project) -> None:
+    """Not to sockets, keys, state or Ray's folder: no looking, no connecting, no putting something in their place."""
+    record = falaj_cluster.record
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    folders = [record.runtime_folder, record.temp_dir, str(record.gcs_dir), record.storage_root]
+    attempts = {
+        "os.listdir(path)": folders,
+        "os.rename(path, path + '-old')": [*folders, str(Path(record.key_socket).parent)],
+        "socket.socket(socket.AF_UNIX).connect(path)": [
+            record.key_socket,
+            f"{record.runtime_folder}/edge.sock",
+        ],
+    }
+    for attempt, paths in attempts.items():
+        for path in paths:
+            program = f"import os, socket; path = {path!r}; {attempt}"
+            tried = subprocess.run(
+                [python, "-c", program],
+                user=65534,
+                group=65534,
+                extra_groups=[],
+                capture_output=True,
+                text=True,
+                cwd="/",
+            )
+            assert "PermissionError" in tried.stderr, (attempt, path, tried.stderr)
+
+
+def test_our_own_processes_publish_their_metrics(falaj_cluster: Project) -> None:
+    """For Prometheus, on loopback."""
+    found = {}
+    for url in metrics_urls(falaj_cluster.record):
+        with urllib.request.urlopen(url, timeout=10) as response:
+            found[url] = response.read().decode()
+    whole = "".join(found.values())
+    for name in (
+        'falaj_part_up{part="key broker"} 1.0',
+        "falaj_broker_connections",
+        "falaj_edge_applied_seq",
+    ):
+        assert name in whole

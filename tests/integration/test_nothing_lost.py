@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ import psutil
 import pytest
 
 from cluster import processes
+from cluster.node.parts import Part, look, missing
 from cluster.security.tls import EDGE_NAME, ensure_tls
 from cluster.storage import Layout
 from tests import scoring_project as scoring
@@ -113,12 +115,29 @@ def test_a_killed_serve_controller_costs_no_request(project: Project) -> None:
 
 def test_a_reload_of_the_edge_costs_no_request(project: Project) -> None:
     """Three in a row: the workers before go on with what they have begun."""
-    master = f"{project.record.temp_dir}/master.sock"
+    master = f"{project.record.runtime_folder}/master.sock"
     with UnderLoad(project, per_s=PER_S) as load:
         for _ in range(3):
             assert said(master, "reload").startswith("Success=1")
             load.more(AFTERWARDS)
     check(load.outcome())
+
+
+def test_a_killed_gcs_broker_and_edge_controller_cost_no_request(project: Project) -> None:
+    """All three at once: their supervisor starts them again, and what serves needs none of them for a while."""
+    record = project.record
+    lost = {one.part: one.process for one in look(record) if one.part in (Part.gcs, Part.broker, Part.edge)}
+    with UnderLoad(project, per_s=PER_S) as load:
+        for process in lost.values():
+            assert process is not None
+            process.kill()
+        killed_at = time.monotonic()
+        load.until(lambda: missing(look(record)) == [])
+        print(f"all run again after {time.monotonic() - killed_at:.1f} s")
+        load.more(AFTERWARDS)
+    check(load.outcome())
+    now = {one.part: one.process for one in look(record) if one.part in lost}
+    assert all(now[part] != process for part, process in lost.items())
 
 
 def said(address: str, line: str) -> str:

@@ -145,7 +145,8 @@ def test_nothing_protected_lies_in_the_clear(clinic: Project, answer: dict[str, 
     """Not below the storage root, nor in Ray's folder and logs; the scanner does find it in the source."""
     source = list(scan([clinic.root / "patient.parquet"], [NAME, ILLNESS, BAD]))
     assert {one.canary for one in source} == {NAME, ILLNESS, BAD}, "the control"
-    places = [clinic.storage_root, Path(clinic.record.temp_dir)]
+    record = clinic.record
+    places = [clinic.storage_root, Path(record.runtime_folder), Path(str(record.gcs_dir))]
     assert list(scan(places, [NAME, ILLNESS, BAD, GIVEN])) == []
     assert any("features" in one.path for one in scan(places, [WARD])), "public columns need no key"
     assert list(clinic.storage_root.glob("models/care/1/*.txt")), "the model has learnt from them"

@@ -60,6 +60,8 @@ from cluster.ledger.events.platform import (
     KeyRelabelled,
     KeyRevocation,
     KeysRotated,
+    ProcessRestarted,
+    ServingRestored,
     StrangersRefused,
 )
 
@@ -112,6 +114,8 @@ __all__ = [
     "KeyRelabelled",
     "KeyRevocation",
     "KeysRotated",
+    "ProcessRestarted",
+    "ServingRestored",
     "StrangersRefused",
 ]
 

@@ -22,6 +22,29 @@ class ClusterStopped(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessRestarted(LedgerEvent):
+    """The supervisor started a part of the cluster again."""
+
+    cluster_id: str
+    process: str
+    """As `cluster.status` names it; `Ray head` is all of Ray."""
+    reason: str
+    """What was seen of it: `dead`, `stopped` or `does not answer`."""
+    attempt: int
+    """How often it was tried since the part last ran for a minute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingRestored(LedgerEvent):
+    """Applications that the ledger says serve were started again."""
+
+    applications: list[str]
+    failed: list[str]
+    """Those that did not start; the command's output says why."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KeysRotated(LedgerEvent):
     view: str
     keys: dict[str, int]

@@ -8,18 +8,22 @@ import threading
 import time
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import KeyRelabelled
+from cluster.node.metrics import serve_metrics
 from cluster.security.audit import Decisions, keep_flushed
 from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Denial, Operation
+from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo
 from cluster.security.policy import Action, Decision, Policy, Resource
 from cluster.security.trust import Trust
-from cluster.session import require_record
+from cluster.session import recorded
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
@@ -43,7 +47,7 @@ ACTIONS = {
 def main(config: PlatformConfig) -> None:
     """Serve the configured key store until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
-    record = require_record(config)
+    record = recorded(config)  # also while the head does not answer: replicas need their keys
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
     ledger = open_ledger(config)
@@ -67,7 +71,8 @@ def main(config: PlatformConfig) -> None:
         event = KeyRelabelled(name=new.name, was=old.plain(), becomes=new.plain())
         ledger.append(event, actor=principal.subject)
 
-    stopped = threading.Event()
+    stopped, registry = threading.Event(), CollectorRegistry()
+    serve_metrics(registry, port=record.ports.get("broker_metrics"))
     broker = Broker(
         open_store(config, stopped=stopped),
         Path(record.key_socket),
@@ -75,6 +80,7 @@ def main(config: PlatformConfig) -> None:
         decide=decide,
         audit=audit,
         relabelling=relabelling,
+        metrics=BrokerMetrics(registry),
     )
     keeper = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())

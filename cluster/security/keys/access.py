@@ -29,6 +29,8 @@ class KeyAccess:
     token: TokenSource
     entrypoint: str = ""
     """Of the job whose intent the token is; each of its processes checks that."""
+    owner: int | None = None
+    """The user that the broker runs as."""
     root: str = ""
     """Storage root of the dev issuer, where that is believed."""
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
@@ -40,11 +42,11 @@ def service_access(
     """The access of a replica: as the service that it is, whoever deployed it."""
     if config.identity.service_token_file is not None:
         given = TokenSource(file=resolve(config.identity.service_token_file))
-        return KeyAccess(socket=record.key_socket, token=given)
+        return KeyAccess(socket=record.key_socket, token=given, owner=record.owner_uid)
     token = TokenSource(
         root=record.storage_root, subject=f"service:{name}", role=Role.service, purpose=purpose
     )
-    return KeyAccess(socket=record.key_socket, token=token)
+    return KeyAccess(socket=record.key_socket, token=token, owner=record.owner_uid)
 
 
 @functools.lru_cache(maxsize=16)
@@ -57,7 +59,7 @@ def key_store(access: KeyAccess) -> KeyStore:
     if access.entrypoint and access.token.file is not None:
         intents = Trust.of(access.issuer, Layout(access.root)).intents
         read_intent(Path(access.token.file), intents, entrypoint=access.entrypoint)
-    return BrokerKeyStore(Path(access.socket), access.token.token)
+    return BrokerKeyStore(Path(access.socket), access.token.token, owner=access.owner)
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,10 +19,14 @@ from socket import AF_UNIX, SHUT_RD, SOCK_STREAM
 from socket import socket as Socket
 from typing import Generic
 
+from prometheus_client import CollectorRegistry
+
 from cluster.errors import ConfigError, InvalidRequest
 from cluster.security.keys.gate import C, Denial, Gate, Operation, Verdict
+from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo, KeyStore, KeyStoreUnavailable
-from cluster.security.keys.wire import check_socket_path, error_to_plain, peer_uid, receive, send
+from cluster.security.keys.wire import PING, check_socket_path, error_to_plain, peer_uid, receive, send
+from cluster.security.private_folder import private_folder
 
 MAX_CONNECTIONS = 256
 IDLE_S = 600.0
@@ -38,6 +42,7 @@ class Broker(Generic[C]):
         store: whose keys are served.
         socket: where to listen; at most 97 bytes.
         verify, decide, audit, relabelling: as `Gate`.
+        metrics: counts requests; by default into a registry that nobody reads.
         idle_s: seconds after which a silent connection is closed; clients come back by themselves.
         read_s: seconds that a message may take once it has begun.
 
@@ -54,12 +59,14 @@ class Broker(Generic[C]):
         decide: Callable[[C, Operation, KeyInfo], Verdict],
         audit: Callable[[Denial[C]], None],
         relabelling: Callable[[C, KeyInfo, KeyInfo], None] = lambda principal, old, new: None,
+        metrics: BrokerMetrics | None = None,
         idle_s: float = IDLE_S,
         read_s: float = READ_S,
     ) -> None:
         check_socket_path(str(socket))
         self._path = socket
         self._gate = Gate(store, verify=verify, decide=decide, audit=audit, relabelling=relabelling)
+        self._metrics = metrics or BrokerMetrics(CollectorRegistry())
         self._idle_s = idle_s
         self._read_s = read_s
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -98,12 +105,14 @@ class Broker(Generic[C]):
                 )
             )
         if answer is not None:
+            self._metrics.turned_away.inc()
             with connection, contextlib.suppress(OSError):
                 send(connection, answer, timeout_s=_LOOK_S)
             return
         thread = threading.Thread(target=self._serve, args=(connection,), name="key-broker", daemon=True)
         with self._lock:
             self._open[connection] = thread
+            self._metrics.connections.set(len(self._open))
         try:
             thread.start()
         except RuntimeError:  # no thread to be had
@@ -114,16 +123,22 @@ class Broker(Generic[C]):
         try:
             with contextlib.suppress(OSError):
                 while (request := receive(connection, idle_s=self._idle_s, read_s=self._read_s)) is not None:
-                    send(connection, self._gate.answer(request), timeout_s=self._read_s)
+                    send(connection, self._answer(request), timeout_s=self._read_s)
         except InvalidRequest as error:
             with contextlib.suppress(OSError):
                 send(connection, error_to_plain(error), timeout_s=_LOOK_S)
         finally:
             self._close(connection)
 
+    def _answer(self, request: dict[str, object]) -> dict[str, object]:
+        if request == PING:  # whoever may connect may know that it lives
+            return {"ok": True, "result": None}
+        return self._metrics.measured(request, self._gate.answer)
+
     def _close(self, connection: Socket) -> None:
         with self._lock:
             self._open.pop(connection, None)
+            self._metrics.connections.set(len(self._open))
             connection.close()
         self._slots.release()
 
@@ -146,7 +161,7 @@ def peer_allowed(uid: int, *, own: int) -> bool:
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[Socket]:
     """A listening socket; its file is removed at the end."""
-    _make_folder(path.parent)
+    private_folder(path.parent)
     lock = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -168,20 +183,6 @@ def _listening(path: Path) -> Iterator[Socket]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(lock)
-
-
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.lstat()
-    if (
-        not stat.S_ISDIR(status.st_mode)
-        or status.st_uid != os.geteuid()
-        or stat.S_IMODE(status.st_mode) & 0o077
-    ):
-        raise ConfigError(
-            f"The key broker's folder {folder} must be a folder of mode 0700 that belongs to user {os.geteuid()}. "
-            f"`chmod 700 {folder}`, or choose another."
-        )
 
 
 def _remove_stale(path: Path) -> None:

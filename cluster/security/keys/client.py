@@ -11,9 +11,10 @@ from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM
 from socket import socket as Socket
 
+from cluster.errors import InvalidRequest
 from cluster.security.keys.gate import Operation
 from cluster.security.keys.store import KeyInfo, KeyStoreUnavailable, check_name, check_secret
-from cluster.security.keys.wire import check_socket_path, error_from_plain, peer_uid, receive, send
+from cluster.security.keys.wire import PING, check_socket_path, error_from_plain, peer_uid, receive, send
 
 # Not sent a second time when the answer is lost: it may have been done.
 _ONCE = frozenset({Operation.rotate, Operation.revoke})
@@ -25,10 +26,14 @@ class BrokerKeyStore:
     Args:
         socket: the broker's socket.
         token: gives the caller's token; asked for every request, so it may return a renewed one.
+        owner: the user that the broker runs as, where that is known. Without it root's jobs ask root's broker alone.
         timeout_s: seconds to wait for an answer.
     """
 
-    def __init__(self, socket: Path, token: Callable[[], str], *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, socket: Path, token: Callable[[], str], *, owner: int | None = None, timeout_s: float = 10.0
+    ) -> None:
+        self._owner = owner
         self._path = check_socket_path(str(socket))
         self._token = token
         self._timeout_s = timeout_s
@@ -138,11 +143,13 @@ class BrokerKeyStore:
         try:
             connection.settimeout(self._timeout_s)
             connection.connect(self._path)
-            # A token is not handed to whoever listens there. Root's jobs may use another user's broker.
-            if os.geteuid() != 0 and peer_uid(connection) not in (os.geteuid(), 0):
+            # A token goes to nobody else. Root's jobs may use the broker of the user that the cluster runs as.
+            own = os.geteuid()
+            trusted = {own, 0} if own != 0 or self._owner is None else {self._owner, 0}
+            if (uid := peer_uid(connection)) not in trusted:
                 raise KeyStoreUnavailable(
-                    f"What listens at {self._path} belongs to user {peer_uid(connection)}, not to this one: not used. "
-                    "Check the runtime folder."
+                    f"What listens at {self._path} belongs to user {uid}, which this cluster does not run as: no token "
+                    "was sent. Ask whoever administers this machine; `python -m cluster.status` checks the folders."
                 )
         except BaseException:
             connection.close()
@@ -159,11 +166,25 @@ class BrokerKeyStore:
     def _unavailable(self, error: OSError) -> KeyStoreUnavailable:
         why = error.strerror or str(error) or type(error).__name__
         return KeyStoreUnavailable(
-            f"No key broker answers at {self._path} ({why}). Is the cluster up? `python -m cluster.status` tells, "
-            "`python -m cluster.up` starts it with its broker."
+            f"No key broker answers at {self._path} ({why}). If the cluster is up, its supervisor starts the broker "
+            "again within seconds: try once more. `python -m cluster.status` shows what is missing, and "
+            "`python -m cluster.up` starts that."
         )
 
     def _garbled(self) -> KeyStoreUnavailable:
         return KeyStoreUnavailable(
-            f"What answers at {self._path} is no key broker of this release. Restart the cluster."
+            f"What answers at {self._path} is no key broker of this release. Run `python -m cluster.down`, then "
+            "`python -m cluster.up`."
         )
+
+
+def broker_answers(path: Path, *, timeout_s: float = 2.0) -> bool:
+    """Whether a broker at a socket answers at all, whatever it says."""
+    try:
+        with Socket(AF_UNIX, SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(str(path))
+            send(connection, PING, timeout_s=timeout_s)
+            return receive(connection, idle_s=timeout_s, read_s=timeout_s) is not None
+    except (OSError, InvalidRequest):
+        return False

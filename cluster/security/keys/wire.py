@@ -31,6 +31,8 @@ from cluster.security.keys.store import (
 
 MAX_BYTES = 1024 * 1024
 MAX_SOCKET_PATH_BYTES = 97
+PING: dict[str, object] = {"op": "ping"}
+"""Asks whether the broker lives, without a token; it is no operation of a key store."""
 _HEADER_BYTES = 4
 _ERRORS: dict[str, type[FalajError]] = {
     kind.__name__: kind

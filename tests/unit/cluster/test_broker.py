@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import secrets
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest, Unauthenticated
-from cluster.security.keys import client as client_module
-from cluster.security.keys.broker import Broker, peer_allowed
-from cluster.security.keys.client import BrokerKeyStore
+from cluster.errors import AccessDenied, FalajError, InvalidRequest, Unauthenticated
 from cluster.security.keys.gate import Denial, Operation
-from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import (
     KeyEncryptionKeyWrong,
     KeyInfo,
@@ -36,121 +19,16 @@ from cluster.security.keys.store import (
     KeyStoreUnavailable,
 )
 from cluster.security.keys.wire import MAX_BYTES
-
-NAME = "features/income/personal"
-INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
-OPEN = KeyInfo(name="features/income/internal", column_class="internal")
-SECRET = b"a data key of thirty-two bytes.."
-
-
-@dataclass(frozen=True)
-class Person:
-    """A principal."""
-
-    subject: str
-    purpose: str
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """A policy's decision."""
-
-    allowed: bool
-    policies: tuple[str, ...]
-
-
-def verify(token: str) -> Person:
-    """Tokens here are `subject/purpose`."""
-    if token == "boom":
-        raise RuntimeError("the verifier broke over secret-token")
-    subject, slash, purpose = token.partition("/")
-    if not slash:
-        raise Unauthenticated("The token is not valid: no purpose.")
-    return Person(subject, purpose)
-
-
-def decide(principal: Person, operation: Operation, info: KeyInfo) -> Ruling:
-    """Admins may do all; others may use what has their purpose, and manage internal keys."""
-    if principal.subject == "broken":
-        raise RuntimeError("the policy broke")
-    if principal.subject == "strict":
-        raise AccessDenied("strict is never allowed.")
-    if principal.subject == "admin":
-        return Ruling(True, ("admins",))
-    if operation in (Operation.ensure, Operation.rotate, Operation.revoke):
-        return Ruling(info.column_class == "internal", ("managing",))
-    fits = not info.purposes or principal.purpose in info.purposes
-    return Ruling(fits, ("purpose",) if fits else ())
-
-
-@dataclass
-class World:
-    """A keyring with its broker, and what was denied."""
-
-    path: Path
-    ring: Keyring
-    denials: list[Denial[Person]] = field(default_factory=list)
-
-    def client(self, token: str = "admin/all") -> BrokerKeyStore:  # noqa: S107 (test data)
-        return BrokerKeyStore(self.path, lambda: token, timeout_s=5.0)
-
-    @contextmanager
-    def serving(self, store: Any = None, **options: Any) -> Iterator[threading.Event]:
-        audit = options.pop("audit", self.denials.append)
-        broker = Broker(store or self.ring, self.path, verify=verify, decide=decide, audit=audit, **options)
-        stopped = threading.Event()
-        thread = threading.Thread(target=broker.run, args=(stopped,))
-        thread.start()
-        try:
-            until(self.path.is_socket)
-            yield stopped
-        finally:
-            stopped.set()
-            thread.join(20)
-            assert not thread.is_alive()
-
-    def raw(self, data: bytes) -> bytes:
-        """What the broker sends for some bytes until it closes or falls silent."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(5.0)
-            connection.connect(str(self.path))
-            got = b""
-            try:
-                connection.sendall(data)
-                connection.shutdown(socket.SHUT_WR)
-                while part := connection.recv(65536):
-                    got += part
-            except OSError:
-                pass
-            return got
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Poll with a deadline."""
-    deadline, pause = time.monotonic() + 10, threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
-
-
-def answers(path: Path) -> bool:
-    """Whether somebody listens."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
-def framed(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "big") + body
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A keyring with two keys in a folder with a short path; the broker is not yet started."""
-    with tempfile.TemporaryDirectory(prefix="fk-") as folder:
-        ring = Keyring.create(Path(folder) / "keyring.json", secrets.token_bytes(32))
-        ring.ensure(INFO)
-        ring.ensure(OPEN)
-        yield World(Path(folder) / "k.sock", ring)
+from tests.broker_world import (
+    INFO,
+    NAME,
+    OPEN,
+    SECRET,
+    Failing,
+    Person,
+    World,
+    framed,
+)
 
 
 def test_a_permitted_principal_gets_the_secret_and_another_is_denied_on_record(world: World) -> None:
@@ -252,16 +130,6 @@ def test_a_denial_stands_when_it_cannot_be_recorded(world: World) -> None:
         assert world.client().info(NAME) == INFO
 
 
-class Failing:
-    """A fake store whose calls raise."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def info(self, name: str) -> KeyInfo:
-        raise self.error
-
-
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [
@@ -337,191 +205,3 @@ def test_a_slow_caller_is_cut_off_and_holds_nobody_up(world: World) -> None:
         slow.sendall(b"\0\0")
         assert world.client().info(NAME) == INFO
         assert slow.recv(1) == b""
-
-
-def test_a_client_survives_a_restart_of_its_broker(world: World) -> None:
-    """One connection lost in between is made again; the caller sees nothing."""
-    client = world.client()
-    with world.serving():
-        text = client.wrap(NAME, SECRET)
-    with pytest.raises(KeyStoreUnavailable, match=str(world.path)):
-        client.info(NAME)
-    with world.serving():
-        assert client.unwrap(NAME, text) == SECRET
-    with world.serving():
-        assert client.unwrap(NAME, text) == SECRET
-        assert client.rotate(NAME) == 2
-
-
-def test_a_token_is_not_shown_to_another_users_listener(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody else may have bound the path first; root's broker is everybody's."""
-    with world.serving():
-        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 4242)
-        monkeypatch.setattr(client_module.os, "geteuid", lambda: 1000)
-        heard = world.ring.names()
-        with pytest.raises(KeyStoreUnavailable, match="belongs to user 4242"):
-            world.client().names()
-        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 0)
-        assert world.client().names() == heard
-
-
-def test_without_a_broker_the_error_names_the_socket_and_the_remedy(world: World) -> None:
-    """Exit code 1: nothing is wrong with the request."""
-    with pytest.raises(KeyStoreUnavailable, match=rf"{world.path}.*cluster\.up"):
-        world.client().names()
-
-
-def test_stopping_answers_what_is_under_way(world: World) -> None:
-    """A request that the store is still working on gets its answer; the socket is gone afterwards."""
-    entered, release = threading.Event(), threading.Event()
-
-    class Slow(Failing):
-        def info(self, name: str) -> KeyInfo:
-            entered.set()
-            assert release.wait(10)
-            return INFO
-
-    got: list[KeyInfo] = []
-    idle = world.client()
-    with world.serving(Slow(RuntimeError())) as stopped:
-        caller = threading.Thread(target=lambda: got.append(world.client().info(NAME)))
-        caller.start()
-        assert entered.wait(10)
-        stopped.set()
-        until(lambda: not world.path.exists())
-        release.set()
-        caller.join()
-    assert got == [INFO]
-    idle.close()
-
-
-def test_the_socket_and_its_folder_are_private(world: World) -> None:
-    """0600 in 0700; a folder that others can enter is refused."""
-    with world.serving():
-        assert world.path.stat().st_mode & 0o777 == 0o600
-        assert world.path.parent.stat().st_mode & 0o777 == 0o700
-    world.path.parent.chmod(0o755)
-    with pytest.raises(ConfigError, match="mode 0700"):
-        run_once(world)
-
-
-def run_once(world: World) -> None:
-    """A broker that stops at once."""
-    stopped = threading.Event()
-    stopped.set()
-    Broker(world.ring, world.path, verify=verify, decide=decide, audit=world.denials.append).run(stopped)
-
-
-def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
-    """Neither one with a broker, nor one with a stranger, nor a file."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.bind(str(world.path))
-        stranger.listen()
-        with pytest.raises(ConfigError, match="listens at"):
-            run_once(world)
-    assert world.path.is_socket()
-    with world.serving():
-        until(lambda: answers(world.path))
-        with pytest.raises(ConfigError, match="listens at"):
-            run_once(world)
-        assert world.client().info(NAME) == INFO
-    world.path.write_text("mine")
-    with pytest.raises(ConfigError, match="is not a socket"):
-        run_once(world)
-    assert world.path.read_text() == "mine"
-
-
-def test_a_path_that_no_socket_can_have_is_refused(world: World) -> None:
-    """On both sides, with its length."""
-    long = world.path.with_name("x" * 98)
-    with pytest.raises(ConfigError, match="ends at 97"):
-        BrokerKeyStore(long, lambda: "token")
-    with pytest.raises(ConfigError, match="ends at 97"):
-        Broker(world.ring, long, verify=verify, decide=decide, audit=world.denials.append)
-
-
-def test_only_the_same_user_and_root_may_connect() -> None:
-    """By the kernel's word, whatever the socket's mode."""
-    assert [peer_allowed(uid, own=1000) for uid in (1000, 0, 1001, 65534)] == [True, True, False, False]
-    assert [peer_allowed(uid, own=0) for uid in (0, 1000)] == [True, False]
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_turned_away_though_the_socket_lets_it_in(world: World) -> None:
-    """The denial is on record with the user's number."""
-    code = (
-        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
-        "print(s.recv(9999)[4:].decode())"
-    )
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
-    with world.serving():
-        world.path.parent.chmod(0o711)
-        world.path.chmod(0o666)
-        done = subprocess.run(
-            [python, "-c", code, str(world.path)],
-            user=65534,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-            cwd="/",
-        )
-        world.path.parent.chmod(0o700)
-    assert json.loads(done.stdout)["error"] == "AccessDenied"
-    assert world.denials == [
-        Denial(principal=None, operation="connect", name="", reason="it comes from user 65534")
-    ]
-
-
-def test_a_forked_child_makes_its_own_connection(world: World) -> None:
-    """Answers of parent and child never cross."""
-    client = world.client()
-    with world.serving(), ExitStack() as stack:
-        texts = [client.wrap(NAME, bytes([number]) * 32) for number in range(20)]
-        context = multiprocessing.get_context("fork")
-        with context.Pool(2) as pool:
-            stack.callback(pool.terminate)
-            opened = pool.starmap(client_unwrap, [(world.path, text) for text in texts])
-        assert opened == [client.unwrap(NAME, text) for text in texts]
-
-
-def client_unwrap(path: Path, text: str) -> bytes:
-    """Unwrap in a child."""
-    return BrokerKeyStore(path, lambda: "admin/x").unwrap(NAME, text)
-
-
-def test_many_callers_are_served_at_once(world: World) -> None:
-    """Every one gets its own secrets back."""
-    wrong: list[object] = []
-
-    def work(number: int, client: BrokerKeyStore) -> None:
-        for turn in range(20):
-            secret = bytes([number, turn]) * 16
-            if client.unwrap(NAME, client.wrap(NAME, secret)) != secret:
-                wrong.append((number, turn))
-
-    with world.serving():
-        shared = world.client()
-        threads = [
-            threading.Thread(target=work, args=(number, shared if number % 2 else world.client()))
-            for number in range(12)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
-
-
-def test_the_broker_needs_no_ray() -> None:
-    """It starts before the cluster and outlives it."""
-    code = (
-        "import sys, cluster.security.keys.broker, cluster.security.keys.client, cluster.security.keys.keyring; "
-        "print([m for m in ('ray', 'hvac', 'hydra', 'torch') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cluster import up
 from cluster.errors import AccessDenied, ConfigError, Unauthenticated
+from cluster.node.launch import overrides as overrides_of
 from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
 from cluster.security.keys import configured
 from cluster.security.keys.__main__ import ACTIONS
@@ -169,12 +170,12 @@ def test_before_vault_the_broker_asks_the_policies(
 
 def test_the_brokers_process_is_told_the_same_choice(in_vault: PlatformConfig) -> None:
     """What `cluster.up` was given reaches the process that it starts, by paths and never a secret's value."""
-    words = up._overrides("secrets", in_vault.secrets)
+    words = overrides_of("secrets", in_vault.secrets)
     again = chosen(Path(in_vault.storage.root), *words)
     assert again.secrets == in_vault.secrets
     assert "secret-of-now" not in "".join(words)
     odd = chosen(Path(in_vault.storage.root), *words, "secrets.vault.role='it\\'s = {odd}'")
-    assert chosen(Path("/"), *up._overrides("secrets", odd.secrets)).secrets == odd.secrets
+    assert chosen(Path("/"), *overrides_of("secrets", odd.secrets)).secrets == odd.secrets
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import ConfigError
 from cluster.security import scratch as module
 from cluster.security.disks import MEMORY, Mount
 from cluster.security.scan import scan
@@ -119,3 +120,23 @@ def test_memory_is_used_where_it_is_ones_own_and_has_room(
     own.unlink()
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 2**60)
     assert memory_folder(otherwise=tmp_path / "disk") == tmp_path / "disk"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_another_users_folder_is_not_used(tmp_path: Path) -> None:
+    """Its name below /tmp can be guessed; whoever made it first could exchange a checkpoint."""
+    theirs = tmp_path / "falaj-runs-0"
+    theirs.mkdir(mode=0o777)
+    os.chown(theirs, 65534, 65534)
+    with pytest.raises(ConfigError, match="belongs to user 65534"), scratch(theirs):
+        pass
+    assert list(theirs.iterdir()) == []
+
+
+def test_a_folder_of_ones_own_is_closed_to_others(tmp_path: Path) -> None:
+    """One that an earlier release left open."""
+    own = tmp_path / "runs"
+    own.mkdir()
+    own.chmod(0o755)
+    with scratch(own):
+        assert own.stat().st_mode & 0o777 == 0o700

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,8 +79,21 @@ def test_a_dead_clusters_record_is_told_apart(shell: Path, head: int) -> None:
     session.write_record(written, StorageConfig())
     assert session.find_record(StorageConfig()) == written
     assert session.read_record(StorageConfig()) is None
-    with pytest.raises(ClusterNotRunning, match=r"does not answer.*cluster\.down.*cluster\.up"):
+    with pytest.raises(ClusterNotRunning, match=r"does not answer.*cluster\.status.*cluster\.up"):
         session.require_record(PlatformConfig())
+
+
+def test_a_record_of_another_release_can_be_read(shell: Path) -> None:
+    """What an older one did not write is not known; what a newer one writes besides is passed over."""
+    written = record(shell, 1)
+    session.write_record(written, StorageConfig())
+    path = Path(session.record_path(StorageConfig()))
+    content = json.loads(path.read_text())
+    for name in ("runtime_dir", "owner_uid", "gcs_dir", "overrides", "starting"):
+        del content[name]
+    path.write_text(json.dumps(content | {"of_a_newer_release": 1}))
+    assert session.find_record(StorageConfig()) == written
+    assert written.runtime_folder == written.temp_dir
 
 
 def test_a_folder_below_the_project_finds_it(shell: Path, head: int, monkeypatch: pytest.MonkeyPatch) -> None:

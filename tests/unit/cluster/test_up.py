@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.node.launch import remove_folders
+from cluster.node.parts import BROKER, Part, Seen, State
+from cluster.security.private_folder import private_folder
 from cluster.session import write_record
 from cluster.settings import (
     ClusterConfig,
@@ -62,6 +66,31 @@ def listener() -> Iterator[Callable[..., None]]:
         yield start
 
 
+@pytest.fixture
+def part(tmp_path: Path) -> Iterator[Callable[[str], psutil.Process]]:
+    """Starts a process that looks like a cluster's key broker."""
+    package = tmp_path / "cluster" / "security" / "keys"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").write_text("")
+    (package / "__main__.py").write_text("import sys; print(flush=True); sys.stdin.read()")
+    pipe = subprocess.PIPE
+    with ExitStack() as stack:
+
+        def start(cluster_id: str) -> psutil.Process:
+            environment = os.environ | {processes.ID_VARIABLE: cluster_id}
+            command = [sys.executable, "-m", BROKER]
+            process = stack.enter_context(
+                subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            return psutil.Process(process.pid)
+
+        yield start
+
+
 def test_a_fit_machine_passes(config: PlatformConfig) -> None:
     """The checks have no objection of their own."""
     up.check(config)
@@ -92,6 +121,19 @@ def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: Platfor
         socket.create_server(("127.0.0.1", port)),
         pytest.raises(PortInUse, match=rf"{port}.*pid \d+.*cluster\.ports\.{name}="),
     ):
+        up.check(config)
+
+
+def test_a_default_port_for_metrics_that_is_taken_is_no_hindrance(config: PlatformConfig) -> None:
+    """A second cluster on the machine, whose owner has set the eight ports that there used to be."""
+    ports = config.cluster.ports
+    chosen, ports.broker_metrics = ports.supervisor_metrics, PortsConfig().broker_metrics
+    with ExitStack() as stack:
+        if processes.port_is_free(ports.broker_metrics):
+            stack.enter_context(socket.create_server(("127.0.0.1", ports.broker_metrics)))
+        up.avoid_taken_metrics_ports(ports)
+        assert ports.broker_metrics in up.METRICS_RANGE
+        assert ports.supervisor_metrics == chosen
         up.check(config)
 
 
@@ -145,9 +187,75 @@ def test_another_clusters_head_on_the_recorded_port_is_no_proof_of_ours(
 
 
 def test_a_record_left_by_a_dead_cluster_is_in_nobodys_way(config: PlatformConfig) -> None:
-    """After a crash or a reboot `up` works again."""
-    write_record(up.describe(config), config.storage)
+    """After a crash or a reboot `up` works again, whether the folder for sockets is still there or not."""
+    record = up.describe(config)
+    write_record(record, config.storage)
+    assert up.running_record(config) is None
+    private_folder(Path(record.runtime_folder))
+    assert up.running_record(config) is None
+    assert not Path(record.runtime_folder).exists()
     up.check(config)
+
+
+def test_a_cluster_of_which_something_runs_is_repaired_and_not_started_again(
+    config: PlatformConfig, part: Callable[[str], None]
+) -> None:
+    """Whatever it is: a second head would take its place."""
+    record = up.describe(config)
+    write_record(record, config.storage)
+    part(record.cluster_id)
+    assert up.running_record(config) == record
+
+
+def test_what_a_killed_start_left_is_ended(
+    config: PlatformConfig, part: Callable[[str], psutil.Process]
+) -> None:
+    """Its record says that the start was not over."""
+    record = replace(up.describe(config), starting=True)
+    write_record(record, config.storage)
+    left = part(record.cluster_id)
+    assert up.running_record(config) is None
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_where_nothing_is_missing_up_is_refused(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal says how to end it."""
+    monkeypatch.setattr(up, "look", lambda record: [Seen(part=each, state=State.running) for each in Part])
+    record = up.describe(config)
+    try:
+        with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
+            up.repair(config, record)
+    finally:
+        remove_folders(record)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_another_user_made_first_is_not_used(config: PlatformConfig) -> None:
+    """Nor one in which he has put a socket for a moment: nothing is started."""
+    record = up.describe(config)
+    os.mkdir(record.runtime_folder, 0o700)
+    os.chown(record.runtime_folder, 65534, 65534)
+    try:
+        with pytest.raises(ConfigError, match="belongs to user 65534"):
+            up.prepare(config, record)
+    finally:
+        remove_folders(record)
+
+
+def test_the_state_of_an_earlier_release_is_closed_to_others(config: PlatformConfig) -> None:
+    """State folder, keys and the edge's maps; they used to be open to read."""
+    folders = [Path(config.storage.root) / name for name in ("", "keys", "edge")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+    record = up.describe(config)
+    try:
+        up.prepare(config, record)
+        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
+    finally:
+        remove_folders(record)
 
 
 def test_the_production_tier_starts_with_no_issuer_but_its_own(config: PlatformConfig) -> None:
@@ -160,7 +268,7 @@ def test_the_production_tier_starts_with_no_issuer_but_its_own(config: PlatformC
     try:
         up.prepare(config, record)
     finally:
-        shutil.rmtree(record.temp_dir, ignore_errors=True)
+        remove_folders(record)
     assert not (Path(config.storage.root) / "keys" / "issuer.pem").exists()
 
 
@@ -179,6 +287,7 @@ def test_the_environment_of_a_cluster_is_its_own(
     assert environment["RAY_AUTH_TOKEN_PATH"] == record.token_path
     assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
     assert environment["DS_ACCELERATOR"] == "cpu"
+    assert environment["RAY_gcs_storage_path"] == record.gcs_dir
 
 
 def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) -> None:
@@ -200,6 +309,7 @@ def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfi
         there = load(compose("cluster", overrides=words), PlatformConfig)
     assert there.ledger == config.ledger
     assert (there.storage, there.identity, there.secrets) == (config.storage, config.identity, config.secrets)
+    assert (there.cluster, there.replica, there.online) == (config.cluster, config.replica, config.online)
 
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])

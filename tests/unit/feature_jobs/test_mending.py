@@ -205,7 +205,7 @@ def test_row_that_is_bad_now_goes_to_quarantine_and_a_good_one_comes_out(project
     path = f"{project.root}/quarantine/a.parquet"
     kept = protected_files(project.access).read(path)
     assert kept["ingest_seq"].to_pylist() == [2]
-    assert list(event.reasons) == ["event_timestamp lies in the future; created_timestamp lies in the future"]
+    assert list(event.reasons) == ["event_timestamp lies in the future"]
 
 
 def test_removed_row_does_not_come_back(project: FeatureProject) -> None:

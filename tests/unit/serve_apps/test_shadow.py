@@ -259,7 +259,7 @@ def test_a_shadow_that_is_down_or_refuses_is_counted(
 
 def test_a_connection_that_the_shadow_has_closed_costs_no_copy(heard: Heard) -> None:
     """Serve closes one after 90 s without a request, so a model that is seldom asked would have no copies at all."""
-    heard.idle_s = 0.01
+    heard.idle_s = 0.05
     with contextlib.closing(Connections()) as connections:
         for number in range(1, 4):
             assert connections.post(heard.address, "/", b"", {}) == 200

@@ -1,0 +1,307 @@
+"""The key broker's socket: who may connect to whom, what a restart costs, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cluster.errors import ConfigError, Unauthenticated
+from cluster.security.keys import client as client_module
+from cluster.security.keys.broker import Broker, peer_allowed
+from cluster.security.keys.client import BrokerKeyStore, broker_answers
+from cluster.security.keys.gate import Denial
+from cluster.security.keys.metrics import BrokerMetrics
+from cluster.security.keys.store import (
+    KeyInfo,
+    KeyNotFound,
+    KeyStoreUnavailable,
+)
+from tests.broker_world import (
+    INFO,
+    NAME,
+    SECRET,
+    Failing,
+    World,
+    answers,
+    decide,
+    framed,
+    until,
+    verify,
+)
+
+
+def test_a_client_survives_a_restart_of_its_broker(world: World) -> None:
+    """One connection lost in between is made again; the caller sees nothing."""
+    client = world.client()
+    with world.serving():
+        text = client.wrap(NAME, SECRET)
+    with pytest.raises(KeyStoreUnavailable, match=str(world.path)):
+        client.info(NAME)
+    with world.serving():
+        assert client.unwrap(NAME, text) == SECRET
+    with world.serving():
+        assert client.unwrap(NAME, text) == SECRET
+        assert client.rotate(NAME) == 2
+
+
+def test_a_token_is_not_shown_to_another_users_listener(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have bound the path first; root's broker is everybody's."""
+    with world.serving():
+        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 4242)
+        monkeypatch.setattr(client_module.os, "geteuid", lambda: 1000)
+        heard = world.ring.names()
+        with pytest.raises(KeyStoreUnavailable, match="belongs to user 4242"):
+            world.client().names()
+        monkeypatch.setattr(client_module, "peer_uid", lambda connection: 0)
+        assert world.client().names() == heard
+
+
+def test_roots_token_goes_to_the_clusters_user_and_root_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may use another user's cluster, by the record of it, and nobody else's listener."""
+    monkeypatch.setattr(client_module.os, "geteuid", lambda: 0)
+    with world.serving():
+        for peer, owner, believed in (
+            (1000, 1000, True),
+            (4242, 1000, False),
+            (4242, None, False),
+            (0, 1000, True),
+        ):
+            monkeypatch.setattr(client_module, "peer_uid", lambda connection, peer=peer: peer)
+            client = BrokerKeyStore(world.path, lambda: "admin/all", owner=owner)
+            if believed:
+                assert client.names() == world.ring.names()
+            else:
+                with pytest.raises(KeyStoreUnavailable, match=r"user 4242.*no token was sent"):
+                    client.names()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_socket_gets_no_token_of_roots(tmp_path: Path) -> None:
+    """A real one, put where the broker's was: the connection is made, and nothing is sent."""
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True); "
+        "print(s.accept()[0].recv(9999), flush=True)"
+    )
+    with tempfile.TemporaryDirectory(prefix="fk-") as folder:
+        os.chown(folder, 65534, 65534)
+        path = Path(folder) / "broker.sock"
+        with subprocess.Popen(
+            [python, "-c", code, str(path)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
+        ) as stranger:
+            assert stranger.stdout is not None
+            stranger.stdout.readline()
+            with pytest.raises(KeyStoreUnavailable, match=r"user 65534.*no token was sent"):
+                BrokerKeyStore(path, lambda: "admin/all").names()
+            assert stranger.stdout.readline() == "b''\n"
+
+
+def test_whether_it_lives_is_asked_without_a_token_and_denies_nobody(world: World) -> None:
+    """As the supervisor and `cluster.status` ask."""
+    assert not broker_answers(world.path)
+    with world.serving():
+        assert broker_answers(world.path)
+    assert world.denials == []
+
+
+def test_requests_refusals_and_times_are_counted(world: World) -> None:
+    """By operation and result; a word that is no operation makes no new series."""
+    registry = CollectorRegistry()
+    with world.serving(metrics=BrokerMetrics(registry)):
+        world.client().names()
+        with pytest.raises(Unauthenticated):
+            world.client("nobody").names()
+        with pytest.raises(KeyNotFound):
+            world.client().info("features/none/internal")
+        world.raw(framed(json.dumps({"op": "fly", "token": "admin/all"}).encode()))
+    counted = {
+        (sample.labels["operation"], sample.labels["result"]): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "falaj_broker_requests_total"
+    }
+    assert counted == {
+        ("names", "ok"): 1,
+        ("names", "refused"): 1,
+        ("info", "failed"): 1,
+        ("other", "failed"): 1,
+    }
+    assert registry.get_sample_value("falaj_broker_request_seconds_count", {"operation": "names"}) == 2
+
+
+def test_without_a_broker_the_error_names_the_socket_and_the_remedy(world: World) -> None:
+    """Exit code 1: nothing is wrong with the request."""
+    with pytest.raises(KeyStoreUnavailable, match=rf"{world.path}.*cluster\.up"):
+        world.client().names()
+
+
+def test_stopping_answers_what_is_under_way(world: World) -> None:
+    """A request that the store is still working on gets its answer; the socket is gone afterwards."""
+    entered, release = threading.Event(), threading.Event()
+
+    class Slow(Failing):
+        def info(self, name: str) -> KeyInfo:
+            entered.set()
+            assert release.wait(10)
+            return INFO
+
+    got: list[KeyInfo] = []
+    idle = world.client()
+    with world.serving(Slow(RuntimeError())) as stopped:
+        caller = threading.Thread(target=lambda: got.append(world.client().info(NAME)))
+        caller.start()
+        assert entered.wait(10)
+        stopped.set()
+        until(lambda: not world.path.exists())
+        release.set()
+        caller.join()
+    assert got == [INFO]
+    idle.close()
+
+
+def test_the_socket_and_its_folder_are_private(world: World) -> None:
+    """0600 in 0700; a folder that others can enter is refused."""
+    with world.serving():
+        assert world.path.stat().st_mode & 0o777 == 0o600
+        assert world.path.parent.stat().st_mode & 0o777 == 0o700
+    world.path.parent.chmod(0o755)
+    with pytest.raises(ConfigError, match="mode 0700"):
+        run_once(world)
+
+
+def run_once(world: World) -> None:
+    """A broker that stops at once."""
+    stopped = threading.Event()
+    stopped.set()
+    Broker(world.ring, world.path, verify=verify, decide=decide, audit=world.denials.append).run(stopped)
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
+    """Neither one with a broker, nor one with a stranger, nor a file."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+        stranger.bind(str(world.path))
+        stranger.listen()
+        with pytest.raises(ConfigError, match="listens at"):
+            run_once(world)
+    assert world.path.is_socket()
+    with world.serving():
+        until(lambda: answers(world.path))
+        with pytest.raises(ConfigError, match="listens at"):
+            run_once(world)
+        assert world.client().info(NAME) == INFO
+    world.path.write_text("mine")
+    with pytest.raises(ConfigError, match="is not a socket"):
+        run_once(world)
+    assert world.path.read_text() == "mine"
+
+
+def test_a_path_that_no_socket_can_have_is_refused(world: World) -> None:
+    """On both sides, with its length."""
+    long = world.path.with_name("x" * 98)
+    with pytest.raises(ConfigError, match="ends at 97"):
+        BrokerKeyStore(long, lambda: "token")
+    with pytest.raises(ConfigError, match="ends at 97"):
+        Broker(world.ring, long, verify=verify, decide=decide, audit=world.denials.append)
+
+
+def test_only_the_same_user_and_root_may_connect() -> None:
+    """By the kernel's word, whatever the socket's mode."""
+    assert [peer_allowed(uid, own=1000) for uid in (1000, 0, 1001, 65534)] == [True, True, False, False]
+    assert [peer_allowed(uid, own=0) for uid in (0, 1000)] == [True, False]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_turned_away_though_the_socket_lets_it_in(world: World) -> None:
+    """The denial is on record with the user's number."""
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+        "print(s.recv(9999)[4:].decode())"
+    )
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    with world.serving():
+        world.path.parent.chmod(0o711)
+        world.path.chmod(0o666)
+        done = subprocess.run(
+            [python, "-c", code, str(world.path)],
+            user=65534,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+            cwd="/",
+        )
+        world.path.parent.chmod(0o700)
+    assert json.loads(done.stdout)["error"] == "AccessDenied"
+    assert world.denials == [
+        Denial(principal=None, operation="connect", name="", reason="it comes from user 65534")
+    ]
+
+
+def test_a_forked_child_makes_its_own_connection(world: World) -> None:
+    """Answers of parent and child never cross."""
+    client = world.client()
+    with world.serving(), ExitStack() as stack:
+        texts = [client.wrap(NAME, bytes([number]) * 32) for number in range(20)]
+        context = multiprocessing.get_context("fork")
+        with context.Pool(2) as pool:
+            stack.callback(pool.terminate)
+            opened = pool.starmap(client_unwrap, [(world.path, text) for text in texts])
+        assert opened == [client.unwrap(NAME, text) for text in texts]
+
+
+def client_unwrap(path: Path, text: str) -> bytes:
+    """Unwrap in a child."""
+    return BrokerKeyStore(path, lambda: "admin/x").unwrap(NAME, text)
+
+
+def test_many_callers_are_served_at_once(world: World) -> None:
+    """Every one gets its own secrets back."""
+    wrong: list[object] = []
+
+    def work(number: int, client: BrokerKeyStore) -> None:
+        for turn in range(20):
+            secret = bytes([number, turn]) * 16
+            if client.unwrap(NAME, client.wrap(NAME, secret)) != secret:
+                wrong.append((number, turn))
+
+    with world.serving():
+        shared = world.client()
+        threads = [
+            threading.Thread(target=work, args=(number, shared if number % 2 else world.client()))
+            for number in range(12)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_the_broker_needs_no_ray() -> None:
+    """It starts before the cluster and outlives it."""
+    code = (
+        "import sys, cluster.security.keys.broker, cluster.security.keys.client, cluster.security.keys.keyring; "
+        "print([m for m in ('ray', 'hvac', 'hydra', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,81 @@
+"""A token goes to a port of this machine only where the cluster's own process listens."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.node.own_server import NotOurServer, listeners_user, open_own, require_own_peer
+from tests.ports import free_port
+
+LISTENER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("listens", flush=True)
+connection, _ = server.accept()
+print(connection.recv(1000).decode(), flush=True)
+"""
+
+
+@pytest.fixture
+def own() -> Iterator[int]:
+    """The port of a server of this process."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def ask(port: int) -> int:
+    """The status of a request that carries a token."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Authorization": "Bearer canary"})
+    with open_own(request, owner=os.geteuid(), timeout_s=5) as response:
+        return int(response.status)
+
+
+def test_the_clusters_own_server_is_asked(own: int) -> None:
+    """By whoever it belongs to."""
+    assert ask(own) == 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_server_gets_no_token() -> None:
+    """Ray's dashboard has died, and somebody else has taken its port: the connection is made, and nothing is sent."""
+    port, python = free_port(), shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    with subprocess.Popen(
+        [python, "-c", LISTENER, str(port)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
+    ) as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "listens\n"
+        with pytest.raises(NotOurServer, match=r"user 65534 .*no token was sent"):
+            ask(port)
+        assert stranger.stdout.readline() == "\n"
+
+
+def test_a_port_that_nobody_listens_at_any_more_is_refused() -> None:
+    """It was left between the connection and the question."""
+    server = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(server.getsockname()) as connection, server.accept()[0]:
+        require_own_peer(connection, owner=os.geteuid())
+        server.close()
+        with pytest.raises(NotOurServer, match="no process listens"):
+            require_own_peer(connection, owner=os.geteuid())
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")])
+def test_the_kernel_says_whose_a_listener_is(family: socket.AddressFamily, address: str) -> None:
+    """Also of one that listens at every address, as Ray's gRPC servers do."""
+    with socket.create_server(
+        (address, 0), family=family, dualstack_ipv6=family is socket.AF_INET6
+    ) as server:
+        assert listeners_user("127.0.0.1", server.getsockname()[1]) == os.geteuid()

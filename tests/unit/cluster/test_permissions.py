@@ -1,0 +1,108 @@
+"""What `cluster.status` finds open to other users of the machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.node.permissions import permission_problems
+from cluster.session import ClusterRecord
+from cluster.storage import Layout
+from tests.replica import record
+
+FILES = (
+    "keys/ray_token",
+    "keys/issuer.pem",
+    "keys/intents/job.jwt",
+    "tls/edge.pem",
+    "tls/ca.key",
+    "edge/routes.map",
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> ClusterRecord:
+    """As a start leaves it."""
+    root, runtime = tmp_path / "state", tmp_path / "run"
+    places = Layout(str(root))
+    folders = (
+        places.root,
+        places.keys,
+        f"{places.keys}/intents",
+        places.tls,
+        places.edge,
+        f"{places.edge}/access",
+    )
+    for folder in (*map(Path, folders), runtime, runtime / "keys"):
+        folder.mkdir(mode=0o700)
+    (runtime / "ray").mkdir()
+    (runtime / "ray").chmod(0o777)
+    for name in FILES:
+        (root / name).write_text("secret")
+        (root / name).chmod(0o600)
+    (root / "keys" / "jwks.json").write_text("public")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(runtime / "keys" / "broker.sock"))
+    return replace(
+        record(root, str(runtime / "keys" / "broker.sock"), 1),
+        runtime_dir=str(runtime),
+        temp_dir=str(runtime / "ray"),
+        owner_uid=os.geteuid(),
+    )
+
+
+def test_nothing_is_open_after_a_start(cluster: ClusterRecord) -> None:
+    """Ray's own folder is, but nobody comes to it; public keys may be read."""
+    assert permission_problems(cluster) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        *(
+            ("state", 0o755),
+            ("state/keys", 0o750),
+            ("state/tls", 0o711),
+            ("state/edge", 0o755),
+            ("run", 0o777),
+        ),
+        *(
+            ("state/keys/ray_token", 0o644),
+            ("state/tls/edge.pem", 0o640),
+            ("state/keys/intents/job.jwt", 0o604),
+        ),
+        *(("state/edge/routes.map", 0o666), ("state/edge/access", 0o777), ("run/keys/broker.sock", 0o666)),
+        ("run/keys", 0o777),
+    ],
+)
+def test_every_path_that_is_open_is_named(
+    cluster: ClusterRecord, tmp_path: Path, path: str, mode: int
+) -> None:
+    """Folders that others can enter, files that they can change, secrets that they can read."""
+    (tmp_path / path).chmod(mode)
+    problems = permission_problems(cluster)
+    assert any(f"{tmp_path / path} " in problem and f"{mode:04o}" in problem for problem in problems), (
+        problems
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_belongs_to_another_user_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """A folder for sockets that somebody has exchanged, and a file among the edge's."""
+    os.chown(tmp_path / "run", 65534, 65534)
+    os.chown(tmp_path / "state" / "edge" / "routes.map", 65534, 65534)
+    problems = permission_problems(cluster)
+    assert {
+        f"{tmp_path}/run belongs to user 65534",
+        f"{tmp_path}/state/edge/routes.map belongs to user 65534",
+    } <= set(problems)
+
+
+def test_a_folder_that_is_gone_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """A cleaner of temporary files, or a reboot."""
+    (tmp_path / "run").rename(tmp_path / "swept")
+    assert f"{tmp_path}/run does not exist" in permission_problems(cluster)
