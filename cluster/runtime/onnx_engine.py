@@ -1,7 +1,7 @@
 """Runs an ONNX graph with ONNX Runtime on CPU.
 
-A graph has one input, `inputs`, and gives `scores`; `docs/own-models.md` states the contract. Graphs that other tools
-wrote are run as they are where that is safe: the matrix is cast to the input's float type, and a graph with a fixed
+A graph has one input, `inputs`, and gives `scores`; `docs/guides/own-models.md` states the contract. Graphs of other
+tools are run as they are where that is safe: the matrix is cast to the input's float type, and a graph with a fixed
 number of rows gets as many rows at a time. Anything else is refused with the tensor and the remedy.
 """
 
