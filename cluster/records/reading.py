@@ -140,6 +140,8 @@ def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
 def all_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
     """All outcomes as they were received, the last ones last; raises as `read_records`."""
     frame = _frame(_in_order(folder, store), _OUTCOME).sort("received_at", maintain_order=True)
+    if frame.is_empty():
+        return
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
         yield Outcome(prediction_id, row, value)
@@ -210,7 +212,7 @@ def _in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
 def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
     """A frame whose columns beyond those of a stated type hold what was written, and nothing that was made of it."""
     if not rows:
-        return pl.DataFrame()
+        return pl.DataFrame(schema=dict(types))
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     return pl.DataFrame([_column(name, values, types.get(name)) for name, values in columns.items()])

@@ -72,7 +72,7 @@ def clinic(falaj_cluster: Project) -> Project:
         }
     )
     frame.write_parquet(root / "patient.parquet")
-    people = frame.select("patient_id", event_timestamp="at", y=pl.col("patient_id") % 2)
+    people = frame.select("patient_id", event_timestamp="at", y=pl.col("patient_id") // 4 % 2)
     people.write_parquet(root / "patients.parquet")
     definitions = "definitions=clinic"
     falaj_cluster.run("feature_jobs.apply", definitions, check=True)

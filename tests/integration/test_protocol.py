@@ -176,7 +176,9 @@ def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
             "additionalProperties": False,
         },
     }
-    components["schemas"]["Outcomes"]["properties"]["model"] = {"enum": ["m"]}
+    outcomes = components["schemas"]["Outcomes"]["properties"]
+    outcomes["model"] = {"enum": ["m"]}
+    outcomes["outcomes"]["items"]["properties"]["outcome"] = {"enum": list(SIGNATURE.classes or ())}
     return document
 
 

@@ -368,9 +368,9 @@ def test_pushed_features_are_read_and_predicted_with_and_streamed(client: Shop, 
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("read", {"service": "credits", "entities": [{"customer_id": 1}]}, 404, "Did you mean 'credit'"),
+        ("read", {"service": "credits", "entities": [{"customer_id": 1}]}, 404, "'credits' has been applied"),
         ("read", {"service": "credit", "entities": [{"customer": 1}]}, 400, "lacks the key 'customer_id'"),
-        ("push", {"view": "incom", "rows": [], "idempotency_key": "k"}, 404, "Did you mean 'income'"),
+        ("push", {"view": "incom", "rows": [], "idempotency_key": "k"}, 404, "'incom' has been applied"),
         ("push", {"view": "income", "rows": [], "idempotency_key": "k"}, 400, "1 to 1000"),
         ("push", {"view": "income", "rows": []}, 400, "idempotency_key"),
     ],
@@ -580,7 +580,7 @@ def test_a_job_runs_under_ray_job_submit(project: Project) -> None:
 def submit(project: Project, module: str, *arguments: str) -> dict[str, Any]:
     submission = f"test-{module}-{time.time_ns()}"
     command = ["job", "submit", "--submission-id", submission, "--working-dir", ".", "--"]
-    project.run("ray.scripts.scripts", *command, "python", "-m", module, *arguments)
+    project.run_python("-m", "ray.scripts.scripts", *command, "python", "-m", module, *arguments)
     from urllib.request import Request, urlopen
 
     request = Request(f"{project.record.dashboard_url}/api/jobs/{submission}")

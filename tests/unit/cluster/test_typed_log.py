@@ -73,6 +73,12 @@ def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False
         compact(folder, store=keyring, files=ProtectedFiles(keyring))
 
 
+def test_a_log_without_an_outcome_yet_reads_as_empty(outcomes: Path, keyring: Keyring) -> None:
+    """As it is when a rollout is promoted before anything came true."""
+    assert list(all_outcomes(outcomes, keyring)) == []
+    assert read_outcomes(outcomes, keyring).is_empty()
+
+
 def outcome(number: int, value: Any, *, second: int = 0, row: int = 0) -> OutcomeRecord:
     received = f"2026-01-01T00:00:{second:02}+00:00"
     return OutcomeRecord(
