@@ -9,9 +9,11 @@ from typing import Any
 import orjson
 import pytest
 
-from feature_jobs.store import KafkaSource
+from feature_jobs.store import FileSource, KafkaSource, SqlSource
 from feature_jobs.store.message_rows import check_messages
 from feature_jobs.store.pushed_rows import check_rows, typed_column
+from feature_jobs.store.pushed_view import from_record
+from feature_jobs.store.sources import Source
 from tests.push_project import INCOME, START, row
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -52,3 +54,20 @@ def test_pushed_time_follows_the_rules_of_the_source() -> None:
         message = orjson.dumps({"person_id": 1, "amount": 1.0, "sector": "a", "at": text})
         found = check_messages([message], topic, key_types={}, now=NOW)
         assert found.good["event_timestamp"].to_pylist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        FileSource("x.parquet", event_timestamp="at", zone="Asia/Dubai"),
+        SqlSource(url="sqlite:///x.db", table="t", event_timestamp="at", zone="Asia/Dubai"),
+        KafkaSource("h:1", "t", event_timestamp="at", zone="Asia/Dubai"),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_the_zone_is_known_where_the_view_is_read_from_the_ledger(source: Source) -> None:
+    """Replicas and streams have no module: the ledger's record says the zone."""
+    view = from_record(replace(INCOME, source=source).definition())
+    assert view.source.zone == "Asia/Dubai"
+    found = check_rows([row(1, 0) | {"event_timestamp": "2024-01-01T04:00:00"}], view, key_types={}, now=NOW)
+    assert found.good["event_timestamp"].to_pylist() == [START]
