@@ -152,9 +152,19 @@ def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> Non
     wanted, span = parse_range(config.start, config.end), parse_span(config.chunk)
     run = open_run(config, ledger, actor, view, spec)
     found = ingested(run)
-    if found.earlier and (config.again or (found.moved and wanted is None)):
+    if found.earlier and (config.again or (found.moved and not found.in_parts)):
+        if wanted is not None:
+            raise SourceError(
+                f"View '{view.name}' has rows of this content under other times, of an earlier definition. Run the "
+                "command once without start and end, which mends them."
+            )
         mend_stored(run, found)
         return
+    if found.moved:
+        print(
+            f"view {view.name}: rows of this content stay under other times, of an earlier definition, because they "
+            "were ingested in parts and cannot be mended"
+        )
     missing = found.missing(wanted, span) if run.files.rows else [found.whole()]
     if not missing:
         print(f"view {view.name}: this content is ingested already; nothing to do")
