@@ -258,9 +258,9 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def int96_columns(file: pq.ParquetFile) -> list[str]:
-    """The columns that hold times as Spark, Impala and old Hive write them."""
+    """The columns that hold times as Spark, Impala and old Hive write them; times inside of structs and lists not."""
     columns = (file.schema.column(place) for place in range(len(file.schema)))
-    return [column.path for column in columns if column.physical_type == "INT96"]
+    return [one.name for one in columns if one.physical_type == "INT96" and one.path == one.name]
 
 
 def _is_within_nanoseconds(times: pa.ChunkedArray) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
@@ -77,10 +75,7 @@ def check_stored_keys(definitions: Definitions, places: Layout) -> None:
     """
     for name, view in definitions.views.items():
         table = offline.open_table(places.features(name)) if view.key_types else None
-        if table is not None:
-            schema = pa.schema(table.schema().to_arrow())
-            stored = offline.key_types(schema, [key for key in view.key_types if key in schema.names])
-            refuse_undeclared(name, view.key_types, stored)
+        refuse_undeclared(name, view.key_types, offline.stored_key_types(table, view.join_keys))
 
 
 def for_any_purpose(definitions: Definitions) -> list[str]:

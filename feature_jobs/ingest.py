@@ -26,10 +26,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from cluster.entrypoint import job
-from cluster.errors import ConfigError, DefinitionError, RefusedError, SourceError
+from cluster.errors import ConfigError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchMended
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
@@ -39,6 +38,7 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.again import mend_batches, report
+from feature_jobs.applied import applied_view, given_source
 from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
 from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
 from feature_jobs.several import check_views, chosen, for_each, with_batches
@@ -46,18 +46,16 @@ from feature_jobs.store import offline
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.batch_checks import Finding
 from feature_jobs.store.batches import Ingested, Wanted
-from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
+from feature_jobs.store.catalog import ViewSpec
 from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.kafka_source import KafkaSource
 from feature_jobs.store.lifecycle import heed, read_lifecycles
 from feature_jobs.store.limits import check_buckets
 from feature_jobs.store.profile import Profile
 from feature_jobs.store.protection import view_protection, view_resources
 from feature_jobs.store.ranges import parse_range, parse_span
 from feature_jobs.store.recorded import read_recorded
-from feature_jobs.store.sources import BatchSource, from_path
 from feature_jobs.store.validation import REASON
-from feature_jobs.storing import Checked, store
+from feature_jobs.storing import Checked, nothing, store
 from feature_jobs.work import Work
 
 
@@ -152,9 +150,19 @@ def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> Non
     wanted, span = parse_range(config.start, config.end), parse_span(config.chunk)
     run = open_run(config, ledger, actor, view, spec)
     found = ingested(run)
-    if found.earlier and (config.again or (found.moved and wanted is None)):
+    if found.earlier and (config.again or (found.moved and not found.in_parts)):
+        if wanted is not None:
+            raise SourceError(
+                f"View '{view.name}' has rows of this content under other times, of an earlier definition. Run the "
+                "command once without start and end, which mends them."
+            )
         mend_stored(run, found)
         return
+    if found.moved:
+        print(
+            f"view {view.name}: rows of this content stay under other times, of an earlier definition, because they "
+            "were ingested in parts and cannot be mended"
+        )
     missing = found.missing(wanted, span) if run.files.rows else [found.whole()]
     if not missing:
         print(f"view {view.name}: this content is ingested already; nothing to do")
@@ -184,14 +192,14 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
     places = layout(config.storage)
     uri, quarantine = places.features(view.name), places.quarantine(view.name)
     table = offline.open_table(uri)
-    keys = stored_keys(table, view)
+    keys = offline.stored_key_types(table, view.join_keys)
     work = Work(config.task_values, lambda: attach(config))
     return Run(
         config=config,
         ledger=ledger,
         actor=actor,
         view=view,
-        files=open_batch(view, given_source(config, view), places, keys, work),
+        files=open_batch(view, given_source(view, config.source.path), places, keys, work),
         work=work,
         keys=keys,
         baseline=last_good(ledger, view, quarantine=quarantine, access=actor.access),
@@ -224,7 +232,7 @@ def store_one(run: Run, rows: Prepared, wanted: Wanted) -> tuple[offline.Batch, 
     checked = check_or_refuse(run, rows)
     if checked.rows == 0:
         table = offline.open_table(run.target.uri)
-        return nothing(wanted, checked.columns), -1 if table is None else int(table.version())
+        return nothing(wanted.ingest_id, checked.columns), -1 if table is None else int(table.version())
     return store(
         run.view,
         checked,
@@ -232,19 +240,6 @@ def store_one(run: Run, rows: Prepared, wanted: Wanted) -> tuple[offline.Batch, 
         target=run.target,
         quarantine=run.quarantine,
         work=run.work,
-    )
-
-
-def nothing(wanted: Wanted, columns: list[str]) -> offline.Batch:
-    """A source or a chunk without rows."""
-    return offline.Batch(
-        ingest_id=wanted.ingest_id,
-        rows_in=0,
-        rows_stored=0,
-        rows_quarantined=0,
-        reasons={},
-        quarantine=None,
-        columns=columns,
     )
 
 
@@ -272,46 +267,6 @@ def mend_stored(run: Run, found: Ingested) -> None:
     )
     for event in events:
         print(report(event))
-
-
-def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
-    """The view as its module defines it and as it was applied, which is the same.
-
-    Raises:
-        DefinitionError: it was not applied, or was changed since.
-    """
-    view = load_definitions(definitions).view(name)
-    spec = view_spec(ledger, view.name)
-    if spec.version != view.version:
-        raise DefinitionError(
-            f"View '{view.name}' was changed since it was applied. "
-            f"Run `python -m feature_jobs.apply definitions={definitions}`."
-        )
-    return view, spec
-
-
-def given_source(config: IngestConfig, view: FeatureView) -> BatchSource:
-    """The view's own source, or the file that the command names in its place.
-
-    Raises:
-        SourceError: its own is a topic, which has no end.
-    """
-    if config.source.path is not None:
-        return from_path(view.source, config.source.path)
-    if isinstance(view.source, KafkaSource):
-        raise SourceError(
-            f"View '{view.name}' has a topic as its source. Run `python -m feature_jobs.stream source=kafka "
-            f"view={view.name}`, or give files with `source.path=…`."
-        )
-    return view.source
-
-
-def stored_keys(table: DeltaTable | None, view: FeatureView) -> dict[str, str]:
-    """The types of the join keys that a feature table has; empty before its first batch."""
-    if table is None:
-        return {}
-    schema = pa.schema(table.schema().to_arrow())
-    return offline.key_types(schema, [key for key in view.join_keys if key in schema.names])
 
 
 def ingested(run: Run) -> Ingested:

@@ -29,8 +29,8 @@ from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
+from feature_jobs.applied import applied_view
 from feature_jobs.batch import last_good
-from feature_jobs.ingest import applied_view, stored_keys
 from feature_jobs.store import offline
 from feature_jobs.store.ahead import Ahead
 from feature_jobs.store.definitions import FeatureView
@@ -154,9 +154,8 @@ def replay(
     before = offline.committed(table, replay_id) if table is not None else None
     if before is not None:
         return event_of(place, *before)
-    tried = try_again(
-        file, place.view, now=now, baseline=baseline, ahead=ahead, key_types=stored_keys(table, place.view)
-    )
+    types = offline.stored_key_types(table, place.view.join_keys)
+    tried = try_again(file, place.view, now=now, baseline=baseline, ahead=ahead, key_types=types)
     left = still_bad(file, tried)
     if left.num_rows:
         files.write(left, place.pending(replay_id), protection, place=belongs)

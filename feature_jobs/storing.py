@@ -95,6 +95,19 @@ def store(
     return batch, offline.commit(table, schema, files, batch, seq=seq)
 
 
+def nothing(ingest_id: str, columns: list[str]) -> offline.Batch:
+    """A source or a chunk without rows."""
+    return offline.Batch(
+        ingest_id=ingest_id,
+        rows_in=0,
+        rows_stored=0,
+        rows_quarantined=0,
+        reasons={},
+        quarantine=None,
+        columns=columns,
+    )
+
+
 def row_schema(validated: pa.Schema) -> pa.Schema:
     """The stored columns of validated rows."""
     kept = [column for column in validated if column.name not in (REASON, RAW)]

@@ -36,11 +36,16 @@ class BatchProject:
         self.online = OnlineConfig(map_size_gib=0.5)
         self.actor = cast(Actor, SimpleNamespace(name="test", access=access, check=lambda *_: None))
         (root / ".falaj").mkdir()
-        (root / f"{module}.py").write_text(definitions)
         sys.path.insert(0, str(root))
-        importlib.invalidate_caches()
         self.ledger = Ledger(f"sqlite:///{root}/.falaj/ledger.db")
-        apply(load_definitions(module), self.ledger, actor="test")
+        self.define(definitions)
+
+    def define(self, definitions: str) -> None:
+        """Write the module and apply it."""
+        (self.root / f"{self.module}.py").write_text(definitions)
+        sys.modules.pop(self.module, None)
+        importlib.invalidate_caches()
+        apply(load_definitions(self.module), self.ledger, actor="test")
 
     def ingest(self, *views: str, **given: Any) -> None:
         """What `feature_jobs.ingest` does with views; paths are relative to this process's folder."""

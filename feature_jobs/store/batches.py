@@ -80,17 +80,17 @@ class Ingested:
         self._ranges: list[TimeRange] = []
         self.earlier: dict[str, bool] = {}
         """The batches that hold this content by id, and whether each is of the whole source."""
-        self._times_changed = False
+        self._moved: dict[str, bool] = {}
         for batch in batches:
             if batch["view"] == name and batch["source_digest"] == digest:
                 made_with = definitions.get((name, batch["view_version"]))
                 self._take(batch, alike=made_with is not None and row_version(made_with) == rows)
+                moved = made_with is not None and _times(made_with) != _times(definition)
                 if "mend_id" in batch:
-                    self._times_changed = made_with is None or _times(made_with) != _times(definition)
-                    continue
-                if batch.get("rows_in", 1):
+                    self._moved[batch["batch"]] = moved
+                elif batch.get("rows_in", 1):
                     self.earlier[batch["ingest_id"]] = batch.get("start") is None
-                    self._times_changed |= made_with is not None and _times(made_with) != _times(definition)
+                    self._moved[batch["ingest_id"]] = moved
 
     def _take(self, batch: Mapping[str, Any], *, alike: bool) -> None:
         if not alike:  # its rows have taken the place of those before
@@ -119,8 +119,13 @@ class Ingested:
 
     @property
     def moved(self) -> bool:
-        """Whether rows are stored under times that the definition no longer gives them, and can be put right."""
-        return self._times_changed and all(self.earlier.values())
+        """Whether rows of a batch are stored under times that the definition no longer gives them."""
+        return any(self._moved.values())
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch holds a part of the source by time; such a batch cannot be mended."""
+        return not all(self.earlier.values())
 
     def whole(self) -> Wanted:
         """All of the source as one batch, also where it is stored already."""

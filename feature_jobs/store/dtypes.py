@@ -215,7 +215,10 @@ def _decimal(value: Any, wanted: DecimalOf) -> Decimal:
     is_text = isinstance(value, str) and _DECIMAL_TEXT.fullmatch(value) is not None
     if not is_text and (isinstance(value, bool) or not isinstance(value, int | Decimal)):
         raise ValueError("a decimal is text or a whole number")
-    number, exact = Decimal(value), Context(prec=wanted.digits, traps=[Inexact, InvalidOperation])
+    number = Decimal(value)
+    if not number.is_finite():  # a database has NaN
+        raise ValueError("it is no finite number")
+    exact = Context(prec=wanted.digits, traps=[Inexact, InvalidOperation])
     try:
         return number.quantize(Decimal(1).scaleb(-wanted.scale), context=exact)
     except (Inexact, InvalidOperation) as error:

@@ -133,9 +133,7 @@ class KafkaStream:
     @property
     def key_types(self) -> Mapping[str, str]:
         """How the table stores keys; nothing where there was none when it was looked at last."""
-        if self._table is None:
-            return {}
-        return offline.key_types(pa.schema(self._table.schema().to_arrow()), self.view.spec.join_keys)
+        return offline.stored_key_types(self._table, self.view.spec.join_keys)
 
     def _current(self) -> DeltaTable | None:
         """The table as it is now, if it is still this generation's."""

@@ -142,6 +142,14 @@ def key_types(schema: pa.Schema, keys: Sequence[str]) -> dict[str, str]:
     return types
 
 
+def stored_key_types(table: DeltaTable | None, keys: Sequence[str]) -> dict[str, str]:
+    """How a table stores those of the keys that it has; nothing where there is no table."""
+    if table is None:
+        return {}
+    schema = pa.schema(table.schema().to_arrow())
+    return key_types(schema, [key for key in keys if key in schema.names])
+
+
 def open_table(uri: str) -> DeltaTable | None:
     """A feature table, none where nothing was ingested yet."""
     try:

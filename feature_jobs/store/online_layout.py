@@ -29,7 +29,7 @@ Lists: TypeAlias = tuple[tuple[int, np.dtype[Any]], ...]
 class Layout:
     """The order in which one version of a view packs its values: class by class, each class by type.
 
-    A class whose fields are all of fixed width is packed as such, unless a row has a null; the others are msgpack. A
+    A class whose fields are all of fixed width is packed as such, unless a row is loose; the others are msgpack. A
     list of numbers is its elements one behind the other, little-endian; with a declared length it is of fixed width.
     """
 
@@ -46,14 +46,19 @@ class Layout:
             _struct([self.fields[place][1] for place in of_class]) for of_class in self.places
         )
         self.lists = tuple(_lists([self.fields[place][1] for place in of_class]) for of_class in self.places)
+        declared = [list_of(dtype) for _, dtype, _ in self.fields]
+        self.lengths = [(place, one.length) for place, one in enumerate(declared) if one and one.length]
 
-    def has_null(self, values: Sequence[Any]) -> bool:
-        """Whether a row has a null."""
-        if any(self.lists):  # an array would be compared value by value
-            return any(value is None for value in values)
-        return None in values
+    def is_loose(self, values: Sequence[Any]) -> bool:
+        """Whether a row is packed without fixed widths: it has a null, or a list that is not of the declared length,
+        which a row has that was stored under an earlier definition."""
+        if not any(self.lists):
+            return None in values
+        if any(value is None for value in values):  # an array would be compared value by value
+            return True
+        return any(len(values[place]) != length for place, length in self.lengths)
 
-    def groups(self, values: Sequence[Any], *, nulls: bool) -> list[bytes]:
+    def groups(self, values: Sequence[Any], *, loose: bool) -> list[bytes]:
         """A row's values as bytes, by class."""
         groups = []
         for places, fixed, lists in zip(self.places, self.structs, self.lists, strict=True):
@@ -61,7 +66,7 @@ class Layout:
             for place, element in lists:
                 if group[place] is not None:
                     group[place] = np.asarray(group[place], element).tobytes()
-            packed = msgpack.packb(group) if fixed is None or nulls else fixed.pack(*group)
+            packed = msgpack.packb(group) if fixed is None or loose else fixed.pack(*group)
             groups.append(packed)
         return groups
 

@@ -43,7 +43,7 @@ PROVISIONAL = 1 << 62
 as the row's own will be greater than all that were given out before."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
-_DELETED, _NULLS = 1, 2
+_DELETED, _LOOSE = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,15 +170,15 @@ class RowCipher:
 
     def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
         """A row as it lies in the store, in the layout of that number."""
-        nulls = layout.has_null(row.values)
+        loose = layout.is_loose(row.values)
         header = rank_of(row) + struct.pack(
-            ">BH", (_DELETED if row.deleted else 0) | (_NULLS if nulls else 0), number
+            ">BH", (_DELETED if row.deleted else 0) | (_LOOSE if loose else 0), number
         )
         if row.deleted:
             return header
         parts = [
             self._sealed(name, group, address + header)
-            for name, group in zip(layout.classes, layout.groups(row.values, nulls=nulls), strict=True)
+            for name, group in zip(layout.classes, layout.groups(row.values, loose=loose), strict=True)
         ]
         return header + (parts[0] if len(parts) == 1 else msgpack.packb(parts))
 
@@ -212,7 +212,7 @@ class RowCipher:
                 elif flags & _DELETED:
                     values = ()
                 else:
-                    values = self._values(address, packed, plan, nulls=bool(flags))
+                    values = self._values(address, packed, plan, loose=bool(flags))
                 known = event if event > created else created
                 found.append((event - _OFFSET, known - _OFFSET, plan.complete and not flags, values))
         except (InvalidTag, ValueError, struct.error) as error:
@@ -225,7 +225,7 @@ class RowCipher:
         self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
     ) -> Block | None:
         """What `unpack` says, column by column, which is faster; none where it is for `unpack` to say: rows are few,
-        missing, deleted, altered, of several layouts, have nulls, or are not all of fixed width."""
+        missing, deleted, altered, of several layouts, loose (`Layout.is_loose`), or not of fixed width."""
         if len(rows) < BLOCK_ROWS:
             return None
         try:
@@ -260,7 +260,7 @@ class RowCipher:
         cipher, place = self._ciphers[name]
         return cipher.decrypt_raw, place, fixed, lists
 
-    def _values(self, address: bytes, packed: bytes, plan: Plan, *, nulls: bool) -> Sequence[Any]:
+    def _values(self, address: bytes, packed: bytes, plan: Plan, *, loose: bool) -> Sequence[Any]:
         body, bound = packed[_HEADER.size :], address + packed[: _HEADER.size]
         stored = (body,) if plan.single else msgpack.unpackb(body)
         groups: dict[int, Sequence[Any]] = {}
@@ -269,7 +269,7 @@ class RowCipher:
             if name != "public":
                 cipher, place = self._ciphers[name]
                 content = cipher.decrypt(content, place + bound)
-            values = msgpack.unpackb(content) if nulls or fixed is None else fixed.unpack(content)
+            values = msgpack.unpackb(content) if loose or fixed is None else fixed.unpack(content)
             groups[part] = with_lists(values, lists) if lists else values
         if plan.order is None:
             return groups[0]

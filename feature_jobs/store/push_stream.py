@@ -119,8 +119,7 @@ class PushStream:
         if not records:
             return
         shift = position(table, PUSH_SEQ_APP) - done
-        schema = pa.schema(table.schema().to_arrow())
-        self.store.hold_key_types(self.view.name, offline.key_types(schema, self.view.join_keys))
+        self.store.hold_key_types(self.view.name, offline.stored_key_types(table, self.view.join_keys))
         for record in self._fitting(records, table):
             self._settle(record, shift)
         event = self._untold(table, _batch_id(records)) if stored is None else (stored, table.version())

@@ -88,7 +88,8 @@ def _flat(row: Mapping[str, Any], view: FeatureView) -> dict[str, Any]:
     """A row as the view's own source would have it."""
     source = view.source
     times = {source.event_timestamp: row.get(EVENT), source.created_timestamp or CREATED: row.get(CREATED)}
-    return {**row["keys"], **row.get("features", {}), **times, DELETED: row.get(DELETED, False)}
+    deleted = {source.deleted or DELETED: row.get(DELETED, False)}
+    return {**row["keys"], **row.get("features", {}), **times, **deleted}
 
 
 def _check_shape(where: str, row: Any, view: FeatureView) -> None:
@@ -189,8 +190,8 @@ def typed_column(
     if dtype is None:
         try:
             return pa.array(values)
-        except pa.ArrowInvalid as error:
-            raise InvalidRequest(f"The values of '{name}' are not of one type: {error}.") from error
+        except (pa.ArrowException, OverflowError) as error:  # whose words quote the value
+            raise InvalidRequest(f"The values of '{name}' are not of one type.") from error
     fitting = [None if value is None else _converted(value, dtype, zone) for value in values]
     _mark(fitting, values, f"{name} is no {dtype}", reasons)
     return pa.array(fitting, DTYPES[dtype])

@@ -101,11 +101,11 @@ def _entity(recorded: dict[str, Any]) -> Entity:
 
 def _source(recorded: dict[str, Any]) -> FileSource | KafkaSource:
     path, event = recorded.get("path") or "pushed", recorded["event_timestamp"]
-    created, deleted = recorded.get("created_timestamp"), recorded.get("deleted")
+    others: dict[str, Any] = {name: recorded.get(name) for name in ("created_timestamp", "deleted", "zone")}
     if path.startswith("kafka://"):
         servers, _, topic = path.removeprefix("kafka://").partition("/")
-        return KafkaSource(servers, topic, event_timestamp=event, created_timestamp=created, deleted=deleted)
-    return FileSource(path, event_timestamp=event, created_timestamp=created, deleted=deleted)
+        return KafkaSource(servers, topic, event_timestamp=event, **others)
+    return FileSource(path, event_timestamp=event, **others)
 
 
 def _subclasses(kind: type) -> Iterator[type]:

@@ -99,9 +99,7 @@ class Pusher:
             table = offline.open_table(self._places.features(view.name))
             if table is None:
                 return self._store.key_types(view.name)
-            schema = pa.schema(table.schema().to_arrow())
-            keys = [key for key in view.join_keys if key in schema.names]
-            self._table_keys[view.name] = offline.key_types(schema, keys)
+            self._table_keys[view.name] = offline.stored_key_types(table, view.join_keys)
         return self._table_keys[view.name]
 
 

@@ -118,6 +118,7 @@ def _as_pushed(row: Mapping[str, Any], view: FeatureView) -> dict[str, Any]:
         "keys": {key: row[key] for key in view.join_keys},
         "features": {name: row[name] for name in row if name in known},
         EVENT: row.get(source.event_timestamp),
-        DELETED: bool(row.get(deleted)),
+        # Earlier releases kept a pushed row's deletion under our own name.
+        DELETED: bool(row.get(deleted, row.get(DELETED))),
     }
     return pushed if row.get(created) is None else pushed | {CREATED: row[created]}

@@ -19,7 +19,7 @@ from cluster.records.reading import is_faulty
 from cluster.records.typed import column_of
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec
 from feature_jobs.store.definitions import DTYPES
-from feature_jobs.store.dtypes import list_of
+from feature_jobs.store.dtypes import arrow_values, is_rich
 from feature_jobs.store.point_in_time import EVENT
 
 TIME = pl.Datetime("us", "UTC")
@@ -40,9 +40,9 @@ class Served:
 
     def column(self, name: str, spec: FieldSpec) -> pl.Series:
         """What was served of a feature, in its own dtype."""
+        if is_rich(spec.dtype):
+            return pl.Series(name, pl.from_arrow(arrow_values(self.features[name], spec.dtype)))
         wanted = pl.Series(pl.from_arrow(pa.array([], DTYPES[spec.dtype]))).dtype
-        if list_of(spec.dtype) is not None:
-            return pl.Series(name, self.features[name], dtype=wanted, strict=False)
         # By the feature's type, which the values may not be of. The online store gives a time as its microseconds.
         logged = "int64" if spec.dtype == "timestamp" else spec.dtype
         return column_of(name, self.features[name], logged)[0].cast(wanted)

@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from feature_jobs.store.offline import same_type
-from feature_jobs.store.point_in_time import CREATED, EVENT
+from feature_jobs.store.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.push_log import PushRecord
 from feature_jobs.store.pushed_rows import POSITION
+from feature_jobs.store.validation import json_form
 
 
 class SourceNames(NamedTuple):
-    """What the view's source calls the times, and whether its rows are what is stored."""
+    """What the view's source calls the times and deletions, and whether its rows are what is stored."""
 
     event: str
     created: str
+    deleted: str
     plain: bool
     """Without a transform a stored row is a row of the source."""
 
@@ -34,6 +36,7 @@ def source_names(definition: Mapping[str, Any]) -> SourceNames:
     return SourceNames(
         event=source["event_timestamp"],
         created=source.get("created_timestamp") or CREATED,
+        deleted=source.get("deleted") or DELETED,
         plain=definition.get("transform") is None,
     )
 
@@ -99,9 +102,9 @@ def _without_good(
 
 def _raw(good: pa.Table, names: SourceNames) -> list[str]:
     """Rows as quarantine keeps them: those that went through a transform are kept as they are, and never replayed."""
-    said = {EVENT: names.event, CREATED: names.created}
+    said = {EVENT: names.event, CREATED: names.created, DELETED: names.deleted}
     rows = [
         {said.get(name, name) if names.plain else name: value for name, value in row.items()}
         for row in good.drop_columns([POSITION]).to_pylist()
     ]
-    return [json.dumps(row if names.plain else {"stored": row}, default=str) for row in rows]
+    return [json.dumps(row if names.plain else {"stored": row}, default=json_form) for row in rows]

@@ -282,9 +282,9 @@ def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
     bad = np.flatnonzero(reasons.is_valid().to_numpy())
     rows = block.take(bad)
     try:
-        said = [json.dumps(row, default=_text) for row in rows.to_pylist()]
+        said = [json.dumps(row, default=json_form) for row in rows.to_pylist()]
     except (OverflowError, ValueError):  # a year that Python's dates do not reach, text that is no UTF-8
-        said = [json.dumps(row, default=_text) for row in _plainer(rows).to_pylist()]
+        said = [json.dumps(row, default=json_form) for row in _plainer(rows).to_pylist()]
     positions = np.full(block.num_rows, -1)
     positions[bad] = np.arange(len(bad))
     return pa.array(said, pa.string()).take(pa.array(positions, mask=positions < 0))
@@ -304,6 +304,6 @@ def _plainer(rows: pa.Table) -> pa.Table:
     return pa.table(columns, names=rows.column_names)
 
 
-def _text(value: object) -> str:
+def json_form(value: object) -> str:
     """What JSON has no word for: bytes as base64, times and decimals as they print."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

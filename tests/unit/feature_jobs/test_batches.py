@@ -79,21 +79,22 @@ def test_content_is_stored_again_where_rows_would_differ(changes: dict[str, Any]
 
 
 def test_rows_under_other_times_are_put_right() -> None:
-    """After a zone or a lag was declared, until they were mended; not where they are stored in parts."""
+    """After a zone or a lag was declared, until every batch was mended; not where they are stored in parts."""
     zoned = replace(VIEW, source=FileSource("income.parquet", event_timestamp="at", zone="Asia/Dubai"))
     definitions = {("income", one.version): one.definition() for one in (VIEW, zoned)}
     mended = batch(zoned, mend_id="m", batch="x")
     day = {"start": "2024-01-01T00:00:00+00:00", "end": "2024-01-02T00:00:00+00:00"}
-    for batches, moved, left in (
-        ([], False, 1),
-        ([batch(VIEW)], True, 1),
-        ([batch(VIEW, rows_in=0)], False, 1),
-        ([batch(VIEW, **day)], False, 1),
-        ([batch(VIEW), mended], False, 0),
-        ([batch(zoned)], False, 0),
+    for batches, moved, in_parts, left in (
+        ([], False, False, 1),
+        ([batch(VIEW)], True, False, 1),
+        ([batch(VIEW, rows_in=0)], False, False, 1),
+        ([batch(VIEW, **day)], True, True, 1),
+        ([batch(VIEW), mended], False, False, 0),
+        ([batch(VIEW), batch(VIEW, ingest_id="y"), mended], True, False, 0),  # killed between the two
+        ([batch(zoned)], False, False, 0),
     ):
         found = Ingested(zoned.definition(), "d", batches=batches, definitions=definitions)
-        assert (found.moved, len(found.missing())) == (moved, left), batches
+        assert (found.moved, found.in_parts, len(found.missing())) == (moved, in_parts, left), batches
 
 
 def test_other_content_is_another_batch() -> None:

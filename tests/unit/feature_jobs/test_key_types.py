@@ -283,3 +283,27 @@ def test_a_feature_of_another_type_than_the_table_is_set_aside_too(tmp_path: Pat
     assert (stream.step(), stream.tally.quarantined) == (1, 1)
     assert list(stream.tally.reasons) == ["amount is string, the feature table holds double"]
     project.close()
+
+
+def test_bytes_and_deletions_that_were_set_aside_can_be_tried_again(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """They lie in quarantine as a push says them: bytes in base64, a deletion by the source's name."""
+    source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
+    view = replace(INCOME, schema=[Field("amount", "bytes")], source=source, checks=[])
+    project = PushProject(tmp_path, access, view=view)
+    sent = [row(7, 1) | {"features": {"amount": "AAEC"}}, row(7, 2) | {"features": {}, "deleted": True}]
+    project.push(*sent, key="early")
+    ingest_text(project, "a")
+    assert project.stream().step() == 2
+    [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
+    place = quarantine_place("income", event["ingest_id"])
+    uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
+    tried = try_again(file, view, now=NOW, baseline=None)
+    assert tried.good is not None
+    assert tried.good.select(["amount", "deleted"]).to_pylist() == [
+        {"amount": b"\0\1\2", "deleted": False},
+        {"amount": None, "deleted": True},
+    ]
+    project.close()

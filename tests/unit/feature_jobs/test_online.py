@@ -99,6 +99,19 @@ def test_join_key_comes_from_an_earlier_view(store: OnlineStore) -> None:
     assert {"present"} == set(status.values())
 
 
+@pytest.mark.parametrize("others", [0, 64])
+def test_list_of_an_earlier_length_is_read_as_it_is(store: OnlineStore, others: int) -> None:
+    """As in the training set: neither cut nor filled up to the length that is declared now."""
+    lists = view("person2", ["person_id"], emb="list<float32, 3>", amount="float64")
+    given = [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], *([1.0, 2.0, 3.0] for _ in range(others))]
+    rows = [row(number, emb, 1.5) for number, emb in enumerate(given)]
+    store.replace(lists, {"person_id": "int64"}, rows)
+    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[lists]), store)
+    found = reader.read([{"person_id": number} for number in range(len(given))], hour(5))
+    assert [list(one) for one in found.columns["person2__emb"]] == given
+    assert set(found.status["person2__emb"]) == {"present"}
+
+
 def test_a_whole_number_stored_as_a_fraction_serves_as_a_key(store: OnlineStore) -> None:
     """As in the training set, where 10.0 is the key 10; 0.5 is none."""
     service = ServiceSpec(name="s", version="1", views=[PERSON, view("cohort", ["amount"], rate="float64")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import polars as pl
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.served import served
+from feature_jobs.store.served import Served, served
 from feature_jobs.store.skew import (
     AS_OF,
     FLOOR_AS_OF,
@@ -201,6 +202,22 @@ def test_served_values_are_read_by_the_features_own_type() -> None:
     [group], *_ = served([record(1, features={"person__seen": [large, 1.5]})], since=None)
     spec = next(one for one in SERVICE.views[0].fields if one.name == "seen")
     assert group.column("person__seen", dataclasses.replace(spec, dtype="int64")).to_list() == [large, None]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logged", "value"),
+    [
+        ("date", 19_000, date(2022, 1, 8)),
+        ("decimal(12, 2)", "12.50", Decimal("12.50")),
+        ("bytes", b"\0\xff", b"\0\xff"),
+        ("list<float32, 2>", [0.5, 1.0], [0.5, 1.0]),
+        ("list<string>", ["a"], ["a"]),
+    ],
+)
+def test_served_values_of_every_type_can_be_compared(dtype: str, logged: Any, value: Any) -> None:
+    """In the form that the online store has."""
+    group = Served(version=1, given=(), features={"v__x": [logged, None]})
+    assert group.column("v__x", dataclasses.replace(PERSON.fields[1], dtype=dtype)).to_list() == [value, None]
 
 
 def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch
+from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
 from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
 from feature_jobs.several import ALL, check_views, chosen, for_each, with_batches
@@ -147,6 +147,44 @@ def test_too_many_bad_rows_leave_an_event(project: BatchProject) -> None:
         project.ingest("csv", source={"path": f"{project.root}/rows*.jsonl"}, max_bad_share=0.1)
     *_, last = project.ledger.entries(BatchRefusedEvent)
     assert (last.payload["view"], last.payload["rows_bad"]) == ("csv", 2)
+
+
+ZONED = """
+from feature_jobs.store import Entity, FeatureView, Field, FileSource
+
+zoned = FeatureView(
+    "zoned",
+    entities=[Entity("meter", join_keys=["meter_id"])],
+    source=FileSource("{root}/zoned*.csv", event_timestamp="at", zone={zone!r}),
+    schema=[Field("watts", "float64")],
+)
+"""
+
+
+def test_rows_under_earlier_times_are_mended_whole_or_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of a batch that is stored under other times is not stored beside it; parts cannot be mended."""
+    whole, parts = tmp_path / "zoned0.csv", tmp_path / "zoned1.csv"
+    for path, meter in ((whole, 1), (parts, 2)):
+        path.write_text(f"meter_id,watts,at\n{meter},1.0,2024-01-01T00:00:00\n")
+    days = {"start": "2023-12-01", "end": "2024-02-01"}
+    with running_broker(*keys_of("zoned")) as access:
+        project = BatchProject(tmp_path, access, ZONED.format(root=tmp_path, zone=None), module="zoned")
+        project.ingest("zoned", source={"path": str(whole)})
+        project.ingest("zoned", source={"path": str(parts)}, **days)
+        project.define(ZONED.format(root=tmp_path, zone="America/Los_Angeles"))
+        with pytest.raises(SourceError, match="once without start and end"):
+            project.ingest("zoned", source={"path": str(whole)}, **days)
+        assert len(batches(project, "zoned")) == 2
+        capsys.readouterr()
+        project.ingest("zoned", source={"path": str(parts)}, **days)
+        assert "because they were ingested in parts" in capsys.readouterr().out
+        project.ingest("zoned", source={"path": str(whole)})
+        assert "1 mended" in capsys.readouterr().out
+        project.ingest("zoned", source={"path": str(whole)}, **days)
+        assert "nothing to do" in capsys.readouterr().out
+        project.close()
 
 
 def test_all_stands_for_views_that_take_batches(project: BatchProject) -> None:

@@ -190,6 +190,17 @@ def test_int96_times_are_what_was_written(tmp_path: Path) -> None:
         read(view(tmp_path / "spark_seen.parquet", *SEEN))
 
 
+def test_int96_times_inside_of_other_columns_do_not_matter(tmp_path: Path) -> None:
+    """No feature is made of them; the file is read all the same, in every reader."""
+    times = pa.array([DAY], pa.timestamp("us", "UTC"))
+    nested = pa.StructArray.from_arrays([times], ["when"])
+    path = write(tmp_path / "spark.parquet", inner=nested, **{"a.b": times})
+    assert read(view(path))["event_timestamp"].to_pylist() == [DAY]
+    table = read_parquet(str(path))
+    assert table["inner"].to_pylist() == [{"when": DAY.replace(tzinfo=None)}]
+    assert table["a.b"].to_pylist() == [DAY.replace(tzinfo=None)]
+
+
 def test_int96_spine_of_before_is_read_as_it_was(tmp_path: Path) -> None:
     """Nanoseconds where they hold all times, so that the hash of entity rows stays."""
     write(tmp_path / "spark.parquet")
