@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,15 @@ import pytest
 from jobs.monitor.__main__ import figures_of, with_small
 from jobs.monitor.chunks import CHUNK
 from jobs.monitor.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
-from jobs.monitor.measures import Figure, drift, estimated, realised
-from jobs.monitor.said import describe
-from jobs.monitor.shares import alerts, missing_shares, unseen_shares
+from jobs.monitor.measures import Figure, Measures, drift, estimated, realised
+from jobs.monitor.said import alerted, describe
+from jobs.monitor.shares import missing_shares, unseen_shares
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, of_2018
+
+
+def alerts(shares: Mapping[str, Measures]) -> dict[str, list[str]]:
+    """As the job says them."""
+    return alerted({name: {chunk: asdict(one) for chunk, one in by.items()} for name, by in shares.items()})
 
 
 def test_a_column_without_values_has_no_distance_and_is_an_alert(census: Frames) -> None:
