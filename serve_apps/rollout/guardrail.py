@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from cluster.records.matching import ODD
+from cluster.records.reading import ODD
 from cluster.runtime.signature import ModelSignature, Task
 from cluster.runtime.truths import Truths
 
