@@ -93,6 +93,7 @@ def run(apps: Mapping[str, serve.Application]) -> None:
         for name in set(failed) - before:
             serve.delete(name, _blocking=False)
         said = "; ".join(f"Application {name} did not start: {message}" for name, message in messages.items())
+        said = said or f"Serve did not start {', '.join(apps)}: {error}"
         if ArtifactTampered.__name__ in said:
             raise ArtifactTampered(
                 f"The replica of {', '.join(failed)} refused its files. See the ledger's ArtifactRefused."

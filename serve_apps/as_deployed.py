@@ -11,12 +11,16 @@ from cluster.settings import PlatformConfig, from_plain, to_plain
 from cluster.storage import exists, layout, read_bytes, write_bytes
 
 SECTIONS = ("replica", "online")
+IDENTITY = ("service_token_file", "purpose")
+"""As whom the replicas act; the rest of that section is about who deploys."""
 
 
 def keep_settings(config: PlatformConfig, app: str) -> None:
     """Write down what an application was deployed with."""
     plain = to_plain(config)
-    write_bytes(_path(config, app), json.dumps({name: plain[name] for name in SECTIONS}).encode())
+    content = {name: plain[name] for name in SECTIONS}
+    content["identity"] = {name: plain["identity"][name] for name in IDENTITY}
+    write_bytes(_path(config, app), json.dumps(content).encode())
 
 
 def as_deployed(config: PlatformConfig, app: str) -> PlatformConfig:
@@ -27,7 +31,9 @@ def as_deployed(config: PlatformConfig, app: str) -> PlatformConfig:
     """
     path = _path(config, app)
     kept = json.loads(read_bytes(path)) if exists(path) else {}
-    return from_plain(to_plain(config) | kept)
+    plain = to_plain(config)
+    identity = plain["identity"] | kept.get("identity", {})
+    return from_plain(plain | kept | {"identity": identity})
 
 
 def _path(config: PlatformConfig, app: str) -> str:

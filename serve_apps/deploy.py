@@ -30,7 +30,7 @@ from cluster.storage import layout
 from cluster.supervisor.head import restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.as_deployed import as_deployed
-from serve_apps.common import ensure_common
+from serve_apps.common import ensure_common, restore_common
 from serve_apps.edge.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
 from serve_apps.removal import remove, require_number
@@ -61,7 +61,8 @@ class DeployConfig(PlatformConfig):
     reason: str = "by command"
     """Why a version is removed."""
     as_deployed: bool = False
-    """Restores each application with the settings (`replica`, `online`) that it was deployed with, instead of these."""
+    """Restores each application with the settings that it was deployed with (`replica`, `online`, and as whom its
+    replicas act), instead of these."""
 
     def __post_init__(self) -> None:
         require_variant(self.variant)
@@ -186,7 +187,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
             back.append(app)
             print(f"restored {app}")
     with _noted("features or outcomes", failed):
-        ensure_common(config)
+        (restore_common if config.as_deployed else ensure_common)(config)
     event = ServingRestored(applications=back, failed=failed, seconds=time.perf_counter() - started)
     ledger.append(event, actor=actor.name)
     if failed:

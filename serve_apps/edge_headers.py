@@ -13,7 +13,7 @@ import hmac
 import os
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.security.identity import write_private
@@ -44,7 +44,7 @@ _FIELDS = {
 }
 """Header to field of `EdgeHeaders`."""
 _READ = {name.encode(): field for name, field in _FIELDS.items()}
-_PREFIX, _PROOF = PREFIX.encode(), PROOF.encode()
+_PROOF = PROOF.encode()
 
 
 def edge_proof(places: Layout) -> str:
@@ -95,17 +95,14 @@ class EdgeHeaderReader:
     def __init__(self, proof: str) -> None:
         self._proof = proof.encode()
 
-    def read(self, headers: Iterable[tuple[bytes, bytes]]) -> EdgeHeaders:
+    def read(self, headers: Sequence[tuple[bytes, bytes]]) -> EdgeHeaders:
         """What the edge said; the defaults where the proof is missing or wrong.
 
         Args:
             headers: of an ASGI scope: names in lower case.
         """
-        given: dict[bytes, bytes] = {}
-        for name, value in headers:
-            if name.startswith(_PREFIX):
-                given.setdefault(name, value)
+        given = dict(reversed(headers))  # of two with one name the first counts
         if not hmac.compare_digest(given.get(_PROOF, b""), self._proof):
             return UNPROVED
-        said = {field: given[name].decode("latin-1") for name, field in _READ.items() if given.get(name)}
+        said = {field: value.decode("latin-1") for name, field in _READ.items() if (value := given.get(name))}
         return EdgeHeaders(**said)

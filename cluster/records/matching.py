@@ -13,10 +13,8 @@ from typing import Any
 
 import polars as pl
 
-from cluster.records.reading import Outcome, exact_column
+from cluster.records.reading import ODD, OUTCOME, Outcome, exact_column
 from cluster.runtime import Truths
-
-OUTCOME, ODD = "outcome", "odd_outcome"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,7 +105,7 @@ class Log:
     answers: pl.DataFrame
     """With those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its
     name. Values are as they were written: a column of several types is `pl.Object`, and so is `probabilities`, a dict
-    by class. `cluster.records.typed` reads them by a version's signature."""
+    by class. `cluster.records.typed` reads them by a version's signature. Inputs in `TAKEN` are left out."""
     failures: pl.DataFrame
     """Rows that the model gave no finite score for, with the reason as `fault`. They are in no figure."""
 
@@ -120,7 +120,8 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
             if fault:
                 failed.append(head | {"row": row, "fault": fault})
             else:
-                inputs = {name: values[row] for name, values in record["features"].items()}
+                features = record["features"].items()
+                inputs = {name: values[row] for name, values in features if name not in TAKEN}
                 answered.append(head | {"row": row} | record["predictions"][row] | inputs)
     return Log(answers=_frame(answered, _HEAD), failures=_frame(failed, _HEAD | {"fault": pl.String}))
 
@@ -189,6 +190,10 @@ _HEAD: dict[str, Any] = {
     "as_of": _TIME,
 }
 """Columns whose type is the same for all models and versions."""
+OUTCOME, ODD = "outcome", "odd_outcome"
+TAKEN = frozenset({*_HEAD, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, ODD})
+"""Columns that a frame has for itself. An input of such a name is left out, because a client chooses its value: it must
+not say which arm or label an answer was of."""
 _OUTCOME: dict[str, Any] = {
     "prediction_id": pl.String,
     "row": pl.Int64,

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from cluster.records.reading import exact_column
+from cluster.records.reading import TAKEN, exact_column
 from cluster.runtime import ModelSignature, Task, Truths
 from cluster.runtime.values import value_type
 
@@ -29,7 +29,7 @@ def typed(rows: pl.DataFrame, signature: ModelSignature) -> Typed:
     odd = {}
     columns = _answers(rows, signature)
     for spec in signature.inputs:
-        if spec.length is not None:  # a list stays as it was logged
+        if spec.length is not None or spec.name in TAKEN:  # a list stays as it was logged
             continue
         column, wrong = column_of(spec.name, _values(rows, spec.name), spec.dtype)
         columns.append(column)

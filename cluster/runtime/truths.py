@@ -2,17 +2,19 @@
 here, so that all agree.
 
 JSON has several ways to write a class: 1, 1.0, true and "1" are the class 1. A flag is true or false, or 1 or 0, and no
-text. A regression's outcome is a finite number, and no text.
+text. A regression's outcome is a number that a float32 can hold, and no text: as it is with a model's inputs. A greater
+one can be no truth, and its square would be infinite, which would make every figure of its version say nothing.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from cluster.runtime.signature import Label, ModelSignature
 
 SHOWN_CLASSES = 10
+_GREATEST = 3.4028234663852886e38
+"""Of a float32."""
 
 
 class Truths:
@@ -36,7 +38,7 @@ class Truths:
     def wanted(self) -> str:
         """What an outcome must be, in words."""
         if self._classes is None:
-            return "a finite number"
+            return f"a number of at most {_GREATEST:.3g}"
         shown = ", ".join(map(repr, self._classes[:SHOWN_CLASSES]))
         more = len(self._classes) - SHOWN_CLASSES
         return f"one of the model's classes {shown}" + (f" and {more} more" if more > 0 else "")
@@ -44,7 +46,7 @@ class Truths:
     def of(self, value: Any) -> Label | None:
         """The class that an outcome means, or the number; None where it can mean none."""
         if self._classes is None:
-            return _finite(value)
+            return _number(value)
         if isinstance(value, str):
             return self._by_text.get(value)
         if not isinstance(value, int | float):
@@ -53,11 +55,11 @@ class Truths:
         return None if isinstance(value, bool) and isinstance(found, str) else found
 
 
-def _finite(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if -_GREATEST <= number <= _GREATEST else None

@@ -35,6 +35,9 @@ from jobs.train.config import AUTO, SplitConfig
 from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.split import held_out_of
 
+MAX_VARIANT_CHARS = 100
+"""Of a file's name."""
+
 
 @job("monitor", MonitorConfig, timed=True)
 def main(config: MonitorConfig) -> None:
@@ -72,8 +75,11 @@ def main(config: MonitorConfig) -> None:
 
 
 def results_name(served: Served) -> str:
-    """Of a version's results; a variant is a client's word where a request came by no edge."""
-    return f"{file_name(served.variant)}-v{served.version.version}"
+    """Of a version's results; in the log of an older release a variant can be a client's word, of any length."""
+    variant = file_name(served.variant)
+    if len(variant) > MAX_VARIANT_CHARS:
+        variant = f"{variant[:MAX_VARIANT_CHARS]}-{hashlib.sha256(variant.encode()).hexdigest()[:16]}"
+    return f"{variant}-v{served.version.version}"
 
 
 def event_of(

@@ -12,6 +12,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from cluster.errors import InvalidRequest, TrainingSetError, did_you_mean
+from cluster.records.reading import TAKEN
 from cluster.runtime import InputSpec, Model, ModelSignature, Task, Truths
 from jobs.monitor.chunks import CHUNK, reference_chunks
 
@@ -137,7 +138,9 @@ def _inputs(signature: ModelSignature, rows: pl.DataFrame) -> tuple[pd.DataFrame
     for spec in signature.inputs:
         if spec.length is not None:
             continue
-        if spec.name not in rows.columns:
+        if spec.name in TAKEN:
+            reasons[spec.name] = "hidden by a column of the same name"
+        elif spec.name not in rows.columns:
             reasons[spec.name] = "absent"
         elif _is_categorical(spec):
             values = rows[spec.name].to_list()

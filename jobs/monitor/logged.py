@@ -10,8 +10,7 @@ import polars as pl
 
 from cluster.errors import RefusedError
 from cluster.records import Matched, Typed, all_outcomes, match, read_log, typed
-from cluster.records.matching import ODD, OUTCOME
-from cluster.records.reading import exact_column
+from cluster.records.reading import ODD, OUTCOME, exact_column
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Truths
 from cluster.runtime.loader import load_signature

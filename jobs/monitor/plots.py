@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 560, 240, 48
 
 
 def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric: str) -> str:
-    """Estimated performance with its confidence band's ends, and realised performance, per period."""
+    """Estimated performance with its confidence band's ends, and realised performance, per period.
+
+    Args:
+        variant: as the log has it; an older release wrote there what a client said.
+        periods: figures by period.
+        metric: its name.
+    """
     keys = list(periods)
     estimates = [periods[key]["estimate"] for key in keys]
     realisations = [periods[key]["realisation"] for key in keys]
@@ -35,7 +42,7 @@ def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric
         if real:
             y = scale.y(real["value"])
             parts.append(f'<rect class="realised" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
-    label = f"{variant}: {metric}, estimated (circle) and realised (square) per period"
+    label = f"{escape(variant)}: {metric}, estimated (circle) and realised (square) per period"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f"<title>{label}</title><style>{_STYLE}</style>{''.join(parts)}</svg>"

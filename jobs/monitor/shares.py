@@ -7,8 +7,6 @@ of the reference's chunks, and three sampling errors of a chunk of this size, do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -31,12 +29,6 @@ def unseen_shares(frames: Frames) -> dict[str, Measures]:
         name: _shares(frames, _unseen(frames.reference, name, known), _unseen(frames.served, name, known))
         for name, known in frames.known.items()
     }
-
-
-def alerts(shares: Mapping[str, Measures]) -> dict[str, list[str]]:
-    """Column to the chunks in which it left its threshold."""
-    found = {name: [chunk for chunk, one in chunks.items() if one.alert] for name, chunks in shares.items()}
-    return {name: chunks for name, chunks in found.items() if chunks}
 
 
 def _nulls(frames: Frames, rows: pd.DataFrame, name: str) -> pd.Series:

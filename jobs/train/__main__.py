@@ -46,10 +46,8 @@ def main(config: TrainConfig) -> None:
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
-    places = layout(config.storage)
-    source = read_training_set(
-        config.training_set, protected_files(actor.access), places=places, ledger=ledger
-    )
+    places, files = layout(config.storage), protected_files(actor.access)
+    source = read_training_set(config.training_set, files, places=places, ledger=ledger)
     config = replace(config, split=resolve_split(config.split, source))
     dataset, warnings = prepare_aloud(config, source, threshold=config.threshold)
     attach(config)

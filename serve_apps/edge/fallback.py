@@ -19,6 +19,7 @@ from serve_apps.edge import connections
 from serve_apps.edge.answers import refuse
 from serve_apps.edge.backends import HEALTH_CHECK, any_up, server_name
 from serve_apps.edge.routes import Backend
+from serve_apps.edge_headers import VARIANT
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 SUFFIX = ":treated"
@@ -37,7 +38,7 @@ def frontend(*, map_file: str, socket: str) -> str:
     http-request set-var(txn.backend) var(txn.model),map_str({map_file}),field(1,|)
     {refuse(503, "No healthy replica; try again.")} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
 {connections.body()}
-    http-request set-header x-falaj-variant {CHAMPION_VARIANT}
+    http-request set-header {VARIANT} {CHAMPION_VARIANT}
     http-request set-var(txn.rest) path,regsub(^/[^/]+,)
     http-request set-path /%[var(txn.backend)]%[var(txn.rest)]
     use_backend %[var(txn.backend)]

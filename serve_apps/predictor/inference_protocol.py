@@ -228,10 +228,11 @@ def _input_values(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, Inpu
     if tensor.width != spec.width:
         shape = "[n] or [n, 1]" if spec.length is None else f"[n, {spec.length}]"
         raise InvalidRequest(f"Input '{spec.name}' has {tensor.width} values a row; give shape {shape}.")
+    values = tensor.values
     if spec.length == 1:
-        return [None if value is None else [value] for value in tensor.values]
+        values = [None if value is None else [value] for value in values]
     # A tensor of the input's own datatype has its values alone; one of FP64 may hold 1.5 for an input of INT64.
-    return tensor.values if tensor.datatype is wanted else fit_values(spec, tensor.values)
+    return values if tensor.datatype is wanted else fit_values(spec, values)
 
 
 def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:

@@ -77,15 +77,17 @@ def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
 def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -> Resource:
     """A model as a caller of `:predict` uses it, for whom features are read by key.
 
-    It is of the highest class among those of the views, and for the purposes that all of them list. So the policies ask
-    the same as at `features:read`.
+    It is of the highest class among those of the views, for the purposes that all of them list, and in the region of a
+    view that has one of its own. So the policies ask the same as at `features:read`.
     """
     used = [one for view in views for one in view_resources(view, region=region)]
+    elsewhere = sorted({one.region for one in used} - {region})
     stated = [set(one.purposes) for one in used if one.purposes]
     common = tuple(sorted(set.intersection(*stated))) if stated else ()
     return replace(
         model,
         column_class=_highest({Sensitivity(one.column_class) for one in used}).value,
+        region=elsewhere[0] if elsewhere else model.region,
         purposes=common or ((NO_COMMON_PURPOSE,) if stated else ()),
     )
 

@@ -14,11 +14,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import ModelFailed
+from cluster.errors import InvalidRequest, ModelFailed, RefusedError
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
 from serve_apps.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
-from serve_apps.http import answer, parse_json, read_body, refusal
+from serve_apps.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
@@ -124,9 +124,15 @@ class Predictor:
             if self._batches is None:
                 return self._model.predict(columns).checked().rows(), ""
             return (await self._batches.predict(self._model.encode(columns))).checked().rows(), ""
+        except InvalidRequest:
+            raise
         except ModelFailed as failed:
-            self._meters.without_score()
-            return [], str(failed)
+            fault = str(failed)
+        except RefusedError as error:  # the engine's own words are for its operators
+            LOG.error("the model does not run on a request", exc_info=error)
+            fault = "does not run on this request"
+        self._meters.without_score()
+        return [], fault
 
     def _failed(self, fault: str, prediction_id: str) -> Response:
         """503, so that it counts as a failure of the arm that the request was in."""

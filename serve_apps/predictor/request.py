@@ -9,9 +9,8 @@ from types import NoneType
 from typing import Any
 
 from cluster.errors import InvalidRequest, did_you_mean, nearest
-from cluster.runtime.list_encoding import list_row
 from cluster.runtime.signature import InputSpec
-from cluster.runtime.values import NotOfType, value_type
+from cluster.runtime.values import NotOfType, ValueType, value_type
 from feature_jobs.store.catalog import FieldSpec
 from feature_jobs.store.dtypes import from_json, list_of
 
@@ -74,13 +73,15 @@ def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
     Raises:
         InvalidRequest: one is not of the type.
     """
-    if isinstance(spec, FieldSpec) or spec.length is not None:
+    if isinstance(spec, FieldSpec):
         for value in values:
             _check_rich(spec, value)
         return values
     kind = value_type(spec.dtype)
     if kind is None:
         return _fit_unknown(spec, values)
+    if spec.length is not None:
+        return [None if value is None else _fit_list(spec, kind, value) for value in values]
     try:
         return kind.fit(values)
     except NotOfType as error:
@@ -92,12 +93,22 @@ def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
         ) from error
 
 
-def _check_rich(spec: Asked, value: Any) -> None:
-    """Refuse what is no list, date, time, decimal or bytes as the input has them; null is always allowed."""
+def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
+    """A list whose elements are of the input's type; what a float32 cannot hold is found when it is encoded."""
+    try:
+        if not isinstance(value, list) or len(value) != spec.length or None in value:
+            raise NotOfType(value, "")
+        return kind.fit(value)
+    except NotOfType as error:
+        raise InvalidRequest(
+            f"Input '{spec.name}' must be a list of {spec.length} numbers ({spec.dtype}) or null, "
+            f"got {shown(error.value)}."
+        ) from error
+
+
+def _check_rich(spec: FieldSpec, value: Any) -> None:
+    """Refuse what is no list, date, time, decimal or bytes as the field has them; null is always allowed."""
     if value is None:
-        return
-    if isinstance(spec, InputSpec):
-        list_row(spec, spec.width, value)
         return
     try:
         from_json(value, spec.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,14 @@ import polars as pl
 
 from cluster.command_line import given_options, refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import ModelNotFound, RefusedError, RolloutError, did_you_mean
+from cluster.errors import (
+    ArtifactTampered,
+    ModelNotFound,
+    RecordLogCorrupt,
+    RefusedError,
+    RolloutError,
+    did_you_mean,
+)
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     GuardrailBreached,
@@ -79,6 +87,8 @@ class RolloutConfig(PlatformConfig):
             )
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
+        if not 0 <= self.max_drop < math.inf:
+            raise ValueError(f"max_drop must be a number from 0, got {self.max_drop}.")
 
 
 _OWN_OPTIONS = frozenset({"version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"})
@@ -261,21 +271,32 @@ def judgement(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Roll
 
     Raises:
         RolloutError: they breach the guardrail.
+        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so there is nothing to go by.
     """
     try:
         finding = find(config, ledger, actor, rollout)
+    except (RecordLogCorrupt, ArtifactTampered):  # somebody has had a hand in what would be judged
+        raise
     except RefusedError as error:
         return f"without a look at outcomes: {error}"
-    counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
-    if finding.treatment is None or finding.control is None:
-        return f"without a verdict: {counts}, {config.min_outcomes} of each are needed"
-    figures = f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control, {counts}"
+    said = in_words(finding, min_outcomes=config.min_outcomes)
     if finding.verdict is Verdict.breached:
         raise RolloutError(
-            f"Rollout {rollout.id} of '{config.name}' is worse than its control: {figures}. Roll it back, or give the "
+            f"Rollout {rollout.id} of '{config.name}' is worse than its control: {said}. Roll it back, or give the "
             "`max_drop` that you accept."
         )
-    return figures
+    return said
+
+
+def in_words(finding: Finding, *, min_outcomes: int) -> str:
+    """A finding for people, and for the reason of a promotion."""
+    counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
+    match finding.verdict:
+        case Verdict.too_few:
+            return f"without a verdict: {counts}, {min_outcomes} of each are needed"
+        case Verdict.undefined:
+            return f"without a verdict: {counts}, but {finding.metric} is undefined where all are of one class or value"
+    return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control, {counts}"
 
 
 def roll_back(

@@ -8,6 +8,7 @@ one arm to the other. Beyond 50 % the arms meet: control gets what is left, and 
 from __future__ import annotations
 
 import enum
+import math
 import re
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def require_percent(value: float, *, name: str) -> None:
     Raises:
         ValueError
     """
-    buckets = value * BUCKETS / 100
+    buckets = value * BUCKETS / 100 if math.isfinite(value) else 0.0
     if not 1 <= round(buckets) <= BUCKETS or abs(buckets - round(buckets)) > 1e-6:
         raise ValueError(f"{name} must be 0.01 to 100 percent, in steps of 0.01, got {value}.")
 

@@ -8,12 +8,13 @@ is passed over: whoever may post outcomes must not be able to keep a bad version
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from cluster.records.matching import ODD
+from cluster.records.reading import ODD
 from cluster.runtime.signature import ModelSignature, Task
 from cluster.runtime.truths import Truths
 
@@ -115,6 +116,10 @@ def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
             return float((truth == labels).mean())
         case Task.regression:
             spread = float(((truth - truth.mean()) ** 2).sum())
-            return (
-                None if spread == 0 else 1 - float(((truth - frame["value"].to_numpy()) ** 2).sum()) / spread
-            )
+            if spread == 0:
+                return None
+            with np.errstate(
+                over="ignore"
+            ):  # outcomes have finite squares, answers need not: no version is worse
+                wrong = float(((truth - frame["value"].to_numpy()) ** 2).sum())
+            return max(1 - wrong / spread, -sys.float_info.max)

@@ -20,7 +20,7 @@ from cluster.records import (
     typed,
 )
 from cluster.records.compaction import compact
-from cluster.records.matching import ODD
+from cluster.records.reading import ODD
 from cluster.runtime import InputSpec, ModelSignature, Task, Truths
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
@@ -103,6 +103,17 @@ def test_an_input_that_no_record_has_is_null(log: Path, keyring: Keyring) -> Non
     """And not an end of all reading."""
     write(log, keyring, answer(1, 5, name="other"))
     assert typed(read_predictions(log, keyring), FLAGS).rows["x"].to_list() == [None]
+
+
+@pytest.mark.parametrize("name", ["arm", "rollout", "version", "label", "probability", "row", "outcome"])
+def test_an_input_takes_no_column_of_the_log_itself(log: Path, keyring: Keyring, name: str) -> None:
+    """A client chooses its value, and could so choose its arm, or put a label in the place of the answer's."""
+    write(log, keyring, answer(1, 5, name=name, rollout="r", arm="treatment"))
+    signature = replace(FLAGS, inputs=(InputSpec(name=name, dtype="int64"),))
+    mine = typed(read_predictions(log, keyring), signature)
+    assert mine.rows.select("arm", "rollout", "version", "label", "probability", "row").rows() == [
+        ("treatment", "r", 1, True, 0.75, 0)
+    ]
 
 
 def test_probabilities_of_versions_with_other_classes_are_all_read(log: Path, keyring: Keyring) -> None:

@@ -269,3 +269,12 @@ def test_plot_holds_every_period_and_leaves_out_what_is_not_known(census: Frames
     assert plot.count("<circle") == 2
     assert plot.count('<rect class="realised"') == 1
     assert all(f">{year}<" in plot for year in YEARS)
+
+
+def test_plot_holds_a_variant_as_text() -> None:
+    """A log of an older release holds what a client called it."""
+    plot = performance_plot(
+        '"><script>x</script>', {"2016": {"estimate": None, "realisation": None}}, metric="auc"
+    )
+    assert "<script>" not in plot
+    assert "&lt;script&gt;" in plot

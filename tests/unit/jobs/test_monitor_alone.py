@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
 
-from jobs.monitor.__main__ import figures_of, with_small
+from jobs.monitor.__main__ import figures_of, results_name, with_small
 from jobs.monitor.chunks import CHUNK
 from jobs.monitor.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
-from jobs.monitor.measures import Figure, drift, estimated, realised
-from jobs.monitor.said import describe
-from jobs.monitor.shares import alerts, missing_shares, unseen_shares
+from jobs.monitor.logged import Served
+from jobs.monitor.measures import Figure, Measures, drift, estimated, realised
+from jobs.monitor.said import alerted, describe
+from jobs.monitor.shares import missing_shares, unseen_shares
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, of_2018
+
+
+def alerts(shares: Mapping[str, Measures]) -> dict[str, list[str]]:
+    """As the job says them."""
+    return alerted({name: {chunk: asdict(one) for chunk, one in by.items()} for name, by in shares.items()})
 
 
 def test_a_column_without_values_has_no_distance_and_is_an_alert(census: Frames) -> None:
@@ -146,3 +155,16 @@ def test_chunks_below_min_rows_are_named() -> None:
     ]
     said = {"2017": "chunk below min_rows: 1 of 2"}
     assert found["undefined"] == {"estimated_auc": said, "realised_auc": said, "drift": said}
+
+
+def test_results_of_any_variant_have_a_file_name_of_their_own() -> None:
+    """In the log of an older release a variant can be a client's word: a path, or longer than a name may be."""
+    version: Any = SimpleNamespace(version=2)
+    variants = ["a", "../zz", "é" * 300, "é" * 301]
+    names = [
+        results_name(Served(variant=one, version=version, rows=pl.DataFrame(), failed=0, odd_inputs={}))
+        for one in variants
+    ]
+    assert names[:2] == ["a-v2", "%2E.%2Fzz-v2"]
+    assert len(set(names)) == len(names)
+    assert all(len(name) < 200 and "/" not in name for name in names)

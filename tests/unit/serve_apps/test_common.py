@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.session import write_record
 from cluster.settings import (
     Durability,
     IdentityConfig,
@@ -9,8 +13,10 @@ from cluster.settings import (
     OnlineKind,
     PlatformConfig,
     ReplicaConfig,
+    StorageConfig,
 )
-from serve_apps.common import Settings
+from serve_apps.common import Settings, keep_settings, kept_settings
+from tests.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
 DEFAULT = Settings.of(PlatformConfig())
@@ -53,3 +59,16 @@ def test_deployment_that_states_something_gets_it() -> None:
     assert Settings.of(PlatformConfig(online=REDIS)).over(DEFAULT).put_into(PlatformConfig()).online == REDIS
     assert DISK.over(DEFAULT) == DISK
     assert DEFAULT.over(DISK) == DISK
+
+
+def test_settings_outlive_a_lost_head_and_no_new_cluster(tmp_path: Path) -> None:
+    """A head that is brought back is of the same cluster, and its applications have the same settings."""
+    storage = StorageConfig(root=str(tmp_path))
+    config = PlatformConfig(storage=storage)
+    mine = record(tmp_path, "", port=0)
+    write_record(mine, storage)
+    assert kept_settings(config) is None
+    keep_settings(config, DISK)
+    assert kept_settings(config) == DISK
+    write_record(replace(mine, cluster_id="another"), storage)
+    assert kept_settings(config) is None

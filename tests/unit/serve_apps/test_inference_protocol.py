@@ -312,3 +312,13 @@ def test_a_list_is_one_tensor_of_its_length() -> None:
     signature = ModelSignature(task=Task.regression, inputs=(AGE, emb), label="y")
     inputs = metadata("m", 1, signature)["inputs"]
     assert [(one["datatype"], one["shape"]) for one in inputs] == [("FP64", [-1]), ("FP32", [-1, 3])]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_list_of_whole_numbers_takes_no_other_ones(length: int) -> None:
+    """Whatever the datatype of its tensor."""
+    ids = InputSpec(name="p__ids", dtype="int64", length=length)
+    whole = tensor("p__ids", [3.0] * length, shape=[1, length])
+    assert column(whole, ids) == [[3] * length]
+    with pytest.raises(InvalidRequest, match=r"list of . numbers \(int64\) or null, got 1.5"):
+        column(tensor("p__ids", [1.5] * length, shape=[1, length]), ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_a_caller_needs_a_purpose_of_all_views_with_protected_columns(
     views = service_spec(ledger, lineage.service, lineage.service_version).views
     used = with_read_features(version.resource(region="here"), views, region="here")
     assert (used.column_class, used.purposes, used.kind, used.name) == (*needed, "model", "loan")
+    assert used.region == "here"
+    moved = with_read_features(
+        version.resource(region="here"), [views[0], replace(views[1], region="there")], region="here"
+    )
+    assert moved.region == "there"
 
 
 @pytest.mark.parametrize(

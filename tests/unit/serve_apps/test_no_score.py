@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from cluster.errors import ModelFailed
+from cluster.errors import ModelFailed, RefusedError
 from cluster.records import read_log
 from cluster.runtime import InputSpec, ModelSignature, Predictions, Task
 from cluster.runtime.model import Model
@@ -51,6 +51,13 @@ def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert running.failures == []
 
 
+def body(endpoint: str, ages: list[float]) -> dict[str, Any]:
+    """A request for so many rows."""
+    if endpoint == PREDICT:
+        return {"entities": [{"id": number} for number in range(len(ages))], "features": {"p__age": ages}}
+    return {"inputs": [{"name": "p__age", "datatype": "FP64", "shape": [len(ages)], "data": ages}]}
+
+
 class Counted:
     """Stands for Ray's counter, which tells a process of its own."""
 
@@ -71,11 +78,7 @@ def test_no_finite_score_is_503_with_a_record(
     batches = Batches(predictor._model.predict_matrix, max_rows=64, max_wait_s=0) if batched else None
     monkeypatch.setattr(predictor, "_batches", batches)
     monkeypatch.setattr(predictor._meters, "_without_score", counted)
-    bodies: list[dict[str, Any]] = []
-    for ages in ([4.0, -1.0], [4.0, 9.0]):
-        tensor = {"name": "p__age", "datatype": "FP64", "shape": [2], "data": ages}
-        by_key = {"entities": [{"id": 1}, {"id": 2}], "features": {"p__age": ages}}
-        bodies.append(by_key if endpoint == PREDICT else {"inputs": [tensor]})
+    bodies = [body(endpoint, ages) for ages in ([4.0, -1.0], [4.0, 9.0])]
     status, headers, answer = replica.call(endpoint, bodies[0])
     assert (status, counted.count) == (503, 1)
     assert SAID in answer.decode()
@@ -94,6 +97,25 @@ def test_no_finite_score_is_503_with_a_record(
     assert counted.count == 1
 
 
+@pytest.mark.parametrize("endpoint", [PREDICT, INFER])
+def test_a_model_that_does_not_run_is_503_with_a_record(
+    replica: Replica, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one without a score: the engine's words stay here, and a request that is wrong itself is still 400."""
+    monkeypatch.setattr(replica.predictor._model, "_engine", Broken())
+    monkeypatch.setattr(replica.predictor, "_batches", None)
+    counted = Counted()
+    monkeypatch.setattr(replica.predictor._meters, "_without_score", counted)
+    status, headers, answer = replica.call(endpoint, body(endpoint, [1.0]))
+    assert (status, counted.count) == (503, 1)
+    assert b"version 1 does not run on this request" in answer
+    assert b"secret" not in answer
+    log = read_log(Path(replica.places.predictions(MODEL)), key_store(replica.keys))
+    mine = log.failures.filter(prediction_id=headers["x-falaj-prediction-id"])
+    assert mine["fault"].to_list() == ["does not run on this request"]
+    assert (replica.json(endpoint, body(endpoint, [1e300]))[0], counted.count) == (400, 1)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
 def test_whatever_engine_gave_it_no_such_score_becomes_an_answer(
@@ -110,6 +132,15 @@ def test_whatever_engine_gave_it_no_such_score_becomes_an_answer(
             replace(good, scores=scores).checked()
     with pytest.raises(ModelFailed, match="1 of 1 rows"):
         Predictions(signature=signature, scores=np.full((1, *shape[1:]), wrong)).checked()
+
+
+class Broken:
+    """An engine that runs on nothing."""
+
+    num_inputs = 1
+
+    def scores(self, matrix: Any) -> Any:
+        raise RefusedError("model.onnx does not run: secret")
 
 
 class Short:

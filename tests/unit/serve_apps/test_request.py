@@ -136,6 +136,7 @@ def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> Non
 
 
 EMB = InputSpec(name="p__emb", dtype="float", length=2)
+IDS = InputSpec(name="p__ids", dtype="int16", length=2)
 DUE = FieldSpec(name="due", dtype="date", sensitivity="internal", categorical=False)
 QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", categorical=False)
 
@@ -145,6 +146,7 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
     [
         ("p__emb", [0.5, 1], [[0.5, 1]] * 2),
         ("p__emb", [[0.5, 1], None], [[0.5, 1], None]),
+        ("p__ids", [3.0, 2], [[3, 2]] * 2),
         ("due", "2026-01-31", ["2026-01-31"] * 2),
         ("due", ["2026-01-31", None], ["2026-01-31", None]),
         ("query", [], [[], []]),
@@ -156,7 +158,7 @@ def test_one_value_or_one_an_entity_also_where_values_are_lists(
 ) -> None:
     """A list of lists is one an entity."""
     body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: given}}
-    inputs = {spec.name: spec for spec in (EMB, DUE, QUERY)}
+    inputs = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
     assert parse_predict(body, inputs, now=NOW).overrides == {name: values}
 
 
@@ -167,7 +169,9 @@ def test_one_value_or_one_an_entity_also_where_values_are_lists(
         ("p__emb", [0.5], "'p__emb' must be a list of 2 numbers"),
         ("p__emb", ["a", "b"], "'p__emb' must be a list of 2 numbers"),
         ("p__emb", [[0.5, True]], "'p__emb' must be a list of 2 numbers"),
-        ("p__emb", [[0.5, 1e39]], "beyond what a float32"),
+        ("p__emb", [[0.5, None]], "'p__emb' must be a list of 2 numbers"),
+        ("p__ids", [[1, 1.5]], r"'p__ids' must be a list of 2 numbers \(int16\) or null, got 1.5"),
+        ("p__ids", [[1, 40_000]], "'p__ids' must be a list of 2 numbers .* got 40000"),
         ("due", 20484, "'due' must be date"),
         ("due", "tomorrow", "'due' must be date"),
         ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
@@ -177,4 +181,4 @@ def test_a_list_or_a_date_that_is_none_is_named(name: str, given: Any, said: str
     """With what it should be."""
     body = {"entities": [{"id": 1}], "features": {name: given}}
     with pytest.raises(InvalidRequest, match=said):
-        parse_predict(body, {spec.name: spec for spec in (EMB, DUE, QUERY)}, now=NOW)
+        parse_predict(body, {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}, now=NOW)

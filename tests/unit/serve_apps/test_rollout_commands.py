@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from serve_apps.deploy import main as deploy
 from serve_apps.edge.limits import main as limits
 from serve_apps.edge.routes import routes
 from serve_apps.removal import require_number
-from serve_apps.rollout.__main__ import RolloutConfig
+from serve_apps.rollout.__main__ import RolloutConfig, in_words
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
+from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.state import ModelState, fold, read_states
 from tests.commands import run_main
 
@@ -62,6 +64,10 @@ def test_an_option_that_means_nothing_is_refused(
         ({"weight": 0.015}, "steps of 0.01"),
         ({"weight": 100.01}, "weight must be"),
         ({"share": 0.001}, "share must be"),
+        ({"weight": math.nan}, "weight must be 0.01 to 100"),
+        ({"weight": math.inf}, "weight must be 0.01 to 100"),
+        ({"max_drop": math.nan}, "max_drop must be a number from 0"),
+        ({"max_drop": -0.1}, "max_drop must be a number from 0"),
         ({"variant": "../zz"}, "variant must be"),
         ({"variant": "a|b"}, "variant must be"),
         ({"variant": "shadow"}, "what records call another"),
@@ -159,6 +165,31 @@ def test_what_a_version_is_needed_for_is_said(version: int, part: str | None) ->
     """Only one that serves nobody may be removed."""
     state: ModelState = fold(DEPLOYED)["m"]
     assert state.part_of(version) == part
+
+
+@pytest.mark.parametrize(
+    ("verdict", "treatment", "said"),
+    [
+        (Verdict.too_few, None, "500 of each are needed"),
+        (Verdict.undefined, None, "but roc_auc is undefined where all are of one class"),
+        (Verdict.holds, 0.8, "roc_auc 0.800 against 0.900 in control"),
+    ],
+)
+def test_a_promotion_says_why_outcomes_say_nothing(
+    verdict: Verdict, treatment: float | None, said: str
+) -> None:
+    """Enough outcomes of one class are not too few."""
+    finding = Finding(
+        verdict=verdict,
+        metric="roc_auc",
+        treatment=treatment,
+        control=0.9,
+        treatment_outcomes=400,
+        control_outcomes=700,
+    )
+    words = in_words(finding, min_outcomes=500)
+    assert said in words
+    assert "400 outcomes of the treatment and 700 of the control" in words
 
 
 @pytest.mark.parametrize("version", ["latest", "champion", "2x"])

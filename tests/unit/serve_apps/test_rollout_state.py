@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import polars as pl
 import pytest
 
@@ -109,6 +111,7 @@ def signature(task: Task, classes: tuple[str | int, ...] | None) -> ModelSignatu
     )
 
 
+ARMS = ("treatment", "control")
 BINARY = signature(Task.binary, (0, 1))
 GOOD = [(1, 0.9), (0, 0.1)] * 100
 BAD = [(1, 0.1), (0, 0.9)] * 100
@@ -151,6 +154,23 @@ def test_a_wrong_outcome_cannot_stop_the_rule(hostile: str | float) -> None:
     finding = judge(one_more, signature=BINARY, min_outcomes=100, max_drop=0.05)
     assert finding.verdict is Verdict.breached
     assert finding.treatment_outcomes == 200 + (hostile is True)
+
+
+@pytest.mark.parametrize("arm", ["treatment", "control"])
+def test_an_outcome_without_a_finite_square_cannot_stop_the_rule(arm: str) -> None:
+    """Its R² would be no number, which is below no other one: the bad treatment would hold for ever."""
+    rows = [(arm, truth, 9.0 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
+    values = pl.DataFrame([*rows, (arm, 1e308, 1.0)], schema=["arm", "outcome", "value"], orient="row")
+    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (found.verdict, found.control) == (Verdict.breached, 1.0)
+
+
+def test_answers_without_a_finite_square_breach_the_rule() -> None:
+    """There is none worse, and the figure can be written down."""
+    rows = [(arm, truth, 1e300 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
+    values = pl.DataFrame(rows, schema=["arm", "outcome", "value"], orient="row")
+    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (found.verdict, found.treatment) == (Verdict.breached, -sys.float_info.max)
 
 
 def test_outcomes_of_one_class_are_no_verdict() -> None:
