@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 from fsspec.core import url_to_fs
 
 from cluster.entrypoint import job
@@ -47,7 +46,7 @@ from feature_jobs.store.protection import (
 from feature_jobs.store.quarantine import quarantined
 from feature_jobs.store.retry import Tried, try_again
 from feature_jobs.store.validation import FILES
-from feature_jobs.storing import row_schema
+from feature_jobs.storing import open_or_create, row_schema
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,11 +181,7 @@ def still_bad(file: pa.Table, tried: Tried) -> pa.Table:
 def commit(place: Place, good: pa.Table, batch: offline.Batch, *, now: dt.datetime) -> int:
     """Store good rows as the newest of the table; gives its version."""
     target, schema = place.target, row_schema(good.schema)
-    table = offline.open_table(target.uri)
-    if table is None:
-        table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
-    offline.check_schema(table, schema, view=place.view.name)
-    table = DeltaTable(target.uri)
+    table = open_or_create(target, schema, view=place.view.name)
     seq = offline.last_seq(table)
     count = good.num_rows
     stamped = good.append_column(offline.INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cluster.errors import ConfigError, RefusedError
@@ -47,15 +47,16 @@ def chosen(given: str | list[str], known: Iterable[str]) -> list[str]:
     return names
 
 
-def with_batches(definitions: str, ledger: Ledger) -> list[str]:
-    """The views of a module that batches can be ingested into: not those of topics, and not retired ones."""
+def with_batches(definitions: str, ledger: Ledger) -> Iterator[str]:
+    """The views of a module that batches can be ingested into: not those of topics, and not retired ones.
+
+    A generator, so that a command that names its views does not read the ledger for it.
+    """
     states = read_lifecycles(ledger)
-    return [
-        view.name
-        for view in load_definitions(definitions).views.values()
-        if not isinstance(view.source, KafkaSource)
-        and not (view.name in states and states[view.name].state is ViewState.retired)
-    ]
+    for view in load_definitions(definitions).views.values():
+        retired = view.name in states and states[view.name].state is ViewState.retired
+        if not retired and not isinstance(view.source, KafkaSource):
+            yield view.name
 
 
 def for_each(views: Sequence[str], do: Callable[[str], None]) -> None:

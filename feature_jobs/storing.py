@@ -58,11 +58,7 @@ def store(
     """
     [validated] = work.get([work.run(_schema, checked.blocks[0], num_cpus=0.1)])
     schema = row_schema(validated)
-    table = offline.open_table(target.uri)
-    if table is None:
-        table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
-    offline.check_schema(table, schema, view=view.name)
-    table = DeltaTable(target.uri)
+    table = open_or_create(target, schema, view=view.name)
     seq = offline.last_seq(table)
     parts = []
     for block, size in zip(checked.blocks, checked.sizes, strict=True):
@@ -93,6 +89,19 @@ def store(
         protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection, place=place)
     keep(checked.judged.profile, view, ingest_id, quarantine=quarantine, access=target.access)
     return batch, offline.commit(table, schema, files, batch, seq=seq)
+
+
+def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> DeltaTable:
+    """The table, made where there is none, with a column for each of the schema's.
+
+    Raises:
+        SchemaMismatch: a column of another type than the table's.
+    """
+    table = offline.open_table(target.uri)
+    if table is None:
+        table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
+    offline.check_schema(table, schema, view=view)
+    return DeltaTable(target.uri)
 
 
 def nothing(ingest_id: str, columns: list[str]) -> offline.Batch:

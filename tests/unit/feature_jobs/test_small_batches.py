@@ -189,10 +189,10 @@ def test_rows_under_earlier_times_are_mended_whole_or_said(
 
 def test_all_stands_for_views_that_take_batches(project: BatchProject) -> None:
     """Not for a topic's view, nor for a retired one; names are taken once each."""
-    assert with_batches(project.module, project.ledger) == list(VIEWS)
+    assert list(with_batches(project.module, project.ledger)) == list(VIEWS)
     gone = FeatureViewStateChanged(view="json", previous="active", state="retired", reason="x")
     project.ledger.append(gone, actor="test")
-    assert with_batches(project.module, project.ledger) == ["parquet", "csv", "sql"]
+    assert list(with_batches(project.module, project.ledger)) == ["parquet", "csv", "sql"]
     assert chosen(ALL, ["a", "b"]) == ["a", "b"]
     assert chosen(["b", "a", "b"], ["a"]) == ["b", "a"]
     assert chosen("b", ["a"]) == ["b"]
