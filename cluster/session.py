@@ -87,6 +87,14 @@ class ClusterRecord:
         """Where its sockets lie."""
         return self.runtime_dir or self.temp_dir
 
+    @property
+    def owner(self) -> int:
+        """The user that its processes run as; by a record of an earlier release, whose state folder it is."""
+        if self.owner_uid is not None:
+            return self.owner_uid
+        folder = Path(self.storage_root)
+        return folder.stat().st_uid if folder.is_dir() else os.geteuid()
+
     def environment(self) -> dict[str, str]:
         """What a shell needs to reach the cluster."""
         return {

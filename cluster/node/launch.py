@@ -149,11 +149,11 @@ def new_gcs_folder(cluster_id: str) -> str:
 
 def end_all(record: ClusterRecord) -> int:
     """End a cluster's processes, the supervisor first, or it would start the others again; gives their number."""
-    there = sort_out(processes.find(record.cluster_id))
+    there = sort_out(processes.find(record.cluster_id, owner=record.owner))
     watching = there.get(Part.supervisor)
     if watching is not None:
         processes.end_one(watching, grace_s=SUPERVISOR_GRACE_S)
-    return processes.end(record.cluster_id) + (watching is not None)
+    return processes.end(record.cluster_id, owner=record.owner) + (watching is not None)
 
 
 def remove_folders(record: ClusterRecord) -> None:

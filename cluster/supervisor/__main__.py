@@ -47,7 +47,7 @@ class ThisMachine:
         self._record = record
 
     def find(self) -> dict[Part, psutil.Process]:
-        return sort_out(processes.find(self._record.cluster_id))
+        return sort_out(processes.find(self._record.cluster_id, owner=self._record.owner))
 
     def answers(self, part: Part) -> bool:
         # HAProxy has its controller to look after it, and a connection to the GCS would only say that its port is open.

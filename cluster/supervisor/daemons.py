@@ -38,7 +38,7 @@ def keep_commands(record: ClusterRecord) -> None:
     """Write down how Ray's daemons were started, once they all run; the last two come a little later than the head."""
     deadline = time.monotonic() + ALL_THERE_S
     while True:
-        there = sort_out(processes.find(record.cluster_id))
+        there = sort_out(processes.find(record.cluster_id, owner=record.owner))
         if all(part in there for part in RAYS_OWN) or time.monotonic() > deadline:
             break
         time.sleep(0.2)

@@ -51,7 +51,7 @@ def bring_back(config: PlatformConfig, record: ClusterRecord) -> None:
     """
     private_folder(Path(record.runtime_folder))
     _marker(record).touch()
-    processes.end(record.cluster_id, only=_is_rays, grace_s=GRACE_S)
+    processes.end(record.cluster_id, owner=record.owner, only=_is_rays, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
     start_serve(config, record)
