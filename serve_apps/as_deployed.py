@@ -11,12 +11,17 @@ from cluster.settings import PlatformConfig, from_plain, to_plain
 from cluster.storage import exists, layout, read_bytes, write_bytes
 
 SECTIONS = ("replica", "online")
+IDENTITY = ("purpose", "service_token_file")
+"""Of the section `identity`: what a replica reads for, and whose token it shows. Both may be stated at a deployment
+alone."""
 
 
 def keep_settings(config: PlatformConfig, app: str) -> None:
     """Write down what an application was deployed with."""
     plain = to_plain(config)
-    write_bytes(_path(config, app), json.dumps({name: plain[name] for name in SECTIONS}).encode())
+    kept = {name: plain[name] for name in SECTIONS}
+    kept["identity"] = {name: value for name in IDENTITY if (value := plain["identity"][name]) is not None}
+    write_bytes(_path(config, app), json.dumps(kept).encode())
 
 
 def as_deployed(config: PlatformConfig, app: str) -> PlatformConfig:
@@ -26,8 +31,8 @@ def as_deployed(config: PlatformConfig, app: str) -> PlatformConfig:
         ConfigError: this release does not understand them.
     """
     path = _path(config, app)
-    kept = json.loads(read_bytes(path)) if exists(path) else {}
-    return from_plain(to_plain(config) | kept)
+    kept, plain = json.loads(read_bytes(path)) if exists(path) else {}, to_plain(config)
+    return from_plain(plain | kept | {"identity": plain["identity"] | kept.get("identity", {})})
 
 
 def _path(config: PlatformConfig, app: str) -> str:

@@ -194,7 +194,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
         *overrides("identity", config.identity, leave_out=JOBS_OWN),
         *(
             word
-            for section in ("secrets", "ledger", "online", "scaling", "replica")
+            for section in ("secrets", "ledger", "online", "features", "scaling", "replica")
             for word in overrides(section, getattr(config, section))
         ),
     ]

@@ -304,12 +304,14 @@ def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfi
     )
     config.ledger.checkpoint_every = 7
     config.identity.issuer.url = "https://issuer.example"
+    config.features.max_ahead_s = 5.0
     words = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
         there = load(compose("cluster", overrides=words), PlatformConfig)
     assert there.ledger == config.ledger
     assert (there.storage, there.identity, there.secrets) == (config.storage, config.identity, config.secrets)
     assert (there.cluster, there.replica, there.online) == (config.cluster, config.replica, config.online)
+    assert there.features == config.features
 
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])

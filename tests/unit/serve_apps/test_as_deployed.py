@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, ReplicaConfig, StorageConfig
+from cluster.settings import (
+    IdentityConfig,
+    OnlineConfig,
+    OnlineKind,
+    PlatformConfig,
+    ReplicaConfig,
+    StorageConfig,
+)
 from serve_apps.as_deployed import as_deployed, keep_settings
 
 
@@ -15,11 +23,32 @@ def test_what_an_application_was_deployed_with_is_kept(tmp_path: Path) -> None:
         storage=storage,
         replica=ReplicaConfig(num_replicas=3, num_cpus=0.5),
         online=OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:7777/1"),
+        identity=IdentityConfig(
+            purpose="credit_scoring", service_token_file="/run/service.jwt", token_file="mine"
+        ),
     )
     keep_settings(deployed, "m-v1")
     now = PlatformConfig(storage=storage, replica=ReplicaConfig(num_replicas=1))
     now.cluster.region = "oman"
     restored = as_deployed(now, "m-v1")
     assert (restored.replica, restored.online) == (deployed.replica, deployed.online)
+    assert (restored.identity.purpose, restored.identity.service_token_file) == (
+        "credit_scoring",
+        "/run/service.jwt",
+    )
+    assert restored.identity.token_file is None
     assert restored.cluster == now.cluster
     assert as_deployed(now, "m-v2") == now
+
+
+def test_settings_of_a_release_that_kept_fewer_are_read(tmp_path: Path) -> None:
+    """What they do not say is the restorer's."""
+    now = PlatformConfig(
+        storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(service_token_file="/run/t.jwt")
+    )
+    keep_settings(now, "m-v1")
+    path = tmp_path / "serving" / "m-v1.json"
+    kept = json.loads(path.read_text())
+    del kept["identity"]
+    path.write_text(json.dumps(kept))
+    assert as_deployed(now, "m-v1") == now

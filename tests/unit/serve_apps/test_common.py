@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.features_config import FeaturesConfig
 from cluster.settings import (
     Durability,
     IdentityConfig,
@@ -9,8 +15,11 @@ from cluster.settings import (
     OnlineKind,
     PlatformConfig,
     ReplicaConfig,
+    StorageConfig,
 )
-from serve_apps.common import Settings
+from serve_apps import common
+from serve_apps.common import Settings, run_common, settings_at_start
+from tests.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
 DEFAULT = Settings.of(PlatformConfig())
@@ -23,6 +32,7 @@ def test_settings_come_back_from_a_configuration() -> None:
         online=REDIS,
         replica=ReplicaConfig(durability=Durability.disk, max_replicas=7),
         identity=IdentityConfig(service_token_file="t"),
+        features=FeaturesConfig(max_ahead_s=5.0),
     )
     settings = Settings.of(given)
     assert settings.put_into(given) == given
@@ -42,6 +52,7 @@ def test_deployment_that_states_nothing_changes_nothing() -> None:
             online=REDIS,
             replica=ReplicaConfig(durability=Durability.disk),
             identity=IdentityConfig(service_token_file="t"),
+            features=FeaturesConfig(max_ahead_s=5.0),
         )
     )
     assert DEFAULT.over(kept) == kept
@@ -53,3 +64,21 @@ def test_deployment_that_states_something_gets_it() -> None:
     assert Settings.of(PlatformConfig(online=REDIS)).over(DEFAULT).put_into(PlatformConfig()).online == REDIS
     assert DISK.over(DEFAULT) == DISK
     assert DEFAULT.over(DISK) == DISK
+    assert (
+        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).over(DEFAULT).max_ahead_s == 5.0
+    )
+
+
+def test_a_new_head_of_a_cluster_has_them_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a deployment stated outlives a lost head; the next cluster starts with what it is started with."""
+    monkeypatch.setattr(common, "run", lambda apps: None)
+    config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
+    (tmp_path / "edge").mkdir()
+    mine = record(tmp_path, "", 1)
+    assert settings_at_start(config, mine) == DEFAULT
+    run_common(config, mine, DISK)
+    assert settings_at_start(config, mine) == DISK
+    assert settings_at_start(config, replace(mine, cluster_id="next")) == DEFAULT
+    assert settings_at_start(config, mine) == DEFAULT
