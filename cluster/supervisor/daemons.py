@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 
 from cluster import processes
+from cluster.node.launch import gcs_folder
 from cluster.node.parts import RAYS_OWN, Part, sort_out
+from cluster.security.private_folder import private_folder
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 
@@ -46,12 +48,20 @@ def keep_commands(record: ClusterRecord) -> None:
     write_bytes(str(_file(record)), json.dumps(found).encode())
 
 
+def forget_commands(record: ClusterRecord) -> None:
+    """Those of a head that is lost start nothing of the next one."""
+    _file(record).unlink(missing_ok=True)
+
+
 def start_again(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
     """Start a daemon; gives whether it is known how.
 
     Raises:
+        ConfigError: another user could have changed what is run, or what the GCS knows.
         OSError: no process could be started.
     """
+    private_folder(Path(record.runtime_folder))
+    private_folder(gcs_folder(record).parent)
     try:
         kept = json.loads(_file(record).read_text()).get(part.name)
     except (OSError, ValueError):

@@ -104,6 +104,8 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
     monkeypatch.setenv(name, "")
     with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
         up.check(config)
+    with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
+        up.repair(config, up.describe(config))
 
 
 def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
