@@ -84,8 +84,8 @@ def show(config: PlatformConfig, flag: str | None) -> None:
 def applications(record: ClusterRecord) -> dict[str, str]:
     """Serve application to its status; empty when the dashboard does not answer."""
     request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
-    request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
     try:
+        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
         with open_own(request, owner=record.owner, timeout_s=5) as response:
             content: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, OSError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from cluster.errors import ConfigError
 from cluster.settings import PlatformConfig, from_plain, to_plain
 from cluster.storage import exists, layout, read_bytes, write_bytes
 
@@ -28,10 +29,16 @@ def as_deployed(config: PlatformConfig, app: str) -> PlatformConfig:
     """The configuration with the settings that an application was deployed with; as it is where none were kept.
 
     Raises:
-        ConfigError: this release does not understand them.
+        ConfigError: this release does not understand them, or they are damaged.
     """
     path = _path(config, app)
-    kept, plain = json.loads(read_bytes(path)) if exists(path) else {}, to_plain(config)
+    plain = to_plain(config)
+    try:
+        kept = json.loads(read_bytes(path)) if exists(path) else {}
+    except ValueError:
+        raise ConfigError(
+            f"{path} is damaged, so nobody knows what {app} was deployed with. Deploy it again with its settings."
+        ) from None
     return from_plain(plain | kept | {"identity": plain["identity"] | kept.get("identity", {})})
 
 

@@ -135,10 +135,14 @@ def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings
 
 def _kept(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
     """The settings that the applications were started with in this cluster; None where they were not, or by an earlier
-    release."""
+    release, or where the file is damaged: that must not keep a cluster from starting."""
     path = _path(config)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    return Settings(**kept) if kept.pop(_CLUSTER, None) == record.cluster_id else None
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        return Settings(**kept) if kept.pop(_CLUSTER, None) == record.cluster_id else None
+    except (ValueError, TypeError, AttributeError):
+        print(f"warning: {path} is damaged and counts as missing.", file=sys.stderr)
+        return None
 
 
 def _path(config: PlatformConfig) -> Path:

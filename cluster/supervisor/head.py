@@ -56,8 +56,10 @@ def bring_back(config: PlatformConfig, record: ClusterRecord) -> None:
     processes.end(record.cluster_id, owner=record.owner, only=_is_rays, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
-    start_serve(config, record)
-    keep_commands(record)
+    try:
+        start_serve(config, record)
+    finally:  # a head without Serve stays, and `restore` tries again
+        keep_commands(record)
 
 
 def restore(config: PlatformConfig, record: ClusterRecord) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from cluster.errors import ConfigError
 from cluster.settings import (
     IdentityConfig,
     OnlineConfig,
@@ -52,3 +55,6 @@ def test_settings_of_a_release_that_kept_fewer_are_read(tmp_path: Path) -> None:
     del kept["identity"]
     path.write_text(json.dumps(kept))
     assert as_deployed(now, "m-v1") == now
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"m-v1\.json is damaged.*Deploy it again"):
+        as_deployed(now, "m-v1")

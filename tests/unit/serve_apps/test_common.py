@@ -80,5 +80,11 @@ def test_a_new_head_of_a_cluster_has_them_as_they_were(
     assert settings_at_start(config, mine) == DEFAULT
     run_common(config, mine, DISK)
     assert settings_at_start(config, mine) == DISK
+    kept = tmp_path / "edge" / "common.json"
+    whole = kept.read_text()
+    for damaged in ("", "[]", whole.replace("durability", "durable")):
+        kept.write_text(damaged)
+        assert settings_at_start(config, mine) == DEFAULT
+        kept.write_text(whole)
     assert settings_at_start(config, replace(mine, cluster_id="next")) == DEFAULT
     assert settings_at_start(config, mine) == DEFAULT
