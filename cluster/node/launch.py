@@ -38,6 +38,9 @@ class StartFailed(FalajError):
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """The environment of every process of the cluster, and so of every job and replica."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+    if os.environ.get(processes.ID_VARIABLE) == record.cluster_id:
+        # Ours, and perhaps of a repair that was not told of the GPUs.
+        unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     first = config.cluster.ports.replicas
     return inherited | {

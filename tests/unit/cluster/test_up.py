@@ -299,6 +299,18 @@ def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) 
     assert "DS_ACCELERATOR" not in environment
 
 
+def test_a_repair_that_is_not_told_of_gpus_takes_none_from_a_new_head(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that it starts has its environment, and the cluster's configuration."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    record = up.describe(config)
+    for name, value in up.environment(config, record).items():
+        monkeypatch.setenv(name, value)
+    config.cluster.num_gpus = 1
+    assert "DS_ACCELERATOR" not in up.environment(config, record)
+
+
 def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfig) -> None:
     """A database reached by TLS too, whose address has signs that Hydra reads as its own."""
     config.ledger.url = (
