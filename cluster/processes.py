@@ -3,6 +3,9 @@
 Every process of a cluster inherits an environment variable with the cluster's id, so neither a recycled pid nor
 somebody else's Ray is ever touched. Ray's workers overwrite their environment when they set their title: those are
 known by their parents or, when these are gone, by the files they hold open in the cluster's own temporary folder.
+
+The id is no secret, and root sees everybody's processes. So a process of another user than the cluster's own is never
+one of the cluster's, whatever its environment says.
 """
 
 from __future__ import annotations
@@ -18,17 +21,22 @@ import psutil
 ID_VARIABLE = "FALAJ_CLUSTER_ID"
 
 
-def find(cluster_id: str) -> list[psutil.Process]:
-    """The processes, other than this one and those above it, that belong to a cluster."""
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+def find(cluster_id: str, *, owner: int | None = None) -> list[psutil.Process]:
+    """The processes that belong to a cluster; also this one and those above it, where it is a job of the cluster.
+
+    Args:
+        cluster_id: whose.
+        owner: the user that the cluster runs as; by default this process's.
+    """
+    users = {os.geteuid() if owner is None else owner, 0}
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.pid not in spared and _belongs(process, cluster_id):
+            if users.issuperset(process.uids()) and _belongs(process, cluster_id):
                 found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return [process for pid, process in found.items() if pid not in spared]
+    return list(found.values())
 
 
 def runtime_dir(cluster_id: str) -> str:
@@ -49,20 +57,27 @@ def _belongs(process: psutil.Process, cluster_id: str) -> bool:
 
 
 def end(
-    cluster_id: str, *, grace_s: float = 8.0, only: Callable[[psutil.Process], bool] = lambda process: True
+    cluster_id: str,
+    *,
+    owner: int | None = None,
+    grace_s: float = 8.0,
+    only: Callable[[psutil.Process], bool] = lambda process: True,
 ) -> int:
-    """End a cluster's processes, asking first; gives how many there were.
+    """End a cluster's processes, asking first; gives how many there were. This one and those above it are spared.
 
     Ray's GCS is asked last: a raylet that has lost it waits for it instead of ending.
 
     Args:
-        cluster_id: whose.
+        cluster_id, owner: as `find`.
         grace_s: how long they are waited for before they are killed.
         only: which of them.
     """
 
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+
     def those() -> list[psutil.Process]:
-        return [process for process in find(cluster_id) if _holds(only, process)]
+        found = find(cluster_id, owner=owner)
+        return [process for process in found if process.pid not in spared and _holds(only, process)]
 
     ended = _send(signal.SIGTERM, those(), wait_s=grace_s, spare="gcs_server")
     ended |= _send(signal.SIGTERM, those(), wait_s=grace_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.errors import ClusterNotRunning
+from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
+from cluster.node.own_server import listeners_user
 from cluster.processes import answers, cluster_on
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
@@ -87,6 +89,14 @@ class ClusterRecord:
         """Where its sockets lie."""
         return self.runtime_dir or self.temp_dir
 
+    @property
+    def owner(self) -> int:
+        """The user that its processes run as; by a record of an earlier release, whose state folder it is."""
+        if self.owner_uid is not None:
+            return self.owner_uid
+        folder = Path(self.storage_root)
+        return folder.stat().st_uid if folder.is_dir() else os.geteuid()
+
     def environment(self) -> dict[str, str]:
         """What a shell needs to reach the cluster."""
         return {
@@ -135,13 +145,22 @@ def find_own_record(storage: StorageConfig) -> ClusterRecord | None:
 
 
 def _read(path: str) -> ClusterRecord | None:
-    """A record; fields that only a newer release knows are passed over."""
+    """A record; fields that only a newer release knows are passed over.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     try:
         content = json.loads(Path(path).read_text())
+        known = {each.name for each in fields(ClusterRecord)}
+        return ClusterRecord(**{name: value for name, value in content.items() if name in known})
     except FileNotFoundError:
         return None
-    known = {each.name for each in fields(ClusterRecord)}
-    return ClusterRecord(**{name: value for name, value in content.items() if name in known})
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{path} is damaged: it does not say which cluster is up. Put it back from a backup. Without one, remove "
+            f"it, and end the processes that have {RECORD_VARIABLE}={path} in their environment."
+        ) from None
 
 
 def read_record(storage: StorageConfig) -> ClusterRecord | None:
@@ -153,8 +172,11 @@ def read_record(storage: StorageConfig) -> ClusterRecord | None:
 def is_up(record: ClusterRecord) -> bool:
     """Whether the recorded head node answers, and not another cluster that took its port since."""
     address = urlsplit(f"//{record.ray_address}")
-    port = address.port or 0
-    return answers(port, address.hostname or "127.0.0.1") and cluster_on(port) in (record.cluster_id, None)
+    host, port = address.hostname or "127.0.0.1", address.port or 0
+    if not answers(host=host, port=port) or cluster_on(port) not in (record.cluster_id, None):
+        return False
+    # Of another user's process that is all that can be seen, and a driver would show it Ray's token.
+    return not ipaddress.ip_address(host).is_loopback or listeners_user(host, port) in (None, record.owner, 0)
 
 
 def recorded(config: PlatformConfig) -> ClusterRecord:

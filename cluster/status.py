@@ -6,7 +6,6 @@ Exit code 1 says that a part does not run, or that a path is open to other users
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import urllib.error
@@ -85,10 +84,9 @@ def show(config: PlatformConfig, flag: str | None) -> None:
 def applications(record: ClusterRecord) -> dict[str, str]:
     """Serve application to its status; empty when the dashboard does not answer."""
     request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
-    request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
     try:
-        owner = os.geteuid() if record.owner_uid is None else record.owner_uid
-        with open_own(request, owner=owner, timeout_s=5) as response:
+        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
+        with open_own(request, owner=record.owner, timeout_s=5) as response:
             content: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, OSError):
         return {}
@@ -98,7 +96,7 @@ def applications(record: ClusterRecord) -> dict[str, str]:
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
     """Listening address to the names of the cluster's processes behind it."""
     found: dict[str, list[str]] = defaultdict(list)
-    for process in processes.find(record.cluster_id):
+    for process in processes.find(record.cluster_id, owner=record.owner):
         try:
             for connection in process.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN:

@@ -110,6 +110,7 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
         ClusterAlreadyUp: nothing is missing.
         StartFailed: something did not come back.
     """
+    refuse_variables()
     hold_to(record, config)
     prepare(config, record)
     if not (lacking := missing(look(record))) and not restore_is_due(record):
@@ -204,9 +205,7 @@ def check(config: PlatformConfig) -> None:
         raise ClusterAlreadyUp(
             f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
         )
-    for name in REFUSED_VARIABLES:
-        if name in os.environ:
-            raise ConfigError(f"{name} is set: it lets a Parquet file run code. Unset it.")
+    refuse_variables()
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise CompilerMissing(
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
@@ -217,6 +216,17 @@ def check(config: PlatformConfig) -> None:
             raise PortInUse(
                 f"Port {port} ({name}) is taken by {processes.owner(port)}. Free it, or set cluster.ports.{name}=…"
             )
+
+
+def refuse_variables() -> None:
+    """Refuse to hand on what lets data run code: every process of the cluster has this one's environment.
+
+    Raises:
+        ConfigError
+    """
+    for name in REFUSED_VARIABLES:
+        if name in os.environ:
+            raise ConfigError(f"{name} is set: it lets a Parquet file run code. Unset it.")
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:

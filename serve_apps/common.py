@@ -2,8 +2,8 @@
 
 `features` and `outcomes` are there as soon as the cluster is. They run with the settings that the cluster was started
 with. A deployment that states others (another online store, outcomes on disk before they are answered, another file
-with the replicas' token) has them restarted with those, and a later one that states none leaves them so. So does a
-lost Ray head: its applications come back with the settings that they had. A new cluster begins with its own.
+with the replicas' token) has them restarted with those, and a later one that states none leaves them so. They keep them
+where the cluster gets a new head in the place of one that is lost.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
-from cluster.session import attach, find_record
+from cluster.features_config import FeaturesConfig
+from cluster.session import ClusterRecord, attach, recorded
 from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
-from cluster.storage import exists, layout, read_bytes, write_bytes
+from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 
+_CLUSTER = "cluster_id"
 KINDS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 
@@ -36,6 +39,8 @@ class Settings:
     """Fields of `OnlineConfig`; of its kind the value."""
     durability: str
     service_token_file: str | None
+    max_ahead_s: float = FeaturesConfig().max_ahead_s
+    """Of `FeaturesConfig`; an earlier release kept none."""
 
     @classmethod
     def of(cls, config: PlatformConfig) -> Settings:
@@ -44,6 +49,7 @@ class Settings:
             online={**asdict(config.online), "kind": config.online.kind.value},
             durability=config.replica.durability.value,
             service_token_file=config.identity.service_token_file,
+            max_ahead_s=config.features.max_ahead_s,
         )
 
     def over(self, kept: Settings) -> Settings:
@@ -54,6 +60,7 @@ class Settings:
             online=kept.online if self.online == default.online else self.online,
             durability=Durability.disk.value if strict else self.durability,
             service_token_file=self.service_token_file or kept.service_token_file,
+            max_ahead_s=kept.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
         )
 
     def put_into(self, config: PlatformConfig) -> PlatformConfig:
@@ -64,14 +71,15 @@ class Settings:
             online=online,
             replica=replace(config.replica, durability=Durability(self.durability)),
             identity=replace(config.identity, service_token_file=self.service_token_file),
+            features=replace(config.features, max_ahead_s=self.max_ahead_s),
         )
 
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
     """Start Serve on the running head, then the applications."""
-    attach(config)
-    settings = kept_settings(config) or Settings.of(config)
+    record = attach(config)
+    settings = settings_at_start(config, record)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=config.cluster.ports.serve_http))
     if config.identity.issuer.url is not None and settings.service_token_file is None:
         print(
@@ -79,11 +87,20 @@ def main(config: PlatformConfig) -> None:
         )
         return
     try:
-        run_common(config, settings)
+        run_common(config, record, settings)
     except DeployFailed as error:  # a Redis that is down, say, which must not keep the rest from starting
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
+
+
+def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:
+    """What the applications are started with: in this cluster's second head what they had in its first, else what the
+    cluster is started with."""
+    kept = _kept(config, record)
+    if kept is None:
+        _path(config).unlink(missing_ok=True)
+    return Settings.of(config) if kept is None else kept
 
 
 def ensure_common(config: PlatformConfig) -> None:
@@ -92,10 +109,11 @@ def ensure_common(config: PlatformConfig) -> None:
     Raises:
         DeployFailed: naming the one that did not start.
     """
-    kept, stated = kept_settings(config), Settings.of(config)
+    record = recorded(config)
+    kept, stated = _kept(config, record), Settings.of(config)
     wanted = stated if kept is None else stated.over(kept)
     if (kept is not None and wanted != kept) or not all(map(is_running, KINDS)):
-        run_common(config, wanted)
+        run_common(config, record, wanted)
 
 
 def restore_common(config: PlatformConfig) -> None:
@@ -105,10 +123,11 @@ def restore_common(config: PlatformConfig) -> None:
         DeployFailed: naming the one that did not start.
     """
     if not all(map(is_running, KINDS)):
-        run_common(config, kept_settings(config) or Settings.of(config))
+        record = recorded(config)
+        run_common(config, record, _kept(config, record) or Settings.of(config))
 
 
-def run_common(config: PlatformConfig, settings: Settings) -> None:
+def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
     """Start the applications, or start them anew with other settings; both at once.
 
     Raises:
@@ -122,30 +141,23 @@ def run_common(config: PlatformConfig, settings: Settings) -> None:
         for name, kind in KINDS.items()
     }
     run({name: one.bind(plain) for name, one in deployments.items()})  # type: ignore[attr-defined]
-    keep_settings(config, settings)
+    write_json(str(_path(config)), {_CLUSTER: record.cluster_id, **asdict(settings)})
 
 
-def keep_settings(config: PlatformConfig, settings: Settings) -> None:
-    """Write down what the applications of this cluster run with."""
-    content = {"cluster_id": _cluster_id(config), "settings": asdict(settings)}
-    write_bytes(_path(config), json.dumps(content).encode())
-
-
-def kept_settings(config: PlatformConfig) -> Settings | None:
-    """What the applications of this cluster run with; None where it has not started them yet."""
-    if not exists(_path(config)):
+def _kept(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
+    """The settings that the applications were started with in this cluster; None where they were not, or by an earlier
+    release, or where the file is damaged: that must not keep a cluster from starting."""
+    path = _path(config)
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        return Settings(**kept) if kept.pop(_CLUSTER, None) == record.cluster_id else None
+    except (ValueError, TypeError, AttributeError):
+        print(f"warning: {path} is damaged and counts as missing.", file=sys.stderr)
         return None
-    content = json.loads(read_bytes(_path(config)))
-    return Settings(**content["settings"]) if content.get("cluster_id") == _cluster_id(config) else None
 
 
-def _cluster_id(config: PlatformConfig) -> str:
-    record = find_record(config.storage)
-    return "" if record is None else record.cluster_id
-
-
-def _path(config: PlatformConfig) -> str:
-    return f"{layout(config.storage).edge}/common.json"
+def _path(config: PlatformConfig) -> Path:
+    return local(layout(config.storage).edge) / "common.json"
 
 
 if __name__ == "__main__":

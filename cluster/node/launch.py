@@ -38,6 +38,9 @@ class StartFailed(FalajError):
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """The environment of every process of the cluster, and so of every job and replica."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+    if os.environ.get(processes.ID_VARIABLE) == record.cluster_id:
+        # Ours, and perhaps of a repair that was not told of the GPUs.
+        unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     first = config.cluster.ports.replicas
     return inherited | {
@@ -149,11 +152,11 @@ def new_gcs_folder(cluster_id: str) -> str:
 
 def end_all(record: ClusterRecord) -> int:
     """End a cluster's processes, the supervisor first, or it would start the others again; gives their number."""
-    there = sort_out(processes.find(record.cluster_id))
+    there = sort_out(processes.find(record.cluster_id, owner=record.owner))
     watching = there.get(Part.supervisor)
     if watching is not None:
         processes.end_one(watching, grace_s=SUPERVISOR_GRACE_S)
-    return processes.end(record.cluster_id) + (watching is not None)
+    return processes.end(record.cluster_id, owner=record.owner) + (watching is not None)
 
 
 def remove_folders(record: ClusterRecord) -> None:
@@ -194,7 +197,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
         *overrides("identity", config.identity, leave_out=JOBS_OWN),
         *(
             word
-            for section in ("secrets", "ledger", "online", "scaling", "replica")
+            for section in ("secrets", "ledger", "online", "features", "scaling", "replica")
             for word in overrides(section, getattr(config, section))
         ),
     ]

@@ -67,7 +67,7 @@ class Seen:
 
 def look(record: ClusterRecord) -> list[Seen]:
     """Every part of a cluster, as it is now."""
-    there = sort_out(processes.find(record.cluster_id))
+    there = sort_out(processes.find(record.cluster_id, owner=record.owner))
     return [
         Seen(part=part, state=probed(part, state_of(there.get(part)), record), process=there.get(part))
         for part in Part

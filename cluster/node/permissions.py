@@ -22,7 +22,7 @@ def permission_problems(record: ClusterRecord) -> list[str]:
     Checked are the state folder, keys, certificates, the edge's maps and logs, the folder for sockets, Ray's folder,
     and each folder above them, because who can rename one can put another in its place.
     """
-    owner = os.geteuid() if record.owner_uid is None else record.owner_uid
+    owner = record.owner
     places, runtime = Layout(record.storage_root), Path(record.runtime_folder)
     # Every driver opens Ray's own folder to all, so it must lie in one that is closed; in a cluster that an earlier
     # release started it is the folder for sockets.

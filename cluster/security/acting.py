@@ -187,8 +187,9 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
 
 def _user_of_this_machine(config: PlatformConfig) -> Principal:
     role = config.identity.role
-    if role not in Role.__members__:
-        raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, Role.__members__)}")
+    known = [one for one in Role.__members__ if one != Role.supervisor]  # no person's
+    if role not in known:
+        raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, known)}")
     return Principal(
         subject=current_actor(), role=Role(role), purpose=config.identity.purpose, expires_at=int(time.time())
     )

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster import processes
 from cluster.entrypoint import job
+from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
 from cluster.node.changing import sole_supervisor
@@ -47,7 +48,7 @@ class ThisMachine:
         self._record = record
 
     def find(self) -> dict[Part, psutil.Process]:
-        return sort_out(processes.find(self._record.cluster_id))
+        return sort_out(processes.find(self._record.cluster_id, owner=self._record.owner))
 
     def answers(self, part: Part) -> bool:
         # HAProxy has its controller to look after it, and a connection to the GCS would only say that its port is open.
@@ -100,8 +101,7 @@ def main(config: PlatformConfig) -> None:
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))
         while not stopped.wait(EVERY_S):
             try:
-                now = find_record(config.storage)
-                if now is None or now.cluster_id != record.cluster_id:
+                if not is_recorded(config, record):
                     LOG.warning("cluster %s is no longer recorded; its supervisor ends", record.cluster_id)
                     break
                 supervisor.turn()
@@ -110,6 +110,15 @@ def main(config: PlatformConfig) -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)  # a thread may wait for a head to start, or for the ledger: nobody waits for it here
+
+
+def is_recorded(config: PlatformConfig, record: ClusterRecord) -> bool:
+    """Whether the cluster is the one that its storage root's record names; a damaged record names no other."""
+    try:
+        now = find_record(config.storage)
+    except ConfigError:
+        return True
+    return now is not None and now.cluster_id == record.cluster_id
 
 
 @contextlib.contextmanager

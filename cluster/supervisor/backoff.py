@@ -8,15 +8,22 @@ WELL_S = 60.0
 
 
 class Backoff:
-    """Of one part; every time is monotonic."""
+    """Of one part; every time is monotonic.
 
-    def __init__(self) -> None:
+    Args:
+        longest_s: the longest wait between two tries.
+    """
+
+    def __init__(self, longest_s: float = LONGEST_S) -> None:
+        self._longest_s = longest_s
         self.attempts = 0
         self._tried_at = 0.0
 
     def may_try(self, now: float) -> bool:
         """Whether enough time has passed since the last try."""
-        return not self.attempts or now >= self._tried_at + min(LONGEST_S, FIRST_S * 2 ** (self.attempts - 1))
+        return not self.attempts or now >= self._tried_at + min(
+            self._longest_s, FIRST_S * 2 ** (self.attempts - 1)
+        )
 
     def tried(self, now: float) -> None:
         """It was started."""

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 
 from cluster import processes
+from cluster.node.launch import gcs_folder
 from cluster.node.parts import RAYS_OWN, Part, sort_out
+from cluster.security.private_folder import private_folder
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 
@@ -38,7 +40,7 @@ def keep_commands(record: ClusterRecord) -> None:
     """Write down how Ray's daemons were started, once they all run; the last two come a little later than the head."""
     deadline = time.monotonic() + ALL_THERE_S
     while True:
-        there = sort_out(processes.find(record.cluster_id))
+        there = sort_out(processes.find(record.cluster_id, owner=record.owner))
         if all(part in there for part in RAYS_OWN) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
@@ -46,12 +48,20 @@ def keep_commands(record: ClusterRecord) -> None:
     write_bytes(str(_file(record)), json.dumps(found).encode())
 
 
+def forget_commands(record: ClusterRecord) -> None:
+    """Those of a head that is lost start nothing of the next one."""
+    _file(record).unlink(missing_ok=True)
+
+
 def start_again(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
     """Start a daemon; gives whether it is known how.
 
     Raises:
+        ConfigError: another user could have changed what is run, or what the GCS knows.
         OSError: no process could be started.
     """
+    private_folder(Path(record.runtime_folder))
+    private_folder(gcs_folder(record).parent)
     try:
         kept = json.loads(_file(record).read_text()).get(part.name)
     except (OSError, ValueError):

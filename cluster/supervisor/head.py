@@ -21,7 +21,7 @@ from cluster.security.private_folder import private_folder
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, local, resolve
-from cluster.supervisor.daemons import keep_commands
+from cluster.supervisor.daemons import forget_commands, keep_commands
 
 ACTOR = "system:supervisor"
 RESTORE = "serve_apps.deploy"
@@ -47,15 +47,19 @@ def bring_back(config: PlatformConfig, record: ClusterRecord) -> None:
     """Start a new head in the place of one that is lost. Until `restore` has succeeded that is due, whoever is killed.
 
     Raises:
-        StartFailed, OSError
+        StartFailed, ConfigError, OSError
     """
     private_folder(Path(record.runtime_folder))
+    private_folder(gcs_folder(record).parent)
     _marker(record).touch()
-    processes.end(record.cluster_id, only=_is_rays, grace_s=GRACE_S)
+    forget_commands(record)
+    processes.end(record.cluster_id, owner=record.owner, only=_is_rays, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
-    start_serve(config, record)
-    keep_commands(record)
+    try:
+        start_serve(config, record)
+    finally:  # a head without Serve stays, and `restore` tries again
+        keep_commands(record)
 
 
 def restore(config: PlatformConfig, record: ClusterRecord) -> None:

@@ -23,6 +23,8 @@ STOPPED_S = 10.0
 SILENT_S = 15.0
 YOUNG_S = 60.0
 """A part that has just been started may not answer yet."""
+REBUILD_LONGEST_S = 300.0
+"""Of a head whose applications do not all come back: each try is a process, and an event."""
 GCS_TRIES = 3
 """After so many the head is given up as a whole."""
 PROBE_EVERY_S = 5.0
@@ -91,7 +93,7 @@ class Supervisor:
         self._clock = clock
         self._known: dict[Part, psutil.Process] = {}
         self._bad_since: dict[Part, float] = {}
-        self._backoffs = {name: Backoff() for name in (*MINDED, HEAD)}
+        self._backoffs = {name: Backoff() for name in MINDED} | {HEAD: Backoff(REBUILD_LONGEST_S)}
         self._silent: set[Part] = set()
         self._probed_at = -PROBE_EVERY_S
         self.rebuilding: threading.Thread | None = None

@@ -8,7 +8,6 @@ that failed, whose share somebody else should answer at once. So the proxy is ta
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,12 +53,10 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
         record: of the running cluster.
     """
 
-    owner = os.geteuid() if record.owner_uid is None else record.owner_uid
-
     def fetch() -> Targets:
         request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
-        with open_own(request, owner=owner, timeout_s=5) as response:
+        with open_own(request, owner=record.owner, timeout_s=5) as response:
             return read_targets(json.load(response))
 
     return fetch

@@ -101,7 +101,11 @@ def test_an_intent_is_used_as_it_is_and_for_its_entrypoint_alone(
 
 @pytest.mark.parametrize(
     ("identity", "match"),
-    [({"role": "king"}, "identity.role=king"), ({"token_file": "/nowhere.jwt"}, "/nowhere.jwt")],
+    [
+        ({"role": "king"}, "identity.role=king"),
+        ({"role": "supervisor"}, "identity.role=supervisor"),
+        ({"token_file": "/nowhere.jwt"}, "/nowhere.jwt"),
+    ],
 )
 def test_an_identity_that_cannot_be_taken_is_refused(
     places: Layout, ledger: Ledger, identity: dict[str, str], match: str

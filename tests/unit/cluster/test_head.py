@@ -75,6 +75,22 @@ def test_a_daemon_is_started_as_it_was_before(cluster: ClusterRecord, tmp_path: 
     assert not daemons.start_again(cluster, Part.dashboard, environment, log=tmp_path / "log")
 
 
+@pytest.mark.parametrize("opened", ["run", "memory"])
+def test_nothing_is_started_by_what_another_user_could_have_written(
+    cluster: ClusterRecord, tmp_path: Path, opened: str
+) -> None:
+    """Neither a command line nor what the GCS knows: Ray opens an earlier release's folder to all, and a login manager
+    may have removed the one in shared memory, so that it is anybody's to make."""
+    (tmp_path / "memory").mkdir(mode=0o700)
+    cluster = replace(cluster, gcs_dir=str(tmp_path / "memory" / "gcs"))
+    command = {"argv": ["touch", str(tmp_path / "ran")], "variables": {}, "cwd": "/"}
+    (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
+    (tmp_path / opened).chmod(0o777)
+    with pytest.raises(ConfigError, match="mode 0777"):
+        daemons.start_again(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
 def test_restoring_is_due_until_somebody_has_done_it(cluster: ClusterRecord) -> None:
     """Whoever it was, the supervisor or a person."""
     assert not head.restore_is_due(cluster)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,18 @@ def test_one_command_at_a_time_changes_a_cluster(tmp_path: Path) -> None:
         pass
     with changing(storage):
         pass
+
+
+def test_nobody_else_can_hold_a_clusters_locks(tmp_path: Path) -> None:
+    """Who can read a file can lock it. The folder of an earlier release's state is open until it is closed."""
+    tmp_path.chmod(0o755)
+    storage, mask = StorageConfig(root=str(tmp_path)), os.umask(0o022)
+    try:
+        with changing(storage), sole_supervisor(storage):
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(mask)
+    assert modes == {"cluster.lock": 0o600, "supervisor.lock": 0o600}
 
 
 def test_a_cluster_has_one_supervisor(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
 from cluster import session
-from cluster.errors import ArtifactTampered, ClusterNotRunning, SourceError
+from cluster.errors import ArtifactTampered, ClusterNotRunning, ConfigError, SourceError
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig, StorageConfig
 
@@ -69,6 +72,43 @@ def test_a_record_comes_back_as_it_was_written(shell: Path, head: int) -> None:
     session.write_record(written, StorageConfig())
     assert session.require_record(PlatformConfig()) == written
     assert session.read_record(StorageConfig()) == written
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "{}", '{"cluster_id": "abc"}', "\0\0"])
+def test_a_damaged_record_is_named_and_what_can_be_done(shell: Path, content: str) -> None:
+    """It was cut off, or is of nobody knows which release; no traceback."""
+    path = shell / ".falaj" / "cluster.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"cluster\.json is damaged.*backup.*FALAJ_CLUSTER_RECORD="):
+        session.require_record(PlatformConfig())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_process_on_the_heads_port_is_no_head(
+    shell: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GCS has died, somebody else has taken its port, and a driver would show it Ray's token.
+
+    A user who is not root cannot see whose process it is otherwise.
+    """
+    monkeypatch.setattr(session, "cluster_on", lambda port: None)
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no python3 that every user may run")
+    listens = (
+        "import socket, sys; server = socket.create_server(('127.0.0.1', 0)); "
+        "print(server.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [python, "-c", listens], user=65534, stdin=pipe, stdout=pipe, text=True, cwd="/"
+    ) as one:
+        assert one.stdout is not None
+        port = int(one.stdout.readline())
+        assert not session.is_up(replace(record(shell, port), owner_uid=0))
+        assert session.is_up(replace(record(shell, port), owner_uid=65534))
+        one.kill()
 
 
 def test_a_dead_clusters_record_is_told_apart(shell: Path, head: int) -> None:

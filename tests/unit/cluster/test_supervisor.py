@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -12,8 +13,12 @@ from prometheus_client import CollectorRegistry
 
 from cluster.errors import FalajError
 from cluster.node.parts import Part
+from cluster.session import write_record
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.supervisor.__main__ import is_recorded
 from cluster.supervisor.metrics import SupervisorMetrics
 from cluster.supervisor.watch import GCS_TRIES, SILENT_S, STOPPED_S, YOUNG_S, Supervisor
+from tests.replica import record
 
 
 @dataclass
@@ -232,6 +237,27 @@ def test_applications_that_do_not_start_cost_no_second_head(world: World) -> Non
     world.pass_s(61)
     assert not world.machine.due
     assert f"start {Part.broker}" in world.machine.done
+
+
+def test_an_application_that_can_never_start_fills_no_ledger(world: World) -> None:
+    """Its files were altered, say: each try is an event or two, so in two hours there are few."""
+    world.machine.broken.add("restore")
+    world.machine.due = True
+    world.pass_s(7200)
+    assert 20 <= world.machine.done.count("restore") <= 40
+
+
+def test_a_damaged_record_names_no_other_cluster(tmp_path: Path) -> None:
+    """So its supervisor goes on; it ends where the record is gone, or is another cluster's."""
+    config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
+    mine = record(tmp_path, "", 1)
+    assert not is_recorded(config, mine)
+    write_record(mine, config.storage)
+    assert is_recorded(config, mine)
+    (tmp_path / "cluster.json").write_text("{")
+    assert is_recorded(config, mine)
+    write_record(replace(mine, cluster_id="another"), config.storage)
+    assert not is_recorded(config, mine)
 
 
 def test_a_supervisor_that_was_killed_between_head_and_applications_goes_on_there(world: World) -> None:

@@ -104,6 +104,8 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
     monkeypatch.setenv(name, "")
     with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
         up.check(config)
+    with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
+        up.repair(config, up.describe(config))
 
 
 def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +299,18 @@ def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) 
     assert "DS_ACCELERATOR" not in environment
 
 
+def test_a_repair_that_is_not_told_of_gpus_takes_none_from_a_new_head(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that it starts has its environment, and the cluster's configuration."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    record = up.describe(config)
+    for name, value in up.environment(config, record).items():
+        monkeypatch.setenv(name, value)
+    config.cluster.num_gpus = 1
+    assert "DS_ACCELERATOR" not in up.environment(config, record)
+
+
 def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfig) -> None:
     """A database reached by TLS too, whose address has signs that Hydra reads as its own."""
     config.ledger.url = (
@@ -304,12 +318,14 @@ def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfi
     )
     config.ledger.checkpoint_every = 7
     config.identity.issuer.url = "https://issuer.example"
+    config.features.max_ahead_s = 5.0
     words = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
         there = load(compose("cluster", overrides=words), PlatformConfig)
     assert there.ledger == config.ledger
     assert (there.storage, there.identity, there.secrets) == (config.storage, config.identity, config.secrets)
     assert (there.cluster, there.replica, there.online) == (config.cluster, config.replica, config.online)
+    assert there.features == config.features
 
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])

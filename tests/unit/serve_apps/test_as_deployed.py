@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from cluster.errors import ConfigError
 from cluster.settings import (
     IdentityConfig,
     OnlineConfig,
@@ -13,7 +16,6 @@ from cluster.settings import (
     ReplicaConfig,
     StorageConfig,
 )
-from cluster.storage import layout, write_bytes
 from serve_apps.as_deployed import as_deployed, keep_settings
 
 
@@ -24,32 +26,35 @@ def test_what_an_application_was_deployed_with_is_kept(tmp_path: Path) -> None:
         storage=storage,
         replica=ReplicaConfig(num_replicas=3, num_cpus=0.5),
         online=OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:7777/1"),
+        identity=IdentityConfig(
+            purpose="credit_scoring", service_token_file="/run/service.jwt", token_file="mine"
+        ),
     )
     keep_settings(deployed, "m-v1")
     now = PlatformConfig(storage=storage, replica=ReplicaConfig(num_replicas=1))
     now.cluster.region = "oman"
     restored = as_deployed(now, "m-v1")
     assert (restored.replica, restored.online) == (deployed.replica, deployed.online)
+    assert (restored.identity.purpose, restored.identity.service_token_file) == (
+        "credit_scoring",
+        "/run/service.jwt",
+    )
+    assert restored.identity.token_file is None
     assert restored.cluster == now.cluster
     assert as_deployed(now, "m-v2") == now
 
 
-def test_replicas_come_back_as_whom_they_were(tmp_path: Path) -> None:
-    """The file of their token and their purpose are theirs; who restores them acts as somebody else."""
-    storage = StorageConfig(root=str(tmp_path))
-    keep_settings(
-        PlatformConfig(storage=storage, identity=IdentityConfig(service_token_file="t", purpose="credit")),
-        "m-v1",
+def test_settings_of_a_release_that_kept_fewer_are_read(tmp_path: Path) -> None:
+    """What they do not say is the restorer's."""
+    now = PlatformConfig(
+        storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(service_token_file="/run/t.jwt")
     )
-    now = PlatformConfig(storage=storage, identity=IdentityConfig(token_file="supervisor.jwt"))
-    identity = as_deployed(now, "m-v1").identity
-    assert (identity.service_token_file, identity.purpose) == ("t", "credit")
-    assert identity.token_file == "supervisor.jwt"
-
-
-def test_settings_without_an_identity_are_read(tmp_path: Path) -> None:
-    """The restorer's counts then."""
-    config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
-    write_bytes(layout(config.storage).serving("m-v1"), json.dumps({"replica": {"num_replicas": 4}}).encode())
-    restored = as_deployed(config, "m-v1")
-    assert (restored.replica.num_replicas, restored.identity) == (4, config.identity)
+    keep_settings(now, "m-v1")
+    path = tmp_path / "serving" / "m-v1.json"
+    kept = json.loads(path.read_text())
+    del kept["identity"]
+    path.write_text(json.dumps(kept))
+    assert as_deployed(now, "m-v1") == now
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"m-v1\.json is damaged.*Deploy it again"):
+        as_deployed(now, "m-v1")

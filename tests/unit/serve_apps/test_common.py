@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.session import write_record
+import pytest
+
+from cluster.features_config import FeaturesConfig
 from cluster.settings import (
     Durability,
     IdentityConfig,
@@ -15,7 +17,8 @@ from cluster.settings import (
     ReplicaConfig,
     StorageConfig,
 )
-from serve_apps.common import Settings, keep_settings, kept_settings
+from serve_apps import common
+from serve_apps.common import Settings, run_common, settings_at_start
 from tests.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
@@ -29,6 +32,7 @@ def test_settings_come_back_from_a_configuration() -> None:
         online=REDIS,
         replica=ReplicaConfig(durability=Durability.disk, max_replicas=7),
         identity=IdentityConfig(service_token_file="t"),
+        features=FeaturesConfig(max_ahead_s=5.0),
     )
     settings = Settings.of(given)
     assert settings.put_into(given) == given
@@ -48,6 +52,7 @@ def test_deployment_that_states_nothing_changes_nothing() -> None:
             online=REDIS,
             replica=ReplicaConfig(durability=Durability.disk),
             identity=IdentityConfig(service_token_file="t"),
+            features=FeaturesConfig(max_ahead_s=5.0),
         )
     )
     assert DEFAULT.over(kept) == kept
@@ -59,16 +64,27 @@ def test_deployment_that_states_something_gets_it() -> None:
     assert Settings.of(PlatformConfig(online=REDIS)).over(DEFAULT).put_into(PlatformConfig()).online == REDIS
     assert DISK.over(DEFAULT) == DISK
     assert DEFAULT.over(DISK) == DISK
+    assert (
+        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).over(DEFAULT).max_ahead_s == 5.0
+    )
 
 
-def test_settings_outlive_a_lost_head_and_no_new_cluster(tmp_path: Path) -> None:
-    """A head that is brought back is of the same cluster, and its applications have the same settings."""
-    storage = StorageConfig(root=str(tmp_path))
-    config = PlatformConfig(storage=storage)
-    mine = record(tmp_path, "", port=0)
-    write_record(mine, storage)
-    assert kept_settings(config) is None
-    keep_settings(config, DISK)
-    assert kept_settings(config) == DISK
-    write_record(replace(mine, cluster_id="another"), storage)
-    assert kept_settings(config) is None
+def test_a_new_head_of_a_cluster_has_them_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a deployment stated outlives a lost head; the next cluster starts with what it is started with."""
+    monkeypatch.setattr(common, "run", lambda apps: None)
+    config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
+    (tmp_path / "edge").mkdir()
+    mine = record(tmp_path, "", 1)
+    assert settings_at_start(config, mine) == DEFAULT
+    run_common(config, mine, DISK)
+    assert settings_at_start(config, mine) == DISK
+    kept = tmp_path / "edge" / "common.json"
+    whole = kept.read_text()
+    for damaged in ("", "[]", whole.replace("durability", "durable")):
+        kept.write_text(damaged)
+        assert settings_at_start(config, mine) == DEFAULT
+        kept.write_text(whole)
+    assert settings_at_start(config, replace(mine, cluster_id="next")) == DEFAULT
+    assert settings_at_start(config, mine) == DEFAULT
