@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -27,6 +28,7 @@ C = TypeVar("C")
 
 PACKAGES = ("cluster", "feature_jobs", "jobs", "serve_apps", "configs")
 REFUSED = 2
+HELP = {"--help", "-h"}
 
 
 def job(
@@ -58,6 +60,8 @@ def job(
         def main() -> None:
             # Read by Hydra when it runs: raise instead of printing and exiting 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            if HELP & set(sys.argv[1:]):
+                print(introduction(sys.modules[function.__module__].__doc__, config_name))
             sys.argv[1:] = quote_texts(sys.argv[1:], schema)
             try:
                 hydra.main(version_base=None, config_path="pkg://configs", config_name=config_name)(task)()
@@ -74,6 +78,16 @@ def job(
         return main
 
     return decorate
+
+
+def introduction(description: str | None, config_name: str) -> str:
+    """What `--help` says first: what the command is for, and its own options as their file describes them.
+
+    Hydra's help follows with the whole configuration. It has no comments, and the command's options come last in it.
+    """
+    options = files("configs").joinpath(f"{config_name}.yaml").read_text(encoding="utf-8").strip()
+    description = (description or "").strip()
+    return f"{description}\n\n== Options of this command (configs/{config_name}.yaml) ==\n{options}\n\n== Hydra =="
 
 
 def refuse(error: RefusedError) -> NoReturn:

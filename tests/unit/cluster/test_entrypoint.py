@@ -167,6 +167,15 @@ def test_help_and_config_are_shown(flags: list[str]) -> None:
     assert "storage" in result.stdout
 
 
+def test_help_begins_with_the_command_and_its_own_options() -> None:
+    """The module's docstring and the options with their comments stand before what all commands share."""
+    result = run_main(nothing, "--help")
+    assert __doc__ is not None
+    assert result.stdout.startswith(__doc__)
+    option = result.stdout.index("checkpoint_every: 50   # events between two signed checkpoints")
+    assert option < result.stdout.index("== Config ==")
+
+
 def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
     """A user's own `jobs/` in front of ours is a clear refusal."""
     (program.parent / "jobs").mkdir()
