@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import quote_texts
-from cluster.errors import ConfigError, RefusedError, refusal_behind
+from cluster.command_line import option_names, quote_texts
+from cluster.errors import ConfigError, RefusedError, nearest, refusal_behind
 from cluster.settings import load
 
 C = TypeVar("C")
@@ -73,7 +74,7 @@ def job(
                     )
                 )
             except (HydraException, OmegaConfBaseException) as error:
-                refuse(ConfigError(_first_lines(error)))
+                refuse(ConfigError(_composition_message(error, schema)))
 
         return main
 
@@ -114,7 +115,12 @@ def refuse_shadowed_packages() -> None:
             )
 
 
-def _first_lines(error: Exception) -> str:
+def _composition_message(error: Exception, schema: type[Any]) -> str:
+    """Hydra's message in one line; of an unknown option the nearest known one, where Hydra would say "append it"."""
     cause = error.__cause__
     text = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
-    return " ".join(text.split())
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown:
+        name = unknown[1]
+        return f"No option '{name}'.{nearest(name, option_names(schema))} `--help` lists the options."
+    return " ".join(text.partition("Config search path:")[0].split())
