@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from cluster.errors import ConfigError
 
@@ -62,6 +63,21 @@ def given_options() -> set[str]:
         for word in HydraConfig.get().overrides.task
         if (match := _WORD.match(word))
     }
+
+
+def option_names(schema: type[Any]) -> list[str]:
+    """Each option that a dataclass knows, and each section of options, as a command line names it: `source.path`."""
+    return _names(OmegaConf.to_container(OmegaConf.structured(schema)), "")
+
+
+def _names(values: Any, prefix: str) -> list[str]:
+    if not isinstance(values, dict):
+        return []
+    return [
+        name
+        for key, value in values.items()
+        for name in (f"{prefix}{key}", *_names(value, f"{prefix}{key}."))
+    ]
 
 
 def _quoted(word: str, schema: type[Any]) -> str:

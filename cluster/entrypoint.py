@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import quote_texts
-from cluster.errors import ConfigError, RefusedError, refusal_behind
+from cluster.command_line import option_names, quote_texts
+from cluster.errors import ConfigError, RefusedError, nearest, refusal_behind
 from cluster.settings import load
 
 C = TypeVar("C")
 
 PACKAGES = ("cluster", "feature_jobs", "jobs", "serve_apps", "configs")
 REFUSED = 2
+HELP = {"--help", "-h"}
 
 
 def job(
@@ -58,6 +61,8 @@ def job(
         def main() -> None:
             # Read by Hydra when it runs: raise instead of printing and exiting 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            if HELP & set(sys.argv[1:]):
+                print(introduction(sys.modules[function.__module__].__doc__, config_name))
             sys.argv[1:] = quote_texts(sys.argv[1:], schema)
             try:
                 hydra.main(version_base=None, config_path="pkg://configs", config_name=config_name)(task)()
@@ -69,11 +74,21 @@ def job(
                     )
                 )
             except (HydraException, OmegaConfBaseException) as error:
-                refuse(ConfigError(_first_lines(error)))
+                refuse(ConfigError(_composition_message(error, schema)))
 
         return main
 
     return decorate
+
+
+def introduction(description: str | None, config_name: str) -> str:
+    """What `--help` says first: what the command is for, and its own options as their file describes them.
+
+    Hydra's help follows with the whole configuration. It has no comments, and the command's options come last in it.
+    """
+    options = files("configs").joinpath(f"{config_name}.yaml").read_text(encoding="utf-8").strip()
+    description = (description or "").strip()
+    return f"{description}\n\n== Options of this command (configs/{config_name}.yaml) ==\n{options}\n\n== Hydra =="
 
 
 def refuse(error: RefusedError) -> NoReturn:
@@ -100,7 +115,12 @@ def refuse_shadowed_packages() -> None:
             )
 
 
-def _first_lines(error: Exception) -> str:
+def _composition_message(error: Exception, schema: type[Any]) -> str:
+    """Hydra's message in one line; of an unknown option the nearest known one, where Hydra would say "append it"."""
     cause = error.__cause__
     text = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
-    return " ".join(text.split())
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown:
+        name = unknown[1]
+        return f"No option '{name}'.{nearest(name, option_names(schema))} `--help` lists the options."
+    return " ".join(text.partition("Config search path:")[0].split())

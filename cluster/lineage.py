@@ -21,6 +21,7 @@ from cluster.entrypoint import refuse
 from cluster.errors import ModelNotFound, RefusedError, did_you_mean
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
+    AliasMoved,
     BatchIngested,
     DeploymentRemoved,
     FeatureViewApplied,
@@ -29,6 +30,7 @@ from cluster.ledger.events import (
     TrainingSetBuilt,
 )
 from cluster.ledger.reading import add_flags, open_reader
+from cluster.registry import LATEST
 
 ALL = "*"
 """Stands for all columns of a source."""
@@ -75,24 +77,20 @@ class _Seen:
     """By row hash."""
     models: dict[tuple[str, int], tuple[Entry, Entry | None]] = field(default_factory=dict)
     """With the training set as it was known when the version was registered."""
+    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Version by model and alias, as it is now."""
     deployed: list[Entry] = field(default_factory=list)
     removed: list[Entry] = field(default_factory=list)
 
 
-def trace(entries: Iterable[Entry], model: str, version: int) -> ModelTrace:
-    """The lineage of a model version.
+def trace(entries: Iterable[Entry], model: str, version: int | str) -> ModelTrace:
+    """The lineage of a model version, given as a number, an alias, or `LATEST`.
 
     Raises:
-        ModelNotFound: the ledger has no such model or version.
+        ModelNotFound: the ledger has no such model, version or alias.
     """
     seen = _read(entries)
-    if (model, version) not in seen.models:
-        versions = [str(number) for name, number in seen.models if name == model]
-        if not versions:
-            raise ModelNotFound(
-                f"No model '{model}'.{did_you_mean(model, {name for name, _ in seen.models})}"
-            )
-        raise ModelNotFound(f"Model '{model}' has no version {version}. Known: {', '.join(versions)}.")
+    version = _number(seen, model, version)
     registered, built = seen.models[model, version]
     pinned: dict[str, int] = built.payload["table_versions"] if built else {}
     return ModelTrace(
@@ -107,6 +105,26 @@ def trace(entries: Iterable[Entry], model: str, version: int) -> ModelTrace:
         deployments=_of(seen.deployed, model, version),
         removals=_of(seen.removed, model, version),
     )
+
+
+def _number(seen: _Seen, model: str, version: int | str) -> int:
+    known = sorted(number for name, number in seen.models if name == model)
+    if not known:
+        raise ModelNotFound(f"No model '{model}'.{did_you_mean(model, {name for name, _ in seen.models})}")
+    if isinstance(version, int) or version.isdecimal():
+        number = int(version)
+    elif version == LATEST:
+        number = known[-1]
+    elif (model, version) in seen.aliases:
+        number = seen.aliases[model, version]
+    else:
+        aliases = [LATEST, *(alias for name, alias in seen.aliases if name == model)]
+        raise ModelNotFound(
+            f"Version '{version}' of model '{model}' is neither a number nor an alias.{did_you_mean(version, aliases)}"
+        )
+    if number not in known:
+        raise ModelNotFound(f"Model '{model}' has no version {number}. Known: {', '.join(map(str, known))}.")
+    return number
 
 
 def _of(entries: list[Entry], model: str, version: int) -> list[Entry]:
@@ -169,7 +187,7 @@ def main() -> None:
     )
     add_flags(parser)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--version", type=int, required=True)
+    parser.add_argument("--version", required=True, help=f"a number, an alias, or {LATEST}")
     parser.add_argument("--format", choices=["text", "json", "openlineage"], default="text")
     parser.add_argument("--namespace", default="falaj", help="of jobs and data sets in OpenLineage's events")
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
@@ -210,6 +228,8 @@ def _read(entries: Iterable[Entry]) -> _Seen:
             case ModelRegistered() as event:
                 built = seen.built.get(event.lineage.get("training_set_hash", ""))
                 seen.models[event.name, event.version] = entry, built
+            case AliasMoved() as event:
+                seen.aliases[event.name, event.alias] = event.version
             case ModelDeployed():
                 seen.deployed.append(entry)
             case DeploymentRemoved():

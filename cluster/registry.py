@@ -218,7 +218,8 @@ class Registry:
         aliases = self.aliases(name)
         if version not in aliases:
             raise ModelNotFound(
-                f"Model '{name}' has no alias '{version}'.", hint=did_you_mean(version, aliases)
+                f"Version '{version}' of model '{name}' is neither a number nor an alias.",
+                hint=did_you_mean(version, [LATEST, *aliases]),
             )
         return aliases[version]
 

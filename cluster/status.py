@@ -6,6 +6,8 @@ Exit code 1 says that a part does not run, or that a path is open to other users
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import sys
 import urllib.error
@@ -36,6 +38,9 @@ GUARDED_BY = {
     "broker_metrics": "open to read",
     "edge_controller_metrics": "open to read",
 }
+_SERVER_DOWN = re.compile(
+    r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE
+)
 LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
 
 
@@ -70,6 +75,7 @@ def show(config: PlatformConfig, flag: str | None) -> None:
     if flag == "--json":
         plain = {
             "applications": applications(record),
+            "silent_replicas": silent_replicas(record),
             "parts": {one.part.value: one.state.value for one in found.parts},
             "permission_problems": found.problems,
             "restoring": found.restoring,
@@ -91,6 +97,27 @@ def applications(record: ClusterRecord) -> dict[str, str]:
     except (urllib.error.URLError, OSError):
         return {}
     return {name: str(app["status"]) for name, app in content.get("applications", {}).items()}
+
+
+def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
+    """Serve application to the addresses of its replicas that do not answer the edge; empty when the edge does not.
+
+    Serve goes on calling an application RUNNING while one of its replicas is alive and hangs.
+    """
+    try:
+        owner = os.geteuid() if record.owner_uid is None else record.owner_uid
+        with open_own(urllib.request.Request(record.metrics_url), owner=owner, timeout_s=5) as response:
+            return servers_down(response.read().decode())
+    except (urllib.error.URLError, OSError):
+        return {}
+
+
+def servers_down(metrics: str) -> dict[str, list[str]]:
+    """HAProxy's backend to the addresses that its health checks found down, from its Prometheus metrics."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for proxy, host, port in _SERVER_DOWN.findall(metrics):
+        found[proxy].append(f"{host}:{port}")
+    return dict(found)
 
 
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
@@ -139,8 +166,10 @@ def _show_text(record: ClusterRecord, found: Health) -> None:
     print(f"metrics        {' '.join(metrics_urls(record))}")
     print(f"key broker     {record.key_socket}")
     print("Serve applications")
+    silent = silent_replicas(record)
     for name, status in applications(record).items() or {"none": ""}.items():
-        print(f"  {name} {status}")
+        mark = f"  <- does not answer: {', '.join(silent[name])}" if name in silent else ""
+        print(f"  {name} {status}{mark}")
     named = {port: name for name, port in record.ports.items()}
     print("listening")
     for address, names in listeners(record).items():

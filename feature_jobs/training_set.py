@@ -272,13 +272,15 @@ def read_entities(path: str) -> pa.Table:
     """The entity rows.
 
     Raises:
-        TrainingSetError: there is no such file, it is no Parquet, or it has no rows.
+        TrainingSetError: there is no such file, it is a folder or no Parquet, or it has no rows.
     """
     uri = resolve(path)
     if not exists(uri):
         raise TrainingSetError(f"No entity rows at {uri}. Give a Parquet file with `entities=…`.")
     try:
         table = read_parquet(uri)
+    except IsADirectoryError as error:
+        raise TrainingSetError(f"{uri} is a folder. Give one Parquet file with `entities=…`.") from error
     except pa.ArrowException as error:
         raise TrainingSetError(f"{uri} cannot be read as Parquet: {error}") from error
     if table.num_rows == 0:

@@ -132,20 +132,23 @@ def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
     Of two that were received in the same instant, the one that was written last counts. An outcome is as it was sent,
     whatever the others are. Raises as `read_records`.
     """
-    frame = _frame(_in_order(folder, store), _OUTCOME)
-    return frame.sort("received_at", maintain_order=True).unique(
-        ["prediction_id", "row"], keep="last", maintain_order=True
-    )
+    return _received(folder, store).unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
 def all_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
     """All outcomes as they were received, the last ones last; raises as `read_records`."""
-    frame = _frame(_in_order(folder, store), _OUTCOME).sort("received_at", maintain_order=True)
-    if frame.is_empty():
-        return
+    frame = _received(folder, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
         yield Outcome(prediction_id, row, value)
+
+
+def _received(folder: Path, store: KeyStore) -> pl.DataFrame:
+    """All outcomes in the order in which they were received; of a model that has none yet, the columns alone."""
+    records = _in_order(folder, store)
+    if not records:
+        return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
+    return _frame(records, _OUTCOME).sort("received_at", maintain_order=True)
 
 
 class Outcome(NamedTuple):

@@ -167,6 +167,36 @@ def test_help_and_config_are_shown(flags: list[str]) -> None:
     assert "storage" in result.stdout
 
 
+def test_help_begins_with_the_command_and_its_own_options() -> None:
+    """The module's docstring and the options with their comments stand before what all commands share."""
+    result = run_main(nothing, "--help")
+    assert __doc__ is not None
+    assert result.stdout.startswith(__doc__)
+    option = result.stdout.index("checkpoint_every: 50   # events between two signed checkpoints")
+    assert option < result.stdout.index("== Config ==")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "storag.root=x",
+            "refused: No option 'storag.root'. Did you mean 'storage.root'? `--help` lists the options.",
+        ),
+        ("zzz=1", "refused: No option 'zzz'. `--help` lists the options."),
+        (
+            "tier=smb",
+            "refused: In 'platform': Could not find 'tier/smb' Available options in 'tier': enterprise_gpu smb_cpu",
+        ),
+    ],
+)
+def test_a_word_that_is_no_option_is_answered_with_the_nearest(word: str, said: str) -> None:
+    """Hydra's own advice, to append the option with `+`, would be refused in its turn."""
+    result = run_main(nothing, word)
+    assert result.returncode == 2
+    assert result.stderr.strip() == said
+
+
 def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
     """A user's own `jobs/` in front of ours is a clear refusal."""
     (program.parent / "jobs").mkdir()

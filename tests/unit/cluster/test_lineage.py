@@ -12,6 +12,7 @@ from cluster import lineage
 from cluster.errors import ModelNotFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
+    AliasMoved,
     BatchIngested,
     FeatureViewApplied,
     LedgerEvent,
@@ -84,6 +85,7 @@ EVENTS = [
     registered(1, "a" * 64),
     registered(2, "b" * 64),
     ModelDeployed(name="loan", version=1, variant="champion", app="loan-v1", route_prefix="/loan-v1"),
+    AliasMoved(name="loan", alias="champion", version=1, previous=None, reason="deployed"),
     ModelDeployed(name="loan", version=2, variant="challenger", app="loan-v2", route_prefix="/loan-v2"),
 ]
 
@@ -136,10 +138,23 @@ def test_a_training_set_from_elsewhere_has_no_columns(ledger: Ledger) -> None:
     assert "nothing is known of its columns" in describe(other)
 
 
+@pytest.mark.parametrize(("version", "number"), [("1", 1), ("latest", 2), ("champion", 1)])
+def test_a_version_is_named_as_in_other_commands(ledger: Ledger, version: str, number: int) -> None:
+    """By its number, by an alias, or as the latest."""
+    assert trace(ledger.entries(), "loan", version).version == number
+
+
 @pytest.mark.parametrize(
-    ("model", "version", "said"), [("lone", 1, "Did you mean 'loan'"), ("loan", 9, "1, 2")]
+    ("model", "version", "said"),
+    [
+        ("lone", 1, "Did you mean 'loan'"),
+        ("loan", 9, "1, 2"),
+        ("loan", "v1", "neither a number nor an alias"),
+    ],
 )
-def test_what_is_unknown_is_refused_by_name(ledger: Ledger, model: str, version: int, said: str) -> None:
+def test_what_is_unknown_is_refused_by_name(
+    ledger: Ledger, model: str, version: int | str, said: str
+) -> None:
     """With what there is."""
     with pytest.raises(ModelNotFound, match=said):
         trace(ledger.entries(), model, version)

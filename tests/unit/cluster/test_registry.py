@@ -92,7 +92,12 @@ def test_two_registries_on_one_ledger_agree(registry: Registry, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "version", "said"),
-    [("mm", 1, "Did you mean 'm'"), ("m", 9, "no version 9"), ("m", "best", "no alias 'best'")],
+    [
+        ("mm", 1, "Did you mean 'm'"),
+        ("m", 9, "no version 9"),
+        ("m", "best", "'best' of model 'm' is neither a number nor an alias"),
+        ("m", "LATEST", "Known: latest"),
+    ],
 )
 def test_what_is_not_there_is_named(
     registry: Registry, tmp_path: Path, name: str, version: int | str, said: str

@@ -191,3 +191,12 @@ def test_outcomes_of_versions_that_nobody_asks_for_are_passed_over(
     matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
     assert matched.answers.select("prediction_id", "outcome", ODD).rows() == [("p1", True, False)]
     assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)
+
+
+def test_answers_of_a_model_without_outcomes_are_matched(log: Path, outcomes: Path, keyring: Keyring) -> None:
+    """A rollout may be promoted and a model monitored before the first outcome is received."""
+    write(log, keyring, answer(1, 1), answer(2, 2))
+    assert read_outcomes(outcomes, keyring).is_empty()
+    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
+    assert matched.answers["outcome"].to_list() == [None, None]
+    assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)

@@ -22,7 +22,7 @@ from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
 from feature_jobs.store.protection import view_protection
 from feature_jobs.store.row_hash import row_hash
 from feature_jobs.store.training_set import assemble, build, event_times, join_here
-from feature_jobs.training_set import hidden_warning
+from feature_jobs.training_set import hidden_warning, read_entities
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -257,3 +257,9 @@ def test_row_hash_survives_parquet_chunks_and_codes(tmp_path: Path) -> None:
 def test_row_hash_sees_every_difference(other: dict[str, list[Any]]) -> None:
     """Values, nulls, order, names, types."""
     assert row_hash(pa.table({"t": ["a", None], "n": [1, 2]})) != row_hash(pa.table(other))
+
+
+def test_a_folder_of_entity_rows_is_refused(tmp_path: Path) -> None:
+    """A folder, as Spark writes one, is a wrong input like any other: it is named."""
+    with pytest.raises(TrainingSetError, match=f"{tmp_path} is a folder. Give one Parquet file"):
+        read_entities(str(tmp_path))

@@ -1,0 +1,25 @@
+"""What `cluster.status` makes of what the edge tells."""
+
+from __future__ import annotations
+
+from cluster.status import servers_down
+
+METRICS = """# TYPE haproxy_server_status gauge
+haproxy_server_status{proxy="loan-v1",server="127.0.0.1_20109",state="DOWN"} 0
+haproxy_server_status{proxy="loan-v1",server="127.0.0.1_20109",state="UP"} 1
+haproxy_server_status{proxy="loan-v1",server="127.0.0.1_20112",state="DOWN"} 1
+haproxy_server_status{proxy="loan-v1",server="127.0.0.1_20112",state="UP"} 0
+haproxy_server_status{proxy="loan-v1",server="starting",state="DOWN"} 1
+haproxy_server_status{proxy="loan-v2",server="127.0.0.1_20113",state="DOWN"} 0
+haproxy_server_status{proxy="loan-v2",server="127.0.0.1_20113",state="MAINT"} 1
+"""
+
+
+def test_a_replica_that_does_not_answer_is_named_by_its_address() -> None:
+    """Serve calls its application RUNNING; the edge's health checks know better."""
+    assert servers_down(METRICS) == {"loan-v1": ["127.0.0.1:20112"]}
+
+
+def test_metrics_without_servers_name_none() -> None:
+    """An edge that has just started."""
+    assert servers_down("") == {}
