@@ -141,14 +141,14 @@ def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
     shutil.rmtree(tmp_path / "online")
     assert amounts(store) == [1.0] * len(PEOPLE)
     with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was there and is not: .* view=all"):
-        store.put(VIEW, KEY_TYPES, rows(2))
+        store.put(VIEW, KEY_TYPES, list(rows(2)))
 
     config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))
     materialisation = open_online(config, places, store._keys, readonly=False)
     materialisation.replace(VIEW, KEY_TYPES, rows(3))
     materialisation.close()
     assert amounts(store) == [3.0] * len(PEOPLE)
-    assert store.put(VIEW, KEY_TYPES, rows(4)) == len(PEOPLE)
+    assert store.put(VIEW, KEY_TYPES, list(rows(4))) == len(PEOPLE)
     assert amounts(store) == [4.0] * len(PEOPLE)
 
 
