@@ -190,6 +190,7 @@ class LmdbEngine:
         if not self._follow_file():
             raise OnlineStoreUnavailable(
                 f"{self._folder / DATA_FILE} was there and is not: what is put would be lost. Run "
+                "`python -m feature_jobs.stream source=push view=… once=true` for each view with pushes, then "
                 "`python -m feature_jobs.materialize view=all`."
             )
         try:
