@@ -290,10 +290,10 @@ def read_entities(path: str) -> pa.Table:
 
 def hidden_warning(shares: dict[str, float]) -> str:
     """What the cutoff costs, in one line."""
-    said = ", ".join(f"{share:.2%} of '{view}'" for view, share in shares.items())
+    said = ", ".join(f"{share:.2%} of the rows for '{view}'" for view, share in shares.items())
     return (
-        f"warning: {said}: entity rows that have no values only because none was known yet at their time "
-        "(created_timestamp). `cutoff=false` goes by the event's time alone."
+        f"warning: entity rows get null because a value was created only after their time: {said}. "
+        "`cutoff=false` ignores created_timestamp."
     )
 
 

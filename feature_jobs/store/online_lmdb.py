@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -24,6 +26,9 @@ from feature_jobs.store.online_segment import Segment
 
 _META, _PUT, _BASE = b"\x00meta2\x00", b"\x00put\x00", b"\x00base\x00"
 PIECE_ROWS = 20_000
+DATA_FILE = "data.mdb"
+LOOK_AGAIN_S = 1.0
+"""How long a reader may go on with a file that was deleted and made anew."""
 
 _Seen: TypeAlias = tuple[bytes, int, Segment | None, bool]
 """The stamp, the transaction as of which nothing has changed, the file if the generation began with one, and whether
@@ -35,21 +40,21 @@ class LmdbEngine:
 
     def __init__(self, folder: Path, *, map_size_bytes: int, readonly: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if readonly and not (folder / "data.mdb").exists():
+        self._folder, self._map_size_bytes, self._readonly = folder, map_size_bytes, readonly
+        if readonly and self._identity() is None:
             lmdb.open(str(folder), map_size=map_size_bytes).close()
-        self._folder = folder
-        self._bases: dict[str, tuple[bytes, Segment | None]] = {}
-        self._seen: dict[str, _Seen] = {}
-        self.env = lmdb.open(
-            str(folder), map_size=map_size_bytes, readonly=readonly, max_readers=1024, readahead=False
-        )
+        self._reopening = threading.Lock()
+        self._open()
 
     def meta(self, view: str) -> bytes | None:
+        self._follow_file()
         with self.env.begin() as transaction:
             found: bytes | None = transaction.get(_META + view.encode())
             return found
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
+        if time.monotonic() >= self._look_again_at:
+            self._follow_file()
         with self.env.begin() as transaction:
             seen = self._seen.get(view)
             if seen is None or seen[0] != stamp or seen[1] != transaction.id():
@@ -113,6 +118,37 @@ class LmdbEngine:
     def close(self) -> None:
         self.env.close()
 
+    def _open(self) -> None:
+        self._bases: dict[str, tuple[bytes, Segment | None]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self.env = lmdb.open(
+            str(self._folder),
+            map_size=self._map_size_bytes,
+            readonly=self._readonly,
+            max_readers=1024,
+            readahead=False,
+        )
+        self._opened = self._identity()
+        self._look_again_at = time.monotonic() + LOOK_AGAIN_S
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file lies in the folder now; None where none does."""
+        try:
+            found = (self._folder / DATA_FILE).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _follow_file(self) -> bool:
+        """Open the folder's file again if it is another one than is open: it was deleted, and a materialisation made
+        it anew. Says whether there is a file; without one, reads go on with the open one, which is as it was."""
+        with self._reopening:
+            found = self._identity()
+            if found is not None and found != self._opened:
+                self._open()  # transactions that run keep the environment of before until they end
+            self._look_again_at = time.monotonic() + LOOK_AGAIN_S
+            return found is not None
+
     def _path(self, view: str, generation: bytes) -> Path:
         return self._folder / f"{view}.{generation.hex()}.rows"
 
@@ -151,6 +187,12 @@ class LmdbEngine:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
+        if not self._follow_file():
+            raise OnlineStoreUnavailable(
+                f"{self._folder / DATA_FILE} was there and is not: what is put would be lost. Run "
+                "`python -m feature_jobs.stream source=push view=… once=true` for each view with pushes, then "
+                "`python -m feature_jobs.materialize view=all`."
+            )
         try:
             with self.env.begin(write=True) as transaction:
                 yield transaction

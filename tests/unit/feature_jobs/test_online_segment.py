@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
+from feature_jobs.store import online_lmdb
 from feature_jobs.store.catalog import FieldSpec, ViewSpec
 from feature_jobs.store.online import open_online
 from feature_jobs.store.online_rows import OnlineRow
@@ -127,6 +129,27 @@ def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineSto
     store.engine._bases.clear()  # type: ignore[attr-defined]  # as in another process
     with pytest.raises(OnlineStoreUnavailable, match=r"feature_jobs\.materialize view=v"):
         amounts(store)
+
+
+def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
+    store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica has the deleted file open: it gives those rows until there are others, and takes none."""
+    monkeypatch.setattr(online_lmdb, "LOOK_AGAIN_S", 0.0)
+    store.replace(VIEW, KEY_TYPES, rows(1))
+    assert amounts(store) == [1.0] * len(PEOPLE)
+    shutil.rmtree(tmp_path / "online")
+    assert amounts(store) == [1.0] * len(PEOPLE)
+    with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was there and is not: .* view=all"):
+        store.put(VIEW, KEY_TYPES, list(rows(2)))
+
+    config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))
+    materialisation = open_online(config, places, store._keys, readonly=False)
+    materialisation.replace(VIEW, KEY_TYPES, rows(3))
+    materialisation.close()
+    assert amounts(store) == [3.0] * len(PEOPLE)
+    assert store.put(VIEW, KEY_TYPES, list(rows(4))) == len(PEOPLE)
+    assert amounts(store) == [4.0] * len(PEOPLE)
 
 
 def test_a_full_disk_leaves_the_old_rows(
