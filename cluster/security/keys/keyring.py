@@ -216,8 +216,14 @@ class Keyring:
         """The file as it is now: another process may have changed it since."""
         with self._lock:
             raw = read(self._path)
-            if raw != self._last.raw:
-                self._last = self._decoded(raw)
+            while raw != self._last.raw:
+                try:
+                    self._last = self._decoded(raw)
+                except KeyEncryptionKeyWrong:
+                    # A slow reader: the file and its key were replaced again after the file was read.
+                    before, raw = raw, read(self._path)
+                    if raw == before:
+                        raise
             return self._last
 
     def _decoded(self, raw: bytes) -> _Opened:

@@ -15,8 +15,9 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation
 from cluster.security.acting import Actor, act
 from cluster.security.identity import ensure_issuer
+from cluster.security.keys import keyring, ringfile
 from cluster.security.keys.kek import kek_from_file
-from cluster.security.keys.keyring import KEK_NAME, open_local
+from cluster.security.keys.keyring import KEK_NAME, open_local, rotate_local_kek
 from cluster.security.keys.store import KeyInfo, KeyRevoked
 from cluster.security.manage_keys import ENTRYPOINT, KeyAction, ManageKeysConfig, revoke, rotate_kek
 from cluster.session import ClusterRecord
@@ -73,6 +74,21 @@ def test_a_broker_reads_on_in_the_middle_of_rotations(tmp_path: Path) -> None:
     while rotating.poll() is None:
         assert broker.unwrap(INFO.name, text) == b"secret"
     assert rotating.returncode == 0
+
+
+def test_a_reader_that_is_slower_than_two_rotations_reads_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read a file whose key is gone by the time it looks for it, so it reads the file again."""
+    broker = open_local(tmp_path)
+    broker.ensure(INFO)
+    text = broker.wrap(INFO.name, b"secret")
+    rotate_local_kek(tmp_path)
+    between = keyring.read(broker._path)
+    rotate_local_kek(tmp_path)
+    late = iter([between])
+    monkeypatch.setattr(keyring, "read", lambda path: next(late, None) or ringfile.read(path))
+    assert broker.unwrap(INFO.name, text) == b"secret"
 
 
 def test_a_key_is_revoked_by_who_manages_keys(tmp_path: Path, ledger: Ledger) -> None:
