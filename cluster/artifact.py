@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.ledger.chain import canonical
-from cluster.security.envelope import Identity, open_bytes, seal_bytes
+from cluster.security.encryption.envelope import Identity, open_bytes, seal_bytes
 from cluster.security.keys.store import KeyInfo, KeyStore
 from cluster.storage import exists, list_files, read_bytes, sha256
 

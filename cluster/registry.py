@@ -28,8 +28,8 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
+from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyStore
-from cluster.security.policy import Resource
 from cluster.storage import Layout, finite, local, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
-from cluster.node.own_server import listeners_user
+from cluster.own_server import listeners_user
 from cluster.processes import answers, cluster_on
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
@@ -35,7 +35,7 @@ RAYS_LOG_LEVELS = {
 
 
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
-    """What a process needs for TLS between Ray's, with the certificates of `cluster/security/tls.py`; head and drivers
+    """What a process needs for TLS between Ray's, with the certificates of `cluster/security/tls`; head and drivers
     must agree on this, too."""
     folder = f"{storage_root}/tls"
     files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}

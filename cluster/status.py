@@ -21,9 +21,9 @@ import psutil
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.node.own_server import open_own
 from cluster.node.parts import Part, Seen, State, look, missing
 from cluster.node.permissions import permission_problems
+from cluster.own_server import open_own
 from cluster.session import ClusterRecord, metrics_urls, recorded, require_record
 from cluster.settings import PlatformConfig
 from cluster.supervisor.head import restore_is_due

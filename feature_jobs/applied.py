@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cluster.errors import DefinitionError, SourceError
 from cluster.ledger import Ledger
-from feature_jobs.store.catalog import ViewSpec, load_definitions, view_spec
-from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.kafka_source import KafkaSource
-from feature_jobs.store.sources import BatchSource, from_path
+from feature_jobs.store.catalog.specifications import ViewSpec, load_definitions, view_spec
+from feature_jobs.store.definitions.kafka_source import KafkaSource
+from feature_jobs.store.definitions.sources import BatchSource, from_path
+from feature_jobs.store.definitions.views import FeatureView
 
 
 def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:

@@ -1,7 +1,7 @@
 """`python -m feature_jobs.apply definitions=m [plan=true]`: print what would change, make keys, record the definitions.
 
 The plan comes first and says of each change whether it breaks readers of earlier versions
-(`feature_jobs/store/differences.py`). One that would break a registered model is refused. With `plan=true` it ends
+(`store/catalog/differences.py`). One that would break a registered model is refused. With `plan=true` it ends
 there: nothing is recorded, the key store is not asked, and the exit code is what applying would have.
 """
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import Definitions, apply, load_definitions
-from feature_jobs.store.definitions import Sensitivity
-from feature_jobs.store.keys import refuse_undeclared
-from feature_jobs.store.lifecycle import read_lifecycles
-from feature_jobs.store.plan import lines, make_plan, refuse_broken
-from feature_jobs.store.protection import service_keys, view_keys
-from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.catalog.lifecycle import read_lifecycles
+from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.protection import service_keys, view_keys
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import Definitions, apply, load_definitions
+from feature_jobs.store.definitions.views import Sensitivity
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.key_types import refuse_undeclared
 
 
 @dataclass(kw_only=True, slots=True)

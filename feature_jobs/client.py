@@ -26,21 +26,21 @@ from hydra.core.global_hydra import GlobalHydra
 from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig, load
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import instant
-from feature_jobs.store.catalog import ServiceSpec, service_spec
-from feature_jobs.store.dtypes import arrow_values
-from feature_jobs.store.keys import kind_of, type_of
-from feature_jobs.store.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.protection import view_resources
+from feature_jobs.store.catalog.specifications import ServiceSpec, service_spec
+from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.on_demand import add_on_demand
-from feature_jobs.store.online import FeatureReader, open_online
-from feature_jobs.store.online_store import OnlineStore
-from feature_jobs.store.protection import view_resources
-from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.store import OnlineStore
+from feature_jobs.store.types.dtypes import arrow_values
+from feature_jobs.store.types.key_types import kind_of, type_of
 from feature_jobs.training_set import (
     Request,
     TrainingSetConfig,

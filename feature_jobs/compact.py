@@ -14,14 +14,14 @@ from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import FeatureTableRewritten
 from cluster.security.acting import Actor, act
-from cluster.security.policy import Action
+from cluster.security.authorization.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.compaction import as_target, fragmented, rewrite, rewrites
-from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
+from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline.tables import Snapshot, snapshot
 
 
 @dataclass(kw_only=True, slots=True)

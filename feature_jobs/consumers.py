@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.session import refusal_behind
-from feature_jobs.store.checked_messages import CheckedMessages, together
-from feature_jobs.store.kafka_consumer import (
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, together
+from feature_jobs.store.streaming.kafka_consumer import (
     PartitionReader,
     Reading,
     bounds,
@@ -28,7 +28,7 @@ from feature_jobs.store.kafka_consumer import (
     shares,
     until_committed,
 )
-from feature_jobs.store.kafka_stream import KafkaStream
+from feature_jobs.store.streaming.kafka_stream import KafkaStream
 
 MAX_DEATHS = 3
 """In a row, of one consumer that gave nothing in between."""

@@ -33,30 +33,38 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchMended
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
 from cluster.security.acting import Actor, act
-from cluster.security.policy import Action
+from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.again import mend_batches, report
 from feature_jobs.applied import applied_view, given_source
-from feature_jobs.batch import judge, last_good, new_columns, refuse_bad, refuse_unlike, settle, unread
-from feature_jobs.reading import Opened, Prepared, open_batch, prepared, within
-from feature_jobs.several import check_views, chosen, for_each, with_batches
-from feature_jobs.store import offline
-from feature_jobs.store.ahead import Ahead
-from feature_jobs.store.batch_checks import Finding
-from feature_jobs.store.batches import Ingested, Wanted
-from feature_jobs.store.catalog import ViewSpec
-from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.lifecycle import heed, read_lifecycles
-from feature_jobs.store.limits import check_buckets
-from feature_jobs.store.profile import Profile
-from feature_jobs.store.protection import view_protection, view_resources
-from feature_jobs.store.ranges import parse_range, parse_span
-from feature_jobs.store.recorded import read_recorded
-from feature_jobs.store.validation import REASON
-from feature_jobs.storing import Checked, nothing, store
-from feature_jobs.work import Work
+from feature_jobs.batches.again import mend_batches, report
+from feature_jobs.batches.judging import (
+    judge,
+    last_good,
+    new_columns,
+    refuse_bad,
+    refuse_unlike,
+    settle,
+    unread,
+)
+from feature_jobs.batches.reading import Opened, Prepared, open_batch, prepared, within
+from feature_jobs.batches.several import check_views, chosen, for_each, with_batches
+from feature_jobs.batches.storing import Checked, nothing, store
+from feature_jobs.batches.work import Work
+from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.definitions.limits import check_buckets
+from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.batch_checks import Finding
+from feature_jobs.store.ingestion.batches import Ingested, Wanted
+from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.ingestion.ranges import parse_range, parse_span
+from feature_jobs.store.ingestion.validation import REASON
+from feature_jobs.store.offline import tables as offline
 
 
 class BatchRules(enum.Enum):

@@ -19,24 +19,24 @@ from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ViewMaterialized
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.several import check_views, chosen, for_each
-from feature_jobs.store.catalog import ViewSpec, view_spec, view_specs
-from feature_jobs.store.offline import Snapshot, open_table, snapshot
-from feature_jobs.store.online import open_online
-from feature_jobs.store.online_events import merge_of
-from feature_jobs.store.online_frames import online_rows
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.online_store import OnlineStore
-from feature_jobs.store.online_windows import state_rows, stored_view
-from feature_jobs.store.point_in_time import latest
-from feature_jobs.store.protection import view_protection, view_resources
-from feature_jobs.store.ranges import parse_instant
-from feature_jobs.store.streamed import horizon
+from feature_jobs.batches.several import check_views, chosen, for_each
+from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.specifications import ViewSpec, view_spec, view_specs
+from feature_jobs.store.ingestion.ranges import parse_instant
+from feature_jobs.store.offline.point_in_time import latest
+from feature_jobs.store.offline.tables import Snapshot, open_table, snapshot
+from feature_jobs.store.online.events import merge_of
+from feature_jobs.store.online.frames import online_rows
+from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.online.store import OnlineStore
+from feature_jobs.store.online.windows import state_rows, stored_view
+from feature_jobs.store.streaming.streamed import horizon
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,14 +13,14 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError, SourceError, did_you_mean
 from cluster.ledger import open_ledger
 from cluster.security.acting import act
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import protected_files
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout
-from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.protection import quarantine_place, quarantine_protection
-from feature_jobs.store.quarantine import quarantined
+from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
+from feature_jobs.store.ingestion.quarantine import quarantined
 
 
 @dataclass(kw_only=True, slots=True)

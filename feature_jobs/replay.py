@@ -23,30 +23,30 @@ from cluster.errors import Inconsistent, InvalidRequest, SourceError, did_you_me
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import QuarantineReplayed
 from cluster.security.acting import act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import protected_files
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
 from feature_jobs.applied import applied_view
-from feature_jobs.batch import last_good
-from feature_jobs.store import offline
-from feature_jobs.store.ahead import Ahead
-from feature_jobs.store.definitions import FeatureView
-from feature_jobs.store.lifecycle import heed, read_lifecycles
-from feature_jobs.store.limits import check_buckets
-from feature_jobs.store.point_in_time import SEQ
-from feature_jobs.store.profile import Profile
-from feature_jobs.store.protection import (
+from feature_jobs.batches.judging import last_good
+from feature_jobs.batches.storing import open_or_create, row_schema
+from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.protection import (
     quarantine_place,
     quarantine_protection,
     view_protection,
     view_resources,
 )
-from feature_jobs.store.quarantine import quarantined
-from feature_jobs.store.retry import Tried, try_again
-from feature_jobs.store.validation import FILES
-from feature_jobs.storing import open_or_create, row_schema
+from feature_jobs.store.definitions.limits import check_buckets
+from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.ingestion.quarantine import quarantined
+from feature_jobs.store.ingestion.quarantine_replay import Tried, try_again
+from feature_jobs.store.ingestion.validation import FILES
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.point_in_time import SEQ
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,16 +14,16 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.security.acting import act
-from cluster.security.policy import Action
+from cluster.security.authorization.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from feature_jobs.compact import newest
 from feature_jobs.materialize import instant
-from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.limits import before
-from feature_jobs.store.past_retention import past_retention
-from feature_jobs.store.protection import view_resources
-from feature_jobs.store.removal import Reason, remove
+from feature_jobs.store.catalog.protection import view_resources
+from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
+from feature_jobs.store.definitions.limits import before
+from feature_jobs.store.offline.past_retention import past_retention
+from feature_jobs.store.offline.removal import Reason, remove
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,12 +12,12 @@ from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import FeatureViewStateChanged
 from cluster.security.acting import act
-from cluster.security.policy import Action, Resource
+from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.lifecycle import ViewState, read_lifecycles
-from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.catalog.lifecycle import ViewState, read_lifecycles
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import view_spec
 
 
 @dataclass(kw_only=True, slots=True)

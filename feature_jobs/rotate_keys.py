@@ -17,22 +17,22 @@ from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeysRotated, Subject
 from cluster.security.acting import act
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, protected_files
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStore
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
-from feature_jobs.batch import profile_place
+from feature_jobs.batches.judging import profile_place
 from feature_jobs.compact import newest, record
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.compaction import as_target, rewrite
-from feature_jobs.store.protection import (
+from feature_jobs.store.catalog.protection import (
     quarantine_place,
     quarantine_protection,
     view_key_names,
     view_resources,
 )
+from feature_jobs.store.catalog.specifications import view_spec
+from feature_jobs.store.offline.compaction import as_target, rewrite
 
 
 @dataclass(kw_only=True, slots=True)

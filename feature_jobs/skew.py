@@ -1,7 +1,7 @@
 """`python -m feature_jobs.skew name=m [since=…]`: every logged feature vector computed again, offline.
 
 A gate: it exits 2 where a served value cannot be explained by what the platform stored, and 0 where all can. What only
-lags behind or is missing is counted beside it, for each feature. `store/skew.py` says what is called what. Features of
+lags behind or is missing is counted beside it, for each feature. `comparison.py` says what is called what. Features of
 aggregated views are not compared yet.
 """
 
@@ -25,21 +25,21 @@ from cluster.ledger.events import SkewChecked, ViewMaterialized
 from cluster.records import read_records
 from cluster.registry import Registry
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, write_json
 from feature_jobs.materialize import instant
-from feature_jobs.store import offline
-from feature_jobs.store.buckets import bucket_of
-from feature_jobs.store.catalog import ServiceSpec, ViewSpec, service_spec
-from feature_jobs.store.missing import NO_POLICY
-from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.point_in_time import DELETED
-from feature_jobs.store.protection import view_protection, view_resources
-from feature_jobs.store.served import TIME, Served, served
-from feature_jobs.store.skew import (
+from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.definitions.missing import NO_POLICY
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.buckets import bucket_of
+from feature_jobs.store.offline.point_in_time import DELETED
+from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.training_set import build, join_here, key_column
+from feature_jobs.store.skew.comparison import (
     AS_OF,
     FLOOR_AS_OF,
     FLOOR_SEQ,
@@ -52,8 +52,8 @@ from feature_jobs.store.skew import (
     judge,
     skew_of,
 )
-from feature_jobs.store.skew_windows import judge_windows
-from feature_jobs.store.training_set import build, join_here, key_column
+from feature_jobs.store.skew.served import TIME, Served, served
+from feature_jobs.store.skew.windows import judge_windows
 
 NUM_EXAMPLES = 20
 

@@ -18,25 +18,25 @@ from cluster.entrypoint import job
 from cluster.errors import CommitConflict, DefinitionError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
-from feature_jobs.store import offline
-from feature_jobs.store.ahead import Ahead
-from feature_jobs.store.catalog import ViewSpec, view_spec
-from feature_jobs.store.kafka_source import KafkaSource
-from feature_jobs.store.kafka_stream import KafkaStream
-from feature_jobs.store.lateness import Lateness, LatePolicy
-from feature_jobs.store.limits import CENTURY, check_buckets
-from feature_jobs.store.offline import Target
-from feature_jobs.store.online import open_online
-from feature_jobs.store.protection import view_protection, view_resources
-from feature_jobs.store.push_stream import PushStream
-from feature_jobs.store.pushed_view import pushed_view
-from feature_jobs.store.pusher import open_log
-from feature_jobs.store.streamed import Tally
+from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
+from feature_jobs.store.definitions.kafka_source import KafkaSource
+from feature_jobs.store.definitions.limits import CENTURY, check_buckets
+from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.tables import Target
+from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.streaming.kafka_stream import KafkaStream
+from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
+from feature_jobs.store.streaming.push_stream import PushStream
+from feature_jobs.store.streaming.pushed_view import pushed_view
+from feature_jobs.store.streaming.pusher import open_log
+from feature_jobs.store.streaming.streamed import Tally
 
 LONGEST_WAIT_S = 86_400
 
@@ -163,7 +163,7 @@ def run_kafka(
         DefinitionError: the view's source is no topic.
     """
     from feature_jobs.consumers import consume_apart  # librdkafka, where it is used
-    from feature_jobs.store.kafka_consumer import Reading, consume
+    from feature_jobs.store.streaming.kafka_consumer import Reading, consume
 
     view, places = pushed_view(ledger, config.view), layout(config.storage)
     if not isinstance(view.view.source, KafkaSource):

@@ -15,7 +15,7 @@ from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
 from serve_apps.as_deployed import keep_settings
 from serve_apps.predictor.predictor import Predictor
-from serve_apps.scaling import replicas
+from serve_apps.replica.scaling import replicas
 
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0

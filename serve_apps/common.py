@@ -23,7 +23,7 @@ from cluster.session import ClusterRecord, attach, recorded
 from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
-from serve_apps.edge.config import FEATURES_APP, OUTCOMES_APP
+from serve_apps.edge.haproxy.config import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 

@@ -21,9 +21,9 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.keys.store import KeyNotFound
-from cluster.security.policy import Action, Resource
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
@@ -31,7 +31,7 @@ from cluster.supervisor.head import restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.as_deployed import as_deployed
 from serve_apps.common import ensure_common, restore_common
-from serve_apps.edge.state import wait_until_applied
+from serve_apps.edge.control.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, within
 from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant

@@ -7,10 +7,10 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import DeploymentRemoved, ModelDeployed
 from cluster.registry import LATEST, ModelVersion
 from cluster.security.acting import Actor
-from cluster.security.policy import Action
+from cluster.security.authorization.policy import Action
 from cluster.settings import PlatformConfig
 from serve_apps.apps import app_name, remove_app
-from serve_apps.edge.state import wait_until_applied
+from serve_apps.edge.control.state import wait_until_applied
 from serve_apps.rollout.state import ModelState, read_states
 
 

@@ -15,7 +15,7 @@ from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
-from cluster.security.token_source import TokenSource
+from cluster.security.tokens.source import TokenSource
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,17 @@ from cluster.ledger.events import (
     RolloutStarted,
 )
 from cluster.security.identity import ensure_issuer, local_keys
-from cluster.security.oidc import KeySource
-from cluster.security.tls import ensure_tls
+from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.oidc import KeySource
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
-from serve_apps.edge.controller import Controller
-from serve_apps.edge.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy import HAProxy
-from serve_apps.edge.keys import written_keys
-from serve_apps.edge.state import EdgeState
-from serve_apps.edge.targets import Targets
-from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.edge.control.controller import Controller
+from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.control.state import EdgeState
+from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
+from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.targets import Targets
 from tests.edge import edge_settings
 from tests.ports import free_port
 

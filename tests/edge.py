@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import (
     AUDIENCE,
     ISSUER,
@@ -23,19 +24,18 @@ from cluster.security.identity import (
     local_keys,
     mint_token,
 )
-from cluster.security.policy import Role
-from cluster.security.tls import ensure_tls
-from cluster.security.tokens import TokenRules
+from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.verification import TokenRules
 from cluster.storage import Layout, write_bytes
-from serve_apps.edge.answers import ERROR_STATUSES, error_file
-from serve_apps.edge.config import EdgeSettings, render
-from serve_apps.edge.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy import HAProxy
-from serve_apps.edge.keys import written_keys
-from serve_apps.edge.limiting import Limit, Limited, Limits
-from serve_apps.edge.routes import Routes, routes
-from serve_apps.edge.targets import Target
-from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
+from serve_apps.edge.haproxy.config import EdgeSettings, render
+from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
+from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.edge.haproxy.limiting import Limit, Limited, Limits
+from serve_apps.edge.haproxy.routes import Routes, routes
+from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
 from tests.ports import free_port

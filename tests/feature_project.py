@@ -13,10 +13,11 @@ from deltalake import DeltaTable
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.settings import StorageConfig
-from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity, offline
-from feature_jobs.store.catalog import Definitions, apply, view_spec
-from feature_jobs.store.offline import Batch, BucketFile, Snapshot, Target, snapshot
-from feature_jobs.store.protection import view_protection
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.tables import Batch, BucketFile, Snapshot, Target, snapshot
 from feature_jobs.training_set import TrainingSetConfig, produce, requested
 
 TIME = pa.timestamp("us", "UTC")

@@ -28,20 +28,20 @@ from feature_jobs.store import (
     Range,
     Sensitivity,
 )
-from feature_jobs.store.catalog import Definitions, ServiceSpec, apply
-from feature_jobs.store.kafka_consumer import Reading, consume
-from feature_jobs.store.kafka_stream import KafkaStream
-from feature_jobs.store.lateness import Lateness, LatePolicy
-from feature_jobs.store.offline import Snapshot, Target, open_table, snapshot
-from feature_jobs.store.online import FeatureReader, open_online
-from feature_jobs.store.online_events import merge_of
-from feature_jobs.store.online_windows import stored_view
-from feature_jobs.store.protection import view_protection
-from feature_jobs.store.push_stream import PushStream
-from feature_jobs.store.pushed_view import pushed_view
-from feature_jobs.store.pusher import Pusher, open_log
-from feature_jobs.store.streamed import horizon
-from feature_jobs.store.windows import aggregate
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply
+from feature_jobs.store.offline.tables import Snapshot, Target, open_table, snapshot
+from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.online.events import merge_of
+from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.windows import stored_view
+from feature_jobs.store.streaming.kafka_consumer import Reading, consume
+from feature_jobs.store.streaming.kafka_stream import KafkaStream
+from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
+from feature_jobs.store.streaming.push_stream import PushStream
+from feature_jobs.store.streaming.pushed_view import pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_log
+from feature_jobs.store.streaming.streamed import horizon
 from serve_apps.features.request import parse_push
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

@@ -25,9 +25,9 @@ from cluster.ledger import open_ledger
 from cluster.records import read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
-from cluster.security.policy import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import (
     BatchingConfig,
@@ -40,13 +40,13 @@ from cluster.settings import (
 )
 from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
-from feature_jobs.store.catalog import Definitions, apply
-from feature_jobs.store.protection import view_keys
-from serve_apps.edge_headers import EdgeHeaders, edge_proof
+from feature_jobs.store.catalog.protection import view_keys
+from feature_jobs.store.catalog.specifications import Definitions, apply
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
+from serve_apps.replica.edge_headers import EdgeHeaders, edge_proof
 from tests.broker import running_broker
 from tests.push_project import INCOME
 

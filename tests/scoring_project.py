@@ -21,7 +21,7 @@ from cluster.runtime.signature import LIGHTGBM_FILE, SIGNATURE_FILE, InputSpec, 
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.catalog.specifications import service_spec
 from tests.integration.conftest import Project, exports, new_project
 
 MODEL, SERVICE = "score", "scoring"

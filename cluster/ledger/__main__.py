@@ -11,8 +11,8 @@ from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.ledger.chain import Entry, check, read_lines
 from cluster.ledger.checkpoint import check_signatures, load_public_key
-from cluster.ledger.reading import add_flags, open_reader
 from cluster.ledger.store import Ledger
+from cluster.security.ledger_reader import add_flags, open_reader
 
 
 def main() -> None:

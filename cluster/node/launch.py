@@ -18,7 +18,7 @@ from typing import Any
 from cluster import processes
 from cluster.errors import FalajError
 from cluster.node.parts import Part, sort_out
-from cluster.security.scratch import memory_folder
+from cluster.security.encryption.scratch import memory_folder
 from cluster.session import LOOPBACK, RECORD_VARIABLE, ClusterRecord, record_path, tls_environment
 from cluster.settings import PlatformConfig
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
@@ -54,7 +54,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         **LOOPBACK,
         **tls_environment(record.storage_root, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.direct.middlewares",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.replica.direct.middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + NUM_REPLICA_PORTS // 2),

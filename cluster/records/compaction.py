@@ -24,8 +24,8 @@ from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.records.columns import SEGMENT, to_row
 from cluster.records.segments import UNBORN, segment_class, segment_records, segments
 from cluster.records.table import CLASS, HISTORY, LogTable
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.security.parquet import ProtectedFiles
 from cluster.synced import sync_folder
 
 LOCK = ".compaction"

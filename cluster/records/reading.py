@@ -20,8 +20,8 @@ from cluster.errors import RecordLogCorrupt
 from cluster.records.schema import SHADOW
 from cluster.records.segments import count_segment, segment_records, segments
 from cluster.records.table import LogTable
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.security.parquet import ProtectedFiles
 
 
 def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:

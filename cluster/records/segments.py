@@ -30,7 +30,7 @@ import orjson
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.records.schema import Record
-from cluster.security.envelope import ValueCipher, place_of
+from cluster.security.encryption.envelope import ValueCipher, place_of
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
 from cluster.synced import sync_folder
 

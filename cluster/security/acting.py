@@ -1,6 +1,6 @@
 """As whom a job acts, and what it may do: its point of policy enforcement.
 
-A job's principal is an intent (`cluster/security/intent.py`). With `identity.token_file` (or FALAJ_INTENT_FILE) it is
+A job's principal is an intent (`tokens/intent.py`). With `identity.token_file` (or FALAJ_INTENT_FILE) it is
 the one in that file or, named `vault:<path>#<field>`, in Vault; an access token there is exchanged for one by the dev
 issuer. Without a file the dev issuer gives one to the user of this machine, with the configured role and purpose.
 Intents of the dev issuer are short-lived and renewed as long as the job lives, so that a long training does not outlive
@@ -26,10 +26,12 @@ from pathlib import Path
 
 from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
-from cluster.security.audit import Decisions
+from cluster.security.authorization.audit import Decisions
+from cluster.security.authorization.policy import Action, Policy, Resource, Role
 from cluster.security.identity import Principal, current_actor
 from cluster.security.installation import hold_to
-from cluster.security.intent import (
+from cluster.security.keys.access import KeyAccess
+from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,
     intent_file,
@@ -38,10 +40,8 @@ from cluster.security.intent import (
     read_private,
     write_intent,
 )
-from cluster.security.keys.access import KeyAccess
-from cluster.security.policy import Action, Policy, Resource, Role
-from cluster.security.token_source import TokenSource
-from cluster.security.trust import Trust
+from cluster.security.tokens.source import TokenSource
+from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
@@ -163,7 +163,7 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
         granted = _user_of_this_machine(config)
     elif named.startswith("vault:"):
         # Vault's client is slow to import, and few jobs want it.
-        from cluster.security.vault_token import token_in_vault
+        from cluster.security.keys.vault_token import token_in_vault
 
         token = token_in_vault(named, config.secrets.vault)
         if is_intent(token):

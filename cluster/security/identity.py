@@ -5,8 +5,8 @@
     python -m cluster.security.identity verify FILE
     python -m cluster.security.identity rotate
 
-Locally the dev issuer signs them (`cluster/security/issuer.py`). In production an OIDC issuer does, and
-`cluster/security/trust.py` says whom to believe.
+Locally the dev issuer signs them (`cluster/security/tokens/issuer.py`). In production an OIDC issuer does, and
+`cluster/security/tokens/trust.py` says whom to believe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError, Unauthenticated
-from cluster.security.issuer import (
+from cluster.security.authorization.policy import Role
+from cluster.security.tokens.issuer import (
     ALGORITHM,
     AUDIENCE,
     ISSUER,
@@ -37,9 +38,8 @@ from cluster.security.issuer import (
     rotate_issuer,
     write_private,
 )
-from cluster.security.oidc import FileKeys, KeySource
-from cluster.security.policy import Role
-from cluster.security.tokens import (
+from cluster.security.tokens.oidc import FileKeys, KeySource
+from cluster.security.tokens.verification import (
     LEEWAY_S,
     MAX_LIFETIME_S,
     MAX_TOKEN_BYTES,
@@ -249,7 +249,7 @@ def _minted(places: Layout, arguments: argparse.Namespace) -> str:
             tenant=arguments.tenant,
             scope=arguments.scope,
         )
-    from cluster.security.intent import mint_intent  # which builds on this module
+    from cluster.security.tokens.intent import mint_intent  # which builds on this module
 
     stated = Principal(
         subject=arguments.sub,

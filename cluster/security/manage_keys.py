@@ -17,10 +17,10 @@ from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation, Subject
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.keys.keyring import rotate_local_kek
 from cluster.security.keys.store import KeyRevoked, KeyStore
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig, SecretsKind
 from cluster.storage import layout, local

@@ -24,11 +24,11 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
+from cluster.metrics import serve_metrics
 from cluster.node.changing import sole_supervisor
 from cluster.node.launch import edge_log, environment, key_log, start_process, supervisor_log
-from cluster.node.metrics import serve_metrics
 from cluster.node.parts import BROKER, EDGE, RAYS_OWN, Part, State, probed, sort_out
-from cluster.scheduling import wait_for_turn
+from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import private_folder
 from cluster.session import ClusterRecord, find_record, recorded
 from cluster.settings import PlatformConfig

@@ -1,19 +1,27 @@
 """The feature store: definitions, offline tables, the point-in-time join, the online store."""
 
-from feature_jobs.store.aggregations import Aggregation
-from feature_jobs.store.batch_checks import Drift, Freshness, Keep, NullShare, Outlier, RowCount, Unique
-from feature_jobs.store.checks import Allowed, Check, NotNull, Pattern, Range
-from feature_jobs.store.definitions import (
+from feature_jobs.store.definitions.aggregations import Aggregation
+from feature_jobs.store.definitions.checks import Allowed, Check, NotNull, Pattern, Range
+from feature_jobs.store.definitions.kafka_source import KafkaSource
+from feature_jobs.store.definitions.missing import Default, Missing
+from feature_jobs.store.definitions.services import FeatureService, OnDemandTransform
+from feature_jobs.store.definitions.sources import FileSource, SqlSource
+from feature_jobs.store.definitions.views import (
     Entity,
     FeatureView,
     Field,
     Sensitivity,
     Transform,
 )
-from feature_jobs.store.kafka_source import KafkaSource
-from feature_jobs.store.missing import Default, Missing
-from feature_jobs.store.services import FeatureService, OnDemandTransform
-from feature_jobs.store.sources import FileSource, SqlSource
+from feature_jobs.store.ingestion.batch_checks import (
+    Drift,
+    Freshness,
+    Keep,
+    NullShare,
+    Outlier,
+    RowCount,
+    Unique,
+)
 
 __all__ = [
     "Aggregation",

@@ -13,13 +13,13 @@ from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
 from cluster.runtime.hardware import Hardware
 from cluster.security.acting import act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store, protected_files
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
-from jobs.evaluate.metrics import headline, score
 from jobs.evaluate.slices import slice_metrics, smallest_slice
+from jobs.metrics import headline, score
 from jobs.train.data import TrainingSet, label_column, read_training_set
 from jobs.train.split import held_out_of
 from jobs.train.target import encode_target

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import Predictions
-from jobs.evaluate.metrics import score
+from jobs.metrics import score
 
 MAX_VALUES = 100
 

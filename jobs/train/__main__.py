@@ -20,12 +20,12 @@ from cluster.runtime.hardware import Hardware
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
+from cluster.security.authorization.policy import Action, Resource
+from cluster.security.encryption.scratch import memory_folder, scratch
 from cluster.security.keys.access import key_store, protected_files
-from cluster.security.policy import Action, Resource
-from cluster.security.scratch import memory_folder, scratch
 from cluster.session import attach, require_record
 from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
-from jobs.evaluate.metrics import headline, score
+from jobs.metrics import headline, score
 from jobs.train.config import TrainConfig
 from jobs.train.data import Dataset, read_training_set
 from jobs.train.describe import prepare_aloud, say

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cluster.errors import TrainingSetError
 from cluster.runtime import Task
-from jobs.evaluate.metrics import roc_auc
+from jobs.metrics import roc_auc
 from jobs.train.data import Dataset
 
 Floats = npt.NDArray[np.float32]

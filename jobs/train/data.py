@@ -16,12 +16,12 @@ from cluster.ledger import Ledger
 from cluster.runtime import InputSpec, ModelSignature, encode
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import Label
-from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
+from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.dtypes import list_of
-from feature_jobs.store.kept import place_of, read_kept
-from feature_jobs.store.row_hash import has_row_hash
+from feature_jobs.store.catalog.specifications import service_spec
+from feature_jobs.store.offline.row_hash import has_row_hash
+from feature_jobs.store.offline.stored_training_set import place_of, read_kept
+from feature_jobs.store.types.dtypes import list_of
 from jobs.train.config import LearningConfig
 from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, learn_classes

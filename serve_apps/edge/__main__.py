@@ -19,26 +19,26 @@ from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
-from cluster.node.metrics import serve_metrics
+from cluster.metrics import serve_metrics
+from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
-from cluster.scheduling import wait_for_turn
 from cluster.security.installation import hold_to
-from cluster.security.tls import EDGE_NAME
-from cluster.security.trust import Trust, access_rules
+from cluster.security.tls.certificates import EDGE_NAME
+from cluster.security.tokens.trust import Trust, access_rules
 from cluster.session import ClusterRecord, recorded
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
-from serve_apps.edge.config import EdgeSettings
-from serve_apps.edge.controller import Controller
-from serve_apps.edge.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy import HAProxy
-from serve_apps.edge.keys import written_keys
-from serve_apps.edge.limiting import Limit, Limits
-from serve_apps.edge.metrics import EdgeMetrics
-from serve_apps.edge.state import state_file
-from serve_apps.edge.succession import SIGNAL, sole_controller
-from serve_apps.edge.targets import serve_targets
-from serve_apps.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.edge.control.controller import Controller
+from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.control.metrics import EdgeMetrics
+from serve_apps.edge.control.state import state_file
+from serve_apps.edge.control.succession import SIGNAL, sole_controller
+from serve_apps.edge.haproxy.config import EdgeSettings
+from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
+from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.edge.haproxy.limiting import Limit, Limits
+from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.targets import serve_targets
 
 LEDGER_AGAIN_S = 1.0
 KEYS_MAX_AGE_S = 30.0

@@ -14,11 +14,11 @@ from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import EdgeLimitSet, Subject
 from cluster.security.acting import act
-from cluster.security.policy import Action, Resource
+from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from serve_apps.edge.limiting import MAX_NAME_BYTES, Limit, Limited, OwnLimits
-from serve_apps.edge.state import wait_until_applied
+from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.haproxy.limiting import MAX_NAME_BYTES, Limit, Limited, OwnLimits
 
 
 class LimitAction(enum.Enum):

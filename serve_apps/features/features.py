@@ -27,26 +27,26 @@ from cluster.errors import (
     ViewRetired,
 )
 from cluster.ledger import open_ledger
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.identity import Principal
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout
-from feature_jobs.store.ahead import Ahead
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.dtypes import to_json
-from feature_jobs.store.online import FeatureReader, open_online
-from feature_jobs.store.online_store import OnlineStore
-from feature_jobs.store.protection import view_resources
-from feature_jobs.store.push_log import PushLog, PushLogFull
-from feature_jobs.store.pushed_view import PushedView, pushed_view
-from feature_jobs.store.pusher import Pusher, open_log
-from serve_apps.access import AccessCheck
+from feature_jobs.store.catalog.protection import view_resources
+from feature_jobs.store.catalog.specifications import service_spec
+from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.store import OnlineStore
+from feature_jobs.store.streaming.push_log import PushLog, PushLogFull
+from feature_jobs.store.streaming.pushed_view import PushedView, pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_log
+from feature_jobs.store.types.dtypes import to_json
 from serve_apps.features.request import Push, parse_push, parse_read
-from serve_apps.http import Unavailable, answer, read_json, refusal
-from serve_apps.replica_process import prepare_replica
+from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.http import Unavailable, answer, read_json, refusal
+from serve_apps.replica.process import prepare_replica
 
 REFRESH_S = 5
 """So long at most a definition is used that has been changed."""

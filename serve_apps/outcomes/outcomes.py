@@ -21,18 +21,18 @@ from cluster.records import OutcomeRecord
 from cluster.registry import Registry
 from cluster.runtime import Truths
 from cluster.runtime.loader import load_signature
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
-from cluster.security.policy import Action, Resource
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
-from serve_apps.access import AccessCheck
-from serve_apps.http import LOG, Unavailable, answer, read_json, refusal
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import MAX_ENTITIES, shown, to_utc
-from serve_apps.record_log import RecordLog
-from serve_apps.replica_process import prepare_replica
+from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.http import LOG, Unavailable, answer, read_json, refusal
+from serve_apps.replica.process import prepare_replica
+from serve_apps.replica.record_log import RecordLog
 
 MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})

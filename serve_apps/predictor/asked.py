@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cluster.runtime import InputSpec
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec
-from feature_jobs.store.dtypes import is_rich
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec
 from feature_jobs.store.on_demand import load
+from feature_jobs.store.types.dtypes import is_rich
 
 
 def request_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:

@@ -14,9 +14,9 @@ import orjson
 
 from cluster.errors import InvalidRequest, nearest
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
-from serve_apps.http import parse_json
 from serve_apps.predictor.request import fit_values, shown
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
+from serve_apps.replica.http import parse_json
 
 PLATFORM = "falaj"
 JSON_LENGTH = "inference-header-content-length"

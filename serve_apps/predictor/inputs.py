@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from feature_jobs.store.catalog import ServiceSpec
-from feature_jobs.store.dtypes import to_json
-from feature_jobs.store.missing import Value, settle
+from feature_jobs.store.catalog.specifications import ServiceSpec
+from feature_jobs.store.definitions.missing import Value, settle
 from feature_jobs.store.on_demand import add_on_demand, made_on_demand
-from feature_jobs.store.online import FeatureReader, Status
+from feature_jobs.store.online.reader import FeatureReader, Status
+from feature_jobs.store.types.dtypes import to_json
 
 _WHOLE = {Status.present}
 

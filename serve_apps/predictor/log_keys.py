@@ -11,11 +11,11 @@ from dataclasses import replace
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.registry import ModelVersion
+from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyInfo
-from cluster.security.policy import Resource
-from feature_jobs.store.catalog import FieldSpec, ViewSpec, service_spec
-from feature_jobs.store.definitions import Sensitivity
-from feature_jobs.store.protection import NO_COMMON_PURPOSE, view_resources
+from feature_jobs.store.catalog.protection import NO_COMMON_PURPOSE, view_resources
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec, service_spec
+from feature_jobs.store.definitions.views import Sensitivity
 
 
 def prediction_key(ledger: Ledger, version: ModelVersion) -> str:

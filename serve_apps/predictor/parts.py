@@ -10,21 +10,21 @@ from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
 from cluster.runtime.hardware import find_hardware
 from cluster.runtime.loader import load_model
+from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
-from cluster.security.policy import Resource
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
-from feature_jobs.store.catalog import FieldSpec, service_spec
-from feature_jobs.store.online import FeatureReader, open_online
-from serve_apps.access import AccessCheck
-from serve_apps.edge.targets import serve_targets
-from serve_apps.edge_headers import edge_proof
+from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
+from feature_jobs.store.online.reader import FeatureReader, open_online
 from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
 from serve_apps.predictor.shadow import Shadowing
-from serve_apps.record_log import RecordLog
+from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.edge_headers import edge_proof
+from serve_apps.replica.record_log import RecordLog
+from serve_apps.replica.targets import serve_targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

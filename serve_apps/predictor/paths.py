@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from cluster.errors import ModelNotFound
-from cluster.security.policy import Action
-from serve_apps.http import MethodNotAllowed
+from cluster.security.authorization.policy import Action
 from serve_apps.predictor.request import shown
+from serve_apps.replica.http import MethodNotAllowed
 
 _BY_KEY = re.compile(r"/v1/models/([^/]+):predict")
 _BY_TENSORS = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready)?")

@@ -17,19 +17,19 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, ModelFailed, RefusedError
 from cluster.records import PredictionRecord
 from cluster.settings import from_plain
-from serve_apps.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
-from serve_apps.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
 from serve_apps.predictor.meters import Meters
-from serve_apps.predictor.ongoing import OngoingRequests
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import Asked, parse_predict
 from serve_apps.predictor.shadow import copy_counter
-from serve_apps.replica_process import prepare_replica
-from serve_apps.scaling import ONGOING
+from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
+from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
+from serve_apps.replica.ongoing import OngoingRequests
+from serve_apps.replica.process import prepare_replica
+from serve_apps.replica.scaling import ONGOING
 
 PREDICTION_ID = "x-falaj-prediction-id"
 
@@ -69,7 +69,7 @@ class Predictor:
         self._ongoing = OngoingRequests()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks for it, and `serve_apps/scaling.py` decides by it."""
+        """Serve asks for it, and `serve_apps/replica/scaling.py` decides by it."""
         return {ONGOING: self._ongoing.take()}
 
     def __del__(self) -> None:

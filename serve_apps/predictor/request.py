@@ -11,8 +11,8 @@ from typing import Any
 from cluster.errors import InvalidRequest, did_you_mean, nearest
 from cluster.runtime.signature import InputSpec
 from cluster.runtime.values import NotOfType, ValueType, value_type
-from feature_jobs.store.catalog import FieldSpec
-from feature_jobs.store.dtypes import from_json, list_of
+from feature_jobs.store.catalog.specifications import FieldSpec
+from feature_jobs.store.types.dtypes import from_json, list_of
 
 MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63

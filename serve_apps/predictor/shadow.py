@@ -30,11 +30,11 @@ from starlette.responses import Response
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
 from cluster.records import SHADOW
-from serve_apps.edge.targets import Targets, addresses_of
-from serve_apps.edge_headers import EdgeHeaders
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.shadow_replicas import Connections, Pace
+from serve_apps.replica.edge_headers import EdgeHeaders
+from serve_apps.replica.targets import Targets, addresses_of
 from serve_apps.rollout.assignment import BUCKETS
 from serve_apps.rollout.state import Shadow, States, apply
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InvalidRequest
-from feature_jobs.store.dtypes import MAX_LIST
+from feature_jobs.store.types.dtypes import MAX_LIST
 from serve_apps.predictor.request import MAX_ENTITIES, MAX_INTEGER, Scalar, shown
 
 _LENGTH = struct.Struct("<I")

@@ -36,12 +36,12 @@ from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
 from cluster.runtime import Truths
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor, act
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.policy import Action
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import json_text, layout, local, resolve, write_json
-from serve_apps.edge.state import wait_until_applied
+from serve_apps.edge.control.state import wait_until_applied
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, mixes_arms, require_percent, require_variant
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.state import ModelState, Rollout, read_states

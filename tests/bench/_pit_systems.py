@@ -138,9 +138,9 @@ def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = Fa
     import polars  # noqa: F401 (as for the others, importing it is not what is measured)
 
     from cluster.storage import read_parquet, write_parquet
-    from feature_jobs.store.offline import snapshot
-    from feature_jobs.store.row_hash import row_hash
-    from feature_jobs.store.training_set import assemble, join_here
+    from feature_jobs.store.offline.row_hash import row_hash
+    from feature_jobs.store.offline.tables import snapshot
+    from feature_jobs.store.offline.training_set import assemble, join_here
     from tests.bench._pit_tables import access_of, service
 
     spec, protections = service(protected=tables == "protected")

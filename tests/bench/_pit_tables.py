@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
+from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from cluster.security.parquet import Protection
-from cluster.security.token_source import TokenSource
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.protection import ORDERING, view_protection
+from cluster.security.tokens.source import TokenSource
+from feature_jobs.store.catalog.protection import ORDERING, view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import tables as offline
 from tests.bench._pit_data import TTL_DAYS, VIEWS, feature_names
 
 BUCKETS = 8

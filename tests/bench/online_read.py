@@ -31,10 +31,10 @@ import numpy as np
 from cluster.security.keys.access import key_store
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, microseconds, open_online
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.online.store import OnlineStore
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

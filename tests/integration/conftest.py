@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from cluster import processes
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import mint_token
 from cluster.security.keys.access import KeyAccess, protected_files
-from cluster.security.policy import Role
-from cluster.security.token_source import TokenSource
+from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import PortsConfig, StorageConfig
 from cluster.storage import Layout

@@ -11,7 +11,7 @@ import pytest
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, FeatureViewApplied, ModelRegistered
 from cluster.settings import PlatformConfig, StorageConfig
-from feature_jobs.store.catalog import service_spec
+from feature_jobs.store.catalog.specifications import service_spec
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -24,7 +24,7 @@ import pytest
 
 from cluster import processes
 from cluster.security.identity import ensure_issuer
-from cluster.security.tls import ensure_tls
+from cluster.security.tls.certificates import ensure_tls
 from cluster.session import write_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout

@@ -19,7 +19,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import check
 from cluster.ledger.events import ClusterStopped
 from cluster.registry import Registry
-from cluster.security.tls import ensure_tls
+from cluster.security.tls.certificates import ensure_tls
 from cluster.storage import Layout
 from tests.ports import free_port
 

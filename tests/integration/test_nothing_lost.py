@@ -24,7 +24,7 @@ import pytest
 
 from cluster import processes
 from cluster.node.parts import Part, look, missing
-from cluster.security.tls import EDGE_NAME, ensure_tls
+from cluster.security.tls.certificates import EDGE_NAME, ensure_tls
 from cluster.storage import Layout
 from tests import scoring_project as scoring
 from tests.under_load import Outcome, UnderLoad

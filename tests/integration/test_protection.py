@@ -17,11 +17,11 @@ from cluster.ledger.events import AccessDecided, ModelRegistered
 from cluster.records import count_records, read_outcomes, read_predictions, read_records
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from cluster.security.scan import scan
-from cluster.security.token_source import TokenSource
+from cluster.security.tokens.source import TokenSource
 from cluster.settings import PlatformConfig, StorageConfig
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.protection import view_protection
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import view_spec
+from feature_jobs.store.offline.tables import Snapshot, snapshot
 from tests.integration.client import Client
 
 if TYPE_CHECKING:

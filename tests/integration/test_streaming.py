@@ -17,9 +17,9 @@ from cluster import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested
 from cluster.settings import PlatformConfig, StorageConfig
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.offline import snapshot
-from feature_jobs.store.protection import view_protection
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import view_spec
+from feature_jobs.store.offline.tables import snapshot
 from tests.kafka_broker import MockBroker, mock_broker
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.security.intent import read_intent
+from cluster.security.authorization.policy import Role
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.store import KeyStore
-from cluster.security.parquet import ProtectedFiles
-from cluster.security.policy import Role
-from cluster.security.token_source import TokenSource
-from cluster.security.trust import Trust
+from cluster.security.tokens.intent import read_intent
+from cluster.security.tokens.source import TokenSource
+from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig, PlatformConfig
 from cluster.storage import Layout, resolve
 

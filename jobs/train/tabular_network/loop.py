@@ -24,7 +24,7 @@ from cluster.errors import TrainingFailed
 from cluster.runtime import Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
-from cluster.security.scratch import memory_folder, scratch
+from cluster.security.encryption.scratch import memory_folder, scratch
 from jobs.train.progress import Report, diverged, send
 
 WARMUP_SHARE = 0.1

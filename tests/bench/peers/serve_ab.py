@@ -32,17 +32,17 @@ from cluster.records import PredictionRecord, SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
 from cluster.runtime.signature import LIGHTGBM_FILE
+from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.online import FeatureReader, open_online
-from serve_apps.access import AccessCheck
-from serve_apps.http import answer, read_json, refusal
+from feature_jobs.store.catalog.specifications import service_spec
+from feature_jobs.store.online.reader import FeatureReader, open_online
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.request import parse_predict
+from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.http import answer, read_json, refusal
 from serve_apps.rollout.assignment import Arm, assign, bounds
 from tests.scoring_project import MODEL
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.disks import keeps_secrets
+from cluster.security.encryption.disks import keeps_secrets
 
 TABLE = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 23 22 0:23 / /dev/shm rw - tmpfs tmpfs rw

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ArtifactTampered
-from cluster.security import envelope
-from cluster.security.envelope import (
+from cluster.security.encryption import envelope
+from cluster.security.encryption.envelope import (
     CHUNK_BYTES,
     Identity,
     ValueCipher,

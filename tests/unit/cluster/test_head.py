@@ -12,10 +12,10 @@ import pytest
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.node.parts import Part
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import ensure_issuer
-from cluster.security.intent import read_intent
-from cluster.security.policy import Role
-from cluster.security.trust import Trust
+from cluster.security.tokens.intent import read_intent
+from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout

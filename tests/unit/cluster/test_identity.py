@@ -21,9 +21,9 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import Unauthenticated
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import MAX_TOKEN_BYTES, TokenVerifier, ensure_issuer, local_keys, mint_token
-from cluster.security.policy import Role
-from cluster.security.tokens import LEEWAY_S, MAX_LIFETIME_S, TokenRules
+from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, TokenRules
 from cluster.storage import Layout
 
 Sign = Callable[..., str]

@@ -13,8 +13,9 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, local_keys, mint_token
-from cluster.security.intent import (
+from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,
     INTENT_TYPE,
@@ -25,9 +26,8 @@ from cluster.security.intent import (
     read_intent,
     write_intent,
 )
-from cluster.security.issuer import rotate_issuer
-from cluster.security.policy import Role
-from cluster.security.tokens import TokenRules
+from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.verification import TokenRules
 from cluster.storage import Layout
 
 ENTRYPOINT = "feature_jobs.ingest"

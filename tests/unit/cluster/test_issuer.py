@@ -13,11 +13,11 @@ from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security import identity
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import TokenVerifier, ensure_issuer, local_keys, mint_token
-from cluster.security.intent import IntentVerifier, read_intent
-from cluster.security.issuer import rotate_issuer
-from cluster.security.policy import Role
-from cluster.security.tokens import MAX_LIFETIME_S
+from cluster.security.tokens.intent import IntentVerifier, read_intent
+from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.verification import MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout
 from tests.commands import run_main

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster import up
 from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.node.launch import overrides as overrides_of
+from cluster.security.authorization.policy import Decision, Policy, Resource, Role
 from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
 from cluster.security.keys import configured
 from cluster.security.keys.__main__ import ACTIONS
@@ -29,7 +30,6 @@ from cluster.security.keys.kek import SALT_BYTES, Derivation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo
 from cluster.security.keys.vault import VaultKeyStore
-from cluster.security.policy import Decision, Policy, Resource, Role
 from cluster.settings import PlatformConfig, load
 from cluster.storage import Layout
 from tests.vault_double import VaultDouble

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster import lineage
 from cluster.errors import ModelNotFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
@@ -20,8 +19,9 @@ from cluster.ledger.events import (
     ModelRegistered,
     TrainingSetBuilt,
 )
-from cluster.lineage import Column, ModelTrace, describe, trace
-from cluster.openlineage import run_events
+from cluster.lineage import trace as lineage
+from cluster.lineage.openlineage import run_events
+from cluster.lineage.trace import Column, ModelTrace, describe, trace
 from cluster.settings import PlatformConfig, StorageConfig
 
 

@@ -34,9 +34,9 @@ from cluster.records.columns import to_record, to_row
 from cluster.records.compaction import LOCK, compact
 from cluster.records.segments import segments
 from cluster.records.table import LogTable
+from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked
-from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles
 from tests import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))

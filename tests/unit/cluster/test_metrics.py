@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from cluster.node import metrics
+from cluster import metrics
 from tests.ports import free_port
 
 

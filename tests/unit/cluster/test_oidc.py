@@ -14,7 +14,7 @@ from joserfc.jwk import ECKey, OctKey, RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.identity import TokenVerifier
-from cluster.security.oidc import (
+from cluster.security.tokens.oidc import (
     MAX_DOCUMENT_BYTES,
     RemoteKeys,
     discovered,
@@ -23,7 +23,7 @@ from cluster.security.oidc import (
     require_safe,
     usable_keys,
 )
-from cluster.security.tokens import TokenRules
+from cluster.security.tokens.verification import TokenRules
 from tests.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.node.own_server import NotOurServer, listeners_user, open_own, require_own_peer
+from cluster.own_server import NotOurServer, listeners_user, open_own, require_own_peer
 from tests.ports import free_port
 
 LISTENER = """

@@ -12,9 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import RefusedError, SchemaMismatch
+from cluster.security.encryption.parquet import (
+    ProtectedFileCorrupt,
+    ProtectedFiles,
+    Protection,
+    public_statistics,
+)
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from cluster.security.parquet import ProtectedFileCorrupt, ProtectedFiles, Protection, public_statistics
 
 INTERNAL, PERSONAL = "features/people/internal", "features/people/personal"
 PROTECTION = Protection(

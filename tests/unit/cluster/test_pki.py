@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 
 from cluster.errors import ConfigError, InvalidRequest
-from cluster.security.pki import fetch_certificates
+from cluster.security.tls.pki import fetch_certificates
 from cluster.settings import VaultConfig
 from cluster.storage import Layout
 from tests.vault_double import VaultDouble

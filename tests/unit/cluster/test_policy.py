@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import AccessDenied, ConfigError
-from cluster.security import policy as policy_module
+from cluster.security.authorization import policy as policy_module
+from cluster.security.authorization.policy import (
+    EDGE_ACTIONS,
+    NOT_EVALUATED,
+    POLICY_FOLDER,
+    Action,
+    Policy,
+    Resource,
+    Role,
+)
 from cluster.security.identity import Principal
-from cluster.security.policy import EDGE_ACTIONS, NOT_EVALUATED, POLICY_FOLDER, Action, Policy, Resource, Role
 
 CLASSES = ("public", "internal", "personal", "sensitive")
 DE, DS, ML, AP, AU, SE, AD, SU = Role

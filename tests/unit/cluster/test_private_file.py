@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.private_file import is_private
-from cluster.security.token_source import TokenSource
+from cluster.security.tokens.source import TokenSource
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import AccessDenied
+from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyRevoked, KeyStoreUnavailable
-from cluster.security.parquet import ProtectedFiles, Protection
 
 INTERNAL, PERSONAL, SENSITIVE = (f"features/people/{name}" for name in ("internal", "personal", "sensitive"))
 PROTECTION = Protection(
@@ -254,7 +254,7 @@ import sys
 from pathlib import Path
 from cluster.errors import RefusedError
 from cluster.security.keys.keyring import Keyring
-from cluster.security.parquet import ProtectedFiles
+from cluster.security.encryption.parquet import ProtectedFiles
 import pyarrow.parquet as pq
 files, bad = ProtectedFiles(Keyring(Path(sys.argv[1]), b"k" * 32)), sys.argv[3]
 data = Path(sys.argv[2]).read_bytes()

@@ -17,9 +17,9 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from cluster.security.parquet import ProtectedFiles, Protection
 from cluster.security.scan import PIECE_BYTES, main, scan
 from tests.commands import run_main
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cluster.scheduling import interrupt_others, wait_for_turn
+from cluster.node.scheduling import interrupt_others, wait_for_turn
 
 
 def in_a_thread() -> list[int]:

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.security import scratch as module
-from cluster.security.disks import MEMORY, Mount
+from cluster.security.encryption import scratch as module
+from cluster.security.encryption.disks import MEMORY, Mount
+from cluster.security.encryption.scratch import memory_folder, scratch, sweep
 from cluster.security.scan import scan
-from cluster.security.scratch import memory_folder, scratch, sweep
 
 CANARY = "canary-of-a-category"
 HOLDER = f"""
-import sys; from pathlib import Path; from cluster.security.scratch import scratch
+import sys; from pathlib import Path; from cluster.security.encryption.scratch import scratch
 with scratch(Path(sys.argv[1])) as folder:
     (folder / "model.json").write_text({CANARY!r})
     print(folder, flush=True)

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import ConfigError
-from cluster.security import tls
-from cluster.security.tls import ensure_tls, write_node
+from cluster.security.tls import certificates as tls
+from cluster.security.tls.certificates import ensure_tls, write_node
 from cluster.session import tls_environment
 from cluster.storage import Layout
 from tests.commands import run_main

@@ -11,11 +11,11 @@ import pytest
 from joserfc.jwk import RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import Principal, ensure_issuer, mint_token
-from cluster.security.intent import INTENT_AUDIENCE, MAX_TTL_S, mint_intent
-from cluster.security.issuer import ISSUER
-from cluster.security.policy import Role
-from cluster.security.trust import Trust
+from cluster.security.tokens.intent import INTENT_AUDIENCE, MAX_TTL_S, mint_intent
+from cluster.security.tokens.issuer import ISSUER
+from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
 from tests.oidc_issuer import Issuer, new_key

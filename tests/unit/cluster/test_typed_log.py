@@ -22,9 +22,9 @@ from cluster.records import (
 from cluster.records.compaction import compact
 from cluster.records.reading import ODD
 from cluster.runtime import InputSpec, ModelSignature, Task, Truths
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from cluster.security.parquet import ProtectedFiles
 from tests.unit.cluster.test_records import prediction
 
 LARGE = 2**53 + 1

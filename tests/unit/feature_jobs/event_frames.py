@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 from hypothesis import strategies as st
 
-from feature_jobs.store.aggregations import EVERY, FUNCTIONS, Aggregation, window_spec
+from feature_jobs.store.definitions.aggregations import EVERY, FUNCTIONS, Aggregation, window_spec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

@@ -15,14 +15,15 @@ from cluster.errors import DefinitionError
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import rows
-from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource, offline
-from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.differences import view_changes
-from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.protection import training_set_protection, view_protection, view_resources
-from feature_jobs.store.tiles import Tiling, WindowState
-from feature_jobs.store.training_set import build, join_here
-from feature_jobs.store.validation import REASON, prepare
+from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource
+from feature_jobs.store.aggregation.tiles import Tiling, WindowState
+from feature_jobs.store.catalog.differences import view_changes
+from feature_jobs.store.catalog.protection import training_set_protection, view_protection, view_resources
+from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.ingestion.validation import REASON, prepare
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.training_set import build, join_here
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)

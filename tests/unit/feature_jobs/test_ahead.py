@@ -14,11 +14,11 @@ import pytest
 
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import FileSource
-from feature_jobs.store.ahead import Ahead
-from feature_jobs.store.message_rows import check_messages
-from feature_jobs.store.pushed_rows import check_rows
-from feature_jobs.store.retry import try_again
-from feature_jobs.store.validation import REASON, prepare
+from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.message_rows import check_messages
+from feature_jobs.store.ingestion.pushed_rows import check_rows
+from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.validation import REASON, prepare
 from tests.push_project import INCOME, PushProject
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)

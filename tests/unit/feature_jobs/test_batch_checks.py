@@ -29,10 +29,18 @@ from feature_jobs.store import (
     RowCount,
     Unique,
 )
-from feature_jobs.store import profile as profiles
-from feature_jobs.store.batch_checks import BatchCheck, Facts, stability_index
-from feature_jobs.store.profile import Profile
-from feature_jobs.store.validation import RAW, REASON, SOURCE, prepare, prepare_part, reject, repeated
+from feature_jobs.store.ingestion import profile as profiles
+from feature_jobs.store.ingestion.batch_checks import BatchCheck, Facts, stability_index
+from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.ingestion.validation import (
+    RAW,
+    REASON,
+    SOURCE,
+    prepare,
+    prepare_part,
+    reject,
+    repeated,
+)
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)

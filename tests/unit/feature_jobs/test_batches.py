@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from feature_jobs.reading import in_range
+from feature_jobs.batches.reading import in_range
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, NotNull, Sensitivity
-from feature_jobs.store.batches import Ingested, Wanted
-from feature_jobs.store.ranges import TimeRange, chunks, parse_range, parse_span
+from feature_jobs.store.ingestion.batches import Ingested, Wanted
+from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_range, parse_span
 
 PERSON = Entity("person", join_keys=["person_id"])
 AMOUNT = Field("amount", "float64")

@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.buckets import bucket_of
+from feature_jobs.store.offline.buckets import bucket_of
 
 GOLDEN = [[7, 6, 4, 7, 4, 6], [4, 3, 2, 0, 6], [6, 0]]
 

@@ -12,7 +12,13 @@ import pytest
 from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
-from feature_jobs.store.catalog import ServiceSpec, apply, load_definitions, service_spec, view_spec
+from feature_jobs.store.catalog.specifications import (
+    ServiceSpec,
+    apply,
+    load_definitions,
+    service_spec,
+    view_spec,
+)
 
 MODULE = """
 from datetime import timedelta

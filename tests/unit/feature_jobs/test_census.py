@@ -19,7 +19,7 @@ from feature_jobs.census.source import (
     records,
 )
 from feature_jobs.census.transforms import age_band, schooling, with_bands
-from feature_jobs.store.validation import REASON, prepare
+from feature_jobs.store.ingestion.validation import REASON, prepare
 
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
 ROWS_BY_YEAR = {2015: 68_785, 2016: 69_126, 2017: 69_635, 2018: 70_131}

@@ -25,19 +25,12 @@ from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout, read_parquet
 from feature_jobs.client import FeatureStore, Rows
 from feature_jobs.materialize import rows
-from feature_jobs.store import (
-    Entity,
-    FeatureService,
-    FeatureView,
-    Field,
-    FileSource,
-    OnDemandTransform,
-    offline,
-)
-from feature_jobs.store.catalog import Definitions, apply, view_spec
-from feature_jobs.store.manifest import check_manifest, read_manifest
-from feature_jobs.store.online import open_online
-from feature_jobs.store.protection import view_protection
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.manifest import check_manifest, read_manifest
+from feature_jobs.store.online.reader import open_online
 from jobs.train.data import join_keys
 from tests.broker import running_broker
 from tests.replica import listener, record

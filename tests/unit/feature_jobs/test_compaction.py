@@ -13,16 +13,17 @@ from deltalake import DeltaTable
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureTableRewritten
+from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
-from cluster.security.parquet import Protection
 from feature_jobs.compact import record
-from feature_jobs.store import compaction, offline
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.compaction import as_target, fragmented, rewrite, rewrites
-from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.protection import view_protection
-from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import build, join_here
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import compaction
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline.row_hash import row_hash
+from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.training_set import build, join_here
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)

@@ -26,13 +26,13 @@ from feature_jobs.store import (
     Range,
     Unique,
 )
-from feature_jobs.store.casting import cast_feature
-from feature_jobs.store.checks import Check
-from feature_jobs.store.dtypes import DTYPES, arrow_values, from_json, online_value, to_json
-from feature_jobs.store.profile import bins, count, profile, sketch
-from feature_jobs.store.row_hash import has_row_hash, row_hash
-from feature_jobs.store.typed import text_column, typed_rows
-from feature_jobs.store.validation import REASON, prepare
+from feature_jobs.store.definitions.checks import Check
+from feature_jobs.store.ingestion.profile import bins, count, profile, sketch
+from feature_jobs.store.ingestion.typed import text_column, typed_rows
+from feature_jobs.store.ingestion.validation import REASON, prepare
+from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
+from feature_jobs.store.types.casting import cast_feature
+from feature_jobs.store.types.dtypes import DTYPES, arrow_values, from_json, online_value, to_json
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 RICH = {

@@ -12,7 +12,7 @@ import pytest
 from cluster.errors import SourceError
 from cluster.storage import Layout
 from feature_jobs.store import FileSource
-from feature_jobs.store.files import SourceFiles, head, open_source
+from feature_jobs.store.ingestion.files import SourceFiles, head, open_source
 
 
 def opened(path: str | Path, root: str = "", **options: Any) -> SourceFiles:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from feature_jobs.store.hyperloglog import REGISTERS, estimate, registers_of
+from feature_jobs.store.aggregation.hyperloglog import REGISTERS, estimate, registers_of
 
 SETS = 20
 STANDARD_ERROR = 1.04 / math.sqrt(REGISTERS)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import DefinitionError, SchemaMismatch
 from feature_jobs.store import FeatureView, FileSource, SqlSource
-from feature_jobs.store.casting import cast_feature, cast_time
-from feature_jobs.store.instants import TIME, Rounding, in_zone, instant, micros, parse
-from feature_jobs.store.kafka_source import KafkaSource
+from feature_jobs.store.definitions.kafka_source import KafkaSource
+from feature_jobs.store.types.casting import cast_feature, cast_time
+from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, micros, parse
 from tests.feature_project import INCOME
 
 ZONE = "America/Los_Angeles"

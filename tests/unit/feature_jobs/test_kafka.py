@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess, protected_files
-from feature_jobs.store import Unique, kafka_consumer
-from feature_jobs.store.kafka_consumer import Reading, properties
-from feature_jobs.store.kafka_source import KafkaSource
-from feature_jobs.store.kafka_stream import Fenced, KafkaStream
-from feature_jobs.store.lateness import BEGINNING, Lateness, LatePolicy
-from feature_jobs.store.message_rows import NO_VALUE, check_messages
-from feature_jobs.store.protection import quarantine_protection
-from feature_jobs.store.retry import try_again
+from feature_jobs.store import Unique
+from feature_jobs.store.catalog.protection import quarantine_protection
+from feature_jobs.store.definitions.kafka_source import KafkaSource
+from feature_jobs.store.ingestion.message_rows import NO_VALUE, check_messages
+from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.streaming import kafka_consumer
+from feature_jobs.store.streaming.kafka_consumer import Reading, properties
+from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
+from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
 from tests import forks
 from tests.kafka_broker import MockBroker, mock_broker
 from tests.push_project import PushProject, consume_until_killed, kafka_view, message, payments_view

@@ -19,18 +19,18 @@ from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.apply import check_stored_keys
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
-from feature_jobs.store.catalog import Definitions, ServiceSpec, ViewSpec
-from feature_jobs.store.differences import Impact, view_changes
-from feature_jobs.store.keys import MAX_KEY, refuse_undeclared, refuse_unlike
-from feature_jobs.store.message_rows import check_messages
-from feature_jobs.store.online import FeatureReader
-from feature_jobs.store.protection import quarantine_place, quarantine_protection
-from feature_jobs.store.pushed_view import from_record
-from feature_jobs.store.retry import try_again
-from feature_jobs.store.streamed import MicroBatch, store_batch
-from feature_jobs.store.training_set import key_column
-from feature_jobs.store.typed import column_types, typed_text
-from feature_jobs.store.validation import REASON, prepare
+from feature_jobs.store.catalog.differences import Impact, view_changes
+from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, ViewSpec
+from feature_jobs.store.ingestion.message_rows import check_messages
+from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.typed import column_types, typed_text
+from feature_jobs.store.ingestion.validation import REASON, prepare
+from feature_jobs.store.offline.training_set import key_column
+from feature_jobs.store.online.reader import FeatureReader
+from feature_jobs.store.streaming.pushed_view import from_record
+from feature_jobs.store.streaming.streamed import MicroBatch, store_batch
+from feature_jobs.store.types.key_types import MAX_KEY, refuse_undeclared, refuse_unlike
 from tests.push_project import INCOME, START, PushProject, message, row
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)

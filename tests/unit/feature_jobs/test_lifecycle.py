@@ -12,10 +12,10 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewStateChanged
 from feature_jobs.retire import RetireConfig
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
-from feature_jobs.store.catalog import Definitions, apply
-from feature_jobs.store.lifecycle import ViewState, heed, read_lifecycles
-from feature_jobs.store.plan import lines, make_plan
-from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.catalog.lifecycle import ViewState, heed, read_lifecycles
+from feature_jobs.store.catalog.plan import lines, make_plan
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import Definitions, apply
 
 
 @pytest.fixture

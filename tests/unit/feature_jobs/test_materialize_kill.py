@@ -14,10 +14,11 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store import online_lmdb, online_redis
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.online import open_online
-from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.online import lmdb_engine as online_lmdb
+from feature_jobs.store.online import redis_engine as online_redis
+from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.rows import PROVISIONAL, Horizon, OnlineRow
 from tests import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))

@@ -17,14 +17,16 @@ from cluster.errors import SourceError
 from cluster.ledger.events import BatchMended
 from cluster.security.keys.access import KeyAccess, protected_files
 from feature_jobs.materialize import rows as materialised
-from feature_jobs.store import Field, FileSource, mending, offline
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.mending import Place, mend
-from feature_jobs.store.offline import Batch, Target
-from feature_jobs.store.point_in_time import answer
-from feature_jobs.store.protection import quarantine_place, quarantine_protection, view_protection
-from feature_jobs.store.removal import Reason, remove
-from feature_jobs.store.validation import prepare
+from feature_jobs.store import Field, FileSource
+from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection, view_protection
+from feature_jobs.store.catalog.specifications import view_spec
+from feature_jobs.store.ingestion.validation import prepare
+from feature_jobs.store.offline import mending
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.mending import Place, mend
+from feature_jobs.store.offline.point_in_time import answer
+from feature_jobs.store.offline.removal import Reason, remove
+from feature_jobs.store.offline.tables import Batch, Target
 from tests.feature_project import INCOME, START, TIME, FeatureProject
 
 Row = tuple[int | None, float, timedelta]

@@ -28,12 +28,12 @@ from feature_jobs.store import (
     FileSource,
     Missing,
 )
-from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.differences import Impact
-from feature_jobs.store.missing import ABSENT, MissingPolicy, fill, parse, settle
-from feature_jobs.store.online import Status
-from feature_jobs.store.plan import make_plan
-from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.catalog.differences import Impact
+from feature_jobs.store.catalog.plan import make_plan
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.definitions.missing import ABSENT, MissingPolicy, fill, parse, settle
+from feature_jobs.store.online.reader import Status
 from tests.feature_project import INCOME as PEOPLES_INCOME
 from tests.feature_project import PEOPLE, FeatureProject
 

@@ -30,12 +30,12 @@ from feature_jobs.store import (
     RowCount,
     Unique,
 )
-from feature_jobs.store.catalog import Definitions, FieldSpec, ViewSpec
-from feature_jobs.store.limits import LONGEST, before, within
-from feature_jobs.store.missing import view_of
-from feature_jobs.store.plan import make_plan
-from feature_jobs.store.ranges import TimeRange, chunks, parse_instant, parse_span
-from feature_jobs.store.recorded import Recorded, RecordedService, RecordedView
+from feature_jobs.store.catalog.plan import make_plan
+from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
+from feature_jobs.store.catalog.specifications import Definitions, FieldSpec, ViewSpec
+from feature_jobs.store.definitions.limits import LONGEST, before, within
+from feature_jobs.store.definitions.missing import view_of
+from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_instant, parse_span
 from feature_jobs.stream import KafkaConfig, StreamConfig
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)

@@ -12,12 +12,12 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
+from cluster.security.encryption.parquet import ProtectedFileCorrupt, Protection
 from cluster.security.keys.access import KeyAccess
-from cluster.security.parquet import ProtectedFileCorrupt, Protection
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.offline import Batch, BucketFile, Snapshot, Target, snapshot
-from feature_jobs.store.protection import view_protection
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.tables import Batch, BucketFile, Snapshot, Target, snapshot
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)

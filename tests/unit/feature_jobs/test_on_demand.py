@@ -28,11 +28,17 @@ from feature_jobs.store import (
     OnDemandTransform,
     Sensitivity,
 )
-from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, load_definitions, service_spec
+from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.protection import service_keys, training_set_protection
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import (
+    Definitions,
+    ServiceSpec,
+    apply,
+    load_definitions,
+    service_spec,
+)
 from feature_jobs.store.on_demand import from_request, load, with_on_demand
-from feature_jobs.store.plan import lines, make_plan, refuse_broken
-from feature_jobs.store.protection import service_keys, training_set_protection
-from feature_jobs.store.recorded import read_recorded
 
 INCOME = FeatureView(
     "income",

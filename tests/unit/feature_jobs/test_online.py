@@ -16,12 +16,12 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked, KeyStoreUnavailable
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store import online_store
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, microseconds, open_online
-from feature_jobs.store.online_lmdb import LmdbEngine
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online import store as online_store
+from feature_jobs.store.online.lmdb_engine import LmdbEngine
+from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.online.store import OnlineStore
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SMALL = OnlineConfig(map_size_gib=0.01)
@@ -231,9 +231,9 @@ from pathlib import Path
 from cluster.security.keys.keyring import Keyring
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.online import open_online
-from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.rows import OnlineRow
 field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
 view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
 keys = Keyring(Path(sys.argv[1]) / "keyring.json", bytes(32))

@@ -17,12 +17,12 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, open_online
-from feature_jobs.store.online_addresses import ADDRESS_BYTES, Addresses
-from feature_jobs.store.online_changes import Change
-from feature_jobs.store.online_meta import STAMP_BYTES
-from feature_jobs.store.online_rows import OnlineRow
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.online.addresses import ADDRESS_BYTES, Addresses
+from feature_jobs.store.online.changes import Change
+from feature_jobs.store.online.meta import STAMP_BYTES
+from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.rows import OnlineRow
 
 SECRET = bytes(range(32))
 numbers = st.integers(-(2**63), 2**64 - 1)

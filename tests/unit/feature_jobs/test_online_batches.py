@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ArtifactTampered
-from cluster.security.envelope import ValueCipher
-from feature_jobs.store.online_rows import BLOCK_ROWS, Layout, OnlineRow, RowCipher
+from cluster.security.encryption.envelope import ValueCipher
+from feature_jobs.store.online.rows import BLOCK_ROWS, Layout, OnlineRow, RowCipher
 
 LAYOUTS = [
     Layout(version, [(name, "float64", "internal") for name in names])

@@ -19,12 +19,12 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store import online_lmdb
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.online import open_online
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.online_segment import Segment, write
-from feature_jobs.store.online_store import OnlineStore
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.online import lmdb_engine as online_lmdb
+from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.online.segment import Segment, write
+from feature_jobs.store.online.store import OnlineStore
 
 heads = st.sampled_from([bytes(8), b"\xff" * 8, b"\x80" + bytes(7), b"\x7f" * 8]) | st.binary(
     min_size=8, max_size=8

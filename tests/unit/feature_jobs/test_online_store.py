@@ -19,15 +19,15 @@ from omegaconf import OmegaConf
 from cluster.errors import ConfigError, OnlineStoreUnavailable, SourceError
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from cluster.security.tls import ensure_tls
+from cluster.security.tls.certificates import ensure_tls
 from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
 from cluster.storage import Layout
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.online import FeatureReader, microseconds, open_online
-from feature_jobs.store.online_engine import Rows
-from feature_jobs.store.online_redis import RedisEngine
-from feature_jobs.store.online_rows import PROVISIONAL, Horizon, OnlineRow
-from feature_jobs.store.online_store import Found, OnlineStore
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.online.engine import Rows
+from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.redis_engine import RedisEngine
+from feature_jobs.store.online.rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online.store import Found, OnlineStore
 from tests.ports import free_port
 from tests.redis_server import running_redis
 from tests.unit.feature_jobs.test_online import START, ServiceSpec

@@ -15,11 +15,11 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store.aggregations import Aggregation, WindowSpec, window_spec
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
-from feature_jobs.store.online import FeatureReader, OnlineStore, open_online
-from feature_jobs.store.online_windows import states, stored_view
-from feature_jobs.store.windows import aggregate
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
+from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
+from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online
+from feature_jobs.store.online.windows import states, stored_view
 from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
 
 CLASSES = {"amount": "personal", "sector": "public"}

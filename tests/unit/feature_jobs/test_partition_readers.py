@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store.checked_messages import CheckedMessages, checked, together
-from feature_jobs.store.kafka_consumer import (
+from feature_jobs.store.ingestion.pushed_rows import POSITION
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, checked, together
+from feature_jobs.store.streaming.kafka_consumer import (
     PartitionReader,
     Reading,
     bounds,
@@ -28,9 +29,8 @@ from feature_jobs.store.kafka_consumer import (
     is_left,
     shares,
 )
-from feature_jobs.store.kafka_stream import Fenced, KafkaStream
-from feature_jobs.store.lateness import Lateness, LatePolicy
-from feature_jobs.store.pushed_rows import POSITION
+from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
+from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
 from tests.kafka_broker import MockBroker, mock_broker
 from tests.push_project import PushProject, kafka_view, message
 

@@ -18,10 +18,10 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied, ModelRegistered
 from feature_jobs.apply import for_any_purpose
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
-from feature_jobs.store.catalog import Definitions, apply, service_spec
-from feature_jobs.store.differences import Impact, view_changes
-from feature_jobs.store.plan import Act, Plan, lines, make_plan, refuse_broken
-from feature_jobs.store.recorded import read_recorded
+from feature_jobs.store.catalog.differences import Impact, view_changes
+from feature_jobs.store.catalog.plan import Act, Plan, lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.recorded import read_recorded
+from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 
 PERSON = Entity("person", join_keys=["person_id"])
 AMOUNT, SECTOR, CITY = Field("amount", "float64"), Field("sector", "string"), Field("city", "string")

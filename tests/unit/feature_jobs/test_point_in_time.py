@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.point_in_time import answer, join, latest
+from feature_jobs.store.offline.point_in_time import answer, join, latest
 from tests.pit_oracle import START, TIME, connect, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}

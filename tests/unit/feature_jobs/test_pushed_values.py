@@ -12,11 +12,11 @@ import pytest
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store import FileSource, KafkaSource, SqlSource
-from feature_jobs.store.message_rows import check_messages
-from feature_jobs.store.pushed_rows import check_rows, typed_column
-from feature_jobs.store.pushed_view import from_record
-from feature_jobs.store.retry import try_again
-from feature_jobs.store.sources import Source
+from feature_jobs.store.definitions.sources import Source
+from feature_jobs.store.ingestion.message_rows import check_messages
+from feature_jobs.store.ingestion.pushed_rows import check_rows, typed_column
+from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.streaming.pushed_view import from_record
 from tests.push_project import INCOME, START, row
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)

@@ -16,16 +16,17 @@ from deltalake import DeltaTable
 
 from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
+from cluster.security.encryption.parquet import ProtectedFileCorrupt
 from cluster.security.keys.access import KeyAccess, protected_files
-from cluster.security.parquet import ProtectedFileCorrupt
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique, offline
-from feature_jobs.store.catalog import FieldSpec, ViewSpec
-from feature_jobs.store.protection import quarantine_place, quarantine_protection, view_protection
-from feature_jobs.store.quarantine import quarantined, source_rows, source_schema
-from feature_jobs.store.retry import try_again
-from feature_jobs.store.validation import RAW, REASON, prepare
+from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique
+from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection, view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.ingestion.quarantine import quarantined, source_rows, source_schema
+from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
+from feature_jobs.store.offline import tables as offline
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)

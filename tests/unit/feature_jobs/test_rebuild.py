@@ -15,7 +15,7 @@ from cluster.errors import Inconsistent, TrainingSetError
 from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.security.keys.access import KeyAccess, key_store, protected_files
 from feature_jobs.store import FeatureView, Field
-from feature_jobs.store.compaction import as_target, rewrite
+from feature_jobs.store.offline.compaction import as_target, rewrite
 from feature_jobs.training_set import TrainingSetConfig
 from tests.feature_project import INCOME, PEOPLE, START, TIME, FeatureProject
 

@@ -15,10 +15,10 @@ from cluster.errors import ConfigError, TrainingSetError
 from cluster.ledger.events import RowsRemoved, TrainingSetNotReproducible
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.retain import oldest_kept
-from feature_jobs.store import removal
-from feature_jobs.store.catalog import ViewSpec
-from feature_jobs.store.compaction import as_target, rewrite
-from feature_jobs.store.removal import Reason, holding, remove
+from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.offline import removal
+from feature_jobs.store.offline.compaction import as_target, rewrite
+from feature_jobs.store.offline.removal import Reason, holding, remove
 from tests.feature_project import PEOPLE, START, FeatureProject
 
 OLD = pl.col("event_timestamp") < START + timedelta(hours=1)

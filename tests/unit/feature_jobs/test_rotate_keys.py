@@ -13,8 +13,8 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.rotate_keys import present, rotate
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Sensitivity
-from feature_jobs.store.catalog import Definitions, apply, view_spec
-from feature_jobs.store.protection import view_key_names, view_keys
+from feature_jobs.store.catalog.protection import view_key_names, view_keys
+from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
 
 
 class Killed(Exception):

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.served import Served, served
-from feature_jobs.store.skew import (
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.skew.comparison import (
     AS_OF,
     FLOOR_AS_OF,
     FLOOR_SEQ,
@@ -26,6 +25,7 @@ from feature_jobs.store.skew import (
     judge,
     skew_of,
 )
+from feature_jobs.store.skew.served import Served, served
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

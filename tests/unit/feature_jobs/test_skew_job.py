@@ -13,12 +13,12 @@ from deltalake import DeltaTable
 
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.skew import Floor, Result, compare
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.offline import Snapshot, snapshot
-from feature_jobs.store.protection import view_protection
-from feature_jobs.store.served import served
-from feature_jobs.store.skew import FeatureSkew
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.skew.comparison import FeatureSkew
+from feature_jobs.store.skew.served import served
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)

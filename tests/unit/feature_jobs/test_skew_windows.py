@@ -8,9 +8,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from feature_jobs.store.aggregations import Aggregation, window_spec
-from feature_jobs.store.skew import AS_OF, FLOOR_AS_OF, FLOOR_SEQ, POSITION, REQUESTED
-from feature_jobs.store.skew_windows import judge_windows
+from feature_jobs.store.definitions.aggregations import Aggregation, window_spec
+from feature_jobs.store.skew.comparison import AS_OF, FLOOR_AS_OF, FLOOR_SEQ, POSITION, REQUESTED
+from feature_jobs.store.skew.windows import judge_windows
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

@@ -16,10 +16,10 @@ import pytest
 from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
 from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
-from feature_jobs.several import ALL, check_views, chosen, for_each, with_batches
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import view_spec
-from feature_jobs.store.protection import view_protection
+from feature_jobs.batches.several import ALL, check_views, chosen, for_each, with_batches
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import view_spec
+from feature_jobs.store.offline import tables as offline
 from tests.batch_project import BatchProject, keys_of
 from tests.broker import running_broker
 

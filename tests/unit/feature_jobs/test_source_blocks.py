@@ -16,10 +16,10 @@ import pytest
 from cluster.errors import SchemaMismatch, SourceError
 from cluster.storage import Layout, read_parquet
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
-from feature_jobs.store.files import open_source
-from feature_jobs.store.quarantine import source_rows, source_schema
-from feature_jobs.store.source_blocks import checked_blocks, empty_part, grouped, shape_of
-from feature_jobs.store.validation import RAW, REASON, prepare_part
+from feature_jobs.store.ingestion.files import open_source
+from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
+from feature_jobs.store.ingestion.source_blocks import checked_blocks, empty_part, grouped, shape_of
+from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 DAY = datetime(2024, 1, 1, tzinfo=UTC)

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from cluster.errors import DefinitionError, SchemaMismatch, SourceError
 from cluster.storage import Layout
-from feature_jobs.reading import heads
+from feature_jobs.batches.reading import heads
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
-from feature_jobs.store.files import open_source
-from feature_jobs.store.source_blocks import shape_of
-from feature_jobs.store.sources import Source, from_path
-from feature_jobs.store.sql import RowDigest, read_chunks
-from feature_jobs.store.typed import Roles, column_types, text_column, typed_rows, value_column
+from feature_jobs.store.definitions.sources import Source, from_path
+from feature_jobs.store.ingestion.files import open_source
+from feature_jobs.store.ingestion.source_blocks import shape_of
+from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
+from feature_jobs.store.ingestion.typed import Roles, column_types, text_column, typed_rows, value_column
 
 FIELDS = [Field("amount", "float64"), Field("items", "int64"), Field("city", "string"), Field("new", "bool")]
 DAY = datetime(2024, 1, 1, tzinfo=UTC)

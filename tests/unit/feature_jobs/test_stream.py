@@ -14,8 +14,8 @@ from cluster.errors import CommitConflict, ConfigError, DefinitionError
 from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
 from cluster.settings import OnlineConfig, StorageConfig, load
-from feature_jobs.store.push_stream import PushStream
-from feature_jobs.store.streamed import Tally
+from feature_jobs.store.streaming.push_stream import PushStream
+from feature_jobs.store.streaming.streamed import Tally
 from feature_jobs.stream import StreamConfig, StreamSource, counted, push_stream, run, run_kafka
 from tests.kafka_broker import mock_broker
 from tests.push_project import PushProject, kafka_view, message, row

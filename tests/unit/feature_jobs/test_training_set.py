@@ -15,13 +15,13 @@ from deltalake import DeltaTable
 
 from cluster.errors import TrainingSetError
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store import offline
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.missing import MissingPolicy
-from feature_jobs.store.offline import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.protection import view_protection
-from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import assemble, build, event_times, join_here
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.definitions.missing import MissingPolicy
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.row_hash import row_hash
+from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.training_set import assemble, build, event_times, join_here
 from feature_jobs.training_set import hidden_warning, read_entities
 
 TIME = pa.timestamp("us", "UTC")

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from cluster.security.parquet import Protection
-from cluster.security.token_source import TokenSource
-from feature_jobs.store.buckets import bucket_of
-from feature_jobs.store.catalog import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.offline import BucketFile, Snapshot
-from feature_jobs.store.point_in_time import AVAILABLE
-from feature_jobs.store.training_set import assemble, join_here
+from cluster.security.tokens.source import TokenSource
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.offline.buckets import bucket_of
+from feature_jobs.store.offline.point_in_time import AVAILABLE
+from feature_jobs.store.offline.tables import BucketFile, Snapshot
+from feature_jobs.store.offline.training_set import assemble, join_here
 from tests.pit_oracle import connect, expected, hidden, random_entities, random_features
 
 PEOPLE, PLACES = [1, 2, 3], ["n", "s", "w"]

@@ -13,16 +13,16 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.access import KeyAccess, key_store
-from cluster.security.parquet import ProtectedFiles
 from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field, Sensitivity
-from feature_jobs.store.catalog import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.dtypes import DTYPES, arrow_values, to_json
-from feature_jobs.store.missing import settle
-from feature_jobs.store.online import FeatureReader
-from feature_jobs.store.row_hash import row_hash
-from feature_jobs.store.training_set import assemble, join_here
-from serve_apps.http import answer
+from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.definitions.missing import settle
+from feature_jobs.store.offline.row_hash import row_hash
+from feature_jobs.store.offline.training_set import assemble, join_here
+from feature_jobs.store.online.reader import FeatureReader
+from feature_jobs.store.types.dtypes import DTYPES, arrow_values, to_json
+from serve_apps.replica.http import answer
 from tests.push_project import INCOME, START, PushProject
 
 VALUES: dict[str, tuple[str, Any]] = {

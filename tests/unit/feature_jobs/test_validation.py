@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import SchemaMismatch, SourceError
 from feature_jobs.store import Allowed, Entity, FeatureView, Field, FileSource, NotNull, Pattern, Range
-from feature_jobs.store.validation import RAW, REASON, prepare
+from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)

@@ -9,9 +9,9 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.errors import SchemaMismatch, did_you_mean
-from cluster.security.parquet import Protection
-from feature_jobs.store import offline
-from feature_jobs.store.columns import with_appended, with_replaced
+from cluster.security.encryption.parquet import Protection
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.columns import with_appended, with_replaced
 
 TABLE = pa.table({"a": pa.array([1, 2]), "b": pa.array(["x", None])}).replace_schema_metadata({"k": "v"})
 

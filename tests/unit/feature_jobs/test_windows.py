@@ -14,11 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import TrainingSetError
-from feature_jobs.store import windows as offline
-from feature_jobs.store.aggregations import EVERY, EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
-from feature_jobs.store.hyperloglog import estimate, registers_of
-from feature_jobs.store.past_retention import corrected_by_old
-from feature_jobs.store.windows import aggregate
+from feature_jobs.store.aggregation.hyperloglog import estimate, registers_of
+from feature_jobs.store.definitions.aggregations import (
+    EVERY,
+    EXACT_DISTINCT,
+    Aggregation,
+    WindowSpec,
+    window_spec,
+)
+from feature_jobs.store.offline import windows as offline
+from feature_jobs.store.offline.past_retention import corrected_by_old
+from feature_jobs.store.offline.windows import aggregate
 from tests.unit.feature_jobs.event_frames import (
     COLUMNS,
     EVENTS,

@@ -14,10 +14,10 @@ from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.records import OutcomeRecord, SegmentWriter, count_records
 from cluster.registry import Registry
 from cluster.security.acting import Actor
-from cluster.security.audit import Decisions
+from cluster.security.authorization.audit import Decisions
+from cluster.security.authorization.policy import Policy, Role
 from cluster.security.identity import Principal
 from cluster.security.keys.access import KeyAccess, key_store
-from cluster.security.policy import Policy, Role
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.compact_log import __main__ as compact_log
 from tests.broker import running_broker

@@ -15,9 +15,9 @@ import pytest
 from cluster.errors import TrainingSetError
 from cluster.security.keys.access import KeyAccess, protected_files
 from cluster.storage import Layout
-from feature_jobs.store.catalog import service_spec
-from feature_jobs.store.protection import training_set_protection
-from feature_jobs.store.row_hash import row_hash
+from feature_jobs.store.catalog.protection import training_set_protection
+from feature_jobs.store.catalog.specifications import service_spec
+from feature_jobs.store.offline.row_hash import row_hash
 from jobs.train.data import TrainingSet, read_training_set
 from tests.broker import running_broker
 from tests.feature_project import FeatureProject

@@ -20,11 +20,11 @@ from cluster.ledger import Ledger
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.tabular_network import TabularNetwork
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
-from cluster.security.parquet import ProtectedFiles
 from cluster.storage import Layout
-from feature_jobs.store.dtypes import DTYPES
-from jobs.evaluate.metrics import binary_metrics, roc_auc
+from feature_jobs.store.types.dtypes import DTYPES
+from jobs.metrics import binary_metrics, roc_auc
 from jobs.train.__main__ import with_best
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet, prepare, read_training_set

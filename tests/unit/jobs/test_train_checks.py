@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.errors import ConfigError, TrainingFailed, TrainingSetError
 from cluster.runtime import Task
-from jobs.evaluate.metrics import headline, regression_metrics
+from jobs.metrics import headline, regression_metrics
 from jobs.sweep.trials import outcome, winner
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig, SplitConfig

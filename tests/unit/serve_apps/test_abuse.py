@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
-from cluster.security.policy import Role
-from serve_apps.edge.config import render
-from serve_apps.http import LOG, MAX_BODY_BYTES
+from cluster.security.authorization.policy import Role
+from serve_apps.edge.haproxy.config import render
+from serve_apps.replica.http import LOG, MAX_BODY_BYTES
 from tests.edge import ROLLOUT, Edge
 from tests.replica import Replica, running_features, running_replica
 

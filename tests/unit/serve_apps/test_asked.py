@@ -16,7 +16,7 @@ from cluster.ledger.events import FeatureServiceApplied
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
-from feature_jobs.store.catalog import Definitions, apply, service_spec
+from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 from serve_apps.predictor.asked import request_inputs
 from tests.replica import Replica, running_replica
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from serve_apps.edge.config import render
-from serve_apps.edge.connections import MAX_LOGINS
+from serve_apps.edge.haproxy.config import render
+from serve_apps.edge.haproxy.connections import MAX_LOGINS
 from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
 
 

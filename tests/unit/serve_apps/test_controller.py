@@ -20,9 +20,9 @@ from cluster.ledger.events import (
     StrangersRefused,
 )
 from cluster.security.identity import local_keys
-from cluster.security.issuer import rotate_issuer
-from serve_apps.edge import strangers
-from serve_apps.edge.limiting import Limited
+from cluster.security.tokens.issuer import rotate_issuer
+from serve_apps.edge.haproxy import unauthenticated as strangers
+from serve_apps.edge.haproxy.limiting import Limited
 from tests.controller import (
     CHAMPION_ONLY,
     ONE,

@@ -9,8 +9,8 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_apps import direct
-from serve_apps.direct import DirectAnswers, answer_directly, middlewares
+from serve_apps.replica import direct
+from serve_apps.replica.direct import DirectAnswers, answer_directly, middlewares
 
 
 class Replica:

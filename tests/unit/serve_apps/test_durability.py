@@ -25,8 +25,8 @@ from cluster.security.keys.access import key_store
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.settings import Durability
-from serve_apps.http import Unavailable
-from serve_apps.record_log import RecordLog
+from serve_apps.replica.http import Unavailable
+from serve_apps.replica.record_log import RecordLog
 from tests.replica import MODEL, Replica, running_replica
 
 KEY = "outcomes/m/sensitive"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.tls import EDGE_NAME, ensure_tls
+from cluster.security.tls.certificates import EDGE_NAME, ensure_tls
 from cluster.storage import Layout
-from serve_apps.edge.certificate import Certificate
+from serve_apps.edge.control.certificate import Certificate
 
 PRIVATE = b"-----BEGIN PRIVATE KEY-----"
 

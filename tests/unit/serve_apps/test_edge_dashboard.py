@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import AUDIENCE, mint_token
-from cluster.security.issuer import sign
-from cluster.security.policy import Role
-from serve_apps.edge.dashboard import COOKIE
+from cluster.security.tokens.issuer import sign
+from serve_apps.edge.haproxy.dashboard import COOKIE
 from tests.edge import PREDICT, RAY_TOKEN, Edge
 
 SAME_SITE = {"sec-fetch-site": "same-origin"}

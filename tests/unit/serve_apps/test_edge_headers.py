@@ -17,7 +17,7 @@ import pytest
 from cluster.errors import ConfigError
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.storage import Layout
-from serve_apps.edge_headers import PROOF, UNPROVED, EdgeHeaderReader, EdgeHeaders, edge_proof
+from serve_apps.replica.edge_headers import PROOF, UNPROVED, EdgeHeaderReader, EdgeHeaders, edge_proof
 from tests.edge import PREDICT, Edge, running_edge
 from tests.replica import Replica, running_replica
 

@@ -15,10 +15,10 @@ from cluster.ledger.events import (
     AliasMoved,
 )
 from cluster.security.identity import local_keys
-from cluster.security.oidc import RemoteKeys
-from cluster.security.tls import ensure_tls
-from serve_apps.edge import last
-from serve_apps.edge.targets import Targets
+from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.oidc import RemoteKeys
+from serve_apps.edge.control import last_state as last
+from serve_apps.replica.targets import Targets
 from tests.controller import (
     CHAMPION_ONLY,
     ONE,

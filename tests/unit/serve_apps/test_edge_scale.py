@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import write_bytes
-from serve_apps.edge.config import render
-from serve_apps.edge.routes import Routes, routes
+from serve_apps.edge.haproxy.config import render
+from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.state import ModelState, Rollout
 from tests.edge import Edge
 

@@ -13,18 +13,18 @@ import sqlalchemy as sa
 
 from cluster.errors import ConfigError
 from cluster.settings import LedgerConfig
-from serve_apps.edge import succession
 from serve_apps.edge.__main__ import EdgeConfig, ledger_when_it_answers
-from serve_apps.edge.haproxy import HAProxy
-from serve_apps.edge.keys import JwtKey
-from serve_apps.edge.last import KEYS_HOLD_S, Last
-from serve_apps.edge.succession import sole_controller
-from serve_apps.edge.targets import Waker
+from serve_apps.edge.control import succession
+from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.control.last_state import KEYS_HOLD_S, Last
+from serve_apps.edge.control.succession import sole_controller
+from serve_apps.edge.haproxy.keys import JwtKey
+from serve_apps.replica.targets import Waker
 
 HOLDER = """
 import signal, sys, threading
 from pathlib import Path
-from serve_apps.edge.succession import SIGNAL, sole_controller
+from serve_apps.edge.control.succession import SIGNAL, sole_controller
 stopped = threading.Event()
 if sys.argv[2] == "willing":
     signal.signal(SIGNAL, lambda *_: stopped.set())

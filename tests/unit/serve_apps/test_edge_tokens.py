@@ -18,6 +18,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import Unauthenticated
+from cluster.security.authorization.policy import Action, Policy, Resource, Role
 from cluster.security.identity import (
     ALGORITHM,
     AUDIENCE,
@@ -25,14 +26,13 @@ from cluster.security.identity import (
     TokenVerifier,
     local_keys,
 )
-from cluster.security.issuer import rotate_issuer
-from cluster.security.oidc import RemoteKeys, discovered
-from cluster.security.policy import Action, Policy, Resource, Role
-from cluster.security.trust import Trust, access_rules
+from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.oidc import RemoteKeys, discovered
+from cluster.security.tokens.trust import Trust, access_rules
 from cluster.settings import IssuerConfig
-from serve_apps.access import AccessCheck
-from serve_apps.edge.config import render
-from serve_apps.edge.keys import written_keys
+from serve_apps.edge.haproxy.config import render
+from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.replica.access import AccessCheck
 from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
 from tests.oidc_issuer import Issuer, new_key
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from serve_apps.edge.answers import NO_ANSWER
-from serve_apps.edge.config import ANSWER_MS, render
-from serve_apps.edge.targets import Waker
+from serve_apps.edge.haproxy.answers import NO_ANSWER
+from serve_apps.edge.haproxy.config import ANSWER_MS, render
+from serve_apps.replica.targets import Waker
 from tests.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
 from tests.ports import free_port
 

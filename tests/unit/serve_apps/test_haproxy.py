@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_apps.edge import haproxy
+from serve_apps.edge.control import haproxy_process as haproxy
 from tests.edge import ROLLOUT, Edge
 
 

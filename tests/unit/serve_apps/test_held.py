@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from serve_apps.edge.config import render
+from serve_apps.edge.haproxy.config import render
 from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit
 from tests.ports import free_port
 

@@ -15,11 +15,11 @@ from cluster.registry import Registry
 from cluster.runtime import InputSpec
 from cluster.storage import Layout
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
-from feature_jobs.store.catalog import Definitions, apply, service_spec
-from feature_jobs.store.pushed_rows import check_rows
-from feature_jobs.store.pushed_view import pushed_view
-from serve_apps.http import refusal
+from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
+from feature_jobs.store.ingestion.pushed_rows import check_rows
+from feature_jobs.store.streaming.pushed_view import pushed_view
 from serve_apps.predictor.request import override
+from serve_apps.replica.http import refusal
 from tests.push_project import INCOME, START
 
 SECRET = FeatureView(

@@ -12,7 +12,7 @@ from cluster.ledger import Ledger
 from cluster.registry import Lineage, ModelVersion
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
-from feature_jobs.store.catalog import Definitions, apply, service_spec
+from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 from serve_apps.predictor.log_keys import (
     NO_COMMON_PURPOSE,
     log_keys,

@@ -13,9 +13,9 @@ import pytest
 from cluster.ledger import open_ledger
 from cluster.records import read_records
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.authorization.policy import Role
 from cluster.security.identity import mint_token
 from cluster.security.keys.access import KeyAccess, key_store
-from cluster.security.policy import Role
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from feature_jobs.store import (
@@ -29,11 +29,11 @@ from feature_jobs.store import (
     OnDemandTransform,
     Sensitivity,
 )
-from feature_jobs.store.catalog import Definitions, apply, view_spec
-from feature_jobs.store.online import microseconds, open_online
-from feature_jobs.store.online_rows import OnlineRow
-from feature_jobs.store.protection import view_keys
-from feature_jobs.store.served import served
+from feature_jobs.store.catalog.protection import view_keys
+from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store.online.reader import microseconds, open_online
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.skew.served import served
 from tests.replica import MODEL, Replica, running_replica
 
 NOW = datetime(2024, 1, 10, tzinfo=UTC)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http import httptools_impl
 
-from serve_apps.one_write import answer_in_one_write
+from serve_apps.replica.one_write import answer_in_one_write
 from tests.replica import served
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from cluster.security.policy import Role
-from serve_apps.edge.openapi import MAX_BYTES, document
+from cluster.security.authorization.policy import Role
+from serve_apps.edge.haproxy.openapi import MAX_BYTES, document
 from tests.edge import Edge
 
 DOCUMENT = document()

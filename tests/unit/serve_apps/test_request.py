@@ -14,10 +14,10 @@ from cluster.records import SegmentWriter, read_outcomes
 from cluster.runtime import InputSpec
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from feature_jobs.store.catalog import FieldSpec
-from serve_apps.http import MAX_MESSAGE, refusal
+from feature_jobs.store.catalog.specifications import FieldSpec
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.request import parse_predict
+from serve_apps.replica.http import MAX_MESSAGE, refusal
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 AGE = InputSpec(name="p__age", dtype="float64")

@@ -27,8 +27,8 @@ from cluster.security.manage_keys import main as manage_keys
 from feature_jobs.stream import main as stream
 from serve_apps.deploy import DeployConfig
 from serve_apps.deploy import main as deploy
+from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
-from serve_apps.edge.routes import routes
 from serve_apps.removal import require_number
 from serve_apps.rollout.__main__ import RolloutConfig, in_words
 from serve_apps.rollout.__main__ import main as rollout

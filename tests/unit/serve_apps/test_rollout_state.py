@@ -19,7 +19,7 @@ from cluster.ledger.events import (
     ShadowStopped,
 )
 from cluster.runtime import InputSpec, ModelSignature, Task
-from serve_apps.edge.routes import entry, routes
+from serve_apps.edge.haproxy.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
 from serve_apps.rollout.state import ModelState, fold
 

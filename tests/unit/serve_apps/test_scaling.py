@@ -14,8 +14,8 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.settings import ReplicaConfig
-from serve_apps.predictor.ongoing import OngoingRequests
-from serve_apps.scaling import ONGOING, replicas
+from serve_apps.replica.ongoing import OngoingRequests
+from serve_apps.replica.scaling import ONGOING, replicas
 from tests.edge import PREDICT, Edge
 
 NO_DELAY = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}

@@ -25,7 +25,6 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
-from serve_apps.edge_headers import EdgeHeaders
 from serve_apps.predictor import parts as parts_module
 from serve_apps.predictor import shadow as shadow_module
 from serve_apps.predictor import shadow_replicas
@@ -34,6 +33,7 @@ from serve_apps.predictor.predictor import Predictor
 from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Shadowing, is_sampled
 from serve_apps.predictor.shadow_replicas import Connections, Pace
 from serve_apps.predictor.tensors import to_raw
+from serve_apps.replica.edge_headers import EdgeHeaders
 from tests.ports import free_port
 from tests.replica import MODEL, Replica, application, running_replica, served, write_model
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
-from serve_apps import http as http_module
-from serve_apps.within import within
+from serve_apps.replica import http as http_module
+from serve_apps.replica.within import within
 from tests.replica import Replica, running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")

@@ -8,7 +8,7 @@ import ssl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_apps.edge.strangers import SHOWN, Reason, Seen, counts
+from serve_apps.edge.haproxy.unauthenticated import SHOWN, Reason, Seen, counts
 from tests.edge import PREDICT, Edge, wait_until
 
 NUMBERS = st.lists(st.integers(min_value=0, max_value=5), max_size=8)

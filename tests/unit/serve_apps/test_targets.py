@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve_apps.edge.config import render
-from serve_apps.edge.targets import Waker, read_targets
+from serve_apps.edge.haproxy.config import render
+from serve_apps.replica.targets import Waker, read_targets
 from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
 
 PROXY, REPLICA = 8000, 30001

@@ -1,0 +1,1 @@
+"""Who may do what: Cedar policies, and what of their decisions is recorded."""

@@ -1,0 +1,1 @@
+"""Certificates: the local authority's, the edge's, the nodes', and those from Vault."""

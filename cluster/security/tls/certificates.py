@@ -1,0 +1,293 @@
+"""Certificates: the local authority's, the edge's, and those that Ray's nodes show each other.
+
+    python -m cluster.security.tls show
+    python -m cluster.security.tls renew
+    python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
+
+`cluster.up` makes authority, edge and head certificates on first use and anew when less than a third of their life is
+left; the authority stays, and so does what another authority issued. In production that is a PKI, Vault's for one
+(`keys/vault_session.py`): the edge wants one PEM file with certificate and key, Ray a file each for certificate, key
+and authority.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import ipaddress
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cluster.entrypoint import refuse
+from cluster.errors import ConfigError, RefusedError
+from cluster.security.tokens.issuer import replace_private
+from cluster.settings import StorageConfig
+from cluster.storage import Layout, layout, local
+
+CA_DAYS = 3650
+LEAF_DAYS = 397
+"""More than this no browser believes."""
+CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
+EDGE_NAME = "edge.pem"
+NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
+AUTHORITY_SUBJECT = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Falaj local CA")])
+LOOPBACK = ("127.0.0.1", "::1")
+_BOTH_SIDES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+@dataclass(frozen=True, slots=True)
+class _Authority:
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None = None) -> None:
+    """Have an authority, and certificates of this machine for the edge and for Ray that hold long enough.
+
+    Args:
+        places: the storage root's.
+        renew: make the certificates anew, however long they hold.
+        now: the moment that counts for how long they still hold; none is the clock's.
+
+    Raises:
+        ConfigError: another authority's certificate lies there, and not all that it has to issue; or it is to renew.
+    """
+    at = now or dt.datetime.now(dt.UTC)
+    folder = local(places.tls)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if is_anothers(folder / CA_NAME):
+        _leave_alone(folder, renew=renew)
+        return
+    authority = _authority(folder)
+    if renew or _is_due(folder / EDGE_NAME, authority, at):
+        key = ec.generate_private_key(ec.SECP256R1())
+        usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
+        edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
+        replace_private(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
+    node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
+    if renew or node_is_due:
+        write_node(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
+
+
+def is_anothers(authority: Path) -> bool:
+    """Whether a file is an authority's certificate that is not of this module's making; told by its subject."""
+    if not authority.exists():
+        return False
+    try:
+        found = x509.load_pem_x509_certificate(authority.read_bytes())
+    except ValueError:
+        return True
+    return not found.subject == found.issuer == AUTHORITY_SUBJECT
+
+
+def _leave_alone(folder: Path, *, renew: bool) -> None:
+    names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing or renew:
+        what = f"{', '.join(missing)} missing" if missing else "only it can renew what it issued"
+        raise ConfigError(
+            f"{folder / CA_NAME} is another authority's certificate: {what}. Put its {', '.join(names)} there, or take "
+            f"{CA_NAME} away to have certificates of a local authority."
+        )
+
+
+def write_node(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
+    """Make a node's certificate and key, and lay the authority's certificate beside them.
+
+    Args:
+        folder: where to.
+        authority: folder of the authority's certificate and key.
+        name: of the machine.
+        addresses: under which other nodes reach it. One that is missing lets Ray hang instead of failing.
+
+    Raises:
+        ConfigError: there is no authority of ours, or an address is none.
+    """
+    if is_anothers(authority / CA_NAME):
+        raise ConfigError(
+            f"{authority / CA_NAME} is another authority's certificate. Have it issue the node's."
+        )
+    if not (authority / CA_KEY_NAME).exists():
+        raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
+    signer, key = _authority(authority), ec.generate_private_key(ec.SECP256R1())
+    certificate = _leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    replace_private(folder / NODE_KEY_NAME, _key_pem(key))
+    replace_private(folder / NODE_CERTIFICATE_NAME, _pem(certificate), mode=0o644)
+    if folder != authority:
+        replace_private(folder / CA_NAME, _pem(signer.certificate), mode=0o644)
+
+
+def _authority(folder: Path) -> _Authority:
+    """The folder's authority, made on first use; key before certificate, so that half of one is made anew."""
+    if not (folder / CA_NAME).exists() or not (folder / CA_KEY_NAME).exists():
+        fresh = ec.generate_private_key(ec.SECP256R1())
+        replace_private(folder / CA_KEY_NAME, _key_pem(fresh))
+        replace_private(folder / CA_NAME, _pem(_self_signed(fresh)), mode=0o644)
+    key = serialization.load_pem_private_key((folder / CA_KEY_NAME).read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{folder / CA_KEY_NAME} is no key of an elliptic curve. Take the folder away.")
+    return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
+
+
+def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
+    """Whether a certificate has to be made: there is none, or ours has less than a third of its life left, is of an
+    earlier authority, or of another key than lies beside it. What somebody else put there, a company's PKI for one, is
+    not touched."""
+    if not path.exists() or not (key is None or key.exists()):
+        return True
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError:
+        return False
+    if found.issuer != authority.certificate.subject:
+        return False
+    try:
+        found.verify_directly_issued_by(authority.certificate)
+    except InvalidSignature:
+        return True
+    if key is not None and not _belongs(found, key):
+        return True
+    life = found.not_valid_after_utc - found.not_valid_before_utc
+    return found.not_valid_after_utc - at < life / 3
+
+
+def _belongs(certificate: x509.Certificate, key: Path) -> bool:
+    """Whether a key is a certificate's: whoever writes the two may be killed in between."""
+    try:
+        found = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    except (ValueError, TypeError):
+        return False
+    return found.public_key() == certificate.public_key()
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = AUTHORITY_SUBJECT
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    return (
+        _builder(name, name, key.public_key(), days=CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _leaf(
+    key: ec.EllipticCurvePrivateKey,
+    authority: _Authority,
+    *,
+    name: str,
+    addresses: Iterable[str],
+    usages: Iterable[x509.ObjectIdentifier],
+) -> x509.Certificate:
+    try:
+        parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(addresses)]
+    except ValueError as error:
+        raise ConfigError(f"A node's address is wrong: {error}. Give it as --ip 10.0.0.7.") from error
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    names = [x509.DNSName(one) for one in dict.fromkeys((name, "localhost"))]
+    return (
+        _builder(subject, authority.certificate.subject, key.public_key(), days=LEAF_DAYS)
+        .add_extension(
+            x509.SubjectAlternativeName([*names, *(x509.IPAddress(one) for one in parsed)]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
+        )
+        .sign(authority.key, hashes.SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, *, days: int
+) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(minutes=5))
+        .not_valid_after(now + dt.timedelta(days=days))
+    )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _shown(folder: Path) -> str:
+    """A line for each certificate: file, whose, until when, for which names."""
+    lines = []
+    for name in (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME):
+        if not (folder / name).exists():
+            raise ConfigError(f"No certificate at {folder / name}. Run `python -m cluster.up` first.")
+        found = x509.load_pem_x509_certificate((folder / name).read_bytes())
+        lines.append(f"{name:9} until {found.not_valid_after_utc:%Y-%m-%d}  {_names(found)}")
+    return "\n".join(lines)
+
+
+def _names(certificate: x509.Certificate) -> str:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return certificate.subject.rfc4514_string()
+    return ", ".join(str(name.value) for name in names)
+
+
+def main() -> None:
+    """Parse the flags and run a command."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.security.tls", description="Certificates.")
+    parser.add_argument(
+        "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("show", help="what there is, and until when it holds")
+    commands.add_parser("renew", help="new certificates of this machine, by the same authority")
+    node = commands.add_parser("node", help="a certificate for another machine of the cluster")
+    node.add_argument("--name", required=True, help="its host name")
+    node.add_argument("--ip", required=True, action="append", help="its address; may be repeated")
+    node.add_argument("--output", required=True, type=Path, help="folder to write to")
+    arguments = parser.parse_args()
+    try:
+        folder = local(layout(StorageConfig(root=arguments.root)).tls)
+        if arguments.command == "node":
+            write_node(arguments.output, authority=folder, name=arguments.name, addresses=arguments.ip)
+            return
+        if arguments.command == "renew":
+            ensure_tls(layout(StorageConfig(root=arguments.root)), renew=True)
+        print(_shown(folder))
+    except RefusedError as error:
+        refuse(error)
+
+
+if __name__ == "__main__":
+    main()

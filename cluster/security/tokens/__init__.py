@@ -1,0 +1,1 @@
+"""Signed tokens: who issues them, how they are verified, and the principal they speak of."""

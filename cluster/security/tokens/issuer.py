@@ -1,0 +1,196 @@
+"""The dev issuer: signs tokens on one's own machine, with a key that is a 0600 file below the storage root.
+
+`enterprise_gpu` refuses it, because whoever reads that file is everybody; there an OIDC issuer takes its place. At a
+rotation the old public keys stay in the JWKS until the last token they signed has expired.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from joserfc import jwt
+from joserfc.jwk import ECKey
+
+from cluster.errors import ConfigError
+from cluster.security.authorization.policy import Role
+from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S
+from cluster.settings import Tier
+from cluster.storage import Layout, local
+
+ALGORITHM = "ES256"
+ISSUER = "falaj-dev"
+AUDIENCE = "falaj"
+PRIVATE_NAME = "issuer.pem"
+PUBLIC_NAME = "issuer.pub.pem"
+JWKS_NAME = "jwks.json"
+RETIRES_AT = "falaj_retires_at"
+"""Member of an old key in the JWKS: Unix seconds after which no token of it can hold."""
+
+
+def ensure_issuer(places: Layout, *, tier: Tier = Tier.smb_cpu) -> None:
+    """Make the dev issuer's key on first use.
+
+    Raises:
+        ConfigError: the tier has no dev issuer.
+    """
+    _refuse_in_production(tier)
+    keys = local(places.keys)
+    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(keys):
+        if not (keys / PRIVATE_NAME).exists():
+            _install(keys, _new_key(), old=[])
+
+
+def rotate_issuer(
+    places: Layout,
+    *,
+    tier: Tier = Tier.smb_cpu,
+    keep_s: int = MAX_LIFETIME_S + LEEWAY_S,
+    now: float | None = None,
+) -> str:
+    """Sign with a new key from now on; gives its `kid`.
+
+    Args:
+        keep_s: seconds for which the old key's tokens still hold; 0, after a theft, ends all tokens at once.
+        now: Unix seconds; none takes the clock's.
+
+    Raises:
+        ConfigError: the tier has no dev issuer, or there is none yet.
+    """
+    _refuse_in_production(tier)
+    keys, at = local(places.keys), time.time() if now is None else now
+    _private_key(keys)
+    with _locked(keys):
+        current = _private_key(keys)
+        old = [_retiring(entry, current, int(at) + keep_s) for entry in _published(keys)]
+        key = _new_key()
+        _install(keys, key, old=[entry for entry in old if keep_s > 0 and entry[RETIRES_AT] > at])
+    return str(key.kid)
+
+
+def _retiring(entry: dict[str, Any], current: ECKey, retires_at: int) -> dict[str, Any]:
+    """The key that signed until now retires later than what any older one says."""
+    if entry["kid"] == current.thumbprint() or RETIRES_AT not in entry:
+        return entry | {RETIRES_AT: retires_at}
+    return entry
+
+
+def mint_token(
+    places: Layout,
+    *,
+    subject: str,
+    role: Role,
+    purpose: str,
+    ttl_s: int = 900,
+    tenant: str = "default",
+    scope: str = "",
+) -> str:
+    """A token of the dev issuer.
+
+    Raises:
+        ConfigError: there is no issuer yet, or the token would hold longer than one may.
+    """
+    claims = {"sub": subject, "role": role.value, "purpose": purpose, "tenant": tenant}
+    claims |= {"scope": scope} if scope else {}
+    return sign(places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=ttl_s)  # noqa: S106 - a type, no secret
+
+
+def sign(places: Layout, claims: dict[str, str], *, audience: str, token_type: str, ttl_s: int) -> str:
+    """A signed token with the dev issuer's name, its times and an id of its own.
+
+    Raises:
+        ConfigError: there is no issuer yet, or the token would hold longer than one may.
+    """
+    if ttl_s > MAX_LIFETIME_S:
+        raise ConfigError(
+            f"A token may hold for at most {MAX_LIFETIME_S} s, not {ttl_s}. Ask for a shorter one."
+        )
+    key, now = _private_key(local(places.keys)), int(time.time())
+    times = {"iat": now, "nbf": now, "exp": now + ttl_s}
+    everything = {"iss": ISSUER, "aud": audience, **claims, **times, "jti": uuid.uuid4().hex}
+    header = {"alg": ALGORITHM, "kid": key.thumbprint(), "typ": token_type}
+    return jwt.encode(header, everything, key, algorithms=[ALGORITHM])
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner can read."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def replace_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write a file whole or not at all, whatever lay there before; for its owner's eyes unless `mode` says more."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _refuse_in_production(tier: Tier) -> None:
+    if tier is Tier.enterprise_gpu:
+        raise ConfigError(
+            f"Tier {tier.value} has no dev issuer: its key file would stand for everybody. "
+            "Give the address of an OIDC issuer."
+        )
+
+
+def _new_key() -> ECKey:
+    return ECKey.generate_key("P-256", {"use": "sig", "alg": ALGORITHM}, auto_kid=True)
+
+
+def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
+    """Public before private, so that what is signed can be verified wherever this is interrupted."""
+    published = [key.as_dict(private=False), *old]
+    replace_private(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
+    replace_private(keys / PUBLIC_NAME, key.as_pem(private=False), mode=0o644)
+    replace_private(keys / PRIVATE_NAME, key.as_pem(private=True))
+
+
+def no_issuer(path: Path) -> ConfigError:
+    """The refusal where the dev issuer's file is missing."""
+    return ConfigError(
+        f"No issuer at {path}. Run `python -m cluster.up` first: it makes the dev issuer, unless identity.issuer.url "
+        "names another one, which then gives the tokens."
+    )
+
+
+def _private_key(keys: Path) -> ECKey:
+    path = keys / PRIVATE_NAME
+    if not path.exists():
+        raise no_issuer(path)
+    return ECKey.import_key(path.read_bytes())
+
+
+def _published(keys: Path) -> list[dict[str, Any]]:
+    path = keys / JWKS_NAME
+    if not path.exists():
+        raise no_issuer(path)
+    return list(json.loads(path.read_text())["keys"])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; the folder is its own lock, so nothing is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,303 @@
+"""Where an issuer's public keys come from: a file of this machine, or a JWKS behind a URL.
+
+A key set that is fetched is kept for `max_age_s`. A token with an unknown `kid` makes it fetch again, but at most once
+per `cooldown_s`, so that strangers cannot make us hammer the issuer; while the issuer is down the last set holds,
+up to `max_stale_s`, because a key that was withdrawn meanwhile would still be accepted. A fetch blocks its caller, for
+at most about twice its timeout; other threads go on with the set there is.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import ipaddress
+import json
+import logging
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from joserfc.errors import JoseError
+from joserfc.jwk import JWKRegistry, Key
+
+from cluster.errors import ConfigError, KeysUnknown, Unauthenticated
+from cluster.security.tokens.verification import KEY_TYPES
+
+MAX_DOCUMENT_BYTES = 256 * 1024
+MAX_KEYS = 64
+TIMEOUT_S = 3.0
+MIN_RSA_BITS = 2048
+MAX_BACKOFF = 16
+MAX_AGE_S = 300.0
+_PUBLIC = {"EC": ("kty", "crv", "x", "y"), "RSA": ("kty", "n", "e")}
+
+Fetch = Callable[[], bytes]
+log = logging.getLogger(__name__)
+
+
+class KeySource(Protocol):
+    """Finds an issuer's public key by its `kid`."""
+
+    def find(self, kid: str) -> Key | None: ...
+
+    def all(self) -> dict[str, Key]: ...
+
+
+def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
+    """The keys of a JWKS that can verify one of the algorithms, by `kid`; public parts alone.
+
+    Others are left out, as RFC 7517, section 5, has it: an unknown type, a weak or an encryption key, one without
+    a `kid`, and every key of a `kid` that stands there twice.
+
+    A set without any is one: its issuer has withdrawn them.
+
+    Raises:
+        ConfigError: no JWKS.
+    """
+    try:
+        entries = json.loads(document)["keys"]
+        if not isinstance(entries, list):
+            raise TypeError(entries)
+        found = [entry for entry in entries[:MAX_KEYS] if _suits(entry, algorithms)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ConfigError("The issuer's document is no JWK set.") from None
+    kids = [entry["kid"] for entry in found]
+    keys = {entry["kid"]: _imported(entry) for entry in found if kids.count(entry["kid"]) == 1}
+    usable = {kid: key for kid, key in keys.items() if key is not None}
+    if not usable:
+        log.warning("The issuer's JWK set has no key for %s: no token holds.", " or ".join(algorithms))
+    return usable
+
+
+def _suits(entry: Any, algorithms: tuple[str, ...]) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str) or not entry["kid"]:
+        return False
+    fits = any(entry.get("kty") == KEY_TYPES[name] and entry.get("alg", name) == name for name in algorithms)
+    curve = "P-256" if entry.get("kty") == "EC" else None
+    return fits and entry.get("use", "sig") == "sig" and entry.get("crv") == curve
+
+
+def _imported(entry: dict[str, Any]) -> Key | None:
+    members: dict[str, str | list[str]] = {name: str(entry.get(name)) for name in _PUBLIC[entry["kty"]]}
+    try:
+        if entry["kty"] == "RSA" and _bits(str(entry.get("n"))) < MIN_RSA_BITS:
+            return None
+        key = JWKRegistry.import_key(members)
+        _ = key.public_key  # a point that is not on the curve is found out here
+    except (JoseError, ValueError, TypeError, LookupError):  # joserfc lets some through as they come
+        return None
+    return key
+
+
+def _bits(number: str) -> int:
+    """The length of a base64url number; joserfc only warns of a short one."""
+    raw = base64.urlsafe_b64decode(number + "=" * (-len(number) % 4))
+    return int.from_bytes(raw, "big").bit_length()
+
+
+class FileKeys:
+    """The keys of a JWKS file, read again whenever the file was replaced.
+
+    A file that is gone or broken verifies nothing: it was taken away on purpose, since writers replace it whole.
+    """
+
+    def __init__(self, path: Path, *, algorithms: tuple[str, ...] = ("ES256",)) -> None:
+        self._path = path
+        self._algorithms = algorithms
+        self._state: tuple[tuple[int, int, int], dict[str, Key]] | None = None
+
+    def find(self, kid: str) -> Key | None:
+        """The key of that name, if the file has it now.
+
+        Raises:
+            Unauthenticated: the file cannot be read.
+        """
+        return self.all().get(kid)
+
+    def all(self) -> dict[str, Key]:
+        """Every key, by `kid`.
+
+        Raises:
+            Unauthenticated: the file cannot be read.
+        """
+        try:
+            status = self._path.stat()
+            version = (status.st_mtime_ns, status.st_ino, status.st_size)
+            state = self._state
+            if state is None or state[0] != version:
+                state = (version, usable_keys(self._path.read_bytes(), self._algorithms))
+                self._state = state
+        except (OSError, ConfigError) as error:
+            log.warning("No token can be verified: %s cannot be read: %s", self._path, error)
+            raise Unauthenticated("The issuer's keys cannot be read here.") from None
+        return state[1]
+
+
+class RemoteKeys:
+    """The keys of a JWKS that is fetched, and kept."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        *,
+        algorithms: tuple[str, ...] = ("ES256",),
+        max_age_s: float = MAX_AGE_S,
+        cooldown_s: float = 30.0,
+        max_stale_s: float = 86_400.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fetch = fetch
+        self._algorithms = algorithms
+        self._max_age_s, self._cooldown_s, self._max_stale_s = max_age_s, cooldown_s, max_stale_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._keys: dict[str, Key] = {}
+        self._fetched_at: float | None = None
+        self._tried_at: float | None = None
+        self._failures = 0
+
+    def find(self, kid: str) -> Key | None:
+        """The key of that name, if the issuer publishes it.
+
+        Raises:
+            Unauthenticated: no set was fetched within `max_stale_s`.
+        """
+        if kid not in self._keys:
+            self._refresh()
+        return self.all().get(kid)
+
+    def all(self) -> dict[str, Key]:
+        """Every key, by `kid`.
+
+        Raises:
+            KeysUnknown: no set was ever fetched.
+            Unauthenticated: none was within `max_stale_s`.
+        """
+        if self._age() > self._max_age_s:
+            self._refresh()
+        if self._fetched_at is None:
+            raise KeysUnknown("The issuer's keys could not be fetched yet; try again.")
+        if self._age() > self._max_stale_s:
+            raise Unauthenticated("The issuer's keys cannot be fetched now; try again.")
+        return self._keys
+
+    def _age(self) -> float:
+        return float("inf") if self._fetched_at is None else self._clock() - self._fetched_at
+
+    def _refresh(self) -> None:
+        """Fetch, unless it was tried just now; who comes while another thread fetches waits only for the first set."""
+        if not self._lock.acquire(blocking=self._fetched_at is None):
+            return
+        try:
+            wait_s = self._cooldown_s * min(2 ** max(self._failures - 1, 0), MAX_BACKOFF)
+            if self._tried_at is not None and self._clock() - self._tried_at < wait_s:
+                return
+            self._tried_at = self._clock()
+            self._keys = usable_keys(self._fetch(), self._algorithms)
+            self._fetched_at, self._failures = self._clock(), 0
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self._failures += 1
+            log.warning(
+                "The issuer's keys could not be fetched (%d times in a row): %s", self._failures, error
+            )
+        finally:
+            self._lock.release()
+
+
+def jwks_at(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
+    """Fetches the JWKS at a URL.
+
+    Raises:
+        ConfigError: the URL is neither https nor loopback.
+    """
+    require_safe(url)
+    return lambda: download(url, ca_file=ca_file, timeout_s=timeout_s)
+
+
+def discovered(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
+    """Fetches the JWKS that an issuer's OpenID configuration names, asked for anew each time.
+
+    The fetch raises ConfigError where the document speaks for another issuer (OpenID Connect Discovery 1.0, 4.3).
+
+    Raises:
+        ConfigError: the issuer's URL is neither https nor loopback.
+    """
+    require_safe(issuer)
+
+    def fetch() -> bytes:
+        url = f"{issuer.rstrip('/')}/.well-known/openid-configuration"
+        try:
+            document = json.loads(download(url, ca_file=ca_file, timeout_s=timeout_s))
+            claimed, keys_url = document["issuer"], document["jwks_uri"]
+        except (TypeError, KeyError, RecursionError, json.JSONDecodeError):
+            raise ConfigError(f"{url} is no OpenID configuration.") from None
+        if claimed != issuer:
+            raise ConfigError(
+                f"{url} speaks for another issuer than '{issuer}'. Give the issuer as it names itself."
+            )
+        require_safe(keys_url)
+        return download(keys_url, ca_file=ca_file, timeout_s=timeout_s)
+
+    return fetch
+
+
+def require_safe(url: Any) -> None:
+    """Refuse a URL over which somebody else's keys could be slipped in.
+
+    Raises:
+        ConfigError: neither https, nor http to this machine; or with a password in it.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, credentials = parts.hostname or "", parts.username or parts.password
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError("An issuer's address is no URL.") from None
+    safe = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
+    if not isinstance(url, str) or not host or not safe or credentials:
+        raise ConfigError(
+            f"An issuer's keys must come over https (http from loopback alone), not {parts.scheme}."
+        )
+
+
+def download(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> bytes:
+    """A document of at most MAX_DOCUMENT_BYTES; redirects are not followed.
+
+    Raises:
+        OSError, http.client.HTTPException: it did not come within about twice the timeout.
+        ConfigError: it is too large.
+    """
+    deadline = time.monotonic() + timeout_s
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+    if _is_loopback(urllib.parse.urlsplit(url).hostname or ""):
+        handlers.append(urllib.request.ProxyHandler({}))
+    if url.startswith("https"):
+        handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file)))
+    request = urllib.request.Request(url, headers={"Accept": "application/json"})
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
+        data = b""
+        while chunk := response.read1(65_536):
+            data += chunk
+            if len(data) > MAX_DOCUMENT_BYTES:
+                raise ConfigError(f"{url} is larger than {MAX_DOCUMENT_BYTES} bytes.")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url} did not come within {timeout_s} s.")
+    return data
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirect as the error that it then is."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""Windowed aggregations: intervals, exact sums, tiles and their summaries."""

@@ -1,0 +1,1 @@
+"""Definitions as plain specifications: in the ledger, compared, planned, and with their keys."""

@@ -1,0 +1,1 @@
+"""What a team declares about its features: plain objects, nothing that reads or writes."""

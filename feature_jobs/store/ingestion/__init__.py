@@ -1,0 +1,1 @@
+"""From source rows to checked rows: files, SQL, JSON; casts, rules, quarantine."""

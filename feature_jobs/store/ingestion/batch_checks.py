@@ -1,0 +1,335 @@
+"""Rules for a batch as a whole, and rules for rows that need to know the batch or the last good one.
+
+`Unique` and `Outlier` send rows to quarantine. `NullShare`, `Freshness`, `RowCount` and `Drift` refuse a batch whole.
+What is compared with the last good batch passes where there is none: the first batch is taken as it is.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Self
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import DefinitionError
+from feature_jobs.store.definitions.checks import Check
+from feature_jobs.store.definitions.limits import check_number, check_span
+from feature_jobs.store.ingestion.profile import Distribution, Profile
+from feature_jobs.store.types.dtypes import NUMBERS, is_rich, list_of
+
+TIMES = ("event_timestamp", "created_timestamp")
+_MICROSECOND = timedelta(microseconds=1)
+_NOISE_SIGMAS = 3.09
+"""One batch in a thousand is refused by chance."""
+
+
+class Keep(enum.StrEnum):
+    """Which of several rows that are alike is stored."""
+
+    none = "none"
+    """All go to quarantine: nothing says which is right."""
+    first = "first"
+    """By the order of the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unique(Check):
+    """No two good rows of a batch are alike in all of some columns; a null is like nothing.
+
+    The columns are join keys, features, `event_timestamp` or `created_timestamp`. Rows that fail another rule are not
+    counted. Asks for these columns of the whole batch in one process.
+    """
+
+    of: Sequence[str]
+    keep: Keep = Keep.none
+
+    def __post_init__(self) -> None:
+        if isinstance(self.of, str) or not self.of:
+            raise DefinitionError(f"Unique needs a list of columns, got {self.of!r}.")
+        object.__setattr__(self, "of", tuple(self.of))
+        if twice := [name for name in self.of if list(self.of).count(name) > 1]:
+            raise DefinitionError(f"Unique names the column '{twice[0]}' twice.")
+        object.__setattr__(self, "keep", Keep(self.keep))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(name for name in self.of if name not in TIMES)
+
+    def verify(self, dtype: str | None) -> None:
+        if dtype is not None and list_of(dtype) is not None:
+            raise DefinitionError(
+                f"Unique({list(self.of)}): rows are not told apart by lists, one column is {dtype}."
+            )
+
+    def definition(self) -> dict[str, Any]:
+        return {"check": "Unique", "of": list(self.of), "keep": self.keep.value}
+
+    @property
+    def reason(self) -> str:
+        """What is wrong with a row that fails."""
+        return f"{', '.join(self.of)} not unique in the batch"
+
+    def failing(self, rows: pa.Table) -> pa.Array:
+        """One bool a row: true where the row is to go.
+
+        Args:
+            rows: the columns `of`, of the good rows of a batch in the order of the source.
+        """
+        frame = pl.DataFrame(pl.from_arrow(rows.select(list(self.of))))
+        whole = ~pl.any_horizontal(pl.col(name).is_null() for name in self.of)
+        # Counting over groups takes a third of the time of `is_duplicated` on a struct.
+        many = pl.len().over(self.of) > 1
+        repeated = many if self.keep is Keep.none else ~pl.struct(self.of).is_first_distinct()
+        return frame.select((whole & repeated).alias("fails"))["fails"].to_arrow()
+
+
+@dataclass(frozen=True, slots=True)
+class Outlier(Check):
+    """The value must not lie far outside the quartiles of the last good batch.
+
+    Fences are those of Tukey (Exploratory Data Analysis, 1977): `fences` times the interquartile range below the first
+    and above the third quartile; 3 is what he calls far out. A column of which half the values are one has no range to
+    measure by, and passes.
+    """
+
+    column: str
+    fences: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_number(f"Outlier('{self.column}'): fences", self.fences)
+        if self.fences <= 0:
+            raise DefinitionError(f"Outlier('{self.column}'): fences must be positive, got {self.fences}.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def verify(self, dtype: str | None) -> None:
+        if dtype not in NUMBERS:
+            raise DefinitionError(f"Outlier('{self.column}') needs a numeric feature.")
+
+    @property
+    def reason(self) -> str:
+        """What is wrong with a row that fails."""
+        return f"{self.column} more than {self.fences:g} interquartile ranges outside the last good batch"
+
+    def failing(self, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
+        """One non-null bool a row: true where the row fails."""
+        known = None if baseline is None else baseline.distributions.get(self.column)
+        if known is None or known.quartiles is None or known.quartiles[0] == known.quartiles[2]:
+            return pc.and_(pc.is_null(column), pc.is_valid(column))
+        low, _, high = known.quartiles
+        slack = self.fences * (high - low)
+        beyond = pc.or_(pc.less(column, low - slack), pc.greater(column, high + slack))
+        return pc.fill_null(beyond, False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A batch rule that does not hold, and by how much."""
+
+    rule: str
+    value: float
+    threshold: float
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What batch rules are asked of."""
+
+    batch: Profile
+    baseline: Profile | None
+    """Of the last good batch."""
+    counts: Mapping[str, Sequence[int]]
+    """This batch counted between the cut points of the last good one."""
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCheck(Check):
+    """A rule that a whole batch passes or fails."""
+
+    @abstractmethod
+    def finding(self, facts: Facts) -> Finding | None:
+        """What is wrong with the batch, none where it passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class NullShare(BatchCheck):
+    """At most a share of all rows, those for quarantine included, may be null in a feature."""
+
+    column: str
+    maximum: float
+
+    def __post_init__(self) -> None:
+        check_number(f"NullShare('{self.column}'): maximum", self.maximum)
+        if not 0 <= self.maximum < 1:
+            raise DefinitionError(
+                f"NullShare('{self.column}'): maximum must be at least 0 and below 1, got {self.maximum}."
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def verify(self, dtype: str | None) -> None:
+        _only_features("NullShare", self.column, dtype)
+
+    def finding(self, facts: Facts) -> Finding | None:
+        share = facts.batch.nulls[self.column] / max(facts.batch.rows_in, 1)
+        if share <= self.maximum:
+            return None
+        said = f"{share:.1%} of '{self.column}' are null, at most {self.maximum:.1%} may be"
+        return Finding(rule=f"NullShare({self.column})", value=share, threshold=self.maximum, said=said)
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness(BatchCheck):
+    """The newest event of a batch must not be older than this when it is ingested."""
+
+    maximum_age: timedelta
+
+    def __post_init__(self) -> None:
+        check_span("Freshness: maximum_age", self.maximum_age)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    def definition(self) -> dict[str, Any]:
+        return {"check": "Freshness", "maximum_age_s": self.maximum_age.total_seconds()}
+
+    @classmethod
+    def from_definition(cls, recorded: Mapping[str, Any]) -> Self:
+        return cls(timedelta(seconds=recorded["maximum_age_s"]))
+
+    def finding(self, facts: Facts) -> Finding | None:
+        newest = facts.batch.newest_event_us
+        if newest is None:
+            return None
+        age = facts.now - datetime.fromtimestamp(0, facts.now.tzinfo) - newest * _MICROSECOND
+        if age <= self.maximum_age:
+            return None
+        return Finding(
+            rule="Freshness",
+            value=age.total_seconds(),
+            threshold=self.maximum_age.total_seconds(),
+            said=f"the newest event is {age} old, at most {self.maximum_age} is allowed",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowCount(BatchCheck):
+    """A batch has at most `factor` times the rows of the last good one, and at least one `factor`-th."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_number("RowCount: factor", self.factor)
+        if self.factor <= 1:
+            raise DefinitionError(f"RowCount: factor must be above 1, got {self.factor}.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    def finding(self, facts: Facts) -> Finding | None:
+        if facts.baseline is None:
+            return None
+        rows, before = facts.batch.rows_in, facts.baseline.rows_in
+        if before / self.factor <= rows <= before * self.factor:
+            return None
+        said = f"{rows} rows after {before} in the last good batch, more than a factor of {self.factor:g}"
+        return Finding(rule="RowCount", value=rows / before, threshold=self.factor, said=said)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift(BatchCheck):
+    """A feature's distribution must not have moved from that of the last good batch by more than `threshold`.
+
+    Measured is the population stability index (`stability_index`) over the last good batch's deciles or most frequent
+    categories, nulls left out. What small batches show by chance alone is allowed on top (`chance`).
+    """
+
+    column: str
+    threshold: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_number(f"Drift('{self.column}'): threshold", self.threshold)
+        if self.threshold <= 0:
+            raise DefinitionError(
+                f"Drift('{self.column}'): threshold must be positive, got {self.threshold}."
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def verify(self, dtype: str | None) -> None:
+        _only_features("Drift", self.column, dtype)
+        if dtype in ("timestamp", "date"):
+            raise DefinitionError(f"Drift('{self.column}'): a time moves by itself. Use Freshness.")
+        if dtype is not None and is_rich(dtype):
+            raise DefinitionError(
+                f"Drift('{self.column}') needs numbers, text or bools, '{self.column}' is {dtype}."
+            )
+
+    def finding(self, facts: Facts) -> Finding | None:
+        before = facts.baseline.distributions.get(self.column) if facts.baseline is not None else None
+        after = facts.counts.get(self.column)
+        if before is None or after is None or not sum(after):
+            return None
+        index = stability_index(before.counts, after)
+        allowed = self.threshold + chance(before, after)
+        if index <= allowed:
+            return None
+        said = (
+            f"the population stability index of '{self.column}' against the last good batch is {index:.3f}, "
+            f"at most {allowed:.3f} is allowed"
+        )
+        return Finding(rule=f"Drift({self.column})", value=index, threshold=allowed, said=said)
+
+
+def stability_index(before: Sequence[int], after: Sequence[int]) -> float:
+    """The population stability index, sum of (q - p) ln(q / p) over shares p before and q after.
+
+    It is Jeffreys' divergence (Kullback and Leibler 1951, eq. 2.6). Half a value is added to each bin, so that an empty
+    one gives no infinity.
+    """
+    p, q = _shares(before), _shares(after)
+    return math.fsum((b - a) * math.log(b / a) for a, b in zip(p, q, strict=True))
+
+
+def chance(before: Distribution, after: Sequence[int]) -> float:
+    """What the index of two samples of one distribution exceeds once in a thousand times, about.
+
+    The index is near (1/n + 1/m) times a chi-square of one degree of freedom less than there are bins (Yurdakul and
+    Naranjo, Statistical properties of the population stability index, 2020), taken here as normal.
+    """
+    degrees = len(after) - 1
+    scale = 1 / sum(before.counts) + 1 / sum(after)
+    return scale * (degrees + _NOISE_SIGMAS * math.sqrt(2 * degrees))
+
+
+def findings(checks: Sequence[Check], facts: Facts) -> list[Finding]:
+    """What is wrong with a batch, in the order of the rules."""
+    found = [check.finding(facts) for check in checks if isinstance(check, BatchCheck)]
+    return [one for one in found if one is not None]
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    total = sum(counts) + len(counts) / 2
+    return [(one + 0.5) / total for one in counts]
+
+
+def _only_features(rule: str, column: str, dtype: str | None) -> None:
+    if dtype is None:
+        raise DefinitionError(f"{rule}('{column}') is for features, '{column}' is a join key.")

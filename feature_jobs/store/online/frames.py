@@ -1,0 +1,56 @@
+"""From rows of a feature table to rows of the online store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import polars as pl
+
+from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.offline.point_in_time import CREATED, DELETED, EVENT, SEQ
+from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.types.dtypes import decimal_of
+
+
+def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:
+    """The columns whose values the online store has in another form than the feature table, in that form."""
+    columns = []
+    for name, dtype in dtypes.items():
+        if dtype == "timestamp":
+            columns.append(pl.col(name).dt.epoch("us"))
+        elif dtype == "date":
+            columns.append(pl.col(name).to_physical())
+        elif decimal_of(dtype) is not None:
+            columns.append(pl.col(name).cast(pl.String))
+    return columns
+
+
+def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
+    """Each row as the online store takes it.
+
+    Args:
+        view: its join keys and features are columns.
+        known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
+            A feature that is no column is null.
+    """
+    keys, names, there = view.join_keys, [field.name for field in view.fields], set(known.columns)
+    lacking = [pl.lit(None).alias(name) for name in names if name not in there]
+    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in there})
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in there else pl.lit(False).alias(DELETED)
+    frame = known.with_columns(*plain, *lacking).select(
+        pl.col(EVENT).dt.epoch("us").alias("__event"),
+        pl.col(CREATED).dt.epoch("us").alias("__created"),
+        SEQ,
+        deleted,
+        *keys,
+        *names,
+    )
+    for event_us, created_us, seq, gone, *values in frame.iter_rows():
+        yield OnlineRow(
+            keys=tuple(values[: len(keys)]),
+            event_us=event_us,
+            created_us=created_us,
+            seq=seq,
+            values=() if gone else values[len(keys) :],
+            deleted=gone,
+        )

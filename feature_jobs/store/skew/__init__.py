@@ -1,0 +1,1 @@
+"""Served features beside those that offline data gives."""

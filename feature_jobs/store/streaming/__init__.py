@@ -1,0 +1,1 @@
+"""Pushes and Kafka messages into the table and the online store, exactly once."""

@@ -1,0 +1,1 @@
+"""What keeps HAProxy true to the ledger and to Serve."""

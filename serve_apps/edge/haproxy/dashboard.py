@@ -1,0 +1,72 @@
+"""Ray's dashboard and its job API under `/ray/`, for who may manage the cluster.
+
+Whoever comes through can run code as the cluster's user. A program shows its token in the Authorization header; a
+browser gives it once to `/ray/login`, which keeps it in a cookie that scripts cannot read and that other sites cannot
+use: SameSite keeps it from them, and `Sec-Fetch-Site` (for web sockets, which lack it, `Origin`) from other ports of this
+host, which count as the same site.
+Ray's own token is put on behind the edge. It goes by the header that Ray's login, which would hand the token out in a
+cookie, does not look at, and it stands in HAProxy's environment, not in its configuration's file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.security.authorization.policy import Action
+from serve_apps.edge.haproxy import connections
+from serve_apps.edge.haproxy.answers import refuse
+
+BACKEND = "ray_dashboard"
+TOKEN_VARIABLE = "FALAJ_RAY_TOKEN"  # noqa: S105 - the name of the variable
+COOKIE = "__Secure-falaj-session"
+LOGIN_PAGE = Path(__file__).with_name("login.html")
+_COOKIE_FLAGS = "Path=/ray/; HttpOnly; Secure; SameSite=Strict"
+_PAGE_HEADERS = (
+    "hdr cache-control no-store hdr content-security-policy "
+    "\"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'\""
+)
+
+
+def entrance() -> str:
+    """Rules that know the dashboard's paths, and take a browser's token from its cookie or its login."""
+    own_pages = f"""    http-request return status 200 content-type text/html file {LOGIN_PAGE} {_PAGE_HEADERS} if {{ path /ray/login }} METH_GET
+    http-request return status 303 hdr location /ray/login hdr set-cookie "{COOKIE}=; Max-Age=0; {_COOKIE_FLAGS}" if {{ path /ray/logout }}"""
+    return f"""    http-request redirect code 308 location /ray/ if {{ path /ray }}
+    http-request set-var(txn.action) str({Action.manage_cluster}) if {{ path_beg /ray/ }}
+    acl dashboard var(txn.action) -m str {Action.manage_cluster}
+    acl browser var(txn.browser) -m found
+    http-request set-var(txn.path) path if dashboard
+{own_pages}
+    http-request set-var(txn.browser) bool(true) if {{ path /ray/login }} METH_POST
+{connections.login_body("browser")}
+    http-request set-var(txn.token) req.body_param(token) if browser
+    http-request set-var(txn.browser) bool(true) if dashboard !browser !{{ var(txn.token) -m found }} {{ req.cook({COOKIE}) -m found }}
+    http-request set-var(txn.token) req.cook({COOKIE}) if browser !{{ var(txn.token) -m found }}
+    http-request set-var-fmt(txn.own_origin) https://%[req.hdr(host)] if browser
+    acl own_page req.fhdr(sec-fetch-site) -m str same-origin none
+    acl own_page req.fhdr(origin),strcmp(txn.own_origin) eq 0
+    {refuse(403, "Another site sent this request; open the dashboard itself.")} if browser !own_page
+    http-request redirect code 303 location /ray/login if dashboard !{{ var(txn.token) -m found }} {{ req.fhdr(sec-fetch-mode) -m str navigate }}"""
+
+
+def passage() -> str:
+    """Rules for who was let in: into the cookie after a login, else on to Ray; they end the evaluation."""
+    cookie = f"{COOKIE}=%[var(txn.token)]; Max-Age=%[var(txn.exp),sub(txn.now)]; {_COOKIE_FLAGS}"
+    return f"""    http-request return status 303 hdr location /ray/ hdr cache-control no-store hdr set-cookie "{cookie}" if {{ path /ray/login }}
+    http-request set-var(txn.backend) str({BACKEND}) if dashboard
+    http-request del-header cookie if dashboard
+    http-request del-header authorization if dashboard
+    http-request set-header x-ray-authorization "Bearer ${{{TOKEN_VARIABLE}}}" if dashboard
+    http-request set-path %[path,regsub(^/ray,)] if dashboard
+    http-request allow if dashboard"""
+
+
+def backend(address: str) -> str:
+    """Ray's dashboard; nothing is sent twice, because a job would be submitted twice."""
+    return f"""backend {BACKEND}
+    retries 0
+    timeout server 10m
+    timeout tunnel 1h
+    http-response del-header set-cookie
+    server dashboard {address}
+"""

@@ -1,0 +1,59 @@
+"""The issuer's keys as HAProxy wants them: a file for each, named in the configuration beside its `kid`.
+
+A new key needs a reload, which drops no connection. Files are named by their content, so an old worker that drains
+never finds another key under a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from joserfc.jwk import ECKey, RSAKey
+
+from cluster.errors import KeysUnknown, Unauthenticated
+from cluster.security.tokens.issuer import replace_private
+from cluster.security.tokens.oidc import KeySource
+from cluster.security.tokens.verification import KEY_TYPES, KID
+
+_ALGORITHMS = {key_type: algorithm for algorithm, key_type in KEY_TYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JwtKey:
+    """One key that tokens are verified with, and the one algorithm that it is for."""
+
+    kid: str
+    algorithm: str
+    file: str
+
+
+def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, ...]]:
+    """A function that writes the issuer's present keys below a folder, sorted by `kid`.
+
+    A `kid` that a token of ours could not name is left out: it must not get into HAProxy's configuration. An issuer
+    whose keys were taken away has none. The function raises KeysUnknown while the issuer has not answered yet.
+    """
+
+    def write() -> tuple[JwtKey, ...]:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            keys = source.all()
+        except KeysUnknown:
+            raise
+        except Unauthenticated:
+            return ()
+        found = []
+        for kid, key in sorted(keys.items()):
+            if not KID.fullmatch(kid) or not isinstance(key, ECKey | RSAKey):
+                continue
+            content = key.as_pem(private=False)
+            file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.pem"
+            if not file.exists():
+                replace_private(file, content)
+            found.append(JwtKey(kid=kid, algorithm=_ALGORITHMS[key.key_type], file=str(file)))
+        return tuple(found)
+
+    return write

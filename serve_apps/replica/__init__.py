@@ -1,0 +1,1 @@
+"""What every replica shares: requests and answers, the check of tokens, records, load."""

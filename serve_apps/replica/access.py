@@ -1,0 +1,142 @@
+"""The replica's own check of who asks: the edge checked already, but a replica's port could be reached another way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cluster.errors import Unauthenticated
+from cluster.ledger import Ledger
+from cluster.ledger.events import LedgerEvent
+from cluster.security.authorization.audit import Append, Decisions, keep_flushed
+from cluster.security.authorization.policy import Action, Policy, Resource
+from cluster.security.identity import Principal, TokenVerifier
+from cluster.security.installation import hold_to
+from cluster.security.tokens.trust import Trust
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
+
+FLUSH_S, CLOSE_S = 60.0, 5.0
+MAX_CACHED = 10_000
+MAX_CACHED_S = 60
+"""So long at most a token is remembered: that of a key taken away does not live on here."""
+
+
+class AccessCheck:
+    """Verifies tokens, and remembers each for a while, because an ES256 signature costs more than a prediction.
+
+    Args:
+        verifier: of the tokens that are believed here.
+        policy: decides.
+        resource: what is asked for.
+        environment: what the policies call this installation.
+        append: where decisions are recorded; it must not keep a request waiting.
+    """
+
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        *,
+        policy: Policy,
+        resource: Resource,
+        environment: str,
+        append: Append,
+    ) -> None:
+        self._verifier = verifier
+        self._policy = policy
+        self._resource = resource
+        self._environment = environment
+        self._decisions = Decisions(append)
+        self._ended = threading.Event()
+        self._keeper = keep_flushed(self._decisions, every_s=FLUSH_S, stopped=self._ended)
+        self._known: dict[str, tuple[Principal, float]] = {}
+
+    @classmethod
+    def of(cls, config: PlatformConfig, resource: Resource, ledger: Ledger) -> AccessCheck:
+        """As the running cluster is, whatever its deployer's command line said; decisions are written to the ledger in
+        the background.
+
+        Raises:
+            ConfigError: the configuration contradicts the cluster.
+        """
+        hold_to(require_record(config), config)
+        return cls(
+            Trust.of(config.identity.issuer, layout(config.storage)).tokens,
+            policy=Policy.load(region=config.cluster.region),
+            resource=resource,
+            environment=config.identity.environment,
+            append=in_background(ledger),
+        )
+
+    def close(self) -> None:
+        """Record the strangers of the last window; a replica that is killed loses a minute of their number at most."""
+        self._ended.set()
+        self._keeper.join(CLOSE_S)
+
+    def __call__(
+        self, authorization: str | None, action: Action, resource: Resource | None = None
+    ) -> Principal:
+        """The principal, if it may do the action.
+
+        Args:
+            authorization: the header.
+            action: what is asked.
+            resource: of the action, where it is not what this check is for.
+
+        Raises:
+            Unauthenticated, AccessDenied
+        """
+        try:
+            principal = self._principal(authorization)
+        except Unauthenticated as error:
+            self._decisions.unauthenticated(str(error), at=time.time())
+            raise
+        self.check(principal, action, self._resource if resource is None else resource)
+        return principal
+
+    def check(self, principal: Principal, action: Action, *resources: Resource) -> None:
+        """Go on only if a principal may do the action to every one of these, too.
+
+        Raises:
+            AccessDenied
+        """
+        for resource in resources:
+            decision = self._policy.decide(principal, action, resource, environment=self._environment)
+            self._decisions.decided(principal, action, resource, decision, at=time.time())
+            if not decision.allowed:
+                self._policy.check(principal, action, resource, environment=self._environment)
+
+    def _principal(self, authorization: str | None) -> Principal:
+        if authorization is None or not authorization.lower().startswith("bearer "):
+            raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
+        token = authorization[7:].strip()
+        now = self._verifier.now()
+        principal, until = self._known.get(token, (None, 0.0))
+        if principal is not None and now < until:
+            return principal
+        self._known.pop(token, None)
+        principal = self._verifier.verify(token)
+        if len(self._known) >= MAX_CACHED:
+            self._known.clear()
+        expires_at = principal.expires_at + self._verifier.rules.leeway_s
+        self._known[token] = (principal, min(expires_at, now + MAX_CACHED_S))
+        return principal
+
+
+def in_background(ledger: Ledger) -> Append:
+    """Appends to the ledger in a thread, in order; what cannot be written is logged."""
+    writer = ThreadPoolExecutor(1, "decisions")
+
+    def complain(written: Future[object]) -> None:
+        if (error := written.exception()) is not None:
+            logging.getLogger("falaj.serve").error("A decision could not be recorded: %s", error)
+
+    def append(event: LedgerEvent, *, actor: str) -> object:
+        written: Future[object] = writer.submit(ledger.append, event, actor=actor)
+        written.add_done_callback(complain)
+        return written
+
+    return append
