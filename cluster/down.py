@@ -9,7 +9,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
 from cluster.node.changing import changing
 from cluster.node.launch import end_all, remove_folders
-from cluster.security.identity import current_actor
+from cluster.security.tokens.principal import current_actor
 from cluster.session import find_record, record_path
 from cluster.settings import PlatformConfig, StorageConfig
 

@@ -42,12 +42,13 @@ from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, look, miss
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.disks import keeps_secrets
 from cluster.security.encryption.scratch import memory_folder, sweep
-from cluster.security.identity import current_actor, ensure_issuer, write_private
 from cluster.security.installation import hold_to
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.private_folder import close_to_others, private_folder
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tls.pki import fetch_certificates
+from cluster.security.tokens.issuer import ensure_issuer, write_private
+from cluster.security.tokens.principal import current_actor
 from cluster.session import (
     ClusterRecord,
     find_own_record,

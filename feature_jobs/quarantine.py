@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, SourceError, did_you_mean
 from cluster.ledger import open_ledger
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout

@@ -24,7 +24,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import QuarantineReplayed
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, list_files
@@ -46,7 +46,7 @@ from feature_jobs.store.ingestion.quarantine import quarantined
 from feature_jobs.store.ingestion.quarantine_replay import Tried, try_again
 from feature_jobs.store.ingestion.validation import FILES
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.point_in_time import SEQ
+from feature_jobs.store.types.schema import SEQ
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,8 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeysRotated, Subject
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.keys.access import key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import key_store
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStore
 from cluster.session import require_record
 from cluster.settings import PlatformConfig

@@ -36,7 +36,6 @@ from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, ser
 from feature_jobs.store.definitions.missing import NO_POLICY
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.point_in_time import DELETED
 from feature_jobs.store.offline.tables import Snapshot, snapshot
 from feature_jobs.store.offline.training_set import build, join_here, key_column
 from feature_jobs.store.skew.comparison import (
@@ -54,6 +53,7 @@ from feature_jobs.store.skew.comparison import (
 )
 from feature_jobs.store.skew.served import TIME, Served, served
 from feature_jobs.store.skew.windows import judge_windows
+from feature_jobs.store.types.schema import DELETED
 
 NUM_EXAMPLES = 20
 

@@ -19,7 +19,8 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import TrainingSetBuilt
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
@@ -27,7 +28,6 @@ from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
 from feature_jobs.store.catalog.protection import training_set_protection, view_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline.manifest import Manifest, check_files, check_manifest, describe, read_manifest
-from feature_jobs.store.offline.point_in_time import EVENT
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import place_of
 from feature_jobs.store.offline.tables import Snapshot, snapshot
@@ -39,6 +39,7 @@ from feature_jobs.store.offline.training_set import (
     join_bucket,
     join_here,
 )
+from feature_jobs.store.types.schema import EVENT
 
 
 @dataclass(kw_only=True, slots=True)

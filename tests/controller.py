@@ -23,9 +23,10 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
 )
-from cluster.security.identity import ensure_issuer, local_keys
 from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.issuer import ensure_issuer
 from cluster.security.tokens.oidc import KeySource
+from cluster.security.tokens.principal import local_keys
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge.control.controller import Controller

@@ -16,15 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import (
-    AUDIENCE,
-    ISSUER,
-    ensure_issuer,
-    local_keys,
-    mint_token,
-)
 from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.issuer import AUDIENCE, ISSUER, ensure_issuer, mint_token
+from cluster.security.tokens.principal import local_keys
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import TokenRules
 from cluster.storage import Layout, write_bytes
 from serve_apps.edge.control.haproxy_process import HAProxy

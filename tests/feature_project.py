@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from cluster.ledger import Ledger
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from cluster.settings import StorageConfig
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
 from feature_jobs.store.catalog.protection import view_protection

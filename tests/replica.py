@@ -25,9 +25,9 @@ from cluster.ledger import open_ledger
 from cluster.records import read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import ensure_issuer, mint_token
 from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.tokens.issuer import ensure_issuer, mint_token
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import (
     BatchingConfig,

@@ -9,16 +9,11 @@ Needs no running cluster; `--format openlineage` gives OpenLineage events, one a
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cluster.entrypoint import refuse
-from cluster.errors import ModelNotFound, RefusedError, did_you_mean
+from cluster.errors import ModelNotFound, did_you_mean
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
     AliasMoved,
@@ -30,7 +25,6 @@ from cluster.ledger.events import (
     TrainingSetBuilt,
 )
 from cluster.registry import LATEST
-from cluster.security.ledger_reader import add_flags, open_reader
 
 ALL = "*"
 """Stands for all columns of a source."""
@@ -179,42 +173,6 @@ def as_json(found: ModelTrace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the flags and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.lineage",
-        description="From which column of which source a model version came.",
-    )
-    add_flags(parser)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--version", required=True, help=f"a number, an alias, or {LATEST}")
-    parser.add_argument("--format", choices=["text", "json", "openlineage"], default="text")
-    parser.add_argument("--namespace", default="falaj", help="of jobs and data sets in OpenLineage's events")
-    parser.add_argument("--output", type=Path, help="file to write instead of standard output")
-    arguments = parser.parse_args()
-    try:
-        found = trace(open_reader(arguments).entries(), arguments.model, arguments.version)
-    except RefusedError as error:
-        refuse(error)
-    text = _formatted(found, arguments.format, arguments.namespace) + "\n"
-    if arguments.output is None:
-        sys.stdout.write(text)
-    else:
-        arguments.output.write_text(text)
-
-
-def _formatted(found: ModelTrace, kind: str, namespace: str) -> str:
-    from cluster.lineage.openlineage import run_events  # it needs ModelTrace
-
-    match kind:
-        case "json":
-            return json.dumps(as_json(found), indent=1)
-        case "openlineage":
-            return "\n".join(json.dumps(event) for event in run_events(found, namespace=namespace))
-        case _:
-            return describe(found)
-
-
 def _read(entries: Iterable[Entry]) -> _Seen:
     seen = _Seen()
     for entry in entries:
@@ -263,7 +221,3 @@ def _column(one: dict[str, Any], definition: dict[str, Any], version: str) -> Co
 
 def _said(one: Column) -> str:
     return "all columns" if one.source_columns == (ALL,) else ", ".join(one.source_columns)
-
-
-if __name__ == "__main__":
-    main()

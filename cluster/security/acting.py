@@ -27,8 +27,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
 from cluster.security.authorization.audit import Decisions
-from cluster.security.authorization.policy import Action, Policy, Resource, Role
-from cluster.security.identity import Principal, current_actor
+from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.installation import hold_to
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.intent import (
@@ -40,6 +39,8 @@ from cluster.security.tokens.intent import (
     read_private,
     write_intent,
 )
+from cluster.security.tokens.principal import Principal, current_actor
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, find_record

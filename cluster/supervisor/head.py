@@ -14,10 +14,10 @@ from cluster import processes
 from cluster.errors import ConfigError, FalajError
 from cluster.node.launch import environment, gcs_folder, shared_overrides, start_ray, start_serve
 from cluster.node.parts import RAYS_OWN, part_of
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import Principal
 from cluster.security.private_folder import private_folder
 from cluster.security.tokens.intent import mint_intent, write_intent
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, local, resolve

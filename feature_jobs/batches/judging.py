@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from cluster.errors import BatchRefused
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.definitions.views import FeatureView, Field

@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import Inconsistent
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from feature_jobs.batches.judging import Judged, keep
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.point_in_time import SEQ
+from feature_jobs.store.types.schema import SEQ
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

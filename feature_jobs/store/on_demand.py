@@ -18,10 +18,10 @@ from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, Trai
 from feature_jobs.store.catalog.specifications import FieldSpec, OnDemandSpec, ServiceSpec, import_module
 from feature_jobs.store.definitions.source_code import source_code
 from feature_jobs.store.definitions.views import DTYPES, Transform
-from feature_jobs.store.online.reader import FeatureVectors, Status
 from feature_jobs.store.types.casting import cast_feature, misfits
 from feature_jobs.store.types.columns import with_appended, with_replaced
 from feature_jobs.store.types.dtypes import arrow_values, list_of, online_values
+from feature_jobs.store.types.status import FeatureVectors, Status
 
 
 def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:

@@ -18,7 +18,8 @@ from cluster.records.table import LogTable
 from cluster.registry import Registry
 from cluster.security.acting import Actor, act
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.keys.access import key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import key_store
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local

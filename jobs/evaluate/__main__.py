@@ -14,7 +14,8 @@ from cluster.runtime import load_model
 from cluster.runtime.hardware import Hardware
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action
-from cluster.security.keys.access import key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import key_store
 from cluster.session import require_record
 from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows

@@ -20,7 +20,8 @@ from cluster.ledger.events import ModelMonitored
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Task, load_model
 from cluster.security.acting import act
-from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess, key_store
 from cluster.session import attach
 from cluster.storage import exists, file_name, layout, resolve, sha256, write_bytes, write_json
 from jobs.monitor.chunks import CHUNK, cut

@@ -12,8 +12,8 @@ import polars as pl
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import mint_token
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout, read_parquet, resolve

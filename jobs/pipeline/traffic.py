@@ -18,8 +18,8 @@ import xxhash
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import mint_token
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout, read_parquet, resolve, write_parquet

@@ -26,8 +26,8 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action, Resource
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.scratch import scratch
-from cluster.security.keys.access import protected_files
 from cluster.session import attach, require_record
 from cluster.storage import finite, layout, local, resolve, write_json
 from jobs.sweep.config import SweepConfig

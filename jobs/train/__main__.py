@@ -21,8 +21,9 @@ from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action, Resource
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.scratch import memory_folder, scratch
-from cluster.security.keys.access import key_store, protected_files
+from cluster.security.keys.access import key_store
 from cluster.session import attach, require_record
 from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
 from jobs.metrics import headline, score

@@ -28,9 +28,9 @@ from cluster.errors import (
 )
 from cluster.ledger import open_ledger
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.identity import Principal
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
+from cluster.security.tokens.principal import Principal
 from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout

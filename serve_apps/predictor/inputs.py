@@ -11,8 +11,9 @@ from cluster.errors import InvalidRequest
 from feature_jobs.store.catalog.specifications import ServiceSpec
 from feature_jobs.store.definitions.missing import Value, settle
 from feature_jobs.store.on_demand import add_on_demand, made_on_demand
-from feature_jobs.store.online.reader import FeatureReader, Status
+from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.types.dtypes import to_json
+from feature_jobs.store.types.status import Status
 
 _WHOLE = {Status.present}
 

@@ -12,8 +12,8 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
 from cluster.security.authorization.audit import Append, Decisions, keep_flushed
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.identity import Principal, TokenVerifier
 from cluster.security.installation import hold_to
+from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.trust import Trust
 from cluster.session import require_record
 from cluster.settings import PlatformConfig

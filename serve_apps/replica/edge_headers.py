@@ -16,8 +16,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.security.identity import write_private
 from cluster.security.private_file import read_secret_file
+from cluster.security.tokens.issuer import write_private
 from cluster.storage import Layout, local
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm
 

@@ -26,9 +26,10 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from cluster.records import PredictionRecord, SegmentWriter
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.envelope import Identity, open_bytes, seal_bytes
 from cluster.security.encryption.parquet import Protection
-from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.keys.access import KeyAccess, key_store
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from cluster import processes
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import mint_token
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import PortsConfig, StorageConfig

@@ -23,8 +23,8 @@ import psutil
 import pytest
 
 from cluster import processes
-from cluster.security.identity import ensure_issuer
 from cluster.security.tls.certificates import ensure_tls
+from cluster.security.tokens.issuer import ensure_issuer
 from cluster.session import write_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout

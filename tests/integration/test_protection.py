@@ -15,7 +15,8 @@ from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import AccessDecided, ModelRegistered
 from cluster.records import count_records, read_outcomes, read_predictions, read_records
-from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.scan import scan
 from cluster.security.tokens.source import TokenSource
 from cluster.settings import PlatformConfig, StorageConfig

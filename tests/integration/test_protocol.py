@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tritonclient.utils import InferenceServerException
 
 from cluster.runtime import InputSpec, ModelSignature, Task
-from cluster.security.authorization.policy import Role
+from cluster.security.tokens.roles import Role
 from tests.edge import Edge, running_edge
 from tests.replica import running_features, running_replica
 from tests.stock_client import StockClient, wanted

@@ -20,7 +20,7 @@ from typing import Protocol
 from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
 from cluster.security.authorization.denials import Denials
 from cluster.security.authorization.policy import Action, Decision, Resource
-from cluster.security.identity import Principal
+from cluster.security.tokens.principal import Principal
 
 OTHER_REASONS = "other"
 NOBODY = "unauthenticated"

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cluster.ledger.events import DenialsCounted
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.identity import Principal
+from cluster.security.tokens.principal import Principal
 
 MAX_OF_ONE = 5
 """Of one principal, action and resource."""

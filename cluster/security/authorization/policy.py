@@ -38,29 +38,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import cedarpy
 
 from cluster.errors import AccessDenied, ConfigError
+from cluster.security.tokens.roles import Role
 
 if TYPE_CHECKING:
-    from cluster.security.identity import Principal
+    from cluster.security.tokens.principal import Principal
 
 POLICY_FOLDER = Path(__file__).resolve().parents[2] / "policies"
 SCHEMA_NAME = "schema.cedarschema"
 NOT_EVALUATED = "not-evaluated"
 """Stands for the policies where Cedar could not read the request; always a denial."""
 MAX_REMEMBERED = 4096
-
-
-class Role(enum.StrEnum):
-    """What a principal works as."""
-
-    data_engineer = "data_engineer"
-    data_scientist = "data_scientist"
-    ml_engineer = "ml_engineer"
-    approver = "approver"
-    auditor = "auditor"
-    service = "service"
-    admin = "admin"
-    supervisor = "supervisor"
-    """The cluster's own process of that name; no person's."""
 
 
 class Action(enum.StrEnum):

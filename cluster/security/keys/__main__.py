@@ -16,12 +16,12 @@ from cluster.ledger.events import KeyRelabelled
 from cluster.metrics import serve_metrics
 from cluster.security.authorization.audit import Decisions, keep_flushed
 from cluster.security.authorization.policy import Action, Decision, Policy, Resource
-from cluster.security.identity import Principal
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Denial, Operation
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo
+from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from cluster.session import recorded
 from cluster.settings import PlatformConfig

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.security.authorization.policy import Role
-from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.store import KeyStore
 from cluster.security.tokens.intent import read_intent
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig, PlatformConfig
@@ -60,9 +59,3 @@ def key_store(access: KeyAccess) -> KeyStore:
         intents = Trust.of(access.issuer, Layout(access.root)).intents
         read_intent(Path(access.token.file), intents, entrypoint=access.entrypoint)
     return BrokerKeyStore(Path(access.socket), access.token.token, owner=access.owner)
-
-
-@functools.lru_cache(maxsize=16)
-def protected_files(access: KeyAccess) -> ProtectedFiles:
-    """Reader and writer of protected files; it keeps unwrapped keys for a minute."""
-    return ProtectedFiles(key_store(access))

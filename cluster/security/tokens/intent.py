@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.identity import ClaimNames, Principal, local_keys, principal_of
 from cluster.security.tokens.issuer import ISSUER, replace_private, sign
 from cluster.security.tokens.oidc import KeySource
+from cluster.security.tokens.principal import ClaimNames, Principal, local_keys, principal_of
 from cluster.security.tokens.verification import (
     MAX_TOKEN_BYTES,
     MODEL_SCOPE,

@@ -20,7 +20,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError
-from cluster.security.authorization.policy import Role
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout, local

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import Unauthenticated
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import mint_token
 from cluster.security.private_file import read_secret_file
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 
 TTL_S = 900

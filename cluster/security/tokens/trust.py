@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
-from cluster.security.identity import ClaimNames, Principal, TokenVerifier, local_keys
 from cluster.security.tokens.intent import INTENT_AUDIENCE, INTENT_TYPE, MAX_TTL_S, IntentVerifier, is_intent
 from cluster.security.tokens.issuer import AUDIENCE, ISSUER
 from cluster.security.tokens.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovered, jwks_at
+from cluster.security.tokens.principal import ClaimNames, Principal, TokenVerifier, local_keys
 from cluster.security.tokens.verification import ACCESS_TYPES, KEY_TYPES, TokenRules
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout

@@ -28,7 +28,7 @@ import msgpack
 from feature_jobs.store.aggregation.hyperloglog import value_hash
 from feature_jobs.store.aggregation.partials import Ranked, add, answer, empty
 from feature_jobs.store.definitions.aggregations import EVERY, WindowSpec
-from feature_jobs.store.online.rows import PROVISIONAL
+from feature_jobs.store.types.schema import PROVISIONAL
 
 FORMAT = 1
 _ID_BYTES = 8

@@ -14,7 +14,6 @@ from cluster.security.keys.store import KeyInfo
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView, Sensitivity
-from feature_jobs.store.online.rows import online_key
 
 NO_COMMON_PURPOSE = "no-common-purpose"
 """Stands where views' purposes exclude each other, because an empty list would allow every purpose."""
@@ -158,3 +157,8 @@ def _key(view: str, sensitivity: str) -> str | None:
 
 def _service_key(service: str, sensitivity: str = Sensitivity.INTERNAL) -> str:
     return f"training_sets/{service}/{Sensitivity(sensitivity).value}"
+
+
+def online_key(view: str, sensitivity: str) -> str:
+    """The key of a view's online values of one class."""
+    return f"online/{view}/{sensitivity}"

@@ -16,7 +16,7 @@ from datetime import timedelta
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.store.offline.point_in_time import CREATED, EVENT
+from feature_jobs.store.types.schema import CREATED, EVENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import Field
-from feature_jobs.store.offline.point_in_time import DELETED
 from feature_jobs.store.types.dtypes import is_rich
+from feature_jobs.store.types.schema import DELETED
 
 Numbers = npt.NDArray[np.float64]
 

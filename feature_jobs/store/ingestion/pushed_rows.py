@@ -20,10 +20,10 @@ from feature_jobs.store.definitions.sources import Source
 from feature_jobs.store.definitions.views import DTYPES, FeatureView, FileSource
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
-from feature_jobs.store.offline.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.types.dtypes import from_json
 from feature_jobs.store.types.instants import Rounding, parse
 from feature_jobs.store.types.key_types import kind_of, type_of
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 MAX_ROWS = 1000
 ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})

@@ -21,8 +21,8 @@ from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
 from feature_jobs.store.ingestion.validation import FILES, RAW, REASON, prepare, unique_rules
-from feature_jobs.store.offline.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.types.key_types import reason_against
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,11 +23,11 @@ from feature_jobs.store.definitions.views import DTYPES, FeatureView
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.batch_checks import Outlier, Unique
 from feature_jobs.store.ingestion.profile import Profile
-from feature_jobs.store.offline.point_in_time import DELETED
 from feature_jobs.store.types.casting import cast_feature, cast_key, cast_time, is_utf8, misfits
 from feature_jobs.store.types.dtypes import list_of
 from feature_jobs.store.types.instants import TIME, Rounding, zoned
 from feature_jobs.store.types.key_types import RANGE, beyond_range
+from feature_jobs.store.types.schema import DELETED
 
 REASON, RAW, SOURCE = "__reason", "__raw", "__source"
 SOURCE_SCHEMA = b"source_schema"

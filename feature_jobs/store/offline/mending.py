@@ -28,15 +28,15 @@ from fsspec.core import url_to_fs
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from cluster.storage import exists
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import change_over
-from feature_jobs.store.offline.point_in_time import DELETED, SEQ
 from feature_jobs.store.offline.removal import file_without
 from feature_jobs.store.offline.tables import INGESTED, TIMESTAMP, BucketFile, Snapshot, Target
+from feature_jobs.store.types.schema import DELETED, SEQ
 
 _KEY = "falaj.mend"
 

@@ -12,8 +12,8 @@ from datetime import datetime
 import polars as pl
 
 from feature_jobs.store.definitions.aggregations import WindowSpec
-from feature_jobs.store.offline.point_in_time import CREATED, EVENT, SEQ
 from feature_jobs.store.offline.tables import Snapshot
+from feature_jobs.store.types.schema import CREATED, EVENT, SEQ
 
 
 def past_retention(pinned: Snapshot, windows: WindowSpec | None, oldest: datetime) -> pl.Expr:

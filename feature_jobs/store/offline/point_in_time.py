@@ -22,9 +22,8 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-EVENT, CREATED, SEQ = "event_timestamp", "created_timestamp", "ingest_seq"
-DELETED = "deleted"
-"""Bool column of tombstones, in the tables of views that have them; a frame without it holds none."""
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
+
 AVAILABLE = pl.max_horizontal(EVENT, CREATED)
 _V, _T, _ROW, _POSITION, _NONE = "__available", "__at", "__row", "__position", "__none"
 _LATE = pl.col(CREATED) > pl.col(EVENT)

@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 
 from cluster.ledger import Ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotReproducible
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from cluster.storage import list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import as_target, change_over

@@ -21,10 +21,12 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
+from feature_jobs.store.offline.point_in_time import AVAILABLE
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 BUCKET, INGESTED = "bucket", "ingested_at"
 TIMESTAMP = pa.timestamp("us", "UTC")

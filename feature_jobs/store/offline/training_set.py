@@ -22,7 +22,7 @@ from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import fill
 from feature_jobs.store.definitions.views import DTYPES
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.point_in_time import EVENT, answer
+from feature_jobs.store.offline.point_in_time import answer
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.on_demand import with_on_demand
@@ -30,6 +30,7 @@ from feature_jobs.store.types.casting import cast_time, is_text
 from feature_jobs.store.types.columns import with_appended
 from feature_jobs.store.types.instants import Rounding
 from feature_jobs.store.types.key_types import beyond_range, kind_of
+from feature_jobs.store.types.schema import EVENT
 
 POSITION, ABSENT = "__position", "__absent"
 THREADS = min(4, os.cpu_count() or 1)

@@ -33,7 +33,8 @@ from feature_jobs.store.aggregation.spans import (
     totals,
 )
 from feature_jobs.store.definitions.aggregations import EVERY, EXACT_DISTINCT, Output, WindowSpec
-from feature_jobs.store.offline.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ, Answers
+from feature_jobs.store.offline.point_in_time import AVAILABLE, Answers
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 _GROUP, _KNOWN, _UNTIL, _POSITION = "__group", "__known", "__until", "__position"
 _NEVER = np.iinfo(np.int64).max

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import polars as pl
 
 from feature_jobs.store.catalog.specifications import ViewSpec
-from feature_jobs.store.offline.point_in_time import CREATED, DELETED, EVENT, SEQ
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.types.dtypes import decimal_of
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 
 def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:

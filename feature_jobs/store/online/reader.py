@@ -8,9 +8,7 @@ what they need.
 from __future__ import annotations
 
 import datetime as dt
-import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from feature_jobs.store.online.rows import Block, Found
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import WindowedView
 from feature_jobs.store.types.key_types import kind_of, type_of
+from feature_jobs.store.types.status import FeatureVectors, Status
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _TYPES: dict[str, type] = {"int64": int, "string": str}
@@ -31,30 +30,7 @@ _TYPES: dict[str, type] = {"int64": int, "string": str}
 Key = tuple[int | str, ...] | None
 
 
-class Status(enum.StrEnum):
-    """What is known of a value."""
-
-    present = "present"
-    null = "null"
-    """The source said null."""
-    missing = "missing"
-    """Nothing is stored of the entity, or it was deleted."""
-    expired = "expired"
-    newer = "newer"
-    """What is stored is later than that time. What was known then is not stored online; a training set says it."""
-
-
 _PRESENT, _NULL, _MISSING, _EXPIRED, _NEWER = Status  # an enum's members are slow to look up
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureVectors:
-    """The features of some entities."""
-
-    columns: dict[str, list[Any]]
-    """`<view>__<feature>` to one value per entity."""
-    status: dict[str, Sequence[str]]
-    """Columns may share one list."""
 
 
 class FeatureReader:

@@ -28,9 +28,11 @@ from cryptography.exceptions import InvalidTag
 from cluster.errors import ArtifactTampered
 from cluster.security.encryption.envelope import NONCE_BYTES, ValueCipher, place_of
 from cluster.security.keys.store import KeyStore
+from feature_jobs.store.catalog.protection import online_key
 from feature_jobs.store.definitions.views import Sensitivity
 from feature_jobs.store.online.addresses import Addresses
 from feature_jobs.store.online.layout import Layout, Lists, Plan, columns_of, with_lists
+from feature_jobs.store.types.schema import PROVISIONAL
 
 RANK_BYTES = 24
 """Of a header: what orders rows."""
@@ -38,9 +40,6 @@ BLOCK_ROWS = 8
 """From so many rows on, going by columns pays."""
 ENTITY = "entity"
 """Stands for the addresses' key among the wrapped ones."""
-PROVISIONAL = 1 << 62
-"""Added to a pushed row's number in the push log until the row has an `ingest_seq`: greater than every one of those,
-as the row's own will be greater than all that were given out before."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
 _DELETED, _LOOSE = 1, 2
@@ -104,11 +103,6 @@ class Horizon:
 
 
 EVERYTHING = Horizon(PROVISIONAL, PROVISIONAL)
-
-
-def online_key(view: str, sensitivity: str) -> str:
-    """The key of a view's online values of one class."""
-    return f"online/{view}/{sensitivity}"
 
 
 def header_of(packed: bytes) -> Header:

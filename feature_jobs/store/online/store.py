@@ -15,6 +15,7 @@ from cluster.errors import OnlineStoreOutdated, SourceError
 from cluster.security.encryption.envelope import ValueCipher
 from cluster.security.encryption.parquet import CACHE_S
 from cluster.security.keys.store import KeyRevoked, KeyStore, KeyStoreUnavailable
+from feature_jobs.store.catalog.protection import online_key
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.definitions.views import Sensitivity
 from feature_jobs.store.online.changes import Change, Merge
@@ -30,7 +31,6 @@ from feature_jobs.store.online.rows import (
     OnlineRow,
     RowCipher,
     header_of,
-    online_key,
     open_hash_key,
     rank_of,
 )

@@ -22,10 +22,11 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.definitions.aggregations import WindowSpec
 from feature_jobs.store.definitions.limits import before
 from feature_jobs.store.definitions.views import Sensitivity, content_hash
-from feature_jobs.store.offline.point_in_time import AVAILABLE, CREATED, DELETED, EVENT, SEQ
+from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.online.frames import plain_columns
 from feature_jobs.store.online.rows import Found, OnlineRow
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 _ASCENDING = list(Sensitivity)
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

@@ -22,7 +22,8 @@ from typing import Any
 
 import polars as pl
 
-from feature_jobs.store.offline.point_in_time import AVAILABLE, CREATED, EVENT, SEQ
+from feature_jobs.store.offline.point_in_time import AVAILABLE
+from feature_jobs.store.types.schema import CREATED, EVENT, SEQ
 
 POSITION, AS_OF, REQUESTED = "__position", "__as_of", "__requested"
 FLOOR_SEQ, FLOOR_AS_OF = "__floor_seq", "__floor_as_of"

@@ -19,8 +19,8 @@ from cluster.records.reading import is_faulty
 from cluster.records.typed import column_of
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec
 from feature_jobs.store.definitions.views import DTYPES
-from feature_jobs.store.offline.point_in_time import EVENT
 from feature_jobs.store.types.dtypes import arrow_values, is_rich
+from feature_jobs.store.types.schema import EVENT
 
 TIME = pl.Datetime("us", "UTC")
 

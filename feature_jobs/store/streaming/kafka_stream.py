@@ -31,7 +31,6 @@ from cluster.ledger.events import BatchIngested
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedRows
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.point_in_time import EVENT, SEQ
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
@@ -39,6 +38,7 @@ from feature_jobs.store.streaming.checked_messages import CheckedMessages, Messa
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
 from feature_jobs.store.streaming.pushed_view import PushedView
 from feature_jobs.store.streaming.streamed import MicroBatch, Tally, event_of, newest, position, store_batch
+from feature_jobs.store.types.schema import EVENT, SEQ
 
 GENERATION_APP, BATCH_APP = "falaj.kafka.generation", "falaj.kafka.batch"
 """Application transactions: the generation that committed last, and the first `ingest_seq` of its last batch."""

@@ -24,7 +24,6 @@ from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.point_in_time import SEQ
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import settle_online
 from feature_jobs.store.online.store import OnlineStore
@@ -41,6 +40,7 @@ from feature_jobs.store.streaming.streamed import (
 )
 from feature_jobs.store.streaming.unfit import SourceNames, set_aside, source_names
 from feature_jobs.store.types.casting import DECLARED_KEYS
+from feature_jobs.store.types.schema import SEQ
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,12 +22,11 @@ from cluster.storage import Layout, local
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedRows, check_rows
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.point_in_time import SEQ
 from feature_jobs.store.online.events import put_online
-from feature_jobs.store.online.rows import PROVISIONAL
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import Appended, PushLog, PushRecord
 from feature_jobs.store.streaming.pushed_view import PushedView
+from feature_jobs.store.types.schema import PROVISIONAL, SEQ
 
 
 class Pusher:

@@ -18,7 +18,7 @@ from deltalake import DeltaTable
 
 from cluster.errors import CommitConflict, Inconsistent
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import protected_files
+from cluster.security.encryption.access import protected_files
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline import tables as offline

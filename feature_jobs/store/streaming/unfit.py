@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.ingestion.validation import json_form
-from feature_jobs.store.offline.point_in_time import CREATED, DELETED, EVENT
 from feature_jobs.store.offline.tables import same_type
 from feature_jobs.store.streaming.push_log import PushRecord
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 
 class SourceNames(NamedTuple):

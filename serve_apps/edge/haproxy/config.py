@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from cluster.security.authorization.policy import EDGE_ACTIONS, Action, Policy, Role
+from cluster.security.authorization.policy import EDGE_ACTIONS, Action, Policy
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import MAX_TEXT, TokenRules
 from serve_apps.edge.haproxy import backends, connections, dashboard, fallback, limiting, scopes
 from serve_apps.edge.haproxy import unauthenticated as strangers

@@ -17,10 +17,12 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import AccessDecided, StrangersRefused
 from cluster.security import acting
 from cluster.security.acting import act, check_reader
-from cluster.security.authorization.policy import Action, Resource, Role
-from cluster.security.identity import TokenVerifier, ensure_issuer, mint_token
+from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.tokens.intent import FILE_VARIABLE, mint_intent, write_intent
+from cluster.security.tokens.issuer import ensure_issuer, mint_token
+from cluster.security.tokens.principal import TokenVerifier
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier, VaultConfig
 from cluster.storage import Layout

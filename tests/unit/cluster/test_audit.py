@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from cluster.ledger.events import AccessDecided, DenialsCounted, LedgerEvent, StrangersRefused
 from cluster.security.authorization.audit import NOBODY, OTHER_REASONS, Decisions, is_sampled
 from cluster.security.authorization.denials import MAX_KNOWN, MAX_OF_ACTION, MAX_OF_ONE
-from cluster.security.authorization.policy import Action, Decision, Resource, Role
-from cluster.security.identity import Principal
+from cluster.security.authorization.policy import Action, Decision, Resource
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 
 DENIED = Decision(allowed=False, policies=("four-eyes",))
 ALLOWED = Decision(allowed=True, policies=("admin-manages",))

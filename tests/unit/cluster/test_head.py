@@ -12,9 +12,9 @@ import pytest
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.node.parts import Part
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import ensure_issuer
 from cluster.security.tokens.intent import read_intent
+from cluster.security.tokens.issuer import ensure_issuer
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig

@@ -21,9 +21,10 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import Unauthenticated
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import MAX_TOKEN_BYTES, TokenVerifier, ensure_issuer, local_keys, mint_token
-from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, TokenRules
+from cluster.security.tokens.issuer import ensure_issuer, mint_token
+from cluster.security.tokens.principal import TokenVerifier, local_keys
+from cluster.security.tokens.roles import Role
+from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, MAX_TOKEN_BYTES, TokenRules
 from cluster.storage import Layout
 
 Sign = Callable[..., str]

@@ -13,8 +13,6 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, local_keys, mint_token
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,
@@ -26,7 +24,9 @@ from cluster.security.tokens.intent import (
     read_intent,
     write_intent,
 )
-from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.issuer import ensure_issuer, mint_token, rotate_issuer
+from cluster.security.tokens.principal import Principal, TokenVerifier, local_keys
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import TokenRules
 from cluster.storage import Layout
 

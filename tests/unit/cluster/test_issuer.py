@@ -13,10 +13,10 @@ from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security import identity
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import TokenVerifier, ensure_issuer, local_keys, mint_token
 from cluster.security.tokens.intent import IntentVerifier, read_intent
-from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.issuer import ensure_issuer, mint_token, rotate_issuer
+from cluster.security.tokens.principal import TokenVerifier, local_keys
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout

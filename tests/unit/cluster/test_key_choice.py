@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster import up
 from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.node.launch import overrides as overrides_of
-from cluster.security.authorization.policy import Decision, Policy, Resource, Role
-from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
+from cluster.security.authorization.policy import Decision, Policy, Resource
 from cluster.security.keys import configured
 from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.broker import Broker
@@ -30,6 +29,9 @@ from cluster.security.keys.kek import SALT_BYTES, Derivation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo
 from cluster.security.keys.vault import VaultKeyStore
+from cluster.security.tokens.issuer import ensure_issuer, mint_token
+from cluster.security.tokens.principal import Principal, TokenVerifier
+from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, load
 from cluster.storage import Layout
 from tests.vault_double import VaultDouble

@@ -29,8 +29,8 @@ from cluster.ledger.events import (
     parse,
 )
 from cluster.registry import Registry
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import ensure_issuer, mint_token, write_private
+from cluster.security.tokens.issuer import ensure_issuer, mint_token, write_private
+from cluster.security.tokens.roles import Role
 from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
 from serve_apps.edge.limits import read_own_limits

@@ -19,6 +19,7 @@ from cluster.ledger.events import (
     ModelRegistered,
     TrainingSetBuilt,
 )
+from cluster.lineage import __main__
 from cluster.lineage import trace as lineage
 from cluster.lineage.openlineage import run_events
 from cluster.lineage.trace import Column, ModelTrace, describe, trace
@@ -257,18 +258,18 @@ def test_the_command_prints_and_writes_without_a_cluster(
     root = str(Path(str(ledger.engine.url.database)).parent)
     flags = ["lineage", "--root", root, "--model", "loan", "--version", "1"]
     monkeypatch.setattr("sys.argv", flags)
-    lineage.main()
+    __main__.main()
     said = capsys.readouterr().out
     assert "income__amount <- income.amount (1) <- amount of income.parquet" in said
     assert "person__grade <- person.grade (1) <- all columns of person.parquet by shop:bands" in said
     assert "deployed as loan-v1, variant champion" in said
     output = tmp_path / "events.jsonl"
     monkeypatch.setattr("sys.argv", [*flags, "--format", "openlineage", "--output", str(output)])
-    lineage.main()
+    __main__.main()
     assert [json.loads(line)["eventType"] for line in output.read_text().splitlines()] == [
         "START",
         "COMPLETE",
     ] * 5
     monkeypatch.setattr("sys.argv", [*flags, "--format", "json"])
-    lineage.main()
+    __main__.main()
     assert json.loads(capsys.readouterr().out)["columns"][0]["column"] == "income__amount"

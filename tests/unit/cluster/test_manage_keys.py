@@ -14,12 +14,12 @@ from cluster.errors import AccessDenied, ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation
 from cluster.security.acting import Actor, act
-from cluster.security.identity import ensure_issuer
 from cluster.security.keys import keyring, ringfile
 from cluster.security.keys.kek import kek_from_file
 from cluster.security.keys.keyring import KEK_NAME, open_local, rotate_local_kek
 from cluster.security.keys.store import KeyInfo, KeyRevoked
 from cluster.security.manage_keys import ENTRYPOINT, KeyAction, ManageKeysConfig, revoke, rotate_kek
+from cluster.security.tokens.issuer import ensure_issuer
 from cluster.session import ClusterRecord
 from cluster.settings import IdentityConfig, SecretsConfig, StorageConfig
 from cluster.storage import Layout

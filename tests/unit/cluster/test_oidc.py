@@ -13,7 +13,6 @@ import pytest
 from joserfc.jwk import ECKey, OctKey, RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.identity import TokenVerifier
 from cluster.security.tokens.oidc import (
     MAX_DOCUMENT_BYTES,
     RemoteKeys,
@@ -23,6 +22,7 @@ from cluster.security.tokens.oidc import (
     require_safe,
     usable_keys,
 )
+from cluster.security.tokens.principal import TokenVerifier
 from cluster.security.tokens.verification import TokenRules
 from tests.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
 

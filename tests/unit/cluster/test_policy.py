@@ -21,9 +21,9 @@ from cluster.security.authorization.policy import (
     Action,
     Policy,
     Resource,
-    Role,
 )
-from cluster.security.identity import Principal
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 
 CLASSES = ("public", "internal", "personal", "sensitive")
 DE, DS, ML, AP, AU, SE, AD, SU = Role

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.security.authorization.policy import Action, Decision, Policy, Resource, Role
-from cluster.security.identity import Principal
+from cluster.security.authorization.policy import Action, Decision, Policy, Resource
 from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.gate import Gate, Operation, widens
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import COLUMN_CLASSES, KeyInfo
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 
 POLICY = Policy.load()
 VIEW = KeyInfo(name="features/patient/sensitive", column_class="sensitive", purposes=("care",))

@@ -11,10 +11,10 @@ import pytest
 from joserfc.jwk import RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import Principal, ensure_issuer, mint_token
 from cluster.security.tokens.intent import INTENT_AUDIENCE, MAX_TTL_S, mint_intent
-from cluster.security.tokens.issuer import ISSUER
+from cluster.security.tokens.issuer import ISSUER, ensure_issuer, mint_token
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout

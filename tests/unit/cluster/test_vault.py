@@ -24,8 +24,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import AccessDenied, ConfigError, InvalidRequest, Unauthenticated
-from cluster.security.authorization.policy import Decision, Role
-from cluster.security.identity import Principal
+from cluster.security.authorization.policy import Decision
 from cluster.security.keys.gate import Gate, Operation
 from cluster.security.keys.store import (
     KeyInfo,
@@ -45,6 +44,8 @@ from cluster.security.keys.vault_session import (
     read_secret,
     renew,
 )
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 from tests.vault_double import VaultDouble
 
 NAME = "features/income/personal"

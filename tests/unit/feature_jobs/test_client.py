@@ -18,8 +18,8 @@ from deltalake import DeltaTable
 from cluster.errors import AccessDenied, ClusterNotRunning, InvalidRequest, TrainingSetError, ViewRetired
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import AccessDecided, FeatureViewStateChanged, TrainingSetBuilt
-from cluster.security.identity import ensure_issuer
 from cluster.security.keys.access import key_store
+from cluster.security.tokens.issuer import ensure_issuer
 from cluster.session import write_record
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout, read_parquet

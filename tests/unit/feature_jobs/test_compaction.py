@@ -13,8 +13,9 @@ from deltalake import DeltaTable
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureTableRewritten
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
-from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.compact import record
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import Unique
 from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.definitions.kafka_source import KafkaSource

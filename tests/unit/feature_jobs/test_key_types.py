@@ -15,7 +15,8 @@ import pytest
 
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.apply import check_stored_keys
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range

@@ -18,7 +18,8 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online import lmdb_engine as online_lmdb
 from feature_jobs.store.online import redis_engine as online_redis
 from feature_jobs.store.online.reader import open_online
-from feature_jobs.store.online.rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online.rows import Horizon, OnlineRow
+from feature_jobs.store.types.schema import PROVISIONAL
 from tests import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))

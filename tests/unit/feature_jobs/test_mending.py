@@ -15,7 +15,8 @@ from deltalake import DeltaTable
 
 from cluster.errors import SourceError
 from cluster.ledger.events import BatchMended
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store import Field, FileSource
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection, view_protection

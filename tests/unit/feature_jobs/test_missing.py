@@ -33,7 +33,7 @@ from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
 from feature_jobs.store.definitions.missing import ABSENT, MissingPolicy, fill, parse, settle
-from feature_jobs.store.online.reader import Status
+from feature_jobs.store.types.status import Status
 from tests.feature_project import INCOME as PEOPLES_INCOME
 from tests.feature_project import PEOPLE, FeatureProject
 

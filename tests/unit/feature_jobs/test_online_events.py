@@ -24,9 +24,10 @@ from cluster.storage import Layout
 from feature_jobs.store.online.engine import Write
 from feature_jobs.store.online.events import merge_of, put_online, settle_online
 from feature_jobs.store.online.reader import FeatureReader, open_online
-from feature_jobs.store.online.rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import states, stored_view
+from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
 from tests.unit.feature_jobs.test_online_windows import (
     EVENT,

@@ -26,8 +26,9 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online.engine import Rows
 from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
 from feature_jobs.store.online.redis_engine import RedisEngine
-from feature_jobs.store.online.rows import PROVISIONAL, Horizon, OnlineRow
+from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import Found, OnlineStore
+from feature_jobs.store.types.schema import PROVISIONAL
 from tests.ports import free_port
 from tests.redis_server import running_redis
 from tests.unit.feature_jobs.test_online import START, ServiceSpec

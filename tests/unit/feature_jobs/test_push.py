@@ -16,15 +16,17 @@ import pytest
 
 from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, RecordLogCorrupt, ViewRetired
 from cluster.ledger.events import BatchIngested, FeatureViewApplied, FeatureViewStateChanged
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.catalog.specifications import Definitions, apply
 from feature_jobs.store.offline.tables import open_table
-from feature_jobs.store.online.rows import PROVISIONAL, OnlineRow
+from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.streaming import streamed
 from feature_jobs.store.streaming.pushed_view import from_record, pushed_view
 from feature_jobs.store.streaming.pusher import Pusher
+from feature_jobs.store.types.schema import PROVISIONAL
 from tests import forks
 from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
 

@@ -16,8 +16,9 @@ from deltalake import DeltaTable
 
 from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
+from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import ProtectedFileCorrupt
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.keys.access import KeyAccess
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique

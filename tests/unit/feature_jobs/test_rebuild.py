@@ -13,7 +13,8 @@ import pytest
 
 from cluster.errors import Inconsistent, TrainingSetError
 from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
-from cluster.security.keys.access import KeyAccess, key_store, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.store import FeatureView, Field
 from feature_jobs.store.offline.compaction import as_target, rewrite
 from feature_jobs.training_set import TrainingSetConfig

@@ -15,9 +15,10 @@ from cluster.records import OutcomeRecord, SegmentWriter, count_records
 from cluster.registry import Registry
 from cluster.security.acting import Actor
 from cluster.security.authorization.audit import Decisions
-from cluster.security.authorization.policy import Policy, Role
-from cluster.security.identity import Principal
+from cluster.security.authorization.policy import Policy
 from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.compact_log import __main__ as compact_log
 from tests.broker import running_broker

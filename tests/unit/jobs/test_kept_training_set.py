@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import TrainingSetError
-from cluster.security.keys.access import KeyAccess, protected_files
+from cluster.security.encryption.access import protected_files
+from cluster.security.keys.access import KeyAccess
 from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import training_set_protection
 from feature_jobs.store.catalog.specifications import service_spec

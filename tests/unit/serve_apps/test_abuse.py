@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
-from cluster.security.authorization.policy import Role
+from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.config import render
 from serve_apps.replica.http import LOG, MAX_BODY_BYTES
 from tests.edge import ROLLOUT, Edge

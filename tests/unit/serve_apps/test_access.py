@@ -11,10 +11,11 @@ from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, StrangersRefused
 from cluster.security.authorization.audit import Append
-from cluster.security.authorization.policy import Action, Policy, Resource, Role
-from cluster.security.identity import Principal, TokenVerifier, ensure_issuer, mint_token
-from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.authorization.policy import Action, Policy, Resource
+from cluster.security.tokens.issuer import ensure_issuer, mint_token, rotate_issuer
 from cluster.security.tokens.oidc import FileKeys
+from cluster.security.tokens.principal import Principal, TokenVerifier
+from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 from serve_apps.replica import access
 from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, in_background

@@ -19,8 +19,8 @@ from cluster.ledger.events import (
     RolloutWeightChanged,
     StrangersRefused,
 )
-from cluster.security.identity import local_keys
 from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.haproxy import unauthenticated as strangers
 from serve_apps.edge.haproxy.limiting import Limited
 from tests.controller import (

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import AUDIENCE
-from cluster.security.tokens.issuer import sign
+from cluster.security.tokens.issuer import AUDIENCE, sign
+from cluster.security.tokens.roles import Role
 from serve_apps.edge.control.haproxy_process import ConfigRefused
 from serve_apps.rollout.assignment import assign, bounds
 from tests.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit, wait_until

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import AUDIENCE, mint_token
-from cluster.security.tokens.issuer import sign
+from cluster.security.tokens.issuer import AUDIENCE, mint_token, sign
+from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.dashboard import COOKIE
 from tests.edge import PREDICT, RAY_TOKEN, Edge
 

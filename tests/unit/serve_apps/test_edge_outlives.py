@@ -14,9 +14,9 @@ import pytest
 from cluster.ledger.events import (
     AliasMoved,
 )
-from cluster.security.identity import local_keys
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.oidc import RemoteKeys
+from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.control import last_state as last
 from serve_apps.replica.targets import Targets
 from tests.controller import (

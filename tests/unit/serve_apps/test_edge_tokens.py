@@ -18,16 +18,11 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import Unauthenticated
-from cluster.security.authorization.policy import Action, Policy, Resource, Role
-from cluster.security.identity import (
-    ALGORITHM,
-    AUDIENCE,
-    ISSUER,
-    TokenVerifier,
-    local_keys,
-)
-from cluster.security.tokens.issuer import rotate_issuer
+from cluster.security.authorization.policy import Action, Policy, Resource
+from cluster.security.tokens.issuer import ALGORITHM, AUDIENCE, ISSUER, rotate_issuer
 from cluster.security.tokens.oidc import RemoteKeys, discovered
+from cluster.security.tokens.principal import TokenVerifier, local_keys
+from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.settings import IssuerConfig
 from serve_apps.edge.haproxy.config import render

@@ -13,9 +13,9 @@ import pytest
 from cluster.ledger import open_ledger
 from cluster.records import read_records
 from cluster.runtime import InputSpec, ModelSignature, Task
-from cluster.security.authorization.policy import Role
-from cluster.security.identity import mint_token
 from cluster.security.keys.access import KeyAccess, key_store
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from feature_jobs.store import (

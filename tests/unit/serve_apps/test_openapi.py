@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from cluster.security.authorization.policy import Role
+from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.openapi import MAX_BYTES, document
 from tests.edge import Edge
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
-from cluster.security.authorization.policy import Role
+from cluster.security.tokens.roles import Role
 from serve_apps.predictor.tensors import to_raw
 from tests.replica import Replica, running_replica
 
