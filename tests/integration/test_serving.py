@@ -460,7 +460,7 @@ def test_a_version_that_serves_nobody_is_removed(client: Shop) -> None:
     while "loan-v2" in json.loads(state.read_text())["backends"]:
         assert time.monotonic() < deadline, "the edge keeps it"
         threading.Event().wait(0.1)
-    lineage = project.run("cluster.lineage.trace", "--model", "loan", "--version", "2", check=True).stdout
+    lineage = project.run("cluster.lineage", "--model", "loan", "--version", "2", check=True).stdout
     assert "removed from loan-v2: it's old" in lineage
     refused = project.run(*remove, "version=2")
     assert (refused.returncode, "is not deployed" in refused.stderr) == (2, True), refused.stderr

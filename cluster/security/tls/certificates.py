@@ -287,7 +287,3 @@ def main() -> None:
         print(_shown(folder))
     except RefusedError as error:
         refuse(error)
-
-
-if __name__ == "__main__":
-    main()
