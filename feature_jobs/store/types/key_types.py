@@ -73,8 +73,14 @@ def reason_against(row: Mapping[str, Any], keys: Iterable[str], types: dict[str,
 
 
 def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Which stored keys are beyond the range; None where the type has no such value."""
+    """Which keys are beyond the range; None where no key is.
+
+    The least key is looked at first: comparing with a number of Python's imports pandas, which takes a third of a join.
+    """
     if not pa.types.is_int64(column.type):
+        return None
+    least = pc.min_max(column)["min"].as_py()
+    if least is None or least >= -MAX_KEY:
         return None
     return pc.fill_null(pc.less(column, -MAX_KEY), False)
 
