@@ -45,6 +45,8 @@ def run_forked(
     context.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
+        for path in (out, err):
+            path.touch(mode=0o600)  # a process that ends before it is the command has printed nothing
         process = context.Process(target=_main, args=(module, args, str(cwd), env, str(out), str(err)))
         process.start()
         process.join(timeout_s)

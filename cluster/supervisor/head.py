@@ -12,7 +12,7 @@ import psutil
 
 from cluster import processes
 from cluster.errors import ConfigError, FalajError
-from cluster.node.launch import environment, gcs_folder, shared_overrides, start_ray, start_serve
+from cluster.node.launch import environment, gcs_folder, start_ray, start_serve, started_with
 from cluster.node.parts import RAYS_OWN, part_of
 from cluster.security.private_folder import private_folder
 from cluster.security.tokens.intent import mint_intent, write_intent
@@ -70,12 +70,11 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
         ConfigError: another issuer than the dev issuer is believed, and no file holds an intent of it.
     """
     token = supervisor_intent(config, record)
-    words = shared_overrides(config, record) if record.overrides is None else record.overrides
     try:
         result = subprocess.run(
             [
                 *(sys.executable, "-m", RESTORE, "action=restore", "as_deployed=true"),
-                *(f"++identity.token_file='{token}'", *words),
+                *(f"++identity.token_file='{token}'", *started_with(config, record)),
             ],
             env=environment(config, record),
             stdin=subprocess.DEVNULL,
