@@ -1,14 +1,19 @@
-"""As whom a job acts, and what it may do: its point of policy enforcement.
+"""The principal of a job, and the permission checks that a job does itself.
 
-A job's principal is an intent (`tokens/intent.py`). With `identity.token_file` (or FALAJ_INTENT_FILE) it is
-the one in that file or, named `vault:<path>#<field>`, in Vault; an access token there is exchanged for one by the dev
-issuer. Without a file the dev issuer gives one to the user of this machine, with the configured role and purpose.
-Intents of the dev issuer are short-lived and renewed as long as the job lives, so that a long training does not outlive
-its identity, and a killed one leaves nothing that holds for long. Those in Vault are fetched again, and others are kept
-fresh by whoever wrote the file.
+A job acts under an intent (`tokens/intent.py`). The intent comes from one of these places:
 
-The process asks the policy here before it does something, workers show the same file, and the key broker asks again
-for every key: a job that was changed to skip its own check still gets no key. Every denial is an event.
+- the file in `identity.token_file` or FALAJ_INTENT_FILE,
+- Vault, if that setting is `vault:<path>#<field>`,
+- the dev issuer, if no file is configured. The principal is then the user of this machine with the configured role and
+purpose.
+
+If the file holds an access token, the dev issuer exchanges it for an intent. Intents of the dev issuer are short-lived
+and are renewed while the job lives. So a long training does not lose its identity, and a killed job leaves no valid
+token for long. Intents in Vault are fetched again at the same interval. Intents in other files are kept fresh by the
+process that writes the file.
+
+The job checks the policies before each action. Its workers show the same file, and the key broker checks again for
+every key, so a job without its own check still gets no key. Every denial is an event.
 """
 
 from __future__ import annotations
@@ -36,70 +41,70 @@ from cluster.security.tokens.intent import (
     intent_file,
     is_intent,
     mint_intent,
-    read_private,
+    read_token_file,
     write_intent,
 )
 from cluster.security.tokens.principal import Principal, current_actor
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.security.tokens.trust import Trust
+from cluster.security.tokens.verification import RENEW_S, TOKEN_TTL_S
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
 
-TTL_S = 900
-RENEW_S = 300
 LOG_FORMAT = "%(asctime)s %(levelname)s PRINCIPAL %(name)s: %(message)s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Actor:
-    """Who a job acts as."""
+    """The identity that a job acts under."""
 
     principal: Principal
     access: KeyAccess
-    """The same identity for the key broker; plain data, for workers."""
+    """The same identity for requests to the key broker. Plain data, so workers can receive it."""
     policy: Policy
     environment: str
     decisions: Decisions
 
     @property
     def name(self) -> str:
-        """As events name it."""
+        """The subject, as events name it."""
         return self.principal.subject
 
     def check(self, action: Action, *resources: Resource) -> None:
-        """Go on only if the policies permit the action to every resource.
+        """Require that the policies permit the action on every resource.
 
         Raises:
-            AccessDenied: naming the policies; an event says so.
+            AccessDenied: the message names the policies. The denial is also an event.
         """
         for resource in resources:
             decision = self.policy.decide(self.principal, action, resource, environment=self.environment)
             self.decisions.decided(self.principal, action, resource, decision, at=time.time())
             if not decision.allowed:
-                self.decisions.flush()  # a job that is denied something mostly ends
+                self.decisions.flush()  # a job usually ends after a denial
                 self.policy.check(self.principal, action, resource, environment=self.environment)
 
 
 def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
-    """The actor of this process, a job; its name stands in the process's log lines from now on.
+    """Return the actor of this process, which runs a job. Adds the actor's name to the process's log lines.
 
     Args:
-        config: says as whom; held to what the running cluster is, see `cluster/security/installation.py`.
-        record: of the running cluster.
+        config: names the token and the issuer; updated with the running cluster's settings, see
+            `cluster/security/installation.py`.
+        record: record of the running cluster.
         ledger: where decisions are recorded.
-        entrypoint: the module that is run, "feature_jobs.ingest" for one.
+        entrypoint: the module that runs, such as "feature_jobs.ingest".
 
     Raises:
-        ConfigError: a role that does not exist, a token file that cannot be read or is open to others, or a
-            configuration that contradicts the running cluster.
-        Unauthenticated: the token does not hold, or is an intent for another entrypoint; an event counts it.
+        ConfigError: the role does not exist, the token file cannot be read or is open to other users, or the
+            configuration contradicts the running cluster.
+        Unauthenticated: the token is invalid, or is an intent for another entrypoint. An event counts it.
     """
     hold_to(record, config)
     places = Layout(record.storage_root)
     decisions = Decisions(ledger.append)
-    with _counting_strangers(decisions):
+    with _recording_unauthenticated(decisions):
         principal, path = _identify(config, places, entrypoint)
     _name_in_logs(principal.subject)
     return Actor(
@@ -119,28 +124,33 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
 
 
 def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
-    """Go on only if the holder of a token may read the ledger.
+    """Require that the holder of a token may read the ledger.
 
-    The token is held against the issuer that the storage root's cluster was started with, else the dev issuer.
+    The token must come from the issuer of the cluster at this storage root, or from the dev issuer if there is no such
+    record.
 
     Raises:
-        Unauthenticated, AccessDenied: an event says so.
+        Unauthenticated, AccessDenied: the token is invalid or lacks the right. An event records it.
         ConfigError: the file cannot be read, or there is no issuer.
     """
     policy, decisions = Policy.load(), Decisions(ledger.append)
-    trust, token = Trust.of(_issuer_of(places), places), read_private(token_file)
-    with _counting_strangers(decisions):
+    trust, token = Trust.of(_issuer_of(places), places), read_token_file(token_file)
+    with _recording_unauthenticated(decisions):
         reader = trust.tokens.verify(token)
-    whole = Resource(kind="ledger", name="ledger")
+    whole_ledger = Resource(kind="ledger", name="ledger")
     decisions.decided(
-        reader, Action.read_ledger, whole, policy.decide(reader, Action.read_ledger, whole), at=time.time()
+        reader,
+        Action.read_ledger,
+        whole_ledger,
+        policy.decide(reader, Action.read_ledger, whole_ledger),
+        at=time.time(),
     )
-    policy.check(reader, Action.read_ledger, whole)
+    policy.check(reader, Action.read_ledger, whole_ledger)
 
 
 @contextlib.contextmanager
-def _counting_strangers(decisions: Decisions) -> Iterator[None]:
-    """Have an event of a token that does not hold, before the error goes on."""
+def _recording_unauthenticated(decisions: Decisions) -> Iterator[None]:
+    """Record an `Unauthenticated` error as an event, then raise it again."""
     try:
         yield
     except Unauthenticated as error:
@@ -156,39 +166,43 @@ def _issuer_of(places: Layout) -> IssuerConfig:
 
 
 def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
-    """The principal, and the file that its intent lies in."""
+    """Return the job's principal and the file of its intent."""
     trust = Trust.of(config.identity.issuer, places)
-    named = config.identity.token_file or os.environ.get(FILE_VARIABLE, "")
-    given = intent_file(config.identity.token_file, os.environ)
-    if given is None:
-        granted = _user_of_this_machine(config)
-    elif named.startswith("vault:"):
-        # Vault's client is slow to import, and few jobs want it.
+    reference = config.identity.token_file or os.environ.get(FILE_VARIABLE, "")
+    file = intent_file(config.identity.token_file, os.environ)
+    if file is None:
+        principal = _local_user(config)
+    elif reference.startswith("vault:"):
+        # Vault's client is slow to import, and few jobs need it.
         from cluster.security.keys.vault_token import token_in_vault
 
-        token = token_in_vault(named, config.secrets.vault)
+        token = token_in_vault(reference, config.secrets.vault)
         if is_intent(token):
-            principal = trust.intents.verify(token, entrypoint=entrypoint).principal
-            return principal, _kept(places, entrypoint, lambda: token_in_vault(named, config.secrets.vault))
-        granted = trust.tokens.verify(token)
+            intent = trust.intents.verify(token, entrypoint=entrypoint)
+            return intent.principal, _renewed_intent_file(
+                places, entrypoint, lambda: token_in_vault(reference, config.secrets.vault)
+            )
+        principal = trust.tokens.verify(token)
     else:
-        given = Path(resolve(str(given)))
-        token = read_private(given)
+        file = Path(resolve(str(file)))
+        token = read_token_file(file)
         if is_intent(token):
-            return trust.intents.verify(token, entrypoint=entrypoint).principal, given
-        granted = trust.tokens.verify(token)
+            return trust.intents.verify(token, entrypoint=entrypoint).principal, file
+        principal = trust.tokens.verify(token)
     if config.identity.issuer.url is not None:
         raise ConfigError(
             f"A job needs an intent of {config.identity.issuer.url}: a token for the audience {INTENT_AUDIENCE} with "
             f"the claim entrypoint '{entrypoint}'. Name its file with identity.token_file=…"
         )
-    path = _kept(places, entrypoint, lambda: mint_intent(places, granted, entrypoint=entrypoint, ttl_s=TTL_S))
-    return trust.intents.verify(read_private(path), entrypoint=entrypoint).principal, path
+    path = _renewed_intent_file(
+        places, entrypoint, lambda: mint_intent(places, principal, entrypoint=entrypoint, ttl_s=TOKEN_TTL_S)
+    )
+    return trust.intents.verify(read_token_file(path), entrypoint=entrypoint).principal, path
 
 
-def _user_of_this_machine(config: PlatformConfig) -> Principal:
+def _local_user(config: PlatformConfig) -> Principal:
     role = config.identity.role
-    known = [one for one in Role.__members__ if one != Role.supervisor]  # no person's
+    known = [name for name in Role.__members__ if name != Role.supervisor]  # for the cluster itself only
     if role not in known:
         raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, known)}")
     return Principal(
@@ -196,45 +210,48 @@ def _user_of_this_machine(config: PlatformConfig) -> Principal:
     )
 
 
-def _kept(places: Layout, entrypoint: str, fresh: Callable[[], str]) -> Path:
-    """A file with an intent for this process and its workers, fresh while this process lives."""
+def _renewed_intent_file(places: Layout, entrypoint: str, new_token: Callable[[], str]) -> Path:
+    """Return a file with an intent for this process and its workers. A thread renews it until the process ends."""
     folder = local(places.keys) / "intents"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_expired(folder)
     path = folder / f"{entrypoint}-{uuid.uuid4().hex}.jwt"
 
     def renew() -> None:
-        write_intent(path, fresh())
+        write_intent(path, new_token())
 
-    def keep() -> None:
+    def renew_until_ended() -> None:
         while not ended.wait(RENEW_S):
             try:
                 renew()
             except (OSError, FalajError, RefusedError) as error:
                 logging.getLogger(__name__).warning("The job's intent could not be renewed: %s", error)
 
-    def end() -> None:
+    def stop() -> None:
         ended.set()
-        keeper.join()
+        thread.join()
         path.unlink(missing_ok=True)
 
     renew()
-    ended, keeper = threading.Event(), threading.Thread(target=keep, daemon=True, name="intent")
-    keeper.start()
-    atexit.register(end)
+    ended, thread = threading.Event(), threading.Thread(target=renew_until_ended, daemon=True, name="intent")
+    thread.start()
+    atexit.register(stop)
     return path
 
 
 def _remove_expired(folder: Path) -> None:
-    """What killed jobs left behind."""
+    """Remove the intents that killed jobs left behind."""
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - TTL_S:
+            if path.stat().st_mtime < time.time() - TOKEN_TTL_S:
                 path.unlink()
 
 
 def _name_in_logs(subject: str) -> None:
-    """In the format itself: Hydra lets no configuration name a formatter that has a default for the field."""
+    """Add the principal's name to the log format.
+
+    The name is part of the format text, because Hydra cannot configure a formatter with a default for a field.
+    """
     formatter = logging.Formatter(LOG_FORMAT.replace("PRINCIPAL", subject.replace("%", "%%")))
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter)

@@ -1,12 +1,12 @@
-"""Who is asking: signed tokens, verified against their issuer's keys.
+"""Command line of the dev issuer: mint, verify and rotate tokens.
 
     python -m cluster.security.identity token --sub alice --role data_scientist --purpose credit_scoring
     python -m cluster.security.identity intent --sub alice --role data_engineer --entrypoint feature_jobs.ingest …
     python -m cluster.security.identity verify FILE
     python -m cluster.security.identity rotate
 
-Locally the dev issuer signs them (`cluster/security/tokens/issuer.py`). In production an OIDC issuer does, and
-`cluster/security/tokens/trust.py` says whom to believe.
+Local tokens are signed by the dev issuer (`cluster/security/tokens/issuer.py`). In production an OIDC issuer signs
+them, and `cluster/security/tokens/trust.py` selects the trusted issuer.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from cluster.security.tokens.verification import (
     LEEWAY_S,
     MAX_LIFETIME_S,
     MAX_TOKEN_BYTES,
+    TOKEN_TTL_S,
     scoped_models,
 )
 from cluster.settings import StorageConfig
@@ -62,35 +63,48 @@ __all__ = [
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cluster.security.identity", description="Local identities."
+        prog="python -m cluster.security.identity", description="Tokens of the dev issuer."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     token = commands.add_parser("token", help="mint a short-lived token from the dev issuer")
-    intent = commands.add_parser("intent", help="mint one that runs a single job: identity.token_file=FILE")
-    intent.add_argument("--entrypoint", required=True, help="the job's module, feature_jobs.ingest for one")
-    roles = [role.value for role in Role if role is not Role.supervisor]  # no person's
+    intent = commands.add_parser(
+        "intent", help="mint a token that runs a single job: identity.token_file=FILE"
+    )
+    intent.add_argument("--entrypoint", required=True, help="the job's module, such as feature_jobs.ingest")
+    roles = [
+        role.value for role in Role if role is not Role.supervisor
+    ]  # supervisor is for the cluster itself
     for command in (token, intent):
         command.add_argument("--sub", required=True, help="subject")
         command.add_argument("--role", required=True, choices=roles)
         command.add_argument("--purpose", default="", help="what the data will be used for")
-        command.add_argument("--tenant", default="default", help="whose data it is (default: default)")
+        command.add_argument(
+            "--tenant", default="default", help="tenant that owns the data (default: default)"
+        )
         command.add_argument(
             "--scope",
             default="",
-            help="'model:a model:b' for these models alone (default: what the role may)",
+            help="'model:a model:b' to allow these models only (default: all that the role allows)",
         )
-        command.add_argument("--ttl-s", type=int, default=900, help="seconds until it expires (default: 900)")
+        command.add_argument(
+            "--ttl-s",
+            type=int,
+            default=TOKEN_TTL_S,
+            help="seconds until it expires (default: %(default)s)",
+        )
         command.add_argument(
             "--output", type=Path, help="file to write (mode 0600) instead of standard output"
         )
-    rotate = commands.add_parser("rotate", help="sign with a new key; old tokens hold until they expire")
+    rotate = commands.add_parser(
+        "rotate", help="sign with a new key; old tokens stay valid until they expire"
+    )
     rotate.add_argument(
         "--keep-s",
         type=int,
         default=MAX_LIFETIME_S + LEEWAY_S,
-        help="seconds for which the old key's tokens still hold; 0 ends them now (default: the longest token's life)",
+        help="seconds for which old tokens stay valid; 0 ends them now (default: the longest lifetime of a token)",
     )
-    verify = commands.add_parser("verify", help="say whose token a file holds, or why it is refused")
+    verify = commands.add_parser("verify", help="print the principal of a token, or why the token is refused")
     verify.add_argument("file", type=Path, help="file with one token")
     for command in (token, intent, rotate, verify):
         command.add_argument(
@@ -100,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    """What a command prints; nothing where it wrote a file."""
+    """Run a command and return the text to print, empty if it wrote a file."""
     places = layout(StorageConfig(root=arguments.root))
     if arguments.command == "rotate":
         return f"New tokens are signed with key {rotate_issuer(places, keep_s=arguments.keep_s)}."
@@ -109,14 +123,15 @@ def _run(arguments: argparse.Namespace) -> str:
             raise ConfigError(f"No token file at {arguments.file}.")
         content = arguments.file.read_bytes()[: MAX_TOKEN_BYTES + 2].decode(errors="replace")
         return json.dumps(dataclasses.asdict(TokenVerifier.of(places).verify(content.strip())))
-    text = _minted(places, arguments)
+    text = _mint(places, arguments)
     if arguments.output is None:
         return text
     replace_private(arguments.output, text.encode())
     return ""
 
 
-def _minted(places: Layout, arguments: argparse.Namespace) -> str:
+def _mint(places: Layout, arguments: argparse.Namespace) -> str:
+    """Return a token of the dev issuer as the flags describe it."""
     if arguments.command == "token":
         return mint_token(
             places,
@@ -127,9 +142,9 @@ def _minted(places: Layout, arguments: argparse.Namespace) -> str:
             tenant=arguments.tenant,
             scope=arguments.scope,
         )
-    from cluster.security.tokens.intent import mint_intent  # which builds on this module
+    from cluster.security.tokens.intent import mint_intent  # this import is needed by one command only
 
-    stated = Principal(
+    principal = Principal(
         subject=arguments.sub,
         role=Role(arguments.role),
         purpose=arguments.purpose,
@@ -137,11 +152,11 @@ def _minted(places: Layout, arguments: argparse.Namespace) -> str:
         expires_at=0,
         models=scoped_models({"scope": arguments.scope}, "scope"),
     )
-    return mint_intent(places, stated, entrypoint=arguments.entrypoint, ttl_s=arguments.ttl_s)
+    return mint_intent(places, principal, entrypoint=arguments.entrypoint, ttl_s=arguments.ttl_s)
 
 
 def main() -> None:
-    """Parse the flags and run a command."""
+    """Parse the flags and run the command."""
     try:
         printed = _run(_parser().parse_args())
     except RefusedError as error:

@@ -1,8 +1,8 @@
-"""What a running cluster is, whatever a job's command line says of it.
+"""Settings of the running cluster that a command line cannot override.
 
-Environment, region, issuer and tier decide what the policies allow and whose tokens are believed. `cluster.up` writes
-them down, and everything that attaches to the cluster is held to that: what a command line leaves at its default is
-taken from the record, a stricter environment is anybody's to ask for, and what contradicts the record is refused.
+Environment, region, issuer and tier decide what the policies allow and which tokens are valid. `cluster.up` records
+them. Every process that attaches to the cluster uses the recorded values: a setting left at its default is replaced by
+the recorded one, a stricter environment is accepted, and a contradicting value is refused.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from cluster.session import ClusterRecord
 
 OUTSIDE_PRODUCTION = ("local", "test", "staging")
-"""Ascending in what the policies ask; every other environment is production."""
+"""Environments that are not production, from the least to the most strict. Every other name is production."""
 
 
 def hold_to(record: ClusterRecord, config: PlatformConfig) -> None:
-    """Make a configuration that of the cluster it is used on, in place.
+    """Set environment, region, issuer and tier of a configuration from the cluster's record, in place.
 
-    Records of an earlier release say nothing of it: there the configuration's own words count.
+    Records of an earlier release lack these fields. The configuration's own values then count.
 
     Raises:
-        ConfigError: it contradicts the record; or the tier does not believe the dev issuer, and no other is named.
+        ConfigError: the configuration contradicts the record, or the tier refuses the dev issuer and no other one is
+            configured.
     """
     if record.policy_environment is not None:
         config.identity.environment = _environment(record.policy_environment, config.identity.environment)
@@ -36,18 +37,18 @@ def hold_to(record: ClusterRecord, config: PlatformConfig) -> None:
     if Tier.enterprise_gpu in (config.tier, Tier(record.tier or config.tier.value)):
         if config.identity.issuer.url is None:
             raise ConfigError(
-                f"Tier {Tier.enterprise_gpu.value} does not believe the dev issuer, and identity.issuer.url names no "
-                "other. Start the cluster with identity.issuer.url=https://… of your OIDC issuer."
+                f"Tier {Tier.enterprise_gpu.value} does not accept the dev issuer, and identity.issuer.url is not set. "
+                "Start the cluster with identity.issuer.url=https://… of your OIDC issuer."
             )
         config.tier = Tier.enterprise_gpu
 
 
-def _environment(cluster: str, asked: str) -> str:
-    if _strictness(asked) >= _strictness(cluster):
-        return asked
-    if asked != IdentityConfig().environment:
-        raise _contradiction("identity.environment", asked, cluster)
-    return cluster
+def _environment(recorded: str, requested: str) -> str:
+    if _strictness(requested) >= _strictness(recorded):
+        return requested
+    if requested != IdentityConfig().environment:
+        raise _contradiction("identity.environment", requested, recorded)
+    return recorded
 
 
 def _strictness(environment: str) -> int:
@@ -55,20 +56,20 @@ def _strictness(environment: str) -> int:
     return OUTSIDE_PRODUCTION.index(environment) if known else len(OUTSIDE_PRODUCTION)
 
 
-def _region(cluster: str, asked: str) -> str:
-    if asked not in (cluster, ClusterConfig().region):
-        raise _contradiction("cluster.region", asked, cluster)
-    return cluster
+def _region(recorded: str, requested: str) -> str:
+    if requested not in (recorded, ClusterConfig().region):
+        raise _contradiction("cluster.region", requested, recorded)
+    return recorded
 
 
-def _issuer(cluster: IssuerConfig, asked: IssuerConfig) -> IssuerConfig:
-    if asked not in (cluster, IssuerConfig()):
-        raise _contradiction("identity.issuer.url", str(asked.url), str(cluster.url))
-    return cluster
+def _issuer(recorded: IssuerConfig, requested: IssuerConfig) -> IssuerConfig:
+    if requested not in (recorded, IssuerConfig()):
+        raise _contradiction("identity.issuer.url", str(requested.url), str(recorded.url))
+    return recorded
 
 
-def _contradiction(name: str, asked: str, cluster: str) -> ConfigError:
+def _contradiction(name: str, requested: str, recorded: str) -> ConfigError:
     return ConfigError(
-        f"{name}={asked} contradicts the running cluster, which was started with {cluster}. Leave it out here; it is "
-        "changed by `python -m cluster.down` and a new `python -m cluster.up`."
+        f"{name}={requested} contradicts the running cluster, which was started with {recorded}. Leave it out "
+        "here. To change it, run `python -m cluster.down`, then `python -m cluster.up` with the new value."
     )

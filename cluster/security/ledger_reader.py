@@ -1,4 +1,4 @@
-"""How commands for people open a ledger: ordinary flags, no running cluster."""
+"""Command-line flags that open a ledger without a running cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.storage import layout
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which ledger, and who reads it."""
+    """Add the flags that name the ledger and the reader."""
     parser.add_argument(
         "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
     )
@@ -21,25 +21,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token",
         type=Path,
-        help="file with the reader's token; without it you read as whoever can open the database",
+        help="file with the reader's token; without it, access to the database is enough",
     )
 
 
 def open_reader(arguments: argparse.Namespace) -> Ledger:
-    """The ledger that the flags name.
+    """Open the ledger that the flags name.
 
     Raises:
-        ConfigError: there is none, or the URL holds a password.
-        Unauthenticated, AccessDenied: the token's holder may not read it.
+        ConfigError: the ledger does not exist, or the URL contains a password.
+        Unauthenticated, AccessDenied: the token is invalid, or its holder may not read the ledger.
     """
     storage = StorageConfig(root=arguments.root)
     if arguments.url is None and not Path(layout(storage).ledger_path).exists():
         raise ConfigError(f"No ledger at {layout(storage).ledger_path}. Give --root or --url.")
     try:
-        named = LedgerConfig(url=arguments.url)
+        ledger_config = LedgerConfig(url=arguments.url)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    ledger = open_ledger(PlatformConfig(storage=storage, ledger=named))
+    ledger = open_ledger(PlatformConfig(storage=storage, ledger=ledger_config))
     if arguments.token is not None:
         check_reader(ledger, layout(storage), arguments.token)
     return ledger

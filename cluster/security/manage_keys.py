@@ -1,8 +1,11 @@
-"""`python -m cluster.security.manage_keys action=rotate_kek`, `action=revoke key=features/v/personal confirm=…`.
+"""Rotate the key-encryption key, or revoke a key; for admins.
 
-For who manages keys (admin). `rotate_kek` puts the keyring under a new key-encryption key; the broker goes on. `revoke`
-destroys a key with all its versions: what it protected is gone for good, in every backup too. A view's keys are given
-new versions by `python -m feature_jobs.rotate_keys`.
+    python -m cluster.security.manage_keys action=rotate_kek
+    python -m cluster.security.manage_keys action=revoke key=features/v/personal confirm=features/v/personal
+
+`rotate_kek` encrypts the keyring under a new key-encryption key while the broker keeps running. `revoke` destroys every
+version of a key. All data under that key is then lost, also in backups. To give a view's keys new versions, run `python
+-m feature_jobs.rotate_keys`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ ENTRYPOINT = "cluster.security.manage_keys"
 
 
 class KeyAction(enum.Enum):
-    """What to do."""
+    """Action of this command."""
 
     rotate_kek = "rotate_kek"
     revoke = "revoke"
@@ -37,27 +40,27 @@ class KeyAction(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ManageKeysConfig(PlatformConfig):
-    """What to do, and with which key."""
+    """Configuration of this command: the action, and the key for `revoke`."""
 
     action: KeyAction = KeyAction.rotate_kek
     key: str | None = None
-    """To revoke."""
+    """Name of the key to revoke."""
     confirm: str | None = None
-    """The key's name once more: there is no way back."""
+    """The same name again, because a revocation cannot be undone."""
 
     def __post_init__(self) -> None:
         if self.action is KeyAction.revoke and self.key is None:
-            raise ValueError("Say which key to revoke: key=….")
+            raise ValueError("action=revoke needs the name of a key: key=….")
         if self.action is KeyAction.revoke and self.confirm != self.key:
             raise ValueError(
-                f"What is under key '{self.key}' will be gone for good, in every backup too. If that is meant, add "
+                f"Revoking key '{self.key}' destroys all data under it, also in backups. To confirm, add "
                 f"confirm={self.key}."
             )
 
 
 @job("manage_keys", ManageKeysConfig)
 def main(config: ManageKeysConfig) -> None:
-    """Do it, as who may."""
+    """Run the action with the rights of the caller."""
     if config.action is KeyAction.rotate_kek:
         refuse_unused(("key", "confirm"), by="action=rotate_kek")
     ledger = open_ledger(config)
@@ -66,23 +69,23 @@ def main(config: ManageKeysConfig) -> None:
     match config.action:
         case KeyAction.rotate_kek:
             count = rotate_kek(config, ledger, actor)
-            print(f"{count} keys are under a new key-encryption key")
+            print(f"{count} keys are now under a new key-encryption key")
         case KeyAction.revoke:
             revoke(str(config.key), key_store(actor.access), ledger, actor)
             print(f"key {config.key} is revoked")
 
 
 def rotate_kek(config: PlatformConfig, ledger: Ledger, actor: Actor) -> int:
-    """Give the keyring a new key-encryption key; how many keys it has.
+    """Put the keyring under a new key-encryption key and return the number of its keys.
 
     Raises:
         ConfigError: the keys are in Vault, or under a passphrase.
-        AccessDenied: for who does not manage keys.
+        AccessDenied: the caller may not manage keys.
     """
     if config.secrets.kind is not SecretsKind.keyring or config.secrets.passphrase_file is not None:
         raise ConfigError(
-            "Only a keyring whose key-encryption key lies in a file can be given another one here. Vault rotates its "
-            "own; a keyring under a passphrase keeps that."
+            "action=rotate_kek needs a keyring whose key-encryption key is in a file. Vault rotates its own keys, and "
+            "the key of a keyring under a passphrase cannot be rotated."
         )
     actor.check(Action.manage_keys, Resource(kind="key", name="keyring", region=config.cluster.region))
     count = len(rotate_local_kek(local(layout(config.storage).keys)).names())
@@ -91,13 +94,15 @@ def rotate_kek(config: PlatformConfig, ledger: Ledger, actor: Actor) -> int:
 
 
 def revoke(name: str, store: KeyStore, ledger: Ledger, actor: Actor) -> None:
-    """Destroy a key. What is about to happen is said first, so that no key is gone that nobody knows of; and it can be
-    asked for again where a store was cut off in between.
+    """Destroy a key.
+
+    The event is written before the key is destroyed, so that the ledger records every lost key. Safe to repeat after an
+    interruption.
 
     Raises:
-        AccessDenied, KeyNotFound, KeyRevoked: as the key store says.
+        AccessDenied, KeyNotFound, KeyRevoked: from the key store.
     """
-    with contextlib.suppress(KeyRevoked):  # the store says whether there is anything left to do
+    with contextlib.suppress(KeyRevoked):  # `store.revoke` decides whether something is left to do
         info = store.info(name)
         actor.check(Action.manage_keys, Resource.of_key(info))
         ledger.append(KeyRevocation(name=name, described=info.plain()), actor=actor.name)

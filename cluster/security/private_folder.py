@@ -1,7 +1,7 @@
-"""Folders that no other user of this machine can enter, rename or put in place of ours.
+"""Folders that no other user of this machine can enter, rename or replace.
 
-A socket or a key file is only as safe as every folder above it: who may write to one of them can rename what lies in it
-and put something of their own there.
+A socket or key file is only as safe as every folder above it. A user who can write to one of these folders can rename
+its entries and put other files in their place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cluster.errors import ConfigError
 
 
 def private_folder(path: Path) -> Path:
-    """A folder of this user's own with mode 0700; made if it does not exist, its parents too.
+    """Return a folder of this user with mode 0700. Creates it and its parents if they are missing.
 
     Raises:
-        ConfigError: it exists and others can enter it, it is somebody else's or no folder, or others can rename it.
+        ConfigError: the path is not a folder, belongs to another user, or other users can enter or rename it.
     """
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     for folder in reversed(missing):
@@ -27,29 +27,29 @@ def private_folder(path: Path) -> Path:
     if problem is not None:
         raise ConfigError(
             f"The folder {path} must be a folder of mode 0700 that belongs to user {os.geteuid()}, below folders that "
-            f"others cannot change, but {problem}. Mend that, or choose another."
+            f"others cannot change, but {problem}. Correct that, or choose another folder."
         )
     return path
 
 
 def close_to_others(path: Path) -> None:
-    """Take from others what they may do with a folder of this user's; somebody else's stays as it is."""
+    """Remove the rights of other users on a folder. Leaves folders of other users unchanged."""
     status = path.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         path.chmod(stat.S_IMODE(status.st_mode) & ~0o077)
 
 
 def openness(path: Path, *, owner: int | None = None) -> str | None:
-    """What lets another user into a folder; None where it is its owner's alone.
+    """Return why another user can enter a folder, or None if only its owner can.
 
     Args:
-        path: the folder itself; a link is no folder.
-        owner: whose it must be; by default this process's user.
+        path: the folder itself; a link does not count as a folder.
+        owner: the required owner; this process's user by default.
     """
     owner = os.geteuid() if owner is None else owner
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        return f"{path} is no folder"
+        return f"{path} is not a folder"
     if status.st_uid != owner:
         return f"{path} belongs to user {status.st_uid}"
     mode = stat.S_IMODE(status.st_mode)
@@ -57,9 +57,9 @@ def openness(path: Path, *, owner: int | None = None) -> str | None:
 
 
 def above(path: Path, *, owner: int | None = None) -> str | None:
-    """What lets another user rename a file or folder by a folder above it; None where nothing does.
+    """Return how another user can rename a path through a parent folder, or None if no parent allows it.
 
-    In a folder with the sticky bit, /tmp for one, only the owner of an entry can rename it.
+    In a folder with the sticky bit, such as /tmp, only the owner of an entry can rename it.
     """
     owner = os.geteuid() if owner is None else owner
     for folder in Path(os.path.realpath(path)).parents:
@@ -72,8 +72,10 @@ def above(path: Path, *, owner: int | None = None) -> str | None:
 
 
 def _others_write(status: os.stat_result, owner: int) -> bool:
-    """Whether others than the owner may write to a folder. A group that is the owner's own does not count: where each
-    user has one, new folders are writable to it."""
+    """Return whether users other than the owner may write to a folder.
+
+    The owner's own group does not count: on systems with one group per user, new folders are group-writable.
+    """
     try:
         own_group = pwd.getpwuid(owner).pw_gid
     except KeyError:

@@ -1,12 +1,13 @@
-"""`python -m cluster.security.scan --canary TEXT PATH…`: look for words that must not lie on disk in the clear.
+"""`python -m cluster.security.scan --canary TEXT PATH…`: search files for protected values in the clear.
 
-Plant unmistakable values in protected columns, run the platform, then scan its folders. A file is searched as it lies
-there (UTF-8, UTF-16; a number also as int64 and float64) and as far as anybody without a key can unpack it: Parquet and
-Arrow columns, SQLite tables, members of zip, and gzip, bzip2, xz, zstd and lz4. So are names of files and folders.
-Not seen: base64, archives within archives, and numbers whose bytes are found anywhere, 42 for one.
+Put unmistakable values (canaries) into protected columns, run the platform, then scan its folders. Each file is
+searched as raw bytes: UTF-8, UTF-16, and numbers also as int64 and float64. Files that can be unpacked without a key
+are also searched inside: Parquet and Arrow columns, SQLite tables, members of zip archives, and gzip, bzip2, xz, zstd
+and lz4 streams. Names of files and folders are searched, too. Not found: base64, archives within archives, and numbers
+whose bytes occur everywhere, such as 42.
 
-Exits 0 when nothing is found, 2 when something is, 1 when nothing is but a file could not be read. A file that changes
-or vanishes meanwhile is looked at as it is.
+Exit code 0: no canary found. 2: a canary was found. 1: none was found, but a file could not be read. A file that
+changes or disappears during the scan is searched in the state in which it is read.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _BROKEN = (pa.ArrowException, OSError, EOFError, zlib.error, LZMAError, zipfile.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A canary in the clear."""
+    """A canary that was found in the clear."""
 
     canary: str
     path: str
     place: str
-    """`bytes`, `name`, a column, a table or a member."""
+    """`bytes`, `name`, a column, a table or a member of an archive."""
 
 
 class _Readable(Protocol):
@@ -58,12 +59,12 @@ class _Readable(Protocol):
 def scan(
     paths: Iterable[Path], canaries: Iterable[str], *, unread: list[Path] | None = None
 ) -> Iterator[Found]:
-    """Every canary in every regular file at or below the paths.
+    """Yield every canary found in the regular files at or below the paths.
 
     Args:
         paths: files and folders; links are not followed.
-        canaries: what to look for.
-        unread: is given the files that may not be read.
+        canaries: texts to search for.
+        unread: list that collects the files that this process may not read.
     """
     words = {word: _forms(word) for word in canaries}
     for root in paths:
@@ -81,17 +82,17 @@ def scan(
 
 
 def _forms(word: str) -> list[bytes]:
-    """A canary as it may lie in memory."""
+    """Return the byte strings that can encode a canary."""
     forms = [word.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be")]
     with contextlib.suppress(ValueError, OverflowError, struct.error):
         numbers = [struct.pack("<d", float(word))] if math.isfinite(float(word)) else []
-        if (whole := _whole(word)) is not None:
-            numbers.append(struct.pack("<q", whole))
+        if (integer := _as_integer(word)) is not None:
+            numbers.append(struct.pack("<q", integer))
         forms += [form for form in numbers if len(form.strip(b"\x00\xff")) >= MIN_NUMBER_BYTES]
     return forms
 
 
-def _whole(word: str) -> int | None:
+def _as_integer(word: str) -> int | None:
     try:
         return int(word)
     except ValueError:
@@ -111,91 +112,92 @@ def _scan_file(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
         return
     with file.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head = data[:16]
-        yield from _hits(_in_bytes(data, words), file, "bytes")
+        yield from _hits(_find_in_bytes(data, words), file, "bytes")
     with contextlib.suppress(*_BROKEN):
-        yield from _unpacked(file, head, words)
+        yield from _scan_unpacked(file, head, words)
 
 
-def _unpacked(file: Path, head: bytes, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_unpacked(file: Path, head: bytes, words: dict[str, list[bytes]]) -> Iterator[Found]:
     if head.startswith(b"PAR1"):
-        yield from _in_parquet(file, words)
+        yield from _scan_parquet(file, words)
     elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         opened = pa.ipc.open_file if head.startswith(b"ARROW1") else pa.ipc.open_stream
         with pa.memory_map(str(file)) as source:
-            yield from _hits(_in_table(opened(source).read_all(), words), file, "Arrow")
+            yield from _hits(_find_in_table(opened(source).read_all(), words), file, "Arrow")
     elif head.startswith(b"SQLite format 3\x00"):
-        yield from _in_sqlite(file, words)
+        yield from _scan_sqlite(file, words)
     elif head.startswith(b"PK\x03\x04"):
-        yield from _in_zip(file, words)
+        yield from _scan_zip(file, words)
     elif head.startswith(b"\xfd7zXZ\x00"):
         with LZMAFile(file) as unpacked:
-            yield from _hits(_in_stream(unpacked, words), file, "xz")
+            yield from _hits(_find_in_stream(unpacked, words), file, "xz")
     for magic, codec in _STREAMS.items():
         if head.startswith(magic):
             with pa.CompressedInputStream(pa.OSFile(str(file)), codec) as stream:
-                yield from _hits(_in_stream(stream, words), file, codec)
+                yield from _hits(_find_in_stream(stream, words), file, codec)
 
 
 def _hits(words: Iterable[str], file: Path, place: str) -> Iterator[Found]:
     return (Found(canary=word, path=str(file), place=place) for word in dict.fromkeys(words))
 
 
-def _in_bytes(data: bytes | mmap.mmap, words: dict[str, list[bytes]]) -> Iterator[str]:
+def _find_in_bytes(data: bytes | mmap.mmap, words: dict[str, list[bytes]]) -> Iterator[str]:
     return (word for word, forms in words.items() if any(data.find(form) >= 0 for form in forms))
 
 
-def _in_stream(stream: _Readable, words: dict[str, list[bytes]]) -> Iterator[str]:
-    """Piece by piece, each with the end of the last: a canary may lie across."""
+def _find_in_stream(stream: _Readable, words: dict[str, list[bytes]]) -> Iterator[str]:
+    """Search a stream in pieces. Each piece starts with the end of the previous one, because a canary may span two."""
     overlap = max((len(form) for forms in words.values() for form in forms), default=1) - 1
-    kept = b""
+    previous_end = b""
     while piece := stream.read(PIECE_BYTES):
-        data = kept + piece
-        yield from _in_bytes(data, words)
-        kept = data[-overlap:] if overlap else b""
+        data = previous_end + piece
+        yield from _find_in_bytes(data, words)
+        previous_end = data[-overlap:] if overlap else b""
 
 
-def _in_zip(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_zip(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             with (
-                # encrypted, or packed by a method that Python does not have
+                # encrypted, or a compression method that Python does not support
                 contextlib.suppress(RuntimeError, NotImplementedError, *_BROKEN),
                 archive.open(member) as unpacked,
             ):
-                yield from _hits(_in_stream(unpacked, words), file, member.filename)
+                yield from _hits(_find_in_stream(unpacked, words), file, member.filename)
 
 
-def _in_parquet(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_parquet(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
     for name in pq.ParquetFile(file).schema_arrow.names:
-        with contextlib.suppress(*_BROKEN):  # encrypted: its bytes were looked at as they lie there
+        with contextlib.suppress(*_BROKEN):  # encrypted: its raw bytes were already searched
             batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=[name])
-            found = (word for batch in batches for word in _in_table(pa.table(batch), words))
+            found = (word for batch in batches for word in _find_in_table(pa.table(batch), words))
             yield from _hits(found, file, f"column {name}")
 
 
-def _in_table(table: pa.Table, words: dict[str, list[bytes]]) -> Iterator[str]:
-    """Of whatever type: its buffers are searched, and whole numbers of less than 64 bits compared as such."""
+def _find_in_table(table: pa.Table, words: dict[str, list[bytes]]) -> Iterator[str]:
+    """Search the buffers of a table, and compare its integer columns by value, because those below 64 bits have other
+    bytes."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     with pa.BufferReader(sink.getvalue()) as stream:
-        yield from _in_stream(stream, words)
+        yield from _find_in_stream(stream, words)
     numbers = [column for column in table.columns if pa.types.is_integer(column.type)]
     for word in words:
-        whole = _whole(word)
-        if whole is not None and any(_has(column, whole) for column in numbers):
+        integer = _as_integer(word)
+        if integer is not None and any(_contains(column, integer) for column in numbers):
             yield word
 
 
-def _has(column: pa.ChunkedArray, number: int) -> bool:
+def _contains(column: pa.ChunkedArray, number: int) -> bool:
     try:
         return bool(pc.any(pc.equal(column, pa.scalar(number, column.type))).as_py())
     except (pa.ArrowInvalid, OverflowError):
-        return False  # beyond what the column holds
+        return False  # out of the column's range
 
 
-def _in_sqlite(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
-    """Values by value: a long one lies in pieces on several pages."""
+def _scan_sqlite(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+    """Search a database value by value, because a long value is split over several pages."""
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as db,
@@ -208,7 +210,7 @@ def _in_sqlite(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
             with contextlib.suppress(sqlite3.Error):
                 rows = db.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))  # noqa: S608
                 values = (_as_bytes(value) for row in rows for value in row)
-                found = (word for value in values for word in _in_bytes(value, words))
+                found = (word for value in values for word in _find_in_bytes(value, words))
                 yield from _hits(found, file, f"table {table}")
 
 
@@ -217,9 +219,11 @@ def _as_bytes(value: Any) -> bytes:
 
 
 def main() -> None:
-    """Scan and say what was found."""
+    """Scan the paths and print the findings."""
     parser = argparse.ArgumentParser(prog="python -m cluster.security.scan", description=__doc__)
-    parser.add_argument("--canary", action="append", required=True, help="text to look for; may be repeated")
+    parser.add_argument(
+        "--canary", action="append", required=True, help="text to search for; may be repeated"
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="file or folder")
     arguments = parser.parse_args()
     if "" in arguments.canary:
@@ -230,10 +234,10 @@ def main() -> None:
             sys.exit(REFUSED)
     unread: list[Path] = []
     found = list(scan(arguments.paths, arguments.canary, unread=unread))
-    for one in found:
-        print(f"{one.path}: {one.canary!r} in the clear ({one.place})")
+    for hit in found:
+        print(f"{hit.path}: {hit.canary!r} in the clear ({hit.place})")
     for file in unread:
-        print(f"{file}: not looked at, it may not be read", file=sys.stderr)
+        print(f"{file}: not searched, because it may not be read", file=sys.stderr)
     print(f"{len(found)} found")
     sys.exit(REFUSED if found else int(bool(unread)))
 

@@ -1,1 +1,1 @@
-"""Who may do what: Cedar policies, and what of their decisions is recorded."""
+"""Authorization: Cedar policies, and which of their decisions are recorded."""

@@ -1,12 +1,14 @@
-"""What of all decisions is recorded: denials, strangers by their number, permissions by a sample.
+"""Records policy decisions: every denial, the number of unauthenticated requests, and a sample of permissions.
 
-A denial names a known principal and is an event of its own, unless the same is denied again and again within a window:
-see `denials`. Strangers are counted per time
-window and reason, because whoever needs no identity could otherwise fill the ledger. A permission is recorded at most
-once per principal, action, resource and window, and only for a share of these, chosen by a hash: the same decision in
-the same window is chosen in every process, and an auditor can recompute which ones must be there.
+- A denial names a known principal and becomes an event of its own. Repeated denials within a time window are counted
+instead, see `denials`.
+- Unauthenticated requests are counted per time window and reason. They need no identity, so single events would let
+anyone fill the ledger.
+- A permission is recorded at most once per principal, action, resource and window, and only for a sampled share. The
+sample is chosen by a hash. So every process chooses the same decisions, and an auditor can recompute which ones must be
+recorded.
 
-The clock is the caller's: `at` is Unix seconds. The memory is bounded whoever comes.
+The caller supplies the time: `at` is Unix seconds. Memory is bounded for any number of requests.
 """
 
 from __future__ import annotations
@@ -15,31 +17,34 @@ import hashlib
 import json
 import logging
 import threading
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
-from cluster.security.authorization.denials import Denials
+from cluster.security.authorization.denials import DenialLimiter
 from cluster.security.authorization.policy import Action, Decision, Resource
 from cluster.security.tokens.principal import Principal
 
 OTHER_REASONS = "other"
 NOBODY = "unauthenticated"
-"""The actor of events about strangers."""
-MAX_LOOKED_AT = 10_000
-"""Permissions of a window that are known to be recorded already or not of the sample."""
+"""Actor of events about unauthenticated requests."""
+MAX_SEEN_PERMITS = 10_000
+"""Permissions per window for which the sampling decision is remembered."""
 _SCALE = 2**64
-_Due = list[tuple[LedgerEvent, str]]
-"""Events and their actors."""
+
+
+class _DueEvent(NamedTuple):
+    event: LedgerEvent
+    actor: str
 
 
 class Append(Protocol):
-    """Writes an event down: `Ledger.append`."""
+    """Appends an event to the ledger, as `Ledger.append` does."""
 
     def __call__(self, event: LedgerEvent, *, actor: str) -> object: ...
 
 
 def is_sampled(principal: Principal, action: Action, resource: Resource, *, window: int, rate: float) -> bool:
-    """Whether a permission is of the sample; pure, so that it can be recomputed."""
+    """Return whether a permission belongs to the sample. Pure, so that an auditor can recompute it."""
     return int.from_bytes(_digest(principal, action, resource, window)[:8], "big") < rate * _SCALE
 
 
@@ -57,9 +62,10 @@ def _digest(principal: Principal, action: Action, resource: Resource, window: in
 
 
 class Decisions:
-    """Records decisions through `append`; safe for threads.
+    """Records decisions through `append`. Thread-safe.
 
-    What `append` raises reaches the caller, who has then not recorded a denial and must not answer as if he had.
+    An error of `append` reaches the caller. The denial is then not recorded, and the caller must not answer as if it
+    were.
     """
 
     def __init__(
@@ -80,65 +86,72 @@ class Decisions:
         self._max_reasons, self._max_permits = max_reasons, max_permits
         self._lock = threading.Lock()
         self._window = -1
-        self._strangers: dict[str, StrangersRefused] = {}
-        self._denials = Denials()
+        self._unauthenticated: dict[str, StrangersRefused] = {}
+        self._denials = DenialLimiter()
         self._permits: set[bytes] = set()
-        self._looked_at: set[tuple[str, str, Action, Resource]] = set()
+        self._seen_permits: set[tuple[str, str, Action, Resource]] = set()
 
     def decided(
         self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
     ) -> None:
-        """Record or count a denial; record a permission if it is of the sample, and of the first `max_permits`."""
+        """Record or count a denial. Record a permission if it is sampled and among the first `max_permits` of the
+        window."""
         with self._lock:
-            due = self._turned(at)
+            due = self._start_window(at)
             if decision.allowed:
                 recorded = self._is_new_sample(principal, action, resource)
             else:
-                recorded = self._denials.is_whole(principal, action, resource, at=at)
+                recorded = self._denials.admit(principal, action, resource, at=at)
         self._write(due)
         if recorded:
             self._append(_event(principal, action, resource, decision), actor=principal.subject)
 
     def unauthenticated(self, reason: str, *, at: float) -> None:
-        """Count a stranger; the count is recorded once the window is over."""
+        """Count an unauthenticated request. The count is recorded when the window ends."""
         with self._lock:
-            due = self._turned(at)
-            known = reason in self._strangers or len(self._strangers) < self._max_reasons - 1
+            due = self._start_window(at)
+            known = reason in self._unauthenticated or len(self._unauthenticated) < self._max_reasons - 1
             name = reason if known else OTHER_REASONS
-            seen = self._strangers.get(name, StrangersRefused(reason=name, count=0, first_at=at, last_at=at))
-            self._strangers[name] = StrangersRefused(
+            total = self._unauthenticated.get(
+                name, StrangersRefused(reason=name, count=0, first_at=at, last_at=at)
+            )
+            self._unauthenticated[name] = StrangersRefused(
                 reason=name,
-                count=seen.count + 1,
-                first_at=min(seen.first_at, at),
-                last_at=max(seen.last_at, at),
+                count=total.count + 1,
+                first_at=min(total.first_at, at),
+                last_at=max(total.last_at, at),
             )
         self._write(due)
 
     def flush(self) -> None:
-        """Record what was counted so far; call it at the end, and now and then where requests are few."""
+        """Record all counts so far. Call it at the end, and regularly if requests are rare."""
         with self._lock:
-            due = self._taken()
+            due = self._take_counts()
         self._write(due)
 
-    def _taken(self) -> _Due:
-        strangers, self._strangers = self._strangers, {}
-        return [*((event, NOBODY) for event in strangers.values()), *self._denials.take()]
+    def _take_counts(self) -> list[_DueEvent]:
+        unauthenticated, self._unauthenticated = self._unauthenticated, {}
+        return [
+            *(_DueEvent(event, NOBODY) for event in unauthenticated.values()),
+            *(_DueEvent(denials.event, denials.actor) for denials in self._denials.take_counts()),
+        ]
 
-    def _turned(self, at: float) -> _Due:
-        """What is due because a window is over; a clock that runs backwards opens none."""
+    def _start_window(self, at: float) -> list[_DueEvent]:
+        """Start a new window if the previous one is over, and return its counts. A clock that runs backwards starts
+        none."""
         window = int(at // self._window_s)
         if window <= self._window:
             return []
-        due = self._taken()
-        self._window, self._denials, self._permits, self._looked_at = window, Denials(), set(), set()
+        due = self._take_counts()
+        self._window, self._denials, self._permits, self._seen_permits = window, DenialLimiter(), set(), set()
         return due
 
     def _is_new_sample(self, principal: Principal, action: Action, resource: Resource) -> bool:
-        asked = (principal.tenant, principal.subject, action, resource)
-        if asked in self._looked_at:
+        permit = (principal.tenant, principal.subject, action, resource)
+        if permit in self._seen_permits:
             return False
-        if len(self._looked_at) < MAX_LOOKED_AT:  # beyond it a decision is only looked at again
-            self._looked_at.add(asked)
+        if len(self._seen_permits) < MAX_SEEN_PERMITS:  # above the limit, the decision is only computed again
+            self._seen_permits.add(permit)
         if not is_sampled(principal, action, resource, window=self._window, rate=self._rate):
             return False
         digest = _digest(principal, action, resource, self._window)
@@ -147,16 +160,16 @@ class Decisions:
         self._permits.add(digest)
         return True
 
-    def _write(self, due: _Due) -> None:
-        """Outside the lock: the ledger may be slow."""
+    def _write(self, due: list[_DueEvent]) -> None:
+        """Append the events. Called without the lock, because the ledger may be slow."""
         for event, actor in due:
             self._append(event, actor=actor)
 
 
 def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Event) -> threading.Thread:
-    """Record what is counted now and then, though nobody comes to open the next window, and once more at the end."""
+    """Start a thread that records counts every `every_s` seconds and once at the end, also if no request arrives."""
 
-    def work() -> None:
+    def flush_until_stopped() -> None:
         while not stopped.wait(every_s):
             flush()
         flush()
@@ -164,10 +177,10 @@ def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Eve
     def flush() -> None:
         try:
             decisions.flush()
-        except Exception as error:  # noqa: BLE001 (the ledger may be back at the next turn)
-            logging.getLogger(__name__).error("What was counted could not be recorded: %s.", error)
+        except Exception as error:  # noqa: BLE001 (the ledger may work again at the next flush)
+            logging.getLogger(__name__).error("Counts of decisions could not be recorded: %s.", error)
 
-    thread = threading.Thread(target=work, daemon=True, name="strangers")
+    thread = threading.Thread(target=flush_until_stopped, daemon=True, name="audit-flush")
     thread.start()
     return thread
 

@@ -1,58 +1,79 @@
-"""Which denials of a window are events of their own; the others are counted, by principal and action.
+"""Limits how many denials of a time window become events of their own. The others are counted by principal and action.
 
-Somebody's program that asks again and again for what it may not have would else fill the ledger. The first of each
-resource are whole, so that noise about one thing hides nothing about another.
+Without a limit, a program that repeats a denied request would fill the ledger. The limit is per resource, so repeated
+denials of one resource do not hide those of another.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 from cluster.ledger.events import DenialsCounted
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.tokens.principal import Principal
 
-MAX_OF_ONE = 5
-"""Of one principal, action and resource."""
-MAX_OF_ACTION = 100
-"""Of one principal and action, whatever the resource: he may make names up."""
-MAX_KNOWN = 1_000
-"""Principals and actions that are told apart. Each has a token of its own; denials of more are whole again."""
+MAX_EVENTS_PER_RESOURCE = 5
+"""Events of one principal, action and resource."""
+MAX_EVENTS_PER_ACTION = 100
+"""Events of one principal and action over all resources, because a principal can invent resource names."""
+MAX_TRACKED = 1_000
+"""Pairs of principal and action that are tracked. All denials of further pairs become events. There are few such pairs,
+because each principal needs its own token."""
 
-_Who = tuple[str, str, Action]
+
+class _Key(NamedTuple):
+    tenant: str
+    subject: str
+    action: Action
 
 
-class Denials:
-    """Those of one window; whoever has it takes care of threads."""
+class CountedDenials(NamedTuple):
+    """An event with the number of further denials, and its actor."""
+
+    event: DenialsCounted
+    actor: str
+
+
+class DenialLimiter:
+    """Decides for each denial of one time window whether it becomes an event. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._whole: Counter[_Who] = Counter()
-        self._of_one: Counter[tuple[_Who, Resource]] = Counter()
-        self._counted: dict[_Who, DenialsCounted] = {}
+        self._events: Counter[_Key] = Counter()
+        self._events_of_resource: Counter[tuple[_Key, Resource]] = Counter()
+        self._counted: dict[_Key, DenialsCounted] = {}
 
-    def is_whole(self, principal: Principal, action: Action, resource: Resource, *, at: float) -> bool:
-        """Whether a denial is an event of its own; if not, it has been counted.
+    def admit(self, principal: Principal, action: Action, resource: Resource, *, at: float) -> bool:
+        """Return whether a denial becomes an event of its own. If not, count it.
 
         Args:
-            principal, action, resource: who may not do what.
+            principal: who was denied.
+            action: the denied action.
+            resource: the resource of the action.
             at: Unix seconds.
         """
-        who = (principal.tenant, principal.subject, action)
-        if who not in self._whole and len(self._whole) >= MAX_KNOWN:
+        key = _Key(principal.tenant, principal.subject, action)
+        if key not in self._events and len(self._events) >= MAX_TRACKED:
             return True
-        if self._whole[who] < MAX_OF_ACTION and self._of_one[who, resource] < MAX_OF_ONE:
-            self._whole[who] += 1
-            self._of_one[who, resource] += 1
+        if (
+            self._events[key] < MAX_EVENTS_PER_ACTION
+            and self._events_of_resource[key, resource] < MAX_EVENTS_PER_RESOURCE
+        ):
+            self._events[key] += 1
+            self._events_of_resource[key, resource] += 1
             return True
         first = DenialsCounted(tenant=principal.tenant, action=action.value, count=0, first_at=at, last_at=at)
-        seen = self._counted.get(who, first)
-        self._counted[who] = replace(
-            seen, count=seen.count + 1, first_at=min(seen.first_at, at), last_at=max(seen.last_at, at)
+        total = self._counted.get(key, first)
+        self._counted[key] = replace(
+            total,
+            count=total.count + 1,
+            first_at=min(total.first_at, at),
+            last_at=max(total.last_at, at),
         )
         return False
 
-    def take(self) -> list[tuple[DenialsCounted, str]]:
-        """What has been counted since this was last asked, each with its actor."""
+    def take_counts(self) -> list[CountedDenials]:
+        """Return the denials counted since the last call, and reset the counts."""
         counted, self._counted = self._counted, {}
-        return [(event, subject) for (_, subject, _), event in counted.items()]
+        return [CountedDenials(event, key.subject) for key, event in counted.items()]

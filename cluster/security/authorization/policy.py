@@ -1,7 +1,8 @@
-"""Who may do what: Cedar policies (`cluster/policies/*.cedar`), parsed once and asked for every decision.
+"""Authorization decisions by Cedar policies (`cluster/policies/*.cedar`).
 
-Denied is what no policy permits, and what any policy forbids. The edge's rules are compiled from the same policies
-(`Policy.roles_for`), so edge and replica cannot disagree. What each role may do, before the boundaries below:
+The policies are parsed once for each process. An action is denied if no policy permits it, or if any policy forbids it.
+The edge's rules are compiled from the same policies (`Policy.roles_for`), so edge and replica cannot disagree. Rights
+of each role, within the boundaries below:
 
     data_engineer    writes, pushes features, applies definitions, reads public and internal columns, wraps their keys
     data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
@@ -11,18 +12,21 @@ Denied is what no policy permits, and what any policy forbids. The edge's rules 
     auditor          reads the ledger
     service          predicts, writes outcomes, reads features online by key, pushes features
     admin            everything
-    supervisor       starts again what the ledger says serves (the cluster's own process)
+    supervisor       restarts what the ledger records as serving (the cluster's own process)
     every role       reads metadata and public columns
 
-Boundaries hold for all of them: the principal's tenant is the resource's; its region is this process's or a permitted
-one (metadata and the ledger may be read from anywhere); a model is one that its token's scope names, where that names
-any; a column that is not public is used for a purpose that the
-resource lists, where it lists any; a sensitive one never without a purpose; and in production, which is every
-environment not known to be another, nobody approves, deploys or rolls out a model that he registered himself. A
-rollback is always possible.
+Boundaries for all roles:
 
-Every request is checked against the schema. Without one, Cedar skips a policy that fails for want of an attribute,
-and a skipped `forbid` forbids nothing.
+- The principal's tenant is the resource's tenant.
+- The resource's region is this process's region or a permitted one. Metadata and the ledger may be read from anywhere.
+- If the token's scope names models, the model is one of them.
+- If a non-public column lists purposes, the principal's purpose is one of them. A sensitive column always needs a
+purpose.
+- In production, no principal approves, deploys or rolls out a model that it registered itself. Every environment that
+is not known as another one is production. A rollback is always possible.
+
+Every request is checked against the schema. Without a schema, Cedar skips a policy if an attribute is missing, and a
+skipped `forbid` forbids nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cedarpy
 
@@ -46,12 +50,12 @@ if TYPE_CHECKING:
 POLICY_FOLDER = Path(__file__).resolve().parents[2] / "policies"
 SCHEMA_NAME = "schema.cedarschema"
 NOT_EVALUATED = "not-evaluated"
-"""Stands for the policies where Cedar could not read the request; always a denial."""
-MAX_REMEMBERED = 4096
+"""Policy id of a decision for a request that Cedar could not evaluate. Always a denial."""
+MAX_CACHED_DECISIONS = 4096
 
 
 class Action(enum.StrEnum):
-    """What a principal does; each is an action of the schema."""
+    """Action of a principal. Each is an action of the Cedar schema."""
 
     predict = "predict"
     write_outcome = "write_outcome"
@@ -86,11 +90,11 @@ EDGE_ACTIONS = (
     Action.read_metadata,
     Action.manage_cluster,
 )
-"""What the edge tells apart by path."""
+"""Actions that the edge distinguishes by path."""
 
 
 class KeyAttributes(Protocol):
-    """What the policies want to know of a key; `KeyInfo` has it."""
+    """Attributes of a key that the policies need; `KeyInfo` has them."""
 
     @property
     def name(self) -> str: ...
@@ -106,24 +110,24 @@ class KeyAttributes(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resource:
-    """What an action is done to; the columns of one class, where it has columns."""
+    """Target of an action. If it has columns: the columns of one class."""
 
     kind: str
-    """What it is, as messages name it: "feature view", "model", "key", "ledger"."""
+    """Kind of resource, as messages name it: "feature view", "model", "key", "ledger"."""
     name: str
     column_class: str = "public"
     purposes: tuple[str, ...] = ()
-    """What it may be used for; empty allows every purpose."""
+    """Permitted purposes; empty permits every purpose."""
     region: str = "local"
     tenant: str = "default"
     registered_by: str = ""
-    """Subject of who registered the model; releasing one in production needs it."""
+    """Subject that registered the model; required to release it in production."""
     serves: bool = False
-    """Whether the ledger says that it answers requests now."""
+    """Whether the ledger records that it serves requests now."""
 
     @classmethod
     def of_key(cls, key: KeyAttributes) -> Resource:
-        """The resource that a key is."""
+        """Return the resource of a key."""
         return cls(
             kind="key",
             name=key.name,
@@ -136,16 +140,17 @@ class Resource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Whether, and by which policies."""
+    """Result of a policy evaluation."""
 
     allowed: bool
     policies: tuple[str, ...]
-    """Ids of the policies that decided, sorted; empty where no policy permits it."""
+    """Ids of the deciding policies, sorted; empty if no policy permits the action."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Asker:
-    """Of a principal what decides; two of its tokens are the same asker."""
+class _Subject:
+    """Attributes of a principal that decisions depend on. Two tokens of one principal give equal subjects, so they
+    share cached decisions."""
 
     subject: str
     role: str
@@ -159,25 +164,25 @@ class Policy:
     """The policies of one process, which runs in one region."""
 
     def __init__(self, text: str, schema: str, *, region: str, permitted_regions: Iterable[str]) -> None:
-        self._schema, self._policies, self._advice = _parsed(text, schema)
+        self._parsed = _parse(text, schema)
         self._region = region
         self._permitted_regions = tuple(permitted_regions)
         self._source = (text, schema)
-        self._remembered: dict[tuple[_Asker, str, Resource, str], Decision] = {}
+        self._cache: dict[tuple[_Subject, str, Resource, str], Decision] = {}
 
     @classmethod
     def load(
         cls, extra: str | None = None, *, region: str = "local", permitted_regions: Iterable[str] = ()
     ) -> Policy:
-        """The project's policies, and an operator's own besides.
+        """Load the project's policies, and an operator's own policies.
 
         Args:
             extra: Cedar text of further policies.
-            region: where this process runs.
+            region: region of this process.
             permitted_regions: further regions whose data may be used here.
 
         Raises:
-            ConfigError: a policy that cannot be parsed, does not fit the schema, or has no id of its own.
+            ConfigError: a policy cannot be parsed, does not fit the schema, or has no unique id.
         """
         files = sorted(POLICY_FOLDER.glob("*.cedar"))
         if not files:
@@ -187,19 +192,19 @@ class Policy:
         return cls(text, schema, region=region, permitted_regions=permitted_regions)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Crosses a process boundary as text, because Cedar's handles cannot."""
-        return _restored, (*self._source, self._region, self._permitted_regions)
+        """Pickle the policies as text, because Cedar's handles cannot cross a process boundary."""
+        return _restore, (*self._source, self._region, self._permitted_regions)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The ids of all policies, sorted."""
-        return tuple(sorted(self._advice))
+        """Ids of all policies, sorted."""
+        return tuple(sorted(self._parsed.advice))
 
     def decide(
         self, principal: Principal, action: Action, resource: Resource, *, environment: str = "local"
     ) -> Decision:
-        """Whether a principal may do an action to a resource; never raises for what it does not know."""
-        asker = _Asker(
+        """Decide whether a principal may do an action on a resource. Never raises: unknown values are denied."""
+        subject = _Subject(
             subject=principal.subject,
             role=str(principal.role),
             purpose=principal.purpose,
@@ -207,15 +212,15 @@ class Policy:
             entrypoint=principal.entrypoint,
             models=principal.models,
         )
-        return self._decide(asker, action, resource, environment)
+        return self._decide(subject, action, resource, environment)
 
     def check(
         self, principal: Principal, action: Action, resource: Resource, *, environment: str = "local"
     ) -> Decision:
-        """The decision, where it is a permission.
+        """Require that a principal may do an action on a resource, and return the decision.
 
         Raises:
-            AccessDenied: naming the policies that forbid it, and what would help.
+            AccessDenied: the message names the policies that forbid it, and their advice.
         """
         decision = self.decide(principal, action, resource, environment=environment)
         if not decision.allowed:
@@ -223,27 +228,28 @@ class Policy:
         return decision
 
     def roles_for(self, action: Action) -> frozenset[Role]:
-        """The roles that may do an action to a public resource of the default tenant, found by asking for each."""
-        anything = Resource(kind="path", name="*", region=self._region)
+        """Return the roles that may do an action on a public resource of the default tenant. Evaluates the policies for
+        each role."""
+        any_resource = Resource(kind="path", name="*", region=self._region)
         return frozenset(
             role
             for role in Role
-            if self._decide(_Asker("edge", role.value), action, anything, "local").allowed
+            if self._decide(_Subject("edge", role.value), action, any_resource, "local").allowed
         )
 
-    def _decide(self, asker: _Asker, action: str, resource: Resource, environment: str) -> Decision:
-        question = (asker, str(action), resource, environment)
-        known = self._remembered.get(question)
-        if known is None:
-            known = self._evaluate(*question)
-            if len(self._remembered) >= MAX_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[question] = known
-        return known
+    def _decide(self, subject: _Subject, action: str, resource: Resource, environment: str) -> Decision:
+        key = (subject, str(action), resource, environment)
+        decision = self._cache.get(key)
+        if decision is None:
+            decision = self._evaluate(*key)
+            if len(self._cache) >= MAX_CACHED_DECISIONS:
+                self._cache.clear()
+            self._cache[key] = decision
+        return decision
 
-    def _evaluate(self, asker: _Asker, action: str, resource: Resource, environment: str) -> Decision:
+    def _evaluate(self, subject: _Subject, action: str, resource: Resource, environment: str) -> Decision:
         request = {
-            "principal": {"type": "User", "id": asker.subject},
+            "principal": {"type": "User", "id": subject.subject},
             "action": {"type": "Action", "id": action},
             "resource": {"type": "Resource", "id": resource.name},
             "context": {
@@ -253,8 +259,9 @@ class Policy:
             },
         }
         try:
-            result = cedarpy.is_authorized(request, self._policies, _entities(asker, resource), self._schema)
-        except (ValueError, TypeError):  # text that is no UTF-8, attributes that are no JSON
+            entities = _entities(subject, resource)
+            result = cedarpy.is_authorized(request, self._parsed.policies, entities, self._parsed.schema)
+        except (ValueError, TypeError):  # text that is not UTF-8, attributes that are not JSON
             return Decision(allowed=False, policies=(NOT_EVALUATED,))
         if result.decision is cedarpy.Decision.NoDecision or result.diagnostics.errors:
             return Decision(allowed=False, policies=(NOT_EVALUATED,))
@@ -262,33 +269,33 @@ class Policy:
         return Decision(allowed=result.allowed, policies=tuple(sorted(ids.values())))
 
     def _refusal(self, principal: Principal, action: Action, resource: Resource, decision: Decision) -> str:
-        what = f"{action.replace('_', ' ')} on {resource.kind} '{resource.name}' ({resource.column_class})"
+        attempt = f"{action.replace('_', ' ')} on {resource.kind} '{resource.name}' ({resource.column_class})"
         purpose = f" for purpose '{principal.purpose}'" if principal.purpose else " without a purpose"
         if not decision.policies:
-            reason = "no policy permits it. Ask somebody with a role that may, or an admin for another role."
+            reason = "no policy permits it. Use another role that may, or ask an admin for one."
         else:
-            advice = [self._advice.get(name, "") for name in decision.policies]
+            advice = [self._parsed.advice.get(name, "") for name in decision.policies]
             reason = " ".join([f"forbidden by {', '.join(decision.policies)}.", *filter(None, advice)])
-        return f"Role {principal.role} may not {what}{purpose}: {reason}"
+        return f"Role {principal.role} may not {attempt}{purpose}: {reason}"
 
 
-def _restored(text: str, schema: str, region: str, permitted_regions: tuple[str, ...]) -> Policy:
+def _restore(text: str, schema: str, region: str, permitted_regions: tuple[str, ...]) -> Policy:
     return Policy(text, schema, region=region, permitted_regions=permitted_regions)
 
 
-def _entities(asker: _Asker, resource: Resource) -> list[dict[str, Any]]:
+def _entities(subject: _Subject, resource: Resource) -> list[dict[str, Any]]:
     return [
         {
-            "uid": {"type": "User", "id": asker.subject},
+            "uid": {"type": "User", "id": subject.subject},
             "attrs": {
-                "subject": asker.subject,
-                "purpose": asker.purpose,
-                "tenant": asker.tenant,
-                "entrypoint": asker.entrypoint,
-                "scoped": asker.models is not None,
-                "models": list(asker.models or ()),
+                "subject": subject.subject,
+                "purpose": subject.purpose,
+                "tenant": subject.tenant,
+                "entrypoint": subject.entrypoint,
+                "scoped": subject.models is not None,
+                "models": list(subject.models or ()),
             },
-            "parents": [{"type": "Role", "id": asker.role}],
+            "parents": [{"type": "Role", "id": subject.role}],
         },
         {
             "uid": {"type": "Resource", "id": resource.name},
@@ -307,46 +314,53 @@ def _entities(asker: _Asker, resource: Resource) -> list[dict[str, Any]]:
     ]
 
 
+class _Parsed(NamedTuple):
+    schema: cedarpy.Schema
+    policies: cedarpy.PolicySet
+    advice: dict[str, str]
+    """Policy id to its advice for a denied principal."""
+
+
 @functools.lru_cache(maxsize=4)
-def _parsed(text: str, schema: str) -> tuple[cedarpy.Schema, cedarpy.PolicySet, dict[str, str]]:
-    """Once in a process for each text; what Cedar gives is never changed."""
-    parsed = _parsed_schema(schema)
-    return parsed, _parsed_policies(text, parsed), _advice(text)
+def _parse(text: str, schema: str) -> _Parsed:
+    """Parse policies, once per process for each text. Cedar's objects are immutable."""
+    parsed_schema = _parse_schema(schema)
+    return _Parsed(parsed_schema, _parse_policies(text, parsed_schema), _parse_advice(text))
 
 
-def _parsed_schema(text: str) -> cedarpy.Schema:
+def _parse_schema(text: str) -> cedarpy.Schema:
     try:
         return cedarpy.Schema.from_str(text)
     except ValueError as error:
         raise ConfigError(f"The policies' schema cannot be parsed: {error}.") from error
 
 
-def _parsed_policies(text: str, schema: cedarpy.Schema) -> cedarpy.PolicySet:
+def _parse_policies(text: str, schema: cedarpy.Schema) -> cedarpy.PolicySet:
     try:
         policies = cedarpy.PolicySet.from_str(text)
     except ValueError as error:
         raise ConfigError(f"The policies cannot be parsed: {error}.") from error
-    found = cedarpy.validate_policies(text, schema)
-    if not found.validation_passed:
-        problems = "; ".join(str(error) for error in found.errors)
+    validation = cedarpy.validate_policies(text, schema)
+    if not validation.validation_passed:
+        problems = "; ".join(str(error) for error in validation.errors)
         raise ConfigError(f"The policies do not fit {SCHEMA_NAME}: {problems}.")
     return policies
 
 
-def _advice(text: str) -> dict[str, str]:
-    """Each policy's id and what it advises to whom it forbids something.
+def _parse_advice(text: str) -> dict[str, str]:
+    """Return the advice of each policy, by policy id.
 
     Raises:
-        ConfigError: an id is missing or given twice, so that a decision could not be told from it; or a template.
+        ConfigError: an id is missing or used twice, so decisions would be ambiguous; or the text contains a template.
     """
     parsed = json.loads(cedarpy.policies_to_json_str(text))
     if parsed.get("templates"):
-        raise ConfigError("The policies have a template, which decides nothing. Write it as a policy.")
+        raise ConfigError("The policies contain a template, which has no effect. Write it as a policy.")
     advice: dict[str, str] = {}
     for policy in parsed["staticPolicies"].values():
         notes = policy.get("annotations") or {}
         name = notes.get("id")
         if not name or name in advice or name == NOT_EVALUATED:
-            raise ConfigError(f"Each policy needs an @id of its own, got {name!r}.")
+            raise ConfigError(f"Each policy needs a unique @id, got {name!r}.")
         advice[name] = notes.get("advice") or ""
     return advice

@@ -1,1 +1,1 @@
-"""Sealed files and values, protected Parquet, and folders for what is in the clear for a while."""
+"""Encryption of files, values and Parquet columns, and folders for temporary plaintext."""

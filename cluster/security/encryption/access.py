@@ -1,4 +1,4 @@
-"""How a process reads and writes protected files with the keys that it may use."""
+"""Access to protected files with the keys that a process may use."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from cluster.security.keys.access import KeyAccess, key_store
 
 @functools.lru_cache(maxsize=16)
 def protected_files(access: KeyAccess) -> ProtectedFiles:
-    """Reader and writer of protected files; it keeps unwrapped keys for a minute."""
+    """Return the reader and writer of protected files. It caches unwrapped keys for a minute."""
     return ProtectedFiles(key_store(access))

@@ -1,4 +1,4 @@
-"""Whether what is written to a folder can be read from the disk afterwards: memory and encrypted devices keep it."""
+"""Detect whether a folder is in memory or on an encrypted device, so that its files cannot be read from a raw disk."""
 
 from __future__ import annotations
 
@@ -21,48 +21,52 @@ class Mount:
 
 
 def mounts(table: str) -> list[Mount]:
-    """The mounts in the text of a `mountinfo` file (proc(5)), in the order in which they were made."""
-    found = []
+    """Parse the mounts in the text of a `mountinfo` file (proc(5)), in the order in which they were made."""
+    parsed = []
     for line in table.splitlines():
         head, _, tail = line.partition(" - ")
         fields = head.split(" ")
-        folder = fields[4].encode().decode("unicode_escape")  # a space in a name is written \040
-        found.append(Mount(folder=folder, device=fields[2], kind=tail.split(" ")[0]))
-    return found
+        folder = fields[4].encode().decode("unicode_escape")  # mountinfo writes a space as \040
+        parsed.append(Mount(folder=folder, device=fields[2], kind=tail.split(" ")[0]))
+    return parsed
 
 
 def keeps_secrets(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES) -> bool | None:
-    """Whether a folder, or the first one above it that exists, is in memory or on an encrypted device.
+    """Return whether a folder, or its nearest existing parent, is in memory or on an encrypted device.
 
-    Only what Linux says of it counts: encryption by the hypervisor or the disk itself cannot be seen from here.
+    Only encryption by Linux counts. Encryption by the hypervisor or the disk itself cannot be detected from here.
 
     Args:
-        folder: what is asked about.
-        table: the mounts there are.
-        devices: the block devices there are.
+        folder: folder to look up.
+        table: file with the list of mounts.
+        devices: folder with the block devices.
 
     Returns:
-        None where this machine does not say.
+        None if the mount cannot be found on this machine.
     """
     mount = mount_of(folder, table=table)
     return None if mount is None else mount.kind in MEMORY or _is_encrypted(devices / mount.device)
 
 
 def mount_of(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
-    """What a folder, or the first one above it that exists, lies on; none where this machine does not say."""
+    """Return the mount of a folder or of its nearest existing parent, or None if it cannot be found."""
     try:
         known = mounts(table.read_text())
     except (OSError, IndexError):
         return None
     path = os.path.realpath(folder)
-    above = [one for one in known if path == one.folder or path.startswith(f"{one.folder.rstrip('/')}/")]
-    return max(enumerate(above), key=lambda item: (len(item[1].folder), item[0]))[1] if above else None
+    candidates = [
+        mount for mount in known if path == mount.folder or path.startswith(f"{mount.folder.rstrip('/')}/")
+    ]
+    return (
+        max(enumerate(candidates), key=lambda item: (len(item[1].folder), item[0]))[1] if candidates else None
+    )
 
 
 def _is_encrypted(device: Path) -> bool:
-    """A dm-crypt device, or one that lies on nothing else."""
+    """Return whether a device is dm-crypt, or is built only on such devices."""
     uuid = device / "dm" / "uuid"
     if uuid.exists() and uuid.read_text().startswith("CRYPT-"):
         return True
-    below = list((device / "slaves").glob("*"))
-    return bool(below) and all(_is_encrypted(one) for one in below)
+    lower_devices = list((device / "slaves").glob("*"))
+    return bool(lower_devices) and all(_is_encrypted(lower) for lower in lower_devices)

@@ -1,9 +1,9 @@
-"""Sealed files and values: AES-256-GCM under a data key that only a key store can unwrap.
+"""Encryption of files and values with AES-256-GCM. The data key is wrapped by a key store.
 
-A file is cut into chunks, each authenticated with the header and its number, the last one marked (the STREAM
-construction: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and its Nonce-Reuse
-Misuse-Resistance", CRYPTO 2015). So no chunk can be altered, left out, repeated, moved or cut off, and no file can be
-passed off as another artifact, version or part.
+A file is split into chunks. Each chunk is authenticated with the header and its number, and the last chunk is marked
+(the STREAM construction: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and its Nonce-Reuse
+Misuse-Resistance", CRYPTO 2015). So no chunk can be altered, left out, repeated, moved or cut off, and no file can
+replace another artifact, version or part.
 
     magic (8) | header length (4) | header, JSON | chunk 0 | chunk 1 | …       each chunk: ciphertext, tag (16)
 """
@@ -33,13 +33,13 @@ TAG_BYTES, NONCE_BYTES, PREFIX_BYTES = 16, 12, 7
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What a sealed file is; opening it under another identity fails."""
+    """Identity of a sealed file. Opening the file under another identity fails."""
 
     artifact: str
-    """`models/<name>`, say."""
+    """For example `models/<name>`."""
     version: int
     part: str
-    """The file's name within the artifact."""
+    """Name of the file within the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +54,18 @@ class _Header:
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether a file that begins so is a sealed one."""
+    """Return whether a file that begins with these bytes is sealed."""
     return data.startswith(MAGIC)
 
 
 def seal(source: BinaryIO, target: BinaryIO, *, store: KeyStore, key: str, identity: Identity) -> None:
-    """Encrypt a stream under a new data key; memory holds two chunks.
+    """Encrypt a stream under a new data key. Holds two chunks in memory.
 
     Args:
-        source, target: to read from and write to.
-        store: wraps the data key.
-        key: name of the key it is wrapped under.
+        source: stream to read from.
+        target: stream to write to.
+        store: key store that wraps the data key.
+        key: name of the key that wraps the data key.
         identity: bound into every chunk.
     """
     secret, prefix = AESGCM.generate_key(256), os.urandom(PREFIX_BYTES)
@@ -78,116 +79,118 @@ def seal(source: BinaryIO, target: BinaryIO, *, store: KeyStore, key: str, ident
     encoded = json.dumps(asdict(header), sort_keys=True).encode()
     head = MAGIC + struct.pack(">I", len(encoded)) + encoded
     target.write(head)
-    cipher, bound = AESGCM(secret), hashlib.sha256(head).digest()
+    cipher, aad = AESGCM(secret), hashlib.sha256(head).digest()
     chunk, index = source.read(CHUNK_BYTES), 0
     while True:
-        following = source.read(CHUNK_BYTES)
-        target.write(cipher.encrypt(_nonce(prefix, index, last=not following), chunk, bound))
-        if not following:
+        next_chunk = source.read(CHUNK_BYTES)
+        target.write(cipher.encrypt(_nonce(prefix, index, last=not next_chunk), chunk, aad))
+        if not next_chunk:
             return
-        chunk, index = following, index + 1
+        chunk, index = next_chunk, index + 1
 
 
-def opened(source: BinaryIO, *, store: KeyStore, key: str, identity: Identity) -> Iterator[bytes]:
-    """The chunks of a sealed stream; what was given out before an error must not be used.
+def open_chunks(source: BinaryIO, *, store: KeyStore, key: str, identity: Identity) -> Iterator[bytes]:
+    """Yield the decrypted chunks of a sealed stream. Discard the chunks already received if an error follows.
 
     Raises:
-        ArtifactTampered: altered, cut, not what it should be, or sealed under another key.
-        KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: as the key store says.
+        ArtifactTampered: the stream is altered, cut off, of another identity, or sealed under another key.
+        KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: from the key store.
     """
     header, head = _read_header(source)
     if (header.artifact, header.version, header.part) != (identity.artifact, identity.version, identity.part):
         raise ArtifactTampered(
-            f"A sealed file says it is {header.part} of {header.artifact} version {header.version}, expected "
-            f"{identity.part} of {identity.artifact} version {identity.version}. Restore the right one."
+            f"A sealed file is {header.part} of {header.artifact} version {header.version}, expected "
+            f"{identity.part} of {identity.artifact} version {identity.version}. Restore the right file."
         )
     if header.key != key:
         raise ArtifactTampered(
             f"{identity.part} of {identity.artifact} is sealed under key '{header.key}', not '{key}': "
-            "somebody else made it."
+            "it was written for another key. Restore the right file."
         )
     cipher = AESGCM(store.unwrap(key, header.wrapped))
-    bound, prefix = hashlib.sha256(head).digest(), bytes.fromhex(header.nonce_prefix)
+    aad, prefix = hashlib.sha256(head).digest(), bytes.fromhex(header.nonce_prefix)
     size = header.chunk_bytes + TAG_BYTES
     chunk, index = source.read(size), 0
     while True:
-        following = source.read(size)
+        next_chunk = source.read(size)
         try:
-            yield cipher.decrypt(_nonce(prefix, index, last=not following), chunk, bound)
+            yield cipher.decrypt(_nonce(prefix, index, last=not next_chunk), chunk, aad)
         except (InvalidTag, ValueError) as error:
             raise ArtifactTampered(
                 f"{identity.part} of {identity.artifact} version {identity.version} was altered or cut off at chunk "
-                f"{index}. Restore it from a backup or register the version anew."
+                f"{index}. Restore it from a backup or register the version again."
             ) from error
-        if not following:
+        if not next_chunk:
             return
-        chunk, index = following, index + 1
+        chunk, index = next_chunk, index + 1
 
 
 def seal_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) -> bytes:
-    """`seal` for what fits into memory."""
+    """Encrypt bytes that fit into memory, see `seal`."""
     target = io.BytesIO()
     seal(io.BytesIO(data), target, store=store, key=key, identity=identity)
     return target.getvalue()
 
 
 def open_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) -> bytes:
-    """`opened` for what fits into memory; gives nothing unless all of it is whole."""
-    return b"".join(opened(io.BytesIO(data), store=store, key=key, identity=identity))
+    """Decrypt bytes that fit into memory. Returns nothing unless every chunk is authentic, see `open_chunks`."""
+    return b"".join(open_chunks(io.BytesIO(data), store=store, key=key, identity=identity))
 
 
 def place_of(table: str, entity: bytes) -> bytes:
-    """Where a value belongs, for `ValueCipher`: no two pairs give the same bytes.
+    """Return the AAD of a value for `ValueCipher`. No two pairs of arguments give the same bytes.
 
     Args:
-        table: what the value belongs to, `online/<view>` say.
-        entity: which of its values it is, an entity's key as it is stored, say.
+        table: owner of the value, such as `online/<view>`.
+        entity: which of the owner's values it is, such as an entity's stored key.
     """
     name = table.encode()
     return struct.pack(">I", len(name)) + name + entity
 
 
 class ValueCipher:
-    """Encrypts small values under one data key, each bound to its place, so that none can be moved to another.
+    """Encrypts small values under one data key. Each value is bound to its AAD, so it cannot be moved to another place.
 
-    A random nonce of 96 bits allows 2^32 values for a data key (NIST SP 800-38D, 8.3).
+    A random nonce of 96 bits allows 2^32 values for each data key (NIST SP 800-38D, 8.3).
     """
 
     def __init__(self, secret: bytes) -> None:
         self._cipher = AESGCM(secret)
         self.decrypt_raw = self._cipher.decrypt
-        """Of nonce, ciphertext with tag, and place; raises `InvalidTag`. For loops in which a call more would show."""
+        """Decrypts (nonce, ciphertext with tag, AAD) or raises `InvalidTag`. Saves one call per value in hot loops."""
 
     @classmethod
     def create(cls, store: KeyStore, key: str) -> tuple[ValueCipher, str]:
-        """A cipher with a new data key, and that key's wrapped text to keep beside the values."""
+        """Return a cipher with a new data key, and the wrapped key to store beside the values."""
         secret = AESGCM.generate_key(256)
         return cls(secret), store.wrap(key, secret)
 
     @classmethod
     def open(cls, store: KeyStore, key: str, wrapped: str) -> ValueCipher:
-        """The cipher of a wrapped data key.
+        """Return the cipher of a wrapped data key.
 
         Raises:
-            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: as the key store says.
+            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: from the key store.
         """
         return cls(store.unwrap(key, wrapped))
 
-    def encrypt(self, value: bytes, place: bytes) -> bytes:
-        """Nonce, ciphertext and tag."""
+    def encrypt(self, value: bytes, aad: bytes) -> bytes:
+        """Return nonce, ciphertext and tag."""
         nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, value, place)
+        return nonce + self._cipher.encrypt(nonce, value, aad)
 
-    def decrypt(self, sealed: bytes, place: bytes) -> bytes:
-        """The value that was encrypted for this place.
+    def decrypt(self, sealed: bytes, aad: bytes) -> bytes:
+        """Return the value that was encrypted with this AAD.
 
         Raises:
-            ArtifactTampered: altered, cut, or of another place.
+            ArtifactTampered: altered, cut off, or bound to another AAD.
         """
         try:
-            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place)
+            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)
         except (InvalidTag, ValueError) as error:
-            raise ArtifactTampered(f"The value at {place!r} was altered or belongs elsewhere.") from error
+            raise ArtifactTampered(
+                f"The value at {aad!r} was altered or belongs to another place."
+            ) from error
 
 
 def _nonce(prefix: bytes, index: int, *, last: bool) -> bytes:
@@ -199,7 +202,7 @@ def _read_header(source: BinaryIO) -> tuple[_Header, bytes]:
     length = struct.unpack(">I", fixed[len(MAGIC) :])[0] if len(fixed) == len(MAGIC) + 4 else 0
     if fixed[: len(MAGIC)] != MAGIC or not 0 < length <= MAX_HEADER_BYTES:
         raise ArtifactTampered(
-            "A file that should be sealed is not, or its beginning was altered or cut off."
+            "A file is not sealed, or its beginning was altered or cut off. Restore it from a backup."
         )
     encoded = source.read(length)
     try:
@@ -211,5 +214,7 @@ def _read_header(source: BinaryIO) -> tuple[_Header, bytes]:
         ):
             raise ValueError("out of range")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ArtifactTampered("The header of a sealed file was altered or cut off.") from error
+        raise ArtifactTampered(
+            "The header of a sealed file was altered or cut off. Restore the file from a backup."
+        ) from error
     return header, fixed + encoded

@@ -1,8 +1,9 @@
-"""Folders for what is in the clear for a while: in memory where there is room, and swept where their owner was killed.
+"""Folders for temporary plaintext: in memory if there is room, and removed after their owner was killed.
 
-A model lies open until it is sealed, and it may show what it learnt from. A process that ends removes its folder; one
-that is killed cannot, so each folder is locked by its owner, and whoever makes the next one beside it removes those
-that nobody holds any more. Locks need no clock and no pid, and hold across the machines of a shared file system.
+A model is unencrypted until it is sealed, and a model may reveal its training data. A process removes its folder when
+it ends. A killed process cannot, so each owner holds a lock on its folder. The next process that makes a folder beside
+it removes the folders without a lock holder. Locks need no clock and no process id, and they work across the machines
+of a shared file system.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from cluster.errors import ConfigError
 from cluster.security.encryption.disks import MEMORY, mount_of
 from cluster.security.private_folder import close_to_others, openness
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of one's own is made in it)
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (holds a private folder of this user)
 MIN_FREE_BYTES = 2**30
-"""Ray's objects lie in shared memory, too; a full one would end them."""
+"""Free bytes that shared memory must have. Ray's objects are there too, and a full shared memory ends Ray's
+processes."""
 PREFIX = "run-"
 _LOCK, _OWNER = ".lock", ".owner"
 _FORMER_PREFIX, _FORMER_AGE_S = "tmp", 86_400
 
 
 def memory_folder(*, otherwise: Path) -> Path:
-    """A folder of this user's own in shared memory; `otherwise` where there is none, or little room."""
+    """Return this user's folder in shared memory, or `otherwise` if there is no shared memory or too little room."""
     folder = SHARED_MEMORY / f"falaj-{os.geteuid()}"
     try:
         mount = mount_of(SHARED_MEMORY)
@@ -48,19 +50,21 @@ def memory_folder(*, otherwise: Path) -> Path:
 
 @contextlib.contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A folder of this process's own below `parent`, gone at the end; what killed processes left is removed first.
+    """Yield a new folder below `parent` for this process, and remove it at the end.
+
+    Folders of killed processes are removed first.
 
     Raises:
-        ConfigError: `parent` is another user's, who could read what is written there, or exchange it.
+        ConfigError: `parent` belongs to another user, who could read or replace what is written there.
     """
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     close_to_others(parent)
     if (problem := openness(parent)) is not None:
-        raise ConfigError(f"{problem}: nothing is written there. Remove it, or have its owner do so.")
-    with _changing(parent):
+        raise ConfigError(f"{problem}, so nothing is written there. Remove it, or ask its owner to do so.")
+    with _locked_parent(parent):
         _sweep(parent)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        owner = _locked(folder / _OWNER, fcntl.LOCK_EX)
+        owner = _open_locked(folder / _OWNER, fcntl.LOCK_EX)
     inner = folder / "files"
     inner.mkdir(mode=0o700)
     try:
@@ -71,40 +75,40 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed processes left below a folder."""
+    """Remove the folders that killed processes left below a folder."""
     if parent.is_dir():
-        with _changing(parent):
+        with _locked_parent(parent):
             _sweep(parent)
 
 
 def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{PREFIX}*"):
         try:
-            owner = _locked(folder / _OWNER, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its owner lives, or it is just being removed
+            owner = _open_locked(folder / _OWNER, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # the owner is alive, or another process is removing the folder
             continue
         shutil.rmtree(folder, ignore_errors=True)
         os.close(owner)
-    for folder in parent.glob(f"{_FORMER_PREFIX}*"):  # earlier releases had no locks
+    for folder in parent.glob(f"{_FORMER_PREFIX}*"):  # earlier releases used no locks
         with contextlib.suppress(OSError):
             if folder.stat().st_mtime < time.time() - _FORMER_AGE_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _changing(parent: Path) -> Iterator[None]:
-    """Alone with the folder: a new one is not swept before it is locked."""
-    lock = _locked(parent / _LOCK, fcntl.LOCK_EX)
+def _locked_parent(parent: Path) -> Iterator[None]:
+    """Lock the parent folder, so that a new folder is not removed before its owner has locked it."""
+    lock = _open_locked(parent / _LOCK, fcntl.LOCK_EX)
     try:
         yield
     finally:
         os.close(lock)
 
 
-def _locked(path: Path, how: int) -> int:
+def _open_locked(path: Path, operation: int) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, how)
+        fcntl.flock(descriptor, operation)
     except OSError:
         os.close(descriptor)
         raise

@@ -1,4 +1,4 @@
-"""`python -m cluster.security.keys`: the key broker of this machine; started by `cluster.up`, ended by SIGTERM."""
+"""`python -m cluster.security.keys`: the key broker of this machine. Started by `cluster.up`, stopped by SIGTERM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ACTIONS = {
 def main(config: PlatformConfig) -> None:
     """Serve the configured key store until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
-    record = recorded(config)  # also while the head does not answer: replicas need their keys
+    record = recorded(config)  # also if the head does not answer, because replicas need their keys
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
     ledger = open_ledger(config)
@@ -56,9 +56,7 @@ def main(config: PlatformConfig) -> None:
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
         action, key = ACTIONS[operation], Resource.of_key(info)
         decision = policy.decide(principal, action, key, environment=config.identity.environment)
-        if (
-            operation is not Operation.names
-        ):  # a listing leaves out what is not one's own, and refuses nothing
+        if operation is not Operation.names:  # a listing leaves out other keys and denies nothing
             decisions.decided(principal, action, key, decision, at=time.time())
         return decision
 
@@ -82,10 +80,10 @@ def main(config: PlatformConfig) -> None:
         relabelling=relabelling,
         metrics=BrokerMetrics(registry),
     )
-    keeper = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
+    flusher = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
-    keeper.join()
+    flusher.join()
     decisions.flush()
 
 

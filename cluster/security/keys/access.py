@@ -1,4 +1,4 @@
-"""How a process comes to its keys: plain data that workers are given, opened once in each process."""
+"""How a process opens the key store. Plain data that workers receive; each process opens one connection."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyAccess:
-    """Where the key broker listens, and as whom to ask it."""
+    """Address of the key broker, and the identity for requests to it."""
 
     socket: str
     token: TokenSource
     entrypoint: str = ""
-    """Of the job whose intent the token is; each of its processes checks that."""
+    """Entrypoint of the job, if the token is its intent. Each of its processes verifies the intent."""
     owner: int | None = None
     """The user that the broker runs as."""
     root: str = ""
-    """Storage root of the dev issuer, where that is believed."""
+    """Storage root of the dev issuer, if its tokens are accepted."""
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
 
 
 def service_access(
     config: PlatformConfig, record: ClusterRecord, *, name: str, purpose: str = ""
 ) -> KeyAccess:
-    """The access of a replica: as the service that it is, whoever deployed it."""
+    """Return the access of a replica. A replica uses its own service identity, independent of who deployed it."""
     if config.identity.service_token_file is not None:
-        given = TokenSource(file=resolve(config.identity.service_token_file))
-        return KeyAccess(socket=record.key_socket, token=given, owner=record.owner_uid)
+        token_file = TokenSource(file=resolve(config.identity.service_token_file))
+        return KeyAccess(socket=record.key_socket, token=token_file, owner=record.owner_uid)
     token = TokenSource(
         root=record.storage_root, subject=f"service:{name}", role=Role.service, purpose=purpose
     )
@@ -50,10 +50,10 @@ def service_access(
 
 @functools.lru_cache(maxsize=16)
 def key_store(access: KeyAccess) -> KeyStore:
-    """The key store; one connection in a process.
+    """Return the key store, with one connection per process.
 
     Raises:
-        Unauthenticated, ConfigError: a job's intent does not hold in this process.
+        Unauthenticated, ConfigError: the job's intent is not valid in this process.
     """
     if access.entrypoint and access.token.file is not None:
         intents = Trust.of(access.issuer, Layout(access.root)).intents

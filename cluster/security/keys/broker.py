@@ -1,8 +1,8 @@
-"""The process that holds a keyring so that no job does: a server on a Unix socket.
+"""Server on a Unix socket that holds the key store, so that no job needs to.
 
-What it protects: a job gets the secrets that the policy grants its token and never the key-encryption key, and every
-denial is on record. What it does not: processes of one user can read each other's files and memory, so a job that turns
-hostile under the broker's own user can go around it. A boundary needs the broker's files out of that user's reach.
+A job gets only the secrets that the policy grants to its token, and never the key-encryption key. Every denial is
+recorded. The limit: processes of one user can read each other's files and memory, so a hostile job that runs as the
+broker's own user can bypass the broker. A real boundary needs the broker's files out of that user's reach.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ MAX_CONNECTIONS = 256
 IDLE_S = 600.0
 READ_S = 5.0
 STOP_S = 5.0
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 class Broker(Generic[C]):
     """Serves a key store over a Unix socket (0600, in a 0700 folder) to processes of the same user and of root.
 
     Args:
-        store: whose keys are served.
-        socket: where to listen; at most 97 bytes.
-        verify, decide, audit, relabelling: as `Gate`.
-        metrics: counts requests; by default into a registry that nobody reads.
-        idle_s: seconds after which a silent connection is closed; clients come back by themselves.
-        read_s: seconds that a message may take once it has begun.
+        store: the key store to serve.
+        socket: path of the socket; at most 97 bytes.
+        verify, decide, audit, relabelling: see `Gate`.
+        metrics: counts requests; not exported by default.
+        idle_s: seconds after which a silent connection is closed. Clients reconnect automatically.
+        read_s: seconds within which a message must arrive after its first byte.
 
     Raises:
         ConfigError: the socket's path is too long.
@@ -74,10 +74,10 @@ class Broker(Generic[C]):
         self._lock = threading.Lock()
 
     def run(self, stopped: threading.Event) -> None:
-        """Serve until `stopped` is set; requests under way are answered before it returns.
+        """Serve until `stopped` is set. Running requests are answered before it returns.
 
         Raises:
-            ConfigError: another broker listens there, or the folder or the path is not safe to use.
+            ConfigError: another broker listens there, or the folder or path is unsafe.
         """
         with _listening(self._path) as listener:
             while not stopped.is_set():
@@ -85,29 +85,29 @@ class Broker(Generic[C]):
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
-                except OSError as error:  # out of file descriptors, or a caller that was gone at once
+                except OSError as error:  # no file descriptors left, or the caller disconnected at once
                     logging.getLogger(__name__).warning("A connection was not accepted: %s.", error.strerror)
-                    stopped.wait(_LOOK_S)
+                    stopped.wait(_POLL_S)
                     continue
                 self._admit(connection)
         self._drain()
 
     def _admit(self, connection: Socket) -> None:
-        """Give a connection its thread, or turn it away."""
-        answer = None
+        """Start a thread for a connection, or refuse the connection."""
+        refusal = None
         uid = peer_uid(connection)
         if not peer_allowed(uid, own=os.geteuid()):
-            answer = self._gate.turn_away(f"it comes from user {uid}")
+            refusal = self._gate.refuse_connection(f"it comes from user {uid}")
         elif not self._slots.acquire(blocking=False):
-            answer = error_to_plain(
+            refusal = error_to_plain(
                 KeyStoreUnavailable(
                     f"The key broker serves {MAX_CONNECTIONS} connections at a time. Try again later."
                 )
             )
-        if answer is not None:
-            self._metrics.turned_away.inc()
+        if refusal is not None:
+            self._metrics.refused_connections.inc()
             with connection, contextlib.suppress(OSError):
-                send(connection, answer, timeout_s=_LOOK_S)
+                send(connection, refusal, timeout_s=_POLL_S)
             return
         thread = threading.Thread(target=self._serve, args=(connection,), name="key-broker", daemon=True)
         with self._lock:
@@ -115,25 +115,25 @@ class Broker(Generic[C]):
             self._metrics.connections.set(len(self._open))
         try:
             thread.start()
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:  # no thread available
             self._close(connection)
 
     def _serve(self, connection: Socket) -> None:
-        """Answer a connection's requests until it is closed, silent for too long, or breaks the protocol."""
+        """Answer the requests of a connection until it is closed, silent for too long, or breaks the protocol."""
         try:
             with contextlib.suppress(OSError):
                 while (request := receive(connection, idle_s=self._idle_s, read_s=self._read_s)) is not None:
                     send(connection, self._answer(request), timeout_s=self._read_s)
         except InvalidRequest as error:
             with contextlib.suppress(OSError):
-                send(connection, error_to_plain(error), timeout_s=_LOOK_S)
+                send(connection, error_to_plain(error), timeout_s=_POLL_S)
         finally:
             self._close(connection)
 
     def _answer(self, request: dict[str, object]) -> dict[str, object]:
-        if request == PING:  # whoever may connect may know that it lives
+        if request == PING:  # needs no token: a process that may connect may know that the broker is alive
             return {"ok": True, "result": None}
-        return self._metrics.measured(request, self._gate.answer)
+        return self._metrics.measure(request, self._gate.answer)
 
     def _close(self, connection: Socket) -> None:
         with self._lock:
@@ -143,7 +143,7 @@ class Broker(Generic[C]):
         self._slots.release()
 
     def _drain(self) -> None:
-        """Let requests under way end; no connection reads another one."""
+        """Wait for running requests to end. No connection reads another request."""
         with self._lock:
             open_now = dict(self._open)
             for connection in open_now:
@@ -154,29 +154,29 @@ class Broker(Generic[C]):
 
 
 def peer_allowed(uid: int, *, own: int) -> bool:
-    """Whether a user may connect: the broker's own and root."""
+    """Return whether a user may connect: only the broker's own user and root."""
     return uid in (own, 0)
 
 
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[Socket]:
-    """A listening socket; its file is removed at the end."""
+    """Yield a listening socket, and remove its file at the end."""
     private_folder(path.parent)
     lock = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _taken(path) from None
+            raise _already_listening(path) from None
         _remove_stale(path)
         with Socket(AF_UNIX, SOCK_STREAM) as listener:
-            early = path.with_name(f"{path.name}.new")
-            early.unlink(missing_ok=True)
-            listener.bind(str(early))
-            early.chmod(0o600)
+            temporary = path.with_name(f"{path.name}.new")
+            temporary.unlink(missing_ok=True)
+            listener.bind(str(temporary))
+            temporary.chmod(0o600)
             listener.listen(128)
-            listener.settimeout(_LOOK_S)
-            early.rename(path)  # under its name it answers from the first moment
+            listener.settimeout(_POLL_S)
+            temporary.rename(path)  # the socket appears under its name only when it is ready
             try:
                 yield listener
             finally:
@@ -186,7 +186,7 @@ def _listening(path: Path) -> Iterator[Socket]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Make room where a broker that is gone has listened."""
+    """Remove the socket file of a broker that no longer runs."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ConfigError(
@@ -203,10 +203,10 @@ def _remove_stale(path: Path) -> None:
             return
         except OSError as error:
             raise ConfigError(
-                f"Whether a key broker listens at {path} cannot be told: {error.strerror}."
+                f"Cannot find out whether a key broker listens at {path}: {error.strerror}."
             ) from error
-    raise _taken(path)
+    raise _already_listening(path)
 
 
-def _taken(path: Path) -> ConfigError:
-    return ConfigError(f"A key broker listens at {path} already. Stop it first, or choose another path.")
+def _already_listening(path: Path) -> ConfigError:
+    return ConfigError(f"A key broker already listens at {path}. Stop it first, or choose another path.")

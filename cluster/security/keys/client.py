@@ -1,4 +1,4 @@
-"""A job's side of the key broker: the same protocol as every key store, over its Unix socket."""
+"""Client of the key broker. Implements the `KeyStore` protocol over a Unix socket."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from cluster.security.keys.gate import Operation
 from cluster.security.keys.store import KeyInfo, KeyStoreUnavailable, check_name, check_secret
 from cluster.security.keys.wire import PING, check_socket_path, error_from_plain, peer_uid, receive, send
 
-# Not sent a second time when the answer is lost: it may have been done.
-_ONCE = frozenset({Operation.rotate, Operation.revoke})
+# Never sent again after a lost answer, because the broker may already have executed them.
+_NOT_REPEATABLE = frozenset({Operation.rotate, Operation.revoke})
 
 
 class BrokerKeyStore:
-    """A KeyStore that asks the broker. Thread-safe; one connection, made on first use and again after a fork.
+    """KeyStore that sends its requests to the broker. Thread-safe.
+
+    Uses one connection, opened at first use and opened again after a fork.
 
     Args:
         socket: the broker's socket.
-        token: gives the caller's token; asked for every request, so it may return a renewed one.
-        owner: the user that the broker runs as, where that is known. Without it root's jobs ask root's broker alone.
+        token: returns the caller's token; called for every request, so it may return a renewed one.
+        owner: the user that the broker runs as, if it is known. Without it, root's jobs accept only a broker of root.
         timeout_s: seconds to wait for an answer.
     """
 
@@ -46,93 +48,94 @@ class BrokerKeyStore:
 
     def ensure(self, info: KeyInfo) -> None:
         """Create a key, or update its description."""
-        self._ask(Operation.ensure, name=info.name, info=info.plain())
+        self._request(Operation.ensure, name=info.name, info=info.plain())
 
     def info(self, name: str) -> KeyInfo:
-        """The description of a key."""
-        return KeyInfo.from_plain(self._ask(Operation.info, name=check_name(name)))
+        """Return the description of a key."""
+        return KeyInfo.from_plain(self._request(Operation.info, name=check_name(name)))
 
     def wrap(self, name: str, secret: bytes) -> str:
         """Encrypt a secret under the newest version."""
         check_secret(check_name(name), secret)
-        return self._text(Operation.wrap, name=name, secret=base64.b64encode(secret).decode())
+        return self._request_text(Operation.wrap, name=name, secret=base64.b64encode(secret).decode())
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         """Decrypt a wrapped secret."""
-        text = self._text(Operation.unwrap, name=check_name(name), wrapped=wrapped)
+        text = self._request_text(Operation.unwrap, name=check_name(name), wrapped=wrapped)
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
-            raise self._garbled() from None
+            raise self._invalid_answer() from None
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret anew under the newest version."""
-        return self._text(Operation.rewrap, name=check_name(name), wrapped=wrapped)
+        """Wrap a secret again under the newest version."""
+        return self._request_text(Operation.rewrap, name=check_name(name), wrapped=wrapped)
 
     def rotate(self, name: str) -> int:
-        """Add a version; gives its number."""
-        version = self._ask(Operation.rotate, name=check_name(name))
+        """Add a version and return its number."""
+        version = self._request(Operation.rotate, name=check_name(name))
         if not isinstance(version, int):
-            raise self._garbled()
+            raise self._invalid_answer()
         return version
 
     def revoke(self, name: str) -> None:
         """Destroy every version."""
-        self._ask(Operation.revoke, name=check_name(name))
+        self._request(Operation.revoke, name=check_name(name))
 
     def names(self) -> list[str]:
-        """The names of the living keys that the caller may know about, sorted."""
-        names = self._ask(Operation.names)
+        """Return the names of the keys that the caller may see, sorted, without revoked ones."""
+        names = self._request(Operation.names)
         if not isinstance(names, list):
-            raise self._garbled()
+            raise self._invalid_answer()
         return [str(name) for name in names]
 
     def close(self) -> None:
-        """Close the connection; the next call makes another."""
+        """Close the connection. The next call opens a new one."""
         with self._lock:
-            self._hang_up()
+            self._disconnect()
 
-    def _text(self, operation: Operation, **fields: object) -> str:
-        text = self._ask(operation, **fields)
+    def _request_text(self, operation: Operation, **fields: object) -> str:
+        text = self._request(operation, **fields)
         if not isinstance(text, str):
-            raise self._garbled()
+            raise self._invalid_answer()
         return text
 
-    def _ask(self, operation: Operation, **fields: object) -> object:
+    def _request(self, operation: Operation, **fields: object) -> object:
         request: dict[str, object] = {"op": operation.value, "token": self._token(), **fields}
         with self._lock:
-            if self._pid != os.getpid():  # after a fork the connection is the parent's
+            if self._pid != os.getpid():  # after a fork, the connection belongs to the parent
                 self._connection, self._pid = None, os.getpid()
-            if operation in _ONCE:
-                self._hang_up()
+            if operation in _NOT_REPEATABLE:
+                self._disconnect()
             answer = self._exchange(request)
         if answer.get("ok") is True:
             return answer.get("result")
         raise error_from_plain(answer)
 
     def _exchange(self, request: dict[str, object]) -> dict[str, object]:
-        """Send and receive; once more over a new connection if the broker was started anew in between."""
+        """Send a request and return the answer. Retries once over a new connection, in case the broker was
+        restarted."""
         reused = self._connection is not None
         try:
-            return self._once(request)
+            return self._send_once(request)
         except OSError as error:
-            self._hang_up()
+            self._disconnect()
             if not reused or isinstance(error, TimeoutError):
                 raise self._unavailable(error) from error
         try:
-            return self._once(request)
+            return self._send_once(request)
         except OSError as error:
-            self._hang_up()
+            self._disconnect()
             raise self._unavailable(error) from error
 
-    def _once(self, request: dict[str, object]) -> dict[str, object]:
+    def _send_once(self, request: dict[str, object]) -> dict[str, object]:
         connection = self._connection or self._connect()
         try:
-            with contextlib.suppress(BrokenPipeError):  # turned away: the answer lies there already
+            with contextlib.suppress(BrokenPipeError):  # refused by the broker: its answer is already there
                 send(connection, request, timeout_s=self._timeout_s)
             answer = receive(connection, idle_s=self._timeout_s, read_s=self._timeout_s)
-        except BaseException:  # a late answer must never be taken for the next request's
-            self._hang_up()
+        except BaseException:  # a late answer must never be read as the next request's
+            self._disconnect()
             raise
         if answer is None:
             raise ConnectionResetError("The broker closed the connection.")
@@ -143,13 +146,13 @@ class BrokerKeyStore:
         try:
             connection.settimeout(self._timeout_s)
             connection.connect(self._path)
-            # A token goes to nobody else. Root's jobs may use the broker of the user that the cluster runs as.
+            # Send tokens to these users only. Root's jobs may use the broker of the user that runs the cluster.
             own = os.geteuid()
             trusted = {own, 0} if own != 0 or self._owner is None else {self._owner, 0}
             if (uid := peer_uid(connection)) not in trusted:
                 raise KeyStoreUnavailable(
-                    f"What listens at {self._path} belongs to user {uid}, which this cluster does not run as: no token "
-                    "was sent. Ask whoever administers this machine; `python -m cluster.status` checks the folders."
+                    f"The process that listens at {self._path} belongs to user {uid}, which does not run this cluster, "
+                    "so no token was sent. Ask the administrator; `python -m cluster.status` checks the folders."
                 )
         except BaseException:
             connection.close()
@@ -157,7 +160,7 @@ class BrokerKeyStore:
         self._connection = connection
         return connection
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.close()
@@ -166,20 +169,20 @@ class BrokerKeyStore:
     def _unavailable(self, error: OSError) -> KeyStoreUnavailable:
         why = error.strerror or str(error) or type(error).__name__
         return KeyStoreUnavailable(
-            f"No key broker answers at {self._path} ({why}). If the cluster is up, its supervisor starts the broker "
-            "again within seconds: try once more. `python -m cluster.status` shows what is missing, and "
-            "`python -m cluster.up` starts that."
+            f"No key broker answers at {self._path} ({why}). If the cluster is up, its supervisor restarts the broker "
+            "within seconds: try again. `python -m cluster.status` shows what is missing, and "
+            "`python -m cluster.up` starts it."
         )
 
-    def _garbled(self) -> KeyStoreUnavailable:
+    def _invalid_answer(self) -> KeyStoreUnavailable:
         return KeyStoreUnavailable(
-            f"What answers at {self._path} is no key broker of this release. Run `python -m cluster.down`, then "
-            "`python -m cluster.up`."
+            f"The process that answers at {self._path} is not a key broker of this release. Run "
+            "`python -m cluster.down`, then `python -m cluster.up`."
         )
 
 
 def broker_answers(path: Path, *, timeout_s: float = 2.0) -> bool:
-    """Whether a broker at a socket answers at all, whatever it says."""
+    """Return whether a broker at a socket answers, with any answer."""
     try:
         with Socket(AF_UNIX, SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)

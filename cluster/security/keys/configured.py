@@ -1,7 +1,7 @@
-"""The key store that the broker opens, as `secrets` says: the embedded keyring, or HashiCorp Vault.
+"""Opens the configured key store (`secrets`): the embedded keyring or HashiCorp Vault.
 
-Either way the broker stands in front: it asks the policies for the caller's token before the store is asked, so in
-Vault one role is enough for a whole installation, and no job ever has a Vault token.
+The broker uses either store. It checks the policies for the caller's token before each call to the store. So one Vault
+role is enough for a whole installation, and no job has a Vault token.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ LOG = logging.getLogger("falaj.keys")
 
 
 def open_store(config: PlatformConfig, *, stopped: threading.Event) -> KeyStore:
-    """The store, ready for use; with Vault, a thread keeps the login alive until `stopped` is set.
+    """Return the key store, ready for use. With Vault, a thread keeps the login alive until `stopped` is set.
 
     Raises:
-        ConfigError: the store is not one for this tier, or cannot be used as it is configured.
-        Unauthenticated, KeyStoreUnavailable: Vault does not take the login, or does not answer.
-        RefusedError: what is wrong with the keyring, as `open_local`.
+        ConfigError: the store is not allowed for this tier, or its configuration cannot be used.
+        Unauthenticated, KeyStoreUnavailable: Vault refuses the login, or does not answer.
+        RefusedError: the keyring cannot be opened, see `open_local`.
     """
     if config.secrets.kind is SecretsKind.keyring:
         check_keyring(config.secrets, tier=config.tier)
         return open_keyring(config)
     vault = config.secrets.vault
-    client, auth = logged_in(vault), vault_auth(vault)
+    client, auth = connect_to_vault(vault), vault_auth(vault)
     threading.Thread(
         target=_stay_logged_in, args=(client, auth, stopped), name="vault-login", daemon=True
     ).start()
@@ -53,11 +53,12 @@ def open_store(config: PlatformConfig, *, stopped: threading.Event) -> KeyStore:
 
 
 def open_keyring(config: PlatformConfig) -> Keyring:
-    """The keyring of the storage root, by its key's file or its passphrase.
+    """Open the keyring of the storage root, with its key file or passphrase.
 
     Raises:
-        ConfigError: the passphrase is too short, cannot be read, or lies open; or the keyring has none.
-        RefusedError: what is wrong with the keyring, as `open_local`.
+        ConfigError: the passphrase is too short, cannot be read, or is readable by others; or the keyring has no
+            passphrase.
+        RefusedError: the keyring cannot be opened, see `open_local`.
     """
     folder = local(layout(config.storage).keys)
     if config.secrets.passphrase_file is None:
@@ -67,17 +68,17 @@ def open_keyring(config: PlatformConfig) -> Keyring:
         passphrase = read_secret_file(file, what="the keyring's passphrase")
     except OSError as error:
         raise ConfigError(
-            f"The keyring's passphrase cannot be read from {file}: {error.strerror}. See secrets.passphrase_file."
+            f"The keyring's passphrase cannot be read from {file}: {error.strerror}. Correct secrets.passphrase_file."
         ) from None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return open_with_passphrase(folder / RING_NAME, passphrase)
 
 
-def logged_in(vault: VaultConfig) -> hvac.Client:
-    """A client of the configured Vault with a token of its own.
+def connect_to_vault(vault: VaultConfig) -> hvac.Client:
+    """Return a client of the configured Vault that is logged in.
 
     Raises:
-        ConfigError, Unauthenticated, KeyStoreUnavailable: as `open_store`.
+        ConfigError, Unauthenticated, KeyStoreUnavailable: see `open_store`.
     """
     return login(
         vault.address,
@@ -88,28 +89,31 @@ def logged_in(vault: VaultConfig) -> hvac.Client:
 
 
 def vault_auth(vault: VaultConfig) -> Auth:
-    """How to log in; the file with the secret is read for each login, so that it can be replaced while this runs."""
+    """Return the login method. The file with the secret is read for each login, so it can be replaced at any time."""
     mount = vault.auth_mount or vault.auth.value
     file = Path(resolve(vault.secret_file)) if vault.secret_file else KUBERNETES_TOKEN
     match vault.auth:
         case VaultAuth.approle:
-            return AppRole(role_id=vault.role, secret_id=lambda: _secret_in(file), mount=mount)
+            return AppRole(role_id=vault.role, secret_id=lambda: _read_vault_secret(file), mount=mount)
         case VaultAuth.jwt:
-            return Jwt(role=vault.role, token=lambda: _secret_in(file), mount=mount)
+            return Jwt(role=vault.role, token=lambda: _read_vault_secret(file), mount=mount)
         case VaultAuth.kubernetes:
             return Kubernetes(role=vault.role, token_path=file, mount=mount)
 
 
-def _secret_in(file: Path) -> str:
+def _read_vault_secret(file: Path) -> str:
     return read_secret_file(file, what="the secret that opens Vault")
 
 
 def _stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:
-    """Renew until told to stop; a login that Vault refuses is tried again, for its secret may be replaced."""
+    """Renew the login until `stopped` is set. After a refused login, tries again, because its secret may be
+    replaced."""
     while not stopped.is_set():
         try:
             keep_renewed(client, auth, stopped=stopped)
             return
         except (Unauthenticated, ConfigError) as error:
-            LOG.error("no key can be used once Vault's token has expired: %s", error)
+            LOG.error(
+                "Keys become unusable when Vault's token expires, because it could not be renewed: %s", error
+            )
             stopped.wait(RETRY_S)

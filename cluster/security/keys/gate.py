@@ -1,7 +1,7 @@
-"""In front of a key store: who asks, may they, and only then the operation.
+"""Access control in front of a key store: verify the token, check the policy, then run the operation.
 
-A token is verified and the policy asked anew for every request. Both are callables, so that the gate knows neither
-tokens nor the policy's language. What cannot be decided is denied.
+Token and policy are checked again for every request. Both checks are callables, so this module depends on neither token
+formats nor the policy language. A request that cannot be decided is denied.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_AUDITED_CHARS = 200
 
 
 class Operation(enum.StrEnum):
-    """What a request asks of the key store."""
+    """Operation of the key store that a request names."""
 
     ensure = "ensure"
     info = "info"
@@ -43,7 +43,7 @@ class Operation(enum.StrEnum):
     revoke = "revoke"
     names = "names"
     widen = "widen"
-    """No request: what an `ensure` is that opens a key to more than it was."""
+    """Not a request: an `ensure` that allows more uses of a key than before."""
 
 
 class Caller(Protocol):
@@ -51,7 +51,7 @@ class Caller(Protocol):
 
     @property
     def subject(self) -> str:
-        """Who it is, for messages."""
+        """Name of the caller, for messages."""
 
 
 class Verdict(Protocol):
@@ -63,7 +63,7 @@ class Verdict(Protocol):
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """The ids of the policies that decided."""
+        """Ids of the deciding policies."""
 
 
 C = TypeVar("C", bound=Caller)
@@ -71,10 +71,10 @@ C = TypeVar("C", bound=Caller)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Denial(Generic[C]):
-    """A request that was turned away."""
+    """A request that was denied."""
 
     principal: C | None
-    """None where nobody could be verified."""
+    """None if no identity could be verified."""
     operation: str
     name: str
     reason: str
@@ -85,11 +85,12 @@ class Gate(Generic[C]):
     """Answers requests to a key store.
 
     Args:
-        store: whose keys are asked for.
-        verify: gives a token's principal or raises Unauthenticated.
-        decide: whether a principal may do an operation with a key.
-        audit: receives every denial. It must not block for long; what it raises is logged and does not undo a denial.
-        relabelling: is told who is about to give a key another description; where it raises, the key stays as it is.
+        store: the key store.
+        verify: returns a token's principal or raises Unauthenticated.
+        decide: decides whether a principal may do an operation with a key.
+        audit: receives every denial. It must not block for long. Its errors are logged and do not undo a denial.
+        relabelling: called with the principal, the old and the new description before a key's description changes. If
+            it raises, the key stays unchanged.
     """
 
     def __init__(
@@ -109,20 +110,22 @@ class Gate(Generic[C]):
         self._changes = threading.Lock()
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
-        """The answer to a request, whatever is in it; never raises."""
+        """Return the answer to a request with any content; never raises."""
         try:
             return {"ok": True, "result": self._result(request)}
         except FalajError as error:
             return error_to_plain(error)
         except Exception as error:  # noqa: BLE001 (one bad request must not end the broker)
-            # Only the type: the message of an unforeseen error could carry a secret.
+            # Log only the type: the message of an unexpected error could contain a secret.
             logging.getLogger(__name__).error("A request failed unexpectedly: %s.", type(error).__name__)
             return error_to_plain(
-                KeyStoreUnavailable(f"The key broker failed inside ({type(error).__name__}); see its log.")
+                KeyStoreUnavailable(
+                    f"The key broker failed with an internal error ({type(error).__name__}); see its log."
+                )
             )
 
-    def turn_away(self, reason: str) -> dict[str, object]:
-        """Audit and answer a connection that is not even read."""
+    def refuse_connection(self, reason: str) -> dict[str, object]:
+        """Audit a refused connection and return the answer for it. Nothing is read from the connection."""
         self._deny(Denial(principal=None, operation="connect", name="", reason=reason))
         return error_to_plain(AccessDenied(f"The key broker refuses this connection: {reason}."))
 
@@ -135,7 +138,9 @@ class Gate(Generic[C]):
                 raise ValueError(operation)
         except ValueError:
             known = ", ".join(each for each in Operation if each is not Operation.widen)
-            raise InvalidRequest(f"The key broker knows {known}, not {_shown(request.get('op'))}.") from None
+            raise InvalidRequest(
+                f"The key broker supports {known}, not {_shown(request.get('op'))}."
+            ) from None
         if operation is Operation.names:
             return self._names(principal)
         if operation is Operation.ensure:
@@ -167,7 +172,8 @@ class Gate(Generic[C]):
             return None
 
     def _changed(self, operation: Operation, name: str) -> KeyInfo:
-        """The description of a key that is about to be changed; to revoke it again finishes what was cut off."""
+        """Return the description of a key that is about to change. A revoked key can be revoked again, to finish an
+        interrupted revocation."""
         try:
             return self._store.info(name)
         except KeyRevoked as error:
@@ -176,8 +182,8 @@ class Gate(Generic[C]):
             return error.info
 
     def _ensure(self, principal: C, info: KeyInfo) -> None:
-        # The present description is asked about, too, and what opens a key to more takes more than the right to make
-        # it: or who may make keys could open what lies under another one by relabelling it.
+        # The policy is also checked for the present description, and a wider description needs a further right.
+        # Otherwise a principal that may create keys could read data under another key by relabelling that key.
         with self._changes:
             old = None
             with contextlib.suppress(KeyNotFound):
@@ -191,10 +197,10 @@ class Gate(Generic[C]):
             self._store.ensure(info)
 
     def _names(self, principal: C) -> list[str]:
-        """The keys whose description the principal may read; the others are left out, which is no denial."""
+        """Return the keys whose description the principal may read. The other keys are left out, without a denial."""
         names = []
         for name in self._store.names():
-            with contextlib.suppress(KeyNotFound, KeyRevoked):  # between the two calls
+            with contextlib.suppress(KeyNotFound, KeyRevoked):  # revoked between the two calls
                 if self._refusal(principal, Operation.info, self._store.info(name)) is None:
                     names.append(name)
         return names
@@ -217,7 +223,7 @@ class Gate(Generic[C]):
             raise Unauthenticated("The token could not be verified.") from None
 
     def _permit(self, principal: C, operation: Operation, info: KeyInfo) -> None:
-        """Raise AccessDenied, and audit it, unless the policy allows it."""
+        """Require that the policy allows the operation. A denial is audited and raises AccessDenied."""
         denial = self._refusal(principal, operation, info)
         if denial is None:
             return
@@ -229,7 +235,7 @@ class Gate(Generic[C]):
         )
 
     def _refusal(self, principal: C, operation: Operation, info: KeyInfo) -> Denial[C] | None:
-        """Why the policy does not allow it; none if it does."""
+        """Return the denial of an operation, or None if the policy allows it."""
         policies: tuple[str, ...] = ()
         try:
             verdict = self._decide(principal, operation, info)
@@ -239,7 +245,7 @@ class Gate(Generic[C]):
             reason = f"denied by {', '.join(policies)}" if policies else "no policy allows it"
         except AccessDenied as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001 (what cannot be decided is denied)
+        except Exception as error:  # noqa: BLE001 (a failed decision is a denial)
             reason = f"the policy failed with {type(error).__name__}"
         return Denial(
             principal=principal, operation=operation, name=info.name, reason=reason, policies=policies
@@ -248,24 +254,24 @@ class Gate(Generic[C]):
     def _deny(self, denial: Denial[C]) -> None:
         try:
             self._audit(denial)
-        except Exception as error:  # noqa: BLE001 (the denial stands)
+        except Exception as error:  # noqa: BLE001 (the denial stays in force)
             logging.getLogger(__name__).error("A denial could not be recorded: %s.", type(error).__name__)
 
 
 def widens(old: KeyInfo, new: KeyInfo) -> bool:
-    """Whether a key's new description lets it be used by more, or for more: a lower class, or a further purpose."""
+    """Return whether a new description allows more uses of a key: a lower class, or a further purpose."""
     lower = COLUMN_CLASSES.index(new.column_class) < COLUMN_CLASSES.index(old.column_class)
     return lower or (bool(old.purposes) and not (new.purposes and set(new.purposes) <= set(old.purposes)))
 
 
 def _shown(value: object) -> str:
-    """Hostile text, short and printable."""
+    """Return untrusted text, shortened and printable."""
     return ascii(value)[1:-1][:MAX_AUDITED_CHARS] if isinstance(value, str) else ""
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidRequest("A wrapped secret is text.")
+        raise InvalidRequest("A wrapped secret must be text.")
     return value
 
 
@@ -273,4 +279,4 @@ def _decoded(value: object) -> bytes:
     try:
         return base64.b64decode(_text(value), validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidRequest("A secret travels in base64.") from None
+        raise InvalidRequest("A secret must be base64 text.") from None

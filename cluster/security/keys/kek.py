@@ -1,8 +1,8 @@
-"""The key-encryption key of a keyring: from a file that only its owner reads, or from a passphrase.
+"""The key-encryption key of a keyring: from a private file, or derived from a passphrase.
 
-Python cannot overwrite memory that it has handed out: bytes are immutable and copied freely, so a key lives in the
-process until its memory is reused, and may reach swap or a core dump. Run the broker with `ulimit -c 0` and encrypted
-swap; keep the key out of every other process.
+Python cannot overwrite memory after use: bytes are immutable and are copied freely. So a key stays in the process until
+its memory is reused, and may reach swap or a core dump. Run the broker with `ulimit -c 0` and encrypted swap, and keep
+the key out of every other process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ KEK_BYTES = 32
 SALT_BYTES = 16
 MIN_PASSPHRASE_CHARS = 12
 MAX_SCRYPT_N = 2**20
-"""One GiB of memory at r=8: an altered file must not be able to ask for more."""
+"""One GiB of memory at r=8. The limit keeps an altered file from demanding more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derivation:
-    """How scrypt turns a passphrase into a key (RFC 7914); kept in the keyring's header, not secret.
+    """Parameters of scrypt, which derives a key from a passphrase (RFC 7914). Stored in the keyring's header, not
+    secret.
 
     Raises:
         ConfigError: a parameter is out of range.
@@ -51,14 +52,14 @@ class Derivation:
 
     @classmethod
     def new(cls) -> Derivation:
-        """A derivation with a fresh salt."""
+        """Return a derivation with a random salt."""
         return cls(salt=secrets.token_bytes(SALT_BYTES))
 
     def key(self, passphrase: str) -> bytes:
-        """The 32-byte key; takes about half a second and 128 MiB by default.
+        """Return the 32-byte key. Takes about half a second and 128 MiB with the default parameters.
 
         Raises:
-            ConfigError: the passphrase is too short to be worth anything.
+            ConfigError: the passphrase is too short to be secure.
         """
         text = unicodedata.normalize("NFC", passphrase)
         if len(text) < MIN_PASSPHRASE_CHARS:
@@ -69,7 +70,7 @@ class Derivation:
 
 
 def kek_from_passphrase(passphrase: str, salt: bytes) -> bytes:
-    """The key of a passphrase, with scrypt's default cost.
+    """Derive the key of a passphrase with scrypt's default cost.
 
     Raises:
         ConfigError: the passphrase or the salt is too short.
@@ -78,10 +79,10 @@ def kek_from_passphrase(passphrase: str, salt: bytes) -> bytes:
 
 
 def create_kek_file(path: Path) -> bytes:
-    """Make a random key in a new 0600 file, whole or not at all; gives the key.
+    """Create a random key in a new 0600 file, completely or not at all, and return the key.
 
     Raises:
-        KeyFileRefused: there is a file already; overwriting it would lose every key of its keyring.
+        KeyFileRefused: the file already exists. Overwriting it would lose every key of its keyring.
     """
     kek = secrets.token_bytes(KEK_BYTES)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -93,7 +94,7 @@ def create_kek_file(path: Path) -> bytes:
         os.link(temporary, path)
     except FileExistsError:
         raise KeyFileRefused(
-            f"There is a key-encryption key at {path} already; it is never overwritten."
+            f"A key-encryption key already exists at {path}, and it is never overwritten."
         ) from None
     finally:
         os.unlink(temporary)
@@ -102,10 +103,10 @@ def create_kek_file(path: Path) -> bytes:
 
 
 def kek_from_file(path: Path) -> bytes:
-    """The key in a file.
+    """Return the key in a file.
 
     Raises:
-        KeyFileRefused: the file is missing, a link, another user's, readable by others, or not 32 bytes long.
+        KeyFileRefused: the file is missing, a link, owned by another user, readable by others, or not 32 bytes long.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -132,12 +133,12 @@ def _check_owned(path: Path, status: os.stat_result) -> None:
         raise KeyFileRefused(f"The key-encryption key {path} is not a plain file.")
     if status.st_uid != os.geteuid():
         raise KeyFileRefused(
-            f"The key-encryption key {path} belongs to user {status.st_uid}, not to {os.geteuid()} who reads it. "
+            f"The key-encryption key {path} belongs to user {status.st_uid}, not to {os.geteuid()}, who reads it. "
             "Give it to the user who runs the broker."
         )
     mode = stat.S_IMODE(status.st_mode)
     if mode != 0o600:
         raise KeyFileRefused(
-            f"The key-encryption key {path} has mode {mode:04o}, not 0600. Others may have read it: make a new one "
-            "and rotate to it, or `chmod 600` it if you know they have not."
+            f"The key-encryption key {path} has mode {mode:04o}, not 0600. Other users may have read it: create a new "
+            "key and rotate to it. If you know that they have not, run `chmod 600` on it."
         )

@@ -1,9 +1,9 @@
 """The embedded key store: versioned keys in one file, each encrypted under a key-encryption key.
 
-For one machine and for trying things out: whoever can read both the file and the key-encryption key has every key, so
-the two belong to the broker's process alone. Production uses Vault.
+For one machine and for trials. A process that can read both the file and the key-encryption key has every key, so only
+the broker's process may read them. Production uses Vault.
 
-Keys are decrypted when they are used and not kept; that Python cannot wipe them afterwards is said in `kek`.
+A key is decrypted at each use and not cached. Python cannot erase decrypted keys from memory, see `kek`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ NEW_KEK_NAME = "kek.new"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class _Opened:
-    """A keyring's file as it was read, with the key-encryption key it is under."""
+class _OpenRing:
+    """A keyring's file as it was read, with its key-encryption key."""
 
     path: Path
     kek: bytes
@@ -68,9 +68,9 @@ class _Opened:
     ring: Ring
 
     def version(self, entry: Entry, version: int) -> bytes:
-        """One version of a key, decrypted."""
+        """Return one version of a key, decrypted."""
         try:
-            return unseal(self.kek, entry.versions[version], _version_bound(entry.info, version))
+            return unseal(self.kek, entry.versions[version], _version_aad(entry.info, version))
         except InvalidTag:
             raise KeyringDamaged(
                 f"Version {version} of key '{entry.info.name}' in {self.path} does not authenticate. "
@@ -78,7 +78,7 @@ class _Opened:
             ) from None
 
     def versions(self, entry: Entry) -> dict[int, bytes]:
-        """Every version of a key, decrypted."""
+        """Return every version of a key, decrypted."""
         return {version: self.version(entry, version) for version in entry.versions}
 
 
@@ -88,199 +88,210 @@ class Keyring:
     Args:
         path: the file.
         kek: its key-encryption key.
-        newer: gives the keys that may have taken that one's place, when the file turns out to be under another: so a
-            broker goes on while somebody else gives the keyring a new one.
+        newer: returns candidates for the new key-encryption key, after another process has rotated it. So a broker
+            keeps running during a rotation.
 
     Raises:
         KeyringDamaged: the file is missing, truncated or altered.
-        KeyEncryptionKeyWrong: `kek` is not the file's.
+        KeyEncryptionKeyWrong: `kek` is not the file's key.
     """
 
     def __init__(self, path: Path, kek: bytes, *, newer: Callable[[], Iterable[bytes]] = tuple) -> None:
         _check_kek(kek)
         self._path = path
-        self._newer = newer
+        self._newer_keks = newer
         self._lock = threading.Lock()
         raw = read(path)
-        self._last = _Opened(path=path, kek=kek, raw=raw, ring=decode(raw, kek, path))
+        self._cached = _OpenRing(path=path, kek=kek, raw=raw, ring=decode(raw, kek, path))
 
     def __repr__(self) -> str:
         return f"Keyring({str(self._path)!r})"
 
     @classmethod
     def create(cls, path: Path, kek: bytes, *, derivation: Derivation | None = None) -> Keyring:
-        """Make an empty keyring.
+        """Create an empty keyring.
 
         Raises:
-            ConfigError: there is a file already.
+            ConfigError: the file already exists.
         """
         _check_kek(kek)
         with exclusive(path):
             if path.exists():
-                raise ConfigError(f"There is a keyring at {path} already; it is never overwritten.")
+                raise ConfigError(f"A keyring already exists at {path}, and it is never overwritten.")
             replace(path, encode(Ring(keys={}, derivation=derivation), kek))
         return cls(path, kek)
 
     def ensure(self, info: KeyInfo) -> None:
         """Create a key, or update its description."""
-        known = self._opened().ring.keys.get(info.name)
+        known = self._load().ring.keys.get(info.name)
         if known is not None and known.info == info and not known.revoked:
             return
         with self._writing() as (opened, keys):
             old = keys.get(info.name)
             if old is None:
                 fresh = {1: secrets.token_bytes(KEK_BYTES)}
-                keys[info.name] = _sealed(opened.kek, info, newest=1, plain=fresh)
+                keys[info.name] = _seal_versions(opened.kek, info, newest=1, plain=fresh)
             elif old.revoked:
                 raise revoked(info.name)
             elif old.info != info:
-                keys[info.name] = _sealed(opened.kek, info, newest=old.newest, plain=opened.versions(old))
+                keys[info.name] = _seal_versions(
+                    opened.kek, info, newest=old.newest, plain=opened.versions(old)
+                )
 
     def info(self, name: str) -> KeyInfo:
-        """The description of a key."""
-        return _living(self._opened().ring.keys, name).info
+        """Return the description of a key."""
+        return _require_live(self._load().ring.keys, name).info
 
     def wrap(self, name: str, secret: bytes) -> str:
         """Encrypt a secret under the newest version."""
-        opened = self._opened()
-        entry = _living(opened.ring.keys, name)
+        opened = self._load()
+        entry = _require_live(opened.ring.keys, name)
         check_secret(name, secret)
-        sealed = seal(opened.version(entry, entry.newest), secret, _secret_bound(name, entry.newest))
+        sealed = seal(opened.version(entry, entry.newest), secret, _secret_aad(name, entry.newest))
         return write_wrapped(Wrapped(version=entry.newest, sealed=sealed), scheme=SCHEME, altchars=ALTCHARS)
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         """Decrypt a wrapped secret."""
-        opened = self._opened()
-        entry = _living(opened.ring.keys, name)
+        opened = self._load()
+        entry = _require_live(opened.ring.keys, name)
         parts = parse_wrapped(name, wrapped, scheme=SCHEME, altchars=ALTCHARS)
         if parts.version not in entry.versions:
             raise not_this_key(name)
         key = opened.version(entry, parts.version)
         try:
-            return unseal(key, parts.sealed, _secret_bound(name, parts.version))
+            return unseal(key, parts.sealed, _secret_aad(name, parts.version))
         except InvalidTag:
             raise not_this_key(name) from None
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret anew under the newest version."""
+        """Wrap a secret again under the newest version."""
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:
-        """Add a version; gives its number."""
+        """Add a version and return its number."""
         with self._writing() as (opened, keys):
-            entry = _living(keys, name)
+            entry = _require_live(keys, name)
             version = entry.newest + 1
             plain = {**opened.versions(entry), version: secrets.token_bytes(KEK_BYTES)}
-            keys[name] = _sealed(opened.kek, entry.info, newest=version, plain=plain)
+            keys[name] = _seal_versions(opened.kek, entry.info, newest=version, plain=plain)
         return version
 
     def revoke(self, name: str) -> None:
         """Destroy every version and keep a tombstone.
 
-        The file's former blocks stay on the disk until they are overwritten, still encrypted under the key-encryption
-        key: to be sure against somebody who has both, rotate that afterwards and destroy the old one.
+        Old blocks of the file stay on disk until they are overwritten. They are encrypted under the key-encryption key.
+        To protect against an attacker with both, rotate the key-encryption key afterwards and destroy the old one.
         """
         with self._writing() as (_, keys):
-            keys[name] = dataclasses.replace(_living(keys, name), versions={})
+            keys[name] = dataclasses.replace(_require_live(keys, name), versions={})
 
     def names(self) -> list[str]:
-        """The names of the living keys, sorted."""
-        return sorted(name for name, entry in self._opened().ring.keys.items() if not entry.revoked)
+        """Return the names of the keys, sorted, without revoked ones."""
+        return sorted(name for name, entry in self._load().ring.keys.items() if not entry.revoked)
 
     def rotate_kek(self, old: bytes, new: bytes, *, derivation: Derivation | None = None) -> None:
         """Encrypt every version under another key-encryption key, all or none.
 
-        Other processes that hold the old one are refused from then on (KeyEncryptionKeyWrong), unless they know where
-        to look for a newer one.
+        Afterwards, other processes with the old key get KeyEncryptionKeyWrong, unless they know where to find the new
+        one.
 
         Raises:
-            KeyEncryptionKeyWrong: `old` is not the present one.
+            KeyEncryptionKeyWrong: `old` is not the present key.
             ConfigError: `new` has the wrong size.
         """
         _check_kek(new)
         with exclusive(self._path):
-            opened = self._opened()
+            opened = self._load()
             if not hmac.compare_digest(old, opened.kek):
-                raise KeyEncryptionKeyWrong(f"The old key-encryption key given is not that of {self._path}.")
+                raise KeyEncryptionKeyWrong(
+                    f"The given old key-encryption key is not the key of {self._path}. Use its present key."
+                )
             keys = {
-                name: _sealed(new, entry.info, newest=entry.newest, plain=opened.versions(entry))
+                name: _seal_versions(new, entry.info, newest=entry.newest, plain=opened.versions(entry))
                 for name, entry in opened.ring.keys.items()
             }
             ring = Ring(keys=keys, derivation=derivation)
             raw = encode(ring, new)
-            with self._lock:  # no reader between the new file and the new key
+            with self._lock:  # no thread may read the new file with the old key
                 replace(self._path, raw)
-                self._last = _Opened(path=self._path, kek=new, raw=raw, ring=ring)
+                self._cached = _OpenRing(path=self._path, kek=new, raw=raw, ring=ring)
 
-    def _opened(self) -> _Opened:
-        """The file as it is now: another process may have changed it since."""
+    def _load(self) -> _OpenRing:
+        """Return the present content of the file. Another process may have changed it since the last call."""
         with self._lock:
             raw = read(self._path)
-            while raw != self._last.raw:
+            while raw != self._cached.raw:
                 try:
-                    self._last = self._decoded(raw)
+                    self._cached = self._decode(raw)
                 except KeyEncryptionKeyWrong:
-                    # A slow reader: the file and its key were replaced again after the file was read.
-                    before, raw = raw, read(self._path)
-                    if raw == before:
+                    # The file and its key were replaced again after this read.
+                    previous, raw = raw, read(self._path)
+                    if raw == previous:
                         raise
-            return self._last
+            return self._cached
 
-    def _decoded(self, raw: bytes) -> _Opened:
+    def _decode(self, raw: bytes) -> _OpenRing:
         try:
-            ring = decode(raw, self._last.kek, self._path)
-            return dataclasses.replace(self._last, raw=raw, ring=ring)
+            ring = decode(raw, self._cached.kek, self._path)
+            return dataclasses.replace(self._cached, raw=raw, ring=ring)
         except KeyEncryptionKeyWrong as wrong:
-            for kek in self._newer():
+            for kek in self._newer_keks():
                 try:
-                    return _Opened(path=self._path, kek=kek, raw=raw, ring=decode(raw, kek, self._path))
+                    return _OpenRing(path=self._path, kek=kek, raw=raw, ring=decode(raw, kek, self._path))
                 except KeyEncryptionKeyWrong:
                     continue
             raise wrong
 
     @contextmanager
-    def _writing(self) -> Iterator[tuple[_Opened, dict[str, Entry]]]:
-        """The keys, to be changed under the lock; written when the block ends well and something changed."""
+    def _writing(self) -> Iterator[tuple[_OpenRing, dict[str, Entry]]]:
+        """Yield the opened ring and a copy of its keys to change, under the lock.
+
+        The keys are written if the block succeeds and changed something.
+        """
         with exclusive(self._path):
-            opened = self._opened()
+            opened = self._load()
             keys = dict(opened.ring.keys)
             yield opened, keys
             if keys != opened.ring.keys:
                 replace(self._path, encode(dataclasses.replace(opened.ring, keys=keys), opened.kek))
 
 
-def check_keyring(chosen: SecretsConfig, *, tier: Tier) -> None:
-    """Refuse a keyring where production needs more.
+def check_keyring(secrets_config: SecretsConfig, *, tier: Tier) -> None:
+    """Refuse a keyring in a tier that needs Vault.
 
     Raises:
-        ConfigError: the tier keeps its keys in Vault, unless told that it does not.
+        ConfigError: the tier keeps its keys in Vault, and the configuration does not acknowledge the exception.
     """
-    if tier is Tier.enterprise_gpu and chosen.kind is SecretsKind.keyring and not chosen.acknowledge_keyring:
+    if (
+        tier is Tier.enterprise_gpu
+        and secrets_config.kind is SecretsKind.keyring
+        and not secrets_config.acknowledge_keyring
+    ):
         raise ConfigError(
-            f"Tier {tier.value} does not keep its keys in a keyring: whoever reads two files of one machine has them "
-            "all. Set secrets=vault, or secrets.acknowledge_keyring=true if that is how it shall be."
+            f"Tier {tier.value} does not keep its keys in a keyring: a process that reads two files of one machine "
+            "has all keys. Set secrets=vault, or secrets.acknowledge_keyring=true to accept that."
         )
 
 
 def open_local(folder: Path) -> Keyring:
-    """The keyring below `folder` with its key-encryption key beside it; both are made on first use.
+    """Open the keyring below `folder` with its key-encryption key beside it. Creates both at first use.
 
     Raises:
-        KeyringDamaged: one of the two is there without the other, or the keyring is damaged.
-        KeyFileRefused: the key-encryption key's file cannot be used as it lies there.
-        KeyEncryptionKeyWrong: the two do not belong together.
+        KeyringDamaged: only one of the two files exists, or the keyring is damaged.
+        KeyFileRefused: the key-encryption key's file cannot be used.
+        KeyEncryptionKeyWrong: the two files do not belong together.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     ring, kek = folder / RING_NAME, folder / KEK_NAME
     with exclusive(kek):
-        for torn in folder.glob(f".{KEK_NAME}*.tmp"):
-            torn.unlink()  # a second name of a key, left when its maker was killed
-        fresh = folder / NEW_KEK_NAME
+        for leftover in folder.glob(f".{KEK_NAME}*.tmp"):
+            leftover.unlink()  # a second link to a key, left by a killed process
+        new_kek = folder / NEW_KEK_NAME
         if not ring.exists() and not kek.exists():
-            # Under its last name only once there is something under it: a start that is cut off is just begun again.
-            Keyring.create(ring, kek_from_file(fresh) if fresh.exists() else create_kek_file(fresh))
+            # The key gets its final name only after the keyring exists, so an interrupted first start can be repeated.
+            Keyring.create(ring, kek_from_file(new_kek) if new_kek.exists() else create_kek_file(new_kek))
             return _finish_kek_rotation(folder)
-        if fresh.exists() and not kek.exists():
+        if new_kek.exists() and not kek.exists():
             return _finish_kek_rotation(folder)
         if not ring.exists():
             raise KeyringDamaged(
@@ -290,27 +301,27 @@ def open_local(folder: Path) -> Keyring:
         try:
             return Keyring(ring, kek_from_file(kek), newer=lambda: _keks_in(folder))
         except KeyEncryptionKeyWrong:
-            if not fresh.exists():
+            if not new_kek.exists():
                 raise
             return _finish_kek_rotation(folder)
 
 
 def rotate_local_kek(folder: Path) -> Keyring:
-    """Give the keyring below `folder` a new key-encryption key; a crash midway is finished by `open_local`.
+    """Put the keyring below `folder` under a new key-encryption key. `open_local` completes an interrupted rotation.
 
     Raises:
-        as `open_local`.
+        See `open_local`.
     """
     ring = open_local(folder)
     with exclusive(folder / KEK_NAME):
-        fresh = folder / NEW_KEK_NAME
-        fresh.unlink(missing_ok=True)  # of a rotation that ended before it reached the keyring
-        ring.rotate_kek(kek_from_file(folder / KEK_NAME), create_kek_file(fresh))
+        new_kek = folder / NEW_KEK_NAME
+        new_kek.unlink(missing_ok=True)  # of a rotation that was interrupted before it changed the keyring
+        ring.rotate_kek(kek_from_file(folder / KEK_NAME), create_kek_file(new_kek))
         return _finish_kek_rotation(folder)
 
 
 def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
-    """The keyring at `path`, its key-encryption key derived as its header says; made on first use.
+    """Open the keyring at `path` with the key that its header derives from the passphrase. Creates it at first use.
 
     Raises:
         ConfigError: the passphrase is too short, or the keyring's key comes from a file.
@@ -323,13 +334,13 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
     stored = derivation_of(path)
     if stored is None:
         raise ConfigError(
-            f"The key of keyring {path} comes from a file, not from a passphrase. Leave secrets.passphrase_file out."
+            f"The key of keyring {path} comes from a file, not from a passphrase. Remove secrets.passphrase_file."
         )
     return Keyring(path, stored.key(passphrase))
 
 
 def _finish_kek_rotation(folder: Path) -> Keyring:
-    """The keyring is already under the new key: let its file take the old one's place."""
+    """Replace the old key's file by the new one. The keyring is already under the new key."""
     ring, kek = folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME)
     keyring = Keyring(ring, kek, newer=lambda: _keks_in(folder))
     os.replace(folder / NEW_KEK_NAME, folder / KEK_NAME)
@@ -338,8 +349,11 @@ def _finish_kek_rotation(folder: Path) -> Keyring:
 
 
 def _keks_in(folder: Path) -> Iterator[bytes]:
-    """The key-encryption keys that lie there now. A rotation puts the keyring under the new one first, and then gives
-    that the old one's name, so one that is under neither has moved on in between: the first name is read again."""
+    """Yield the key-encryption keys in the folder.
+
+    A rotation first changes the keyring, then renames the new key's file to the old name. If neither file fits, the
+    rename happened between the two reads, so the first name is read again.
+    """
     for name in (KEK_NAME, NEW_KEK_NAME, KEK_NAME):
         with contextlib.suppress(KeyFileRefused):
             yield kek_from_file(folder / name)
@@ -350,7 +364,7 @@ def _check_kek(kek: bytes) -> None:
         raise ConfigError(f"A key-encryption key has {KEK_BYTES} bytes, got {len(kek)}.")
 
 
-def _living(keys: Mapping[str, Entry], name: str) -> Entry:
+def _require_live(keys: Mapping[str, Entry], name: str) -> Entry:
     entry = keys.get(check_name(name))
     if entry is None:
         raise not_found(name)
@@ -359,14 +373,14 @@ def _living(keys: Mapping[str, Entry], name: str) -> Entry:
     return entry
 
 
-def _sealed(kek: bytes, info: KeyInfo, *, newest: int, plain: Mapping[int, bytes]) -> Entry:
-    versions = {version: seal(kek, key, _version_bound(info, version)) for version, key in plain.items()}
+def _seal_versions(kek: bytes, info: KeyInfo, *, newest: int, plain: Mapping[int, bytes]) -> Entry:
+    versions = {version: seal(kek, key, _version_aad(info, version)) for version, key in plain.items()}
     return Entry(info=info, newest=newest, versions=versions)
 
 
-def _version_bound(info: KeyInfo, version: int) -> bytes:
+def _version_aad(info: KeyInfo, version: int) -> bytes:
     return b"falaj keyring: key\0" + str(version).encode() + b"\0" + info.canonical()
 
 
-def _secret_bound(name: str, version: int) -> bytes:
+def _secret_aad(name: str, version: int) -> bytes:
     return b"falaj keyring: secret\0" + name.encode() + b"\0" + str(version).encode()

@@ -1,4 +1,4 @@
-"""What the key broker counts."""
+"""Metrics of the key broker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OTHER = "other"
 
 
 class BrokerMetrics:
-    """Requests by operation and result, how long they took, and the connections there are."""
+    """Counts requests by operation and result, their duration, and open connections."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
@@ -32,22 +32,22 @@ class BrokerMetrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
-        self.turned_away = Counter(
+        self.refused_connections = Counter(
             "falaj_broker_connections_refused",
             "Connections that were not served: another user's, or too many at a time.",
             registry=registry,
         )
         self.connections = Gauge("falaj_broker_connections", "Connections that are open.", registry=registry)
 
-    def measured(
+    def measure(
         self, request: dict[str, object], answer: Callable[[dict[str, object]], dict[str, object]]
     ) -> dict[str, object]:
-        """The answer to a request, counted and timed."""
+        """Return the answer to a request, and record its result and duration."""
         operation = str(request.get("op"))
         label = operation if operation in Operation.__members__ else _OTHER
         started = time.perf_counter()
-        answered = answer(request)
+        response = answer(request)
         self._seconds.labels(label).observe(time.perf_counter() - started)
-        refused = "refused" if answered.get("error") in _REFUSALS else "failed"
-        self._requests.labels(label, "ok" if answered.get("ok") is True else refused).inc()
-        return answered
+        result = "refused" if response.get("error") in _REFUSALS else "failed"
+        self._requests.labels(label, "ok" if response.get("ok") is True else result).inc()
+        return response

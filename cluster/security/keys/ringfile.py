@@ -1,8 +1,9 @@
-"""The keyring's file: its format, and how it is replaced so that neither a crash nor a second writer loses a change.
+"""The keyring's file: its format, and its replacement without losing a change after a crash or to a second writer.
 
-One line of JSON in one spelling: a body with the keys, its SHA-256 (damage shows before any key is asked for) and its
-HMAC under a key derived from the key-encryption key (an attacker without it can change nothing). What no file can tell
-by itself is an older copy of it put back; keep the folder where only the broker's user writes.
+The file is one line of canonical JSON: a body with the keys, the body's SHA-256, and its HMAC under a key derived from
+the key-encryption key. The SHA-256 reveals damage before any key is used. The HMAC keeps an attacker without the
+key-encryption key from changing anything. A file cannot reveal that it is an older copy, so keep the folder writable
+for the broker's user only.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _CHECK = b"falaj keyring: check"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A key: its description and its versions, each encrypted. A revoked one has none."""
+    """A key: its description and its encrypted versions. A revoked key has no versions."""
 
     info: KeyInfo
     newest: int
@@ -47,39 +48,39 @@ class Entry:
 
     @property
     def revoked(self) -> bool:
-        """Whether this is the tombstone of a key."""
+        """Whether this is the tombstone of a revoked key."""
         return not self.versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ring:
-    """What a keyring's file holds."""
+    """Content of a keyring's file."""
 
     keys: Mapping[str, Entry]
     derivation: Derivation | None = None
-    """How the key-encryption key comes from a passphrase; none if it comes from a file."""
+    """How the key-encryption key is derived from a passphrase; None if it comes from a file."""
 
 
-def seal(key: bytes, data: bytes, bound: bytes) -> bytes:
-    """AES-256-GCM with a random 96-bit nonce in front; `bound` is authenticated with it.
+def seal(key: bytes, data: bytes, aad: bytes) -> bytes:
+    """Encrypt data with AES-256-GCM. The result starts with a random 96-bit nonce.
 
     Random nonces are safe for 2^32 messages under one key.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
-    return nonce + AESGCM(key).encrypt(nonce, data, bound)
+    return nonce + AESGCM(key).encrypt(nonce, data, aad)
 
 
-def unseal(key: bytes, sealed: bytes, bound: bytes) -> bytes:
-    """What `seal` was given.
+def unseal(key: bytes, sealed: bytes, aad: bytes) -> bytes:
+    """Decrypt the result of `seal`.
 
     Raises:
-        InvalidTag: another key, another `bound`, or altered.
+        InvalidTag: altered, or sealed with another key or AAD.
     """
-    return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
+    return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)
 
 
 def encode(ring: Ring, kek: bytes) -> bytes:
-    """The file's bytes."""
+    """Return the file's bytes."""
     derivation = ring.derivation
     body = {
         "check": _text(seal(kek, b"", _CHECK)),
@@ -94,15 +95,15 @@ def encode(ring: Ring, kek: bytes) -> bytes:
             for name, entry in ring.keys.items()
         },
     }
-    return _spell(body, mac=_mac(kek, canonical(body)))
+    return _serialize(body, mac=_mac(kek, canonical(body)))
 
 
 def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
-    """What the file's bytes mean.
+    """Return the content of a keyring's file.
 
     Raises:
         KeyringDamaged: truncated, altered, or of another format.
-        KeyEncryptionKeyWrong: the file is whole but `kek` is not its key.
+        KeyEncryptionKeyWrong: the file is intact, but `kek` is not its key.
     """
     body, mac = _body(raw, path)
     try:
@@ -110,12 +111,12 @@ def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
         unseal(kek, check, _CHECK)
     except InvalidTag:
         raise KeyEncryptionKeyWrong(
-            f"The keyring {path} was made with another key-encryption key or passphrase. Give the one it was made with."
+            f"The keyring {path} was made with another key-encryption key or passphrase. Use the original one."
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if not hmac.compare_digest(mac, _mac(kek, canonical(body))):
-        raise _damaged(path, "it was changed by somebody without its key")
+        raise _damaged(path, "it was changed without its key")
     try:
         return Ring(
             keys={str(name): _entry(name, value) for name, value in body["keys"].items()},
@@ -126,7 +127,7 @@ def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
 
 
 def derivation_of(path: Path) -> Derivation | None:
-    """How the key of the keyring at `path` comes from a passphrase; none if it comes from a file.
+    """Return how the key of the keyring at `path` is derived from a passphrase, or None if it comes from a file.
 
     Raises:
         KeyringDamaged: missing, truncated or altered.
@@ -139,10 +140,10 @@ def derivation_of(path: Path) -> Derivation | None:
 
 
 def read(path: Path) -> bytes:
-    """The file's bytes.
+    """Return the file's bytes.
 
     Raises:
-        KeyringDamaged: it is missing. A new empty one is never made silently.
+        KeyringDamaged: the file is missing. A new, empty file is never made silently.
     """
     try:
         return path.read_bytes()
@@ -154,7 +155,7 @@ def read(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Let one writer at a time change the keyring, over all processes; a killed one leaves no lock behind."""
+    """Lock the keyring for one writer over all processes. The lock of a killed process is released."""
     descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         # flock belongs to the open file: unlike lockf it also holds between threads.
@@ -165,9 +166,9 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def replace(path: Path, raw: bytes) -> None:
-    """Replace the keyring by new bytes, whole or not at all. The caller holds the lock."""
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):
-        torn.unlink()  # a writer was killed: under the lock no other can be at work
+    """Replace the content of the keyring, completely or not at all. The caller holds the lock."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink()  # of a killed writer: the lock excludes a running one
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -181,22 +182,28 @@ def replace(path: Path, raw: bytes) -> None:
     sync_folder(path.parent)
 
 
-def _spell(body: dict[str, Any], *, mac: bytes) -> bytes:
+def _serialize(body: dict[str, Any], *, mac: bytes) -> bytes:
     digest = hashlib.sha256(canonical(body)).digest()
-    whole = {"format": FORMAT, "version": VERSION, "body": body, "sha256": _text(digest), "mac": _text(mac)}
-    return canonical(whole) + b"\n"
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "body": body,
+        "sha256": _text(digest),
+        "mac": _text(mac),
+    }
+    return canonical(document) + b"\n"
 
 
 def _body(raw: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
-    """The body and its MAC, from a file that is as it was written or was changed with skill."""
+    """Return the body and its MAC, after checking the format and the SHA-256. A skilled forgery still passes."""
     try:
-        whole = json.loads(raw)
-        if whole["format"] != FORMAT or whole["version"] != VERSION:
+        document = json.loads(raw)
+        if document["format"] != FORMAT or document["version"] != VERSION:
             raise _damaged(
                 path, f"it is not of format {FORMAT} {VERSION}; was it written by another release?"
             )
-        body, mac = whole["body"], _bytes(whole["mac"])
-        if isinstance(body, dict) and _spell(body, mac=mac) == raw:
+        body, mac = document["body"], _bytes(document["mac"])
+        if isinstance(body, dict) and _serialize(body, mac=mac) == raw:
             return body, mac
     except RefusedError:
         raise

@@ -1,19 +1,19 @@
-"""What a key store is: named, versioned key-encryption keys that never leave it.
+"""The protocol of a key store: named, versioned key-encryption keys that never leave the store.
 
-A store wraps and unwraps small secrets (data keys, Parquet's keys). The name of a key is bound into what it wraps, so a
-wrapped secret cannot be used under another name. Names are not secret: whoever is authenticated may learn that a key
-exists.
+A store wraps and unwraps small secrets, such as data keys and Parquet's keys. The name of a key is bound into the
+wrapped secret, so the secret cannot be used under another name. Key names are not secret: every authenticated principal
+may learn that a key exists.
 
     RefusedError
-    ├── KeyNameInvalid          a name that is not a key's path
+    ├── KeyNameInvalid          the name is not a valid path of a key
     ├── KeyNotFound             no key of that name
-    ├── KeyRevoked              its versions are destroyed; what they wrapped is gone for good
+    ├── KeyRevoked              the key's versions are destroyed; the secrets that it wrapped are lost
     ├── WrappedKeyInvalid       altered, truncated, swapped, or wrapped by another key
     ├── KeyringDamaged          the keyring's file is missing, truncated or altered
     ├── KeyEncryptionKeyWrong   the keyring was made with another key-encryption key
-    └── KeyFileRefused          a key-encryption key's file that is missing, readable by others or of the wrong size
+    └── KeyFileRefused          a key-encryption key's file is missing, readable by others or of the wrong size
     FalajError
-    └── KeyStoreUnavailable     the broker is down, Vault is sealed: exit code 1
+    └── KeyStoreUnavailable     the broker is down, or Vault is sealed: exit code 1
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Protocol
 from cluster.errors import FalajError, InvalidRequest, RefusedError
 
 COLUMN_CLASSES = ("public", "internal", "personal", "sensitive")
+"""Column classes, from the lowest to the highest sensitivity."""
 MAX_NAME_CHARS = 200
 MAX_SECRET_BYTES = 64 * 1024
 MAX_PURPOSES = 64
@@ -38,7 +39,7 @@ _SEALED_MIN_BYTES = 12 + 16  # a nonce and a tag
 
 
 class KeyNameInvalid(RefusedError):
-    """A name that is not a key's path."""
+    """The name is not a valid path of a key."""
 
 
 class KeyNotFound(RefusedError):
@@ -49,7 +50,7 @@ class KeyRevoked(RefusedError):
     """The key's versions are destroyed."""
 
     info: KeyInfo | None = None
-    """How it was described, where the store still knows."""
+    """Description of the revoked key, if the store still has it."""
 
 
 class WrappedKeyInvalid(RefusedError):
@@ -65,16 +66,17 @@ class KeyEncryptionKeyWrong(RefusedError):
 
 
 class KeyFileRefused(RefusedError):
-    """A key-encryption key's file that cannot be used as it lies there."""
+    """A key-encryption key's file cannot be used."""
 
 
 class KeyStoreUnavailable(FalajError):
-    """The store cannot be asked now."""
+    """The key store cannot be reached now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyInfo:
-    """A key as the policy sees it; set when the key is created and authenticated together with it.
+    """Description of a key, as the policy sees it. Set when the key is created, and authenticated together with the
+    key.
 
     Raises:
         KeyNameInvalid: the name is not a path of letters, digits, `_`, `-` and `.`.
@@ -84,7 +86,7 @@ class KeyInfo:
     name: str
     column_class: str = "internal"
     purposes: tuple[str, ...] = ()
-    """What the key may be used for, sorted; empty is any purpose."""
+    """Permitted purposes of the key, sorted; empty permits every purpose."""
     region: str = "local"
     tenant: str = "default"
 
@@ -110,11 +112,11 @@ class KeyInfo:
 
     @classmethod
     def from_plain(cls, value: object) -> KeyInfo:
-        """The description in a JSON object.
+        """Return the description in a JSON object.
 
         Raises:
-            InvalidRequest: the object is not such a description.
-            KeyNameInvalid: its name is not a key's path.
+            InvalidRequest: the object is not a key's description.
+            KeyNameInvalid: the name is not a valid path of a key.
         """
         words = ("name", "column_class", "region", "tenant")
         if isinstance(value, dict) and value.keys() == {*words, "purposes"}:
@@ -122,76 +124,79 @@ class KeyInfo:
             texts = [value[word] for word in words]
             if isinstance(purposes, list) and all(isinstance(text, str) for text in (*texts, *purposes)):
                 return cls(**dict(zip(words, texts, strict=True)), purposes=tuple(purposes))
-        raise InvalidRequest("A key is described by name, column_class, purposes, region and tenant.")
+        raise InvalidRequest(
+            "A key's description must have exactly name, column_class, purposes, region and tenant."
+        )
 
     def plain(self) -> dict[str, object]:
-        """The description as a JSON object."""
+        """Return the description as a JSON object."""
         return {**asdict(self), "purposes": list(self.purposes)}
 
     def canonical(self) -> bytes:
-        """The one byte string of this description, for authentication."""
+        """Return the canonical bytes of this description, for authentication."""
         return canonical(self.plain())
 
 
 class KeyStore(Protocol):
     """Named, versioned keys that wrap small secrets.
 
-    Every method may raise KeyStoreUnavailable, and AccessDenied or Unauthenticated where the store asks a policy.
+    Every method may raise KeyStoreUnavailable. It may raise AccessDenied or Unauthenticated if the store checks a
+    policy.
     """
 
     def ensure(self, info: KeyInfo) -> None:
-        """Create a key if it is absent; changed attributes update its description.
+        """Create a key if it is absent; else update its description if it changed.
 
         Raises:
-            KeyRevoked: a key of that name was revoked; names are not used twice.
+            KeyRevoked: a key of that name was revoked. Names are never used again.
         """
 
     def info(self, name: str) -> KeyInfo:
-        """The description of a key.
+        """Return the description of a key.
 
         Raises:
-            KeyNotFound, KeyRevoked.
+            KeyNotFound, KeyRevoked: the key does not exist.
         """
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt up to 64 KiB under the newest version: text `<scheme>:v<version>:<base64>`.
+        """Encrypt up to 64 KiB under the newest version. Returns text `<scheme>:v<version>:<base64>`.
 
         Raises:
-            KeyNotFound, KeyRevoked.
+            KeyNotFound, KeyRevoked: the key does not exist.
             InvalidRequest: the secret is empty or too long.
         """
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
-        """Decrypt what `wrap` gave under the same name.
+        """Decrypt the result of `wrap` under the same name.
 
         Raises:
-            KeyNotFound, KeyRevoked.
+            KeyNotFound, KeyRevoked: the key does not exist.
             WrappedKeyInvalid: altered, truncated, or wrapped under another name.
         """
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """The same secret under the newest version, without showing it to the caller.
+        """Return the same secret wrapped under the newest version, without revealing it to the caller.
 
         Raises:
-            KeyNotFound, KeyRevoked, WrappedKeyInvalid.
+            KeyNotFound, KeyRevoked, WrappedKeyInvalid: see `unwrap`.
         """
 
     def rotate(self, name: str) -> int:
-        """Add a version for what is wrapped from now on; gives its number.
+        """Add a version, used by every later `wrap`, and return its number.
 
         Raises:
-            KeyNotFound, KeyRevoked.
+            KeyNotFound, KeyRevoked: the key does not exist.
         """
 
     def revoke(self, name: str) -> None:
-        """Destroy every version: what it wrapped is gone for good. The name stays taken.
+        """Destroy every version. The secrets that it wrapped are lost, and the name cannot be used again.
 
         Raises:
-            KeyNotFound, KeyRevoked.
+            KeyNotFound, KeyRevoked: the key does not exist.
         """
 
     def names(self) -> list[str]:
-        """The names of the living keys, sorted."""
+        """Return the names of the keys, sorted, without revoked ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +209,7 @@ class Wrapped:
 
 
 def check_name(name: object) -> str:
-    """The name, if it is a key's path.
+    """Return the name, if it is a valid path of a key.
 
     Raises:
         KeyNameInvalid: it is not.
@@ -213,13 +218,17 @@ def check_name(name: object) -> str:
         return name
     shown = ascii(name)[:MAX_NAME_CHARS] if isinstance(name, str) else type(name).__name__
     raise KeyNameInvalid(
-        f"No key can be called {shown}. A name is a path such as features/income/personal: up to {MAX_NAME_CHARS} of "
-        "A-Z a-z 0-9 _ - . and each part begins and ends with a letter, a digit or _."
+        f"Invalid name of a key: {shown}. A name is a path such as features/income/personal: up to {MAX_NAME_CHARS} "
+        "of A-Z a-z 0-9 _ - . and each part begins and ends with a letter, a digit or _."
     )
 
 
 def check_secret(name: str, secret: bytes) -> None:
-    """Raise InvalidRequest unless a store may be asked to wrap this."""
+    """Require that a store can wrap this secret.
+
+    Raises:
+        InvalidRequest: the secret is empty or too long.
+    """
     if not 0 < len(secret) <= MAX_SECRET_BYTES:
         raise InvalidRequest(
             f"Key '{name}' wraps 1 to {MAX_SECRET_BYTES} bytes, got {len(secret)}. "
@@ -228,15 +237,15 @@ def check_secret(name: str, secret: bytes) -> None:
 
 
 def write_wrapped(parts: Wrapped, *, scheme: str, altchars: bytes) -> str:
-    """The text of a wrapped secret."""
+    """Return the text of a wrapped secret."""
     return f"{scheme}:v{parts.version}:{base64.b64encode(parts.sealed, altchars).decode()}"
 
 
 def parse_wrapped(name: str, wrapped: object, *, scheme: str, altchars: bytes) -> Wrapped:
-    """The parts of a wrapped secret's text.
+    """Return the parts of a wrapped secret's text.
 
-    Only the one spelling that `write_wrapped` gives is taken: decoders that overlook stray bits or leading zeros would
-    let an altered text pass.
+    Accepts only the exact spelling of `write_wrapped`. Decoders that ignore stray bits or leading zeros would accept an
+    altered text.
 
     Raises:
         WrappedKeyInvalid: the text has another form.
@@ -252,41 +261,42 @@ def parse_wrapped(name: str, wrapped: object, *, scheme: str, altchars: bytes) -
         except (binascii.Error, ValueError):
             sealed = b""
         parts = Wrapped(version=int(match_[1]), sealed=sealed)
-        spelled = write_wrapped(parts, scheme=scheme, altchars=altchars)
-        if len(sealed) > _SEALED_MIN_BYTES and spelled == wrapped:
+        canonical_text = write_wrapped(parts, scheme=scheme, altchars=altchars)
+        if len(sealed) > _SEALED_MIN_BYTES and canonical_text == wrapped:
             return parts
     raise WrappedKeyInvalid(
-        f"What should be unwrapped with key '{name}' is not a whole `{scheme}:v<version>:<base64>` text. "
-        "It was truncated, altered, or wrapped by another key store."
+        f"The text to unwrap with key '{name}' is not a complete `{scheme}:v<version>:<base64>` text. "
+        "It was truncated, altered, or wrapped by another key store. Restore it from a backup."
     )
 
 
 def not_found(name: str) -> KeyNotFound:
-    """The error of a key that there is not."""
+    """Return the error for a key that does not exist."""
     return KeyNotFound(
-        f"No key '{name}'. A key is made by `ensure`, when something is first stored under it; was the name mistyped?"
+        f"No key '{name}'. A key is created when data is first stored under it. Check the name."
     )
 
 
 def not_this_key(name: str) -> WrappedKeyInvalid:
-    """The error of a wrapped secret that fails authentication."""
+    """Return the error for a wrapped secret that fails authentication."""
     return WrappedKeyInvalid(
-        f"A wrapped secret is not one of key '{name}': it was altered, or wrapped under another name or store. "
+        f"A wrapped secret does not belong to key '{name}': it was altered, or wrapped under another name or store. "
         "Restore it from a backup."
     )
 
 
 def revoked(name: str, info: KeyInfo | None = None) -> KeyRevoked:
-    """The error of a key that was revoked."""
+    """Return the error for a revoked key."""
     error = KeyRevoked(
-        f"Key '{name}' was revoked: what it wrapped is gone for good, and the name stays taken. Use another name."
+        f"Key '{name}' was revoked: the secrets that it wrapped are lost, and its name cannot be used again. "
+        "Use another name."
     )
     error.info = info
     return error
 
 
 def canonical(value: object) -> bytes:
-    """JSON with one spelling: sorted keys, no spaces, ASCII."""
+    """Return JSON in one canonical spelling: sorted keys, no spaces, ASCII."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode()

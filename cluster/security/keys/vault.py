@@ -1,11 +1,11 @@
-"""Keys in HashiCorp Vault: Transit holds and uses them, KV version 2 holds their descriptions and tombstones.
+"""Keys in HashiCorp Vault. Transit holds and uses the keys; KV version 2 holds their descriptions and tombstones.
 
-A policy for jobs grants `update` on `transit/encrypt/<prefix>.*` and `transit/decrypt/<prefix>.*` and `read` on
-`secret/data/<prefix>/keys/*`. Never `create` on `transit/encrypt`: there Vault makes a missing key silently.
+A Vault policy for jobs grants `update` on `transit/encrypt/<prefix>.*` and `transit/decrypt/<prefix>.*`, and `read` on
+`secret/data/<prefix>/keys/*`. Never grant `create` on `transit/encrypt`: Vault then creates a missing key silently.
 
 The name is authenticated with every secret (`associated_data`, Vault 1.9 or later). Transit's own `rewrap` takes no
-associated data (hashicorp/vault#31791), so `rewrap` here decrypts and encrypts: the secret passes through this process,
-not to the caller.
+associated data (hashicorp/vault#31791). So `rewrap` here decrypts and encrypts: the secret passes through this process,
+but not to the caller.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from cluster.security.keys.store import (
     parse_wrapped,
     revoked,
 )
-from cluster.security.keys.vault_session import body, translated
+from cluster.security.keys.vault_session import require_part, translated_errors
 
 SCHEME = "vault"
 ALTCHARS = b"+/"
 KEY_TYPE = "aes256-gcm96"
 _ATTEMPTS = 20
-"""More than there are writers of one description at a time: each round, one of them succeeds."""
+"""Higher than the number of concurrent writers of one description: one of them succeeds in each round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Record:
-    """What KV holds of a key."""
+    """What KV stores about a key."""
 
     info: KeyInfo
     revoked: bool
     version: int
-    """KV's, for check-and-set."""
+    """Version in KV, for check-and-set."""
 
 
 class VaultKeyStore:
     """A KeyStore in Vault.
 
     Args:
-        client: logged in; `vault_session.keep_renewed` keeps it so.
-        mount: of the Transit engine.
-        kv_mount: of the KV version 2 engine.
-        prefix: in front of every name, so that one Vault can serve several installations.
+        client: a client that is logged in; `vault_session.keep_renewed` keeps the login alive.
+        mount: mount of the Transit engine.
+        kv_mount: mount of the KV version 2 engine.
+        prefix: prefix of every key name, so that one Vault can serve several installations.
 
     Raises:
-        KeyNameInvalid: the prefix could not begin a key's name.
+        KeyNameInvalid: a key's name cannot begin with the prefix.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class VaultKeyStore:
                 return
             if record is None:
                 self._create(info.name)
-            if self._write(info, is_revoked=False, seen=record):
+            if self._write(info, is_revoked=False, previous=record):
                 return
         raise _contended(info.name)
 
     def info(self, name: str) -> KeyInfo:
-        """The description of a key."""
+        """Return the description of a key."""
         record = self._record(name)
         if record is None:
             raise not_found(name)
@@ -100,26 +100,26 @@ class VaultKeyStore:
 
     def wrap(self, name: str, secret: bytes) -> str:
         """Encrypt a secret under the newest version."""
-        self.info(name)  # or Vault might make a key that is not there
+        self.info(name)  # raises for a missing key, which Vault might otherwise create
         check_secret(name, secret)
-        with translated(f"encrypt with key '{name}'"):
+        with translated_errors(f"encrypt with key '{name}'"):
             answer = self._transit.encrypt_data(
-                name=self._flat(name),
+                name=self._transit_name(name),
                 plaintext=_text(secret),
                 associated_data=_text(name.encode()),
                 mount_point=self._mount,
             )
-        wrapped = str(body(answer, "data").get("ciphertext"))
+        wrapped = str(require_part(answer, "data").get("ciphertext"))
         parse_wrapped(name, wrapped, scheme=SCHEME, altchars=ALTCHARS)
         return wrapped
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         """Decrypt a wrapped secret."""
-        flat = self._flat(name)
+        flat = self._transit_name(name)
         try:
-            # Vault itself takes v0 for v1 and overlooks stray bits of base64: one spelling only.
+            # Accept one spelling only: Vault itself reads v0 as v1 and ignores stray bits of base64.
             parse_wrapped(name, wrapped, scheme=SCHEME, altchars=ALTCHARS)
-            with translated(f"decrypt with key '{name}'"):
+            with translated_errors(f"decrypt with key '{name}'"):
                 answer = self._transit.decrypt_data(
                     name=flat,
                     ciphertext=wrapped,
@@ -127,25 +127,28 @@ class VaultKeyStore:
                     mount_point=self._mount,
                 )
         except InvalidRequest:
-            self.info(name)  # Vault says the same of a missing key: KeyNotFound and KeyRevoked come first
+            self.info(
+                name
+            )  # Vault gives the same error for a missing key: raise KeyNotFound or KeyRevoked first
             raise not_this_key(name) from None
-        return base64.b64decode(str(body(answer, "data").get("plaintext")), validate=True)
+        return base64.b64decode(str(require_part(answer, "data").get("plaintext")), validate=True)
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret anew under the newest version."""
+        """Wrap a secret again under the newest version."""
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:
-        """Add a version; gives the newest one's number (another's, if two rotate at once)."""
+        """Add a version and return the newest version's number. After concurrent rotations, that may be another
+        caller's."""
         self.info(name)
-        flat = self._flat(name)
-        with translated(f"rotate key '{name}'"):
+        flat = self._transit_name(name)
+        with translated_errors(f"rotate key '{name}'"):
             self._transit.rotate_key(name=flat, mount_point=self._mount)
             answer = self._transit.read_key(name=flat, mount_point=self._mount)
-        return int(body(answer, "data")["latest_version"])
+        return int(require_part(answer, "data")["latest_version"])
 
     def revoke(self, name: str) -> None:
-        """Write the tombstone, then delete the key; can be repeated if it was cut off in between."""
+        """Write the tombstone, then delete the key. Safe to repeat after an interruption."""
         for _ in range(_ATTEMPTS):
             record = self._record(name)
             if record is None:
@@ -154,25 +157,25 @@ class VaultKeyStore:
                 if not self._delete(name):
                     raise revoked(name)
                 return
-            if self._write(record.info, is_revoked=True, seen=record):
+            if self._write(record.info, is_revoked=True, previous=record):
                 self._delete(name)
                 return
         raise _contended(name)
 
     def names(self) -> list[str]:
-        """The names of the living keys, sorted."""
+        """Return the names of the keys, sorted, without revoked ones."""
         try:
-            with translated("list the keys"):
+            with translated_errors("list the keys"):
                 answer = self._transit.list_keys(mount_point=self._mount)
         except KeyNotFound:
             return []
-        found = (self._deep(str(flat)) for flat in body(answer, "data").get("keys", []))
+        found = (self._key_name(str(flat)) for flat in require_part(answer, "data").get("keys", []))
         return sorted(name for name in found if name is not None)
 
     def _create(self, name: str) -> None:
-        with translated(f"create key '{name}'"):
+        with translated_errors(f"create key '{name}'"):
             self._transit.create_key(
-                name=self._flat(name),
+                name=self._transit_name(name),
                 key_type=KEY_TYPE,
                 derived=False,
                 convergent_encryption=False,
@@ -182,10 +185,10 @@ class VaultKeyStore:
             )
 
     def _delete(self, name: str) -> bool:
-        """Delete the Transit key; gives whether there was one."""
-        flat = self._flat(name)
+        """Delete the Transit key and return whether it existed."""
+        flat = self._transit_name(name)
         try:
-            with translated(f"delete key '{name}'"):
+            with translated_errors(f"delete key '{name}'"):
                 self._transit.read_key(name=flat, mount_point=self._mount)
                 self._transit.update_key_configuration(
                     name=flat, deletion_allowed=True, mount_point=self._mount
@@ -196,19 +199,19 @@ class VaultKeyStore:
         return True
 
     def _record(self, name: str) -> _Record | None:
-        """What KV holds of a key; none if it holds nothing.
+        """Return what KV stores about a key, or None if it stores nothing.
 
         Raises:
-            KeyStoreUnavailable: what it holds is not a description of this key.
+            KeyStoreUnavailable: the stored data is not a description of this key.
         """
         try:
-            with translated(f"read the description of key '{name}'"):
+            with translated_errors(f"read the description of key '{name}'"):
                 answer = self._kv.read_secret_version(
-                    path=self._path(name), mount_point=self._kv_mount, raise_on_deleted_version=True
+                    path=self._kv_path(name), mount_point=self._kv_mount, raise_on_deleted_version=True
                 )
         except KeyNotFound:
             return None
-        found = body(answer, "data")
+        found = require_part(answer, "data")
         try:
             info = KeyInfo.from_plain(found["data"]["info"])
             if info.name == name:
@@ -220,18 +223,19 @@ class VaultKeyStore:
         except (KeyError, TypeError, ValueError):
             pass
         raise KeyStoreUnavailable(
-            f"Vault's {self._kv_mount}/{self._path(name)} does not describe key '{name}'. Restore its former version."
+            f"Vault's {self._kv_mount}/{self._kv_path(name)} does not describe key '{name}'. "
+            "Restore its previous version."
         )
 
-    def _write(self, info: KeyInfo, *, is_revoked: bool, seen: _Record | None) -> bool:
-        """Write a description over the one seen; gives whether nobody else was faster."""
+    def _write(self, info: KeyInfo, *, is_revoked: bool, previous: _Record | None) -> bool:
+        """Write a description with check-and-set. Returns False if another writer was faster."""
         content: dict[str, Any] = {"info": info.plain(), "revoked": is_revoked}
-        with translated(f"describe key '{info.name}'"):
+        with translated_errors(f"describe key '{info.name}'"):
             try:
                 self._kv.create_or_update_secret(
-                    path=self._path(info.name),
+                    path=self._kv_path(info.name),
                     secret=content,
-                    cas=seen.version if seen else 0,
+                    cas=previous.version if previous else 0,
                     mount_point=self._kv_mount,
                 )
             except vault_errors.InvalidRequest as error:
@@ -240,14 +244,14 @@ class VaultKeyStore:
                 raise
         return True
 
-    def _path(self, name: str) -> str:
+    def _kv_path(self, name: str) -> str:
         return f"{self._prefix}/keys/{flatten(check_name(name))}"
 
-    def _flat(self, name: str) -> str:
+    def _transit_name(self, name: str) -> str:
         return flatten(f"{self._prefix}/{check_name(name)}")
 
-    def _deep(self, flat: str) -> str | None:
-        """The name of a Transit key; none for a stranger's."""
+    def _key_name(self, flat: str) -> str | None:
+        """Return the name of a Transit key, or None if it is not a key of this installation."""
         name = unflatten(flat)
         if not name.startswith(f"{self._prefix}/"):
             return None
@@ -255,11 +259,11 @@ class VaultKeyStore:
             name = check_name(name.removeprefix(f"{self._prefix}/"))
         except KeyNameInvalid:
             return None
-        return name if self._flat(name) == flat else None
+        return name if self._transit_name(name) == flat else None
 
 
 def flatten(name: str) -> str:
-    """A key's path as one word, for Transit's names hold no slash: `/` becomes `.` and `.` becomes `..`.
+    """Return a key's path as one word: `/` becomes `.` and `.` becomes `..`. Transit's names cannot contain slashes.
 
     Reversible, because no part of a path begins or ends with a dot.
     """
@@ -267,7 +271,7 @@ def flatten(name: str) -> str:
 
 
 def unflatten(flat: str) -> str:
-    """The path that `flatten` was given."""
+    """Return the path of a flattened name."""
     return flat.replace("..", "\0").replace(".", "/").replace("\0", ".")
 
 
@@ -276,4 +280,4 @@ def _text(data: bytes) -> str:
 
 
 def _contended(name: str) -> KeyStoreUnavailable:
-    return KeyStoreUnavailable(f"The description of key '{name}' keeps changing under this call. Try again.")
+    return KeyStoreUnavailable(f"The description of key '{name}' keeps changing during this call. Try again.")

@@ -1,7 +1,8 @@
-"""Getting into HashiCorp Vault, staying in, and what else is fetched there: secrets and certificates.
+"""Login to HashiCorp Vault, its renewal, and reading secrets and certificates from Vault.
 
-hvac's `Client` takes a token from the environment or the home folder unless it is given one, follows redirects with the
-token in hand, and reports an expired token as a missing right: `login` and `translated` see to these.
+hvac's `Client` has three traps: without a token, it takes one from the environment or the home folder; it follows
+redirects and sends the token along; and it reports an expired token as a missing right. `login` and `translated_errors`
+prevent these.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ from cluster.security.keys.store import KeyNotFound, KeyStoreUnavailable
 
 KUBERNETES_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 MIN_LEASE_S = 60
-"""A lease this short is the token's last: log in anew."""
+"""A lease this short means that the token reaches its maximum lifetime: log in again."""
 RETRY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppRole:
-    """A machine's role and secret."""
+    """Login with a role id and a secret id."""
 
     role_id: str
     secret_id: Callable[[], str] = field(repr=False)
-    """Gives the secret id of now."""
+    """Returns the present secret id."""
     mount: str = "approle"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Jwt:
-    """A token of an OIDC issuer that Vault trusts."""
+    """Login with a token of an OIDC issuer that Vault trusts."""
 
     role: str
     token: Callable[[], str] = field(repr=False)
-    """Gives a token that is valid now."""
+    """Returns a token that is valid now."""
     mount: str = "jwt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kubernetes:
-    """The service account of the pod."""
+    """Login with the pod's service account."""
 
     role: str
     token_path: Path = KUBERNETES_TOKEN
@@ -62,7 +63,7 @@ Auth = AppRole | Jwt | Kubernetes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IssuedCertificate:
-    """A certificate of Vault's PKI with its key, as PEM."""
+    """A certificate of Vault's PKI with its private key, as PEM."""
 
     certificate: str
     private_key: str = field(repr=False)
@@ -79,18 +80,18 @@ def login(
     namespace: str | None = None,
     timeout_s: float = 5.0,
 ) -> hvac.Client:
-    """A client with a token of its own.
+    """Return a client that is logged in.
 
     Args:
-        address: `https://host:port`; plain http is for loopback alone.
-        auth: how to log in.
-        ca: the authority that signed Vault's certificate; the system's by default.
-        namespace: of Vault Enterprise.
+        address: `https://host:port`; plain http is allowed for loopback only.
+        auth: the login method.
+        ca: file of the authority that signed Vault's certificate; the system's authorities by default.
+        namespace: namespace of Vault Enterprise.
         timeout_s: seconds to wait for an answer.
 
     Raises:
         ConfigError: the address would send the token in the clear.
-        Unauthenticated: Vault does not take the credentials.
+        Unauthenticated: Vault refuses the credentials.
         KeyStoreUnavailable: Vault is down or sealed.
     """
     parts = urlsplit(address)
@@ -104,26 +105,26 @@ def login(
         verify=str(ca) if ca else True,
         namespace=namespace,
         timeout=timeout_s,
-        allow_redirects=False,  # requests would carry the token to wherever it is sent
+        allow_redirects=False,  # requests would send the token to the redirect's target
     )
     log_in_again(client, auth)
     return client
 
 
 def log_in_again(client: hvac.Client, auth: Auth) -> int:
-    """Give a client a new token; gives its lease in seconds, 0 for one that does not end.
+    """Give a client a new token and return its lease in seconds; 0 means no expiry.
 
     Raises:
-        Unauthenticated: Vault does not take the credentials.
+        Unauthenticated: Vault refuses the credentials.
         KeyStoreUnavailable: Vault is down or sealed.
     """
     try:
-        with translated("log in"):
-            granted = body(_log_in(client, auth), "auth")
+        with translated_errors("log in"):
+            granted = require_part(_log_in(client, auth), "auth")
     except (AccessDenied, InvalidRequest, KeyNotFound) as error:
         kind = type(auth).__name__
         raise Unauthenticated(
-            f"Vault takes no {kind} login at auth/{auth.mount}: {error} Check the role and its credentials."
+            f"Vault refuses the {kind} login at auth/{auth.mount}: {error} Check the role and its credentials."
         ) from None
     except OSError as error:
         raise Unauthenticated(f"The secret that opens Vault cannot be read: {error}.") from None
@@ -132,26 +133,26 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
 
 
 def renew(client: hvac.Client, auth: Auth) -> int:
-    """Make the client's token last longer, or get another one; gives the seconds until it must be done again.
+    """Extend the client's token or get a new one, and return the seconds until the next renewal is due.
 
     Raises:
-        Unauthenticated, KeyStoreUnavailable: as `log_in_again`.
+        Unauthenticated, KeyStoreUnavailable: see `log_in_again`.
     """
     try:
-        with translated("renew the token"):
-            lease_s = int(body(client.auth.token.renew_self(), "auth")["lease_duration"])
+        with translated_errors("renew the token"):
+            lease_s = int(require_part(client.auth.token.renew_self(), "auth")["lease_duration"])
     except (AccessDenied, InvalidRequest):  # expired, revoked, or not renewable
         return log_in_again(client, auth)
     return lease_s if lease_s == 0 or lease_s > MIN_LEASE_S else log_in_again(client, auth)
 
 
 def keep_renewed(client: hvac.Client, auth: Auth, *, stopped: threading.Event) -> None:
-    """Renew the client's token at two thirds of its life until `stopped` is set; for a thread of its own.
+    """Renew the client's token at two thirds of its lifetime until `stopped` is set. Run it in its own thread.
 
-    Vault being away for a while is waited out.
+    While Vault is unavailable, it waits and tries again.
 
     Raises:
-        Unauthenticated: Vault no longer takes the credentials.
+        Unauthenticated: Vault no longer accepts the credentials.
     """
     wait_s = 0.0
     while not stopped.wait(wait_s):
@@ -166,17 +167,17 @@ def keep_renewed(client: hvac.Client, auth: Auth, *, stopped: threading.Event) -
 
 
 def read_secret(client: hvac.Client, path: str, *, mount: str = "secret") -> dict[str, Any]:
-    """The newest version of a secret in KV version 2.
+    """Return the newest version of a secret in KV version 2.
 
     Raises:
-        KeyNotFound: there is none at `path`.
-        AccessDenied, KeyStoreUnavailable.
+        KeyNotFound: no secret at `path`.
+        AccessDenied, KeyStoreUnavailable: from Vault.
     """
-    with translated(f"read the secret {mount}/{path}"):
+    with translated_errors(f"read the secret {mount}/{path}"):
         answer = client.secrets.kv.v2.read_secret_version(
             path=path, mount_point=mount, raise_on_deleted_version=True
         )
-    return dict(body(answer, "data")["data"])
+    return dict(require_part(answer, "data")["data"])
 
 
 def issue_certificate(
@@ -189,18 +190,18 @@ def issue_certificate(
     ttl_s: int = 24 * 3600,
     mount: str = "pki",
 ) -> IssuedCertificate:
-    """A new key and its certificate from Vault's PKI.
+    """Return a new key and its certificate from Vault's PKI.
 
     Raises:
-        InvalidRequest: the role does not exist or does not grant these names.
-        AccessDenied, KeyStoreUnavailable.
+        InvalidRequest: the role does not exist or does not allow these names.
+        AccessDenied, KeyStoreUnavailable: from Vault.
     """
     extra = {"alt_names": ",".join(alt_names), "ip_sans": ",".join(ip_addresses), "ttl": f"{ttl_s}s"}
-    with translated(f"issue a certificate for {common_name} from {mount}/{role}"):
+    with translated_errors(f"issue a certificate for {common_name} from {mount}/{role}"):
         answer = client.secrets.pki.generate_certificate(
             name=role, common_name=common_name, extra_params=extra, mount_point=mount
         )
-    data = body(answer, "data")
+    data = require_part(answer, "data")
     return IssuedCertificate(
         certificate=data["certificate"],
         private_key=data["private_key"],
@@ -211,53 +212,56 @@ def issue_certificate(
 
 
 @contextlib.contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn hvac's exceptions into ours. `doing` completes "Vault refused to ...".
+def translated_errors(attempt: str) -> Iterator[None]:
+    """Convert hvac's exceptions into ours.
 
-    The causes are left out: they hold the request with its token and the answer's text.
+    The causes are dropped, because they contain the request with its token and the text of the answer.
+
+    Args:
+        attempt: completes "Vault refused to …" in the messages.
     """
     try:
         yield
     except vault_errors.Forbidden:
         raise AccessDenied(
-            f"Vault refused to {doing}: the token's policies do not grant it, or the token has expired."
+            f"Vault refused to {attempt}: the token's policies do not grant it, or the token has expired."
         ) from None
     except vault_errors.Unauthorized:
-        raise Unauthenticated(f"Vault refused to {doing}: it takes no such token.") from None
+        raise Unauthenticated(f"Vault refused to {attempt}: the token is not valid.") from None
     except vault_errors.InvalidPath:
-        raise KeyNotFound(f"Vault could not {doing}: nothing is there. Is the engine mounted?") from None
+        raise KeyNotFound(f"Vault could not {attempt}: not found. Is the engine mounted?") from None
     except vault_errors.InvalidRequest as error:
-        raise InvalidRequest(f"Vault could not {doing}: {error.args[0]}.") from None
+        raise InvalidRequest(f"Vault could not {attempt}: {error.args[0]}.") from None
     except vault_errors.VaultDown as error:
         raise KeyStoreUnavailable(
-            f"Vault could not {doing}: {error.args[0]}. Unseal it or wait for it."
+            f"Vault could not {attempt}: {error.args[0]}. Unseal it or wait for it."
         ) from None
     except vault_errors.VaultError as error:
         raise KeyStoreUnavailable(
-            f"Vault could not {doing}: {type(error).__name__}, {error.args[0]}."
+            f"Vault could not {attempt}: {type(error).__name__}, {error.args[0]}."
         ) from None
     except requests.RequestException as error:
         raise KeyStoreUnavailable(
-            f"Vault could not {doing}: no answer ({type(error).__name__}). Is its address right, and is it up?"
+            f"Vault could not {attempt}: no answer ({type(error).__name__}). Is its address right, and is it up?"
         ) from None
 
 
-def body(answer: Any, part: str) -> dict[str, Any]:
-    """A part of Vault's answer; hvac gives a bare response where there is no JSON, or a redirect.
+def require_part(answer: Any, part: str) -> dict[str, Any]:
+    """Return a part of Vault's answer. hvac returns the raw response if it has no JSON or is a redirect.
 
     Raises:
-        KeyStoreUnavailable: the part is not there.
+        KeyStoreUnavailable: the part is missing.
     """
-    found = answer.get(part) if isinstance(answer, dict) else None
-    if not isinstance(found, dict):
+    content = answer.get(part) if isinstance(answer, dict) else None
+    if not isinstance(content, dict):
         raise KeyStoreUnavailable(
-            f"Vault's answer has no '{part}'. Is the address that of Vault's active node, or of something else?"
+            f"Vault's answer has no '{part}'. Check that the address is the one of Vault's active node."
         )
-    return found
+    return content
 
 
 def _log_in(client: hvac.Client, auth: Auth) -> Any:
-    # hvac would take the token out of an answer that may be none: it is left to the caller.
+    # use_token=False: hvac would read the token from an invalid answer too. The caller checks the answer first.
     match auth:
         case AppRole():
             return client.auth.approle.login(

@@ -1,13 +1,13 @@
-"""A job's token that lies in Vault: `identity.token_file=vault:<path>#<field>`, a secret of KV version 2.
+"""Read a job's token from Vault: `identity.token_file=vault:<path>#<field>`, a secret of KV version 2.
 
-Whoever issues tokens writes them there and keeps them fresh; the job logs in as `secrets.vault` says, with rights to
-that path of its own. The reference travels like a file's name, the token never does.
+The issuing process writes the tokens there and keeps them fresh. The job logs in with its own rights to that path, as
+`secrets.vault` configures. Only the reference is passed between processes, never the token.
 """
 
 from __future__ import annotations
 
 from cluster.errors import ConfigError
-from cluster.security.keys.configured import logged_in
+from cluster.security.keys.configured import connect_to_vault
 from cluster.security.keys.vault_session import read_secret
 from cluster.settings import VaultConfig
 
@@ -15,12 +15,12 @@ SCHEME = "vault:"
 
 
 def token_in_vault(reference: str, vault: VaultConfig) -> str:
-    """The token of now.
+    """Return the present token.
 
     Raises:
-        ConfigError: the reference is none, no Vault is configured, or the secret has no such field.
+        ConfigError: the reference is malformed, no Vault is configured, or the secret has no such field.
         KeyNotFound: no such secret.
-        Unauthenticated, AccessDenied, KeyStoreUnavailable: as Vault says.
+        Unauthenticated, AccessDenied, KeyStoreUnavailable: from Vault.
     """
     path, _, field = reference.removeprefix(SCHEME).partition("#")
     if not path or not field:
@@ -29,9 +29,9 @@ def token_in_vault(reference: str, vault: VaultConfig) -> str:
         )
     if not vault.address:
         raise ConfigError(
-            f"identity.token_file={reference} needs secrets.vault.address and how to log in there."
+            f"identity.token_file={reference} needs secrets.vault.address and a login method. Set secrets.vault."
         )
-    token = read_secret(logged_in(vault), path, mount=vault.kv_mount).get(field)
+    token = read_secret(connect_to_vault(vault), path, mount=vault.kv_mount).get(field)
     if not isinstance(token, str) or not token.strip():
         raise ConfigError(f"Vault's secret {vault.kv_mount}/{path} has no token in its field '{field}'.")
     return token.strip()

@@ -1,6 +1,6 @@
-"""What goes over the broker's socket: a length of four bytes, then a JSON object; and errors by their name.
+"""Messages on the broker's socket: a length of four bytes, then a JSON object. Errors are sent by class name.
 
-Errors are the exact classes on both sides. A class that is not in the table travels as its nearest ancestor.
+Both sides raise the same error class. A class that is not in the table is sent as its nearest ancestor in the table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cluster.security.keys.store import (
 MAX_BYTES = 1024 * 1024
 MAX_SOCKET_PATH_BYTES = 97
 PING: dict[str, object] = {"op": "ping"}
-"""Asks whether the broker lives, without a token; it is no operation of a key store."""
+"""Checks without a token whether the broker is alive. Not an operation of the key store."""
 _HEADER_BYTES = 4
 _ERRORS: dict[str, type[FalajError]] = {
     kind.__name__: kind
@@ -59,7 +59,7 @@ def send(connection: socket.socket, message: dict[str, object], *, timeout_s: fl
 
     Raises:
         InvalidRequest: the message is too long.
-        OSError: the other side is gone or does not read.
+        OSError: the other side closed the connection or does not read.
     """
     body = json.dumps(message).encode()
     if len(body) > MAX_BYTES:
@@ -71,39 +71,37 @@ def send(connection: socket.socket, message: dict[str, object], *, timeout_s: fl
 
 
 def receive(connection: socket.socket, *, idle_s: float, read_s: float) -> dict[str, object] | None:
-    """One message; none if the other side closed the connection in front of it.
+    """Return one message, or None if the other side closed the connection before it.
 
     Args:
         connection: a stream socket.
-        idle_s: how long to wait for its first byte.
-        read_s: how long the rest may take in all.
+        idle_s: seconds to wait for the first byte.
+        read_s: seconds within which the rest must arrive.
 
     Raises:
-        InvalidRequest: it is too long or not a JSON object.
-        OSError: closed in the middle, or too slow (TimeoutError).
+        InvalidRequest: the message is too long or not a JSON object.
+        OSError: closed within a message, or too slow (TimeoutError).
     """
     connection.settimeout(idle_s)
-    begun = connection.recv(_HEADER_BYTES)
-    if not begun:
+    first_bytes = connection.recv(_HEADER_BYTES)
+    if not first_bytes:
         return None
     deadline = time.monotonic() + read_s
-    header = begun + _exactly(connection, _HEADER_BYTES - len(begun), deadline=deadline)
+    header = first_bytes + _receive_exactly(connection, _HEADER_BYTES - len(first_bytes), deadline=deadline)
     size = int.from_bytes(header, "big")
     if size > MAX_BYTES:
-        raise InvalidRequest(
-            f"A message to the key broker has at most {MAX_BYTES} bytes, this one says {size}."
-        )
+        raise InvalidRequest(f"A message to the key broker has at most {MAX_BYTES} bytes, got {size}.")
     try:
-        message = json.loads(_exactly(connection, size, deadline=deadline).decode())
+        message = json.loads(_receive_exactly(connection, size, deadline=deadline).decode())
     except (ValueError, RecursionError):
-        raise InvalidRequest("A message to the key broker is a JSON object.") from None
+        raise InvalidRequest("A message to the key broker must be a JSON object.") from None
     if not isinstance(message, dict):
-        raise InvalidRequest("A message to the key broker is a JSON object.")
+        raise InvalidRequest("A message to the key broker must be a JSON object.")
     return message
 
 
 def error_to_plain(error: FalajError) -> dict[str, object]:
-    """An error as an answer."""
+    """Return the answer that carries an error."""
     kind = next(
         (kind for kind in type(error).__mro__ if _ERRORS.get(kind.__name__) is kind), KeyStoreUnavailable
     )
@@ -111,34 +109,34 @@ def error_to_plain(error: FalajError) -> dict[str, object]:
 
 
 def error_from_plain(answer: dict[str, object]) -> FalajError:
-    """The error in an answer."""
+    """Return the error of an answer."""
     kind = _ERRORS.get(str(answer.get("error")), KeyStoreUnavailable)
     return kind(str(answer.get("message", "The key broker gave no reason.")))
 
 
 def check_socket_path(path: str) -> str:
-    """The path, if a Unix socket can be bound there.
+    """Return the path, if a Unix socket can be bound there.
 
     Raises:
-        ConfigError: it is too long.
+        ConfigError: the path is too long.
     """
     size = len(path.encode(errors="surrogateescape"))
     if size > MAX_SOCKET_PATH_BYTES:
         raise ConfigError(
-            f"The key broker's socket path has {size} bytes, a Unix socket's ends at {MAX_SOCKET_PATH_BYTES}: {path}. "
+            f"The key broker's socket path has {size} bytes, but at most {MAX_SOCKET_PATH_BYTES} are allowed: {path}. "
             "Use a shorter runtime folder."
         )
     return path
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end when it connected, as the kernel saw it."""
+    """Return the user id of the process at the other end, as the kernel recorded it when it connected."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     uid: int = struct.unpack("3i", credentials)[1]
     return uid
 
 
-def _exactly(connection: socket.socket, size: int, *, deadline: float) -> bytes:
+def _receive_exactly(connection: socket.socket, size: int, *, deadline: float) -> bytes:
     parts = bytearray()
     while len(parts) < size:
         left_s = deadline - time.monotonic()
@@ -147,6 +145,6 @@ def _exactly(connection: socket.socket, size: int, *, deadline: float) -> bytes:
         connection.settimeout(left_s)
         part = connection.recv(min(size - len(parts), 65536))
         if not part:
-            raise ConnectionError("The connection was closed in the middle of a message.")
+            raise ConnectionError("The connection was closed within a message.")
         parts += part
     return bytes(parts)

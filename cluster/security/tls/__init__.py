@@ -1,1 +1,1 @@
-"""Certificates: the local authority's, the edge's, the nodes', and those from Vault."""
+"""TLS certificates of the local authority, the edge, the nodes and Vault's PKI."""

@@ -1,13 +1,13 @@
-"""Certificates: the local authority's, the edge's, and those that Ray's nodes show each other.
+"""Certificates of the local authority, the edge and Ray's nodes.
 
     python -m cluster.security.tls show
     python -m cluster.security.tls renew
     python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
 
-`cluster.up` makes authority, edge and head certificates on first use and anew when less than a third of their life is
-left; the authority stays, and so does what another authority issued. In production that is a PKI, Vault's for one
-(`keys/vault_session.py`): the edge wants one PEM file with certificate and key, Ray a file each for certificate, key
-and authority.
+`cluster.up` creates the certificates of authority, edge and head at first use. It renews those of edge and head when
+less than a third of their lifetime is left. It keeps the authority, and all certificates of another authority. In
+production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge needs one PEM file with
+certificate and key. Ray needs one file each for certificate, key and authority.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.storage import Layout, layout, local
 
 CA_DAYS = 3650
 LEAF_DAYS = 397
-"""More than this no browser believes."""
+"""Browsers reject longer lifetimes."""
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
@@ -50,21 +50,21 @@ class _Authority:
 
 
 def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None = None) -> None:
-    """Have an authority, and certificates of this machine for the edge and for Ray that hold long enough.
+    """Ensure an authority and valid certificates of this machine for the edge and for Ray.
 
     Args:
-        places: the storage root's.
-        renew: make the certificates anew, however long they hold.
-        now: the moment that counts for how long they still hold; none is the clock's.
+        places: paths below the storage root.
+        renew: create the certificates again, also if they are still valid.
+        now: the time for the check of the lifetime; the present time by default.
 
     Raises:
-        ConfigError: another authority's certificate lies there, and not all that it has to issue; or it is to renew.
+        ConfigError: the certificate of another authority is there, and one of its files is missing or `renew` is set.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if is_anothers(folder / CA_NAME):
-        _leave_alone(folder, renew=renew)
+    if is_foreign_authority(folder / CA_NAME):
+        _require_foreign_files(folder, renew=renew)
         return
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at):
@@ -74,11 +74,12 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
         replace_private(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
     node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
     if renew or node_is_due:
-        write_node(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
+        write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
 
 
-def is_anothers(authority: Path) -> bool:
-    """Whether a file is an authority's certificate that is not of this module's making; told by its subject."""
+def is_foreign_authority(authority: Path) -> bool:
+    """Return whether a file is the certificate of an authority that this module did not create. Decided by its
+    subject."""
     if not authority.exists():
         return False
     try:
@@ -88,32 +89,33 @@ def is_anothers(authority: Path) -> bool:
     return not found.subject == found.issuer == AUTHORITY_SUBJECT
 
 
-def _leave_alone(folder: Path, *, renew: bool) -> None:
+def _require_foreign_files(folder: Path, *, renew: bool) -> None:
+    """Require that all files of another authority are there."""
     names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
     missing = [name for name in names if not (folder / name).exists()]
     if missing or renew:
-        what = f"{', '.join(missing)} missing" if missing else "only it can renew what it issued"
+        problem = f"{', '.join(missing)} missing" if missing else "only it can renew what it issued"
         raise ConfigError(
-            f"{folder / CA_NAME} is another authority's certificate: {what}. Put its {', '.join(names)} there, or take "
-            f"{CA_NAME} away to have certificates of a local authority."
+            f"{folder / CA_NAME} is another authority's certificate: {problem}. Put its {', '.join(names)} there, or "
+            f"remove {CA_NAME} to use a local authority."
         )
 
 
-def write_node(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
-    """Make a node's certificate and key, and lay the authority's certificate beside them.
+def write_node_certificate(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
+    """Write a node's certificate and key, and the authority's certificate beside them.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
         authority: folder of the authority's certificate and key.
-        name: of the machine.
-        addresses: under which other nodes reach it. One that is missing lets Ray hang instead of failing.
+        name: host name of the machine.
+        addresses: addresses under which other nodes reach it. If one is missing, Ray hangs instead of failing.
 
     Raises:
-        ConfigError: there is no authority of ours, or an address is none.
+        ConfigError: there is no local authority, or an address is invalid.
     """
-    if is_anothers(authority / CA_NAME):
+    if is_foreign_authority(authority / CA_NAME):
         raise ConfigError(
-            f"{authority / CA_NAME} is another authority's certificate. Have it issue the node's."
+            f"{authority / CA_NAME} is another authority's certificate. Get the node's certificate from that authority."
         )
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
@@ -127,21 +129,27 @@ def write_node(folder: Path, *, authority: Path, name: str, addresses: Iterable[
 
 
 def _authority(folder: Path) -> _Authority:
-    """The folder's authority, made on first use; key before certificate, so that half of one is made anew."""
+    """Return the folder's authority, created at first use.
+
+    The key is written first, so that an incomplete authority is created again.
+    """
     if not (folder / CA_NAME).exists() or not (folder / CA_KEY_NAME).exists():
-        fresh = ec.generate_private_key(ec.SECP256R1())
-        replace_private(folder / CA_KEY_NAME, _key_pem(fresh))
-        replace_private(folder / CA_NAME, _pem(_self_signed(fresh)), mode=0o644)
+        new_key = ec.generate_private_key(ec.SECP256R1())
+        replace_private(folder / CA_KEY_NAME, _key_pem(new_key))
+        replace_private(folder / CA_NAME, _pem(_self_signed(new_key)), mode=0o644)
     key = serialization.load_pem_private_key((folder / CA_KEY_NAME).read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{folder / CA_KEY_NAME} is no key of an elliptic curve. Take the folder away.")
+        raise ConfigError(f"{folder / CA_KEY_NAME} is not a key of an elliptic curve. Remove the folder.")
     return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
 
 
 def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
-    """Whether a certificate has to be made: there is none, or ours has less than a third of its life left, is of an
-    earlier authority, or of another key than lies beside it. What somebody else put there, a company's PKI for one, is
-    not touched."""
+    """Return whether a certificate must be created.
+
+    That is the case if it is missing, or if it is a local one with less than a third of its lifetime left, of an
+    earlier authority, or for another key than the one beside it. Certificates of other authorities, such as a company's
+    PKI, are never replaced.
+    """
     if not path.exists() or not (key is None or key.exists()):
         return True
     try:
@@ -154,14 +162,19 @@ def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | N
         found.verify_directly_issued_by(authority.certificate)
     except InvalidSignature:
         return True
-    if key is not None and not _belongs(found, key):
+    if key is not None and not _has_key(found, key):
         return True
-    life = found.not_valid_after_utc - found.not_valid_before_utc
-    return found.not_valid_after_utc - at < life / 3
+    return in_last_third(found, at)
 
 
-def _belongs(certificate: x509.Certificate, key: Path) -> bool:
-    """Whether a key is a certificate's: whoever writes the two may be killed in between."""
+def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
+    """Return whether less than a third of a certificate's lifetime is left."""
+    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    return certificate.not_valid_after_utc - at < lifetime / 3
+
+
+def _has_key(certificate: x509.Certificate, key: Path) -> bool:
+    """Return whether a key fits a certificate. It may not, if a process was killed between writing the two."""
     try:
         found = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (ValueError, TypeError):
@@ -202,13 +215,16 @@ def _leaf(
     try:
         parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(addresses)]
     except ValueError as error:
-        raise ConfigError(f"A node's address is wrong: {error}. Give it as --ip 10.0.0.7.") from error
+        raise ConfigError(
+            f"A node's address is invalid: {error}. Use --ip with an address such as 10.0.0.7."
+        ) from error
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    names = [x509.DNSName(one) for one in dict.fromkeys((name, "localhost"))]
+    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost"))]
     return (
         _builder(subject, authority.certificate.subject, key.public_key(), days=LEAF_DAYS)
         .add_extension(
-            x509.SubjectAlternativeName([*names, *(x509.IPAddress(one) for one in parsed)]), critical=False
+            x509.SubjectAlternativeName([*names, *(x509.IPAddress(address) for address in parsed)]),
+            critical=False,
         )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -244,8 +260,8 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _shown(folder: Path) -> str:
-    """A line for each certificate: file, whose, until when, for which names."""
+def _describe(folder: Path) -> str:
+    """Return one line per certificate: file, expiry, and names."""
     lines = []
     for name in (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME):
         if not (folder / name).exists():
@@ -264,15 +280,15 @@ def _names(certificate: x509.Certificate) -> str:
 
 
 def main() -> None:
-    """Parse the flags and run a command."""
+    """Parse the flags and run the command."""
     parser = argparse.ArgumentParser(prog="python -m cluster.security.tls", description="Certificates.")
     parser.add_argument(
         "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="what there is, and until when it holds")
-    commands.add_parser("renew", help="new certificates of this machine, by the same authority")
-    node = commands.add_parser("node", help="a certificate for another machine of the cluster")
+    commands.add_parser("show", help="show the certificates and their expiry")
+    commands.add_parser("renew", help="create new certificates of this machine, from the same authority")
+    node = commands.add_parser("node", help="create a certificate for another machine of the cluster")
     node.add_argument("--name", required=True, help="its host name")
     node.add_argument("--ip", required=True, action="append", help="its address; may be repeated")
     node.add_argument("--output", required=True, type=Path, help="folder to write to")
@@ -280,10 +296,12 @@ def main() -> None:
     try:
         folder = local(layout(StorageConfig(root=arguments.root)).tls)
         if arguments.command == "node":
-            write_node(arguments.output, authority=folder, name=arguments.name, addresses=arguments.ip)
+            write_node_certificate(
+                arguments.output, authority=folder, name=arguments.name, addresses=arguments.ip
+            )
             return
         if arguments.command == "renew":
             ensure_tls(layout(StorageConfig(root=arguments.root)), renew=True)
-        print(_shown(folder))
+        print(_describe(folder))
     except RefusedError as error:
         refuse(error)

@@ -1,4 +1,4 @@
-"""The edge's and this node's certificates from Vault's PKI, in place of the local authority's."""
+"""Certificates of the edge and this node from Vault's PKI, instead of the local authority."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography import x509
 
 from cluster.errors import ConfigError
-from cluster.security.keys.configured import logged_in
+from cluster.security.keys.configured import connect_to_vault
 from cluster.security.keys.vault_session import issue_certificate
 from cluster.security.tls.certificates import (
     CA_NAME,
@@ -17,6 +17,7 @@ from cluster.security.tls.certificates import (
     LOOPBACK,
     NODE_CERTIFICATE_NAME,
     NODE_KEY_NAME,
+    in_last_third,
 )
 from cluster.security.tokens.issuer import replace_private
 from cluster.settings import VaultConfig
@@ -24,25 +25,27 @@ from cluster.storage import Layout, local
 
 
 def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime | None = None) -> None:
-    """Have certificates for localhost and this machine, new ones in the last third of their life.
+    """Ensure certificates for localhost and this machine. New ones are fetched in the last third of their lifetime.
 
     Args:
-        places: the storage root's.
-        vault: where to log in, and the role.
-        now: the moment that counts for how long they still hold; none is the clock's.
+        places: paths below the storage root.
+        vault: Vault's address, login and PKI role.
+        now: the time for the check of the lifetime; the present time by default.
 
     Raises:
         ConfigError: no role is configured.
-        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: as Vault says; what there is stays.
+        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: from Vault. Existing certificates stay.
     """
     if vault.pki_role is None:
-        raise ConfigError("secrets.vault.pki_role is missing. Give the PKI's role that issues certificates.")
+        raise ConfigError(
+            "secrets.vault.pki_role is missing. Set it to the PKI role that issues certificates."
+        )
     folder, at = local(places.tls), now or dt.datetime.now(dt.UTC)
     names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME, CA_NAME)
-    if all((folder / name).exists() for name in names) and not _is_late(folder / EDGE_NAME, at):
+    if all((folder / name).exists() for name in names) and not _is_due(folder / EDGE_NAME, at):
         return
     issued = issue_certificate(
-        logged_in(vault),
+        connect_to_vault(vault),
         role=vault.pki_role,
         common_name=socket.gethostname(),
         alt_names=("localhost",),
@@ -51,7 +54,9 @@ def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime |
         mount=vault.pki_mount,
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    chain = "\n".join((issued.certificate.strip(), *(one.strip() for one in issued.ca_chain))) + "\n"
+    chain = (
+        "\n".join((issued.certificate.strip(), *(authority.strip() for authority in issued.ca_chain))) + "\n"
+    )
     key = issued.private_key.strip() + "\n"
     replace_private(folder / CA_NAME, f"{issued.ca_chain[-1].strip()}\n".encode(), mode=0o644)
     replace_private(folder / NODE_KEY_NAME, key.encode())
@@ -59,7 +64,5 @@ def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime |
     replace_private(folder / EDGE_NAME, (chain + key).encode())
 
 
-def _is_late(path: Path, at: dt.datetime) -> bool:
-    found = x509.load_pem_x509_certificate(path.read_bytes())
-    life = found.not_valid_after_utc - found.not_valid_before_utc
-    return found.not_valid_after_utc - at < life / 3
+def _is_due(path: Path, at: dt.datetime) -> bool:
+    return in_last_third(x509.load_pem_x509_certificate(path.read_bytes()), at)

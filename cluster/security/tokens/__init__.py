@@ -1,1 +1,1 @@
-"""Signed tokens: who issues them, how they are verified, and the principal they speak of."""
+"""Signed tokens: issuers, verification, and the principal that a token names."""

@@ -1,13 +1,14 @@
-"""A job's own principal: a signed, short-lived statement that a subject runs one entrypoint for one purpose.
+"""Intents: short-lived signed tokens that allow one subject to run one entrypoint for one purpose.
 
-The token lies in a 0600 file whose path travels (FALAJ_INTENT_FILE, or the configuration's `identity.token_file`),
-never the token itself: a Ray runtime_env is readable to everyone on the dashboard. The job's process reads and checks
-it, and each worker that touches data does so again, from the same path.
+The token is in a 0600 file. Only the path of the file is passed on (FALAJ_INTENT_FILE, or `identity.token_file`), never
+the token itself, because everyone can read a Ray runtime_env on the dashboard. The job's process reads and verifies the
+token, and each worker that reads data verifies it again from the same path.
 
-An intent has a type and an audience of its own, so it opens nothing at the edge, and an access token runs no job. It
-may outlive the token that it was made from, because jobs run longer than tokens hold, but it is good for one
-entrypoint alone. In production an OIDC issuer signs it, for the audience INTENT_AUDIENCE and with the claim
-`entrypoint`; where it cannot set `typ`, give `rules` the types it does set, and the audience still keeps them apart.
+An intent has its own type and audience. So it is not valid at the edge, and an access token cannot run a job. An intent
+may outlive the token that it was made from, because jobs run longer than tokens are valid. It is limited to one
+entrypoint. In production an OIDC issuer signs intents, for the audience INTENT_AUDIENCE and with the claim
+`entrypoint`. If that issuer cannot set `typ`, put the types that it sets into `rules`; the audience still separates
+intents from access tokens.
 """
 
 from __future__ import annotations
@@ -15,22 +16,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.tokens.issuer import ISSUER, replace_private, sign
-from cluster.security.tokens.oidc import KeySource
-from cluster.security.tokens.principal import ClaimNames, Principal, local_keys, principal_of
+from cluster.security.tokens.principal import Principal, Verifier, principal_of
 from cluster.security.tokens.verification import (
     MAX_TOKEN_BYTES,
     MODEL_SCOPE,
     TokenRules,
-    stated,
     text_claim,
-    verified_claims,
+    unverified_parts,
 )
 from cluster.storage import Layout
 
@@ -44,84 +42,64 @@ _ENTRYPOINT = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intent:
-    """What a job may say of itself."""
+    """A verified intent."""
 
     principal: Principal
-    """Its `entrypoint` is the intent's, so policies and records see the job."""
+    """The principal. Its `entrypoint` is the intent's, so policies and records name the job."""
     entrypoint: str
-    """Module that is run, for example "feature_jobs.ingest"."""
+    """Module that the job runs, such as "feature_jobs.ingest"."""
     intent_id: str
     """The token's `jti`, for the ledger."""
 
 
-class IntentVerifier:
+class IntentVerifier(Verifier):
     """Verifies intents."""
 
-    def __init__(
-        self,
-        keys: KeySource,
-        *,
-        rules: TokenRules | None = None,
-        names: ClaimNames | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._keys = keys
-        self._names = names
-        self._rules = rules or TokenRules(
-            issuer=ISSUER,
-            audience=INTENT_AUDIENCE,
-            types=frozenset({INTENT_TYPE}),
-            max_lifetime_s=MAX_TTL_S,
-        )
-        self._clock = clock
-
-    @classmethod
-    def of(cls, places: Layout) -> IntentVerifier:
-        """The verifier of the local issuer's intents.
-
-        Raises:
-            ConfigError: there is no issuer yet.
-        """
-        return cls(local_keys(places))
+    default_rules = TokenRules(
+        issuer=ISSUER,
+        audience=INTENT_AUDIENCE,
+        types=frozenset({INTENT_TYPE}),
+        max_lifetime_s=MAX_TTL_S,
+    )
 
     def verify(self, token: str, *, entrypoint: str | None = None) -> Intent:
-        """The intent that a token states.
+        """Return the intent of a token.
 
         Args:
-            entrypoint: what is being run; none accepts every one, for who serves many jobs (the key broker).
+            token: the token.
+            entrypoint: the module that runs; None accepts every entrypoint, for the key broker, which serves all jobs.
 
         Raises:
-            Unauthenticated: as for an access token, or an intent for another entrypoint.
+            Unauthenticated: see `Verifier.claims`; or the intent is for another entrypoint.
         """
-        claims = verified_claims(token, find=self._keys.find, rules=self._rules, now=self._clock())
-        stated = text_claim(claims, "entrypoint")
-        if not _ENTRYPOINT.fullmatch(stated):
-            raise Unauthenticated("The intent's entrypoint is no module.")
-        if entrypoint is not None and stated != entrypoint:
+        claims = self.claims(token)
+        claimed = text_claim(claims, "entrypoint")
+        if not _ENTRYPOINT.fullmatch(claimed):
+            raise Unauthenticated("The intent's entrypoint is not a module name.")
+        if entrypoint is not None and claimed != entrypoint:
             raise Unauthenticated(
-                f"The intent is for '{stated}', not for '{entrypoint}'. Ask for one of its own."
+                f"The intent is for '{claimed}', not for '{entrypoint}'. Get an intent for that entrypoint."
             )
         intent_id = text_claim(claims, "jti")
         return Intent(
-            principal=principal_of(claims, entrypoint=stated, names=self._names),
-            entrypoint=stated,
+            principal=principal_of(claims, entrypoint=claimed, names=self._names),
+            entrypoint=claimed,
             intent_id=intent_id,
         )
 
 
 def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s: int = DEFAULT_TTL_S) -> str:
-    """An intent of the dev issuer, for a principal that a verifier gave.
+    """Return an intent of the dev issuer for a verified principal.
 
     Raises:
-        ConfigError: no issuer yet, an entrypoint that is no module, or a lifetime beyond MAX_TTL_S.
+        ConfigError: there is no issuer yet, the entrypoint is not a module name, or the lifetime is longer than
+            MAX_TTL_S.
     """
     if not _ENTRYPOINT.fullmatch(entrypoint):
-        raise ConfigError(
-            f"'{entrypoint}' is no module that could be run. Give one like 'feature_jobs.ingest'."
-        )
+        raise ConfigError(f"'{entrypoint}' is not a module name. Use a name such as 'feature_jobs.ingest'.")
     if ttl_s > MAX_TTL_S:
         raise ConfigError(
-            f"An intent may hold for at most {MAX_TTL_S} s, not {ttl_s}. Ask for a shorter one."
+            f"An intent may be valid for at most {MAX_TTL_S} s, got {ttl_s}. Choose a shorter lifetime."
         )
     if principal.entrypoint not in ("", entrypoint):
         raise ConfigError(
@@ -140,40 +118,42 @@ def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s:
 
 
 def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path | None:
-    """Where this process finds its token: the configuration's file, else the one the environment names, if any."""
+    """Return the path of this process's token: the configured file, else the one that the environment names, if any."""
     path = configured or environment.get(FILE_VARIABLE)
     return Path(path) if path else None
 
 
 def write_intent(path: Path, token: str) -> None:
-    """Keep an intent where only its owner reads it; replaces an older one whole."""
+    """Write an intent to a file that only its owner can read. Replaces an older file completely."""
     replace_private(path, token.encode())
 
 
 def read_intent(path: Path, verifier: IntentVerifier, *, entrypoint: str | None = None) -> Intent:
-    """The intent in a file.
+    """Return the verified intent in a file.
 
     Raises:
-        ConfigError: no such file, or one that others own or can read.
+        ConfigError: the file is missing, or other users own it or can read it.
         Unauthenticated: see `IntentVerifier.verify`.
     """
-    return verifier.verify(read_private(path), entrypoint=entrypoint)
+    return verifier.verify(read_token_file(path), entrypoint=entrypoint)
 
 
-def read_private(path: Path) -> str:
-    """The token in a file of one's own.
+def read_token_file(path: Path) -> str:
+    """Return the token in a private file.
 
     Raises:
-        ConfigError: no such file, or one that others own or can read.
+        ConfigError: the file is missing, or other users own it or can read it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise ConfigError(f"No token can be read at {path}: {error.strerror}. Ask for a new one.") from None
+        raise ConfigError(f"The token at {path} cannot be read: {error.strerror}. Get a new token.") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise ConfigError(f"The token at {path} is not a file of yours alone. Give it mode 0600.")
+            raise ConfigError(
+                f"The token at {path} must be a file that only you own and can read. Run `chmod 600` on it."
+            )
         content = os.read(descriptor, MAX_TOKEN_BYTES + 2)
     finally:
         os.close(descriptor)
@@ -181,6 +161,7 @@ def read_private(path: Path) -> str:
 
 
 def is_intent(token: str) -> bool:
-    """Whether a token says, by type or audience, that it is an intent; whose verifier then holds it to that."""
-    header, claims = stated(token)
+    """Return whether a token claims, by type or audience, to be an intent. The intent verifier then checks that
+    claim."""
+    header, claims = unverified_parts(token)
     return header.get("typ") == INTENT_TYPE or claims.get("aud") == INTENT_AUDIENCE

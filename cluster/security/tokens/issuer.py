@@ -1,7 +1,8 @@
-"""The dev issuer: signs tokens on one's own machine, with a key that is a 0600 file below the storage root.
+"""The dev issuer: signs tokens on the local machine, with a key in a 0600 file below the storage root.
 
-`enterprise_gpu` refuses it, because whoever reads that file is everybody; there an OIDC issuer takes its place. At a
-rotation the old public keys stay in the JWKS until the last token they signed has expired.
+`enterprise_gpu` refuses the dev issuer, because a process that reads the key file can act as every principal. That tier
+uses an OIDC issuer. After a rotation, the old public keys stay in the JWKS until the last token that they signed has
+expired.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S
+from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, TOKEN_TTL_S
 from cluster.settings import Tier
 from cluster.storage import Layout, local
 
@@ -32,14 +33,14 @@ PRIVATE_NAME = "issuer.pem"
 PUBLIC_NAME = "issuer.pub.pem"
 JWKS_NAME = "jwks.json"
 RETIRES_AT = "falaj_retires_at"
-"""Member of an old key in the JWKS: Unix seconds after which no token of it can hold."""
+"""Member of an old key in the JWKS: Unix seconds after which none of its tokens can be valid."""
 
 
 def ensure_issuer(places: Layout, *, tier: Tier = Tier.smb_cpu) -> None:
-    """Make the dev issuer's key on first use.
+    """Create the dev issuer's key at first use.
 
     Raises:
-        ConfigError: the tier has no dev issuer.
+        ConfigError: the tier does not allow the dev issuer.
     """
     _refuse_in_production(tier)
     keys = local(places.keys)
@@ -56,14 +57,16 @@ def rotate_issuer(
     keep_s: int = MAX_LIFETIME_S + LEEWAY_S,
     now: float | None = None,
 ) -> str:
-    """Sign with a new key from now on; gives its `kid`.
+    """Create a new signing key and return its `kid`.
 
     Args:
-        keep_s: seconds for which the old key's tokens still hold; 0, after a theft, ends all tokens at once.
-        now: Unix seconds; none takes the clock's.
+        places: paths below the storage root.
+        tier: tier of the installation.
+        keep_s: seconds for which tokens of the old key stay valid; 0 ends all tokens at once, for use after a theft.
+        now: Unix seconds; the present time by default.
 
     Raises:
-        ConfigError: the tier has no dev issuer, or there is none yet.
+        ConfigError: the tier does not allow the dev issuer, or there is no issuer yet.
     """
     _refuse_in_production(tier)
     keys, at = local(places.keys), time.time() if now is None else now
@@ -77,7 +80,7 @@ def rotate_issuer(
 
 
 def _retiring(entry: dict[str, Any], current: ECKey, retires_at: int) -> dict[str, Any]:
-    """The key that signed until now retires later than what any older one says."""
+    """Return a JWKS entry with its retirement time. A key that already has one keeps it, unless it signs at present."""
     if entry["kid"] == current.thumbprint() or RETIRES_AT not in entry:
         return entry | {RETIRES_AT: retires_at}
     return entry
@@ -89,14 +92,14 @@ def mint_token(
     subject: str,
     role: Role,
     purpose: str,
-    ttl_s: int = 900,
+    ttl_s: int = TOKEN_TTL_S,
     tenant: str = "default",
     scope: str = "",
 ) -> str:
-    """A token of the dev issuer.
+    """Return an access token of the dev issuer.
 
     Raises:
-        ConfigError: there is no issuer yet, or the token would hold longer than one may.
+        ConfigError: there is no issuer yet, or the lifetime is too long.
     """
     claims = {"sub": subject, "role": role.value, "purpose": purpose, "tenant": tenant}
     claims |= {"scope": scope} if scope else {}
@@ -104,31 +107,35 @@ def mint_token(
 
 
 def sign(places: Layout, claims: dict[str, str], *, audience: str, token_type: str, ttl_s: int) -> str:
-    """A signed token with the dev issuer's name, its times and an id of its own.
+    """Return a signed token with the dev issuer's name, the time claims and a unique id.
 
     Raises:
-        ConfigError: there is no issuer yet, or the token would hold longer than one may.
+        ConfigError: there is no issuer yet, or the lifetime is too long.
     """
     if ttl_s > MAX_LIFETIME_S:
         raise ConfigError(
-            f"A token may hold for at most {MAX_LIFETIME_S} s, not {ttl_s}. Ask for a shorter one."
+            f"A token may be valid for at most {MAX_LIFETIME_S} s, got {ttl_s}. Choose a shorter lifetime."
         )
     key, now = _private_key(local(places.keys)), int(time.time())
     times = {"iat": now, "nbf": now, "exp": now + ttl_s}
-    everything = {"iss": ISSUER, "aud": audience, **claims, **times, "jti": uuid.uuid4().hex}
+    all_claims = {"iss": ISSUER, "aud": audience, **claims, **times, "jti": uuid.uuid4().hex}
     header = {"alg": ALGORITHM, "kid": key.thumbprint(), "typ": token_type}
-    return jwt.encode(header, everything, key, algorithms=[ALGORITHM])
+    return jwt.encode(header, all_claims, key, algorithms=[ALGORITHM])
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a new file that only its owner can read."""
+    """Write a new file that only its owner can read.
+
+    Raises:
+        FileExistsError: the file already exists.
+    """
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
 
 
 def replace_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Write a file whole or not at all, whatever lay there before; for its owner's eyes unless `mode` says more."""
+    """Write or replace a file, completely or not at all. Only its owner can read it, unless `mode` allows more."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -146,8 +153,8 @@ def replace_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 def _refuse_in_production(tier: Tier) -> None:
     if tier is Tier.enterprise_gpu:
         raise ConfigError(
-            f"Tier {tier.value} has no dev issuer: its key file would stand for everybody. "
-            "Give the address of an OIDC issuer."
+            f"Tier {tier.value} does not allow the dev issuer: its key file could sign tokens of every principal. "
+            "Set identity.issuer.url to an OIDC issuer."
         )
 
 
@@ -156,7 +163,8 @@ def _new_key() -> ECKey:
 
 
 def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
-    """Public before private, so that what is signed can be verified wherever this is interrupted."""
+    """Write the public files before the private key, so that tokens can be verified after an interruption at any
+    point."""
     published = [key.as_dict(private=False), *old]
     replace_private(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
     replace_private(keys / PUBLIC_NAME, key.as_pem(private=False), mode=0o644)
@@ -164,10 +172,10 @@ def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
 
 
 def no_issuer(path: Path) -> ConfigError:
-    """The refusal where the dev issuer's file is missing."""
+    """Return the error for a missing file of the dev issuer."""
     return ConfigError(
-        f"No issuer at {path}. Run `python -m cluster.up` first: it makes the dev issuer, unless identity.issuer.url "
-        "names another one, which then gives the tokens."
+        f"No issuer at {path}. Run `python -m cluster.up` first. It creates the dev issuer, unless "
+        "identity.issuer.url names another issuer. Then get tokens from that one."
     )
 
 
@@ -187,7 +195,7 @@ def _published(keys: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the folder is its own lock, so nothing is left behind."""
+    """Lock the folder for one writer. The lock is on the folder itself, so no lock file is left behind."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""Where an issuer's public keys come from: a file of this machine, or a JWKS behind a URL.
+"""An issuer's public keys, from a local JWKS file or from a URL.
 
-A key set that is fetched is kept for `max_age_s`. A token with an unknown `kid` makes it fetch again, but at most once
-per `cooldown_s`, so that strangers cannot make us hammer the issuer; while the issuer is down the last set holds,
-up to `max_stale_s`, because a key that was withdrawn meanwhile would still be accepted. A fetch blocks its caller, for
-at most about twice its timeout; other threads go on with the set there is.
+A fetched key set is cached for `max_age_s`. A token with an unknown `kid` triggers another fetch, at most once per
+`cooldown_s`, so that unauthenticated requests cannot overload the issuer. While the issuer is down, the last set stays
+in use for up to `max_stale_s`. The limit exists because a withdrawn key would still be accepted. A fetch blocks its
+caller for at most about twice the timeout. Other threads continue with the cached set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from joserfc.errors import JoseError
 from joserfc.jwk import JWKRegistry, Key
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class KeySource(Protocol):
-    """Finds an issuer's public key by its `kid`."""
+    """Returns an issuer's public keys."""
 
     def find(self, kid: str) -> Key | None: ...
 
@@ -49,32 +49,30 @@ class KeySource(Protocol):
 
 
 def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
-    """The keys of a JWKS that can verify one of the algorithms, by `kid`; public parts alone.
+    """Return the public keys of a JWKS that can verify one of the algorithms, by `kid`.
 
-    Others are left out, as RFC 7517, section 5, has it: an unknown type, a weak or an encryption key, one without
-    a `kid`, and every key of a `kid` that stands there twice.
-
-    A set without any is one: its issuer has withdrawn them.
+    Other keys are left out (RFC 7517, section 5): unknown types, weak keys, encryption keys, keys without a `kid`, and
+    keys whose `kid` is not unique. An empty result is valid: the issuer has withdrawn its keys.
 
     Raises:
-        ConfigError: no JWKS.
+        ConfigError: the document is not a JWKS.
     """
     try:
         entries = json.loads(document)["keys"]
         if not isinstance(entries, list):
             raise TypeError(entries)
-        found = [entry for entry in entries[:MAX_KEYS] if _suits(entry, algorithms)]
+        suitable = [entry for entry in entries[:MAX_KEYS] if _is_suitable(entry, algorithms)]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise ConfigError("The issuer's document is no JWK set.") from None
-    kids = [entry["kid"] for entry in found]
-    keys = {entry["kid"]: _imported(entry) for entry in found if kids.count(entry["kid"]) == 1}
+        raise ConfigError("The issuer's document is not a JWK set.") from None
+    kids = [entry["kid"] for entry in suitable]
+    keys = {entry["kid"]: _import_key(entry) for entry in suitable if kids.count(entry["kid"]) == 1}
     usable = {kid: key for kid, key in keys.items() if key is not None}
     if not usable:
-        log.warning("The issuer's JWK set has no key for %s: no token holds.", " or ".join(algorithms))
+        log.warning("The issuer's JWK set has no key for %s: no token is valid.", " or ".join(algorithms))
     return usable
 
 
-def _suits(entry: Any, algorithms: tuple[str, ...]) -> bool:
+def _is_suitable(entry: Any, algorithms: tuple[str, ...]) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str) or not entry["kid"]:
         return False
     fits = any(entry.get("kty") == KEY_TYPES[name] and entry.get("alg", name) == name for name in algorithms)
@@ -82,37 +80,44 @@ def _suits(entry: Any, algorithms: tuple[str, ...]) -> bool:
     return fits and entry.get("use", "sig") == "sig" and entry.get("crv") == curve
 
 
-def _imported(entry: dict[str, Any]) -> Key | None:
+def _import_key(entry: dict[str, Any]) -> Key | None:
     members: dict[str, str | list[str]] = {name: str(entry.get(name)) for name in _PUBLIC[entry["kty"]]}
     try:
         if entry["kty"] == "RSA" and _bits(str(entry.get("n"))) < MIN_RSA_BITS:
             return None
         key = JWKRegistry.import_key(members)
-        _ = key.public_key  # a point that is not on the curve is found out here
-    except (JoseError, ValueError, TypeError, LookupError):  # joserfc lets some through as they come
+        _ = key.public_key  # raises if the point is not on the curve
+    except (JoseError, ValueError, TypeError, LookupError):  # joserfc does not convert all errors
         return None
     return key
 
 
 def _bits(number: str) -> int:
-    """The length of a base64url number; joserfc only warns of a short one."""
+    """Return the bit length of a base64url number. joserfc only warns about a short one."""
     raw = base64.urlsafe_b64decode(number + "=" * (-len(number) % 4))
     return int.from_bytes(raw, "big").bit_length()
 
 
-class FileKeys:
-    """The keys of a JWKS file, read again whenever the file was replaced.
+class _LoadedKeys(NamedTuple):
+    version: tuple[int, int, int]
+    """Modification time in ns, inode and size of the file."""
+    keys: dict[str, Key]
 
-    A file that is gone or broken verifies nothing: it was taken away on purpose, since writers replace it whole.
+
+class FileKeys:
+    """The keys of a JWKS file. The file is read again whenever it was replaced.
+
+    While the file is missing or invalid, no token is valid. Writers replace the file atomically, so a missing file was
+    removed on purpose.
     """
 
     def __init__(self, path: Path, *, algorithms: tuple[str, ...] = ("ES256",)) -> None:
         self._path = path
         self._algorithms = algorithms
-        self._state: tuple[tuple[int, int, int], dict[str, Key]] | None = None
+        self._loaded: _LoadedKeys | None = None
 
     def find(self, kid: str) -> Key | None:
-        """The key of that name, if the file has it now.
+        """Return the key with this `kid`, if the file has it now.
 
         Raises:
             Unauthenticated: the file cannot be read.
@@ -120,7 +125,7 @@ class FileKeys:
         return self.all().get(kid)
 
     def all(self) -> dict[str, Key]:
-        """Every key, by `kid`.
+        """Return every key, by `kid`.
 
         Raises:
             Unauthenticated: the file cannot be read.
@@ -128,18 +133,18 @@ class FileKeys:
         try:
             status = self._path.stat()
             version = (status.st_mtime_ns, status.st_ino, status.st_size)
-            state = self._state
-            if state is None or state[0] != version:
-                state = (version, usable_keys(self._path.read_bytes(), self._algorithms))
-                self._state = state
+            loaded = self._loaded
+            if loaded is None or loaded.version != version:
+                loaded = _LoadedKeys(version, usable_keys(self._path.read_bytes(), self._algorithms))
+                self._loaded = loaded
         except (OSError, ConfigError) as error:
             log.warning("No token can be verified: %s cannot be read: %s", self._path, error)
             raise Unauthenticated("The issuer's keys cannot be read here.") from None
-        return state[1]
+        return loaded.keys
 
 
 class RemoteKeys:
-    """The keys of a JWKS that is fetched, and kept."""
+    """The keys of a JWKS that is fetched and cached."""
 
     def __init__(
         self,
@@ -162,7 +167,7 @@ class RemoteKeys:
         self._failures = 0
 
     def find(self, kid: str) -> Key | None:
-        """The key of that name, if the issuer publishes it.
+        """Return the key with this `kid`, if the issuer publishes it.
 
         Raises:
             Unauthenticated: no set was fetched within `max_stale_s`.
@@ -172,11 +177,11 @@ class RemoteKeys:
         return self.all().get(kid)
 
     def all(self) -> dict[str, Key]:
-        """Every key, by `kid`.
+        """Return every key, by `kid`.
 
         Raises:
             KeysUnknown: no set was ever fetched.
-            Unauthenticated: none was within `max_stale_s`.
+            Unauthenticated: no set was fetched within `max_stale_s`.
         """
         if self._age() > self._max_age_s:
             self._refresh()
@@ -190,7 +195,8 @@ class RemoteKeys:
         return float("inf") if self._fetched_at is None else self._clock() - self._fetched_at
 
     def _refresh(self) -> None:
-        """Fetch, unless it was tried just now; who comes while another thread fetches waits only for the first set."""
+        """Fetch the keys, unless the last attempt was too recent. While another thread fetches, only the first fetch is
+        waited for."""
         if not self._lock.acquire(blocking=self._fetched_at is None):
             return
         try:
@@ -209,25 +215,26 @@ class RemoteKeys:
             self._lock.release()
 
 
-def jwks_at(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
-    """Fetches the JWKS at a URL.
+def jwks_fetcher(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
+    """Return a function that fetches the JWKS at a URL.
 
     Raises:
         ConfigError: the URL is neither https nor loopback.
     """
-    require_safe(url)
+    require_safe_url(url)
     return lambda: download(url, ca_file=ca_file, timeout_s=timeout_s)
 
 
 def discovered(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
-    """Fetches the JWKS that an issuer's OpenID configuration names, asked for anew each time.
+    """Return a function that fetches the JWKS that an issuer's OpenID configuration names. It reads the configuration
+    each time.
 
-    The fetch raises ConfigError where the document speaks for another issuer (OpenID Connect Discovery 1.0, 4.3).
+    The fetch raises ConfigError if the document is for another issuer (OpenID Connect Discovery 1.0, 4.3).
 
     Raises:
         ConfigError: the issuer's URL is neither https nor loopback.
     """
-    require_safe(issuer)
+    require_safe_url(issuer)
 
     def fetch() -> bytes:
         url = f"{issuer.rstrip('/')}/.well-known/openid-configuration"
@@ -235,28 +242,28 @@ def discovered(issuer: str, *, ca_file: str | None = None, timeout_s: float = TI
             document = json.loads(download(url, ca_file=ca_file, timeout_s=timeout_s))
             claimed, keys_url = document["issuer"], document["jwks_uri"]
         except (TypeError, KeyError, RecursionError, json.JSONDecodeError):
-            raise ConfigError(f"{url} is no OpenID configuration.") from None
+            raise ConfigError(f"{url} is not an OpenID configuration.") from None
         if claimed != issuer:
             raise ConfigError(
-                f"{url} speaks for another issuer than '{issuer}'. Give the issuer as it names itself."
+                f"{url} is the configuration of another issuer than '{issuer}'. Use the issuer's own name as its URL."
             )
-        require_safe(keys_url)
+        require_safe_url(keys_url)
         return download(keys_url, ca_file=ca_file, timeout_s=timeout_s)
 
     return fetch
 
 
-def require_safe(url: Any) -> None:
-    """Refuse a URL over which somebody else's keys could be slipped in.
+def require_safe_url(url: Any) -> None:
+    """Refuse a URL through which an attacker could supply keys.
 
     Raises:
-        ConfigError: neither https, nor http to this machine; or with a password in it.
+        ConfigError: the URL is neither https nor http to this machine, or contains a password.
     """
     try:
         parts = urllib.parse.urlsplit(url)
         host, credentials = parts.hostname or "", parts.username or parts.password
     except (ValueError, TypeError, AttributeError):
-        raise ConfigError("An issuer's address is no URL.") from None
+        raise ConfigError("An issuer's address is not a URL.") from None
     safe = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
     if not isinstance(url, str) or not host or not safe or credentials:
         raise ConfigError(
@@ -265,11 +272,11 @@ def require_safe(url: Any) -> None:
 
 
 def download(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> bytes:
-    """A document of at most MAX_DOCUMENT_BYTES; redirects are not followed.
+    """Return a document of at most MAX_DOCUMENT_BYTES. Redirects are not followed.
 
     Raises:
-        OSError, http.client.HTTPException: it did not come within about twice the timeout.
-        ConfigError: it is too large.
+        OSError, http.client.HTTPException: the document did not arrive within about twice the timeout.
+        ConfigError: the document is too large.
     """
     deadline = time.monotonic() + timeout_s
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
@@ -285,12 +292,12 @@ def download(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT
             if len(data) > MAX_DOCUMENT_BYTES:
                 raise ConfigError(f"{url} is larger than {MAX_DOCUMENT_BYTES} bytes.")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{url} did not come within {timeout_s} s.")
+                raise TimeoutError(f"{url} did not arrive within {timeout_s} s.")
     return data
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect as the error that it then is."""
+    """Follows no redirect, so that a redirect response raises an error."""
 
     def redirect_request(self, *_: Any) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Who acts: the principal that a verified token speaks of, and the verifier of an issuer's tokens."""
+"""The principal of a verified token, and the verifiers of an issuer's tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import getpass
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from cluster.errors import Unauthenticated
 from cluster.security.tokens.issuer import AUDIENCE, ISSUER, JWKS_NAME, no_issuer
@@ -27,14 +27,14 @@ class Principal:
     """Unix seconds."""
     tenant: str = "default"
     entrypoint: str = ""
-    """The one job that a principal taken from an intent may run; empty for an access token's."""
+    """The only job that the principal may run, if it comes from an intent; empty for an access token."""
     models: tuple[str, ...] | None = None
-    """The only models that its scope lets it do anything to; none where its role alone decides."""
+    """The only models that the scope allows; None if the role alone decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClaimNames:
-    """What an issuer calls the claims that are ours."""
+    """An issuer's names for the claims that Falaj reads."""
 
     role: str = "role"
     purpose: str = "purpose"
@@ -42,8 +42,11 @@ class ClaimNames:
     scope: str = "scope"
 
 
-class TokenVerifier:
-    """Verifies the tokens of one issuer for one audience."""
+class Verifier:
+    """Verifies the tokens of one issuer by one set of rules."""
+
+    default_rules: ClassVar[TokenRules]
+    """Rules for tokens of the dev issuer."""
 
     def __init__(
         self,
@@ -54,43 +57,49 @@ class TokenVerifier:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
-        self.rules = rules or TokenRules(issuer=ISSUER, audience=AUDIENCE)
+        self.rules = rules or self.default_rules
         self._names = names or ClaimNames()
         self._clock = clock
 
     @classmethod
-    def of(cls, places: Layout) -> TokenVerifier:
-        """The verifier of the local issuer; it sees a rotation by itself.
+    def of(cls, places: Layout) -> Self:
+        """Return the verifier of the dev issuer. It follows key rotations.
 
         Raises:
             ConfigError: there is no issuer yet.
         """
         return cls(local_keys(places))
 
-    def verify(self, token: str) -> Principal:
-        """The principal of a token.
-
-        Raises:
-            Unauthenticated: a wrong signature, algorithm, type, key, issuer or audience, a token that has expired, is
-                not yet valid, says no expiry or one too far away, or a role that does not exist.
-        """
-        return principal_of(self.claims(token), names=self._names)
-
     def now(self) -> float:
-        """Unix seconds of the clock that this verifier goes by."""
+        """Return the present time of this verifier's clock in Unix seconds."""
         return self._clock()
 
     def claims(self, token: str) -> dict[str, Any]:
-        """All claims of a token that holds now.
+        """Return all claims of a valid token.
 
         Raises:
-            Unauthenticated: as `verify`, but for the claims that are our own.
+            Unauthenticated: a wrong signature, algorithm, type, key, issuer or audience; or a token that has expired,
+                is not yet valid, or whose expiry is missing or too far away.
         """
         return verified_claims(token, find=self._keys.find, rules=self.rules, now=self._clock())
 
 
+class TokenVerifier(Verifier):
+    """Verifies access tokens."""
+
+    default_rules = TokenRules(issuer=ISSUER, audience=AUDIENCE)
+
+    def verify(self, token: str) -> Principal:
+        """Return the principal of a token.
+
+        Raises:
+            Unauthenticated: see `claims`; or the role does not exist.
+        """
+        return principal_of(self.claims(token), names=self._names)
+
+
 def local_keys(places: Layout) -> FileKeys:
-    """The keys of the dev issuer.
+    """Return the keys of the dev issuer.
 
     Raises:
         ConfigError: there is no issuer yet.
@@ -104,10 +113,10 @@ def local_keys(places: Layout) -> FileKeys:
 def principal_of(
     claims: dict[str, Any], *, entrypoint: str = "", names: ClaimNames | None = None
 ) -> Principal:
-    """The principal that verified claims speak of.
+    """Return the principal that verified claims name.
 
     Raises:
-        Unauthenticated: a role that does not exist, or a claim that is no text.
+        Unauthenticated: the role does not exist, or a claim is not text.
     """
     names = names or ClaimNames()
     role = text_claim(claims, names.role)
@@ -125,5 +134,5 @@ def principal_of(
 
 
 def current_actor() -> str:
-    """Who runs this process, as events name it."""
+    """Return the user that runs this process, as events name it."""
     return f"user:{getpass.getuser()}"

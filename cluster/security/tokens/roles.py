@@ -1,4 +1,4 @@
-"""The roles that a token can give."""
+"""The roles of principals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Role(enum.StrEnum):
-    """What a principal works as."""
+    """Role that a token gives to a principal."""
 
     data_engineer = "data_engineer"
     data_scientist = "data_scientist"
@@ -16,4 +16,4 @@ class Role(enum.StrEnum):
     service = "service"
     admin = "admin"
     supervisor = "supervisor"
-    """The cluster's own process of that name; no person's."""
+    """Role of the cluster's supervisor process; not for people."""

@@ -1,7 +1,8 @@
-"""Whose tokens this installation believes: an OIDC issuer's where one is configured, else the dev issuer's.
+"""The trusted issuer of an installation: the configured OIDC issuer, or the dev issuer if none is configured.
 
-In production the issuer signs access tokens (audience `identity.issuer.audience`) for people and services, and intents
-(audience `falaj-intent`, with the claim `entrypoint`) for jobs. Both with ES256 or RS256, by keys of its JWK set.
+In production the OIDC issuer signs access tokens (audience `identity.issuer.audience`) for people and services, and
+intents (audience `falaj-intent`, with the claim `entrypoint`) for jobs. Both use ES256 or RS256 and keys of the
+issuer's JWK set.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 from cluster.security.tokens.intent import INTENT_AUDIENCE, INTENT_TYPE, MAX_TTL_S, IntentVerifier, is_intent
-from cluster.security.tokens.issuer import AUDIENCE, ISSUER
-from cluster.security.tokens.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovered, jwks_at
+from cluster.security.tokens.issuer import ISSUER
+from cluster.security.tokens.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovered, jwks_fetcher
 from cluster.security.tokens.principal import ClaimNames, Principal, TokenVerifier, local_keys
 from cluster.security.tokens.verification import ACCESS_TYPES, KEY_TYPES, TokenRules
 from cluster.settings import IssuerConfig
@@ -20,7 +21,7 @@ from cluster.storage import Layout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trust:
-    """The verifiers of the issuer that is believed here."""
+    """The verifiers of the trusted issuer."""
 
     keys: KeySource
     tokens: TokenVerifier
@@ -28,25 +29,26 @@ class Trust:
 
     @classmethod
     def of(cls, issuer: IssuerConfig, places: Layout, *, keys_max_age_s: float = MAX_AGE_S) -> Trust:
-        """As configured.
+        """Return the verifiers of the configured issuer.
 
         Args:
-            issuer: whom to believe.
-            places: the dev issuer's.
-            keys_max_age_s: how old an OIDC issuer's keys may be before they are fetched anew.
+            issuer: the configured issuer.
+            places: paths below the storage root, for the dev issuer.
+            keys_max_age_s: seconds after which an OIDC issuer's keys are fetched again.
 
         Raises:
-            ConfigError: an address that is neither https nor loopback; or no dev issuer yet, where none is configured.
+            ConfigError: the address is neither https nor loopback; or no issuer is configured and the dev issuer does
+                not exist.
         """
         if issuer.url is None:
             keys: KeySource = local_keys(places)
             return cls(keys=keys, tokens=TokenVerifier(keys), intents=IntentVerifier(keys))
         if issuer.url == ISSUER:
             raise ConfigError(
-                f"identity.issuer.url={ISSUER} is the dev issuer's name. Leave it null for that one."
+                f"identity.issuer.url={ISSUER} is the dev issuer's name. Set it to null to use the dev issuer."
             )
         fetch = (
-            jwks_at(issuer.jwks_url, ca_file=issuer.ca_file)
+            jwks_fetcher(issuer.jwks_url, ca_file=issuer.ca_file)
             if issuer.jwks_url
             else discovered(issuer.url, ca_file=issuer.ca_file)
         )
@@ -74,16 +76,16 @@ class Trust:
         )
 
     def verify(self, token: str) -> Principal:
-        """The principal of an access token (a person's, a replica's) or of an intent (a job's), each by its own rules.
+        """Return the principal of an access token (of a person or replica) or of an intent (of a job).
 
         Raises:
-            Unauthenticated: it does not hold.
+            Unauthenticated: the token is not valid.
         """
         return self.intents.verify(token).principal if is_intent(token) else self.tokens.verify(token)
 
 
 def access_rules(issuer: IssuerConfig) -> TokenRules:
-    """What an access token must say here."""
+    """Return the rules for access tokens of an issuer."""
     if issuer.url is None:
-        return TokenRules(issuer=ISSUER, audience=AUDIENCE)
+        return TokenVerifier.default_rules
     return TokenRules(issuer=issuer.url, audience=issuer.audience, algorithms=tuple(KEY_TYPES))

@@ -1,9 +1,9 @@
-"""What makes a signed token ours: everything that is checked before a claim is believed.
+"""Verification of signed tokens. Every check happens before a claim is used.
 
-joserfc checks the signature and the registered claims. Before it, the header must be of the few forms we accept: no
-key or address of a key that the token brings along, no critical extension, one of the allowed algorithms, and a `kid`
-that is looked up among our own keys and nowhere else. JSON that says a name twice is refused, since two readers could
-understand it differently. No message repeats what a token says, so refusals can be counted by their message.
+joserfc checks the signature and the registered claims. Before that, the header must have one of the few accepted forms.
+It may not contain a key or the address of a key, or a critical extension. The algorithm must be an allowed one, and the
+`kid` is looked up only among the issuer's known keys. JSON with a duplicate name is refused, because two readers could
+read it differently. No message repeats the token's content, so refusals can be counted by message.
 """
 
 from __future__ import annotations
@@ -26,31 +26,35 @@ FindKey = Callable[[str], Key | None]
 
 MAX_TOKEN_BYTES = 4096
 MAX_LIFETIME_S = 7 * 86_400
+TOKEN_TTL_S = 900
+"""Default lifetime of an access token, and lifetime of a job's own intent, in seconds."""
+RENEW_S = 300
+"""Seconds after which a process renews its own token."""
 LEEWAY_S = 30
 MAX_TEXT = 200
 MODEL_SCOPE = "model:"
 KEY_TYPES = {"ES256": "EC", "RS256": "RSA"}
-"""The algorithms there are to choose from, by type of key; none of them takes a shared secret."""
+"""Supported algorithms and their key types. None uses a shared secret."""
 ACCESS_TYPES = frozenset({"", "jwt", "at+jwt"})
-"""The `typ` of access tokens, in lower case; absent counts as empty."""
+"""The `typ` of access tokens, in lower case; a missing `typ` counts as empty."""
 _HEADERS = frozenset({"alg", "kid", "typ", "x5t", "x5t#S256"})
 KID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,200}")
-"""A key's name that a token may give."""
+"""Pattern of a key id that a token may contain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRules:
-    """What a token must say."""
+    """What a valid token must contain."""
 
     issuer: str
     audience: str
     algorithms: tuple[str, ...] = ("ES256",)
     types: frozenset[str] = ACCESS_TYPES
     leeway_s: int = LEEWAY_S
-    """How far the issuer's clock may be off."""
+    """Tolerated difference of the issuer's clock in seconds."""
     max_bytes: int = MAX_TOKEN_BYTES
     max_lifetime_s: int = MAX_LIFETIME_S
-    """A later expiry is refused: a mistake, or somebody's skeleton key."""
+    """Longest lifetime in seconds. A later expiry is refused as a mistake or an attack."""
 
     def __post_init__(self) -> None:
         unknown = set(self.algorithms) - set(KEY_TYPES)
@@ -61,38 +65,39 @@ class TokenRules:
 
 
 def verified_claims(token: str, *, find: FindKey, rules: TokenRules, now: float) -> dict[str, Any]:
-    """The claims of a token that holds at `now` (Unix seconds).
+    """Return the claims of a token that is valid at `now` (Unix seconds).
 
     Raises:
-        Unauthenticated: whatever else is given.
+        Unauthenticated: the token is not valid.
     """
-    header = _header(token, rules)
+    header = _parse_header(token, rules)
     key = find(header["kid"])
     if key is None:
-        raise Unauthenticated("The token's key is not one of its issuer's.")
+        raise Unauthenticated("The token's key is not a key of its issuer.")
     try:
         payload = deserialize_compact(token, key, algorithms=[header["alg"]]).payload
     except (JoseError, ValueError, TypeError) as error:
         raise Unauthenticated("The token's signature is not valid.") from error
-    claims = _object(payload)
+    claims = _parse_object(payload)
     _check_claims(claims, rules, now)
     return claims
 
 
-def stated(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and claims of a token, unverified: for choosing the rules that it is then held to; empty if unreadable."""
+def unverified_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return header and claims of a token without verification, to select the rules for it. Both are empty if
+    unreadable."""
     try:
-        header, claims = (_object(_decoded(part)) for part in token[:MAX_TOKEN_BYTES].split(".")[:2])
+        header, claims = (_parse_object(_decoded(part)) for part in token[:MAX_TOKEN_BYTES].split(".")[:2])
     except (Unauthenticated, ValueError):
         return {}, {}
     return header, claims
 
 
 def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None) -> str:
-    """A claim that is printable text.
+    """Return a claim that must be printable text.
 
     Raises:
-        Unauthenticated: it is missing and has no default, or is no text that a log line can hold.
+        Unauthenticated: the claim is missing and has no default, or is not printable text.
     """
     value = claims.get(name, default)
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
@@ -103,10 +108,10 @@ def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None)
 
 
 def scoped_models(claims: dict[str, Any], name: str) -> tuple[str, ...] | None:
-    """The models that a scope names, as `model:<name>` among its words; none where it names no model.
+    """Return the models that a scope names by words `model:<name>`, or None if it names none.
 
     Raises:
-        Unauthenticated: it is neither text nor a list of words.
+        Unauthenticated: the scope is neither text nor a list of words.
     """
     value = claims.get(name)
     words = [] if value is None else value.split(" ") if isinstance(value, str) else value
@@ -116,22 +121,22 @@ def scoped_models(claims: dict[str, Any], name: str) -> tuple[str, ...] | None:
     return tuple(sorted(set(models))) or None
 
 
-def _header(token: str, rules: TokenRules) -> dict[str, str]:
+def _parse_header(token: str, rules: TokenRules) -> dict[str, str]:
     if not isinstance(token, str) or not token.isascii():
-        raise Unauthenticated("The token is no text of three base64url parts.")
+        raise Unauthenticated("The token is not text of three base64url parts.")
     if len(token) > rules.max_bytes:
         raise Unauthenticated(f"The token is longer than {rules.max_bytes} bytes.")
     parts = token.split(".")
     if len(parts) != 3:
-        raise Unauthenticated("The token is no text of three base64url parts.")
-    header = _object(_decoded(parts[0]))
+        raise Unauthenticated("The token is not text of three base64url parts.")
+    header = _parse_object(_decoded(parts[0]))
     if not all(isinstance(value, str) for value in header.values()) or not header.keys() <= _HEADERS:
-        raise Unauthenticated("The token's header has fields that are not accepted here.")
+        raise Unauthenticated("The token's header has fields that are not allowed.")
     if header.get("alg") not in rules.algorithms:
         raise Unauthenticated(f"The token is not signed with {' or '.join(rules.algorithms)}.")
     if header.get("typ", "").lower().removeprefix("application/") not in rules.types:
         raise Unauthenticated(
-            "The token is of another type: access tokens and intents do not stand in for each other."
+            "The token has the wrong type: access tokens and intents cannot replace each other."
         )
     if not KID.fullmatch(header.get("kid", "")):
         raise Unauthenticated("The token does not name its key.")
@@ -142,28 +147,30 @@ def _decoded(part: str) -> bytes:
     try:
         return base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
     except ValueError:
-        raise Unauthenticated("The token is no text of three base64url parts.") from None
+        raise Unauthenticated("The token is not text of three base64url parts.") from None
 
 
-def _object(data: bytes | None) -> dict[str, Any]:
-    """A JSON object that says each name once, at every depth."""
+def _parse_object(data: bytes | None) -> dict[str, Any]:
+    """Parse a JSON object whose names are unique at every depth."""
     try:
-        value = json.loads((data or b"").decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            (data or b"").decode(), object_pairs_hook=_unique_names, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError):
-        raise Unauthenticated("The token's parts are no JSON objects that say each name once.") from None
+        raise Unauthenticated("The token's parts are not JSON objects with unique names.") from None
     if not isinstance(value, dict):
-        raise Unauthenticated("The token's parts are no JSON objects that say each name once.")
+        raise Unauthenticated("The token's parts are not JSON objects with unique names.")
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a name twice")
+        raise ValueError("duplicate name")
     return value
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
 
 
@@ -183,8 +190,8 @@ def _check_claims(claims: dict[str, Any], rules: TokenRules, now: float) -> None
     except MissingClaimError:
         raise Unauthenticated("The token lacks one of the claims iss, aud, exp, sub.") from None
     except InvalidClaimError as error:
-        raise Unauthenticated(f"The token's claim '{error.claim}' does not hold here and now.") from None
+        raise Unauthenticated(f"The token's claim '{error.claim}' is not valid here or now.") from None
     except (JoseError, ValueError, TypeError, OverflowError):
-        raise Unauthenticated("The token's claims cannot be understood.") from None
+        raise Unauthenticated("The token's claims are malformed.") from None
     if claims["exp"] > now + rules.max_lifetime_s + rules.leeway_s:
         raise Unauthenticated(f"The token would hold for more than {rules.max_lifetime_s} s.")

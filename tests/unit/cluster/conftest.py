@@ -17,7 +17,7 @@ from tests.broker_world import INFO, OPEN, World
 @pytest.fixture(autouse=True)
 def quick_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brokers look more often whether they should stop: a hundred tests would wait a fifth of a second each."""
-    monkeypatch.setattr(broker, "_LOOK_S", 0.02)
+    monkeypatch.setattr(broker, "_POLL_S", 0.02)
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_the_enterprise_tier_never_believes_the_dev_issuer(places: Layout, ledge
     if side == "config":
         asking.tier = tier
     known = record(places, tier=tier.value if side == "record" else None)
-    with pytest.raises(ConfigError, match="does not believe the dev issuer"):
+    with pytest.raises(ConfigError, match="does not accept the dev issuer"):
         act(asking, known, ledger, entrypoint=JOB)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.ledger.events import AccessDecided, DenialsCounted, LedgerEvent, StrangersRefused
 from cluster.security.authorization.audit import NOBODY, OTHER_REASONS, Decisions, is_sampled
-from cluster.security.authorization.denials import MAX_KNOWN, MAX_OF_ACTION, MAX_OF_ONE
+from cluster.security.authorization.denials import MAX_EVENTS_PER_ACTION, MAX_EVENTS_PER_RESOURCE, MAX_TRACKED
 from cluster.security.authorization.policy import Action, Decision, Resource
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
@@ -65,17 +65,25 @@ def test_denials_of_the_same_are_counted_after_the_first() -> None:
     decisions = Decisions(records.write, window_s=60)
     for at in range(50):
         decisions.decided(who(), Action.deploy, MODEL, DENIED, at=float(at))
-    assert [type(record) for record in records] == [AccessDecided] * MAX_OF_ONE
+    assert [type(record) for record in records] == [AccessDecided] * MAX_EVENTS_PER_RESOURCE
     decisions.decided(who(), Action.deploy, replace(MODEL, name="other"), DENIED, at=59.0)
     decisions.decided(who(), Action.deploy, MODEL, DENIED, at=60.0)
-    assert [type(record) for record in records[MAX_OF_ONE:]] == [AccessDecided, DenialsCounted, AccessDecided]
+    assert [type(record) for record in records[MAX_EVENTS_PER_RESOURCE:]] == [
+        AccessDecided,
+        DenialsCounted,
+        AccessDecided,
+    ]
     assert records[-2] == DenialsCounted(
-        tenant="north", action="deploy", count=50 - MAX_OF_ONE, first_at=float(MAX_OF_ONE), last_at=49.0
+        tenant="north",
+        action="deploy",
+        count=50 - MAX_EVENTS_PER_RESOURCE,
+        first_at=float(MAX_EVENTS_PER_RESOURCE),
+        last_at=49.0,
     )
     assert set(records.actors) == {"alice"}
 
 
-@pytest.mark.parametrize(("subjects", "each"), [(1, 500), (3, 200), (MAX_KNOWN + 10, 1)])
+@pytest.mark.parametrize(("subjects", "each"), [(1, 500), (3, 200), (MAX_TRACKED + 10, 1)])
 def test_no_denial_is_lost_and_a_flood_is_few_records(subjects: int, each: int) -> None:
     """Whoever asks, and whatever names he makes up."""
     records = Records()
@@ -85,7 +93,7 @@ def test_no_denial_is_lost_and_a_flood_is_few_records(subjects: int, each: int) 
             resource = replace(MODEL, name=f"m{number}")
             decisions.decided(who(str(subject)), Action.deploy, resource, DENIED, at=1.0)
     whole = sum(isinstance(record, AccessDecided) for record in records)
-    assert whole == min(each, MAX_OF_ACTION) * subjects
+    assert whole == min(each, MAX_EVENTS_PER_ACTION) * subjects
     decisions.flush()
     counted = sum(record.count for record in records if isinstance(record, DenialsCounted))
     assert whole + counted == each * subjects

@@ -173,7 +173,7 @@ def test_chunks_keep_their_places(
 )
 def test_a_file_is_not_passed_off_as_another(keyring: Keyring, other: Identity) -> None:
     """Though its key is the same."""
-    with pytest.raises(ArtifactTampered, match=r"expected|says it is"):
+    with pytest.raises(ArtifactTampered, match="expected"):
         reopen(keyring, reseal(keyring, LONG), identity=other)
 
 

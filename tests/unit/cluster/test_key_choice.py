@@ -233,14 +233,14 @@ def test_a_replaced_secret_opens_vault_again_without_a_restart(
     """The old one was withdrawn and the token with it; the log says so until the new one is there."""
     monkeypatch.setattr(configured, "RETRY_S", 0.02)
     vault = in_vault.secrets.vault
-    client = configured.logged_in(vault)
+    client = configured.connect_to_vault(vault)
     double.state.approles["falaj"] = "secret-of-tomorrow"
     double.state.tokens.clear()
     thread = threading.Thread(
         target=configured._stay_logged_in, args=(client, configured.vault_auth(vault), stopped)
     )
     thread.start()
-    until(lambda: "no key can be used" in caplog.text)
+    until(lambda: "Keys become unusable" in caplog.text)
     assert "secret-of" not in caplog.text
     secret_file.write_text("secret-of-tomorrow")
     until(lambda: client.token in double.state.tokens)

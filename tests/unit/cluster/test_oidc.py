@@ -18,8 +18,8 @@ from cluster.security.tokens.oidc import (
     RemoteKeys,
     discovered,
     download,
-    jwks_at,
-    require_safe,
+    jwks_fetcher,
+    require_safe_url,
     usable_keys,
 )
 from cluster.security.tokens.principal import TokenVerifier
@@ -212,7 +212,7 @@ def test_redirects_giants_and_dawdlers_are_given_up(issuer: Issuer) -> None:
 def test_addresses_that_are_not_safe_are_refused(url: Any) -> None:
     """And a password in one is not repeated."""
     with pytest.raises(ConfigError) as refusal:
-        require_safe(url)
+        require_safe_url(url)
     assert "secret" not in str(refusal.value)
 
 
@@ -221,8 +221,8 @@ def test_addresses_that_are_not_safe_are_refused(url: Any) -> None:
 )
 def test_addresses_that_are_safe_pass(url: str) -> None:
     """TLS anywhere, clear text on this machine."""
-    require_safe(url)
-    assert callable(jwks_at(url))
+    require_safe_url(url)
+    assert callable(jwks_fetcher(url))
 
 
 def test_rs256_is_taken_where_it_is_allowed_and_nowhere_else(issuer: Issuer) -> None:
@@ -230,7 +230,7 @@ def test_rs256_is_taken_where_it_is_allowed_and_nowhere_else(issuer: Issuer) -> 
     issuer.keys = [RSAKey.generate_key(2048, {"use": "sig", "alg": "RS256"}, auto_kid=True), new_key()]
 
     def verifier(*algorithms: str) -> TokenVerifier:
-        keys = RemoteKeys(jwks_at(f"{issuer.url}/jwks"), algorithms=algorithms)
+        keys = RemoteKeys(jwks_fetcher(f"{issuer.url}/jwks"), algorithms=algorithms)
         return TokenVerifier(
             keys, rules=TokenRules(issuer=issuer.url, audience=AUDIENCE, algorithms=algorithms)
         )

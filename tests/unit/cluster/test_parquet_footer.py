@@ -158,7 +158,7 @@ def test_an_exchanged_file_is_refused_by_who_says_what_he_expects(
         pq.write_table(FORGED.select(columns), path)
     else:
         files.write(FORGED.select(columns), path, protection)
-    with pytest.raises(ProtectedFileCorrupt, match="not the file it should be"):
+    with pytest.raises(ProtectedFileCorrupt, match="not the expected file"):
         files.read(path, protection=PROTECTION)
 
 

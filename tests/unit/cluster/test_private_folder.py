@@ -66,7 +66,7 @@ def test_one_that_another_user_made_first_is_refused(tmp_path: Path, make: Calla
     make(folder)
     os.chown(folder, NOBODY, NOBODY, follow_symlinks=False)
     folder.chmod(0o700) if not folder.is_symlink() else None
-    with pytest.raises(ConfigError, match=r"belongs to user 65534|is no folder"):
+    with pytest.raises(ConfigError, match=r"belongs to user 65534|is not a folder"):
         private_folder(folder)
 
 

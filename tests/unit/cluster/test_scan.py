@@ -182,7 +182,7 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_clean(
     monkeypatch.setattr("cluster.security.scan.mmap.mmap", closed)
     done = run_main(main, "--canary", CANARY, str(tmp_path))
     assert done.returncode == 1
-    assert "a.txt: not looked at" in done.stderr
+    assert "a.txt: not searched" in done.stderr
 
 
 def test_a_protected_column_is_not_found_and_a_public_one_is(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import ConfigError
 from cluster.security.tls import certificates as tls
-from cluster.security.tls.certificates import ensure_tls, write_node
+from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.session import tls_environment
 from cluster.storage import Layout
 from tests.commands import run_main
@@ -107,7 +107,7 @@ def mutual(server: Path, client: Path) -> str | None:
 
 def test_nodes_show_each_other_certificates_of_one_authority(folder: Path, tmp_path: Path) -> None:
     """Of another machine too; one of another authority is refused by both."""
-    write_node(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
+    write_node_certificate(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
     assert mutual(folder, tmp_path / "worker") == "TLSv1.3"
     made = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -212,7 +212,7 @@ def test_a_companys_authority_renews_and_issues_by_itself(folder: Path, tmp_path
     with pytest.raises(ConfigError, match="another authority's"):
         ensure_tls(Layout(str(folder.parent)), renew=True)
     with pytest.raises(ConfigError, match="another authority's"):
-        write_node(tmp_path / "w", authority=folder, name="w", addresses=[])
+        write_node_certificate(tmp_path / "w", authority=folder, name="w", addresses=[])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files | {"ca.key": old}
 
 
@@ -220,7 +220,7 @@ def test_a_renewal_that_was_killed_between_key_and_certificate_is_finished(
     folder: Path, tmp_path: Path
 ) -> None:
     """By the next start; a pair that does not fit would let no node speak with another."""
-    write_node(tmp_path / "w", authority=folder, name="w", addresses=[])
+    write_node_certificate(tmp_path / "w", authority=folder, name="w", addresses=[])
     (folder / "node.key").write_bytes((tmp_path / "w" / "node.key").read_bytes())
     ensure_tls(Layout(str(folder.parent)))
     assert mutual(folder, folder) == "TLSv1.3"

@@ -1,4 +1,4 @@
-"""Protected Parquet: the one way to write and read tables with columns that need a key."""
+"""Protected Parquet: read and write tables whose columns are encrypted under different keys."""
 
 from cluster.security.encryption.parquet.files import CACHE_S, ProtectedFiles
 from cluster.security.encryption.parquet.footer import FileKeys, ProtectedFileCorrupt

@@ -1,18 +1,20 @@
-"""Writing and reading protected files.
+"""Read and write protected Parquet files.
 
-Parquet modular encryption (Apache Parquet format, `Encryption.md`) with a plaintext footer: every tool can read the
-public columns, and nobody the others without their key. Each page is authenticated together with its
-place (file, row group, column, page), so that nothing can be swapped within or between files unseen. Arrow's key tools
-take no AAD prefix, so what the file as a whole is, is bound through the footer: it is signed, and names the keys and,
-where a place was given, the place. A reader that says what it expects is safe from an exchanged file. What is left
-open: values of public columns are checksummed, not authenticated; and who can read a column can also forge it.
+Protection is Parquet modular encryption (Apache Parquet format, `Encryption.md`) with a plaintext footer. Every tool
+can read the public columns, and no tool can read the other columns without their key. Each page is authenticated
+together with its position (file, row group, column, page), so no page can be swapped within or between files without
+detection. Arrow's key tools take no AAD prefix. The identity of the whole file is therefore bound through the footer:
+the footer is signed, and contains the key names and, if one was given, the place of the file. A reader that passes the
+expected place detects an exchanged file. Two limits remain: values of public columns have checksums but no
+authentication, and a process that can read a column can also forge it.
 
-Keys are wrapped twice, so that a process asks the key store once for each key and writer, and not for each file and
-column. A key is kept for `CACHE_S` seconds at most: after a revocation, reading and writing end within that time.
-Arrow (26) does not keep to its own `cache_lifetime` when it reads: a process would keep keys as long as it lives.
+Keys are wrapped twice. So a process calls the key store once for each key and writer, not for each file and column. An
+unwrapped key is cached for at most `CACHE_S` seconds, and a revoked key stops working within that time. Arrow (26)
+ignores its own `cache_lifetime` for reads and would cache keys as long as the process lives, so this module clears the
+cache itself.
 
-Without its keys, read a file with Polars or DuckDB, or name public columns: Arrow refuses a protected column,
-but ends the process when asked for such a column's metadata, and hangs when it filters by one.
+To read a file without its keys, use Polars or DuckDB, or select public columns only. Arrow refuses a protected column,
+but the process ends when it accesses that column's metadata, and hangs when it filters by that column.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ from cluster.security.keys.store import KeyNotFound, KeyRevoked, KeyStore, KeySt
 from cluster.storage import coded_columns, write_bytes
 
 CACHE_S = 60.0
-_CLOSED = (AccessDenied, KeyRevoked, KeyNotFound)
+_KEY_DENIED = (AccessDenied, KeyRevoked, KeyNotFound)
 
 
 class ProtectedFiles:
-    """Writes and reads protected files with the keys of one store; made once in a process, because Arrow's factory
-    cannot cross its border."""
+    """Reads and writes protected files with the keys of one store.
+
+    Create one object in each process, because Arrow's factory cannot cross a process boundary.
+    """
 
     def __init__(self, store: KeyStore, *, cache_s: float = CACHE_S) -> None:
         self._store = store
@@ -49,23 +53,23 @@ class ProtectedFiles:
         self._cached_since = time.monotonic()
 
     def forget(self) -> None:
-        """Ask the key store anew from now on; needed to write under a version that was just made."""
+        """Clear the cache of unwrapped keys. Required before writing under a key version that was just made."""
         self._factory.remove_cache_entries_for_all_tokens()
         self._cached_since = time.monotonic()
 
     def write(self, table: pa.Table, uri: str, protection: Protection, *, place: str | None = None) -> int:
-        """Write a table as one file, whole or not at all; gives its size in bytes.
+        """Write a table as one file, completely or not at all, and return the file's size in bytes.
 
         Args:
-            table: what to write.
-            uri: where to.
+            table: the table to write.
+            uri: path or URL of the new file.
             protection: the columns' keys.
-            place: what the file says of where it belongs, its path within the storage root, say; whoever reads it
-                with another place is refused.
+            place: where the file belongs, such as its path within the storage root. Stored in the file; a read with
+                another place fails.
 
         Raises:
-            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
-            SchemaMismatch: a protected column's name cannot be written.
+            KeyNotFound, KeyRevoked, AccessDenied: from the key store.
+            SchemaMismatch: the name of a protected column cannot be written.
         """
         self._expire()
         by_key = protection.by_key(table.column_names)
@@ -89,7 +93,7 @@ class ProtectedFiles:
             read_footer(pa.BufferReader(data)).check(protection, place)
         except ProtectedFileCorrupt as error:
             raise SchemaMismatch(
-                f"{uri} was not written, because {error}: names of columns clash. Rename them."
+                f"{uri} was not written, because {error}: column names clash. Rename the columns."
             ) from error
         write_bytes(uri, data)
         return int(data.size)
@@ -103,23 +107,22 @@ class ProtectedFiles:
         place: str | None = None,
         unplaced: bool = False,
     ) -> pa.Table:
-        """Read one file, or those of some columns that it has.
+        """Return the table in a file, or only some of its columns.
 
-        Public columns can be read without any key, then without the footer's signature being checked.
+        Public columns can be read without a key. The footer's signature is then not checked.
 
         Args:
-            uri: the file.
-            columns: names; all of them unless given.
-            protection: refuse a file whose columns, those that are read, are under other keys than these, or in the
-                clear.
-            place: refuse a file that was written for another place; needs `protection`.
-            unplaced: take a file that says nothing of its place, too, where earlier releases wrote such.
+            uri: path or URL of the file.
+            columns: names of the columns to read; all by default. Columns that the file lacks are left out.
+            protection: expected keys. A file is refused if a column that is read has another key or is in the clear.
+            place: expected place. A file that was written for another place is refused. Needs `protection`.
+            unplaced: also accept a file without a stored place, as earlier releases wrote them.
 
         Raises:
-            AccessDenied, KeyRevoked, KeyNotFound: for a column whose key the store does not give; the others can still
-                be read by naming them.
-            ProtectedFileCorrupt: truncated, altered, or not what it should be.
-            OSError: the file system's own errors.
+            AccessDenied, KeyRevoked, KeyNotFound: the store does not give a column's key. The other columns can still
+                be read by name.
+            ProtectedFileCorrupt: the file is truncated, altered, or not the expected one.
+            OSError: an error of the file system.
         """
         self._expire()
         fs, path = url_to_fs(uri)
@@ -130,36 +133,38 @@ class ProtectedFiles:
                 return self._read(source, columns)
         except ProtectedFileCorrupt as error:
             raise ProtectedFileCorrupt(
-                f"{uri} is not the file it should be: {error}. Restore it from a backup; if the table's protection was "
-                "changed since, write it anew."
+                f"{uri} is not the expected file: {error}. Restore it from a backup. If the protection of the table "
+                "was changed since, write the file again."
             ) from error
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ProtectedFileCorrupt(
-                f"{uri} was truncated or altered, or is no Parquet file: {str(error)[:200]}. Restore it from a backup."
+                f"{uri} was truncated or altered, or is not a Parquet file: {str(error)[:200]}. "
+                "Restore it from a backup."
             ) from error
 
     def keys(self, uri: str) -> FileKeys:
-        """What a file says of its keys; needs none, and checks nothing.
+        """Return the keys that a file names. Needs no key and verifies nothing.
 
         Raises:
-            ProtectedFileCorrupt: there is no whole footer.
+            ProtectedFileCorrupt: the footer is missing or incomplete.
         """
         fs, path = url_to_fs(uri)
         with fs.open(path, "rb") as source:
             return read_footer(source)
 
     def readable_columns(self, uri: str) -> list[str]:
-        """The columns that the store gives the keys of; asks for each key once, past the cache."""
+        """Return the columns whose keys the store gives to this process. Requests each key once and bypasses the
+        cache."""
         keys = self.keys(uri)
-        closed = set()
+        denied_keys = set()
         for key, wrapped in keys.wrapped.items():
             try:
                 self._store.unwrap(key, wrapped)
-            except _CLOSED:
-                closed.add(key)
-        return [name for name, key in keys.columns.items() if key not in closed]
+            except _KEY_DENIED:
+                denied_keys.add(key)
+        return [name for name, key in keys.columns.items() if key not in denied_keys]
 
     def reprotect(
         self,
@@ -171,19 +176,19 @@ class ProtectedFiles:
         place: str | None = None,
         unplaced: bool = False,
     ) -> int:
-        """Rewrite a file under the newest versions of keys, or under other keys; gives the new size in bytes.
+        """Rewrite a file under the newest key versions or under other keys, and return its new size in bytes.
 
-        Old versions keep reading old files, so this is for after a key may have leaked, or a column changed its class.
-        Arrow can rotate without rewriting only where keys lie in files of their own beside the data, which then can be
-        lost or exchanged apart from it.
+        Old key versions still decrypt old files. So this is needed only after a key may have leaked or a column's class
+        changed. Arrow can rotate keys without a rewrite only if the keys are in separate files beside the data. Such
+        files could be lost or exchanged apart from the data.
 
         Args:
-            uri: the file as it is.
-            target: where to write; another name, so that the table's log can change over in one step.
-            protection: the columns' keys from now on.
-            was: what the file should be under now, if that is known.
-            place: as of `write`; with `was` it is also where the file should belong now.
-            unplaced: as of `read`.
+            uri: the existing file.
+            target: the new file. It has another name, so that the table's log can switch in one step.
+            protection: the new keys of the columns.
+            was: the expected present keys, if they are known.
+            place: see `write`. With `was`, also the expected present place.
+            unplaced: see `read`.
         """
         table = self.read(uri, protection=was, place=place, unplaced=unplaced)
         self.forget()
@@ -195,7 +200,7 @@ class ProtectedFiles:
         )
         try:
             return _open(source, columns, properties)
-        except _CLOSED:
+        except _KEY_DENIED:
             keys = read_footer(source).columns
             if any(keys[name] is not None for name in (keys if columns is None else columns) if name in keys):
                 raise
@@ -234,7 +239,10 @@ def _open(
 
 
 class _Kms(pe.KmsClient):  # type: ignore[misc]
-    """Arrow's view of the key store. An OSError would be taken for the file's own."""
+    """Adapter from Arrow to the key store.
+
+    Converts OSError, because Arrow would report it as an error of the file.
+    """
 
     def __init__(self, store: KeyStore) -> None:
         super().__init__()
@@ -254,4 +262,4 @@ class _Kms(pe.KmsClient):  # type: ignore[misc]
 
 
 def _unavailable(name: str) -> KeyStoreUnavailable:
-    return KeyStoreUnavailable(f"The key store could not be asked for key '{name}'. Is its broker running?")
+    return KeyStoreUnavailable(f"The key store could not be reached for key '{name}'. Is its broker running?")

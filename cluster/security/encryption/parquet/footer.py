@@ -1,9 +1,9 @@
-"""What a file's plaintext footer says of its keys, read without any key.
+"""Decode the keys in a file's plaintext footer, without any key.
 
-Arrow checks a footer's signature, but with whatever key the file itself names, and reads a file without any protection
-just as gladly. So what a file says is held against what it should be. Arrow's Python does not show it, and ends
-the process when a protected column's metadata is touched without its key; therefore the footer is decoded here:
-Thrift's compact protocol, and field numbers of Parquet's `parquet.thrift`.
+Arrow checks a footer's signature, but with the key that the file itself names, and it also reads a file without any
+protection. So this module compares the file's keys with the expected ones. Arrow's Python API does not expose these
+keys, and ends the process when it accesses a protected column's metadata without its key. The footer is therefore
+decoded here: Thrift's compact protocol, with the field numbers of Parquet's `parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _KEY, _VALUE = 1, 2
 
 
 class ProtectedFileCorrupt(RefusedError):
-    """A file that was truncated, altered or exchanged."""
+    """A protected file is truncated, altered or exchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileKeys:
-    """The keys that a file says it is under."""
+    """The keys that a file names."""
 
     signed_by: str | None
-    """Key of the footer's signature; none in an ordinary file."""
+    """Key of the footer's signature; None in an ordinary file."""
     columns: dict[str, str | None]
-    """Column to its key; none for one in the clear."""
+    """Column to its key; None for a column in the clear."""
     wrapped: dict[str, str]
-    """Key to the wrapped secret that opens what is under it: `<scheme>:v<version>:<base64>`."""
+    """Key to the wrapped secret that decrypts its columns: `<scheme>:v<version>:<base64>`."""
     place: str | None
-    """Where the file says it belongs."""
+    """Where the file belongs, as it was written; None if it was not stored."""
 
     def check(
         self,
@@ -57,17 +57,17 @@ class FileKeys:
         *,
         unplaced: bool = False,
     ) -> None:
-        """Hold it against what the file should be.
+        """Compare the keys and the place of the file with the expected ones.
 
         Args:
-            protection: the keys it should be under.
-            place: where it should belong; none takes any.
-            columns: those that count; none counts all. A reader of an older version of a table knows nothing of columns
-                that were added since.
-            unplaced: take a file that says nothing of its place, too.
+            protection: the expected keys.
+            place: the expected place; None accepts every place.
+            columns: the columns to check; None checks all. A reader of an older table version does not know the columns
+                that were added later.
+            unplaced: also accept a file without a stored place.
 
         Raises:
-            ProtectedFileCorrupt: saying what differs.
+            ProtectedFileCorrupt: the message names the difference.
         """
         if self.signed_by != protection.default and not (
             self.signed_by is None and protection.may_be_plain(self.columns)
@@ -79,7 +79,7 @@ class FileKeys:
         for name, wanted in protection.keys_of(read).items():
             if self.columns[name] != wanted:
                 raise ProtectedFileCorrupt(
-                    f"column '{name}' is {_under(self.columns[name])}, and should be {_under(wanted)}"
+                    f"column '{name}' is {_describe_key(self.columns[name])}, and should be {_describe_key(wanted)}"
                 )
         at_home = self.place == place or (unplaced and self.place is None)
         if place is not None and self.signed_by is not None and not at_home:
@@ -87,10 +87,10 @@ class FileKeys:
 
 
 def read_footer(source: BinaryIO) -> FileKeys:
-    """Decode the footer of an open file; its position moves.
+    """Decode the footer of an open file. Moves the file's position.
 
     Raises:
-        ProtectedFileCorrupt: there is no whole footer.
+        ProtectedFileCorrupt: the footer is missing, incomplete or invalid.
     """
     size = source.seek(0, os.SEEK_END)
     source.seek(max(size - _TAIL_BYTES, 0))
@@ -107,7 +107,7 @@ def read_footer(source: BinaryIO) -> FileKeys:
 
 def _file_keys(file: dict[int, Any]) -> FileKeys:
     wrapped: dict[str, str] = {}
-    signed_by = _unpack(file[_SIGNING_KEY], wrapped) if _SIGNING_KEY in file else None
+    signed_by = _parse_key_material(file[_SIGNING_KEY], wrapped) if _SIGNING_KEY in file else None
     columns: dict[str, str | None] = {}
     for chunk in (chunk for group in file[_ROW_GROUPS] for chunk in group[_COLUMNS]):
         name, key = _column(chunk, wrapped, signed_by)
@@ -116,7 +116,7 @@ def _file_keys(file: dict[int, Any]) -> FileKeys:
     pairs = [(pair[_KEY], pair.get(_VALUE)) for pair in file.get(_KEY_VALUES, [])]
     places = [value.decode() for key, value in pairs if key == PLACE]
     if len(places) > 1:
-        raise ValueError("several places")
+        raise ValueError("more than one place")
     return FileKeys(
         signed_by=signed_by, columns=columns, wrapped=wrapped, place=places[0] if places else None
     )
@@ -131,32 +131,32 @@ def _column(chunk: dict[int, Any], wrapped: dict[str, str], signed_by: str | Non
     if _WITH_FOOTER_KEY in crypto:
         return chunk[_META][_META_PATH][0].decode(), signed_by
     with_key = crypto[_WITH_COLUMN_KEY]
-    return with_key[_CRYPTO_PATH][0].decode(), _unpack(with_key[_CRYPTO_KEY], wrapped)
+    return with_key[_CRYPTO_PATH][0].decode(), _parse_key_material(with_key[_CRYPTO_KEY], wrapped)
 
 
-def _unpack(material: bytes, wrapped: dict[str, str]) -> str:
-    """The key's name in Parquet's key material, whose wrapped secret is added."""
-    found = json.loads(material, object_pairs_hook=_once)
-    name, text = found["masterKeyID"], found["wrappedKEK" if found["doubleWrapping"] else "wrappedDEK"]
-    if not isinstance(name, str) or not isinstance(text, str):
-        raise TypeError("key material of another form")
-    wrapped.setdefault(name, text)
+def _parse_key_material(material: bytes, wrapped: dict[str, str]) -> str:
+    """Return the key's name in Parquet's key material, and add its wrapped secret to `wrapped`."""
+    parsed = json.loads(material, object_pairs_hook=_unique_names)
+    name, secret = parsed["masterKeyID"], parsed["wrappedKEK" if parsed["doubleWrapping"] else "wrappedDEK"]
+    if not isinstance(name, str) or not isinstance(secret, str):
+        raise TypeError("invalid key material")
+    wrapped.setdefault(name, secret)
     return name
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name twice")
-    return found
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) != len(pairs):
+        raise ValueError("duplicate name")
+    return parsed
 
 
-def _under(key: str | None) -> str:
+def _describe_key(key: str | None) -> str:
     return "in the clear" if key is None else f"under key '{key}'"
 
 
 class _Compact:
-    """Thrift's compact protocol, decoded to numbers, bytes, lists and dicts by field number."""
+    """Decoder for Thrift's compact protocol. Returns numbers, bytes, lists, and dicts by field number."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -168,14 +168,14 @@ class _Compact:
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._zigzag()
             if number in fields:
-                raise ValueError("a field twice")
+                raise ValueError("duplicate field")
             kind = head & 15
             fields[number] = kind == 1 if kind in (1, 2) else self._value(kind, depth + 1)
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > MAX_DEPTH:
-            raise ValueError("too deep")
+            raise ValueError("nested too deep")
         match kind:
             case 1 | 2 | 3:
                 return self._byte()
@@ -190,7 +190,7 @@ class _Compact:
             case 12:
                 return self.struct(depth)
             case _:
-                raise ValueError("a type that a footer does not have")
+                raise ValueError("unknown Thrift type")
 
     def _items(self, depth: int) -> Iterator[Any]:
         head = self._byte()
@@ -215,7 +215,7 @@ class _Compact:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise ValueError("a number without end")
+        raise ValueError("unterminated number")
 
     def _zigzag(self) -> int:
         value = self._varint()

@@ -1,4 +1,4 @@
-"""Which key each column of a table is under, and what may be said of a table without any key."""
+"""The key of each column of a table, and the statistics that are safe to publish without a key."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ _SEPARATORS = ",;:"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protection:
-    """Which key each column of a table is under, as plain data that any worker can be given."""
+    """The key of each column of a table. Plain data, so workers can receive it."""
 
     default: str
-    """Key of the footer's signature and of every column that is not named."""
+    """Key of the footer's signature and of every column that `keys` does not name."""
     keys: tuple[tuple[str, str | None], ...] = ()
-    """Column to its key; none for a public column, which needs no key."""
+    """Column to its key; None for a public column, which needs no key."""
 
     def key_of(self, column: str) -> str | None:
-        """The key of a column; for many, use `keys_of`."""
+        """Return the key of one column. For several columns, use `keys_of`."""
         return self.keys_of([column])[column]
 
     def keys_of(self, columns: Iterable[str]) -> dict[str, str | None]:
-        """The key of each column."""
+        """Return the key of each column."""
         named = dict(self.keys)
         return {column: named.get(column, self.default) for column in columns}
 
     def may_be_plain(self, columns: Iterable[str]) -> bool:
-        """Whether a file of these columns may be an ordinary one: nothing of the table is protected."""
+        """Return whether a file with these columns may be an ordinary one, because no column of the table is
+        protected."""
         named = dict(self.keys)
         return all(column in named for column in columns) and not any(named.values())
 
     def by_key(self, columns: list[str]) -> dict[str, list[str]]:
-        """Each key's columns.
+        """Return the protected columns of each key.
 
         Raises:
-            SchemaMismatch: a protected column's name cannot be written. Arrow is told the columns in one text with
-                `, ; :` between them, and would encrypt another column than the one that is meant.
+            SchemaMismatch: the name of a protected column cannot be written. Arrow receives the columns as one text,
+                separated by `, ; :`, and would encrypt another column than the named one.
         """
-        found: dict[str, list[str]] = {}
+        grouped: dict[str, list[str]] = {}
         counts, keys = Counter(columns), self.keys_of(columns)
         for column in columns:
             key = keys[column]
@@ -62,18 +63,19 @@ class Protection:
                 )
             if counts[column] > 1:
                 raise SchemaMismatch(f"Two columns are called {column!r}. Rename one.")
-            found.setdefault(key, []).append(column)
-        return found
+            grouped.setdefault(key, []).append(column)
+        return grouped
 
 
 def public_statistics(table: pa.Table, protection: Protection) -> str:
-    """A file's `stats` for the Delta log: its row count, and minima, maxima and null counts of public columns only.
+    """Return a file's `stats` for the Delta log: the row count, and minima, maxima and null counts of public columns
+    only.
 
-    A column whose order the log could not state exactly (text of more than 32 characters, floats with NaN, nested or
-    other types) is left out, which is always allowed.
+    A column whose order the log cannot state exactly is left out, which is always allowed. That is text of more than 32
+    characters, floats with NaN, and nested or other types.
     """
-    least: dict[str, Any] = {}
-    most: dict[str, Any] = {}
+    minima: dict[str, Any] = {}
+    maxima: dict[str, Any] = {}
     nulls: dict[str, int] = {}
     for name, key in protection.keys_of(table.column_names).items():
         column = table[name]
@@ -81,31 +83,31 @@ def public_statistics(table: pa.Table, protection: Protection) -> str:
             continue
         nulls[name] = column.null_count
         if (bounds := _bounds(column)) is not None:
-            least[name], most[name] = bounds
+            minima[name], maxima[name] = bounds
     return json.dumps(
-        {"numRecords": table.num_rows, "minValues": least, "maxValues": most, "nullCount": nulls},
+        {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": nulls},
         allow_nan=False,
     )
 
 
 def _bounds(column: pa.ChunkedArray) -> tuple[Any, Any] | None:
-    kind = column.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    times = kind == pa.timestamp("us", "UTC") or pa.types.is_date32(kind)
-    floats = pa.types.is_float64(kind)
-    if column.null_count == len(column) or not (text or times or floats or pa.types.is_integer(kind)):
+    dtype = column.type
+    is_text = pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
+    is_time = dtype == pa.timestamp("us", "UTC") or pa.types.is_date32(dtype)
+    is_float = pa.types.is_float64(dtype)
+    if column.null_count == len(column) or not (is_text or is_time or is_float or pa.types.is_integer(dtype)):
         return None
-    if text and pc.max(pc.utf8_length(column)).as_py() > MAX_STATISTIC_CHARS:
+    if is_text and pc.max(pc.utf8_length(column)).as_py() > MAX_STATISTIC_CHARS:
         return None
-    if floats and pc.any(pc.is_nan(column)).as_py():
+    if is_float and pc.any(pc.is_nan(column)).as_py():
         return None
-    found = pc.min_max(column).as_py()
-    if floats and not all(map(math.isfinite, found.values())):
+    bounds = pc.min_max(column).as_py()
+    if is_float and not all(map(math.isfinite, bounds.values())):
         return None
-    return _spelled(found["min"]), _spelled(found["max"])
+    return _as_json(bounds["min"]), _as_json(bounds["max"])
 
 
-def _spelled(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     match value:
         case datetime():
             return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
