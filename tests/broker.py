@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.keys.broker import Broker
+from cluster.security.keys.gate import Gate
 from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
 from cluster.security.tokens.source import TokenSource
@@ -38,13 +39,13 @@ def running_broker(*keys: str) -> Iterator[KeyAccess]:
     access = KeyAccess(
         socket=str(folder / "run" / "broker.sock"), token=TokenSource(file=str(folder / "token"))
     )
-    broker = Broker(
+    gate = Gate(
         open_local(folder / "ring"),
-        Path(access.socket),
         verify=lambda token: Anybody(),
         decide=lambda principal, operation, info: Allowed(),
         audit=lambda denial: None,
     )
+    broker = Broker(gate, Path(access.socket))
     stopped = threading.Event()
     thread = threading.Thread(target=broker.run, args=(stopped,))
     thread.start()

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import AccessDenied, Unauthenticated
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
-from cluster.security.keys.gate import Denial, Operation
+from cluster.security.keys.gate import Denial, Gate, Operation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import (
     KeyInfo,
@@ -77,10 +77,15 @@ class World:
     def client(self, token: str = "admin/all") -> BrokerKeyStore:  # noqa: S107 (test data)
         return BrokerKeyStore(self.path, lambda: token, timeout_s=5.0)
 
+    def gate(
+        self, store: Any = None, *, audit: Callable[[Denial[Person]], None] | None = None
+    ) -> Gate[Person]:
+        """Return the access control in front of a store; of the keyring by default."""
+        return Gate(store or self.ring, verify=verify, decide=decide, audit=audit or self.denials.append)
+
     @contextmanager
-    def serving(self, store: Any = None, **options: Any) -> Iterator[threading.Event]:
-        audit = options.pop("audit", self.denials.append)
-        broker = Broker(store or self.ring, self.path, verify=verify, decide=decide, audit=audit, **options)
+    def serving(self, store: Any = None, *, audit: Any = None, **options: Any) -> Iterator[threading.Event]:
+        broker = Broker(self.gate(store, audit=audit), self.path, **options)
         stopped = threading.Event()
         thread = threading.Thread(target=broker.run, args=(stopped,))
         thread.start()

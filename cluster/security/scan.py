@@ -175,8 +175,10 @@ def _scan_parquet(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
 
 
 def _find_in_table(table: pa.Table, words: dict[str, list[bytes]]) -> Iterator[str]:
-    """Search the buffers of a table, and compare its integer columns by value, because those below 64 bits have other
-    bytes."""
+    """Search the buffers of a table, then compare its integer columns by value.
+
+    Integers of less than 64 bits have other bytes than the searched forms.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

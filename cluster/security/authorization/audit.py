@@ -94,8 +94,10 @@ class Decisions:
     def decided(
         self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
     ) -> None:
-        """Record or count a denial. Record a permission if it is sampled and among the first `max_permits` of the
-        window."""
+        """Record or count a denial.
+
+        Record a permission if it is sampled and among the first `max_permits` of the window.
+        """
         with self._lock:
             due = self._start_window(at)
             if decision.allowed:
@@ -137,8 +139,10 @@ class Decisions:
         ]
 
     def _start_window(self, at: float) -> list[_DueEvent]:
-        """Start a new window if the previous one is over, and return its counts. A clock that runs backwards starts
-        none."""
+        """Start a new window if the previous one is over, and return its counts.
+
+        A clock that runs backwards starts none.
+        """
         window = int(at // self._window_s)
         if window <= self._window:
             return []

@@ -149,8 +149,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """Attributes of a principal that decisions depend on. Two tokens of one principal give equal subjects, so they
-    share cached decisions."""
+    """Attributes of a principal that decisions depend on.
+
+    Two tokens of one principal give equal subjects, so they share cached decisions.
+    """
 
     subject: str
     role: str
@@ -228,8 +230,10 @@ class Policy:
         return decision
 
     def roles_for(self, action: Action) -> frozenset[Role]:
-        """Return the roles that may do an action on a public resource of the default tenant. Evaluates the policies for
-        each role."""
+        """Return the roles that may do an action on a public resource of the default tenant.
+
+        Evaluates the policies for each role.
+        """
         any_resource = Resource(kind="path", name="*", region=self._region)
         return frozenset(
             role

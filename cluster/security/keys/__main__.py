@@ -18,7 +18,7 @@ from cluster.security.authorization.audit import Decisions, keep_flushed
 from cluster.security.authorization.policy import Action, Decision, Policy, Resource
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.configured import open_store
-from cluster.security.keys.gate import Denial, Operation
+from cluster.security.keys.gate import Denial, Gate, Operation
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo
 from cluster.security.tokens.principal import Principal
@@ -71,15 +71,14 @@ def main(config: PlatformConfig) -> None:
 
     stopped, registry = threading.Event(), CollectorRegistry()
     serve_metrics(registry, port=record.ports.get("broker_metrics"))
-    broker = Broker(
+    gate = Gate(
         open_store(config, stopped=stopped),
-        Path(record.key_socket),
         verify=Trust.of(config.identity.issuer, places).verify,
         decide=decide,
         audit=audit,
         relabelling=relabelling,
-        metrics=BrokerMetrics(registry),
     )
+    broker = Broker(gate, Path(record.key_socket), metrics=BrokerMetrics(registry))
     flusher = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)

@@ -13,18 +13,18 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from socket import AF_UNIX, SHUT_RD, SOCK_STREAM
 from socket import socket as Socket
-from typing import Generic
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import ConfigError, InvalidRequest
-from cluster.security.keys.gate import C, Denial, Gate, Operation, Verdict
+from cluster.security.keys.gate import Gate
 from cluster.security.keys.metrics import BrokerMetrics
-from cluster.security.keys.store import KeyInfo, KeyStore, KeyStoreUnavailable
+from cluster.security.keys.store import KeyStoreUnavailable
 from cluster.security.keys.wire import PING, check_socket_path, error_to_plain, peer_uid, receive, send
 from cluster.security.private_folder import private_folder
 
@@ -35,13 +35,12 @@ STOP_S = 5.0
 _POLL_S = 0.2
 
 
-class Broker(Generic[C]):
+class Broker:
     """Serves a key store over a Unix socket (0600, in a 0700 folder) to processes of the same user and of root.
 
     Args:
-        store: the key store to serve.
+        gate: answers the requests.
         socket: path of the socket; at most 97 bytes.
-        verify, decide, audit, relabelling: see `Gate`.
         metrics: counts requests; not exported by default.
         idle_s: seconds after which a silent connection is closed. Clients reconnect automatically.
         read_s: seconds within which a message must arrive after its first byte.
@@ -52,20 +51,16 @@ class Broker(Generic[C]):
 
     def __init__(
         self,
-        store: KeyStore,
+        gate: Gate[Any],
         socket: Path,
         *,
-        verify: Callable[[str], C],
-        decide: Callable[[C, Operation, KeyInfo], Verdict],
-        audit: Callable[[Denial[C]], None],
-        relabelling: Callable[[C, KeyInfo, KeyInfo], None] = lambda principal, old, new: None,
         metrics: BrokerMetrics | None = None,
         idle_s: float = IDLE_S,
         read_s: float = READ_S,
     ) -> None:
         check_socket_path(str(socket))
         self._path = socket
-        self._gate = Gate(store, verify=verify, decide=decide, audit=audit, relabelling=relabelling)
+        self._gate = gate
         self._metrics = metrics or BrokerMetrics(CollectorRegistry())
         self._idle_s = idle_s
         self._read_s = read_s

@@ -113,8 +113,10 @@ class BrokerKeyStore:
         raise error_from_plain(answer)
 
     def _exchange(self, request: dict[str, object]) -> dict[str, object]:
-        """Send a request and return the answer. Retries once over a new connection, in case the broker was
-        restarted."""
+        """Send a request and return the answer.
+
+        Retries once over a new connection, in case the broker was restarted.
+        """
         reused = self._connection is not None
         try:
             return self._send_once(request)

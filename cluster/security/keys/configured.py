@@ -106,8 +106,10 @@ def _read_vault_secret(file: Path) -> str:
 
 
 def _stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:
-    """Renew the login until `stopped` is set. After a refused login, tries again, because its secret may be
-    replaced."""
+    """Renew the login until `stopped` is set.
+
+    After a refused login, tries again, because its secret may be replaced.
+    """
     while not stopped.is_set():
         try:
             keep_renewed(client, auth, stopped=stopped)

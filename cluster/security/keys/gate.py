@@ -172,8 +172,10 @@ class Gate(Generic[C]):
             return None
 
     def _changed(self, operation: Operation, name: str) -> KeyInfo:
-        """Return the description of a key that is about to change. A revoked key can be revoked again, to finish an
-        interrupted revocation."""
+        """Return the description of a key that is about to change.
+
+        A revoked key can be revoked again, to finish an interrupted revocation.
+        """
         try:
             return self._store.info(name)
         except KeyRevoked as error:

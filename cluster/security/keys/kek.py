@@ -30,8 +30,9 @@ MAX_SCRYPT_N = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derivation:
-    """Parameters of scrypt, which derives a key from a passphrase (RFC 7914). Stored in the keyring's header, not
-    secret.
+    """Parameters of scrypt, which derives a key from a passphrase (RFC 7914).
+
+    Stored in the keyring's header, not secret.
 
     Raises:
         ConfigError: a parameter is out of range.

@@ -75,8 +75,9 @@ class KeyStoreUnavailable(FalajError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyInfo:
-    """Description of a key, as the policy sees it. Set when the key is created, and authenticated together with the
-    key.
+    """Description of a key, as the policy sees it.
+
+    Set when the key is created, and authenticated together with the key.
 
     Raises:
         KeyNameInvalid: the name is not a path of letters, digits, `_`, `-` and `.`.

@@ -138,8 +138,10 @@ class VaultKeyStore:
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:
-        """Add a version and return the newest version's number. After concurrent rotations, that may be another
-        caller's."""
+        """Add a version and return the newest version's number.
+
+        After concurrent rotations, that may be another caller's.
+        """
         self.info(name)
         flat = self._transit_name(name)
         with translated_errors(f"rotate key '{name}'"):

@@ -78,8 +78,10 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
 
 
 def is_foreign_authority(authority: Path) -> bool:
-    """Return whether a file is the certificate of an authority that this module did not create. Decided by its
-    subject."""
+    """Return whether a file is the certificate of an authority that this module did not create.
+
+    Decided by its subject.
+    """
     if not authority.exists():
         return False
     try:

@@ -152,7 +152,7 @@ def read_token_file(path: Path) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise ConfigError(
-                f"The token at {path} must be a file that only you own and can read. Run `chmod 600` on it."
+                f"The token at {path} must be your own file with mode 0600. Run `chmod 600` on it."
             )
         content = os.read(descriptor, MAX_TOKEN_BYTES + 2)
     finally:
@@ -161,7 +161,9 @@ def read_token_file(path: Path) -> str:
 
 
 def is_intent(token: str) -> bool:
-    """Return whether a token claims, by type or audience, to be an intent. The intent verifier then checks that
-    claim."""
+    """Return whether a token claims, by type or audience, to be an intent.
+
+    The intent verifier then checks that claim.
+    """
     header, claims = unverified_parts(token)
     return header.get("typ") == INTENT_TYPE or claims.get("aud") == INTENT_AUDIENCE

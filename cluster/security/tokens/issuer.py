@@ -163,8 +163,10 @@ def _new_key() -> ECKey:
 
 
 def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
-    """Write the public files before the private key, so that tokens can be verified after an interruption at any
-    point."""
+    """Write the public files first, then the private key.
+
+    So every signed token can be verified, also after an interruption.
+    """
     published = [key.as_dict(private=False), *old]
     replace_private(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
     replace_private(keys / PUBLIC_NAME, key.as_pem(private=False), mode=0o644)

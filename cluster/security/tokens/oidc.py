@@ -195,8 +195,10 @@ class RemoteKeys:
         return float("inf") if self._fetched_at is None else self._clock() - self._fetched_at
 
     def _refresh(self) -> None:
-        """Fetch the keys, unless the last attempt was too recent. While another thread fetches, only the first fetch is
-        waited for."""
+        """Fetch the keys, unless the last attempt was too recent.
+
+        While another thread fetches, only the first fetch is waited for.
+        """
         if not self._lock.acquire(blocking=self._fetched_at is None):
             return
         try:
@@ -226,8 +228,9 @@ def jwks_fetcher(url: str, *, ca_file: str | None = None, timeout_s: float = TIM
 
 
 def discovered(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
-    """Return a function that fetches the JWKS that an issuer's OpenID configuration names. It reads the configuration
-    each time.
+    """Return a function that fetches the JWKS that an issuer's OpenID configuration names.
+
+    It reads the configuration each time.
 
     The fetch raises ConfigError if the document is for another issuer (OpenID Connect Discovery 1.0, 4.3).
 

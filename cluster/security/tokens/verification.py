@@ -84,8 +84,10 @@ def verified_claims(token: str, *, find: FindKey, rules: TokenRules, now: float)
 
 
 def unverified_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return header and claims of a token without verification, to select the rules for it. Both are empty if
-    unreadable."""
+    """Return header and claims of a token without verification, to select the rules for it.
+
+    Both are empty if unreadable.
+    """
     try:
         header, claims = (_parse_object(_decoded(part)) for part in token[:MAX_TOKEN_BYTES].split(".")[:2])
     except (Unauthenticated, ValueError):

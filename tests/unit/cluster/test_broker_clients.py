@@ -35,10 +35,8 @@ from tests.broker_world import (
     Failing,
     World,
     answers,
-    decide,
     framed,
     until,
-    verify,
 )
 
 
@@ -191,7 +189,7 @@ def run_once(world: World) -> None:
     """A broker that stops at once."""
     stopped = threading.Event()
     stopped.set()
-    Broker(world.ring, world.path, verify=verify, decide=decide, audit=world.denials.append).run(stopped)
+    Broker(world.gate(), world.path).run(stopped)
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
@@ -216,10 +214,10 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
 def test_a_path_that_no_socket_can_have_is_refused(world: World) -> None:
     """On both sides, with its length."""
     long = world.path.with_name("x" * 98)
-    with pytest.raises(ConfigError, match="ends at 97"):
+    with pytest.raises(ConfigError, match="at most 97"):
         BrokerKeyStore(long, lambda: "token")
-    with pytest.raises(ConfigError, match="ends at 97"):
-        Broker(world.ring, long, verify=verify, decide=decide, audit=world.denials.append)
+    with pytest.raises(ConfigError, match="at most 97"):
+        Broker(world.gate(), long)
 
 
 def test_only_the_same_user_and_root_may_connect() -> None:

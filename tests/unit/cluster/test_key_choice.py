@@ -24,7 +24,7 @@ from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.configured import open_store
-from cluster.security.keys.gate import Operation
+from cluster.security.keys.gate import Gate, Operation
 from cluster.security.keys.kek import SALT_BYTES, Derivation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo
@@ -103,13 +103,13 @@ def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
         return policy.decide(principal, ACTIONS[operation], Resource.of_key(info))
 
-    broker = Broker(
+    gate = Gate(
         open_store(config, stopped=stopped),
-        folder / "run" / "broker.sock",
         verify=TokenVerifier.of(places).verify,
         decide=decide,
         audit=lambda denial: None,
     )
+    broker = Broker(gate, folder / "run" / "broker.sock")
     thread = threading.Thread(target=broker.run, args=(stopped,))
     thread.start()
     try:

@@ -23,7 +23,7 @@ import pytest
 from cluster.errors import InvalidRequest, RefusedError
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
-from cluster.security.keys.gate import Operation
+from cluster.security.keys.gate import Gate, Operation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import (
     MAX_SECRET_BYTES,
@@ -66,7 +66,8 @@ def served(store: KeyStore) -> Iterator[BrokerKeyStore]:
     """A store behind a broker that permits everything, through a client."""
     with tempfile.TemporaryDirectory(prefix="fk-") as folder:
         path = Path(folder) / "keys.sock"
-        broker = Broker(store, path, verify=lambda token: Anyone(), decide=permit, audit=lambda denial: None)
+        gate = Gate(store, verify=lambda token: Anyone(), decide=permit, audit=lambda denial: None)
+        broker = Broker(gate, path)
         stopped = threading.Event()
         thread = threading.Thread(target=broker.run, args=(stopped,))
         thread.start()

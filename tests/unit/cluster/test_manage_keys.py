@@ -110,7 +110,7 @@ def test_a_key_is_revoked_by_who_manages_keys(tmp_path: Path, ledger: Ledger) ->
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [({}, "which key"), ({"key": "k"}, "confirm=k"), ({"key": "k", "confirm": "other"}, "confirm=k")],
+    [({}, "name of a key"), ({"key": "k"}, "confirm=k"), ({"key": "k", "confirm": "other"}, "confirm=k")],
 )
 def test_a_revocation_is_meant(tmp_path: Path, given: dict[str, str], match: str) -> None:
     """There is no way back."""

@@ -401,9 +401,9 @@ def test_policies_that_cannot_be_meant_are_refused(extra: str) -> None:
 
 def test_the_policies_are_parsed_once_in_a_process() -> None:
     """Regions are each policy's own all the same."""
-    before = policy_module._parsed.cache_info().misses
+    before = policy_module._parse.cache_info().misses
     here, there = Policy.load(region="us"), pickle.loads(pickle.dumps(Policy.load(region="eu")))  # noqa: S301 - our own
-    assert policy_module._parsed.cache_info().misses <= before + 1
+    assert policy_module._parse.cache_info().misses <= before + 1
     eu = columns(region="eu")
     assert not here.decide(who(Role.admin), Action.read_columns, eu, environment="staging").allowed
     assert there.decide(who(Role.admin), Action.read_columns, eu, environment="staging").allowed

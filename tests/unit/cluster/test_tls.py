@@ -166,7 +166,7 @@ def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> No
     assert run_main(tls.main, *root, *node, "10.0.0.7").returncode == 0
     assert mutual(folder, tmp_path / "w") == "TLSv1.3"
     wrong = run_main(tls.main, *root, *node, "ten")
-    assert (wrong.returncode, "address is wrong" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "address is invalid" in wrong.stderr) == (2, True)
     nowhere = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
     assert (nowhere.returncode, "cluster.up" in nowhere.stderr) == (2, True)
 

@@ -155,8 +155,10 @@ class ProtectedFiles:
             return read_footer(source)
 
     def readable_columns(self, uri: str) -> list[str]:
-        """Return the columns whose keys the store gives to this process. Requests each key once and bypasses the
-        cache."""
+        """Return the columns whose keys the store gives to this process.
+
+        Requests each key once and bypasses the cache.
+        """
         keys = self.keys(uri)
         denied_keys = set()
         for key, wrapped in keys.wrapped.items():

@@ -38,8 +38,7 @@ class Protection:
         return {column: named.get(column, self.default) for column in columns}
 
     def may_be_plain(self, columns: Iterable[str]) -> bool:
-        """Return whether a file with these columns may be an ordinary one, because no column of the table is
-        protected."""
+        """Return whether an unencrypted file with these columns is allowed: no column of the table is protected."""
         named = dict(self.keys)
         return all(column in named for column in columns) and not any(named.values())
 
@@ -68,11 +67,10 @@ class Protection:
 
 
 def public_statistics(table: pa.Table, protection: Protection) -> str:
-    """Return a file's `stats` for the Delta log: the row count, and minima, maxima and null counts of public columns
-    only.
+    """Return the `stats` of a file for the Delta log: row count, and statistics of public columns only.
 
-    A column whose order the log cannot state exactly is left out, which is always allowed. That is text of more than 32
-    characters, floats with NaN, and nested or other types.
+    The statistics are minima, maxima and null counts. A column whose order the log cannot state exactly has no minimum
+    and maximum, which is always allowed: text of more than 32 characters, floats with NaN, and nested or other types.
     """
     minima: dict[str, Any] = {}
     maxima: dict[str, Any] = {}
