@@ -161,8 +161,8 @@ def _recording_unauthenticated(decisions: Decisions) -> Iterator[None]:
 
 def _issuer_of(places: Layout) -> IssuerConfig:
     record = find_record(StorageConfig(root=places.root))
-    own = record is not None and record.storage_root == places.root
-    return IssuerConfig(**record.issuer) if own and record and record.issuer else IssuerConfig()
+    is_own_record = record is not None and record.storage_root == places.root
+    return IssuerConfig(**record.issuer) if is_own_record and record and record.issuer else IssuerConfig()
 
 
 def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
@@ -202,9 +202,9 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
 
 def _local_user(config: PlatformConfig) -> Principal:
     role = config.identity.role
-    known = [name for name in Role.__members__ if name != Role.supervisor]  # for the cluster itself only
-    if role not in known:
-        raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, known)}")
+    roles = [name for name in Role.__members__ if name != Role.supervisor]  # for the cluster itself only
+    if role not in roles:
+        raise ConfigError(f"identity.role={role} does not exist.{did_you_mean(role, roles)}")
     return Principal(
         subject=current_actor(), role=Role(role), purpose=config.identity.purpose, expires_at=int(time.time())
     )

@@ -52,8 +52,9 @@ def _environment(recorded: str, requested: str) -> str:
 
 
 def _strictness(environment: str) -> int:
-    known = environment in OUTSIDE_PRODUCTION
-    return OUTSIDE_PRODUCTION.index(environment) if known else len(OUTSIDE_PRODUCTION)
+    if environment in OUTSIDE_PRODUCTION:
+        return OUTSIDE_PRODUCTION.index(environment)
+    return len(OUTSIDE_PRODUCTION)
 
 
 def _region(recorded: str, requested: str) -> str:

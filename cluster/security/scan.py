@@ -52,6 +52,10 @@ class Found:
     """`bytes`, `name`, a column, a table or a member of an archive."""
 
 
+_Forms = dict[str, list[bytes]]
+"""Canary to the byte strings that can encode it."""
+
+
 class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
@@ -66,14 +70,18 @@ def scan(
         canaries: texts to search for.
         unread: list that collects the files that this process may not read.
     """
-    words = {word: _forms(word) for word in canaries}
+    forms_by_canary = {canary: _forms(canary) for canary in canaries}
     for root in paths:
         for file in _files(root):
-            below = os.path.relpath(file, root.parent)
-            yield from (Found(canary=word, path=str(file), place="name") for word in words if word in below)
+            relative_path = os.path.relpath(file, root.parent)
+            yield from (
+                Found(canary=canary, path=str(file), place="name")
+                for canary in forms_by_canary
+                if canary in relative_path
+            )
             try:
                 if stat.S_ISREG(file.lstat().st_mode):
-                    yield from _scan_file(file, words)
+                    yield from _scan_file(file, forms_by_canary)
             except FileNotFoundError:
                 continue
             except PermissionError:
@@ -81,20 +89,20 @@ def scan(
                     unread.append(file)
 
 
-def _forms(word: str) -> list[bytes]:
+def _forms(canary: str) -> list[bytes]:
     """Return the byte strings that can encode a canary."""
-    forms = [word.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be")]
+    forms = [canary.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be")]
     with contextlib.suppress(ValueError, OverflowError, struct.error):
-        numbers = [struct.pack("<d", float(word))] if math.isfinite(float(word)) else []
-        if (integer := _as_integer(word)) is not None:
+        numbers = [struct.pack("<d", float(canary))] if math.isfinite(float(canary)) else []
+        if (integer := _as_integer(canary)) is not None:
             numbers.append(struct.pack("<q", integer))
         forms += [form for form in numbers if len(form.strip(b"\x00\xff")) >= MIN_NUMBER_BYTES]
     return forms
 
 
-def _as_integer(word: str) -> int | None:
+def _as_integer(canary: str) -> int | None:
     try:
-        return int(word)
+        return int(canary)
     except ValueError:
         return None
 
@@ -107,55 +115,57 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in names)
 
 
-def _scan_file(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_file(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
     if file.stat().st_size == 0:
         return
     with file.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head = data[:16]
-        yield from _hits(_find_in_bytes(data, words), file, "bytes")
+        yield from _hits(_find_in_bytes(data, forms_by_canary), file, "bytes")
     with contextlib.suppress(*_BROKEN):
-        yield from _scan_unpacked(file, head, words)
+        yield from _scan_unpacked(file, head, forms_by_canary)
 
 
-def _scan_unpacked(file: Path, head: bytes, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_unpacked(file: Path, head: bytes, forms_by_canary: _Forms) -> Iterator[Found]:
     if head.startswith(b"PAR1"):
-        yield from _scan_parquet(file, words)
+        yield from _scan_parquet(file, forms_by_canary)
     elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        opened = pa.ipc.open_file if head.startswith(b"ARROW1") else pa.ipc.open_stream
+        open_source = pa.ipc.open_file if head.startswith(b"ARROW1") else pa.ipc.open_stream
         with pa.memory_map(str(file)) as source:
-            yield from _hits(_find_in_table(opened(source).read_all(), words), file, "Arrow")
+            yield from _hits(_find_in_table(open_source(source).read_all(), forms_by_canary), file, "Arrow")
     elif head.startswith(b"SQLite format 3\x00"):
-        yield from _scan_sqlite(file, words)
+        yield from _scan_sqlite(file, forms_by_canary)
     elif head.startswith(b"PK\x03\x04"):
-        yield from _scan_zip(file, words)
+        yield from _scan_zip(file, forms_by_canary)
     elif head.startswith(b"\xfd7zXZ\x00"):
         with LZMAFile(file) as unpacked:
-            yield from _hits(_find_in_stream(unpacked, words), file, "xz")
+            yield from _hits(_find_in_stream(unpacked, forms_by_canary), file, "xz")
     for magic, codec in _STREAMS.items():
         if head.startswith(magic):
             with pa.CompressedInputStream(pa.OSFile(str(file)), codec) as stream:
-                yield from _hits(_find_in_stream(stream, words), file, codec)
+                yield from _hits(_find_in_stream(stream, forms_by_canary), file, codec)
 
 
-def _hits(words: Iterable[str], file: Path, place: str) -> Iterator[Found]:
-    return (Found(canary=word, path=str(file), place=place) for word in dict.fromkeys(words))
+def _hits(canaries: Iterable[str], file: Path, place: str) -> Iterator[Found]:
+    return (Found(canary=canary, path=str(file), place=place) for canary in dict.fromkeys(canaries))
 
 
-def _find_in_bytes(data: bytes | mmap.mmap, words: dict[str, list[bytes]]) -> Iterator[str]:
-    return (word for word, forms in words.items() if any(data.find(form) >= 0 for form in forms))
+def _find_in_bytes(data: bytes | mmap.mmap, forms_by_canary: _Forms) -> Iterator[str]:
+    return (
+        canary for canary, forms in forms_by_canary.items() if any(data.find(form) >= 0 for form in forms)
+    )
 
 
-def _find_in_stream(stream: _Readable, words: dict[str, list[bytes]]) -> Iterator[str]:
+def _find_in_stream(stream: _Readable, forms_by_canary: _Forms) -> Iterator[str]:
     """Search a stream in pieces. Each piece starts with the end of the previous one, because a canary may span two."""
-    overlap = max((len(form) for forms in words.values() for form in forms), default=1) - 1
+    overlap = max((len(form) for forms in forms_by_canary.values() for form in forms), default=1) - 1
     previous_end = b""
     while piece := stream.read(PIECE_BYTES):
         data = previous_end + piece
-        yield from _find_in_bytes(data, words)
+        yield from _find_in_bytes(data, forms_by_canary)
         previous_end = data[-overlap:] if overlap else b""
 
 
-def _scan_zip(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             with (
@@ -163,18 +173,20 @@ def _scan_zip(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
                 contextlib.suppress(RuntimeError, NotImplementedError, *_BROKEN),
                 archive.open(member) as unpacked,
             ):
-                yield from _hits(_find_in_stream(unpacked, words), file, member.filename)
+                yield from _hits(_find_in_stream(unpacked, forms_by_canary), file, member.filename)
 
 
-def _scan_parquet(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_parquet(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
     for name in pq.ParquetFile(file).schema_arrow.names:
         with contextlib.suppress(*_BROKEN):  # encrypted: its raw bytes were already searched
             batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=[name])
-            found = (word for batch in batches for word in _find_in_table(pa.table(batch), words))
-            yield from _hits(found, file, f"column {name}")
+            canaries = (
+                canary for batch in batches for canary in _find_in_table(pa.table(batch), forms_by_canary)
+            )
+            yield from _hits(canaries, file, f"column {name}")
 
 
-def _find_in_table(table: pa.Table, words: dict[str, list[bytes]]) -> Iterator[str]:
+def _find_in_table(table: pa.Table, forms_by_canary: _Forms) -> Iterator[str]:
     """Search the buffers of a table, then compare its integer columns by value.
 
     Integers of less than 64 bits have other bytes than the searched forms.
@@ -183,12 +195,12 @@ def _find_in_table(table: pa.Table, words: dict[str, list[bytes]]) -> Iterator[s
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     with pa.BufferReader(sink.getvalue()) as stream:
-        yield from _find_in_stream(stream, words)
+        yield from _find_in_stream(stream, forms_by_canary)
     numbers = [column for column in table.columns if pa.types.is_integer(column.type)]
-    for word in words:
-        integer = _as_integer(word)
+    for canary in forms_by_canary:
+        integer = _as_integer(canary)
         if integer is not None and any(_contains(column, integer) for column in numbers):
-            yield word
+            yield canary
 
 
 def _contains(column: pa.ChunkedArray, number: int) -> bool:
@@ -198,7 +210,7 @@ def _contains(column: pa.ChunkedArray, number: int) -> bool:
         return False  # out of the column's range
 
 
-def _scan_sqlite(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
+def _scan_sqlite(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
     """Search a database value by value, because a long value is split over several pages."""
     with (
         contextlib.suppress(sqlite3.Error),
@@ -212,8 +224,8 @@ def _scan_sqlite(file: Path, words: dict[str, list[bytes]]) -> Iterator[Found]:
             with contextlib.suppress(sqlite3.Error):
                 rows = db.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))  # noqa: S608
                 values = (_as_bytes(value) for row in rows for value in row)
-                found = (word for value in values for word in _find_in_bytes(value, words))
-                yield from _hits(found, file, f"table {table}")
+                canaries = (canary for value in values for canary in _find_in_bytes(value, forms_by_canary))
+                yield from _hits(canaries, file, f"table {table}")
 
 
 def _as_bytes(value: Any) -> bytes:
@@ -235,13 +247,13 @@ def main() -> None:
             print(f"refused: There is no {path} to scan.", file=sys.stderr)
             sys.exit(REFUSED)
     unread: list[Path] = []
-    found = list(scan(arguments.paths, arguments.canary, unread=unread))
-    for hit in found:
+    hits = list(scan(arguments.paths, arguments.canary, unread=unread))
+    for hit in hits:
         print(f"{hit.path}: {hit.canary!r} in the clear ({hit.place})")
     for file in unread:
         print(f"{file}: not searched, because it may not be read", file=sys.stderr)
-    print(f"{len(found)} found")
-    sys.exit(REFUSED if found else int(bool(unread)))
+    print(f"{len(hits)} found")
+    sys.exit(REFUSED if hits else int(bool(unread)))
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ class Decisions:
         """Count an unauthenticated request. The count is recorded when the window ends."""
         with self._lock:
             due = self._start_window(at)
-            known = reason in self._unauthenticated or len(self._unauthenticated) < self._max_reasons - 1
-            name = reason if known else OTHER_REASONS
+            is_tracked = reason in self._unauthenticated or len(self._unauthenticated) < self._max_reasons - 1
+            name = reason if is_tracked else OTHER_REASONS
             total = self._unauthenticated.get(
                 name, StrangersRefused(reason=name, count=0, first_at=at, last_at=at)
             )

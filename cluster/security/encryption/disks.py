@@ -51,12 +51,14 @@ def keeps_secrets(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES
 def mount_of(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
     """Return the mount of a folder or of its nearest existing parent, or None if it cannot be found."""
     try:
-        known = mounts(table.read_text())
+        all_mounts = mounts(table.read_text())
     except (OSError, IndexError):
         return None
     path = os.path.realpath(folder)
     candidates = [
-        mount for mount in known if path == mount.folder or path.startswith(f"{mount.folder.rstrip('/')}/")
+        mount
+        for mount in all_mounts
+        if path == mount.folder or path.startswith(f"{mount.folder.rstrip('/')}/")
     ]
     return (
         max(enumerate(candidates), key=lambda item: (len(item[1].folder), item[0]))[1] if candidates else None

@@ -44,8 +44,8 @@ def memory_folder(*, otherwise: Path) -> Path:
         status = folder.lstat()
     except OSError:
         return otherwise
-    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    return folder if own and not stat.S_IMODE(status.st_mode) & 0o077 else otherwise
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return folder if is_own and not stat.S_IMODE(status.st_mode) & 0o077 else otherwise
 
 
 @contextlib.contextmanager

@@ -149,8 +149,8 @@ class BrokerKeyStore:
             connection.settimeout(self._timeout_s)
             connection.connect(self._path)
             # Send tokens to these users only. Root's jobs may use the broker of the user that runs the cluster.
-            own = os.geteuid()
-            trusted = {own, 0} if own != 0 or self._owner is None else {self._owner, 0}
+            own_uid = os.geteuid()
+            trusted = {own_uid, 0} if own_uid != 0 or self._owner is None else {self._owner, 0}
             if (uid := peer_uid(connection)) not in trusted:
                 raise KeyStoreUnavailable(
                     f"The process that listens at {self._path} belongs to user {uid}, which does not run this cluster, "

@@ -137,9 +137,9 @@ class Gate(Generic[C]):
             if operation is Operation.widen:
                 raise ValueError(operation)
         except ValueError:
-            known = ", ".join(each for each in Operation if each is not Operation.widen)
+            supported = ", ".join(op for op in Operation if op is not Operation.widen)
             raise InvalidRequest(
-                f"The key broker supports {known}, not {_shown(request.get('op'))}."
+                f"The key broker supports {supported}, not {_shown(request.get('op'))}."
             ) from None
         if operation is Operation.names:
             return self._names(principal)

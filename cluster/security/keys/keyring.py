@@ -123,14 +123,14 @@ class Keyring:
 
     def ensure(self, info: KeyInfo) -> None:
         """Create a key, or update its description."""
-        known = self._load().ring.keys.get(info.name)
-        if known is not None and known.info == info and not known.revoked:
+        entry = self._load().ring.keys.get(info.name)
+        if entry is not None and entry.info == info and not entry.revoked:
             return
         with self._writing() as (opened, keys):
             old = keys.get(info.name)
             if old is None:
-                fresh = {1: secrets.token_bytes(KEK_BYTES)}
-                keys[info.name] = _seal_versions(opened.kek, info, newest=1, plain=fresh)
+                first_version = {1: secrets.token_bytes(KEK_BYTES)}
+                keys[info.name] = _seal_versions(opened.kek, info, newest=1, plain=first_version)
             elif old.revoked:
                 raise revoked(info.name)
             elif old.info != info:

@@ -119,12 +119,12 @@ class KeyInfo:
             InvalidRequest: the object is not a key's description.
             KeyNameInvalid: the name is not a valid path of a key.
         """
-        words = ("name", "column_class", "region", "tenant")
-        if isinstance(value, dict) and value.keys() == {*words, "purposes"}:
+        names = ("name", "column_class", "region", "tenant")
+        if isinstance(value, dict) and value.keys() == {*names, "purposes"}:
             purposes = value["purposes"]
-            texts = [value[word] for word in words]
+            texts = [value[name] for name in names]
             if isinstance(purposes, list) and all(isinstance(text, str) for text in (*texts, *purposes)):
-                return cls(**dict(zip(words, texts, strict=True)), purposes=tuple(purposes))
+                return cls(**dict(zip(names, texts, strict=True)), purposes=tuple(purposes))
         raise InvalidRequest(
             "A key's description must have exactly name, column_class, purposes, region and tenant."
         )

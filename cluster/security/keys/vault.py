@@ -171,8 +171,8 @@ class VaultKeyStore:
                 answer = self._transit.list_keys(mount_point=self._mount)
         except KeyNotFound:
             return []
-        found = (self._key_name(str(flat)) for flat in require_part(answer, "data").get("keys", []))
-        return sorted(name for name in found if name is not None)
+        names = (self._key_name(str(flat)) for flat in require_part(answer, "data").get("keys", []))
+        return sorted(name for name in names if name is not None)
 
     def _create(self, name: str) -> None:
         with translated_errors(f"create key '{name}'"):
@@ -213,14 +213,14 @@ class VaultKeyStore:
                 )
         except KeyNotFound:
             return None
-        found = require_part(answer, "data")
+        content = require_part(answer, "data")
         try:
-            info = KeyInfo.from_plain(found["data"]["info"])
+            info = KeyInfo.from_plain(content["data"]["info"])
             if info.name == name:
                 return _Record(
                     info=info,
-                    revoked=found["data"]["revoked"] is True,
-                    version=int(found["metadata"]["version"]),
+                    revoked=content["data"]["revoked"] is True,
+                    version=int(content["metadata"]["version"]),
                 )
         except (KeyError, TypeError, ValueError):
             pass

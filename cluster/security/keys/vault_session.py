@@ -94,9 +94,9 @@ def login(
         Unauthenticated: Vault refuses the credentials.
         KeyStoreUnavailable: Vault is down or sealed.
     """
-    parts = urlsplit(address)
-    if parts.scheme != "https" and not (
-        parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    url = urlsplit(address)
+    if url.scheme != "https" and not (
+        url.scheme == "http" and url.hostname in ("127.0.0.1", "::1", "localhost")
     ):
         raise ConfigError(f"Vault's address must be https (http on loopback alone), got {address!r}.")
     client = hvac.Client(
@@ -120,7 +120,7 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
     """
     try:
         with translated_errors("log in"):
-            granted = require_part(_log_in(client, auth), "auth")
+            login_data = require_part(_log_in(client, auth), "auth")
     except (AccessDenied, InvalidRequest, KeyNotFound) as error:
         kind = type(auth).__name__
         raise Unauthenticated(
@@ -128,8 +128,8 @@ def log_in_again(client: hvac.Client, auth: Auth) -> int:
         ) from None
     except OSError as error:
         raise Unauthenticated(f"The secret that opens Vault cannot be read: {error}.") from None
-    client.token = granted["client_token"]
-    return int(granted["lease_duration"])
+    client.token = login_data["client_token"]
+    return int(login_data["lease_duration"])
 
 
 def renew(client: hvac.Client, auth: Auth) -> int:

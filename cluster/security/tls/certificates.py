@@ -85,10 +85,10 @@ def is_foreign_authority(authority: Path) -> bool:
     if not authority.exists():
         return False
     try:
-        found = x509.load_pem_x509_certificate(authority.read_bytes())
+        certificate = x509.load_pem_x509_certificate(authority.read_bytes())
     except ValueError:
         return True
-    return not found.subject == found.issuer == AUTHORITY_SUBJECT
+    return not certificate.subject == certificate.issuer == AUTHORITY_SUBJECT
 
 
 def _require_foreign_files(folder: Path, *, renew: bool) -> None:
@@ -155,18 +155,18 @@ def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | N
     if not path.exists() or not (key is None or key.exists()):
         return True
     try:
-        found = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except ValueError:
         return False
-    if found.issuer != authority.certificate.subject:
+    if certificate.issuer != authority.certificate.subject:
         return False
     try:
-        found.verify_directly_issued_by(authority.certificate)
+        certificate.verify_directly_issued_by(authority.certificate)
     except InvalidSignature:
         return True
-    if key is not None and not _has_key(found, key):
+    if key is not None and not _has_key(certificate, key):
         return True
-    return in_last_third(found, at)
+    return in_last_third(certificate, at)
 
 
 def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
@@ -178,10 +178,10 @@ def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
 def _has_key(certificate: x509.Certificate, key: Path) -> bool:
     """Return whether a key fits a certificate. It may not, if a process was killed between writing the two."""
     try:
-        found = serialization.load_pem_private_key(key.read_bytes(), password=None)
+        private_key = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (ValueError, TypeError):
         return False
-    return found.public_key() == certificate.public_key()
+    return private_key.public_key() == certificate.public_key()
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -268,8 +268,8 @@ def _describe(folder: Path) -> str:
     for name in (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME):
         if not (folder / name).exists():
             raise ConfigError(f"No certificate at {folder / name}. Run `python -m cluster.up` first.")
-        found = x509.load_pem_x509_certificate((folder / name).read_bytes())
-        lines.append(f"{name:9} until {found.not_valid_after_utc:%Y-%m-%d}  {_names(found)}")
+        certificate = x509.load_pem_x509_certificate((folder / name).read_bytes())
+        lines.append(f"{name:9} until {certificate.not_valid_after_utc:%Y-%m-%d}  {_names(certificate)}")
     return "\n".join(lines)
 
 

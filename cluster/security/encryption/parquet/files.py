@@ -233,8 +233,8 @@ def _open(
 ) -> pa.Table:
     source.seek(0)
     file = pq.ParquetFile(source, decryption_properties=properties, page_checksum_verification=True)
-    known = file.schema_arrow.names
-    table = file.read(known if columns is None else [name for name in columns if name in known])
+    names = file.schema_arrow.names
+    table = file.read(names if columns is None else [name for name in columns if name in names])
     metadata = dict(table.schema.metadata or {})
     metadata.pop(PLACE, None)
     return table.replace_schema_metadata(metadata or None)

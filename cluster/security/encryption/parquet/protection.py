@@ -34,13 +34,13 @@ class Protection:
 
     def keys_of(self, columns: Iterable[str]) -> dict[str, str | None]:
         """Return the key of each column."""
-        named = dict(self.keys)
-        return {column: named.get(column, self.default) for column in columns}
+        key_by_column = dict(self.keys)
+        return {column: key_by_column.get(column, self.default) for column in columns}
 
     def may_be_plain(self, columns: Iterable[str]) -> bool:
         """Return whether an unencrypted file with these columns is allowed: no column of the table is protected."""
-        named = dict(self.keys)
-        return all(column in named for column in columns) and not any(named.values())
+        key_by_column = dict(self.keys)
+        return all(column in key_by_column for column in columns) and not any(key_by_column.values())
 
     def by_key(self, columns: list[str]) -> dict[str, list[str]]:
         """Return the protected columns of each key.
