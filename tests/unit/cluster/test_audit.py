@@ -1,4 +1,4 @@
-"""What is recorded of decisions: denials, strangers by number, permissions by a sample anybody can recompute."""
+"""Recorded decisions: denials, the number of unauthenticated requests, and a reproducible sample of permissions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = Resource(kind="model", name="loan", column_class="internal")
 
 
 class Records(list[LedgerEvent]):
-    """What was appended, and by whom."""
+    """Collects appended events and their actors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ def who(subject: str = "alice") -> Principal:
     return Principal(subject=subject, role=Role.admin, purpose="credit", expires_at=0, tenant="north")
 
 
-def test_a_denial_is_recorded_whole() -> None:
-    """With who, what and why."""
+def test_denial_is_recorded_with_all_details() -> None:
+    """The event contains principal, action, resource and policies."""
     records = Records()
     decisions = Decisions(records.write, permit_rate=0.0)
     for at in (10.0, 10.0, 11.0):
@@ -59,8 +59,9 @@ def test_a_denial_is_recorded_whole() -> None:
     assert records.actors == ["alice"] * 3
 
 
-def test_denials_of_the_same_are_counted_after_the_first() -> None:
-    """Recorded once the window is over, after which the first are whole again; another resource is not hidden."""
+def test_repeated_denials_are_counted() -> None:
+    """The count is recorded when the window ends. The next window starts with single events again, and other resources
+    have their own limit."""
     records = Records()
     decisions = Decisions(records.write, window_s=60)
     for at in range(50):
@@ -84,8 +85,8 @@ def test_denials_of_the_same_are_counted_after_the_first() -> None:
 
 
 @pytest.mark.parametrize(("subjects", "each"), [(1, 500), (3, 200), (MAX_TRACKED + 10, 1)])
-def test_no_denial_is_lost_and_a_flood_is_few_records(subjects: int, each: int) -> None:
-    """Whoever asks, and whatever names he makes up."""
+def test_many_denials_give_few_events_and_a_full_count(subjects: int, each: int) -> None:
+    """Holds for many principals and for many resource names."""
     records = Records()
     decisions = Decisions(records.write)
     for number in range(each):
@@ -99,8 +100,8 @@ def test_no_denial_is_lost_and_a_flood_is_few_records(subjects: int, each: int) 
     assert whole + counted == each * subjects
 
 
-def test_strangers_are_counted_per_window_and_reason() -> None:
-    """Recorded once the window is over."""
+def test_unauthenticated_requests_are_counted_per_window_and_reason() -> None:
+    """The counts are recorded when the window ends."""
     records = Records()
     decisions = Decisions(records.write, window_s=60)
     for at in (0.0, 30.0, 59.0):
@@ -119,8 +120,8 @@ def test_strangers_are_counted_per_window_and_reason() -> None:
     assert set(records.actors) == {NOBODY}
 
 
-def test_a_window_ends_with_a_known_principal_too() -> None:
-    """Its record comes after the strangers before it."""
+def test_decision_of_a_known_principal_also_ends_a_window() -> None:
+    """Its event follows the counts of the previous window."""
     records = Records()
     decisions = Decisions(records.write, permit_rate=0.0)
     decisions.unauthenticated("expired", at=1.0)
@@ -132,22 +133,24 @@ def test_a_window_ends_with_a_known_principal_too() -> None:
 
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.floats(0, 1000)), max_size=200), st.integers(1, 5))
-def test_no_stranger_is_lost_and_the_memory_is_bounded(strangers: list[tuple[str, float]], most: int) -> None:
-    """However many reasons they bring, in whatever order of time."""
+def test_unauthenticated_count_is_complete_and_memory_is_bounded(
+    requests: list[tuple[str, float]], max_reasons: int
+) -> None:
+    """Holds for any number of reasons and any order of times."""
     records = Records()
-    decisions = Decisions(records.write, max_reasons=most, window_s=50)
-    for reason, at in strangers:
+    decisions = Decisions(records.write, max_reasons=max_reasons, window_s=50)
+    for reason, at in requests:
         before = len(records)
         decisions.unauthenticated(reason, at=at)
-        assert len(records) - before <= most
+        assert len(records) - before <= max_reasons
     decisions.flush()
     counted = [record for record in records if isinstance(record, StrangersRefused)]
-    assert sum(record.count for record in counted) == len(strangers)
+    assert sum(record.count for record in counted) == len(requests)
     assert all(record.first_at <= record.last_at for record in counted)
 
 
-def test_a_flood_of_strangers_is_few_records() -> None:
-    """Twenty thousand with reasons of their own."""
+def test_many_unauthenticated_reasons_give_few_events() -> None:
+    """20,000 requests with different reasons."""
     records = Records()
     decisions = Decisions(records.write, max_reasons=8)
     for number in range(20_000):
@@ -158,8 +161,8 @@ def test_a_flood_of_strangers_is_few_records() -> None:
     assert {record.reason for record in records if isinstance(record, StrangersRefused)} >= {OTHER_REASONS}
 
 
-def test_the_sample_of_permissions_can_be_recomputed() -> None:
-    """Two processes choose the same; each choice is recorded once a window; another window chooses others."""
+def test_sample_of_permissions_is_reproducible() -> None:
+    """Two processes choose the same permissions, once per window. Another window has another sample."""
     subjects = [f"user {number}" for number in range(2000)]
     samples = []
     for _ in range(2):
@@ -178,8 +181,8 @@ def test_the_sample_of_permissions_can_be_recomputed() -> None:
 
 
 @pytest.mark.parametrize(("rate", "recorded"), [(0.0, 0), (1.0, 50)])
-def test_none_or_all_permissions_can_be_recorded(rate: float, recorded: int) -> None:
-    """The ends of the scale are exact."""
+def test_sample_rates_0_and_1_are_exact(rate: float, recorded: int) -> None:
+    """Rate 0 records no permission, rate 1 records all."""
     records = Records()
     decisions = Decisions(records.write, permit_rate=rate)
     for number in range(50):
@@ -187,8 +190,8 @@ def test_none_or_all_permissions_can_be_recorded(rate: float, recorded: int) -> 
     assert len(records) == recorded
 
 
-def test_permissions_of_one_window_are_bounded() -> None:
-    """However many principals come; denials are not."""
+def test_recorded_permissions_per_window_are_bounded() -> None:
+    """The limit does not apply to denials."""
     records = Records()
     decisions = Decisions(records.write, permit_rate=1.0, max_permits=10)
     for number in range(50):
@@ -198,8 +201,8 @@ def test_permissions_of_one_window_are_bounded() -> None:
     assert len(records) == 60
 
 
-def test_what_could_not_be_recorded_is_said() -> None:
-    """The caller must know that a denial is in no ledger."""
+def test_error_of_append_reaches_the_caller() -> None:
+    """The caller must know that a denial was not recorded."""
 
     def broken(event: LedgerEvent, *, actor: str) -> None:
         raise OSError("disk full")
@@ -208,8 +211,8 @@ def test_what_could_not_be_recorded_is_said() -> None:
         Decisions(broken).decided(who(), Action.deploy, MODEL, DENIED, at=1.0)
 
 
-def test_threads_lose_no_count() -> None:
-    """Brokers answer many at once."""
+def test_counts_are_thread_safe() -> None:
+    """A broker answers many requests at once."""
     records = Records()
     decisions = Decisions(records.write)
 
@@ -231,6 +234,6 @@ def test_threads_lose_no_count() -> None:
     [{"permit_rate": 1.1}, {"permit_rate": -0.1}, {"window_s": 0}, {"max_reasons": 0}, {"max_permits": -1}],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    """At the start."""
+    """They are refused when the recorder is created."""
     with pytest.raises(ValueError, match="must be"):
         Decisions(Records().write, **wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Tokens: what is minted passes, everything else is refused."""
+"""Verification of access tokens: minted tokens are valid, all others are refused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, MAX_T
 from cluster.storage import Layout
 
 Sign = Callable[..., str]
-NOW = int(time.time())  # when the tests were collected: a claim must hold for the whole run after it
+NOW = int(time.time())  # time of collection; claims must stay valid for the whole test run
 DAY = 86_400
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """A storage root with an issuer."""
+    """A storage root with a dev issuer."""
     places = Layout(str(tmp_path_factory.mktemp("root")))
     ensure_issuer(places)
     return places
@@ -53,7 +53,7 @@ def kid(places: Layout) -> str:
 
 @pytest.fixture(scope="module")
 def sign(places: Layout, kid: str) -> Sign:
-    """Sign claims of our own with the issuer's real key."""
+    """Sign arbitrary claims with the issuer's real key."""
     key = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes())
 
     def signed(*, drop: str | None = None, header: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -75,7 +75,8 @@ def sign(places: Layout, kid: str) -> Sign:
 
 
 def sealed(key: ECKey, header: str, claims: str) -> str:
-    """A token of any text that joserfc would not write, with a true ES256 signature."""
+    """Return a token with any text as header and claims, and a valid ES256 signature. joserfc would refuse to write
+    it."""
     parts = [base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in (header, claims)]
     r, s = decode_dss_signature(
         key.private_key.sign(".".join(parts).encode(), ec.ECDSA(hashes.SHA256()))  # type: ignore[union-attr]
@@ -84,21 +85,28 @@ def sealed(key: ECKey, header: str, claims: str) -> str:
     return ".".join([*parts, base64.urlsafe_b64encode(signature).decode().rstrip("=")])
 
 
+def unsigned(*parts: str) -> str:
+    """Return a token with these texts as header and claims, and an invalid signature."""
+    return ".".join(
+        [*(base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in parts), "c2ln"]
+    )
+
+
 def encoded(value: dict[str, Any]) -> str:
-    """A JWT part."""
+    """Return a part of a JWT."""
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_a_minted_token_is_verified(places: Layout, verifier: TokenVerifier, role: Role) -> None:
-    """For every role."""
+def test_minted_token_is_valid(places: Layout, verifier: TokenVerifier, role: Role) -> None:
+    """A minted token gives its principal, for every role."""
     principal = verifier.verify(mint_token(places, subject="alice", role=role, purpose="credit", ttl_s=60))
     assert (principal.subject, principal.role, principal.purpose) == ("alice", role, "credit")
     assert 50 < principal.expires_at - time.time() <= 60
 
 
-def test_the_claims_of_a_minted_token_suit_the_edge(places: Layout, kid: str) -> None:
-    """HAProxy reads an array `aud` as empty, so it is a string; `kid` names the key; expiry is stated."""
+def test_minted_token_has_the_claims_that_the_edge_reads(places: Layout, kid: str) -> None:
+    """`aud` is a string, because HAProxy reads an array as empty. `kid` names the key, and the expiry is set."""
     token = mint_token(places, subject="alice", role=Role.service, purpose="credit")
     header, claims = (
         json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))) for part in token.split(".")[:2]
@@ -108,33 +116,21 @@ def test_the_claims_of_a_minted_token_suit_the_edge(places: Layout, kid: str) ->
     assert claims["exp"] - claims["iat"] == 900
 
 
-def test_a_token_signed_here_passes_unchanged(sign: Sign, verifier: TokenVerifier) -> None:
-    """So that the refusals below are for the reason they say."""
+def test_unchanged_signed_token_is_valid(sign: Sign, verifier: TokenVerifier) -> None:
+    """The helper `sign` gives a valid token, so the refusals below have the tested reason."""
     assert verifier.verify(sign()).subject == "alice"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"exp": NOW - 60},
-        {"exp": "never"},
-        {"exp": str(NOW + DAY)},
-        {"exp": True},
-        {"exp": None},
-        {"exp": [NOW + DAY]},
-        {"exp": -1},
-        {"exp": -(10**400)},
-        {"exp": 10**400},
-        {"exp": 1e308},
-        {"exp": NOW + 366 * DAY},
-        {"exp": float("inf")},
-        {"exp": float("nan")},
-        {"nbf": NOW + DAY},
-        {"nbf": str(NOW - 5)},
-        {"nbf": False},
-        {"nbf": float("nan")},
-        {"iat": NOW + DAY},
-        {"iat": "yesterday"},
+        *(
+            {"exp": value}
+            for value in (NOW - 60, "never", str(NOW + DAY), True, None, [NOW + DAY], -1, -(10**400))
+        ),
+        *({"exp": value} for value in (10**400, 1e308, NOW + 366 * DAY, float("inf"), float("nan"))),
+        *({"nbf": value} for value in (NOW + DAY, str(NOW - 5), False, float("nan"))),
+        *({"iat": value} for value in (NOW + DAY, "yesterday")),
         {"jti": 7},
         {"iss": "somebody"},
         {"aud": "another"},
@@ -153,31 +149,24 @@ def test_a_token_signed_here_passes_unchanged(sign: Sign, verifier: TokenVerifie
         {"purpose": ["credit"]},
         {"tenant": None},
         {"tenant": {"default": 1}},
-        {"role": "king"},
-        {"role": None},
-        {"role": ["service"]},
-        {"role": ["service", "admin"]},
-        {"role": {"role": "admin"}},
-        {"role": "Admin"},
-        {"role": ""},
+        *(
+            {"role": value}
+            for value in ("king", None, ["service"], ["service", "admin"], {"role": "admin"}, "Admin", "")
+        ),
+        *({"drop": name} for name in ("exp", "iss", "aud", "sub", "role")),
     ],
     ids=",".join,
 )
-def test_a_wrong_claim_is_refused(sign: Sign, verifier: TokenVerifier, changes: dict[str, Any]) -> None:
-    """Though the signature is right."""
+def test_wrong_or_missing_claim_is_refused(
+    sign: Sign, verifier: TokenVerifier, changes: dict[str, Any]
+) -> None:
+    """A wrong or missing claim is refused, although the signature is valid."""
     with pytest.raises(Unauthenticated):
         verifier.verify(sign(**changes))
 
 
-@pytest.mark.parametrize("missing", ["exp", "iss", "aud", "sub", "role"])
-def test_a_missing_claim_is_refused(sign: Sign, verifier: TokenVerifier, missing: str) -> None:
-    """Above all the expiry."""
-    with pytest.raises(Unauthenticated):
-        verifier.verify(sign(drop=missing))
-
-
-def test_an_unsigned_token_is_refused(sign: Sign, verifier: TokenVerifier, kid: str) -> None:
-    """`alg: none`, with and without a signature's remains."""
+def test_unsigned_token_is_refused(sign: Sign, verifier: TokenVerifier, kid: str) -> None:
+    """`alg: none` is refused, with and without a signature."""
     _, claims, signature = sign().split(".")
     for name in ("none", "None", "NONE"):
         header = encoded({"alg": name, "kid": kid})
@@ -186,10 +175,10 @@ def test_an_unsigned_token_is_refused(sign: Sign, verifier: TokenVerifier, kid: 
                 verifier.verify(f"{header}.{claims}.{tail}")
 
 
-def test_the_public_key_is_no_hmac_secret(
+def test_public_key_is_not_accepted_as_an_hmac_secret(
     sign: Sign, verifier: TokenVerifier, places: Layout, kid: str
 ) -> None:
-    """HS256 keyed with the public key's PEM, the classic confusion."""
+    """An HS256 token keyed with the public key's PEM is refused (algorithm confusion)."""
     public = (Path(places.keys) / "issuer.pub.pem").read_bytes()
     message = f"{encoded({'alg': 'HS256', 'kid': kid})}.{sign().split('.')[1]}"
     digest = hmac.new(public, message.encode(), hashlib.sha256).digest()
@@ -197,8 +186,8 @@ def test_the_public_key_is_no_hmac_secret(
         verifier.verify(f"{message}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}")
 
 
-def test_a_key_that_the_token_brings_along_is_not_used(verifier: TokenVerifier, kid: str) -> None:
-    """Neither a foreign key under our kid nor one in the header, nor another algorithm."""
+def test_key_in_the_token_is_not_used(verifier: TokenVerifier, kid: str) -> None:
+    """A foreign key under our kid, a key in the header and another algorithm are refused."""
     claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "eve", "role": "admin", "exp": NOW + DAY}
     own, rsa = ECKey.generate_key("P-256"), RSAKey.generate_key(2048)
     forged = [
@@ -253,16 +242,14 @@ def test_a_key_that_the_token_brings_along_is_not_used(verifier: TokenVerifier, 
     ],
     ids=",".join,
 )
-def test_a_header_of_another_form_is_refused(
-    sign: Sign, verifier: TokenVerifier, header: dict[str, Any]
-) -> None:
-    """Though it is signed with the issuer's key: what a token says of its own key is not believed."""
+def test_unexpected_header_is_refused(sign: Sign, verifier: TokenVerifier, header: dict[str, Any]) -> None:
+    """Headers of other forms are refused, although the issuer's key signed them."""
     with pytest.raises(Unauthenticated):
         verifier.verify(sign(header=header))
 
 
-def test_a_token_without_kid_is_refused(places: Layout, verifier: TokenVerifier) -> None:
-    """Even where there is but one key."""
+def test_token_without_kid_is_refused(places: Layout, verifier: TokenVerifier) -> None:
+    """A `kid` is required, also if the issuer has only one key."""
     key = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes())
     claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "a", "role": "service", "exp": NOW + DAY}
     with pytest.raises(Unauthenticated, match="key"):
@@ -283,10 +270,8 @@ def test_a_token_without_kid_is_refused(places: Layout, verifier: TokenVerifier)
     ],
     ids=["twice", "twice below", "twice, escaped", "long number", "deep", "NaN", "surrogate", "comma"],
 )
-def test_json_that_two_readers_could_understand_differently_is_refused(
-    places: Layout, kid: str, tail: str
-) -> None:
-    """Though its signature is right, and it may be long."""
+def test_ambiguous_json_is_refused(places: Layout, kid: str, tail: str) -> None:
+    """JSON that two parsers could read differently is refused, although its signature is valid."""
     key = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes())
     rules = TokenRules(issuer="falaj-dev", audience="falaj", max_bytes=100_000)
     patient = TokenVerifier(local_keys(places), rules=rules)
@@ -300,42 +285,58 @@ def test_json_that_two_readers_could_understand_differently_is_refused(
         patient.verify(sealed(key, twice, head + '"role": "service"}'))
 
 
+NOT_TEXT_OF_THREE_PARTS = [None, b"a.b.c", 7, [], "é.é.é", "\ud800.a.b", "", ".", "..", "...", "a.b.c.d.e"]
+WRONG_JSON = [
+    ("[]", "{}"),
+    ("{}", "{}"),
+    ('{"alg":1}', "{}"),
+    ('{"alg":["ES256"]}', "{}"),
+    ("null", "null"),
+    ("{", "{}"),
+]
+
+
 @pytest.mark.parametrize(
-    "value", [None, b"a.b.c", 7, [], "é.é.é", "\ud800.a.b", "", ".", "..", "...", "a.b.c.d.e"]
+    "value",
+    [
+        *NOT_TEXT_OF_THREE_PARTS,
+        unsigned("null", "null"),
+        *(unsigned(header, "{}") for header in WRONG_HEADERS),
+    ],
 )
-def test_what_is_no_token_is_refused_and_never_a_failure(verifier: TokenVerifier, value: Any) -> None:
-    """Of whatever type."""
+def test_malformed_token_is_unauthenticated(verifier: TokenVerifier, value: Any) -> None:
+    """A value that is not a token raises Unauthenticated and no other error."""
     with pytest.raises(Unauthenticated):
         verifier.verify(value)
 
 
-def test_times_are_read_with_leeway(places: Layout, sign: Sign) -> None:
-    """To the second, on both ends, because clocks differ."""
+def test_times_are_checked_with_leeway(places: Layout, sign: Sign) -> None:
+    """Expiry and start have a leeway, exact to the second, because clocks differ."""
     at = NOW
 
-    def says(now: float, **changes: Any) -> bool:
+    def is_valid(now: float, **changes: Any) -> bool:
         try:
             TokenVerifier(local_keys(places), clock=lambda: now).verify(sign(**changes))
         except Unauthenticated:
             return False
         return True
 
-    assert says(at + LEEWAY_S - 1, exp=at)
-    assert not says(at + LEEWAY_S, exp=at)
+    assert is_valid(at + LEEWAY_S - 1, exp=at)
+    assert not is_valid(at + LEEWAY_S, exp=at)
     for name in ("nbf", "iat"):
-        assert says(at - LEEWAY_S, **{"nbf": at - 99, name: at})
-        assert not says(at - LEEWAY_S - 1, **{"nbf": at - 99, name: at})
-    assert says(at, exp=at + MAX_LIFETIME_S)
-    assert not says(at, exp=at + MAX_LIFETIME_S + LEEWAY_S + 1)
+        assert is_valid(at - LEEWAY_S, **{"nbf": at - 99, name: at})
+        assert not is_valid(at - LEEWAY_S - 1, **{"nbf": at - 99, name: at})
+    assert is_valid(at, exp=at + MAX_LIFETIME_S)
+    assert not is_valid(at, exp=at + MAX_LIFETIME_S + LEEWAY_S + 1)
 
 
-def test_an_audience_may_be_one_of_several(sign: Sign, verifier: TokenVerifier) -> None:
-    """As OIDC issuers write it."""
+def test_audience_may_be_one_of_several(sign: Sign, verifier: TokenVerifier) -> None:
+    """The audience may be in a list, as OIDC issuers write it."""
     assert verifier.verify(sign(aud=["other", "falaj"])).subject == "alice"
 
 
-def test_the_tenant_is_taken_from_the_token(places: Layout, sign: Sign, verifier: TokenVerifier) -> None:
-    """Default where it says none."""
+def test_tenant_comes_from_the_token(places: Layout, sign: Sign, verifier: TokenVerifier) -> None:
+    """The tenant is "default" if the token names none."""
     token = mint_token(places, subject="a", role=Role.service, purpose="", tenant="north")
     assert verifier.verify(token).tenant == "north"
     assert verifier.verify(sign()).tenant == "default"
@@ -353,69 +354,49 @@ def test_the_tenant_is_taken_from_the_token(places: Layout, sign: Sign, verifier
         ("xmodel:a Model:a", None),
     ],
 )
-def test_the_models_of_a_scope_are_taken_from_the_token(
+def test_models_come_from_the_scope(
     sign: Sign, verifier: TokenVerifier, scope: Any, models: tuple[str, ...] | None
 ) -> None:
-    """None where it names no model, so that the role alone decides."""
+    """The models are None if the scope names none; the role alone then decides."""
     assert verifier.verify(sign(scope=scope)).models == models
 
 
 @pytest.mark.parametrize("scope", [7, {"model:a": True}, [["model:a"]], [1]])
-def test_a_scope_of_another_form_is_refused(sign: Sign, verifier: TokenVerifier, scope: Any) -> None:
-    """It might have been meant to narrow."""
+def test_malformed_scope_is_refused(sign: Sign, verifier: TokenVerifier, scope: Any) -> None:
+    """A malformed scope is refused, because it may have been meant to narrow the rights."""
     with pytest.raises(Unauthenticated, match="scope"):
         verifier.verify(sign(scope=scope))
 
 
-def test_only_algorithms_of_public_keys_can_be_allowed() -> None:
-    """Neither none nor a shared secret, by no configuration."""
+def test_only_public_key_algorithms_can_be_configured() -> None:
+    """`none` and algorithms with a shared secret cannot be configured."""
     for names in (("none",), ("HS256",), ("ES256", "HS256"), ()):
         with pytest.raises(ValueError, match="algorithms"):
             TokenRules(issuer="i", audience="a", algorithms=names)
 
 
 def test_changed_claims_break_the_signature(sign: Sign, verifier: TokenVerifier) -> None:
-    """A higher role needs a new signature."""
+    """A changed role needs a new signature."""
     header, _, signature = sign().split(".")
     claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "alice", "role": "admin", "exp": NOW + DAY}
     with pytest.raises(Unauthenticated):
         verifier.verify(f"{header}.{encoded(claims)}.{signature}")
 
 
-def test_a_giant_token_is_refused_unread(verifier: TokenVerifier) -> None:
-    """Its length is looked at before anything is decoded."""
+def test_oversized_token_is_refused_before_decoding(verifier: TokenVerifier) -> None:
+    """The length is checked before the token is decoded."""
     with pytest.raises(Unauthenticated, match="longer"):
         verifier.verify("a" * (MAX_TOKEN_BYTES + 1))
 
 
 @given(st.one_of(st.text(), st.from_regex(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*", fullmatch=True)))
-def test_garbage_is_refused_and_never_a_failure(verifier: TokenVerifier, text: str) -> None:
-    """Whatever arrives in the header gives Unauthenticated and no other error."""
+def test_garbage_is_unauthenticated(verifier: TokenVerifier, text: str) -> None:
+    """Any text in the header raises Unauthenticated and no other error."""
     with pytest.raises(Unauthenticated):
         verifier.verify(text)
 
 
-@pytest.mark.parametrize(
-    ("header", "claims"),
-    [
-        ("[]", "{}"),
-        ("{}", "{}"),
-        ('{"alg":1}', "{}"),
-        ('{"alg":["ES256"]}', "{}"),
-        ("null", "null"),
-        ("{", "{}"),
-    ],
-)
-def test_json_of_the_wrong_shape_is_refused_and_never_a_failure(
-    verifier: TokenVerifier, header: str, claims: str
-) -> None:
-    """Headers that decode to something else than an object with a known algorithm."""
-    parts = [base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in (header, claims)]
-    with pytest.raises(Unauthenticated):
-        verifier.verify(".".join([*parts, "c2ln"]))
-
-
-def test_the_refusal_does_not_repeat_the_token(sign: Sign, verifier: TokenVerifier) -> None:
+def test_error_message_does_not_contain_the_token(sign: Sign, verifier: TokenVerifier) -> None:
     """A token never reaches an error message, and so no log."""
     token = sign(exp=NOW - 60)
     with pytest.raises(Unauthenticated) as refused:

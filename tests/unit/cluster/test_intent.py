@@ -1,4 +1,4 @@
-"""A job's own principal: good for one entrypoint, for a while, from a file of its owner's."""
+"""Intents: valid for one entrypoint and a limited time, in a private file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def places(tmp_path: Path) -> Layout:
 
 @pytest.fixture
 def alice(places: Layout) -> Principal:
-    """As an access token says her."""
+    """The principal of an access token."""
     token = mint_token(
         places,
         subject="alice",
@@ -60,7 +60,7 @@ def verifier(places: Layout) -> IntentVerifier:
 
 
 def forged(places: Layout, *, typ: str | None = INTENT_TYPE, **changes: Any) -> str:
-    """Signed with the issuer's real key."""
+    """Return an intent with changed claims, signed with the issuer's real key."""
     key, now = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes()), int(time.time())
     claims = {
         "iss": "falaj-dev",
@@ -71,14 +71,14 @@ def forged(places: Layout, *, typ: str | None = INTENT_TYPE, **changes: Any) -> 
         "jti": "1",
         "exp": now + 60,
     } | changes
-    kept = {name: value for name, value in claims.items() if value is not None}
-    return jwt.encode({"alg": "ES256", "kid": key.thumbprint()}, kept, key, default_type=typ)
+    present_claims = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode({"alg": "ES256", "kid": key.thumbprint()}, present_claims, key, default_type=typ)
 
 
-def test_an_intent_carries_its_principal_to_the_job(
+def test_intent_gives_its_principal_and_entrypoint(
     places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
 ) -> None:
-    """The file is its owner's alone; what is read is who minted it, and the job."""
+    """Only the owner can read the file."""
     path = tmp_path / "intent"
     write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=60))
     assert path.stat().st_mode & 0o777 == 0o600
@@ -90,10 +90,10 @@ def test_an_intent_carries_its_principal_to_the_job(
     assert 50 < principal.expires_at - time.time() <= 60
 
 
-def test_an_intent_is_read_again_by_a_worker(
+def test_replaced_intent_is_read_from_the_same_path(
     places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
 ) -> None:
-    """From the same path, replaced meanwhile by a newer one."""
+    """A worker reads the newest intent from the same path."""
     path = tmp_path / "intent"
     for ttl_s in (60, 120):
         write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=ttl_s))
@@ -101,10 +101,10 @@ def test_an_intent_is_read_again_by_a_worker(
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["intent"]
 
 
-def test_an_access_token_is_no_intent_nor_the_reverse(
+def test_access_token_and_intent_cannot_replace_each_other(
     places: Layout, alice: Principal, verifier: IntentVerifier
 ) -> None:
-    """By type, and by audience where an issuer cannot set the type."""
+    """They differ by type. If an issuer cannot set the type, they differ by audience."""
     access = mint_token(places, subject="alice", role=Role.data_engineer, purpose="credit")
     intent = mint_intent(places, alice, entrypoint=ENTRYPOINT)
     with pytest.raises(Unauthenticated, match="type"):
@@ -113,8 +113,10 @@ def test_an_access_token_is_no_intent_nor_the_reverse(
         TokenVerifier.of(places).verify(intent)
     with pytest.raises(Unauthenticated, match="aud"):
         TokenVerifier.of(places).verify(forged(places, typ="JWT"))
-    lax = TokenRules(issuer="falaj-dev", audience=INTENT_AUDIENCE, types=frozenset({"jwt", INTENT_TYPE}))
-    any_type = IntentVerifier(local_keys(places), rules=lax)
+    rules_without_type = TokenRules(
+        issuer="falaj-dev", audience=INTENT_AUDIENCE, types=frozenset({"jwt", INTENT_TYPE})
+    )
+    any_type = IntentVerifier(local_keys(places), rules=rules_without_type)
     assert any_type.verify(forged(places, typ="JWT")).entrypoint == ENTRYPOINT
     with pytest.raises(Unauthenticated, match="aud"):
         any_type.verify(access)
@@ -143,33 +145,33 @@ def test_an_access_token_is_no_intent_nor_the_reverse(
     ],
     ids=",".join,
 )
-def test_another_intent_is_refused(places: Layout, verifier: IntentVerifier, changes: dict[str, Any]) -> None:
-    """Though the issuer signed it."""
+def test_wrong_intent_is_refused(places: Layout, verifier: IntentVerifier, changes: dict[str, Any]) -> None:
+    """A wrong claim is refused, although the issuer signed it."""
     assert verifier.verify(forged(places), entrypoint=ENTRYPOINT).principal.subject == "alice"
     with pytest.raises(Unauthenticated):
         verifier.verify(forged(places, **changes), entrypoint=ENTRYPOINT)
 
 
-def test_an_intent_expires(places: Layout, alice: Principal) -> None:
-    """With the leeway of any token."""
+def test_expired_intent_is_refused(places: Layout, alice: Principal) -> None:
+    """The leeway is that of access tokens."""
     token = mint_intent(places, alice, entrypoint=ENTRYPOINT, ttl_s=60)
     late = IntentVerifier(local_keys(places), clock=lambda: time.time() + 120)
     with pytest.raises(Unauthenticated, match="expired"):
         late.verify(token, entrypoint=ENTRYPOINT)
 
 
-def test_an_intent_ends_with_its_key(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
-    """As tokens do."""
+def test_intent_ends_with_its_key(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
+    """A rotation with keep_s=0 ends intents."""
     token = mint_intent(places, alice, entrypoint=ENTRYPOINT)
     rotate_issuer(places, keep_s=0)
     with pytest.raises(Unauthenticated, match="key"):
         verifier.verify(token)
 
 
-def test_an_intent_does_not_become_another(
+def test_intent_cannot_be_exchanged_for_another_entrypoint(
     places: Layout, alice: Principal, verifier: IntentVerifier
 ) -> None:
-    """A job cannot have one made for what it was not meant to run, nor for longer than a day."""
+    """A job cannot get an intent for another entrypoint, or for longer than a day."""
     job = verifier.verify(mint_intent(places, alice, entrypoint=ENTRYPOINT)).principal
     assert mint_intent(places, job, entrypoint=ENTRYPOINT)
     with pytest.raises(ConfigError, match="cannot become"):
@@ -181,10 +183,10 @@ def test_an_intent_does_not_become_another(
             mint_intent(places, alice, entrypoint=name)
 
 
-def test_a_file_that_others_could_have_written_or_read_is_refused(
+def test_intent_file_must_be_private(
     places: Layout, alice: Principal, verifier: IntentVerifier, tmp_path: Path
 ) -> None:
-    """Open to others, a link, a folder, a pipe, or none at all."""
+    """A file with wider modes, a link, a folder, a pipe and a missing file are refused."""
     path, link, pipe = tmp_path / "intent", tmp_path / "link", tmp_path / "pipe"
     write_intent(path, mint_intent(places, alice, entrypoint=ENTRYPOINT))
     link.symlink_to(path)
@@ -199,10 +201,10 @@ def test_a_file_that_others_could_have_written_or_read_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a" * 100_000, b"a.b.c"])
-def test_a_file_of_something_else_is_unauthenticated(
+def test_file_without_a_token_is_unauthenticated(
     verifier: IntentVerifier, tmp_path: Path, content: bytes
 ) -> None:
-    """And what it holds is not repeated."""
+    """The message does not contain the file's content."""
     path = tmp_path / "intent"
     path.touch(0o600)
     path.write_bytes(content)
@@ -211,15 +213,15 @@ def test_a_file_of_something_else_is_unauthenticated(
     assert "aaaa" not in str(refusal.value)
 
 
-def test_the_configuration_says_where_before_the_environment() -> None:
-    """Where neither does, the dev issuer gives one."""
+def test_configured_file_takes_precedence_over_the_environment() -> None:
+    """Without both, there is no file."""
     assert intent_file("/a", {FILE_VARIABLE: "/b"}) == Path("/a")
     assert intent_file(None, {FILE_VARIABLE: "/b"}) == Path("/b")
     assert intent_file(None, {}) is None
 
 
-def test_a_token_is_in_no_repr(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
-    """Intent and verifier can be logged."""
+def test_token_is_not_in_a_repr(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
+    """Intent and verifier can be logged safely."""
     token = mint_intent(places, alice, entrypoint=ENTRYPOINT)
     shown = f"{verifier.verify(token)!r} {verifier!r} {json.dumps(verifier.verify(token).entrypoint)}"
     assert not any(part in shown for part in token.split("."))

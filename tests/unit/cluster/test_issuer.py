@@ -1,4 +1,4 @@
-"""The dev issuer: its keys, their rotation, and its command-line tool."""
+"""The dev issuer: its keys, their rotation, and its command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.commands import run_main
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """A storage root with an issuer."""
+    """A storage root with a dev issuer."""
     places = Layout(str(tmp_path_factory.mktemp("root")))
     ensure_issuer(places)
     return places
@@ -42,8 +42,8 @@ def kid(places: Layout) -> str:
     return str(jwks["keys"][0]["kid"])
 
 
-def test_the_issuer_is_made_once_and_kept(places: Layout) -> None:
-    """A second start keeps the keys; the private one is for its owner only."""
+def test_second_start_keeps_the_issuer(places: Layout) -> None:
+    """A second start keeps the keys. Only the owner can read the private key."""
     files = {path.name: path.read_bytes() for path in Path(places.keys).iterdir()}
     ensure_issuer(places)
     assert {path.name: path.read_bytes() for path in Path(places.keys).iterdir()} == files
@@ -51,16 +51,16 @@ def test_the_issuer_is_made_once_and_kept(places: Layout) -> None:
     assert "d" not in json.loads(files["jwks.json"])["keys"][0]
 
 
-def test_the_kid_is_the_keys_thumbprint(places: Layout, kid: str) -> None:
-    """RFC 7638, so that a new key gets a new name by itself."""
+def test_kid_is_the_thumbprint_of_the_key(places: Layout, kid: str) -> None:
+    """The `kid` is the RFC 7638 thumbprint, so a new key has a new `kid`."""
     key = ECKey.import_key((Path(places.keys) / "issuer.pub.pem").read_bytes())
     required = {name: key.as_dict(private=False)[name] for name in ("crv", "kty", "x", "y")}
     digest = hashlib.sha256(json.dumps(required, sort_keys=True, separators=(",", ":")).encode()).digest()
     assert kid == base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def test_without_an_issuer_it_is_said_how_to_get_one(tmp_path: Path) -> None:
-    """Minting never makes keys by itself."""
+def test_missing_issuer_error_names_the_command(tmp_path: Path) -> None:
+    """Minting never creates keys."""
     places = Layout(str(tmp_path))
     with pytest.raises(ConfigError, match=r"cluster\.up"):
         mint_token(places, subject="a", role=Role.service, purpose="")
@@ -71,7 +71,7 @@ def test_without_an_issuer_it_is_said_how_to_get_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Layout:
-    """A storage root whose issuer may be changed."""
+    """A storage root whose issuer the test may change."""
     places = Layout(str(tmp_path / "root"))
     ensure_issuer(places)
     return places
@@ -81,14 +81,14 @@ def mint(places: Layout) -> str:
     return mint_token(places, subject="alice", role=Role.service, purpose="test")
 
 
-def test_a_rotation_keeps_old_tokens_until_they_have_expired(fresh: Layout) -> None:
-    """And a running verifier sees it without a restart."""
+def test_rotation_keeps_old_tokens_valid_until_they_expire(fresh: Layout) -> None:
+    """A running verifier sees the rotation without a restart."""
     verifier, old = TokenVerifier.of(fresh), mint(fresh)
     assert verifier.verify(old).subject == "alice"
     kid = rotate_issuer(fresh, keep_s=100, now=1000.0)
     new = mint(fresh)
     assert json.loads(base64.urlsafe_b64decode(new.split(".")[0] + "=="))["kid"] == kid
-    assert verifier.verify(old) == verifier.verify(old)
+    assert verifier.verify(old).subject == "alice"
     assert verifier.verify(new).subject == "alice"
     assert next(iter(local_keys(fresh).all())) == kid
     rotate_issuer(fresh, keep_s=100, now=1101.0)
@@ -98,8 +98,8 @@ def test_a_rotation_keeps_old_tokens_until_they_have_expired(fresh: Layout) -> N
         verifier.verify(old)
 
 
-def test_a_rotation_after_a_theft_ends_all_tokens(fresh: Layout) -> None:
-    """At once, those of earlier keys too."""
+def test_rotation_with_keep_s_0_ends_all_tokens(fresh: Layout) -> None:
+    """Also tokens of earlier keys end at once."""
     verifier, tokens = TokenVerifier.of(fresh), [mint(fresh)]
     rotate_issuer(fresh)
     tokens.append(mint(fresh))
@@ -110,8 +110,8 @@ def test_a_rotation_after_a_theft_ends_all_tokens(fresh: Layout) -> None:
     assert verifier.verify(mint(fresh)).subject == "alice"
 
 
-def test_a_rotation_torn_before_its_private_key_loses_nothing(fresh: Layout) -> None:
-    """The published set then names a key that never signs; minting and the next rotation go on."""
+def test_interrupted_rotation_loses_no_token(fresh: Layout) -> None:
+    """After an interruption before the private key is written, minting and the next rotation work."""
     folder, old = Path(fresh.keys), mint(fresh)
     private, public = (folder / "issuer.pem").read_bytes(), (folder / "issuer.pub.pem").read_bytes()
     rotate_issuer(fresh)
@@ -125,8 +125,8 @@ def test_a_rotation_torn_before_its_private_key_loses_nothing(fresh: Layout) -> 
     assert verifier.verify(mint(fresh))
 
 
-def test_private_keys_stay_private_through_a_rotation(fresh: Layout) -> None:
-    """Mode 0600, nothing left behind, and no private member in what is published."""
+def test_private_key_stays_private_after_a_rotation(fresh: Layout) -> None:
+    """The private key has mode 0600, no temporary file is left, and the JWKS has no private member."""
     rotate_issuer(fresh)
     folder = Path(fresh.keys)
     assert sorted(path.name for path in folder.iterdir()) == ["issuer.pem", "issuer.pub.pem", "jwks.json"]
@@ -140,11 +140,11 @@ def test_private_keys_stay_private_through_a_rotation(fresh: Layout) -> None:
     )
 
 
-def test_the_command_mints_an_intent_that_runs_one_job(fresh: Layout, tmp_path: Path) -> None:
-    """Nothing at the edge, and no other job."""
+def test_command_mints_an_intent_for_one_job(fresh: Layout, tmp_path: Path) -> None:
+    """The intent is not valid as an access token."""
     path = tmp_path / "intent.jwt"
-    stated = ("--sub", "ann", "--role", "data_engineer", "--entrypoint", "feature_jobs.ingest")
-    done = run_main(identity.main, "intent", *stated, "--root", fresh.root, "--output", str(path))
+    flags = ("--sub", "ann", "--role", "data_engineer", "--entrypoint", "feature_jobs.ingest")
+    done = run_main(identity.main, "intent", *flags, "--root", fresh.root, "--output", str(path))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     intent = read_intent(path, IntentVerifier.of(fresh), entrypoint="feature_jobs.ingest")
     assert (intent.principal.subject, intent.principal.role) == ("ann", Role.data_engineer)
@@ -152,8 +152,8 @@ def test_the_command_mints_an_intent_that_runs_one_job(fresh: Layout, tmp_path: 
         TokenVerifier.of(fresh).verify(path.read_text())
 
 
-def test_the_production_tier_has_no_dev_issuer(fresh: Layout, tmp_path: Path) -> None:
-    """Neither made nor rotated."""
+def test_production_tier_refuses_the_dev_issuer(fresh: Layout, tmp_path: Path) -> None:
+    """The dev issuer is neither created nor rotated."""
     with pytest.raises(ConfigError, match="OIDC"):
         ensure_issuer(Layout(str(tmp_path / "other")), tier=Tier.enterprise_gpu)
     assert not (tmp_path / "other").exists()
@@ -161,8 +161,8 @@ def test_the_production_tier_has_no_dev_issuer(fresh: Layout, tmp_path: Path) ->
         rotate_issuer(fresh, tier=Tier.enterprise_gpu)
 
 
-def test_a_key_file_that_is_gone_or_broken_verifies_nothing(fresh: Layout) -> None:
-    """It is refused, not failed; and put back, it works again."""
+def test_missing_or_broken_key_file_refuses_all_tokens(fresh: Layout) -> None:
+    """Tokens are refused without another error. They are valid again when the file is restored."""
     verifier, token, path = TokenVerifier.of(fresh), mint(fresh), Path(fresh.keys) / "jwks.json"
     good = path.read_bytes()
     for bad in (
@@ -183,21 +183,21 @@ def test_a_key_file_that_is_gone_or_broken_verifies_nothing(fresh: Layout) -> No
     assert verifier.verify(token).subject == "alice"
 
 
-def test_no_token_outlives_the_longest_a_rotation_keeps(fresh: Layout) -> None:
-    """Else an old key would have to stay for ever."""
+def test_lifetime_beyond_the_maximum_is_refused(fresh: Layout) -> None:
+    """A longer lifetime would need old keys for longer than a rotation keeps them."""
     with pytest.raises(ConfigError, match="shorter"):
         mint_token(fresh, subject="a", role=Role.service, purpose="", ttl_s=MAX_LIFETIME_S + 1)
 
 
 def run(*arguments: str, command: str = "token") -> subprocess.CompletedProcess[str]:
-    """The command-line tool."""
+    """Run the command."""
     return run_main(identity.main, command, *arguments)
 
 
-def test_the_tool_prints_a_token_and_nothing_else(
+def test_command_prints_or_writes_only_the_token(
     places: Layout, verifier: TokenVerifier, tmp_path: Path
 ) -> None:
-    """To standard output, or to a file that only its owner reads, even where one lay open before."""
+    """The output file is readable for its owner only, also if an open file existed before."""
     flags = (
         "--root",
         places.root,
@@ -222,23 +222,23 @@ def test_the_tool_prints_a_token_and_nothing_else(
     assert output.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_tool_refuses_with_2_what_it_cannot_do(tmp_path: Path) -> None:
-    """No issuer yet, or a role that does not exist."""
+def test_command_exits_2_when_it_refuses(tmp_path: Path) -> None:
+    """It refuses without an issuer, and for an unknown role."""
     missing = run("--root", str(tmp_path), "--sub", "a", "--role", "service")
     assert missing.returncode == 2
     assert missing.stderr.startswith("refused: ")
     assert run("--root", str(tmp_path), "--sub", "a", "--role", "king").returncode == 2
 
 
-def test_the_tool_verifies_and_rotates(fresh: Layout, tmp_path: Path) -> None:
-    """It says whose a token is, never the token; and why one is refused."""
+def test_command_verifies_and_rotates(fresh: Layout, tmp_path: Path) -> None:
+    """`verify` prints the principal and never the token, or the reason of the refusal."""
     root, file = ("--root", fresh.root), tmp_path / "token"
     run(*root, "--sub", "alice", "--role", "service", "--tenant", "north", "--output", str(file))
-    said = run(*root, str(file), command="verify")
+    verified = run(*root, str(file), command="verify")
     assert {"subject": "alice", "role": "service", "tenant": "north"}.items() <= json.loads(
-        said.stdout
+        verified.stdout
     ).items()
-    assert file.read_text().split(".")[2] not in said.stdout
+    assert file.read_text().split(".")[2] not in verified.stdout
     rotated = run(*root, "--keep-s", "0", command="rotate")
     assert (rotated.returncode, next(iter(local_keys(fresh).all())) in rotated.stdout) == (0, True)
     refused = run(*root, str(file), command="verify")

@@ -1,4 +1,4 @@
-"""The keyring's file: whole or refused, whoever writes, alters or kills."""
+"""The keyring's file: intact or refused, after any write, change or kill."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ import pytest
 from cluster.errors import ConfigError
 from cluster.security.keys import keyring as keyring_module
 from cluster.security.keys.kek import (
-    Derivation,
     create_kek_file,
     kek_from_file,
-    kek_from_passphrase,
 )
 from cluster.security.keys.keyring import (
     KEK_NAME,
@@ -30,10 +28,8 @@ from cluster.security.keys.keyring import (
     RING_NAME,
     Keyring,
     open_local,
-    open_with_passphrase,
     rotate_local_kek,
 )
-from cluster.security.keys.ringfile import derivation_of
 from cluster.security.keys.store import (
     KeyEncryptionKeyWrong,
     KeyFileRefused,
@@ -46,7 +42,7 @@ from cluster.security.keys.store import (
 
 KEK = bytes(range(32))
 KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
-"""Of each crash test; `make chaos` has more."""
+"""Kills per crash test; `make chaos` uses more."""
 NAME = "features/income/personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
 SECRET = b"a data key of thirty-two bytes.."
@@ -90,7 +86,7 @@ def ring(tmp_path: Path) -> Keyring:
 
 
 def script(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A Python process of its own."""
+    """Start a Python process."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -101,7 +97,7 @@ def script(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def killed_at_random(code: str, folder: Path) -> list[str]:
-    """Run a loop, kill -9 it at some moment after its first line; gives its whole lines."""
+    """Run a loop, kill it with SIGKILL soon after its first line, and return its complete lines."""
     process = script(code, folder)
     assert process.stdout is not None
     first = process.stdout.readline()
@@ -111,8 +107,8 @@ def killed_at_random(code: str, folder: Path) -> list[str]:
     return [first.strip(), *(line for line in rest.split("\n")[:-1])]
 
 
-def test_a_keyring_killed_while_rotating_loses_nothing(tmp_path: Path) -> None:
-    """kill -9 at random moments: the file parses, every secret unwraps, every reported rotation is there."""
+def test_kill_during_rotation_loses_nothing(tmp_path: Path) -> None:
+    """After kill -9 at random moments, the file parses, every secret unwraps, and every reported rotation is there."""
     ring = open_local(tmp_path)
     ring.ensure(INFO)
     texts = [ring.wrap(NAME, SECRET)]
@@ -127,8 +123,8 @@ def test_a_keyring_killed_while_rotating_loses_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".*.tmp")) == []
 
 
-def test_a_key_encryption_key_rotation_that_is_killed_is_finished_or_undone(tmp_path: Path) -> None:
-    """Whichever of the two files was replaced when the process died, the keyring opens and has everything."""
+def test_kill_during_kek_rotation_is_completed_or_undone(tmp_path: Path) -> None:
+    """The keyring opens with all keys, whichever of the two files was replaced before the kill."""
     ring = open_local(tmp_path)
     ring.ensure(INFO)
     text = ring.wrap(NAME, SECRET)
@@ -145,8 +141,10 @@ def test_a_key_encryption_key_rotation_that_is_killed_is_finished_or_undone(tmp_
 
 
 @pytest.mark.parametrize("reached_the_ring", [False, True])
-def test_a_key_encryption_key_rotation_resumes_from_each_side(tmp_path: Path, reached_the_ring: bool) -> None:
-    """The new key lies beside the old one, and the keyring is under either."""
+def test_kek_rotation_resumes_before_and_after_the_ring_changed(
+    tmp_path: Path, reached_the_ring: bool
+) -> None:
+    """Both keys are on disk, and the keyring is under one of them."""
     ring = open_local(tmp_path)
     ring.ensure(INFO)
     text = ring.wrap(NAME, SECRET)
@@ -157,8 +155,8 @@ def test_a_key_encryption_key_rotation_resumes_from_each_side(tmp_path: Path, re
     assert kek_from_file(tmp_path / KEK_NAME) == (new if reached_the_ring else old)
 
 
-def test_two_processes_keep_each_others_changes(tmp_path: Path) -> None:
-    """Each makes its keys while the other does; all are there."""
+def test_concurrent_writers_keep_each_others_changes(tmp_path: Path) -> None:
+    """Two processes add keys at the same time, and all keys are there."""
     ring = open_local(tmp_path)
     processes = [script(ENSURE, tmp_path, name) for name in ("left", "right")]
     for process in processes:
@@ -173,30 +171,30 @@ def test_two_processes_keep_each_others_changes(tmp_path: Path) -> None:
     assert ring.names() == sorted(f"{side}/{number}" for side in ("left", "right") for number in range(60))
 
 
-def test_every_altered_byte_is_damage(ring: Keyring, tmp_path: Path) -> None:
-    """A flipped bit anywhere in the file is said to be damage, never a wrong key or an empty ring."""
+def test_every_flipped_bit_is_reported_as_damage(ring: Keyring, tmp_path: Path) -> None:
+    """Never as a wrong key or an empty keyring."""
     path = tmp_path / RING_NAME
-    whole = path.read_bytes()
-    for position in range(len(whole)):
+    intact = path.read_bytes()
+    for position in range(len(intact)):
         path.write_bytes(
-            whole[:position] + bytes([whole[position] ^ 1 << random.randrange(8)]) + whole[position + 1 :]
+            intact[:position] + bytes([intact[position] ^ 1 << random.randrange(8)]) + intact[position + 1 :]
         )
         with pytest.raises(KeyringDamaged, match="Restore it from a backup"):
             Keyring(path, KEK)
         with pytest.raises(KeyringDamaged):
             ring.info(NAME)
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     assert ring.info(NAME) == INFO
 
 
-def test_every_truncation_is_damage(ring: Keyring, tmp_path: Path) -> None:
-    """Also the empty file, and one with something behind it."""
+def test_every_truncation_is_reported_as_damage(ring: Keyring, tmp_path: Path) -> None:
+    """Also an empty file and a file with extra bytes."""
     path = tmp_path / RING_NAME
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     for raw in (
-        *(whole[:size] for size in range(len(whole))),
-        whole + b" ",
-        whole * 2,
+        *(intact[:size] for size in range(len(intact))),
+        intact + b" ",
+        intact * 2,
         b"[]",
         b"null",
         b"[" * 100_000,
@@ -206,11 +204,11 @@ def test_every_truncation_is_damage(ring: Keyring, tmp_path: Path) -> None:
             Keyring(path, KEK)
 
 
-def test_a_damaged_keyring_is_not_written_to(ring: Keyring, tmp_path: Path) -> None:
-    """A change is refused and the bytes stay as they are, for whoever repairs them."""
+def test_damaged_keyring_is_not_changed(ring: Keyring, tmp_path: Path) -> None:
+    """Writes are refused and the bytes stay, so that the file can be repaired."""
     path = tmp_path / RING_NAME
-    torn = path.read_bytes()[:-10]
-    path.write_bytes(torn)
+    damaged = path.read_bytes()[:-10]
+    path.write_bytes(damaged)
     for call in (
         lambda: ring.ensure(KeyInfo(name="x")),
         lambda: ring.rotate(NAME),
@@ -218,11 +216,11 @@ def test_a_damaged_keyring_is_not_written_to(ring: Keyring, tmp_path: Path) -> N
     ):
         with pytest.raises(KeyringDamaged):
             call()
-    assert path.read_bytes() == torn
+    assert path.read_bytes() == damaged
 
 
 def forged(path: Path, change: Any) -> None:
-    """Change the body and make the digest right again, as an attacker without the key would."""
+    """Change the body and correct the digest, as an attacker without the key would."""
     whole = json.loads(path.read_bytes())
     change(whole["body"])
     whole["sha256"] = base64.b64encode(hashlib.sha256(canonical(whole["body"])).digest()).decode()
@@ -242,23 +240,23 @@ def forged(path: Path, change: Any) -> None:
         lambda body: body.update(scrypt={"salt": "AAAAAAAAAAAAAAAAAAAAAA==", "n": 2**14, "r": 8, "p": 1}),
     ],
 )
-def test_a_skilful_change_without_the_key_is_refused(ring: Keyring, tmp_path: Path, change: Any) -> None:
-    """Relabelling, removing or swapping is seen though the digest is right."""
+def test_change_with_a_correct_digest_is_refused(ring: Keyring, tmp_path: Path, change: Any) -> None:
+    """Relabelled, removed and swapped keys are detected by the HMAC."""
     forged(tmp_path / RING_NAME, change)
     with pytest.raises(KeyringDamaged, match="changed without its key"):
         Keyring(tmp_path / RING_NAME, KEK)
 
 
-def test_another_key_encryption_key_has_its_own_error(ring: Keyring, tmp_path: Path) -> None:
-    """A whole file and a wrong key are told apart from damage."""
+def test_wrong_kek_has_its_own_error(ring: Keyring, tmp_path: Path) -> None:
+    """A wrong key is distinguished from damage."""
     with pytest.raises(KeyEncryptionKeyWrong, match="another key-encryption key"):
         Keyring(tmp_path / RING_NAME, bytes(32))
     with pytest.raises(ConfigError, match="32 bytes"):
         Keyring(tmp_path / RING_NAME, b"short")
 
 
-def test_a_missing_keyring_is_never_made_silently(tmp_path: Path) -> None:
-    """Not by opening it, and not beside a key-encryption key that belonged to one."""
+def test_missing_keyring_is_never_created_silently(tmp_path: Path) -> None:
+    """Neither by opening it, nor beside an existing key-encryption key."""
     with pytest.raises(KeyringDamaged, match="No keyring at"):
         Keyring(tmp_path / RING_NAME, KEK)
     open_local(tmp_path)
@@ -267,31 +265,31 @@ def test_a_missing_keyring_is_never_made_silently(tmp_path: Path) -> None:
         open_local(tmp_path)
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_a_first_start_that_is_cut_off_is_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool
+@pytest.mark.parametrize("ring_exists", [False, True])
+def test_interrupted_first_start_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring_exists: bool
 ) -> None:
-    """Before its keyring or after it; a key that may be the only one of a keyring's backup is not thrown away."""
+    """Before and after the keyring is created. The first key-encryption key stays in use."""
 
     def die(*_: object) -> Keyring:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        if made:
+        if ring_exists:
             patched.setattr(keyring_module, "_finish_kek_rotation", die)
         else:
             patched.setattr(Keyring, "create", die)
         with pytest.raises(KeyboardInterrupt):
             open_local(tmp_path)
-    begun = kek_from_file(tmp_path / NEW_KEK_NAME)
+    first_kek = kek_from_file(tmp_path / NEW_KEK_NAME)
     open_local(tmp_path).ensure(INFO)
     assert open_local(tmp_path).info(NAME) == INFO
-    assert kek_from_file(tmp_path / KEK_NAME) == begun
+    assert kek_from_file(tmp_path / KEK_NAME) == first_kek
     assert not (tmp_path / NEW_KEK_NAME).exists()
 
 
-def test_a_keyring_without_its_key_encryption_key_is_refused(tmp_path: Path) -> None:
-    """A new key-encryption key would only hide that the old one is lost."""
+def test_keyring_without_its_kek_is_refused(tmp_path: Path) -> None:
+    """A new key-encryption key would hide the loss of the old one."""
     open_local(tmp_path)
     (tmp_path / KEK_NAME).unlink()
     with pytest.raises(KeyFileRefused, match="No key-encryption key at"):
@@ -300,8 +298,8 @@ def test_a_keyring_without_its_key_encryption_key_is_refused(tmp_path: Path) -> 
         Keyring.create(tmp_path / RING_NAME, KEK)
 
 
-def test_no_key_is_in_the_file_or_a_repr(tmp_path: Path) -> None:
-    """Neither the key-encryption key nor a version of a key, in any spelling."""
+def test_file_and_repr_contain_no_key(tmp_path: Path) -> None:
+    """Neither the key-encryption key nor a version of a key, in any encoding."""
     ring = Keyring.create(tmp_path / RING_NAME, KEK)
     ring.ensure(INFO)
     text = (tmp_path / RING_NAME).read_text() + repr(ring) + repr(ring._load())
@@ -312,8 +310,8 @@ def test_no_key_is_in_the_file_or_a_repr(tmp_path: Path) -> None:
     assert (tmp_path / RING_NAME).stat().st_mode & 0o777 == 0o600
 
 
-def test_rotating_the_key_encryption_key_keeps_every_secret(ring: Keyring, tmp_path: Path) -> None:
-    """Old texts unwrap, tombstones stay, the old key opens nothing any more, its holders are told."""
+def test_kek_rotation_keeps_every_secret_and_tombstone(ring: Keyring, tmp_path: Path) -> None:
+    """The old key opens nothing, and its holders get KeyEncryptionKeyWrong."""
     ring.ensure(KeyInfo(name="gone"))
     ring.revoke("gone")
     text, bystander, new = (
@@ -333,8 +331,8 @@ def test_rotating_the_key_encryption_key_keeps_every_secret(ring: Keyring, tmp_p
         ring.info("gone")
 
 
-def test_a_secret_of_another_keyring_is_not_this_ones(ring: Keyring, tmp_path: Path) -> None:
-    """The same name in two keyrings is two keys."""
+def test_secret_of_another_keyring_is_refused(ring: Keyring, tmp_path: Path) -> None:
+    """Keys of the same name in two keyrings differ."""
     (tmp_path / "other").mkdir()
     other = open_local(tmp_path / "other")
     other.ensure(INFO)
@@ -342,72 +340,10 @@ def test_a_secret_of_another_keyring_is_not_this_ones(ring: Keyring, tmp_path: P
         ring.unwrap(NAME, other.wrap(NAME, SECRET))
 
 
-def test_revoking_removes_the_material_from_the_file(ring: Keyring, tmp_path: Path) -> None:
-    """The tombstone has the description and no version."""
+def test_revocation_removes_every_version_from_the_file(ring: Keyring, tmp_path: Path) -> None:
+    """The tombstone keeps the description."""
     ring.revoke(NAME)
     body = json.loads((tmp_path / RING_NAME).read_bytes())["body"]
     assert body["keys"][NAME]["versions"] == {}
     with pytest.raises(KeyRevoked):
         Keyring(tmp_path / RING_NAME, KEK).info(NAME)
-
-
-def test_a_passphrase_opens_its_keyring_and_no_other_does(tmp_path: Path) -> None:
-    """Salt and cost are in the header; the same passphrase in another normal form is the same."""
-    path = tmp_path / RING_NAME
-    open_with_passphrase(path, "correct horse bättery").ensure(INFO)
-    assert open_with_passphrase(path, "correct horse ba\u0308ttery").info(NAME) == INFO
-    with pytest.raises(KeyEncryptionKeyWrong):
-        open_with_passphrase(path, "correct horse battery")
-    stored = derivation_of(path)
-    assert stored is not None
-    assert (stored.n, stored.r, stored.p, len(stored.salt)) == (2**17, 8, 1, 16)
-
-
-def test_weak_passphrases_and_parameters_are_refused(ring: Keyring, tmp_path: Path) -> None:
-    """And a keyring whose key is a file asks for no passphrase."""
-    with pytest.raises(ConfigError, match="at least 12 characters"):
-        kek_from_passphrase("short", bytes(16))
-    for parameters in ({"salt": b"x"}, {"n": 2**10}, {"n": 2**21}, {"n": 2**17 + 1}, {"r": 0}, {"p": 100}):
-        with pytest.raises(ConfigError, match="scrypt"):
-            Derivation(**{"salt": bytes(16), **parameters})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="comes from a file"):
-        open_with_passphrase(tmp_path / RING_NAME, "correct horse battery")
-
-
-def test_a_key_encryption_key_file_is_made_once_and_private(tmp_path: Path) -> None:
-    """0600, 32 random bytes, never overwritten, nothing left beside it."""
-    made = create_kek_file(tmp_path / "kek")
-    assert kek_from_file(tmp_path / "kek") == made != bytes(32)
-    assert len(made) == 32
-    assert (tmp_path / "kek").stat().st_mode & 0o7777 == 0o600
-    with pytest.raises(KeyFileRefused, match="never overwritten"):
-        create_kek_file(tmp_path / "kek")
-    assert [path.name for path in tmp_path.iterdir()] == ["kek"]
-    assert kek_from_file(tmp_path / "kek") == made
-
-
-@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o400, 0o700, 0o604])
-def test_a_key_encryption_key_file_of_another_mode_is_refused(tmp_path: Path, mode: int) -> None:
-    """The message says the mode and what to do."""
-    create_kek_file(tmp_path / "kek")
-    (tmp_path / "kek").chmod(mode)
-    with pytest.raises(KeyFileRefused, match=f"mode {mode:04o}, not 0600"):
-        kek_from_file(tmp_path / "kek")
-
-
-def test_what_is_no_key_encryption_key_file_is_refused(tmp_path: Path) -> None:
-    """Missing, a link, a folder, a pipe, too short, too long, another user's."""
-    create_kek_file(tmp_path / "kek")
-    (tmp_path / "link").symlink_to(tmp_path / "kek")
-    (tmp_path / "folder").mkdir(mode=0o700)
-    os.mkfifo(tmp_path / "pipe", 0o600)
-    for name, size in (("short", 31), ("long", 33), ("empty", 0)):
-        (tmp_path / name).write_bytes(bytes(size))
-        (tmp_path / name).chmod(0o600)
-    for name in ("missing", "link", "folder", "pipe", "short", "long", "empty"):
-        with pytest.raises(KeyFileRefused, match=name):
-            kek_from_file(tmp_path / name)
-    if os.geteuid() == 0:
-        os.chown(tmp_path / "kek", 65534, 65534)
-        with pytest.raises(KeyFileRefused, match="belongs to user 65534"):
-            kek_from_file(tmp_path / "kek")
