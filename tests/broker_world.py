@@ -1,4 +1,4 @@
-"""A key broker in a thread with a policy of its own, and callers who are permitted and denied things."""
+"""A key broker in a thread with its own policy, and principals that are permitted or denied."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ruling:
 
 
 def verify(token: str) -> Person:
-    """Tokens here are `subject/purpose`."""
+    """Return the principal of a token `subject/purpose`."""
     if token == "boom":
         raise RuntimeError("the verifier broke over secret-token")
     subject, slash, purpose = token.partition("/")
@@ -53,7 +53,7 @@ def verify(token: str) -> Person:
 
 
 def decide(principal: Person, operation: Operation, info: KeyInfo) -> Ruling:
-    """Admins may do all; others may use what has their purpose, and manage internal keys."""
+    """Permit everything to admins. Others may use keys for their purpose, and manage internal keys."""
     if principal.subject == "broken":
         raise RuntimeError("the policy broke")
     if principal.subject == "strict":
@@ -68,7 +68,7 @@ def decide(principal: Person, operation: Operation, info: KeyInfo) -> Ruling:
 
 @dataclass
 class World:
-    """A keyring with its broker, and what was denied."""
+    """A keyring with its broker, and the recorded denials."""
 
     path: Path
     ring: Keyring

@@ -1,4 +1,4 @@
-"""As whom a job acts: real tokens, real policies, a real ledger."""
+"""The principal of a job: real tokens, real policies, a real ledger."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def record(places: Layout, **installed: object) -> ClusterRecord:
     values: dict[str, object] = {
         field.name: "" for field in dataclasses.fields(ClusterRecord) if field.default is dataclasses.MISSING
     }
-    plain = {"storage_root": places.root, "ports": {}, "pids": {}, "tls": False}
-    return ClusterRecord(**values | plain | installed)  # type: ignore[arg-type]
+    fixed = {"storage_root": places.root, "ports": {}, "pids": {}, "tls": False}
+    return ClusterRecord(**values | fixed | installed)  # type: ignore[arg-type]
 
 
 def config(places: Layout, **identity: Any) -> PlatformConfig:
@@ -64,8 +64,8 @@ def as_alice(places: Layout, tmp_path: Path, *, role: Role, purpose: str = "") -
     return str(path)
 
 
-def test_without_a_token_the_user_of_this_machine_acts(places: Layout, ledger: Ledger) -> None:
-    """With the configured role and purpose, for this entry point alone."""
+def test_without_a_token_the_local_user_acts(places: Layout, ledger: Ledger) -> None:
+    """With the configured role and purpose, for this entrypoint only."""
     actor = act(config(places, role="data_engineer", purpose="care"), record(places), ledger, entrypoint=JOB)
     assert actor.name.startswith("user:")
     assert (actor.principal.role, actor.principal.purpose) == (Role.data_engineer, "care")
@@ -73,22 +73,22 @@ def test_without_a_token_the_user_of_this_machine_acts(places: Layout, ledger: L
     actor.check(Action.write_features, VIEW)
 
 
-def test_an_access_token_becomes_an_intent_of_the_job(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
-    """Its subject, role, purpose and tenant; the intent lies in a file of one's own that workers are told of."""
+def test_access_token_is_exchanged_for_an_intent(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """With the same subject, role, purpose and tenant. The intent is in a private file, and workers get its path."""
     token_file = as_alice(places, tmp_path, role=Role.data_engineer)
     actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
     assert (actor.name, actor.principal.entrypoint) == ("alice", JOB)
-    kept = Path(actor.access.token.file or "")
-    assert kept.stat().st_mode & 0o777 == 0o600
-    assert kept.parent.stat().st_mode & 0o777 == 0o700
-    assert kept.read_text() not in repr(actor)
+    intent_path = Path(actor.access.token.file or "")
+    assert intent_path.stat().st_mode & 0o777 == 0o600
+    assert intent_path.parent.stat().st_mode & 0o777 == 0o700
+    assert intent_path.read_text() not in repr(actor)
     assert dataclasses.asdict(actor.access)["entrypoint"] == JOB, "plain data"
 
 
-def test_an_intent_is_used_as_it_is_and_for_its_entrypoint_alone(
+def test_intent_is_used_unchanged_for_its_entrypoint(
     places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the environment names it; one for another job is refused, and that is counted."""
+    """Also if the environment names it. An intent for another job is refused and counted."""
     token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="")
     alice = TokenVerifier.of(places).verify(token)
     path = tmp_path / "intent.jwt"
@@ -109,26 +109,26 @@ def test_an_intent_is_used_as_it_is_and_for_its_entrypoint_alone(
         ({"token_file": "/nowhere.jwt"}, "/nowhere.jwt"),
     ],
 )
-def test_an_identity_that_cannot_be_taken_is_refused(
+def test_invalid_identity_setting_is_refused(
     places: Layout, ledger: Ledger, identity: dict[str, str], match: str
 ) -> None:
-    """What, which, what to do."""
+    """The message names the setting."""
     with pytest.raises(ConfigError, match=match):
         act(config(places, **identity), record(places), ledger, entrypoint=JOB)
 
 
-def test_a_token_that_others_can_read_is_refused(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
-    """It may have been read."""
+def test_readable_token_file_is_refused(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """Another user may have read it."""
     token_file = as_alice(places, tmp_path, role=Role.admin)
     Path(token_file).chmod(0o644)
     with pytest.raises(ConfigError, match="0600"):
         act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
 
 
-def test_a_denial_is_an_event_with_who_what_and_by_which_policy(
+def test_denial_is_an_event_with_principal_resource_and_policy(
     places: Layout, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """The first resource that is refused ends it."""
+    """The check stops at the first denied resource."""
     token_file = as_alice(places, tmp_path, role=Role.data_scientist)
     actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
     sensitive = Resource(kind="feature view", name="illness", column_class="sensitive", purposes=("care",))
@@ -141,42 +141,46 @@ def test_a_denial_is_an_event_with_who_what_and_by_which_policy(
     assert "purpose-not-listed" in denied[0].payload["policies"]
 
 
-def test_who_registered_a_model_may_not_release_it_in_production(
+def test_registrant_may_not_release_the_model_in_production(
     places: Layout, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """Somebody else may, and anybody may roll it back."""
+    """Another principal may, and the registrant may roll it back."""
     token_file = as_alice(places, tmp_path, role=Role.approver)
     production = config(places, token_file=token_file, environment="production")
     actor = act(production, record(places), ledger, entrypoint="serve_apps.rollout")
-    mine, yours = (Resource(kind="model", name="loan", registered_by=who) for who in ("alice", "bob"))
-    actor.check(Action.rollout, yours)
-    actor.check(Action.rollback, mine)
+    own_model, other_model = (
+        Resource(kind="model", name="loan", registered_by=who) for who in ("alice", "bob")
+    )
+    actor.check(Action.rollout, other_model)
+    actor.check(Action.rollback, own_model)
     with pytest.raises(AccessDenied, match="four-eyes"):
-        actor.check(Action.rollout, mine)
+        actor.check(Action.rollout, own_model)
 
 
-@pytest.mark.parametrize("asked", ["local", "production"])
-def test_a_command_line_does_not_make_a_production_cluster_another(
-    places: Layout, ledger: Ledger, tmp_path: Path, asked: str
+@pytest.mark.parametrize("requested", ["local", "production"])
+def test_command_line_cannot_weaken_a_production_cluster(
+    places: Layout, ledger: Ledger, tmp_path: Path, requested: str
 ) -> None:
-    """Four eyes hold for who says that he is on a machine of his own."""
+    """The four-eyes rule holds, whatever environment the command line names."""
     token_file = as_alice(places, tmp_path, role=Role.approver)
-    own = Resource(kind="model", name="loan", registered_by="alice", region="oman")
-    asking = config(places, token_file=token_file, environment=asked)
+    model = Resource(kind="model", name="loan", registered_by="alice", region="oman")
+    job_config = config(places, token_file=token_file, environment=requested)
     actor = act(
-        asking,
+        job_config,
         record(places, policy_environment="production", region="oman"),
         ledger,
         entrypoint="serve_apps.deploy",
     )
     with pytest.raises(AccessDenied, match="four-eyes"):
-        actor.check(Action.deploy, own)
-    actor.check(Action.deploy, dataclasses.replace(own, registered_by="bob"))
-    assert (asking.identity.environment, asking.cluster.region) == ("production", "oman"), "for replicas"
+        actor.check(Action.deploy, model)
+    actor.check(Action.deploy, dataclasses.replace(model, registered_by="bob"))
+    assert (job_config.identity.environment, job_config.cluster.region) == ("production", "oman"), (
+        "for replicas"
+    )
 
 
-def test_a_stricter_environment_is_anybodys_to_ask_for(places: Layout, ledger: Ledger) -> None:
-    """It takes nothing from the cluster's own."""
+def test_stricter_environment_may_be_requested(places: Layout, ledger: Ledger) -> None:
+    """A command may be stricter than its cluster."""
     strict = config(places, environment="production")
     assert act(strict, record(places, policy_environment="local"), ledger, entrypoint=JOB).environment == (
         "production"
@@ -190,10 +194,10 @@ def test_a_stricter_environment_is_anybodys_to_ask_for(places: Layout, ledger: L
         ({"issuer": IssuerConfig(url="https://mine.example")}, "identity.issuer.url=https://mine.example"),
     ],
 )
-def test_what_contradicts_the_cluster_is_refused(
+def test_contradiction_of_the_cluster_is_refused(
     places: Layout, ledger: Ledger, changed: dict[str, Any], match: str
 ) -> None:
-    """A weaker environment, somebody else's issuer, another region."""
+    """A weaker environment, another issuer, another region."""
     issuer = dataclasses.asdict(IssuerConfig(url="https://ours.example"))
     production = record(places, policy_environment="production", region="oman", issuer=issuer)
     with pytest.raises(ConfigError, match=match):
@@ -204,28 +208,28 @@ def test_what_contradicts_the_cluster_is_refused(
         act(elsewhere, production, ledger, entrypoint=JOB)
 
 
-def test_a_clusters_oidc_issuer_is_not_set_aside(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
-    """The dev issuer's key may be left from an earlier life of the folder; its tokens make nobody an admin."""
+def test_oidc_issuer_of_the_cluster_is_not_bypassed(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+    """The dev issuer's key may be left from an earlier use of the folder. Its tokens are refused."""
     issuer = dataclasses.asdict(IssuerConfig(url="https://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="A job needs an intent of https://127"):
         act(config(places), record(places, issuer=issuer), ledger, entrypoint=JOB)
 
 
 @pytest.mark.parametrize("side", ["config", "record"])
-def test_the_enterprise_tier_never_believes_the_dev_issuer(places: Layout, ledger: Ledger, side: str) -> None:
-    """Whoever says that it is one."""
-    asking, tier = config(places), Tier.enterprise_gpu
+def test_enterprise_tier_never_accepts_the_dev_issuer(places: Layout, ledger: Ledger, side: str) -> None:
+    """Whether configuration or record names the tier."""
+    job_config, tier = config(places), Tier.enterprise_gpu
     if side == "config":
-        asking.tier = tier
-    known = record(places, tier=tier.value if side == "record" else None)
+        job_config.tier = tier
+    cluster_record = record(places, tier=tier.value if side == "record" else None)
     with pytest.raises(ConfigError, match="does not accept the dev issuer"):
-        act(asking, known, ledger, entrypoint=JOB)
+        act(job_config, cluster_record, ledger, entrypoint=JOB)
 
 
-def test_an_intent_is_renewed_while_the_job_lives(
+def test_intent_is_renewed_while_the_job_lives(
     places: Layout, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a training which takes a day is not refused when it registers its model."""
+    """A training of a day can still register its model."""
     monkeypatch.setattr(acting, "RENEW_S", 0.01)
     actor = act(config(places), record(places), ledger, entrypoint=JOB)
     path = Path(actor.access.token.file or "")
@@ -235,8 +239,8 @@ def test_an_intent_is_renewed_while_the_job_lives(
         time.sleep(0.01)
 
 
-def test_what_a_killed_job_left_is_removed(places: Layout, ledger: Ledger) -> None:
-    """By the next one, once it holds no longer."""
+def test_expired_intent_of_a_killed_job_is_removed(places: Layout, ledger: Ledger) -> None:
+    """The next job removes it."""
     folder = Path(places.keys) / "intents"
     folder.mkdir(mode=0o700)
     old, fresh = folder / "old.jwt", folder / "fresh.jwt"
@@ -247,8 +251,8 @@ def test_what_a_killed_job_left_is_removed(places: Layout, ledger: Ledger) -> No
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
-def test_a_worker_checks_the_intent_it_is_told_of(places: Layout, ledger: Ledger) -> None:
-    """Before it asks for any key."""
+def test_worker_verifies_the_intent(places: Layout, ledger: Ledger) -> None:
+    """Before it requests a key."""
     with running_broker() as broker:
         actor = act(config(places), record(places), ledger, entrypoint=JOB)
         access = dataclasses.replace(actor.access, socket=broker.socket)
@@ -260,20 +264,20 @@ def test_a_worker_checks_the_intent_it_is_told_of(places: Layout, ledger: Ledger
 def test_log_lines_name_the_principal(
     places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all loggers of the process, whatever the subject is called."""
-    said = io.StringIO()
-    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(said)])
+    """For all loggers of the process and every name."""
+    output = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(output)])
     path = tmp_path / "alice.jwt"
     write_intent(path, mint_token(places, subject="100%s alice", role=Role.admin, purpose=""))
     act(config(places, token_file=str(path)), record(places), ledger, entrypoint=JOB)
     logging.getLogger("anything").warning("careful")
-    assert said.getvalue().endswith(" WARNING 100%s alice anything: careful\n")
+    assert output.getvalue().endswith(" WARNING 100%s alice anything: careful\n")
 
 
-def test_a_reader_of_the_ledger_is_held_against_the_clusters_issuer(
+def test_ledger_reader_needs_a_token_of_the_clusters_issuer(
     places: Layout, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """The dev issuer's token opens nothing where the cluster believes another; strangers are counted."""
+    """A token of the dev issuer is refused if the cluster uses another issuer, and is counted."""
     issuer, dev = Issuer(), tmp_path / "dev.jwt"
     write_intent(dev, mint_token(places, subject="eve", role=Role.auditor, purpose=""))
     trusted = dataclasses.asdict(IssuerConfig(url=issuer.url))
@@ -293,10 +297,10 @@ def test_a_reader_of_the_ledger_is_held_against_the_clusters_issuer(
 
 
 @pytest.mark.parametrize("kind", ["intent", "access token"])
-def test_a_token_is_fetched_from_vault_and_again_while_the_job_lives(
+def test_token_in_vault_is_fetched_and_renewed(
     places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Against a double; workers are told of a file of this machine, as ever."""
+    """With a Vault double. Workers get the path of a local file."""
     monkeypatch.setattr(acting, "RENEW_S", 0.02)
     access = mint_token(places, subject="alice", role=Role.data_engineer, purpose="care")
     alice = TokenVerifier.of(places).verify(access)
@@ -306,9 +310,9 @@ def test_a_token_is_fetched_from_vault_and_again_while_the_job_lives(
     with VaultDouble() as double:
         double.state.approles["falaj"] = "canary-secret-id"
         double.state.kv["jobs/ingest"] = [{"jwt": tokens[0]}]
-        asking = config(places, token_file="vault:jobs/ingest#jwt")
-        asking.secrets.vault = VaultConfig(address=double.address, secret_file=str(secret))
-        actor = act(asking, record(places), ledger, entrypoint=JOB)
+        job_config = config(places, token_file="vault:jobs/ingest#jwt")
+        job_config.secrets.vault = VaultConfig(address=double.address, secret_file=str(secret))
+        actor = act(job_config, record(places), ledger, entrypoint=JOB)
         assert (actor.name, actor.principal.entrypoint, actor.principal.purpose) == ("alice", JOB, "care")
         path = Path(actor.access.token.file or "")
         assert path.parent == Path(places.keys) / "intents"
@@ -321,6 +325,6 @@ def test_a_token_is_fetched_from_vault_and_again_while_the_job_lives(
             ("vault:jobs/ingest", "must be vault:"),
             ("vault:jobs/ingest#none", "no token"),
         ):
-            asking.identity.token_file = reference
+            job_config.identity.token_file = reference
             with pytest.raises(ConfigError, match=match):
-                act(asking, record(places), ledger, entrypoint=JOB)
+                act(job_config, record(places), ledger, entrypoint=JOB)

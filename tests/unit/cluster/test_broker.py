@@ -1,4 +1,4 @@
-"""The key broker: who asks is verified, what is not permitted is denied and recorded, and nothing ends it."""
+"""The key broker: tokens are verified, denials are recorded, and no request ends the process."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.broker_world import (
 )
 
 
-def test_a_permitted_principal_gets_the_secret_and_another_is_denied_on_record(world: World) -> None:
-    """The denial names principal, operation, key, reason and policies; the error says who may not do what."""
+def test_permitted_principal_gets_the_secret_and_a_denial_is_recorded(world: World) -> None:
+    """The denial names principal, operation, key, reason and policies. The error names who may not do what."""
     with world.serving():
         text = world.client("ana/credit_scoring").wrap(NAME, SECRET)
         assert world.client("ana/credit_scoring").unwrap(NAME, text) == SECRET
@@ -57,10 +57,10 @@ def test_a_permitted_principal_gets_the_secret_and_another_is_denied_on_record(w
 
 
 @pytest.mark.parametrize(
-    "operation", [each for each in Operation if each not in (Operation.names, Operation.widen)]
+    "operation", [op for op in Operation if op not in (Operation.names, Operation.widen)]
 )
-def test_no_operation_goes_past_the_policy(world: World, operation: Operation) -> None:
-    """Each is denied to a stranger to the purpose, and changes nothing."""
+def test_every_operation_is_checked_by_the_policy(world: World, operation: Operation) -> None:
+    """Each is denied for another purpose, and changes nothing."""
     text = world.ring.wrap(NAME, SECRET)
     before = (world.path.parent / "keyring.json").read_bytes()
     with world.serving():
@@ -80,8 +80,8 @@ def test_no_operation_goes_past_the_policy(world: World, operation: Operation) -
     assert (world.path.parent / "keyring.json").read_bytes() == before
 
 
-def test_relabelling_a_key_needs_the_right_to_the_present_one(world: World) -> None:
-    """Who may make internal keys cannot turn a personal one into one."""
+def test_relabelling_needs_the_right_to_the_present_key(world: World) -> None:
+    """A principal that may create internal keys cannot make a personal key internal."""
     with world.serving():
         bob = world.client("bob/marketing")
         bob.ensure(KeyInfo(name="features/new/internal", column_class="internal"))
@@ -90,8 +90,8 @@ def test_relabelling_a_key_needs_the_right_to_the_present_one(world: World) -> N
     assert world.ring.info(NAME) == INFO
 
 
-def test_names_show_only_what_the_principal_may_know(world: World) -> None:
-    """Leaving a name out is no denial."""
+def test_names_lists_only_visible_keys(world: World) -> None:
+    """A key that is left out is not a denial."""
     with world.serving():
         assert world.client("ana/credit_scoring").names() == [OPEN.name, NAME]
         assert world.client("bob/marketing").names() == [OPEN.name]
@@ -100,8 +100,8 @@ def test_names_show_only_what_the_principal_may_know(world: World) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "nonsense", "boom"])
-def test_a_token_that_cannot_be_verified_is_unauthenticated(world: World, token: str) -> None:
-    """Also when the verifier breaks; recorded without a principal, and without the verifier's own words."""
+def test_unverifiable_token_is_unauthenticated(world: World, token: str) -> None:
+    """Also if the verifier fails. The denial has no principal, and does not contain the verifier's message."""
     with world.serving(), pytest.raises(Unauthenticated) as caught:
         world.client(token).info(NAME)
     assert "secret-token" not in str(caught.value)
@@ -111,15 +111,15 @@ def test_a_token_that_cannot_be_verified_is_unauthenticated(world: World, token:
 
 
 @pytest.mark.parametrize("subject", ["broken", "strict"])
-def test_what_the_policy_cannot_decide_is_denied(world: World, subject: str) -> None:
+def test_failing_policy_denies(world: World, subject: str) -> None:
     """A policy that raises does not permit."""
     with world.serving(), pytest.raises(AccessDenied, match=f"{subject} may not info"):
         world.client(f"{subject}/x").info(NAME)
     assert len(world.denials) == 1
 
 
-def test_a_denial_stands_when_it_cannot_be_recorded(world: World) -> None:
-    """And the broker goes on."""
+def test_denial_stays_in_force_if_it_cannot_be_recorded(world: World) -> None:
+    """The broker keeps running."""
 
     def audit(denial: Denial[Person]) -> None:
         raise OSError("disk full")
@@ -141,8 +141,8 @@ def test_a_denial_stands_when_it_cannot_be_recorded(world: World) -> None:
         (RuntimeError("canary"), KeyStoreUnavailable),
     ],
 )
-def test_errors_arrive_as_what_they_were(world: World, raised: Exception, kind: type[Exception]) -> None:
-    """Exact classes; the words of an unforeseen one stay in the broker."""
+def test_client_gets_the_same_error_class(world: World, raised: Exception, kind: type[Exception]) -> None:
+    """The message of an unexpected error stays in the broker."""
     with world.serving(Failing(raised)), pytest.raises(FalajError) as caught:
         world.client().info(NAME)
     assert type(caught.value) is kind
@@ -150,7 +150,7 @@ def test_errors_arrive_as_what_they_were(world: World, raised: Exception, kind: 
 
 
 def test_hostile_bytes_never_end_the_broker(world: World) -> None:
-    """Garbage, half messages, deep nesting, wrong types: an error or silence, and the next caller is served."""
+    """After garbage, partial messages, deep nesting or wrong types, the next client is served."""
     good = {"op": "info", "token": "admin/x", "name": NAME}
     bodies: list[object] = [None, [], 1, "x", {}, {"op": 5}, {**good, "op": "explode"}, {**good, "op": []}]
     bodies += [{**good, "token": value} for value in (None, 5, [], {}, "\ud800", "x" * 100_000)]
@@ -181,14 +181,14 @@ def test_hostile_bytes_never_end_the_broker(world: World) -> None:
     messages += [random.randbytes(random.randrange(1, 200)) for _ in range(100)]
     with world.serving():
         for message in messages:
-            got = world.raw(message)
-            assert not got or isinstance(json.loads(got[4:])["ok"], bool)
+            answer = world.raw(message)
+            assert not answer or isinstance(json.loads(answer[4:])["ok"], bool)
         assert world.client().info(NAME) == INFO
     assert all(denial.name.isascii() and len(denial.name) <= 200 for denial in world.denials)
 
 
-def test_a_message_that_is_too_long_is_refused_on_both_sides(world: World) -> None:
-    """Before it is read, and before it is sent."""
+def test_oversized_message_is_refused_on_both_sides(world: World) -> None:
+    """The broker refuses before it reads the message, the client before it sends it."""
     with world.serving():
         assert b"at most 1048576 bytes" in world.raw((MAX_BYTES + 1).to_bytes(4, "big") + b"x")
         client = world.client()
@@ -197,8 +197,8 @@ def test_a_message_that_is_too_long_is_refused_on_both_sides(world: World) -> No
         assert client.info(NAME) == INFO
 
 
-def test_a_slow_caller_is_cut_off_and_holds_nobody_up(world: World) -> None:
-    """A message that drips in is given up; others are answered meanwhile."""
+def test_slow_client_is_disconnected_and_delays_no_other(world: World) -> None:
+    """Other clients are answered meanwhile."""
     with world.serving(read_s=0.3), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as slow:
         slow.connect(str(world.path))
         slow.settimeout(10)

@@ -1,4 +1,4 @@
-"""The key broker's socket: who may connect to whom, what a restart costs, and what is counted."""
+"""The key broker's socket: permitted peers, restarts, and metrics."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from tests.broker_world import (
 )
 
 
-def test_a_client_survives_a_restart_of_its_broker(world: World) -> None:
-    """One connection lost in between is made again; the caller sees nothing."""
+def test_client_survives_a_restart_of_the_broker(world: World) -> None:
+    """The client reconnects without an error for its caller."""
     client = world.client()
     with world.serving():
         text = client.wrap(NAME, SECRET)
@@ -54,27 +54,25 @@ def test_a_client_survives_a_restart_of_its_broker(world: World) -> None:
         assert client.rotate(NAME) == 2
 
 
-def test_a_token_is_not_shown_to_another_users_listener(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody else may have bound the path first; root's broker is everybody's."""
+def test_token_is_not_sent_to_another_users_listener(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user may have bound the path first. A broker of root is accepted."""
     with world.serving():
         monkeypatch.setattr(client_module, "peer_uid", lambda connection: 4242)
         monkeypatch.setattr(client_module.os, "geteuid", lambda: 1000)
-        heard = world.ring.names()
+        expected = world.ring.names()
         with pytest.raises(KeyStoreUnavailable, match="belongs to user 4242"):
             world.client().names()
         monkeypatch.setattr(client_module, "peer_uid", lambda connection: 0)
-        assert world.client().names() == heard
+        assert world.client().names() == expected
 
 
-def test_roots_token_goes_to_the_clusters_user_and_root_alone(
+def test_token_of_root_is_sent_only_to_the_cluster_user_and_root(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may use another user's cluster, by the record of it, and nobody else's listener."""
+    """Root may use a cluster of another user, as its record names it."""
     monkeypatch.setattr(client_module.os, "geteuid", lambda: 0)
     with world.serving():
-        for peer, owner, believed in (
+        for peer, owner, accepted in (
             (1000, 1000, True),
             (4242, 1000, False),
             (4242, None, False),
@@ -82,7 +80,7 @@ def test_roots_token_goes_to_the_clusters_user_and_root_alone(
         ):
             monkeypatch.setattr(client_module, "peer_uid", lambda connection, peer=peer: peer)
             client = BrokerKeyStore(world.path, lambda: "admin/all", owner=owner)
-            if believed:
+            if accepted:
                 assert client.names() == world.ring.names()
             else:
                 with pytest.raises(KeyStoreUnavailable, match=r"user 4242.*no token was sent"):
@@ -90,8 +88,8 @@ def test_roots_token_goes_to_the_clusters_user_and_root_alone(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_users_socket_gets_no_token_of_roots(tmp_path: Path) -> None:
-    """A real one, put where the broker's was: the connection is made, and nothing is sent."""
+def test_real_socket_of_another_user_gets_no_token(tmp_path: Path) -> None:
+    """The socket is in the place of the broker's. The client connects and sends nothing."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")
@@ -104,24 +102,24 @@ def test_another_users_socket_gets_no_token_of_roots(tmp_path: Path) -> None:
         path = Path(folder) / "broker.sock"
         with subprocess.Popen(
             [python, "-c", code, str(path)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
-        ) as stranger:
-            assert stranger.stdout is not None
-            stranger.stdout.readline()
+        ) as listener:
+            assert listener.stdout is not None
+            listener.stdout.readline()
             with pytest.raises(KeyStoreUnavailable, match=r"user 65534.*no token was sent"):
                 BrokerKeyStore(path, lambda: "admin/all").names()
-            assert stranger.stdout.readline() == "b''\n"
+            assert listener.stdout.readline() == "b''\n"
 
 
-def test_whether_it_lives_is_asked_without_a_token_and_denies_nobody(world: World) -> None:
-    """As the supervisor and `cluster.status` ask."""
+def test_ping_needs_no_token_and_records_no_denial(world: World) -> None:
+    """The supervisor and `cluster.status` use it."""
     assert not broker_answers(world.path)
     with world.serving():
         assert broker_answers(world.path)
     assert world.denials == []
 
 
-def test_requests_refusals_and_times_are_counted(world: World) -> None:
-    """By operation and result; a word that is no operation makes no new series."""
+def test_requests_are_counted_by_operation_and_result(world: World) -> None:
+    """An unknown operation creates no new series."""
     registry = CollectorRegistry()
     with world.serving(metrics=BrokerMetrics(registry)):
         world.client().names()
@@ -145,14 +143,14 @@ def test_requests_refusals_and_times_are_counted(world: World) -> None:
     assert registry.get_sample_value("falaj_broker_request_seconds_count", {"operation": "names"}) == 2
 
 
-def test_without_a_broker_the_error_names_the_socket_and_the_remedy(world: World) -> None:
-    """Exit code 1: nothing is wrong with the request."""
+def test_missing_broker_error_names_the_socket_and_the_command(world: World) -> None:
+    """The error is not a RefusedError."""
     with pytest.raises(KeyStoreUnavailable, match=rf"{world.path}.*cluster\.up"):
         world.client().names()
 
 
-def test_stopping_answers_what_is_under_way(world: World) -> None:
-    """A request that the store is still working on gets its answer; the socket is gone afterwards."""
+def test_running_request_is_answered_before_the_broker_stops(world: World) -> None:
+    """The socket is removed afterwards."""
     entered, release = threading.Event(), threading.Event()
 
     class Slow(Failing):
@@ -161,22 +159,22 @@ def test_stopping_answers_what_is_under_way(world: World) -> None:
             assert release.wait(10)
             return INFO
 
-    got: list[KeyInfo] = []
+    answers: list[KeyInfo] = []
     idle = world.client()
     with world.serving(Slow(RuntimeError())) as stopped:
-        caller = threading.Thread(target=lambda: got.append(world.client().info(NAME)))
+        caller = threading.Thread(target=lambda: answers.append(world.client().info(NAME)))
         caller.start()
         assert entered.wait(10)
         stopped.set()
         until(lambda: not world.path.exists())
         release.set()
         caller.join()
-    assert got == [INFO]
+    assert answers == [INFO]
     idle.close()
 
 
-def test_the_socket_and_its_folder_are_private(world: World) -> None:
-    """0600 in 0700; a folder that others can enter is refused."""
+def test_socket_and_folder_are_private(world: World) -> None:
+    """Modes 0600 and 0700. A folder that other users can enter is refused."""
     with world.serving():
         assert world.path.stat().st_mode & 0o777 == 0o600
         assert world.path.parent.stat().st_mode & 0o777 == 0o700
@@ -186,17 +184,17 @@ def test_the_socket_and_its_folder_are_private(world: World) -> None:
 
 
 def run_once(world: World) -> None:
-    """A broker that stops at once."""
+    """Run a broker that stops at once."""
     stopped = threading.Event()
     stopped.set()
     Broker(world.gate(), world.path).run(stopped)
 
 
-def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
-    """Neither one with a broker, nor one with a stranger, nor a file."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.bind(str(world.path))
-        stranger.listen()
+def test_only_a_stale_socket_is_replaced(world: World) -> None:
+    """A socket of a running broker, a socket of another process, and a file are not replaced."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other_listener:
+        other_listener.bind(str(world.path))
+        other_listener.listen()
         with pytest.raises(ConfigError, match="listens at"):
             run_once(world)
     assert world.path.is_socket()
@@ -211,8 +209,8 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(world: World) -> None:
     assert world.path.read_text() == "mine"
 
 
-def test_a_path_that_no_socket_can_have_is_refused(world: World) -> None:
-    """On both sides, with its length."""
+def test_too_long_socket_path_is_refused(world: World) -> None:
+    """Client and broker name its length."""
     long = world.path.with_name("x" * 98)
     with pytest.raises(ConfigError, match="at most 97"):
         BrokerKeyStore(long, lambda: "token")
@@ -221,14 +219,14 @@ def test_a_path_that_no_socket_can_have_is_refused(world: World) -> None:
 
 
 def test_only_the_same_user_and_root_may_connect() -> None:
-    """By the kernel's word, whatever the socket's mode."""
+    """Independent of the mode of the socket."""
     assert [peer_allowed(uid, own=1000) for uid in (1000, 0, 1001, 65534)] == [True, True, False, False]
     assert [peer_allowed(uid, own=0) for uid in (0, 1000)] == [True, False]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_turned_away_though_the_socket_lets_it_in(world: World) -> None:
-    """The denial is on record with the user's number."""
+def test_another_user_is_refused_although_the_socket_is_open(world: World) -> None:
+    """The denial names the user's number."""
     code = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
         "print(s.recv(9999)[4:].decode())"
@@ -255,8 +253,8 @@ def test_another_user_is_turned_away_though_the_socket_lets_it_in(world: World) 
     ]
 
 
-def test_a_forked_child_makes_its_own_connection(world: World) -> None:
-    """Answers of parent and child never cross."""
+def test_forked_child_opens_its_own_connection(world: World) -> None:
+    """Parent and child never get the answers of each other."""
     client = world.client()
     with world.serving(), ExitStack() as stack:
         texts = [client.wrap(NAME, bytes([number]) * 32) for number in range(20)]
@@ -268,12 +266,12 @@ def test_a_forked_child_makes_its_own_connection(world: World) -> None:
 
 
 def client_unwrap(path: Path, text: str) -> bytes:
-    """Unwrap in a child."""
+    """Unwrap a secret in a child process."""
     return BrokerKeyStore(path, lambda: "admin/x").unwrap(NAME, text)
 
 
-def test_many_callers_are_served_at_once(world: World) -> None:
-    """Every one gets its own secrets back."""
+def test_many_clients_are_served_at_once(world: World) -> None:
+    """Each gets its own secrets back."""
     wrong: list[object] = []
 
     def work(number: int, client: BrokerKeyStore) -> None:
@@ -295,8 +293,8 @@ def test_many_callers_are_served_at_once(world: World) -> None:
     assert wrong == []
 
 
-def test_the_broker_needs_no_ray() -> None:
-    """It starts before the cluster and outlives it."""
+def test_broker_imports_no_ray() -> None:
+    """The broker starts before the cluster and outlives it."""
     code = (
         "import sys, cluster.security.keys.broker, cluster.security.keys.client, cluster.security.keys.keyring; "
         "print([m for m in ('ray', 'hvac', 'hydra', 'torch') if m in sys.modules])"

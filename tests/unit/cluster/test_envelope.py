@@ -1,4 +1,4 @@
-"""Sealed files and values: whole they open, in any other state they are refused."""
+"""Sealed files and values: intact ones open, all others are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def keyring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a short file has many chunks."""
+    """Use small chunks, so that a short file has many."""
     monkeypatch.setattr(envelope, "CHUNK_BYTES", SMALL_CHUNK)
 
 
@@ -55,8 +55,8 @@ def reopen(keyring: Keyring, data: bytes, *, key: str = KEY, identity: Identity 
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES])
-def test_what_was_sealed_is_opened(keyring: Keyring, size: int) -> None:
-    """At every border of a chunk, and nothing of it shows in between."""
+def test_sealed_file_opens_unchanged(keyring: Keyring, size: int) -> None:
+    """Holds at every chunk boundary. The sealed file does not contain the plaintext."""
     data = b"canary" * (size // 6) + b"x" * (size % 6)
     sealed = reseal(keyring, data)
     assert is_sealed(sealed)
@@ -65,27 +65,27 @@ def test_what_was_sealed_is_opened(keyring: Keyring, size: int) -> None:
     assert reopen(keyring, sealed) == data
 
 
-def test_the_same_content_is_never_sealed_the_same(keyring: Keyring) -> None:
-    """Each file has a data key of its own."""
+def test_same_content_gives_different_sealed_files(keyring: Keyring) -> None:
+    """Each file has its own data key."""
     assert reseal(keyring, LONG) != reseal(keyring, LONG)
 
 
-def test_a_flipped_bit_is_refused(keyring: Keyring) -> None:
-    """Every single one, by what was altered: the file, or the wrapped key in its header."""
+def test_flipped_bit_is_refused(keyring: Keyring) -> None:
+    """The error names what was altered: the file, or the wrapped key in its header."""
     sealed = reseal(keyring, LONG)
-    for place in range(len(sealed)):
+    for position in range(len(sealed)):
         altered = bytearray(sealed)
-        altered[place] ^= 1 << place % 8
+        altered[position] ^= 1 << position % 8
         with pytest.raises((ArtifactTampered, WrappedKeyInvalid)):
             reopen(keyring, bytes(altered))
 
 
-def test_a_truncated_file_is_refused(keyring: Keyring) -> None:
-    """Whatever is left of it."""
+def test_truncated_file_is_refused(keyring: Keyring) -> None:
+    """Holds for every length."""
     sealed = reseal(keyring, LONG)
-    for kept in range(len(sealed)):
+    for length in range(len(sealed)):
         with pytest.raises(ArtifactTampered):
-            reopen(keyring, sealed[:kept])
+            reopen(keyring, sealed[:length])
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_a_truncated_file_is_refused(keyring: Keyring) -> None:
     ],
     ids=lambda header: header[-40:].decode(errors="replace"),
 )
-def test_a_made_up_header_is_refused(keyring: Keyring, header: bytes) -> None:
-    """Before any key is asked for."""
-    made_up = envelope.MAGIC + struct.pack(">I", len(header)) + header + bytes(100)
+def test_invalid_header_is_refused(keyring: Keyring, header: bytes) -> None:
+    """It is refused before a key is requested."""
+    forged = envelope.MAGIC + struct.pack(">I", len(header)) + header + bytes(100)
     with pytest.raises(ArtifactTampered, match="header"):
-        reopen(keyring, made_up)
+        reopen(keyring, forged)
 
 
 def swapped(chunks: list[bytes]) -> list[bytes]:
@@ -148,10 +148,10 @@ def with_more(chunks: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("change", [swapped, repeated, without_first, without_last, with_more])
-def test_chunks_keep_their_places(
+def test_moved_or_missing_chunk_is_refused(
     small_chunks: None, keyring: Keyring, change: Callable[[list[bytes]], list[bytes]]
 ) -> None:
-    """None is moved, repeated, left out or added, the last at a chunk's border neither."""
+    """No chunk can be moved, repeated, left out or added, also at the end of the file."""
     size = SMALL_CHUNK + envelope.TAG_BYTES
     sealed = reseal(keyring, LONG)
     length = len(LONG) // SMALL_CHUNK * size
@@ -171,20 +171,20 @@ def test_chunks_keep_their_places(
     ],
     ids=str,
 )
-def test_a_file_is_not_passed_off_as_another(keyring: Keyring, other: Identity) -> None:
-    """Though its key is the same."""
+def test_file_with_another_identity_is_refused(keyring: Keyring, other: Identity) -> None:
+    """Although both files have the same key."""
     with pytest.raises(ArtifactTampered, match="expected"):
         reopen(keyring, reseal(keyring, LONG), identity=other)
 
 
-def test_a_file_under_somebody_elses_key_is_refused(keyring: Keyring) -> None:
-    """Who may use another key cannot make a model of this name."""
+def test_file_under_another_key_is_refused(keyring: Keyring) -> None:
+    """A principal with another key cannot forge a model of this name."""
     forged = seal_bytes(LONG, store=keyring, key="models/other", identity=MODEL)
     with pytest.raises(ArtifactTampered, match="models/other"):
         reopen(keyring, forged)
 
 
-def test_a_rotated_key_opens_old_files_and_a_revoked_one_none(tmp_path: Path) -> None:
+def test_rotated_key_opens_old_files_and_revoked_key_opens_none(tmp_path: Path) -> None:
     """The store keeps old versions until the key is revoked."""
     keyring = Keyring.create(tmp_path / "keyring.json", b"k" * 32)
     keyring.ensure(KeyInfo(name=KEY))
@@ -196,38 +196,38 @@ def test_a_rotated_key_opens_old_files_and_a_revoked_one_none(tmp_path: Path) ->
         reopen(keyring, sealed)
 
 
-def test_a_stream_is_read_and_written_in_pieces(small_chunks: None, keyring: Keyring) -> None:
-    """No call reads more than a chunk, however long the file."""
-    asked: list[int] = []
+def test_stream_is_read_in_chunks(small_chunks: None, keyring: Keyring) -> None:
+    """No call reads more than one chunk, for any length of the file."""
+    sizes: list[int] = []
 
     class Source(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
-            asked.append(size or 0)
+            sizes.append(size or 0)
             return super().read(size)
 
     target = io.BytesIO()
     envelope.seal(Source(LONG * 20), target, store=keyring, key=KEY, identity=MODEL)
-    assert set(asked) == {SMALL_CHUNK}
+    assert set(sizes) == {SMALL_CHUNK}
     assert reopen(keyring, target.getvalue()) == LONG * 20
 
 
-@given(value=st.binary(max_size=300), place=st.binary(max_size=40))
-def test_a_value_opens_in_its_place_only(keyring: Keyring, value: bytes, place: bytes) -> None:
-    """Also after the data key was unwrapped anew."""
+@given(value=st.binary(max_size=300), aad=st.binary(max_size=40))
+def test_value_opens_only_with_its_aad(keyring: Keyring, value: bytes, aad: bytes) -> None:
+    """Holds also after the data key was unwrapped again."""
     cipher, wrapped = ValueCipher.create(keyring, KEY)
-    sealed = cipher.encrypt(value, place)
-    again = ValueCipher.open(keyring, KEY, wrapped)
-    assert again.decrypt(sealed, place) == value
+    sealed = cipher.encrypt(value, aad)
+    reopened = ValueCipher.open(keyring, KEY, wrapped)
+    assert reopened.decrypt(sealed, aad) == value
     with pytest.raises(ArtifactTampered):
-        again.decrypt(sealed, place + b"x")
+        reopened.decrypt(sealed, aad + b"x")
     with pytest.raises(ArtifactTampered):
-        again.decrypt(sealed[:-1], place)
+        reopened.decrypt(sealed[:-1], aad)
 
 
-@given(one=st.text("ab\0", max_size=4), other=st.text("ab\0", max_size=4), split=st.integers(0, 4))
-def test_no_two_values_have_the_same_place(one: str, other: str, split: int) -> None:
-    """Whatever a table's name ends with and a key begins with."""
-    both = one + other
-    table, entity = both[:split], both[split:].encode()
-    same = (table, entity) == (one, other.encode())
-    assert (place_of(one, other.encode()) == place_of(table, entity)) == same
+@given(name=st.text("ab\0", max_size=4), key=st.text("ab\0", max_size=4), split=st.integers(0, 4))
+def test_different_values_have_different_aads(name: str, key: str, split: int) -> None:
+    """Holds for every end of a table name and start of a key."""
+    joined = name + key
+    table, entity = joined[:split], joined[split:].encode()
+    same = (table, entity) == (name, key.encode())
+    assert (place_of(name, key.encode()) == place_of(table, entity)) == same

@@ -1,4 +1,4 @@
-"""Which key store the broker opens, and that the policies stand before either; Vault is the double, not Vault."""
+"""The choice of the key store. The broker checks the policies for both stores. Uses a Vault double."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SECRET = b"a data key of thirty-two bytes.."
 
 
 def chosen(root: Path, *overrides: str) -> PlatformConfig:
-    """The configuration of these words of a command line."""
+    """Return the configuration with these command-line overrides."""
     composed = _composed(*overrides).copy()
     composed.storage.root = str(root)
     return load(composed, PlatformConfig)
@@ -56,7 +56,7 @@ def _composed(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def double() -> Iterator[VaultDouble]:
-    """A double that lets one AppRole in."""
+    """A Vault double with one AppRole."""
     with VaultDouble() as double:
         double.state.approles["falaj"] = "secret-of-now"
         yield double
@@ -64,7 +64,7 @@ def double() -> Iterator[VaultDouble]:
 
 @pytest.fixture
 def stopped() -> Iterator[threading.Event]:
-    """Ends what keeps a login alive."""
+    """Event that ends the renewal of the login."""
     event = threading.Event()
     yield event
     event.set()
@@ -72,7 +72,7 @@ def stopped() -> Iterator[threading.Event]:
 
 @pytest.fixture
 def secret_file(tmp_path: Path) -> Path:
-    """AppRole's secret id."""
+    """File with the secret id of the AppRole."""
     path = tmp_path / "secret-id"
     path.touch(mode=0o600)
     path.write_text("secret-of-now\n")
@@ -81,7 +81,7 @@ def secret_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_vault(tmp_path: Path, double: VaultDouble, secret_file: Path) -> PlatformConfig:
-    """An installation that keeps its keys in Vault."""
+    """Configuration of an installation with keys in Vault."""
     config = chosen(
         tmp_path,
         "secrets=vault",
@@ -95,7 +95,7 @@ def in_vault(tmp_path: Path, double: VaultDouble, secret_file: Path) -> Platform
 
 @contextlib.contextmanager
 def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[Path, Layout]]:
-    """A broker over the configured store, with the real policies and the dev issuer's tokens."""
+    """Run a broker over the configured store, with the real policies and tokens of the dev issuer."""
     folder = Path(tempfile.mkdtemp(prefix="fk-"))
     places, policy = Layout(str(folder / "root")), Policy.load()
     ensure_issuer(places)
@@ -121,37 +121,35 @@ def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[
         shutil.rmtree(folder)
 
 
-def until(holds: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline, pause = time.monotonic() + 10, threading.Event()
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         pause.wait(0.01)
 
 
-def test_a_production_tier_refuses_the_keyring_unless_it_is_acknowledged(
+def test_production_tier_refuses_the_keyring_unless_acknowledged(
     tmp_path: Path, stopped: threading.Event
 ) -> None:
-    """Before anything is started, and again when the broker would open it."""
+    """Refused before the start, and again when the broker opens the store."""
     config = chosen(tmp_path, "tier=enterprise_gpu")
-    for open_it in (lambda: up.check(config), lambda: open_store(config, stopped=stopped)):
+    for check in (lambda: up.check(config), lambda: open_store(config, stopped=stopped)):
         with pytest.raises(ConfigError, match=r"secrets=vault, or secrets\.acknowledge_keyring=true"):
-            open_it()
+            check()
     assert not (tmp_path / "keys").exists()
-    known = chosen(tmp_path, "tier=enterprise_gpu", "secrets.acknowledge_keyring=true")
-    assert isinstance(open_store(known, stopped=stopped), Keyring)
+    acknowledged = chosen(tmp_path, "tier=enterprise_gpu", "secrets.acknowledge_keyring=true")
+    assert isinstance(open_store(acknowledged, stopped=stopped), Keyring)
 
 
-def test_a_small_installation_has_a_keyring_without_being_asked(
-    tmp_path: Path, stopped: threading.Event
-) -> None:
-    """Two commands on a fresh machine must do."""
+def test_small_tier_uses_a_keyring_by_default(tmp_path: Path, stopped: threading.Event) -> None:
+    """No setting is needed."""
     assert isinstance(open_store(chosen(tmp_path), stopped=stopped), Keyring)
 
 
-def test_before_vault_the_broker_asks_the_policies(
+def test_broker_checks_the_policies_before_it_calls_vault(
     in_vault: PlatformConfig, double: VaultDouble, stopped: threading.Event
 ) -> None:
-    """Whose purpose is not the key's never reaches Vault, and nobody but the broker has a token for it."""
+    """A denied request never reaches Vault."""
     with serving(in_vault, stopped) as (socket, places):
 
         def client(role: Role, purpose: str) -> BrokerKeyStore:
@@ -170,14 +168,14 @@ def test_before_vault_the_broker_asks_the_policies(
     assert set(double.state.transit) == {"falaj.features.income.personal"}
 
 
-def test_the_brokers_process_is_told_the_same_choice(in_vault: PlatformConfig) -> None:
-    """What `cluster.up` was given reaches the process that it starts, by paths and never a secret's value."""
-    words = overrides_of("secrets", in_vault.secrets)
-    again = chosen(Path(in_vault.storage.root), *words)
-    assert again.secrets == in_vault.secrets
-    assert "secret-of-now" not in "".join(words)
-    odd = chosen(Path(in_vault.storage.root), *words, "secrets.vault.role='it\\'s = {odd}'")
-    assert chosen(Path("/"), *overrides_of("secrets", odd.secrets)).secrets == odd.secrets
+def test_broker_process_gets_the_same_choice(in_vault: PlatformConfig) -> None:
+    """The overrides for the new process contain paths, never the value of a secret."""
+    overrides = overrides_of("secrets", in_vault.secrets)
+    parsed = chosen(Path(in_vault.storage.root), *overrides)
+    assert parsed.secrets == in_vault.secrets
+    assert "secret-of-now" not in "".join(overrides)
+    special = chosen(Path(in_vault.storage.root), *overrides, "secrets.vault.role='it\\'s = {odd}'")
+    assert chosen(Path("/"), *overrides_of("secrets", special.secrets)).secrets == special.secrets
 
 
 @pytest.mark.parametrize(
@@ -193,19 +191,19 @@ def test_the_brokers_process_is_told_the_same_choice(in_vault: PlatformConfig) -
     ],
     ids=["nothing", "no secret id", "no token", "unknown"],
 )
-def test_an_incomplete_choice_says_what_is_missing(
+def test_incomplete_choice_names_the_missing_setting(
     tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    """At once, not when the first key is needed."""
+    """At the start, not at the first use of a key."""
     with pytest.raises(ConfigError, match=message):
         chosen(tmp_path, "secrets=vault", *overrides)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o620, 0o604])
-def test_a_secret_that_others_can_read_is_not_used(
+def test_readable_or_missing_secret_file_is_refused(
     in_vault: PlatformConfig, secret_file: Path, double: VaultDouble, stopped: threading.Event, mode: int
 ) -> None:
-    """Nor one that is gone; Vault is not asked."""
+    """Vault is not called."""
     secret_file.chmod(mode)
     with pytest.raises(ConfigError, match="chmod 600"):
         open_store(in_vault, stopped=stopped)
@@ -215,14 +213,14 @@ def test_a_secret_that_others_can_read_is_not_used(
     assert double.state.requests == []
 
 
-def test_a_plain_address_elsewhere_is_refused(in_vault: PlatformConfig, stopped: threading.Event) -> None:
-    """The login would be read on its way."""
+def test_plain_http_to_another_host_is_refused(in_vault: PlatformConfig, stopped: threading.Event) -> None:
+    """The login could be read on the network."""
     in_vault.secrets.vault.address = "http://vault.example:8200"
     with pytest.raises(ConfigError, match="https"):
         open_store(in_vault, stopped=stopped)
 
 
-def test_a_replaced_secret_opens_vault_again_without_a_restart(
+def test_replaced_secret_restores_the_login_without_a_restart(
     in_vault: PlatformConfig,
     secret_file: Path,
     double: VaultDouble,
@@ -230,7 +228,7 @@ def test_a_replaced_secret_opens_vault_again_without_a_restart(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The old one was withdrawn and the token with it; the log says so until the new one is there."""
+    """The old secret and token are withdrawn. The log reports it until the new secret is there."""
     monkeypatch.setattr(configured, "RETRY_S", 0.02)
     vault = in_vault.secrets.vault
     client = configured.connect_to_vault(vault)
@@ -249,23 +247,23 @@ def test_a_replaced_secret_opens_vault_again_without_a_restart(
     thread.join()
 
 
-def test_a_keyring_is_opened_by_the_passphrase_in_a_file(
+def test_keyring_opens_with_the_passphrase_in_a_file(
     tmp_path: Path, secret_file: Path, stopped: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No key lies beside it; another passphrase, an open file, and a keyring that has none are refused."""
+    """No key file is written. A wrong passphrase, an open file and a missing file are refused."""
     quick = Derivation(salt=bytes(SALT_BYTES), n=2**14)
     monkeypatch.setattr(Derivation, "new", lambda: quick)
-    named = f"secrets.passphrase_file={secret_file}"
+    override = f"secrets.passphrase_file={secret_file}"
     secret_file.write_text("correct horse battery\n")
-    open_store(chosen(tmp_path, named), stopped=stopped).ensure(INFO)
+    open_store(chosen(tmp_path, override), stopped=stopped).ensure(INFO)
     assert not (tmp_path / "keys" / "kek").exists()
-    assert open_store(chosen(tmp_path, named), stopped=stopped).info(INFO.name) == INFO
+    assert open_store(chosen(tmp_path, override), stopped=stopped).info(INFO.name) == INFO
     secret_file.write_text("another horse battery")
     with pytest.raises(KeyEncryptionKeyWrong):
-        open_store(chosen(tmp_path, named), stopped=stopped)
+        open_store(chosen(tmp_path, override), stopped=stopped)
     secret_file.chmod(0o640)
     with pytest.raises(ConfigError, match="chmod 600"):
-        open_store(chosen(tmp_path, named), stopped=stopped)
+        open_store(chosen(tmp_path, override), stopped=stopped)
     secret_file.unlink()
     with pytest.raises(ConfigError, match="passphrase_file"):
-        open_store(chosen(tmp_path, named), stopped=stopped)
+        open_store(chosen(tmp_path, override), stopped=stopped)

@@ -1,7 +1,7 @@
-"""What every key store must do, run against each: the keyring, the keyring behind its broker, and Vault.
+"""The contract of every key store, checked for the keyring, the keyring behind its broker, and Vault.
 
-Vault is a double here (tests/vault_double.py, not Vault) unless VAULT_ADDR and VAULT_TOKEN name a real one with a
-Transit engine at `transit` and KV version 2 at `secret`.
+Vault is a double (tests/vault_double.py), unless VAULT_ADDR and VAULT_TOKEN name a real one with a Transit engine at
+`transit` and KV version 2 at `secret`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SECRET = bytes(range(32))
 
 @dataclass(frozen=True)
 class Anyone:
-    """A principal who may do everything."""
+    """A principal that may do everything."""
 
     subject: str = "anyone"
 
 
 @dataclass(frozen=True)
 class Yes:
-    """A policy's permit."""
+    """A decision that permits."""
 
     allowed: bool = True
     policies: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ def permit(principal: Anyone, operation: Operation, info: KeyInfo) -> Yes:
 
 @contextmanager
 def served(store: KeyStore) -> Iterator[BrokerKeyStore]:
-    """A store behind a broker that permits everything, through a client."""
+    """Yield a client of a broker that permits everything, over a store."""
     with tempfile.TemporaryDirectory(prefix="fk-") as folder:
         path = Path(folder) / "keys.sock"
         gate = Gate(store, verify=lambda token: Anyone(), decide=permit, audit=lambda denial: None)
@@ -82,7 +82,7 @@ def served(store: KeyStore) -> Iterator[BrokerKeyStore]:
 
 
 def wait_for(path: Path) -> None:
-    """Until a broker listens."""
+    """Wait until a broker listens."""
     pause = threading.Event()
     for _ in range(500):
         if path.is_socket():
@@ -92,7 +92,7 @@ def wait_for(path: Path) -> None:
 
 
 def real_vault() -> VaultKeyStore:
-    """The Vault at VAULT_ADDR, below a prefix of this run's own."""
+    """Return the Vault at VAULT_ADDR, with a unique prefix."""
     if not os.environ.get("VAULT_ADDR"):
         pytest.skip("no real Vault: set VAULT_ADDR and VAULT_TOKEN to run the contract against one")
     return VaultKeyStore(hvac.Client(timeout=10), prefix=f"falaj-test-{uuid.uuid4().hex}")
@@ -118,8 +118,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeyStore]:
                     vault.revoke(name)
 
 
-def test_a_secret_comes_back_and_its_text_shows_scheme_and_version(store: KeyStore) -> None:
-    """unwrap(wrap(x)) is x, and no two texts of one secret are the same."""
+def test_unwrap_returns_the_wrapped_secret(store: KeyStore) -> None:
+    """The text contains scheme and version, and two texts of one secret differ."""
     store.ensure(INCOME)
     texts = [store.wrap(INCOME.name, SECRET) for _ in range(3)]
     assert [store.unwrap(INCOME.name, text) for text in texts] == [SECRET] * 3
@@ -131,8 +131,8 @@ def test_a_secret_comes_back_and_its_text_shows_scheme_and_version(store: KeySto
         assert SECRET not in base64.b64decode(sealed, b"-_" if scheme == "kr" else b"+/")
 
 
-def test_secrets_of_every_allowed_size_come_back(store: KeyStore) -> None:
-    """From 1 byte to 64 KiB; nothing and more are refused."""
+def test_secrets_of_every_allowed_size_can_be_wrapped(store: KeyStore) -> None:
+    """From 1 byte to 64 KiB. Empty and larger secrets are refused."""
     store.ensure(INCOME)
     for size in (1, 16, 33, MAX_SECRET_BYTES):
         secret = secrets.token_bytes(size)
@@ -142,8 +142,8 @@ def test_secrets_of_every_allowed_size_come_back(store: KeyStore) -> None:
             store.wrap(INCOME.name, bytes(size))
 
 
-def test_a_key_says_what_it_was_made_for(store: KeyStore) -> None:
-    """The description comes back whole."""
+def test_info_returns_the_description(store: KeyStore) -> None:
+    """The description is returned unchanged."""
     store.ensure(INCOME)
     store.ensure(HEALTH)
     assert store.info(INCOME.name) == INCOME
@@ -151,8 +151,8 @@ def test_a_key_says_what_it_was_made_for(store: KeyStore) -> None:
     assert store.names() == [HEALTH.name, INCOME.name]
 
 
-def test_ensuring_twice_keeps_the_key_and_takes_the_newer_description(store: KeyStore) -> None:
-    """What was wrapped before a change of purposes still unwraps, and under every version."""
+def test_second_ensure_updates_only_the_description(store: KeyStore) -> None:
+    """Secrets wrapped before a change of purposes still unwrap, under every version."""
     store.ensure(INCOME)
     first = store.wrap(INCOME.name, SECRET)
     store.rotate(INCOME.name)
@@ -167,8 +167,8 @@ def test_ensuring_twice_keeps_the_key_and_takes_the_newer_description(store: Key
     assert store.names() == [INCOME.name]
 
 
-def test_a_missing_key_is_not_found_and_not_made(store: KeyStore) -> None:
-    """No operation makes a key but ensure."""
+def test_missing_key_is_not_found_and_not_created(store: KeyStore) -> None:
+    """Only `ensure` creates keys."""
     store.ensure(HEALTH)
     text = store.wrap(HEALTH.name, SECRET)
     for call in (
@@ -184,13 +184,13 @@ def test_a_missing_key_is_not_found_and_not_made(store: KeyStore) -> None:
     assert store.names() == [HEALTH.name]
 
 
-def test_an_empty_store_has_no_names(store: KeyStore) -> None:
-    """Before the first key."""
+def test_empty_store_has_no_names(store: KeyStore) -> None:
+    """The list is empty before the first key."""
     assert store.names() == []
 
 
-def test_a_wrapped_secret_belongs_to_its_name(store: KeyStore) -> None:
-    """Swapped texts are refused both ways."""
+def test_wrapped_secret_is_bound_to_its_name(store: KeyStore) -> None:
+    """Swapped texts of two keys are refused."""
     store.ensure(INCOME)
     store.ensure(HEALTH)
     income, health = store.wrap(INCOME.name, SECRET), store.wrap(HEALTH.name, SECRET)
@@ -201,8 +201,8 @@ def test_a_wrapped_secret_belongs_to_its_name(store: KeyStore) -> None:
             store.rewrap(name, text)
 
 
-def test_a_flipped_bit_anywhere_is_refused(store: KeyStore) -> None:
-    """A bit of each character, another one each time, with other versions in existence, too."""
+def test_flipped_bit_in_a_wrapped_secret_is_refused(store: KeyStore) -> None:
+    """One bit of each character, also with several key versions."""
     store.ensure(INCOME)
     text = store.wrap(INCOME.name, SECRET)
     store.rotate(INCOME.name)
@@ -214,8 +214,8 @@ def test_a_flipped_bit_anywhere_is_refused(store: KeyStore) -> None:
     assert store.unwrap(INCOME.name, text) == SECRET
 
 
-def test_every_truncation_and_other_spelling_is_refused(store: KeyStore) -> None:
-    """One text has one spelling."""
+def test_truncation_and_other_spellings_are_refused(store: KeyStore) -> None:
+    """A wrapped secret has one valid spelling."""
     store.ensure(INCOME)
     text = store.wrap(INCOME.name, SECRET)
     scheme, _, sealed = text.split(":")
@@ -240,8 +240,8 @@ def test_every_truncation_and_other_spelling_is_refused(store: KeyStore) -> None
             store.unwrap(INCOME.name, other)
 
 
-def test_rotation_reads_old_texts_and_writes_new_ones(store: KeyStore) -> None:
-    """Versions count up from 1."""
+def test_rotation_adds_a_version(store: KeyStore) -> None:
+    """Old texts still unwrap. Versions count from 1."""
     store.ensure(INCOME)
     texts = [store.wrap(INCOME.name, SECRET)]
     for version in (2, 3):
@@ -251,8 +251,8 @@ def test_rotation_reads_old_texts_and_writes_new_ones(store: KeyStore) -> None:
     assert [store.unwrap(INCOME.name, text) for text in texts] == [SECRET] * 3
 
 
-def test_rewrapping_moves_a_secret_to_the_newest_version(store: KeyStore) -> None:
-    """The secret stays the same, the text does not."""
+def test_rewrap_uses_the_newest_version(store: KeyStore) -> None:
+    """The secret is the same, the text is new."""
     store.ensure(INCOME)
     old = store.wrap(INCOME.name, SECRET)
     store.rotate(INCOME.name)
@@ -261,8 +261,8 @@ def test_rewrapping_moves_a_secret_to_the_newest_version(store: KeyStore) -> Non
     assert store.unwrap(INCOME.name, new) == SECRET
 
 
-def test_a_revoked_key_is_gone_for_good(store: KeyStore) -> None:
-    """Every operation says so, the name stays taken, other keys live on."""
+def test_revoked_key_is_lost(store: KeyStore) -> None:
+    """Every operation raises KeyRevoked, the name cannot be used again, and other keys still work."""
     store.ensure(INCOME)
     store.ensure(HEALTH)
     text, other = store.wrap(INCOME.name, SECRET), store.wrap(HEALTH.name, SECRET)
@@ -283,8 +283,8 @@ def test_a_revoked_key_is_gone_for_good(store: KeyStore) -> None:
     assert store.unwrap(HEALTH.name, other) == SECRET
 
 
-def test_odd_names_are_refused_with_the_rule(store: KeyStore) -> None:
-    """The same in every store, and nothing is asked of Vault with them."""
+def test_invalid_names_are_refused(store: KeyStore) -> None:
+    """All stores give the same error, without a request to Vault."""
     parts = [
         "",
         "/",
@@ -317,8 +317,8 @@ def test_odd_names_are_refused_with_the_rule(store: KeyStore) -> None:
                 call()
 
 
-def test_names_that_look_alike_are_different_keys(store: KeyStore) -> None:
-    """Whatever characters the store underneath can hold."""
+def test_similar_names_are_different_keys(store: KeyStore) -> None:
+    """Independent of the characters that the underlying store allows."""
     names = [
         "A/b",
         "_",
@@ -340,8 +340,8 @@ def test_names_that_look_alike_are_different_keys(store: KeyStore) -> None:
     assert {name: store.unwrap(name, text) for name, text in texts.items()} == {n: n.encode() for n in names}
 
 
-def test_no_secret_and_no_wrapped_text_is_in_an_error(store: KeyStore) -> None:
-    """Errors are logged; secrets are not."""
+def test_errors_contain_no_secret_and_no_wrapped_text(store: KeyStore) -> None:
+    """Errors are logged; secrets must not be."""
     store.ensure(INCOME)
     text = store.wrap(INCOME.name, b"canary-canary-canary")
     calls = [
@@ -357,8 +357,8 @@ def test_no_secret_and_no_wrapped_text_is_in_an_error(store: KeyStore) -> None:
         assert text[8:30] not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
-def test_many_threads_share_a_store(store: KeyStore) -> None:
-    """Rotations are all counted, and nothing wrapped meanwhile is lost."""
+def test_store_is_thread_safe(store: KeyStore) -> None:
+    """Every rotation is counted, and concurrently wrapped secrets unwrap."""
     store.ensure(INCOME)
     texts: list[str] = []
     versions: list[int] = []

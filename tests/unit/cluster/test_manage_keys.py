@@ -1,4 +1,4 @@
-"""Keys by command: another key-encryption key under a running broker, and revocation."""
+"""The command for keys: rotation of the key-encryption key under a running broker, and revocation."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(f"sqlite:///{tmp_path}/ledger.db")
 
 
-def config(tmp_path: Path, *, role: str = "admin", **given: Any) -> ManageKeysConfig:
+def config(tmp_path: Path, *, role: str = "admin", **settings: Any) -> ManageKeysConfig:
     return ManageKeysConfig(
-        storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(role=role), **given
+        storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(role=role), **settings
     )
 
 
 def actor(tmp_path: Path, ledger: Ledger, *, role: str = "admin") -> Actor:
-    words: dict[str, Any] = {
+    required: dict[str, Any] = {
         field.name: "" for field in dataclasses.fields(ClusterRecord) if field.default is dataclasses.MISSING
     }
-    record = ClusterRecord(**words | {"storage_root": str(tmp_path), "ports": {}, "pids": {}, "tls": False})
+    record = ClusterRecord(
+        **required | {"storage_root": str(tmp_path), "ports": {}, "pids": {}, "tls": False}
+    )
     return act(config(tmp_path, role=role), record, ledger, entrypoint=ENTRYPOINT)
 
 
-def test_a_broker_goes_on_under_another_key_encryption_key(tmp_path: Path, ledger: Ledger) -> None:
-    """It reads the new one where the old one was; what was wrapped is still to be had."""
+def test_running_broker_follows_a_kek_rotation(tmp_path: Path, ledger: Ledger) -> None:
+    """The broker reads the new key from the same path, and old secrets unwrap."""
     broker = open_local(tmp_path / "keys")
     broker.ensure(INFO)
     text, old = broker.wrap(INFO.name, b"secret"), kek_from_file(tmp_path / "keys" / KEK_NAME)
@@ -61,8 +63,8 @@ def test_a_broker_goes_on_under_another_key_encryption_key(tmp_path: Path, ledge
     assert len(list(ledger.entries(KeyEncryptionKeyRotated))) == 2
 
 
-def test_a_broker_reads_on_in_the_middle_of_rotations(tmp_path: Path) -> None:
-    """Between the keyring's new file and its key's new name, too."""
+def test_running_broker_reads_during_kek_rotations(tmp_path: Path) -> None:
+    """Also between the change of the keyring's file and the rename of its key's file."""
     broker = open_local(tmp_path)
     broker.ensure(INFO)
     text = broker.wrap(INFO.name, b"secret")
@@ -76,10 +78,10 @@ def test_a_broker_reads_on_in_the_middle_of_rotations(tmp_path: Path) -> None:
     assert rotating.returncode == 0
 
 
-def test_a_reader_that_is_slower_than_two_rotations_reads_on(
+def test_reader_slower_than_two_rotations_reads_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has read a file whose key is gone by the time it looks for it, so it reads the file again."""
+    """Its copy of the file has a key that no longer exists, so it reads the file again."""
     broker = open_local(tmp_path)
     broker.ensure(INFO)
     text = broker.wrap(INFO.name, b"secret")
@@ -91,8 +93,8 @@ def test_a_reader_that_is_slower_than_two_rotations_reads_on(
     assert broker.unwrap(INFO.name, text) == b"secret"
 
 
-def test_a_key_is_revoked_by_who_manages_keys(tmp_path: Path, ledger: Ledger) -> None:
-    """Said before it is done."""
+def test_only_a_key_manager_revokes_a_key(tmp_path: Path, ledger: Ledger) -> None:
+    """The event is written before the key is destroyed."""
     ring = open_local(tmp_path / "keys")
     ring.ensure(INFO)
     with pytest.raises(AccessDenied):
@@ -109,17 +111,17 @@ def test_a_key_is_revoked_by_who_manages_keys(tmp_path: Path, ledger: Ledger) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("settings", "match"),
     [({}, "name of a key"), ({"key": "k"}, "confirm=k"), ({"key": "k", "confirm": "other"}, "confirm=k")],
 )
-def test_a_revocation_is_meant(tmp_path: Path, given: dict[str, str], match: str) -> None:
-    """There is no way back."""
+def test_revocation_needs_a_confirmation(tmp_path: Path, settings: dict[str, str], match: str) -> None:
+    """A revocation cannot be undone."""
     with pytest.raises(ValueError, match=match):
-        config(tmp_path, action=KeyAction.revoke, **given)
+        config(tmp_path, action=KeyAction.revoke, **settings)
 
 
-def test_no_key_file_is_rotated_where_there_is_none(tmp_path: Path, ledger: Ledger) -> None:
-    """A passphrase's keyring has none; nor does who may not manage keys rotate it."""
+def test_rotation_is_refused_for_a_passphrase_and_without_the_right(tmp_path: Path, ledger: Ledger) -> None:
+    """A keyring under a passphrase has no key file."""
     under_passphrase = config(tmp_path, secrets=SecretsConfig(passphrase_file="p"))
     with pytest.raises(ConfigError, match="passphrase"):
         rotate_kek(under_passphrase, ledger, actor(tmp_path, ledger))

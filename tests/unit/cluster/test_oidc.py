@@ -1,4 +1,4 @@
-"""An OIDC issuer on loopback: its keys are fetched, kept, rotated, and not asked for more than they must be."""
+"""Keys of an OIDC issuer on loopback: fetching, caching, rotation, and limits on requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
 
 
 class Clock:
-    """Seconds that pass when we say so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -63,10 +63,8 @@ def refused(verifier: TokenVerifier, token: str) -> bool:
     return False
 
 
-def test_an_issuers_keys_are_discovered_and_kept(
-    issuer: Issuer, verifier: TokenVerifier, clock: Clock
-) -> None:
-    """One fetch serves all tokens until the set is old."""
+def test_keys_are_discovered_and_cached(issuer: Issuer, verifier: TokenVerifier, clock: Clock) -> None:
+    """One fetch serves all tokens until the set is too old."""
     for _ in range(3):
         assert verifier.verify(issuer.token()).subject == "alice"
     assert issuer.fetches() == 1
@@ -75,10 +73,10 @@ def test_an_issuers_keys_are_discovered_and_kept(
     assert issuer.fetches() == 2
 
 
-def test_a_new_key_is_found_and_an_old_one_dropped(
+def test_new_key_is_found_and_removed_key_is_refused(
     issuer: Issuer, verifier: TokenVerifier, clock: Clock
 ) -> None:
-    """A removed key's tokens are refused with the next fetch, though they have not expired."""
+    """Tokens of a removed key are refused after the next fetch, although they have not expired."""
     old = issuer.token()
     verifier.verify(old)
     clock.now += 31
@@ -91,23 +89,21 @@ def test_a_new_key_is_found_and_an_old_one_dropped(
     assert verifier.verify(issuer.token()).subject == "alice"
 
 
-def test_strangers_cannot_make_us_hammer_the_issuer(
-    issuer: Issuer, verifier: TokenVerifier, clock: Clock
-) -> None:
-    """A thousand unknown keys cost one fetch per cool-down, and known ones are served meanwhile."""
+def test_unknown_keys_cause_few_fetches(issuer: Issuer, verifier: TokenVerifier, clock: Clock) -> None:
+    """Many tokens with unknown keys cost one fetch per cooldown. Known keys still work."""
     verifier.verify(issuer.token())
-    strangers = [issuer.token(new_key()) for _ in range(20)]
+    unknown = [issuer.token(new_key()) for _ in range(20)]
     for second in range(100):
         clock.now += 0.6
-        assert refused(verifier, strangers[second % 20])
+        assert refused(verifier, unknown[second % 20])
     assert issuer.fetches() <= 3
     verifier.verify(issuer.token())
 
 
-def test_the_last_good_set_holds_while_the_issuer_is_down(
+def test_last_valid_set_is_used_while_the_issuer_is_down(
     issuer: Issuer, verifier: TokenVerifier, clock: Clock
 ) -> None:
-    """For a day; then nobody is believed, until it is back."""
+    """For a day. Then all tokens are refused until the issuer is back."""
     token = issuer.token()
     verifier.verify(token)
     good, broken = issuer.answers["/jwks"], [b"", b"{", b"[]", b'{"keys":7}', b"\xff"]
@@ -125,8 +121,8 @@ def test_the_last_good_set_holds_while_the_issuer_is_down(
     verifier.verify(token)
 
 
-def test_a_dead_issuer_is_asked_less_and_less(issuer: Issuer, verifier: TokenVerifier, clock: Clock) -> None:
-    """And never answers with anything but Unauthenticated."""
+def test_requests_to_a_dead_issuer_back_off(issuer: Issuer, verifier: TokenVerifier, clock: Clock) -> None:
+    """Verification always raises Unauthenticated."""
     issuer.answers.clear()
     for _ in range(2000):
         assert refused(verifier, issuer.token())
@@ -134,8 +130,8 @@ def test_a_dead_issuer_is_asked_less_and_less(issuer: Issuer, verifier: TokenVer
     assert 3 <= len(issuer.requests) <= 10
 
 
-def test_no_issuer_at_all_is_unauthenticated(clock: Clock) -> None:
-    """A port that nobody listens on."""
+def test_unreachable_issuer_is_unauthenticated(clock: Clock) -> None:
+    """Nothing listens on the port."""
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     server.server_close()
@@ -157,10 +153,10 @@ def test_no_issuer_at_all_is_unauthenticated(clock: Clock) -> None:
     ],
     ids=str,
 )
-def test_a_configuration_of_somebody_else_is_not_followed(
+def test_configuration_of_another_issuer_is_refused(
     issuer: Issuer, verifier: TokenVerifier, document: Any
 ) -> None:
-    """Neither to another issuer nor to an address in the clear."""
+    """Also one with an unencrypted address for the keys."""
     if isinstance(document, dict):
         document = document | {"issuer": document["issuer"].replace("OURS", issuer.url)}
         if document.get("jwks_uri") == "/jwks":
@@ -170,17 +166,17 @@ def test_a_configuration_of_somebody_else_is_not_followed(
     assert issuer.fetches() == 0
 
 
-def test_redirects_giants_and_dawdlers_are_given_up(issuer: Issuer) -> None:
-    """Whoever answers for the issuer cannot send us elsewhere, fill our memory or hold us up."""
+def test_download_refuses_redirects_large_and_slow_answers(issuer: Issuer) -> None:
+    """A hostile issuer cannot redirect us, fill the memory or block the caller."""
     issuer.answers["/moved"] = lambda: (302, {"Location": f"{issuer.url}/jwks"}, b"")
     issuer.answers["/giant"] = lambda: (200, {}, b" " * (MAX_DOCUMENT_BYTES + 1))
     stop = threading.Event()
 
-    def dawdle() -> Answer:
+    def answer_slowly() -> Answer:
         stop.wait(10)
         return 200, {}, b"{}"
 
-    issuer.answers["/slow"] = dawdle
+    issuer.answers["/slow"] = answer_slowly
     with pytest.raises(OSError, match="302"):
         download(f"{issuer.url}/moved")
     with pytest.raises(ConfigError, match="larger"):
@@ -209,8 +205,8 @@ def test_redirects_giants_and_dawdlers_are_given_up(issuer: Issuer) -> None:
         b"https://issuer.example",
     ],
 )
-def test_addresses_that_are_not_safe_are_refused(url: Any) -> None:
-    """And a password in one is not repeated."""
+def test_unsafe_addresses_are_refused(url: Any) -> None:
+    """The message does not contain a password from the address."""
     with pytest.raises(ConfigError) as refusal:
         require_safe_url(url)
     assert "secret" not in str(refusal.value)
@@ -219,14 +215,14 @@ def test_addresses_that_are_not_safe_are_refused(url: Any) -> None:
 @pytest.mark.parametrize(
     "url", ["https://issuer.example/realms/x", "http://127.0.0.1:80", "http://localhost", "http://[::1]:9"]
 )
-def test_addresses_that_are_safe_pass(url: str) -> None:
-    """TLS anywhere, clear text on this machine."""
+def test_safe_addresses_are_accepted(url: str) -> None:
+    """TLS to every host, plain http to this machine only."""
     require_safe_url(url)
     assert callable(jwks_fetcher(url))
 
 
-def test_rs256_is_taken_where_it_is_allowed_and_nowhere_else(issuer: Issuer) -> None:
-    """One key set, two rules."""
+def test_only_configured_algorithms_are_accepted(issuer: Issuer) -> None:
+    """The same key set with three rules."""
     issuer.keys = [RSAKey.generate_key(2048, {"use": "sig", "alg": "RS256"}, auto_kid=True), new_key()]
 
     def verifier(*algorithms: str) -> TokenVerifier:
@@ -242,8 +238,9 @@ def test_rs256_is_taken_where_it_is_allowed_and_nowhere_else(issuer: Issuer) -> 
     assert [refused(only_ec, rsa), refused(only_ec, ec)] == [True, False]
 
 
-def test_only_keys_that_can_verify_are_taken_from_a_set() -> None:
-    """No shared secret, no weak or encryption key, no curve of another size, none without a name or with another's."""
+def test_only_suitable_keys_are_used() -> None:
+    """Not used: shared secrets, weak keys, encryption keys, other curves, keys without a `kid` or with a duplicate
+    one."""
     good, other = new_key(), new_key()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -257,36 +254,36 @@ def test_only_keys_that_can_verify_are_taken_from_a_set() -> None:
     off_curve = other.as_dict(private=False) | {"kid": "off", "y": other.as_dict(private=False)["x"]}
     broken = [7, None, {}, {"kty": "EC", "kid": "k"}, {"kty": ["EC"], "kid": "k"}, nameless, off_curve]
     document = json.dumps({"keys": [*entries, twice, twice, *broken]}).encode()
-    found = usable_keys(document, ("ES256", "RS256"))
-    assert list(found) == [good.kid]
-    assert not found[str(good.kid)].is_private
+    usable = usable_keys(document, ("ES256", "RS256"))
+    assert list(usable) == [good.kid]
+    assert not usable[str(good.kid)].is_private
 
 
 @pytest.mark.parametrize(
     "document",
     [b"", b"[]", b"{}", b'{"keys": 7}', b'{"keys": "ab"}', b'{"keys": {}}', b"[" * 100_000, b"\xff\xfe"],
 )
-def test_what_is_no_key_set_is_refused(document: bytes) -> None:
-    """As a configuration that cannot be used."""
+def test_invalid_key_set_is_refused(document: bytes) -> None:
+    """It raises ConfigError."""
     with pytest.raises(ConfigError):
         usable_keys(document, ("ES256",))
 
 
-@pytest.mark.parametrize("left", ["none", "another algorithm's"])
-def test_keys_that_were_all_withdrawn_verify_nothing(
-    issuer: Issuer, verifier: TokenVerifier, clock: Clock, left: str
+@pytest.mark.parametrize("remaining", ["none", "another algorithm's"])
+def test_emptied_key_set_refuses_all_tokens(
+    issuer: Issuer, verifier: TokenVerifier, clock: Clock, remaining: str
 ) -> None:
-    """An emptied set is the issuer's word, not a failure of his, after which the last good set would hold for a day."""
+    """An empty set is a valid answer, not a failure. The last set is then not used."""
     token = issuer.token()
     assert not refused(verifier, token)
-    rest = [] if left == "none" else [RSAKey.generate_key(2048, auto_kid=True).as_dict(private=False)]
-    issuer.answers["/jwks"] = lambda: (200, {}, json.dumps({"keys": rest}).encode())
+    entries = [] if remaining == "none" else [RSAKey.generate_key(2048, auto_kid=True).as_dict(private=False)]
+    issuer.answers["/jwks"] = lambda: (200, {}, json.dumps({"keys": entries}).encode())
     clock.now += 301
     assert refused(verifier, token)
 
 
-def test_threads_share_one_fetch(issuer: Issuer, verifier: TokenVerifier) -> None:
-    """Many first requests at once wait for the same answer."""
+def test_threads_share_the_first_fetch(issuer: Issuer, verifier: TokenVerifier) -> None:
+    """Concurrent first requests wait for the same answer."""
     token, results = issuer.token(), []
     threads = [
         threading.Thread(target=lambda: results.append(verifier.verify(token).subject)) for _ in range(8)

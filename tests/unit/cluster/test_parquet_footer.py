@@ -1,4 +1,4 @@
-"""What a file says of its keys and its place is signed, and held against what it should be."""
+"""The signed footer of a protected file: its keys and its place are compared with the expected ones."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def keyring(tmp_path: Path) -> Keyring:
 
 @pytest.fixture
 def path(tmp_path: Path, keyring: Keyring) -> str:
-    """A written file."""
+    """A protected file."""
     path = str(tmp_path / "people.parquet")
     ProtectedFiles(keyring).write(TABLE, path, PROTECTION)
     return path
 
 
-def test_a_file_says_its_keys_to_anybody(keyring: Keyring, path: str) -> None:
-    """Which are no secret."""
+def test_key_names_can_be_read_without_a_key(keyring: Keyring, path: str) -> None:
+    """Key names are not secret."""
     keys = ProtectedFiles(keyring).keys(path)
     assert keys.signed_by == INTERNAL
     assert keys.columns == {"id": PERSONAL, "name": PERSONAL, "illness": PERSONAL, "year": None}
@@ -57,14 +57,16 @@ def test_a_file_says_its_keys_to_anybody(keyring: Keyring, path: str) -> None:
     }
 
 
-def test_a_damaged_footer_is_refused_or_says_the_same_of_keys(keyring: Keyring, path: str) -> None:
-    """Anywhere: nothing but the one error comes out, and who has keys is refused in any case."""
+def test_damaged_footer_never_passes_verification(keyring: Keyring, path: str) -> None:
+    """Reading its keys raises only ProtectedFileCorrupt, and a verified read is always refused."""
     data = Path(path).read_bytes()
     files = ProtectedFiles(keyring)
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     refused = 0
-    for place in range(start, len(data), 5):
-        Path(path).write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+    for position in range(start, len(data), 5):
+        Path(path).write_bytes(
+            data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :]
+        )
         try:
             files.keys(path)
         except ProtectedFileCorrupt:
@@ -77,15 +79,15 @@ def test_a_damaged_footer_is_refused_or_says_the_same_of_keys(keyring: Keyring, 
 @pytest.mark.parametrize(
     "content", [b"", b"PAR1", b"PAR1" + bytes(4) + b"PAR1", b"\xff" * 40 + b"\x20\0\0\0PAR1"]
 )
-def test_what_has_no_footer_is_refused(keyring: Keyring, path: str, content: bytes) -> None:
-    """However short."""
+def test_file_without_a_footer_is_refused(keyring: Keyring, path: str, content: bytes) -> None:
+    """Holds for every length."""
     Path(path).write_bytes(content)
     with pytest.raises(ProtectedFileCorrupt):
         ProtectedFiles(keyring).keys(path)
 
 
-def test_a_plain_table_is_read_as_one_and_not_in_the_place_of_another(keyring: Keyring, path: str) -> None:
-    """Only where every column is named as public."""
+def test_unencrypted_file_is_accepted_only_for_a_public_table(keyring: Keyring, path: str) -> None:
+    """Every column must be named as public."""
     table = TABLE.select(["year"])
     public = Protection(default=INTERNAL, keys=(("year", None),))
     files = ProtectedFiles(keyring)
@@ -96,7 +98,7 @@ def test_a_plain_table_is_read_as_one_and_not_in_the_place_of_another(keyring: K
 
 
 def chunk(path: str, files: ProtectedFiles, column: int) -> slice:
-    """Where a column's pages lie."""
+    """Return the byte range of a column's pages."""
     properties = files._factory.file_decryption_properties(files._connection)
     found = pq.ParquetFile(path, decryption_properties=properties).metadata.row_group(0).column(column)
     start = found.dictionary_page_offset or found.data_page_offset
@@ -104,25 +106,27 @@ def chunk(path: str, files: ProtectedFiles, column: int) -> slice:
 
 
 def numbers(seed: int) -> pa.Array:
-    """Such as no codec makes shorter, so that all columns have one size."""
+    """Return numbers that no codec can compress, so that all columns have one size."""
     return pa.array(np.random.default_rng(seed).integers(-(2**62), 2**62, 100))
 
 
-def test_columns_and_files_cannot_change_places(keyring: Keyring, tmp_path: Path) -> None:
-    """Pages of another column, or of another file of the same writer, do not fit though key and size are the same."""
+def test_pages_cannot_be_moved_between_columns_or_files(keyring: Keyring, tmp_path: Path) -> None:
+    """Although key and size are the same."""
     files = ProtectedFiles(keyring)
     protection = Protection(default=INTERNAL, keys=(("a", PERSONAL), ("b", PERSONAL)))
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     sizes: set[int] = set()
-    while len(sizes) != 1:  # a page's checksum, of what was encrypted anew, takes four or five bytes
+    while (
+        len(sizes) != 1
+    ):  # the encoded checksum of a page takes four or five bytes, so retry until the sizes are equal
         for path, start in ((one, 0), (two, 2)):
             files.write(pa.table({"a": numbers(start), "b": numbers(start + 1)}), path, protection)
-        mine, beside, theirs = chunk(one, files, 0), chunk(one, files, 1), chunk(two, files, 0)
-        sizes = {place.stop - place.start for place in (mine, beside, theirs)}
+        target, other_column, other_file = chunk(one, files, 0), chunk(one, files, 1), chunk(two, files, 0)
+        sizes = {pages_range.stop - pages_range.start for pages_range in (target, other_column, other_file)}
     content = {path: Path(path).read_bytes() for path in (one, two)}
-    for source, place in ((one, beside), (two, theirs)):
-        pages = content[source][place]
-        Path(one).write_bytes(content[one][: mine.start] + pages + content[one][mine.stop :])
+    for source, pages_range in ((one, other_column), (two, other_file)):
+        pages = content[source][pages_range]
+        Path(one).write_bytes(content[one][: target.start] + pages + content[one][target.stop :])
         with pytest.raises(ProtectedFileCorrupt, match="truncated or altered"):
             files.read(one, ["a"])
 
@@ -147,10 +151,10 @@ FORGED = pa.table({"id": [1], "name": ["forged"], "illness": [0.1], "year": pa.a
         "a column closed",
     ],
 )
-def test_an_exchanged_file_is_refused_by_who_says_what_he_expects(
+def test_exchanged_file_is_refused_if_the_keys_are_expected(
     keyring: Keyring, path: str, protection: Protection | None, columns: list[str]
 ) -> None:
-    """Who has no key of the table, or not all, cannot pass off a file of his own."""
+    """A principal without the table's keys cannot replace a file by its own."""
     files = ProtectedFiles(keyring)
     keyring.ensure(KeyInfo(name="other/internal"))
     assert files.read(path, protection=PROTECTION).equals(TABLE), "the control"
@@ -162,13 +166,13 @@ def test_an_exchanged_file_is_refused_by_who_says_what_he_expects(
         files.read(path, protection=PROTECTION)
 
 
-def test_a_file_of_another_place_is_refused(keyring: Keyring, path: str) -> None:
-    """Though all its keys are right; what the file says of its place is not shown as the table's own."""
+def test_file_of_another_place_is_refused(keyring: Keyring, path: str) -> None:
+    """Although its keys are right. The place is not part of the table's metadata after reading."""
     files = ProtectedFiles(keyring)
     table = TABLE.replace_schema_metadata({"mine": "kept"})
     files.write(table, path, PROTECTION, place="features/people/a")
-    back = files.read(path, protection=PROTECTION, place="features/people/a")
-    assert back.equals(table, check_metadata=True)
+    stored = files.read(path, protection=PROTECTION, place="features/people/a")
+    assert stored.equals(table, check_metadata=True)
     with pytest.raises(ProtectedFileCorrupt, match="belongs at 'features/people/a'"):
         files.read(path, protection=PROTECTION, place="features/people/b")
     data = Path(path).read_bytes()
@@ -178,8 +182,8 @@ def test_a_file_of_another_place_is_refused(keyring: Keyring, path: str) -> None
 
 
 @pytest.mark.parametrize("name", ["a,b", "a;b", "a:b", " a", "a ", ""])
-def test_a_name_that_arrow_would_misread_is_refused(keyring: Keyring, tmp_path: Path, name: str) -> None:
-    """'a,b' would lie in the clear where 'a' and 'b' are public columns."""
+def test_column_name_that_arrow_would_misread_is_refused(keyring: Keyring, tmp_path: Path, name: str) -> None:
+    """Column 'a,b' would be in the clear if 'a' and 'b' are public columns."""
     table = pa.table({"a": ["x"], "b": ["x"], name: ["canary"]})
     protection = Protection(default=INTERNAL, keys=(("a", None), ("b", None)))
     with pytest.raises(SchemaMismatch, match="Rename"):
@@ -187,15 +191,15 @@ def test_a_name_that_arrow_would_misread_is_refused(keyring: Keyring, tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
-def test_names_that_clash_are_refused(keyring: Keyring, tmp_path: Path) -> None:
-    """A dot is also the way to a nested column."""
+def test_clashing_column_names_are_refused(keyring: Keyring, tmp_path: Path) -> None:
+    """A dot also separates the levels of a nested column."""
     table = pa.table({"a.b": ["open"], "a": [{"b": "canary"}]})
     protection = Protection(default=INTERNAL, keys=(("a.b", None), ("a", PERSONAL)))
     with pytest.raises(SchemaMismatch, match=r"a\.b"):
         ProtectedFiles(keyring).write(table, str(tmp_path / "x"), protection)
 
 
-def test_every_leaf_of_a_nested_column_is_protected(keyring: Keyring, path: str) -> None:
+def test_every_leaf_of_a_nested_column_is_encrypted(keyring: Keyring, path: str) -> None:
     """Lists, structs, maps and dictionaries."""
     table = pa.table(
         {
@@ -213,8 +217,8 @@ def test_every_leaf_of_a_nested_column_is_protected(keyring: Keyring, path: str)
     assert pq.read_table(path, columns=["year"])["year"].to_pylist() == [1, 2]
 
 
-def test_the_log_learns_nothing_of_protected_columns() -> None:
-    """And of public ones only what it can state exactly."""
+def test_statistics_contain_only_public_columns() -> None:
+    """And only values that the log can state exactly."""
     moment = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
     table = pa.table(
         {
@@ -232,14 +236,14 @@ def test_the_log_learns_nothing_of_protected_columns() -> None:
         }
     )
     public = tuple((name, None) for name in table.column_names if name != "closed")
-    found = json.loads(public_statistics(table, Protection(default=INTERNAL, keys=public)))
+    statistics = json.loads(public_statistics(table, Protection(default=INTERNAL, keys=public)))
     instant, day = "2026-01-02T03:04:05.678901Z", "2026-01-02"
-    assert found["numRecords"] == 3
-    assert found["minValues"] == {"whole": -1, "real": 0.5, "word": "a", "moment": instant, "day": day}
-    assert found["maxValues"] == {"whole": 3, "real": 1.5, "word": "ä", "moment": instant, "day": day}
-    assert {name: count for name, count in found["nullCount"].items() if count} == {
+    assert statistics["numRecords"] == 3
+    assert statistics["minValues"] == {"whole": -1, "real": 0.5, "word": "a", "moment": instant, "day": day}
+    assert statistics["maxValues"] == {"whole": 3, "real": 1.5, "word": "ä", "moment": instant, "day": day}
+    assert {name: count for name, count in statistics["nullCount"].items() if count} == {
         "whole": 1,
         "real": 1,
         "none": 3,
     }
-    assert "closed" not in found["nullCount"]
+    assert "closed" not in statistics["nullCount"]

@@ -1,4 +1,4 @@
-"""Certificates from Vault's PKI; Vault is the double, not Vault."""
+"""Certificates from Vault's PKI, with a Vault double."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ def files(tmp_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (tmp_path / "tls").iterdir()}
 
 
-def test_edge_and_node_have_certificates_of_vaults_authority(tmp_path: Path, vault: VaultConfig) -> None:
-    """Under the names that the rest of the platform looks for; keys for their owner alone."""
+def test_certificates_come_from_the_authority_of_vault(tmp_path: Path, vault: VaultConfig) -> None:
+    """The files have the names that other modules expect, and only the owner can read the keys."""
     fetch_certificates(Layout(str(tmp_path)), vault)
-    found = files(tmp_path)
-    assert set(found) == {"ca.pem", "edge.pem", "node.pem", "node.key"}
-    authority = x509.load_pem_x509_certificate(found["ca.pem"])
+    written = files(tmp_path)
+    assert set(written) == {"ca.pem", "edge.pem", "node.pem", "node.key"}
+    authority = x509.load_pem_x509_certificate(written["ca.pem"])
     for name in ("edge.pem", "node.pem"):
-        x509.load_pem_x509_certificate(found[name]).verify_directly_issued_by(authority)
+        x509.load_pem_x509_certificate(written[name]).verify_directly_issued_by(authority)
     for name in ("edge.pem", "node.key"):
-        assert b"PRIVATE KEY" in found[name]
+        assert b"PRIVATE KEY" in written[name]
         assert (tmp_path / "tls" / name).stat().st_mode & 0o777 == 0o600
-    assert b"PRIVATE" not in found["node.pem"] + found["ca.pem"]
+    assert b"PRIVATE" not in written["node.pem"] + written["ca.pem"]
 
 
 @pytest.mark.parametrize(("share", "renewed"), [(0.5, False), (0.7, True)])
-def test_they_are_fetched_anew_in_their_last_third(
+def test_certificates_are_renewed_in_their_last_third(
     tmp_path: Path, vault: VaultConfig, share: float, renewed: bool
 ) -> None:
-    """And not before."""
+    """Not earlier."""
     places = Layout(str(tmp_path))
     fetch_certificates(places, vault)
     before = files(tmp_path)
-    found = x509.load_pem_x509_certificate(before["edge.pem"])
-    life = found.not_valid_after_utc - found.not_valid_before_utc
-    fetch_certificates(places, vault, now=found.not_valid_before_utc + life * share)
+    certificate = x509.load_pem_x509_certificate(before["edge.pem"])
+    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    fetch_certificates(places, vault, now=certificate.not_valid_before_utc + lifetime * share)
     assert (files(tmp_path)["edge.pem"] != before["edge.pem"]) == renewed
 
 
-def test_what_vault_refuses_leaves_what_there_is(tmp_path: Path, vault: VaultConfig) -> None:
-    """And says so; without a role nothing is asked."""
+def test_refused_renewal_keeps_the_certificates(tmp_path: Path, vault: VaultConfig) -> None:
+    """Without a configured role, Vault is not called."""
     places = Layout(str(tmp_path))
     fetch_certificates(places, vault)
     before = files(tmp_path)

@@ -1,4 +1,4 @@
-"""Secrets in files: their owner's alone, or refused."""
+"""Secret files must be private."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from cluster.security.tokens.source import TokenSource
         (0o600, 1000, 0, False),
     ],
 )
-def test_a_secret_is_its_owners_alone(mode: int, owner: int, own: int, expected: bool) -> None:
-    """Root may lay one down for a group of a process that is not root."""
+def test_only_a_private_file_is_accepted(mode: int, owner: int, own: int, expected: bool) -> None:
+    """A file of root that a group of the process can read also counts as private."""
     status = os.stat_result((0o100000 | mode, 0, 0, 1, owner, 0, 1, 0, 0, 0))
     assert is_private(status, own=own) == expected
 
 
-def test_a_token_that_others_can_read_is_not_shown(tmp_path: Path) -> None:
-    """A link is followed, as orchestrators mount secrets by them; the file counts."""
+def test_readable_token_file_is_refused(tmp_path: Path) -> None:
+    """Links are followed, and the mode of the target counts."""
     file, link = tmp_path / "token", tmp_path / "link"
     file.touch(mode=0o600)
     file.write_text("a.b.c\n")

@@ -1,4 +1,4 @@
-"""Folders for sockets and keys: closed to every other user, and not to be put in another one's place."""
+"""Folders for sockets and keys: closed to other users, who can neither rename nor replace them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 
 def as_nobody(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as another user of this machine."""
+    """Run Python code as another user of this machine."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")
@@ -35,8 +35,8 @@ def as_nobody(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_is_made_with_its_parents_for_its_owner_only(tmp_path: Path) -> None:
-    """Whatever the umask is, and a second time it is the same."""
+def test_folder_and_parents_are_created_private(tmp_path: Path) -> None:
+    """Independent of the umask. A second call returns the same folder."""
     before = os.umask(0)
     try:
         folder = private_folder(tmp_path / "a" / "b")
@@ -47,8 +47,8 @@ def test_it_is_made_with_its_parents_for_its_owner_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o750, 0o777])
-def test_one_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
-    """The message says the mode that it must have."""
+def test_folder_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    """The message names the required mode."""
     folder = tmp_path / "keys"
     folder.mkdir()
     folder.chmod(mode)
@@ -60,8 +60,8 @@ def test_one_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None
 
 @as_root
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/tmp")])
-def test_one_that_another_user_made_first_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """Its name can be guessed or read, so somebody may wait for it."""
+def test_folder_of_another_user_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Another user may guess the name and create the folder first."""
     folder = tmp_path / "falaj-1"
     make(folder)
     os.chown(folder, NOBODY, NOBODY, follow_symlinks=False)
@@ -70,8 +70,8 @@ def test_one_that_another_user_made_first_is_refused(tmp_path: Path, make: Calla
         private_folder(folder)
 
 
-def test_a_parent_that_others_can_change_is_refused_unless_it_is_sticky(tmp_path: Path) -> None:
-    """There everybody could rename it; in one like /tmp only its owner can."""
+def test_writable_parent_is_refused_unless_it_is_sticky(tmp_path: Path) -> None:
+    """In a sticky folder such as /tmp, only the owner can rename an entry."""
     parent = tmp_path / "shared"
     parent.mkdir()
     parent.chmod(0o777)
@@ -82,8 +82,8 @@ def test_a_parent_that_others_can_change_is_refused_unless_it_is_sticky(tmp_path
 
 
 @as_root
-def test_another_user_cannot_put_a_folder_in_its_place(tmp_path: Path) -> None:
-    """What was done to Ray's folder, tried by a real second user; in an open folder it succeeds."""
+def test_another_user_cannot_replace_the_folder(tmp_path: Path) -> None:
+    """A real second user tries to rename it. In a writable parent, that succeeds."""
     runtime = Path("/tmp") / f"falaj-test-{os.getpid()}"
     code = "import os, sys; os.rename(sys.argv[1], sys.argv[1] + '-old'); os.mkdir(sys.argv[1])"
     try:

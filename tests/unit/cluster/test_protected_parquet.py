@@ -1,4 +1,4 @@
-"""Protected Parquet: who has no key reads the public columns and nothing else; damage is refused, never misread."""
+"""Protected Parquet: without a key only public columns can be read, and damage is always detected."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ TABLE = pa.table(
 
 
 class Counted(Keyring):
-    """A keyring that counts what it is asked, and gives nothing for denied keys."""
+    """A keyring that counts its calls and denies selected keys."""
 
     def __init__(self, path: Path) -> None:
         Keyring.create(path, b"k" * 32)
         super().__init__(path, b"k" * 32)
-        self.asked: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self.denied: set[str] = set()
         self.broken: Exception | None = None
 
     def wrap(self, name: str, secret: bytes) -> str:
-        self.asked[f"wrap {name}"] += 1
+        self.calls[f"wrap {name}"] += 1
         return super().wrap(name, secret)
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
-        self.asked[f"unwrap {name}"] += 1
+        self.calls[f"unwrap {name}"] += 1
         if self.broken is not None:
             raise self.broken
         if name in self.denied:
@@ -69,21 +69,21 @@ def keyring(tmp_path: Path) -> Counted:
 
 @pytest.fixture
 def path(tmp_path: Path, keyring: Counted) -> str:
-    """A written file."""
+    """A protected file."""
     path = str(tmp_path / "people.parquet")
     assert ProtectedFiles(keyring).write(TABLE, path, PROTECTION) == Path(path).stat().st_size
     return path
 
 
-def test_with_the_keys_everything_is_read(keyring: Counted, path: str) -> None:
-    """Whole, by columns, and with one that the file lacks left out."""
+def test_read_with_the_keys_returns_all_columns(keyring: Counted, path: str) -> None:
+    """All columns or selected ones. Unknown columns are left out."""
     files = ProtectedFiles(keyring)
     assert files.read(path).equals(TABLE)
     assert files.read(path, ["illness", "id", "newer"]).equals(TABLE.select(["illness", "id"]))
 
 
-def test_any_tool_reads_the_public_columns_and_no_other(path: str) -> None:
-    """Without keys, and without our code."""
+def test_other_tools_read_only_the_public_columns(path: str) -> None:
+    """Without keys and without our code."""
     years = TABLE["year"].to_pylist()
     assert pq.read_table(path, columns=["year"])["year"].to_pylist() == years
     assert pl.read_parquet(path, columns=["year"])["year"].to_list() == years
@@ -93,16 +93,16 @@ def test_any_tool_reads_the_public_columns_and_no_other(path: str) -> None:
             pq.read_table(path, columns=[column])
 
 
-def test_no_value_and_no_statistic_of_a_protected_column_is_in_the_file(path: str) -> None:
-    """Nor in a dictionary page."""
+def test_file_contains_no_value_and_no_statistic_of_a_protected_column(path: str) -> None:
+    """Not even in a dictionary page."""
     content = Path(path).read_bytes()
     assert b"canary" not in content
     assert (499).to_bytes(8, "little") not in content
     assert (2004).to_bytes(4, "little") in content, "the control: a public column's maximum is there"
 
 
-def test_a_denied_column_says_so_and_leaves_the_others(keyring: Counted, path: str) -> None:
-    """With the key store's own error."""
+def test_denied_column_raises_and_others_can_be_read(keyring: Counted, path: str) -> None:
+    """The error is the key store's own."""
     keyring.denied.add(SENSITIVE)
     files = ProtectedFiles(keyring)
     with pytest.raises(AccessDenied, match=SENSITIVE):
@@ -111,7 +111,7 @@ def test_a_denied_column_says_so_and_leaves_the_others(keyring: Counted, path: s
 
 
 def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
-    """Not even that of the footer; no other column comes with them."""
+    """Not even the key of the footer."""
     keyring.denied.update((INTERNAL, PERSONAL, SENSITIVE))
     files = ProtectedFiles(keyring)
     assert files.read(path, ["year", "newer"]).equals(TABLE.select(["year"]))
@@ -121,8 +121,8 @@ def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
             files.read(path, columns)
 
 
-def test_a_revoked_key_closes_its_columns_for_good(keyring: Counted, path: str) -> None:
-    """At once in a new process; the other columns stay."""
+def test_revoked_key_makes_its_columns_unreadable(keyring: Counted, path: str) -> None:
+    """The other columns can still be read."""
     keyring.revoke(SENSITIVE)
     files = ProtectedFiles(keyring)
     with pytest.raises(KeyRevoked):
@@ -132,28 +132,28 @@ def test_a_revoked_key_closes_its_columns_for_good(keyring: Counted, path: str) 
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.3], ids=["busy", "idle"])
-def test_who_goes_on_reading_is_refused_within_the_caches_lifetime(
+def test_revocation_stops_readers_within_the_cache_lifetime(
     keyring: Counted, path: str, pause_s: float
 ) -> None:
-    """However often he reads, and however long he waits in between: Arrow's own cache would let him go on."""
+    """For busy and idle readers. Arrow's own cache would keep the key."""
     lifetime_s = 0.2
     files = ProtectedFiles(keyring, cache_s=lifetime_s)
     files.read(path)
     keyring.revoke(SENSITIVE)
     revoked = time.monotonic()
 
-    def go_on() -> None:
-        while (begun := time.monotonic()) < revoked + 20:
+    def read_until_refused() -> None:
+        while (started := time.monotonic()) < revoked + 20:
             time.sleep(pause_s)
             files.read(path, ["illness"])
-            assert begun < revoked + lifetime_s, "read after the key should have been forgotten"
+            assert started < revoked + lifetime_s, "read after the key should have been forgotten"
 
     with pytest.raises(KeyRevoked):
-        go_on()
+        read_until_refused()
 
 
-def test_who_goes_on_writing_is_refused_too(keyring: Counted, tmp_path: Path) -> None:
-    """What he wrote could not be read again."""
+def test_revocation_stops_writers(keyring: Counted, tmp_path: Path) -> None:
+    """Their files could not be read again."""
     files = ProtectedFiles(keyring, cache_s=0)
     files.write(TABLE, str(tmp_path / "a"), PROTECTION)
     keyring.revoke(SENSITIVE)
@@ -161,8 +161,8 @@ def test_who_goes_on_writing_is_refused_too(keyring: Counted, tmp_path: Path) ->
         files.write(TABLE, str(tmp_path / "b"), PROTECTION)
 
 
-def test_threads_share_a_reader_whose_keys_are_forgotten_meanwhile(keyring: Counted, path: str) -> None:
-    """None of them fails."""
+def test_threads_share_a_reader_whose_cache_is_cleared(keyring: Counted, path: str) -> None:
+    """No thread fails."""
     files = ProtectedFiles(keyring, cache_s=0)
     wrong: list[BaseException] = []
 
@@ -181,25 +181,23 @@ def test_threads_share_a_reader_whose_keys_are_forgotten_meanwhile(keyring: Coun
 
 
 @pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionResetError(104, "gone")])
-def test_a_key_store_that_fails_is_not_taken_for_a_damaged_file(
-    keyring: Counted, path: str, error: Exception
-) -> None:
-    """Nobody should restore a backup because of it."""
+def test_failing_key_store_is_not_reported_as_damage(keyring: Counted, path: str, error: Exception) -> None:
+    """A damage report would ask for a backup."""
     keyring.broken = error
     with pytest.raises(KeyStoreUnavailable, match="features/people"):
         ProtectedFiles(keyring).read(path)
 
 
-def test_a_path_that_is_no_file_is_not_taken_for_a_damaged_one(keyring: Counted, tmp_path: Path) -> None:
-    """The file system's own error comes through."""
+def test_missing_file_is_not_reported_as_damage(keyring: Counted, tmp_path: Path) -> None:
+    """The error of the file system is raised."""
     with pytest.raises(IsADirectoryError):
         ProtectedFiles(keyring).read(str(tmp_path))
     with pytest.raises(FileNotFoundError):
         ProtectedFiles(keyring).read(str(tmp_path / "none"))
 
 
-def test_a_rotated_key_reads_old_files_and_rewrites_them(keyring: Counted, path: str, tmp_path: Path) -> None:
-    """The key store keeps the old version; the new file is under the new one at once, cache or not."""
+def test_reprotect_uses_the_newest_key_version(keyring: Counted, path: str, tmp_path: Path) -> None:
+    """The old version still reads the old file. The cache does not delay the new version."""
     files = ProtectedFiles(keyring)
     files.write(TABLE, path, PROTECTION)
     keyring.rotate(PERSONAL)
@@ -216,7 +214,7 @@ def test_a_rotated_key_reads_old_files_and_rewrites_them(keyring: Counted, path:
     ]
 
 
-def test_without_its_key_nothing_is_written(keyring: Counted, tmp_path: Path) -> None:
+def test_unknown_key_writes_nothing(keyring: Counted, tmp_path: Path) -> None:
     """The error names the key, and no file is left."""
     other = Protection(default="features/unknown/internal")
     with pytest.raises(KeyNotFound, match="features/unknown"):
@@ -224,27 +222,27 @@ def test_without_its_key_nothing_is_written(keyring: Counted, tmp_path: Path) ->
     assert not (tmp_path / "x").exists()
 
 
-def test_a_process_asks_the_key_store_once_for_each_key(keyring: Counted, tmp_path: Path) -> None:
-    """However many files of one writer it reads."""
+def test_key_store_is_called_once_per_key(keyring: Counted, tmp_path: Path) -> None:
+    """Holds for several files of one writer."""
     files, reader = ProtectedFiles(keyring), ProtectedFiles(keyring)
     for number in range(5):
         files.write(TABLE, str(tmp_path / f"{number}.parquet"), PROTECTION)
     for number in range(5):
         reader.read(str(tmp_path / f"{number}.parquet"))
-    assert set(keyring.asked.values()) == {1}
-    assert len(keyring.asked) == 6
+    assert set(keyring.calls.values()) == {1}
+    assert len(keyring.calls) == 6
 
 
-def test_a_table_of_public_columns_needs_no_key(tmp_path: Path, keyring: Counted) -> None:
-    """And is an ordinary file."""
+def test_table_of_public_columns_is_an_ordinary_file(tmp_path: Path, keyring: Counted) -> None:
+    """No key is needed."""
     protection = Protection(default="features/open/internal", keys=(("year", None),))
     path = str(tmp_path / "open.parquet")
     ProtectedFiles(keyring).write(TABLE.select(["year"]), path, protection)
     assert pq.read_table(path).equals(TABLE.select(["year"]))
 
 
-def test_protection_is_plain_data() -> None:
-    """It goes to workers; a column that is not named has the default key."""
+def test_protection_can_be_pickled() -> None:
+    """Workers receive it. A column that is not named has the default key."""
     assert pickle.loads(pickle.dumps(PROTECTION)) == PROTECTION  # noqa: S301
     assert PROTECTION.key_of("whatever") == INTERNAL
 
@@ -275,10 +273,8 @@ print(refused, len(range(0, len(data), 11)) + len(range(0, len(data), 97)))
 """
 
 
-def test_damage_is_refused_and_never_read_as_something_else(
-    keyring: Counted, path: str, tmp_path: Path
-) -> None:
-    """Flipped bits and cuts anywhere, in a process of their own: Arrow must not end it either."""
+def test_damage_is_refused_and_never_misread(keyring: Counted, path: str, tmp_path: Path) -> None:
+    """Bit flips and truncations at many positions, in a separate process, because Arrow could end it."""
     arguments = [str(tmp_path / "keyring.json"), path, str(tmp_path / "bad.parquet")]
     done = subprocess.run(
         [sys.executable, "-c", READER, *arguments], capture_output=True, text=True, check=False, timeout=120

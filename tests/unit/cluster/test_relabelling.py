@@ -1,4 +1,4 @@
-"""Describing a key anew, under the real policies: who may make keys opens none by it."""
+"""Changing the description of a key, under the real policies: the right to create keys never opens existing ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decisio
 
 
 class World:
-    """A gate before a keyring with two keys; a token is a role."""
+    """A gate in front of a keyring with two keys. A token is the name of a role."""
 
     def __init__(self, folder: Path) -> None:
         self.ring = Keyring.create(folder / "keyring.json", secrets.token_bytes(32))
@@ -44,11 +44,11 @@ class World:
             relabelling=lambda who, old, new: self.changes.append((who.subject, old, new)),
         )
 
-    def ask(self, role: Role, **request: Any) -> dict[str, Any]:
+    def request(self, role: Role, **request: Any) -> dict[str, Any]:
         return dict(self.gate.answer({"token": role.value, **request}))
 
     def ensure(self, role: Role, info: KeyInfo) -> bool:
-        return bool(self.ask(role, op="ensure", info=info.plain())["ok"])
+        return bool(self.request(role, op="ensure", info=info.plain())["ok"])
 
 
 @pytest.fixture
@@ -67,17 +67,17 @@ def world(tmp_path: Path) -> World:
         {"purposes": ("marketing",)},
     ],
 )
-def test_relabelling_opens_nothing(world: World, role: Role, info: KeyInfo, changes: dict[str, Any]) -> None:
-    """Neither to its maker nor to anybody whom only the old description kept out."""
+def test_relabelling_opens_no_key(world: World, role: Role, info: KeyInfo, changes: dict[str, Any]) -> None:
+    """Neither for the principal that relabels, nor for others."""
     assert not world.ensure(role, dataclasses.replace(info, **changes))
     wrapped = world.ring.wrap(info.name, b"secret")
-    assert not world.ask(role, op="unwrap", name=info.name, wrapped=wrapped)["ok"]
+    assert not world.request(role, op="unwrap", name=info.name, wrapped=wrapped)["ok"]
     assert world.ring.info(info.name) == info
     assert world.changes == []
 
 
-def test_narrowing_is_its_makers_and_on_record(world: World) -> None:
-    """To say it again changes nothing and is not recorded."""
+def test_creator_may_narrow_a_key_and_the_change_is_recorded(world: World) -> None:
+    """Repeating the change records nothing."""
     wide = dataclasses.replace(VIEW, name="features/patient/personal", column_class="personal", purposes=())
     assert world.ensure(Role.data_engineer, wide)
     narrow = dataclasses.replace(wide, purposes=("care",))
@@ -86,16 +86,16 @@ def test_narrowing_is_its_makers_and_on_record(world: World) -> None:
     assert world.changes == [("data_engineer", wide, narrow)]
 
 
-def test_widening_takes_who_manages_keys(world: World) -> None:
-    """A further purpose, not a lower class."""
+def test_only_a_key_manager_may_widen_a_key(world: World) -> None:
+    """A further purpose is allowed, a lower class than in the name is not."""
     wider = dataclasses.replace(VIEW, purposes=("care", "research"))
     assert world.ensure(Role.admin, wider)
     assert world.changes == [("admin", VIEW, wider)]
     assert not world.ensure(Role.admin, dataclasses.replace(wider, column_class="personal"))
 
 
-def test_a_change_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
-    """The key stays as it is."""
+def test_change_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
+    """The key stays unchanged."""
 
     def full(*_: object) -> None:
         raise OSError("disk full")
@@ -106,9 +106,9 @@ def test_a_change_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
     assert world.ring.info(VIEW.name) == VIEW
 
 
-def test_nobody_asks_for_a_widening_itself(world: World) -> None:
-    """It is what an `ensure` may be."""
-    answer = world.ask(Role.admin, op="widen", name=VIEW.name)
+def test_widen_is_not_a_request(world: World) -> None:
+    """It is only a kind of `ensure`."""
+    answer = world.request(Role.admin, op="widen", name=VIEW.name)
     assert not answer["ok"]
     assert "not widen" in str(answer)
 
@@ -118,14 +118,14 @@ infos = st.builds(KeyInfo, name=st.just("x"), column_class=st.sampled_from(COLUM
 
 
 @given(infos, infos, st.sampled_from(["", "a", "b", "c", "d"]))
-def test_what_does_not_widen_lets_nobody_in(old: KeyInfo, new: KeyInfo, purpose: str) -> None:
-    """Held against the policies: who reads under the new description read under the old one."""
+def test_change_that_does_not_widen_gives_no_new_reader(old: KeyInfo, new: KeyInfo, purpose: str) -> None:
+    """Compared with the policies: a reader under the new description is a reader under the old one."""
     reader = Principal(subject="a", role=Role.data_scientist, purpose=purpose, expires_at=0)
-    as_view = [
-        Resource(kind="key", name="features/v/x", column_class=one.column_class, purposes=one.purposes)
-        for one in (old, new)
+    resources = [
+        Resource(kind="key", name="features/v/x", column_class=info.column_class, purposes=info.purposes)
+        for info in (old, new)
     ]
     before, after = (
-        POLICY.decide(reader, Action.unwrap_key, one, environment="production").allowed for one in as_view
+        POLICY.decide(reader, Action.unwrap_key, info, environment="production").allowed for info in resources
     )
     assert widens(old, new) or before or not after

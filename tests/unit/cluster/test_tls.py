@@ -1,4 +1,4 @@
-"""The local CA and the edge's certificate, used by real TLS connections."""
+"""Certificates of the local authority, used in real TLS handshakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def connect(server_pem: Path, ca: Path, name: str) -> str | None:
-    """The TLS version that a client and a server in memory agree on."""
+    """Return the TLS version of a handshake in memory, None if it fails to complete."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(server_pem)
     return shake_hands(server, ssl.create_default_context(cafile=str(ca)), name)
@@ -47,26 +47,26 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> st
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "::1"])
-def test_a_client_that_trusts_the_ca_connects(folder: Path, name: str) -> None:
+def test_client_that_trusts_the_authority_connects(folder: Path, name: str) -> None:
     """By address and by name, with strict verification."""
     assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
 
 
 def test_another_host_name_is_refused(folder: Path) -> None:
-    """The certificate speaks for this machine's loopback only."""
+    """The certificate is valid for loopback only."""
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         connect(folder / "edge.pem", folder / "ca.pem", "example.org")
 
 
-def test_another_ca_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Every storage root has a CA of its own."""
+def test_another_authority_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Every storage root has its own authority."""
     ensure_tls(Layout(str(tmp_path / "other")))
     with pytest.raises(ssl.SSLCertVerificationError):
         connect(folder / "edge.pem", tmp_path / "other" / "tls" / "ca.pem", "localhost")
 
 
-def test_only_the_ca_may_sign_and_the_edge_may_only_serve(folder: Path) -> None:
-    """Basic constraints and key usages."""
+def test_only_the_authority_may_sign(folder: Path) -> None:
+    """The edge certificate is for servers only (basic constraints and key usages)."""
     ca = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
     edge = x509.load_pem_x509_certificate((folder / "edge.pem").read_bytes())
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -75,8 +75,8 @@ def test_only_the_ca_may_sign_and_the_edge_may_only_serve(folder: Path) -> None:
     assert usages == [x509.ExtendedKeyUsageOID.SERVER_AUTH]
 
 
-def test_keys_are_for_their_owner_and_a_second_start_keeps_them(folder: Path) -> None:
-    """Clients that trust the CA go on working."""
+def test_second_start_keeps_the_private_keys(folder: Path) -> None:
+    """Clients that trust the authority keep working. Only the owner can read the keys."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in ("edge.pem", "ca.key"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
@@ -86,8 +86,8 @@ def test_keys_are_for_their_owner_and_a_second_start_keeps_them(folder: Path) ->
 
 
 @pytest.mark.parametrize("missing", ["edge.pem", "ca.pem", "ca.key", "node.pem", "node.key"])
-def test_a_start_that_was_cut_short_is_made_up_for(folder: Path, missing: str) -> None:
-    """What is missing is made anew, and fits together."""
+def test_missing_file_is_created_again(folder: Path, missing: str) -> None:
+    """The new file fits the others."""
     (folder / missing).unlink()
     ensure_tls(Layout(str(folder.parent)))
     assert connect(folder / "edge.pem", folder / "ca.pem", "localhost") == "TLSv1.3"
@@ -95,7 +95,7 @@ def test_a_start_that_was_cut_short_is_made_up_for(folder: Path, missing: str) -
 
 
 def mutual(server: Path, client: Path) -> str | None:
-    """The version that two nodes agree on, each asking for the other's certificate."""
+    """Return the TLS version of a handshake in which both nodes verify each other."""
     listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     listening.verify_mode = ssl.CERT_REQUIRED
     calling = ssl.create_default_context(cafile=str(client / "ca.pem"))
@@ -105,12 +105,12 @@ def mutual(server: Path, client: Path) -> str | None:
     return shake_hands(listening, calling, "127.0.0.1")
 
 
-def test_nodes_show_each_other_certificates_of_one_authority(folder: Path, tmp_path: Path) -> None:
-    """Of another machine too; one of another authority is refused by both."""
+def test_nodes_of_one_authority_accept_each_other(folder: Path, tmp_path: Path) -> None:
+    """Also a node of another machine. Nodes of another authority are refused by both sides."""
     write_node_certificate(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
     assert mutual(folder, tmp_path / "worker") == "TLSv1.3"
-    made = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
-    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    certificate = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name.value) for name in names] == ["worker-1", "localhost", "10.0.0.7", "127.0.0.1", "::1"]
     assert (tmp_path / "worker" / "node.key").stat().st_mode & 0o777 == 0o600
     assert not (tmp_path / "worker" / "ca.key").exists(), "the authority's key stays where it is"
@@ -120,17 +120,17 @@ def test_nodes_show_each_other_certificates_of_one_authority(folder: Path, tmp_p
             mutual(server, client)
 
 
-def test_rays_variables_name_the_files_there_are(folder: Path) -> None:
-    """And say so where there is no TLS, because the shell's own could say otherwise."""
-    named = tls_environment(str(folder.parent), on=True)
-    assert named.pop("RAY_USE_TLS") == "1"
-    assert all(Path(path).exists() for path in named.values())
+def test_ray_variables_name_existing_files(folder: Path) -> None:
+    """They also switch TLS off explicitly, because the shell's variables may differ."""
+    variables = tls_environment(str(folder.parent), on=True)
+    assert variables.pop("RAY_USE_TLS") == "1"
+    assert all(Path(path).exists() for path in variables.values())
     assert tls_environment(str(folder.parent), on=False) == {"RAY_USE_TLS": "0"}
 
 
 @pytest.mark.parametrize(("share", "renewed"), [(0.6, False), (0.7, True)])
-def test_a_certificate_is_renewed_in_its_last_third(folder: Path, share: float, renewed: bool) -> None:
-    """By the same authority, so that clients go on; before that it stays."""
+def test_certificate_is_renewed_in_its_last_third(folder: Path, share: float, renewed: bool) -> None:
+    """By the same authority, and not earlier."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     later = dt.datetime.now(dt.UTC) + dt.timedelta(days=tls.LEAF_DAYS * share)
     ensure_tls(Layout(str(folder.parent)), now=later)
@@ -139,8 +139,8 @@ def test_a_certificate_is_renewed_in_its_last_third(folder: Path, share: float, 
 
 
 @pytest.mark.parametrize("content", ["a company's", "no certificate"])
-def test_what_somebody_else_put_there_is_not_touched(folder: Path, tmp_path: Path, content: str) -> None:
-    """A company's own certificate stays, and a broken file is for the edge to complain of."""
+def test_foreign_certificate_is_not_replaced(folder: Path, tmp_path: Path, content: str) -> None:
+    """A company's certificate stays. An invalid file stays too, and the edge reports it."""
     edge = folder / "edge.pem"
     edge.write_text("no certificate")
     if content == "a company's":
@@ -154,8 +154,8 @@ def test_what_somebody_else_put_there_is_not_touched(folder: Path, tmp_path: Pat
     assert edge.read_bytes() == before
 
 
-def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
-    """For whoever runs the cluster."""
+def test_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
+    """An invalid address and a missing authority exit with 2."""
     root = ("--root", str(folder.parent))
     shown = run_main(tls.main, *root, "show").stdout
     assert [line.split()[0] for line in shown.splitlines()] == ["ca.pem", "edge.pem", "node.pem"]
@@ -167,12 +167,13 @@ def test_the_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> No
     assert mutual(folder, tmp_path / "w") == "TLSv1.3"
     wrong = run_main(tls.main, *root, *node, "ten")
     assert (wrong.returncode, "address is invalid" in wrong.stderr) == (2, True)
-    nowhere = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
-    assert (nowhere.returncode, "cluster.up" in nowhere.stderr) == (2, True)
+    missing = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
+    assert (missing.returncode, "cluster.up" in missing.stderr) == (2, True)
 
 
 def company(folder: Path) -> dict[str, bytes]:
-    """Lay a company's authority and certificates into a tls folder, without the authority's key; gives the files."""
+    """Put a company's authority and certificates into a tls folder, without the authority's key, and return the
+    files."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Company CA")])
     certificate = tls._builder(name, name, key.public_key(), days=30).sign(key, hashes.SHA256())
@@ -190,22 +191,22 @@ def company(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("taken", [None, "edge.pem", "node.pem", "node.key"])
-def test_a_companys_authority_is_not_replaced(folder: Path, taken: str | None) -> None:
-    """Its key lies elsewhere. Where a certificate of it is missing, it is said that the company has to issue it."""
+@pytest.mark.parametrize("removed", [None, "edge.pem", "node.pem", "node.key"])
+def test_foreign_authority_is_not_replaced(folder: Path, removed: str | None) -> None:
+    """Its key is elsewhere. If one of its files is missing, the error names it."""
     files = company(folder)
-    if taken is None:
+    if removed is None:
         ensure_tls(Layout(str(folder.parent)), now=dt.datetime.now(dt.UTC) + dt.timedelta(days=25))
     else:
-        (folder / taken).unlink()
-        del files[taken]
-        with pytest.raises(ConfigError, match=f"another authority's certificate: {taken} missing"):
+        (folder / removed).unlink()
+        del files[removed]
+        with pytest.raises(ConfigError, match=f"another authority's certificate: {removed} missing"):
             ensure_tls(Layout(str(folder.parent)))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
-def test_a_companys_authority_renews_and_issues_by_itself(folder: Path, tmp_path: Path) -> None:
-    """Also where the key of an earlier authority of our own lies beside it still."""
+def test_foreign_authority_cannot_be_renewed_here(folder: Path, tmp_path: Path) -> None:
+    """Also if the key of an earlier local authority is still there."""
     old = (folder / "ca.key").read_bytes()
     files = company(folder)
     (folder / "ca.key").write_bytes(old)
@@ -216,10 +217,8 @@ def test_a_companys_authority_renews_and_issues_by_itself(folder: Path, tmp_path
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files | {"ca.key": old}
 
 
-def test_a_renewal_that_was_killed_between_key_and_certificate_is_finished(
-    folder: Path, tmp_path: Path
-) -> None:
-    """By the next start; a pair that does not fit would let no node speak with another."""
+def test_interrupted_renewal_is_completed_by_the_next_start(folder: Path, tmp_path: Path) -> None:
+    """A key that does not fit its certificate would stop all connections between nodes."""
     write_node_certificate(tmp_path / "w", authority=folder, name="w", addresses=[])
     (folder / "node.key").write_bytes((tmp_path / "w" / "node.key").read_bytes())
     ensure_tls(Layout(str(folder.parent)))

@@ -1,4 +1,4 @@
-"""Whose tokens are believed where an OIDC issuer is configured: a real HTTP server that publishes its keys."""
+"""The trusted issuer if an OIDC issuer is configured, with a real HTTP server that publishes its keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def issuer() -> Iterator[Issuer]:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Layout:
-    """A storage root that has a dev issuer besides."""
+    """A storage root that also has a dev issuer."""
     places = Layout(str(tmp_path))
     ensure_issuer(places)
     return places
@@ -50,8 +50,8 @@ def intent_of(issuer: Issuer, **changes: object) -> str:
 
 
 @pytest.mark.parametrize("by_discovery", [True, False])
-def test_only_the_configured_issuer_is_believed(issuer: Issuer, places: Layout, by_discovery: bool) -> None:
-    """Wherever its keys were found; the dev issuer's key file then opens nothing any more."""
+def test_only_the_configured_issuer_is_trusted(issuer: Issuer, places: Layout, by_discovery: bool) -> None:
+    """Independent of how its keys are found. Tokens of the dev issuer are then refused."""
     config = IssuerConfig(url=issuer.url, jwks_url=None if by_discovery else f"{issuer.url}/jwks")
     trust = Trust.of(config, places)
     assert trust.verify(issuer.token()).subject == "alice"
@@ -63,21 +63,21 @@ def test_only_the_configured_issuer_is_believed(issuer: Issuer, places: Layout, 
     assert refused(Trust.of(IssuerConfig(), places), issuer.token())
 
 
-def test_the_issuer_chooses_audience_and_the_names_of_its_claims(issuer: Issuer, places: Layout) -> None:
-    """What stands under our own names then means nothing."""
+def test_audience_and_claim_names_are_configurable(issuer: Issuer, places: Layout) -> None:
+    """Our default claim names then have no effect."""
     config = IssuerConfig(
         url=issuer.url, audience="api://falaj", role_claim="r", purpose_claim="p", tenant_claim="t"
     )
     trust = Trust.of(config, places)
-    given = {"r": "auditor", "p": "audit", "t": "north", "role": "admin", "purpose": "x", "tenant": "south"}
-    found = trust.verify(issuer.token(aud="api://falaj", **given))
-    assert (found.role, found.purpose, found.tenant) == (Role.auditor, "audit", "north")
-    assert refused(trust, issuer.token(aud="falaj", **given))
+    claims = {"r": "auditor", "p": "audit", "t": "north", "role": "admin", "purpose": "x", "tenant": "south"}
+    principal = trust.verify(issuer.token(aud="api://falaj", **claims))
+    assert (principal.role, principal.purpose, principal.tenant) == (Role.auditor, "audit", "north")
+    assert refused(trust, issuer.token(aud="falaj", **claims))
     assert refused(trust, issuer.token(aud="api://falaj", role="admin"))
 
 
-def test_both_kinds_of_keys_and_a_rotation(issuer: Issuer, places: Layout) -> None:
-    """A new key is found by the first token that names it, RS256 beside ES256."""
+def test_rotation_from_es256_to_rs256_is_followed(issuer: Issuer, places: Layout) -> None:
+    """The first token with the new `kid` triggers the fetch."""
     (old,) = issuer.keys
     trust = Trust.of(IssuerConfig(url=issuer.url), places)
     trust.keys._cooldown_s = 0.0  # type: ignore[attr-defined]
@@ -88,8 +88,8 @@ def test_both_kinds_of_keys_and_a_rotation(issuer: Issuer, places: Layout) -> No
     assert refused(trust, issuer.token(old))
 
 
-def test_an_intent_runs_a_job_and_is_no_access_token(issuer: Issuer, places: Layout) -> None:
-    """The audience keeps the two apart, where the issuer cannot set the type; neither stands in for the other."""
+def test_intent_and_access_token_differ_by_audience(issuer: Issuer, places: Layout) -> None:
+    """An issuer may be unable to set the type, so the audience separates them."""
     trust = Trust.of(IssuerConfig(url=issuer.url), places)
     assert trust.verify(intent_of(issuer)).entrypoint == "jobs.train"
     assert trust.intents.verify(intent_of(issuer), entrypoint="jobs.train").principal.subject == "alice"
@@ -106,8 +106,8 @@ def test_an_intent_runs_a_job_and_is_no_access_token(issuer: Issuer, places: Lay
 @pytest.mark.parametrize(
     "url", [ISSUER, "http://issuer.example", "ftp://127.0.0.1", "https://user:pw@issuer"]
 )
-def test_an_issuer_whose_keys_could_be_another_s_is_refused(places: Layout, url: str) -> None:
-    """At once, when a process starts, and not with its first token."""
+def test_unsafe_issuer_address_is_refused(places: Layout, url: str) -> None:
+    """When the process starts, not with the first token."""
     with pytest.raises(ConfigError):
         Trust.of(IssuerConfig(url=url), places)
     with pytest.raises(ConfigError):
