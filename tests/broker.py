@@ -1,4 +1,4 @@
-"""A real key broker in a thread, with a policy that permits everything, for tests of what stands on keys."""
+"""A real key broker in a thread, with a policy that permits everything, for tests of code that needs keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Allowed:
 
 @contextlib.contextmanager
 def running_broker(*keys: str) -> Iterator[KeyAccess]:
-    """The access to a new keyring with these keys."""
+    """Yield the access to a new keyring with these keys."""
     folder = Path(tempfile.mkdtemp(prefix="falaj-keys-"))  # short: a socket's path ends at 97 bytes
     (folder / "token").write_text("anything")
     (folder / "token").chmod(0o600)

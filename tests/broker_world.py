@@ -98,7 +98,7 @@ class World:
             assert not thread.is_alive()
 
     def raw(self, data: bytes) -> bytes:
-        """What the broker sends for some bytes until it closes or falls silent."""
+        """Return what the broker sends for some bytes, until it closes the connection or is silent."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(5.0)
             connection.connect(str(self.path))
@@ -113,16 +113,16 @@ class World:
             return got
 
 
-def until(holds: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     """Poll with a deadline."""
     deadline, pause = time.monotonic() + 10, threading.Event()
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         pause.wait(0.01)
 
 
 def answers(path: Path) -> bool:
-    """Whether somebody listens."""
+    """Return whether a process listens at the path."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
 

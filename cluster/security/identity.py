@@ -18,20 +18,13 @@ from pathlib import Path
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
+from cluster.security.tokens.intent import mint_intent
 from cluster.security.tokens.issuer import (
-    ALGORITHM,
-    AUDIENCE,
-    ISSUER,
-    JWKS_NAME,
-    PRIVATE_NAME,
-    PUBLIC_NAME,
-    ensure_issuer,
     mint_token,
     replace_private,
     rotate_issuer,
-    write_private,
 )
-from cluster.security.tokens.principal import Principal, TokenVerifier, current_actor, principal_of
+from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import (
     LEEWAY_S,
@@ -42,23 +35,6 @@ from cluster.security.tokens.verification import (
 )
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout
-
-__all__ = [
-    "ALGORITHM",
-    "AUDIENCE",
-    "ISSUER",
-    "JWKS_NAME",
-    "MAX_TOKEN_BYTES",
-    "PRIVATE_NAME",
-    "PUBLIC_NAME",
-    "Principal",
-    "TokenVerifier",
-    "current_actor",
-    "ensure_issuer",
-    "mint_token",
-    "principal_of",
-    "write_private",
-]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "intent", help="mint a token that runs a single job: identity.token_file=FILE"
     )
     intent.add_argument("--entrypoint", required=True, help="the job's module, such as feature_jobs.ingest")
-    roles = [
-        role.value for role in Role if role is not Role.supervisor
-    ]  # supervisor is for the cluster itself
+    roles = [role.value for role in Role if role is not Role.supervisor]  # it is for the cluster itself
     for command in (token, intent):
         command.add_argument("--sub", required=True, help="subject")
         command.add_argument("--role", required=True, choices=roles)
@@ -142,8 +116,6 @@ def _mint(places: Layout, arguments: argparse.Namespace) -> str:
             tenant=arguments.tenant,
             scope=arguments.scope,
         )
-    from cluster.security.tokens.intent import mint_intent  # this import is needed by one command only
-
     principal = Principal(
         subject=arguments.sub,
         role=Role(arguments.role),

@@ -1,1 +1,1 @@
-"""Key-encryption keys: one protocol, with two stores. An embedded keyring behind a broker, and HashiCorp Vault."""
+"""Key-encryption keys: one protocol and two stores, an embedded keyring and HashiCorp Vault."""

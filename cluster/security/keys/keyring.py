@@ -325,7 +325,7 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
 
     Raises:
         ConfigError: the passphrase is too short, or the keyring's key comes from a file.
-        KeyEncryptionKeyWrong: another passphrase.
+        KeyEncryptionKeyWrong: the passphrase is wrong.
         KeyringDamaged: the keyring is damaged.
     """
     if not path.exists():

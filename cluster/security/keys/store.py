@@ -156,14 +156,14 @@ class KeyStore(Protocol):
         """Return the description of a key.
 
         Raises:
-            KeyNotFound, KeyRevoked: the key does not exist.
+            KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
         """
 
     def wrap(self, name: str, secret: bytes) -> str:
         """Encrypt up to 64 KiB under the newest version. Returns text `<scheme>:v<version>:<base64>`.
 
         Raises:
-            KeyNotFound, KeyRevoked: the key does not exist.
+            KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
             InvalidRequest: the secret is empty or too long.
         """
 
@@ -171,7 +171,7 @@ class KeyStore(Protocol):
         """Decrypt the result of `wrap` under the same name.
 
         Raises:
-            KeyNotFound, KeyRevoked: the key does not exist.
+            KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
             WrappedKeyInvalid: altered, truncated, or wrapped under another name.
         """
 
@@ -186,14 +186,14 @@ class KeyStore(Protocol):
         """Add a version, used by every later `wrap`, and return its number.
 
         Raises:
-            KeyNotFound, KeyRevoked: the key does not exist.
+            KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
         """
 
     def revoke(self, name: str) -> None:
         """Destroy every version. The secrets that it wrapped are lost, and the name cannot be used again.
 
         Raises:
-            KeyNotFound, KeyRevoked: the key does not exist.
+            KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
         """
 
     def names(self) -> list[str]:

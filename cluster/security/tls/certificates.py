@@ -80,7 +80,7 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
 def is_foreign_authority(authority: Path) -> bool:
     """Return whether a file is the certificate of an authority that this module did not create.
 
-    Decided by its subject.
+    The certificate's subject decides.
     """
     if not authority.exists():
         return False
