@@ -19,11 +19,7 @@ from pathlib import Path
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.security.tokens.intent import mint_intent
-from cluster.security.tokens.issuer import (
-    mint_token,
-    replace_private,
-    rotate_issuer,
-)
+from cluster.security.tokens.issuer import mint_token, replace_private, rotate_issuer
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import (
