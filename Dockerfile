@@ -6,8 +6,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/falaj
-COPY requirements.lock .
-RUN pip install --no-cache-dir --requirement requirements.lock
+ARG TORCH=cpu
+COPY requirements.lock requirements-${TORCH}.lock ./
+RUN pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \
+    && pip install --no-cache-dir --no-deps --requirement requirements-${TORCH}.lock
 COPY pyproject.toml README.md ./
 COPY cluster cluster
 COPY feature_jobs feature_jobs

@@ -1,12 +1,14 @@
 # make demo: the whole loop on real data. make test: every check. make down: end what was started.
 PYTHON ?= python3
+# Which build of PyTorch to install: cpu or gpu.
+TORCH ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test integration unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock clean
+.PHONY: help install demo down test integration unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
@@ -15,18 +17,22 @@ help:
 	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests, thoroughly"
+	@echo "make audit   known vulnerabilities of the lock          make coverage       which lines the unit tests run"
 	@echo "make soak    ten minutes of requests: no failure, no growing process"
 
 install: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+# Installs exactly what the locks name (`--no-deps`). Another lock needs an empty environment, so that nothing is left.
+$(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "refused: Falaj needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=…"; exit 2; }
 	@command -v c++ >/dev/null || { echo "refused: no C++ compiler (c++) found; DeepSpeed needs one. Install g++."; exit 2; }
 	@echo "installing the pinned lock into $(VENV); this takes some minutes the first time"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@cmp -s requirements.lock $(VENV)/requirements.lock || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --requirement requirements-$(TORCH).lock
 	@$(BIN)/pip install --quiet --no-deps --editable .
+	@cp requirements.lock $(VENV)/
 	@touch $@
 
 demo: $(STAMP)
@@ -84,11 +90,38 @@ bench: $(STAMP)
 	@for bench in $(if $(BENCH),$(BENCH),$(basename $(notdir $(wildcard tests/bench/[a-z]*.py)))); do \
 		$(BIN)/python tests/bench/$$bench.py || exit 1; done
 
-# A new lock from pyproject.toml: resolve in an empty environment, then look at the difference before committing.
-lock:
-	@rm -rf build/lock && $(PYTHON) -m venv build/lock
-	@build/lock/bin/pip install --quiet '.[dev]'
-	@build/lock/bin/pip freeze --exclude falaj | sed 's/+cpu$$//' > requirements.lock
+# Tools that the project itself does not need, in an environment of their own.
+TOOLS := build/tools/bin
+$(TOOLS)/uv:
+	@$(PYTHON) -m venv build/tools
+	@build/tools/bin/pip install --quiet uv pip-audit
+
+# New locks from pyproject.toml, with the hashes of all files of a release, so of each Python version. Locked versions
+# stay where they can; UPGRADE=--upgrade takes the newest. Look at the difference before you commit it.
+# NannyML's dependencies declare kaleido and nvidia-nccl-cu12; nothing imports them, and they take 690 MB.
+UNUSED := kaleido nvidia-nccl-cu12
+COMPILE = $(TOOLS)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header $(UPGRADE) \
+	--default-index https://pypi.org/simple
+lock: $(TOOLS)/uv
+	@cp requirements.lock build/all.lock
+	@$(COMPILE) pyproject.toml --extra dev --output-file build/all.lock
+	@grep -o 'torch==[0-9.]*' pyproject.toml | $(COMPILE) - --constraint build/all.lock --output-file requirements-gpu.lock
+	@$(COMPILE) pyproject.toml --extra dev --constraint build/all.lock --output-file requirements.lock $$( \
+		{ printf '%s\n' $(UNUSED); grep -oE '^(torch|triton|nvidia|cuda)[a-z0-9-]*' requirements-gpu.lock; } \
+		| sed 's/^/--no-emit-package /')
+	@{ echo '--extra-index-url https://download.pytorch.org/whl/cpu'; grep -o 'torch==[0-9.]*' pyproject.toml; } \
+		> requirements-cpu.lock
+
+# Known vulnerabilities of the locked packages, by PyPI's data.
+audit: $(TOOLS)/uv
+	@$(PYTHON) -c 'import urllib.request as r; r.urlopen("https://pypi.org/pypi/pip/json", timeout=10)' 2>/dev/null || \
+		{ echo "not audited: PyPI's data on vulnerabilities cannot be reached from here"; exit 2; }
+	@$(TOOLS)/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
+# Lines that the tests without a cluster run. What only a cluster runs (replicas, workers) counts as not covered.
+coverage: $(STAMP)
+	@$(BIN)/python -m pytest tests/unit tests/configs -n 2 -q $(addprefix --cov=,$(PACKAGES)) --cov-report=html:build/coverage \
+		--cov-report=term:skip-covered
 
 clean: down
 	rm -rf .falaj data
