@@ -1,4 +1,4 @@
-"""`python -m cluster.down`: end exactly what `cluster.up` started."""
+"""`python -m cluster.down`: stop exactly the processes that `cluster.up` started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """End the recorded cluster; it is no error when there is none."""
+    """Stop the recorded cluster. Without one, print so and exit 0."""
     record = find_record(config.storage)
     if record is None:
         print("no cluster is up")
