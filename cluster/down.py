@@ -7,8 +7,8 @@ from pathlib import Path
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
-from cluster.node.changing import changing
 from cluster.node.launch import end_all, remove_folders
+from cluster.node.locks import command_lock
 from cluster.security.tokens.principal import current_actor
 from cluster.session import find_record, record_path
 from cluster.settings import PlatformConfig, StorageConfig
@@ -22,7 +22,7 @@ def main(config: PlatformConfig) -> None:
         print("no cluster is up")
         return
     storage = StorageConfig(root=record.storage_root)
-    with changing(storage):
+    with command_lock(storage):
         ended = end_all(record)
         open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
         Path(record_path(storage)).unlink(missing_ok=True)

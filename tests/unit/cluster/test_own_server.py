@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.own_server import NotOurServer, listeners_user, open_own, require_own_peer
+from cluster.own_server import NotOurServer, listener_uid, open_own, require_own_peer
 from tests.ports import free_port
 
 LISTENER = """
@@ -78,4 +78,4 @@ def test_the_kernel_says_whose_a_listener_is(family: socket.AddressFamily, addre
     with socket.create_server(
         (address, 0), family=family, dualstack_ipv6=family is socket.AF_INET6
     ) as server:
-        assert listeners_user("127.0.0.1", server.getsockname()[1]) == os.geteuid()
+        assert listener_uid("127.0.0.1", server.getsockname()[1]) == os.geteuid()
