@@ -230,8 +230,11 @@ def write_parquet(table: pa.Table, uri: str) -> int:
 
 
 def coded_columns(schema: pa.Schema) -> list[str]:
-    """The columns that are worth a dictionary in Parquet: floats and times hardly repeat, and building one that is
-    given up again takes most of the time of writing."""
+    """Return the names of the columns that get a dictionary in Parquet.
+
+    Floats and timestamps get none. Their values rarely repeat, and most of the time of writing would go into a
+    dictionary that Parquet then discards.
+    """
     return [
         field.name
         for field in schema
@@ -240,35 +243,35 @@ def coded_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, or only some of its columns.
+    """Read one Parquet file, or only the named columns.
 
-    INT96 times come as nanoseconds where these hold them all, else as microseconds.
+    INT96 timestamps become nanoseconds if all values of the column fit into 64 bits, else microseconds.
     """
     fs, path = url_to_fs(uri)
     with fs.open(path, "rb") as file:
         # `pq.read_table` would import Arrow's dataset layer, and with it pandas.
-        found = pq.ParquetFile(file)
-        wide = [name for name in int96_columns(found) if columns is None or name in columns]
-        table = found.read(columns)
-        if not wide:
+        parquet = pq.ParquetFile(file)
+        int96_names = [name for name in int96_columns(parquet) if columns is None or name in columns]
+        table = parquet.read(columns)
+        if not int96_names:
             return table
-        coarse = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read(wide)
-    for name in wide:
-        if not _is_within_nanoseconds(coarse[name]):
-            table = table.set_column(table.schema.get_field_index(name), name, coarse[name])
+        microseconds = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read(int96_names)
+    for name in int96_names:
+        if not _fits_nanoseconds(microseconds[name]):
+            table = table.set_column(table.schema.get_field_index(name), name, microseconds[name])
     return table
 
 
 def int96_columns(file: pq.ParquetFile) -> list[str]:
-    """The columns that hold times as Spark, Impala and old Hive write them; times inside of structs and lists not."""
-    columns = (file.schema.column(place) for place in range(len(file.schema)))
-    return [one.name for one in columns if one.physical_type == "INT96" and one.path == one.name]
+    """Return the top-level columns with INT96 timestamps, as Spark, Impala and old Hive write them."""
+    columns = (file.schema.column(index) for index in range(len(file.schema)))
+    return [column.name for column in columns if column.physical_type == "INT96" and column.path == column.name]
 
 
-def _is_within_nanoseconds(times: pa.ChunkedArray) -> bool:
-    """Whether 64 bits hold all times, given in microseconds, as nanoseconds: the years 1677 to 2262."""
-    most = (2**63 - 1) // 1000 - 1
+def _fits_nanoseconds(times: pa.ChunkedArray) -> bool:
+    """Return whether all times, in microseconds, fit into 64 bits as nanoseconds: the years 1677 to 2262."""
+    limit = (2**63 - 1) // 1000 - 1
     numbers = times.cast(pa.int64())
     return bool(
-        pc.all(pc.and_(pc.less_equal(numbers, most), pc.greater_equal(numbers, -most)), min_count=0).as_py()
+        pc.all(pc.and_(pc.less_equal(numbers, limit), pc.greater_equal(numbers, -limit)), min_count=0).as_py()
     )

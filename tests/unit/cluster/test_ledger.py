@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError, LedgerCorrupt, ReleaseTooOld
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
-from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
-from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
+from cluster.ledger.chain import GENESIS, Entry, build_entry, check, read_lines, to_json
+from cluster.ledger.checkpoint import PUBLIC_NAME, ensure_signer, load_public_key, verify_signatures
 from cluster.ledger.events import (
     AccessDecided,
     AliasMoved,
@@ -58,7 +58,7 @@ def chain(payloads: list[dict[str, Any]]) -> list[Entry]:
         prev_hash = entries[-1].hash if entries else GENESIS
         time = "2026-01-01T00:00:00.000000+00:00"
         entries.append(
-            link(seq=seq, time=time, type="T", actor="a", payload=plain(payload), prev_hash=prev_hash)
+            build_entry(seq=seq, time=time, type="T", actor="a", payload=to_json(payload), prev_hash=prev_hash)
         )
     return entries
 
@@ -97,7 +97,7 @@ def test_a_removed_entry_is_found(payloads: list[dict[str, Any]], data: st.DataO
 
 def test_large_integers_become_strings_and_nan_null() -> None:
     """JSON readers elsewhere would round them."""
-    written = plain({"n": 2**53 + 1, "m": 2**53 - 1, "x": float("nan"), "f": 2.0**60})
+    written = to_json({"n": 2**53 + 1, "m": 2**53 - 1, "x": float("nan"), "f": 2.0**60})
     assert written == {"n": str(2**53 + 1), "m": 2**53 - 1, "x": None, "f": str(2**60)}
 
 
@@ -154,7 +154,7 @@ def test_a_field_of_a_newer_release_is_left_out_where_nothing_acts_on_it() -> No
     assert parse("ClusterStopped", {"cluster_id": "c", "why": "x"}, seq=1) == ClusterStopped(cluster_id="c")
     limit = {"limited": "tenant", "name": "t", "burst": 9}
     assert parse("EdgeLimitSet", limit, seq=1) == UnknownEvent(stored_type="EdgeLimitSet", content=limit)
-    with pytest.raises(LedgerCorrupt, match="Event 7 is no valid ClusterStopped"):
+    with pytest.raises(LedgerCorrupt, match="Event 7 is not a valid ClusterStopped"):
         parse("ClusterStopped", {}, seq=7)
 
 
@@ -207,7 +207,7 @@ def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
     for number in range(5):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
-    entries = list(check_signatures(check(ledger.entries()), key))
+    entries = list(verify_signatures(check(ledger.entries()), key))
     assert any(entry.type == CheckpointSigned.__name__ for entry in entries)
     assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
 
@@ -224,11 +224,11 @@ def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
         del fields["hash"]
         if entry.seq == 1:
             fields["payload"] = {"cluster_id": "forged"}
-        forged.append(link(**fields))
+        forged.append(build_entry(**fields))
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
     assert len(list(check(forged))) == len(forged)
     with pytest.raises(LedgerCorrupt, match="Checkpoint"):
-        list(check_signatures(check(forged), key))
+        list(verify_signatures(check(forged), key))
 
 
 def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
