@@ -125,7 +125,9 @@ def _type_of(schema: Any, path: Iterable[str]) -> Any:
     current = schema
     for name in path:
         members = _union_members(current)
-        section = next((member for member in members if isinstance(member, type) and is_dataclass(member)), None)
+        section = next(
+            (member for member in members if isinstance(member, type) and is_dataclass(member)), None
+        )
         table = next((member for member in members if typing.get_origin(member) is dict), None)
         if section is not None:
             current = typing.get_type_hints(section).get(name)

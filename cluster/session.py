@@ -120,9 +120,7 @@ class ClusterRecord:
 
 def metrics_urls(record: ClusterRecord) -> list[str]:
     """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
-    own = [
-        f"http://127.0.0.1:{record.ports[name]}/metrics" for name in METRICS_PORTS if name in record.ports
-    ]
+    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in METRICS_PORTS if name in record.ports]
     return [record.metrics_url, record.ray_metrics_url, *own]
 
 
@@ -195,7 +193,11 @@ def is_up(record: ClusterRecord) -> bool:
     if not port_answers(host=host, port=port) or cluster_of_listener(port) not in (record.cluster_id, None):
         return False
     # Another user's process hides its environment, so its user is checked: a driver would send it Ray's token.
-    return not ipaddress.ip_address(host).is_loopback or listener_uid(host, port) in (PortState.unknown, record.owner, 0)
+    return not ipaddress.ip_address(host).is_loopback or listener_uid(host, port) in (
+        PortState.unknown,
+        record.owner,
+        0,
+    )
 
 
 def recorded(config: PlatformConfig) -> ClusterRecord:

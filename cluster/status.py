@@ -144,7 +144,9 @@ def _show_health(cluster_health: Health) -> None:
     if cluster_health.restoring:
         print("  the head was lost; its applications are being restored (progress: edge/supervisor.log)")
     if any(status.part is Part.supervisor for status in lacking):
-        print("  without the supervisor, parts are not restarted: `python -m cluster.up` starts all missing parts")
+        print(
+            "  without the supervisor, parts are not restarted: `python -m cluster.up` starts all missing parts"
+        )
     elif lacking:
         print("  the supervisor restarts them; `python -m cluster.up` waits until all run")
     problems = cluster_health.problems

@@ -265,7 +265,9 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 def int96_columns(file: pq.ParquetFile) -> list[str]:
     """Return the top-level columns with INT96 timestamps, as Spark, Impala and old Hive write them."""
     columns = (file.schema.column(index) for index in range(len(file.schema)))
-    return [column.name for column in columns if column.physical_type == "INT96" and column.path == column.name]
+    return [
+        column.name for column in columns if column.physical_type == "INT96" and column.path == column.name
+    ]
 
 
 def _fits_nanoseconds(times: pa.ChunkedArray) -> bool:

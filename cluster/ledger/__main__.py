@@ -1,4 +1,4 @@
-"""`python -m cluster.ledger export | verify`: export or verify the ledger, for auditors. It needs no running cluster."""
+"""`python -m cluster.ledger export | verify`: export or verify the ledger, without a running cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write every event as one JSON line")
     export.add_argument("--output", type=Path, help="file to write instead of standard output")
-    verify = commands.add_parser("verify", help="verify the hash chain; on failure, name the first bad event, exit 2")
+    verify = commands.add_parser(
+        "verify", help="verify the hash chain; on failure, name the first bad event, exit 2"
+    )
     verify.add_argument("--file", type=Path, help="export to verify instead of the ledger itself")
     verify.add_argument("--public-key", type=Path, help="key to verify the checkpoints' signatures with")
     arguments = parser.parse_args()

@@ -76,7 +76,9 @@ def to_json(value: Any) -> Any:
             raise TypeError(f"An event cannot hold {type(value).__name__} {value!r}; give plain JSON values.")
 
 
-def build_entry(*, seq: int, time: str, type: str, actor: str, payload: dict[str, Any], prev_hash: str) -> Entry:
+def build_entry(
+    *, seq: int, time: str, type: str, actor: str, payload: dict[str, Any], prev_hash: str
+) -> Entry:
     """Build the entry that follows the entry with `prev_hash`."""
     body = {
         "seq": seq,

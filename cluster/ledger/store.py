@@ -138,7 +138,9 @@ def open_ledger(config: PlatformConfig) -> Ledger:
     url = config.ledger.url
     if url is None:
         if is_uri(storage.root):
-            raise ConfigError(f"storage.root {storage.root} is remote: set ledger.url to a PostgreSQL database.")
+            raise ConfigError(
+                f"storage.root {storage.root} is remote: set ledger.url to a PostgreSQL database."
+            )
         Path(storage.root).mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{storage.ledger_path}"
     elif config.tier is Tier.enterprise_gpu:

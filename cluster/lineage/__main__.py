@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--version", required=True, help=f"a number, an alias, or {LATEST}")
     parser.add_argument("--format", choices=["text", "json", "openlineage"], default="text")
-    parser.add_argument("--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events")
+    parser.add_argument(
+        "--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events"
+    )
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:

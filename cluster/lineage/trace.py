@@ -152,7 +152,9 @@ def describe(trace: ModelTrace) -> str:
     """Return the lineage as text."""
     lines = [f"model {trace.model} version {trace.version}, registered by {trace.registered.actor}"]
     if trace.training_set is None:
-        lines.append("  its training set was not built by this platform: the lineage of its columns is unknown")
+        lines.append(
+            "  its training set was not built by this platform: the lineage of its columns is unknown"
+        )
     else:
         built = trace.training_set.payload
         lines.append(

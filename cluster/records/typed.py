@@ -51,7 +51,7 @@ def column_of(name: str, values: list[Any], dtype: str) -> tuple[pl.Series, int]
     target = value_type(dtype)
     if target is None:
         return exact_column(name, values), 0
-    converted, num_invalid = target.fit_what_fits(values)
+    converted, num_invalid = target.convert_or_null(values)
     return pl.Series(name, converted, dtype=_POLARS[target.base], strict=False), num_invalid
 
 

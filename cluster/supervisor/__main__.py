@@ -24,8 +24,8 @@ from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
 from cluster.metrics import serve_metrics
-from cluster.node.locks import supervisor_lock
 from cluster.node.launch import edge_log, environment, key_log, start_process, supervisor_log
+from cluster.node.locks import supervisor_lock
 from cluster.node.parts import BROKER, EDGE, RAY_PARTS, Part, State, find_parts, probe_state
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import private_folder
@@ -61,7 +61,9 @@ class ThisMachine:
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:
-            return daemons.restart_daemon(record, part, environment(config, record), log=supervisor_log(config))
+            return daemons.restart_daemon(
+                record, part, environment(config, record), log=supervisor_log(config)
+            )
         return part is not Part.haproxy  # its controller restarts it
 
     def kill(self, process: psutil.Process) -> None:

@@ -22,7 +22,7 @@ from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 
 ALL_RUNNING_TIMEOUT_S = 10.0
-_SECRET_VARIABLE = "RAY_AUTH_TOKEN"
+_NOT_SAVED = "RAY_AUTH_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def _command(process: psutil.Process) -> Command:
     variables = {
         name: value
         for name, value in process.environ().items()
-        if name.startswith("RAY_") and name != _SECRET_VARIABLE
+        if name.startswith("RAY_") and name != _NOT_SAVED
     }
     return Command(argv=process.cmdline(), variables=variables, cwd=process.cwd() or os.getcwd())
 

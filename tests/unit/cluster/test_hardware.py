@@ -59,5 +59,5 @@ def test_the_engine_follows_from_files_and_hardware(
 @pytest.mark.parametrize("files", [[], ["model.onnx", "model.txt"], ["model.safetensors", "network.json"]])
 def test_files_of_no_model_are_refused(files: list[str]) -> None:
     """None, or those of two."""
-    with pytest.raises(RefusedError, match="not both or none"):
+    with pytest.raises(RefusedError, match="exactly one of"):
         choose_runner(files, Precision.float32, GPU)

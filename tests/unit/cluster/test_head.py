@@ -67,12 +67,12 @@ def test_a_daemon_is_started_as_it_was_before(cluster: ClusterRecord, tmp_path: 
     command = {"argv": ["sh", "-c", script, "gcs"], "variables": {"RAY_gcs_storage": "rocksdb"}, "cwd": "/"}
     (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
     environment = {"FALAJ_CLUSTER_ID": "abc", "PATH": os.environ["PATH"]}
-    assert daemons.start_again(cluster, Part.gcs, environment, log=tmp_path / "log")
+    assert daemons.restart_daemon(cluster, Part.gcs, environment, log=tmp_path / "log")
     deadline = time.monotonic() + 10
     while not told.exists():
         assert time.monotonic() < deadline
     assert told.read_text() == "gcs rocksdb abc\n"
-    assert not daemons.start_again(cluster, Part.dashboard, environment, log=tmp_path / "log")
+    assert not daemons.restart_daemon(cluster, Part.dashboard, environment, log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("opened", ["run", "memory"])
@@ -87,7 +87,7 @@ def test_nothing_is_started_by_what_another_user_could_have_written(
     (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
     (tmp_path / opened).chmod(0o777)
     with pytest.raises(ConfigError, match="mode 0777"):
-        daemons.start_again(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
+        daemons.restart_daemon(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
     assert not (tmp_path / "log").exists()
 
 

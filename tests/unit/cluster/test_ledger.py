@@ -58,7 +58,9 @@ def chain(payloads: list[dict[str, Any]]) -> list[Entry]:
         prev_hash = entries[-1].hash if entries else GENESIS
         time = "2026-01-01T00:00:00.000000+00:00"
         entries.append(
-            build_entry(seq=seq, time=time, type="T", actor="a", payload=to_json(payload), prev_hash=prev_hash)
+            build_entry(
+                seq=seq, time=time, type="T", actor="a", payload=to_json(payload), prev_hash=prev_hash
+            )
         )
     return entries
 

@@ -22,7 +22,7 @@ from cluster.ledger.events import (
 from cluster.lineage import __main__
 from cluster.lineage import trace as lineage
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import Column, ModelTrace, describe, trace
+from cluster.lineage.trace import Column, ModelTrace, describe, trace_model
 from cluster.settings import PlatformConfig, StorageConfig
 
 
@@ -102,7 +102,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 
 @pytest.fixture(scope="module")
 def found(ledger: Ledger) -> ModelTrace:
-    return trace(ledger.entries(), "loan", 1)
+    return trace_model(ledger.entries(), "loan", 1)
 
 
 def test_each_column_is_followed_to_its_source(found: ModelTrace) -> None:
@@ -134,15 +134,15 @@ def test_only_what_the_version_saw_and_where_it_went_is_told(found: ModelTrace) 
 
 def test_a_training_set_from_elsewhere_has_no_columns(ledger: Ledger) -> None:
     """That is said, and not guessed."""
-    other = trace(ledger.entries(), "loan", 2)
-    assert (other.built, other.columns, other.batches) == (None, [], [])
-    assert "nothing is known of its columns" in describe(other)
+    other = trace_model(ledger.entries(), "loan", 2)
+    assert (other.training_set, other.columns, other.batches) == (None, [], [])
+    assert "lineage of its columns is unknown" in describe(other)
 
 
 @pytest.mark.parametrize(("version", "number"), [("1", 1), ("latest", 2), ("champion", 1)])
 def test_a_version_is_named_as_in_other_commands(ledger: Ledger, version: str, number: int) -> None:
     """By its number, by an alias, or as the latest."""
-    assert trace(ledger.entries(), "loan", version).version == number
+    assert trace_model(ledger.entries(), "loan", version).version == number
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_what_is_unknown_is_refused_by_name(
 ) -> None:
     """With what there is."""
     with pytest.raises(ModelNotFound, match=said):
-        trace(ledger.entries(), model, version)
+        trace_model(ledger.entries(), model, version)
 
 
 def test_an_address_with_a_password_is_never_a_sources_name() -> None:
     """A lineage goes to other tools."""
     definition = {"name": "income", "source": {"url": "postgresql://ann:secret@db/x", "query": "select 1"}}
-    assert lineage.source_of(definition) == "income's source"
-    assert lineage.source_of({"name": "clicks", "source": {"topic": "clicks"}}) == "clicks"
+    assert lineage.source_name(definition) == "income's source"
+    assert lineage.source_name({"name": "clicks", "source": {"topic": "clicks"}}) == "clicks"
 
 
 def test_openlineage_follows_a_column_through_every_step(found: ModelTrace) -> None:

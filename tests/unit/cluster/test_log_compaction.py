@@ -32,7 +32,7 @@ from cluster.records import (
 from cluster.records import reading as reading_module
 from cluster.records.columns import to_record, to_row
 from cluster.records.compaction import LOCK, compact
-from cluster.records.segments import segments
+from cluster.records.segments import list_segments
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.security.keys.keyring import Keyring
@@ -115,7 +115,7 @@ def test_what_was_compacted_reads_as_before(log: Path, keyring: Keyring) -> None
     frame, records = read_predictions(log, keyring), sorted(read_records(log, keyring), key=str)
     assert run(log, keyring) == 3
     assert run(log, keyring) == 0
-    assert segments(log) == []
+    assert list_segments(log) == []
     assert_frame_equal(read_predictions(log, keyring), frame)
     assert sorted(read_records(log, keyring), key=lambda one: one["prediction_id"]) == sorted(
         records, key=lambda one: one["prediction_id"]
@@ -132,7 +132,7 @@ def test_a_segment_that_is_written_is_left_alone(log: Path, keyring: Keyring) ->
     for number in range(3):
         writer.append(prediction(number))
     assert run(log, keyring) == 2
-    assert segments(log) == [writer.path]
+    assert list_segments(log) == [writer.path]
     writer.append(prediction(3))
     assert run(log, keyring) == 1
     assert ids(log, keyring) == ["p0", "p1", "p2", "p3"]
@@ -143,9 +143,9 @@ def test_a_segment_without_a_record_is_removed(log: Path, keyring: Keyring) -> N
     """Its writer was killed before its first one, or before the first line was whole."""
     SegmentWriter(log, store=keyring, key=PERSONAL).close()
     SegmentWriter(log, store=keyring, key=PERSONAL).close()
-    segments(log)[0].write_bytes(b"{")
+    list_segments(log)[0].write_bytes(b"{")
     assert run(log, keyring) == 2
-    assert (segments(log), count_records(log), LogTable(log).files) == ([], 0, ())
+    assert (list_segments(log), count_records(log), LogTable(log).files) == ([], 0, ())
 
 
 def test_there_is_nothing_to_compact_without_a_log(log: Path, keyring: Keyring) -> None:
@@ -167,7 +167,7 @@ def test_two_compactions_at_once_are_refused(log: Path, keyring: Keyring) -> Non
 def test_what_was_taken_before_a_checkpoint_of_the_table_stays_taken(log: Path, keyring: Keyring) -> None:
     """Delta writes one every hundred commits, and reads no older commit from then on."""
     fill(log, keyring, segments=2, records=2)
-    stems = [path.stem for path in segments(log)]
+    stems = [path.stem for path in list_segments(log)]
     run(log, keyring)
     DeltaTable(str(log / "table")).create_checkpoint()
     (log / "table" / "_delta_log" / f"{0:020}.json").unlink()
@@ -312,7 +312,7 @@ def test_killed_at_any_step_nothing_is_lost_or_doubled(tmp_path: Path, end: str)
         assert count_records(log) == 4
         run(log, keyring)
         assert_frame_equal(read_predictions(log, keyring), expected)
-        assert (count_records(log), segments(log)) == (4, [])
+        assert (count_records(log), list_segments(log)) == (4, [])
         assert sum(one.records for one in LogTable(log).compactions().values()) == 4
         kept = {path.relative_to(log / "table").as_posix() for path in (log / "table").glob("*/*")}
         assert kept - {f for f in kept if f.startswith("_delta_log")} == {f.path for f in LogTable(log).files}
@@ -401,7 +401,7 @@ def test_a_segment_that_somebody_deletes_is_missed(log: Path, keyring: Keyring) 
     fill(log, keyring)
     reader = read_records(log, keyring)
     next(reader)
-    segments(log)[2].unlink()
+    list_segments(log)[2].unlink()
     with pytest.raises(RecordLogCorrupt, match="was deleted"):
         list(reader)
 
@@ -409,11 +409,11 @@ def test_a_segment_that_somebody_deletes_is_missed(log: Path, keyring: Keyring) 
 def test_an_altered_segment_is_not_taken(log: Path, keyring: Keyring) -> None:
     """It stays where it is, and so do all others."""
     fill(log, keyring)
-    path = segments(log)[1]
+    path = list_segments(log)[1]
     path.write_bytes(path.read_bytes().replace(b"\n", b"\nAAAA\n", 1))
     with pytest.raises(RecordLogCorrupt, match=path.name):
         run(log, keyring)
-    assert len(segments(log)) == 3
+    assert len(list_segments(log)) == 3
     assert LogTable(log).files == ()
 
 

@@ -85,9 +85,9 @@ def test_probabilities_of_both_classes_give_that_of_the_second() -> None:
     [
         (Graph(dtype=TensorProto.FLOAT16), r"takes 'inputs' as tensor\(float16\).*Cast"),
         (Graph(input_name="X"), r"has the inputs 'X'.*named 'inputs'"),
-        (Graph(output_name="probabilities"), "outputs 'probabilities', and none named 'scores'"),
+        (Graph(output_name="probabilities"), "outputs 'probabilities', but no 'scores'"),
         (Graph(columns="columns"), r"shape \['rows', 'columns'\].*number for the columns"),
-        (Graph(imputes=False), r"gives nan for a row without any known value.*Where\(IsNaN"),
+        (Graph(imputes=False), r"gives nan for a row of missing values.*Where\(IsNaN"),
         (Graph(outputs=3), r"shape \(1, 3\).*one probability a row"),
     ],
 )

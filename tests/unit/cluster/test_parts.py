@@ -15,9 +15,9 @@ import pytest
 
 from cluster import processes
 from cluster.errors import ConfigError
-from cluster.node.changing import changing, is_watched_by, sole_supervisor
 from cluster.node.launch import end_all
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, sort_out, state_of
+from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
+from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, processes_by_part, state_of
 from cluster.settings import StorageConfig
 from tests.replica import record
 
@@ -83,7 +83,7 @@ def test_the_supervisor_is_ended_first(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-m", SUPERVISOR], cwd=tmp_path, env=environment) as watching:
         while not (tmp_path / "up").exists():
             assert watching.poll() is None
-        assert set(sort_out(processes.find(ended_one))) == {Part.supervisor}
+        assert set(processes_by_part(processes.find(ended_one))) == {Part.supervisor}
         psutil.Process(watching.pid).suspend()
         cluster = record(tmp_path, "", 1)
         object.__setattr__(cluster, "cluster_id", ended_one)
@@ -95,12 +95,12 @@ def test_one_command_at_a_time_changes_a_cluster(tmp_path: Path) -> None:
     """Two `cluster.up` at once would start two; the refusal names the one that is at it, and its end frees it."""
     storage = StorageConfig(root=str(tmp_path / "state"))
     with (
-        changing(storage),
-        pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) is at work.*Wait"),
-        changing(storage),
+        command_lock(storage),
+        pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) is running.*Wait"),
+        command_lock(storage),
     ):
         pass
-    with changing(storage):
+    with command_lock(storage):
         pass
 
 
@@ -109,7 +109,7 @@ def test_nobody_else_can_hold_a_clusters_locks(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     storage, mask = StorageConfig(root=str(tmp_path)), os.umask(0o022)
     try:
-        with changing(storage), sole_supervisor(storage):
+        with command_lock(storage), supervisor_lock(storage):
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     finally:
         os.umask(mask)
@@ -120,10 +120,10 @@ def test_a_cluster_has_one_supervisor(tmp_path: Path) -> None:
     """A second one is refused, whoever starts it."""
     storage = StorageConfig(root=str(tmp_path))
     assert not is_watched_by(storage, os.getpid())
-    with sole_supervisor(storage):
+    with supervisor_lock(storage):
         assert is_watched_by(storage, os.getpid())
         with (
             pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) watches .* already"),
-            sole_supervisor(storage),
+            supervisor_lock(storage),
         ):
             pass

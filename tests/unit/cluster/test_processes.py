@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from cluster import processes
-from cluster.node.parts import Part, sort_out
+from cluster.node.parts import Part, processes_by_part
 
 NOBODY = 65534
 PRETENDS = "import sys; open('/proc/self/comm', 'w').write('gcs_server'); print(flush=True); sys.stdin.read()"
@@ -57,11 +57,13 @@ def test_another_users_process_is_never_a_clusters(started: ExitStack) -> None:
     cluster_id = f"{os.getpid()}-mine"
     other = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     pid = _start(started, cluster_id, by=other)
-    assert sort_out(processes.find(cluster_id)) == {}
+    assert processes_by_part(processes.find(cluster_id)) == {}
     assert processes.end(cluster_id) == 0
     assert [one.pid for one in processes.find(cluster_id, owner=NOBODY)] == [pid]
     mine = _start(started, cluster_id)
-    assert {part: one.pid for part, one in sort_out(processes.find(cluster_id)).items()} == {Part.gcs: mine}
+    assert {part: one.pid for part, one in processes_by_part(processes.find(cluster_id)).items()} == {
+        Part.gcs: mine
+    }
 
 
 def test_a_job_of_the_cluster_sees_the_parts_above_it_and_ends_none(started: ExitStack) -> None:

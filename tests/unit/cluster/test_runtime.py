@@ -26,7 +26,7 @@ from cluster.runtime import (
     open_model,
     parse_signature,
 )
-from cluster.runtime.encoding import MANY
+from cluster.runtime.encoding import MIN_BATCH
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 
@@ -145,8 +145,8 @@ def test_a_long_list_is_encoded_as_its_values_are(spec: InputSpec, values: list[
 
     singly = [encoded([value]) for value in values]
     refused = [one for one in singly if isinstance(one, str)]
-    expected = refused[0] if refused else [one for (one,) in singly] * MANY
-    assert repr(encoded(values * MANY)) == repr(expected)
+    expected = refused[0] if refused else [one for (one,) in singly] * MIN_BATCH
+    assert repr(encoded(values * MIN_BATCH)) == repr(expected)
 
 
 @pytest.mark.parametrize("harm", ["no model", "garbage", "other inputs", "no signature"])

@@ -33,7 +33,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of something that answers like our head node."""
-    monkeypatch.setattr(session, "cluster_on", lambda port: "abc")
+    monkeypatch.setattr(session, "cluster_of_listener", lambda port: "abc")
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 
@@ -92,7 +92,7 @@ def test_another_users_process_on_the_heads_port_is_no_head(
 
     A user who is not root cannot see whose process it is otherwise.
     """
-    monkeypatch.setattr(session, "cluster_on", lambda port: None)
+    monkeypatch.setattr(session, "cluster_of_listener", lambda port: None)
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")

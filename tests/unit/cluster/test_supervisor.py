@@ -76,7 +76,7 @@ class FakeMachine:
     def restore_is_due(self) -> bool:
         return self.due
 
-    def bring_back(self) -> None:
+    def replace_head(self) -> None:
         self.due = True
         self.done.append("head")
         if "head" in self.broken:
@@ -100,7 +100,7 @@ class World:
     def __post_init__(self) -> None:
         self.supervisor = Supervisor(
             self.machine,
-            note=lambda *words: self.notes.append(words),
+            record_restart=lambda *words: self.notes.append(words),
             metrics=SupervisorMetrics(self.registry),
             clock=lambda: self.now,
         )
@@ -108,7 +108,7 @@ class World:
     def pass_s(self, seconds: float) -> None:
         """A turn a second; a head that is being rebuilt is waited for."""
         for _ in range(round(seconds)):
-            self.supervisor.turn()
+            self.supervisor.check_once()
             if self.supervisor.rebuilding is not None:
                 self.supervisor.rebuilding.join(10)
             self.now += 1.0
@@ -166,7 +166,7 @@ def test_it_tries_at_once_when_told_to(world: World) -> None:
     world.kill(Part.edge)
     world.pass_s(130)
     tried = len(world.machine.done)
-    world.supervisor.try_at_once()
+    world.supervisor.retry_now()
     world.pass_s(1)
     assert len(world.machine.done) == tried + 1
 

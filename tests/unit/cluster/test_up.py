@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.node.launch import remove_folders
-from cluster.node.parts import BROKER, Part, Seen, State
+from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import private_folder
 from cluster.session import write_record
 from cluster.settings import (
@@ -224,7 +224,9 @@ def test_where_nothing_is_missing_up_is_refused(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal says how to end it."""
-    monkeypatch.setattr(up, "look", lambda record: [Seen(part=each, state=State.running) for each in Part])
+    monkeypatch.setattr(
+        up, "look", lambda record: [PartStatus(part=each, state=State.running) for each in Part]
+    )
     record = up.describe(config)
     try:
         with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):

@@ -54,7 +54,7 @@ def test_a_value_of_another_type_is_refused_and_read_as_null(dtype: str, wrong: 
     for values in ([wrong], [right, wrong]):
         with pytest.raises(NotOfType):
             kind.fit(values)
-    assert kind.fit_what_fits([right, wrong, None]) == ([right, None, None], 1)
+    assert kind.convert_or_null([right, wrong, None]) == ([right, None, None], 1)
 
 
 def truths(*classes: Any) -> Truths:
