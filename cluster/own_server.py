@@ -1,7 +1,7 @@
 """HTTP requests that carry the cluster's token, sent only to the cluster's own servers on this machine.
 
-When a process dies, any user can take its port. So the kernel is asked which user owns the listening socket before the
-request is sent.
+When a process dies, any user can take its port. So before the request is sent, the kernel reports which user owns
+the listening socket.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def require_own_peer(connection: socket.socket, *, owner: int) -> None:
 def listener_uid(address: str, port: int) -> int | PortState:
     """Return the user id of the process that gets new connections to an address of this machine.
 
-    It asks for this one socket with sock_diag(7), which takes microseconds. Reading the table of all sockets takes
+    It queries this one socket with sock_diag(7), which takes microseconds. Reading the table of all sockets takes
     milliseconds.
     """
     parsed = ipaddress.ip_address(address)

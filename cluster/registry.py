@@ -95,9 +95,9 @@ class ModelVersion:
 class Registry:
     """Reads and writes model versions."""
 
-    def __init__(self, ledger: Ledger, places: Layout) -> None:
+    def __init__(self, ledger: Ledger, storage: Layout) -> None:
         self._ledger = ledger
-        self._places = places
+        self._storage = storage
         self._projection = Projection(ledger, name="registry", metadata=METADATA, apply=_apply)
 
     def register(
@@ -128,24 +128,23 @@ class Registry:
             RefusedError: A file has a format that is not allowed.
             AccessDenied, KeyRevoked: The key store refuses the key.
         """
-        names = allowed_files(source)
+        parts = allowed_files(source)
         store.ensure(model_key(name))
         version, folder = self._reserve(name)
         files: dict[str, str] = {}
-        for part in names:
-            sealed = seal_file(
-                (source / part).read_bytes(), name=name, version=version, part=part, store=store
-            )
+        for part in parts:
+            data = (source / part).read_bytes()
+            sealed = seal_file(data, name=name, version=version, part=part, store=store)
             write_bytes(str(folder / part), sealed)
             files[part] = hashlib.sha256(sealed).hexdigest()
-        data = manifest_bytes(files)
-        write_bytes(str(folder / MANIFEST), data)
+        manifest = manifest_bytes(files)
+        write_bytes(str(folder / MANIFEST), manifest)
         event = ModelRegistered(
             name=name,
             version=version,
             family=family,
             task=task,
-            manifest_hash=hashlib.sha256(data).hexdigest(),
+            manifest_hash=hashlib.sha256(manifest).hexdigest(),
             files=files,
             lineage=asdict(lineage),
             metrics=finite(dict(metrics)),
@@ -235,7 +234,7 @@ class Registry:
         return aliases[version]
 
     def _reserve(self, name: str) -> tuple[int, Path]:
-        folder = local(self._places.models(name))
+        folder = local(self._storage.models(name))
         folder.mkdir(parents=True, exist_ok=True)
         version = max(self.versions(name), default=0) + 1
         while True:
@@ -250,7 +249,7 @@ class Registry:
             **event
             | {
                 "lineage": Lineage(**event["lineage"]),
-                "uri": self._places.model(event["name"], event["version"]),
+                "uri": self._storage.model(event["name"], event["version"]),
             }
         )
 

@@ -275,7 +275,7 @@ class ScalingConfig:
 
 
 class Durability(enum.Enum):
-    """What a record survives once its request is answered."""
+    """How durable a record is when its request is answered."""
 
     process = "process"
     """The record survives the end of the replica, also by kill -9."""

@@ -45,22 +45,9 @@ def key_id(key: Ed25519PublicKey) -> str:
 def ensure_signer(keys: Path) -> Signer:
     """Return the signer of a keys folder. Its key is created on first use, with mode 0600."""
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private = keys / PRIVATE_NAME
-    if not private.exists():
-        key = Ed25519PrivateKey.generate()
-        public_bytes = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        (keys / PUBLIC_NAME).write_bytes(public_bytes)
-        private_bytes = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        descriptor = os.open(private, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(private_bytes)
-    signer = load_signer(keys)
-    assert signer is not None
-    return signer
+    if not (keys / PRIVATE_NAME).exists():
+        _create_keys(keys)
+    return _read_signer(keys / PRIVATE_NAME)
 
 
 def load_signer(keys: Path) -> Signer | None:
@@ -70,8 +57,24 @@ def load_signer(keys: Path) -> Signer | None:
         ConfigError: The key file holds no Ed25519 private key.
     """
     path = keys / PRIVATE_NAME
-    if not path.exists():
-        return None
+    return _read_signer(path) if path.exists() else None
+
+
+def _create_keys(keys: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    public_bytes = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (keys / PUBLIC_NAME).write_bytes(public_bytes)
+    private_bytes = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    descriptor = os.open(keys / PRIVATE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(private_bytes)
+
+
+def _read_signer(path: Path) -> Signer:
     key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{path} holds no Ed25519 private key. Restore the ledger's signing key.")

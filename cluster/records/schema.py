@@ -40,7 +40,7 @@ class PredictionRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeRecord:
-    """What came true for one row of one answer."""
+    """The outcome of one row of one answer."""
 
     prediction_id: str
     row: int = 0

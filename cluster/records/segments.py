@@ -90,11 +90,11 @@ class SegmentWriter:
         segment = self._segment
         if segment.broken or (segment.count and self._is_full(segment)):
             segment = self._start_next()
-        place, count = segment.place, segment.count
+        aad, count = segment.aad, segment.count
         lines = [
             base64.b64encode(
                 self._cipher.encrypt(
-                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(place, b"%d" % number)
+                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(aad, b"%d" % number)
                 )
             )
             + b"\n"
@@ -160,7 +160,7 @@ class _Segment:
     def __init__(self, folder: Path, header: bytes, *, synced: bool) -> None:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
         self.path = folder / f"{name}{SUFFIX}"
-        self.place = segment_place(self.path)
+        self.aad = segment_aad(self.path)
         self.count, self.size = 0, 0
         self.started_at = time.monotonic()
         self.broken = self.closed = False
@@ -249,10 +249,10 @@ def segment_records(path: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
         header = file.readline()
         if not header.endswith(b"\n"):
             return
-        cipher, place = ValueCipher.open(store, *_parse_header(path, header)), segment_place(path)
+        cipher, aad = ValueCipher.open(store, *_parse_header(path, header)), segment_aad(path)
         for number, line in enumerate(file):
             if line.endswith(b"\n"):
-                yield _record(path, number, line, cipher, place)
+                yield _record(path, number, line, cipher, aad)
 
 
 def count_segment(path: Path) -> int:
@@ -299,9 +299,9 @@ def _belongs_to_log(path: Path, key: object) -> bool:
     return isinstance(key, str) and log == "/".join(path.parts[-3:-1]) and column_class in COLUMN_CLASSES
 
 
-def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, place: str) -> dict[str, Any]:
+def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, aad: str) -> dict[str, Any]:
     try:
-        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(place, b"%d" % number))
+        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(aad, b"%d" % number))
     except (ArtifactTampered, ValueError) as error:
         raise RecordLogCorrupt(
             f"{path}, line {number + 2}: the record was changed, or an earlier one was removed. "
@@ -310,7 +310,7 @@ def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, place: st
     return dict(orjson.loads(data))
 
 
-def segment_place(path: Path) -> str:
+def segment_aad(path: Path) -> str:
     """Return the first part of the AAD of a segment's records: the log, `predictions/<model>`, and the segment.
 
     The record's number is the other part.

@@ -94,7 +94,7 @@ class LogTable:
         table = files.read(
             str(self.folder / file.path),
             protection=self._protection(file.column_class),
-            place=self._place(file.path),
+            place=self._aad(file.path),
         )
         for batch in table.to_batches(max_chunksize=10_000):
             for row in batch.to_pylist():
@@ -107,7 +107,7 @@ class LogTable:
             pa.Table.from_pylist(list(rows), schema(self.kind)),
             str(self.folder / path),
             self._protection(column_class),
-            place=self._place(path),
+            place=self._aad(path),
         )
         return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
 
@@ -168,7 +168,7 @@ class LogTable:
     def _protection(self, column_class: str) -> Protection:
         return Protection(default=f"{self._name}/{column_class}", keys=((SEGMENT, None), (LINE, None)))
 
-    def _place(self, path: str) -> str:
+    def _aad(self, path: str) -> str:
         return f"{self._name}/{FOLDER}/{path}"
 
 
