@@ -1,4 +1,4 @@
-"""What `cluster.status` finds open to other users of the machine."""
+"""Tests of the permission checks of `cluster.status`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = (
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> ClusterRecord:
-    """As a start leaves it."""
+    """Return the record of a cluster with the folders and modes that a start creates."""
     root, runtime = tmp_path / "state", tmp_path / "run"
     places = Layout(str(root))
     folders = (
@@ -55,8 +55,8 @@ def cluster(tmp_path: Path) -> ClusterRecord:
     )
 
 
-def test_nothing_is_open_after_a_start(cluster: ClusterRecord) -> None:
-    """Ray's own folder is, but nobody comes to it; public keys may be read."""
+def test_no_problem_after_a_start(cluster: ClusterRecord) -> None:
+    """Ray's own folder is open, but its parent is private. Public keys may be readable."""
     assert permission_problems(cluster) == []
 
 
@@ -79,10 +79,8 @@ def test_nothing_is_open_after_a_start(cluster: ClusterRecord) -> None:
         ("run/keys", 0o777),
     ],
 )
-def test_every_path_that_is_open_is_named(
-    cluster: ClusterRecord, tmp_path: Path, path: str, mode: int
-) -> None:
-    """Folders that others can enter, files that they can change, secrets that they can read."""
+def test_open_path_is_named(cluster: ClusterRecord, tmp_path: Path, path: str, mode: int) -> None:
+    """Folders that others can enter, files that they can change, and secrets that they can read."""
     (tmp_path / path).chmod(mode)
     problems = permission_problems(cluster)
     assert any(f"{tmp_path / path} " in problem and f"{mode:04o}" in problem for problem in problems), (
@@ -91,8 +89,8 @@ def test_every_path_that_is_open_is_named(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_what_belongs_to_another_user_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
-    """A folder for sockets that somebody has exchanged, and a file among the edge's."""
+def test_path_of_another_user_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """Both a replaced folder for sockets and a file of the edge are found."""
     os.chown(tmp_path / "run", 65534, 65534)
     os.chown(tmp_path / "state" / "edge" / "routes.map", 65534, 65534)
     problems = permission_problems(cluster)
@@ -102,7 +100,7 @@ def test_what_belongs_to_another_user_is_named(cluster: ClusterRecord, tmp_path:
     } <= set(problems)
 
 
-def test_a_folder_that_is_gone_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
-    """A cleaner of temporary files, or a reboot."""
+def test_missing_folder_is_named(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """For example after a reboot."""
     (tmp_path / "run").rename(tmp_path / "swept")
     assert f"{tmp_path}/run does not exist" in permission_problems(cluster)
