@@ -7,6 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from openlineage.client import OpenLineageClient
+from openlineage.client.serde import Serde
+
 from cluster.entrypoint import refuse
 from cluster.errors import RefusedError
 from cluster.lineage.openlineage import run_events
@@ -28,12 +31,23 @@ def main() -> None:
     parser.add_argument(
         "--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events"
     )
+    parser.add_argument(
+        "--emit",
+        action="store_true",
+        help="send the OpenLineage events to the transport that OPENLINEAGE_URL or openlineage.yml configures",
+    )
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
         model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
     except RefusedError as error:
         refuse(error)
+    if arguments.emit:
+        client = OpenLineageClient()
+        for event in run_events(model_trace, namespace=arguments.namespace):
+            client.emit(event)
+        client.close()
+        return
     text = _formatted(model_trace, arguments.format, arguments.namespace) + "\n"
     if arguments.output is None:
         sys.stdout.write(text)
@@ -46,7 +60,7 @@ def _formatted(trace: ModelTrace, output_format: str, namespace: str) -> str:
         case "json":
             return json.dumps(as_json(trace), indent=1)
         case "openlineage":
-            return "\n".join(json.dumps(event) for event in run_events(trace, namespace=namespace))
+            return "\n".join(Serde.to_json(event) for event in run_events(trace, namespace=namespace))
         case _:
             return describe(trace)
 
