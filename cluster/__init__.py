@@ -1,1 +1,1 @@
-"""The ground every Falaj process stands on; imports none of the other packages."""
+"""Base package of every Falaj process. It imports none of the other packages."""

@@ -1,8 +1,8 @@
-"""A model version's files: the formats that are allowed, and the manifest that proves them unchanged.
+"""Files of a model version: the allowed formats, and the manifest that proves that the files are unchanged.
 
-Pickle can run code and scanners miss it, so the only formats are those that hold numbers and text. Files are stored
-sealed under the model's key. `manifest.json` lists the SHA-256 of each as it is stored, and the manifest's own SHA-256
-stands in the ledger: what was registered can be proved without any key.
+Only formats that hold numbers and text are allowed. Pickle is not: it can run code, and scanners miss that. Files are
+stored encrypted with the model's key. `manifest.json` lists the SHA-256 of each stored file. The ledger holds the
+SHA-256 of the manifest, so the registered files can be verified without a key.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ALLOWED_SUFFIXES = (".safetensors", ".onnx", ".txt", ".json")
 
 
 def allowed_files(folder: Path) -> list[str]:
-    """The names of a folder's files, sorted.
+    """Return the file names of a model folder, sorted.
 
     Raises:
-        RefusedError: a subfolder, a file in a format that is not allowed, or no file at all.
+        RefusedError: The folder is empty, has a subfolder, or has a file in a format that is not allowed.
     """
     names = []
     for path in sorted(folder.iterdir()):
@@ -41,37 +41,40 @@ def allowed_files(folder: Path) -> list[str]:
 
 
 def model_key(name: str) -> KeyInfo:
-    """The key that all versions of a model are sealed under; a model may show its rows, so it is not public."""
+    """Return the key that encrypts all versions of a model.
+
+    Its class is not public, because a model can reveal rows of its training set.
+    """
     return KeyInfo(name=f"models/{name}", column_class="internal")
 
 
 def seal_file(data: bytes, *, name: str, version: int, part: str, store: KeyStore) -> bytes:
-    """A model file as it is stored."""
+    """Encrypt one model file for storage."""
     identity = Identity(artifact=f"models/{name}", version=version, part=part)
     return seal_bytes(data, store=store, key=model_key(name).name, identity=identity)
 
 
 def open_file(data: bytes, *, name: str, version: int, part: str, store: KeyStore) -> bytes:
-    """A stored model file's content.
+    """Decrypt one stored model file.
 
     Raises:
-        ArtifactTampered: it is another file than the one it should be.
-        KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+        ArtifactTampered: The ciphertext belongs to another file.
+        KeyNotFound, KeyRevoked, AccessDenied: The key store refuses the key.
     """
     identity = Identity(artifact=f"models/{name}", version=version, part=part)
     return open_bytes(data, store=store, key=model_key(name).name, identity=identity)
 
 
 def manifest_bytes(files: dict[str, str]) -> bytes:
-    """The manifest as it is stored and hashed."""
+    """Return the manifest's bytes, as they are stored and hashed."""
     return canonical({"files": files})
 
 
 def verify_files(uri: str, manifest_hash: str) -> dict[str, str]:
-    """Prove that a version's folder holds just what was registered; gives file name to SHA-256.
+    """Verify that a version's folder holds exactly the registered files; return file name to SHA-256.
 
     Raises:
-        ArtifactTampered: naming the first file that differs, is missing or was added.
+        ArtifactTampered: A file differs, is missing or was added. The message names the first one.
     """
     manifest_uri = f"{uri}/{MANIFEST}"
     if not exists(manifest_uri):
@@ -93,7 +96,7 @@ def verify_files(uri: str, manifest_hash: str) -> dict[str, str]:
     return files
 
 
-def _tampered(uri: str, name: str, what: str) -> ArtifactTampered:
+def _tampered(uri: str, name: str, problem: str) -> ArtifactTampered:
     return ArtifactTampered(
-        f"Model file '{name}' of {uri} {what}. Restore the version from a backup, or train it again."
+        f"Model file '{name}' of {uri} {problem}. Restore the version from a backup, or train it again."
     )

@@ -1,9 +1,8 @@
-"""The words of a command line, `key=value`, before and after Hydra reads them.
+"""Quoting and checks of `key=value` command-line arguments.
 
-Hydra gives a value the type that it looks like: `nan` and `1e5` become numbers, `true` a flag, and an apostrophe is the
-beginning of a quotation. So where an option is text, its value is quoted before Hydra sees it, and means itself. Three
-forms keep the meaning that Hydra gives them: a quotation, an interpolation `${…}`, and `null` where an option may be
-none.
+Hydra guesses the type of a value: `nan` and `1e5` become numbers, `true` becomes a boolean, and an apostrophe starts a
+quoted string. So the value of a text option is quoted before Hydra parses it, and is then taken literally. Three forms
+keep Hydra's meaning: a quoted string, an interpolation `${…}`, and `null` for an option that may be None.
 """
 
 from __future__ import annotations
@@ -23,50 +22,50 @@ from omegaconf import OmegaConf
 
 from cluster.errors import ConfigError
 
-_WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+_ARGUMENT = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 _PLAIN_LIST = re.compile(r"\[[^\[\]{}()'\"\\$]*\]")
 _MULTIRUN = frozenset({"-m", "--multirun"})
 
 
-def quote_texts(words: Sequence[str], schema: type[Any]) -> list[str]:
-    """The words, with the value of each option that is text quoted for Hydra.
+def quote_texts(arguments: Sequence[str], schema: type[Any]) -> list[str]:
+    """Quote the value of each text option for Hydra.
 
     Args:
-        words: of a command line.
-        schema: the dataclass of its options.
+        arguments: Arguments of a command line.
+        schema: Dataclass of the command's options.
     """
-    if not _MULTIRUN.isdisjoint(words):  # a comma separates values there
-        return list(words)
-    return [_quoted(word, schema) for word in words]
+    if not _MULTIRUN.isdisjoint(arguments):  # in a multirun a comma separates values
+        return list(arguments)
+    return [_quoted(argument, schema) for argument in arguments]
 
 
 def refuse_unused(unused: Collection[str], *, by: str) -> None:
-    """Refuse options that were given on the command line and mean nothing for what it does.
+    """Refuse command-line options that have no effect on this run.
 
     Args:
-        unused: their names.
-        by: what the command does.
+        unused: Names of the options without effect.
+        by: The option or mode of the command that makes them meaningless.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: One of them is set. The message names the first one.
     """
     for name in sorted(given_options().intersection(unused)):
         raise ConfigError(f"Option `{name}` means nothing with `{by}`. Leave it out.")
 
 
 def given_options() -> set[str]:
-    """The first part of the name of each option on this process's command line; empty outside a command."""
+    """Return the top-level names of the options on this process's command line; empty outside a command."""
     if not HydraConfig.initialized():
         return set()
     return {
         match["key"].split(".")[0]
-        for word in HydraConfig.get().overrides.task
-        if (match := _WORD.match(word))
+        for argument in HydraConfig.get().overrides.task
+        if (match := _ARGUMENT.match(argument))
     }
 
 
 def option_names(schema: type[Any]) -> list[str]:
-    """Each option that a dataclass knows, and each section of options, as a command line names it: `source.path`."""
+    """Return the dotted names of all options and sections of a dataclass, such as `source.path`."""
     return _names(OmegaConf.to_container(OmegaConf.structured(schema)), "")
 
 
@@ -80,30 +79,30 @@ def _names(values: Any, prefix: str) -> list[str]:
     ]
 
 
-def _quoted(word: str, schema: type[Any]) -> str:
-    match = _WORD.fullmatch(word)
-    wanted = _type_of(schema, match["key"].split(".")) if match else None
-    if match is None or wanted is None:
-        return word
+def _quoted(argument: str, schema: type[Any]) -> str:
+    match = _ARGUMENT.fullmatch(argument)
+    option_type = _type_of(schema, match["key"].split(".")) if match else None
+    if match is None or option_type is None:
+        return argument
     value = match["value"]
-    options = _alternatives(wanted)
-    if _means_something(word, value) or (value == "null" and types.NoneType in options):
-        return word
-    if str in options:
+    members = _union_members(option_type)
+    if _is_hydra_syntax(argument, value) or (value == "null" and types.NoneType in members):
+        return argument
+    if str in members:
         return f"{match['sign']}{match['key']}={_literal(value)}"
-    if any(typing.get_origin(one) is list and typing.get_args(one) == (str,) for one in options):
+    if any(typing.get_origin(member) is list and typing.get_args(member) == (str,) for member in members):
         return f"{match['sign']}{match['key']}={_list(value)}"
-    return word
+    return argument
 
 
-def _means_something(word: str, value: str) -> bool:
-    """Whether a value is a quotation or has an interpolation, as Hydra reads it."""
+def _is_hydra_syntax(argument: str, value: str) -> bool:
+    """Return whether Hydra reads the value as a quoted string or an interpolation."""
     if not value:
         return True
     if value[0] not in ("'", '"') and "${" not in value:
         return False
     try:
-        parsed = OverridesParser.create().parse_override(word).value()
+        parsed = OverridesParser.create().parse_override(argument).value()
     except HydraException:
         return False
     return isinstance(parsed, str)
@@ -117,28 +116,30 @@ def _list(value: str) -> str:
 
 
 def _literal(text: str) -> str:
-    # OmegaConf reads `${` in any text; a backslash before it makes it mean itself.
+    # OmegaConf interpolates `${` in any text; a backslash escapes it.
     return str(QuotedString(text=text.replace("${", r"\${"), quote=Quote.single).with_quotes())
 
 
 def _type_of(schema: Any, path: Iterable[str]) -> Any:
-    """The type of the option at a path of names; none where the schema does not say."""
-    found = schema
+    """Return the type of the option at a path of names, or None if the schema does not define it."""
+    current = schema
     for name in path:
-        choices = _alternatives(found)
-        section = next((one for one in choices if isinstance(one, type) and is_dataclass(one)), None)
-        table = next((one for one in choices if typing.get_origin(one) is dict), None)
+        members = _union_members(current)
+        section = next(
+            (member for member in members if isinstance(member, type) and is_dataclass(member)), None
+        )
+        table = next((member for member in members if typing.get_origin(member) is dict), None)
         if section is not None:
-            found = typing.get_type_hints(section).get(name)
+            current = typing.get_type_hints(section).get(name)
         elif table is not None:
-            found = typing.get_args(table)[1]
+            current = typing.get_args(table)[1]
         else:
             return None
-        if found is None:
+        if current is None:
             return None
-    return found
+    return current
 
 
-def _alternatives(wanted: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
-    return typing.get_args(wanted) if union else (wanted,)
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)

@@ -1,4 +1,4 @@
-"""`python -m cluster.down`: end exactly what `cluster.up` started."""
+"""`python -m cluster.down`: stop exactly the processes that `cluster.up` started."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
-from cluster.node.changing import changing
 from cluster.node.launch import end_all, remove_folders
+from cluster.node.locks import command_lock
 from cluster.security.tokens.principal import current_actor
 from cluster.session import find_record, record_path
 from cluster.settings import PlatformConfig, StorageConfig
@@ -16,13 +16,13 @@ from cluster.settings import PlatformConfig, StorageConfig
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """End the recorded cluster; it is no error when there is none."""
+    """Stop the recorded cluster. Without one, print so and exit 0."""
     record = find_record(config.storage)
     if record is None:
         print("no cluster is up")
         return
     storage = StorageConfig(root=record.storage_root)
-    with changing(storage):
+    with command_lock(storage):
         ended = end_all(record)
         open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
         Path(record_path(storage)).unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""How every `python -m <package>.<name> key=value …` starts and ends.
+"""Start and exit handling of every command `python -m <package>.<name> key=value …`.
 
-Exit code 0 is success, 2 a refused input or gate with one line on standard error, 1 a failure with its traceback.
-Hydra's own reporting exits 1 for an unknown override, so composition is run with its errors let through.
+Exit codes: 0 for success; 2 for a refused input or a failed gate, with one line on standard error; 1 for a failure,
+with its traceback. Hydra itself would exit with 1 for an unknown override, so Hydra is set to raise its errors, and
+they are reported here.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ HELP = {"--help", "-h"}
 def job(
     config_name: str, schema: type[C], *, timed: bool = False
 ) -> Callable[[Callable[[C], None]], Callable[[], None]]:
-    """Make `function(config)` the main of a module.
+    """Turn `function(config)` into the main function of a command.
 
     Args:
-        config_name: of `configs/<config_name>.yaml`.
-        schema: what the configuration is held against.
-        timed: say at the end how long it took; on standard error, because standard output is the result.
+        config_name: Name of the configuration file, `configs/<config_name>.yaml`.
+        schema: Dataclass that validates the configuration.
+        timed: Print the duration at the end. It goes to standard error, because standard output is the result.
     """
 
     def decorate(function: Callable[[C], None]) -> Callable[[], None]:
@@ -52,14 +53,14 @@ def job(
                 if timed:
                     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
-                # A refusal inside a worker comes wrapped in Ray's own error, whose message is a traceback.
+                # Ray wraps a worker's refusal in its own error, whose message is a traceback.
                 refusal = refusal_behind(error)
                 if not isinstance(refusal, RefusedError):
                     raise
                 refuse(refusal)
 
         def main() -> None:
-            # Read by Hydra when it runs: raise instead of printing and exiting 1.
+            # Hydra reads this when it runs: it then raises errors instead of printing them and exiting with 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             if HELP & set(sys.argv[1:]):
                 print(introduction(sys.modules[function.__module__].__doc__, config_name))
@@ -69,7 +70,7 @@ def job(
             except OverrideParseException as error:
                 refuse(
                     ConfigError(
-                        f"`{error.override}` is no `key=value` of Hydra's. Put a value with special characters between "
+                        f"`{error.override}` is not a valid `key=value`. Put a value with special characters in "
                         "quotes: `key='value'`."
                     )
                 )
@@ -82,9 +83,9 @@ def job(
 
 
 def introduction(description: str | None, config_name: str) -> str:
-    """What `--help` says first: what the command is for, and its own options as their file describes them.
+    """Return the first part of `--help`: the command's description and its own options with their comments.
 
-    Hydra's help follows with the whole configuration. It has no comments, and the command's options come last in it.
+    Hydra's help follows and shows the whole configuration, without comments and with the command's options last.
     """
     options = files("configs").joinpath(f"{config_name}.yaml").read_text(encoding="utf-8").strip()
     description = (description or "").strip()
@@ -98,25 +99,25 @@ def refuse(error: RefusedError) -> NoReturn:
 
 
 def refuse_shadowed_packages() -> None:
-    """Raise when a folder on the path stands in front of one of our packages.
+    """Refuse to run if another folder on the import path shadows one of Falaj's packages.
 
     Raises:
-        ConfigError: naming the folder.
+        ConfigError: A package is shadowed. The message names the folder.
     """
     home = Path(__file__).resolve().parent.parent
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin is None or origin.parent.parent != home:
-            where = origin.parent if origin else "a folder without __init__.py"
+            found_at = origin.parent if origin else "a folder without __init__.py"
             raise ConfigError(
-                f"Package '{name}' is found at {where}, not beside '{home / 'cluster'}': a folder of yours has the "
+                f"Package '{name}' is found at {found_at}, not beside '{home / 'cluster'}': a folder of yours has the "
                 f"name of one of Falaj's packages ({', '.join(PACKAGES)}). Rename it, or start from another folder."
             )
 
 
 def _composition_message(error: Exception, schema: type[Any]) -> str:
-    """Hydra's message in one line; of an unknown option the nearest known one, where Hydra would say "append it"."""
+    """Return Hydra's message as one line. For an unknown option, suggest the nearest known one."""
     cause = error.__cause__
     text = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
     unknown = re.match(r"Could not override '([^']+)'", text)

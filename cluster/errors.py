@@ -1,42 +1,42 @@
-"""What can go wrong, as one tree.
+"""Falaj's exceptions. They form one tree.
 
     FalajError
-    ├── RefusedError (ValueError)     the caller's mistake or a closed gate: exit code 2, one line, no traceback
-    │   ├── ConfigError               a configuration key or value
-    │   ├── ClusterNotRunning         a job needs a cluster and finds none
+    ├── RefusedError (ValueError)     the caller's mistake or a failed gate: exit code 2, one line, no traceback
+    │   ├── ConfigError               an invalid configuration key or value
+    │   ├── ClusterNotRunning         a job needs a cluster, and no cluster runs
     │   ├── ClusterAlreadyUp
     │   ├── PortInUse
     │   ├── CompilerMissing
-    │   ├── DefinitionError           a feature definition that cannot work
+    │   ├── DefinitionError           an invalid feature definition
     │   │   ├── BreakingChange        a change that would break a registered model
     │   │   ├── ViewRetired
     │   │   ├── FeatureViewNotFound
     │   │   └── FeatureServiceNotFound
     │   ├── SourceError               a source that is missing, empty or unreadable
     │   │   ├── SchemaMismatch        a column is missing or has the wrong type
-    │   │   └── CommitConflict        another job committed to the table meanwhile; nothing was stored
-    │   ├── BatchRefused              too many bad rows, or a batch rule: nothing was stored
+    │   │   └── CommitConflict        another job committed to the table at the same time; nothing was stored
+    │   ├── BatchRefused              too many bad rows, or a failed batch rule: nothing was stored
     │   ├── TrainingSetError
-    │   ├── TrainingFailed            fitting came to no usable model: the loss is NaN, or no trial of a sweep ended
-    │   ├── SkewFound                 a served feature is not what offline data gives
+    │   ├── TrainingFailed            training gave no usable model: the loss is NaN, or no trial of a sweep finished
+    │   ├── SkewFound                 a served feature differs from the offline value
     │   ├── ModelNotFound
-    │   ├── ArtifactTampered          a file is not the one that was registered
-    │   ├── ProtectedFileCorrupt      a Parquet file that was altered or exchanged (`security/parquet`)
-    │   ├── RecordLogCorrupt          a log of predictions or outcomes that was altered, or is there in part
-    │   ├── KeyNotFound, KeyRevoked … what a key store refuses; `security/keys/store.py` draws them
+    │   ├── ArtifactTampered          a file differs from the registered one
+    │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/parquet`)
+    │   ├── RecordLogCorrupt          a log of predictions or outcomes was changed, or a part of it is missing
+    │   ├── KeyNotFound, KeyRevoked … errors of a key store; the tree continues in `security/keys/store.py`
     │   ├── LedgerCorrupt             the hash chain is broken
-    │   ├── ReleaseTooOld             an event of a newer release changes what this one acts on
+    │   ├── ReleaseTooOld             an event of a newer release changes the state that this release must act on
     │   ├── RolloutError
     │   ├── InvalidRequest            HTTP 400
-    │   │   └── FeatureAbsent         a feature is missing or expired, and may not be
+    │   │   └── FeatureAbsent         a required feature is missing or expired
     │   ├── Unauthenticated           HTTP 401
-    │   │   └── KeysUnknown           the issuer has never answered, so nobody knows its keys
+    │   │   └── KeysUnknown           the issuer has never answered, so its keys are unknown
     │   └── AccessDenied              HTTP 403
     ├── ModelFailed                   a model gave no usable score: HTTP 503
     ├── KeyStoreUnavailable           the broker is down: exit code 1
-    ├── OnlineStoreUnavailable        it cannot be reached, or is full: exit code 1, HTTP 503
-    │   └── OnlineStoreOutdated       a view's rows lie there as another release wrote them
-    └── Inconsistent                  our own books do not add up: exit code 1
+    ├── OnlineStoreUnavailable        the store is unreachable or full: exit code 1, HTTP 503
+    │   └── OnlineStoreOutdated       another release wrote a view's rows in another format
+    └── Inconsistent                  an internal consistency check failed: exit code 1
 
 A message says what happened, to which thing, and what to do.
 """
@@ -48,16 +48,16 @@ from collections.abc import Iterable
 
 
 class FalajError(Exception):
-    """Anything the platform raises on purpose."""
+    """Base class of every error that Falaj raises on purpose."""
 
 
 class RefusedError(FalajError, ValueError):
-    """The caller's mistake or a closed gate.
+    """The caller's mistake or a failed gate.
 
     Args:
-        message: what happened, to which thing, and what to do.
-        hint: the end of the message that lists names. It is for people at a command; a client over HTTP gets `public`
-            alone, because a name of one team's view is no other team's business.
+        message: What happened, to which thing, and what to do.
+        hint: End of the message, with the names that exist. Only commands show it. An HTTP client gets `public`
+            without the hint, because one team must not see the names of another team's views.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -66,7 +66,7 @@ class RefusedError(FalajError, ValueError):
 
 
 class ConfigError(RefusedError):
-    """A configuration key or value that cannot be used."""
+    """A configuration key or value is invalid."""
 
 
 class ClusterNotRunning(RefusedError):
@@ -78,35 +78,35 @@ class ClusterAlreadyUp(RefusedError):
 
 
 class PortInUse(RefusedError):
-    """A port the cluster needs is taken."""
+    """Another process uses a port that the cluster needs."""
 
 
 class CompilerMissing(RefusedError):
-    """DeepSpeed compiles an operator at start and finds no C++ compiler."""
+    """No C++ compiler is installed. DeepSpeed compiles an operator when it starts."""
 
 
 class DefinitionError(RefusedError):
-    """A feature definition that cannot work."""
+    """A feature definition is invalid."""
 
 
 class BreakingChange(DefinitionError):
-    """A change of a feature view that would break a registered model."""
+    """A change of a feature view would break a registered model."""
 
 
 class ViewRetired(DefinitionError):
-    """A feature view that takes no new rows and goes into no new training set."""
+    """The feature view is retired: it takes no new rows, and no new training set may use it."""
 
 
 class FeatureViewNotFound(DefinitionError):
-    """No feature view of that name."""
+    """No feature view has this name."""
 
 
 class FeatureServiceNotFound(DefinitionError):
-    """No feature service of that name."""
+    """No feature service has this name."""
 
 
 class SourceError(RefusedError):
-    """A source that is missing, empty or unreadable."""
+    """A source is missing, empty or unreadable."""
 
 
 class SchemaMismatch(SourceError):
@@ -114,31 +114,31 @@ class SchemaMismatch(SourceError):
 
 
 class CommitConflict(SourceError):
-    """Another job committed to the table meanwhile; nothing was stored."""
+    """Another job committed to the table at the same time; nothing was stored."""
 
 
 class BatchRefused(RefusedError):
-    """Too many bad rows, or a rule for the whole batch does not hold: nothing of it was stored."""
+    """The batch has too many bad rows or fails a batch rule; none of its rows were stored."""
 
 
 class TrainingSetError(RefusedError):
-    """A training set that cannot be built or used."""
+    """A training set cannot be built or used."""
 
 
 class TrainingFailed(RefusedError):
-    """Fitting came to no usable model."""
+    """Training gave no usable model."""
 
 
 class SkewFound(RefusedError):
-    """A served feature is not what offline data gives for the same request."""
+    """A served feature differs from the offline value for the same request."""
 
 
 class ModelNotFound(RefusedError):
-    """No such model, version or alias."""
+    """The model, version or alias does not exist."""
 
 
 class ArtifactTampered(RefusedError):
-    """A model file is not the one that was registered."""
+    """A model file differs from the registered one."""
 
 
 class LedgerCorrupt(RefusedError):
@@ -150,89 +150,95 @@ class LedgerCorrupt(RefusedError):
 
 
 class ReleaseTooOld(RefusedError):
-    """The ledger has an event of a newer release that this release would have to act on."""
+    """The ledger has an event of a newer release, and this release would have to act on it."""
 
 
 class RecordLogCorrupt(RefusedError):
-    """A log of predictions or outcomes that was altered, or of which a part is lost."""
+    """A log of predictions or outcomes was changed, or a part of it is missing."""
 
 
 class RolloutError(RefusedError):
-    """A rollout command that does not fit the rollout's state."""
+    """The rollout's state does not allow the command."""
 
 
 class InvalidRequest(RefusedError):
-    """A request that cannot be answered as it stands (HTTP 400)."""
+    """The request is invalid (HTTP 400)."""
 
 
 class FeatureAbsent(InvalidRequest):
-    """A feature is missing or expired that the feature service does not let be (HTTP 400)."""
+    """A feature that the feature service requires is missing or expired (HTTP 400)."""
 
     def __init__(self, message: str, *, status: dict[str, list[str]]) -> None:
         super().__init__(message)
         self.status = status
-        """`<view>__<feature>` to what is known of its value, for each entity."""
+        """Maps `<view>__<feature>` to the status of its value for each entity."""
 
 
 class Unauthenticated(RefusedError):
-    """No valid identity (HTTP 401)."""
+    """The request has no valid identity (HTTP 401)."""
 
 
 class KeysUnknown(Unauthenticated):
-    """An issuer has not answered since we began to ask, so nobody knows which keys it has."""
+    """The issuer has not answered since this process started, so its keys are unknown."""
 
 
 class AccessDenied(RefusedError):
-    """A known identity without the right (HTTP 403)."""
+    """The identity is valid but has no permission (HTTP 403)."""
 
 
 class ModelFailed(FalajError):
-    """A model gave no usable score for a request (HTTP 503). The message says what it did, without its name."""
+    """A model gave no usable score for a request (HTTP 503).
+
+    The message says what the model did. It does not contain the model's name.
+    """
 
 
 class OnlineStoreUnavailable(FalajError):
-    """The online store cannot be reached, or is full."""
+    """The online store is unreachable or full."""
 
 
 class OnlineStoreOutdated(OnlineStoreUnavailable):
-    """A view's online rows were written by a release that laid them out otherwise."""
+    """A release with another row format wrote the view's online rows."""
 
 
 class Inconsistent(FalajError):
-    """Our own books do not add up; nothing was committed."""
+    """An internal consistency check failed; nothing was committed."""
 
 
 def refusal_behind(error: BaseException) -> BaseException:
-    """The refusal that a worker raised, if one is behind a Ray error; else the error itself."""
-    waiting: list[BaseException] = [error]
-    while waiting:
-        seen = waiting.pop(0)
-        # Ray's own error is of the kind that it carries, too, with a traceback for a message.
-        carried = getattr(seen, "cause", None)
-        if isinstance(seen, RefusedError) and carried is None:
-            return seen
-        failures = getattr(seen, "worker_failures", None)  # of Ray Train, by rank
-        behind = [carried, seen.__cause__, *(failures.values() if isinstance(failures, dict) else ())]
-        waiting += [one for one in behind if isinstance(one, BaseException)]
+    """Return the `RefusedError` that a worker raised inside a Ray error; without one, return the error itself."""
+    queue: list[BaseException] = [error]
+    while queue:
+        current = queue.pop(0)
+        # Ray's wrapper is also an instance of the class that it wraps; its message is a traceback.
+        wrapped = getattr(current, "cause", None)
+        if isinstance(current, RefusedError) and wrapped is None:
+            return current
+        failures = getattr(current, "worker_failures", None)  # Ray Train: maps rank to error
+        causes = [wrapped, current.__cause__, *(failures.values() if isinstance(failures, dict) else ())]
+        queue += [cause for cause in causes if isinstance(cause, BaseException)]
     return error
 
 
-MAX_GUESSED = 200
-"""Characters of a name for which a near one is looked for: of a longer one, sent to do harm, it would take seconds."""
-MAX_NAMED = 50
-"""Known names that a message lists."""
+MAX_SUGGESTED_LENGTH = 200
+"""Longest name, in characters, that gets a suggestion. An attacker's longer name would take seconds to compare."""
+MAX_LISTED = 50
+"""Most names that a message lists."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of a not-found message: the nearest name, then the known ones, or the first of many."""
+    """Return the end of a not-found message: the most similar name, then the known names (at most `MAX_LISTED`)."""
     names = sorted(known)
     if not names:
-        return " None is known yet."
-    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-    return f"{nearest(name, names)} Known: {', '.join(names[:MAX_NAMED])}{more}."
+        return " No names are known yet."
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return f"{nearest(name, names)} Known: {', '.join(names[:MAX_LISTED])}{more}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The nearest name as a guess, for a client who should not get all of them; empty where none is near."""
-    near = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= MAX_GUESSED else []
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return the most similar name as a suggestion, or "" if no name is similar.
+
+    It is for clients that must not see all names.
+    """
+    similar = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= MAX_SUGGESTED_LENGTH else []
+    return f" Did you mean '{similar[0]}'?" if similar else ""

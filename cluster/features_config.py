@@ -1,4 +1,4 @@
-"""The section `features` of the configuration: what holds for rows of all feature views."""
+"""The configuration section `features`: settings for the rows of all feature views."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MAX_AHEAD_S = 31 * 86_400
 
 @dataclass(kw_only=True, slots=True)
 class FeaturesConfig:
-    """What holds for rows of all feature views."""
+    """Settings for the rows of all feature views."""
 
     max_ahead_s: float = 60.0
-    """How far a row's times may lie ahead of the clock when it is pushed, streamed or ingested."""
+    """How far a row's times may be in the future, in seconds, when the row is pushed, streamed or ingested."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_ahead_s <= MAX_AHEAD_S:

@@ -1,7 +1,8 @@
-"""Prometheus metrics of the cluster's own processes, on loopback; Ray's actors use `ray.util.metrics` instead.
+"""Prometheus endpoint of the cluster's own processes, on loopback. Ray's actors use `ray.util.metrics` instead.
 
-They hold counts and times, never a name of a principal or a key. Every user of this machine may read them. So nobody
-may hold a connection for long, or many: the broker, say, needs its file descriptors and threads for its own work.
+Metrics hold counts and times, and never the name of a principal or a key, because every user of this machine can read
+them. The number of connections and their duration are limited: a process such as the key broker needs its file
+descriptors and threads for its own work.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-TRY_S, AGAIN_S = 30.0, 0.2
+BIND_TIMEOUT_S, BIND_RETRY_S = 30.0, 0.2
 MAX_CONNECTIONS = 8
-"""At a time; those beyond are closed at once."""
+"""Most connections at the same time. Further connections are closed at once."""
 IDLE_S = 5.0
-"""How long a connection may say nothing."""
+"""Timeout in seconds for a read. A connection is cut after twice this time in any case."""
 LOG = logging.getLogger(__name__)
 
 
 def serve_metrics(registry: CollectorRegistry, *, port: int | None) -> None:
-    """Answer GET /metrics on a port of 127.0.0.1, in a thread.
+    """Serve GET /metrics on a port of 127.0.0.1, in a background thread.
 
-    The process before this one may still be at that port for a moment. If it stays taken, that is logged, and the
-    process does its work without metrics. A record of an earlier release names no port, and then nothing is served.
+    The previous process may still hold the port for a moment, so binding is retried for `BIND_TIMEOUT_S` seconds. If
+    the port stays in use, a warning is logged and no metrics are served. With `port=None` nothing is served: cluster
+    records of earlier releases have no metrics port.
     """
     if port is not None:
         threading.Thread(target=_serve, args=(registry, port), name="metrics", daemon=True).start()
 
 
 def _serve(registry: CollectorRegistry, port: int) -> None:
-    deadline = time.monotonic() + TRY_S
+    deadline = time.monotonic() + BIND_TIMEOUT_S
     while True:
         try:
             server = make_server("127.0.0.1", port, make_wsgi_app(registry), _Server, _Handler)
@@ -45,21 +47,21 @@ def _serve(registry: CollectorRegistry, port: int) -> None:
             if time.monotonic() > deadline:
                 LOG.warning("no metrics are served, because port %d cannot be used: %s", port, error.strerror)
                 return
-        time.sleep(AGAIN_S)
+        time.sleep(BIND_RETRY_S)
     server.serve_forever()
 
 
 class _Handler(WSGIRequestHandler):
-    """Says nothing of each request, and does not wait for one that does not come."""
+    """Request handler without an access log and with a read timeout."""
 
     timeout = IDLE_S
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each of a few connections."""
+    """Server with one thread for each connection, up to `MAX_CONNECTIONS`."""
 
     daemon_threads = True
 
@@ -68,19 +70,19 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__(*args, **kwargs)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, if one is free."""
+        """Answer in a new thread, or close the connection if there are too many."""
         if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:  # no thread can be started
             self._slots.release()
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and free the thread."""
-        timer = threading.Timer(2 * IDLE_S, _cut, args=(request,))
+        """Answer within 2 * IDLE_S seconds, then free the slot."""
+        timer = threading.Timer(2 * IDLE_S, _shut_down, args=(request,))
         timer.daemon = True
         timer.start()
         try:
@@ -90,10 +92,10 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone, or that sends nonsense, is nothing to tell of."""
+        """Log nothing for a client that disconnected or sent an invalid request."""
 
 
-def _cut(request: socket.socket) -> None:
-    """End a connection that sends a byte now and then."""
+def _shut_down(request: socket.socket) -> None:
+    """Shut down a connection, also one that keeps sending single bytes."""
     with contextlib.suppress(OSError):
         request.shutdown(socket.SHUT_RDWR)

@@ -1,11 +1,11 @@
-"""Finding and ending exactly the processes that a cluster started.
+"""Find and end exactly the processes that a cluster started.
 
-Every process of a cluster inherits an environment variable with the cluster's id, so neither a recycled pid nor
-somebody else's Ray is ever touched. Ray's workers overwrite their environment when they set their title: those are
-known by their parents or, when these are gone, by the files they hold open in the cluster's own temporary folder.
+Every process of a cluster inherits an environment variable with the cluster's id. So a recycled pid or another user's
+Ray is never touched. Ray's workers overwrite their environment when they set their title. They are found as children
+of the cluster's processes or, if their parents are gone, by their open files in the cluster's own folder.
 
-The id is no secret, and root sees everybody's processes. So a process of another user than the cluster's own is never
-one of the cluster's, whatever its environment says.
+The id is not secret, and root sees all processes. So only processes of root and of the cluster's own user count,
+whatever another process has in its environment.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ ID_VARIABLE = "FALAJ_CLUSTER_ID"
 
 
 def find(cluster_id: str, *, owner: int | None = None) -> list[psutil.Process]:
-    """The processes that belong to a cluster; also this one and those above it, where it is a job of the cluster.
+    """Return a cluster's processes. In a job of the cluster, this includes the job itself and its parents.
 
     Args:
-        cluster_id: whose.
-        owner: the user that the cluster runs as; by default this process's.
+        cluster_id: Id of the cluster.
+        owner: User id that the cluster runs as. The default is this process's.
     """
     users = {os.geteuid() if owner is None else owner, 0}
-    found: dict[int, psutil.Process] = {}
+    by_pid: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
             if users.issuperset(process.uids()) and _belongs(process, cluster_id):
-                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+                by_pid |= {member.pid: member for member in (process, *process.children(recursive=True))}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return list(found.values())
+    return list(by_pid.values())
 
 
 def runtime_dir(cluster_id: str) -> str:
-    """A cluster's own folder for sockets, with Ray's folder below it; Unix socket paths end at about 100 characters.
+    """Return the path of a cluster's own folder for sockets. Ray's folder is below it.
 
-    It does not lie below XDG_RUNTIME_DIR, which ends when its user logs out; a cluster does not.
+    The path is short, because a Unix socket's path may have about 100 characters. It is not below XDG_RUNTIME_DIR: the
+    system removes that folder when the user logs out, and the cluster keeps running.
     """
     return f"/tmp/falaj-{cluster_id}"  # noqa: S108 (random, made with mode 0700, and checked)
 
@@ -50,7 +51,7 @@ def runtime_dir(cluster_id: str) -> str:
 def _belongs(process: psutil.Process, cluster_id: str) -> bool:
     environment = process.environ()
     if environment:
-        # A driver in somebody's shell has files of the cluster open, too, but is not the cluster's.
+        # A driver in a user's shell also has files of the cluster open, but it is not a process of the cluster.
         return bool(environment.get(ID_VARIABLE) == cluster_id)
     folder = f"{runtime_dir(cluster_id)}/"
     return any(file.path.startswith(folder) for file in process.open_files())
@@ -63,30 +64,31 @@ def end(
     grace_s: float = 8.0,
     only: Callable[[psutil.Process], bool] = lambda process: True,
 ) -> int:
-    """End a cluster's processes, asking first; gives how many there were. This one and those above it are spared.
+    """End a cluster's processes, except this one and its parents; return their number.
 
-    Ray's GCS is asked last: a raylet that has lost it waits for it instead of ending.
+    They get SIGTERM, and after the grace time SIGKILL. Ray's GCS gets its signal last: a raylet without a GCS waits
+    for it instead of ending.
 
     Args:
-        cluster_id, owner: as `find`.
-        grace_s: how long they are waited for before they are killed.
-        only: which of them.
+        cluster_id: Id of the cluster.
+        owner: User id that the cluster runs as. The default is this process's.
+        grace_s: Seconds from SIGTERM to SIGKILL.
+        only: Selects the processes to end.
     """
-
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
-    def those() -> list[psutil.Process]:
-        found = find(cluster_id, owner=owner)
-        return [process for process in found if process.pid not in spared and _holds(only, process)]
+    def targets() -> list[psutil.Process]:
+        members = find(cluster_id, owner=owner)
+        return [process for process in members if process.pid not in spared and _is_selected(process, only)]
 
-    ended = _send(signal.SIGTERM, those(), wait_s=grace_s, spare="gcs_server")
-    ended |= _send(signal.SIGTERM, those(), wait_s=grace_s)
-    ended |= _send(signal.SIGKILL, those(), wait_s=5.0)
+    ended = _send(signal.SIGTERM, targets(), wait_s=grace_s, spare="gcs_server")
+    ended |= _send(signal.SIGTERM, targets(), wait_s=grace_s)
+    ended |= _send(signal.SIGKILL, targets(), wait_s=5.0)
     return len(ended)
 
 
-def end_one(process: psutil.Process, *, grace_s: float) -> None:
-    """End a process, asking first; one that is stopped cannot answer, and is killed at once."""
+def end_process(process: psutil.Process, *, grace_s: float) -> None:
+    """End one process: SIGTERM, and SIGKILL after the grace time. A stopped process gets SIGKILL at once."""
     with contextlib.suppress(psutil.NoSuchProcess):
         if process.status() != psutil.STATUS_STOPPED:
             process.terminate()
@@ -96,7 +98,7 @@ def end_one(process: psutil.Process, *, grace_s: float) -> None:
         psutil.wait_procs([process], timeout=5.0)
 
 
-def _holds(only: Callable[[psutil.Process], bool], process: psutil.Process) -> bool:
+def _is_selected(process: psutil.Process, only: Callable[[psutil.Process], bool]) -> bool:
     try:
         return only(process)
     except psutil.NoSuchProcess:
@@ -106,21 +108,21 @@ def _holds(only: Callable[[psutil.Process], bool], process: psutil.Process) -> b
 def _send(
     number: signal.Signals, processes: list[psutil.Process], *, wait_s: float, spare: str = ""
 ) -> set[int]:
-    """Signal processes, but for those named `spare`, and wait until they are gone; gives their pids."""
-    asked = []
+    """Send a signal to processes, except those named `spare`; wait for them to end, and return their pids."""
+    signalled = []
     for process in processes:
         try:
             if process.name() != spare:
                 process.send_signal(number)
-                asked.append(process)
+                signalled.append(process)
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(asked, timeout=wait_s)
-    return {process.pid for process in asked}
+    psutil.wait_procs(signalled, timeout=wait_s)
+    return {process.pid for process in signalled}
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a TCP port can be bound."""
+    """Return whether a TCP port can be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -130,21 +132,24 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
-def answers(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether something listens on a TCP port."""
+def port_answers(port: int, host: str = "127.0.0.1") -> bool:
+    """Return whether a process listens on a TCP port."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((host, port)) == 0
 
 
-def owner(port: int) -> str:
-    """The process that listens on a port, as far as it can be seen."""
+def listener_name(port: int) -> str:
+    """Return name and pid of the process that listens on a port, or "another process" if they are not visible."""
     process = _listener(port)
     return f"{process.name()} (pid {process.pid})" if process else "another process"
 
 
-def cluster_on(port: int) -> str | None:
-    """The id of the cluster whose process listens on a port; none where that cannot be seen, empty for a stranger."""
+def cluster_of_listener(port: int) -> str | None:
+    """Return the id of the cluster whose process listens on a port.
+
+    It is "" for a process that belongs to no cluster, and None if the process is not visible.
+    """
     process = _listener(port)
     try:
         return process.environ().get(ID_VARIABLE, "") if process else None

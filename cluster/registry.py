@@ -1,7 +1,7 @@
-"""Model versions and their aliases, a projection of the ledger.
+"""Model versions and their aliases, as a projection of the ledger.
 
-The tables can be dropped and are built again from the events; every read first catches up with the ledger, so two
-processes never disagree for longer than a query.
+The tables can be dropped and rebuilt from the events. Every read first applies the new events of the ledger, so all
+processes see the same state.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ ALIASES = sa.Table(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """What a model version came from."""
+    """Data, code and configuration that a model version was trained with."""
 
     training_set_hash: str
     table_versions: dict[str, int] = field(default_factory=dict)
-    """Feature view to Delta table version."""
+    """Maps feature view to Delta table version."""
     service: str = ""
     service_version: str = ""
     git_commit: str = "unknown"
@@ -83,21 +83,21 @@ class ModelVersion:
     lineage: Lineage
     metrics: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
-    """What training said to be wary of; versions of older releases have none."""
+    """Warnings of the training job. Versions of older releases have none."""
     registered_by: str = ""
-    """Subject of who registered it."""
+    """Subject that registered the version."""
 
     def resource(self, *, region: str) -> Resource:
-        """The version as the policies see it."""
+        """Return the version as a resource for the policies."""
         return Resource(kind="model", name=self.name, region=region, registered_by=self.registered_by)
 
 
 class Registry:
     """Reads and writes model versions."""
 
-    def __init__(self, ledger: Ledger, places: Layout) -> None:
+    def __init__(self, ledger: Ledger, storage: Layout) -> None:
         self._ledger = ledger
-        self._places = places
+        self._storage = storage
         self._projection = Projection(ledger, name="registry", metadata=METADATA, apply=_apply)
 
     def register(
@@ -113,32 +113,38 @@ class Registry:
         store: KeyStore,
         actor: str,
     ) -> ModelVersion:
-        """Seal a folder of model files into the store and record it as the next version.
+        """Encrypt and store a folder of model files, and record it as the next version.
 
-        A crash before the event leaves a folder that no version points to, and the next registration passes over it.
+        A crash before the event leaves a folder without a version. The next registration skips that folder.
+
+        Args:
+            source: Folder with the model files.
+            name: Name of the model.
+            family, task, lineage, metrics, warnings: Recorded with the version.
+            store: Key store with the model's key, which is created if it does not exist.
+            actor: Subject of the event.
 
         Raises:
-            RefusedError: a file in a format that is not allowed.
-            AccessDenied, KeyRevoked: as the key store says.
+            RefusedError: A file has a format that is not allowed.
+            AccessDenied, KeyRevoked: The key store refuses the key.
         """
-        names = allowed_files(source)
+        parts = allowed_files(source)
         store.ensure(model_key(name))
         version, folder = self._reserve(name)
         files: dict[str, str] = {}
-        for part in names:
-            sealed = seal_file(
-                (source / part).read_bytes(), name=name, version=version, part=part, store=store
-            )
+        for part in parts:
+            data = (source / part).read_bytes()
+            sealed = seal_file(data, name=name, version=version, part=part, store=store)
             write_bytes(str(folder / part), sealed)
             files[part] = hashlib.sha256(sealed).hexdigest()
-        data = manifest_bytes(files)
-        write_bytes(str(folder / MANIFEST), data)
+        manifest = manifest_bytes(files)
+        write_bytes(str(folder / MANIFEST), manifest)
         event = ModelRegistered(
             name=name,
             version=version,
             family=family,
             task=task,
-            manifest_hash=hashlib.sha256(data).hexdigest(),
+            manifest_hash=hashlib.sha256(manifest).hexdigest(),
             files=files,
             lineage=asdict(lineage),
             metrics=finite(dict(metrics)),
@@ -148,10 +154,10 @@ class Registry:
         return self.get(name, version)
 
     def get(self, name: str, version: int | str = CHAMPION) -> ModelVersion:
-        """A version by number, by alias, or the `latest`.
+        """Return a version by number, by alias, or the `latest` one.
 
         Raises:
-            ModelNotFound: saying which names, versions and aliases there are.
+            ModelNotFound: No such version. The message lists the known names, versions or aliases.
         """
         number = self._number(name, version)
         query = sa.select(VERSIONS.c.event).where(VERSIONS.c.name == name, VERSIONS.c.version == number)
@@ -164,7 +170,7 @@ class Registry:
         return self._version(json.loads(row.event))
 
     def names(self) -> list[str]:
-        """All model names."""
+        """Return all model names, sorted."""
         with self._projection.reading() as connection:
             return [
                 row.name
@@ -172,29 +178,33 @@ class Registry:
             ]
 
     def versions(self, name: str) -> list[int]:
-        """All version numbers of a model, ascending."""
+        """Return all version numbers of a model, ascending."""
         query = sa.select(VERSIONS.c.version).where(VERSIONS.c.name == name).order_by(VERSIONS.c.version)
         with self._projection.reading() as connection:
             return [row.version for row in connection.execute(query)]
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias to version number."""
+        """Return a model's aliases with their version numbers."""
         query = sa.select(ALIASES.c.alias, ALIASES.c.version).where(ALIASES.c.name == name)
         with self._projection.reading() as connection:
             return {row.alias: row.version for row in connection.execute(query)}
 
     def move_alias(self, name: str, alias: str, version: int, *, actor: str, reason: str) -> None:
-        """Point an alias to an existing version; its history is the ledger's."""
+        """Point an alias to an existing version. The ledger keeps the alias's history.
+
+        Raises:
+            ModelNotFound: No such version.
+        """
         self.get(name, version)
         previous = self.aliases(name).get(alias)
         event = AliasMoved(name=name, alias=alias, version=version, previous=previous, reason=reason)
         self._ledger.append(event, actor=actor)
 
     def check_files(self, version: ModelVersion, *, actor: str) -> None:
-        """Prove that a version's files are those that were registered; a refusal is an event.
+        """Verify that a version's files are the registered ones. A failure is recorded as an event.
 
         Raises:
-            ArtifactTampered: naming the file.
+            ArtifactTampered: A file differs. The message names it.
         """
         try:
             verify_files(version.uri, version.manifest_hash)
@@ -204,7 +214,7 @@ class Registry:
             raise
 
     def rebuild(self) -> None:
-        """Drop the projection and build it again from the events."""
+        """Drop the projection and rebuild it from the events."""
         self._projection.rebuild()
 
     def _number(self, name: str, version: int | str) -> int:
@@ -224,7 +234,7 @@ class Registry:
         return aliases[version]
 
     def _reserve(self, name: str) -> tuple[int, Path]:
-        folder = local(self._places.models(name))
+        folder = local(self._storage.models(name))
         folder.mkdir(parents=True, exist_ok=True)
         version = max(self.versions(name), default=0) + 1
         while True:
@@ -239,7 +249,7 @@ class Registry:
             **event
             | {
                 "lineage": Lineage(**event["lineage"]),
-                "uri": self._places.model(event["name"], event["version"]),
+                "uri": self._storage.model(event["name"], event["version"]),
             }
         )
 
@@ -247,12 +257,12 @@ class Registry:
 def _apply(connection: sa.Connection, entry: Entry) -> None:
     match entry.event():
         case ModelRegistered() as event:
-            known = event.payload() | {"registered_by": entry.actor}
-            row = {"name": event.name, "version": event.version, "event": json.dumps(known)}
+            content = event.payload() | {"registered_by": entry.actor}
+            row = {"name": event.name, "version": event.version, "event": json.dumps(content)}
             connection.execute(VERSIONS.insert().values(row))
         case AliasMoved() as event:
-            same = (ALIASES.c.name == event.name) & (ALIASES.c.alias == event.alias)
-            connection.execute(ALIASES.delete().where(same))
+            same_alias = (ALIASES.c.name == event.name) & (ALIASES.c.alias == event.alias)
+            connection.execute(ALIASES.delete().where(same_alias))
             connection.execute(
                 ALIASES.insert().values(name=event.name, alias=event.alias, version=event.version)
             )

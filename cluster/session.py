@@ -1,4 +1,4 @@
-"""How a process finds the running cluster and attaches to it."""
+"""Find the running cluster and attach this process to it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
-from cluster.own_server import listeners_user
-from cluster.processes import answers, cluster_on
+from cluster.own_server import PortState, listener_uid
+from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
 
 RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Ray keeps to 127.0.0.1 only where it is told that there is no second node; else it takes the machine's own address,
-listens everywhere, and its Prometheus ports are open to the network. Head and drivers must agree on it."""
+"""Makes Ray use 127.0.0.1 only, because the cluster has one node. Otherwise Ray would use the machine's own address,
+listen on every address, and open its Prometheus ports to the network. Head and drivers must have the same value."""
 
 NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
-"""Ray Data else asks a Prometheus that nobody has started, every ten seconds, and logs that it gets no answer."""
-RAYS_LOG_LEVELS = {
+"""Turns off usage reports. Otherwise Ray Data queries a Prometheus server that does not exist, every ten seconds, and
+logs each failure."""
+RAY_LOG_LEVELS = {
     **dict.fromkeys(("ray.serve", "ray.train", "ray.tune", "ray.data._internal"), logging.WARNING),
-    # Its only warning is that progress bars, which we turn off, are off.
+    # Its only warning says that progress bars are off; Falaj turns them off on purpose.
     "ray.data._internal.progress": logging.ERROR,
 }
-"""What Ray's libraries say to whoever runs a command: what went wrong, and not how they go about it."""
+"""Log levels of Ray's libraries in a command: problems only, no progress."""
+METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
+"""Names of the ports where Falaj's own processes serve metrics."""
 
 
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
-    """What a process needs for TLS between Ray's, with the certificates of `cluster/security/tls`; head and drivers
-    must agree on this, too."""
+    """Return the variables that turn TLS between Ray's processes on or off.
+
+    The certificates are those of `cluster/security/tls`. Head and drivers must have the same values.
+    """
     folder = f"{storage_root}/tls"
     files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}
     paths = {f"RAY_TLS_{variable}": f"{folder}/{name}" for variable, name in files.items()}
@@ -45,7 +50,8 @@ def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRecord:
-    """What `cluster.up` wrote down about the cluster it started."""
+    """The cluster that `cluster.up` started, as stored in `cluster.json`. Fields with a default may be missing there,
+    because earlier releases did not write them."""
 
     cluster_id: str
     project_root: str
@@ -59,46 +65,46 @@ class ClusterRecord:
     token_path: str
     temp_dir: str
     key_socket: str
-    """Where the key broker listens."""
+    """Path of the key broker's socket."""
     tls: bool
-    """Whether Ray's processes speak TLS."""
+    """Whether Ray's processes use TLS."""
     ports: dict[str, int]
     pids: dict[str, int]
     started_at: str
     policy_environment: str | None = None
-    """What the policies call the installation; this and the rest are none in records of an earlier release."""
+    """Name of the installation's environment in the policies."""
     region: str | None = None
     issuer: dict[str, Any] | None = None
     """Fields of `IssuerConfig`."""
     tier: str | None = None
     runtime_dir: str | None = None
-    """The cluster's own folder for sockets (0700), which Ray is never given. Ray's `temp_dir` lies below it, so that no
-    other user can reach that either, although Ray opens it to all."""
+    """The cluster's private folder for sockets (mode 0700). Ray's `temp_dir` is below it: Ray opens `temp_dir` to all
+    users, but they cannot enter the folder above it."""
     owner_uid: int | None = None
-    """The user that the cluster's processes run as: whom its sockets must belong to."""
+    """User id of the cluster's processes and of its sockets."""
 
     gcs_dir: str | None = None
-    """Where Ray's GCS keeps what it knows, so that it can be started again."""
+    """Folder of the state of Ray's GCS, which a restarted GCS loads."""
     starting: bool = False
-    """Whether `cluster.up` is still at it, or was killed while it was."""
+    """Whether `cluster.up` is still starting the cluster, or was killed while it did."""
     overrides: list[str] | None = None
-    """The configuration that its processes have, as words of a command line."""
+    """Configuration of the cluster's processes, as command-line arguments."""
 
     @property
     def runtime_folder(self) -> str:
-        """Where its sockets lie."""
+        """Folder of the cluster's sockets."""
         return self.runtime_dir or self.temp_dir
 
     @property
     def owner(self) -> int:
-        """The user that its processes run as; by a record of an earlier release, whose state folder it is."""
+        """User id of the cluster's processes. If the record has none, it is the owner of the state folder."""
         if self.owner_uid is not None:
             return self.owner_uid
         folder = Path(self.storage_root)
         return folder.stat().st_uid if folder.is_dir() else os.geteuid()
 
     def environment(self) -> dict[str, str]:
-        """What a shell needs to reach the cluster."""
+        """Return the environment variables that a shell needs to reach the cluster."""
         return {
             "RAY_ADDRESS": self.ray_address,
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
@@ -113,120 +119,135 @@ class ClusterRecord:
 
 
 def metrics_urls(record: ClusterRecord) -> list[str]:
-    """Where Prometheus finds the metrics of the edge, of Ray and of our own processes."""
-    own = [
-        f"http://127.0.0.1:{record.ports[name]}/metrics"
-        for name in ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
-        if name in record.ports
-    ]
+    """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
+    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in METRICS_PORTS if name in record.ports]
     return [record.metrics_url, record.ray_metrics_url, *own]
 
 
+def addresses(record: ClusterRecord) -> str:
+    """Return the lines that `cluster.up` and `cluster.status` print about the cluster's URLs."""
+    dashboard = f"{record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
+    return "\n".join(
+        (
+            f"edge           {record.edge_url}",
+            f"Ray dashboard  {dashboard}",
+            f"metrics        {' '.join(metrics_urls(record))}",
+        )
+    )
+
+
 def record_path(storage: StorageConfig) -> str:
-    """Where the record of a storage root's cluster lies; beside the project for a remote root."""
+    """Return the path of the record of a storage root's cluster. For a remote root it is in the project's folder."""
     root = layout(storage).root
     return f"{project_root() / '.falaj' if is_uri(root) else root}/{RECORD_NAME}"
 
 
 def write_record(record: ClusterRecord, storage: StorageConfig) -> None:
-    """Write the record down."""
+    """Write the record to its file."""
     write_bytes(record_path(storage), json.dumps(asdict(record), indent=1).encode())
 
 
 def find_record(storage: StorageConfig) -> ClusterRecord | None:
-    """The record, whether its cluster still runs or not; another one's where the environment names it."""
-    named = os.environ.get(RECORD_VARIABLE)
-    return _read(record_path(storage)) or (_read(named) if named else None)
+    """Return the record of a cluster, whether it runs or not, or None.
+
+    It is the storage root's own record or, if there is none, the record that `FALAJ_CLUSTER_RECORD` names.
+    """
+    path = os.environ.get(RECORD_VARIABLE)
+    return _read(record_path(storage)) or (_read(path) if path else None)
 
 
 def find_own_record(storage: StorageConfig) -> ClusterRecord | None:
-    """The record of a storage root's own cluster, whether it still runs or not."""
+    """Return the record of the storage root's own cluster, whether it runs or not, or None."""
     return _read(record_path(storage))
 
 
 def _read(path: str) -> ClusterRecord | None:
-    """A record; fields that only a newer release knows are passed over.
+    """Read a record; fields that only a newer release knows are ignored.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: The file is damaged.
     """
     try:
         content = json.loads(Path(path).read_text())
-        known = {each.name for each in fields(ClusterRecord)}
+        known = {field.name for field in fields(ClusterRecord)}
         return ClusterRecord(**{name: value for name, value in content.items() if name in known})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
         raise ConfigError(
-            f"{path} is damaged: it does not say which cluster is up. Put it back from a backup. Without one, remove "
-            f"it, and end the processes that have {RECORD_VARIABLE}={path} in their environment."
+            f"{path} is damaged: the running cluster cannot be read from it. Restore the file from a backup. Without "
+            f"one, remove it, and end the processes that have {RECORD_VARIABLE}={path} in their environment."
         ) from None
 
 
 def read_record(storage: StorageConfig) -> ClusterRecord | None:
-    """The record of a cluster that runs, or none."""
+    """Return the record of the cluster if it runs, else None."""
     record = find_record(storage)
     return record if record is not None and is_up(record) else None
 
 
 def is_up(record: ClusterRecord) -> bool:
-    """Whether the recorded head node answers, and not another cluster that took its port since."""
+    """Return whether the recorded head node answers. Another cluster that now uses its port does not count."""
     address = urlsplit(f"//{record.ray_address}")
     host, port = address.hostname or "127.0.0.1", address.port or 0
-    if not answers(host=host, port=port) or cluster_on(port) not in (record.cluster_id, None):
+    if not port_answers(host=host, port=port) or cluster_of_listener(port) not in (record.cluster_id, None):
         return False
-    # Of another user's process that is all that can be seen, and a driver would show it Ray's token.
-    return not ipaddress.ip_address(host).is_loopback or listeners_user(host, port) in (None, record.owner, 0)
+    # Another user's process hides its environment, so its user is checked: a driver would send it Ray's token.
+    return not ipaddress.ip_address(host).is_loopback or listener_uid(host, port) in (
+        PortState.unknown,
+        record.owner,
+        0,
+    )
 
 
 def recorded(config: PlatformConfig) -> ClusterRecord:
-    """The record of the cluster, also while its head does not answer: the rest of it may.
+    """Return the record of the cluster, even if its head does not answer, because other parts may still run.
 
     Raises:
-        ClusterNotRunning: there is none.
+        ClusterNotRunning: No record exists.
     """
     record = find_record(config.storage)
     return require_record(config) if record is None else record
 
 
 def require_record(config: PlatformConfig) -> ClusterRecord:
-    """The record of the running cluster.
+    """Return the record of the running cluster.
 
     Raises:
-        ClusterNotRunning: there is none, or its head no longer answers.
+        ClusterNotRunning: No record exists, or the head does not answer.
     """
     record = find_record(config.storage)
     if record is None:
         raise ClusterNotRunning(
-            f"No Falaj cluster is up for {layout(config.storage).root}. Run `python -m cluster.up` there, or let "
-            'this shell know of one elsewhere with `eval "$(python -m cluster.status --env)"`.'
+            f"No Falaj cluster is up for {layout(config.storage).root}. Run `python -m cluster.up` there. To use a "
+            'cluster of another folder, run `eval "$(python -m cluster.status --env)"` in that folder.'
         )
     if not is_up(record):
         raise ClusterNotRunning(
             f"The cluster recorded for {record.storage_root} does not answer at {record.ray_address}. Its supervisor "
-            "starts what has died again, and `python -m cluster.status` shows how far it is. Where it does not, "
-            "`python -m cluster.down` ends what is left, and `python -m cluster.up` starts what is missing."
+            "restarts dead parts, and `python -m cluster.status` shows the progress. If that fails, run "
+            "`python -m cluster.up` to start the missing parts, or `python -m cluster.down` to end the rest."
         )
     return record
 
 
 def attach(config: PlatformConfig) -> ClusterRecord:
-    """Attach this process to the running cluster, as a driver.
+    """Attach this process to the running cluster, as a Ray driver.
 
     Raises:
-        ClusterNotRunning: there is none.
+        ClusterNotRunning: No cluster runs.
     """
-    # Ray's import takes longer than most commands without it, so only who attaches waits for it.
+    # Imported here, because importing Ray takes longer than most commands that do not need it.
     import ray
     from ray._private import ray_constants
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     record = require_record(config)
     os.environ.update(record.environment())
-    for name, level in RAYS_LOG_LEVELS.items():
+    for name, level in RAY_LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     if not ray.is_initialized():
-        # Ray read both when it was imported; this is how ray.init itself makes it read the first again.
+        # Ray reads both variables when it is imported. ray.init itself uses this call to read the first one again.
         Config.initialize("")
         ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)

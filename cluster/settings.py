@@ -1,7 +1,7 @@
-"""Hydra composes, these dataclasses validate, and the code sees nothing but them.
+"""Configuration of the platform. Hydra composes it, these dataclasses validate it, and the code sees only them.
 
-Every job's configuration inherits `PlatformConfig`, so a tier can set the platform's sections once for all jobs.
-OmegaConf cannot hold frozen dataclasses or `Literal`, hence mutable slots and enums.
+Every job's configuration inherits `PlatformConfig`, so a tier sets the platform's sections once for all jobs. The
+dataclasses are not frozen and use enums, because OmegaConf supports neither frozen dataclasses nor `Literal`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class Tier(enum.Enum):
-    """The size of the installation the defaults are for."""
+    """Size of an installation. It selects the defaults."""
 
     smb_cpu = "smb_cpu"
     enterprise_gpu = "enterprise_gpu"
@@ -34,17 +34,17 @@ class OnlineKind(enum.Enum):
     """The engine of the online store."""
 
     lmdb = "lmdb"
-    """On one machine."""
+    """For one machine."""
     redis = "redis"
-    """For many."""
+    """For several machines."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StorageConfig:
-    """Where all state lies."""
+    """Location of all state."""
 
     root: str = ".falaj"
-    """Any fsspec URI, or a path relative to the project root."""
+    """fsspec URI, or a path relative to the project root."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,9 +52,9 @@ class LedgerConfig:
     """The event ledger."""
 
     url: str | None = None
-    """SQLAlchemy URL; none means SQLite at `<storage.root>/ledger.db`. A password stands in a file, never here."""
+    """SQLAlchemy URL; null is SQLite at `<storage.root>/ledger.db`. Keep a password in a file, never in the URL."""
     checkpoint_every: int = 50
-    """Events between two signed checkpoints."""
+    """Number of events from one signed checkpoint to the next."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 1:
@@ -62,8 +62,8 @@ class LedgerConfig:
         parts = urlsplit(self.url or "")
         if parts.password or "password" in parse_qs(parts.query):
             raise ValueError(
-                "ledger.url holds a password, which command lines and dashboards would show. Put it in a file of "
-                "PostgreSQL's own kind (~/.pgpass, 0600), or name one with ?passfile=/path in the URL."
+                "ledger.url holds a password, which command lines and dashboards would show. Put it in a PostgreSQL "
+                "password file (~/.pgpass, mode 0600), or name such a file with ?passfile=/path in the URL."
             )
 
 
@@ -73,14 +73,15 @@ class OnlineConfig:
 
     kind: OnlineKind = OnlineKind.lmdb
     map_size_gib: float = 4.0
-    """Upper bound of what is put into LMDB after materialisations, whose own rows lie beside it; the file is sparse."""
+    """Largest size in GiB of the LMDB file with rows put after a materialisation. The materialised rows are in other
+    files and do not count. The file is sparse."""
     url: str = "redis://127.0.0.1:6379/0"
-    """Of Redis; `rediss://` is TLS. A password stands in a file, never here."""
+    """URL of Redis; `rediss://` means TLS. Keep a password in a file, never in the URL."""
     password_file: str | None = None
     ca_file: str | None = None
-    """Certificate authority of Redis' address; none takes the system's."""
+    """File with the certificate authority of the Redis server; null is the system's authorities."""
     prefix: str = "falaj"
-    """In front of every key in Redis, so that one can serve several installations."""
+    """Prefix of every key in Redis, so that several installations can share one Redis."""
 
     def __post_init__(self) -> None:
         if not 0 < self.map_size_gib <= 65_536:
@@ -90,14 +91,14 @@ class OnlineConfig:
             raise ValueError("online.url must begin with redis:// or rediss://.")
         if parts.password:
             raise ValueError(
-                "online.url holds a password. Put it in a file of your own and name it in online.password_file."
+                "online.url holds a password. Put it in a file that only you can read, and set online.password_file."
             )
         if "{" in self.prefix or "}" in self.prefix:
             raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
 
 
 class SecretsKind(enum.Enum):
-    """Where key-encryption keys are kept."""
+    """Store of the key-encryption keys."""
 
     keyring = "keyring"
     vault = "vault"
@@ -113,41 +114,43 @@ class VaultAuth(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class VaultConfig:
-    """HashiCorp Vault; secrets are given as files, never here."""
+    """HashiCorp Vault. Secrets are in files, never in the configuration."""
 
     address: str = ""
-    """`https://host:port`; plain http on loopback alone."""
+    """`https://host:port`; plain http is allowed on loopback only."""
     auth: VaultAuth = VaultAuth.approle
     role: str = "falaj"
-    """AppRole's role id; the name of the role for `jwt` and `kubernetes`."""
+    """Role id for `approle`; name of the role for `jwt` and `kubernetes`."""
     secret_file: str | None = None
-    """AppRole's secret id or the token for `jwt`, read at each login; none takes a pod's own token for `kubernetes`."""
+    """File with the secret id for `approle` or the token for `jwt`, read at each login. For `kubernetes`, null is the
+    pod's own token."""
     auth_mount: str | None = None
-    """None takes the way to log in by its own name."""
+    """Mount path of the auth method; null is the method's name."""
     transit_mount: str = "transit"
     kv_mount: str = "secret"
     prefix: str = "falaj"
-    """In front of every key's name, so that one Vault can serve several installations."""
+    """Prefix of every key's name, so that several installations can share one Vault."""
     ca_file: str | None = None
-    """Certificate authority of its address; none takes the system's."""
+    """File with the certificate authority of the Vault server; null is the system's authorities."""
     namespace: str | None = None
-    """Of Vault Enterprise."""
+    """Namespace, for Vault Enterprise."""
     pki_role: str | None = None
-    """Role of its PKI that issues the edge's and the nodes' certificates; none leaves that to the local authority."""
+    """PKI role that issues the certificates of the edge and the nodes; with null, the local authority issues them."""
     pki_mount: str = "pki"
     pki_ttl_s: int = 30 * 86_400
+    """Lifetime in seconds of certificates from Vault's PKI."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SecretsConfig:
-    """The key store that the key broker opens."""
+    """The key store that the key broker uses."""
 
     kind: SecretsKind = SecretsKind.keyring
     acknowledge_keyring: bool = False
-    """Lets a production tier keep its keys in the keyring of one machine."""
+    """Allows a production tier to keep its keys in the keyring of one machine."""
     passphrase_file: str | None = None
-    """A file with the keyring's passphrase, read when the broker starts: for a folder in memory, say. None keeps a
-    random key in a file beside the keyring."""
+    """File with the keyring's passphrase, read when the broker starts. It can be in a folder in memory. With null, a
+    random key is kept in a file next to the keyring."""
     vault: VaultConfig = field(default_factory=VaultConfig)
 
     def __post_init__(self) -> None:
@@ -156,77 +159,76 @@ class SecretsConfig:
         if not self.vault.address:
             raise ValueError("secrets.vault.address is missing. Give it as https://host:port.")
         if self.vault.secret_file is None and self.vault.auth is not VaultAuth.kubernetes:
-            what = (
-                "AppRole's secret id" if self.vault.auth is VaultAuth.approle else "the token to log in with"
-            )
-            raise ValueError(f"secrets.vault.secret_file is missing. Give the path of a file with {what}.")
+            secret = "AppRole's secret id" if self.vault.auth is VaultAuth.approle else "the login token"
+            raise ValueError(f"secrets.vault.secret_file is missing. Give the path of a file with {secret}.")
 
 
 @dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class IssuerConfig:
-    """An OIDC issuer, whose tokens are believed instead of the dev issuer's of this machine."""
+    """An OIDC issuer whose tokens are accepted, in place of this machine's dev issuer."""
 
     url: str | None = None
-    """As its tokens name it (`iss`); none is the dev issuer."""
+    """The issuer's name, as in the claim `iss` of its tokens; null is the dev issuer."""
     audience: str = "falaj"
     jwks_url: str | None = None
-    """Where its keys are; none asks its OpenID configuration."""
+    """URL of its keys; with null it is taken from the issuer's OpenID configuration."""
     ca_file: str | None = None
-    """Certificate authority of its address; none takes the system's."""
+    """File with the certificate authority of the issuer's server; null is the system's authorities."""
     role_claim: str = "role"
     purpose_claim: str = "purpose"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
-    """Where its `model:<name>` words say which models may be asked; without any, the role alone decides."""
+    """Claim whose scopes `model:<name>` list the models that the principal may query. Without such a scope, the role
+    alone decides."""
 
     def __post_init__(self) -> None:
         for name in ("url", "audience"):
             value = getattr(self, name)
             if value is not None and not _ISSUER_WORD.fullmatch(value):
                 raise ValueError(
-                    f"identity.issuer.{name} must be one word of letters, digits and ._~:/?@+,=%-, because it stands "
-                    f"in the edge's configuration, got '{value}'."
+                    f"identity.issuer.{name} must be one word of letters, digits and ._~:/?@+,=%-, because the edge's "
+                    f"configuration contains it, got '{value}'."
                 )
         for name in ("role_claim", "purpose_claim", "tenant_claim", "scope_claim"):
             if not _CLAIM.fullmatch(getattr(self, name)):
                 raise ValueError(
                     f"identity.issuer.{name} must be letters, digits and '_', because the edge reads it as a path, "
-                    f"got '{getattr(self, name)}'. Have the issuer map the claim to such a name."
+                    f"got '{getattr(self, name)}'. Configure the issuer to map the claim to such a name."
                 )
 
 
 @dataclass(kw_only=True, slots=True)
 class IdentityConfig:
-    """As whom a job acts, and who says so."""
+    """The identity that a job acts with, and the issuer of its tokens."""
 
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
     service_token_file: str | None = None
-    """A file with the replicas' token, kept fresh by somebody; none lets the dev issuer mint it."""
+    """File with the replicas' token, which an external process renews. With null, the dev issuer mints the token."""
     supervisor_token_file: str | None = None
-    """A file with the supervisor's intent for `serve_apps.deploy`, kept fresh by somebody; none lets the dev issuer
-    mint it. With another issuer and without this file, a lost head comes back without its applications."""
+    """File with the supervisor's intent for `serve_apps.deploy`, which an external process renews. With null, the dev
+    issuer mints it. With another issuer and no file, a lost head comes back without its applications."""
 
     token_file: str | None = None
-    """A file with an intent, or an access token to take one from; or `vault:<path>#<field>`, a secret in KV. None lets
-    the dev issuer give the user one."""
+    """File with an intent, or with an access token that is exchanged for an intent; or `vault:<path>#<field>`, a secret
+    in Vault's KV store. With null, the dev issuer mints one for the user."""
     role: str = "admin"
-    """Of a token that is minted here."""
+    """Role in a token that the dev issuer mints."""
     purpose: str = ""
-    """Of a token that is minted here."""
+    """Purpose in a token that the dev issuer mints."""
     environment: str = "local"
-    """What the policies call this installation: `local`, `test`, `staging`, or else it counts as production."""
+    """The installation's environment in the policies: `local`, `test` or `staging`. Any other name is production."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a local cluster, all on loopback but Ray's own."""
+    """TCP ports of a local cluster. All are on loopback, except Ray's own."""
 
     gcs: int = 6379
     ray_client: int = 10001
     dashboard: int = 8265
     serve_http: int = 8000
     replicas: int = 30000
-    """First of 1,000 ports from which Serve's replicas take theirs."""
+    """First of 1,000 ports for Serve's replicas."""
     edge: int = 8443
     edge_metrics: int = 8404
     ray_metrics: int = 8080
@@ -240,15 +242,16 @@ class ClusterConfig:
     """A Ray head node."""
 
     num_cpus: int = 8
-    """Logical CPUs; more than there are, where waiting dominates."""
+    """Logical CPUs. It may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
     region: str = "local"
     """Value of the node label `ray.io/availability-region`."""
     tls: bool = True
-    """Whether Ray's processes speak TLS with each other and with drivers, both sides showing a certificate."""
+    """Whether Ray's processes and drivers use TLS, with certificates on both sides."""
     spill_folder: str | None = None
-    """Where Ray puts objects when memory is short; none is its temporary folder."""
+    """Folder where Ray spills objects when memory is short; null is Ray's temporary folder."""
     object_store_mib: int = 1024
+    """Size of Ray's object store in MiB."""
     ports: PortsConfig = field(default_factory=PortsConfig)
 
     def __post_init__(self) -> None:
@@ -272,59 +275,59 @@ class ScalingConfig:
 
 
 class Durability(enum.Enum):
-    """What an answer of a replica says of its record."""
+    """How durable a record is when its request is answered."""
 
     process = "process"
-    """It survives the replica's end, kill -9 too."""
+    """The record survives the end of the replica, also by kill -9."""
     disk = "disk"
-    """It survives the machine's."""
+    """The record survives a crash of the machine."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BatchingConfig:
-    """Requests that are at a replica at the same time are answered by one call, where a model gains by it."""
+    """Batching of concurrent requests into one model call, for models that are faster that way."""
 
     max_rows: int = 64
-    """Of a call; 1 answers each request by itself."""
+    """Most rows in one call. With 1, each request is answered alone."""
     max_wait_ms: float = 0.0
-    """How long a request may be held for others to come; 0 joins only what is there already."""
+    """Longest wait in milliseconds for more requests. With 0, only requests that already wait are batched."""
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
             raise ValueError(f"replica.batching.max_rows must be at least 1, got {self.max_rows}.")
         if not 0 <= self.max_wait_ms <= 1000:
             raise ValueError(
-                f"replica.batching.max_wait_ms must lie between 0 and 1000, got {self.max_wait_ms}."
+                f"replica.batching.max_wait_ms must be between 0 and 1000, got {self.max_wait_ms}."
             )
 
 
 @dataclass(kw_only=True, slots=True)
 class ReplicaConfig:
-    """Replicas of one served model version: a fixed number of them, or as many as the requests want."""
+    """Replicas of one served model version: a fixed number, or scaled with the requests."""
 
     num_replicas: int | None = None
-    """A fixed number; none scales between `min_replicas` and `max_replicas`."""
+    """Fixed number of replicas; null scales between `min_replicas` and `max_replicas`."""
     min_replicas: int = 0
-    """0 lets an idle version go; its next request waits until a replica has started."""
+    """Fewest replicas. With 0, an idle version ends; its next request waits until a replica has started."""
     max_replicas: int = 2
     target_ongoing_requests: float = 24.0
-    """Requests at once that one replica should have, those that wait for it included."""
+    """Wanted number of concurrent requests per replica, including those that wait for it."""
     upscale_delay_s: float = 30.0
-    """How long there must have been too many."""
+    """Seconds that the load must be too high before a replica is added."""
     downscale_delay_s: float = 300.0
-    """How long there must have been too few, while one replica stays."""
+    """Seconds that the load must be too low before a replica is removed, down to one."""
     downscale_to_zero_delay_s: float = 1800.0
-    """How long there must have been none before the last replica goes."""
+    """Seconds without a request before the last replica is removed."""
     look_back_s: float = 30.0
-    """What is counted is a mean over this time; replicas report every other second."""
+    """Seconds over which the load is averaged. Replicas report every two seconds."""
     num_cpus: float = 0.1
-    """Logical CPUs a replica reserves."""
+    """Logical CPUs that a replica reserves."""
     num_gpus: float = 0.0
-    """Fraction of a GPU; logical, without memory isolation."""
+    """Share of a GPU that a replica reserves. It is logical: GPU memory is not isolated."""
     max_ongoing_requests: int = 64
-    """What a replica has in hand at once; more wait before it."""
+    """Most concurrent requests in a replica. Further requests wait outside."""
     durability: Durability = Durability.process
-    """Of predictions and outcomes, before they are answered."""
+    """Durability of predictions and outcomes when their request is answered."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)
 
     def __post_init__(self) -> None:
@@ -351,7 +354,7 @@ class ReplicaConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlatformConfig:
-    """The sections every job shares; `configs/platform.yaml` and `configs/tier/` fill them."""
+    """Sections that every job's configuration has. `configs/platform.yaml` and `configs/tier/` set them."""
 
     tier: Tier = Tier.smb_cpu
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -366,10 +369,10 @@ class PlatformConfig:
 
 
 def load(config: DictConfig, schema: type[T]) -> T:
-    """Validate a composed configuration into its dataclass.
+    """Validate a composed configuration and return it as its dataclass.
 
     Raises:
-        ConfigError: an unknown key, a missing mandatory value, a wrong type or a value out of range.
+        ConfigError: A key is unknown, a mandatory value is missing, or a value has a wrong type or is out of range.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
@@ -381,14 +384,14 @@ def load(config: DictConfig, schema: type[T]) -> T:
 
 
 def to_plain(config: PlatformConfig) -> dict[str, Any]:
-    """The platform's sections of a configuration as plain values that can cross a process boundary."""
+    """Return the platform's sections of a configuration as plain values, to send them to another process."""
     values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    names = {each.name for each in fields(PlatformConfig)}
+    names = {section.name for section in fields(PlatformConfig)}
     return {key: value for key, value in cast(dict[str, Any], values).items() if key in names}
 
 
 def from_plain(values: dict[str, Any]) -> PlatformConfig:
-    """The configuration that `to_plain` was given."""
+    """Return the configuration whose plain values `to_plain` returned."""
     return load(OmegaConf.create(values), PlatformConfig)
 
 
@@ -397,4 +400,4 @@ def _describe(error: OmegaConfBaseException) -> str:
     key = f"'{error.full_key}': " if error.full_key else ""
     if reason.startswith("Structured config of type") or "Missing mandatory value" in reason:
         return f"Configuration {key}a value is needed; give it as `{error.full_key}=…`."
-    return f"Configuration {key}{reason}. See `--cfg job` for what is set."
+    return f"Configuration {key}{reason}. `--cfg job` shows the current values."

@@ -1,6 +1,7 @@
-"""`python -m cluster.status [--env | --json] [key=value …]`: what runs, and what a shell needs to reach it.
+"""`python -m cluster.status [--env | --json] [key=value …]`: show the cluster's state, or the variables to reach it.
 
-Exit code 1 says that a part does not run, or that a path is open to other users of this machine.
+Exit code 1 means that a part does not run, applications are not restored yet, or a path is open to other users of this
+machine.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import psutil
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.node.parts import Part, Seen, State, look, missing
+from cluster.node.parts import Part, PartStatus, State, look, missing
 from cluster.node.permissions import permission_problems
 from cluster.own_server import open_own
-from cluster.session import ClusterRecord, metrics_urls, recorded, require_record
+from cluster.session import ClusterRecord, addresses, recorded, require_record
 from cluster.settings import PlatformConfig
 from cluster.supervisor.head import restore_is_due
 
 FLAGS = ("--env", "--json")
 GUARDED_BY = {
     "edge": "TLS and tokens of principals",
-    "serve_http": "tokens, which replicas check; starts one where a version has none",
+    "serve_http": "tokens, which replicas check; starts a replica if a version has none",
     "ray_metrics": "open to read",
     "edge_metrics": "open to read",
     "supervisor_metrics": "open to read",
@@ -46,49 +47,49 @@ LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """How a cluster is."""
+    """Health of a cluster."""
 
-    parts: list[Seen]
+    parts: list[PartStatus]
     problems: list[str]
-    """What is open to others."""
+    """Paths that are open to other users."""
     restoring: bool
-    """Whether its applications are not all back yet."""
+    """Whether applications of a lost head are not all restored yet."""
 
     @property
-    def well(self) -> bool:
+    def is_healthy(self) -> bool:
         return not (missing(self.parts) or self.problems or self.restoring)
 
 
 def health(record: ClusterRecord) -> Health:
-    """Look at every part and every path."""
+    """Check every part and the permissions of every path."""
     return Health(parts=look(record), problems=permission_problems(record), restoring=restore_is_due(record))
 
 
 def show(config: PlatformConfig, flag: str | None) -> None:
-    """Print the status in the form asked for, and exit 1 if something is wrong."""
+    """Print the status in the requested format. Exit with 1 if the cluster is not healthy."""
     if flag == "--env":
         variables = require_record(config).environment()
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
         return
     record = recorded(config)
-    found = health(record)
+    cluster_health = health(record)
     if flag == "--json":
-        plain = {
+        details = {
             "applications": applications(record),
             "silent_replicas": silent_replicas(record),
-            "parts": {one.part.value: one.state.value for one in found.parts},
-            "permission_problems": found.problems,
-            "restoring": found.restoring,
+            "parts": {status.part.value: status.state.value for status in cluster_health.parts},
+            "permission_problems": cluster_health.problems,
+            "restoring": cluster_health.restoring,
         }
-        print(json.dumps(asdict(record) | plain, indent=1))
+        print(json.dumps(asdict(record) | details, indent=1))
     else:
-        _show_text(record, found)
-    if not found.well:
+        _show_text(record, cluster_health)
+    if not cluster_health.is_healthy:
         sys.exit(1)
 
 
 def applications(record: ClusterRecord) -> dict[str, str]:
-    """Serve application to its status; empty when the dashboard does not answer."""
+    """Return the status of each Serve application; empty if the dashboard does not answer."""
     request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
     try:
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
@@ -100,9 +101,9 @@ def applications(record: ClusterRecord) -> dict[str, str]:
 
 
 def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
-    """Serve application to the addresses of its replicas that do not answer the edge; empty when the edge does not.
+    """Return, for each Serve application, the addresses of replicas that do not answer the edge's health checks.
 
-    Serve goes on calling an application RUNNING while one of its replicas is alive and hangs.
+    It is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
     """
     try:
         owner = os.geteuid() if record.owner_uid is None else record.owner_uid
@@ -113,75 +114,72 @@ def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
 
 
 def servers_down(metrics: str) -> dict[str, list[str]]:
-    """HAProxy's backend to the addresses that its health checks found down, from its Prometheus metrics."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for proxy, host, port in _SERVER_DOWN.findall(metrics):
-        found[proxy].append(f"{host}:{port}")
-    return dict(found)
+    """Return, for each HAProxy backend, the addresses of servers that are down, from HAProxy's Prometheus metrics."""
+    by_backend: dict[str, list[str]] = defaultdict(list)
+    for backend, host, port in _SERVER_DOWN.findall(metrics):
+        by_backend[backend].append(f"{host}:{port}")
+    return dict(by_backend)
 
 
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
-    """Listening address to the names of the cluster's processes behind it."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Return the process names behind each address that the cluster listens on, sorted by port."""
+    by_address: dict[str, list[str]] = defaultdict(list)
     for process in processes.find(record.cluster_id, owner=record.owner):
         try:
             for connection in process.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found[f"{connection.laddr.ip}:{connection.laddr.port}"].append(process.name())
+                    by_address[f"{connection.laddr.ip}:{connection.laddr.port}"].append(process.name())
         except psutil.NoSuchProcess:
             continue
-    return dict(sorted(found.items(), key=lambda item: int(item[0].rsplit(":", 1)[1])))
+    return dict(sorted(by_address.items(), key=lambda item: int(item[0].rsplit(":", 1)[1])))
 
 
-def _show_health(found: Health) -> None:
+def _show_health(cluster_health: Health) -> None:
     print("parts")
-    for one in found.parts:
-        pid = f"pid {one.process.pid}" if one.process is not None else ""
-        mark = "" if one.state is State.running else "  <- not as it should be"
-        print(f"  {one.part:18} {one.state:16} {pid}{mark}".rstrip())
-    lacking = missing(found.parts)
-    if found.restoring:
+    for status in cluster_health.parts:
+        pid = f"pid {status.process.pid}" if status.process is not None else ""
+        mark = "" if status.state is State.running else "  <- problem"
+        print(f"  {status.part:18} {status.state:16} {pid}{mark}".rstrip())
+    lacking = missing(cluster_health.parts)
+    if cluster_health.restoring:
+        print("  the head was lost; its applications are being restored (progress: edge/supervisor.log)")
+    if any(status.part is Part.supervisor for status in lacking):
         print(
-            "  the head was lost; its applications are being restored (edge/supervisor.log says how it goes)"
+            "  without the supervisor, parts are not restarted: `python -m cluster.up` starts all missing parts"
         )
-    if any(one.part is Part.supervisor for one in lacking):
-        print("  nobody starts what is missing: `python -m cluster.up` does, and the supervisor with it")
     elif lacking:
-        print("  the supervisor starts it again; `python -m cluster.up` waits until all runs")
-    print("permissions    " + ("closed to other users" if not found.problems else "NOT as they should be:"))
-    for problem in found.problems:
+        print("  the supervisor restarts them; `python -m cluster.up` waits until all run")
+    problems = cluster_health.problems
+    print("permissions    " + ("closed to other users" if not problems else "OPEN to other users:"))
+    for problem in problems:
         print(f"  {problem}")
-    if found.problems:
+    if problems:
         print("  `python -m cluster.up` closes the cluster's own folders; close other paths with chmod")
 
 
-def _show_text(record: ClusterRecord, found: Health) -> None:
+def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     print(f"cluster {record.cluster_id}, up since {record.started_at}")
     print(f"project        {record.project_root}")
     print(f"state          {record.storage_root}")
-    print(f"edge           {record.edge_url}")
-    print(
-        f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
-    )
-    print(f"metrics        {' '.join(metrics_urls(record))}")
+    print(addresses(record))
     print(f"key broker     {record.key_socket}")
     print("Serve applications")
     silent = silent_replicas(record)
     for name, status in applications(record).items() or {"none": ""}.items():
         mark = f"  <- does not answer: {', '.join(silent[name])}" if name in silent else ""
         print(f"  {name} {status}{mark}")
-    named = {port: name for name, port in record.ports.items()}
+    port_names = {port: name for name, port in record.ports.items()}
     print("listening")
     for address, names in listeners(record).items():
         port = int(address.rsplit(":", 1)[1])
-        where = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
-        guard = GUARDED_BY.get(named.get(port, ""), "Ray's token")
-        print(f"  {address:23} {named.get(port, names[0]):26} {where}, {guard}")
-    _show_health(found)
+        reach = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
+        guard = GUARDED_BY.get(port_names.get(port, ""), "Ray's token")
+        print(f"  {address:23} {port_names.get(port, names[0]):26} {reach}, {guard}")
+    _show_health(cluster_health)
 
 
 def main() -> None:
-    """Take our own flags off the line; the rest is configuration."""
+    """Remove this command's own flags from the arguments; the rest is configuration."""
     flag = next((argument for argument in sys.argv[1:] if argument in FLAGS), None)
     sys.argv = [argument for argument in sys.argv if argument not in FLAGS]
     job("cluster", PlatformConfig)(lambda config: show(config, flag))()

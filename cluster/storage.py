@@ -1,7 +1,7 @@
-"""Where state lies, and the one way to write and read it.
+"""Paths of all state, and functions to read and write files there.
 
-Every path is an fsspec URI or a path of this machine. Writes are whole or absent: a temporary name in the same folder,
-flushed to disk, then a rename. All Parquet of features, quarantine and predictions passes through here.
+Every path is an fsspec URI or a local path. Writes are atomic: a file gets a temporary name in the same folder, is
+flushed to disk, and is then renamed. All Parquet files of features, quarantine and predictions go through this module.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ RECORD_NAME = "cluster.json"
 
 
 def project_root() -> Path:
-    """The folder relative paths are resolved against.
+    """Return the folder that relative paths are resolved against.
 
-    The variable that `cluster.up` sets for all its processes, else the nearest folder above that has a cluster's
-    record, else the current folder.
+    It is the value of `FALAJ_PROJECT_ROOT`, which `cluster.up` sets for all its processes. Without it, it is the
+    nearest folder, from the current one upwards, that has a cluster's record; else the current folder.
     """
     if root := os.environ.get(ROOT_VARIABLE):
         return Path(root)
@@ -45,22 +45,22 @@ def project_root() -> Path:
 
 
 def is_uri(path: str) -> bool:
-    """Whether a path names a file system other than this machine's."""
+    """Return whether a path is a URI of another file system than this machine's."""
     return "://" in path and not path.startswith("file://")
 
 
 def resolve(path: str) -> str:
-    """An absolute path or URI; a relative path counts from the project root."""
+    """Return the absolute path or URI. Relative paths start at the project root."""
     if is_uri(path):
         return path.rstrip("/")
     return str(project_root() / Path(path.removeprefix("file://")).expanduser())
 
 
 def local(path: str) -> Path:
-    """A path that must be on this machine.
+    """Return a local `Path`.
 
     Raises:
-        ConfigError: the path is a remote URI.
+        ConfigError: The path is a remote URI.
     """
     if is_uri(path):
         raise ConfigError(
@@ -131,19 +131,21 @@ class Layout:
 
 
 def layout(storage: StorageConfig) -> Layout:
-    """The layout of a configured storage root."""
+    """Return the layout of a configured storage root."""
     return Layout(resolve(storage.root))
 
 
 def file_name(text: str) -> str:
-    """A text as one path component. Letters, digits, `_`, `-` and `~` stay, and dots but a first one; the rest is
-    percent-encoded, so that two texts never share a name."""
+    """Encode a text as one path component; different texts get different names.
+
+    Letters, digits, `_`, `-`, `~` and dots are kept, except a dot at the start. All else is percent-encoded.
+    """
     quoted = quote(text, safe="")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     fs, path = url_to_fs(uri)
     fs.makedirs(fs._parent(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -161,17 +163,17 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_json(uri: str, content: Any) -> None:
-    """Write a JSON file whole or not at all; a number that is not finite becomes null, as JSON has no NaN."""
+    """Write a JSON file atomically. NaN and infinities become null, because JSON has none."""
     write_bytes(uri, json_text(content).encode())
 
 
 def json_text(content: Any) -> str:
-    """Indented JSON of plain data; a number that is not finite becomes null."""
+    """Return plain data as indented JSON. NaN and infinities become null."""
     return json.dumps(finite(content), indent=1, allow_nan=False)
 
 
 def finite(content: Any) -> Any:
-    """Plain data with None in place of each NaN and infinity."""
+    """Return plain data with each NaN and infinity replaced by None."""
     match content:
         case float():
             return content if math.isfinite(content) else None
@@ -191,35 +193,35 @@ def _replace(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file."""
+    """Return a file's content."""
     fs, path = url_to_fs(uri)
     return bytes(fs.cat_file(path))
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     fs, path = url_to_fs(uri)
     return bool(fs.exists(path))
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
-    """The files directly below a folder, sorted; none when there is no folder."""
+    """Return the files directly in a folder, sorted; empty if the folder does not exist."""
     fs, path = url_to_fs(uri)
     if not fs.exists(path):
         return []
-    found = sorted(str(name) for name in fs.ls(path, detail=False) if str(name).endswith(suffix))
-    return [fs.unstrip_protocol(name) if is_uri(uri) else name for name in found]
+    names = sorted(str(name) for name in fs.ls(path, detail=False) if str(name).endswith(suffix))
+    return [fs.unstrip_protocol(name) if is_uri(uri) else name for name in names]
 
 
 def sha256(uri: str) -> str:
-    """The SHA-256 of a file's content, in hex, read in pieces."""
+    """Return the SHA-256 of a file's content in hex. The file is read in chunks."""
     fs, path = url_to_fs(uri)
     with fs.open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_parquet(table: pa.Table, uri: str) -> int:
-    """Write a table as one Parquet file, whole or not at all; gives its size in bytes."""
+    """Write a table as one Parquet file, atomically; return its size in bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", use_dictionary=coded_columns(table.schema))
     data = sink.getvalue()
@@ -228,8 +230,11 @@ def write_parquet(table: pa.Table, uri: str) -> int:
 
 
 def coded_columns(schema: pa.Schema) -> list[str]:
-    """The columns that are worth a dictionary in Parquet: floats and times hardly repeat, and building one that is
-    given up again takes most of the time of writing."""
+    """Return the names of the columns that get a dictionary in Parquet.
+
+    Floats and timestamps get none. Their values rarely repeat, and most of the time of writing would go into a
+    dictionary that Parquet then discards.
+    """
     return [
         field.name
         for field in schema
@@ -238,35 +243,37 @@ def coded_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, or only some of its columns.
+    """Read one Parquet file, or only the named columns.
 
-    INT96 times come as nanoseconds where these hold them all, else as microseconds.
+    INT96 timestamps become nanoseconds if all values of the column fit into 64 bits, else microseconds.
     """
     fs, path = url_to_fs(uri)
     with fs.open(path, "rb") as file:
         # `pq.read_table` would import Arrow's dataset layer, and with it pandas.
-        found = pq.ParquetFile(file)
-        wide = [name for name in int96_columns(found) if columns is None or name in columns]
-        table = found.read(columns)
-        if not wide:
+        parquet = pq.ParquetFile(file)
+        int96_names = [name for name in int96_columns(parquet) if columns is None or name in columns]
+        table = parquet.read(columns)
+        if not int96_names:
             return table
-        coarse = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read(wide)
-    for name in wide:
-        if not _is_within_nanoseconds(coarse[name]):
-            table = table.set_column(table.schema.get_field_index(name), name, coarse[name])
+        microseconds = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read(int96_names)
+    for name in int96_names:
+        if not _fits_nanoseconds(microseconds[name]):
+            table = table.set_column(table.schema.get_field_index(name), name, microseconds[name])
     return table
 
 
 def int96_columns(file: pq.ParquetFile) -> list[str]:
-    """The columns that hold times as Spark, Impala and old Hive write them; times inside of structs and lists not."""
-    columns = (file.schema.column(place) for place in range(len(file.schema)))
-    return [one.name for one in columns if one.physical_type == "INT96" and one.path == one.name]
+    """Return the top-level columns with INT96 timestamps, as Spark, Impala and old Hive write them."""
+    columns = (file.schema.column(index) for index in range(len(file.schema)))
+    return [
+        column.name for column in columns if column.physical_type == "INT96" and column.path == column.name
+    ]
 
 
-def _is_within_nanoseconds(times: pa.ChunkedArray) -> bool:
-    """Whether 64 bits hold all times, given in microseconds, as nanoseconds: the years 1677 to 2262."""
-    most = (2**63 - 1) // 1000 - 1
+def _fits_nanoseconds(times: pa.ChunkedArray) -> bool:
+    """Return whether all times, in microseconds, fit into 64 bits as nanoseconds: the years 1677 to 2262."""
+    limit = (2**63 - 1) // 1000 - 1
     numbers = times.cast(pa.int64())
     return bool(
-        pc.all(pc.and_(pc.less_equal(numbers, most), pc.greater_equal(numbers, -most)), min_count=0).as_py()
+        pc.all(pc.and_(pc.less_equal(numbers, limit), pc.greater_equal(numbers, -limit)), min_count=0).as_py()
     )

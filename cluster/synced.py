@@ -1,4 +1,4 @@
-"""What must outlive a power cut: the names in a folder, and what others wrote to a file."""
+"""Functions that flush folders and files to disk, so that they survive a power cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's entries (file names) to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -16,6 +16,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Have what others wrote to a file on the disk."""
+    """Flush a file's content to disk, also what other processes wrote."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

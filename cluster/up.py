@@ -1,6 +1,7 @@
-"""`python -m cluster.up`: start a Ray head, Serve, the edge and their supervisor on this machine, or nothing at all.
+"""`python -m cluster.up`: start a cluster on this machine: a Ray head, Serve, the edge and their supervisor.
 
-Where a part of the project's cluster is missing, it starts that.
+If a part fails to start, everything is ended again. If the project's cluster already runs and parts of it are missing,
+only those are started.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortI
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
-from cluster.node.changing import changing, is_watched_by
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -38,7 +38,8 @@ from cluster.node.launch import (
     supervisor_log,
     wait_until,
 )
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, look, missing, named
+from cluster.node.locks import command_lock, is_watched_by
+from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_parts, look, missing
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.disks import keeps_secrets
 from cluster.security.encryption.scratch import memory_folder, sweep
@@ -50,16 +51,17 @@ from cluster.security.tls.pki import fetch_certificates
 from cluster.security.tokens.issuer import ensure_issuer, write_private
 from cluster.security.tokens.principal import current_actor
 from cluster.session import (
+    METRICS_PORTS,
     ClusterRecord,
+    addresses,
     find_own_record,
-    metrics_urls,
     read_record,
     record_path,
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
 from cluster.storage import layout, local, project_root, resolve
-from cluster.supervisor.daemons import keep_commands
+from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 
 __all__ = ["environment", "shared_overrides"]
@@ -69,18 +71,17 @@ REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
 )
-"""They let a Parquet file's metadata run code (CVE-2026-41486)."""
+"""Environment variables that let a Parquet file's metadata run code (CVE-2026-41486)."""
 REPAIR_DEADLINE_S = 600.0
 WAKE_EVERY_S = 15.0
-METRICS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
 METRICS_RANGE = range(8408, 8500)
 
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """Start the cluster, or what is missing of it."""
+    """Start the cluster, or its missing parts."""
     wait_for_turn()
-    with changing(config.storage):
+    with command_lock(config.storage):
         record = running_record(config)
         if record is None:
             start(config)
@@ -89,15 +90,15 @@ def main(config: PlatformConfig) -> None:
 
 
 def running_record(config: PlatformConfig) -> ClusterRecord | None:
-    """The record of a cluster of which something still runs; what a start that was killed has left is ended first.
+    """Return the record of the cluster if any of its parts still runs, else None.
 
-    After a reboot, or where all of a cluster was killed, nothing runs: its folders are removed, and it counts as ended.
+    If nothing runs (after a reboot, for example) or the last start was killed, this ends the remaining processes and
+    removes the cluster's folders first.
     """
     record = find_own_record(config.storage)
     if record is None:
         return None
-    parts = look(record)
-    if not record.starting and any(one.state is not State.dead for one in parts):
+    if not record.starting and any(status.state is not State.dead for status in look(record)):
         return record
     end_all(record)
     remove_folders(record)
@@ -105,27 +106,27 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Have the supervisor start what is missing, and wait for it; files that are missing or open are mended first.
+    """Let the supervisor start the missing parts, and wait for them.
+
+    Missing files are created and permissions corrected first.
 
     Raises:
-        ClusterAlreadyUp: nothing is missing.
-        StartFailed: something did not come back.
+        ClusterAlreadyUp: No part is missing.
+        StartFailed: A part did not start within `REPAIR_DEADLINE_S`.
     """
     refuse_variables()
     hold_to(record, config)
     prepare(config, record)
     if not (lacking := missing(look(record))) and not restore_is_due(record):
-        raise ClusterAlreadyUp(
-            f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
-        )
+        raise _already_up(record)
     started, woken_at = time.monotonic(), -WAKE_EVERY_S
-    print(f"repairing cluster {record.cluster_id}: {named(lacking) or 'its applications'}", flush=True)
+    print(f"repairing cluster {record.cluster_id}: {format_parts(lacking) or 'its applications'}", flush=True)
     while lacking or restore_is_due(record):
         now = time.monotonic()
         if now > started + REPAIR_DEADLINE_S:
             raise StartFailed(
-                f"After {REPAIR_DEADLINE_S:.0f} s this did not run: {named(lacking) or 'all applications'}. See "
-                f"{supervisor_log(config)}; the supervisor goes on trying."
+                f"After {REPAIR_DEADLINE_S:.0f} s these did not run: {format_parts(lacking) or 'all applications'}. "
+                f"See {supervisor_log(config)}. The supervisor keeps trying."
             )
         if now > woken_at + WAKE_EVERY_S:
             wake_supervisor(config, record)
@@ -136,20 +137,20 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Have a supervisor that tries at once; one that is stopped gives way to a new one."""
-    found = next(one for one in look(record) if one.part is Part.supervisor)
-    if found.process is not None and found.state is State.running:
-        # Before it has taken its lock it would not understand the signal, and end.
-        if is_watched_by(config.storage, found.process.pid):
-            found.process.send_signal(signal.SIGHUP)
+    """Make the supervisor try at once, or start a supervisor. One that does not run properly is replaced."""
+    status = next(status for status in look(record) if status.part is Part.supervisor)
+    if status.process is not None and status.state is State.running:
+        # Before it holds its lock, it has no handler for the signal, and the signal would end it.
+        if is_watched_by(config.storage, status.process.pid):
+            status.process.send_signal(signal.SIGHUP)
         return
-    if found.process is not None:
-        processes.end_one(found.process, grace_s=0)
+    if status.process is not None:
+        processes.end_process(status.process, grace_s=0)
     start_process(config, record, SUPERVISOR, log=supervisor_log(config))
 
 
 def start(config: PlatformConfig) -> None:
-    """Start a cluster."""
+    """Start a cluster. If a part fails to start, end all of it again."""
     avoid_taken_metrics_ports(config.cluster.ports)
     check(config)
     started = time.perf_counter()
@@ -157,24 +158,7 @@ def start(config: PlatformConfig) -> None:
     prepare(config, record)
     warn_of_spilling(config, record)
     try:
-        # Before anything runs: whoever comes after a start that was killed can end what it has left.
-        write_record(replace(record, starting=True), config.storage)
-        start_ray(config, record)
-        broker = start_process(config, record, BROKER, log=key_log(config))
-        print("starting the edge", flush=True)
-        edge = start_process(config, record, EDGE, log=edge_log(config))
-        start_serve(config, record)
-        keep_commands(record)
-        wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
-        wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
-        write_record(record, config.storage)
-        watching = start_process(config, record, SUPERVISOR, log=supervisor_log(config))
-        wait_until(
-            watching,
-            lambda: is_watched_by(config.storage, watching.pid),
-            name="supervisor",
-            log=supervisor_log(config),
-        )
+        _start_parts(config, record)
     except BaseException:
         end_all(record)
         remove_folders(record)
@@ -189,23 +173,47 @@ def start(config: PlatformConfig) -> None:
     )
     open_ledger(config).append(event, actor=current_actor())
     print(f"up after {time.perf_counter() - started:.0f} s")
-    print(f"edge           {record.edge_url}")
-    print(
-        f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
+    print(addresses(record))
+
+
+def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
+    # Written before anything runs: if this start is killed, the next command can end the processes that it left.
+    write_record(replace(record, starting=True), config.storage)
+    start_ray(config, record)
+    broker = start_process(config, record, BROKER, log=key_log(config))
+    print("starting the edge", flush=True)
+    edge = start_process(config, record, EDGE, log=edge_log(config))
+    start_serve(config, record)
+    save_commands(record)
+    wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
+    wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
+    write_record(record, config.storage)
+    supervisor = start_process(config, record, SUPERVISOR, log=supervisor_log(config))
+    wait_until(
+        supervisor,
+        lambda: is_watched_by(config.storage, supervisor.pid),
+        name="supervisor",
+        log=supervisor_log(config),
     )
-    print(f"metrics        {' '.join(metrics_urls(record))}")
+
+
+def _already_up(record: ClusterRecord) -> ClusterAlreadyUp:
+    return ClusterAlreadyUp(
+        f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
+    )
 
 
 def check(config: PlatformConfig) -> None:
-    """Refuse what cannot work before anything is started.
+    """Check all preconditions of a start.
 
     Raises:
-        ClusterAlreadyUp, CompilerMissing, PortInUse, ConfigError
+        ClusterAlreadyUp: A cluster runs for this storage root.
+        CompilerMissing: No C++ compiler is installed.
+        PortInUse: A port is in use.
+        ConfigError: A dangerous environment variable is set, or the tier does not allow the key store.
     """
     if (record := read_record(config.storage)) is not None:
-        raise ClusterAlreadyUp(
-            f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
-        )
+        raise _already_up(record)
     refuse_variables()
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise CompilerMissing(
@@ -215,15 +223,16 @@ def check(config: PlatformConfig) -> None:
     for name, port in _ports(config).items():
         if _is_taken(name, port):
             raise PortInUse(
-                f"Port {port} ({name}) is taken by {processes.owner(port)}. Free it, or set cluster.ports.{name}=…"
+                f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
+                f"cluster.ports.{name}=…"
             )
 
 
 def refuse_variables() -> None:
-    """Refuse to hand on what lets data run code: every process of the cluster has this one's environment.
+    """Refuse environment variables that let data run code. Every process of the cluster inherits the environment.
 
     Raises:
-        ConfigError
+        ConfigError: One of `REFUSED_VARIABLES` is set.
     """
     for name in REFUSED_VARIABLES:
         if name in os.environ:
@@ -231,40 +240,42 @@ def refuse_variables() -> None:
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
-    """Take the next free port for metrics of our own where the default one is taken: a second cluster on this machine
-    should not be refused for that. One that somebody has set is checked like every other."""
-    for name in METRICS:
-        port = getattr(PortsConfig(), name)
-        if getattr(ports, name) == port and not processes.port_is_free(port):
-            taken = {getattr(ports, other) for other in METRICS}
-            free = (one for one in METRICS_RANGE if one not in taken and processes.port_is_free(one))
-            setattr(ports, name, next(free, port))
+    """Replace the default ports of Falaj's own metrics by free ones if they are in use.
+
+    So a second cluster can start on this machine. A port that is set explicitly is not replaced; `check` refuses it.
+    """
+    for name in METRICS_PORTS:
+        default = getattr(PortsConfig(), name)
+        if getattr(ports, name) == default and not processes.port_is_free(default):
+            assigned = {getattr(ports, other) for other in METRICS_PORTS}
+            free = (port for port in METRICS_RANGE if port not in assigned and processes.port_is_free(port))
+            setattr(ports, name, next(free, default))
 
 
 def _is_taken(name: str, port: int) -> bool:
     if name == "replicas":
-        # Connections of a replica that has just ended hold its port for a minute; Ray takes another of the thousand.
-        return processes.answers(port)
+        # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
+        return processes.port_answers(port)
     return not processes.port_is_free(port, "0.0.0.0" if name == "gcs" else "127.0.0.1")  # noqa: S104 (a probe)
 
 
 def describe(config: PlatformConfig) -> ClusterRecord:
-    """The record of the cluster that is about to start."""
+    """Build the record of a new cluster."""
     cluster_id = secrets.token_hex(6)
     ports = _ports(config)
     runtime_dir = processes.runtime_dir(cluster_id)
-    root = layout(config.storage).root
+    storage = layout(config.storage)
     record = ClusterRecord(
         cluster_id=cluster_id,
         project_root=str(project_root()),
-        storage_root=root,
+        storage_root=storage.root,
         ray_address=f"127.0.0.1:{ports['gcs']}",
         dashboard_url=f"http://127.0.0.1:{ports['dashboard']}",
         edge_url=f"https://127.0.0.1:{ports['edge']}",
         metrics_url=f"http://127.0.0.1:{ports['edge_metrics']}/metrics",
         ray_metrics_url=f"http://127.0.0.1:{ports['ray_metrics']}/metrics",
         serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
-        token_path=f"{layout(config.storage).keys}/ray_token",
+        token_path=f"{storage.keys}/ray_token",
         temp_dir=f"{runtime_dir}/ray",
         key_socket=f"{runtime_dir}/keys/broker.sock",
         tls=config.cluster.tls,
@@ -283,27 +294,27 @@ def describe(config: PlatformConfig) -> ClusterRecord:
 
 
 def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Folders, keys and certificates, each made on first use."""
-    places = layout(config.storage)
-    keys = local(places.keys)
-    for folder in (local(places.root), keys, local(places.tls), local(places.edge)):
+    """Create the folders, keys and certificates that do not exist yet."""
+    storage = layout(config.storage)
+    root, keys = local(storage.root), local(storage.keys)
+    for folder in (root, keys, local(storage.tls), local(storage.edge)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         close_to_others(folder)
-    # Neither git nor the upload of `ray job submit --working-dir` may take keys and data along.
-    ignored = local(places.root) / ".gitignore"
-    if not ignored.exists():
-        ignored.write_text("*\n")
+    # Git and `ray job submit --working-dir` respect it. They must not include keys and data.
+    ignore_file = root / ".gitignore"
+    if not ignore_file.exists():
+        ignore_file.write_text("*\n")
     ensure_signer(keys)
     if config.identity.issuer.url is None:
-        ensure_issuer(places, tier=config.tier)
+        ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(places, vault)
+        fetch_certificates(storage, vault)
     else:
-        ensure_tls(places)
+        ensure_tls(storage)
     if not Path(record.token_path).exists():
         write_private(Path(record.token_path), secrets.token_hex(32).encode())
-    for scratch_folder in (local(places.root) / "runs", memory_folder(otherwise=local(places.root) / "runs")):
+    for scratch_folder in (root / "runs", memory_folder(otherwise=root / "runs")):
         sweep(scratch_folder)
     if Path(record.runtime_folder).exists():
         close_to_others(Path(record.runtime_folder))
@@ -311,12 +322,12 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Say so where objects with protected columns would lie on a disk in the clear."""
+    """Print a warning if Ray would spill objects unencrypted to a disk. They can have protected columns."""
     folder = resolve(config.cluster.spill_folder) if config.cluster.spill_folder else record.temp_dir
     if keeps_secrets(Path(folder)) is False:
         print(
-            f"warning: when memory is short Ray writes objects in the clear to {folder}, which is neither in memory "
-            "nor on an encrypted device. Set cluster.spill_folder=… to a folder on one.",
+            f"warning: when memory is short, Ray writes objects unencrypted to {folder}, which is neither in memory "
+            "nor on an encrypted device. Set cluster.spill_folder=… to a folder in memory or on an encrypted device.",
             flush=True,
         )
 

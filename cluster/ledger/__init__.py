@@ -1,4 +1,4 @@
-"""The ledger: typed, hash-chained, append-only events; everything else the platform knows is a projection of it."""
+"""The ledger: an append-only hash chain of typed events. All other state is a projection of it."""
 
 from cluster.ledger.chain import Entry
 from cluster.ledger.store import Ledger, open_ledger

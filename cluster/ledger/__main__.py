@@ -1,4 +1,4 @@
-"""`python -m cluster.ledger export | verify`: for auditors; needs no running cluster."""
+"""`python -m cluster.ledger export | verify`: export or verify the ledger, without a running cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.ledger.chain import Entry, check, read_lines
-from cluster.ledger.checkpoint import check_signatures, load_public_key
+from cluster.ledger.checkpoint import load_public_key, verify_signatures
 from cluster.ledger.store import Ledger
 from cluster.security.ledger_reader import add_flags, open_reader
 
@@ -24,9 +24,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write every event as one JSON line")
     export.add_argument("--output", type=Path, help="file to write instead of standard output")
-    verify = commands.add_parser("verify", help="check the hash chain; exit 2 names the first bad event")
-    verify.add_argument("--file", type=Path, help="an export to check instead of the ledger itself")
-    verify.add_argument("--public-key", type=Path, help="also check the checkpoints' signatures")
+    verify = commands.add_parser(
+        "verify", help="verify the hash chain; on failure, name the first bad event, exit 2"
+    )
+    verify.add_argument("--file", type=Path, help="export to verify instead of the ledger itself")
+    verify.add_argument("--public-key", type=Path, help="key to verify the checkpoints' signatures with")
     arguments = parser.parse_args()
     try:
         match arguments.command:
@@ -51,7 +53,7 @@ def _export(ledger: Ledger, output: Path | None) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     entries = check(_entries(arguments))
     if arguments.public_key is not None:
-        entries = check_signatures(entries, load_public_key(arguments.public_key))
+        entries = verify_signatures(entries, load_public_key(arguments.public_key))
     count = sum(1 for _ in entries)
     print(f"verified {count} events")
 

@@ -1,7 +1,7 @@
-"""The hash chain: canonical JSON (RFC 8785), SHA-256, and nothing that touches a database.
+"""The hash chain of ledger entries: canonical JSON (RFC 8785) and SHA-256, without database access.
 
-An entry's hash covers all its fields but the hash itself, and its `prev_hash` is that of the entry before; changing,
-removing or reordering an entry breaks every hash after it. A cut-off tail shows only against a checkpoint kept
+An entry's hash covers all its other fields. Its `prev_hash` is the hash of the entry before. So a changed, removed or
+reordered entry breaks every later hash. Removed entries at the end can only be detected with a checkpoint that is kept
 elsewhere.
 """
 
@@ -29,7 +29,7 @@ class Entry:
     """One line of the ledger."""
 
     seq: int
-    """From 1, without gaps."""
+    """Sequence number, from 1, without gaps."""
     time: str
     """ISO 8601, UTC, microseconds."""
     type: str
@@ -39,25 +39,25 @@ class Entry:
     hash: str
 
     def event(self) -> LedgerEvent:
-        """The typed event."""
+        """Return the typed event."""
         return parse(self.type, self.payload, seq=self.seq)
 
     def line(self) -> str:
-        """The entry as one line of an export."""
+        """Return the entry as one line of an export."""
         return canonical(asdict(self)).decode()
 
 
 def canonical(value: Any) -> bytes:
-    """RFC 8785 canonical JSON.
+    """Return a value as canonical JSON (RFC 8785).
 
     Raises:
-        ValueError: a value that JSON cannot hold, a NaN for one.
+        ValueError: JSON cannot hold the value, such as NaN.
     """
     return rfc8785.dumps(value)
 
 
-def plain(value: Any) -> Any:
-    """A value as it stands in the ledger: whole numbers beyond 2^53 become strings, NaN and infinities null."""
+def to_json(value: Any) -> Any:
+    """Convert a value to JSON for the ledger: integers beyond 2^53 become strings, NaN and infinities become null."""
     match value:
         case bool() | None | str():
             return value
@@ -66,18 +66,20 @@ def plain(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return None
         case float():
-            # A large whole float is written as an integer literal, and would be read back as one.
+            # JSON writes a large whole float as an integer, and it would be read back as an integer.
             return str(int(value)) if value.is_integer() and abs(value) > MAX_SAFE_INTEGER else value
         case dict():
-            return {str(key): plain(item) for key, item in value.items()}
+            return {str(key): to_json(item) for key, item in value.items()}
         case list() | tuple():
-            return [plain(item) for item in value]
+            return [to_json(item) for item in value]
         case _:
             raise TypeError(f"An event cannot hold {type(value).__name__} {value!r}; give plain JSON values.")
 
 
-def link(*, seq: int, time: str, type: str, actor: str, payload: dict[str, Any], prev_hash: str) -> Entry:
-    """The entry that follows `prev_hash`."""
+def build_entry(
+    *, seq: int, time: str, type: str, actor: str, payload: dict[str, Any], prev_hash: str
+) -> Entry:
+    """Build the entry that follows the entry with `prev_hash`."""
     body = {
         "seq": seq,
         "time": time,
@@ -93,17 +95,15 @@ def link(*, seq: int, time: str, type: str, actor: str, payload: dict[str, Any],
 
 
 def check(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Pass entries on, each proven to follow the one before.
+    """Yield the entries, and verify that each one follows the one before.
 
     Raises:
-        LedgerCorrupt: naming the first bad `seq`.
+        LedgerCorrupt: An entry is missing or changed. It names the first bad `seq`.
     """
     prev_hash = GENESIS
     for position, entry in enumerate(entries, start=1):
         if entry.seq != position:
-            raise LedgerCorrupt(
-                f"Event {position} is missing: found seq {entry.seq} in its place.", seq=position
-            )
+            raise LedgerCorrupt(f"Event {position} is missing: found seq {entry.seq} instead.", seq=position)
         if entry.prev_hash != prev_hash:
             raise LedgerCorrupt(
                 f"Event {entry.seq} does not follow event {entry.seq - 1}: prev_hash differs.", seq=entry.seq
@@ -112,17 +112,17 @@ def check(entries: Iterable[Entry]) -> Iterator[Entry]:
         del body["hash"]
         if hashlib.sha256(canonical(body)).hexdigest() != entry.hash:
             raise LedgerCorrupt(
-                f"Event {entry.seq} was changed: its hash does not fit its content.", seq=entry.seq
+                f"Event {entry.seq} was changed: its hash does not match its content.", seq=entry.seq
             )
         prev_hash = entry.hash
         yield entry
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[Entry]:
-    """The entries of an export.
+    """Parse the entries of an export.
 
     Raises:
-        LedgerCorrupt: a line that is no entry.
+        LedgerCorrupt: A line is not a ledger entry.
     """
     for position, line in enumerate(lines, start=1):
         try:
@@ -130,7 +130,7 @@ def read_lines(lines: Iterable[str]) -> Iterator[Entry]:
             yield Entry(**{name: fields[name] for name in FIELDS})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise LedgerCorrupt(
-                f"Line {position} of the export is no ledger entry: {error!r}.", seq=position
+                f"Line {position} of the export is not a ledger entry: {error!r}.", seq=position
             ) from error
         if len(fields) != len(FIELDS):
             raise LedgerCorrupt(f"Line {position} of the export has unknown fields.", seq=position)

@@ -1,7 +1,7 @@
-"""Signed checkpoints: who holds one elsewhere can prove that a tail was cut off or a chain rewritten.
+"""Signed checkpoints. With a checkpoint that is kept elsewhere, an auditor can detect removed or rewritten events.
 
-The signature is Ed25519 over `<seq>:<hash>`. The private key is a file of the keys folder until the key store takes
-it over; the public key beside it is what an auditor gets.
+The signature is Ed25519 over `<seq>:<hash>`. The private key is a file in the keys folder until the key store takes it
+over. The public key is next to it; auditors get that file.
 """
 
 from __future__ import annotations
@@ -32,46 +32,49 @@ class Signer:
         self.key_id = key_id(key.public_key())
 
     def sign(self, message: bytes) -> str:
-        """The signature in base64."""
+        """Return the signature in base64."""
         return base64.b64encode(self._key.sign(message)).decode()
 
 
 def key_id(key: Ed25519PublicKey) -> str:
-    """The first 16 hex digits of the SHA-256 of the raw public key."""
+    """Return the first 16 hex digits of the SHA-256 of the raw public key."""
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def ensure_signer(keys: Path) -> Signer:
-    """The signer of a keys folder, its key made on first use with mode 0600."""
+    """Return the signer of a keys folder. Its key is created on first use, with mode 0600."""
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private = keys / PRIVATE_NAME
-    if not private.exists():
-        key = Ed25519PrivateKey.generate()
-        public_bytes = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        (keys / PUBLIC_NAME).write_bytes(public_bytes)
-        private_bytes = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        descriptor = os.open(private, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(private_bytes)
-    signer = load_signer(keys)
-    assert signer is not None
-    return signer
+    if not (keys / PRIVATE_NAME).exists():
+        _create_keys(keys)
+    return _read_signer(keys / PRIVATE_NAME)
 
 
 def load_signer(keys: Path) -> Signer | None:
-    """The signer of a keys folder, none where no key was made yet.
+    """Return the signer of a keys folder, or None if no key exists yet.
 
     Raises:
-        ConfigError: the key file holds no Ed25519 private key.
+        ConfigError: The key file holds no Ed25519 private key.
     """
     path = keys / PRIVATE_NAME
-    if not path.exists():
-        return None
+    return _read_signer(path) if path.exists() else None
+
+
+def _create_keys(keys: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    public_bytes = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (keys / PUBLIC_NAME).write_bytes(public_bytes)
+    private_bytes = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    descriptor = os.open(keys / PRIVATE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(private_bytes)
+
+
+def _read_signer(path: Path) -> Signer:
     key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{path} holds no Ed25519 private key. Restore the ledger's signing key.")
@@ -79,10 +82,10 @@ def load_signer(keys: Path) -> Signer | None:
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:
-    """A public key in PEM.
+    """Load an Ed25519 public key from a PEM file.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: The file is not readable or holds something else.
     """
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
@@ -94,7 +97,7 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
 
 
 def checkpoint(signer: Signer, entry: Entry) -> CheckpointSigned:
-    """The checkpoint that vouches for the chain up to an entry."""
+    """Return the signed checkpoint for the chain up to and including an entry."""
     return CheckpointSigned(
         upto_seq=entry.seq,
         upto_hash=entry.hash,
@@ -103,26 +106,28 @@ def checkpoint(signer: Signer, entry: Entry) -> CheckpointSigned:
     )
 
 
-def check_signatures(entries: Iterable[Entry], key: Ed25519PublicKey) -> Iterator[Entry]:
-    """Pass entries on, each checkpoint among them proven to be signed by `key` for the entry it names.
+def verify_signatures(entries: Iterable[Entry], key: Ed25519PublicKey) -> Iterator[Entry]:
+    """Yield the entries, and verify that `key` signed each checkpoint among them for the entry that it names.
 
     Raises:
-        LedgerCorrupt: naming the checkpoint's seq.
+        LedgerCorrupt: A checkpoint is invalid. It names the checkpoint's seq.
     """
     hashes: dict[int, str] = {}
     for entry in entries:
         event = entry.event() if entry.type == CheckpointSigned.__name__ else None
         if isinstance(event, CheckpointSigned):
-            _check_one(event, seq=entry.seq, known=hashes.get(event.upto_seq), key=key)
+            _verify_checkpoint(event, seq=entry.seq, actual_hash=hashes.get(event.upto_seq), key=key)
             hashes.clear()
         hashes[entry.seq] = entry.hash
         yield entry
 
 
-def _check_one(event: CheckpointSigned, *, seq: int, known: str | None, key: Ed25519PublicKey) -> None:
-    if known != event.upto_hash:
+def _verify_checkpoint(
+    event: CheckpointSigned, *, seq: int, actual_hash: str | None, key: Ed25519PublicKey
+) -> None:
+    if actual_hash != event.upto_hash:
         raise LedgerCorrupt(
-            f"Checkpoint {seq} vouches for another event {event.upto_seq} than the one here.", seq=seq
+            f"Checkpoint {seq} does not match event {event.upto_seq}: the hashes differ.", seq=seq
         )
     try:
         key.verify(base64.b64decode(event.signature), _message(event.upto_seq, event.upto_hash))

@@ -1,7 +1,7 @@
-"""Tables that are built from events and can be dropped at any time.
+"""Tables that are built from the ledger's events and can be rebuilt at any time.
 
-A projection keeps its position beside its rows, in the ledger's own database, and moves both in one transaction: a
-crash in between leaves it where it was. Every read catches up first.
+A projection stores its position next to its rows, in the ledger's database, and updates both in one transaction. So a
+crash changes neither. Every read first applies the new events.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POSITIONS = sa.Table(
 
 
 class Projection:
-    """Named tables that follow the ledger."""
+    """Tables that are kept up to date with the ledger."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class Projection:
         metadata: sa.MetaData,
         apply: Callable[[sa.Connection, Entry], None],
     ) -> None:
-        """Make the tables where there are none.
+        """Create the tables if they do not exist.
 
         Args:
-            ledger: the events.
-            name: of the projection, unique in the ledger.
-            metadata: its tables.
-            apply: writes one event into them, and passes over events it does not know.
+            ledger: Source of the events.
+            name: Name of the projection, unique in the ledger.
+            metadata: Its tables.
+            apply: Applies one event to the tables. It must ignore events that it does not know.
         """
         self._ledger = ledger
         self._name = name
@@ -51,14 +51,14 @@ class Projection:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection whose view of the tables has every event up to now."""
+        """Return a connection to tables with all current events applied."""
         if self._position() < self._ledger.head():
             self._catch_up()
         with self._ledger.engine.connect() as connection:
             yield connection
 
     def rebuild(self) -> None:
-        """Drop the tables and fill them again from the first event."""
+        """Drop the tables and rebuild them from the first event."""
         with self._ledger.writing() as connection:
             self._metadata.drop_all(connection)
             connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))

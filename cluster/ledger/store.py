@@ -1,8 +1,8 @@
-"""The ledger's table: SQLite by default, PostgreSQL by URL.
+"""The ledger's table in SQLite (default) or PostgreSQL (by URL).
 
-Appending takes the whole ledger's write lock, reads the head and links the new entry to it in one transaction, so
-concurrent writers queue up and never fork the chain. SQLite takes the lock with BEGIN IMMEDIATE, PostgreSQL with an
-advisory lock that ends with the transaction.
+An append takes the ledger's write lock, reads the head, and links the new entry to it, in one transaction. So
+concurrent writers wait for each other and never fork the chain. SQLite locks with BEGIN IMMEDIATE, and PostgreSQL with
+an advisory lock that ends with the transaction.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError
-from cluster.ledger.chain import GENESIS, Entry, canonical, link, plain
+from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.events import LedgerEvent, Subject, UnknownEvent, is_known, require_known
 from cluster.settings import PlatformConfig, Tier
@@ -43,18 +43,19 @@ EVENTS = sa.Table(
 
 
 _HEAD = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))
-"""Made once: making it takes longer than asking it, and the edge asks it many times a second."""
+"""Built once, because building the query takes longer than running it, and the edge runs it many times a second."""
 
 
 class Ledger:
     """Append-only events in a SQL database."""
 
     def __init__(self, url: str, *, signer: Signer | None = None, checkpoint_every: int = 50) -> None:
-        """Connect, and create the table where there is none.
+        """Connect, and create the table if it does not exist.
 
         Args:
             url: SQLAlchemy URL, `sqlite:///…` or `postgresql+psycopg://…`.
-            signer: signs a checkpoint after every `checkpoint_every` events; none signs no checkpoints.
+            signer: Signs a checkpoint after every `checkpoint_every` events. None signs no checkpoints.
+            checkpoint_every: Number of events from one checkpoint to the next.
         """
         self._engine = _engine(url)
         self._signer = signer
@@ -64,12 +65,12 @@ class Ledger:
 
     @property
     def engine(self) -> sa.Engine:
-        """For projections that live beside the events."""
+        """The database engine, for projections in the same database."""
         return self._engine
 
     def append(self, event: LedgerEvent, *, actor: str) -> Entry:
-        """Add one event, durably; a checkpoint follows when one is due."""
-        payload = plain(event.payload())
+        """Append one event durably, and a checkpoint if one is due."""
+        payload = to_json(event.payload())
         with self.writing() as connection:
             entry = _append(connection, event.type, actor, payload)
             if self._signer is not None and entry.seq % self._checkpoint_every == 0:
@@ -78,7 +79,10 @@ class Ledger:
         return entry
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
-        """Entries in order, all or of one type, with `seq > after`; read in pages, so that writers are not held up."""
+        """Yield the entries with `seq > after` in order, all or of one type.
+
+        They are read in pages, so that writers are not blocked.
+        """
         while True:
             query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
             if kind is not None:
@@ -92,15 +96,15 @@ class Ledger:
             after = rows[-1].seq
 
     def head(self) -> int:
-        """The last seq, 0 when there is no event yet."""
+        """Return the last seq, or 0 if there are no events."""
         with self._engine.connect() as connection:
             return int(connection.execute(_HEAD).scalar_one())
 
     def require_known(self, subject: Subject) -> None:
-        """Stop a command that is about to change a subject where a newer release has changed it already.
+        """Require that this release knows all the ledger's event types of a subject, before a command changes it.
 
         Raises:
-            ReleaseTooOld: naming the first event type of the subject that this release does not know.
+            ReleaseTooOld: A newer release wrote an unknown event type of the subject. The message names the first one.
         """
         with self._engine.connect() as connection:
             types = connection.execute(sa.select(EVENTS.c.type).distinct()).scalars().all()
@@ -109,12 +113,12 @@ class Ledger:
                 require_known(UnknownEvent(stored_type=type_name, content={}), subject)
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close the connections."""
         self._engine.dispose()
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that holds the ledger's write lock; it commits at the end, and not when an error passes."""
+        """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
         with self._engine.connect() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -125,21 +129,23 @@ class Ledger:
 
 
 def open_ledger(config: PlatformConfig) -> Ledger:
-    """The configured ledger, with its checkpoint signer once `cluster.up` has made the key.
+    """Open the configured ledger. It signs checkpoints once `cluster.up` has created the key.
 
     Raises:
-        ConfigError: no database for a remote storage root, or one that the tier would reach in the clear.
+        ConfigError: A remote storage root has no ledger database, or the tier requires TLS and the URL does not.
     """
-    places = layout(config.storage)
+    storage = layout(config.storage)
     url = config.ledger.url
     if url is None:
-        if is_uri(places.root):
-            raise ConfigError(f"storage.root {places.root} is remote: give ledger.url a PostgreSQL database.")
-        Path(places.root).mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{places.ledger_path}"
+        if is_uri(storage.root):
+            raise ConfigError(
+                f"storage.root {storage.root} is remote: set ledger.url to a PostgreSQL database."
+            )
+        Path(storage.root).mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{storage.ledger_path}"
     elif config.tier is Tier.enterprise_gpu:
         _require_tls(url)
-    signer = None if is_uri(places.root) else load_signer(local(places.keys))
+    signer = None if is_uri(storage.root) else load_signer(local(storage.keys))
     return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
 
 
@@ -160,7 +166,7 @@ def _append(connection: sa.Connection, type_name: str, actor: str, payload: dict
     last = connection.execute(
         sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
     ).first()
-    entry = link(
+    entry = build_entry(
         seq=last.seq + 1 if last else 1,
         time=dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
         type=type_name,
@@ -200,7 +206,7 @@ def _engine(url: str) -> sa.Engine:
 
         @sa.event.listens_for(engine, "connect")
         def configure(connection: Any, _record: Any) -> None:
-            # The driver's own implicit BEGIN would come too late to take the write lock before the head is read.
+            # The driver's implicit BEGIN would take the write lock only after the head is read.
             connection.isolation_level = None
             connection.execute("PRAGMA busy_timeout = 30000")
             connection.execute("PRAGMA journal_mode = WAL")

@@ -1,1 +1,1 @@
-"""Lineage: a fold over the ledger from a model version to the columns of its sources."""
+"""Lineage of model versions, down to the columns of their sources, computed from the ledger."""

@@ -1,4 +1,4 @@
-"""`python -m cluster.lineage --model m --version 1`: from which column of which source a model version came."""
+"""`python -m cluster.lineage --model m --version 1`: show the source columns that a model version was built from."""
 
 from __future__ import annotations
 
@@ -7,46 +7,62 @@ import json
 import sys
 from pathlib import Path
 
+from openlineage.client import OpenLineageClient
+from openlineage.client.serde import Serde
+
 from cluster.entrypoint import refuse
 from cluster.errors import RefusedError
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import ModelTrace, as_json, describe, trace
+from cluster.lineage.trace import ModelTrace, as_json, describe, trace_model
 from cluster.registry import LATEST
 from cluster.security.ledger_reader import add_flags, open_reader
 
 
 def main() -> None:
-    """Parse the flags and print."""
+    """Parse the flags and print the lineage."""
     parser = argparse.ArgumentParser(
         prog="python -m cluster.lineage",
-        description="From which column of which source a model version came.",
+        description="Show the source columns that a model version was built from.",
     )
     add_flags(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--version", required=True, help=f"a number, an alias, or {LATEST}")
     parser.add_argument("--format", choices=["text", "json", "openlineage"], default="text")
-    parser.add_argument("--namespace", default="falaj", help="of jobs and data sets in OpenLineage's events")
+    parser.add_argument(
+        "--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events"
+    )
+    parser.add_argument(
+        "--emit",
+        action="store_true",
+        help="send the OpenLineage events to the transport that OPENLINEAGE_URL or openlineage.yml configures",
+    )
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
-        found = trace(open_reader(arguments).entries(), arguments.model, arguments.version)
+        model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
     except RefusedError as error:
         refuse(error)
-    text = _formatted(found, arguments.format, arguments.namespace) + "\n"
+    if arguments.emit:
+        client = OpenLineageClient()
+        for event in run_events(model_trace, namespace=arguments.namespace):
+            client.emit(event)
+        client.close()
+        return
+    text = _formatted(model_trace, arguments.format, arguments.namespace) + "\n"
     if arguments.output is None:
         sys.stdout.write(text)
     else:
         arguments.output.write_text(text)
 
 
-def _formatted(found: ModelTrace, kind: str, namespace: str) -> str:
-    match kind:
+def _formatted(trace: ModelTrace, output_format: str, namespace: str) -> str:
+    match output_format:
         case "json":
-            return json.dumps(as_json(found), indent=1)
+            return json.dumps(as_json(trace), indent=1)
         case "openlineage":
-            return "\n".join(json.dumps(event) for event in run_events(found, namespace=namespace))
+            return "\n".join(Serde.to_json(event) for event in run_events(trace, namespace=namespace))
         case _:
-            return describe(found)
+            return describe(trace)
 
 
 if __name__ == "__main__":

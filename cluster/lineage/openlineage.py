@@ -1,122 +1,128 @@
-"""A model version's lineage as OpenLineage run events (specification 2-0-2), with column lineage.
+"""A model version's lineage as OpenLineage run events, with column lineage.
 
-A run for each step that the ledger knows: each ingestion, the training set, the training, each deployment. The
-specification wants a START and a COMPLETE; the ledger knows when a step was done, so both bear that time. Ids follow
-from the ledger entries' hashes: exporting twice tells the same runs again and no new ones.
+Each step in the ledger becomes a run: each ingestion, the training set, the training, and each deployment. The
+specification requires a START and a COMPLETE event. The ledger knows only when a step was done, so both have that time.
+Run ids are derived from the hashes of the ledger entries, so a second export gives the same runs.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+
+from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
+from openlineage.client.generated.base import DatasetFacet
+from openlineage.client.generated.column_lineage_dataset import (
+    ColumnLineageDatasetFacet,
+    Fields,
+    InputField,
+    Transformation,
+)
+from openlineage.client.generated.dataset_version_dataset import DatasetVersionDatasetFacet
 
 from cluster.ledger.chain import Entry
 from cluster.lineage.trace import ALL, Column, ModelTrace
 
 PRODUCER = "urn:falaj"
-SCHEMA = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
-FACETS = "https://openlineage.io/spec/facets"
-COLUMN_LINEAGE = f"{FACETS}/1-2-0/ColumnLineageDatasetFacet.json#/$defs/ColumnLineageDatasetFacet"
-DATASET_VERSION = f"{FACETS}/1-0-1/DatasetVersionDatasetFacet.json#/$defs/DatasetVersionDatasetFacet"
 PREDICTION = "prediction"
-"""What stands for the one column that a model has."""
+"""Name of the single column of a model."""
+IDENTITY, TRANSFORMATION = "IDENTITY", "TRANSFORMATION"
 
-Json = dict[str, Any]
 
-
-def run_events(found: ModelTrace, *, namespace: str) -> Iterator[Json]:
-    """The events of all steps, in the order of the ledger.
+def run_events(trace: ModelTrace, *, namespace: str) -> Iterator[RunEvent]:
+    """Yield the events of all steps, in the order of the ledger.
 
     Args:
-        found: the trace of a model version.
-        namespace: of jobs and data sets.
+        trace: Lineage of a model version.
+        namespace: Namespace of jobs and data sets.
     """
-    for entry in found.batches:
-        yield from _ingestion(
-            entry, [one for one in found.columns if one.view == entry.payload["view"]], namespace
+    return _RunEvents(namespace).of_model(trace)
+
+
+class _RunEvents:
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def of_model(self, trace: ModelTrace) -> Iterator[RunEvent]:
+        for entry in trace.batches:
+            columns = [column for column in trace.columns if column.view == entry.payload["view"]]
+            yield from self._ingestion(entry, columns)
+        training_sets: list[str] = []
+        if trace.training_set is not None:
+            training_sets = [f"training_sets/{trace.training_set.payload['row_hash']}"]
+            yield from self._join(trace.training_set, trace.columns, training_sets[0])
+        model = f"models/{trace.model}/{trace.version}"
+        inputs = [(name, column.column) for name in training_sets for column in trace.columns]
+        yield from self._run(
+            trace.registered,
+            "jobs.train",
+            [self._input(name) for name in training_sets],
+            self._output(model, {PREDICTION: inputs} if training_sets else {}, TRANSFORMATION),
         )
-    training: list[Json] = []
-    if found.built is not None:
-        training = [_dataset(namespace, f"training_sets/{found.built.payload['row_hash']}")]
-        yield from _join(found, found.built, namespace)
-    model = _dataset(namespace, _model(found))
-    fields = {PREDICTION: [_input(training[0], one.column) for one in found.columns]} if training else {}
-    yield from _event(
-        found.registered, namespace, "jobs.train", training, [model | _lineage(fields, "TRANSFORMATION")]
-    )
-    for entry in found.deployments:
-        app = _dataset(namespace, f"apps/{entry.payload['app']}")
-        served = _lineage({PREDICTION: [_input(model, PREDICTION)]}, "IDENTITY")
-        yield from _event(entry, namespace, "serve_apps.deploy", [model], [app | served])
+        for entry in trace.deployments:
+            app = self._output(f"apps/{entry.payload['app']}", {PREDICTION: [(model, PREDICTION)]}, IDENTITY)
+            yield from self._run(entry, "serve_apps.deploy", [self._input(model)], app)
 
+    def _ingestion(self, entry: Entry, columns: Sequence[Column]) -> Iterator[RunEvent]:
+        all_columns = entry.payload.get("source_columns") or [ALL]
+        view, source = entry.payload["view"], columns[0].source if columns else entry.payload["source"]
+        fields = {
+            column.feature: [
+                (source, name)
+                for name in (all_columns if column.source_columns == (ALL,) else column.source_columns)
+            ]
+            for column in columns
+        }
+        is_copy = all(column.transform is None for column in columns)
+        table = self._output(f"features/{view}", fields, IDENTITY if is_copy else TRANSFORMATION)
+        table.facets = (table.facets or {}) | _version(entry.payload["table_version"])
+        yield from self._run(entry, f"feature_jobs.ingest.{view}", [self._input(source)], table)
 
-def _ingestion(entry: Entry, columns: list[Column], namespace: str) -> list[Json]:
-    known = entry.payload.get("source_columns") or [ALL]
-    view, name = entry.payload["view"], columns[0].source if columns else entry.payload["source"]
-    source = _dataset(namespace, name)
-    fields = {
-        one.feature: [
-            _input(source, column)
-            for column in (known if one.source_columns == (ALL,) else one.source_columns)
+    def _join(self, built: Entry, columns: Sequence[Column], training_set: str) -> Iterator[RunEvent]:
+        tables = [
+            self._input(f"features/{view}", _version(version))
+            for view, version in built.payload["table_versions"].items()
         ]
-        for one in columns
-    }
-    plain = all(one.transform is None for one in columns)
-    table = _table(namespace, view, entry.payload["table_version"])
-    table["facets"] |= _lineage(fields, "IDENTITY" if plain else "TRANSFORMATION")["facets"]
-    return _event(entry, namespace, f"feature_jobs.ingest.{view}", [source], [table])
+        fields = {column.column: [(f"features/{column.view}", column.feature)] for column in columns}
+        job = f"feature_jobs.training_set.{built.payload['service']}"
+        yield from self._run(built, job, tables, self._output(training_set, fields, IDENTITY))
+
+    def _run(
+        self, entry: Entry, job: str, inputs: list[InputDataset], output: OutputDataset
+    ) -> Iterator[RunEvent]:
+        """Yield the START and COMPLETE events of one step."""
+        for state in (RunState.START, RunState.COMPLETE):
+            done = state is RunState.COMPLETE
+            yield RunEvent(
+                eventTime=entry.time,
+                producer=PRODUCER,
+                eventType=state,
+                run=Run(runId=str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PRODUCER}:{entry.hash}"))),
+                job=Job(namespace=self._namespace, name=job),
+                inputs=inputs if done else [],
+                outputs=[output] if done else [],
+            )
+
+    def _input(self, name: str, facets: dict[str, DatasetFacet] | None = None) -> InputDataset:
+        return InputDataset(namespace=self._namespace, name=name, facets=facets or {})
+
+    def _output(
+        self, name: str, columns: Mapping[str, Sequence[tuple[str, str]]], subtype: str
+    ) -> OutputDataset:
+        """Return a data set; `columns` maps each of its columns to the (data set, column) pairs that it was made of."""
+        made = [Transformation(type="DIRECT", subtype=subtype)]
+        fields = {
+            column: Fields(
+                inputFields=[
+                    InputField(namespace=self._namespace, name=source, field=field, transformations=made)
+                    for source, field in inputs
+                ]
+            )
+            for column, inputs in columns.items()
+        }
+        facet = ColumnLineageDatasetFacet(fields=fields, producer=PRODUCER)
+        return OutputDataset(namespace=self._namespace, name=name, facets={"columnLineage": facet})
 
 
-def _join(found: ModelTrace, built: Entry, namespace: str) -> list[Json]:
-    tables = {
-        view: _table(namespace, view, version) for view, version in built.payload["table_versions"].items()
-    }
-    fields = {one.column: [_input(tables[one.view], one.feature)] for one in found.columns}
-    output = _dataset(namespace, f"training_sets/{built.payload['row_hash']}") | _lineage(fields, "IDENTITY")
-    job = f"feature_jobs.training_set.{built.payload['service']}"
-    return _event(built, namespace, job, list(tables.values()), [output])
-
-
-def _event(
-    entry: Entry, namespace: str, job: str, inputs: Iterable[Json], outputs: Iterable[Json]
-) -> list[Json]:
-    common = {
-        "eventTime": entry.time,
-        "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PRODUCER}:{entry.hash}"))},
-        "job": {"namespace": namespace, "name": job},
-        "producer": PRODUCER,
-        "schemaURL": SCHEMA,
-    }
-    done = {"eventType": "COMPLETE", "inputs": list(inputs), "outputs": list(outputs)}
-    return [common | {"eventType": "START", "inputs": [], "outputs": []}, common | done]
-
-
-def _model(found: ModelTrace) -> str:
-    return f"models/{found.model}/{found.version}"
-
-
-def _dataset(namespace: str, name: str) -> Json:
-    return {"namespace": namespace, "name": name}
-
-
-def _table(namespace: str, view: str, version: int) -> Json:
-    facet = {"_producer": PRODUCER, "_schemaURL": DATASET_VERSION, "datasetVersion": str(version)}
-    return _dataset(namespace, f"features/{view}") | {"facets": {"version": facet}}
-
-
-def _input(dataset: Json, column: str) -> Json:
-    return {"namespace": dataset["namespace"], "name": dataset["name"], "field": column}
-
-
-def _lineage(fields: dict[str, list[Json]], subtype: str) -> Json:
-    made = [{"type": "DIRECT", "subtype": subtype}]
-    facet = {
-        "_producer": PRODUCER,
-        "_schemaURL": COLUMN_LINEAGE,
-        "fields": {
-            name: {"inputFields": [one | {"transformations": made} for one in inputs]}
-            for name, inputs in fields.items()
-        },
-    }
-    return {"facets": {"columnLineage": facet}}
+def _version(version: int) -> dict[str, DatasetFacet]:
+    return {"version": DatasetVersionDatasetFacet(datasetVersion=str(version), producer=PRODUCER)}

@@ -1,17 +1,15 @@
-"""`python -m cluster.lineage --model m --version 1`: from which column of which source a model version came.
+"""Trace a model version through the ledger: source column, feature, training-set column, model version, deployment.
 
-A pure fold over the ledger: source column, feature, column of the training set, model version, deployment. A view
-without a transform takes each feature from the column of its name. What a transform reads cannot be seen from outside:
-a field may declare it (`from_columns`), and else it is all columns of the source.
-
-Needs no running cluster; `--format openlineage` gives OpenLineage events, one a line, for tools that read those.
+It is a pure function of the ledger's entries and needs no running cluster. A view without a transform takes each
+feature from the source column of the same name. The columns that a transform reads are not visible from outside: a
+field can declare them (`from_columns`), and otherwise all columns of the source count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import ModelNotFound, did_you_mean
 from cluster.ledger.chain import Entry
@@ -27,92 +25,108 @@ from cluster.ledger.events import (
 from cluster.registry import LATEST
 
 ALL = "*"
-"""Stands for all columns of a source."""
+"""Means all columns of a source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """The way of one column."""
+    """Lineage of one column of a training set."""
 
     source: str
     source_columns: tuple[str, ...]
-    """`ALL` where a transform does not say what it reads."""
+    """`(ALL,)` if a transform does not declare the columns that it reads."""
     transform: str | None
     view: str
     view_version: str
     feature: str
     column: str
-    """In the training set."""
+    """Name of the column in the training set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelTrace:
-    """Where one model version came from, and where it went; each step with the ledger entry that says so."""
+    """Lineage of one model version, with the ledger entry of each step."""
 
     model: str
     version: int
     registered: Entry
-    built: Entry | None
-    """Its training set; none where it was not built by the platform."""
+    training_set: Entry | None
+    """Entry of its training set; None if Falaj did not build it."""
     batches: list[Entry]
-    """Ingested into the pinned table versions, in order."""
+    """Batches in the table versions that the training set was built from, in order."""
     columns: list[Column]
     deployments: list[Entry]
     removals: list[Entry]
-    """After which it served nobody until it was deployed again."""
+    """Removals of its Serve application."""
+
+
+class _Registration(NamedTuple):
+    registered: Entry
+    training_set: Entry | None
+    """The training set's entry as of the registration; None if Falaj did not build it."""
 
 
 @dataclass(slots=True)
-class _Seen:
+class _History:
+    """The ledger's entries that matter for lineage, by kind."""
+
     views: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    """Definition by name and version."""
+    """Definition by view name and version."""
     batches: list[Entry] = field(default_factory=list)
-    built: dict[str, Entry] = field(default_factory=dict)
-    """By row hash."""
-    models: dict[tuple[str, int], tuple[Entry, Entry | None]] = field(default_factory=dict)
-    """With the training set as it was known when the version was registered."""
+    training_sets: dict[str, Entry] = field(default_factory=dict)
+    """Entry by row hash."""
+    models: dict[tuple[str, int], _Registration] = field(default_factory=dict)
+    """Registration by model name and version."""
     aliases: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Version by model and alias, as it is now."""
+    """Current version by model name and alias."""
     deployed: list[Entry] = field(default_factory=list)
     removed: list[Entry] = field(default_factory=list)
 
 
-def trace(entries: Iterable[Entry], model: str, version: int | str) -> ModelTrace:
-    """The lineage of a model version, given as a number, an alias, or `LATEST`.
+def trace_model(entries: Iterable[Entry], model: str, version: int | str) -> ModelTrace:
+    """Return the lineage of a model version.
+
+    Args:
+        entries: All entries of the ledger.
+        model: Name of the model.
+        version: A number, an alias, or `LATEST`.
 
     Raises:
-        ModelNotFound: the ledger has no such model, version or alias.
+        ModelNotFound: The ledger has no such model, version or alias.
     """
-    seen = _read(entries)
-    version = _number(seen, model, version)
-    registered, built = seen.models[model, version]
-    pinned: dict[str, int] = built.payload["table_versions"] if built else {}
+    history = _read(entries)
+    version = _number(history, model, version)
+    registration = history.models[model, version]
+    built = registration.training_set
+    table_versions: dict[str, int] = built.payload["table_versions"] if built else {}
     return ModelTrace(
         model=model,
         version=version,
-        registered=registered,
-        built=built,
+        registered=registration.registered,
+        training_set=built,
         batches=[
-            one for one in seen.batches if one.payload["table_version"] <= pinned.get(one.payload["view"], -1)
+            batch
+            for batch in history.batches
+            if batch.payload["table_version"] <= table_versions.get(batch.payload["view"], -1)
         ],
-        columns=_columns(built, seen.views),
-        deployments=_of(seen.deployed, model, version),
-        removals=_of(seen.removed, model, version),
+        columns=_columns(built, history.views),
+        deployments=_entries_of(history.deployed, model, version),
+        removals=_entries_of(history.removed, model, version),
     )
 
 
-def _number(seen: _Seen, model: str, version: int | str) -> int:
-    known = sorted(number for name, number in seen.models if name == model)
+def _number(history: _History, model: str, version: int | str) -> int:
+    known = sorted(number for name, number in history.models if name == model)
     if not known:
-        raise ModelNotFound(f"No model '{model}'.{did_you_mean(model, {name for name, _ in seen.models})}")
+        raise ModelNotFound(f"No model '{model}'.{did_you_mean(model, {name for name, _ in history.models})}")
     if isinstance(version, int) or version.isdecimal():
         number = int(version)
     elif version == LATEST:
         number = known[-1]
-    elif (model, version) in seen.aliases:
-        number = seen.aliases[model, version]
+    elif (model, version) in history.aliases:
+        number = history.aliases[model, version]
     else:
-        aliases = [LATEST, *(alias for name, alias in seen.aliases if name == model)]
+        aliases = [LATEST, *(alias for name, alias in history.aliases if name == model)]
         raise ModelNotFound(
             f"Version '{version}' of model '{model}' is neither a number nor an alias.{did_you_mean(version, aliases)}"
         )
@@ -121,103 +135,112 @@ def _number(seen: _Seen, model: str, version: int | str) -> int:
     return number
 
 
-def _of(entries: list[Entry], model: str, version: int) -> list[Entry]:
-    return [one for one in entries if (one.payload["name"], one.payload["version"]) == (model, version)]
+def _entries_of(entries: list[Entry], model: str, version: int) -> list[Entry]:
+    return [
+        entry for entry in entries if (entry.payload["name"], entry.payload["version"]) == (model, version)
+    ]
 
 
-def source_of(definition: dict[str, Any]) -> str:
-    """What a view's source is called: its path, table or topic, never an address that may hold a password."""
+def source_name(definition: dict[str, Any]) -> str:
+    """Return a name for a view's source: its path, table or topic. An address is never used: it may hold a password."""
     source = definition["source"]
-    named = (source.get(name) for name in ("path", "table", "topic"))
-    return next((str(name) for name in named if name), f"{definition['name']}'s source")
+    names = (source.get(key) for key in ("path", "table", "topic"))
+    return next((str(name) for name in names if name), f"{definition['name']}'s source")
 
 
-def describe(found: ModelTrace) -> str:
-    """The trace for people."""
-    lines = [f"model {found.model} version {found.version}, registered by {found.registered.actor}"]
-    if found.built is None:
-        lines.append("  its training set was not built by this platform: nothing is known of its columns")
-    else:
-        said = found.built.payload
+def describe(trace: ModelTrace) -> str:
+    """Return the lineage as text."""
+    lines = [f"model {trace.model} version {trace.version}, registered by {trace.registered.actor}"]
+    if trace.training_set is None:
         lines.append(
-            f"training set {said['output']}, service {said['service']}, rows {said['row_hash'][:16]}"
+            "  its training set was not built by this platform: the lineage of its columns is unknown"
         )
-        lines += [
-            f"  {one.column} <- {one.view}.{one.feature} ({one.view_version})"
-            f" <- {_said(one)} of {one.source}{f' by {one.transform}' if one.transform else ''}"
-            for one in found.columns
-        ]
+    else:
+        built = trace.training_set.payload
+        lines.append(
+            f"training set {built['output']}, service {built['service']}, rows {built['row_hash'][:16]}"
+        )
+        lines += [f"  {_describe_column(column)}" for column in trace.columns]
     lines += [
-        f"batch {one.payload['ingest_id']} of view {one.payload['view']}: {one.payload['source']}, "
-        f"{one.payload['rows_stored']} rows, SHA-256 {one.payload['source_digest'][:16]}"
-        for one in found.batches
+        f"batch {batch['ingest_id']} of view {batch['view']}: {batch['source']}, "
+        f"{batch['rows_stored']} rows, SHA-256 {batch['source_digest'][:16]}"
+        for batch in _payloads(trace.batches)
     ]
     lines += [
-        f"deployed as {one.payload['app']}, variant {one.payload['variant']}" for one in found.deployments
+        f"deployed as {event['app']}, variant {event['variant']}" for event in _payloads(trace.deployments)
     ]
-    lines += [f"removed from {one.payload['app']}: {one.payload['reason']}" for one in found.removals]
+    lines += [f"removed from {event['app']}: {event['reason']}" for event in _payloads(trace.removals)]
     return "\n".join(lines)
 
 
-def as_json(found: ModelTrace) -> dict[str, Any]:
-    """The trace as one JSON object; steps by their numbers in the ledger."""
+def as_json(trace: ModelTrace) -> dict[str, Any]:
+    """Return the lineage as one JSON object."""
     return {
-        "model": found.model,
-        "version": found.version,
-        "registered": found.registered.seq,
-        "training_set": found.built.payload if found.built else None,
-        "columns": [asdict(one) for one in found.columns],
-        "batches": [one.payload for one in found.batches],
-        "deployments": [one.payload for one in found.deployments],
-        "removals": [one.payload for one in found.removals],
+        "model": trace.model,
+        "version": trace.version,
+        "registered": trace.registered.seq,
+        "training_set": trace.training_set.payload if trace.training_set else None,
+        "columns": [asdict(column) for column in trace.columns],
+        "batches": _payloads(trace.batches),
+        "deployments": _payloads(trace.deployments),
+        "removals": _payloads(trace.removals),
     }
 
 
-def _read(entries: Iterable[Entry]) -> _Seen:
-    seen = _Seen()
+def _payloads(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    return [entry.payload for entry in entries]
+
+
+def _read(entries: Iterable[Entry]) -> _History:
+    history = _History()
     for entry in entries:
         match entry.event():
             case FeatureViewApplied() as event:
-                seen.views[event.view, event.version] = event.definition
+                history.views[event.view, event.version] = event.definition
             case BatchIngested():
-                seen.batches.append(entry)
+                history.batches.append(entry)
             case TrainingSetBuilt() as event:
-                seen.built[event.row_hash] = entry
+                history.training_sets[event.row_hash] = entry
             case ModelRegistered() as event:
-                built = seen.built.get(event.lineage.get("training_set_hash", ""))
-                seen.models[event.name, event.version] = entry, built
+                built = history.training_sets.get(event.lineage.get("training_set_hash", ""))
+                history.models[event.name, event.version] = _Registration(entry, built)
             case AliasMoved() as event:
-                seen.aliases[event.name, event.alias] = event.version
+                history.aliases[event.name, event.alias] = event.version
             case ModelDeployed():
-                seen.deployed.append(entry)
+                history.deployed.append(entry)
             case DeploymentRemoved():
-                seen.removed.append(entry)
-    return seen
+                history.removed.append(entry)
+    return history
 
 
 def _columns(built: Entry | None, views: dict[tuple[str, str], dict[str, Any]]) -> list[Column]:
     if built is None:
         return []
     return [
-        _column(one, views[view, version], version)
+        _column(view_field, views[view, version], version)
         for view, version in built.payload["view_versions"].items()
-        for one in views[view, version]["schema"]
+        for view_field in views[view, version]["schema"]
     ]
 
 
-def _column(one: dict[str, Any], definition: dict[str, Any], version: str) -> Column:
-    transform = definition["transform"]
-    declared = tuple(one.get("from_columns", ()))
+def _column(view_field: dict[str, Any], definition: dict[str, Any], version: str) -> Column:
+    transform, feature = definition["transform"], view_field["name"]
+    declared = tuple(view_field.get("from_columns", ()))
     return Column(
-        source=source_of(definition),
-        source_columns=declared or ((ALL,) if transform else (one["name"],)),
+        source=source_name(definition),
+        source_columns=declared or ((ALL,) if transform else (feature,)),
         transform=transform["name"] if transform else None,
         view=definition["name"],
         view_version=version,
-        feature=one["name"],
-        column=f"{definition['name']}__{one['name']}",
+        feature=feature,
+        column=f"{definition['name']}__{feature}",
     )
 
 
-def _said(one: Column) -> str:
-    return "all columns" if one.source_columns == (ALL,) else ", ".join(one.source_columns)
+def _describe_column(column: Column) -> str:
+    sources = "all columns" if column.source_columns == (ALL,) else ", ".join(column.source_columns)
+    transform = f" by {column.transform}" if column.transform else ""
+    return (
+        f"{column.column} <- {column.view}.{column.feature} ({column.view_version})"
+        f" <- {sources} of {column.source}{transform}"
+    )

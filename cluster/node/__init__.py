@@ -1,1 +1,1 @@
-"""What runs on this machine for a cluster: its folders, its processes, and whether both are as they should be."""
+"""The cluster's folders and processes on this machine: starting, ending and checking them."""

@@ -1,4 +1,4 @@
-"""Starting the processes of a cluster: what `cluster.up` does once, and the supervisor again and again."""
+"""Start and end the processes of a cluster. `cluster.up`, `cluster.down` and the supervisor use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster import processes
 from cluster.errors import FalajError
-from cluster.node.parts import Part, sort_out
+from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
 from cluster.session import LOOPBACK, RECORD_VARIABLE, ClusterRecord, record_path, tls_environment
 from cluster.settings import PlatformConfig
@@ -27,8 +27,10 @@ START_DEADLINE_S = 60.0
 RAY_START_S = 180.0
 SUPERVISOR_GRACE_S = 5.0
 NUM_REPLICA_PORTS = 1000
-JOBS_OWN = ("token_file", "role", "purpose")
-"""Fields of the identity that are those of the person who runs a command, and of no process of the cluster."""
+USER_FIELDS = ("token_file", "role", "purpose")
+"""Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
+LOG_TAIL_CHARACTERS = 3000
+"""Most characters of a log or an output that an error message quotes."""
 
 
 class StartFailed(FalajError):
@@ -36,13 +38,14 @@ class StartFailed(FalajError):
 
 
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
-    """The environment of every process of the cluster, and so of every job and replica."""
+    """Return the environment of every process of the cluster. Jobs and replicas inherit it."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
     if os.environ.get(processes.ID_VARIABLE) == record.cluster_id:
-        # Ours, and perhaps of a repair that was not told of the GPUs.
+        # The cluster itself set it, perhaps in a repair without the option for GPUs.
         unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
-    first = config.cluster.ports.replicas
+    first_port = config.cluster.ports.replicas
+    first_grpc_port = first_port + NUM_REPLICA_PORTS // 2
     return inherited | {
         processes.ID_VARIABLE: record.cluster_id,
         ROOT_VARIABLE: record.project_root,
@@ -55,14 +58,14 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         **tls_environment(record.storage_root, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.replica.direct.middlewares",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_REPLICA_PORTS // 2 - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + NUM_REPLICA_PORTS // 2),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + NUM_REPLICA_PORTS - 1),
-        # Ray starts its workers at niceness 15, and a replica is one: whatever else has something to do on its core,
-        # the dashboard say, gets 28 times its share. Requests are no background work.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_grpc_port - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_grpc_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + NUM_REPLICA_PORTS - 1),
+        # Ray starts its workers with niceness 15, and replicas are workers. Any other process on the core, such as
+        # the dashboard, would get 28 times their share. Answering requests is not background work.
         "RAY_worker_niceness": "0",
-        # What the GCS knows outlives its process, so that it can be started again while everything else runs on.
+        # The GCS keeps its state on disk, so that it can be restarted while everything else keeps running.
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(gcs_folder(record)),
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -75,7 +78,7 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
     """Start the head node's daemons.
 
     Raises:
-        StartFailed: with what Ray said.
+        StartFailed: Ray did not start. The message has Ray's output.
     """
     print("starting the Ray head", flush=True)
     ports = record.ports
@@ -103,64 +106,84 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
     ]
     if config.cluster.spill_folder is not None:
         command.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
-    _run(command, config, record, what="Ray")
+    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
 
 
 def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
     """Start Serve's controller in throughput mode, and the applications that belong to no model.
 
-    It is a process of its own, because whoever attaches to Ray stays its driver until it ends.
+    This runs in a separate process, because a process that attaches to Ray stays a Ray driver until it ends.
 
     Raises:
-        StartFailed: with what it said.
+        StartFailed: Serve did not start. The message has the command's output.
     """
     print("starting Serve, with features and outcomes", flush=True)
-    command = [sys.executable, "-m", "serve_apps.common", *started_with(config, record)]
-    print(_run(command, config, record, what="Serve"), end="", flush=True)
+    command = [sys.executable, "-m", "serve_apps.common", *cluster_overrides(config, record)]
+    output = run_command(command, config, record, failure="Serve did not start", timeout_s=RAY_START_S)
+    print(output, end="", flush=True)
 
 
-def _run(command: list[str], config: PlatformConfig, record: ClusterRecord, *, what: str) -> str:
-    """Run a command that ends when something has started; gives what it said."""
+def run_command(
+    command: list[str], config: PlatformConfig, record: ClusterRecord, *, failure: str, timeout_s: float
+) -> str:
+    """Run a command in the cluster's environment until it ends; return its output.
+
+    Args:
+        command: Program and arguments.
+        config, record: Cluster whose environment the command gets.
+        failure: Beginning of the error message, such as "Ray did not start".
+        timeout_s: Timeout in seconds.
+
+    Raises:
+        StartFailed: The command failed or timed out.
+    """
     try:
         result = subprocess.run(
             command,
             env=environment(config, record),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
             cwd=record.project_root,
-            timeout=RAY_START_S,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired as error:
-        raise StartFailed(f"{what} did not start within {RAY_START_S:.0f} s.") from error
+        raise StartFailed(f"{failure} within {timeout_s:.0f} s.") from error
+    output = result.stdout + result.stderr
     if result.returncode:
-        raise StartFailed(f"{what} did not start:\n{(result.stdout + result.stderr)[-3000:]}")
-    return result.stdout + result.stderr
+        raise StartFailed(f"{failure}:\n{output[-LOG_TAIL_CHARACTERS:]}")
+    return output
 
 
 def gcs_folder(record: ClusterRecord) -> Path:
-    """Where Ray's GCS keeps what it knows."""
+    """Return the folder of the state of Ray's GCS."""
     return Path(record.gcs_dir or f"{record.runtime_folder}/gcs")
 
 
 def new_gcs_folder(cluster_id: str) -> str:
-    """In memory where there is room, because nothing of it outlives the machine."""
+    """Return the path of the GCS's folder for a new cluster.
+
+    It is in memory if there is room, because the GCS's state is useless after a reboot.
+    """
     runtime = processes.runtime_dir(cluster_id)
     folder = memory_folder(otherwise=Path(runtime))
     return f"{runtime}/gcs" if str(folder) == runtime else f"{folder}/gcs-{cluster_id}"
 
 
 def end_all(record: ClusterRecord) -> int:
-    """End a cluster's processes, the supervisor first, or it would start the others again; gives their number."""
-    there = sort_out(processes.find(record.cluster_id, owner=record.owner))
-    watching = there.get(Part.supervisor)
-    if watching is not None:
-        processes.end_one(watching, grace_s=SUPERVISOR_GRACE_S)
-    return processes.end(record.cluster_id, owner=record.owner) + (watching is not None)
+    """End all processes of a cluster; return their number.
+
+    The supervisor ends first. Otherwise it would restart the others.
+    """
+    supervisor = find_parts(record).get(Part.supervisor)
+    if supervisor is not None:
+        processes.end_process(supervisor, grace_s=SUPERVISOR_GRACE_S)
+    return processes.end(record.cluster_id, owner=record.owner) + (supervisor is not None)
 
 
 def remove_folders(record: ClusterRecord) -> None:
-    """Remove what lies outside the storage root."""
+    """Remove the cluster's folders outside the storage root."""
     shutil.rmtree(record.runtime_folder, ignore_errors=True)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
 
@@ -168,10 +191,10 @@ def remove_folders(record: ClusterRecord) -> None:
 def start_process(
     config: PlatformConfig, record: ClusterRecord, module: str, *, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start one of our own long-running processes, with the configuration that it shares with the cluster."""
+    """Start a long-running Falaj process in the background, with the cluster's configuration."""
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", module, *started_with(config, record)],
+            [sys.executable, "-m", module, *cluster_overrides(config, record)],
             umask=0o077,
             env=environment(config, record),
             stdin=subprocess.DEVNULL,
@@ -182,35 +205,46 @@ def start_process(
         )
 
 
-def started_with(config: PlatformConfig, record: ClusterRecord) -> Sequence[str]:
-    """The configuration that the cluster was started with, as words of a command line."""
+def cluster_overrides(config: PlatformConfig, record: ClusterRecord) -> Sequence[str]:
+    """Return the recorded configuration of a cluster as command-line arguments.
+
+    Records of earlier releases have none; then it is built from `config`.
+    """
     return shared_overrides(config, record) if record.overrides is None else record.overrides
 
 
 def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]:
-    """What the cluster's own processes are configured with like itself, as words of a command line. Everybody on the
-    machine can read them, so no section may hold a secret."""
+    """Return the configuration that all processes of a cluster share, as command-line arguments.
+
+    Every user of the machine can read command lines, so no section may hold a secret.
+    """
     return [
         f"storage.root={record.storage_root}",
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
-        *overrides("identity", config.identity, leave_out=JOBS_OWN),
+        *overrides("identity", config.identity, leave_out=USER_FIELDS),
         *(
-            word
+            argument
             for section in ("secrets", "ledger", "online", "features", "scaling", "replica")
-            for word in overrides(section, getattr(config, section))
+            for argument in overrides(section, getattr(config, section))
         ),
     ]
 
 
 def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list[str]:
-    """A section as words of a command line that set it, whatever is composed there; what is none is left out."""
+    """Return a configuration section as command-line arguments that set every field; None values are left out.
+
+    Args:
+        name: Dotted name of the section.
+        value: The section's dataclass, or the value of one field.
+        leave_out: Names of fields to leave out.
+    """
     if is_dataclass(value):
         return [
-            word
-            for each in fields(value)
-            if each.name not in leave_out
-            for word in overrides(f"{name}.{each.name}", getattr(value, each.name))
+            argument
+            for field in fields(value)
+            if field.name not in leave_out
+            for argument in overrides(f"{name}.{field.name}", getattr(value, field.name))
         ]
     if value is None:
         return []
@@ -219,10 +253,10 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:
-    """Wait until a process serves.
+    """Wait until a process is ready.
 
     Raises:
-        StartFailed: with the end of its log.
+        StartFailed: It ended, or was not ready in time. The message has the end of its log.
     """
     deadline = time.monotonic() + START_DEADLINE_S
     while process.poll() is None and time.monotonic() < deadline:
@@ -230,26 +264,27 @@ def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, n
             return
         time.sleep(0.1)
     raise StartFailed(
-        f"The {name} did not start; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
+        f"The {name} did not start; the end of {log}:\n{log.read_text(errors='replace')[-LOG_TAIL_CHARACTERS:]}"
     )
 
 
 def edge_log(config: PlatformConfig) -> Path:
-    """Where the edge's controller writes."""
+    """Return the path of the edge controller's log."""
     return local(layout(config.storage).edge) / "controller.log"
 
 
 def key_log(config: PlatformConfig) -> Path:
-    """Where the key broker writes."""
+    """Return the path of the key broker's log."""
     return local(layout(config.storage).keys) / "broker.log"
 
 
 def supervisor_log(config: PlatformConfig) -> Path:
-    """Where the supervisor writes."""
+    """Return the path of the supervisor's log."""
     return local(layout(config.storage).edge) / "supervisor.log"
 
 
 def answers_http(url: str) -> bool:
+    """Return whether a GET request succeeds."""
     try:
         with urllib.request.urlopen(url, timeout=2):
             return True

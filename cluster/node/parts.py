@@ -1,7 +1,7 @@
-"""The parts of a cluster on this machine, and whether each of them runs.
+"""The parts of a cluster on this machine, and the state of each part.
 
-A part is known by its command line among the cluster's processes, never by a pid that somebody wrote down: pids are
-used again, and a part that was started by hand counts as well.
+A part is recognised by its command line among the cluster's processes, and never by a stored pid. Pids are reused, and
+a part that an operator started by hand counts too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord
 
 
 class Part(enum.StrEnum):
-    """A process that a cluster cannot do without. Replicas and Ray's workers are Ray's own to start again."""
+    """A process that every cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
 
     gcs = "Ray GCS"
     raylet = "raylet"
@@ -34,60 +34,70 @@ class Part(enum.StrEnum):
 
 
 class State(enum.StrEnum):
-    """How a part is."""
+    """State of a part."""
 
     running = "running"
     stopped = "stopped"
-    """It is there, and somebody has sent it SIGSTOP."""
+    """The process exists, but it was stopped with SIGSTOP."""
     silent = "does not answer"
     dead = "dead"
 
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
-_OURS = {Part.broker: BROKER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
-_NAMES = {Part.gcs: "gcs_server", Part.raylet: "raylet"}
-_PROGRAMS = {
+_MODULES = {Part.broker: BROKER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
+_PROCESS_NAMES = {Part.gcs: "gcs_server", Part.raylet: "raylet"}
+_SCRIPTS = {
     Part.dashboard: "/ray/dashboard/dashboard.py",
     Part.monitor: "/ray/autoscaler/_private/monitor.py",
     Part.log_monitor: "/ray/_private/log_monitor.py",
 }
 _CLIENT_SERVER = "ray.util.client.server"
-RAYS_OWN = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
-"""What `ray start` starts, and nobody starts again."""
+RAY_PARTS = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
+"""Parts that `ray start` starts. Ray does not restart them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """A part as it was found."""
+class PartStatus:
+    """State and process of one part."""
 
     part: Part
     state: State
     process: psutil.Process | None = None
 
 
-def look(record: ClusterRecord) -> list[Seen]:
-    """Every part of a cluster, as it is now."""
-    there = sort_out(processes.find(record.cluster_id, owner=record.owner))
+def look(record: ClusterRecord) -> list[PartStatus]:
+    """Return the current status of every part of a cluster."""
+    running = find_parts(record)
     return [
-        Seen(part=part, state=probed(part, state_of(there.get(part)), record), process=there.get(part))
+        PartStatus(
+            part=part, state=probe_state(part, state_of(running.get(part)), record), process=running.get(part)
+        )
         for part in Part
     ]
 
 
-def missing(seen: Iterable[Seen]) -> list[Seen]:
-    """The parts that do not run."""
-    return [one for one in seen if one.state is not State.running]
+def missing(parts: Iterable[PartStatus]) -> list[PartStatus]:
+    """Return the parts that do not run."""
+    return [status for status in parts if status.state is not State.running]
 
 
-def named(seen: Iterable[Seen]) -> str:
-    """Parts and how they are, for a message."""
-    return ", ".join(f"{one.part} ({one.state})" for one in seen)
+def format_parts(parts: Iterable[PartStatus]) -> str:
+    """Return the parts' names and states as text for a message."""
+    return ", ".join(f"{status.part} ({status.state})" for status in parts)
 
 
-def sort_out(found: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
-    """Which process is which part; the newest where there are two, as while an edge hands over."""
-    there: dict[Part, psutil.Process] = {}
-    for process in sorted(found, key=_age):
+def find_parts(record: ClusterRecord) -> dict[Part, psutil.Process]:
+    """Return the processes of a cluster's parts."""
+    return processes_by_part(processes.find(record.cluster_id, owner=record.owner))
+
+
+def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
+    """Return the process of each part among a cluster's processes.
+
+    If a part has two processes, for example while the edge reloads, the newest one counts.
+    """
+    by_part: dict[Part, psutil.Process] = {}
+    for process in sorted(members, key=_created_at):
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
@@ -95,30 +105,30 @@ def sort_out(found: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
         if part is not None:
-            there[part] = process
-    return there
+            by_part[part] = process
+    return by_part
 
 
 def part_of(name: str, command: list[str]) -> Part | None:
-    """The part that a command line is of; None where it is no part."""
+    """Return the part that a process name and command line belong to, or None."""
     module = _module(command)
-    for part, ours in _OURS.items():
-        if module == ours:
+    for part, part_module in _MODULES.items():
+        if module == part_module:
             return part
     if module == _CLIENT_SERVER:
         return Part.client_server
-    for part, named in _NAMES.items():
-        if name == named:
+    for part, process_name in _PROCESS_NAMES.items():
+        if name == process_name:
             return part
-    for part, program in _PROGRAMS.items():
-        if any(word.endswith(program) for word in command[:4]):
+    for part, script in _SCRIPTS.items():
+        if any(argument.endswith(script) for argument in command[:4]):
             return part
-    # Its workers, and Serve's own HAProxy, are not told to be a master.
+    # Only the edge's master has -W; HAProxy's workers and Ray Serve's own HAProxy do not.
     return Part.haproxy if name == "haproxy" and "-W" in command else None
 
 
 def state_of(process: psutil.Process | None) -> State:
-    """How a part is whose process was found, or was not, as far as the kernel says it."""
+    """Return the state that the kernel reports for a part's process; None means that no process was found."""
     try:
         if process is None or not process.is_running():
             return State.dead
@@ -130,18 +140,21 @@ def state_of(process: psutil.Process | None) -> State:
     return State.stopped if status == psutil.STATUS_STOPPED else State.running
 
 
-def probed(part: Part, state: State, record: ClusterRecord) -> State:
-    """The same, and whether a part that runs answers, where it can be asked."""
+def probe_state(part: Part, state: State, record: ClusterRecord) -> State:
+    """Return `silent` for a running part that does not answer its probe, else the given state.
+
+    Parts without a probe keep their state.
+    """
     probe = _PROBES.get(part)
     return State.silent if state is State.running and probe is not None and not probe(record) else state
 
 
 def _module(command: list[str]) -> str:
-    """What `python -m` runs."""
+    """Return the module that `python -m` runs, or ""."""
     return command[command.index("-m") + 1] if "-m" in command[1:4] and len(command) > 2 else ""
 
 
-def _age(process: psutil.Process) -> float:
+def _created_at(process: psutil.Process) -> float:
     try:
         return float(process.create_time())
     except psutil.NoSuchProcess:
@@ -150,6 +163,6 @@ def _age(process: psutil.Process) -> float:
 
 _PROBES: dict[Part, Callable[[ClusterRecord], bool]] = {
     Part.broker: lambda record: broker_answers(Path(record.key_socket)),
-    Part.gcs: lambda record: processes.answers(record.ports["gcs"]),
-    Part.haproxy: lambda record: processes.answers(record.ports["edge"]),
+    Part.gcs: lambda record: processes.port_answers(record.ports["gcs"]),
+    Part.haproxy: lambda record: processes.port_answers(record.ports["edge"]),
 }

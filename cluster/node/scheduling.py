@@ -1,12 +1,12 @@
-"""Who may interrupt whom on a busy core: replicas may, and everything else that a cluster runs waits for its turn.
+"""CPU scheduling policies: replicas may preempt other processes, and the cluster's other processes may not.
 
-A process that wakes up interrupts the one that runs on its core, under Linux's normal policy, if it has had less of the
-core lately; and HAProxy, Ray's daemons and their controllers wake up thousands of times a second. Each interruption
-costs a replica its caches and holds up all requests that wait in it. Under SCHED_BATCH a process that wakes up waits
-until the running one's slice is over, a few milliseconds at most, and on a core that is free it waits for nothing.
+Under Linux's normal policy, a process that wakes up preempts the running process if it has used the core less. HAProxy,
+Ray's daemons and their controllers wake up thousands of times a second. Each preemption costs a replica its CPU caches
+and delays all its waiting requests. Under SCHED_BATCH, a process that wakes up waits for the end of the running
+process's time slice, a few milliseconds at most. On a free core it does not wait.
 
-No privilege is needed for either, and a process that is started has its parent's policy. Where a sandbox forbids it, or
-there is no Linux, all interrupt each other as they always did.
+Neither policy needs a privilege. A new process inherits its parent's policy. If a sandbox forbids the call, or the
+system is not Linux, nothing changes and all processes preempt each other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import os
 
 
 def wait_for_turn() -> None:
-    """Have this thread, and what is started from it, interrupt nobody."""
+    """Set SCHED_BATCH for this thread and the processes that it starts, so that they preempt no other process."""
     _set("SCHED_BATCH")
 
 
 def interrupt_others() -> None:
-    """Have this thread interrupt what waits for its turn, as a process normally does."""
+    """Set the normal policy, SCHED_OTHER, for this thread, so that it can preempt SCHED_BATCH processes."""
     _set("SCHED_OTHER")
 
 

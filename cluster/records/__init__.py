@@ -1,7 +1,7 @@
-"""What replicas write down: one prediction record per HTTP answer, and the outcomes that come later.
+"""Logs of predictions and outcomes: one prediction record per HTTP answer, and the outcomes that arrive later.
 
-`segments` is how a replica writes, `reading` how everybody reads. `typed` gives a version's rows the types of its
-signature, `matching` their outcomes.
+Replicas write with `segments`, and all readers use `reading`. `typed` converts a version's rows to the types of its
+signature. `matching` joins predictions with their outcomes.
 """
 
 from cluster.records.matching import Matched, match

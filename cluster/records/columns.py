@@ -1,9 +1,9 @@
-"""Records as columns of a table, and back, so that nothing of a record is lost on the way.
+"""Conversion of records to rows of a table and back, without loss.
 
-Versions of a model have other inputs, of other types, and a label may be a number or a text. As columns of their own
-they would clash sooner or later, and a table that grows a column with every version is nobody's friend; so what differs
-between versions stays JSON, and the schema is the same for all models and for good. What a record has and no column is
-for, a field of a later release say, or a moment that cannot be read, is kept in `other`.
+Inputs and their types differ between versions of a model, and a label can be a number or a text. Separate columns for
+them would conflict, and each version would add columns. So these parts stay JSON, and all models have the same schema,
+which never changes. Parts of a record without a column, such as a later release's field or a time that cannot be
+parsed, are kept in `other`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 TIME = pa.timestamp("us", "UTC")
 SEGMENT, LINE, OTHER = "segment", "line", "other"
-"""Where a record stood: no two have the same place. They are public, so that rows can be told apart without a key."""
+"""Segment and line are a record's unique position. They are public, so that rows can be identified without a key."""
 
 _SCHEMAS: dict[str, dict[str, str]] = {
     "predictions": {
@@ -49,14 +49,14 @@ _TYPES = {"text": pa.string(), "json": pa.string(), "integer": pa.int64(), "time
 
 
 def schema(log: str) -> pa.Schema:
-    """Of a log's table: `predictions` or `outcomes`."""
-    place = [pa.field(SEGMENT, pa.string()), pa.field(LINE, pa.int64())]
+    """Return the schema of a log's table; `log` is `predictions` or `outcomes`."""
+    position = [pa.field(SEGMENT, pa.string()), pa.field(LINE, pa.int64())]
     columns = [pa.field(name, _TYPES[kind]) for name, kind in _SCHEMAS[log].items()]
-    return pa.schema([*place, *columns, pa.field(OTHER, pa.string())])
+    return pa.schema([*position, *columns, pa.field(OTHER, pa.string())])
 
 
 def to_row(log: str, segment: str, line: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as a row."""
+    """Convert a record to a row of the table."""
     row: dict[str, Any] = {SEGMENT: segment, LINE: line}
     other = {}
     for name, value in record.items():
@@ -70,7 +70,7 @@ def to_row(log: str, segment: str, line: int, record: Mapping[str, Any]) -> dict
 
 
 def to_record(log: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a row."""
+    """Convert a row of the table back to its record."""
     record = {
         name: _TO_VALUE[kind](row[name]) for name, kind in _SCHEMAS[log].items() if row.get(name) is not None
     }
@@ -82,22 +82,22 @@ def _text(value: Any) -> str | None:
 
 
 def _integer(value: Any) -> int | None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and -(2**63) <= value < 2**63 else None
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_integer and -(2**63) <= value < 2**63 else None
 
 
-def _moment(value: Any) -> dt.datetime | None:
+def _time(value: Any) -> dt.datetime | None:
     try:
-        moment = dt.datetime.fromisoformat(value)
+        time = dt.datetime.fromisoformat(value)
     except (TypeError, ValueError):
         return None
-    return moment if moment.utcoffset() == dt.timedelta(0) else None
+    return time if time.utcoffset() == dt.timedelta(0) else None
 
 
 _TO_COLUMN: dict[str, Callable[[Any], Any]] = {
     "text": _text,
     "integer": _integer,
-    "time": _moment,
+    "time": _time,
     "json": lambda value: orjson.dumps(value).decode(),
 }
 _TO_VALUE: dict[str, Callable[[Any], Any]] = {

@@ -1,10 +1,13 @@
-"""Taking segments into a log's table, exactly once.
+"""Move segments into a log's table, exactly once.
 
-A segment is taken when its writer has left it or has ended: nobody holds its lock then. Its records are written to
-protected files, one Delta transaction adds these and names the segment, and only when that is on the disk is the
-segment deleted. Killed before the transaction, a compaction leaves files that nothing refers to; killed after it,
-segments whose records are in the table, which every reader passes over. The next run removes both. A file that nothing
-refers to is removed only while its records are somewhere else: else it is what is left of a table.
+A segment can be moved when its writer has closed it or has ended, because then its lock is free. Its records are
+written to encrypted files. One Delta transaction adds these files and names the segment. The segment is deleted only
+when that transaction is on disk.
+
+If a compaction is killed before the transaction, it leaves files that no transaction refers to. If it is killed after
+the transaction, it leaves segments whose records are already in the table, and readers skip those. The next run removes
+both. It removes a file without a transaction only if its records also exist elsewhere: otherwise the file is the
+remainder of a lost table.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.records.columns import SEGMENT, to_row
-from cluster.records.segments import UNBORN, segment_class, segment_records, segments
+from cluster.records.segments import UNFINISHED, list_segments, segment_class, segment_records
 from cluster.records.table import CLASS, HISTORY, LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
@@ -30,57 +33,61 @@ from cluster.synced import sync_folder
 
 LOCK = ".compaction"
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
-"""Of one file, as JSON: they bound the memory it takes to write and to read it."""
+"""Most records and JSON bytes of one file. They limit the memory to write and to read it."""
 MAX_SEGMENTS = 500
-"""Of one run: each is held open."""
+"""Most segments of one run, because each one is held open."""
 ABANDONED_S = 3600.0
+"""Age in seconds after which an unfinished segment file counts as left behind by a killed writer."""
 
 
 def compact(log: Path, *, store: KeyStore, files: ProtectedFiles) -> int:
-    """Take segments that get no more records into the log's table; gives how many are gone from the log for that, so
-    that 0 means that none is left.
+    """Move closed segments into the log's table; return the number of segments that were deleted.
+
+    0 means that no closed segment is left.
 
     Args:
-        log: its folder.
-        store: opens the segments.
-        files: writes the table's files, with the same keys.
+        log: Folder of the log.
+        store: Key store to decrypt the segments.
+        files: Writer of the table's encrypted files, with the same keys.
 
     Raises:
-        CommitConflict: another compaction of the log runs.
-        RecordLogCorrupt: a segment was altered, or a part of the table's history is lost; nothing was taken.
-        AccessDenied, KeyRevoked, KeyNotFound: as the key store says.
+        CommitConflict: Another compaction of the log runs.
+        RecordLogCorrupt: A segment was changed, or a part of the table's history is lost. Nothing was moved.
+        AccessDenied, KeyRevoked, KeyNotFound: The key store refuses a key.
     """
     if not log.is_dir():
         return 0
     with contextlib.ExitStack() as locks:
         if not _locked(log / LOCK, locks, flags=os.O_CREAT | os.O_RDWR):
-            raise CommitConflict(f"Another compaction of {log} runs. Wait for its end.")
-        unheld = (path for path in segments(log) if _locked(path, locks, flags=os.O_RDONLY))
-        ended = list(itertools.islice(unheld, MAX_SEGMENTS))
+            raise CommitConflict(f"Another compaction of {log} is running. Wait until it has ended.")
+        unlocked = (path for path in list_segments(log) if _locked(path, locks, flags=os.O_RDONLY))
+        closed = list(itertools.islice(unlocked, MAX_SEGMENTS))
         table = LogTable(log)
         _remove_leftovers(log, table)
-        if wanted := [path for path in ended if not table.has(path.stem)]:
-            _take(wanted, table, store=store, files=files)
-        if ended:
-            table.sync()  # here, because a run that was killed may have committed without it
-        for path in ended:
+        if new_segments := [path for path in closed if not table.has(path.stem)]:
+            _move(new_segments, table, store=store, files=files)
+        if closed:
+            table.sync()  # always, because a killed run may have committed without a sync
+        for path in closed:
             path.unlink()
-        return len(ended)
+        return len(closed)
 
 
-def _take(paths: Sequence[Path], table: LogTable, *, store: KeyStore, files: ProtectedFiles) -> None:
-    """Commit segments' records."""
+def _move(paths: Sequence[Path], table: LogTable, *, store: KeyStore, files: ProtectedFiles) -> None:
+    """Write and commit the records of segments."""
     table.ensure()
     written = [
-        table.write(rows, column_class, files) for column_class, rows in _pieces(table.kind, paths, store)
+        table.write(rows, column_class, files) for column_class, rows in _row_groups(table.kind, paths, store)
     ]
     for folder in {(table.folder / file.path).parent for file in written} | {table.folder}:
-        sync_folder(folder)  # what is committed must be there, also if only the commit outlives a power cut
+        sync_folder(folder)  # the committed files must survive a power cut if the commit does
     table.commit(written, [path.stem for path in paths])
 
 
-def _pieces(kind: str, paths: Sequence[Path], store: KeyStore) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The segments' records as rows of one class each, no more at a time than a file should hold."""
+def _row_groups(
+    kind: str, paths: Sequence[Path], store: KeyStore
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the segments' records as rows for one file each, with their column class."""
     by_class: dict[str, list[Path]] = {}
     for path in paths:
         if (column_class := segment_class(path)) is not None:
@@ -100,35 +107,37 @@ def _pieces(kind: str, paths: Sequence[Path], store: KeyStore) -> Iterator[tuple
 
 
 def _remove_leftovers(log: Path, table: LogTable) -> None:
-    """Files that a killed compaction did not get to commit, and segments whose writer was killed before their first
-    line. Nobody else compacts now, and nobody reads them."""
-    known = {file.path for file in table.files}
-    there = {path.stem for path in segments(log)}
-    found = table.folder.glob(f"{CLASS}=*/*.parquet*")
-    leftovers = [path for path in found if str(path.relative_to(table.folder)) not in known]
+    """Remove files that a killed compaction wrote but did not commit, and segments that a killed writer did not finish.
+
+    This is safe: the caller holds the compaction's lock, and no reader opens such files.
+    """
+    committed = {file.path for file in table.files}
+    existing = {path.stem for path in list_segments(log)}
+    files = table.folder.glob(f"{CLASS}=*/*.parquet*")
+    leftovers = [path for path in files if str(path.relative_to(table.folder)) not in committed]
     for path in leftovers:
         if path.suffix == ".parquet":
-            _check_is_elsewhere(path, there, table)
+            _require_other_copy(path, existing, table)
     for path in leftovers:
         path.unlink()
-    for path in log.glob(f"*{UNBORN}"):
+    for path in log.glob(f"*{UNFINISHED}"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - ABANDONED_S:
                 path.unlink()
 
 
-def _check_is_elsewhere(path: Path, there: Container[str], table: LogTable) -> None:
-    """Refuse to take the last copy of records for a leftover."""
-    held = set(pq.ParquetFile(path).read([SEGMENT]).column(SEGMENT).to_pylist())
-    if lost := sorted(one for one in held if one not in there and not table.has(one)):
+def _require_other_copy(path: Path, existing: Container[str], table: LogTable) -> None:
+    """Require that a file is not the last copy of its records."""
+    names = set(pq.ParquetFile(path).read([SEGMENT]).column(SEGMENT).to_pylist())
+    if lost := sorted(name for name in names if name not in existing and not table.has(name)):
         raise RecordLogCorrupt(
-            f"{path} holds records of segment {lost[0]}, which is gone and which the table does not name: a part of "
-            f"its history is lost. Nothing was changed. Restore {table.folder / HISTORY} from a backup."
+            f"{path} holds records of segment {lost[0]}, which does not exist and which the table does not name: a "
+            f"part of the table's history is lost. Nothing was changed. Restore {table.folder / HISTORY} from a backup."
         )
 
 
 def _locked(path: Path, locks: contextlib.ExitStack, *, flags: int) -> bool:
-    """Hold a file's lock until the stack ends, if nobody else does."""
+    """Lock a file until the stack ends; return False if another process holds the lock."""
     descriptor = os.open(path, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

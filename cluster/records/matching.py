@@ -1,8 +1,8 @@
-"""Logged answers with what came true for them, and how many outcomes belong to none.
+"""Join logged answers with their outcomes, and count the outcomes that match no answer.
 
-Who may send outcomes can send any: for an answer that was never given, for a row that an answer does not have, or one
-that the model cannot have meant. These are counted, and are in no figure. An outcome that means nothing also takes no
-other one's place.
+A client with permission to send outcomes can send any value: for an answer that was never given, for a row that an
+answer does not have, or a value that the model cannot predict. These outcomes are counted and used in no figure. An
+invalid outcome does not replace an earlier valid one.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ class Matched:
     """Answers with their outcomes."""
 
     answers: pl.DataFrame
-    """Those of the versions that were asked for, with `outcome` (the class or the number that was meant, null where
-    none is known) and `odd_outcome` (whether the last one that came means nothing to the model)."""
+    """Answers of the requested versions, with two more columns: `outcome` (class or number, null if unknown) and
+    `odd_outcome` (whether the last received outcome is invalid for the model)."""
     unknown_predictions: int
-    """Outcomes of answers that nobody logged."""
+    """Number of outcomes of answers that are not in the log."""
     unknown_rows: int
-    """Outcomes of rows that a logged answer does not have."""
+    """Number of outcomes of rows that the logged answer does not have."""
 
 
 def match(answers: pl.DataFrame, outcomes: Iterable[Outcome], truths: Mapping[int, Truths]) -> Matched:
-    """Give each answered row the last outcome that the model can have meant.
+    """Assign each answered row its last valid outcome.
 
     Args:
-        answers: all of a model's log, so that it is known which there are.
-        outcomes: in the order in which they count.
-        truths: of the versions whose answers are wanted.
+        answers: All answers of a model's log, of all versions.
+        outcomes: Outcomes in the order in which they were received.
+        truths: Parsers of outcomes, by version. Only answers of these versions are returned.
     """
-    place = ("prediction_id", "row")
-    versions = dict(zip(answers.select(place).rows(), answers["version"].to_list(), strict=True))
+    key_columns = ("prediction_id", "row")
+    versions = dict(zip(answers.select(key_columns).rows(), answers["version"].to_list(), strict=True))
     logged = {prediction_id for prediction_id, _ in versions}
-    meant: dict[tuple[str, int], Any] = {}
-    odd: dict[tuple[str, int], bool] = {}
+    valid: dict[tuple[str, int], Any] = {}
+    last_is_invalid: dict[tuple[str, int], bool] = {}
     unknown_predictions: set[tuple[str, int]] = set()
     unknown_rows: set[tuple[str, int]] = set()
     for prediction_id, row, value in outcomes:
         key = (prediction_id, row)
         if key not in versions:
             (unknown_rows if prediction_id in logged else unknown_predictions).add(key)
-        elif (version := truths.get(versions[key])) is not None:
-            found = version.of(value)
-            odd[key] = found is None
-            if found is not None:
-                meant[key] = found
-    wanted = answers.filter(pl.col("version").is_in(list(truths)))
-    keys = wanted.select(place).rows()
+        elif (version_truths := truths.get(versions[key])) is not None:
+            outcome = version_truths.of(value)
+            last_is_invalid[key] = outcome is None
+            if outcome is not None:
+                valid[key] = outcome
+    requested = answers.filter(pl.col("version").is_in(list(truths)))
+    keys = requested.select(key_columns).rows()
     return Matched(
-        answers=wanted.with_columns(
-            exact_column(OUTCOME, [meant.get(key) for key in keys]),
-            pl.Series(ODD, [odd.get(key, False) for key in keys], dtype=pl.Boolean),
+        answers=requested.with_columns(
+            exact_column(OUTCOME, [valid.get(key) for key in keys]),
+            pl.Series(ODD, [last_is_invalid.get(key, False) for key in keys], dtype=pl.Boolean),
         ),
         unknown_predictions=len(unknown_predictions),
         unknown_rows=len(unknown_rows),

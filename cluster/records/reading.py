@@ -1,8 +1,9 @@
-"""A log as one, whether its records lie in segments yet or in the table.
+"""Read a whole log: the records in its segments and in its table.
 
-A compaction may run beside a reader. Segments are listed before the table is opened, and a segment is deleted only
-when its records are in the table: so what is listed is in the table, or still there, or was deleted since, and then a
-newer version of the table has it. Each record is given once, and none that was there at the beginning is missed.
+A compaction can run at the same time. Segments are listed before the table is opened, and a segment is deleted only
+after its records are in the table. So a listed segment is in the table, or still exists, or was deleted since then; in
+that case a newer version of the table has it. Each record is returned once, and no record that existed at the start is
+missed.
 """
 
 from __future__ import annotations
@@ -18,141 +19,149 @@ import polars as pl
 
 from cluster.errors import RecordLogCorrupt
 from cluster.records.schema import SHADOW
-from cluster.records.segments import count_segment, segment_records, segments
-from cluster.records.table import LogTable
+from cluster.records.segments import count_segment, list_segments, segment_records
+from cluster.records.table import LogTable, StoredRecord
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
 
 
 def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
-    """All whole records of a log; of each segment in their order.
+    """Yield all complete records of a log. Records of one segment are in order.
 
     Raises:
-        RecordLogCorrupt, ProtectedFileCorrupt: a record was altered, moved or taken out, or a file is under a key that
-            is none of this log's, naming the file.
-        AccessDenied, KeyRevoked: as the key store says.
+        RecordLogCorrupt, ProtectedFileCorrupt: A record was changed, moved or removed, or a file's key does not belong
+            to this log. The message names the file.
+        AccessDenied, KeyRevoked: The key store refuses a key.
     """
-    return (record for _, _, record in _placed(folder, store))
+    return (stored.record for stored in _stored_records(folder, store))
 
 
-def _placed(folder: Path, store: KeyStore) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Each record with its segment and its place there."""
-    listed = segments(folder)
+def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
+    listed = list_segments(folder)
     table, files = LogTable(folder), ProtectedFiles(store)
-    read: set[str] = set()
-    given: set[str] = set()
+    read_files: set[str] = set()
+    read_segments: set[str] = set()
     while True:
         for file in table.files:
-            if file.path not in read:
-                yield from (one for one in table.read(file, files) if one[0] not in given)
-                read.add(file.path)
+            if file.path not in read_files:
+                yield from (
+                    stored for stored in table.read(file, files) if stored.segment not in read_segments
+                )
+                read_files.add(file.path)
         deleted = None
         for path in listed:
-            if path.stem in given or table.has(path.stem):
+            if path.stem in read_segments or table.has(path.stem):
                 continue
             try:
-                for number, record in enumerate(segment_records(path, store)):
-                    yield path.stem, number, record
+                for line, record in enumerate(segment_records(path, store)):
+                    yield StoredRecord(path.stem, line, record)
             except FileNotFoundError:
                 deleted = path
                 break
-            given.add(path.stem)
+            read_segments.add(path.stem)
         if deleted is None:
             return
         table = LogTable(folder)
         if not table.has(deleted.stem):
             raise RecordLogCorrupt(
-                f"{deleted} was deleted while it was read, and is not in the table. Restore it from a backup."
+                f"{deleted} was deleted while it was read, and its records are not in the table. Restore it from a "
+                "backup."
             )
 
 
 def count_records(folder: Path) -> int:
-    """The number of whole records of a log; needs no key."""
+    """Return the number of complete records of a log. It needs no key."""
     while True:
-        listed, table = segments(folder), LogTable(folder)
+        listed, table = list_segments(folder), LogTable(folder)
         try:
             return table.records + sum(count_segment(path) for path in listed if not table.has(path.stem))
-        except FileNotFoundError:  # a compaction has just deleted it, so it is in the table now
+        except FileNotFoundError:  # a compaction deleted the segment, so the new table has its records
             continue
 
 
 def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """The `answers` of `read_log`; raises as `read_records`."""
+    """Return the `answers` of `read_log`. Raises as `read_records`."""
     return read_log(folder, store).answers
 
 
 def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """What shadows predicted, as `read_predictions` gives the others; `request_id` is that of the answer beside it."""
-    return _log(one for one in _in_order(folder, store) if one["arm"] == SHADOW).answers
+    """Return the predictions of shadows, in the format of `read_predictions`.
+
+    `request_id` is that of the request that the shadow got a copy of. Raises as `read_records`.
+    """
+    return _log(record for record in _records_in_order(folder, store) if record["arm"] == SHADOW).answers
 
 
 def read_log(folder: Path, store: KeyStore) -> Log:
-    """What a model was asked and what it answered, in the order in which it was written; raises as `read_records`.
+    """Return a model's requests and answers, in the order of writing. Raises as `read_records`.
 
-    What a shadow predicted is left out: nobody was answered with it, so it is in no figure of what was served.
+    Predictions of shadows are not included: no client got them, so they count in no figure about serving.
     """
-    return _log(one for one in _in_order(folder, store) if one["arm"] != SHADOW)
+    return _log(record for record in _records_in_order(folder, store) if record["arm"] != SHADOW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Log:
-    """A model's log as two frames, each with a row for each entity of a request.
+    """A model's log as two frames, with one row for each entity of a request.
 
     Columns of both: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm,
     unit_hash.
     """
 
     answers: pl.DataFrame
-    """With those of `probability`, `label`, `value`, `probabilities` that the task has, and every model input by its
-    name. Values are as they were written: a column of several types is `pl.Object`, and so is `probabilities`, a dict
-    by class. `cluster.records.typed` reads them by a version's signature. Inputs in `TAKEN` are left out."""
+    """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
+    for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
+    `probabilities` (a dict by class). `cluster.records.typed` converts them to the types of a version's signature.
+    Inputs with a name in `TAKEN` are left out."""
     failures: pl.DataFrame
-    """Rows that the model gave no finite score for, with the reason as `fault`. They are in no figure."""
+    """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
 
 
 def _log(records: Iterable[dict[str, Any]]) -> Log:
     answered: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for record in records:
-        head = {name: record.get(name) for name in _HEAD}
+        common = {name: record.get(name) for name in _COMMON}
         for row in range(max(len(record["predictions"]), len(record["entities"]))):
             fault = fault_of(record, row)
             if fault:
-                failed.append(head | {"row": row, "fault": fault})
+                failed.append(common | {"row": row, "fault": fault})
             else:
                 features = record["features"].items()
                 inputs = {name: values[row] for name, values in features if name not in TAKEN}
-                answered.append(head | {"row": row} | record["predictions"][row] | inputs)
-    return Log(answers=_frame(answered, _HEAD), failures=_frame(failed, _HEAD | {"fault": pl.String}))
+                answered.append(common | {"row": row} | record["predictions"][row] | inputs)
+    return Log(answers=_frame(answered, _COMMON), failures=_frame(failed, _COMMON | {"fault": pl.String}))
 
 
 def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """The last received outcome per prediction and row: prediction_id, row, outcome, observed_at, received_at (UTC).
+    """Return the last received outcome for each prediction and row.
 
-    Of two that were received in the same instant, the one that was written last counts. An outcome is as it was sent,
-    whatever the others are. Raises as `read_records`.
+    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). If two outcomes were received at the same
+    time, the one that was written last counts. An outcome keeps the type that it was sent with. Raises as
+    `read_records`.
     """
-    return _received(folder, store).unique(["prediction_id", "row"], keep="last", maintain_order=True)
+    received = _received_outcomes(folder, store)
+    return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
 def all_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
-    """All outcomes as they were received, the last ones last; raises as `read_records`."""
-    frame = _received(folder, store)
+    """Yield all outcomes in the order in which they were received. Raises as `read_records`."""
+    frame = _received_outcomes(folder, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
         yield Outcome(prediction_id, row, value)
 
 
-def _received(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """All outcomes in the order in which they were received; of a model that has none yet, the columns alone."""
-    records = _in_order(folder, store)
+def _received_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
+    """Return all outcomes in the order in which they were received. Without outcomes, the frame has only columns."""
+    records = _records_in_order(folder, store)
     if not records:
         return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
     return _frame(records, _OUTCOME).sort("received_at", maintain_order=True)
 
 
 class Outcome(NamedTuple):
-    """What somebody says came true."""
+    """An outcome as a client sent it."""
 
     prediction_id: str
     row: int
@@ -160,8 +169,10 @@ class Outcome(NamedTuple):
 
 
 def fault_of(record: Mapping[str, Any], row: int) -> str:
-    """Why a row of a record has no answer; empty for one that has. A release that did not check scores wrote a NaN as
-    null, beside a label that means nothing."""
+    """Return the reason why a row of a record has no answer, or "" if it has one.
+
+    A null score counts as a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
+    """
     if fault := record.get("fault"):
         return str(fault)
     if row >= len(record["predictions"]):
@@ -175,12 +186,12 @@ def _is_unscored(prediction: Mapping[str, Any]) -> bool:
 
 
 def is_faulty(record: Mapping[str, Any]) -> bool:
-    """Whether a row of a record has no answer."""
+    """Return whether a record has a row without an answer."""
     return bool(record.get("fault")) or any(map(_is_unscored, record.get("predictions", ())))
 
 
 _TIME = pl.Datetime("us", "UTC")
-_HEAD: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
     "prediction_id": pl.String,
     "request_id": pl.String,
     "time": _TIME,
@@ -194,9 +205,9 @@ _HEAD: dict[str, Any] = {
 }
 """Columns whose type is the same for all models and versions."""
 OUTCOME, ODD = "outcome", "odd_outcome"
-TAKEN = frozenset({*_HEAD, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, ODD})
-"""Columns that a frame has for itself. An input of such a name is left out, because a client chooses its value: it must
-not say which arm or label an answer was of."""
+TAKEN = frozenset({*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, ODD})
+"""Reserved column names. An input with such a name is left out, because the client chooses its value: the client must
+not be able to change an answer's arm or label."""
 _OUTCOME: dict[str, Any] = {
     "prediction_id": pl.String,
     "row": pl.Int64,
@@ -211,14 +222,14 @@ _NATIVE: dict[frozenset[type], Any] = {
 }
 
 
-def _in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
-    """By segment and place, so that frames do not depend on what was compacted."""
-    placed = sorted(_placed(folder, store), key=lambda one: one[:2])
-    return [record for _, _, record in placed]
+def _records_in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
+    """Return all records sorted by segment and line, so that frames do not depend on compactions."""
+    ordered = sorted(_stored_records(folder, store), key=lambda stored: (stored.segment, stored.line))
+    return [stored.record for stored in ordered]
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
-    """A frame whose columns beyond those of a stated type hold what was written, and nothing that was made of it."""
+    """Return a frame. Columns in `types` get these types, and all others keep their values unchanged."""
     if not rows:
         return pl.DataFrame(schema=dict(types))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -228,25 +239,25 @@ def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.Da
 
 def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
     if dtype == _TIME:
-        return pl.Series(name, [_moment(value) for value in values], dtype=_TIME)
+        return pl.Series(name, [_time(value) for value in values], dtype=_TIME)
     if dtype is not None:
         return pl.Series(name, values, dtype=dtype, strict=False)
     return exact_column(name, values)
 
 
 def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
-    """Values as they are: of the type that all have, or of none (`pl.Object`)."""
-    found = frozenset(map(type, values)) - {NoneType}
+    """Return values unchanged as a column: of their common type, or `pl.Object` if they have several types."""
+    value_types = frozenset(map(type, values)) - {NoneType}
     try:
-        return pl.Series(name, values, dtype=_NATIVE.get(found, pl.Object) if found else pl.Null)
-    except (OverflowError, TypeError):  # beyond 64 bits, as an older release may have logged it
+        return pl.Series(name, values, dtype=_NATIVE.get(value_types, pl.Object) if value_types else pl.Null)
+    except (OverflowError, TypeError):  # an integer beyond 64 bits, which an older release may have logged
         return pl.Series(name, values, dtype=pl.Object)
 
 
-def _moment(text: Any) -> dt.datetime | None:
-    """None for what is no moment: one of them must not make the others unreadable."""
+def _time(text: Any) -> dt.datetime | None:
+    """Parse a time. Invalid text becomes None, so that one bad value does not make the whole log unreadable."""
     try:
-        moment = dt.datetime.fromisoformat(text)
+        time = dt.datetime.fromisoformat(text)
     except (TypeError, ValueError):
         return None
-    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+    return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)

@@ -1,4 +1,4 @@
-"""What is recorded: a prediction, and what came true for it."""
+"""Record types of the logs: a prediction, and its outcome."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(kw_only=True, slots=True)  # frozen, one takes four times as long to make
+@dataclass(kw_only=True, slots=True)  # not frozen: a frozen one takes four times as long to create
 class PredictionRecord:
     """One answer of a replica."""
 
     prediction_id: str
     request_id: str
-    """The edge's id of the request, empty when the replica was addressed directly."""
+    """The edge's id of the request; empty if the client called the replica directly."""
     time: str
     model: str
     version: int
     variant: str
     rollout: str
-    """Empty outside any rollout."""
+    """Id of the rollout; empty outside a rollout."""
     arm: str
     """`treatment`, `control`, `outside`, `none` (no unit given), or `shadow`."""
     unit_hash: str
     as_of: str
     entities: list[dict[str, Any]]
     features: dict[str, list[Any]]
-    """Model input to one value per entity."""
+    """Maps model input to one value per entity."""
     predictions: list[dict[str, Any]]
-    """As answered."""
+    """Predictions as in the answer."""
     given: list[str] = field(default_factory=list)
-    """Inputs that the client gave itself; older records do not have it."""
+    """Inputs that the client sent. Older records do not have this field."""
     defaulted: dict[str, list[int]] = field(default_factory=dict)
-    """Input to the rows whose value was missing or expired, and is the feature service's default; older records do
-    not have it."""
+    """Maps input to the rows where the feature service's default replaced a missing or expired value. Older records do
+    not have this field."""
     fault: str = ""
-    """Why the model gave no answer: `predictions` is empty then, and the client got 503. Older records do not have
-    it."""
+    """Reason why the model gave no answer. Then `predictions` is empty, and the client got 503. Older records do not
+    have this field."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeRecord:
-    """What came true for one row of one answer."""
+    """The outcome of one row of one answer."""
 
     prediction_id: str
     row: int = 0
@@ -51,5 +51,5 @@ class OutcomeRecord:
 
 
 SHADOW = "shadow"
-"""Arm and variant of a prediction that no client has seen."""
+"""Arm and variant of a shadow's prediction, which no client gets."""
 Record = PredictionRecord | OutcomeRecord

@@ -1,16 +1,16 @@
-"""Segments: the files that records are appended to, each written by one process alone.
+"""Segments: files that records are appended to. Each segment has one writing process.
 
-A record is one line, appended with one write. Once `append` has returned the line is the kernel's, so kill -9 of the
-process loses nothing; a power cut may lose the last seconds, unless `sync` was called too. A line cut short belongs to
-an answer that never left, and is passed over.
+A record is one line, appended with one write. When `append` returns, the kernel has the line, so kill -9 of the process
+loses nothing. A power cut can lose the last seconds, unless `sync` was called too. Readers skip an incomplete line,
+because its answer was never sent.
 
-A segment's first line names its key and holds its data key, wrapped; every other line is a record as JSON, encrypted
-(AES-256-GCM) and bound to its log, segment and number, so that none can be altered, moved or left out of the middle
-unseen. That the last ones are missing shows only against the edge's access records. Whoever writes needs to wrap only,
-so a replica cannot read what others have logged. How many records there are can be counted without a key.
+A segment's first line has the name of its key, and its wrapped data key. Every other line is a record: JSON, encrypted
+with AES-256-GCM and bound to its log, segment and number. So a record that was changed, moved, or removed from the
+middle is detected. Removed records at the end can only be detected with the edge's access records. Writers only need
+permission to wrap keys, so a replica cannot read what others logged. Counting records needs no key.
 
-A writer holds its segment locked (flock) and leaves it for a new one when it is large or old. A segment that nobody
-holds gets no more records: that is how compaction tells what it may take, without asking any replica.
+A writer holds its segment's lock (flock), and starts a new segment when the current one is large or old. A segment
+without a lock gets no more records. So compaction can find closed segments without contacting any replica.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
 from cluster.synced import sync_folder
 
 SUFFIX = ".records"
-UNBORN = ".new"
-"""Of a segment whose first line is being written."""
+UNFINISHED = ".new"
+"""Suffix of a segment while its first line is being written."""
 MAX_BYTES = 64 * 2**20
 MAX_AGE_S = 3600.0
 
 
 class SegmentWriter:
-    """Appends records to segments of this process alone, one after another."""
+    """Appends records to segments that only this process writes."""
 
     def __init__(
         self,
@@ -57,44 +57,44 @@ class SegmentWriter:
         """Start a segment.
 
         Args:
-            folder: the log, `predictions/<model>` or `outcomes/<model>`.
-            store: wraps the data key of this writer's segments, once.
-            key: what it is wrapped under.
-            keep_unsynced: have `sync` cover segments that were left for a new one, too.
-            max_bytes: of a segment, beyond which a new one is begun.
-            max_age_s: of a segment, beyond which the next record begins a new one.
+            folder: Folder of the log, `predictions/<model>` or `outcomes/<model>`.
+            store: Key store that wraps this writer's data key, once.
+            key: Name of the key that wraps it.
+            keep_unsynced: Keep full segments open until the next `sync`, so that it covers them too.
+            max_bytes: Size of a segment after which a new one is started.
+            max_age_s: Age of a segment, in seconds, after which the next record starts a new one.
 
         Raises:
-            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
-            OSError: the disk is full or failed.
+            KeyNotFound, KeyRevoked, AccessDenied: The key store refuses the key.
+            OSError: The disk is full or failed.
         """
         self._folder = folder
         self._cipher, wrapped = ValueCipher.create(store, key)
         self._header = orjson.dumps({"key": key, "data_key": wrapped}) + b"\n"
         self._keep_unsynced = keep_unsynced
         self._max_bytes, self._max_age_s = max_bytes, max_age_s
-        self._left: list[_Segment] = []
+        self._unsynced: list[_Segment] = []
         self._segment = _Segment(folder, self._header, synced=keep_unsynced)
 
     @property
     def path(self) -> Path:
-        """Of the segment that is written now."""
+        """Path of the current segment."""
         return self._segment.path
 
     def append(self, *records: Record) -> None:
-        """Write records, all or none of them readable.
+        """Write records. Either all of them are readable afterwards or none.
 
         Raises:
-            OSError: the disk is full or failed; the next append starts a clean line.
+            OSError: The disk is full or failed. The next append starts with a new line.
         """
         segment = self._segment
         if segment.broken or (segment.count and self._is_full(segment)):
-            segment = self._next()
-        place, count = segment.place, segment.count
+            segment = self._start_next()
+        aad, count = segment.aad, segment.count
         lines = [
             base64.b64encode(
                 self._cipher.encrypt(
-                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(place, b"%d" % number)
+                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(aad, b"%d" % number)
                 )
             )
             + b"\n"
@@ -104,11 +104,12 @@ class SegmentWriter:
         segment.count = count + len(records)
 
     def leave_if_old(self) -> None:
-        """Let go of the segment if it is old, without waiting for a record to do so; the next one begins a new
-        segment. For moments in which no `sync` runs.
+        """Close the segment if it is old or large. The next record starts a new segment.
+
+        It must not run at the same time as `sync`.
 
         Raises:
-            OSError: as `sync`.
+            OSError: As `sync`.
         """
         segment = self._segment
         if segment.count and self._is_full(segment):
@@ -117,68 +118,70 @@ class SegmentWriter:
             segment.close()
 
     def sync(self) -> None:
-        """Have all records that were appended before this call on the disk; may run beside `append`, but only once at
-        a time.
+        """Flush all records that were appended before this call to disk.
+
+        It can run at the same time as `append`, but not at the same time as another `sync`.
 
         Raises:
-            OSError: the disk failed. What was not synced may be lost, even where a later call succeeds: whoever waits
-                for it must be told so now, and the segment gets no more records.
+            OSError: The disk failed. Unsynced records may be lost, even if a later call succeeds. So the caller must
+                report the failure now, and the segment gets no more records.
         """
-        segment = self._segment  # before the others: what is left in between is then among them
-        for one in self._left.copy():
-            self._left.remove(one)
-            with contextlib.closing(one):
-                one.sync()
-        segment.sync()
+        current = self._segment  # read first: if it is replaced during this call, it is still synced
+        for segment in self._unsynced.copy():
+            self._unsynced.remove(segment)
+            with contextlib.closing(segment):
+                segment.sync()
+        current.sync()
 
     def close(self) -> None:
-        """Let go of the segment, so that it can be compacted."""
-        for one in (*self._left, self._segment):
-            one.close()
-        self._left.clear()
+        """Close all segments, so that they can be compacted."""
+        for segment in (*self._unsynced, self._segment):
+            segment.close()
+        self._unsynced.clear()
 
     def _is_full(self, segment: _Segment) -> bool:
-        return segment.size >= self._max_bytes or time.monotonic() - segment.began >= self._max_age_s
+        return segment.size >= self._max_bytes or time.monotonic() - segment.started_at >= self._max_age_s
 
-    def _next(self) -> _Segment:
-        before, self._segment = (
+    def _start_next(self) -> _Segment:
+        previous, self._segment = (
             self._segment,
             _Segment(self._folder, self._header, synced=self._keep_unsynced),
         )
-        if self._keep_unsynced and not before.lossy:
-            self._left.append(before)
+        if self._keep_unsynced and not previous.lossy:
+            self._unsynced.append(previous)
         else:
-            before.close()
+            previous.close()
         return self._segment
 
 
 class _Segment:
-    """One file, locked as long as it is open."""
+    """One segment file, locked while it is open."""
 
     def __init__(self, folder: Path, header: bytes, *, synced: bool) -> None:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
         self.path = folder / f"{name}{SUFFIX}"
-        self.place = segment_place(self.path)
+        self.aad = segment_aad(self.path)
         self.count, self.size = 0, 0
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
         self.broken = self.closed = False
+        """A broken segment takes no more records."""
         self.lossy = False
-        """A sync failed: the kernel may have forgotten records, and would not say so again."""
+        """Whether a sync failed. The kernel may have dropped records, and a later sync would not report it."""
         _make_folder(folder, synced=synced)
-        unborn = folder / f"{name}{UNBORN}"
-        self._descriptor = os.open(unborn, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        unfinished = folder / f"{name}{UNFINISHED}"
+        self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            # Nobody sees the file by its name before it is locked and has its first line.
+            # The file gets its final name only when it is locked and has its first line.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             self.write(header)
             if synced:
                 self.sync()
-            unborn.rename(self.path)
+            unfinished.rename(self.path)
             if synced:
                 sync_folder(folder)
         except BaseException:
             self.close()
-            for path in (unborn, self.path):
+            for path in (unfinished, self.path):
                 path.unlink(missing_ok=True)
             raise
 
@@ -186,16 +189,16 @@ class _Segment:
         try:
             written = os.write(self._descriptor, data)
         except OSError:
-            self._cut()
+            self._truncate()
             raise
         if written != len(data):
-            self._cut()
-            said = f"the disk took {written} of {len(data)} bytes"
-            raise OSError(errno.ENOSPC, said, str(self.path))
+            self._truncate()
+            message = f"the disk took {written} of {len(data)} bytes"
+            raise OSError(errno.ENOSPC, message, str(self.path))
         self.size += written
 
-    def _cut(self) -> None:
-        """Take away what was written in part; where even that fails, no line may follow it."""
+    def _truncate(self) -> None:
+        """Remove a partly written line. If that fails, the segment takes no more lines."""
         try:
             os.ftruncate(self._descriptor, self.size)
         except OSError:
@@ -215,7 +218,7 @@ class _Segment:
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = self.broken = True  # its number may soon be another file's
+            self.closed = self.broken = True  # the descriptor's number may soon belong to another file
             os.close(self._descriptor)
 
 
@@ -228,83 +231,88 @@ def _make_folder(folder: Path, *, synced: bool) -> None:
         sync_folder(folder.parent)
 
 
-def segments(folder: Path) -> list[Path]:
-    """A log's segments, in the order of their beginning."""
+def list_segments(folder: Path) -> list[Path]:
+    """Return the paths of a log's segments, oldest first."""
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
 def segment_records(path: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
-    """All whole records of a segment.
+    """Yield all complete records of a segment.
 
     Raises:
-        RecordLogCorrupt: a record was altered, moved or taken out, or the segment is under a key that is none of its
-            log's, naming file and line.
-        AccessDenied, KeyRevoked: as the key store says.
-        FileNotFoundError: there is no such segment.
+        RecordLogCorrupt: A record was changed, moved or removed, or the segment's key does not belong to its log. The
+            message names file and line.
+        AccessDenied, KeyRevoked: The key store refuses the key.
+        FileNotFoundError: The segment does not exist.
     """
     with path.open("rb") as file:
         header = file.readline()
         if not header.endswith(b"\n"):
             return
-        cipher, place = ValueCipher.open(store, *_stated(path, header)), segment_place(path)
+        cipher, aad = ValueCipher.open(store, *_parse_header(path, header)), segment_aad(path)
         for number, line in enumerate(file):
             if line.endswith(b"\n"):
-                yield _record(path, number, line, cipher, place)
+                yield _record(path, number, line, cipher, aad)
 
 
 def count_segment(path: Path) -> int:
-    """The number of whole records of a segment; needs no key.
+    """Return the number of complete records of a segment. It needs no key.
 
     Raises:
-        FileNotFoundError: there is no such segment.
+        FileNotFoundError: The segment does not exist.
     """
     with path.open("rb") as file:
         return max(sum(line.endswith(b"\n") for line in file) - 1, 0)
 
 
 def segment_class(path: Path) -> str | None:
-    """The class of a segment's key; none where not even its first line is whole, so that it holds nothing.
+    """Return the column class of a segment's key, or None if the first line is incomplete and there are no records.
 
     Raises:
-        RecordLogCorrupt: the key is none of the log's.
+        RecordLogCorrupt: The key does not belong to the log.
     """
     with path.open("rb") as file:
         header = file.readline()
-    return _stated(path, header)[0].rpartition("/")[2] if header.endswith(b"\n") else None
+    return _parse_header(path, header)[0].rpartition("/")[2] if header.endswith(b"\n") else None
 
 
-def _stated(path: Path, header: bytes) -> tuple[str, str]:
-    """A segment's key and its wrapped data key."""
+def _parse_header(path: Path, header: bytes) -> tuple[str, str]:
+    """Return the name of a segment's key and its wrapped data key."""
     try:
-        stated = orjson.loads(header)
-        key, wrapped = stated["key"], stated["data_key"]
+        content = orjson.loads(header)
+        key, wrapped = content["key"], content["data_key"]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecordLogCorrupt(f"{path}: the first line was altered. Restore it from a backup.") from error
-    if not _is_of_this_log(path, key):
+        raise RecordLogCorrupt(f"{path}: the first line was changed. Restore it from a backup.") from error
+    if not _belongs_to_log(path, key):
         raise RecordLogCorrupt(
-            f"{path}: it says that it is under key {key!r}, which is none of this log's. Restore it from a backup."
+            f"{path}: its key {key!r} does not belong to this log. Restore the file from a backup."
         )
     return key, wrapped
 
 
-def _is_of_this_log(path: Path, key: object) -> bool:
-    """Whether a segment's key is of its own folder: `predictions/<model>/<class>` for `predictions/<model>`. A segment
-    names its key itself, and who may write under another one could else lay records of his own there."""
+def _belongs_to_log(path: Path, key: object) -> bool:
+    """Return whether a key is one of the segment's log: `predictions/<model>/<class>` for `predictions/<model>`.
+
+    The segment itself names its key. Without this check, a principal with another key could add forged records.
+    """
     log, _, column_class = str(key).rpartition("/")
     return isinstance(key, str) and log == "/".join(path.parts[-3:-1]) and column_class in COLUMN_CLASSES
 
 
-def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, place: str) -> dict[str, Any]:
+def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, aad: str) -> dict[str, Any]:
     try:
-        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(place, b"%d" % number))
+        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(aad, b"%d" % number))
     except (ArtifactTampered, ValueError) as error:
         raise RecordLogCorrupt(
-            f"{path}, line {number + 2}: the record was altered, or one before it was taken out. "
+            f"{path}, line {number + 2}: the record was changed, or an earlier one was removed. "
             "Restore the file from a backup."
         ) from error
     return dict(orjson.loads(data))
 
 
-def segment_place(path: Path) -> str:
-    """What records are bound to besides their number: their log, `predictions/<model>`, and segment."""
+def segment_aad(path: Path) -> str:
+    """Return the first part of the AAD of a segment's records: the log, `predictions/<model>`, and the segment.
+
+    The record's number is the other part.
+    """
     return "/".join(path.parts[-3:])

@@ -1,9 +1,8 @@
-"""The table of a log: what was compacted, in Delta, its files protected under the keys of the segments they came from.
+"""The Delta table of a log, with its compacted records. Its files are encrypted with the keys of their segments.
 
-Each segment that a commit took is named in it as an application transaction. So a version of the table says which
-segments are in it, for good and without a look at any row: no segment can be taken twice, and a reader knows which of
-those on the disk to pass over. A file is under one key; the partition says of which class, and a reader holds the file
-against that.
+A commit names each segment that it contains as an application transaction. So a version of the table knows its segments
+without reading a row: no segment can be added twice, and readers know which segment files to skip. Each file has one
+key. The file's partition gives the key's column class, and readers verify that the file matches it.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
@@ -27,10 +26,18 @@ from cluster.records.columns import LINE, SEGMENT, schema, to_record
 from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.synced import sync_file, sync_folder
 
-FOLDER, UNBORN_FOLDER = "table", "table.new"
+FOLDER, UNFINISHED_FOLDER = "table", "table.new"
 HISTORY = "_delta_log"
 CLASS = "column_class"
-_APP, _SAID = "falaj.segment.", "falaj.compaction"
+_APP_PREFIX, _METADATA_KEY = "falaj.segment.", "falaj.compaction"
+
+
+class StoredRecord(NamedTuple):
+    """A record with its position in the log."""
+
+    segment: str
+    line: int
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +45,7 @@ class LogFile:
     """A file of the table."""
 
     path: str
-    """Relative to the table."""
+    """Path relative to the table's folder."""
     column_class: str
     records: int
     size_bytes: int = 0
@@ -46,83 +53,86 @@ class LogFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compaction:
-    """What a commit says of itself."""
+    """Numbers of segments and records that one commit added."""
 
     segments: int
     records: int
 
 
 class LogTable:
-    """The newest version of a log's table when this was made.
+    """The table of a log, at its newest version when this object is created. The table may not exist yet.
 
     Args:
-        log: the log's folder, `predictions/<model>` or `outcomes/<model>`.
+        log: Folder of the log, `predictions/<model>` or `outcomes/<model>`.
 
     Raises:
-        RecordLogCorrupt: there is a table, but its history cannot be read.
+        RecordLogCorrupt: The table exists, but its history cannot be read.
     """
 
     def __init__(self, log: Path) -> None:
         self.kind, self._name = log.parts[-2], "/".join(log.parts[-2:])
         self.folder = log / FOLDER
-        self._table = _opened(self.folder)
+        self._table = _open(self.folder)
         self.files = () if self._table is None else _files(self._table)
 
     @property
     def records(self) -> int:
-        """In all files; needs no key."""
+        """Number of records in all files. It needs no key."""
         return sum(file.records for file in self.files)
 
     def has(self, segment: str) -> bool:
-        """Whether a segment's records are in it."""
-        return self._table is not None and self._table.transaction_version(_APP + segment) is not None
+        """Return whether the table has a segment's records."""
+        return self._table is not None and self._table.transaction_version(_APP_PREFIX + segment) is not None
 
-    def read(self, file: LogFile, files: ProtectedFiles) -> Iterator[tuple[str, int, dict[str, Any]]]:
-        """A file's records, each with its segment and line.
+    def read(self, file: LogFile, files: ProtectedFiles) -> Iterator[StoredRecord]:
+        """Yield a file's records.
 
         Raises:
-            ProtectedFileCorrupt: it was altered, or is not the one that was written for this log.
-            AccessDenied, KeyRevoked: as the key store says.
+            ProtectedFileCorrupt: The file was changed, or was not written for this log.
+            AccessDenied, KeyRevoked: The key store refuses the key.
         """
         table = files.read(
             str(self.folder / file.path),
             protection=self._protection(file.column_class),
-            place=self._place(file.path),
+            place=self._aad(file.path),
         )
         for batch in table.to_batches(max_chunksize=10_000):
             for row in batch.to_pylist():
-                yield row[SEGMENT], row[LINE], to_record(self.kind, row)
+                yield StoredRecord(row[SEGMENT], row[LINE], to_record(self.kind, row))
 
     def write(self, rows: Sequence[Mapping[str, Any]], column_class: str, files: ProtectedFiles) -> LogFile:
-        """Write rows as one file, which belongs to the table once it is committed."""
+        """Write rows as one file. It becomes part of the table with `commit`."""
         path = f"{CLASS}={column_class}/{uuid.uuid4().hex}.parquet"
         size = files.write(
             pa.Table.from_pylist(list(rows), schema(self.kind)),
             str(self.folder / path),
             self._protection(column_class),
-            place=self._place(path),
+            place=self._aad(path),
         )
         return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
 
     def ensure(self) -> DeltaTable:
-        """Have a table, before the first file is written: a file without a table says then that its table is lost."""
+        """Return the Delta table; create it if it does not exist.
+
+        It is created before the first file is written. So a file without a table shows that the table is lost.
+        """
         if self._table is None:
-            self._table = _created(self.folder, schema(self.kind))
+            self._table = _create(self.folder, schema(self.kind))
         return self._table
 
     def commit(self, files: Sequence[LogFile], segments: Sequence[str]) -> int:
-        """Add files and name the segments that they hold, in one transaction; gives the table's version.
+        """Add files and name their segments, in one transaction; return the table's version.
 
         Raises:
-            CommitConflict: somebody else committed meanwhile; nothing was changed.
+            CommitConflict: Another process committed at the same time; nothing was changed.
         """
-        said = Compaction(segments=len(segments), records=sum(file.records for file in files))
+        compaction = Compaction(segments=len(segments), records=sum(file.records for file in files))
         properties = CommitProperties(
-            custom_metadata={_SAID: json.dumps({"segments": said.segments, "records": said.records})},
+            custom_metadata={_METADATA_KEY: json.dumps(asdict(compaction))},
             max_commit_retries=0,
-            app_transactions=[Transaction(_APP + segment, 1) for segment in segments],
+            app_transactions=[Transaction(_APP_PREFIX + segment, 1) for segment in segments],
         )
-        actions: list[AddAction | RemoveAction] = [_added(file) for file in files]
+        actions: list[AddAction | RemoveAction] = [_add_action(file) for file in files]
         try:
             self.ensure().create_write_transaction(
                 actions,
@@ -133,12 +143,12 @@ class LogTable:
             )
         except CommitFailedError as error:
             raise CommitConflict(
-                f"Somebody else committed to {self.folder} meanwhile; nothing was changed. Run it again."
+                f"Another process committed to {self.folder} at the same time; nothing was changed. Run it again."
             ) from error
         return int(DeltaTable(str(self.folder)).version())
 
     def sync(self) -> None:
-        """Have all on the disk that says what is in the table, whichever run wrote it; Delta syncs nothing itself."""
+        """Flush the table's history and folders to disk, because Delta does not. Earlier runs' commits are included."""
         history = self.folder / HISTORY
         for path in history.iterdir():
             if path.is_file():
@@ -147,52 +157,52 @@ class LogTable:
             sync_folder(folder)
 
     def compactions(self) -> dict[int, Compaction]:
-        """Table version to what it took, of every compaction."""
+        """Return all compactions by table version."""
         history = [] if self._table is None else self._table.history()
         return {
-            int(entry["version"]): Compaction(**json.loads(entry[_SAID]))
+            int(entry["version"]): Compaction(**json.loads(entry[_METADATA_KEY]))
             for entry in history
-            if _SAID in entry
+            if _METADATA_KEY in entry
         }
 
     def _protection(self, column_class: str) -> Protection:
         return Protection(default=f"{self._name}/{column_class}", keys=((SEGMENT, None), (LINE, None)))
 
-    def _place(self, path: str) -> str:
+    def _aad(self, path: str) -> str:
         return f"{self._name}/{FOLDER}/{path}"
 
 
-def _opened(folder: Path) -> DeltaTable | None:
-    """None where nothing was compacted."""
+def _open(folder: Path) -> DeltaTable | None:
+    """Open the table; return None if nothing was compacted yet."""
     if not folder.exists():
         return None
     try:
         return DeltaTable(str(folder))
     except DeltaError as error:
-        said = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise RecordLogCorrupt(
-            f"{folder} is there, but its history cannot be read ({said}), so nobody knows which records are in it. "
+            f"{folder} exists, but its history cannot be read ({reason}), so its records are unknown. "
             f"Nothing was changed. Restore {folder / HISTORY} from a backup."
         ) from error
 
 
-def _created(folder: Path, columns: pa.Schema) -> DeltaTable:
-    """The folder appears whole and on the disk, or not at all."""
-    unborn = folder.with_name(UNBORN_FOLDER)
-    if unborn.exists():
-        shutil.rmtree(unborn)
-    unborn.mkdir(parents=True)
+def _create(folder: Path, columns: pa.Schema) -> DeltaTable:
+    """Create the table atomically, flushed to disk."""
+    unfinished = folder.with_name(UNFINISHED_FOLDER)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
     DeltaTable.create(
-        str(unborn),
+        str(unfinished),
         schema=_with_class(columns),
         partition_by=[CLASS],
-        configuration={"delta.enableExpiredLogCleanup": "false"},  # compactions are found in its history
+        configuration={"delta.enableExpiredLogCleanup": "false"},  # `compactions` needs the whole history
     )
-    for path in (unborn / HISTORY).iterdir():
+    for path in (unfinished / HISTORY).iterdir():
         sync_file(path)
-    for made in (unborn / HISTORY, unborn):
-        sync_folder(made)
-    unborn.rename(folder)
+    for new_folder in (unfinished / HISTORY, unfinished):
+        sync_folder(new_folder)
+    unfinished.rename(folder)
     sync_folder(folder.parent)
     return DeltaTable(str(folder))
 
@@ -201,25 +211,25 @@ def _with_class(columns: pa.Schema) -> Schema:
     return Schema.from_arrow(columns.append(pa.field(CLASS, pa.string())))
 
 
-def _added(file: LogFile) -> AddAction:
-    """Without minima and maxima, which would show what is protected."""
+def _add_action(file: LogFile) -> AddAction:
+    """Return the action without minima and maxima, which would reveal protected values."""
     stats = json.dumps({"numRecords": file.records})
     now = int(time.time() * 1000)
     return AddAction(file.path, file.size_bytes, {CLASS: file.column_class}, now, True, stats)
 
 
 def _files(table: DeltaTable) -> tuple[LogFile, ...]:
-    # Neither as `pa.table`, nor with the times among the columns: for both, Arrow would import pandas.
-    said = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
-    named: list[dict[str, Any]] = said.select(
+    # `pa.table` and time columns are avoided: for both, Arrow would import pandas.
+    actions = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
+    rows: list[dict[str, Any]] = actions.select(
         ["path", f"partition.{CLASS}", "num_records", "size_bytes"]
     ).to_pylist()
     return tuple(
         LogFile(
-            path=one["path"],
-            column_class=one[f"partition.{CLASS}"],
-            records=int(one["num_records"]),
-            size_bytes=int(one["size_bytes"]),
+            path=row["path"],
+            column_class=row[f"partition.{CLASS}"],
+            records=int(row["num_records"]),
+            size_bytes=int(row["size_bytes"]),
         )
-        for one in sorted(named, key=lambda one: str(one["path"]))
+        for row in sorted(rows, key=lambda row: str(row["path"]))
     )

@@ -1,4 +1,7 @@
-"""A version's logged answers in the types of its signature, whatever other versions and clients wrote beside them."""
+"""Convert a version's logged answers to the types of its signature.
+
+The log holds answers of all versions and values from clients, so a logged value can have any type.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,42 @@ from cluster.runtime.values import value_type
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Typed:
-    """Rows of one version."""
+    """Rows of one version, in the types of its signature."""
 
     rows: pl.DataFrame
-    """As they were, with each input and answer in its own type; null where a value is none of that type, or absent."""
+    """The logged rows, with each input and answer in its type. A missing value or one of another type is null."""
     names: tuple[str, ...]
-    """Of the inputs and answers among its columns."""
+    """Names of the columns with inputs and answers."""
     odd: dict[str, int]
-    """Input to the number of its values that are not of its type."""
+    """Maps input to the number of its values of another type; inputs without such values are not listed."""
 
 
 def typed(rows: pl.DataFrame, signature: ModelSignature) -> Typed:
-    """One version's rows, as `cluster.records.read_log` gives them."""
-    odd = {}
+    """Convert one version's rows, as `cluster.records.read_log` returns them, to the types of its signature."""
+    num_invalid_by_input = {}
     columns = _answers(rows, signature)
     for spec in signature.inputs:
         if spec.length is not None or spec.name in TAKEN:  # a list stays as it was logged
             continue
-        column, wrong = column_of(spec.name, _values(rows, spec.name), spec.dtype)
+        column, num_invalid = column_of(spec.name, _values(rows, spec.name), spec.dtype)
         columns.append(column)
-        if wrong:
-            odd[spec.name] = wrong
-    return Typed(rows=rows.with_columns(columns), names=tuple(one.name for one in columns), odd=odd)
+        if num_invalid:
+            num_invalid_by_input[spec.name] = num_invalid
+    names = tuple(column.name for column in columns)
+    return Typed(rows=rows.with_columns(columns), names=names, odd=num_invalid_by_input)
 
 
 def column_of(name: str, values: list[Any], dtype: str) -> tuple[pl.Series, int]:
-    """Logged values as a column of an Arrow type, and how many are not of it and are null in the column."""
-    kind = value_type(dtype)
-    if kind is None:
+    """Convert logged values to a column of an Arrow type.
+
+    Returns:
+        The column, with values of other types as null; and the number of those values.
+    """
+    target = value_type(dtype)
+    if target is None:
         return exact_column(name, values), 0
-    fitted, wrong = kind.fit_what_fits(values)
-    return pl.Series(name, fitted, dtype=_POLARS[kind.base], strict=False), wrong
+    converted, num_invalid = target.convert_or_null(values)
+    return pl.Series(name, converted, dtype=_POLARS[target.base], strict=False), num_invalid
 
 
 _POLARS: dict[type, Any] = {bool: pl.Boolean, str: pl.String, int: pl.Int64, float: pl.Float64}

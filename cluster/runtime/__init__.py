@@ -1,4 +1,4 @@
-"""Verify, load and run a model version; jobs and serve_apps both use it, so both predict the same."""
+"""Verify, load and run model versions. Jobs and serve_apps both use this package, so their predictions are the same."""
 
 from cluster.runtime.encoding import Encoder, encode
 from cluster.runtime.loader import load_model, open_model

@@ -1,9 +1,11 @@
-"""Named columns to the float32 matrix every model takes: the one encoding, for training and for serving.
+"""Encode named columns as the float32 matrix that every model takes. Training and serving use the same encoding.
 
-A category becomes its position in the signature, a missing value or an unknown category NaN. A request of a few
-rows comes as lists and is encoded value by value, which beats any vectorised call at that size; a list of many values
-is looked at by type first and then encoded as a whole, and value by value only to say what is wrong with it; a training
-set comes as Arrow columns and is encoded at once. All give the same matrix, which a property test holds.
+A category becomes its position in the signature. A missing value or an unknown category becomes NaN.
+
+The input format selects the method. A request with few rows has short lists; they are encoded value by value, which is
+faster than a vectorised call at that size. For a long list, the types are checked first and the list is encoded at
+once; it is encoded value by value only to find a wrong value. A training set has Arrow columns, which are encoded at
+once. All methods give the same matrix; a property test checks this.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import NoneType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,142 +22,159 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import InvalidRequest, did_you_mean
-from cluster.runtime.list_encoding import list_row, list_rows
+from cluster.runtime.list_encoding import MAX_FLOAT32, beyond_float32, list_row, list_rows
 from cluster.runtime.signature import InputSpec, Label, ModelSignature
 
 Matrix = npt.NDArray[np.float32]
 Columns: TypeAlias = Mapping[str, Sequence[Any]] | pa.Table
-ByValue: TypeAlias = Callable[[Any], float]
-ByColumn: TypeAlias = Callable[[Sequence[Any]], Sequence[float]]
-AtOnce: TypeAlias = Callable[[Sequence[Any]], Sequence[float] | None]
+EncodeValue: TypeAlias = Callable[[Any], float]
+EncodeColumn: TypeAlias = Callable[[Sequence[Any]], Sequence[float]]
+EncodeBatch: TypeAlias = Callable[[Sequence[Any]], Sequence[float] | None]
+"""Encodes many values at once; returns None if they must be encoded one by one."""
 
-MANY = 16
-"""From so many values on, looking at their types first pays."""
+MIN_BATCH = 16
+"""Number of values from which checking all types first is faster."""
 _NAN = math.nan
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = MAX_FLOAT32
+
+
+class _InputEncoder(NamedTuple):
+    """Encoding of one input."""
+
+    encode_value: EncodeValue
+    encode_batch: EncodeBatch
+    batch_types: set[Any]
+    """`encode_batch` may be used if all values have one of these types."""
 
 
 class Encoder:
-    """The encoding of one signature, with its category tables built once."""
+    """The encoding of one signature. Its category tables are built once."""
 
     def __init__(self, signature: ModelSignature) -> None:
         self._inputs = signature.inputs
         self._names = [spec.name for spec in signature.inputs]
-        encoders = [_encoders(spec) for spec in signature.inputs]
-        self._by_value = [by_value for by_value, _, _ in encoders]
-        self._by_column = [_by_column(*encoder) for encoder in encoders]
+        encoders = [_input_encoder(spec) for spec in signature.inputs]
+        self._value_encoders = [encoder.encode_value for encoder in encoders]
+        self._column_encoders = [_column_encoder(encoder) for encoder in encoders]
         self._width = signature.width
         self._has_lists = any(spec.length is not None for spec in signature.inputs)
 
     def __call__(self, columns: Columns) -> Matrix:
-        """The model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
+        """Return the model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
 
-        A null is NaN, and so is a category that training did not know. What an explicit NaN in a request means is
-        the caller's decision; here it is a missing number. float32 holds integers exactly up to 2^24.
+        Null becomes NaN, and so does a category that was not in the training set. NaN in a request counts as a missing
+        number; the caller decides whether to allow it. float32 holds integers exactly up to 2^24.
 
         Raises:
-            InvalidRequest: naming the input that is missing, of the wrong type, too large, or of another length.
+            InvalidRequest: An input is missing, or has a wrong type, a too large value or another length. The message
+                names it.
         """
         if isinstance(columns, pa.Table):
             return self._encode_table(columns)
-        given = self._given(columns)
+        inputs = self._input_values(columns)
         if self._has_lists:
-            return self._encode_with_lists(given)
-        if len(given[0]) == 1:
-            row = [by_value(values[0]) for by_value, values in zip(self._by_value, given, strict=True)]
+            return self._encode_with_lists(inputs)
+        if len(inputs[0]) == 1:
+            row = [
+                encode_value(values[0])
+                for encode_value, values in zip(self._value_encoders, inputs, strict=True)
+            ]
             return np.array([row], dtype=np.float32)
-        encoded = [by_column(values) for by_column, values in zip(self._by_column, given, strict=True)]
+        encoded = [
+            encode_column(values) for encode_column, values in zip(self._column_encoders, inputs, strict=True)
+        ]
         return np.array(encoded, dtype=np.float32).T.copy()
 
-    def _encode_with_lists(self, given: list[Sequence[Any]]) -> Matrix:
-        matrix, at = np.empty((len(given[0]), self._width), dtype=np.float32), 0
-        for spec, by_column, values in zip(self._inputs, self._by_column, given, strict=True):
+    def _encode_with_lists(self, inputs: list[Sequence[Any]]) -> Matrix:
+        matrix, position = np.empty((len(inputs[0]), self._width), dtype=np.float32), 0
+        for spec, encode_column, values in zip(self._inputs, self._column_encoders, inputs, strict=True):
             if spec.length is None:
-                matrix[:, at] = by_column(values)
+                matrix[:, position] = encode_column(values)
             else:
                 for row, value in enumerate(values):
-                    matrix[row, at : at + spec.length] = list_row(spec, spec.length, value)
-            at += spec.width
+                    matrix[row, position : position + spec.length] = list_row(spec, spec.length, value)
+            position += spec.width
         return matrix
 
-    def _given(self, columns: Mapping[str, Sequence[Any]]) -> list[Sequence[Any]]:
-        """Each input's values, as many of one as of another."""
+    def _input_values(self, columns: Mapping[str, Sequence[Any]]) -> list[Sequence[Any]]:
+        """Return the values of each input, in order. All inputs must have the same number of values."""
         try:
-            given = [columns[name] for name in self._names]
+            inputs = [columns[name] for name in self._names]
         except KeyError:
             missing = next(name for name in self._names if name not in columns)
             raise InvalidRequest(f"Input '{missing}' is missing.{did_you_mean(missing, columns)}") from None
-        num_rows = len(given[0])
-        for name, values in zip(self._names, given, strict=True):
+        num_rows = len(inputs[0])
+        for name, values in zip(self._names, inputs, strict=True):
             if len(values) != num_rows:
                 raise InvalidRequest(
                     f"Input '{name}' has {len(values)} values, '{self._names[0]}' has {num_rows}."
                 )
-        return given
+        return inputs
 
     def _encode_table(self, table: pa.Table) -> Matrix:
-        matrix, at = np.empty((table.num_rows, self._width), dtype=np.float32), 0
-        there = dict.fromkeys(table.column_names)
+        matrix, position = np.empty((table.num_rows, self._width), dtype=np.float32), 0
+        names = dict.fromkeys(table.column_names)
         for spec in self._inputs:
-            if spec.name not in there:
-                raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, there)}")
+            if spec.name not in names:
+                raise InvalidRequest(f"Input '{spec.name}' is missing.{did_you_mean(spec.name, names)}")
             column = table.column(spec.name)
             if spec.length is None:
-                matrix[:, at] = _encode_column(spec, column)
+                matrix[:, position] = _encode_column(spec, column)
             else:
-                matrix[:, at : at + spec.length] = list_rows(spec, spec.length, column)
-            at += spec.width
+                matrix[:, position : position + spec.length] = list_rows(spec, spec.length, column)
+            position += spec.width
         return matrix
 
 
 def encode(signature: ModelSignature, columns: Columns) -> Matrix:
-    """`Encoder(signature)(columns)`, for a single use."""
+    """Return `Encoder(signature)(columns)`, for a single use."""
     return Encoder(signature)(columns)
 
 
-def _by_column(by_value: ByValue, at_once: AtOnce, types: set[Any]) -> ByColumn:
-    def column(values: Sequence[Any]) -> Sequence[float]:
-        if len(values) >= MANY and types.issuperset(map(type, values)):
-            encoded = at_once(values)
+def _column_encoder(encoder: _InputEncoder) -> EncodeColumn:
+    encode_value, encode_batch, batch_types = encoder
+
+    def encode_column(values: Sequence[Any]) -> Sequence[float]:
+        if len(values) >= MIN_BATCH and batch_types.issuperset(map(type, values)):
+            encoded = encode_batch(values)
             if encoded is not None:
                 return encoded
-        return [by_value(value) for value in values]
+        return [encode_value(value) for value in values]
 
-    return column
+    return encode_column
 
 
-def _encoders(spec: InputSpec) -> tuple[ByValue, AtOnce, set[Any]]:
-    """How one value and how many are encoded, the latter only where all are of these types."""
+def _input_encoder(spec: InputSpec) -> _InputEncoder:
     if spec.categories is None:
         types: set[Any] = {bool, NoneType} if spec.dtype == "bool" else {int, float, NoneType}
-        return _number_encoder(spec), _numbers_at_once, types
+        return _InputEncoder(_number_encoder(spec), _encode_number_batch, types)
     codes: dict[Any, float] = {category: float(code) for code, category in enumerate(spec.categories)}
-    textual = all(isinstance(category, str) for category in spec.categories)
+    is_text = all(isinstance(category, str) for category in spec.categories)
 
-    def categories_at_once(values: Sequence[Any]) -> Sequence[float]:
+    def encode_category_batch(values: Sequence[Any]) -> Sequence[float]:
         return [codes.get(value, _NAN) for value in values]
 
-    # Numbers and flags are looked at one by one, because True == 1 and a NaN may be a missing category.
-    types = {str, NoneType} if textual else set()
-    return _category_encoder(spec, spec.categories, codes), categories_at_once, types
+    # Numbers and flags are encoded one by one, because True == 1, and because NaN can be a missing category.
+    types = {str, NoneType} if is_text else set()
+    return _InputEncoder(_category_encoder(spec, spec.categories, codes), encode_category_batch, types)
 
 
-def _numbers_at_once(values: Sequence[Any]) -> Sequence[float] | None:
-    """None where one is too large, which only looking at each can say."""
+def _encode_number_batch(values: Sequence[Any]) -> Sequence[float] | None:
+    """Encode numbers; return None if one is too large, because only encoding one by one can name it."""
     try:
-        numbers = np.array(values, dtype=np.float64)  # a None becomes NaN
+        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
     except OverflowError:
         return None
-    found: list[float] = numbers.tolist()
-    return None if np.any(np.abs(numbers) > _LARGEST) else found
+    encoded: list[float] = numbers.tolist()
+    return None if np.any(np.abs(numbers) > _LARGEST) else encoded
 
 
-def _number_encoder(spec: InputSpec) -> ByValue:
+def _number_encoder(spec: InputSpec) -> EncodeValue:
     is_flag = spec.dtype == "bool"
 
     def number(value: Any) -> float:
         if type(value) is float and not is_flag and -_LARGEST <= value <= _LARGEST:
-            return value  # nearly all are, and asking whether one is a Real takes ten times as long
+            return value  # the usual case; isinstance(value, Real) takes ten times as long
         if value is None:
             return _NAN
         if isinstance(value, bool | np.bool_) != is_flag or not isinstance(value, Real | np.bool_):
@@ -165,20 +184,20 @@ def _number_encoder(spec: InputSpec) -> ByValue:
         except OverflowError:
             result = math.inf
         if abs(result) > _LARGEST:
-            raise InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({_LARGEST:.3g}).")
+            raise beyond_float32(spec)
         return result
 
     return number
 
 
-def _category_encoder(spec: InputSpec, categories: tuple[Label, ...], codes: dict[Any, float]) -> ByValue:
+def _category_encoder(spec: InputSpec, categories: tuple[Label, ...], codes: dict[Any, float]) -> EncodeValue:
     is_flag = all(isinstance(category, bool) for category in categories)
-    wanted: Any = str if all(isinstance(category, str) for category in categories) else Real
+    category_type: Any = str if all(isinstance(category, str) for category in categories) else Real
 
     def code(value: Any) -> float:
         if value is None or value != value:
             return _NAN
-        if not isinstance(value, wanted) or isinstance(value, bool) != is_flag:
+        if not isinstance(value, category_type) or isinstance(value, bool) != is_flag:
             raise _wrong_type(spec, value)
         return codes.get(value, _NAN)
 
@@ -186,9 +205,9 @@ def _category_encoder(spec: InputSpec, categories: tuple[Label, ...], codes: dic
 
 
 def _wrong_type(spec: InputSpec, value: Any) -> InvalidRequest:
-    wanted = spec.dtype if spec.categories is None else f"a category of type {spec.dtype}"
+    expected = spec.dtype if spec.categories is None else f"a category of type {spec.dtype}"
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
-    return InvalidRequest(f"Input '{spec.name}' must be {wanted} or null, got {shown}.")
+    return InvalidRequest(f"Input '{spec.name}' must be {expected} or null, got {shown}.")
 
 
 def _encode_column(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
@@ -206,7 +225,7 @@ def _encode_numbers(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.
         raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}, got a column of {kind}.")
     numbers = pc.fill_null(column.cast(pa.float64(), safe=False), _NAN).to_numpy()
     if np.any(np.abs(numbers) > _LARGEST):
-        raise InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({_LARGEST:.3g}).")
+        raise beyond_float32(spec)
     return np.asarray(numbers, dtype=np.float64)
 
 

@@ -1,8 +1,8 @@
-"""What a replica may run on, and which engine runs a version there: decided once, when it is loaded.
+"""Choice of the device and the engine for a model version. It is made once, when the version is loaded.
 
-A network runs in torch, from its shape and weights, where the replica was given a GPU and torch finds it. Anything else
-runs on the CPU: an ONNX graph in ONNX Runtime, trees in LightGBM. A version that was registered as int8 was judged as
-int8, so it stays on the CPU whatever there is; so does one that was registered without its network's shape.
+A network runs in torch, built from its shape and weights, if the replica has a GPU and torch finds it. Everything else
+runs on the CPU: an ONNX graph in ONNX Runtime, and trees in LightGBM. Two kinds of networks always stay on the CPU: a
+version that was registered (and evaluated) as int8, and a version that was registered without its network's shape.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cluster.runtime.signature import LIGHTGBM_FILE, NETWORK_FILE, ONNX_FILE, WE
 
 LOG = logging.getLogger("falaj.runtime")
 CPU, CUDA = "cpu", "cuda:0"
-"""Devices, as torch calls them; Ray lets a replica see no GPU but its own, which is the first then."""
+"""Torch's names of the devices. Ray shows a replica only its own GPU, which is then the first one."""
 
 
 class Runner(enum.Enum):
-    """What runs a model."""
+    """Engine that runs a model."""
 
     lightgbm = "lightgbm"
     onnx = "onnx"
@@ -30,23 +30,23 @@ class Runner(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """What one replica may use."""
+    """Hardware that one replica may use."""
 
     num_threads: int = 1
-    """CPU threads of one prediction."""
+    """CPU threads for one prediction."""
     device: str = CPU
-    """As torch calls it."""
+    """Torch's name of the device."""
     memory_share: float = 1.0
-    """Of the GPU's memory; Ray's fraction of a GPU is a matter of counting and keeps nobody within it."""
+    """Share of the GPU's memory. Ray only counts fractions of a GPU and does not enforce them."""
 
 
 def replica_hardware(*, num_cpus: float, num_gpus: float, has_cuda: bool) -> Hardware:
-    """What a replica with these resources may use.
+    """Return the hardware that a replica with these resources may use.
 
     Args:
-        num_cpus: that it reserves; a part of one is one thread.
-        num_gpus: that it reserves; a part of one is that part of its memory.
-        has_cuda: whether torch finds a GPU. A logical one, as a test cluster may have, is none.
+        num_cpus: Reserved CPUs. Less than one CPU is one thread.
+        num_gpus: Reserved GPUs. A fraction is that share of the GPU's memory.
+        has_cuda: Whether torch finds a GPU. It is False for the logical GPUs of a test cluster.
     """
     threads = max(1, int(num_cpus))
     if num_gpus > 0 and has_cuda:
@@ -55,31 +55,31 @@ def replica_hardware(*, num_cpus: float, num_gpus: float, has_cuda: bool) -> Har
 
 
 def find_hardware(*, num_cpus: float, num_gpus: float) -> Hardware:
-    """What this process may use, of what is there."""
+    """Return the hardware that this process may use, with a check whether torch finds a GPU."""
     has_cuda = False
     if num_gpus > 0:
-        import torch  # takes seconds, and only who has a GPU needs to know
+        import torch  # takes seconds, so it is imported only with a reserved GPU
 
         has_cuda = torch.cuda.is_available()
         if not has_cuda:
-            LOG.warning("%s of a GPU is reserved here, and torch finds none: models run on the CPU", num_gpus)
+            LOG.warning("%s of a GPU is reserved, but torch finds no GPU: models run on the CPU", num_gpus)
     return replica_hardware(num_cpus=num_cpus, num_gpus=num_gpus, has_cuda=has_cuda)
 
 
 def choose_runner(files: Collection[str], precision: Precision, hardware: Hardware) -> Runner:
-    """What runs a model of these files.
+    """Return the engine that runs a model with these files.
 
     Raises:
-        RefusedError: they are not those of one model.
+        RefusedError: The files do not belong to exactly one model.
     """
     match ONNX_FILE in files, LIGHTGBM_FILE in files:
         case True, False:
-            whole = NETWORK_FILE in files and WEIGHTS_FILE in files
+            has_network = NETWORK_FILE in files and WEIGHTS_FILE in files
             on_gpu = hardware.device != CPU and precision is Precision.float32
-            return Runner.torch if whole and on_gpu else Runner.onnx
+            return Runner.torch if has_network and on_gpu else Runner.onnx
         case False, True:
             return Runner.lightgbm
         case _:
             raise RefusedError(
-                f"A model folder needs either {ONNX_FILE} or {LIGHTGBM_FILE}, not both or none."
+                f"A model folder needs exactly one of {ONNX_FILE} and {LIGHTGBM_FILE}. Remove or add a file."
             )

@@ -1,4 +1,4 @@
-"""Runs LightGBM's own text format."""
+"""Engine for models in LightGBM's text format."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class LightGBMEngine:
         """Parse the text.
 
         Raises:
-            RefusedError: it is no LightGBM model.
+            RefusedError: The text is not a LightGBM model.
         """
-        _check(text)
+        _validate(text)
         try:
             self._booster = lgb.Booster(model_str=text)
         except lgb.basic.LightGBMError as error:
-            raise RefusedError(f"{LIGHTGBM_FILE} is no LightGBM text model: {error}.") from error
+            raise RefusedError(f"{LIGHTGBM_FILE} is not a LightGBM text model: {error}.") from error
         self._num_threads = num_threads
         self._row = RowPredictor(self._booster, num_threads=num_threads)
 
@@ -41,16 +41,21 @@ class LightGBMEngine:
         return np.asarray(self._booster.predict(matrix, num_threads=self._num_threads), dtype=np.float64)
 
 
-def _check(text: str) -> None:
-    """Follow the table of tree sizes: LightGBM itself aborts the process where a tree is not where it should be."""
+def _validate(text: str) -> None:
+    """Validate the positions of all trees, because LightGBM aborts the process if one is wrong."""
     header, blank, trees = text.partition("\n\n")
     sizes = re.search(r"^tree_sizes=([0-9 ]*)$", header, re.MULTILINE)
     if not text.startswith("tree\n") or not blank or sizes is None:
-        raise RefusedError(f"{LIGHTGBM_FILE} is no LightGBM text model. Train the version again.")
+        raise RefusedError(f"{LIGHTGBM_FILE} is not a LightGBM text model. Train the version again.")
     position = 0
     for number, size in enumerate(sizes[1].split()):
         if not trees.startswith(f"Tree={number}\n", position):
-            raise RefusedError(f"{LIGHTGBM_FILE} is damaged: tree {number} is not where its header says.")
+            raise RefusedError(
+                f"{LIGHTGBM_FILE} is damaged: tree {number} is not at the position in the header. Train the version "
+                "again."
+            )
         position += int(size)
     if not trees.startswith("end of trees", position):
-        raise RefusedError(f"{LIGHTGBM_FILE} is damaged: its last tree is cut off.")
+        raise RefusedError(
+            f"{LIGHTGBM_FILE} is damaged: its last tree is incomplete. Train the version again."
+        )

@@ -1,8 +1,8 @@
-"""One row at a time through LightGBM's own C function for that.
+"""Fast prediction of single rows with LightGBM's C function for this.
 
-`Booster.predict` copies its parameters and makes a predictor anew for each call, which takes eight times as long as a
-small model's trees. The function here is given all of it once (`LGBM_BoosterPredictForMatSingleRowFastInit` in
-LightGBM's `c_api.h`), and gives the same bits.
+`Booster.predict` copies its parameters and creates a predictor for each call, which takes eight times as long as a
+small model's trees. The C function does this once (`LGBM_BoosterPredictForMatSingleRowFastInit` in LightGBM's
+`c_api.h`). Its results are bit-identical.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Scores
 
 _NORMAL, _FLOAT32, _FIRST, _ALL = 0, 0, 0, -1
-"""Of `c_api.h`: scores as the objective has them, the matrix' type; and which trees."""
+"""Constants of `c_api.h`: type of prediction (the objective's scores), matrix type, first tree, number of trees."""
 
 
 class RowPredictor:
-    """Predicts single rows of a booster, which it keeps; safe to call from several threads."""
+    """Predicts single rows with a booster. It keeps a reference to the booster, and is thread-safe."""
 
     def __init__(self, booster: lgb.Booster, *, num_threads: int = 1) -> None:
         self._booster = booster
         self._library = lgb.basic._LIB
         self._num_scores = booster.num_model_per_iteration()
-        self._lock = threading.Lock()  # the function has one buffer for all its callers
+        self._lock = threading.Lock()  # the C function has one buffer for all callers
         self._config = ctypes.c_void_p()
         self._check(
             self._library.LGBM_BoosterPredictForMatSingleRowFastInit(
@@ -45,7 +45,7 @@ class RowPredictor:
         weakref.finalize(self, self._library.LGBM_FastConfigFree, self._config)
 
     def scores(self, matrix: Matrix) -> Scores:
-        """Scores of one encoded row, float32 [1, inputs]: [1], or [1, classes] for a multiclass model."""
+        """Return the scores of one encoded row, float32 [1, inputs]: [1], or [1, classes] for a multiclass model."""
         row = np.ascontiguousarray(matrix, dtype=np.float32)
         result = np.empty(self._num_scores)
         count = ctypes.c_int64()

@@ -1,4 +1,4 @@
-"""Lists of numbers to columns of the model's matrix, one value at a time and a column at once; both give the same."""
+"""Encode lists of numbers as columns of the model's matrix: one list, or a whole column. Both give the same result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster.errors import InvalidRequest
 from cluster.runtime.signature import InputSpec
 
 Numbers = npt.NDArray[np.float64]
-_LARGEST = float(np.finfo(np.float32).max)
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def list_row(spec: InputSpec, length: int, value: Any) -> Numbers:
-    """One list, float64 [length]; NaN throughout where it is missing.
+    """Encode one list as float64 [length]; a missing list is all NaN.
 
     Raises:
-        InvalidRequest: it is no list of so many numbers.
+        InvalidRequest: The value is not a list of `length` numbers.
     """
     if value is None:
         return np.full(length, math.nan)
@@ -34,15 +34,15 @@ def list_row(spec: InputSpec, length: int, value: Any) -> Numbers:
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except OverflowError:
-        raise _beyond(spec) from None
-    return _within(spec, numbers)
+        raise beyond_float32(spec) from None
+    return _require_float32(spec, numbers)
 
 
 def list_rows(spec: InputSpec, length: int, column: pa.ChunkedArray) -> Numbers:
-    """A column of lists, float64 [rows, length].
+    """Encode a column of lists as float64 [rows, length].
 
     Raises:
-        InvalidRequest: a list has another length, or what it holds are no numbers.
+        InvalidRequest: A list has another length, or its elements are not numbers.
     """
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -54,22 +54,23 @@ def list_rows(spec: InputSpec, length: int, column: pa.ChunkedArray) -> Numbers:
         raise InvalidRequest(
             f"Input '{spec.name}' must be lists of {length} numbers, got a column of {kind}."
         )
-    known = np.asarray(column.is_valid())
+    is_valid = np.asarray(column.is_valid())
     if not pc.all(pc.equal(pc.list_value_length(column), length), min_count=0).as_py():
         raise InvalidRequest(
             f"Input '{spec.name}' must be lists of {length} numbers, some have more or fewer."
         )
     numbers = np.full((len(column), length), math.nan)
     elements = pc.list_flatten(column).cast(pa.float64(), safe=False)
-    numbers[known] = np.asarray(pc.fill_null(elements, math.nan)).reshape(-1, length)
-    return _within(spec, numbers)
+    numbers[is_valid] = np.asarray(pc.fill_null(elements, math.nan)).reshape(-1, length)
+    return _require_float32(spec, numbers)
 
 
-def _within(spec: InputSpec, numbers: Numbers) -> Numbers:
-    if np.any(np.abs(numbers) > _LARGEST):
-        raise _beyond(spec)
+def _require_float32(spec: InputSpec, numbers: Numbers) -> Numbers:
+    if np.any(np.abs(numbers) > MAX_FLOAT32):
+        raise beyond_float32(spec)
     return numbers
 
 
-def _beyond(spec: InputSpec) -> InvalidRequest:
-    return InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({_LARGEST:.3g}).")
+def beyond_float32(spec: InputSpec) -> InvalidRequest:
+    """Return the error for a number that float32 cannot hold."""
+    return InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({MAX_FLOAT32:.3g}).")

@@ -1,4 +1,4 @@
-"""From a model version's folder to a `Model`; nothing is parsed before its hash has been checked."""
+"""Load a model version's folder as a `Model`. A registered file is parsed only after its hash was verified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.storage import read_bytes
 
 ReadFile = Callable[[str], bytes]
-"""The content of a file of the model's folder, by name."""
+"""Reads a file of the model's folder by name."""
 ONE_CPU = Hardware()
 
 
@@ -32,48 +32,51 @@ def load_model(version: ModelVersion, store: KeyStore, *, hardware: Hardware = O
     """Load a registered version.
 
     Args:
-        version: as the registry has it.
-        store: has the model's key.
-        hardware: what it may run on.
+        version: Version from the registry.
+        store: Key store with the model's key.
+        hardware: Hardware that the model may use.
 
     Raises:
-        ArtifactTampered: a file is not the one that was registered.
-        AccessDenied, KeyRevoked: as the key store says.
-        RefusedError: the files are as registered, but make no model.
+        ArtifactTampered: A file differs from the registered one.
+        AccessDenied, KeyRevoked: The key store refuses the key.
+        RefusedError: The files are the registered ones, but not a valid model.
     """
     verify_files(version.uri, version.manifest_hash)
     return _load(version.files, lambda name: read_file(version, name, store), hardware)
 
 
 def read_file(version: ModelVersion, name: str, store: KeyStore) -> bytes:
-    """The content of one of a version's files, proved to be the one that was registered.
+    """Read, verify and decrypt one file of a version.
 
     Raises:
-        ArtifactTampered: it is not.
-        AccessDenied, KeyRevoked: as the key store says.
+        ArtifactTampered: The file differs from the registered one.
+        AccessDenied, KeyRevoked: The key store refuses the key.
     """
     data = read_bytes(f"{version.uri}/{name}")
-    # Checked on the very bytes that are opened: the file may have changed since the folder was verified.
+    # The hash of exactly these bytes is verified: the file may have changed since the folder was verified.
     if hashlib.sha256(data).hexdigest() != version.files[name]:
-        raise ArtifactTampered(f"Model file '{name}' of {version.uri} is not the one that was registered.")
+        raise ArtifactTampered(
+            f"Model file '{name}' of {version.uri} differs from the registered one. Restore the version from a "
+            "backup, or train it again."
+        )
     return open_file(data, name=version.name, version=version.version, part=name, store=store)
 
 
 def load_signature(version: ModelVersion, store: KeyStore) -> ModelSignature:
-    """A registered version's signature, without its model.
+    """Load only the signature of a registered version.
 
     Raises:
-        ArtifactTampered, AccessDenied, KeyRevoked: as `read_file`.
-        RefusedError: it is no signature.
+        ArtifactTampered, AccessDenied, KeyRevoked: As `read_file`.
+        RefusedError: The file is not a signature.
     """
     return parse_signature(read_file(version, SIGNATURE_FILE, store))
 
 
 def open_model(folder: Path, *, hardware: Hardware = ONE_CPU) -> Model:
-    """Load a folder of model files that is not registered yet, as training has just written it.
+    """Load a folder of model files that is not registered yet, for example after training.
 
     Raises:
-        RefusedError: the files make no model.
+        RefusedError: The files are not a valid model.
     """
     names = [path.name for path in folder.iterdir()]
     return _load(names, lambda name: (folder / name).read_bytes(), hardware)
@@ -87,12 +90,11 @@ def _load(names: Collection[str], read: ReadFile, hardware: Hardware) -> Model:
 
 
 def _engine(signature: ModelSignature, names: Collection[str], read: ReadFile, hardware: Hardware) -> Engine:
-    # Imported here: LightGBM and torch take seconds to import, and a replica needs only one of the engines.
+    # Engines are imported here: LightGBM and torch take seconds to import, and a replica needs only one engine.
     runner = choose_runner(names, signature.precision, hardware)
     if hardware.device != CPU and runner is not Runner.torch:
         LOG.warning(
-            "a GPU is reserved here for a model that runs on the CPU in %s: only a float32 network with its %s "
-            "uses one",
+            "a GPU is reserved for a model that runs on the CPU in %s: only a float32 network with a %s uses a GPU",
             runner.value,
             NETWORK_FILE,
         )

@@ -1,7 +1,6 @@
-"""A loaded model version: named columns in, predictions out.
+"""A loaded model version, which turns named columns into predictions.
 
-A request has few rows, so an engine runs on as many CPU threads as the caller says, one by default; replicas are the
-way to use more cores.
+A request has few rows, so an engine uses one CPU thread by default. To use more cores, use more replicas.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ _SHAPES = {
     Task.regression: "one value a row: [rows] or [rows, 1]",
 }
 _IMPUTE = (
-    "Fill missing values in (ONNX: Where(IsNaN(inputs), mean, inputs) in front of the graph; scikit-learn: "
-    "make_pipeline(SimpleImputer(), …) before it is converted)."
+    "Fill missing values in (ONNX: Where(IsNaN(inputs), mean, inputs) in front of the graph; scikit-learn: convert "
+    "make_pipeline(SimpleImputer(), …))."
 )
 
 
 class Engine(Protocol):
-    """Runs one file format."""
+    """Runs models of one file format."""
 
     @property
     def num_inputs(self) -> int:
-        """Columns of the matrix it takes."""
+        """Number of columns of the matrix that the model takes."""
         ...
 
     def scores(self, matrix: Matrix) -> Scores:
-        """Scores of an encoded float32 [rows, inputs]: [rows], or [rows, classes] for a multiclass model."""
+        """Return the scores of a float32 matrix [rows, inputs]: [rows], or [rows, classes] for a multiclass model."""
         ...
 
 
 class Model:
-    """A model version that can predict; safe to call from several threads."""
+    """A model version that can predict. It is thread-safe."""
 
     def __init__(self, signature: ModelSignature, engine: Engine) -> None:
-        """Join a signature and an engine, and prove on one row without any known value that they fit.
+        """Combine a signature and an engine, and verify with one row of missing values that they fit together.
 
         Raises:
-            RefusedError: other inputs than the signature names, or scores that do not fit its task.
+            RefusedError: The model has other inputs than the signature, or its scores do not fit the task.
         """
         if engine.num_inputs != signature.width:
             raise RefusedError(
                 f"The model takes {engine.num_inputs} inputs, its signature names {signature.width}. It must "
-                "take one column for each input of the training set, in their order."
+                "take one column for each input of the training set, in the same order."
             )
         self.signature = signature
         self._engine = engine
@@ -60,30 +59,31 @@ class Model:
         self._check_scores()
 
     def predict(self, columns: Columns) -> Predictions:
-        """Predict named columns, as lists or as an Arrow table; columns that are no input are ignored.
+        """Predict for named columns, given as lists or as an Arrow table. Columns that are not inputs are ignored.
 
         Raises:
-            InvalidRequest: naming the input that is missing or cannot be encoded.
+            InvalidRequest: An input is missing or cannot be encoded. The message names it.
+            ModelFailed: As `predict_matrix`.
         """
         return self.predict_matrix(self.encode(columns))
 
     def predict_matrix(self, matrix: Matrix) -> Predictions:
-        """Predict rows that are encoded already, float32 [rows, inputs].
+        """Predict for encoded rows, float32 [rows, inputs].
 
         Raises:
-            ModelFailed: it gives another number of scores than there are rows.
+            ModelFailed: The number of scores differs from the number of rows.
         """
         if not len(matrix):
             return Predictions(signature=self.signature, scores=np.empty(self._shape(0)))
-        scores = self._in_shape(self._engine.scores(matrix))
+        scores = self._reshape(self._engine.scores(matrix))
         if scores.shape != self._shape(len(matrix)):
             raise ModelFailed(f"gave scores of shape {scores.shape} for {len(matrix)} rows")
         return Predictions(signature=self.signature, scores=scores)
 
-    def _in_shape(self, scores: Scores) -> Scores:
-        """The engine's scores as `Predictions` has them.
+    def _reshape(self, scores: Scores) -> Scores:
+        """Convert the engine's scores to the shape of `Predictions`.
 
-        A graph of another tool may give a column, [rows, 1], or for a binary task the probabilities of both classes.
+        A graph of another tool can return a column, [rows, 1], or the probabilities of both classes of a binary task.
         """
         if self.signature.task is Task.multiclass or scores.ndim != 2:
             return scores
@@ -98,24 +98,26 @@ class Model:
     def _check_scores(self) -> None:
         matrix = np.full((1, self.signature.width), math.nan, dtype=np.float32)
         try:
-            given = self._engine.scores(matrix)
+            raw_scores = self._engine.scores(matrix)
         except RefusedError as error:
-            raise RefusedError(
-                f"The model fails on a row without any known value: {error} {_IMPUTE}"
-            ) from error
-        scores = self._in_shape(given)
+            raise RefusedError(f"The model fails on a row of missing values: {error} {_IMPUTE}") from error
+        scores = self._reshape(raw_scores)
         if scores.shape != self._shape(1):
             raise RefusedError(
-                f"The model gives scores of shape {given.shape} for one row; {self.signature.task.value} needs "
+                f"The model gives scores of shape {raw_scores.shape} for one row; {self.signature.task.value} needs "
                 f"{_SHAPES[self.signature.task].format(classes=self.signature.num_scores)}."
             )
         if not np.isfinite(scores).all():
             raise RefusedError(
-                f"The model gives {given.ravel()[0]} for a row without any known value. A missing value reaches the "
+                f"The model gives {raw_scores.ravel()[0]} for a row of missing values. A missing value reaches the "
                 f"model as NaN, and it must still give a finite score. {_IMPUTE}"
             )
-        if given.shape == (1, 2) and scores.shape == (1,) and abs(float(given.sum()) - 1) > SUM_TOLERANCE:
+        if (
+            raw_scores.shape == (1, 2)
+            and scores.shape == (1,)
+            and abs(float(raw_scores.sum()) - 1) > SUM_TOLERANCE
+        ):
             raise RefusedError(
-                f"The model gives two scores for a row of a binary task, and they sum to {given.sum():.3g}, not to 1: "
-                "give the probabilities of both classes (a Softmax), or that of the second class alone."
+                f"The model gives two scores for a row of a binary task, and they sum to {raw_scores.sum():.3g}, not "
+                "to 1. Give the probabilities of both classes (a Softmax), or that of the second class alone."
             )

@@ -1,8 +1,8 @@
-"""Runs an ONNX graph with ONNX Runtime on CPU.
+"""Engine for ONNX graphs, with ONNX Runtime on the CPU.
 
-A graph has one input, `inputs`, and gives `scores`; `docs/guides/own-models.md` states the contract. Graphs of other
-tools are run as they are where that is safe: the matrix is cast to the input's float type, and a graph with a fixed
-number of rows gets as many rows at a time. Anything else is refused with the tensor and the remedy.
+A graph has one input, `inputs`, and one used output, `scores`; `docs/guides/own-models.md` defines the contract. Graphs
+of other tools run unchanged where that is safe: the matrix is cast to the input's float type, and a graph with a fixed
+number of rows gets that number of rows per call. Any other graph is refused. The message names the tensor and the fix.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ RUN_ERRORS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
-"""What ONNX Runtime raises for a graph that it cannot load or run."""
+"""Errors of ONNX Runtime for a graph that it cannot load or run."""
 _INPUTS: dict[str, type[Any]] = {"tensor(float)": np.float32, "tensor(double)": np.float64}
 _OUTPUTS = {*_INPUTS, "tensor(float16)"}
 
 
 class OnnxEngine:
-    """A graph from `inputs`, floats [rows, inputs], to `scores`."""
+    """An ONNX graph that computes `scores` from `inputs`, floats [rows, inputs]."""
 
     def __init__(
         self, data: bytes, *, precision: Precision = Precision.float32, num_threads: int = 1
     ) -> None:
-        """Build a session from the file's bytes, so that it cannot pull in data from other files.
+        """Build a session from the file's bytes. So the graph cannot load data from other files.
 
         Raises:
-            RefusedError: it is no ONNX graph, is of another precision, or breaks the contract.
+            RefusedError: The data is not an ONNX graph, has another precision, or violates the contract.
         """
         try:
             self._session = ort.InferenceSession(
                 data, _options(num_threads), providers=["CPUExecutionProvider"]
             )
-            found = precision_of(onnx.load_from_string(data))
+            actual = precision_of(onnx.load_from_string(data))
         except (*RUN_ERRORS, DecodeError) as error:
             raise RefusedError(
                 f"{ONNX_FILE} cannot be loaded by ONNX Runtime: {_first_line(error)}"
             ) from error
-        if found is not precision:
+        if actual is not precision:
             raise RefusedError(
-                f"{ONNX_FILE} is {found.value}, and the version was registered as {precision.value}. Train it again."
+                f"{ONNX_FILE} is {actual.value}, but the version was registered as {precision.value}. Train it again."
             )
-        given = _only_input(self._session)
-        _check_output(self._session)
-        self._dtype = _INPUTS[given.type]
-        rows, columns = given.shape
+        graph_input = _require_input(self._session)
+        _require_output(self._session)
+        self._dtype = _INPUTS[graph_input.type]
+        rows, columns = graph_input.shape
         self._num_inputs = int(columns)
         self._fixed_rows = rows if isinstance(rows, int) and rows > 0 else None
 
@@ -69,80 +69,80 @@ class OnnxEngine:
         return self._num_inputs
 
     def scores(self, matrix: Matrix) -> Scores:
-        """Scores of an encoded float32 [rows, inputs].
+        """Return the scores of a float32 matrix [rows, inputs].
 
         Raises:
-            RefusedError: the graph does not run on these rows.
+            RefusedError: The graph does not run on these rows.
         """
         rows = matrix if self._dtype is np.float32 else matrix.astype(self._dtype)
         if self._fixed_rows is None or len(rows) == self._fixed_rows:
             return self._run(rows)
-        return self._in_parts(rows, self._fixed_rows)
+        return self._run_in_batches(rows, self._fixed_rows)
 
-    def _in_parts(self, rows: Any, size: int) -> Scores:
-        """As many rows at a time as the graph takes; the last part is filled up with its last row."""
-        parts = []
+    def _run_in_batches(self, rows: Any, size: int) -> Scores:
+        """Run the graph on `size` rows per call. The last batch is padded with copies of its last row."""
+        results = []
         for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            found = self._run(filled)
-            if found.ndim == 0 or len(found) != size:
+            batch = rows[start : start + size]
+            padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+            scores = self._run(padded)
+            if scores.ndim == 0 or len(scores) != size:
                 raise RefusedError(
-                    f"{ONNX_FILE} takes {size} rows at a time, and gives '{ONNX_OUTPUT}' of shape {found.shape} for "
-                    f"them: its first dimension must be {size}."
+                    f"{ONNX_FILE} takes {size} rows per call, but returns '{ONNX_OUTPUT}' of shape {scores.shape}: "
+                    f"the first dimension must be {size}."
                 )
-            parts.append(found[: len(part)])
-        return np.concatenate(parts)
+            results.append(scores[: len(batch)])
+        return np.concatenate(results)
 
     def _run(self, rows: Any) -> Scores:
         try:
-            found = self._session.run([ONNX_OUTPUT], {ONNX_INPUT: rows})[0]
+            scores = self._session.run([ONNX_OUTPUT], {ONNX_INPUT: rows})[0]
         except RUN_ERRORS as error:
             raise RefusedError(
                 f"{ONNX_FILE} does not run on '{ONNX_INPUT}' of shape {list(rows.shape)}: {_first_line(error)} A graph "
-                "that is made for a fixed number of rows must declare it as the first dimension."
+                "for a fixed number of rows must declare this number as the first dimension."
             ) from error
-        return np.asarray(found, dtype=np.float64)
+        return np.asarray(scores, dtype=np.float64)
 
 
 def precision_of(graph: onnx.ModelProto) -> Precision:
-    """What the graph's layers multiply: int8 where any of them does."""
-    integer = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
-    return Precision.int8 if integer & {node.op_type for node in graph.graph.node} else Precision.float32
+    """Return the precision of a graph: int8 if any of its layers multiplies integers, else float32."""
+    integer_ops = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+    return Precision.int8 if integer_ops & {node.op_type for node in graph.graph.node} else Precision.float32
 
 
-def _only_input(session: ort.InferenceSession) -> Any:
-    """The graph's input, proved to be one that a matrix can be given to.
+def _require_input(session: ort.InferenceSession) -> Any:
+    """Return the graph's only input.
 
     Raises:
-        RefusedError: naming the tensor and what to do.
+        RefusedError: The graph has other inputs, or a matrix does not fit the input's type or shape.
     """
     inputs = session.get_inputs()
-    if [one.name for one in inputs] != [ONNX_INPUT]:
+    if [tensor.name for tensor in inputs] != [ONNX_INPUT]:
         raise RefusedError(
             f"{ONNX_FILE} has the inputs {_names(inputs)}; it must have one, named '{ONNX_INPUT}', with all columns "
             "of a row. Rename or join them when you export the graph (skl2onnx: "
             f"initial_types=[('{ONNX_INPUT}', FloatTensorType([None, <number of columns>]))])."
         )
-    only = inputs[0]
-    if only.type not in _INPUTS:
+    graph_input = inputs[0]
+    if graph_input.type not in _INPUTS:
         raise RefusedError(
-            f"{ONNX_FILE} takes '{ONNX_INPUT}' as {only.type}; rows are given as floats, with NaN for a missing value. "
-            "Declare the input as tensor(float), and put a Cast behind it where the graph needs another type."
+            f"{ONNX_FILE} takes '{ONNX_INPUT}' as {graph_input.type}, but rows are floats, with NaN for a missing "
+            "value. Declare the input as tensor(float), and add a Cast behind it if the graph needs another type."
         )
-    if len(only.shape) != 2 or not isinstance(only.shape[1], int):
+    if len(graph_input.shape) != 2 or not isinstance(graph_input.shape[1], int):
         raise RefusedError(
-            f"{ONNX_FILE} declares '{ONNX_INPUT}' with the shape {only.shape}; it must be [rows, columns] with a "
-            "number for the columns. Give that number when you export the graph."
+            f"{ONNX_FILE} declares '{ONNX_INPUT}' with the shape {graph_input.shape}; it must be [rows, columns] with "
+            "a number for the columns. Set that number when you export the graph."
         )
-    return only
+    return graph_input
 
 
-def _check_output(session: ort.InferenceSession) -> None:
-    outputs = {one.name: one.type for one in session.get_outputs()}
+def _require_output(session: ort.InferenceSession) -> None:
+    outputs = {tensor.name: tensor.type for tensor in session.get_outputs()}
     if ONNX_OUTPUT not in outputs:
         raise RefusedError(
-            f"{ONNX_FILE} has the outputs {_names(session.get_outputs())}, and none named '{ONNX_OUTPUT}'. Rename the "
+            f"{ONNX_FILE} has the outputs {_names(session.get_outputs())}, but no '{ONNX_OUTPUT}'. Rename the "
             "output that has the probabilities or values (an Identity node does; skl2onnx: final_types=[('label', "
             f"Int64TensorType([None])), ('{ONNX_OUTPUT}', FloatTensorType([None, 2]))], options={{'zipmap': False}})."
         )
@@ -154,7 +154,7 @@ def _check_output(session: ort.InferenceSession) -> None:
 
 
 def _names(tensors: list[Any]) -> str:
-    return ", ".join(f"'{one.name}'" for one in tensors) or "none"
+    return ", ".join(f"'{tensor.name}'" for tensor in tensors) or "none"
 
 
 def _first_line(error: Exception) -> str:
@@ -166,6 +166,6 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # A spinning worker thread burns the core that the next request needs.
+    # A spinning worker thread would use the core that the next request needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

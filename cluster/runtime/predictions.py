@@ -1,4 +1,4 @@
-"""A model's answers: its scores, and the same as rows in the shape of the HTTP contract."""
+"""A model's predictions: its scores, and their rows in the format of the HTTP contract."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from cluster.runtime.signature import Label, ModelSignature, Task
 Scores = npt.NDArray[np.float64]
 
 SUM_TOLERANCE = 1e-3
-"""How far the probabilities of all classes may be from 1 together: float16 and int8 graphs round."""
+"""How far the sum of all classes' probabilities may be from 1, because float16 and int8 graphs round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
-    """What a model says about some rows."""
+    """A model's predictions for some rows."""
 
     signature: ModelSignature
     scores: Scores
-    """Float64. Binary: probability of the positive class, [rows]. Multiclass: probabilities, [rows, classes].
+    """float64. Binary: probability of the positive class, [rows]. Multiclass: probabilities, [rows, classes].
     Regression: values, [rows]."""
 
     def checked(self) -> Predictions:
-        """These, if each row has a finite score.
+        """Return these predictions if every score is finite.
+
+        Without this check, NaN would be below the threshold and become a label.
 
         Raises:
-            ModelFailed: saying how many rows have none. A NaN is below every threshold, so it would become a label.
+            ModelFailed: Rows have no finite score. The message has their number.
         """
         scores = self.scores
         if math.isfinite(scores.item()) if scores.size == 1 else bool(np.isfinite(scores).all()):
             return self
-        wrong = ~np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
-        raise ModelFailed(f"gave no finite score for {int(wrong.sum())} of {len(scores)} rows")
+        is_invalid = ~np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
+        raise ModelFailed(f"gave no finite score for {int(is_invalid.sum())} of {len(scores)} rows")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON object a row.
+        """Return one JSON object per row.
 
-        Binary gives `probability` and `label`, multiclass `probabilities` by class and `label`, regression `value`.
+        Binary: `probability` and `label`. Multiclass: `probabilities` by class, and `label`. Regression: `value`.
         """
         classes = self.signature.classes
         match self.signature.task, classes:
@@ -58,41 +60,42 @@ class Predictions:
                 return [{"value": score} for score in self.scores.tolist()]
 
     def labels(self) -> list[Label]:
-        """The answered class of each row; empty for a regression."""
+        """Return the predicted class of each row; empty for a regression."""
         return [row["label"] for row in self.rows() if "label" in row]
 
 
 def check_scores(predictions: Predictions) -> None:
-    """Prove that scores mean what the task says, before a version is registered.
+    """Validate the scores for the task, before a version is registered.
 
     Raises:
-        RefusedError: a score that is not finite, no probability, or probabilities that do not sum to 1.
+        RefusedError: A score is not finite, a probability is outside 0 to 1, or probabilities do not sum to 1.
     """
     scores, task = predictions.scores, predictions.signature.task
     by_row = scores.reshape(len(scores), -1)
     if count := int((~np.isfinite(by_row)).any(axis=1).sum()):
         raise RefusedError(
             f"The model gives scores that are not finite for {count} of {len(scores)} held-out rows. It must give a "
-            "finite score for every row, also where values are missing or extreme."
+            "finite score for every row, also for missing or extreme values."
         )
     if task is Task.regression or not len(scores):
         return
-    last = "Sigmoid" if task is Task.binary else "Softmax"
+    last_layer = "Sigmoid" if task is Task.binary else "Softmax"
     if count := int(((by_row < 0) | (by_row > 1)).any(axis=1).sum()):
         raise RefusedError(
             f"The model gives {task.value} scores outside 0 to 1 for {count} of {len(scores)} held-out rows "
-            f"({by_row.min():.3g} to {by_row.max():.3g}), which are no probabilities. End it with a {last}."
+            f"({by_row.min():.3g} to {by_row.max():.3g}), which are not probabilities. End the model with a "
+            f"{last_layer}."
         )
     if task is Task.multiclass:
         sums = by_row.sum(axis=1)
         if count := int((np.abs(sums - 1) > SUM_TOLERANCE).sum()):
             raise RefusedError(
                 f"The probabilities of all classes do not sum to 1 for {count} of {len(scores)} held-out rows "
-                f"({sums.min():.3g} to {sums.max():.3g}). End the model with a {last}."
+                f"({sums.min():.3g} to {sums.max():.3g}). End the model with a {last_layer}."
             )
 
 
 def _multiclass_row(classes: tuple[Label, ...], scores: list[float]) -> dict[str, Any]:
     best = max(range(len(scores)), key=scores.__getitem__)
-    named = {str(name): score for name, score in zip(classes, scores, strict=True)}
-    return {"probabilities": named, "label": classes[best]}
+    probabilities = {str(name): score for name, score in zip(classes, scores, strict=True)}
+    return {"probabilities": probabilities, "label": classes[best]}

@@ -1,7 +1,7 @@
-"""What a model version takes and gives, as plain data that is stored beside it in `model.json`.
+"""The signature of a model version: its inputs and outputs, as plain data in `model.json`.
 
-The signature is all that serving needs to turn named columns into the model's matrix and scores into answers, so
-neither the training set nor the code that trained the model is needed at prediction time.
+With the signature, serving can turn named columns into the model's matrix, and scores into answers. So predictions need
+neither the training set nor the training code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LIGHTGBM_FILE = "model.txt"
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.safetensors"
 NETWORK_FILE = "network.json"
-"""What the tabular network is built from beside its weights."""
+"""File with the shape of the tabular network, which is built from this and its weights."""
 ONNX_INPUT = "inputs"
 ONNX_OUTPUT = "scores"
 
@@ -30,11 +30,11 @@ NUMERIC = frozenset(
         "float", "double", "halffloat", "float16", "float32", "float64", "bool",
     }
 )  # fmt: skip
-"""Arrow type names that a model can take as numbers."""
+"""Names of the Arrow types that a model can take as numbers."""
 
 
 class Task(enum.Enum):
-    """What a model predicts."""
+    """Kind of prediction."""
 
     binary = "binary"
     multiclass = "multiclass"
@@ -42,11 +42,11 @@ class Task(enum.Enum):
 
 
 class Precision(enum.Enum):
-    """The numbers that a network's layers multiply."""
+    """Number type in which a network's layers multiply."""
 
     float32 = "float32"
     int8 = "int8"
-    """Weights are stored as int8, and what they are multiplied with becomes uint8 as it comes."""
+    """Weights are stored as int8; activations are converted to uint8 at run time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,44 +55,47 @@ class InputSpec:
 
     name: str
     dtype: str
-    """Arrow type name of the values that are given."""
+    """Name of the Arrow type of the values; for a list, of its elements."""
     categories: tuple[Label, ...] | None = None
-    """The known values of a categorical input, in code order; none for a number."""
+    """Known values of a categorical input, in the order of their codes. None for a number."""
     length: int | None = None
-    """Of a list of numbers: how many, each a column of the model's matrix; `dtype` is that of one."""
+    """Length of a list of numbers; None for other inputs. Each element is a column of the model's matrix."""
 
     def __post_init__(self) -> None:
         if self.length is not None and (self.length < 1 or self.categories is not None):
-            raise ValueError(f"Input '{self.name}' is a list of {self.length} numbers with categories.")
+            raise ValueError(
+                f"Input '{self.name}' is a list of length {self.length}: it needs at least one element and no "
+                "categories."
+            )
         if self.categories is None and self.dtype not in NUMERIC:
             raise ValueError(
                 f"Input '{self.name}' has type {self.dtype}, which a model cannot take as a number: "
-                "declare it categorical, exclude it, or make a number of it in a transform."
+                "declare it categorical, exclude it, or convert it to a number in a transform."
             )
 
     @property
     def width(self) -> int:
-        """Columns of the model's matrix."""
+        """Number of columns of this input in the model's matrix."""
         return 1 if self.length is None else self.length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSignature:
-    """A model version's inputs, its task and what its scores mean."""
+    """Inputs, task and meaning of the scores of a model version."""
 
     task: Task
     inputs: tuple[InputSpec, ...]
-    """In the order of the model's matrix."""
+    """Inputs in the order of the model's matrix."""
     label: str
     classes: tuple[Label, ...] | None = None
-    """In score order, the positive class second for a binary task; none for a regression."""
+    """Classes in score order; the second class of a binary task is the positive one. None for regression."""
     service: str = ""
-    """Feature service that gives the inputs; empty when the training set had no manifest."""
+    """Feature service that provides the inputs; empty if the training set had no manifest."""
     service_version: str = ""
     threshold: float = 0.5
-    """A binary model answers the positive class from this probability on."""
+    """Lowest probability for which a binary model predicts the positive class."""
     precision: Precision = Precision.float32
-    """Versions of before do not say."""
+    """Signatures of older releases do not have this field."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -102,21 +105,21 @@ class ModelSignature:
         if self.task is Task.binary and len(self.classes or ()) != 2:
             raise ValueError(f"A binary signature needs two classes, got {self.classes}.")
         if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}.")
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}.")
 
     @property
     def columns(self) -> list[str]:
-        """The input names in order."""
+        """Names of the inputs, in order."""
         return [spec.name for spec in self.inputs]
 
     @property
     def matrix_columns(self) -> list[InputSpec]:
-        """The input of each column of the model's matrix; a list has several."""
+        """The input of each column of the model's matrix. A list has several columns."""
         return [spec for spec in self.inputs for _ in range(spec.width)]
 
     @property
     def matrix_names(self) -> list[str]:
-        """The name of each column of the model's matrix, such as `emb[2]` for an element of a list."""
+        """Name of each column of the model's matrix, such as `emb[2]` for an element of a list."""
         return [
             spec.name if spec.length is None else f"{spec.name}[{element}]"
             for spec in self.inputs
@@ -125,7 +128,7 @@ class ModelSignature:
 
     @property
     def width(self) -> int:
-        """Columns of the model's matrix."""
+        """Number of columns of the model's matrix."""
         return sum(spec.width for spec in self.inputs)
 
     @property
@@ -135,31 +138,31 @@ class ModelSignature:
 
     @property
     def num_scores(self) -> int:
-        """Scores a row: one for binary and regression, one a class for multiclass."""
+        """Number of scores per row: one for binary and regression, one per class for multiclass."""
         return len(self.classes or ()) if self.task is Task.multiclass else 1
 
     def to_json(self) -> str:
-        """The content of `model.json`."""
-        named = {"task": self.task.value, "precision": self.precision.value}
-        return json.dumps(asdict(self) | named, indent=1, ensure_ascii=False)
+        """Return the content of `model.json`."""
+        enums = {"task": self.task.value, "precision": self.precision.value}
+        return json.dumps(asdict(self) | enums, indent=1, ensure_ascii=False)
 
 
 def parse_signature(text: str | bytes) -> ModelSignature:
-    """Read `model.json`.
+    """Parse `model.json`.
 
     Raises:
-        RefusedError: it is no signature.
+        RefusedError: The text is not a signature.
     """
     try:
         fields: dict[str, Any] = json.loads(text)
         inputs = tuple(
             InputSpec(
-                name=one["name"],
-                dtype=one["dtype"],
-                categories=_tuple(one["categories"]),
-                length=one.get("length"),
+                name=spec["name"],
+                dtype=spec["dtype"],
+                categories=_tuple(spec["categories"]),
+                length=spec.get("length"),
             )
-            for one in fields.pop("inputs")
+            for spec in fields.pop("inputs")
         )
         task = Task(fields.pop("task"))
         classes = _tuple(fields.pop("classes"))
@@ -167,7 +170,7 @@ def parse_signature(text: str | bytes) -> ModelSignature:
         return ModelSignature(task=task, inputs=inputs, classes=classes, precision=precision, **fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
-            f"{SIGNATURE_FILE} is no model signature: {error}. Train the version again."
+            f"{SIGNATURE_FILE} is not a model signature: {error}. Train the version again."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""The tabular network: entity embeddings for categories, standardised numbers, a multilayer perceptron.
+"""The tabular network: entity embeddings for categories, standardised numbers, and a multilayer perceptron.
 
-It takes the encoded matrix as it comes from `cluster.runtime.encoding`, with NaN for what is missing, so that the
-exported graph needs no step of its own before it. It stands here and not with its training because a replica with a GPU
-builds it again from its shape and weights. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
+It takes the encoded matrix of `cluster.runtime.encoding`, with NaN for missing values, so the exported graph needs no
+preprocessing. It is in this package and not with the training code, because a replica with a GPU rebuilds it from its
+shape and weights. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from torch import Tensor, nn
 
 from cluster.runtime.signature import Task
 
-FARTHEST = 1e6
-"""Standard deviations from the mean beyond which a number counts as this far: normalising layers would overflow, and
-engines differ in what they make of that."""
+MAX_DEVIATIONS = 1e6
+"""Numbers are clipped to this many standard deviations from the mean. Otherwise normalising layers would overflow, and
+engines handle an overflow differently."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkShape:
-    """All that is needed to build the module again; plain values, so that it can cross a process boundary."""
+    """All values that are needed to rebuild the module. They are plain, so they can be sent to another process."""
 
     task: str
     num_outputs: int
     categorical: list[int]
     """Positions of the categorical inputs."""
     cardinalities: list[int]
-    """Known categories of each."""
+    """Number of known categories of each categorical input."""
     numeric: list[int]
-    """Positions of the numbers."""
+    """Positions of the numeric inputs."""
     means: list[float]
-    """Of each number in the training part, missing values left out."""
+    """Mean of each numeric input in the training part, without missing values."""
     scales: list[float]
-    """Standard deviations, 1 for a constant."""
+    """Standard deviation of each numeric input; 1 for a constant."""
     target_mean: float
     target_scale: float
-    """A regression's target is learned standardised; 0 and 1 for the other tasks."""
+    """A regression learns the target standardised with this mean and scale. Other tasks have 0 and 1."""
     width: int
     depth: int
     embedding_dim: int
@@ -45,13 +45,13 @@ class NetworkShape:
 
 
 class TabularNetwork(nn.Module):
-    """Encoded rows, float32 [rows, inputs], to logits [rows, outputs]."""
+    """Computes logits [rows, outputs] from encoded rows, float32 [rows, inputs]."""
 
     def __init__(self, shape: NetworkShape) -> None:
         super().__init__()
         self.shape = shape
         sizes = torch.tensor([count + 1 for count in shape.cardinalities], dtype=torch.int64)
-        # One table for all inputs, each with its own rows; a block's first row stands for missing and unknown.
+        # One table for all inputs; each has its own block of rows, whose first row is for missing and unknown.
         self.embedding = nn.Embedding(int(sizes.sum()) if shape.categorical else 1, shape.embedding_dim)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.register_buffer("offsets", torch.cumsum(sizes, 0) - sizes)
@@ -63,7 +63,7 @@ class TabularNetwork(nn.Module):
         self.layers = nn.Sequential(*_layers(num_features, shape))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits, or a standardised value, float32 [rows, outputs]."""
+        """Return logits, or a standardised value, float32 [rows, outputs]."""
         logits: Tensor = self.layers(self._features(inputs))
         return logits
 
@@ -77,13 +77,14 @@ class TabularNetwork(nn.Module):
             numbers = inputs[:, self.get_buffer("numeric")]
             missing = torch.isnan(numbers)
             scaled = (numbers - self.get_buffer("means")) / self.get_buffer("scales")
-            parts.append(torch.where(missing, torch.zeros_like(scaled), scaled.clamp(-FARTHEST, FARTHEST)))
+            clipped = scaled.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+            parts.append(torch.where(missing, torch.zeros_like(scaled), clipped))
             parts.append(missing.to(torch.float32))
         return torch.cat(parts, 1)
 
 
 class ScoringNetwork(nn.Module):
-    """What is served: the same network with scores as the runtime wants them, and no dropout."""
+    """The network for serving: without dropout, and with scores in the runtime's format instead of logits."""
 
     def __init__(self, network: TabularNetwork) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class ScoringNetwork(nn.Module):
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Probabilities [rows] or [rows, classes], or values [rows]."""
+        """Return probabilities [rows] or [rows, classes], or values [rows]."""
         outputs: Tensor = self.network(inputs)
         shape = self.network.shape
         match Task(shape.task):

@@ -1,4 +1,7 @@
-"""Runs the tabular network in torch, from its shape and its weights: on a GPU, or on CPU to be held against ONNX."""
+"""Engine for the tabular network in torch, built from its shape and weights.
+
+It runs on a GPU, or on the CPU for comparison with ONNX.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,25 @@ class TorchEngine:
         """Build the network and move it to its device.
 
         Args:
-            shape: `network.json`.
-            weights: `model.safetensors`.
-            hardware: the device, and how much of its memory this process may take.
+            shape: Content of `network.json`.
+            weights: Content of `model.safetensors`.
+            hardware: The device, and the share of its memory that this process may use.
 
         Raises:
-            RefusedError: they make no network.
+            RefusedError: Shape and weights are not a valid network.
         """
         try:
             network = TabularNetwork(NetworkShape(**json.loads(shape)))
             network.load_state_dict(load(weights))
         except (SafetensorError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise RefusedError(
-                f"{NETWORK_FILE} and {WEIGHTS_FILE} make no network: {error}. Train the version again."
+                f"{NETWORK_FILE} and {WEIGHTS_FILE} are not a valid network: {error}. Train the version again."
             ) from error
         self._device = torch.device(hardware.device)
         if hardware.device == CPU:
             torch.set_num_threads(hardware.num_threads)
         elif hardware.memory_share < 1:
-            # A replica that takes more than its share fails alone, and not its neighbours on the same GPU.
+            # A replica that uses more than its share then fails alone, without its neighbours on the same GPU.
             torch.cuda.set_per_process_memory_fraction(hardware.memory_share, self._device)
         self._network = ScoringNetwork(network).to(self._device)
         self._num_inputs = len(network.shape.categorical) + len(network.shape.numeric)
@@ -53,5 +56,5 @@ class TorchEngine:
 
     def scores(self, matrix: Matrix) -> Scores:
         with torch.inference_mode():
-            found = self._network(torch.from_numpy(matrix).to(self._device)).cpu().numpy()
-        return np.asarray(found, dtype=np.float64)
+            scores = self._network(torch.from_numpy(matrix).to(self._device)).cpu().numpy()
+        return np.asarray(scores, dtype=np.float64)

@@ -1,9 +1,10 @@
-"""What an outcome means for a model: one of its classes, or a number. Whoever takes, reads or compares outcomes asks
-here, so that all agree.
+"""Parse outcomes: convert an outcome to one of a model's classes or to a number.
 
-JSON has several ways to write a class: 1, 1.0, true and "1" are the class 1. A flag is true or false, or 1 or 0, and no
-text. A regression's outcome is a number that a float32 can hold, and no text: as it is with a model's inputs. A greater
-one can be no truth, and its square would be infinite, which would make every figure of its version say nothing.
+All code that receives, reads or compares outcomes uses this module, so that it agrees.
+
+JSON can write a class in several ways: 1, 1.0, true and "1" are the class 1. A boolean class is true or false, or 1 or
+0, and never text. A regression's outcome is a number that float32 can hold, and never text, as for a model's inputs. A
+larger number cannot be true. Its square would be infinite and would make all figures of the version useless.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 from cluster.runtime.signature import Label, ModelSignature
 
 SHOWN_CLASSES = 10
-_GREATEST = 3.4028234663852886e38
-"""Of a float32."""
+_MAX_FLOAT32 = 3.4028234663852886e38
+"""Largest finite float32."""
 
 
 class Truths:
-    """Of one model version."""
+    """Parser of the outcomes of one model version."""
 
     def __init__(self, signature: ModelSignature) -> None:
         self._classes = signature.classes
@@ -36,23 +37,23 @@ class Truths:
 
     @property
     def wanted(self) -> str:
-        """What an outcome must be, in words."""
+        """Description of valid outcomes, for error messages."""
         if self._classes is None:
-            return f"a number of at most {_GREATEST:.3g}"
+            return f"a number of at most {_MAX_FLOAT32:.3g}"
         shown = ", ".join(map(repr, self._classes[:SHOWN_CLASSES]))
         more = len(self._classes) - SHOWN_CLASSES
         return f"one of the model's classes {shown}" + (f" and {more} more" if more > 0 else "")
 
     def of(self, value: Any) -> Label | None:
-        """The class that an outcome means, or the number; None where it can mean none."""
+        """Return the class or the number that an outcome means, or None if it is invalid."""
         if self._classes is None:
             return _number(value)
         if isinstance(value, str):
             return self._by_text.get(value)
         if not isinstance(value, int | float):
             return None
-        found = self._by_number.get(value)
-        return None if isinstance(value, bool) and isinstance(found, str) else found
+        label = self._by_number.get(value)
+        return None if isinstance(value, bool) and isinstance(label, str) else label
 
 
 def _number(value: Any) -> float | None:
@@ -62,4 +63,4 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if -_GREATEST <= number <= _GREATEST else None
+    return number if -_MAX_FLOAT32 <= number <= _MAX_FLOAT32 else None

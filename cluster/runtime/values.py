@@ -1,7 +1,7 @@
-"""Which plain values an Arrow type takes: a request is refused by it, and the log is read by it.
+"""Check and convert JSON values for an Arrow type. Requests are validated with it, and the log is read with it.
 
-A type is never inferred from the values themselves. One 1.5 among whole numbers would turn all of them into floats,
-and 2^53 + 1 into another number.
+A type is never inferred from the values. A single 1.5 among integers would turn all of them into floats, and 2^53 + 1
+into another number.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from cluster.runtime.signature import NUMERIC
 
 GREATEST = 2**63 - 1
-"""Of a whole number, and the least is its negative: logs know no number beyond 64 bits with a sign."""
+"""Largest integer; the smallest is its negative. Logs hold integers as signed 64 bits."""
 EXACT_IN_FLOAT = 2**53
-"""A float holds each whole number up to here; a larger one may stand for several."""
+"""A float represents every integer up to this one exactly; a larger float can stand for several integers."""
 
 
 class NotOfType(ValueError):
-    """A value that the type does not take."""
+    """A value does not belong to a type."""
 
     def __init__(self, value: Any, wanted: str) -> None:
         super().__init__(wanted)
@@ -32,26 +32,26 @@ class NotOfType(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValueType:
-    """What values of one Arrow type are as JSON has them; null is always one."""
+    """JSON values of one Arrow type. Null belongs to every type."""
 
     base: type
-    """bool, int, float or str; an int is a float, too."""
+    """bool, int, float or str. An int also belongs to float."""
     wanted: str
-    """In words, for a message."""
+    """Description of the type, for error messages."""
     least: int = 1
     greatest: int = 0
-    """Of a whole number; a type that takes no numbers has none between."""
+    """Range of integers. For a type without numbers, the range is empty."""
 
     @property
     def types(self) -> frozenset[type]:
-        """What values may be."""
+        """Python types that values may have."""
         return _TYPES[self.base]
 
     def fit(self, values: list[Any]) -> list[Any]:
-        """The same values, a whole number as an int however it is written (50.0).
+        """Return the values. For an integer type, floats such as 50.0 become ints.
 
         Raises:
-            NotOfType: for the first that is none.
+            NotOfType: A value does not belong to the type. It has the first such value.
         """
         if len(values) == 1:  # most requests are for one entity
             value = values[0]
@@ -64,14 +64,14 @@ class ValueType:
                     return values
             elif kind is self.base or value is None:
                 return values
-        found = set(map(type, values))
-        if not found <= self.types:
-            return [self._one(value) for value in values]
-        if self.greatest and not found <= _EMPTY:
-            numbers = [value for value in values if value is not None] if NoneType in found else values
-            # Least, greatest and sum of all are found sooner than each is looked at.
-            fits = float not in found or math.isfinite(sum(numbers))
-            if int in found:
+        value_types = set(map(type, values))
+        if not value_types <= self.types:
+            return [self._convert(value) for value in values]
+        if self.greatest and not value_types <= _NULL:
+            numbers = [value for value in values if value is not None] if NoneType in value_types else values
+            # Minimum, maximum and sum are faster than a check of each number.
+            fits = float not in value_types or math.isfinite(sum(numbers))
+            if int in value_types:
                 fits = fits and self.least <= min(numbers) and max(numbers) <= self.greatest
             if not fits:
                 self._check_each(numbers)
@@ -85,17 +85,17 @@ class ValueType:
             elif not self.least <= number <= self.greatest:
                 raise NotOfType(number, f"{self.wanted} from {self.least} to {self.greatest}")
 
-    def fit_what_fits(self, values: list[Any]) -> tuple[list[Any], int]:
-        """The values with a null for each that is none of the type, and how many these are."""
+    def convert_or_null(self, values: list[Any]) -> tuple[list[Any], int]:
+        """Return the values, with null for each that does not belong to the type, and the number of those."""
         try:
             return self.fit(values), 0
         except NotOfType:
-            fitted = [self._or_null(value) for value in values]
-            return fitted, sum(
-                new is None and old is not None for new, old in zip(fitted, values, strict=True)
+            converted = [self._convert_or_null(value) for value in values]
+            return converted, sum(
+                new is None and old is not None for new, old in zip(converted, values, strict=True)
             )
 
-    def _one(self, value: Any) -> Any:
+    def _convert(self, value: Any) -> Any:
         if (
             self.base is int
             and isinstance(value, float)
@@ -107,14 +107,14 @@ class ValueType:
             raise NotOfType(value, self.wanted)
         return self.fit([value])[0]
 
-    def _or_null(self, value: Any) -> Any:
+    def _convert_or_null(self, value: Any) -> Any:
         try:
-            return self._one(value)
+            return self._convert(value)
         except NotOfType:
             return None
 
 
-_EMPTY = frozenset({NoneType})
+_NULL = frozenset({NoneType})
 _TYPES: dict[type, frozenset[type]] = {
     bool: frozenset({bool, NoneType}),
     int: frozenset({int, NoneType}),
@@ -125,7 +125,7 @@ _TYPES: dict[type, frozenset[type]] = {
 
 @functools.cache
 def value_type(dtype: str) -> ValueType | None:
-    """Of an Arrow type by name, as signatures and feature views write it; None for a type that is not known here."""
+    """Return the `ValueType` for the name of an Arrow type, as in signatures and views, or None if it is not known."""
     if dtype == "bool":
         return ValueType(base=bool, wanted="true or false")
     if dtype in ("string", "large_string"):

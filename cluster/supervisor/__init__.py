@@ -1,1 +1,1 @@
-"""Starts again what has died of a cluster on this machine (docs/decisions/0031-one-small-supervisor.md)."""
+"""Restarts the dead parts of a cluster on this machine (docs/decisions/0031-one-small-supervisor.md)."""

@@ -1,17 +1,20 @@
-"""When a part may be tried again: at once, then after ever longer waits, so that one that cannot start costs little."""
+"""Backoff between restarts of a part: the first try is immediate, then the waits grow.
+
+So a part that cannot start costs little.
+"""
 
 from __future__ import annotations
 
 FIRST_S, LONGEST_S = 1.0, 60.0
-WELL_S = 60.0
-"""A part that has run for so long counts as well, and its next death as its first."""
+HEALTHY_S = 60.0
+"""Seconds that a part must run before its count of attempts is reset."""
 
 
 class Backoff:
-    """Of one part; every time is monotonic.
+    """Exponential backoff for one part. All times are monotonic seconds.
 
     Args:
-        longest_s: the longest wait between two tries.
+        longest_s: Longest wait between two tries, in seconds.
     """
 
     def __init__(self, longest_s: float = LONGEST_S) -> None:
@@ -20,21 +23,21 @@ class Backoff:
         self._tried_at = 0.0
 
     def may_try(self, now: float) -> bool:
-        """Whether enough time has passed since the last try."""
+        """Return whether enough time has passed since the last try."""
         return not self.attempts or now >= self._tried_at + min(
             self._longest_s, FIRST_S * 2 ** (self.attempts - 1)
         )
 
-    def tried(self, now: float) -> None:
-        """It was started."""
+    def record_try(self, now: float) -> None:
+        """Count one try."""
         self.attempts += 1
         self._tried_at = now
 
-    def runs(self, now: float) -> None:
-        """It was seen running."""
-        if now >= self._tried_at + WELL_S:
+    def record_running(self, now: float) -> None:
+        """Reset the count if the part has been running for `HEALTHY_S` seconds since the last try."""
+        if now >= self._tried_at + HEALTHY_S:
             self.attempts = 0
 
-    def forget(self) -> None:
-        """Let it be tried at once."""
+    def reset(self) -> None:
+        """Allow the next try at once."""
         self.attempts = 0

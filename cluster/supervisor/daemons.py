@@ -1,7 +1,7 @@
-"""Ray's daemons, each started again by the command line that `ray start` gave it.
+"""Restart Ray's daemons, each with the command line that `ray start` gave it.
 
-Ray has no command for that. The GCS finds what it knew in its store (`gcs_folder`); the raylet, the replicas and all
-else that runs reconnect to it and lose nothing, if it is back within a minute.
+Ray has no command for this. A restarted GCS loads its state from its folder (`gcs_folder`). If it is back within a
+minute, the raylet, the replicas and all other processes reconnect and lose nothing.
 """
 
 from __future__ import annotations
@@ -15,60 +15,59 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes
 from cluster.node.launch import gcs_folder
-from cluster.node.parts import RAYS_OWN, Part, sort_out
+from cluster.node.parts import RAY_PARTS, Part, find_parts
 from cluster.security.private_folder import private_folder
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 
-ALL_THERE_S = 10.0
-_NOT_KEPT = "RAY_AUTH_TOKEN"
+ALL_RUNNING_TIMEOUT_S = 10.0
+_NOT_SAVED = "RAY_AUTH_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """How a daemon was started."""
+    """Command line, Ray variables and working directory of a daemon."""
 
     argv: list[str]
     variables: dict[str, str]
-    """Ray's own variables."""
+    """Environment variables that start with `RAY_`."""
     cwd: str
 
 
-def keep_commands(record: ClusterRecord) -> None:
-    """Write down how Ray's daemons were started, once they all run; the last two come a little later than the head."""
-    deadline = time.monotonic() + ALL_THERE_S
+def save_commands(record: ClusterRecord) -> None:
+    """Save the commands of Ray's daemons once all run. The last two daemons start a little later than the head."""
+    deadline = time.monotonic() + ALL_RUNNING_TIMEOUT_S
     while True:
-        there = sort_out(processes.find(record.cluster_id, owner=record.owner))
-        if all(part in there for part in RAYS_OWN) or time.monotonic() > deadline:
+        running = find_parts(record)
+        if all(part in running for part in RAY_PARTS) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    found = {part.name: asdict(_command(there[part])) for part in RAYS_OWN if part in there}
-    write_bytes(str(_file(record)), json.dumps(found).encode())
+    commands = {part.name: asdict(_command(running[part])) for part in RAY_PARTS if part in running}
+    write_bytes(str(_file(record)), json.dumps(commands).encode())
 
 
-def forget_commands(record: ClusterRecord) -> None:
-    """Those of a head that is lost start nothing of the next one."""
+def remove_commands(record: ClusterRecord) -> None:
+    """Remove the saved commands. Those of a lost head must not start daemons of the next head."""
     _file(record).unlink(missing_ok=True)
 
 
-def start_again(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
-    """Start a daemon; gives whether it is known how.
+def restart_daemon(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
+    """Start a daemon with its saved command; return False if no command is saved.
 
     Raises:
-        ConfigError: another user could have changed what is run, or what the GCS knows.
-        OSError: no process could be started.
+        ConfigError: Another user could have changed the command or the GCS's state.
+        OSError: The process could not be started.
     """
     private_folder(Path(record.runtime_folder))
     private_folder(gcs_folder(record).parent)
     try:
-        kept = json.loads(_file(record).read_text()).get(part.name)
+        saved = json.loads(_file(record).read_text()).get(part.name)
     except (OSError, ValueError):
-        kept = None
-    if kept is None:
+        saved = None
+    if saved is None:
         return False
-    command = Command(**kept)
+    command = Command(**saved)
     with log.open("ab") as sink:
         subprocess.Popen(
             command.argv,
@@ -86,7 +85,7 @@ def _command(process: psutil.Process) -> Command:
     variables = {
         name: value
         for name, value in process.environ().items()
-        if name.startswith("RAY_") and name != _NOT_KEPT
+        if name.startswith("RAY_") and name != _NOT_SAVED
     }
     return Command(argv=process.cmdline(), variables=variables, cwd=process.cwd() or os.getcwd())
 

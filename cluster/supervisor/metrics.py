@@ -1,4 +1,4 @@
-"""What the supervisor counts."""
+"""Prometheus metrics of the supervisor."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class SupervisorMetrics:
-    """Which parts run, how often each was started again, and how long a lost head took to come back."""
+    """State and restarts of each part, and the recovery time of a lost head."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.up = Gauge("falaj_part_up", "1 while a part of the cluster runs.", ["part"], registry=registry)
         self.restarts = Counter(
             "falaj_supervisor_restarts",
-            "Parts that were started again, by what was seen of them.",
+            "Restarts of parts, by the state that caused them.",
             ["part", "reason"],
             registry=registry,
         )
@@ -21,7 +21,7 @@ class SupervisorMetrics:
         )
         self.recovery = Histogram(
             "falaj_supervisor_recovery_seconds",
-            "From the loss of the Ray head until its applications were back.",
+            "Seconds from the loss of the Ray head until its applications were restored.",
             buckets=(10, 20, 40, 60, 90, 120, 180, 300, 600),
             registry=registry,
         )

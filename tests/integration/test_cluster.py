@@ -294,7 +294,7 @@ def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
     status = empty_project.run("cluster.status")
     assert status.returncode == 1
     assert all(f"{part} " in status.stdout for part in lost)
-    assert status.stdout.count("not as it should be") >= 2
+    assert status.stdout.count("<- problem") >= 2
     assert "cluster.up" in status.stdout
     assert "repaired" in empty_project.up("cluster.num_cpus=2", "cluster.region=oman").stdout
     assert missing(look(first)) == []

@@ -1,11 +1,11 @@
-"""What can happen on the platform: one frozen dataclass an event type, JSON values only.
+"""Event types of the ledger: one frozen dataclass per type, with JSON values only.
 
-The class name is the event's `type` in the ledger. Fields are part of a permanent record: add with a default,
-never rename or remove.
+The class name is the event's `type` in the ledger. Fields are part of a permanent record: a new field needs a default,
+and no field is ever renamed or removed.
 
-Two releases may share one ledger. A reader passes over an event that it does not know, and a field that it does not
-know. The exception is an event of a `Subject`: whoever acts on that subject stops there. So a new event type that
-changes what is served, a key or a limit must begin with one of its subject's prefixes.
+Two releases can share one ledger. A reader ignores unknown event types and unknown fields. Events of a `Subject` are
+the exception: a reader that acts on the subject stops at an unknown event. So a new event type that changes serving, a
+key or a limit must start with one of its subject's prefixes.
 """
 
 from __future__ import annotations
@@ -125,25 +125,25 @@ _TYPES: dict[str, type[LedgerEvent]] = {
 
 
 class Subject(enum.Enum):
-    """What an event changes, where a reader that does not understand it must not go on; by prefix of its type."""
+    """State whose events a reader must fully understand before it acts on it. Values are prefixes of event types."""
 
     serving = ("Rollout", "Shadow", "Alias", "Deployment", "ModelDeployed")
     key = ("Key",)
     limit = ("EdgeLimit",)
 
     def has(self, type_name: str) -> bool:
-        """Whether an event type is of this subject."""
+        """Return whether an event type changes this subject."""
         return type_name.startswith(self.value)
 
 
 def parse(type_name: str, payload: dict[str, Json], *, seq: int) -> LedgerEvent:
-    """The typed event of a stored payload, or `UnknownEvent` where a newer release wrote it.
+    """Return the typed event of a stored payload, or `UnknownEvent` if only a newer release knows the type.
 
-    Fields that this release does not know are left out, unless the event is of a `Subject`: there they could change
-    what the others mean.
+    Unknown fields are dropped. An event of a `Subject` with unknown fields becomes an `UnknownEvent` instead, because
+    these fields could change the meaning of the others.
 
     Raises:
-        LedgerCorrupt: fields are missing.
+        LedgerCorrupt: Fields are missing.
     """
     cls = _TYPES.get(type_name)
     if cls is None:
@@ -156,22 +156,22 @@ def parse(type_name: str, payload: dict[str, Json], *, seq: int) -> LedgerEvent:
     try:
         return cls(**payload)
     except TypeError as error:
-        raise LedgerCorrupt(f"Event {seq} is no valid {type_name}: {error}.", seq=seq) from error
+        raise LedgerCorrupt(f"Event {seq} is not a valid {type_name}: {error}.", seq=seq) from error
 
 
 def is_known(type_name: str) -> bool:
-    """Whether this release knows an event type."""
+    """Return whether this release knows an event type."""
     return type_name in _TYPES
 
 
 def require_known(event: LedgerEvent, subject: Subject) -> None:
-    """Stop a reader that acts on a subject at an event of that subject that this release does not know.
+    """Require that an event is known if it changes a subject that the reader acts on.
 
     Raises:
-        ReleaseTooOld: naming the event's type.
+        ReleaseTooOld: The event is unknown and changes the subject. The message names its type.
     """
     if isinstance(event, UnknownEvent) and subject.has(event.type):
         raise ReleaseTooOld(
-            f"The ledger has an event {event.type} that changes {subject.name} and that this release does not "
-            "understand. Update this installation to the newest release that writes to the ledger."
+            f"The ledger has an event {event.type}, which changes {subject.name}, and this release does not "
+            "understand it. Update this installation to the newest release that writes to the ledger."
         )

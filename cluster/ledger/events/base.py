@@ -1,4 +1,4 @@
-"""What every event is."""
+"""Base classes of the ledger's events."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = Any
-"""str, int, float, bool, None, or lists and string-keyed dicts of them."""
+"""A JSON value: str, int, float, bool, None, or lists and string-keyed dicts of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerEvent:
-    """Base of all events."""
+    """Base class of all events."""
 
     @property
     def type(self) -> str:
@@ -24,10 +24,10 @@ class LedgerEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnknownEvent(LedgerEvent):
-    """An event that a newer release wrote: this release does not know its type, or not all of its fields.
+    """An event of a newer release, whose type or fields this release does not know.
 
-    Readers pass over it, so that two releases can run side by side. A reader that acts on its subject calls
-    `require_known`.
+    Readers ignore it, so that two releases can run at the same time. A reader that acts on the event's subject calls
+    `require_known`, which refuses it.
     """
 
     stored_type: str

@@ -1,4 +1,4 @@
-"""What happens to definitions, feature tables, training sets and the online store."""
+"""Events of feature definitions, feature tables, training sets and the online store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FeatureViewApplied(LedgerEvent):
     version: str
     definition: dict[str, Json]
     module: str = ""
-    """The definitions module it was applied from."""
+    """Module of the definition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +30,13 @@ class FeatureServiceApplied(LedgerEvent):
     service: str
     version: str
     views: dict[str, str]
-    """View name to view version, in the order of the service."""
+    """Maps view name to view version, in the order of the service."""
     view_order: list[str]
     module: str = ""
     on_demand: list[dict[str, Json]] = field(default_factory=list)
-    """Definitions of its on-demand transforms."""
+    """Definitions of the service's on-demand transforms."""
     missing: dict[str, Json] = field(default_factory=dict)
-    """`<view>__<feature>` to what is done where it is missing or expired, without those that become null."""
+    """Maps `<view>__<feature>` to its rule for missing and expired values. Features that become null are not listed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,25 +51,26 @@ class BatchIngested(LedgerEvent):
     rows_quarantined: int
     table_version: int
     reasons: dict[str, int] = field(default_factory=dict)
-    """Quarantined rows by reason."""
+    """Number of quarantined rows by reason."""
     quarantine: str | None = None
     profile: dict[str, Json] = field(default_factory=dict)
-    """`rows_in`, `rows` and `nulls` by feature; the whole profile lies with the quarantine."""
+    """`rows_in`, `rows` and `nulls` by feature. The full profile is stored with the quarantine."""
     findings: list[dict[str, Json]] = field(default_factory=list)
-    """Batch rules that did not hold, where the batch was stored all the same."""
+    """Failed batch rules of a batch that was stored nevertheless."""
     source_columns: list[str] = field(default_factory=list)
     new_columns: list[str] = field(default_factory=list)
-    """Those that the batch before did not have."""
+    """Source columns that the previous batch did not have."""
     start: str | None = None
-    """Of the range of event times that was taken; none is all of the source."""
+    """Start of the range of event times that was ingested; null means no limit."""
     end: str | None = None
+    """End of that range; null means no limit."""
     rows_late: int = 0
-    """Stored, although further behind their stream than it allows for."""
+    """Rows that were stored although they were later than the stream's allowed lateness."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchMended(LedgerEvent):
-    """The rows of a batch, read from the same source again, in place of those that were stored wrongly."""
+    """A batch was read from its source again, and wrongly stored rows were replaced."""
 
     view: str
     view_version: str
@@ -80,17 +81,17 @@ class BatchMended(LedgerEvent):
     mend_id: str = ""
     rows_in: int = 0
     rows_kept: int = 0
-    """They were as they should be."""
+    """Rows that were stored correctly."""
     rows_changed: int = 0
     rows_added: int = 0
-    """They were in quarantine."""
+    """Rows that moved from quarantine to the table."""
     rows_removed: int = 0
-    """They are in quarantine now."""
+    """Rows that moved from the table to quarantine."""
     rows_quarantined: int = 0
-    """Of the batch, now."""
+    """Rows of the batch that are in quarantine now."""
     reasons: dict[str, int] = field(default_factory=dict)
     table_version: int | None = None
-    """None where the table was right."""
+    """New version of the table; null if no row had to change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +103,12 @@ class BatchRefused(LedgerEvent):
     rows_in: int = 0
     rows_bad: int = 0
     findings: list[dict[str, Json]] = field(default_factory=list)
-    """Batch rules that did not hold: `rule`, `value`, `threshold`, `said`."""
+    """Failed batch rules: `rule`, `value`, `threshold`, `said`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuarantineReplayed(LedgerEvent):
-    """Rows of a batch's quarantine, read again under the view as it is now."""
+    """The quarantined rows of a batch were read again with the current definition of the view."""
 
     view: str
     view_version: str
@@ -117,10 +118,10 @@ class QuarantineReplayed(LedgerEvent):
     rows_in: int
     rows_stored: int
     rows_quarantined: int
-    """Those that stay."""
+    """Rows that stay in quarantine."""
     reasons: dict[str, int]
     table_version: int | None
-    """None where no row was stored."""
+    """New version of the table; null if no row was stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,43 +145,43 @@ class TrainingSetBuilt(LedgerEvent):
     output: str
     cutoff: bool = True
     rebuilt_from: int | None = None
-    """Seq of the training set that this is the same as."""
+    """Seq of the training set that this one rebuilds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSetNotReproducible(LedgerEvent):
-    """Rows that a training set was built from are there no more."""
+    """A training set cannot be rebuilt any more, because some of its rows were removed."""
 
     training_set: int
-    """Seq of its event."""
+    """Seq of the training set's event."""
     service: str
     row_hash: str
     view: str
     table_version: int
-    """The version of the view's table that it pins."""
+    """Version of the view's table that the training set was built from."""
     cause: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkewChecked(LedgerEvent):
-    """Served features held against offline ones."""
+    """Served features were compared with offline values."""
 
     model: str
     since: str | None
     rows: int
-    """Entities of logged predictions that were compared."""
+    """Compared entities of logged predictions."""
     rows_left_out: int
     mismatches: int
     features: dict[str, Json]
-    """Feature to its counts by verdict and its SMAPE."""
+    """Maps feature to its counts by verdict and its SMAPE."""
     report: str
     rows_without_score: int = 0
-    """Entities that the model gave no finite score for; older events do not have it."""
+    """Entities without a finite score from the model. Older events do not have this field."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTableRewritten(LedgerEvent):
-    """The same rows in other files: compacted, or under newer keys."""
+    """The table's rows were written to new files, to compact them or to encrypt them with newer keys."""
 
     view: str
     table_version: int
@@ -189,15 +190,15 @@ class FeatureTableRewritten(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsRemoved(LedgerEvent):
-    """Rows of a feature table that no version has any more, on disk neither."""
+    """Rows of a feature table were removed from all versions and from disk."""
 
     view: str
     table_version: int
-    """The first without them."""
+    """First version without the rows."""
     cause: str
     older_than: str | None
-    """ISO 8601; rows with an event before it, where that was the rule."""
+    """ISO 8601 time; rows with an earlier event time were removed. Null if the rule was another one."""
     rows_before: int
     rows_after: int
     files: int
-    """Of the version before, that held some."""
+    """Files of the previous version that held removed rows."""

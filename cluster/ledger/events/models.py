@@ -1,4 +1,4 @@
-"""What happens to models: made, registered, served, rolled out, watched."""
+"""Events of models: training, registration, serving, rollouts and monitoring."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ModelRegistered(LedgerEvent):
     task: str
     manifest_hash: str
     files: dict[str, str]
-    """File name to SHA-256 in hex."""
+    """Maps file name to SHA-256 in hex."""
     lineage: dict[str, Json]
     metrics: dict[str, Json]
     warnings: list[str] = field(default_factory=list)
-    """What training said to be wary of, such as an input that gives the label away."""
+    """Warnings of the training job, such as an input that reveals the label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class ModelDeployed(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentRemoved(LedgerEvent):
-    """A version that served nobody has no application any more; deployed again, it has."""
+    """The Serve application of an unused model version was removed. A new deployment creates it again."""
 
     name: str
     version: int
@@ -113,7 +113,7 @@ class RolloutRolledBack(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShadowStarted(LedgerEvent):
-    """A version sees copies of requests from now on; one that did before sees no more."""
+    """A version now gets copies of requests. It replaces the previous shadow version."""
 
     model: str
     version: int
@@ -150,7 +150,7 @@ class OutcomesReceived(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionsCompacted(LedgerEvent):
-    """Segments of a model's prediction log lie in its table now."""
+    """Segments of a model's prediction log were moved into its table."""
 
     model: str
     table_version: int
@@ -160,7 +160,7 @@ class PredictionsCompacted(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomesCompacted(LedgerEvent):
-    """Segments of a model's outcomes lie in their table now."""
+    """Segments of a model's outcome log were moved into its table."""
 
     model: str
     table_version: int
@@ -178,10 +178,11 @@ class ModelMonitored(LedgerEvent):
     inputs: dict[str, str]
     results: str
     missing: dict[str, Json] = field(default_factory=dict)
-    """Input to the chunks in which its share of nulls left its threshold; older events lack this and what follows."""
+    """Maps input to the chunks whose share of nulls is outside the thresholds. Older events do not have this field and
+    the following ones."""
     unseen: dict[str, Json] = field(default_factory=dict)
-    """Input to the chunks with unusually many values that the model does not know."""
+    """Maps input to the chunks with unusually many values that the model does not know."""
     undefined: dict[str, Json] = field(default_factory=dict)
-    """Figure to chunk to why it has no value, or no threshold."""
+    """Maps figure to chunk to the reason why it has no value or no threshold."""
     left_out: dict[str, Json] = field(default_factory=dict)
-    """What is in no figure: how many, by why."""
+    """Maps reason to the number of records that no figure includes."""

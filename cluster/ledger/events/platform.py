@@ -1,4 +1,4 @@
-"""What happens to the cluster, its keys and the ledger itself, and who was let in or not."""
+"""Events of the cluster, its keys, access decisions and the ledger itself."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class ClusterStopped(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessRestarted(LedgerEvent):
-    """The supervisor started a part of the cluster again."""
+    """The supervisor restarted or resumed a part of the cluster."""
 
     cluster_id: str
     process: str
-    """As `cluster.status` names it; `Ray head` is all of Ray."""
+    """Name of the part, as in `cluster.status`; `Ray head` is all of Ray."""
     reason: str
-    """What was seen of it: `dead`, `stopped` or `does not answer`."""
+    """State that caused it: `dead`, `stopped` or `does not answer`."""
     attempt: int
-    """How often it was tried since the part last ran for a minute."""
+    """Number of attempts since the part last ran for a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingRestored(LedgerEvent):
-    """Applications that the ledger says serve were started again."""
+    """The applications that should serve according to the ledger were started again."""
 
     applications: list[str]
     failed: list[str]
-    """Those that did not start; the command's output says why."""
+    """Applications that did not start. The command's output has the reasons."""
     seconds: float
 
 
@@ -48,12 +48,12 @@ class ServingRestored(LedgerEvent):
 class KeysRotated(LedgerEvent):
     view: str
     keys: dict[str, int]
-    """Name to newest version."""
+    """Maps key name to newest version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRelabelled(LedgerEvent):
-    """A key is about to be described otherwise: class, purposes, region."""
+    """A key's description (class, purposes, region) is about to change."""
 
     name: str
     was: dict[str, Json]
@@ -62,7 +62,7 @@ class KeyRelabelled(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRevocation(LedgerEvent):
-    """A key is about to be destroyed, with all that is under it."""
+    """A key is about to be destroyed. All data that it encrypts becomes unreadable."""
 
     name: str
     described: dict[str, Json]
@@ -70,32 +70,32 @@ class KeyRevocation(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyEncryptionKeyRotated(LedgerEvent):
-    """The keyring is under another key-encryption key."""
+    """The keyring is now encrypted with a new key-encryption key."""
 
     num_keys: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccessDecided(LedgerEvent):
-    """The event's actor was denied something, or permitted it and is of the sample."""
+    """A request of the event's actor was denied, or it was permitted and is part of the logged sample."""
 
     allowed: bool
     role: str
     purpose: str
     tenant: str
     entrypoint: str
-    """Of the job that asked; empty where no job did."""
+    """Entrypoint of the job that made the request; empty if it was not a job."""
     action: str
     kind: str
     resource: str
     column_class: str
     policies: list[str]
-    """Those that decided; empty where none permitted it."""
+    """Policies that decided; empty if no policy permitted the request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StrangersRefused(LedgerEvent):
-    """Requests without a valid identity within one window, for one reason."""
+    """Unauthenticated requests within one time window that were refused for one reason."""
 
     reason: str
     count: int
@@ -106,12 +106,12 @@ class StrangersRefused(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenialsCounted(LedgerEvent):
-    """The event's actor was denied something more often than is worth an event each."""
+    """Further denials of the event's actor, counted to limit the number of events."""
 
     tenant: str
     action: str
     count: int
-    """Beside those that are `AccessDecided`."""
+    """Number of denials, without those that have an `AccessDecided` event."""
     first_at: float
     """Unix seconds."""
     last_at: float
@@ -119,7 +119,7 @@ class DenialsCounted(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeLimitSet(LedgerEvent):
-    """How much a principal or a tenant may ask of the edges; without either number it is the edges' default again."""
+    """The edge limits of a principal or a tenant changed. With both numbers null, the edge's default applies again."""
 
     limited: str
     """`principal` or `tenant`."""

@@ -1,4 +1,4 @@
-"""What all tests of the ground share."""
+"""Fixtures of all tests of `cluster`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.broker_world import INFO, OPEN, World
 
 @pytest.fixture(autouse=True)
 def quick_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Brokers look more often whether they should stop: a hundred tests would wait a fifth of a second each."""
+    """Let brokers check for a stop more often. Otherwise each of a hundred tests would wait a fifth of a second."""
     monkeypatch.setattr(broker, "_POLL_S", 0.02)
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """A keyring with two keys in a folder with a short path; the broker is not yet started."""
+    """Yield a keyring with two keys, in a folder with a short path. The broker is not started."""
     with tempfile.TemporaryDirectory(prefix="fk-") as folder:
         ring = Keyring.create(Path(folder) / "keyring.json", secrets.token_bytes(32))
         ring.ensure(INFO)

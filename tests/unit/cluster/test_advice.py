@@ -1,4 +1,4 @@
-"""What messages and guides tell people to run exists."""
+"""Tests that every command in messages and guides exists."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ COMMANDS = sorted({name for path in READ for name in ADVICE.findall(path.read_te
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_is_named_can_be_run(command: str) -> None:
-    """By its module path."""
+def test_named_command_can_be_run(command: str) -> None:
     found = importlib.util.find_spec(command)
     assert found is not None, command
     assert found.origin is not None, command

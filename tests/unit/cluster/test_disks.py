@@ -1,4 +1,4 @@
-"""Where a folder's bytes end up, told from what Linux says of mounts and devices."""
+"""Tests of `keeps_secrets`, with a fake mount table and fake devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 
 @pytest.fixture
 def machine(tmp_path: Path) -> tuple[Path, Path]:
-    """A mount table, and devices: an encrypted one, a volume upon it, and one that is half upon it."""
+    """Return a mount table and devices: an encrypted one, a volume on it, and a volume that is half on it."""
     devices = tmp_path / "block"
     for name in ("254:0", "253:1/dm", "253:2/dm", "253:2/slaves", "253:3/dm", "253:3/slaves"):
         (devices / name).mkdir(parents=True)
@@ -54,21 +54,20 @@ def machine(tmp_path: Path) -> tuple[Path, Path]:
 def test_memory_and_encrypted_devices_keep_secrets(
     machine: tuple[Path, Path], folder: str, expected: bool
 ) -> None:
-    """The nearest mount counts, and the last one made where two lie over each other; half encrypted is not."""
+    """The nearest mount counts, and of two at the same path the later one. A half-encrypted volume does not count."""
     table, devices = machine
     assert keeps_secrets(Path(folder), table=table, devices=devices) is expected
 
 
 @pytest.mark.parametrize("content", [None, "", "nonsense\n"])
-def test_where_the_machine_says_nothing_neither_do_we(tmp_path: Path, content: str | None) -> None:
-    """macOS, for one."""
+def test_result_is_unknown_without_a_mount_table(tmp_path: Path, content: str | None) -> None:
+    """For example on macOS."""
     table = tmp_path / "mountinfo"
     if content is not None:
         table.write_text(content)
     assert keeps_secrets(Path("/tmp"), table=table, devices=tmp_path) is None
 
 
-def test_this_machine_is_understood() -> None:
-    """Shared memory is memory."""
+def test_real_mount_table_can_be_read() -> None:
     if Path("/dev/shm").is_mount():
         assert keeps_secrets(Path("/dev/shm/anything")) is True

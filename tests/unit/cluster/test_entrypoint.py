@@ -1,4 +1,4 @@
-"""How a job starts and ends: exit codes, one-line refusals, help."""
+"""Tests of starting and ending a command: exit codes, one-line refusals, help."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ main()
 
 @job("platform", PlatformConfig)
 def nothing(config: PlatformConfig) -> None:
-    """A job that ends at once."""
+    """End at once."""
 
 
 @job("platform", PlatformConfig, timed=True)
 def timed(config: PlatformConfig) -> None:
-    """A job that says how long it took."""
+    """Print a result, with timing."""
     print("result")
 
 
 @dataclass(kw_only=True, slots=True)
 class TextConfig(PlatformConfig):
-    """Options that are text."""
+    """A configuration with text options."""
 
     text: str = ""
     texts: list[str] = field(default_factory=list)
@@ -59,8 +59,8 @@ class TextConfig(PlatformConfig):
 
 
 @job("platform", TextConfig)
-def says(config: TextConfig) -> None:
-    """Print them."""
+def print_texts(config: TextConfig) -> None:
+    """Print the text options as JSON."""
     print(json.dumps([config.text, config.texts, config.table, config.maybe]))
 
 
@@ -81,22 +81,21 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_success_is_0_and_leaves_no_files(program: Path) -> None:
+def test_success_exits_with_0_and_leaves_no_files(program: Path) -> None:
     """Hydra's run folder is off."""
     result = run(program, "storage.root=x")
     assert (result.returncode, result.stdout) == (0, "root x\n")
     assert [path.name for path in program.parent.iterdir()] == ["program.py"]
 
 
-def test_a_refusal_is_2_with_one_line(program: Path) -> None:
-    """No traceback, whatever the message's own line breaks."""
+def test_refusal_exits_with_2_and_prints_one_line(program: Path) -> None:
+    """Line breaks in the message are removed, and there is no traceback."""
     result = run(program, "storage.root=refuse")
     assert result.returncode == 2
     assert result.stderr == "refused: Source 'a' is empty. Give another.\n"
 
 
-def test_a_failure_is_1_with_its_traceback(program: Path) -> None:
-    """What we did not foresee is shown whole."""
+def test_failure_exits_with_1_and_its_traceback(program: Path) -> None:
     result = run(program, "storage.root=fail")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
@@ -104,32 +103,32 @@ def test_a_failure_is_1_with_its_traceback(program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("storage.rot=x", "rot"),
         ("nonsense=1", "nonsense"),
-        ("cluster.num_cpus=it's", "`cluster.num_cpus=it's` is no `key=value`"),
-        ("nonsense", "`nonsense` is no `key=value`"),
+        ("cluster.num_cpus=it's", "`cluster.num_cpus=it's` is not a valid `key=value`"),
+        ("nonsense", "`nonsense` is not a valid `key=value`"),
         ("cluster.num_cpus=many", "many"),
         ("cluster.num_cpus=0", "cluster.num_cpus must be at least 1, got 0"),
         ("tier=huge", "huge"),
     ],
 )
-def test_a_bad_override_is_2_and_names_it(override: str, said: str) -> None:
-    """Unknown key, wrong type, out of range, unknown group: each in one line."""
+def test_bad_override_exits_with_2_and_is_named(override: str, message: str) -> None:
+    """Unknown key, wrong type, out of range, unknown group: one line each."""
     result = run_main(nothing, override)
     assert result.returncode == 2
     assert result.stderr.startswith("refused: ")
     assert len(result.stderr.splitlines()) == 1
-    assert said in result.stderr
+    assert message in result.stderr
 
 
-def test_a_value_of_a_text_option_means_itself() -> None:
-    """Whatever Hydra or YAML would take it for; `null` is none only where an option may be none."""
+def test_text_values_are_taken_literally() -> None:
+    """Hydra and YAML do not convert them. `null` is None only for an option that may be None."""
     texts = ["nan", "null", "true", "1e5", "on", "0x10", "1_000", "it's", 'a "b"', "a, b"]
     texts += ["[", "{a:1}", "a\\", "${x", "#", " a", "a=b"]
     words = [f"+table.k{place}={text}" for place, text in enumerate(texts)]
-    result = run_main(says, *words, "+texts=[nan, null,1e5,a b]", "+text=null", "+maybe=null")
+    result = run_main(print_texts, *words, "+texts=[nan, null,1e5,a b]", "+text=null", "+maybe=null")
     assert result.returncode == 0, result.stderr
     text, listed, table, maybe = json.loads(result.stdout)
     assert list(table.values()) == texts
@@ -153,22 +152,21 @@ def test_a_value_of_a_text_option_means_itself() -> None:
         "hydra.verbose=true",
     ],
 )
-def test_what_hydra_understands_is_left_to_it(word: str) -> None:
-    """Quotations, interpolations, null where an option may be none, and options that are no text."""
+def test_hydra_syntax_is_not_quoted(word: str) -> None:
+    """Quoted strings, interpolations, null for an optional option, and options that are not text."""
     assert quote_texts([word], PlatformConfig) == [word]
     assert quote_texts(["storage.root=a,b", "-m"], PlatformConfig) == ["storage.root=a,b", "-m"]
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_are_shown(flags: list[str]) -> None:
-    """Both print and exit 0."""
+def test_help_and_config_exit_with_0(flags: list[str]) -> None:
     result = run_main(nothing, *flags)
     assert result.returncode == 0
     assert "storage" in result.stdout
 
 
-def test_help_begins_with_the_command_and_its_own_options() -> None:
-    """The module's docstring and the options with their comments stand before what all commands share."""
+def test_help_starts_with_the_command_and_its_own_options() -> None:
+    """The module's docstring and the commented options come before Hydra's help."""
     result = run_main(nothing, "--help")
     assert __doc__ is not None
     assert result.stdout.startswith(__doc__)
@@ -177,7 +175,7 @@ def test_help_begins_with_the_command_and_its_own_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         (
             "storag.root=x",
@@ -190,15 +188,15 @@ def test_help_begins_with_the_command_and_its_own_options() -> None:
         ),
     ],
 )
-def test_a_word_that_is_no_option_is_answered_with_the_nearest(word: str, said: str) -> None:
-    """Hydra's own advice, to append the option with `+`, would be refused in its turn."""
+def test_unknown_option_gets_a_suggestion(word: str, message: str) -> None:
+    """Hydra would advise to append the option with `+`, which would be refused too."""
     result = run_main(nothing, word)
     assert result.returncode == 2
-    assert result.stderr.strip() == said
+    assert result.stderr.strip() == message
 
 
-def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
-    """A user's own `jobs/` in front of ours is a clear refusal."""
+def test_shadowed_package_is_refused(program: Path) -> None:
+    """The user's own `jobs/` comes before Falaj's on the path."""
     (program.parent / "jobs").mkdir()
     (program.parent / "jobs" / "__init__.py").touch()
     result = run(program)
@@ -207,8 +205,8 @@ def test_a_folder_with_a_package_of_ours_is_named(program: Path) -> None:
 
 
 @job("platform", PlatformConfig)
-def in_worker(config: PlatformConfig) -> None:
-    """A job that is refused inside a task of Ray's, or inside a worker of Ray Train's."""
+def refused_in_worker(config: PlatformConfig) -> None:
+    """Raise a refusal as Ray or Ray Train would wrap it."""
     refusal = SourceError("Source 'a' is empty.")
     wrapped = RayTaskError("f", "Traceback …\n  File …", refusal).as_instanceof_cause()
     if config.storage.root == "train":
@@ -217,14 +215,14 @@ def in_worker(config: PlatformConfig) -> None:
 
 
 @pytest.mark.parametrize("where", ["task", "train"])
-def test_a_refusal_inside_a_worker_is_one_line(where: str) -> None:
-    """Without Ray's traceback, and with a refusal's exit code."""
-    result = run_main(in_worker, f"storage.root={where}")
+def test_refusal_in_a_worker_prints_one_line(where: str) -> None:
+    """It has a refusal's exit code and no Ray traceback."""
+    result = run_main(refused_in_worker, f"storage.root={where}")
     assert (result.returncode, result.stderr) == (2, "refused: Source 'a' is empty.\n")
 
 
-def test_timed_job_says_how_long_it_took() -> None:
-    """On standard error, because standard output is the result."""
+def test_timed_command_prints_its_duration() -> None:
+    """It goes to standard error, because standard output is the result."""
     done = run_main(timed)
     assert (done.returncode, done.stdout) == (0, "result\n")
     assert re.fullmatch(r"done in \d+\.\d s\n", done.stderr)

@@ -1,4 +1,4 @@
-"""What a replica runs a version on."""
+"""Tests of the choice of device and engine for a model version."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ GPU = Hardware(device=CUDA)
         (2.0, 2.0, True, Hardware(num_threads=2, device=CUDA)),
     ],
 )
-def test_a_replica_uses_what_it_was_given(
+def test_replica_hardware_follows_its_resources(
     num_cpus: float, num_gpus: float, has_cuda: bool, expected: Hardware
 ) -> None:
-    """A thread for each whole CPU, and of a GPU that is there its share of the memory."""
+    """One thread per whole CPU, and a share of the GPU's memory if torch finds a GPU."""
     assert replica_hardware(num_cpus=num_cpus, num_gpus=num_gpus, has_cuda=has_cuda) == expected
 
 
-def test_without_a_gpu_nobody_asks_for_one() -> None:
-    """Torch need not be imported to know it."""
+def test_no_gpu_search_without_a_reserved_gpu() -> None:
+    """Torch is not imported."""
     assert find_hardware(num_cpus=0.1, num_gpus=0.0) == Hardware()
 
 
@@ -49,15 +49,14 @@ def test_without_a_gpu_nobody_asks_for_one() -> None:
         (TREES, Precision.float32, GPU, Runner.lightgbm),
     ],
 )
-def test_the_engine_follows_from_files_and_hardware(
+def test_engine_follows_files_precision_and_hardware(
     files: list[str], precision: Precision, hardware: Hardware, expected: Runner
 ) -> None:
-    """Torch for a whole network on a GPU alone, and never for one that was judged as int8."""
+    """Torch runs only a complete float32 network on a GPU."""
     assert choose_runner(files, precision, hardware) is expected
 
 
 @pytest.mark.parametrize("files", [[], ["model.onnx", "model.txt"], ["model.safetensors", "network.json"]])
-def test_files_of_no_model_are_refused(files: list[str]) -> None:
-    """None, or those of two."""
-    with pytest.raises(RefusedError, match="not both or none"):
+def test_no_model_file_or_two_are_refused(files: list[str]) -> None:
+    with pytest.raises(RefusedError, match="exactly one of"):
         choose_runner(files, Precision.float32, GPU)

@@ -1,4 +1,4 @@
-"""As whom a lost head's applications are restored, and how Ray's daemons are started again."""
+"""Tests of restoring a lost head: the supervisor's intent, and restarts of Ray's daemons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.replica import record
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> ClusterRecord:
-    """A cluster's record, with its folder for sockets."""
+    """Return a cluster's record, with its folder for sockets."""
     (tmp_path / "run").mkdir(mode=0o700)
     return replace(record(tmp_path, "", 1), runtime_dir=str(tmp_path / "run"))
 
@@ -35,10 +35,10 @@ def config(tmp_path: Path) -> PlatformConfig:
     return PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
 
 
-def test_the_supervisors_intent_is_for_restoring_alone(
+def test_supervisor_intent_allows_only_the_restore_command(
     config: PlatformConfig, cluster: ClusterRecord
 ) -> None:
-    """It is `system:supervisor`, with a role that no person has, in a file of its owner's alone."""
+    """It acts as `system:supervisor` with the role supervisor."""
     places = Layout(config.storage.root)
     ensure_issuer(places)
     path = head.supervisor_intent(config, cluster)
@@ -49,10 +49,8 @@ def test_the_supervisors_intent_is_for_restoring_alone(
         read_intent(path, intents, entrypoint="feature_jobs.ingest")
 
 
-def test_with_another_issuer_a_file_must_hold_the_intent(
-    config: PlatformConfig, cluster: ClusterRecord
-) -> None:
-    """The message says what to set, and what a person can do meanwhile."""
+def test_another_issuer_requires_an_intent_file(config: PlatformConfig, cluster: ClusterRecord) -> None:
+    """The message names the setting and the manual command."""
     config.identity.issuer = IssuerConfig(url="https://issuer.example")
     with pytest.raises(ConfigError, match=r"supervisor_token_file.*serve_apps\.deploy action=restore"):
         head.supervisor_intent(config, cluster)
@@ -60,39 +58,38 @@ def test_with_another_issuer_a_file_must_hold_the_intent(
     assert head.supervisor_intent(config, cluster) == Path("/run/secrets/supervisor.jwt")
 
 
-def test_a_daemon_is_started_as_it_was_before(cluster: ClusterRecord, tmp_path: Path) -> None:
-    """By its own command line and Ray's variables; one whose command line is not known is not."""
+def test_daemon_restarts_with_its_saved_command(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """It gets Ray's saved variables. A daemon without a saved command is not started."""
     told = tmp_path / "told"
     script = f'echo "$0 $RAY_gcs_storage $FALAJ_CLUSTER_ID" > {told}.new; mv {told}.new {told}'
     command = {"argv": ["sh", "-c", script, "gcs"], "variables": {"RAY_gcs_storage": "rocksdb"}, "cwd": "/"}
     (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
     environment = {"FALAJ_CLUSTER_ID": "abc", "PATH": os.environ["PATH"]}
-    assert daemons.start_again(cluster, Part.gcs, environment, log=tmp_path / "log")
+    assert daemons.restart_daemon(cluster, Part.gcs, environment, log=tmp_path / "log")
     deadline = time.monotonic() + 10
     while not told.exists():
         assert time.monotonic() < deadline
     assert told.read_text() == "gcs rocksdb abc\n"
-    assert not daemons.start_again(cluster, Part.dashboard, environment, log=tmp_path / "log")
+    assert not daemons.restart_daemon(cluster, Part.dashboard, environment, log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("opened", ["run", "memory"])
-def test_nothing_is_started_by_what_another_user_could_have_written(
+def test_daemon_does_not_start_from_a_folder_open_to_others(
     cluster: ClusterRecord, tmp_path: Path, opened: str
 ) -> None:
-    """Neither a command line nor what the GCS knows: Ray opens an earlier release's folder to all, and a login manager
-    may have removed the one in shared memory, so that it is anybody's to make."""
+    """Another user could have changed the command or the GCS's state there."""
     (tmp_path / "memory").mkdir(mode=0o700)
     cluster = replace(cluster, gcs_dir=str(tmp_path / "memory" / "gcs"))
     command = {"argv": ["touch", str(tmp_path / "ran")], "variables": {}, "cwd": "/"}
     (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
     (tmp_path / opened).chmod(0o777)
     with pytest.raises(ConfigError, match="mode 0777"):
-        daemons.start_again(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
+        daemons.restart_daemon(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
     assert not (tmp_path / "log").exists()
 
 
-def test_restoring_is_due_until_somebody_has_done_it(cluster: ClusterRecord) -> None:
-    """Whoever it was, the supervisor or a person."""
+def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None:
+    """The marker file decides."""
     assert not head.restore_is_due(cluster)
     (Path(cluster.runtime_folder) / "restore-due").touch()
     assert head.restore_is_due(cluster)

@@ -1,4 +1,4 @@
-"""The ledger: what a chain proves, and that concurrent writers never fork it."""
+"""Tests of the ledger: the hash chain, its events, checkpoints, concurrent writers, and the command."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError, LedgerCorrupt, ReleaseTooOld
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
-from cluster.ledger.chain import GENESIS, Entry, check, link, plain, read_lines
-from cluster.ledger.checkpoint import PUBLIC_NAME, check_signatures, ensure_signer, load_public_key
+from cluster.ledger.chain import GENESIS, Entry, build_entry, check, read_lines, to_json
+from cluster.ledger.checkpoint import PUBLIC_NAME, ensure_signer, load_public_key, verify_signatures
 from cluster.ledger.events import (
     AccessDecided,
     AliasMoved,
@@ -58,21 +58,25 @@ def chain(payloads: list[dict[str, Any]]) -> list[Entry]:
         prev_hash = entries[-1].hash if entries else GENESIS
         time = "2026-01-01T00:00:00.000000+00:00"
         entries.append(
-            link(seq=seq, time=time, type="T", actor="a", payload=plain(payload), prev_hash=prev_hash)
+            build_entry(
+                seq=seq, time=time, type="T", actor="a", payload=to_json(payload), prev_hash=prev_hash
+            )
         )
     return entries
 
 
 @given(st.lists(PAYLOADS, max_size=5))
 def test_an_export_reads_back_and_verifies(payloads: list[dict[str, Any]]) -> None:
-    """Canonical JSON survives a round trip through text for every JSON value."""
+    """An export of any JSON payloads can be read back and verified."""
     entries = chain(payloads)
     assert list(check(read_lines(entry.line() for entry in entries))) == entries
 
 
 @given(st.lists(PAYLOADS, min_size=2, max_size=6), st.data())
-def test_any_single_change_is_found_at_its_place(payloads: list[dict[str, Any]], data: st.DataObject) -> None:
-    """Changing one field of one entry is reported with that entry's seq."""
+def test_change_of_one_field_is_reported_with_its_seq(
+    payloads: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    """A change of one field of an entry is reported with that entry's seq."""
     entries = chain(payloads)
     position = data.draw(st.integers(0, len(entries) - 1))
     name, value = data.draw(
@@ -85,8 +89,8 @@ def test_any_single_change_is_found_at_its_place(payloads: list[dict[str, Any]],
 
 
 @given(st.lists(PAYLOADS, min_size=2, max_size=6), st.data())
-def test_a_removed_entry_is_found(payloads: list[dict[str, Any]], data: st.DataObject) -> None:
-    """A gap is reported, unless it is the tail."""
+def test_removed_entry_is_reported(payloads: list[dict[str, Any]], data: st.DataObject) -> None:
+    """A gap before the end of the chain is reported with its position."""
     entries = chain(payloads)
     position = data.draw(st.integers(0, len(entries) - 2))
     del entries[position]
@@ -96,13 +100,13 @@ def test_a_removed_entry_is_found(payloads: list[dict[str, Any]], data: st.DataO
 
 
 def test_large_integers_become_strings_and_nan_null() -> None:
-    """JSON readers elsewhere would round them."""
-    written = plain({"n": 2**53 + 1, "m": 2**53 - 1, "x": float("nan"), "f": 2.0**60})
+    """Other JSON readers would round these numbers or refuse them."""
+    written = to_json({"n": 2**53 + 1, "m": 2**53 - 1, "x": float("nan"), "f": 2.0**60})
     assert written == {"n": str(2**53 + 1), "m": 2**53 - 1, "x": None, "f": str(2**60)}
 
 
-def test_events_are_typed_and_survive_reopening(tmp_path: Path) -> None:
-    """What was appended is read back as the same event, by type and after a seq."""
+def test_events_are_read_back_after_reopening(tmp_path: Path) -> None:
+    """Events can be read by type and after a seq."""
     url = f"sqlite:///{tmp_path}/ledger.db"
     moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
     ledger = Ledger(url)
@@ -116,8 +120,8 @@ def test_events_are_typed_and_survive_reopening(tmp_path: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _FromNewerRelease:
-    """An event as a newer release would write it; no subclass of `LedgerEvent`, so this release does not know it."""
+class _NewerEvent:
+    """An event of a newer release. It is not a `LedgerEvent`, so this release does not know it."""
 
     type: str
     content: dict[str, Any]
@@ -127,13 +131,11 @@ class _FromNewerRelease:
 
 
 def _append_newer(ledger: Ledger, type_name: str, **content: Any) -> Entry:
-    return ledger.append(
-        cast("LedgerEvent", _FromNewerRelease(type=type_name, content=content)), actor="user:new"
-    )
+    return ledger.append(cast("LedgerEvent", _NewerEvent(type=type_name, content=content)), actor="user:new")
 
 
-def test_an_event_of_a_newer_release_is_kept_verified_and_passed_over(tmp_path: Path) -> None:
-    """Its content stays as it was written, readers go on behind it, and the chain covers it."""
+def test_unknown_event_is_stored_verified_and_ignored_by_readers(tmp_path: Path) -> None:
+    """Its content is kept, the chain covers it, and readers continue after it."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     _append_newer(ledger, "PipelineStarted", run="r1")
     moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
@@ -149,12 +151,12 @@ def test_an_event_of_a_newer_release_is_kept_verified_and_passed_over(tmp_path: 
         ledger.require_known(subject)
 
 
-def test_a_field_of_a_newer_release_is_left_out_where_nothing_acts_on_it() -> None:
-    """A field more does not stop a reader, unless the event changes what is served, a key or a limit."""
+def test_unknown_field_is_dropped_unless_event_has_a_subject() -> None:
+    """With an unknown field, an event that changes serving, a key or a limit becomes an `UnknownEvent`."""
     assert parse("ClusterStopped", {"cluster_id": "c", "why": "x"}, seq=1) == ClusterStopped(cluster_id="c")
     limit = {"limited": "tenant", "name": "t", "burst": 9}
     assert parse("EdgeLimitSet", limit, seq=1) == UnknownEvent(stored_type="EdgeLimitSet", content=limit)
-    with pytest.raises(LedgerCorrupt, match="Event 7 is no valid ClusterStopped"):
+    with pytest.raises(LedgerCorrupt, match="Event 7 is not a valid ClusterStopped"):
         parse("ClusterStopped", {}, seq=7)
 
 
@@ -166,10 +168,10 @@ def test_a_field_of_a_newer_release_is_left_out_where_nothing_acts_on_it() -> No
         ("KeyHeld", Subject.key, None),
     ],
 )
-def test_an_unknown_event_stops_whoever_acts_on_its_subject(
+def test_unknown_event_stops_readers_of_its_subject(
     tmp_path: Path, type_name: str, subject: Subject, reader: Callable[[Ledger], object] | None
 ) -> None:
-    """Acting on half of what is known would undo what a newer release did; other subjects go on."""
+    """Other subjects are not affected."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     _append_newer(ledger, type_name)
     for each in Subject:
@@ -187,7 +189,7 @@ def _append_many(url: str, writer: int) -> None:
 
 
 def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
-    """Four processes append 25 events each: 100 events in one chain."""
+    """Four processes append 25 events each, and the result is one chain of 100 events."""
     url = f"sqlite:///{tmp_path}/ledger.db"
     context = forks.context()
     writers = [context.Process(target=_append_many, args=(url, writer)) for writer in range(4)]
@@ -201,19 +203,19 @@ def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
-    """After five events with one checkpoint every two, an auditor with the public key accepts the chain."""
+    """An auditor with the public key accepts the chain and its checkpoints."""
     signer = ensure_signer(tmp_path / "keys")
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", signer=signer, checkpoint_every=2)
     for number in range(5):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
-    entries = list(check_signatures(check(ledger.entries()), key))
+    entries = list(verify_signatures(check(ledger.entries()), key))
     assert any(entry.type == CheckpointSigned.__name__ for entry in entries)
     assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
 
 
 def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
-    """Somebody who recomputes every hash after a change still lacks the signing key."""
+    """An attacker who recomputes every hash still lacks the signing key."""
     signer = ensure_signer(tmp_path / "keys")
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", signer=signer, checkpoint_every=2)
     for number in range(4):
@@ -224,15 +226,15 @@ def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
         del fields["hash"]
         if entry.seq == 1:
             fields["payload"] = {"cluster_id": "forged"}
-        forged.append(link(**fields))
+        forged.append(build_entry(**fields))
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
     assert len(list(check(forged))) == len(forged)
     with pytest.raises(LedgerCorrupt, match="Checkpoint"):
-        list(check_signatures(check(forged), key))
+        list(verify_signatures(check(forged), key))
 
 
 def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
-    """Export, verify the export, break it, and see exit code 2 with the first bad seq."""
+    """`verify` of a changed export exits with 2 and names the first bad event."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for number in range(3):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
@@ -251,8 +253,8 @@ def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("role", "code"), [(Role.auditor, 0), (Role.data_scientist, 2)])
-def test_a_reader_with_a_token_must_be_one_who_may(tmp_path: Path, role: Role, code: int) -> None:
-    """A refusal names the role and is an event."""
+def test_export_requires_a_role_that_may_read_the_ledger(tmp_path: Path, role: Role, code: int) -> None:
+    """A refusal has exit code 2 and is recorded as an event."""
     places = Layout(str(tmp_path))
     ensure_issuer(places)
     ledger = Ledger(f"sqlite:///{places.ledger_path}")
@@ -267,16 +269,16 @@ def test_a_reader_with_a_token_must_be_one_who_may(tmp_path: Path, role: Role, c
 
 
 @pytest.mark.parametrize("options", ["", "?sslmode=require", "?sslmode=verify-ca"])
-def test_the_enterprise_tier_reaches_no_database_in_the_clear(options: str) -> None:
-    """Nor one that could be somebody else's."""
+def test_enterprise_tier_requires_verified_tls_to_the_database(options: str) -> None:
+    """A URL without `sslmode=verify-full` is refused."""
     url = f"postgresql+psycopg://falaj@db.example/ledger{options}"
     config = PlatformConfig(tier=Tier.enterprise_gpu, ledger=LedgerConfig(url=url))
     with pytest.raises(ConfigError, match=r"db\.example.*verify-full"):
         open_ledger(config)
 
 
-def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:
-    """`verify` reads the database itself when no file is given."""
+def test_verify_reads_the_database_without_a_file(tmp_path: Path) -> None:
+    """A change of a row in the database is reported."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for number in range(3):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")

@@ -1,12 +1,15 @@
-"""From a source's column to a deployment, as the ledger tells it, and the same in OpenLineage's words."""
+"""Tests of lineage from source columns to deployments, as text, JSON and OpenLineage events."""
 
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openlineage.client.serde import Serde
 
 from cluster.errors import ModelNotFound
 from cluster.ledger import Ledger, open_ledger
@@ -20,9 +23,8 @@ from cluster.ledger.events import (
     TrainingSetBuilt,
 )
 from cluster.lineage import __main__
-from cluster.lineage import trace as lineage
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import Column, ModelTrace, describe, trace
+from cluster.lineage.trace import Column, ModelTrace, describe, source_name, trace_model
 from cluster.settings import PlatformConfig, StorageConfig
 
 
@@ -101,20 +103,20 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 
 
 @pytest.fixture(scope="module")
-def found(ledger: Ledger) -> ModelTrace:
-    return trace(ledger.entries(), "loan", 1)
+def trace(ledger: Ledger) -> ModelTrace:
+    return trace_model(ledger.entries(), "loan", 1)
 
 
-def test_each_column_is_followed_to_its_source(found: ModelTrace) -> None:
-    """By name without a transform; as declared with one, and from all columns where nothing is declared."""
-    ways = [(one.column, one.source, one.source_columns) for one in found.columns]
-    assert ways == [
+def test_each_column_is_traced_to_its_source_columns(trace: ModelTrace) -> None:
+    """Without a transform by name; with one by the declared columns, or all columns if none are declared."""
+    sources = [(column.column, column.source, column.source_columns) for column in trace.columns]
+    assert sources == [
         ("income__amount", "income.parquet", ("amount",)),
         ("income__sector", "income.parquet", ("sector",)),
         ("person__band", "person.parquet", ("born",)),
         ("person__grade", "person.parquet", ("*",)),
     ]
-    assert found.columns[2] == Column(
+    assert trace.columns[2] == Column(
         source="person.parquet",
         source_columns=("born",),
         transform="shop:bands",
@@ -125,52 +127,62 @@ def test_each_column_is_followed_to_its_source(found: ModelTrace) -> None:
     )
 
 
-def test_only_what_the_version_saw_and_where_it_went_is_told(found: ModelTrace) -> None:
-    """Not the batch after the pinned table version, not the view's next version, not another one's deployment."""
-    assert [one.payload["ingest_id"] for one in found.batches] == ["income1", "person1"]
-    assert {one.view_version for one in found.columns} == {"1"}
-    assert [one.payload["app"] for one in found.deployments] == ["loan-v1"]
+def test_trace_has_only_batches_and_deployments_of_its_version(trace: ModelTrace) -> None:
+    """Later batches, later view versions and other versions' deployments are not included."""
+    assert [batch.payload["ingest_id"] for batch in trace.batches] == ["income1", "person1"]
+    assert {column.view_version for column in trace.columns} == {"1"}
+    assert [entry.payload["app"] for entry in trace.deployments] == ["loan-v1"]
 
 
 def test_a_training_set_from_elsewhere_has_no_columns(ledger: Ledger) -> None:
-    """That is said, and not guessed."""
-    other = trace(ledger.entries(), "loan", 2)
-    assert (other.built, other.columns, other.batches) == (None, [], [])
-    assert "nothing is known of its columns" in describe(other)
+    """The text says that the lineage of the columns is unknown."""
+    other = trace_model(ledger.entries(), "loan", 2)
+    assert (other.training_set, other.columns, other.batches) == (None, [], [])
+    assert "lineage of its columns is unknown" in describe(other)
 
 
 @pytest.mark.parametrize(("version", "number"), [("1", 1), ("latest", 2), ("champion", 1)])
-def test_a_version_is_named_as_in_other_commands(ledger: Ledger, version: str, number: int) -> None:
-    """By its number, by an alias, or as the latest."""
-    assert trace(ledger.entries(), "loan", version).version == number
+def test_version_can_be_a_number_an_alias_or_latest(ledger: Ledger, version: str, number: int) -> None:
+    """All three forms select a version."""
+    assert trace_model(ledger.entries(), "loan", version).version == number
 
 
 @pytest.mark.parametrize(
-    ("model", "version", "said"),
+    ("model", "version", "message"),
     [
         ("lone", 1, "Did you mean 'loan'"),
         ("loan", 9, "1, 2"),
         ("loan", "v1", "neither a number nor an alias"),
     ],
 )
-def test_what_is_unknown_is_refused_by_name(
-    ledger: Ledger, model: str, version: int | str, said: str
+def test_unknown_model_version_or_alias_is_refused(
+    ledger: Ledger, model: str, version: int | str, message: str
 ) -> None:
-    """With what there is."""
-    with pytest.raises(ModelNotFound, match=said):
-        trace(ledger.entries(), model, version)
+    """The message lists known names or versions."""
+    with pytest.raises(ModelNotFound, match=message):
+        trace_model(ledger.entries(), model, version)
 
 
 def test_an_address_with_a_password_is_never_a_sources_name() -> None:
-    """A lineage goes to other tools."""
+    """A source without path, table or topic gets its view's name."""
     definition = {"name": "income", "source": {"url": "postgresql://ann:secret@db/x", "query": "select 1"}}
-    assert lineage.source_of(definition) == "income's source"
-    assert lineage.source_of({"name": "clicks", "source": {"topic": "clicks"}}) == "clicks"
+    assert source_name(definition) == "income's source"
+    assert source_name({"name": "clicks", "source": {"topic": "clicks"}}) == "clicks"
 
 
-def test_openlineage_follows_a_column_through_every_step(found: ModelTrace) -> None:
-    """From the source's column by the feature and the training set's column to the prediction."""
-    done = {event["job"]["name"]: event for event in run_events(found, namespace="n") if event["outputs"]}
+def flags(ledger: Ledger) -> list[str]:
+    """Return the command's arguments for the model of `EVENTS`."""
+    root = str(Path(str(ledger.engine.url.database)).parent)
+    return ["lineage", "--root", root, "--model", "loan", "--version", "1"]
+
+
+def openlineage(trace: ModelTrace) -> list[dict[str, Any]]:
+    return [Serde.to_dict(event) for event in run_events(trace, namespace="n")]
+
+
+def test_openlineage_traces_a_column_through_every_step(trace: ModelTrace) -> None:
+    """Source column, feature, training-set column and prediction are linked."""
+    done = {event["job"]["name"]: event for event in openlineage(trace) if event["outputs"]}
 
     def inputs(job: str, column: str) -> list[tuple[str, str]]:
         [output] = done[job]["outputs"]
@@ -188,88 +200,55 @@ def test_openlineage_follows_a_column_through_every_step(found: ModelTrace) -> N
     assert inputs("serve_apps.deploy", "prediction") == [("models/loan/1", "prediction")]
 
 
-def test_openlineage_tells_the_same_runs_every_time(found: ModelTrace) -> None:
-    """Each starts and completes, under an id that follows from the ledger."""
-    events = list(run_events(found, namespace="n"))
-    assert events == list(run_events(found, namespace="n"))
+def test_openlineage_run_ids_are_stable(trace: ModelTrace) -> None:
+    """Each run has a START and a COMPLETE event with an id derived from the ledger."""
+    events = openlineage(trace)
+    assert events == openlineage(trace)
     runs = [event["run"]["runId"] for event in events]
     assert [event["eventType"] for event in events] == ["START", "COMPLETE"] * 5
     assert runs[::2] == runs[1::2]
     assert len(set(runs)) == 5
 
 
-def test_openlineages_own_classes_accept_the_events(found: ModelTrace) -> None:
-    """They check ids, times and addresses when they are made."""
-    pytest.importorskip("openlineage.client", reason="openlineage-python is not installed")
-    from openlineage.client import event_v2
-    from openlineage.client.generated import column_lineage_dataset as columns
-    from openlineage.client.generated import dataset_version_dataset as versions
+def test_events_are_sent_to_the_configured_address(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPENLINEAGE_URL names the receiver, as for every OpenLineage producer."""
+    received: list[dict[str, Any]] = []
 
-    def facets(said: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        if "columnLineage" in said:
-            made["columnLineage"] = columns.ColumnLineageDatasetFacet(
-                fields={
-                    name: columns.Fields(
-                        inputFields=[
-                            columns.InputField(
-                                **one
-                                | {
-                                    "transformations": [
-                                        columns.Transformation(**t) for t in one["transformations"]
-                                    ]
-                                }
-                            )
-                            for one in field["inputFields"]
-                        ]
-                    )
-                    for name, field in said["columnLineage"]["fields"].items()
-                }
-            )
-            assert said["columnLineage"]["_schemaURL"] == made["columnLineage"]._schemaURL
-        if "version" in said:
-            made["version"] = versions.DatasetVersionDatasetFacet(said["version"]["datasetVersion"])
-            assert said["version"]["_schemaURL"] == made["version"]._schemaURL
-        return made
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
 
-    for event in run_events(found, namespace="n"):
-        made = event_v2.RunEvent(
-            eventTime=event["eventTime"],
-            producer=event["producer"],
-            eventType=event_v2.RunState[event["eventType"]],
-            run=event_v2.Run(**event["run"]),
-            job=event_v2.Job(**event["job"]),
-            inputs=[
-                event_v2.InputDataset(one["namespace"], one["name"], facets(one.get("facets", {})))
-                for one in event["inputs"]
-            ],
-            outputs=[
-                event_v2.OutputDataset(one["namespace"], one["name"], facets(one.get("facets", {})))
-                for one in event["outputs"]
-            ],
-        )
-        assert made.schemaURL == event["schemaURL"]
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENLINEAGE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("sys.argv", [*flags(ledger), "--emit"])
+        __main__.main()
+        server.shutdown()
+    assert [event["eventType"] for event in received] == ["START", "COMPLETE"] * 5
 
 
 def test_the_command_prints_and_writes_without_a_cluster(
     ledger: Ledger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Text for people, JSON lines for tools."""
-    root = str(Path(str(ledger.engine.url.database)).parent)
-    flags = ["lineage", "--root", root, "--model", "loan", "--version", "1"]
-    monkeypatch.setattr("sys.argv", flags)
+    """It prints text or JSON, or writes JSON lines to a file."""
+    monkeypatch.setattr("sys.argv", flags(ledger))
     __main__.main()
-    said = capsys.readouterr().out
-    assert "income__amount <- income.amount (1) <- amount of income.parquet" in said
-    assert "person__grade <- person.grade (1) <- all columns of person.parquet by shop:bands" in said
-    assert "deployed as loan-v1, variant champion" in said
+    output_text = capsys.readouterr().out
+    assert "income__amount <- income.amount (1) <- amount of income.parquet" in output_text
+    assert "person__grade <- person.grade (1) <- all columns of person.parquet by shop:bands" in output_text
+    assert "deployed as loan-v1, variant champion" in output_text
     output = tmp_path / "events.jsonl"
-    monkeypatch.setattr("sys.argv", [*flags, "--format", "openlineage", "--output", str(output)])
+    monkeypatch.setattr("sys.argv", [*flags(ledger), "--format", "openlineage", "--output", str(output)])
     __main__.main()
     assert [json.loads(line)["eventType"] for line in output.read_text().splitlines()] == [
         "START",
         "COMPLETE",
     ] * 5
-    monkeypatch.setattr("sys.argv", [*flags, "--format", "json"])
+    monkeypatch.setattr("sys.argv", [*flags(ledger), "--format", "json"])
     __main__.main()
     assert json.loads(capsys.readouterr().out)["columns"][0]["column"] == "income__amount"

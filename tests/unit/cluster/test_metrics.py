@@ -1,4 +1,4 @@
-"""Who may hold up a process of the cluster by its metrics: nobody."""
+"""Tests that scrapers cannot block a process of the cluster."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from cluster import metrics
 from tests.ports import free_port
 
 
-def _scraped(port: int) -> bytes:
+def _scrape(port: int) -> bytes:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
         return bytes(response.read())
 
 
-def _waited_for(port: int, *, until_s: float = 10.0) -> bytes:
-    """What the server says as soon as it says something."""
+def _scrape_when_ready(port: int, *, until_s: float = 10.0) -> bytes:
+    """Return the metrics as soon as the server answers."""
     deadline = time.monotonic() + until_s
     while True:
         try:
-            return _scraped(port)
+            return _scrape(port)
         except OSError:
             assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_connections_that_ask_nothing_take_no_more_than_a_few_threads(
+def test_idle_connections_are_limited_and_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Any user of the machine may open them; they are few, they end soon, and then metrics are read again."""
+    """Any user can open them. They are few, they end soon, and then metrics can be read again."""
     monkeypatch.setattr(metrics._Handler, "timeout", 1.0)
     port, registry = free_port(), CollectorRegistry()
     Counter("canary", "A metric.", registry=registry)
     metrics.serve_metrics(registry, port=port)
-    assert b"canary_total 0.0" in _waited_for(port)
+    assert b"canary_total 0.0" in _scrape_when_ready(port)
     before = threading.active_count()
     with ExitStack() as stack:
         for _ in range(3 * metrics.MAX_CONNECTIONS):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
         held = threading.active_count() - before
         assert held <= 2 * metrics.MAX_CONNECTIONS  # each with its timer
-        assert b"canary_total" in _waited_for(port)
+        assert b"canary_total" in _scrape_when_ready(port)

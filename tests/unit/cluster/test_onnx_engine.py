@@ -1,4 +1,4 @@
-"""ONNX graphs that other tools wrote: run where that is safe, else refused with the tensor and the remedy."""
+"""Tests of ONNX graphs of other tools: they run where that is safe, else the message names tensor and fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = np.array([[1, 2], [3, 4], [np.nan, 6]], np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A linear model as tools write it, with a fault or without."""
+    """A linear model as other tools export it, correct or with a fault."""
 
     dtype: int = TensorProto.FLOAT
     rows: int | str | None = "rows"
@@ -33,7 +33,7 @@ class Graph:
     more: list[str] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Return the file's content."""
         nodes = [
             helper.make_node("IsNaN", [self.input_name], ["missing"]),
             helper.make_node("Where", ["missing", "zero", self.input_name], ["filled"]),
@@ -63,16 +63,16 @@ def model(graph: Graph, task: Task = Task.binary, classes: Any = ("no", "yes")) 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.DOUBLE])
 @pytest.mark.parametrize("rows", ["rows", None, 1, 2, 3, 5])
-def test_float64_and_any_fixed_batch_score_as_a_plain_graph(dtype: int, rows: Any) -> None:
-    """The matrix is cast, and a fixed batch is filled up; one row at a time and many give the same."""
+def test_float64_and_fixed_batch_give_the_scores_of_a_plain_graph(dtype: int, rows: Any) -> None:
+    """The matrix is cast, and a fixed batch is padded. One row and many rows give the same scores."""
     expected = 1 / (1 + np.exp(-np.nan_to_num(ROWS) @ [[0.1], [0.2]])).ravel()
     found = model(Graph(dtype=dtype, rows=rows))
     assert found.predict_matrix(ROWS).scores == pytest.approx(expected, abs=1e-6)
     assert found.predict_matrix(ROWS[:1]).scores == pytest.approx(expected[:1], abs=1e-6)
 
 
-def test_probabilities_of_both_classes_give_that_of_the_second() -> None:
-    """As scikit-learn's classifiers export them."""
+def test_binary_graph_with_two_probabilities_gives_the_second() -> None:
+    """scikit-learn's classifiers export both."""
     pair = Graph(outputs=2, last="Softmax")
     raw = OnnxEngine(pair.to_bytes()).scores(ROWS)
     assert np.array_equal(model(pair).predict_matrix(ROWS).scores, raw[:, 1])
@@ -81,32 +81,32 @@ def test_probabilities_of_both_classes_give_that_of_the_second() -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "said"),
+    ("graph", "message"),
     [
         (Graph(dtype=TensorProto.FLOAT16), r"takes 'inputs' as tensor\(float16\).*Cast"),
         (Graph(input_name="X"), r"has the inputs 'X'.*named 'inputs'"),
-        (Graph(output_name="probabilities"), "outputs 'probabilities', and none named 'scores'"),
+        (Graph(output_name="probabilities"), "outputs 'probabilities', but no 'scores'"),
         (Graph(columns="columns"), r"shape \['rows', 'columns'\].*number for the columns"),
-        (Graph(imputes=False), r"gives nan for a row without any known value.*Where\(IsNaN"),
+        (Graph(imputes=False), r"gives nan for a row of missing values.*Where\(IsNaN"),
         (Graph(outputs=3), r"shape \(1, 3\).*one probability a row"),
     ],
 )
-def test_a_graph_that_breaks_the_contract_is_refused_with_the_remedy(graph: Graph, said: str) -> None:
-    """In one sentence about the tensor, and one about what to do."""
-    with pytest.raises(RefusedError, match=said) as refused:
+def test_graph_that_violates_the_contract_is_refused_with_a_fix(graph: Graph, message: str) -> None:
+    """The message is one line."""
+    with pytest.raises(RefusedError, match=message) as refused:
         model(graph)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing at all"])
-def test_bytes_that_are_no_graph_are_refused(data: bytes) -> None:
-    """Without ONNX Runtime's or protobuf's own error."""
+def test_invalid_bytes_are_refused(data: bytes) -> None:
+    """No error of ONNX Runtime or protobuf is raised."""
     with pytest.raises(RefusedError, match=r"model\.onnx cannot be loaded"):
         OnnxEngine(data)
 
 
-def test_a_graph_that_does_not_run_is_refused() -> None:
-    """Declared for any number of rows, and made for one."""
+def test_graph_that_does_not_run_is_refused() -> None:
+    """It declares any number of rows but works for one row only."""
     reshape = helper.make_graph(
         [helper.make_node("Reshape", ["inputs", "shape"], ["scores"])],
         "one row",
@@ -115,12 +115,12 @@ def test_a_graph_that_does_not_run_is_refused() -> None:
         [helper.make_tensor("shape", TensorProto.INT64, [2], [1, 2])],
     )
     data = helper.make_model(reshape, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    with pytest.raises(RefusedError, match="must declare it as the first dimension"):
+    with pytest.raises(RefusedError, match="must declare this number as the first dimension"):
         OnnxEngine(data.SerializeToString()).scores(ROWS)
 
 
 @pytest.mark.parametrize(
-    ("task", "scores", "said"),
+    ("task", "scores", "message"),
     [
         (Task.binary, [0.2, 8.94], "outside 0 to 1 for 1 of 2.*Sigmoid"),
         (Task.binary, [0.2, np.nan], "not finite for 1 of 2"),
@@ -129,14 +129,14 @@ def test_a_graph_that_does_not_run_is_refused() -> None:
         (Task.regression, [1.0, np.inf], "not finite"),
     ],
 )
-def test_scores_that_are_not_what_the_task_says_are_refused(task: Task, scores: Any, said: str) -> None:
-    """Logits served as probabilities would be a number above one."""
-    with pytest.raises(RefusedError, match=said):
+def test_invalid_scores_for_the_task_are_refused(task: Task, scores: Any, message: str) -> None:
+    """For example logits instead of probabilities."""
+    with pytest.raises(RefusedError, match=message):
         check_scores(predictions(task, scores))
 
 
-def test_right_scores_are_taken() -> None:
-    """Also where rounding keeps a sum a little from one."""
+def test_valid_scores_are_accepted() -> None:
+    """A sum may differ from one by rounding."""
     check_scores(predictions(Task.binary, [0.0, 1.0]))
     check_scores(predictions(Task.multiclass, [[0.3, 0.3, 0.4004]]))
     check_scores(predictions(Task.regression, [-1e30]))

@@ -1,4 +1,4 @@
-"""A token goes to a port of this machine only where the cluster's own process listens."""
+"""Tests that the cluster's token is sent only to the cluster's own_port processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.own_server import NotOurServer, listeners_user, open_own, require_own_peer
+from cluster.own_server import NotOurServer, listener_uid, open_own, require_own_peer
 from tests.ports import free_port
 
 LISTENER = """
@@ -26,29 +26,29 @@ print(connection.recv(1000).decode(), flush=True)
 
 
 @pytest.fixture
-def own() -> Iterator[int]:
-    """The port of a server of this process."""
+def own_port() -> Iterator[int]:
+    """Return the port of a server in this process."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
 
 
-def ask(port: int) -> int:
-    """The status of a request that carries a token."""
+def send_token(port: int) -> int:
+    """Send a request with a token; return the status of the response."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Authorization": "Bearer canary"})
     with open_own(request, owner=os.geteuid(), timeout_s=5) as response:
         return int(response.status)
 
 
-def test_the_clusters_own_server_is_asked(own: int) -> None:
-    """By whoever it belongs to."""
-    assert ask(own) == 200
+def test_own_server_gets_the_request(own_port: int) -> None:
+    assert send_token(own_port) == 200
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_users_server_gets_no_token() -> None:
-    """Ray's dashboard has died, and somebody else has taken its port: the connection is made, and nothing is sent."""
+    """The connection is made, but nothing is sent. This happens when Ray's dashboard died and another user took its
+    port."""
     port, python = free_port(), shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")
@@ -58,12 +58,12 @@ def test_another_users_server_gets_no_token() -> None:
         assert stranger.stdout is not None
         assert stranger.stdout.readline() == "listens\n"
         with pytest.raises(NotOurServer, match=r"user 65534 .*no token was sent"):
-            ask(port)
+            send_token(port)
         assert stranger.stdout.readline() == "\n"
 
 
-def test_a_port_that_nobody_listens_at_any_more_is_refused() -> None:
-    """It was left between the connection and the question."""
+def test_port_without_a_listener_is_refused() -> None:
+    """The server closed after the connection was made."""
     server = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(server.getsockname()) as connection, server.accept()[0]:
         require_own_peer(connection, owner=os.geteuid())
@@ -73,9 +73,9 @@ def test_a_port_that_nobody_listens_at_any_more_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")])
-def test_the_kernel_says_whose_a_listener_is(family: socket.AddressFamily, address: str) -> None:
-    """Also of one that listens at every address, as Ray's gRPC servers do."""
+def test_kernel_reports_the_listeners_user(family: socket.AddressFamily, address: str) -> None:
+    """A socket that listens on every address is found too, as for Ray's gRPC servers."""
     with socket.create_server(
         (address, 0), family=family, dualstack_ipv6=family is socket.AF_INET6
     ) as server:
-        assert listeners_user("127.0.0.1", server.getsockname()[1]) == os.geteuid()
+        assert listener_uid("127.0.0.1", server.getsockname()[1]) == os.geteuid()

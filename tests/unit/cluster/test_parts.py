@@ -1,4 +1,4 @@
-"""Which process is which part of a cluster, and one command at a time that changes it."""
+"""Tests of recognising a cluster's parts, and of the locks for commands and the supervisor."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 
 from cluster import processes
 from cluster.errors import ConfigError
-from cluster.node.changing import changing, is_watched_by, sole_supervisor
 from cluster.node.launch import end_all
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, sort_out, state_of
+from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
+from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, processes_by_part, state_of
 from cluster.settings import StorageConfig
 from tests.replica import record
 
@@ -43,21 +43,21 @@ PYTHON, SITE = "/venv/bin/python3", "/venv/lib/python3.11/site-packages"
         ("python3", [], None),
     ],
 )
-def test_a_part_is_known_by_its_command_line(name: str, command: list[str], part: Part | None) -> None:
-    """Not a command of nearly the same name, and not a worker."""
+def test_part_is_recognised_by_its_command_line(name: str, command: list[str], part: Part | None) -> None:
+    """Similar commands and workers are not parts."""
     assert part_of(name, command) is part
 
 
 @pytest.fixture
 def sleeper() -> Iterator[psutil.Process]:
-    """A process that is told apart from a part by nothing but its name."""
+    """Start a process that is not a part."""
     with subprocess.Popen(["sleep", "60"]) as process:
         yield psutil.Process(process.pid)
         process.kill()
 
 
-def test_how_a_process_is_comes_from_the_kernel(sleeper: psutil.Process) -> None:
-    """Running, stopped, dead and not yet reaped, gone."""
+def test_state_follows_the_kernel(sleeper: psutil.Process) -> None:
+    """A process can be running, stopped or dead."""
     assert state_of(sleeper) is State.running
     sleeper.suspend()
     while state_of(sleeper) is State.running:
@@ -68,8 +68,8 @@ def test_how_a_process_is_comes_from_the_kernel(sleeper: psutil.Process) -> None
     assert state_of(sleeper) is state_of(None) is State.dead
 
 
-def test_the_supervisor_is_ended_first(tmp_path: Path) -> None:
-    """Or it would start the others again, while they are being ended; also one that is stopped."""
+def test_supervisor_ends_first(tmp_path: Path) -> None:
+    """A running supervisor would restart the others. A stopped supervisor is ended too."""
     started = (
         f"import time, sys; sys.argv = ['x']; open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(60)"
     )
@@ -78,52 +78,51 @@ def test_the_supervisor_is_ended_first(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("")
     (package.parent / "__init__.py").write_text("")
     (package / "__main__.py").write_text(started)
-    ended_one = f"{os.getpid()}-test"
-    environment = os.environ | {processes.ID_VARIABLE: ended_one}
-    with subprocess.Popen([sys.executable, "-m", SUPERVISOR], cwd=tmp_path, env=environment) as watching:
+    cluster_id = f"{os.getpid()}-test"
+    environment = os.environ | {processes.ID_VARIABLE: cluster_id}
+    with subprocess.Popen([sys.executable, "-m", SUPERVISOR], cwd=tmp_path, env=environment) as supervisor:
         while not (tmp_path / "up").exists():
-            assert watching.poll() is None
-        assert set(sort_out(processes.find(ended_one))) == {Part.supervisor}
-        psutil.Process(watching.pid).suspend()
+            assert supervisor.poll() is None
+        assert set(processes_by_part(processes.find(cluster_id))) == {Part.supervisor}
+        psutil.Process(supervisor.pid).suspend()
         cluster = record(tmp_path, "", 1)
-        object.__setattr__(cluster, "cluster_id", ended_one)
+        object.__setattr__(cluster, "cluster_id", cluster_id)
         assert end_all(cluster) == 1
-        assert watching.poll() is not None
+        assert supervisor.poll() is not None
 
 
-def test_one_command_at_a_time_changes_a_cluster(tmp_path: Path) -> None:
-    """Two `cluster.up` at once would start two; the refusal names the one that is at it, and its end frees it."""
+def test_second_command_is_refused_while_one_runs(tmp_path: Path) -> None:
+    """The message names the pid of the running command. Its end releases the lock."""
     storage = StorageConfig(root=str(tmp_path / "state"))
     with (
-        changing(storage),
-        pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) is at work.*Wait"),
-        changing(storage),
+        command_lock(storage),
+        pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) is running.*Wait"),
+        command_lock(storage),
     ):
         pass
-    with changing(storage):
+    with command_lock(storage):
         pass
 
 
-def test_nobody_else_can_hold_a_clusters_locks(tmp_path: Path) -> None:
-    """Who can read a file can lock it. The folder of an earlier release's state is open until it is closed."""
+def test_lock_files_are_private(tmp_path: Path) -> None:
+    """A process that can open a file can lock it. An earlier release's state folder may be readable for others."""
     tmp_path.chmod(0o755)
     storage, mask = StorageConfig(root=str(tmp_path)), os.umask(0o022)
     try:
-        with changing(storage), sole_supervisor(storage):
+        with command_lock(storage), supervisor_lock(storage):
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     finally:
         os.umask(mask)
     assert modes == {"cluster.lock": 0o600, "supervisor.lock": 0o600}
 
 
-def test_a_cluster_has_one_supervisor(tmp_path: Path) -> None:
-    """A second one is refused, whoever starts it."""
+def test_second_supervisor_is_refused(tmp_path: Path) -> None:
     storage = StorageConfig(root=str(tmp_path))
     assert not is_watched_by(storage, os.getpid())
-    with sole_supervisor(storage):
+    with supervisor_lock(storage):
         assert is_watched_by(storage, os.getpid())
         with (
             pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) watches .* already"),
-            sole_supervisor(storage),
+            supervisor_lock(storage),
         ):
             pass

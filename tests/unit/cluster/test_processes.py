@@ -1,4 +1,4 @@
-"""Which processes are a cluster's."""
+"""Tests of finding and ending a cluster's processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from contextlib import ExitStack
 import pytest
 
 from cluster import processes
-from cluster.node.parts import Part, sort_out
+from cluster.node.parts import Part, processes_by_part
 
 NOBODY = 65534
-PRETENDS = "import sys; open('/proc/self/comm', 'w').write('gcs_server'); print(flush=True); sys.stdin.read()"
+PROGRAM = "import sys; open('/proc/self/comm', 'w').write('gcs_server'); print(flush=True); sys.stdin.read()"
 NEEDS_ROOT = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None,
     reason="only root can become a second user, by setpriv",
@@ -24,20 +24,20 @@ NEEDS_ROOT = pytest.mark.skipif(
 
 @pytest.fixture
 def started() -> Iterator[ExitStack]:
-    """Ends what a test starts."""
+    """Return a stack that ends the processes of a test."""
     with ExitStack() as stack:
         yield stack
 
 
 def _start(stack: ExitStack, cluster_id: str, *, by: tuple[str, ...] = ()) -> int:
-    """A process with a cluster's mark and a daemon's name; gives its pid."""
+    """Start a process with a cluster's id and a daemon's name; return its pid."""
     process = stack.enter_context(
         subprocess.Popen(
             [
                 *by,
                 shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable,
                 "-c",
-                PRETENDS,
+                PROGRAM,
             ],
             cwd="/",
             env={"PATH": os.environ["PATH"], processes.ID_VARIABLE: cluster_id},
@@ -52,28 +52,30 @@ def _start(stack: ExitStack, cluster_id: str, *, by: tuple[str, ...] = ()) -> in
 
 
 @NEEDS_ROOT
-def test_another_users_process_is_never_a_clusters(started: ExitStack) -> None:
-    """Root's supervisor would start a daemon again by the command line of whatever bears the cluster's mark."""
+def test_another_users_process_is_not_found(started: ExitStack) -> None:
+    """A root supervisor would otherwise restart a daemon with another user's command line."""
     cluster_id = f"{os.getpid()}-mine"
     other = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     pid = _start(started, cluster_id, by=other)
-    assert sort_out(processes.find(cluster_id)) == {}
+    assert processes_by_part(processes.find(cluster_id)) == {}
     assert processes.end(cluster_id) == 0
     assert [one.pid for one in processes.find(cluster_id, owner=NOBODY)] == [pid]
     mine = _start(started, cluster_id)
-    assert {part: one.pid for part, one in sort_out(processes.find(cluster_id)).items()} == {Part.gcs: mine}
+    assert {part: one.pid for part, one in processes_by_part(processes.find(cluster_id)).items()} == {
+        Part.gcs: mine
+    }
 
 
-def test_a_job_of_the_cluster_sees_the_parts_above_it_and_ends_none(started: ExitStack) -> None:
-    """A raylet starts every job: `cluster.status` in one would call it dead, and a supervisor give up the head."""
+def test_job_finds_its_parents_but_does_not_end_them(started: ExitStack) -> None:
+    """A raylet starts every job. Without its parents, `cluster.status` in a job would report the raylet as dead."""
     cluster_id = f"{os.getpid()}-job"
-    asks = (
+    job = (
         "import os; from cluster import processes; "
         f"print(os.getppid() in [one.pid for one in processes.find({cluster_id!r})], processes.end({cluster_id!r}))"
     )
     parent = (
         "import subprocess, sys; "
-        f"print(subprocess.run([sys.executable, '-c', {asks!r}], capture_output=True, text=True).stdout)"
+        f"print(subprocess.run([sys.executable, '-c', {job!r}], capture_output=True, text=True).stdout)"
     )
     result = subprocess.run(
         [sys.executable, "-c", parent],

@@ -1,4 +1,4 @@
-"""Prediction and outcome records: durable before the answer, whole or absent."""
+"""Tests of prediction and outcome records: durable before the answer, complete or absent."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def test_each_entity_of_an_answer_is_one_row(log: Path, keyring: Keyring, writer
 
 
 def test_the_last_received_outcome_counts(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
-    """An outcome sent twice or corrected later stands once."""
+    """An outcome that is sent twice or corrected later counts once."""
     writer.append(outcome("p1", 0, "2026-01-01T00:00:00Z"), outcome("p2", 1, "2026-01-01T00:00:00Z"))
     writer.append(outcome("p1", 1, "2026-01-02T00:00:00Z"))
     frame = read_outcomes(log, keyring).sort("prediction_id")
     assert frame["outcome"].to_list() == [1, 1]
 
 
-def test_a_line_cut_short_is_passed_over(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
-    """Half a record belongs to an answer that never left."""
+def test_incomplete_line_is_skipped(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
+    """Its answer was never sent."""
     writer.append(prediction(1))
     with writer.path.open("ab") as file:
         file.write(base64.b64encode(bytes(100)))
@@ -107,7 +107,7 @@ def test_a_line_cut_short_is_passed_over(log: Path, keyring: Keyring, writer: Se
 
 
 def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: Keyring) -> None:
-    """A process that is killed right after its fifth append has left five records."""
+    """A process that is killed right after its fifth append leaves five records."""
     program = (
         "import sys; from pathlib import Path; from cluster.records import OutcomeRecord, SegmentWriter\n"
         "from cluster.security.keys.keyring import Keyring\n"
@@ -130,10 +130,9 @@ def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: K
     assert count_records(log) == 5
 
 
-def test_a_full_disk_is_an_error_and_leaves_whole_lines(
+def test_partly_written_record_is_removed_and_raises(
     log: Path, keyring: Keyring, writer: SegmentWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the disk takes only part of a record, that part is removed and the caller hears of it."""
     writer.append(prediction(1))
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
@@ -149,8 +148,10 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(
     ]
 
 
-def test_what_a_real_limit_cuts_off_is_taken_away(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
-    """The kernel takes the beginning of a record, then none of the next; with room again, all is as if never tried."""
+def test_partly_written_record_is_removed_at_a_real_file_size_limit(
+    log: Path, keyring: Keyring, writer: SegmentWriter
+) -> None:
+    """After the limit is lifted, the log continues as if nothing had happened."""
     writer.append(prediction(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 50, limits[1]))
@@ -170,10 +171,10 @@ def test_what_a_real_limit_cuts_off_is_taken_away(log: Path, keyring: Keyring, w
     assert read_predictions(log, keyring)["prediction_id"].unique().sort().to_list() == ["p1", "p4"]
 
 
-def test_where_a_cut_record_cannot_be_taken_away_a_new_segment_follows(
+def test_new_segment_starts_if_a_partial_record_cannot_be_removed(
     log: Path, keyring: Keyring, writer: SegmentWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No line may come behind half a one, or the whole log could not be read."""
+    """A line after half a record would make the log unreadable."""
     writer.append(prediction(1))
     before, real_write = writer.path, os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
@@ -186,8 +187,8 @@ def test_where_a_cut_record_cannot_be_taken_away_a_new_segment_follows(
     assert read_predictions(log, keyring)["prediction_id"].unique().sort().to_list() == ["p1", "p3"]
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody writes a segment."""
+def is_locked(path: Path) -> bool:
+    """Return whether a process writes a segment."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,24 +198,22 @@ def is_held(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": 1}, {"max_age_s": 0.0}], ids=["large", "old"])
-def test_a_segment_that_is_large_or_old_is_left_for_a_new_one(
-    log: Path, keyring: Keyring, limits: dict[str, Any]
-) -> None:
-    """Its lock says that nothing more comes; the log is one all the same, and the key store was asked once."""
+def test_large_or_old_segment_is_replaced(log: Path, keyring: Keyring, limits: dict[str, Any]) -> None:
+    """Its lock is released. All segments together are one log, and the key store is used once."""
     writer = SegmentWriter(log, store=keyring, key=KEY, **limits)
     keyring.revoke(KEY)  # which a new segment does not ask for
     for number in range(3):
         writer.append(prediction(number))
     paths = sorted(log.iterdir())
     assert {path.suffix for path in paths} == {".records"}
-    assert [path for path in paths if is_held(path)] == [writer.path]
+    assert [path for path in paths if is_locked(path)] == [writer.path]
     assert count_records(log) == 3
     writer.close()
-    assert not is_held(writer.path)
+    assert not is_locked(writer.path)
 
 
-def test_nothing_of_a_record_lies_in_the_clear(log: Path, writer: SegmentWriter) -> None:
-    """Not even what was asked for; only whose key it is, and how many there are."""
+def test_records_are_encrypted(log: Path, writer: SegmentWriter) -> None:
+    """Only the key's name and the number of records are visible."""
     writer.append(prediction(1))
     content = writer.path.read_bytes()
     assert KEY.encode() in content
@@ -245,14 +244,13 @@ def _flipped(lines: list[bytes]) -> list[bytes]:
     ],
     ids=["swapped", "a bit flipped", "one taken out", "one put in twice", "not base64"],
 )
-def test_a_changed_log_is_refused_at_its_line(
+def test_changed_log_is_refused_with_file_and_line(
     log: Path,
     keyring: Keyring,
     writer: SegmentWriter,
     change: Callable[[list[bytes]], list[bytes]],
     line: int,
 ) -> None:
-    """Naming the file."""
     for number in range(3):
         writer.append(prediction(number))
     writer.path.write_bytes(b"".join(change(writer.path.read_bytes().splitlines(keepends=True))))
@@ -261,10 +259,10 @@ def test_a_changed_log_is_refused_at_its_line(
 
 
 @pytest.mark.parametrize("place", ["predictions/other", "outcomes/m"])
-def test_a_segment_in_another_log_is_refused(
+def test_segment_moved_to_another_log_is_refused(
     log: Path, keyring: Keyring, writer: SegmentWriter, tmp_path: Path, place: str
 ) -> None:
-    """Another model's, or outcomes as predictions."""
+    """To another model's log, or from predictions to outcomes."""
     writer.append(prediction(1))
     elsewhere = tmp_path / place
     elsewhere.mkdir(parents=True)
@@ -273,10 +271,9 @@ def test_a_segment_in_another_log_is_refused(
         read_predictions(elsewhere, keyring)
 
 
-def test_a_segment_killed_before_its_first_line_holds_nothing(
+def test_segment_with_incomplete_first_line_is_empty(
     log: Path, keyring: Keyring, writer: SegmentWriter
 ) -> None:
-    """Wherever it was cut."""
     header = writer.path.read_bytes()
     for cut in (0, 1, len(header) - 1):
         writer.path.write_bytes(header[:cut])
@@ -284,8 +281,9 @@ def test_a_segment_killed_before_its_first_line_holds_nothing(
         assert list(read_records(log, keyring)) == []
 
 
-def test_a_revoked_key_closes_the_log(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
-    """Predictions stay countable."""
+def test_log_with_a_revoked_key_can_only_be_counted(
+    log: Path, keyring: Keyring, writer: SegmentWriter
+) -> None:
     writer.append(prediction(1))
     keyring.revoke(KEY)
     with pytest.raises(KeyRevoked):
@@ -297,31 +295,30 @@ def test_a_revoked_key_closes_the_log(log: Path, keyring: Keyring, writer: Segme
     "key",
     ["models/other", "outcomes/m/personal", "predictions/other/personal", "predictions/m", "predictions/m/x"],
 )
-def test_a_segment_under_a_key_of_another_place_is_refused(log: Path, keyring: Keyring, key: str) -> None:
-    """It names its key itself: who may write there, and under that one, would else be read as a replica."""
+def test_segment_with_a_key_of_another_log_is_refused(log: Path, keyring: Keyring, key: str) -> None:
+    """The segment names its key itself. A principal with another key could otherwise add forged records."""
     keyring.ensure(KeyInfo(name=key))
     writer = SegmentWriter(log, store=keyring, key=key)
     writer.append(prediction(1))
-    with pytest.raises(RecordLogCorrupt, match="none of this log's"):
+    with pytest.raises(RecordLogCorrupt, match="does not belong to this log"):
         read_predictions(log, keyring)
 
 
 @pytest.mark.parametrize("name", [None, 3, [], "", "../predictions/m/personal"])
-def test_a_segment_that_names_no_key_is_refused(
+def test_segment_without_a_valid_key_name_is_refused(
     log: Path, keyring: Keyring, writer: SegmentWriter, name: object
 ) -> None:
-    """With the file's name, not a traceback."""
     head, *rest = writer.path.read_bytes().splitlines(keepends=True)
     stated = json.loads(head) | {"key": name}
     writer.path.write_bytes(json.dumps(stated).encode() + b"\n" + b"".join(rest))
-    with pytest.raises(RecordLogCorrupt, match="none of this log's"):
+    with pytest.raises(RecordLogCorrupt, match="does not belong to this log"):
         list(read_records(log, keyring))
 
 
-def test_a_writer_that_was_closed_writes_to_no_other_file(
+def test_closed_writer_does_not_write_to_another_file(
     log: Path, keyring: Keyring, writer: SegmentWriter
 ) -> None:
-    """The kernel gives its file's number to the next one that is opened."""
+    """The kernel reuses the number of its file descriptor."""
     writer.append(prediction(1))
     writer.close()
     with (log.parent / "other").open("wb") as other:

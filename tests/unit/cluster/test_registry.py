@@ -1,4 +1,4 @@
-"""Model versions and aliases as a projection of the ledger."""
+"""Tests of model versions and aliases as a projection of the ledger."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def keys(tmp_path: Path) -> Keyring:
-    """The test's keyring."""
+    """Open or create the test's keyring."""
     path = tmp_path / "keyring.json"
     return Keyring(path, b"k" * 32) if path.exists() else Keyring.create(path, b"k" * 32)
 
@@ -46,8 +46,7 @@ def register(registry: Registry, tmp_path: Path, *, name: str = "m", content: st
     )
 
 
-def test_versions_count_up_and_keep_their_lineage(registry: Registry, tmp_path: Path) -> None:
-    """The second registration is version 2, and what it came from can be read back."""
+def test_versions_are_numbered_and_keep_their_lineage(registry: Registry, tmp_path: Path) -> None:
     register(registry, tmp_path)
     second = register(registry, tmp_path)
     assert second.version == 2
@@ -56,8 +55,8 @@ def test_versions_count_up_and_keep_their_lineage(registry: Registry, tmp_path: 
     assert verify_files(second.uri, second.manifest_hash) == second.files
 
 
-def test_model_files_are_sealed_under_the_models_key(registry: Registry, tmp_path: Path) -> None:
-    """Each for its own version and name; the hashes are of what is stored."""
+def test_model_files_are_encrypted_with_the_models_key(registry: Registry, tmp_path: Path) -> None:
+    """They are bound to version and name, and the hashes are of the stored files."""
     one, two = (register(registry, tmp_path, content='{"word": "canary"}') for _ in range(2))
     stored = (Path(one.uri) / "model.json").read_bytes()
     assert b"canary" not in stored
@@ -69,7 +68,7 @@ def test_model_files_are_sealed_under_the_models_key(registry: Registry, tmp_pat
         read_file(one, "model.json", keys(tmp_path))
 
 
-def test_a_dropped_projection_is_rebuilt_from_the_events(registry: Registry, tmp_path: Path) -> None:
+def test_rebuilt_projection_is_the_same(registry: Registry, tmp_path: Path) -> None:
     """Versions and aliases are the same before and after."""
     register(registry, tmp_path)
     register(registry, tmp_path)
@@ -81,8 +80,7 @@ def test_a_dropped_projection_is_rebuilt_from_the_events(registry: Registry, tmp
     assert before[1] == {"champion": 1}
 
 
-def test_two_registries_on_one_ledger_agree(registry: Registry, tmp_path: Path) -> None:
-    """A reader in another process sees what was just registered."""
+def test_registry_sees_another_ones_registration_at_once(registry: Registry, tmp_path: Path) -> None:
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     other = Registry(ledger, Layout(str(tmp_path)))
     register(registry, tmp_path)
@@ -91,7 +89,7 @@ def test_two_registries_on_one_ledger_agree(registry: Registry, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "said"),
+    ("name", "version", "message"),
     [
         ("mm", 1, "Did you mean 'm'"),
         ("m", 9, "no version 9"),
@@ -99,18 +97,17 @@ def test_two_registries_on_one_ledger_agree(registry: Registry, tmp_path: Path) 
         ("m", "LATEST", "Known: latest"),
     ],
 )
-def test_what_is_not_there_is_named(
-    registry: Registry, tmp_path: Path, name: str, version: int | str, said: str
+def test_unknown_model_version_or_alias_lists_the_known_ones(
+    registry: Registry, tmp_path: Path, name: str, version: int | str, message: str
 ) -> None:
-    """Unknown model, version and alias each say what is known."""
     register(registry, tmp_path)
-    with pytest.raises(ModelNotFound, match=said):
+    with pytest.raises(ModelNotFound, match=message):
         registry.get(name, version)
 
 
 @pytest.mark.parametrize("harm", ["change", "add", "remove", "manifest"])
-def test_a_tampered_folder_is_refused(registry: Registry, tmp_path: Path, harm: str) -> None:
-    """Whatever differs from what was registered is found before anything is parsed."""
+def test_tampered_folder_is_refused_and_recorded(registry: Registry, tmp_path: Path, harm: str) -> None:
+    """A changed, added or removed file is found before anything is parsed."""
     version = register(registry, tmp_path)
     folder = Path(version.uri)
     match harm:
@@ -130,8 +127,8 @@ def test_a_tampered_folder_is_refused(registry: Registry, tmp_path: Path, harm: 
     assert [entry.payload["version"] for entry in ledger.entries(ArtifactRefused)] == [1]
 
 
-def test_pickle_is_no_allowed_format(registry: Registry, tmp_path: Path) -> None:
-    """A format that can run code is never registered."""
+def test_pickle_is_refused(registry: Registry, tmp_path: Path) -> None:
+    """It can run code."""
     source = tmp_path / "bad"
     source.mkdir()
     (source / "model.pkl").write_bytes(b"")
@@ -149,15 +146,14 @@ def test_pickle_is_no_allowed_format(registry: Registry, tmp_path: Path) -> None
     assert registry.names() == []
 
 
-def test_a_crash_before_the_event_leaves_no_version(registry: Registry, tmp_path: Path) -> None:
-    """The folder of a registration that died is passed over by the next one."""
+def test_folder_of_a_crashed_registration_is_skipped(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "models" / "m" / "1").mkdir(parents=True)
     assert register(registry, tmp_path).version == 2
     assert registry.versions("m") == [2]
 
 
-def test_warnings_and_undefined_metrics_are_kept_with_a_version(registry: Registry, tmp_path: Path) -> None:
-    """A metric that is not finite is null in the ledger; events of an older release have no warnings."""
+def test_warnings_and_null_metrics_are_stored_with_a_version(registry: Registry, tmp_path: Path) -> None:
+    """Metrics that are not finite become null. Events of older releases have no warnings."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.json").write_text("{}")

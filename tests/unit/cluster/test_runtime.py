@@ -1,4 +1,4 @@
-"""The runtime: the same rows in, the same answers out, for every format and task."""
+"""Tests of the runtime: the same rows give the same predictions in every format and task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cluster.runtime import (
     open_model,
     parse_signature,
 )
-from cluster.runtime.encoding import MANY
+from cluster.runtime.encoding import MIN_BATCH
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 
@@ -49,24 +49,24 @@ TASKS = [
 ]
 
 
-def build(folder: Path, one: ModelSignature, objective: dict[str, Any]) -> None:
-    """Fit a few trees and write a model folder."""
+def build(folder: Path, model_signature: ModelSignature, objective: dict[str, Any]) -> None:
+    """Train a few trees and write a model folder."""
     draw = np.random.default_rng(0)
     matrix = np.column_stack([draw.uniform(0, 90, 300), draw.integers(0, 2, 300)]).astype(np.float32)
-    target = (matrix[:, 0] // 31) if one.task is not Task.binary else (matrix[:, 0] > 45)
+    target = (matrix[:, 0] // 31) if model_signature.task is not Task.binary else (matrix[:, 0] > 45)
     data = lightgbm.Dataset(matrix, target.astype(float), categorical_feature=[1])
     booster = lightgbm.train({**objective, "verbosity": -1, "num_threads": 1}, data, num_boost_round=5)
     folder.mkdir()
     (folder / "model.txt").write_text(booster.model_to_string())
-    (folder / "model.json").write_text(one.to_json())
+    (folder / "model.json").write_text(model_signature.to_json())
 
 
-@pytest.mark.parametrize(("one", "objective", "keys"), TASKS)
-def test_lists_and_arrow_give_the_same_answers(
-    tmp_path: Path, one: ModelSignature, objective: dict[str, Any], keys: set[str]
+@pytest.mark.parametrize(("model_signature", "objective", "keys"), TASKS)
+def test_lists_and_arrow_give_the_same_predictions(
+    tmp_path: Path, model_signature: ModelSignature, objective: dict[str, Any], keys: set[str]
 ) -> None:
-    """One row at a time, as a request has it, or a table, as evaluation does."""
-    build(tmp_path / "m", one, objective)
+    """Single rows, as in a request, and a table, as in an evaluation."""
+    build(tmp_path / "m", model_signature, objective)
     model = open_model(tmp_path / "m")
     columns: dict[str, list[Any]] = {"age": [10.0, 50.0, None], "sex": ["f", None, "unknown"]}
     rows = model.predict(columns).rows()
@@ -76,11 +76,10 @@ def test_lists_and_arrow_give_the_same_answers(
     ]
     assert single == rows
     assert set(rows[0]) == keys
-    assert parse_signature(one.to_json()) == one
+    assert parse_signature(model_signature.to_json()) == model_signature
 
 
-def test_nulls_and_unknown_categories_are_missing() -> None:
-    """A category training did not know is no category."""
+def test_nulls_and_unknown_categories_become_nan() -> None:
     matrix = encode(signature(Task.regression), {"age": [None, 2], "sex": ["m", "x"]})
     assert np.array_equal(matrix, np.array([[np.nan, 1], [2, np.nan]], np.float32), equal_nan=True)
 
@@ -88,16 +87,16 @@ def test_nulls_and_unknown_categories_are_missing() -> None:
 @pytest.mark.parametrize(
     "columns", [{"age": ["old"], "sex": ["f"]}, {"age": [1.0]}, {"age": [1.0], "sex": ["f", "m"]}]
 )
-def test_what_cannot_be_encoded_is_named(columns: dict[str, list[Any]]) -> None:
-    """A text for a number, a missing input, another length."""
+def test_input_that_cannot_be_encoded_is_named(columns: dict[str, list[Any]]) -> None:
+    """Text for a number, a missing input, another length."""
     with pytest.raises(InvalidRequest, match=r"age|sex"):
         encode(signature(Task.regression), columns)
 
 
 def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
-    """Through the registry, as a replica loads it."""
-    one, objective, _ = TASKS[0]
-    build(tmp_path / "m", one, objective)
+    """It is loaded through the registry, as in a replica."""
+    model_signature, objective, _ = TASKS[0]
+    build(tmp_path / "m", model_signature, objective)
     registry = Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
     keyring = Keyring.create(tmp_path / "keyring.json", b"k" * 32)
     version = registry.register(
@@ -110,7 +109,7 @@ def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None
         store=keyring,
         actor="a",
     )
-    assert load_model(version, keyring).signature == one
+    assert load_model(version, keyring).signature == model_signature
     (Path(version.uri) / "model.txt").write_text("not a tree at all")
     with pytest.raises(ArtifactTampered, match=r"model\.txt"):
         load_model(version, keyring)
@@ -133,8 +132,8 @@ VALUES = st.sampled_from([*KINDS, st.one_of(KINDS)]).flatmap(
     ),
     VALUES,
 )
-def test_a_long_list_is_encoded_as_its_values_are(spec: InputSpec, values: list[Any]) -> None:
-    """Or refused with the same words."""
+def test_long_list_is_encoded_like_single_values(spec: InputSpec, values: list[Any]) -> None:
+    """Errors have the same message, too."""
     encoder = Encoder(ModelSignature(task=Task.regression, inputs=(spec,), label="y"))
 
     def encoded(values: list[Any]) -> Any:
@@ -144,17 +143,17 @@ def test_a_long_list_is_encoded_as_its_values_are(spec: InputSpec, values: list[
             return str(error)
 
     singly = [encoded([value]) for value in values]
-    refused = [one for one in singly if isinstance(one, str)]
-    expected = refused[0] if refused else [one for (one,) in singly] * MANY
-    assert repr(encoded(values * MANY)) == repr(expected)
+    refused = [result for result in singly if isinstance(result, str)]
+    expected = refused[0] if refused else [value for (value,) in singly] * MIN_BATCH
+    assert repr(encoded(values * MIN_BATCH)) == repr(expected)
 
 
 @pytest.mark.parametrize("harm", ["no model", "garbage", "other inputs", "no signature"])
-def test_files_that_make_no_model_are_refused(tmp_path: Path, harm: str) -> None:
-    """As registered, but useless: said in words, not by a crash."""
-    one, objective, _ = TASKS[0]
+def test_invalid_model_files_are_refused(tmp_path: Path, harm: str) -> None:
+    """The process does not crash."""
+    model_signature, objective, _ = TASKS[0]
     folder = tmp_path / "m"
-    build(folder, one, objective)
+    build(folder, model_signature, objective)
     match harm:
         case "no model":
             (folder / "model.txt").unlink()
@@ -169,12 +168,13 @@ def test_files_that_make_no_model_are_refused(tmp_path: Path, harm: str) -> None
         open_model(folder)
 
 
-@pytest.mark.parametrize(("one", "objective", "keys"), TASKS, ids=[task.value for task in Task])
-def test_a_row_alone_is_answered_as_among_others(
-    tmp_path: Path, one: ModelSignature, objective: dict[str, Any], keys: set[str]
+@pytest.mark.parametrize(("model_signature", "objective", "keys"), TASKS, ids=[task.value for task in Task])
+def test_single_row_gives_the_same_scores_as_a_batch(
+    tmp_path: Path, model_signature: ModelSignature, objective: dict[str, Any], keys: set[str]
 ) -> None:
-    """LightGBM has a way of its own for it; to the bit, from several threads at once, missing values too."""
-    build(tmp_path / "m", one, objective)
+    """LightGBM has a separate function for single rows. Results are bit-identical, also with threads and missing
+    values."""
+    build(tmp_path / "m", model_signature, objective)
     model = open_model(tmp_path / "m")
     draw = np.random.default_rng(1)
     matrix = np.column_stack([draw.uniform(0, 90, 200), draw.integers(0, 2, 200)]).astype(np.float32)
@@ -185,24 +185,28 @@ def test_a_row_alone_is_answered_as_among_others(
     np.testing.assert_array_equal(np.concatenate(alone), together)
 
 
-def test_a_list_is_as_many_columns_of_the_matrix(tmp_path: Path) -> None:
-    """From a request, the online store's arrays and Arrow alike; a missing list is missing throughout."""
+def test_list_input_becomes_columns_of_the_matrix(tmp_path: Path) -> None:
+    """From lists, NumPy arrays and Arrow. A missing list is all NaN."""
     emb = InputSpec(name="emb", dtype="float", length=2)
-    one = ModelSignature(task=Task.regression, inputs=(emb, SEX, AGE), label="y")
-    assert (one.width, one.categorical, parse_signature(one.to_json())) == (4, [2], one)
+    model_signature = ModelSignature(task=Task.regression, inputs=(emb, SEX, AGE), label="y")
+    assert (
+        model_signature.width,
+        model_signature.categorical,
+        parse_signature(model_signature.to_json()),
+    ) == (4, [2], model_signature)
     expected = np.array([[0.5, 1.5, 1, 3], [np.nan, np.nan, 0, np.nan]], np.float32)
     rest = {"sex": ["m", "f"], "age": [3.0, None]}
     for lists in ([[0.5, 1.5], None], [np.array([0.5, 1.5], np.float32), None]):
-        assert np.array_equal(encode(one, {"emb": lists, **rest}), expected, equal_nan=True)
+        assert np.array_equal(encode(model_signature, {"emb": lists, **rest}), expected, equal_nan=True)
         [row, _] = lists
-        single = encode(one, {"emb": [row], "sex": ["m"], "age": [3.0]})
+        single = encode(model_signature, {"emb": [row], "sex": ["m"], "age": [3.0]})
         assert np.array_equal(single, expected[:1])
     for kind in (pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 2)):
         table = pa.table({"emb": pa.array([[0.5, 1.5], None], kind), **rest})
-        assert np.array_equal(encode(one, table), expected, equal_nan=True)
+        assert np.array_equal(encode(model_signature, table), expected, equal_nan=True)
     for bad in ([0.5], [0.5, "a"], 0.5, [0.5, 1e39], [True, False]):
         with pytest.raises(InvalidRequest, match="'emb'"):
-            encode(one, {"emb": [bad], "sex": ["m"], "age": [3.0]})
+            encode(model_signature, {"emb": [bad], "sex": ["m"], "age": [3.0]})
     for column in (pa.array([[0.5]]), pa.array([["a", "b"]]), pa.array([0.5]), pa.array([[0.5, 1e39]])):
         with pytest.raises(InvalidRequest, match="'emb'"):
-            encode(one, pa.table({"emb": column, "sex": ["m"], "age": [3.0]}))
+            encode(model_signature, pa.table({"emb": column, "sex": ["m"], "age": [3.0]}))

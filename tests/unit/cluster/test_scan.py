@@ -1,4 +1,4 @@
-"""The scanner finds what lies in the clear, in every form that needs no key."""
+"""Tests of the scanner for unencrypted values, in all formats that need no key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wide(folder: Path) -> None:
 
 
 def filler() -> str:
-    """Text whose letters are packed in fewer bits, so that a canary among them does not show as it is."""
+    """Return text that compresses well, so that the canary in it is not visible in the compressed bytes."""
     draw = random.Random(0)
     words = [f"{draw.choice(['canary', '7f3', 'a9', 'after'])}{draw.randrange(1000)}" for _ in range(9000)]
     return " ".join([*words[:4500], TEXT, *words[4500:]])
@@ -49,7 +49,7 @@ def zipped(folder: Path) -> None:
 
 
 def gzipped(folder: Path) -> None:
-    """Of two members, as appending makes it."""
+    """Write two gzip members, as appending does."""
     (folder / "a").write_bytes(gzip.compress(b"first") + gzip.compress(filler().encode()))
 
 
@@ -79,7 +79,7 @@ def parquet(codec: str) -> Callable[[Path], None]:
 
 
 def nested(folder: Path) -> None:
-    """Bytes in a list in a struct, and a dictionary."""
+    """Write bytes in a list in a struct, without a dictionary."""
     column = words()["word"].combine_chunks()
     inner = pa.ListArray.from_arrays(range(len(column) + 1), column.cast(pa.binary()))
     table = pa.table({"a": pa.StructArray.from_arrays([inner], ["b"])})
@@ -114,16 +114,16 @@ PACKED = [
 
 
 @pytest.mark.parametrize("write", [plain, wide, database, store, *PACKED], ids=lambda write: write.__name__)
-def test_a_canary_in_the_clear_is_found(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """And another word is not."""
+def test_canary_is_found_in_every_format(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """A word that is not in the file is not found."""
     write(tmp_path)
     if write in PACKED and write.__name__ != "parquet_snappy":  # which does not pack letters
         assert CANARY.encode() not in (next(tmp_path.iterdir())).read_bytes(), "only unpacking finds it"
     assert {one.canary for one in scan([tmp_path], [CANARY, "canary-none"])} == {CANARY}
 
 
-def test_a_long_value_of_a_database_is_found_across_its_pages(tmp_path: Path) -> None:
-    """SQLite cuts it, with a page's number in between."""
+def test_canary_is_found_across_database_pages(tmp_path: Path) -> None:
+    """SQLite splits a long value, with a page number in between."""
     file = tmp_path / "a.db"
     for before in range(600, 5200, len(CANARY) // 2):
         file.unlink(missing_ok=True)
@@ -139,16 +139,16 @@ def test_a_long_value_of_a_database_is_found_across_its_pages(tmp_path: Path) ->
     assert {one.place for one in scan([file], [CANARY])} == {"table t"}
 
 
-def test_a_canary_between_two_pieces_is_found(tmp_path: Path) -> None:
-    """An unpacked file is read in pieces."""
+def test_canary_is_found_across_two_chunks(tmp_path: Path) -> None:
+    """An unpacked file is read in chunks."""
     content = b"x" * (PIECE_BYTES - 4) + CANARY.encode() + b"y" * 100
     (tmp_path / "a").write_bytes(gzip.compress(content, 1))
     assert [one.place for one in scan([tmp_path], [CANARY])] == ["gzip"]
 
 
 @pytest.mark.parametrize("canary", ["1234567890123", "-98765432109876", "0.12345678901"])
-def test_a_number_is_found_as_it_lies_in_memory(tmp_path: Path, canary: str) -> None:
-    """In the bytes, and in a packed column of its type."""
+def test_number_is_found_in_binary_form(tmp_path: Path, canary: str) -> None:
+    """In plain bytes, and in a compressed column of its type."""
     number = float(canary) if "." in canary else int(canary)
     (tmp_path / "raw").write_bytes(b"abc" + pa.array([number]).buffers()[1].to_pybytes())
     values = pa.array([number] + [number * 0 + n for n in range(5000)])
@@ -156,24 +156,22 @@ def test_a_number_is_found_as_it_lies_in_memory(tmp_path: Path, canary: str) -> 
     assert {Path(one.path).name for one in scan([tmp_path], [canary])} == {"raw", "table"}
 
 
-def test_a_small_number_is_looked_for_in_columns_and_not_in_bytes(tmp_path: Path) -> None:
-    """Its bytes are found anywhere."""
+def test_small_number_is_searched_in_columns_only(tmp_path: Path) -> None:
+    """Its bytes occur everywhere."""
     (tmp_path / "raw").write_bytes(bytes([77, 0, 0, 0, 0, 0, 0, 0]))
     pq.write_table(pa.table({"a": pa.array([77], pa.int32())}), tmp_path / "table")
     assert {Path(one.path).name for one in scan([tmp_path], ["77", "300", "--5"])} == {"table"}
 
 
-def test_a_name_is_found(tmp_path: Path) -> None:
-    """A partition's folder says its value."""
+def test_canary_in_a_folder_name_is_found(tmp_path: Path) -> None:
+    """A partition's folder name contains a value."""
     (tmp_path / f"name={CANARY}").mkdir()
     (tmp_path / f"name={CANARY}" / "a").write_text("nothing")
     assert {one.place for one in scan([tmp_path], [CANARY])} == {"name"}
 
 
-def test_a_file_that_may_not_be_read_is_not_taken_for_clean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The exit code is neither that of found nor that of nothing found."""
+def test_unreadable_file_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit code differs from those of "found" and "nothing found"."""
     (tmp_path / "a.txt").write_text(TEXT)
 
     def closed(*_: object, **__: object) -> None:
@@ -185,8 +183,8 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_clean(
     assert "a.txt: not searched" in done.stderr
 
 
-def test_a_protected_column_is_not_found_and_a_public_one_is(tmp_path: Path) -> None:
-    """In one and the same file."""
+def test_canary_is_found_in_public_columns_only(tmp_path: Path) -> None:
+    """Both columns are in one file."""
     keyring = Keyring.create(tmp_path / "keyring.json", b"k" * 32)
     keyring.ensure(KeyInfo(name="t/internal"))
     table = pa.table({"open": [TEXT] * 500, "closed": ["canary-hidden"] * 500})
@@ -197,8 +195,8 @@ def test_a_protected_column_is_not_found_and_a_public_one_is(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("canary", "code"), [(CANARY, 2), ("canary-none", 0)])
-def test_the_command_exits_by_what_it_found(tmp_path: Path, canary: str, code: int) -> None:
-    """And says where."""
+def test_command_exit_code_says_whether_a_canary_was_found(tmp_path: Path, canary: str, code: int) -> None:
+    """The output has the path."""
     plain(tmp_path)
     done = run_main(main, "--canary", canary, str(tmp_path))
     assert done.returncode == code

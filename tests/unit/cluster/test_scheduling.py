@@ -1,4 +1,4 @@
-"""Who waits for the end of a slice on a busy core, and who interrupts."""
+"""Tests of CPU scheduling policies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from cluster.node.scheduling import interrupt_others, wait_for_turn
 
 
-def in_a_thread() -> list[int]:
-    """The policy of a thread before, while it waits for its turn, and when it interrupts again."""
+def policies_in_a_thread() -> list[int]:
+    """Return a thread's policy at the start, after `wait_for_turn`, and after `interrupt_others`."""
     found = [os.sched_getscheduler(0)]
 
     def change() -> None:
@@ -26,15 +26,15 @@ def in_a_thread() -> list[int]:
     return found
 
 
-def test_a_thread_waits_for_its_turn_and_interrupts_again() -> None:
-    """Without any privilege, and without a word to other threads."""
-    before, waiting, interrupting = in_a_thread()
+def test_policy_changes_for_one_thread_only() -> None:
+    """It needs no privilege."""
+    before, waiting, interrupting = policies_in_a_thread()
     assert (waiting, interrupting) == (os.SCHED_BATCH, os.SCHED_OTHER)
     assert os.sched_getscheduler(0) == before
 
 
-def test_where_it_is_forbidden_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sandbox may take the call away."""
+def test_forbidden_call_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox can forbid the call."""
 
     tried = []
 

@@ -1,4 +1,4 @@
-"""Scratch folders: gone with their owner, also when it was killed, and never a living one's."""
+"""Tests of scratch folders: they are removed with their owner, also after a kill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with scratch(Path(sys.argv[1])) as folder:
 
 
 def holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A process with a scratch folder that holds the canary."""
+    """Start a process with a scratch folder that has the canary in a file."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -38,8 +38,8 @@ def holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: Path) -> None:
-    """By the next to come, or at the cluster's start."""
+def test_sweep_removes_only_folders_of_dead_processes(tmp_path: Path) -> None:
+    """A new scratch folder and a cluster's start both sweep."""
     killed, left = holder(tmp_path)
     living, held = holder(tmp_path)
     killed.send_signal(signal.SIGKILL)
@@ -54,8 +54,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    """The folder is private while it is there."""
+def test_scratch_folder_is_private_and_removed_after_an_error(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     def fail() -> None:
@@ -70,8 +69,8 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert not seen[0].exists()
 
 
-def test_folders_that_are_made_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
-    """A folder is locked before anybody else looks."""
+def test_concurrent_scratch_folders_do_not_remove_each_other(tmp_path: Path) -> None:
+    """A folder is locked before other processes can see it."""
     lost: list[Path] = []
 
     def work() -> None:
@@ -89,8 +88,8 @@ def test_folders_that_are_made_at_once_do_not_sweep_each_other(tmp_path: Path) -
     assert lost == []
 
 
-def test_what_an_earlier_release_left_is_swept_a_day_later(tmp_path: Path) -> None:
-    """It had no locks, so a younger one may have an owner."""
+def test_folder_of_an_earlier_release_is_removed_after_a_day(tmp_path: Path) -> None:
+    """Earlier releases had no locks, so a younger folder may have an owner."""
     old, young = tmp_path / "tmpabc", tmp_path / "tmpdef"
     for folder in (old, young):
         folder.mkdir()
@@ -99,10 +98,8 @@ def test_what_an_earlier_release_left_is_swept_a_day_later(tmp_path: Path) -> No
     assert (old.exists(), young.exists()) == (False, True)
 
 
-def test_memory_is_used_where_it_is_ones_own_and_has_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Anybody could have made the folder first."""
+def test_memory_folder_must_be_private_and_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user could have created the folder first."""
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 1)
     assert memory_folder(otherwise=tmp_path / "disk") == tmp_path / "disk", (
@@ -123,8 +120,8 @@ def test_memory_is_used_where_it_is_ones_own_and_has_room(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_another_users_folder_is_not_used(tmp_path: Path) -> None:
-    """Its name below /tmp can be guessed; whoever made it first could exchange a checkpoint."""
+def test_another_users_folder_is_refused(tmp_path: Path) -> None:
+    """Its name can be guessed, and its owner could replace a checkpoint."""
     theirs = tmp_path / "falaj-runs-0"
     theirs.mkdir(mode=0o777)
     os.chown(theirs, 65534, 65534)
@@ -133,8 +130,8 @@ def test_another_users_folder_is_not_used(tmp_path: Path) -> None:
     assert list(theirs.iterdir()) == []
 
 
-def test_a_folder_of_ones_own_is_closed_to_others(tmp_path: Path) -> None:
-    """One that an earlier release left open."""
+def test_own_folder_becomes_private(tmp_path: Path) -> None:
+    """An earlier release may have left it open."""
     own = tmp_path / "runs"
     own.mkdir()
     own.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Finding the running cluster, without one."""
+"""Tests of finding the running cluster, without starting one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 
 @pytest.fixture(autouse=True)
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A shell in an empty folder that knows of no cluster."""
+    """Run in an empty folder, without variables of a cluster."""
     monkeypatch.delenv("FALAJ_PROJECT_ROOT", raising=False)
     monkeypatch.delenv("FALAJ_CLUSTER_RECORD", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -32,14 +32,14 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of something that answers like our head node."""
-    monkeypatch.setattr(session, "cluster_on", lambda port: "abc")
+    """Return the port of a fake head node."""
+    monkeypatch.setattr(session, "cluster_of_listener", lambda port: "abc")
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 
 
 def record(root: Path, port: int) -> ClusterRecord:
-    """The record of a cluster whose project is `root`."""
+    """Return the record of a cluster whose project is `root`."""
     return ClusterRecord(
         cluster_id="abc",
         project_root=str(root),
@@ -60,14 +60,13 @@ def record(root: Path, port: int) -> ClusterRecord:
     )
 
 
-def test_without_a_record_it_is_said_how_to_start_one() -> None:
-    """The first thing a newcomer meets."""
+def test_missing_record_error_says_how_to_start_a_cluster() -> None:
     with pytest.raises(ClusterNotRunning, match=r"python -m cluster\.up"):
         session.require_record(PlatformConfig())
 
 
-def test_a_record_comes_back_as_it_was_written(shell: Path, head: int) -> None:
-    """And its cluster counts as running while its head answers."""
+def test_record_is_read_back_unchanged(shell: Path, head: int) -> None:
+    """The cluster counts as running while its head answers."""
     written = record(shell, head)
     session.write_record(written, StorageConfig())
     assert session.require_record(PlatformConfig()) == written
@@ -75,8 +74,8 @@ def test_a_record_comes_back_as_it_was_written(shell: Path, head: int) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "{}", '{"cluster_id": "abc"}', "\0\0"])
-def test_a_damaged_record_is_named_and_what_can_be_done(shell: Path, content: str) -> None:
-    """It was cut off, or is of nobody knows which release; no traceback."""
+def test_damaged_record_error_says_what_to_do(shell: Path, content: str) -> None:
+    """It has the path of the file."""
     path = shell / ".falaj" / "cluster.json"
     path.parent.mkdir()
     path.write_text(content)
@@ -85,14 +84,11 @@ def test_a_damaged_record_is_named_and_what_can_be_done(shell: Path, content: st
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_users_process_on_the_heads_port_is_no_head(
+def test_another_users_process_on_the_heads_port_does_not_count(
     shell: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GCS has died, somebody else has taken its port, and a driver would show it Ray's token.
-
-    A user who is not root cannot see whose process it is otherwise.
-    """
-    monkeypatch.setattr(session, "cluster_on", lambda port: None)
+    """A driver would send Ray's token to it. Without root rights, the process's cluster id is not visible."""
+    monkeypatch.setattr(session, "cluster_of_listener", lambda port: None)
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")
@@ -111,8 +107,7 @@ def test_another_users_process_on_the_heads_port_is_no_head(
         one.kill()
 
 
-def test_a_dead_clusters_record_is_told_apart(shell: Path, head: int) -> None:
-    """It can still be found, to clean up behind it, but not be used."""
+def test_record_of_a_dead_cluster_can_be_found_but_not_used(shell: Path, head: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = int(server.getsockname()[1])
     written = record(shell, silent)
@@ -123,8 +118,8 @@ def test_a_dead_clusters_record_is_told_apart(shell: Path, head: int) -> None:
         session.require_record(PlatformConfig())
 
 
-def test_a_record_of_another_release_can_be_read(shell: Path) -> None:
-    """What an older one did not write is not known; what a newer one writes besides is passed over."""
+def test_record_of_another_release_is_readable(shell: Path) -> None:
+    """Missing fields get their defaults, and unknown fields are ignored."""
     written = record(shell, 1)
     session.write_record(written, StorageConfig())
     path = Path(session.record_path(StorageConfig()))
@@ -136,8 +131,8 @@ def test_a_record_of_another_release_can_be_read(shell: Path) -> None:
     assert written.runtime_folder == written.temp_dir
 
 
-def test_a_folder_below_the_project_finds_it(shell: Path, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any variable."""
+def test_record_is_found_from_a_subfolder(shell: Path, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable is needed."""
     written = record(shell, head)
     session.write_record(written, StorageConfig())
     (shell / "a" / "b").mkdir(parents=True)
@@ -145,10 +140,10 @@ def test_a_folder_below_the_project_finds_it(shell: Path, head: int, monkeypatch
     assert session.require_record(PlatformConfig()) == written
 
 
-def test_a_shell_elsewhere_finds_it_by_the_printed_variables(
+def test_record_is_found_from_elsewhere_with_the_variables(
     shell: Path, head: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`cluster.status --env` gives all that is needed, also when the storage root has another name."""
+    """`cluster.status --env` prints all needed variables, also for another storage root."""
     storage = StorageConfig(root="state")
     written = replace(record(shell, head), storage_root=str(shell / "state"))
     session.write_record(written, storage)
@@ -158,8 +153,8 @@ def test_a_shell_elsewhere_finds_it_by_the_printed_variables(
     assert session.require_record(PlatformConfig()) == written
 
 
-def test_the_printed_variables_hold_no_secret(shell: Path) -> None:
-    """The token's path, never the token."""
+def test_variables_hold_no_secret(shell: Path) -> None:
+    """They have the token's path, and never the token."""
     written = record(shell, 1)
     Path(written.token_path).parent.mkdir(parents=True)
     Path(written.token_path).write_text("f00dfeed")
@@ -170,8 +165,8 @@ def test_the_printed_variables_hold_no_secret(shell: Path) -> None:
     assert not any("f00dfeed" in value for value in environment.values())
 
 
-def test_the_refusal_behind_a_workers_error_is_found() -> None:
-    """A closed gate stays a refusal when it was met inside a worker."""
+def test_refusal_is_found_behind_another_error() -> None:
+    """Without a refusal, the error itself is returned."""
     refusal = ArtifactTampered("model.txt is not the file that was registered")
     outer = RuntimeError("task failed")
     outer.__cause__ = refusal
@@ -180,14 +175,14 @@ def test_the_refusal_behind_a_workers_error_is_found() -> None:
     assert session.refusal_behind(failure) is failure
 
 
-def test_refusal_of_a_task_is_told_without_rays_traceback() -> None:
-    """Ray raises an error that is of the refusal's kind and of its own."""
+def test_refusal_is_found_behind_a_ray_error() -> None:
+    """Ray's error is an instance of both classes."""
     refusal = SourceError("Source a.csv is empty.")
     raised = RayTaskError("f", "Traceback …", refusal).as_instanceof_cause()
     assert isinstance(raised, SourceError)
     assert session.refusal_behind(raised) is refusal
 
 
-def test_ray_keeps_to_loopback_by_its_own_name_for_it() -> None:
-    """The variable is written out, so that nobody has to import Ray to know it."""
+def test_loopback_variable_has_rays_name() -> None:
+    """The name is written out, so that Ray need not be imported."""
     assert {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"} == session.LOOPBACK

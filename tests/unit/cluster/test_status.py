@@ -1,4 +1,4 @@
-"""What `cluster.status` makes of what the edge tells."""
+"""Tests of `cluster.status` with the edge's metrics."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ haproxy_server_status{proxy="loan-v2",server="127.0.0.1_20113",state="MAINT"} 1
 """
 
 
-def test_a_replica_that_does_not_answer_is_named_by_its_address() -> None:
-    """Serve calls its application RUNNING; the edge's health checks know better."""
+def test_replica_that_fails_health_checks_is_listed() -> None:
+    """Serve still reports its application as RUNNING."""
     assert servers_down(METRICS) == {"loan-v1": ["127.0.0.1:20112"]}
 
 
-def test_metrics_without_servers_name_none() -> None:
-    """An edge that has just started."""
+def test_metrics_without_servers_give_no_entry() -> None:
+    """An edge that just started has none."""
     assert servers_down("") == {}

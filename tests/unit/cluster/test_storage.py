@@ -1,4 +1,4 @@
-"""Storage: whole files or none, and where relative paths point."""
+"""Tests of paths, atomic writes, Parquet and JSON files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.storage import write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash before the rename keeps the old content and no temporary file."""
+    """A failure before the rename keeps the old content and leaves no temporary file."""
     target = tmp_path / "a" / "file"
     storage.write_bytes(str(target), b"old")
 
@@ -43,8 +43,8 @@ def test_parquet_and_bytes_round_trip_on_any_file_system(tmp_path: Path, root: s
     assert storage.read_parquet(found).equals(table)
 
 
-def test_relative_paths_count_from_the_project_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded root wins; without it, the nearest folder above with a cluster's record."""
+def test_relative_paths_start_at_the_project_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable wins. Without it, the nearest folder upwards with a cluster's record counts."""
     monkeypatch.setenv(storage.ROOT_VARIABLE, str(tmp_path / "recorded"))
     assert storage.resolve("data/x.parquet") == str(tmp_path / "recorded" / "data" / "x.parquet")
     monkeypatch.delenv(storage.ROOT_VARIABLE)
@@ -56,14 +56,13 @@ def test_relative_paths_count_from_the_project_root(tmp_path: Path, monkeypatch:
     assert storage.resolve("s3://bucket/x") == "s3://bucket/x"
 
 
-def test_state_that_must_be_local_says_so() -> None:
-    """A remote root is refused where only a local disk works."""
+def test_remote_path_is_refused_for_local_state() -> None:
     with pytest.raises(ConfigError, match="local disk"):
         storage.local("s3://bucket/models")
 
 
 def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> None:
-    """What hardly repeats; text and whole numbers, which often are codes, keep theirs."""
+    """Their values rarely repeat. Text and integers keep theirs."""
     table = pa.table(
         {
             "amount": [0.5, 0.5],
@@ -79,8 +78,8 @@ def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> No
     assert storage.read_parquet(f"{tmp_path}/t.parquet").equals(table)
 
 
-def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
-    """NaN is no JSON; a file that holds it is unreadable for other tools."""
+def test_json_has_null_for_non_finite_numbers(tmp_path: Path) -> None:
+    """Other tools cannot read a file with NaN."""
     content = {"a": [1.5, float("nan"), (float("inf"), 2)], "b": {"c": float("-inf")}, "d": "nan"}
     write_json(str(tmp_path / "f.json"), content)
 
@@ -92,7 +91,7 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_a_file_name_of_any_text_stays_in_its_folder() -> None:
-    """Two texts never share one, and ordinary names stay as they are."""
+    """Different texts get different names, and ordinary names stay unchanged."""
     texts = ["challenger", "v2-b_1.x", "../zz", "..", ".", "a/b", "a%2Fb", "a\\b", "é", "a b", "\x00"]
     names = [storage.file_name(text) for text in texts]
     assert names[:2] == texts[:2]

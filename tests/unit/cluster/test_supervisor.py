@@ -1,4 +1,4 @@
-"""What the supervisor starts again, when, and what it leaves alone; the machine is a fake, the decisions are real."""
+"""Tests of the supervisor's decisions, with a fake machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.replica import record
 
 @dataclass
 class Process:
-    """A part's process; psutil's words."""
+    """A fake process of a part, with psutil's interface."""
 
     state: str = psutil.STATUS_SLEEPING
     age_s: float = 1000.0
@@ -40,7 +40,7 @@ class Process:
 
 @dataclass
 class FakeMachine:
-    """A machine whose parts come back unless they are among the broken."""
+    """A fake machine. Started parts run, unless they are in `broken`."""
 
     parts: dict[Part, Process] = field(default_factory=lambda: {part: Process() for part in Part})
     silent: set[Part] = field(default_factory=set)
@@ -76,7 +76,7 @@ class FakeMachine:
     def restore_is_due(self) -> bool:
         return self.due
 
-    def bring_back(self) -> None:
+    def replace_head(self) -> None:
         self.due = True
         self.done.append("head")
         if "head" in self.broken:
@@ -100,15 +100,15 @@ class World:
     def __post_init__(self) -> None:
         self.supervisor = Supervisor(
             self.machine,
-            note=lambda *words: self.notes.append(words),
+            record_restart=lambda *words: self.notes.append(words),
             metrics=SupervisorMetrics(self.registry),
             clock=lambda: self.now,
         )
 
     def pass_s(self, seconds: float) -> None:
-        """A turn a second; a head that is being rebuilt is waited for."""
+        """Run one check per second, and wait for a thread that rebuilds the head."""
         for _ in range(round(seconds)):
-            self.supervisor.turn()
+            self.supervisor.check_once()
             if self.supervisor.rebuilding is not None:
                 self.supervisor.rebuilding.join(10)
             self.now += 1.0
@@ -125,15 +125,15 @@ def world() -> World:
     return World()
 
 
-def test_a_cluster_that_runs_is_left_alone(world: World) -> None:
-    """For ten minutes."""
+def test_running_cluster_is_left_alone(world: World) -> None:
+    """In ten minutes, nothing is started or recorded."""
     world.pass_s(600)
     assert (world.machine.done, world.notes) == ([], [])
 
 
 @pytest.mark.parametrize("part", [part for part in Part if part not in (Part.supervisor, Part.raylet)])
-def test_every_part_that_dies_is_started_at_once(world: World, part: Part) -> None:
-    """With an event and a count."""
+def test_dead_part_restarts_at_once(world: World, part: Part) -> None:
+    """The restart is recorded and counted."""
     world.pass_s(2)
     world.kill(part)
     world.pass_s(3)
@@ -143,8 +143,8 @@ def test_every_part_that_dies_is_started_at_once(world: World, part: Part) -> No
     assert world.count("falaj_part_up", part=part.value) == 1
 
 
-def test_what_cannot_start_is_tried_less_and_less_often(world: World) -> None:
-    """At most once a minute in the end; when it has run well for a minute, its next death counts as its first."""
+def test_failing_part_is_retried_with_growing_waits(world: World) -> None:
+    """Waits grow to one minute. After a minute of running, the count of attempts starts again."""
     world.machine.broken.add(Part.broker)
     world.kill(Part.broker)
     world.pass_s(60)
@@ -160,20 +160,20 @@ def test_what_cannot_start_is_tried_less_and_less_often(world: World) -> None:
     assert world.notes[-1] == (Part.broker.value, "dead", 1)
 
 
-def test_it_tries_at_once_when_told_to(world: World) -> None:
-    """As `cluster.up` tells it."""
+def test_retry_now_skips_the_wait(world: World) -> None:
+    """`cluster.up` uses this."""
     world.machine.broken.add(Part.edge)
     world.kill(Part.edge)
     world.pass_s(130)
     tried = len(world.machine.done)
-    world.supervisor.try_at_once()
+    world.supervisor.retry_now()
     world.pass_s(1)
     assert len(world.machine.done) == tried + 1
 
 
 @pytest.mark.parametrize("part", [part for part in Part if part is not Part.supervisor])
-def test_a_stopped_part_is_told_to_go_on(world: World, part: Part) -> None:
-    """Not at once: a debugger may have stopped it for a moment. A stopped raylet is no lost head."""
+def test_stopped_part_is_resumed_after_a_while(world: World, part: Part) -> None:
+    """Not at once, because a debugger may stop a part for a moment. A stopped raylet needs no new head."""
     world.machine.parts[part].state = psutil.STATUS_STOPPED
     world.pass_s(STOPPED_S)
     assert world.machine.done == []
@@ -182,8 +182,8 @@ def test_a_stopped_part_is_told_to_go_on(world: World, part: Part) -> None:
     assert world.notes == [(part.value, "stopped", 1)]
 
 
-def test_a_part_that_does_not_answer_is_replaced_unless_it_is_young(world: World) -> None:
-    """A new one may take a minute to start on a busy machine."""
+def test_silent_part_is_replaced_unless_it_is_young(world: World) -> None:
+    """On a busy machine, a new part may need a minute to start."""
     world.machine.silent.add(Part.broker)
     world.machine.parts[Part.broker].age_s = YOUNG_S - 5
     world.pass_s(SILENT_S + 5)
@@ -193,8 +193,8 @@ def test_a_part_that_does_not_answer_is_replaced_unless_it_is_young(world: World
     assert world.machine.done == ["kill", f"start {Part.broker}"]
 
 
-def test_nothing_ends_it(world: World) -> None:
-    """A full disk, say: it goes on trying, and counts it."""
+def test_failed_starts_do_not_end_the_supervisor(world: World) -> None:
+    """Failures, such as a full disk, are counted and tried again."""
     world.machine.broken.add("start")
     world.kill(Part.broker)
     world.kill(Part.edge)
@@ -207,8 +207,8 @@ def test_nothing_ends_it(world: World) -> None:
     assert {name for name, _, _ in world.notes} == {Part.broker.value, Part.edge.value}
 
 
-def test_a_lost_raylet_means_a_new_head_with_its_applications(world: World) -> None:
-    """Broker and edge are not touched."""
+def test_dead_raylet_leads_to_a_new_head_and_restored_applications(world: World) -> None:
+    """Broker and edge keep running."""
     world.pass_s(2)
     world.kill(Part.raylet)
     world.pass_s(5)
@@ -217,16 +217,16 @@ def test_a_lost_raylet_means_a_new_head_with_its_applications(world: World) -> N
     assert world.count("falaj_supervisor_recovery_seconds_count") == 1
 
 
-def test_a_gcs_that_does_not_stay_means_a_new_head(world: World) -> None:
-    """Its store may be damaged; the new head begins with an empty one."""
+def test_gcs_that_always_dies_leads_to_a_new_head(world: World) -> None:
+    """Its stored state may be damaged, and a new head starts with an empty one."""
     world.machine.broken.add(Part.gcs)
     world.kill(Part.gcs)
     world.pass_s(20)
     assert world.machine.done == [*[f"start {Part.gcs}"] * GCS_TRIES, "head", "restore"]
 
 
-def test_applications_that_do_not_start_cost_no_second_head(world: World) -> None:
-    """They are tried again, less and less often, and the parts are watched meanwhile."""
+def test_failed_restore_does_not_replace_the_head_again(world: World) -> None:
+    """The restore is retried with growing waits, and parts are still watched."""
     world.machine.broken.add("restore")
     world.kill(Part.raylet)
     world.pass_s(20)
@@ -239,16 +239,16 @@ def test_applications_that_do_not_start_cost_no_second_head(world: World) -> Non
     assert f"start {Part.broker}" in world.machine.done
 
 
-def test_an_application_that_can_never_start_fills_no_ledger(world: World) -> None:
-    """Its files were altered, say: each try is an event or two, so in two hours there are few."""
+def test_permanently_failing_restore_is_retried_rarely(world: World) -> None:
+    """In two hours there are at most 40 tries, because each try adds events."""
     world.machine.broken.add("restore")
     world.machine.due = True
     world.pass_s(7200)
     assert 20 <= world.machine.done.count("restore") <= 40
 
 
-def test_a_damaged_record_names_no_other_cluster(tmp_path: Path) -> None:
-    """So its supervisor goes on; it ends where the record is gone, or is another cluster's."""
+def test_damaged_record_counts_as_this_cluster(tmp_path: Path) -> None:
+    """Without a record, or with another cluster's record, the supervisor ends."""
     config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
     mine = record(tmp_path, "", 1)
     assert not is_recorded(config, mine)
@@ -260,15 +260,15 @@ def test_a_damaged_record_names_no_other_cluster(tmp_path: Path) -> None:
     assert not is_recorded(config, mine)
 
 
-def test_a_supervisor_that_was_killed_between_head_and_applications_goes_on_there(world: World) -> None:
-    """The next one finds that the restoring is due."""
+def test_restarted_supervisor_continues_a_due_restore(world: World) -> None:
+    """The previous supervisor was killed between head and applications."""
     world.machine.due = True
     world.pass_s(3)
     assert world.machine.done == ["restore"]
 
 
-def test_a_head_that_does_not_start_is_tried_again(world: World) -> None:
-    """With the applications once it does."""
+def test_failed_head_start_is_retried(world: World) -> None:
+    """The applications are restored once the head runs."""
     world.machine.broken.add("head")
     world.kill(Part.raylet)
     world.pass_s(5)

@@ -1,5 +1,4 @@
-"""A log in the types of its models: exact, whatever was written beside, and with what has no answer or meaning counted
-apart. Compacted or not."""
+"""Tests of reading a log in the types of its models, and of counting values without a type or a meaning."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False
         compact(folder, store=keyring, files=ProtectedFiles(keyring))
 
 
-def test_a_log_without_an_outcome_yet_reads_as_empty(outcomes: Path, keyring: Keyring) -> None:
-    """As it is when a rollout is promoted before anything came true."""
+def test_log_without_outcomes_is_empty(outcomes: Path, keyring: Keyring) -> None:
     assert list(all_outcomes(outcomes, keyring)) == []
     assert read_outcomes(outcomes, keyring).is_empty()
 
@@ -87,8 +85,10 @@ def outcome(number: int, value: Any, *, second: int = 0, row: int = 0) -> Outcom
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_no_client_changes_what_another_one_sent(log: Path, keyring: Keyring, compacted: bool) -> None:
-    """An older release took 1.5 for a whole number: it counts as odd, and 2^53 + 1 keeps all its digits."""
+def test_value_of_another_type_does_not_change_other_values(
+    log: Path, keyring: Keyring, compacted: bool
+) -> None:
+    """It is counted and becomes null. Integers beyond 2^53 keep all digits."""
     records = [answer(1, LARGE, 7.0), answer(2, 1.5), answer(3, "x"), answer(4, True), answer(5, 2**63)]
     write(log, keyring, *records, answer(6, "old", version=2), compacted=compacted)
     answers = read_predictions(log, keyring)
@@ -99,15 +99,14 @@ def test_no_client_changes_what_another_one_sent(log: Path, keyring: Keyring, co
     assert typed(answers.filter(version=2), texts).rows["x"].to_list() == ["old"]
 
 
-def test_an_input_that_no_record_has_is_null(log: Path, keyring: Keyring) -> None:
-    """And not an end of all reading."""
+def test_input_that_no_record_has_is_null(log: Path, keyring: Keyring) -> None:
     write(log, keyring, answer(1, 5, name="other"))
     assert typed(read_predictions(log, keyring), FLAGS).rows["x"].to_list() == [None]
 
 
 @pytest.mark.parametrize("name", ["arm", "rollout", "version", "label", "probability", "row", "outcome"])
-def test_an_input_takes_no_column_of_the_log_itself(log: Path, keyring: Keyring, name: str) -> None:
-    """A client chooses its value, and could so choose its arm, or put a label in the place of the answer's."""
+def test_input_with_a_reserved_name_is_left_out(log: Path, keyring: Keyring, name: str) -> None:
+    """A client chooses an input's value, and could change an answer's arm or label."""
     write(log, keyring, answer(1, 5, name=name, rollout="r", arm="treatment"))
     signature = replace(FLAGS, inputs=(InputSpec(name=name, dtype="int64"),))
     mine = typed(read_predictions(log, keyring), signature)
@@ -116,8 +115,7 @@ def test_an_input_takes_no_column_of_the_log_itself(log: Path, keyring: Keyring,
     ]
 
 
-def test_probabilities_of_versions_with_other_classes_are_all_read(log: Path, keyring: Keyring) -> None:
-    """Each version by its own classes."""
+def test_probabilities_are_read_by_each_versions_classes(log: Path, keyring: Keyring) -> None:
     for version, classes in ((1, ("a", "b", "c")), (2, ("b", "c", "d"))):
         shares = dict(zip(classes, (0.25, 0.5, 0.25), strict=True))
         found = [{"probabilities": shares, "label": classes[1]}]
@@ -129,10 +127,8 @@ def test_probabilities_of_versions_with_other_classes_are_all_read(log: Path, ke
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_a_record_without_a_score_is_in_no_figure_and_counted(
-    log: Path, keyring: Keyring, compacted: bool
-) -> None:
-    """As replicas write it, and as an older release did: a NaN became null beside a label."""
+def test_row_without_a_score_is_a_failure_and_no_answer(log: Path, keyring: Keyring, compacted: bool) -> None:
+    """Also in the format of an older release, which wrote NaN as null with a label."""
     old = [{"probability": None, "label": False}, {"probability": 0.5, "label": True}]
     older = [{"probabilities": {"a": None, "b": None}, "label": "a"}]
     write(
@@ -156,10 +152,9 @@ def test_a_record_without_a_score_is_in_no_figure_and_counted(
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_odd_and_unknown_outcomes_are_counted_and_change_no_other(
+def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
     log: Path, outcomes: Path, keyring: Keyring, compacted: bool
 ) -> None:
-    """A text among flags, for an answer that was never given, was enough to turn all of them into texts."""
     write(log, keyring, answer(1, 1, 2), answer(2, 3), answer(3, 4), answer(4, 5))
     posted = [
         outcome(1, True),
@@ -182,10 +177,8 @@ def test_odd_and_unknown_outcomes_are_counted_and_change_no_other(
     assert (known["p1", 0], known["p77", 0]) == (True, "true")
 
 
-def test_outcomes_of_versions_that_nobody_asks_for_are_passed_over(
-    log: Path, outcomes: Path, keyring: Keyring
-) -> None:
-    """They are neither unknown nor odd."""
+def test_outcomes_of_other_versions_are_ignored(log: Path, outcomes: Path, keyring: Keyring) -> None:
+    """They count neither as unknown nor as invalid."""
     write(log, keyring, answer(1, 1), answer(2, 2, version=2))
     write(outcomes, keyring, outcome(1, True), outcome(2, "high"))
     matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
@@ -193,8 +186,7 @@ def test_outcomes_of_versions_that_nobody_asks_for_are_passed_over(
     assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)
 
 
-def test_answers_of_a_model_without_outcomes_are_matched(log: Path, outcomes: Path, keyring: Keyring) -> None:
-    """A rollout may be promoted and a model monitored before the first outcome is received."""
+def test_answers_without_outcomes_are_matched(log: Path, outcomes: Path, keyring: Keyring) -> None:
     write(log, keyring, answer(1, 1), answer(2, 2))
     assert read_outcomes(outcomes, keyring).is_empty()
     matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})

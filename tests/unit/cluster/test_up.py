@@ -1,4 +1,4 @@
-"""What `cluster.up` refuses before it starts anything."""
+"""Tests of `cluster.up`: its checks, preparation, and the processes' environment and configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.node.launch import remove_folders
-from cluster.node.parts import BROKER, Part, Seen, State
+from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import private_folder
 from cluster.session import write_record
 from cluster.settings import (
@@ -36,14 +36,14 @@ from tests.ports import free_port
 
 @pytest.fixture
 def config(tmp_path: Path) -> PlatformConfig:
-    """A project on free ports."""
+    """Return the configuration of a project on free ports."""
     ports = PortsConfig(**{name: free_port() for name in PortsConfig.__dataclass_fields__})
     return PlatformConfig(storage=StorageConfig(root=str(tmp_path)), cluster=ClusterConfig(ports=ports))
 
 
 @pytest.fixture
 def listener() -> Iterator[Callable[..., None]]:
-    """Starts a process of some cluster that listens on a port."""
+    """Return a function that starts a process of a cluster that listens on a port."""
     with ExitStack() as stack:
 
         def start(port: int, *, cluster_id: str) -> None:
@@ -68,7 +68,7 @@ def listener() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def part(tmp_path: Path) -> Iterator[Callable[[str], psutil.Process]]:
-    """Starts a process that looks like a cluster's key broker."""
+    """Return a function that starts a process with a key broker's command line."""
     package = tmp_path / "cluster" / "security" / "keys"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -91,8 +91,7 @@ def part(tmp_path: Path) -> Iterator[Callable[[str], psutil.Process]]:
         yield start
 
 
-def test_a_fit_machine_passes(config: PlatformConfig) -> None:
-    """The checks have no objection of their own."""
+def test_suitable_machine_passes_all_checks(config: PlatformConfig) -> None:
     up.check(config)
 
 
@@ -100,7 +99,7 @@ def test_a_fit_machine_passes(config: PlatformConfig) -> None:
 def test_a_variable_that_lets_parquet_run_code_is_refused(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Even when it is set to nothing."""
+    """It is refused for a start and for a repair, even if it is empty."""
     monkeypatch.setenv(name, "")
     with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
         up.check(config)
@@ -116,8 +115,7 @@ def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", sorted(PortsConfig.__dataclass_fields__))
-def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: PlatformConfig, name: str) -> None:
-    """Whichever of the ports is taken."""
+def test_busy_port_is_named_with_its_process_and_setting(config: PlatformConfig, name: str) -> None:
     port = getattr(config.cluster.ports, name)
     with (
         socket.create_server(("127.0.0.1", port)),
@@ -126,8 +124,8 @@ def test_every_busy_port_is_named_with_its_owner_and_its_setting(config: Platfor
         up.check(config)
 
 
-def test_a_default_port_for_metrics_that_is_taken_is_no_hindrance(config: PlatformConfig) -> None:
-    """A second cluster on the machine, whose owner has set the eight ports that there used to be."""
+def test_busy_default_metrics_port_is_replaced(config: PlatformConfig) -> None:
+    """So a second cluster can start on the machine. A port that was set is kept."""
     ports = config.cluster.ports
     chosen, ports.broker_metrics = ports.supervisor_metrics, PortsConfig().broker_metrics
     with ExitStack() as stack:
@@ -139,8 +137,8 @@ def test_a_default_port_for_metrics_that_is_taken_is_no_hindrance(config: Platfo
         up.check(config)
 
 
-def test_what_is_left_of_a_replicas_connections_is_in_nobodys_way(config: PlatformConfig) -> None:
-    """Else a cluster could not be started again in the minute after it was ended."""
+def test_closed_connections_of_replicas_do_not_block_a_start(config: PlatformConfig) -> None:
+    """Otherwise a cluster could not start in the minute after it was ended."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", config.cluster.ports.replicas))
         server.listen()
@@ -151,25 +149,25 @@ def test_what_is_left_of_a_replicas_connections_is_in_nobodys_way(config: Platfo
 
 
 @pytest.mark.parametrize(("sealed", "warns"), [(True, False), (None, False), (False, True)])
-def test_spilling_to_an_open_disk_is_warned_of(
+def test_spilling_to_an_unencrypted_disk_prints_a_warning(
     config: PlatformConfig,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     sealed: bool | None,
     warns: bool,
 ) -> None:
-    """Saying where, and what to set; not where the machine does not tell."""
+    """It names the folder and the setting. Without information about the disk, there is no warning."""
     config.cluster.spill_folder = "/spill"
     monkeypatch.setattr(up, "keeps_secrets", lambda folder: sealed if folder == Path("/spill") else None)
     up.warn_of_spilling(config, up.describe(config))
-    said = capsys.readouterr().out
-    assert ("/spill" in said and "cluster.spill_folder=" in said) == warns
+    message = capsys.readouterr().out
+    assert ("/spill" in message and "cluster.spill_folder=" in message) == warns
 
 
-def test_a_recorded_cluster_whose_head_answers_is_up(
+def test_start_is_refused_while_the_recorded_head_answers(
     config: PlatformConfig, listener: Callable[..., None]
 ) -> None:
-    """The refusal says how to end it."""
+    """The message says how to end the cluster."""
     record = up.describe(config)
     write_record(record, config.storage)
     listener(record.ports["gcs"], cluster_id=record.cluster_id)
@@ -177,10 +175,10 @@ def test_a_recorded_cluster_whose_head_answers_is_up(
         up.check(config)
 
 
-def test_another_clusters_head_on_the_recorded_port_is_no_proof_of_ours(
+def test_another_clusters_head_on_the_recorded_port_does_not_count(
     config: PlatformConfig, listener: Callable[..., None]
 ) -> None:
-    """After a reboot another project's cluster may have taken the same port first."""
+    """After a reboot, another project's cluster may use the same port."""
     record = up.describe(config)
     write_record(record, config.storage)
     listener(record.ports["gcs"], cluster_id="another")
@@ -188,8 +186,8 @@ def test_another_clusters_head_on_the_recorded_port_is_no_proof_of_ours(
         up.check(config)
 
 
-def test_a_record_left_by_a_dead_cluster_is_in_nobodys_way(config: PlatformConfig) -> None:
-    """After a crash or a reboot `up` works again, whether the folder for sockets is still there or not."""
+def test_record_of_a_dead_cluster_does_not_block_a_start(config: PlatformConfig) -> None:
+    """With or without its folder for sockets."""
     record = up.describe(config)
     write_record(record, config.storage)
     assert up.running_record(config) is None
@@ -199,20 +197,18 @@ def test_a_record_left_by_a_dead_cluster_is_in_nobodys_way(config: PlatformConfi
     up.check(config)
 
 
-def test_a_cluster_of_which_something_runs_is_repaired_and_not_started_again(
-    config: PlatformConfig, part: Callable[[str], None]
-) -> None:
-    """Whatever it is: a second head would take its place."""
+def test_cluster_with_a_running_part_is_repaired(config: PlatformConfig, part: Callable[[str], None]) -> None:
+    """A new start would replace its head."""
     record = up.describe(config)
     write_record(record, config.storage)
     part(record.cluster_id)
     assert up.running_record(config) == record
 
 
-def test_what_a_killed_start_left_is_ended(
+def test_processes_of_a_killed_start_are_ended(
     config: PlatformConfig, part: Callable[[str], psutil.Process]
 ) -> None:
-    """Its record says that the start was not over."""
+    """Its record has `starting` set."""
     record = replace(up.describe(config), starting=True)
     write_record(record, config.storage)
     left = part(record.cluster_id)
@@ -220,11 +216,13 @@ def test_what_a_killed_start_left_is_ended(
     assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
 
 
-def test_where_nothing_is_missing_up_is_refused(
+def test_repair_of_a_complete_cluster_is_refused(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal says how to end it."""
-    monkeypatch.setattr(up, "look", lambda record: [Seen(part=each, state=State.running) for each in Part])
+    """The message says how to end the cluster."""
+    monkeypatch.setattr(
+        up, "look", lambda record: [PartStatus(part=each, state=State.running) for each in Part]
+    )
     record = up.describe(config)
     try:
         with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
@@ -234,8 +232,8 @@ def test_where_nothing_is_missing_up_is_refused(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_that_another_user_made_first_is_not_used(config: PlatformConfig) -> None:
-    """Nor one in which he has put a socket for a moment: nothing is started."""
+def test_folder_of_another_user_is_refused(config: PlatformConfig) -> None:
+    """Nothing is started."""
     record = up.describe(config)
     os.mkdir(record.runtime_folder, 0o700)
     os.chown(record.runtime_folder, 65534, 65534)
@@ -246,8 +244,8 @@ def test_a_folder_that_another_user_made_first_is_not_used(config: PlatformConfi
         remove_folders(record)
 
 
-def test_the_state_of_an_earlier_release_is_closed_to_others(config: PlatformConfig) -> None:
-    """State folder, keys and the edge's maps; they used to be open to read."""
+def test_state_folders_of_an_earlier_release_become_private(config: PlatformConfig) -> None:
+    """Earlier releases created the state folder, the keys and the edge's maps readable for others."""
     folders = [Path(config.storage.root) / name for name in ("", "keys", "edge")]
     for folder in folders:
         folder.mkdir(exist_ok=True)
@@ -260,8 +258,8 @@ def test_the_state_of_an_earlier_release_is_closed_to_others(config: PlatformCon
         remove_folders(record)
 
 
-def test_the_production_tier_starts_with_no_issuer_but_its_own(config: PlatformConfig) -> None:
-    """The dev issuer's key file would stand for everybody; with another issuer it is not even made."""
+def test_production_tier_requires_another_issuer(config: PlatformConfig) -> None:
+    """With another issuer, the dev issuer's key file is not created."""
     config.tier = Tier.enterprise_gpu
     with pytest.raises(ConfigError, match="OIDC issuer"):
         up.prepare(config, up.describe(config))
@@ -274,10 +272,10 @@ def test_the_production_tier_starts_with_no_issuer_but_its_own(config: PlatformC
     assert not (Path(config.storage.root) / "keys" / "issuer.pem").exists()
 
 
-def test_the_environment_of_a_cluster_is_its_own(
+def test_environment_has_the_clusters_own_values(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another cluster's address is not inherited, Ray's own HAProxy stays off, and the token is a path, not a value."""
+    """Another cluster's address is not inherited, Ray's own HAProxy stays off, and the token is a path."""
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
@@ -292,17 +290,14 @@ def test_the_environment_of_a_cluster_is_its_own(
     assert environment["RAY_gcs_storage_path"] == record.gcs_dir
 
 
-def test_with_gpus_the_accelerator_is_left_to_deepspeed(config: PlatformConfig) -> None:
-    """Only a cluster without GPUs forces the CPU."""
+def test_cluster_with_gpus_does_not_force_the_cpu(config: PlatformConfig) -> None:
     config.cluster.num_gpus = 1
     environment = up.environment(config, up.describe(config))
     assert "DS_ACCELERATOR" not in environment
 
 
-def test_a_repair_that_is_not_told_of_gpus_takes_none_from_a_new_head(
-    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A supervisor that it starts has its environment, and the cluster's configuration."""
+def test_repair_keeps_the_clusters_gpus(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor that a repair starts inherits the repair's environment."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     record = up.describe(config)
     for name, value in up.environment(config, record).items():
@@ -311,8 +306,8 @@ def test_a_repair_that_is_not_told_of_gpus_takes_none_from_a_new_head(
     assert "DS_ACCELERATOR" not in up.environment(config, record)
 
 
-def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfig) -> None:
-    """A database reached by TLS too, whose address has signs that Hydra reads as its own."""
+def test_shared_overrides_compose_to_the_same_configuration(config: PlatformConfig) -> None:
+    """Values with special characters of Hydra are kept."""
     config.ledger.url = (
         "postgresql+psycopg://falaj@db.example/ledger?sslmode=verify-full&sslrootcert=/etc/o'k, ca.pem"
     )
@@ -330,7 +325,7 @@ def test_the_clusters_processes_are_configured_like_itself(config: PlatformConfi
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])
 def test_a_password_in_the_ledgers_address_is_refused(url: str) -> None:
-    """Everybody on the machine reads command lines; the message does not repeat it."""
+    """Every user can read command lines. The message does not repeat the password."""
     with pytest.raises(ValueError, match="passfile") as refused:
         LedgerConfig(url=url)
     assert "canary" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Values by type, and outcomes by class: what a request may bring is what the log is read as."""
+"""Tests of value types and of parsing outcomes. Requests and log readers use the same rules."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ INPUTS = (InputSpec(name="x", dtype="double"),)
         ("int64", [], []),
     ],
 )
-def test_values_of_a_type_stay_as_they_are(dtype: str, given: list[Any], fitted: list[Any]) -> None:
-    """A whole number is an int, whatever it was written as; no large one loses a digit beside a float."""
+def test_values_of_a_type_are_kept(dtype: str, given: list[Any], fitted: list[Any]) -> None:
+    """Whole floats become ints for an integer type. Large integers lose no digit next to a float."""
     kind = value_type(dtype)
     assert kind is not None
     found = list(kind.fit(given))
@@ -45,8 +45,8 @@ def test_values_of_a_type_stay_as_they_are(dtype: str, given: list[Any], fitted:
         *(("string", one) for one in (1, True)),
     ],
 )
-def test_a_value_of_another_type_is_refused_and_read_as_null(dtype: str, wrong: Any) -> None:
-    """Alone or among others, which stay as they are."""
+def test_value_of_another_type_is_refused_or_becomes_null(dtype: str, wrong: Any) -> None:
+    """Other values of the same list are kept."""
     kind = value_type(dtype)
     assert kind is not None
     good: dict[str, Any] = {"bool": True, "string": "a", "double": 0.5}
@@ -54,7 +54,7 @@ def test_a_value_of_another_type_is_refused_and_read_as_null(dtype: str, wrong: 
     for values in ([wrong], [right, wrong]):
         with pytest.raises(NotOfType):
             kind.fit(values)
-    assert kind.fit_what_fits([right, wrong, None]) == ([right, None, None], 1)
+    assert kind.convert_or_null([right, wrong, None]) == ([right, None, None], 1)
 
 
 def truths(*classes: Any) -> Truths:
@@ -73,18 +73,18 @@ def truths(*classes: Any) -> Truths:
         (("a", "b", "c"), {"c": ["c"], None: ["d", 2]}),
     ],
 )
-def test_an_outcome_means_a_class_or_nothing(
+def test_outcome_is_parsed_as_a_class_or_none(
     classes: tuple[Any, ...], meanings: dict[Any, list[Any]]
 ) -> None:
-    """JSON has several ways to write a class; nothing else is taken for one."""
+    """JSON can write a class in several ways."""
     for meant, outcomes in meanings.items():
         for outcome in outcomes:
             found = truths(*classes).of(outcome)
             assert (found, type(found)) == (meant, type(meant)), outcome
 
 
-def test_an_outcome_of_a_regression_is_a_finite_number() -> None:
-    """No text, no flag."""
+def test_regression_outcome_must_be_a_finite_number() -> None:
+    """Text and booleans are invalid."""
     meant = Truths(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
     assert [meant.of(one) for one in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
     assert {meant.of(one) for one in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)} == {

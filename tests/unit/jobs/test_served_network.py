@@ -86,10 +86,10 @@ def test_files_that_make_no_network_are_refused(
 ) -> None:
     """In words, naming them; so are weights of another network."""
     found = {name: (folders[Task.binary] / name).read_bytes() for name in (NETWORK_FILE, WEIGHTS_FILE)}
-    with pytest.raises(RefusedError, match=f"{NETWORK_FILE} and {WEIGHTS_FILE} make no network"):
+    with pytest.raises(RefusedError, match=f"{NETWORK_FILE} and {WEIGHTS_FILE} are not a valid network"):
         TorchEngine(shape or found[NETWORK_FILE], weights or found[WEIGHTS_FILE], hardware=Hardware())
     wider = json.dumps(json.loads(found[NETWORK_FILE]) | {"width": 32}).encode()
-    with pytest.raises(RefusedError, match="make no network"):
+    with pytest.raises(RefusedError, match="are not a valid network"):
         TorchEngine(wider, found[WEIGHTS_FILE], hardware=Hardware())
 
 

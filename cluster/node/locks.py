@@ -1,7 +1,7 @@
 """Locks of a cluster: one command at a time changes it, and one supervisor watches it.
 
-Two `cluster.up` at once would start two clusters, or end what the other started. A lock ends with its process, so a
-killed one leaves nothing locked.
+Without the lock, two `cluster.up` at the same time would start two clusters, or end each other's processes. The
+kernel releases a lock when its process ends, so a killed process leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ from cluster.errors import ConfigError
 from cluster.session import record_path
 from cluster.settings import StorageConfig
 
-CHANGING, WATCHING = "cluster.lock", "supervisor.lock"
+COMMAND_LOCK, SUPERVISOR_LOCK = "cluster.lock", "supervisor.lock"
 
 
 @contextlib.contextmanager
-def changing(storage: StorageConfig) -> Iterator[None]:
-    """Be alone in starting, repairing or ending a storage root's cluster.
+def command_lock(storage: StorageConfig) -> Iterator[None]:
+    """Hold the lock for starting, repairing or ending a storage root's cluster.
 
     Raises:
-        ConfigError: another command is at it.
+        ConfigError: Another command holds the lock.
     """
-    path = _path(storage, CHANGING)
+    path = _path(storage, COMMAND_LOCK)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path) as taken:
-        if not taken:
+    with _locked(path) as acquired:
+        if not acquired:
             raise ConfigError(
-                f"Another `cluster.up` or `cluster.down` (pid {_holder(path)}) is at work for {path.parent}. Wait "
+                f"Another `cluster.up` or `cluster.down` (pid {_holder(path)}) is running for {path.parent}. Wait "
                 "until it has ended."
             )
         yield
 
 
 @contextlib.contextmanager
-def sole_supervisor(storage: StorageConfig) -> Iterator[None]:
-    """Be the one supervisor of a storage root's cluster.
+def supervisor_lock(storage: StorageConfig) -> Iterator[None]:
+    """Hold the lock of the supervisor of a storage root's cluster.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: Another supervisor holds the lock.
     """
-    path = _path(storage, WATCHING)
-    with _locked(path) as taken:
-        if not taken:
+    path = _path(storage, SUPERVISOR_LOCK)
+    with _locked(path) as acquired:
+        if not acquired:
             raise ConfigError(
-                f"A supervisor (pid {_holder(path)}) watches the cluster of {path.parent} already; "
+                f"Another supervisor (pid {_holder(path)}) already watches the cluster of {path.parent}. "
                 "`python -m cluster.status` shows it."
             )
         yield
 
 
 def is_watched_by(storage: StorageConfig, pid: int) -> bool:
-    """Whether a process has become the supervisor."""
-    return _holder(_path(storage, WATCHING)) == str(pid)
+    """Return whether a process holds the supervisor's lock."""
+    return _holder(_path(storage, SUPERVISOR_LOCK)) == str(pid)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    # Whoever can read a file can lock it, so nobody else may open it.
+    # A process that can open a file can lock it, so only the owner may open this file.
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "a+") as lock:
         try:
@@ -69,7 +69,7 @@ def _locked(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name on it
+        with contextlib.suppress(OSError):  # the disk is full: the lock works without the pid
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
