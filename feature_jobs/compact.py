@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.compact view=v`: few large files in place of the many that ingestion leaves.
+"""`python -m feature_jobs.compact view=v`: replace the many small files that ingestion leaves by a few large ones.
 
-Each bucket that has more than one file becomes one, sorted as the join wants it, and the table changes over in one
-transaction. Killed at any point, the same command run again finishes the job.
+Each bucket with more than one file gets a single file, sorted as the join needs it. The table changes to the new files
+in one transaction. If the command was killed, run it again and it finishes the job.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from feature_jobs.store.offline.tables import Snapshot, snapshot
 
 @dataclass(kw_only=True, slots=True)
 class CompactConfig(PlatformConfig):
-    """Which view."""
+    """Configuration of `feature_jobs.compact`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the view is read as it was applied."""
+    """Not used; all feature commands take it. The view is read as it was applied."""
     view: str = "???"
 
 
@@ -52,7 +52,7 @@ def main(config: CompactConfig) -> None:
 
 
 def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
-    """The view's table as it is now."""
+    """Return the newest snapshot of the view's table."""
     return snapshot(
         layout(config.storage).features(view.name),
         view=view.name,
@@ -63,17 +63,21 @@ def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
 
 
 def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
-    """Say in the ledger what was rewritten, also what a killed job did not get to say; gives the files replaced."""
-    said = {
+    """Append an event for each rewrite of the table that has none yet, also for rewrites of killed commands.
+
+    Returns:
+        The number of files that these rewrites replaced.
+    """
+    recorded = {
         entry.payload["table_version"]
         for entry in ledger.entries(FeatureTableRewritten)
         if entry.payload["view"] == view
     }
-    unsaid = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in said}
-    for version, files in sorted(unsaid.items()):
+    new = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in recorded}
+    for version, files in sorted(new.items()):
         event = FeatureTableRewritten(view=view, table_version=version, files_replaced=files)
         ledger.append(event, actor=actor)
-    return sum(unsaid.values())
+    return sum(new.values())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError
 from feature_jobs.batches.reading import in_range
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, NotNull, Sensitivity
-from feature_jobs.store.ingestion.batches import Ingested, Wanted
+from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_range, parse_span
 
 PERSON = Entity("person", join_keys=["person_id"])
@@ -37,7 +37,7 @@ def next_of(
     view: FeatureView, *batches: dict[str, Any], known: Sequence[FeatureView], digest: str = "d"
 ) -> str | None:
     definitions = {("income", one.version): one.definition() for one in known}
-    ingested = Ingested(view.definition(), digest, batches=batches, definitions=definitions)
+    ingested = BatchHistory(view.definition(), digest, batches=batches, definitions=definitions)
     return next((wanted.ingest_id for wanted in ingested.missing()), None)
 
 
@@ -93,8 +93,12 @@ def test_rows_under_other_times_are_put_right() -> None:
         ([batch(VIEW), batch(VIEW, ingest_id="y"), mended], True, False, 0),  # killed between the two
         ([batch(zoned)], False, False, 0),
     ):
-        found = Ingested(zoned.definition(), "d", batches=batches, definitions=definitions)
-        assert (found.moved, found.in_parts, len(found.missing())) == (moved, in_parts, left), batches
+        found = BatchHistory(zoned.definition(), "d", batches=batches, definitions=definitions)
+        assert (found.has_moved_rows, found.has_partial_batch, len(found.missing())) == (
+            moved,
+            in_parts,
+            left,
+        ), batches
 
 
 def test_other_content_is_another_batch() -> None:
@@ -136,9 +140,11 @@ def ranged(view: FeatureView, range: TimeRange, **said: Any) -> dict[str, Any]:
     return batch(view, start=range.start.isoformat(), end=range.end.isoformat(), **said)
 
 
-def missing(*batches: dict[str, Any], range: TimeRange | None, view: FeatureView = VIEW) -> list[Wanted]:
+def missing(
+    *batches: dict[str, Any], range: TimeRange | None, view: FeatureView = VIEW
+) -> list[PlannedBatch]:
     known = {("income", one.version): one.definition() for one in (VIEW, OTHER)}
-    ingested = Ingested(view.definition(), "d", batches=batches, definitions=known)
+    ingested = BatchHistory(view.definition(), "d", batches=batches, definitions=known)
     return ingested.missing(range, 2 * DAY)
 
 
@@ -148,7 +154,7 @@ OTHER = replace(VIEW, checks=[NotNull("amount")])
 def test_backfill_goes_on_where_it_was() -> None:
     """The chunks that the ledger knows are left out, and the others keep their ids."""
     whole = missing(range=days(0, 5))
-    assert [one.range for one in whole] == [days(0, 2), days(2, 4), days(4, 5)]
+    assert [plan.event_range for plan in whole] == [days(0, 2), days(2, 4), days(4, 5)]
     assert missing(ranged(VIEW, days(0, 2)), range=days(0, 5)) == whole[1:]
     assert len({one.ingest_id for one in whole}) == 3
 
@@ -157,7 +163,7 @@ def test_backfill_of_what_was_ingested_whole_does_nothing() -> None:
     """But a backfill does not stand for the whole source, nor for what another definition makes of it."""
     assert missing(batch(VIEW), range=days(0, 5)) == []
     assert len(missing(ranged(VIEW, days(0, 5)), range=None)) == 1
-    assert [one.range for one in missing(ranged(VIEW, days(0, 2)), range=days(0, 2), view=OTHER)] == [
+    assert [plan.event_range for plan in missing(ranged(VIEW, days(0, 2)), range=days(0, 2), view=OTHER)] == [
         days(0, 2)
     ]
     again = missing(ranged(VIEW, days(0, 2)), ranged(OTHER, days(0, 2), ingest_id="2"), range=days(0, 2))

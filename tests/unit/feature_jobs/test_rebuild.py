@@ -123,7 +123,7 @@ def test_manifest_of_an_older_release_is_built_again(project: FeatureProject) ->
     for name in ("entities", "cutoff", "hidden_share"):
         del content[name]
     project.manifest().write_text(json.dumps(content))
-    with pytest.raises(TrainingSetError, match="does not say where"):
+    with pytest.raises(TrainingSetError, match="does not contain the path"):
         project.again()
     assert project.again(entities=f"{project.root}/people.parquet")["row_hash"] == first["row_hash"]
 

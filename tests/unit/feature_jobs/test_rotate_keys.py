@@ -11,7 +11,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import KeysRotated
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from feature_jobs.rotate_keys import present, rotate
+from feature_jobs.rotate_keys import existing_keys, rotate
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Sensitivity
 from feature_jobs.store.catalog.protection import view_key_names, view_keys
 from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
@@ -46,7 +46,7 @@ def test_every_rotation_is_on_record_before_the_next(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         rotate("v", names, Dying(path, kek), ledger, actor="ann")
     recorded = [entry.payload["keys"] for entry in ledger.entries(KeysRotated)]
-    assert [info.name for info in present([*names, "push/v/sensitive"], ring)] == names, (
+    assert [info.name for info in existing_keys([*names, "push/v/sensitive"], ring)] == names, (
         "one that is not there yet"
     )
     assert recorded == [{"features/v/internal": 2}, {"features/v/personal": 2}]

@@ -12,7 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.skew import Floor, Result, compare
+from feature_jobs.skew import Materialization, OpenedView, SkewResult, compare
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import tables as offline
@@ -51,10 +51,10 @@ class Tables:
 
     def __init__(self, folder: Path, access: KeyAccess, *, floor: int | None) -> None:
         self._opened = {one.name: self._store(folder, access, one) for one in SERVICE.views}
-        self._floors = [] if floor is None else [Floor(at=hour(20), seq=floor, as_of=hour(20))]
+        self._floors = [] if floor is None else [Materialization(at=hour(20), seq=floor, as_of=hour(20))]
 
-    def open(self, view: ViewSpec) -> tuple[Snapshot, list[Floor]]:
-        return self._opened[view.name], self._floors
+    def open(self, view: ViewSpec) -> OpenedView:
+        return OpenedView(self._opened[view.name], self._floors)
 
     def _store(self, folder: Path, access: KeyAccess, spec: ViewSpec) -> Snapshot:
         uri, protection = f"{folder}/{spec.name}", view_protection(spec)
@@ -86,7 +86,7 @@ def checked(
     *people: tuple[int, str | None, float | None],
     given: tuple[str, ...] = (),
     defaulted: dict[str, list[int]] | None = None,
-) -> Result:
+) -> SkewResult:
     """What comes of one logged request for some people: id, served band, served rate."""
     record: dict[str, Any] = {
         "prediction_id": "p",
@@ -102,12 +102,12 @@ def checked(
         "defaulted": defaulted or {},
     }
     [group], *_ = served([record], since=None)
-    result = Result(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
+    result = SkewResult(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
     compare(SERVICE, tables, group, result)  # type: ignore[arg-type]
     return result
 
 
-def counts(result: Result, feature: str) -> dict[str, int]:
+def counts(result: SkewResult, feature: str) -> dict[str, int]:
     report = result.features[feature].report()
     return {name: value for name, value in report.items() if value and name not in ("compared", "smape")}
 

@@ -16,7 +16,7 @@ import pytest
 from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
 from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
-from feature_jobs.batches.several import ALL, check_views, chosen, for_each, with_batches
+from feature_jobs.batches.several import ALL, for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
@@ -189,22 +189,22 @@ def test_rows_under_earlier_times_are_mended_whole_or_said(
 
 def test_all_stands_for_views_that_take_batches(project: BatchProject) -> None:
     """Not for a topic's view, nor for a retired one; names are taken once each."""
-    assert list(with_batches(project.module, project.ledger)) == list(VIEWS)
+    assert list(views_with_batches(project.module, project.ledger)) == list(VIEWS)
     gone = FeatureViewStateChanged(view="json", previous="active", state="retired", reason="x")
     project.ledger.append(gone, actor="test")
-    assert list(with_batches(project.module, project.ledger)) == ["parquet", "csv", "sql"]
-    assert chosen(ALL, ["a", "b"]) == ["a", "b"]
-    assert chosen(["b", "a", "b"], ["a"]) == ["b", "a"]
-    assert chosen("b", ["a"]) == ["b"]
+    assert list(views_with_batches(project.module, project.ledger)) == ["parquet", "csv", "sql"]
+    assert resolve_views(ALL, ["a", "b"]) == ["a", "b"]
+    assert resolve_views(["b", "a", "b"], ["a"]) == ["b", "a"]
+    assert resolve_views("b", ["a"]) == ["b"]
     with pytest.raises(RefusedError, match="finds no view"):
-        chosen(ALL, [])
+        resolve_views(ALL, [])
 
 
 @pytest.mark.parametrize("given", [5, [], [5], {"a": 1}, None])
 def test_views_are_names(given: Any) -> None:
     """Anything else is refused before something is done."""
     with pytest.raises(ValueError, match="view must be a name"):
-        check_views(given)
+        validate_views(given)
 
 
 def test_commands_that_need_no_ray_do_not_import_it() -> None:

@@ -18,7 +18,7 @@ from cluster.storage import Layout, read_parquet
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
-from feature_jobs.store.ingestion.source_blocks import checked_blocks, empty_part, grouped, shape_of
+from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, group_files
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -51,9 +51,9 @@ def write(path: Path, **changes: Any) -> Path:
 def read(declared: FeatureView) -> pa.Table:
     """All rows of its source, checked."""
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
-    shape = shape_of(files, declared, {})
+    reader = block_reader(files, declared, {})
     check = partial(prepare_part, view=declared, now=NOW)
-    parts = [part for paths in grouped(files, declared) for part in checked_blocks(paths, shape, check)]
+    parts = [part for paths in group_files(files, declared) for part in checked_blocks(paths, reader, check)]
     assert sum(part.num_rows for part in parts) == files.rows
     return pa.concat_tables(parts)
 
@@ -134,7 +134,7 @@ def test_refusal_names_the_text_file(tmp_path: Path) -> None:
     line = json.dumps({"person_id": 1, "amount": 1, "city": "a", "at": "2024-01-01"})
     (tmp_path / "a.jsonl").write_text(line)
     (tmp_path / "b.jsonl").write_text(f"{line}\n" * 5 + "{")
-    with pytest.raises(SourceError, match=r"b\.jsonl: Line 6 is no JSON"):
+    with pytest.raises(SourceError, match=r"b\.jsonl: Line 6 is not JSON"):
         read(view(tmp_path / "*.jsonl"))
 
 
@@ -222,8 +222,8 @@ def test_zone_of_a_source_holds_for_every_format(tmp_path: Path, name: str) -> N
             write(tmp_path / name, at=pa.array([local], pa.timestamp("us")), seen=seen)
     for zone, hours in ((None, (0, 0)), ("America/Los_Angeles", (8, 7))):
         declared = view(tmp_path / name, *SEEN, zone=zone)
-        shape = shape_of(open_source(declared.source, Layout("")), declared, {})  # type: ignore[arg-type]
+        reader = block_reader(open_source(declared.source, Layout("")), declared, {})  # type: ignore[arg-type]
         found = read(declared)
         assert found["event_timestamp"].to_pylist() == [DAY.replace(hour=hours[0])]
         assert found["seen"].to_pylist() == [datetime(2024, 7, 1, hours[1], tzinfo=UTC)]
-        assert list(shape.zoneless) == ([] if zone else ["at"])
+        assert list(reader.zoneless) == ([] if zone else ["at"])

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from cluster.errors import DefinitionError, SchemaMismatch, SourceError
 from cluster.storage import Layout
-from feature_jobs.batches.reading import heads
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
 from feature_jobs.store.definitions.sources import Source, from_path
 from feature_jobs.store.ingestion.files import open_source
-from feature_jobs.store.ingestion.source_blocks import shape_of
+from feature_jobs.store.ingestion.source_blocks import block_reader
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
 from feature_jobs.store.ingestion.typed import Roles, column_types, text_column, typed_rows, value_column
 
@@ -46,8 +45,8 @@ def read(path: Path | str, text: str | bytes | None = None, *fields: Field, **op
     if text is not None:
         Path(path).write_bytes(text.encode() if isinstance(text, str) else text)
     source = FileSource(str(path), event_timestamp="at", **options)
-    [table] = heads(open_source(source, Layout("")), view(source, *fields), {})
-    return table
+    files = open_source(source, Layout(""))
+    return block_reader(files, view(source, *fields), {}).read_head(files.paths[0])
 
 
 def test_csv_is_read_as_the_view_declares(tmp_path: Path) -> None:
@@ -113,8 +112,8 @@ def test_any_fsspec_uri_and_a_folder_of_one_format(tmp_path: Path) -> None:
         ("a.csv", "", "no header"),
         ("a.csv", "a,b\n1,secret,3\n", "cannot be read as CSV: .* Expected 2 columns, got 3"),
         ("a.csv", b"a,b\n1,\xff\n", "cannot be read as CSV"),
-        ("a.jsonl", "{secret", "no JSON"),
-        ("a.json", '[{"a": 1}]', "no JSON object"),
+        ("a.jsonl", "{secret", "not JSON"),
+        ("a.json", '[{"a": 1}]', "not a JSON object"),
         ("a.csv.gz", "plain", "cannot be read as CSV"),
     ],
 )
@@ -204,9 +203,9 @@ def test_key_is_never_another_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)
     declared = view(FileSource(str(tmp_path / "a.csv"), event_timestamp="at"))
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
-    shape = shape_of(files, declared, {})
+    reader = block_reader(files, declared, {})
     with pytest.raises(SchemaMismatch, match="Column 'person_id' should be int64; 1 of"):
-        list(shape.typed(files.paths[0]))
+        list(reader.read_typed(files.paths[0]))
 
 
 @given(st.lists(st.none() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53)))
@@ -282,7 +281,7 @@ def test_digest_of_rows_does_not_depend_on_their_order(database: Path) -> None:
     ("options", "environment", "words"),
     [
         ({"url_env": "SHOP"}, {}, "variable SHOP, which is missing"),
-        ({"url_env": "SHOP"}, {"SHOP": "shop"}, "no SQLAlchemy URL"),
+        ({"url_env": "SHOP"}, {"SHOP": "shop"}, "not a SQLAlchemy URL"),
         ({"url_file": "/nowhere/url"}, {}, "missing or empty"),
         ({"url": "sqlite:////nowhere/shop.db"}, {}, "no SQLite database at /nowhere/shop.db"),
         (
@@ -359,7 +358,8 @@ def test_partition_folders_are_columns(tmp_path: Path) -> None:
         one.write_ndjson(place / "x.jsonl")
     for kind in ("parquet", "csv", "json"):
         source = FileSource(str(tmp_path / "in"), event_timestamp="at", format=kind)
-        first, second = heads(open_source(source, Layout("")), view(source), {})
+        files = open_source(source, Layout(""))
+        first, second = map(block_reader(files, view(source), {}).read_head, files.paths)
         assert "other" not in first.column_names
         assert (first["city"].to_pylist(), first["items"].to_pylist()) == (["Abu Dhabi"], [3])
         assert (second["city"].to_pylist(), second["items"].to_pylist()) == ([None], [7])

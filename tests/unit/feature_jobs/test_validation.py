@@ -136,7 +136,7 @@ def test_text_that_is_no_utf8_is_refused() -> None:
 )
 def test_rule_that_does_not_fit_a_key_is_refused_by_name(check: Any, keys: pa.Array) -> None:
     """Which type a key has is known only from the source."""
-    with pytest.raises(SchemaMismatch, match=f"rule {type(check).__name__} cannot be asked of .*'person_id'"):
+    with pytest.raises(SchemaMismatch, match=f"rule {type(check).__name__} does not fit column .*'person_id'"):
         prepare(block([1.0], keys=keys), view(checks=[check]), now=NOW)
 
 
