@@ -18,10 +18,11 @@ from cluster.security.authorization.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,13 +54,7 @@ def main(config: CompactConfig) -> None:
 
 def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
     """Return the newest snapshot of the view's table."""
-    return snapshot(
-        layout(config.storage).features(view.name),
-        view=view.name,
-        keys=view.join_keys,
-        protection=view_protection(view),
-        access=actor.access,
-    )
+    return view_snapshot(view, layout(config.storage), actor.access)
 
 
 def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:

@@ -58,7 +58,7 @@ from feature_jobs.batches.several import for_each, resolve_views, validate_views
 from feature_jobs.batches.storing import CheckedBatch, StoredBatch, empty_batch, store
 from feature_jobs.batches.work import Work
 from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.definitions.limits import check_buckets
@@ -71,6 +71,7 @@ from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
 from feature_jobs.store.ingestion.validation import REASON
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.view_tables import view_target
 
 
 class BatchRules(enum.Enum):
@@ -189,10 +190,9 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
         SourceError: the source is missing or cannot be read.
     """
     places = layout(config.storage)
-    uri = places.features(view.name)
     quarantine = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
-    table = offline.open_table(uri)
-    key_types = offline.stored_key_types(table, view.join_keys)
+    target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
+    key_types = offline.stored_key_types(offline.open_table(target.uri), view.join_keys)
     work = Work(config.task_values, lambda: attach(config))
     return Run(
         config=config,
@@ -203,13 +203,7 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
         work=work,
         key_types=key_types,
         baseline=load_baseline(ledger, view, quarantine),
-        target=offline.Target(
-            uri=uri,
-            keys=tuple(view.join_keys),
-            buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
-            protection=view_protection(spec),
-            access=actor.access,
-        ),
+        target=target,
         quarantine=quarantine,
     )
 

@@ -26,11 +26,11 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.batches.several import for_each, resolve_views, validate_views
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec, view_specs
 from feature_jobs.store.ingestion.ranges import parse_instant
 from feature_jobs.store.offline.point_in_time import latest
-from feature_jobs.store.offline.tables import Snapshot, open_table, snapshot
+from feature_jobs.store.offline.tables import Snapshot, open_table
 from feature_jobs.store.online.events import merge_of
 from feature_jobs.store.online.frames import online_rows
 from feature_jobs.store.online.reader import open_online
@@ -38,6 +38,7 @@ from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import state_rows, stored_view
 from feature_jobs.store.streaming.streamed import horizon
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,13 +91,7 @@ def materialise(run: Run, name: str) -> None:
     """
     view = view_spec(run.ledger, name)
     run.actor.check(Action.write_features, *view_resources(view, region=run.config.cluster.region))
-    pinned = snapshot(
-        layout(run.config.storage).features(view.name),
-        view=view.name,
-        keys=view.join_keys,
-        protection=view_protection(view),
-        access=run.actor.access,
-    )
+    pinned = view_snapshot(view, layout(run.config.storage), run.actor.access)
     table = DeltaTable(pinned.uri, version=pinned.version)
     num_entities = run.store.replace(
         stored_view(view),

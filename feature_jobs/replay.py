@@ -31,7 +31,7 @@ from feature_jobs.applied import applied_view
 from feature_jobs.batches.rules import load_baseline
 from feature_jobs.batches.storing import open_or_create, stored_schema
 from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.definitions.limits import check_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.ahead import Ahead
@@ -42,6 +42,7 @@ from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, try_ag
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.schema import SEQ
+from feature_jobs.view_tables import view_target
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,14 +81,7 @@ def main(config: ReplayConfig) -> None:
     heed(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
-    table = offline.open_table(places.features(view.name))
-    target = offline.Target(
-        uri=places.features(view.name),
-        keys=tuple(view.join_keys),
-        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
-        protection=view_protection(spec),
-        access=actor.access,
-    )
+    target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
     baseline = load_baseline(ledger, view, files)
     ahead = Ahead.of(config.features.max_ahead_s)
     refusals = []

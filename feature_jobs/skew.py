@@ -31,12 +31,12 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, write_json
 from feature_jobs.materialize import instant
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions.missing import NO_POLICY
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_here, key_column
 from feature_jobs.store.skew.comparison import (
     AS_OF,
@@ -54,6 +54,7 @@ from feature_jobs.store.skew.comparison import (
 from feature_jobs.store.skew.served import TIME, Served, served
 from feature_jobs.store.skew.windows import judge_windows
 from feature_jobs.store.types.schema import DELETED
+from feature_jobs.view_tables import view_snapshot
 
 NUM_EXAMPLES = 20
 
@@ -184,13 +185,7 @@ class OfflineTables:
             self._actor.check(
                 Action.build_training_set, *view_resources(view, region=self._config.cluster.region)
             )
-            table = snapshot(
-                layout(self._config.storage).features(view.name),
-                view=view.name,
-                keys=view.join_keys,
-                protection=view_protection(view),
-                access=self._actor.access,
-            )
+            table = view_snapshot(view, layout(self._config.storage), self._actor.access)
             self._opened[view.name, view.version] = OpenedView(
                 table, read_materializations(self._ledger, table.uri, view.name)
             )

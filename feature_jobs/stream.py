@@ -23,13 +23,11 @@ from cluster.security.keys.access import key_store
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.definitions.limits import CENTURY, check_buckets
 from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Target
 from feature_jobs.store.online.reader import open_online
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
@@ -37,6 +35,7 @@ from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.store.streaming.pushed_view import pushed_view
 from feature_jobs.store.streaming.pusher import open_log
 from feature_jobs.store.streaming.streamed import Tally
+from feature_jobs.view_tables import view_target
 
 LONGEST_WAIT_S = 86_400
 
@@ -146,7 +145,7 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
     places, keys = layout(config.storage), key_store(actor.access)
     return PushStream(
         view=view,
-        target=target_of(config, view, actor),
+        target=view_target(view, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(view.name),
         log=open_log(places, view.name, keys),
         store=open_online(config.online, places, keys, readonly=False),
@@ -177,7 +176,7 @@ def run_kafka(
     stream = KafkaStream(
         view=view,
         topic=view.view.source.topic,
-        target=target_of(config, view.spec, actor),
+        target=view_target(view.spec, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(config.view),
         store=open_online(config.online, places, key_store(actor.access), readonly=False),
         ledger=ledger,
@@ -198,19 +197,6 @@ def run_kafka(
     if config.kafka.consumers > 1:
         return consume_apart(stream, reading, stopped, consumers=config.kafka.consumers)
     return consume(stream, reading, stopped)
-
-
-def target_of(config: StreamConfig, view: ViewSpec, actor: Actor) -> Target:
-    """Return the view's table as a target. A new table gets the configured number of buckets."""
-    uri = layout(config.storage).features(view.name)
-    table = offline.open_table(uri)
-    return Target(
-        uri=uri,
-        keys=tuple(view.join_keys),
-        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
-        protection=view_protection(view),
-        access=actor.access,
-    )
 
 
 def run(stream: PushStream, config: StreamConfig, stopped: threading.Event) -> int:

@@ -26,12 +26,12 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
-from feature_jobs.store.catalog.protection import training_set_protection, view_protection, view_resources
+from feature_jobs.store.catalog.protection import training_set_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import place_of
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import (
     Joined,
     JoinParts,
@@ -41,6 +41,7 @@ from feature_jobs.store.offline.training_set import (
     join_here,
 )
 from feature_jobs.store.types.schema import EVENT
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,14 +206,7 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
         TrainingSetError: a view has no rows, or files were removed.
     """
     snapshots = {
-        view.name: snapshot(
-            places.features(view.name),
-            view=view.name,
-            keys=view.join_keys,
-            protection=view_protection(view),
-            access=access,
-            version=request.versions.get(view.name),
-        )
+        view.name: view_snapshot(view, places, access, version=request.versions.get(view.name))
         for view in request.spec.views
     }
     for name in request.versions:
