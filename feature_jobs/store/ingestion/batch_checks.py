@@ -311,7 +311,7 @@ def stability_index(before: Sequence[int], after: Sequence[int]) -> float:
 
 
 def chance(before: Distribution, after: Sequence[int]) -> float:
-    """Return about the index that two samples of one distribution exceed once in a thousand times.
+    """Return the index that two samples of the same distribution exceed about once in 1,000 times.
 
     The index is close to (1/n + 1/m) times a chi-square variable with (number of bins - 1) degrees of freedom (Yurdakul
     and Naranjo, Statistical properties of the population stability index, 2020). A normal approximation is used here.

@@ -89,19 +89,19 @@ def find_zoneless(first: pa.Table, roles: Roles) -> list[str]:
     return zoneless
 
 
-def column_types(view: FeatureView, head: pa.Table, known: Mapping[str, str]) -> dict[str, str]:
+def column_types(view: FeatureView, head: pa.Table, key_types: Mapping[str, str]) -> dict[str, str]:
     """Return the dtype of each column that is not text, decided once for a batch.
 
     Args:
         view: its fields, keys, times and source `columns` have declared types.
         head: the first rows as they were read.
-        known: stored key types of the feature table ("int64" or "string"). Declared types have priority. For a key
+        key_types: stored key types of the feature table ("int64" or "string"). Declared types have priority. For a key
             with neither, the first rows decide.
     """
     source = view.source
     types = {field.name: field.dtype for field in view.schema}
-    key_types = {**known, **view.key_types}
-    types |= {key: key_types.get(key) or _derive_key_type(head, key) for key in view.join_keys}
+    all_key_types = {**key_types, **view.key_types}
+    types |= {key: all_key_types.get(key) or _derive_key_type(head, key) for key in view.join_keys}
     types |= {name: "timestamp" for name in (source.event_timestamp, source.created_timestamp) if name}
     types |= {source.deleted: "bool"} if source.deleted else {}
     return types | dict(source.columns)

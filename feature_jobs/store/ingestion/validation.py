@@ -125,7 +125,7 @@ def unique_rules(view: FeatureView) -> list[Unique]:
 
 
 def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
-    """Return for each part one bool per row: true if the row is not unique in the batch.
+    """Return for each part one bool per row: true if the rule rejects the row.
 
     Rows that are bad already do not count.
 
