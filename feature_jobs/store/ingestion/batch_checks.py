@@ -94,7 +94,7 @@ class Outlier(Check):
     """A value must not be far outside the quartiles of the last good batch.
 
     The limits are Tukey's fences (Exploratory Data Analysis, 1977): `fences` times the interquartile range below the
-    first and above the third quartile; 3 is what he calls "far out". If the first and third quartile are equal, there
+    first and above the third quartile; Tukey calls 3 "far out". If the first and third quartile are equal, there
     is no range to measure with, and every value passes.
     """
 
