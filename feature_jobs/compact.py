@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.compact view=v`: few large files in place of the many that ingestion leaves.
+"""`python -m feature_jobs.compact view=v`: replace the many small files that ingestion leaves by a few large ones.
 
-Each bucket that has more than one file becomes one, sorted as the join wants it, and the table changes over in one
-transaction. Killed at any point, the same command run again finishes the job.
+Each bucket with more than one file gets a single file, sorted as the join needs it. The table changes to the new files
+in one transaction. If the command was killed, run it again and it finishes the job.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from cluster.security.authorization.policy import Action
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
 class CompactConfig(PlatformConfig):
-    """Which view."""
+    """Configuration of `feature_jobs.compact`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the view is read as it was applied."""
+    """Not used; all feature commands take it. The view is read as it was applied."""
     view: str = "???"
 
 
@@ -52,28 +53,26 @@ def main(config: CompactConfig) -> None:
 
 
 def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
-    """The view's table as it is now."""
-    return snapshot(
-        layout(config.storage).features(view.name),
-        view=view.name,
-        keys=view.join_keys,
-        protection=view_protection(view),
-        access=actor.access,
-    )
+    """Return the newest snapshot of the view's table."""
+    return view_snapshot(view, layout(config.storage), actor.access)
 
 
 def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
-    """Say in the ledger what was rewritten, also what a killed job did not get to say; gives the files replaced."""
-    said = {
+    """Append an event for each rewrite of the table that has none yet, also for rewrites of killed commands.
+
+    Returns:
+        The number of files that these rewrites replaced.
+    """
+    recorded = {
         entry.payload["table_version"]
         for entry in ledger.entries(FeatureTableRewritten)
         if entry.payload["view"] == view
     }
-    unsaid = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in said}
-    for version, files in sorted(unsaid.items()):
+    new = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in recorded}
+    for version, files in sorted(new.items()):
         event = FeatureTableRewritten(view=view, table_version=version, files_replaced=files)
         ledger.append(event, actor=actor)
-    return sum(unsaid.values())
+    return sum(new.values())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`python -m feature_jobs.materialize view=v [as_of=…]`: what is known of each entity, put into the online store.
+"""`python -m feature_jobs.materialize view=v [as_of=…]`: put the newest values of each entity online.
 
-Readers see all of a materialisation or nothing of it: killed halfway, the store is as it was. What was pushed since the
-table's version that it reads counts beside it.
+The values are those that were known at `as_of`. Readers see either all of a materialisation or nothing of it. If the
+command was killed halfway, the store is unchanged. Rows that were pushed after the table version that the command reads
+are served in addition.
 
-`view=[a,b]` and `view=all` (every applied view that has rows) take one view after the other, as of one moment.
+`view=[a,b]` and `view=all` (every applied view with rows) materialise one view after the other, as of the same moment.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from cluster.security.keys.access import key_store
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batches.several import check_views, chosen, for_each
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.batches.several import for_each, resolve_views, validate_views
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec, view_specs
 from feature_jobs.store.ingestion.ranges import parse_instant
 from feature_jobs.store.offline.point_in_time import latest
-from feature_jobs.store.offline.tables import Snapshot, open_table, snapshot
+from feature_jobs.store.offline.tables import Snapshot, open_table
 from feature_jobs.store.online.events import merge_of
 from feature_jobs.store.online.frames import online_rows
 from feature_jobs.store.online.reader import open_online
@@ -37,26 +38,27 @@ from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import state_rows, stored_view
 from feature_jobs.store.streaming.streamed import horizon
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
 class MaterializeConfig(PlatformConfig):
-    """Which views, as of when."""
+    """Configuration of `feature_jobs.materialize`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the view is read as it was applied."""
+    """Not used; all feature commands take it. The view is read as it was applied."""
     view: Any = "???"
     """A name, a list of names, or `all`."""
     as_of: str | None = None
-    """ISO 8601 instant; none is now."""
+    """ISO 8601 instant up to which rows count; None is now."""
 
     def __post_init__(self) -> None:
-        check_views(self.view)
+        validate_views(self.view)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What all views of one command share."""
+    """The state that all views of one command share."""
 
     config: MaterializeConfig
     ledger: Ledger
@@ -71,9 +73,8 @@ def main(config: MaterializeConfig) -> None:
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.materialize")
     places, as_of = layout(config.storage), instant(config.as_of)
-    views = chosen(
-        config.view, (name for name in view_specs(ledger) if open_table(places.features(name)) is not None)
-    )
+    views_with_rows = (name for name in view_specs(ledger) if open_table(places.features(name)) is not None)
+    views = resolve_views(config.view, views_with_rows)
     store = open_online(config.online, places, key_store(actor.access), readonly=False)
     run = Run(config=config, ledger=ledger, actor=actor, store=store, as_of=as_of)
     try:
@@ -83,38 +84,38 @@ def main(config: MaterializeConfig) -> None:
 
 
 def materialise(run: Run, name: str) -> None:
-    """Put what is known of a view's entities into the online store.
+    """Put the newest known values of a view's entities into the online store.
 
     Raises:
-        RefusedError: the view has no rows, or may not be written; nothing was changed.
+        RefusedError: the view has no rows, or the caller may not write it; nothing was changed.
     """
     view = view_spec(run.ledger, name)
     run.actor.check(Action.write_features, *view_resources(view, region=run.config.cluster.region))
-    pinned = snapshot(
-        layout(run.config.storage).features(view.name),
-        view=view.name,
-        keys=view.join_keys,
-        protection=view_protection(view),
-        access=run.actor.access,
-    )
+    pinned = view_snapshot(view, layout(run.config.storage), run.actor.access)
     table = DeltaTable(pinned.uri, version=pinned.version)
-    found = rows(view, pinned, run.as_of)
-    count = run.store.replace(
-        stored_view(view), pinned.key_types, found, horizon=horizon(table), merge=merge_of(view)
+    num_entities = run.store.replace(
+        stored_view(view),
+        pinned.key_types,
+        rows(view, pinned, run.as_of),
+        horizon=horizon(table),
+        merge=merge_of(view),
     )
     event = ViewMaterialized(
         view=view.name,
         view_version=view.version,
         table_version=pinned.version,
         as_of=run.as_of.isoformat(),
-        entities=count,
+        entities=num_entities,
     )
     run.ledger.append(event, actor=run.actor.name)
-    print(f"view {view.name}: {count} entities online as of {run.as_of.isoformat()}", flush=True)
+    print(f"view {view.name}: {num_entities} entities online as of {run.as_of.isoformat()}", flush=True)
 
 
 def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
-    """The newest row of every entity that was known at a moment, bucket by bucket; of a deleted entity that it was."""
+    """Yield the newest row of every entity that was known at a moment, bucket by bucket.
+
+    For a deleted entity, this is its tombstone. For a view with aggregations, rows contain the state of its windows.
+    """
     if view.windows is not None:
         yield from state_rows(pinned, view.windows, as_of)
         return
@@ -127,10 +128,10 @@ def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[Onlin
 
 
 def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:
-    """A moment from ISO 8601, UTC where no zone is given; none is now.
+    """Parse an ISO 8601 instant. A text without a time zone is UTC; None is now.
 
     Raises:
-        ConfigError: the text is no moment.
+        ConfigError: the text is not an instant.
     """
     return dt.datetime.now(dt.UTC) if text is None else parse_instant(text, name=name)
 

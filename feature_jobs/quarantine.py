@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.quarantine view=v [batch=…] [rows=10]`: what lies in a view's quarantine, and why.
+"""`python -m feature_jobs.quarantine view=v [batch=…] [rows=10]`: show a view's quarantine.
 
-How many rows of which batch failed for what reason stands in the ledger. The rows themselves are shown with `rows=`, to
-whoever may read columns of every class of the view.
+The ledger has the number of rows by batch and reason. `rows=` shows the rows themselves, to callers who may read
+columns of every class of the view.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from cluster.errors import ConfigError, SourceError, did_you_mean
 from cluster.ledger import open_ledger
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.encryption.access import protected_files
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.ingestion.quarantine import quarantined
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 
 
 @dataclass(kw_only=True, slots=True)
 class QuarantineConfig(PlatformConfig):
-    """Whose quarantine, and how much of it."""
+    """Configuration of `feature_jobs.quarantine`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the view is read as it was applied."""
+    """Not used; all feature commands take it. The view is read as it was applied."""
     view: str = "???"
     batch: str | None = None
-    """The `ingest_id` of one batch; none is all of them."""
+    """`ingest_id` of one batch; None shows all batches."""
     rows: int = 0
-    """Show so many rows of each batch."""
+    """Number of rows to show of each batch."""
 
     def __post_init__(self) -> None:
         if self.rows < 0:
@@ -46,8 +45,8 @@ def main(config: QuarantineConfig) -> None:
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.quarantine")
     spec = view_spec(ledger, config.view)
-    whole = resource(spec, region=config.cluster.region)
-    actor.check(Action.read_columns if config.rows else Action.read_metadata, whole)
+    action = Action.read_columns if config.rows else Action.read_metadata
+    actor.check(action, resource(spec, region=config.cluster.region))
     batches = quarantined((entry.event() for entry in ledger.entries()), spec.name)
     if config.batch is not None:
         if config.batch not in batches:
@@ -57,26 +56,31 @@ def main(config: QuarantineConfig) -> None:
         batches = {config.batch: batches[config.batch]}
     total = sum(sum(reasons.values()) for reasons in batches.values())
     print(f"view {spec.name}: {total} rows in quarantine, of {len(batches)} batches")
+    files = QuarantineFiles(
+        folder=layout(config.storage).quarantine(spec.name), view=spec.name, access=actor.access
+    )
     for batch, reasons in batches.items():
         print(f"batch {batch}: {sum(reasons.values())} rows")
         for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
             print(f"  {count} {reason}")
         if config.rows:
-            path = f"{layout(config.storage).quarantine(spec.name)}/{batch}.parquet"
-            if not exists(path):
-                raise SourceError(f"{path} is gone. Restore it from a backup.")
-            file = protected_files(actor.access).read(
-                path,
-                protection=quarantine_protection(spec.name),
-                place=quarantine_place(spec.name, batch),
-                unplaced=True,
-            )
-            for row in file.slice(0, config.rows).select(["reason", "raw"]).to_pylist():
-                print(json.dumps({"reason": row["reason"], "row": json.loads(row["raw"])}))
+            print_rows(files, batch, config.rows)
+
+
+def print_rows(files: QuarantineFiles, batch: str, limit: int) -> None:
+    """Print the first rows of a batch's quarantine, each as one line of JSON.
+
+    Raises:
+        SourceError: the batch's file is missing.
+    """
+    if not exists(files.path(batch)):
+        raise SourceError(f"{files.path(batch)} is missing. Restore it from a backup.")
+    for row in files.read(batch).slice(0, limit).select(["reason", "raw"]).to_pylist():
+        print(json.dumps({"reason": row["reason"], "row": json.loads(row["raw"])}))
 
 
 def resource(spec: ViewSpec, *, region: str) -> Resource:
-    """A view's quarantine as the policies see it: whole source rows, so as sensitive as can be."""
+    """Return a view's quarantine as a policy resource. It holds whole source rows, so its class is sensitive."""
     return Resource(
         kind="quarantine",
         name=spec.name,

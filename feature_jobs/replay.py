@@ -1,10 +1,11 @@
-"""`python -m feature_jobs.replay definitions=m view=v [batch=…]`: quarantined rows, tried again once all is mended.
+"""`python -m feature_jobs.replay definitions=m view=v [batch=…]`: ingest quarantined rows again after a correction.
 
-The rows are read as the source had them and go through the view's transform and checks as they are now. The good ones
-are stored as new rows of the table, the others stay in quarantine under their new reasons. Each batch's quarantine is
-replayed in one transaction under an id that follows from its rows: what stays is written aside, then the good rows are
-committed with that id, then the file is exchanged. Killed anywhere in between, the next run finds the id in the table
-and only finishes.
+The rows are read as the source had them, and go through the view's current transform and checks. The good rows are
+stored as new rows of the table. The others stay in quarantine with their new reasons.
+
+Each batch is replayed in one transaction, with an id that is computed from its rows. First the rows that stay are
+written to a separate file. Then the good rows are committed with that id. Then the separate file replaces the batch's
+file. If the command was killed in between, the next run finds the id in the table and does only the last step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.core import url_to_fs
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, InvalidRequest, SourceError, did_you_mean
@@ -24,61 +24,51 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import QuarantineReplayed
 from cluster.security.acting import act
 from cluster.security.authorization.policy import Action
-from cluster.security.encryption.access import protected_files
 from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, list_files
+from cluster.storage import layout
 from feature_jobs.applied import applied_view
-from feature_jobs.batches.judging import last_good
-from feature_jobs.batches.storing import open_or_create, row_schema
+from feature_jobs.batches.rules import load_baseline
+from feature_jobs.batches.storing import open_or_create, stored_schema
 from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
-from feature_jobs.store.catalog.protection import (
-    quarantine_place,
-    quarantine_protection,
-    view_protection,
-    view_resources,
-)
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.definitions.limits import check_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine import quarantined
-from feature_jobs.store.ingestion.quarantine_replay import Tried, try_again
-from feature_jobs.store.ingestion.validation import FILES
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, try_again
+from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.schema import SEQ
+from feature_jobs.view_tables import view_target
 
 
 @dataclass(kw_only=True, slots=True)
 class ReplayConfig(PlatformConfig):
-    """Whose quarantine."""
+    """Configuration of `feature_jobs.replay`."""
 
     definitions: str = "feature_jobs.census"
+    """Module with the definitions."""
     view: str = "???"
     batch: str | None = None
-    """The `ingest_id` of one batch; none replays all of them."""
+    """`ingest_id` of one batch; None replays all batches in quarantine."""
     num_buckets: int = 8
-    """Of a new table, where no row of the view was stored yet."""
+    """Number of buckets of a new table, if no row of the view was stored yet."""
 
     def __post_init__(self) -> None:
         check_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where one batch's quarantine lies and what of it is written aside."""
+class BatchReplay:
+    """A batch in quarantine, and the table that it is replayed into."""
 
     view: FeatureView
     batch: str
-    folder: str
+    files: QuarantineFiles
     target: offline.Target
-
-    @property
-    def path(self) -> str:
-        return f"{self.folder}/{self.batch}.parquet"
-
-    def pending(self, replay_id: str) -> str:
-        return f"{self.folder}/pending/{replay_id}.parquet"
 
 
 @job("replay", ReplayConfig, timed=True)
@@ -90,27 +80,20 @@ def main(config: ReplayConfig) -> None:
     view, spec = applied_view(config.definitions, config.view, ledger)
     heed(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
-    folder = places.quarantine(view.name)
-    table = offline.open_table(places.features(view.name))
-    target = offline.Target(
-        uri=places.features(view.name),
-        keys=tuple(view.join_keys),
-        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
-        protection=view_protection(spec),
-        access=actor.access,
-    )
-    baseline = last_good(ledger, view, quarantine=folder, access=actor.access)
+    files = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
+    target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
+    baseline = load_baseline(ledger, view, files)
     ahead = Ahead.of(config.features.max_ahead_s)
     refusals = []
-    for batch in batches(folder, config.batch, view=view.name):
-        place = Place(view=view, batch=batch, folder=folder, target=target)
+    for batch in select_batches(files, config.batch):
+        batch_replay = BatchReplay(view=view, batch=batch, files=files, target=target)
         try:
-            event = replay(place, baseline, now=dt.datetime.now(dt.UTC), ahead=ahead)
-        except (SourceError, InvalidRequest) as error:  # the other batches may have come from another source
+            event = replay(batch_replay, baseline, now=dt.datetime.now(dt.UTC), ahead=ahead)
+        except (SourceError, InvalidRequest) as error:  # continue: other batches may come from another source
             refusals.append(f"batch {batch}: {error}")
             continue
-        say(ledger, event, actor=actor.name)
-        finish(place, event)
+        record_replay(ledger, event, actor=actor.name)
+        finish(files, event)
         print(
             f"view {view.name}: batch {batch}: {event.rows_in} rows in quarantine = {event.rows_stored} stored + "
             f"{event.rows_quarantined} still bad"
@@ -119,125 +102,125 @@ def main(config: ReplayConfig) -> None:
         raise SourceError(f"View '{view.name}': not replayed: {' '.join(refusals)}")
 
 
-def batches(folder: str, wanted: str | None, *, view: str) -> list[str]:
-    """The batches that have rows in quarantine.
+def select_batches(files: QuarantineFiles, wanted: str | None) -> list[str]:
+    """Return the batches to replay: the wanted one, or all batches in quarantine.
 
     Raises:
-        SourceError: there is none, or not the one that was asked for.
+        SourceError: the quarantine is empty, or does not have the wanted batch.
     """
-    found = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in list_files(folder, ".parquet")]
-    if wanted is not None and wanted not in found:
+    batches = files.batches()
+    if wanted is not None and wanted not in batches:
         raise SourceError(
-            f"View '{view}' has no batch '{wanted}' in quarantine.{did_you_mean(wanted, found)}"
+            f"View '{files.view}' has no batch '{wanted}' in quarantine.{did_you_mean(wanted, batches)}"
         )
-    if not found:
-        raise SourceError(f"View '{view}' has no row in quarantine.")
-    return found if wanted is None else [wanted]
+    if not batches:
+        raise SourceError(f"View '{files.view}' has no row in quarantine.")
+    return batches if wanted is None else [wanted]
 
 
 def replay(
-    place: Place, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead = FILES
+    batch_replay: BatchReplay, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead = BATCH_LIMIT
 ) -> QuarantineReplayed:
-    """Store what is good now, unless a run before has; what stays lies aside for `finish`.
+    """Store the rows that are good now, and write those that stay to a separate file, for `finish`.
+
+    Nothing is stored if an earlier run has stored the rows already.
 
     Raises:
         SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table meanwhile.
-        Inconsistent: the rows do not add up; nothing was committed.
+        Inconsistent: the numbers of rows do not add up; nothing was committed.
     """
-    protection = quarantine_protection(place.view.name)
-    files = protected_files(place.target.access)
-    belongs = quarantine_place(place.view.name, place.batch)
-    file = files.read(place.path, protection=protection, place=belongs, unplaced=True)
-    replay_id = replay_id_of(place.batch, file)
-    table = offline.open_table(place.target.uri)
-    before = offline.committed(table, replay_id) if table is not None else None
-    if before is not None:
-        return event_of(place, *before)
-    types = offline.stored_key_types(table, place.view.join_keys)
-    tried = try_again(file, place.view, now=now, baseline=baseline, ahead=ahead, key_types=types)
-    left = still_bad(file, tried)
-    if left.num_rows:
-        files.write(left, place.pending(replay_id), protection, place=belongs)
-    reasons = Counter(left["reason"].to_pylist())
-    batch = offline.Batch(
+    batch, target, view = batch_replay.batch, batch_replay.target, batch_replay.view
+    file = batch_replay.files.read(batch)
+    replay_id = replay_id_of(batch, file)
+    table = offline.open_table(target.uri)
+    committed = offline.committed(table, replay_id) if table is not None else None
+    if committed is not None:
+        return replayed_event(batch_replay, *committed)
+    key_types = offline.stored_key_types(table, view.join_keys)
+    rechecked = try_again(file, view, now=now, baseline=baseline, ahead=ahead, key_types=key_types)
+    bad = still_bad(file, rechecked)
+    if bad.num_rows:
+        batch_replay.files.write_pending(batch, replay_id, bad)
+    record = offline.Batch(
         ingest_id=replay_id,
         rows_in=file.num_rows,
-        rows_stored=file.num_rows - left.num_rows,
-        rows_quarantined=left.num_rows,
-        reasons=dict(reasons),
-        quarantine=f"{place.batch}.parquet" if left.num_rows else None,
+        rows_stored=file.num_rows - bad.num_rows,
+        rows_quarantined=bad.num_rows,
+        reasons=dict(Counter(bad["reason"].to_pylist())),
+        quarantine=f"{batch}.parquet" if bad.num_rows else None,
     )
-    if tried.good is None:
-        return event_of(place, batch, None)
-    return event_of(place, batch, commit(place, tried.good, batch, now=now))
+    version = None if rechecked.good is None else commit(batch_replay, rechecked.good, record, now=now)
+    return replayed_event(batch_replay, record, version)
 
 
-def still_bad(file: pa.Table, tried: Tried) -> pa.Table:
-    """The rows of a quarantine file that stay, with their new reasons."""
+def still_bad(file: pa.Table, rechecked: RecheckedRows) -> pa.Table:
+    """Return the rows of a quarantine file that stay, with their new reasons."""
     position = file.schema.get_field_index("reason")
-    return file.set_column(position, "reason", tried.reasons).filter(pc.is_valid(tried.reasons))
+    return file.set_column(position, "reason", rechecked.reasons).filter(pc.is_valid(rechecked.reasons))
 
 
-def commit(place: Place, good: pa.Table, batch: offline.Batch, *, now: dt.datetime) -> int:
-    """Store good rows as the newest of the table; gives its version."""
-    target, schema = place.target, row_schema(good.schema)
-    table = open_or_create(target, schema, view=place.view.name)
+def commit(batch_replay: BatchReplay, good: pa.Table, record: offline.Batch, *, now: dt.datetime) -> int:
+    """Store good rows as the newest rows of the table, and return the table's version."""
+    target, schema, view = batch_replay.target, stored_schema(good.schema), batch_replay.view.name
+    table = open_or_create(target, schema, view=view)
     seq = offline.last_seq(table)
-    count = good.num_rows
-    stamped = good.append_column(offline.INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), count))
-    stamped = stamped.append_column(SEQ, pa.array(range(seq + 1, seq + 1 + count), pa.int64()))
-    files = offline.write_files(stamped, target, name=batch.ingest_id)
-    if sum(file.rows for file in files) + batch.rows_quarantined != batch.rows_in:
+    num_rows = good.num_rows
+    rows = good.append_column(offline.INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), num_rows))
+    rows = rows.append_column(SEQ, pa.array(range(seq + 1, seq + 1 + num_rows), pa.int64()))
+    files = offline.write_files(rows, target, name=record.ingest_id)
+    num_written = sum(file.rows for file in files)
+    if num_written + record.rows_quarantined != record.rows_in:
         raise Inconsistent(
-            f"View '{place.view.name}', batch {place.batch}: {batch.rows_in} rows in quarantine are not "
-            f"{sum(file.rows for file in files)} to store + {batch.rows_quarantined} still bad. Nothing was committed."
+            f"View '{view}', batch {batch_replay.batch}: {record.rows_in} rows in quarantine are not {num_written} to "
+            f"store + {record.rows_quarantined} still bad. Nothing was committed."
         )
-    return offline.commit(table, schema, files, batch, seq=seq + count)
+    return offline.commit(table, schema, files, record, seq=seq + num_rows)
 
 
 def replay_id_of(batch: str, file: pa.Table) -> str:
-    """The id of a replay: the same as long as no row has left the quarantine."""
+    """Return the id of a replay. It stays the same as long as no row has left the quarantine."""
     rows = ",".join(map(str, sorted(file[SEQ].to_pylist())))
     return hashlib.sha256(f"replay:{batch}:{rows}".encode()).hexdigest()[:16]
 
 
-def event_of(place: Place, batch: offline.Batch, version: int | None) -> QuarantineReplayed:
-    """What is said in the ledger of a replay."""
+def replayed_event(
+    batch_replay: BatchReplay, record: offline.Batch, version: int | None
+) -> QuarantineReplayed:
+    """Return the event for a replay."""
     return QuarantineReplayed(
-        view=place.view.name,
-        view_version=place.view.version,
-        batch=place.batch,
-        replay_id=batch.ingest_id,
-        rows_in=batch.rows_in,
-        rows_stored=batch.rows_stored,
-        rows_quarantined=batch.rows_quarantined,
-        reasons=batch.reasons,
+        view=batch_replay.view.name,
+        view_version=batch_replay.view.version,
+        batch=batch_replay.batch,
+        replay_id=record.ingest_id,
+        rows_in=record.rows_in,
+        rows_stored=record.rows_stored,
+        rows_quarantined=record.rows_quarantined,
+        reasons=record.reasons,
         table_version=version,
     )
 
 
-def say(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> None:
-    """Record a replay, once; one that stored nothing and changed no reason is none."""
-    said = any(
-        (entry.payload["replay_id"], entry.payload["table_version"]) == (event.replay_id, event.table_version)
-        for entry in ledger.entries(QuarantineReplayed)
-    )
+def record_replay(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> None:
+    """Append the event of a replay once. A replay that stored no row and changed no reason gets no event."""
     if event.rows_stored == 0:
-        said = (
-            quarantined((entry.event() for entry in ledger.entries()), event.view).get(event.batch)
-            == event.reasons
+        batches = quarantined((entry.event() for entry in ledger.entries()), event.view)
+        is_recorded = batches.get(event.batch) == event.reasons
+    else:
+        is_recorded = any(
+            (entry.payload["replay_id"], entry.payload["table_version"])
+            == (event.replay_id, event.table_version)
+            for entry in ledger.entries(QuarantineReplayed)
         )
-    if not said:
+    if not is_recorded:
         ledger.append(event, actor=actor)
 
 
-def finish(place: Place, event: QuarantineReplayed) -> None:
-    """Put what stays in the place of what was replayed."""
-    fs, path = url_to_fs(place.path)
+def finish(files: QuarantineFiles, event: QuarantineReplayed) -> None:
+    """Replace the batch's quarantine file by the rows that stay, or remove it if none stay."""
     if event.rows_quarantined:
-        fs.mv(url_to_fs(place.pending(event.replay_id))[1], path)
+        files.publish_pending(event.batch, event.replay_id)
     else:
-        fs.rm(path)
+        files.remove(event.batch)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`python -m feature_jobs.skew name=m [since=…]`: every logged feature vector computed again, offline.
+"""`python -m feature_jobs.skew name=m [since=…]`: compute every logged feature vector again offline, and compare.
 
-A gate: it exits 2 where a served value cannot be explained by what the platform stored, and 0 where all can. What only
-lags behind or is missing is counted beside it, for each feature. `comparison.py` says what is called what. Features of
-aggregated views are not compared yet.
+This is a gate: it exits with 2 if what the platform stored cannot explain a served value, and with 0 if it can explain
+all of them. Values that are only late or missing are counted for each feature. `store/skew/comparison.py` defines the
+verdicts. Features of views with aggregations are not compared yet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datetime as dt
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -31,12 +31,12 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, write_json
 from feature_jobs.materialize import instant
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions.missing import NO_POLICY
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_here, key_column
 from feature_jobs.store.skew.comparison import (
     AS_OF,
@@ -54,23 +54,24 @@ from feature_jobs.store.skew.comparison import (
 from feature_jobs.store.skew.served import TIME, Served, served
 from feature_jobs.store.skew.windows import judge_windows
 from feature_jobs.store.types.schema import DELETED
+from feature_jobs.view_tables import view_snapshot
 
 NUM_EXAMPLES = 20
 
 
 @dataclass(kw_only=True, slots=True)
 class SkewConfig(PlatformConfig):
-    """Whose predictions."""
+    """Configuration of `feature_jobs.skew`."""
 
     name: str = "???"
-    """Of the model."""
+    """Name of the model."""
     since: str | None = None
     """ISO 8601 instant; earlier predictions are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Floor:
-    """What a materialisation put into the online store."""
+class Materialization:
+    """One materialisation of a view into the online store."""
 
     at: dt.datetime
     seq: int
@@ -78,26 +79,33 @@ class Floor:
     as_of: dt.datetime
 
 
+class OpenedView(NamedTuple):
+    """A view's newest rows, and its materialisations."""
+
+    table: Snapshot
+    materializations: list[Materialization]
+
+
 @dataclass(kw_only=True, slots=True)
-class Result:
-    """What came out, feature by feature."""
+class SkewResult:
+    """The result of a comparison, by feature."""
 
     rows: int
     left_out: int
     features: dict[str, FeatureSkew]
     without_score: int = 0
-    """Rows that the model gave no answer to; they are not compared."""
+    """Rows without an answer of the model; they are not compared."""
     examples: list[dict[str, Any]]
-    """Some mismatches: which prediction, which row, which feature; no values."""
+    """Some mismatches, each with its prediction, row and feature, without values."""
 
     @property
     def mismatches(self) -> int:
-        return sum(one.mismatch for one in self.features.values())
+        return sum(feature.mismatch for feature in self.features.values())
 
 
 @job("skew", SkewConfig, timed=True)
 def main(config: SkewConfig) -> None:
-    """Hold a model's served features against offline ones."""
+    """Compare a model's served features with offline ones."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.skew")
     places = layout(config.storage)
@@ -110,27 +118,24 @@ def main(config: SkewConfig) -> None:
             "no data, so no statement."
         )
     registry = Registry(ledger, places)
-    result = Result(
+    result = SkewResult(
         rows=0,
         left_out=left_out,
         without_score=without_score,
         features=defaultdict(FeatureSkew),
         examples=[],
     )
-    tables = Offline(config, ledger, actor)
+    tables = OfflineTables(config, ledger, actor)
     for group in groups:
         origin = registry.get(config.name, group.version).lineage
         spec = service_spec(ledger, origin.service, origin.service_version)
-        # What is made on demand is a function of the request and of these, and defaults stand in for what was read.
+        # On-demand features are a function of the request and of these features. Defaults hide what was read.
         compare(replace(spec, on_demand=(), missing=NO_POLICY), tables, group, result)
     report = f"{places.skew(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
-    event = event_of(config, result, report)
+    event = checked_event(config, result, report)
     write_json(report, event.payload() | {"examples": result.examples})
     ledger.append(event, actor=actor.name)
-    for name, one in result.features.items():
-        print(f"{name}: {', '.join(f'{what} {figure}' for what, figure in one.report().items())}")
-    if result.without_score:
-        print(f"not compared: {result.without_score} rows that the model gave no finite score for")
+    print_result(result)
     if result.mismatches:
         raise SkewFound(
             f"Model '{config.name}': {result.mismatches} served values are not what offline data gives for the same "
@@ -138,8 +143,16 @@ def main(config: SkewConfig) -> None:
         )
 
 
-def event_of(config: SkewConfig, result: Result, report: str) -> SkewChecked:
-    """What is said in the ledger."""
+def print_result(result: SkewResult) -> None:
+    """Print one line for each feature, and the number of rows that were not compared."""
+    for name, feature in result.features.items():
+        print(f"{name}: {', '.join(f'{label} {figure}' for label, figure in feature.report().items())}")
+    if result.without_score:
+        print(f"not compared: {result.without_score} rows that the model gave no finite score for")
+
+
+def checked_event(config: SkewConfig, result: SkewResult, report: str) -> SkewChecked:
+    """Return the event for a comparison."""
     return SkewChecked(
         model=config.name,
         since=config.since,
@@ -147,103 +160,101 @@ def event_of(config: SkewConfig, result: Result, report: str) -> SkewChecked:
         rows_left_out=result.left_out,
         rows_without_score=result.without_score,
         mismatches=result.mismatches,
-        features={name: one.report() for name, one in result.features.items()},
+        features={name: feature.report() for name, feature in result.features.items()},
         report="/".join(report.rsplit("/", 3)[1:]),
     )
 
 
-class Offline:
-    """The views' tables and materialisations, each opened once."""
+class OfflineTables:
+    """The views' tables and materialisations. Each view is opened once."""
 
     def __init__(self, config: SkewConfig, ledger: Ledger, actor: Actor) -> None:
         self._config = config
         self._ledger = ledger
         self._actor = actor
-        self._opened: dict[tuple[str, str], tuple[Snapshot, list[Floor]]] = {}
+        self._opened: dict[tuple[str, str], OpenedView] = {}
 
-    def open(self, view: ViewSpec) -> tuple[Snapshot, list[Floor]]:
-        """A view's newest rows, and what was materialised of it.
+    def open(self, view: ViewSpec) -> OpenedView:
+        """Return a view's newest rows and its materialisations.
 
         Raises:
-            AccessDenied: the policies do not permit to join it.
-            TrainingSetError: it has no rows.
+            AccessDenied: the policies do not permit the caller to join the view.
+            TrainingSetError: the view has no rows.
         """
         if (view.name, view.version) not in self._opened:
             self._actor.check(
                 Action.build_training_set, *view_resources(view, region=self._config.cluster.region)
             )
-            pinned = snapshot(
-                layout(self._config.storage).features(view.name),
-                view=view.name,
-                keys=view.join_keys,
-                protection=view_protection(view),
-                access=self._actor.access,
+            table = view_snapshot(view, layout(self._config.storage), self._actor.access)
+            self._opened[view.name, view.version] = OpenedView(
+                table, read_materializations(self._ledger, table.uri, view.name)
             )
-            self._opened[view.name, view.version] = pinned, floors(self._ledger, pinned.uri, view.name)
         return self._opened[view.name, view.version]
 
 
-def compare(spec: ServiceSpec, tables: Offline, group: Served, result: Result) -> None:
-    """Ask one group's requests again, and add what comes out to the result."""
+def compare(spec: ServiceSpec, tables: OfflineTables, group: Served, result: SkewResult) -> None:
+    """Compute one group's requests again offline, and add the verdicts to the result."""
     opened = {view.name: tables.open(view) for view in spec.views}
-    pinned = {name: one for name, (one, _) in opened.items()}
+    pinned = {name: view.table for name, view in opened.items()}
     joined = build(spec, pinned, group.asked(spec), join_parts=join_here)
     result.rows += len(group.ids)
     for view in spec.views:
-        if (
-            view.windows is not None
-        ):  # made of many events, so no single row of its history can excuse a value
+        if view.windows is not None:  # an aggregate is made of many events, so no single row can explain it
             continue
-        table, known = opened[view.name]
-        frame = requests(view, spec, joined, table, group, known)
+        requests = request_frame(view, spec, joined, opened[view.name], group)
         for field, name in zip(view.fields, view.columns, strict=True):
             if name not in group.features or name in group.given:
                 continue
-            online, now = group.column(name, field), pl.Series(pl.from_arrow(joined[name]))
-            verdicts = verdicts_of(view, field.name, online, now, frame, table)
-            result.features[name] += skew_of(online, now, verdicts)
-            wrong = (verdicts == Verdict.mismatch.value).arg_true().to_list()
-            for place in wrong[: NUM_EXAMPLES - len(result.examples)]:
-                prediction_id, row = group.ids[place]
+            online, offline_values = group.column(name, field), pl.Series(pl.from_arrow(joined[name]))
+            verdicts = verdicts_of(view, field.name, online, offline_values, requests, pinned[view.name])
+            result.features[name] += skew_of(online, offline_values, verdicts)
+            mismatches = (verdicts == Verdict.mismatch.value).arg_true().to_list()
+            for index in mismatches[: NUM_EXAMPLES - len(result.examples)]:
+                prediction_id, row = group.ids[index]
                 result.examples.append({"prediction_id": prediction_id, "row": row, "feature": name})
 
 
 def verdicts_of(
-    view: ViewSpec, feature: str, online: pl.Series, now: pl.Series, frame: pl.DataFrame, pinned: Snapshot
+    view: ViewSpec,
+    feature: str,
+    online: pl.Series,
+    offline_values: pl.Series,
+    requests: pl.DataFrame,
+    pinned: Snapshot,
 ) -> pl.Series:
-    """The verdict on each served value; only where it differs is the entity's history read."""
+    """Return the verdict on each served value. The entity's history is read only for values that differ."""
     verdicts = [Verdict.equal.value] * len(online)
-    differs = differing(online, now)
-    asked = frame.filter(differs)
-    if asked.is_empty():
+    differing_requests = requests.filter(differing(online, offline_values))
+    if differing_requests.is_empty():
         return pl.Series(verdicts)
     keys = list(pinned.key_types)
     ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-    buckets = pl.Series(bucket_of(asked.select(keys).to_arrow(), keys, num_buckets=pinned.num_buckets))
+    key_table = differing_requests.select(keys).to_arrow()
+    buckets = pl.Series(bucket_of(key_table, keys, num_buckets=pinned.num_buckets))
     for bucket in buckets.unique().to_list():
-        part = asked.filter(buckets == bucket)
+        part = differing_requests.filter(buckets == bucket)
         if view.windows is None:
-            history = values_of(pinned.read(bucket, [INGESTED, feature]), feature)
+            history = without_tombstone_values(pinned.read(bucket, [INGESTED, feature]), feature)
         else:
             history = pinned.read(bucket, view.windows.read)
-        if history.is_empty():  # offline knows nothing of anybody there, so what differs was served
+        if history.is_empty():  # offline has no entity in this bucket, but a value was served
             for position in part[POSITION]:
                 verdicts[position] = Verdict.offline_missing.value
             continue
-        given = online.gather(part[POSITION])
+        served_values = online.gather(part[POSITION])
         if view.windows is None:
-            judged = judge(part, history, keys=keys, feature=feature, online=given, ttl=ttl)
+            judged = judge(part, history, keys=keys, feature=feature, online=served_values, ttl=ttl)
         else:
             judged = judge_windows(
-                part, history, keys=keys, windows=view.windows, feature=feature, online=given
+                part, history, keys=keys, windows=view.windows, feature=feature, online=served_values
             )
         for position, verdict in judged.iter_rows():
             verdicts[position] = verdict
     return pl.Series(verdicts)
 
 
-def values_of(history: pl.DataFrame, feature: str) -> pl.DataFrame:
-    """Rows of which a tombstone says nothing, whatever else it may hold."""
+def without_tombstone_values(history: pl.DataFrame, feature: str) -> pl.DataFrame:
+    """Return the rows with null in place of a tombstone's value."""
     if DELETED not in history.columns:
         return history
     return history.with_columns(
@@ -251,27 +262,33 @@ def values_of(history: pl.DataFrame, feature: str) -> pl.DataFrame:
     )
 
 
-def requests(
-    view: ViewSpec, spec: ServiceSpec, joined: pa.Table, pinned: Snapshot, group: Served, known: list[Floor]
+def request_frame(
+    view: ViewSpec, spec: ServiceSpec, joined: pa.Table, opened: OpenedView, group: Served
 ) -> pl.DataFrame:
-    """What `judge` wants to know of each request but the values."""
-    keys = {key: key_column(key, kind, view, spec, joined) for key, kind in pinned.key_types.items()}
+    """Return what `judge` needs of each request, except the values: keys, times, and the last materialisation."""
+    keys = {key: key_column(key, kind, view, spec, joined) for key, kind in opened.table.key_types.items()}
     frame = pl.DataFrame(pl.from_arrow(pa.table(keys))).with_row_index(POSITION)
-    before = [
-        max((one for one in known if one.at <= at), key=lambda one: one.at, default=None)
-        for at in group.requested
-    ]
+    before = [last_before(opened.materializations, at) for at in group.requested]
     return frame.with_columns(
         pl.Series(AS_OF, group.as_of, TIME),
         pl.Series(REQUESTED, group.requested, TIME),
-        pl.Series(FLOOR_SEQ, [one.seq if one else None for one in before], pl.Int64),
-        pl.Series(FLOOR_AS_OF, [one.as_of if one else None for one in before], TIME),
+        pl.Series(FLOOR_SEQ, [last.seq if last else None for last in before], pl.Int64),
+        pl.Series(FLOOR_AS_OF, [last.as_of if last else None for last in before], TIME),
     )
 
 
-def floors(ledger: Ledger, uri: str, view: str) -> list[Floor]:
-    """A view's materialisations; where the table version of one is gone, the one before it has to do."""
-    found = []
+def last_before(materializations: list[Materialization], at: dt.datetime) -> Materialization | None:
+    """Return the last materialisation up to a moment."""
+    earlier = (materialization for materialization in materializations if materialization.at <= at)
+    return max(earlier, key=lambda materialization: materialization.at, default=None)
+
+
+def read_materializations(ledger: Ledger, uri: str, view: str) -> list[Materialization]:
+    """Return a view's materialisations, except those whose table version was removed.
+
+    In place of a removed one, the one before it is used.
+    """
+    materializations = []
     for entry in ledger.entries(ViewMaterialized):
         if entry.payload["view"] != view:
             continue
@@ -279,10 +296,14 @@ def floors(ledger: Ledger, uri: str, view: str) -> list[Floor]:
             table = DeltaTable(uri, version=entry.payload["table_version"])
         except (DeltaError, ValueError):
             continue
-        as_of = dt.datetime.fromisoformat(entry.payload["as_of"])
-        at = dt.datetime.fromisoformat(entry.time)
-        found.append(Floor(at=at, seq=offline.last_seq(table), as_of=as_of))
-    return found
+        materializations.append(
+            Materialization(
+                at=dt.datetime.fromisoformat(entry.time),
+                seq=offline.last_seq(table),
+                as_of=dt.datetime.fromisoformat(entry.payload["as_of"]),
+            )
+        )
+    return materializations
 
 
 if __name__ == "__main__":

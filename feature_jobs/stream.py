@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.stream source=push|kafka view=v [once=true]`: a stream into a feature table, exactly once.
+"""`python -m feature_jobs.stream source=push|kafka view=v [once=true]`: stream rows into a feature table, exactly once.
 
-With `kafka.consumers=4` that many Ray actors read and check a topic's partitions, and this process commits. Killed at
-any point, the same command run again goes on where the table's own commits say that it was.
+With `kafka.consumers=4`, that many Ray actors read and check a topic's partitions, and this process commits. If the
+command was killed, run it again: it continues from the position in the table's own commits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from cluster.security.keys.access import key_store
 from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
-from feature_jobs.store.catalog.protection import view_protection, view_resources
+from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.definitions.limits import CENTURY, check_buckets
 from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Target
 from feature_jobs.store.online.reader import open_online
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
@@ -37,6 +35,7 @@ from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.store.streaming.pushed_view import pushed_view
 from feature_jobs.store.streaming.pusher import open_log
 from feature_jobs.store.streaming.streamed import Tally
+from feature_jobs.view_tables import view_target
 
 LONGEST_WAIT_S = 86_400
 
@@ -45,24 +44,26 @@ class StreamSource(enum.Enum):
     """Where rows come from."""
 
     push = "push"
+    """The view's push log."""
     kafka = "kafka"
+    """The topic of the view's source."""
 
 
 @dataclass(kw_only=True, slots=True)
 class KafkaConfig:
-    """How a topic is read."""
+    """How a Kafka topic is read."""
 
     properties_file: str | None = None
-    """A file with properties of librdkafka, one `name=value` a line: how to log in, for one. It lies wherever a
-    consumer runs."""
+    """File with properties of librdkafka, one `name=value` per line, for example the login. Every node that runs a
+    consumer needs the file."""
     consumers: int = 1
-    """Ray actors that share the partitions, at most one for each; 1 is this process itself."""
+    """Number of Ray actors that share the partitions, at most one per partition; 1 reads in this process."""
     linger_s: float = 0.1
-    """So long rows are gathered for a commit."""
+    """Time in seconds during which rows are collected for one commit."""
     max_lateness_s: float | None = None
-    """How far a row may be behind the latest of its partition; none is any distance."""
+    """How far in seconds a row may be behind the latest of its partition; None is any distance."""
     late: LatePolicy = LatePolicy.accept
-    """What becomes of rows further behind."""
+    """What happens to rows further behind."""
 
     def __post_init__(self) -> None:
         if self.consumers < 1:
@@ -79,20 +80,20 @@ class KafkaConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StreamConfig(PlatformConfig):
-    """What is streamed, and for how long."""
+    """Configuration of `feature_jobs.stream`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: pushed rows were checked when they were pushed."""
+    """Not used; all feature commands take it. Pushed rows were checked when they were pushed."""
     source: StreamSource = StreamSource.push
     view: str = "???"
     once: bool = False
-    """End when there is nothing more, instead of waiting for more."""
+    """End when no row is left, instead of waiting for more."""
     interval_s: float = 1.0
-    """Between two looks where the last one found nothing."""
+    """Time in seconds to wait after a step without rows."""
     max_rows: int = 50_000
-    """Of one commit."""
+    """Maximum number of rows of one commit."""
     num_buckets: int = 8
-    """Of a new table; a table keeps the number it was made with."""
+    """Number of buckets of a new table. An existing table keeps its number."""
     kafka: KafkaConfig = field(default_factory=KafkaConfig)
 
     def __post_init__(self) -> None:
@@ -108,16 +109,16 @@ _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
 
 @job("stream", StreamConfig, timed=True)
 def main(config: StreamConfig) -> None:
-    """Stream into one view's table until there is nothing more, or until stopped."""
+    """Stream into one view's table until no row is left, or until stopped."""
     if config.source is StreamSource.push:
         refuse_unused(("kafka",), by="source=push")
     ledger = open_ledger(config)
-    apart = config.source is StreamSource.kafka and config.kafka.consumers > 1
-    record = attach(config) if apart else require_record(config)
+    needs_ray = config.source is StreamSource.kafka and config.kafka.consumers > 1
+    record = attach(config) if needs_ray else require_record(config)
     actor = act(config, record, ledger, entrypoint="feature_jobs.stream")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
-    stopped = _until_asked_to_stop()
+    stopped = _stop_on_signals()
     tally = Tally()
     match config.source:
         case StreamSource.push:
@@ -130,21 +131,21 @@ def main(config: StreamConfig) -> None:
 
 
 def counted(tally: Tally, kind: str) -> str:
-    """What became of the rows of a run, for people."""
+    """Return one line with the numbers of rows of a run."""
     total = tally.stored + tally.quarantined
-    said = f"{total} {kind} rows taken: {tally.stored} into the table, {tally.quarantined} quarantined"
+    text = f"{total} {kind} rows taken: {tally.stored} into the table, {tally.quarantined} quarantined"
     if tally.reasons:
         reason, count = tally.reasons.most_common(1)[0]
-        said += f" (mostly: {reason}, {count})"
-    return said if not tally.late else f"{said}; {tally.late} came late"
+        text += f" (mostly: {reason}, {count})"
+    return text if not tally.late else f"{text}; {tally.late} came late"
 
 
 def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Actor) -> PushStream:
-    """The stream from a view's push log."""
+    """Return the stream from a view's push log."""
     places, keys = layout(config.storage), key_store(actor.access)
     return PushStream(
         view=view,
-        target=target_of(config, view, actor),
+        target=view_target(view, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(view.name),
         log=open_log(places, view.name, keys),
         store=open_online(config.online, places, keys, readonly=False),
@@ -157,12 +158,12 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
 def run_kafka(
     config: StreamConfig, ledger: Ledger, actor: Actor, stopped: threading.Event, tally: Tally | None = None
 ) -> int:
-    """Stream a view's topic; gives the rows taken, and counts in `tally` what became of them.
+    """Stream a view's topic, and return the number of rows taken. `tally` counts what happened to them.
 
     Raises:
-        DefinitionError: the view's source is no topic.
+        DefinitionError: the view's source is not a Kafka topic.
     """
-    from feature_jobs.consumers import consume_apart  # librdkafka, where it is used
+    from feature_jobs.consumers import consume_apart  # imports librdkafka, which a push stream does not need
     from feature_jobs.store.streaming.kafka_consumer import Reading, consume
 
     view, places = pushed_view(ledger, config.view), layout(config.storage)
@@ -175,7 +176,7 @@ def run_kafka(
     stream = KafkaStream(
         view=view,
         topic=view.view.source.topic,
-        target=target_of(config, view.spec, actor),
+        target=view_target(view.spec, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(config.view),
         store=open_online(config.online, places, key_store(actor.access), readonly=False),
         ledger=ledger,
@@ -198,27 +199,14 @@ def run_kafka(
     return consume(stream, reading, stopped)
 
 
-def target_of(config: StreamConfig, view: ViewSpec, actor: Actor) -> Target:
-    """The view's table, with the number of buckets that it has or would get."""
-    uri = layout(config.storage).features(view.name)
-    table = offline.open_table(uri)
-    return Target(
-        uri=uri,
-        keys=tuple(view.join_keys),
-        buckets=offline.num_buckets(table) if table is not None else config.num_buckets,
-        protection=view_protection(view),
-        access=actor.access,
-    )
-
-
 def run(stream: PushStream, config: StreamConfig, stopped: threading.Event) -> int:
-    """Step until stopped or, if asked to, until nothing is left; gives the rows taken."""
+    """Run steps until stopped, or with `once` until no row is left. Return the number of rows taken."""
     total = 0
     while not stopped.is_set():
         try:
             rows = stream.step()
         except CommitConflict:
-            continue  # look again what the table says
+            continue  # another job committed: read the position from the table again
         total += rows
         if rows == 0:
             if config.once:
@@ -227,8 +215,8 @@ def run(stream: PushStream, config: StreamConfig, stopped: threading.Event) -> i
     return total
 
 
-def _until_asked_to_stop() -> threading.Event:
-    """Set by SIGTERM and SIGINT: the batch at hand is finished."""
+def _stop_on_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set. The current batch is finished first."""
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:

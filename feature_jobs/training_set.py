@@ -1,7 +1,8 @@
-"""`python -m feature_jobs.training_set service=s entities=e.parquet output=o.parquet`: features as they were known.
+"""`python -m feature_jobs.training_set service=s entities=e.parquet output=o.parquet`: build a training set.
 
-With `manifest=x.manifest.json` in place of a service, the same rows once more: from the definitions, table versions and
-cutoff that it pins, whatever was ingested, compacted or rotated since.
+Each entity row gets the feature values that were known at its time. With `manifest=x.manifest.json` instead of a
+service, the rows of an earlier training set are built again, from the definitions, table versions and cutoff in the
+manifest. Ingestion, compaction or key rotation since then change nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from cluster.session import attach, require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
 from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
-from feature_jobs.store.catalog.protection import training_set_protection, view_protection, view_resources
+from feature_jobs.store.catalog.protection import training_set_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.offline.manifest import Manifest, check_files, check_manifest, describe, read_manifest
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import place_of
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import (
     Joined,
     JoinParts,
@@ -40,33 +41,35 @@ from feature_jobs.store.offline.training_set import (
     join_here,
 )
 from feature_jobs.store.types.schema import EVENT
+from feature_jobs.view_tables import view_snapshot
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainingSetConfig(PlatformConfig):
-    """What is joined."""
+    """Configuration of `feature_jobs.training_set`."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the service is read as it was applied."""
+    """Not used; all feature commands take it. The service is read as it was applied."""
     service: str | None = None
+    """Name of the feature service, for a new training set."""
     manifest: str | None = None
-    """Of a training set to build again, in place of a service."""
+    """Manifest of a training set to build again, instead of a service."""
     entities: str | None = None
-    """Parquet with join keys and `event_timestamp`; other columns, a label for one, pass through. A manifest knows
-    where its own were."""
+    """Parquet file with join keys and `event_timestamp`. Other columns, for example a label, are copied. With a
+    manifest, the default is the manifest's own path."""
     output: str = "???"
-    """Parquet to write; its manifest lies beside it."""
+    """Parquet file to write. The manifest is written beside it."""
     task_rows: int = 3_000_000
-    """Entity and feature rows of a view above which each bucket is a Ray task."""
+    """Number of entity rows plus rows of the largest view above which each bucket is joined in its own Ray task."""
     cutoff: bool = True
-    """Leave out what was created after an entity row's time; false goes by the event's time alone. A manifest says
-    itself."""
+    """Leave out values that were created after an entity row's time; false uses only the event time. A manifest has its
+    own cutoff."""
     versions: dict[str, int] = field(default_factory=dict)
-    """View to the version of its table that is read; the newest where a view is not named. A manifest says itself."""
+    """Table version to read, by view; default is the newest version. A manifest has its own versions."""
 
     def __post_init__(self) -> None:
         if self.manifest is not None and self.versions:
-            raise ValueError("A manifest says which table versions are read. Leave versions away.")
+            raise ValueError("A manifest contains the table versions to read. Leave out versions.")
         if (self.service is None) == (self.manifest is None):
             raise ValueError("Give service=… for a new training set, or manifest=… for one to build again.")
         if self.service is not None and self.entities is None:
@@ -75,16 +78,16 @@ class TrainingSetConfig(PlatformConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is built."""
+    """What to build."""
 
     spec: ServiceSpec
     entities: str | None
-    """Where the entity rows are; none where they are in memory."""
+    """Path of the entity rows; None if they are in memory."""
     cutoff: bool
     versions: dict[str, int]
-    """Table versions that are not the newest ones."""
+    """Table version to read, by view; the newest for all other views."""
     original: Manifest | None = None
-    """Of the training set that is built again."""
+    """Manifest of the training set that is built again."""
 
 
 @job("training_set", TrainingSetConfig, timed=True)
@@ -112,11 +115,11 @@ def main(config: TrainingSetConfig) -> None:
 def produce(
     config: TrainingSetConfig, request: Request, ledger: Ledger, *, access: KeyAccess, actor: str
 ) -> dict[str, Any]:
-    """Join, write the rows and their manifest, say so in the ledger; gives the manifest.
+    """Build a training set, write its rows and manifest, append an event, and return the manifest.
 
     Raises:
-        TrainingSetError: entity rows that cannot be joined, or are not those of the manifest.
-        Inconsistent: the rows are not those of the manifest; nothing was written.
+        TrainingSetError: the entity rows cannot be joined, or are not those of the original manifest.
+        Inconsistent: the result is not the same as in the original manifest; nothing was written.
     """
     original, places = request.original, layout(config.storage)
     entities = read_entities(str(request.entities))
@@ -130,7 +133,7 @@ def produce(
         )
     table, manifest = join_entities(config, request, entities, entities_hash, access=access)
     if original is not None:
-        check_same(original, table)
+        require_same_rows(original, table)
     output = resolve(config.output)
     write(table, output, request.spec, places=places, access=access)
     manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
@@ -141,16 +144,15 @@ def produce(
 def join_entities(
     config: TrainingSetConfig, request: Request, entities: pa.Table, entities_hash: str, *, access: KeyAccess
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows, and their manifest but for `seq`.
+    """Return the training set's rows, and its manifest without `seq`.
 
     Raises:
-        TrainingSetError: entity rows that cannot be joined, or a view without rows.
+        TrainingSetError: the entity rows cannot be joined, or a view has no rows.
     """
     spec = request.spec
     snapshots = pinned_tables(request, layout(config.storage), access)
-    built = assemble(
-        spec, snapshots, entities, join_parts=chosen_join(config, entities, snapshots), cutoff=request.cutoff
-    )
+    join_parts = choose_join(config, entities, snapshots)
+    built = assemble(spec, snapshots, entities, join_parts=join_parts, cutoff=request.cutoff)
     manifest = describe(
         spec,
         snapshots,
@@ -164,18 +166,18 @@ def join_entities(
 
 
 def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
-    """A service's newest version and the tables that are asked for, or what a manifest pins.
+    """Return the request for a service's newest version, or for the contents of a manifest.
 
     Raises:
-        TrainingSetError: a manifest that cannot be built again, or a version of a view that the service does not have.
-        FeatureServiceNotFound: no such service was applied.
+        TrainingSetError: the manifest cannot be built again, or `versions` names a view that the service does not have.
+        FeatureServiceNotFound: no service with this name was applied.
     """
     if config.manifest is None:
         spec = service_spec(ledger, str(config.service))
         known = [view.name for view in spec.views]
-        if strange := [name for name in config.versions if name not in known]:
+        if unknown := [name for name in config.versions if name not in known]:
             raise TrainingSetError(
-                f"Service '{spec.name}' has no view '{strange[0]}'.{did_you_mean(strange[0], known)}"
+                f"Service '{spec.name}' has no view '{unknown[0]}'.{did_you_mean(unknown[0], known)}"
             )
         return Request(
             spec=spec, entities=str(config.entities), cutoff=config.cutoff, versions=config.versions
@@ -184,7 +186,9 @@ def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
     check_manifest(manifest, ledger)
     entities = config.entities or manifest.entities
     if entities is None:
-        raise TrainingSetError(f"{manifest.path} does not say where its entity rows are. Give `entities=…`.")
+        raise TrainingSetError(
+            f"{manifest.path} does not contain the path of its entity rows. Give `entities=…`."
+        )
     spec = service_spec(ledger, manifest.service, manifest.service_version)
     return Request(
         spec=spec,
@@ -196,20 +200,13 @@ def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
 
 
 def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[str, Snapshot]:
-    """Each view's table, at the version that is asked for.
+    """Return a snapshot of each view's table, at the requested version.
 
     Raises:
-        TrainingSetError: a view without rows, or files that were removed.
+        TrainingSetError: a view has no rows, or files were removed.
     """
     snapshots = {
-        view.name: snapshot(
-            places.features(view.name),
-            view=view.name,
-            keys=view.join_keys,
-            protection=view_protection(view),
-            access=access,
-            version=request.versions.get(view.name),
-        )
+        view.name: view_snapshot(view, places, access, version=request.versions.get(view.name))
         for view in request.spec.views
     }
     for name in request.versions:
@@ -217,8 +214,8 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
     return snapshots
 
 
-def chosen_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
-    """In this process while the work is small, in Ray tasks when it is large."""
+def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
+    """Return the function that joins: in this process for small work, in Ray tasks for large work."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
     if largest <= config.task_rows:
         return join_here
@@ -226,11 +223,11 @@ def chosen_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[s
     return join_in_tasks
 
 
-def check_same(original: Manifest, table: pa.Table) -> None:
-    """Go on only if the rows are those of the manifest.
+def require_same_rows(original: Manifest, table: pa.Table) -> None:
+    """Refuse rows that are not those of the original manifest.
 
     Raises:
-        Inconsistent: they are others, though everything they come from is as it was.
+        Inconsistent: the rows differ, although all their inputs are unchanged.
     """
     if not has_row_hash(table, original.row_hash):
         raise Inconsistent(
@@ -240,7 +237,7 @@ def check_same(original: Manifest, table: pa.Table) -> None:
 
 
 def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -> TrainingSetBuilt:
-    """What is said in the ledger."""
+    """Return the event for a training set."""
     return TrainingSetBuilt(
         service=manifest["service"],
         service_version=manifest["service_version"],
@@ -256,7 +253,7 @@ def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -
 
 
 def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess) -> None:
-    """Write the rows: protected below the storage root, in the clear where the caller takes them out of it."""
+    """Write the rows: encrypted if the path is below the storage root, in the clear if the caller exports them."""
     place = place_of(output, places)
     if place is not None:
         protected_files(access).write(table, output, training_set_protection(spec), place=place)
@@ -265,15 +262,15 @@ def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, ac
 
 
 def manifest_path(output: str) -> str:
-    """Where a training set's manifest lies."""
+    """Return the path of a training set's manifest."""
     return f"{output.removesuffix('.parquet')}.manifest.json"
 
 
 def read_entities(path: str) -> pa.Table:
-    """The entity rows.
+    """Read the entity rows.
 
     Raises:
-        TrainingSetError: there is no such file, it is a folder or no Parquet, or it has no rows.
+        TrainingSetError: the file is missing, is a folder, is not Parquet, or has no rows.
     """
     uri = resolve(path)
     if not exists(uri):
@@ -290,17 +287,17 @@ def read_entities(path: str) -> pa.Table:
 
 
 def hidden_warning(shares: dict[str, float]) -> str:
-    """What the cutoff costs, in one line."""
-    said = ", ".join(f"{share:.2%} of the rows for '{view}'" for view, share in shares.items())
+    """Return one line with the share of rows that get null because of the cutoff."""
+    parts = ", ".join(f"{share:.2%} of the rows for '{view}'" for view, share in shares.items())
     return (
-        f"warning: entity rows get null because a value was created only after their time: {said}. "
+        f"warning: entity rows get null because a value was created only after their time: {parts}. "
         "`cutoff=false` ignores created_timestamp."
     )
 
 
 def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
-    """Join each bucket in a Ray task of its own."""
-    import ray  # only where the work is large
+    """Join each bucket in its own Ray task."""
+    import ray  # imported only for large work
 
     task = ray.remote(join_bucket)
     return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])

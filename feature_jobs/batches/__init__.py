@@ -1,1 +1,1 @@
-"""A batch from its source into a feature table: read, judged as a whole, stored, mended."""
+"""Read a batch from its source, check it as a whole, and store it in a feature table, or mend stored batches."""

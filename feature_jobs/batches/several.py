@@ -1,4 +1,4 @@
-"""Commands for several views at once: `view=income`, `view=[income,sector]` or `view=all`."""
+"""Run a command for several views: `view=income`, `view=[income,sector]` or `view=all`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from feature_jobs.store.catalog.specifications import load_definitions
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 
 ALL = "all"
-"""Every view that the command can take. A view that is called so itself is meant by `view=[all]`."""
+"""Stands for every view that the command can take. To name a view that is itself called so, write `view=[all]`."""
 
 
-def check_views(given: Any) -> None:
-    """Check the form of `view=…`; the configuration cannot state "a text or a list of them" as a type.
+def validate_views(setting: Any) -> None:
+    """Validate the form of `view=…`. The configuration schema cannot express "a text or a list of texts" as a type.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the setting is neither.
     """
-    names = given if isinstance(given, list) else [given]
+    names = setting if isinstance(setting, list) else [setting]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"view must be a name, a list as [a,b], or {ALL}, got {given}.")
+        raise ValueError(f"view must be a name, a list as [a,b], or {ALL}, got {setting}.")
 
 
-def chosen(given: str | list[str], known: Iterable[str]) -> list[str]:
-    """The views that a command names, each once.
+def resolve_views(setting: str | list[str], known: Iterable[str]) -> list[str]:
+    """Return the views that `view=…` names, each once.
 
     Args:
-        given: a name, several, or `ALL`.
+        setting: a name, several names, or `ALL`.
         known: the views that `ALL` stands for.
 
     Raises:
         ConfigError: `ALL` stands for no view.
     """
-    if given != ALL:
-        return list(dict.fromkeys(given)) if isinstance(given, list) else [given]
+    if setting != ALL:
+        return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
     names = list(known)
     if not names:
         raise ConfigError(
@@ -47,10 +47,10 @@ def chosen(given: str | list[str], known: Iterable[str]) -> list[str]:
     return names
 
 
-def with_batches(definitions: str, ledger: Ledger) -> Iterator[str]:
-    """The views of a module that batches can be ingested into: not those of topics, and not retired ones.
+def views_with_batches(definitions: str, ledger: Ledger) -> Iterator[str]:
+    """Yield the views of a module that can ingest batches: no views of Kafka topics, and no retired views.
 
-    A generator, so that a command that names its views does not read the ledger for it.
+    This is a generator, so that a command that names its views does not read the ledger.
     """
     states = read_lifecycles(ledger)
     for view in load_definitions(definitions).views.values():
@@ -59,16 +59,16 @@ def with_batches(definitions: str, ledger: Ledger) -> Iterator[str]:
             yield view.name
 
 
-def for_each(views: Sequence[str], do: Callable[[str], None]) -> None:
-    """Do something with each view. A refusal of one does not keep the others from their turn.
+def for_each(views: Sequence[str], run: Callable[[str], None]) -> None:
+    """Call a function for each view. If one view is refused, the others still run.
 
     Raises:
-        RefusedError: one or more were refused, after all had their turn.
+        RefusedError: at least one view was refused; raised after the last view.
     """
     refused = []
     for view in views:
         try:
-            do(view)
+            run(view)
         except RefusedError as error:
             if len(views) == 1:
                 raise
@@ -76,5 +76,6 @@ def for_each(views: Sequence[str], do: Callable[[str], None]) -> None:
             print(f"view {view}: refused: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if refused:
         raise RefusedError(
-            f"{len(refused)} of {len(views)} views, as said above: {', '.join(refused)}. The others are done."
+            f"{len(refused)} of {len(views)} views, for the reasons above: {', '.join(refused)}. "
+            "The others are done."
         )

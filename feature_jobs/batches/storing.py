@@ -1,37 +1,38 @@
-"""Storing a checked batch: its blocks are written to their buckets, then the driver commits them all at once."""
+"""Store a checked batch: write its blocks to their buckets, then commit all files at once in the driver."""
 
 from __future__ import annotations
 
 import datetime as dt
 import uuid
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import Inconsistent
-from cluster.security.encryption.access import protected_files
-from feature_jobs.batches.judging import Judged, keep
+from feature_jobs.batches.rules import BatchResult
 from feature_jobs.batches.work import Block, Work
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
-from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.schema import SEQ
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
-    """A batch after transform and checks: its blocks in source order."""
+class CheckedBatch:
+    """A batch after transform and checks."""
 
     blocks: list[Block]
-    """Validated tables."""
+    """Validated tables, in the order of the source."""
     sizes: list[int]
+    """Number of rows of each block."""
     reasons: dict[str, int]
-    judged: Judged
+    """Number of bad rows by reason."""
+    result: BatchResult
     columns: list[str]
-    """Of the source."""
+    """Columns of the source."""
 
     @property
     def rows(self) -> int:
@@ -42,60 +43,66 @@ class Checked:
         return sum(self.reasons.values())
 
 
+class StoredBatch(NamedTuple):
+    """A batch in the table, and the table version that contains it."""
+
+    batch: offline.Batch
+    table_version: int
+
+
 def store(
-    view: FeatureView,
-    checked: Checked,
+    checked: CheckedBatch,
     ingest_id: str,
     *,
     target: offline.Target,
-    quarantine: str,
+    quarantine: QuarantineFiles,
     work: Work,
-) -> tuple[offline.Batch, int]:
+) -> StoredBatch:
     """Write the good rows to their buckets and the bad ones to quarantine, then commit.
 
     Raises:
-        Inconsistent: rows in are not rows stored and quarantined; nothing was committed.
+        Inconsistent: the rows stored and quarantined are not the rows in; nothing was committed.
     """
+    view = quarantine.view
     [validated] = work.get([work.run(_schema, checked.blocks[0], num_cpus=0.1)])
-    schema = row_schema(validated)
-    table = open_or_create(target, schema, view=view.name)
+    schema = stored_schema(validated)
+    table = open_or_create(target, schema, view=view)
     seq = offline.last_seq(table)
     parts = []
     for block, size in zip(checked.blocks, checked.sizes, strict=True):
         name = f"{ingest_id}-{uuid.uuid4().hex[:8]}"
         parts.append(work.run(_write, block, seq + 1, target, name))
         seq += size
-    written = work.get(parts)
-    files = [file for of_block, _ in written for file in of_block]
-    bad = pa.concat_tables([rows for _, rows in written])
+    written: list[_WrittenBlock] = work.get(parts)
+    files = [file for block in written for file in block.files]
+    bad = pa.concat_tables([block.bad for block in written])
     batch = offline.Batch(
         ingest_id=ingest_id,
-        rows_in=sum(checked.sizes),
+        rows_in=checked.rows,
         rows_stored=sum(file.rows for file in files),
         rows_quarantined=bad.num_rows,
         reasons=checked.reasons,
         quarantine=f"{ingest_id}.parquet" if bad.num_rows else None,
-        profile=checked.judged.profile.summary(),
-        findings=[asdict(finding) for finding in checked.judged.findings],
+        profile=checked.result.profile.summary(),
+        findings=[asdict(finding) for finding in checked.result.findings],
         columns=checked.columns,
     )
     if batch.rows_stored + batch.rows_quarantined != batch.rows_in:
         raise Inconsistent(
-            f"View '{view.name}': {batch.rows_in} rows in are not {batch.rows_stored} stored + "
+            f"View '{view}': {batch.rows_in} rows in are not {batch.rows_stored} stored + "
             f"{batch.rows_quarantined} quarantined. Nothing was committed."
         )
-    if batch.quarantine is not None:
-        protection, place = quarantine_protection(view.name), quarantine_place(view.name, ingest_id)
-        protected_files(target.access).write(bad, f"{quarantine}/{batch.quarantine}", protection, place=place)
-    keep(checked.judged.profile, view, ingest_id, quarantine=quarantine, access=target.access)
-    return batch, offline.commit(table, schema, files, batch, seq=seq)
+    if bad.num_rows:
+        quarantine.write(ingest_id, bad)
+    quarantine.write_profile(ingest_id, checked.result.profile)
+    return StoredBatch(batch, offline.commit(table, schema, files, batch, seq=seq))
 
 
 def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> DeltaTable:
-    """The table, made where there is none, with a column for each of the schema's.
+    """Open a view's table, create it if it is missing, and add a column for each new one of the schema.
 
     Raises:
-        SchemaMismatch: a column of another type than the table's.
+        SchemaMismatch: a column has another type than the table's.
     """
     table = offline.open_table(target.uri)
     if table is None:
@@ -104,8 +111,8 @@ def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> D
     return DeltaTable(target.uri)
 
 
-def nothing(ingest_id: str, columns: list[str]) -> offline.Batch:
-    """A source or a chunk without rows."""
+def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
+    """Return the record of a source or chunk without rows."""
     return offline.Batch(
         ingest_id=ingest_id,
         rows_in=0,
@@ -117,24 +124,28 @@ def nothing(ingest_id: str, columns: list[str]) -> offline.Batch:
     )
 
 
-def row_schema(validated: pa.Schema) -> pa.Schema:
-    """The stored columns of validated rows."""
-    kept = [column for column in validated if column.name not in (REASON, RAW)]
-    return pa.schema([*kept, pa.field(offline.INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
+def stored_schema(validated: pa.Schema) -> pa.Schema:
+    """Return the stored columns of validated rows."""
+    columns = [column for column in validated if column.name not in (REASON, RAW)]
+    return pa.schema([*columns, pa.field(offline.INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
+
+
+class _WrittenBlock(NamedTuple):
+    files: list[offline.BucketFile]
+    bad: pa.Table
+    """Rows for the quarantine."""
 
 
 def _schema(block: pa.Table) -> pa.Schema:
     return block.schema
 
 
-def _write(
-    block: pa.Table, first_seq: int, target: offline.Target, name: str
-) -> tuple[list[offline.BucketFile], pa.Table]:
+def _write(block: pa.Table, first_seq: int, target: offline.Target, name: str) -> _WrittenBlock:
     now = pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP)
-    count = block.num_rows
-    block = block.append_column(offline.INGESTED, pa.repeat(now, count))
-    block = block.append_column(SEQ, pa.array(range(first_seq, first_seq + count), pa.int64()))
+    num_rows = block.num_rows
+    block = block.append_column(offline.INGESTED, pa.repeat(now, num_rows))
+    block = block.append_column(SEQ, pa.array(range(first_seq, first_seq + num_rows), pa.int64()))
     good = block.filter(pc.is_null(block[REASON])).drop_columns([REASON, RAW])
     bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, offline.INGESTED, SEQ])
-    bad = bad.rename_columns(["reason", "raw", offline.INGESTED, SEQ])
-    return offline.write_files(good, target, name=name) if good.num_rows else [], bad
+    files = offline.write_files(good, target, name=name) if good.num_rows else []
+    return _WrittenBlock(files, bad.rename_columns(["reason", "raw", offline.INGESTED, SEQ]))

@@ -1,7 +1,7 @@
-"""Where the steps of a batch run: in this process while the batch is small, in Ray tasks once it is large.
+"""Run the steps of a batch: in this process while the batch is small, in Ray tasks if it is large.
 
-Attaching to Ray and starting its workers takes seconds, which is longer than a small batch takes altogether. So Ray is
-imported and attached to only when it is needed. The steps are the same plain functions in both places.
+Attaching to Ray and starting its workers takes seconds, which is longer than a small batch takes in total. So Ray is
+imported and attached to only when it is needed. The steps are the same plain functions in both cases.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import pyarrow as pa
 from cluster.session import refusal_behind
 
 Block = Any
-"""A table of a batch, or an object reference to one; also what a step gave for it."""
+"""A table of a batch, or an object reference to one. Also the result of a step."""
 
 
 class Work:
-    """The place of one batch's steps.
+    """Runs the steps of one batch, in this process or in Ray tasks.
 
     Args:
-        limit: values (rows times columns) up to which the batch stays in this process.
-        attach: makes this process a driver of the running cluster.
+        limit: number of values (rows times columns) up to which the batch stays in this process.
+        attach: function that connects this process to the running cluster as a Ray driver.
     """
 
     def __init__(self, limit: int, attach: Callable[[], object]) -> None:
@@ -31,13 +31,13 @@ class Work:
         self.in_tasks = False
 
     def expect(self, values: int, *, is_large: bool = False) -> None:
-        """Go over to Ray tasks if a batch of so many values is large, or is so anyway; there is no way back."""
+        """Switch to Ray tasks if the batch has more values than the limit, or if `is_large`. There is no way back."""
         if (is_large or values > self._limit) and not self.in_tasks:
             self._attach()
             self.in_tasks = True
 
     def put(self, table: pa.Table) -> Block:
-        """A table as the steps take it."""
+        """Return a table as a block, for `run`."""
         if not self.in_tasks:
             return table
         import ray
@@ -45,14 +45,14 @@ class Work:
         return ray.put(table)
 
     def run(self, step: Callable[..., Any], *arguments: Any, num_cpus: float = 1.0) -> Block:
-        """Run a step, here or as a task; blocks among the arguments reach it as tables."""
+        """Run a step here or as a task. The step receives blocks among its arguments as tables."""
         return _task(step, num_cpus).remote(*arguments) if self.in_tasks else step(*arguments)
 
     def get(self, results: Sequence[Block]) -> list[Any]:
-        """What steps gave.
+        """Return the results of steps.
 
         Raises:
-            RefusedError: as a step raised it, wherever it ran.
+            RefusedError: a step raised it, here or in a task.
         """
         if not self.in_tasks:
             return list(results)

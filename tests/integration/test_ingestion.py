@@ -167,7 +167,7 @@ def test_several_views_are_one_command(project: Project) -> None:
     assert done.returncode == 2
     assert "view inflow: 1 rows in = 1 stored" in done.stdout
     assert "view outflow: refused: No Parquet file" in done.stderr
-    assert "refused: 1 of 2 views, as said above: outflow." in done.stderr
+    assert "refused: 1 of 2 views, for the reasons above: outflow." in done.stderr
     online = project.run("feature_jobs.materialize", "view=[inflow,reading]", check=True).stdout
     assert "view inflow: 1 entities online" in online
     assert "view reading: " in online

@@ -1,1 +1,1 @@
-"""From source rows to checked rows: files, SQL, JSON; casts, rules, quarantine."""
+"""Read source rows from files, SQL, JSON and Kafka; cast, check and quarantine them."""

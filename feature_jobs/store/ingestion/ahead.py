@@ -1,11 +1,11 @@
-"""How far a row's times may lie ahead of the clock.
+"""Limit on how far a row's times may be ahead of the clock.
 
-A row that says it is true tomorrow would hide today's value online, where an entity has one row. Offline, today's value
-goes on counting. So such a row goes to quarantine, however it comes. Clocks differ a little, which is allowed for.
+Online, an entity has one row. A row with tomorrow's time would hide today's value there, while offline today's value
+still counts. So such a row goes to quarantine, whichever source it comes from. Small clock differences are allowed.
 
-A creation that only follows from a view's `created_lag` is nobody's stamp. A batch from a file or database may have it
-ahead: its rows go online by a materialisation, which takes what is known by then. A pushed or streamed row goes online
-at once, so it may not.
+A created time that is only computed as event time + the view's `created_lag` is a special case. In a batch from a file
+or a database it may be in the future, because its rows go online by a materialisation, which takes only what is known
+by then. A pushed or streamed row goes online at once, so there it may not.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ from feature_jobs.store.types.schema import CREATED, EVENT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ahead:
-    """What is allowed."""
+    """How far event and created times may be ahead of the clock."""
 
     limit: timedelta = timedelta(seconds=60)
     online_at_once: bool = False
-    """Whether the rows go online as they come."""
+    """True if the rows go online as soon as they arrive."""
 
     @classmethod
     def of(cls, max_ahead_s: float, *, online_at_once: bool = False) -> Ahead:
-        """From the setting `features.max_ahead_s`."""
+        """Return the limit for the setting `features.max_ahead_s`."""
         return cls(limit=timedelta(seconds=max_ahead_s), online_at_once=online_at_once)
 
     def failing(self, name: str, table: pa.Table, latest: pa.Scalar, lag: timedelta) -> pa.ChunkedArray:
-        """Which rows have a time that lies too far ahead; one non-null bool a row.
+        """Return one non-null bool per row: true if the row's time is too far ahead.
 
         Args:
-            name: of the time's column.
+            name: name of the time column.
             table: validated rows.
             latest: the latest time that is allowed.
             lag: the view's `created_lag`.
         """
         beyond = pc.greater(table[name], latest)
         if name == CREATED and not self.online_at_once:
-            stamped = pc.not_equal(table[CREATED], pc.add(table[EVENT], pa.scalar(lag, pa.duration("us"))))
-            beyond = pc.and_(beyond, stamped)
+            set_by_source = pc.not_equal(
+                table[CREATED], pc.add(table[EVENT], pa.scalar(lag, pa.duration("us")))
+            )
+            beyond = pc.and_(beyond, set_by_source)
         return pc.fill_null(beyond, False)

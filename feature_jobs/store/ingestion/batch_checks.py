@@ -1,7 +1,7 @@
-"""Rules for a batch as a whole, and rules for rows that need to know the batch or the last good one.
+"""Rules for a batch as a whole, and rules for rows that need the batch or the last good batch.
 
-`Unique` and `Outlier` send rows to quarantine. `NullShare`, `Freshness`, `RowCount` and `Drift` refuse a batch whole.
-What is compared with the last good batch passes where there is none: the first batch is taken as it is.
+`Unique` and `Outlier` send rows to quarantine. `NullShare`, `Freshness`, `RowCount` and `Drift` refuse a whole batch.
+Rules that compare with the last good batch pass if there is none, so they accept every first batch.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from feature_jobs.store.definitions.checks import Check
 from feature_jobs.store.definitions.limits import check_number, check_span
 from feature_jobs.store.ingestion.profile import Distribution, Profile
 from feature_jobs.store.types.dtypes import NUMBERS, is_rich, list_of
+from feature_jobs.store.types.schema import CREATED, EVENT
 
-TIMES = ("event_timestamp", "created_timestamp")
+TIMES = (EVENT, CREATED)
 _MICROSECOND = timedelta(microseconds=1)
 _NOISE_SIGMAS = 3.09
-"""One batch in a thousand is refused by chance."""
+"""One-sided normal quantile for 1 in 1,000: the share of batches that is refused by chance."""
 
 
 class Keep(enum.StrEnum):
-    """Which of several rows that are alike is stored."""
+    """Which of several equal rows is stored."""
 
     none = "none"
-    """All go to quarantine: nothing says which is right."""
+    """All go to quarantine, because nothing tells which one is right."""
     first = "first"
-    """By the order of the source."""
+    """The first in the order of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unique(Check):
-    """No two good rows of a batch are alike in all of some columns; a null is like nothing.
+    """No two good rows of a batch may have equal values in all of some columns. A null equals nothing.
 
     The columns are join keys, features, `event_timestamp` or `created_timestamp`. Rows that fail another rule are not
-    counted. Asks for these columns of the whole batch in one process.
+    counted. The check needs these columns of the whole batch in one process.
     """
 
     of: Sequence[str]
@@ -54,8 +55,8 @@ class Unique(Check):
         if isinstance(self.of, str) or not self.of:
             raise DefinitionError(f"Unique needs a list of columns, got {self.of!r}.")
         object.__setattr__(self, "of", tuple(self.of))
-        if twice := [name for name in self.of if list(self.of).count(name) > 1]:
-            raise DefinitionError(f"Unique names the column '{twice[0]}' twice.")
+        if duplicates := [name for name in self.of if list(self.of).count(name) > 1]:
+            raise DefinitionError(f"Unique names the column '{duplicates[0]}' twice.")
         object.__setattr__(self, "keep", Keep(self.keep))
 
     @property
@@ -64,39 +65,37 @@ class Unique(Check):
 
     def verify(self, dtype: str | None) -> None:
         if dtype is not None and list_of(dtype) is not None:
-            raise DefinitionError(
-                f"Unique({list(self.of)}): rows are not told apart by lists, one column is {dtype}."
-            )
+            raise DefinitionError(f"Unique({list(self.of)}) cannot compare lists, and one column is {dtype}.")
 
     def definition(self) -> dict[str, Any]:
         return {"check": "Unique", "of": list(self.of), "keep": self.keep.value}
 
     @property
     def reason(self) -> str:
-        """What is wrong with a row that fails."""
+        """The reason that a failing row gets. Stored in quarantine, and compared with there."""
         return f"{', '.join(self.of)} not unique in the batch"
 
     def failing(self, rows: pa.Table) -> pa.Array:
-        """One bool a row: true where the row is to go.
+        """Return one bool per row: true if the row fails.
 
         Args:
             rows: the columns `of`, of the good rows of a batch in the order of the source.
         """
         frame = pl.DataFrame(pl.from_arrow(rows.select(list(self.of))))
-        whole = ~pl.any_horizontal(pl.col(name).is_null() for name in self.of)
+        has_no_null = ~pl.any_horizontal(pl.col(name).is_null() for name in self.of)
         # Counting over groups takes a third of the time of `is_duplicated` on a struct.
-        many = pl.len().over(self.of) > 1
-        repeated = many if self.keep is Keep.none else ~pl.struct(self.of).is_first_distinct()
-        return frame.select((whole & repeated).alias("fails"))["fails"].to_arrow()
+        is_repeated = pl.len().over(self.of) > 1
+        fails = is_repeated if self.keep is Keep.none else ~pl.struct(self.of).is_first_distinct()
+        return frame.select((has_no_null & fails).alias("fails"))["fails"].to_arrow()
 
 
 @dataclass(frozen=True, slots=True)
 class Outlier(Check):
-    """The value must not lie far outside the quartiles of the last good batch.
+    """A value must not be far outside the quartiles of the last good batch.
 
-    Fences are those of Tukey (Exploratory Data Analysis, 1977): `fences` times the interquartile range below the first
-    and above the third quartile; 3 is what he calls far out. A column of which half the values are one has no range to
-    measure by, and passes.
+    The limits are Tukey's fences (Exploratory Data Analysis, 1977): `fences` times the interquartile range below the
+    first and above the third quartile; Tukey calls 3 "far out". If the first and third quartile are equal, there
+    is no range to measure with, and every value passes.
     """
 
     column: str
@@ -117,15 +116,15 @@ class Outlier(Check):
 
     @property
     def reason(self) -> str:
-        """What is wrong with a row that fails."""
+        """The reason that a failing row gets."""
         return f"{self.column} more than {self.fences:g} interquartile ranges outside the last good batch"
 
     def failing(self, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
-        """One non-null bool a row: true where the row fails."""
-        known = None if baseline is None else baseline.distributions.get(self.column)
-        if known is None or known.quartiles is None or known.quartiles[0] == known.quartiles[2]:
-            return pc.and_(pc.is_null(column), pc.is_valid(column))
-        low, _, high = known.quartiles
+        """Return one non-null bool per row: true if the row fails."""
+        previous = None if baseline is None else baseline.distributions.get(self.column)
+        if previous is None or previous.quartiles is None or previous.quartiles[0] == previous.quartiles[2]:
+            return pc.and_(pc.is_null(column), pc.is_valid(column))  # false for every row
+        low, _, high = previous.quartiles
         slack = self.fences * (high - low)
         beyond = pc.or_(pc.less(column, low - slack), pc.greater(column, high + slack))
         return pc.fill_null(beyond, False)
@@ -133,23 +132,24 @@ class Outlier(Check):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """A batch rule that does not hold, and by how much."""
+    """A batch rule that failed, and by how much. Events store it with these field names."""
 
     rule: str
     value: float
     threshold: float
     said: str
+    """The message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What batch rules are asked of."""
+    """The input of batch rules."""
 
     batch: Profile
     baseline: Profile | None
-    """Of the last good batch."""
+    """Profile of the last good batch."""
     counts: Mapping[str, Sequence[int]]
-    """This batch counted between the cut points of the last good one."""
+    """By feature: this batch's values, counted in the bins of the last good batch."""
     now: datetime
 
 
@@ -159,12 +159,12 @@ class BatchCheck(Check):
 
     @abstractmethod
     def finding(self, facts: Facts) -> Finding | None:
-        """What is wrong with the batch, none where it passes."""
+        """Return how the batch fails the rule, or None if it passes."""
 
 
 @dataclass(frozen=True, slots=True)
 class NullShare(BatchCheck):
-    """At most a share of all rows, those for quarantine included, may be null in a feature."""
+    """Limit the share of null values in a feature. All rows count, also those that go to quarantine."""
 
     column: str
     maximum: float
@@ -181,19 +181,19 @@ class NullShare(BatchCheck):
         return (self.column,)
 
     def verify(self, dtype: str | None) -> None:
-        _only_features("NullShare", self.column, dtype)
+        _require_feature("NullShare", self.column, dtype)
 
     def finding(self, facts: Facts) -> Finding | None:
         share = facts.batch.nulls[self.column] / max(facts.batch.rows_in, 1)
         if share <= self.maximum:
             return None
-        said = f"{share:.1%} of '{self.column}' are null, at most {self.maximum:.1%} may be"
-        return Finding(rule=f"NullShare({self.column})", value=share, threshold=self.maximum, said=said)
+        message = f"{share:.1%} of '{self.column}' are null, at most {self.maximum:.1%} may be"
+        return Finding(rule=f"NullShare({self.column})", value=share, threshold=self.maximum, said=message)
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness(BatchCheck):
-    """The newest event of a batch must not be older than this when it is ingested."""
+    """The newest event of a batch must not be older than `maximum_age` at ingestion."""
 
     maximum_age: timedelta
 
@@ -228,7 +228,7 @@ class Freshness(BatchCheck):
 
 @dataclass(frozen=True, slots=True)
 class RowCount(BatchCheck):
-    """A batch has at most `factor` times the rows of the last good one, and at least one `factor`-th."""
+    """A batch may have at most `factor` times the rows of the last good batch, and at least 1/`factor` of them."""
 
     factor: float
 
@@ -244,19 +244,21 @@ class RowCount(BatchCheck):
     def finding(self, facts: Facts) -> Finding | None:
         if facts.baseline is None:
             return None
-        rows, before = facts.batch.rows_in, facts.baseline.rows_in
-        if before / self.factor <= rows <= before * self.factor:
+        rows, previous_rows = facts.batch.rows_in, facts.baseline.rows_in
+        if previous_rows / self.factor <= rows <= previous_rows * self.factor:
             return None
-        said = f"{rows} rows after {before} in the last good batch, more than a factor of {self.factor:g}"
-        return Finding(rule="RowCount", value=rows / before, threshold=self.factor, said=said)
+        message = (
+            f"{rows} rows after {previous_rows} in the last good batch, more than a factor of {self.factor:g}"
+        )
+        return Finding(rule="RowCount", value=rows / previous_rows, threshold=self.factor, said=message)
 
 
 @dataclass(frozen=True, slots=True)
 class Drift(BatchCheck):
-    """A feature's distribution must not have moved from that of the last good batch by more than `threshold`.
+    """A feature's distribution must not differ from that of the last good batch by more than `threshold`.
 
-    Measured is the population stability index (`stability_index`) over the last good batch's deciles or most frequent
-    categories, nulls left out. What small batches show by chance alone is allowed on top (`chance`).
+    The measure is the population stability index (`stability_index`) over the last good batch's deciles or most
+    frequent categories, without nulls. What small batches show by chance alone is added to the threshold (`chance`).
     """
 
     column: str
@@ -274,9 +276,9 @@ class Drift(BatchCheck):
         return (self.column,)
 
     def verify(self, dtype: str | None) -> None:
-        _only_features("Drift", self.column, dtype)
+        _require_feature("Drift", self.column, dtype)
         if dtype in ("timestamp", "date"):
-            raise DefinitionError(f"Drift('{self.column}'): a time moves by itself. Use Freshness.")
+            raise DefinitionError(f"Drift('{self.column}'): a time changes with every batch. Use Freshness.")
         if dtype is not None and is_rich(dtype):
             raise DefinitionError(
                 f"Drift('{self.column}') needs numbers, text or bools, '{self.column}' is {dtype}."
@@ -291,45 +293,45 @@ class Drift(BatchCheck):
         allowed = self.threshold + chance(before, after)
         if index <= allowed:
             return None
-        said = (
+        message = (
             f"the population stability index of '{self.column}' against the last good batch is {index:.3f}, "
             f"at most {allowed:.3f} is allowed"
         )
-        return Finding(rule=f"Drift({self.column})", value=index, threshold=allowed, said=said)
+        return Finding(rule=f"Drift({self.column})", value=index, threshold=allowed, said=message)
 
 
 def stability_index(before: Sequence[int], after: Sequence[int]) -> float:
-    """The population stability index, sum of (q - p) ln(q / p) over shares p before and q after.
+    """Return the population stability index: the sum of (q - p) ln(q / p) over shares p before and q after.
 
     It is Jeffreys' divergence (Kullback and Leibler 1951, eq. 2.6). Half a value is added to each bin, so that an empty
-    one gives no infinity.
+    bin does not give infinity.
     """
     p, q = _shares(before), _shares(after)
     return math.fsum((b - a) * math.log(b / a) for a, b in zip(p, q, strict=True))
 
 
 def chance(before: Distribution, after: Sequence[int]) -> float:
-    """What the index of two samples of one distribution exceeds once in a thousand times, about.
+    """Return the index that two samples of the same distribution exceed about once in 1,000 times.
 
-    The index is near (1/n + 1/m) times a chi-square of one degree of freedom less than there are bins (Yurdakul and
-    Naranjo, Statistical properties of the population stability index, 2020), taken here as normal.
+    The index is close to (1/n + 1/m) times a chi-square variable with (number of bins - 1) degrees of freedom (Yurdakul
+    and Naranjo, Statistical properties of the population stability index, 2020). A normal approximation is used here.
     """
     degrees = len(after) - 1
     scale = 1 / sum(before.counts) + 1 / sum(after)
     return scale * (degrees + _NOISE_SIGMAS * math.sqrt(2 * degrees))
 
 
-def findings(checks: Sequence[Check], facts: Facts) -> list[Finding]:
-    """What is wrong with a batch, in the order of the rules."""
-    found = [check.finding(facts) for check in checks if isinstance(check, BatchCheck)]
-    return [one for one in found if one is not None]
+def collect_findings(checks: Sequence[Check], facts: Facts) -> list[Finding]:
+    """Return the findings of all batch rules, in the order of the rules."""
+    results = [check.finding(facts) for check in checks if isinstance(check, BatchCheck)]
+    return [finding for finding in results if finding is not None]
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
     total = sum(counts) + len(counts) / 2
-    return [(one + 0.5) / total for one in counts]
+    return [(count + 0.5) / total for count in counts]
 
 
-def _only_features(rule: str, column: str, dtype: str | None) -> None:
+def _require_feature(rule: str, column: str, dtype: str | None) -> None:
     if dtype is None:
         raise DefinitionError(f"{rule}('{column}') is for features, '{column}' is a join key.")

@@ -1,7 +1,7 @@
-"""INT96 times of Parquet, as Spark, Impala and old Hive write them: a day and the nanoseconds in it.
+"""Read INT96 times of Parquet exactly. Spark, Impala and old Hive write them as a day and nanoseconds within the day.
 
-Arrow reads them as nanoseconds by default, which wrap outside the years 1677 to 2262, or as microseconds, which cut
-off what is finer. Here both are read, and no time is changed but by the rules of `instants`.
+By default, Arrow reads them as nanoseconds, which overflow outside the years 1677 to 2262. It can also read them as
+microseconds, which cuts off finer parts. Here both are read, and no time changes except by the rules of `instants`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.errors import SchemaMismatch
 
 
 def exact_times(coarse: pa.Table, fine: pa.Table, rounded_up: Collection[str]) -> pa.Table:
-    """Rows whose INT96 columns are microseconds.
+    """Return the rows with exact or rounded-up microseconds in their INT96 columns.
 
     Args:
         coarse: the rows, read with INT96 as microseconds.
@@ -35,15 +35,15 @@ def exact_times(coarse: pa.Table, fine: pa.Table, rounded_up: Collection[str]) -
             raise SchemaMismatch(
                 f"Column '{name}' has times that are finer than microseconds. Write it with microseconds."
             )
-        more = pc.add(micros, finer.cast(pa.int64()))
-        coarse = coarse.set_column(position, name, more.cast(coarse.schema.field(position).type))
+        rounded = pc.add(micros, finer.cast(pa.int64()))
+        coarse = coarse.set_column(position, name, rounded.cast(coarse.schema.field(position).type))
     return coarse
 
 
 def _is_finer(micros: pa.ChunkedArray, nanos: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Where a time has nanoseconds beyond its microseconds; where nanoseconds wrapped, nobody can say."""
-    most = (2**63 - 1) // 1000
-    held = pc.and_(pc.less_equal(micros, most - 1), pc.greater_equal(micros, -most))
-    inside = pc.if_else(held, micros, pa.scalar(0, pa.int64()))
-    rest = pc.subtract(nanos, pc.multiply(inside, 1000))
-    return pc.and_(held, pc.greater(rest, 0))
+    """Return true for times with nanoseconds beyond their microseconds; false if the nanoseconds overflowed."""
+    limit = (2**63 - 1) // 1000
+    in_range = pc.and_(pc.less_equal(micros, limit - 1), pc.greater_equal(micros, -limit))
+    safe_micros = pc.if_else(in_range, micros, pa.scalar(0, pa.int64()))
+    rest = pc.subtract(nanos, pc.multiply(safe_micros, 1000))
+    return pc.and_(in_range, pc.greater(rest, 0))

@@ -1,8 +1,9 @@
-"""Messages of a topic to rows of the feature table, by the same transform and checks as everywhere.
+"""Turn Kafka messages into rows of the feature table, with the same transform and checks as for every other source.
 
-No message stops a stream: one that is no JSON object, lacks a key or makes the transform fail is its own bad row, found
-by halving the batch where the whole of it cannot be prepared. What is no row at all lies in quarantine as
-`{"message": text}`, which no replay takes for one. Rules for whole batches do not apply: where a batch ends is chance.
+No message stops a stream. A message that is not a JSON object, lacks a key or makes the transform fail becomes one bad
+row. If a batch cannot be prepared as a whole, it is halved until the bad message is found. A message that is not a row
+at all is quarantined as `{"message": text}`, which a replay never reads as a row. Rules for whole batches do not apply,
+because a batch of messages ends at an arbitrary message.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from feature_jobs.store.ingestion.pushed_rows import (
     AT_ONCE,
     POSITION,
     CheckedRows,
-    instants,
-    parted,
+    bad_rows,
+    parse_times,
+    split_rows,
     typed_column,
 )
 from feature_jobs.store.ingestion.validation import SOURCE, prepare_part
 from feature_jobs.store.types.key_types import reason_against
 
 NO_VALUE = "the message has no value; to delete, send an object whose `deleted` field is true"
-"""Kafka's own tombstone says neither when an entity ceased nor, by itself, which."""
+"""Reason for a message without a value. Kafka's own tombstone does not tell when an entity was deleted, and its value
+does not tell which entity."""
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
 
 
@@ -42,35 +45,34 @@ def check_messages(
     now: dt.datetime,
     ahead: Ahead = AT_ONCE,
 ) -> CheckedRows:
-    """Transform and check messages; `POSITION` is the place among them.
+    """Transform and check messages. `POSITION` is a row's index in `messages`.
 
     Args:
-        messages: their values.
+        messages: the messages' values.
         view: its source names the fields of a message.
-        key_types: how its keys are stored; of the batch's first message where nothing is yet. Declared types count
-            before them.
+        key_types: stored types of the view's keys. Declared types have priority. A key with neither gets its type from
+            the batch's first message.
         now: the moment of ingestion.
-        ahead: how far times may lie ahead of it.
+        ahead: how far times may be ahead of `now`.
     """
     rows: list[dict[str, Any]] = []
-    places: list[int] = []
-    wrong: list[tuple[int, str]] = []
+    positions: list[int] = []
+    unread_positions: list[int] = []
+    unread_reasons: list[str] = []
     types = {**key_types, **view.key_types}
-    for place, message in enumerate(messages):
-        row = _parsed(message, view, types)
+    for position, message in enumerate(messages):
+        row = _parse(message, view, types)
         if isinstance(row, str):
-            wrong.append((place, row))
+            unread_positions.append(position)
+            unread_reasons.append(row)
         else:
             rows.append(row)
-            places.append(place)
-    parts = list(_checked(rows, places, view, now, ahead)) if rows else []
-    raw = [_text(messages[place]) for place, _ in wrong]
-    unread = pa.table(
-        {
-            POSITION: pa.array([place for place, _ in wrong], pa.int64()),
-            "reason": pa.array([reason for _, reason in wrong], pa.string()),
-            "raw": pa.array(raw, pa.string()),
-        }
+            positions.append(position)
+    parts = list(_check(rows, positions, view, now, ahead)) if rows else []
+    unread = bad_rows(
+        unread_positions,
+        unread_reasons,
+        [_quarantine_text(messages[position]) for position in unread_positions],
     )
     good = [part.good for part in parts if part.good.num_rows] or [_NO_ROWS]
     return CheckedRows(
@@ -79,8 +81,8 @@ def check_messages(
     )
 
 
-def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> dict[str, Any] | str:
-    """A message's row, or why it is none; the first one's keys say of which type keys are, where nothing else does."""
+def _parse(message: bytes | None, view: FeatureView, types: dict[str, str]) -> dict[str, Any] | str:
+    """Return a message's row, or the reason why it has none. A key of unknown type gets the type of this message."""
     if message is None:
         return NO_VALUE
     try:
@@ -93,31 +95,27 @@ def _parsed(message: bytes | None, view: FeatureView, types: dict[str, str]) -> 
         return reason
     source = view.source
     times = [name for name in (source.event_timestamp, source.created_timestamp) if name in row]
-    return row | {name: _time(row[name]) for name in times}
+    return row | {name: _time_text(row[name]) for name in times}
 
 
-def _checked(
-    rows: list[dict[str, Any]], places: list[int], view: FeatureView, now: dt.datetime, ahead: Ahead
+def _check(
+    rows: list[dict[str, Any]], positions: list[int], view: FeatureView, now: dt.datetime, ahead: Ahead
 ) -> Iterator[CheckedRows]:
-    """The rows in as few parts as can be prepared."""
+    """Yield the checked rows in as few parts as can be prepared."""
     reasons: dict[int, str] = {}
     try:
         prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now, ahead=ahead)
     except (SourceError, InvalidRequest) as error:
         if len(rows) > 1:
             half = len(rows) // 2
-            yield from _checked(rows[:half], places[:half], view, now, ahead)
-            yield from _checked(rows[half:], places[half:], view, now, ahead)
+            yield from _check(rows[:half], positions[:half], view, now, ahead)
+            yield from _check(rows[half:], positions[half:], view, now, ahead)
             return
-        bad = {
-            POSITION: pa.array(places, pa.int64()),
-            "reason": [str(error)],
-            "raw": [orjson.dumps(rows[0]).decode()],
-        }
-        yield CheckedRows(good=_NO_ROWS, bad=pa.table(bad))
+        bad = bad_rows(positions, [str(error)], [orjson.dumps(rows[0]).decode()])
+        yield CheckedRows(good=_NO_ROWS, bad=bad)
         return
-    kept = [name for name in prepared.column_names if name != SOURCE]
-    yield parted(prepared.select(kept), rows, reasons, places=places)
+    names = [name for name in prepared.column_names if name != SOURCE]
+    yield split_rows(prepared.select(names), rows, reasons, positions=positions)
 
 
 def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, str]) -> dict[str, pa.Array]:
@@ -133,9 +131,8 @@ def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, s
             values = [row.get(name) for row in rows]
             columns[name] = typed_column(name, values, dtypes.get(name), reasons, zone=source.zone)
     for name in times:
-        columns[name] = instants(
-            name, [row.get(name) for row in rows], reasons, zone=source.zone, kind="timestamp"
-        )
+        values = [row.get(name) for row in rows]
+        columns[name] = parse_times(name, values, reasons, zone=source.zone, kind="timestamp")
     if source.deleted is not None:
         columns[source.deleted] = typed_column(
             source.deleted, [row.get(source.deleted) for row in rows], "bool", reasons
@@ -143,8 +140,8 @@ def _columns(rows: list[dict[str, Any]], view: FeatureView, reasons: dict[int, s
     return columns
 
 
-def _time(value: Any) -> Any:
-    """Text of an instant, from milliseconds too."""
+def _time_text(value: Any) -> Any:
+    """Return a number of milliseconds since 1970 as ISO 8601 text, and any other value unchanged."""
     if type(value) is int:
         try:
             return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(milliseconds=value)).isoformat()
@@ -153,5 +150,5 @@ def _time(value: Any) -> Any:
     return value
 
 
-def _text(message: bytes | None) -> str:
+def _quarantine_text(message: bytes | None) -> str:
     return json.dumps({"message": (message or b"").decode(errors="replace")})

@@ -1,8 +1,8 @@
-"""Hive partition folders as columns: a file in `dt=2026-01-31/country=AE/` has `dt` and `country` in every row.
+"""Read Hive partition folders as columns: a file in `dt=2026-01-31/country=AE/` has `dt` and `country` in every row.
 
-Spark, Hive, Polars and DuckDB write them so, and leave the columns out of the files. Taken are those that a view
-declares: a join key, a field, a time, or one of the source's `columns`. Their values are text, read as declared. A
-column that the file has itself counts before a folder of its name.
+Spark, Hive, Polars and DuckDB write files like this, and leave the columns out of the files. Only columns that a view
+declares are taken: a join key, a field, a time, or one of the source's `columns`. The folder's text is parsed as the
+declared type. A column in the file itself has priority over a folder with its name.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pyarrow as pa
 from feature_jobs.store.ingestion.typed import Roles, typed_text
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
-"""The folder's value where the column is null."""
+"""The folder's value for null."""
 
 
 def partitions_of(path: str, wanted: Collection[str]) -> dict[str, str | None]:
-    """The columns, of those wanted, that a file's folders give it, from the outermost inwards."""
+    """Return the wanted columns that a file's folders hold, from the outermost folder to the innermost."""
     pairs = [folder.partition("=") for folder in path.split("/")[:-1]]
     named = {unquote(name): value for name, sign, value in pairs if name and sign}
     return {
@@ -30,10 +30,10 @@ def partitions_of(path: str, wanted: Collection[str]) -> dict[str, str | None]:
 
 
 def with_partitions(table: pa.Table, path: str, types: Mapping[str, str], roles: Roles) -> pa.Table:
-    """Rows of a file with the columns of its folders, each of its declared type.
+    """Return a file's rows with the columns of its folders added, each of its declared type.
 
     Raises:
-        SchemaMismatch: a folder's value is none of its type.
+        SchemaMismatch: a folder's value does not fit its column's type.
     """
     for name, value in partitions_of(path, types).items():
         if name not in table.column_names:
@@ -43,6 +43,8 @@ def with_partitions(table: pa.Table, path: str, types: Mapping[str, str], roles:
 
 
 def with_digest(content: str, path: str, wanted: Collection[str], columns: Collection[str]) -> str:
-    """A file's digest, which its folders are part of where they give it columns that it has not itself."""
-    given = {name: value for name, value in partitions_of(path, wanted).items() if name not in columns}
-    return hashlib.sha256(f"{content}{json.dumps(given)}".encode()).hexdigest() if given else content
+    """Return a file's digest, including its folders if they hold columns that the file itself lacks."""
+    from_folders = {name: value for name, value in partitions_of(path, wanted).items() if name not in columns}
+    if not from_folders:
+        return content
+    return hashlib.sha256(f"{content}{json.dumps(from_folders)}".encode()).hexdigest()

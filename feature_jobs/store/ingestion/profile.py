@@ -1,21 +1,24 @@
-"""What a batch looked like: the measure that the next one is held against.
+"""Statistics of a batch, with which the next batch is compared.
 
-A profile is made in two passes over a batch's blocks, both of which add up: the first gives counts and a sketch of each
-feature, from which cut points are chosen; the second counts exactly between them. It holds no row and neither the least
-nor the greatest value, but quartiles and categories are values all the same. So it lies with the quarantine, under its
-key, and the ledger gets `summary` alone: how many rows, and how many nulls a column has.
+A profile takes two passes over a batch's blocks. The results of the blocks are added up in both. The first pass gives
+counts and a sketch of each feature, and bins are chosen from the sketches. The second pass counts the values in each
+bin exactly.
 
-Rows that went to quarantine count among the nulls, where a broken source shows first, and not in a distribution, which
-tells what good rows look like.
+A profile holds no row, no minimum and no maximum. But its quartiles and categories are values, so it is stored beside
+the quarantine, encrypted with the quarantine's key. The ledger gets only `summary`: the number of rows, and the number
+of nulls of each column.
+
+Rows in quarantine count among the nulls, where a broken source shows first. They do not count in distributions, which
+describe good rows.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,76 +27,83 @@ import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import Field
 from feature_jobs.store.types.dtypes import is_rich
-from feature_jobs.store.types.schema import DELETED
+from feature_jobs.store.types.schema import DELETED, EVENT
 
 Numbers = npt.NDArray[np.float64]
 
 NUM_BINS = 10
 SKETCH_POINTS = 257
-"""Of a block's numbers; a cut point's rank is off by at most one in 256."""
+"""Order statistics kept of a block's numbers. A cut point's rank is wrong by at most 1/256 of the rows."""
 MAX_CATEGORIES = 50
 MAX_COUNTED = 10_000
-"""Distinct categories that one block reports."""
+"""Maximum number of distinct categories that one block reports."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distribution:
-    """How a feature's values are spread."""
+    """The distribution of a feature's values. Stored profiles have these field names."""
 
     counts: list[int]
     edges: list[float] | None = None
-    """Of numbers: ascending cut points; a bin reaches to its upper one, included, and the last has none."""
+    """For numbers: ascending cut points. A bin includes its upper cut point; the last bin has no upper one."""
     categories: list[Any] | None = None
-    """Of categories: the most frequent; the last count is of all others."""
+    """For categories: the most frequent ones. The last entry of `counts` is for all others."""
     quartiles: list[float] | None = None
-    """Of numbers: three."""
+    """For numbers: the three quartiles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """A batch in bounded size."""
+    """Statistics of a batch, of bounded size. Stored profiles and events have these field names."""
 
     rows_in: int
     rows: int
-    """Without those in quarantine."""
+    """Number of rows without those in quarantine."""
     nulls: dict[str, int]
-    """Of all rows, by feature."""
+    """Number of nulls in all rows, by feature."""
     newest_event_us: int | None
     distributions: dict[str, Distribution]
 
     def summary(self) -> dict[str, Any]:
-        """What may be said in the ledger: no value."""
+        """Return the part that the ledger may hold, because it contains no value."""
         return {"rows_in": self.rows_in, "rows": self.rows, "nulls": self.nulls}
 
     def to_json(self) -> str:
-        """The whole profile."""
+        """Return the whole profile as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
-        """The profile that `to_json` gave."""
+        """Return the profile from the text of `to_json`."""
         data = json.loads(text)
-        distributions = {name: Distribution(**one) for name, one in data.pop("distributions").items()}
+        distributions = {name: Distribution(**fields) for name, fields in data.pop("distributions").items()}
         return cls(**data, distributions=distributions)
+
+
+class OrderStatistics(NamedTuple):
+    """Evenly spaced order statistics of a block's numbers."""
+
+    points: Numbers
+    num_values: int
+    """How many values the points represent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sketch:
-    """What one block says in the first pass."""
+    """The result of the first pass over one block."""
 
     rows_in: int
     rows: int
     nulls: dict[str, int]
     newest_event_us: int | None
-    numbers: dict[str, tuple[Numbers, int]]
-    """Evenly spaced order statistics, and how many values they stand for."""
+    numbers: dict[str, OrderStatistics]
     categories: dict[str, Counter[Any]]
 
 
 def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
-    """The first pass over a validated block and its good rows; a tombstone's values are not missing."""
+    """Run the first pass over a validated block and its good rows. A tombstone's nulls do not count as nulls."""
     alive = block.filter(pc.invert(block[DELETED])) if DELETED in block.column_names else block
-    newest = pc.max(good["event_timestamp"]).cast(pa.int64()).as_py()
+    newest = pc.max(good[EVENT]).cast(pa.int64()).as_py()
     return Sketch(
         rows_in=block.num_rows,
         rows=good.num_rows,
@@ -111,18 +121,18 @@ def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
 
 
 def bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
-    """Cut points and categories for a batch, chosen by its sketches; nothing is counted yet."""
+    """Choose cut points and categories for a batch from its sketches. The distributions' counts are still empty."""
     chosen: dict[str, Distribution] = {}
     for name in sketches[0].numbers if sketches else ():
-        quantiles = _merged([one.numbers[name] for one in sketches])
+        quantiles = _quantile_function([block.numbers[name] for block in sketches])
         if quantiles is not None:
             inner = quantiles(np.arange(1, NUM_BINS) / NUM_BINS)
             quartiles = [float(value) for value in quantiles(np.array([0.25, 0.5, 0.75]))]
             chosen[name] = Distribution(counts=[], edges=np.unique(inner).tolist(), quartiles=quartiles)
     for name in sketches[0].categories if sketches else ():
         total: Counter[Any] = Counter()
-        for one in sketches:
-            total.update(one.categories[name])
+        for block in sketches:
+            total.update(block.categories[name])
         ranked = sorted(total.items(), key=lambda item: (-item[1], str(item[0])))
         if ranked:
             chosen[name] = Distribution(counts=[], categories=[value for value, _ in ranked[:MAX_CATEGORIES]])
@@ -130,12 +140,12 @@ def bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
 
 
 def count(good: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
-    """The second pass: how many values of a block's good rows lie in each bin; a column that is gone is left out."""
-    there = set(good.column_names)
+    """Run the second pass: count the values of a block's good rows in each bin. Missing columns are skipped."""
+    columns = set(good.column_names)
     return {
-        name: _count(good[name], one)
-        for name, one in chosen.items()
-        if name in there and _can_count(good[name].type, one)
+        name: _count(good[name], distribution)
+        for name, distribution in chosen.items()
+        if name in columns and _can_count(good[name].type, distribution)
     }
 
 
@@ -144,69 +154,78 @@ def profile(
     chosen: Mapping[str, Distribution],
     counted: Iterable[Mapping[str, Sequence[int]]],
 ) -> Profile:
-    """A batch's profile from both passes over its blocks."""
+    """Build a batch's profile from the results of both passes over its blocks."""
     totals = added(counted)
     nulls: Counter[str] = Counter()
-    for one in sketches:
-        nulls.update(one.nulls)
-    times = [one.newest_event_us for one in sketches if one.newest_event_us is not None]
+    for block in sketches:
+        nulls.update(block.nulls)
+    times = [block.newest_event_us for block in sketches if block.newest_event_us is not None]
     return Profile(
-        rows_in=sum(one.rows_in for one in sketches),
-        rows=sum(one.rows for one in sketches),
+        rows_in=sum(block.rows_in for block in sketches),
+        rows=sum(block.rows for block in sketches),
         nulls=dict(nulls),
         newest_event_us=max(times, default=None),
         distributions={
             name: Distribution(
-                counts=totals[name], edges=one.edges, categories=one.categories, quartiles=one.quartiles
+                counts=totals[name],
+                edges=distribution.edges,
+                categories=distribution.categories,
+                quartiles=distribution.quartiles,
             )
-            for name, one in chosen.items()
+            for name, distribution in chosen.items()
             if name in totals
         },
     )
 
 
 def added(counted: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
-    """Counts of several blocks under the same bins, added up."""
+    """Add up the counts of several blocks that have the same bins."""
     totals: dict[str, list[int]] = {}
     for block in counted:
         for name, counts in block.items():
-            before = totals.get(name, [0] * len(counts))
-            totals[name] = [one + other for one, other in zip(before, counts, strict=True)]
+            total = totals.get(name, [0] * len(counts))
+            totals[name] = [first + second for first, second in zip(total, counts, strict=True)]
     return totals
 
 
 def is_categorical(field: Field) -> bool:
-    """Whether a feature is counted by value, and not between cut points."""
+    """Return True if a feature is counted by value, and not between cut points."""
     return field.categorical or field.dtype in ("string", "bool")
 
 
 def _numbers(column: pa.ChunkedArray) -> Numbers:
-    known = column.drop_null()
-    if pa.types.is_timestamp(known.type):
-        known = known.cast(pa.int64())
-    return np.asarray(known.to_numpy(), dtype=np.float64)
+    values = column.drop_null()
+    if pa.types.is_timestamp(values.type):
+        values = values.cast(pa.int64())
+    return np.asarray(values.to_numpy(), dtype=np.float64)
 
 
-def _order_statistics(values: Numbers) -> tuple[Numbers, int]:
+def _order_statistics(values: Numbers) -> OrderStatistics:
     ordered = np.sort(values)
     if len(ordered) > SKETCH_POINTS:
         ordered = ordered[np.linspace(0, len(ordered) - 1, SKETCH_POINTS).round().astype(np.int64)]
-    return ordered, len(values)
+    return OrderStatistics(ordered, len(values))
 
 
-def _merged(parts: Sequence[tuple[Numbers, int]]) -> Any:
-    """Quantiles of all blocks: each order statistic weighs as many values as it stands for."""
-    parts = [(points, total) for points, total in parts if total]
+def _quantile_function(parts: Sequence[OrderStatistics]) -> Callable[[Numbers], Numbers] | None:
+    """Return a function that gives quantiles of all blocks, or None if there are no values.
+
+    Each order statistic is weighted with the number of values that it represents.
+    """
+    parts = [part for part in parts if part.num_values]
     if not parts:
         return None
-    points = np.concatenate([points for points, _ in parts])
-    weights = np.concatenate([np.full(len(points), total / len(points)) for points, total in parts])
+    points = np.concatenate([part.points for part in parts])
+    weights = np.concatenate(
+        [np.full(len(part.points), part.num_values / len(part.points)) for part in parts]
+    )
     order = np.argsort(points, kind="stable")
-    points, reached = points[order], np.cumsum(weights[order])
+    points, cumulative_weights = points[order], np.cumsum(weights[order])
 
     def quantiles(shares: Numbers) -> Numbers:
-        at: Numbers = points[np.searchsorted(reached, shares * reached[-1] * (1 - 1e-12))]
-        return at
+        targets = shares * cumulative_weights[-1] * (1 - 1e-12)
+        values: Numbers = points[np.searchsorted(cumulative_weights, targets)]
+        return values
 
     return quantiles
 
@@ -218,21 +237,25 @@ def _most_frequent(column: pa.ChunkedArray) -> Counter[Any]:
 
 
 def _can_count(kind: pa.DataType, chosen: Distribution) -> bool:
-    """A newer version of the view may have the feature as another kind."""
+    """Return False if the column's type does not fit the bins. A newer version of a view may change a type."""
     if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)) or pa.types.is_date(kind):
         return False
-    textual = pa.types.is_string(kind) or pa.types.is_boolean(kind)
+    is_category = pa.types.is_string(kind) or pa.types.is_boolean(kind)
     if chosen.categories is None:
-        return not textual
+        return not is_category
     return all(isinstance(value, str) == pa.types.is_string(kind) for value in chosen.categories)
 
 
 def _count(column: pa.ChunkedArray, chosen: Distribution) -> list[int]:
     if chosen.edges is not None:
-        places = np.searchsorted(np.array(chosen.edges), _numbers(column), side="left")
-        return [int(one) for one in np.bincount(places, minlength=len(chosen.edges) + 1)]
+        bin_numbers = np.searchsorted(np.array(chosen.edges), _numbers(column), side="left")
+        return _bin_counts(bin_numbers, len(chosen.edges) + 1)
     categories = chosen.categories or []
-    known = column.drop_null()
-    found = pc.index_in(known, value_set=pa.array(categories, type=known.type))
-    places = pc.fill_null(found, len(categories)).to_numpy()
-    return [int(one) for one in np.bincount(places, minlength=len(categories) + 1)]
+    values = column.drop_null()
+    indices = pc.index_in(values, value_set=pa.array(categories, type=values.type))
+    bin_numbers = pc.fill_null(indices, len(categories)).to_numpy()
+    return _bin_counts(bin_numbers, len(categories) + 1)
+
+
+def _bin_counts(bin_numbers: npt.NDArray[np.int64], num_bins: int) -> list[int]:
+    return [int(count) for count in np.bincount(bin_numbers, minlength=num_bins)]

@@ -1,7 +1,7 @@
-"""Rows that failed: which lie in quarantine, by batch, and how they become rows of the source again.
+"""Rows in quarantine: count them by batch, and turn them back into rows of the source.
 
-A quarantined row is kept as JSON beside the types that the source had. Read again it is of the same types, so that the
-view's transform and checks see what they would have seen at ingestion.
+A quarantined row is stored as JSON, together with the column types of its source. It is read back with the same types,
+so that the view's transform and checks see what they saw at ingestion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from feature_jobs.store.ingestion.validation import SOURCE_SCHEMA
 
 
 def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str, int]]:
-    """Rows in quarantine by reason, of each batch of a view that has any, in the order of ingestion."""
+    """Return the number of quarantined rows by batch and reason, in the order of ingestion.
+
+    Batches of the view that have no row in quarantine are left out.
+    """
     batches: dict[str, dict[str, int]] = {}
     for event in events:
         match event:
@@ -34,16 +37,20 @@ def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str,
 
 
 def source_schema(file: pa.Table) -> pa.Schema | None:
-    """The types that a file's rows had in their source; none for rows that were pushed, or kept by an older release."""
-    kept = (file.schema.field("raw").metadata or {}).get(SOURCE_SCHEMA)
-    return None if kept is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept)))
+    """Return the source's column types for a quarantine file.
+
+    Returns:
+        None if the file has no types: its rows were pushed, or an older release wrote it.
+    """
+    encoded = (file.schema.field("raw").metadata or {}).get(SOURCE_SCHEMA)
+    return None if encoded is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(encoded)))
 
 
 def source_rows(file: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The rows of a quarantine file as the source had them.
+    """Return the rows of a quarantine file with the columns and types of the source.
 
     Raises:
-        SourceError: a value that cannot be read back.
+        SourceError: a value cannot be read back.
     """
     rows = [json.loads(text) for text in file["raw"].to_pylist()]
     columns = [_column([row.get(field.name) for row in rows], field) for field in schema]
@@ -54,30 +61,30 @@ def _column(values: list[Any], field: pa.Field) -> pa.Array:
     kind = field.type
     try:
         if pa.types.is_dictionary(kind):
-            return _plain(values, kind.value_type).dictionary_encode().cast(kind)
-        return _plain(values, kind)
+            return _plain_array(values, kind.value_type).dictionary_encode().cast(kind)
+        return _plain_array(values, kind)
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
         raise SourceError(
             f"Column '{field.name}' of the quarantine cannot be read back as {kind}: {error}. "
-            "Mend the rows at their source and ingest them from there."
+            "Correct the rows at their source and ingest them from there."
         ) from error
 
 
-def _plain(values: list[Any], kind: pa.DataType) -> pa.Array:
+def _plain_array(values: list[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_time(kind):
-        return pa.array([None if one is None else dt.time.fromisoformat(one) for one in values], kind)
+        return pa.array([None if value is None else dt.time.fromisoformat(value) for value in values], kind)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return _times(values, kind)
     if pa.types.is_decimal(kind):
-        return pa.array([None if one is None else Decimal(one) for one in values], kind)
+        return pa.array([None if value is None else Decimal(value) for value in values], kind)
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return pa.array([None if one is None else base64.b64decode(one) for one in values], kind)
+        return pa.array([None if value is None else base64.b64decode(value) for value in values], kind)
     return pa.array(values, kind)
 
 
 def _times(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Times from text, or, where Python could not print them, from numbers of their unit."""
-    texts = pa.array([one if isinstance(one, str) else None for one in values], pa.string())
-    counts = pa.array([one if isinstance(one, int) else None for one in values], pa.int64())
-    numbers = counts.cast(pa.int32()) if pa.types.is_date32(kind) else counts
+    """Return times from text, or from numbers of their unit where Python could not print the time."""
+    texts = pa.array([value if isinstance(value, str) else None for value in values], pa.string())
+    integers = pa.array([value if isinstance(value, int) else None for value in values], pa.int64())
+    numbers = integers.cast(pa.int32()) if pa.types.is_date32(kind) else integers
     return pc.coalesce(texts.cast(kind), numbers.cast(kind))

@@ -1,7 +1,7 @@
-"""Quarantined rows tried again: through the view's transform and checks as they are now.
+"""Check quarantined rows again, with the view's current transform and checks.
 
-Rows of a file go the way of a batch, with the types that their source had. Rows of a push had no types but those of
-JSON, and go the way of a push; so do rows that a release kept which remembered none.
+Rows of a file are prepared like a batch, with the types that their source had. Rows of a push have only JSON's types,
+so they are checked like a push. The same goes for rows that an older release stored without types.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
-from feature_jobs.store.ingestion.validation import FILES, RAW, REASON, prepare, unique_rules
+from feature_jobs.store.ingestion.validation import BATCH_LIMIT, RAW, REASON, prepare, unique_rules
 from feature_jobs.store.types.key_types import reason_against
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
-    """What became of the rows of a quarantine file."""
+class RecheckedRows:
+    """The rows of a quarantine file after a new check."""
 
     reasons: pa.ChunkedArray
-    """One a row: why it stays, null where it is good now."""
+    """One per row: why the row stays in quarantine; null if the row is good now."""
     good: pa.Table | None
-    """As the feature table holds them but for what ingestion adds; none where there is none."""
+    """Rows of the feature table, without the columns that ingestion adds; None if no row is good."""
 
 
 def try_again(
@@ -41,36 +41,38 @@ def try_again(
     *,
     now: dt.datetime,
     baseline: Profile | None,
-    ahead: Ahead = FILES,
+    ahead: Ahead = BATCH_LIMIT,
     key_types: Mapping[str, str] | None = None,
-) -> Tried:
-    """Check the rows of a quarantine file.
+) -> RecheckedRows:
+    """Check the rows of a quarantine file again.
 
     Args:
-        file: `reason` and `raw`, and whatever else it has.
-        view: as it is now.
-        now: the moment.
-        baseline: of the last good batch.
-        ahead: how far times may lie ahead of it.
-        key_types: of the view's feature table, where it has one.
+        file: needs the columns `reason` and `raw`.
+        view: the view's current definition.
+        now: the current time.
+        baseline: profile of the last good batch.
+        ahead: how far times may be ahead of `now`.
+        key_types: key types of the view's feature table, if it exists.
 
     Raises:
-        SourceError, InvalidRequest: the rows do not fit the view at all.
+        SourceError, InvalidRequest: the rows as a whole do not fit the view.
     """
-    alike = _alike(file, view)
+    repeated_reasons = _reasons_of_repeated_rows(file, view)
     schema = source_schema(file)
     if schema is None:
-        return _pushed(file, alike, view, {**(key_types or {}), **view.key_types}, now=now, ahead=ahead)
+        types = {**(key_types or {}), **view.key_types}
+        return _recheck_as_pushed(file, repeated_reasons, view, types, now=now, ahead=ahead)
     prepared = prepare(source_rows(file, schema), view, now=now, baseline=baseline, ahead=ahead)
-    reasons = pc.coalesce(prepared[REASON], alike)
+    reasons = pc.coalesce(prepared[REASON], repeated_reasons)
     good = prepared.filter(pc.is_null(reasons)).drop_columns([REASON, RAW])
-    return Tried(reasons=reasons, good=good if good.num_rows else None)
+    return RecheckedRows(reasons=reasons, good=good if good.num_rows else None)
 
 
-def _alike(file: pa.Table, view: FeatureView) -> pa.ChunkedArray:
-    """The reasons of rows that were put aside because the batch had others like them.
+def _reasons_of_repeated_rows(file: pa.Table, view: FeatureView) -> pa.ChunkedArray:
+    """Return the reasons of rows that were not unique in their batch, and null for all other rows.
 
-    What they are like may have been stored, and is not in the file: as long as the view has the rule, they stay.
+    The row that such a row equals may be stored, and is not in the file. So these rows stay in quarantine as long as
+    the view has the rule.
     """
     stays = pa.chunked_array([pa.repeat(pa.scalar(False), file.num_rows)])
     for rule in unique_rules(view):
@@ -78,47 +80,49 @@ def _alike(file: pa.Table, view: FeatureView) -> pa.ChunkedArray:
     return pc.if_else(stays, file["reason"], pa.scalar(None, pa.string()))
 
 
-def _pushed(
+def _recheck_as_pushed(
     file: pa.Table,
-    alike: pa.ChunkedArray,
+    repeated_reasons: pa.ChunkedArray,
     view: FeatureView,
     types: dict[str, str],
     *,
     now: dt.datetime,
     ahead: Ahead,
-) -> Tried:
-    flat = [json.loads(text) for text in file["raw"].to_pylist()]
-    reasons: list[str | None] = alike.to_pylist()
-    for position, row in enumerate(flat):
-        if any(row.get(key) is None for key in view.join_keys):  # no push has such a row
+) -> RecheckedRows:
+    flat_rows = [json.loads(text) for text in file["raw"].to_pylist()]
+    reasons: list[str | None] = repeated_reasons.to_pylist()
+    for position, row in enumerate(flat_rows):
+        if any(row.get(key) is None for key in view.join_keys):  # a push cannot contain such a row
             reasons[position] = file["reason"][position].as_py()
         elif reasons[position] is None:
             reasons[position] = reason_against(row, view.join_keys, types)
-    open_ones = [position for position, reason in enumerate(reasons) if reason is None]
+    to_check = [position for position, reason in enumerate(reasons) if reason is None]
     good = []
-    for start in range(0, len(open_ones), MAX_ROWS):
-        places = open_ones[start : start + MAX_ROWS]
-        rows = [_as_pushed(flat[place], view) for place in places]
+    for start in range(0, len(to_check), MAX_ROWS):
+        positions = to_check[start : start + MAX_ROWS]
+        rows = [_as_pushed(flat_rows[position], view) for position in positions]
         checked = check_rows(rows, view, key_types=types, now=now, ahead=ahead)
-        for said in checked.reasons:
-            reasons[places[said["row"]]] = said["reason"]
+        for bad in checked.reasons:
+            reasons[positions[bad["row"]]] = bad["reason"]
         if checked.good.num_rows:
             good.append(checked.good.drop_columns([POSITION]))
-    whole = pa.concat_tables(good, promote_options="default") if good else None
-    return Tried(reasons=pa.chunked_array([pa.array(reasons, pa.string())]), good=whole)
+    return RecheckedRows(
+        reasons=pa.chunked_array([pa.array(reasons, pa.string())]),
+        good=pa.concat_tables(good, promote_options="default") if good else None,
+    )
 
 
 def _as_pushed(row: Mapping[str, Any], view: FeatureView) -> dict[str, Any]:
-    """A row as its source would have it, in the shape of a push."""
+    """Return a source row in the form of a pushed row."""
     source = view.source
     created, deleted = source.created_timestamp or CREATED, source.deleted or DELETED
     others = {*view.join_keys, source.event_timestamp, created, deleted}
-    known = row.keys() - others if view.transform else {field.name for field in view.schema} & row.keys()
+    features = row.keys() - others if view.transform else {field.name for field in view.schema} & row.keys()
     pushed = {
         "keys": {key: row[key] for key in view.join_keys},
-        "features": {name: row[name] for name in row if name in known},
+        "features": {name: row[name] for name in row if name in features},
         EVENT: row.get(source.event_timestamp),
-        # Earlier releases kept a pushed row's deletion under our own name.
+        # Earlier releases stored a pushed row's deletion under the platform's own name.
         DELETED: bool(row.get(deleted, row.get(DELETED))),
     }
     return pushed if row.get(created) is None else pushed | {CREATED: row[created]}

@@ -1,7 +1,7 @@
-"""Backfilling a source by event time, in chunks: which chunks are still to be done.
+"""Split a range of event times into chunks for a backfill, without the ranges that are stored already.
 
-A chunk is done when the ledger says so of the same content, so a backfill that was killed goes on where it was, and
-ranges that overlap store no row twice, whatever their chunks.
+A chunk is done when the ledger has an event for it and the same content. So a backfill that was killed continues with
+the missing chunks. Overlapping ranges store no row twice, whatever their chunk lengths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
 @dataclass(frozen=True, order=True, slots=True)
 class TimeRange:
-    """Event times from `start`, below `end`; UTC."""
+    """Event times from `start` (inclusive) to `end` (exclusive), in UTC."""
 
     start: dt.datetime
     end: dt.datetime
@@ -34,37 +34,37 @@ class TimeRange:
 
 
 def chunks(wanted: TimeRange, span: dt.timedelta | None, done: Iterable[TimeRange]) -> list[TimeRange]:
-    """What of a range is still to be done, cut at multiples of a span from its start.
+    """Return the parts of a range that are not done, cut at multiples of `span` from the range's start.
 
     Args:
         wanted: the range.
-        span: none does not cut.
-        done: ranges, in any order, that may overlap.
+        span: length of a chunk; None does not cut.
+        done: ranges that are done, in any order; they may overlap.
 
     Raises:
-        ConfigError: more chunks than make sense.
+        ConfigError: there would be more than `MAX_CHUNKS` chunks.
     """
     if span is not None and (wanted.end - wanted.start) / span > MAX_CHUNKS:
         raise ConfigError(f"The range has more than {MAX_CHUNKS} chunks of {span}. Give a longer chunk.")
     result = []
-    for piece in _without(wanted, done):
-        start = piece.start
-        while start < piece.end:
-            end = piece.end
+    for gap in _subtract(wanted, done):
+        start = gap.start
+        while start < gap.end:
+            end = gap.end
             if span is not None:
-                whole = (start - wanted.start) // span
-                if (whole + 1) * span < wanted.end - wanted.start:
-                    end = min(end, wanted.start + (whole + 1) * span)
+                num_before = (start - wanted.start) // span
+                if (num_before + 1) * span < wanted.end - wanted.start:
+                    end = min(end, wanted.start + (num_before + 1) * span)
             result.append(TimeRange(start, end))
             start = end
     return result
 
 
 def parse_range(start: str | None, end: str | None) -> TimeRange | None:
-    """The range of a command; none where it names no time.
+    """Return a command's range, or None if neither time is given.
 
     Raises:
-        ConfigError: only one end, or no ISO 8601 instant.
+        ConfigError: only one of the times is given, or one is not an ISO 8601 instant.
     """
     if start is None and end is None:
         return None
@@ -74,39 +74,43 @@ def parse_range(start: str | None, end: str | None) -> TimeRange | None:
 
 
 def parse_span(text: str | None) -> dt.timedelta | None:
-    """A span as `30d`, `12h` or `15m`.
+    """Parse a time span such as `30d`, `12h` or `15m`.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text has another form.
     """
     if text is None:
         return None
-    found = _SPAN.fullmatch(text)
-    if found is None or int(found[1]) == 0:
+    match = _SPAN.fullmatch(text)
+    if match is None or int(match[1]) == 0:
         raise ConfigError(f"chunk must be a span such as 30d, 12h or 15m, got '{text}'.")
     try:
-        return dt.timedelta(**{_UNITS[found[2]]: int(found[1])})
+        return dt.timedelta(**{_UNITS[match[2]]: int(match[1])})
     except (OverflowError, ValueError) as error:
         raise ConfigError("chunk is longer than time spans can be. Leave it out for one batch.") from error
 
 
-def _without(wanted: TimeRange, done: Iterable[TimeRange]) -> Iterable[TimeRange]:
+def _subtract(wanted: TimeRange, done: Iterable[TimeRange]) -> Iterable[TimeRange]:
     start = wanted.start
-    for one in sorted(done):
-        if one.start >= wanted.end:
+    for done_range in sorted(done):
+        if done_range.start >= wanted.end:
             break
-        if one.start > start:
-            yield TimeRange(start, one.start)
-        start = max(start, one.end)
+        if done_range.start > start:
+            yield TimeRange(start, done_range.start)
+        start = max(start, done_range.end)
     if start < wanted.end:
         yield TimeRange(start, wanted.end)
 
 
 def parse_instant(text: str, *, name: str) -> dt.datetime:
-    """A moment from ISO 8601, UTC where no zone is given.
+    """Parse an ISO 8601 instant. A text without a time zone is UTC.
+
+    Args:
+        text: the instant.
+        name: name of the setting, for the error message.
 
     Raises:
-        ConfigError: the text is no moment; `name` is what it was given for.
+        ConfigError: the text is not an instant.
     """
     try:
         moment = dt.datetime.fromisoformat(text)

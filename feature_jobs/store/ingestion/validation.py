@@ -1,7 +1,8 @@
-"""From a source block to a validated one: transform, types, rules, and a reason for every row that fails.
+"""Validate a source block: transform it, cast its columns, check its rows, and give each failing row a reason.
 
-A column that is missing or of the wrong type refuses the whole batch; a row that breaks a rule only goes to quarantine.
-Everything here is a pure function of the block, the view and the moment of ingestion, so blocks are validated anywhere.
+A column that is missing or of the wrong type refuses the whole batch. A row that breaks a rule only goes to quarantine.
+All functions here are pure functions of the block, the view and the moment of ingestion, so a block can be validated in
+any process.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from feature_jobs.store.types.casting import cast_feature, cast_key, cast_time, 
 from feature_jobs.store.types.dtypes import list_of
 from feature_jobs.store.types.instants import TIME, Rounding, zoned
 from feature_jobs.store.types.key_types import RANGE, beyond_range
-from feature_jobs.store.types.schema import DELETED
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 REASON, RAW, SOURCE = "__reason", "__raw", "__source"
 SOURCE_SCHEMA = b"source_schema"
-"""Metadata of the column `RAW`: the source's Arrow schema, in base64."""
-FILES = Ahead()
-"""What is allowed to rows of files and databases where nothing else is set."""
+"""Metadata key of the column `RAW`. The value is the source's Arrow schema, in base64."""
+BATCH_LIMIT = Ahead()
+"""Default limit for times of rows from files and databases."""
 EARLIEST = datetime.min.replace(tzinfo=UTC)
-"""What Python can still name."""
+"""The earliest time that Python's `datetime` can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +51,25 @@ def prepare(
     *,
     now: datetime,
     baseline: Profile | None = None,
-    ahead: Ahead = FILES,
+    ahead: Ahead = BATCH_LIMIT,
 ) -> pa.Table:
-    """A whole batch as the feature table holds it, and for every bad row the reason and what the source said.
+    """Validate a whole batch.
 
     Args:
-        block: rows as the source has them.
-        view: its transform, schema and checks are used.
+        block: rows of the source.
+        view: the view whose transform, schema and checks apply.
         now: the moment of ingestion, UTC.
-        baseline: of the last good batch, for rules that compare with it.
-        ahead: how far times may lie ahead of `now`.
+        baseline: profile of the last good batch, for rules that compare with it.
+        ahead: how far times may be ahead of `now`.
 
     Returns:
-        Join keys (int64 or string), features (declared dtypes), `event_timestamp`, `created_timestamp`, `deleted` where
-        the view's source has it; then `REASON` and `RAW` (the source row as JSON), both null for good rows. A
-        tombstone's values are null and no check looks at them.
+        One row per source row. Its columns are the join keys (int64 or string), features (declared dtypes),
+        `event_timestamp`, `created_timestamp`, `deleted` if the view's source has it, then `REASON` and `RAW` (the
+        source row as JSON). `REASON` and `RAW` are null for good rows. A tombstone's values are null, and no check
+        applies to them.
 
     Raises:
-        SchemaMismatch: a column is missing or has a type that cannot be cast without loss.
+        SchemaMismatch: a column is missing, or has a type that cannot be cast without loss.
         SourceError: the transform failed, or changed the number of rows.
     """
     part = prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
@@ -83,24 +85,24 @@ def prepare_part(
     *,
     now: datetime,
     baseline: Profile | None = None,
-    ahead: Ahead = FILES,
+    ahead: Ahead = BATCH_LIMIT,
 ) -> pa.Table:
-    """As `prepare`, for a part of a batch: whether rows are unique is not judged yet.
+    """Validate a part of a batch like `prepare`, except for `Unique` rules, which need the whole batch.
 
-    For a view with such rules the last column is the source row itself as a struct, `SOURCE`, for `reject`.
+    For a view with `Unique` rules, the last column is `SOURCE`: the source row as a struct, which `reject` needs.
     """
-    raw = _Source(_transformed(zoned(block, view.source.zone, time_columns(view)), view), view)
+    transformed = _Columns(_transform(zoned(block, view.source.zone, time_columns(view)), view), view)
     columns: dict[str, pa.ChunkedArray] = {}
     declared = view.key_types
     for key in view.join_keys:
-        columns[key] = cast_key(raw.column(key, "a join key"), name=key, dtype=declared.get(key))
-    deleted = _deleted(raw, view)
+        columns[key] = cast_key(transformed.column(key, "a join key"), name=key, dtype=declared.get(key))
+    deleted = _deleted(transformed, view)
     for field in view.schema:
-        column = raw.column(field.name, field.dtype)
+        column = transformed.column(field.name, field.dtype)
         if deleted is not None and field.name != view.event_id:
             column = pc.if_else(deleted, pa.scalar(None, column.type), column)
         columns[field.name] = cast_feature(column, DTYPES[field.dtype], name=field.name)
-    columns |= _times(raw, view)
+    columns |= _times(transformed, view)
     if deleted is not None:
         columns[DELETED] = deleted
     table = pa.table(columns)
@@ -110,7 +112,7 @@ def prepare_part(
 
 
 def time_columns(view: FeatureView) -> set[str]:
-    """Columns of a view's source that are declared to hold times."""
+    """Return the columns of a view's source that are declared as times."""
     source = view.source
     declared = [name for name, dtype in source.columns.items() if dtype == "timestamp"]
     features = [field.name for field in view.schema if field.dtype == "timestamp"]
@@ -118,36 +120,38 @@ def time_columns(view: FeatureView) -> set[str]:
 
 
 def unique_rules(view: FeatureView) -> list[Unique]:
-    """Its rules that need a whole batch to say which rows are bad."""
+    """Return the view's rules that need the whole batch to find bad rows."""
     return [check for check in view.checks if isinstance(check, Unique)]
 
 
 def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
-    """Which rows of a batch a rule rejects, part by part; rows that are bad already do not count.
+    """Return for each part one bool per row: true if the rule rejects the row.
+
+    Rows that are bad already do not count.
 
     Args:
-        parts: in the order of the source; `REASON` and the rule's columns are enough.
-        rule: of the view.
+        parts: the batch in the order of the source. Only `REASON` and the rule's columns are needed.
+        rule: a rule of the view.
     """
     whole = pa.concat_tables([part.select([*rule.of, REASON]) for part in parts])
     good = pc.is_null(whole[REASON])
     failing = np.zeros(whole.num_rows, dtype=bool)
     failing[np.flatnonzero(good.to_numpy())] = rule.failing(whole.filter(good)).to_numpy(zero_copy_only=False)
     ends = np.cumsum([part.num_rows for part in parts])[:-1]
-    return [pa.array(one) for one in np.split(failing, ends)]
+    return [pa.array(part) for part in np.split(failing, ends)]
 
 
 def reject(part: pa.Table, failing: pa.Array, reason: str) -> pa.Table:
-    """A part with `SOURCE` in which some rows that were good are bad, for a reason that was found later."""
-    marks = pa.chunked_array([pc.if_else(failing, reason, pa.scalar(None, pa.string()))])
-    raw = _raw(pa.Table.from_struct_array(part[SOURCE].combine_chunks()), marks)
-    for name, found in ((REASON, marks), (RAW, raw)):
+    """Mark some good rows of a part as bad, with a reason. The part needs the column `SOURCE`."""
+    reasons = pa.chunked_array([pc.if_else(failing, reason, pa.scalar(None, pa.string()))])
+    raw = _raw(pa.Table.from_struct_array(part[SOURCE].combine_chunks()), reasons)
+    for name, values in ((REASON, reasons), (RAW, raw)):
         position = part.schema.get_field_index(name)
-        part = part.set_column(position, part.schema.field(position), pc.coalesce(part[name], found))
+        part = part.set_column(position, part.schema.field(position), pc.coalesce(part[name], values))
     return part
 
 
-def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
+def _transform(block: pa.Table, view: FeatureView) -> pa.Table:
     if view.transform is None:
         return block
     try:
@@ -158,25 +162,25 @@ def _transformed(block: pa.Table, view: FeatureView) -> pa.Table:
             f"The source has the columns {', '.join(block.column_names)}."
         ) from error
     if not isinstance(table, pa.Table) or table.num_rows != block.num_rows:
-        got = f"{table.num_rows} rows" if isinstance(table, pa.Table) else type(table).__name__
+        result = f"{table.num_rows} rows" if isinstance(table, pa.Table) else type(table).__name__
         raise SourceError(
-            f"The transform of view '{view.name}' must give one row for each of {block.num_rows}, it gave {got}."
+            f"The transform of view '{view.name}' must give one row for each of {block.num_rows}, it gave {result}."
         )
     return table
 
 
-class _Source:
-    """A transformed block and how often it has each column; Arrow would make the list of names anew at each look."""
+class _Columns:
+    """Look-up of a transformed block's columns. Counts the names once, because Arrow builds its list at each call."""
 
     def __init__(self, table: pa.Table, view: FeatureView) -> None:
         self._table, self._view = table, view
         self._counts = Counter(table.column_names)
 
     def column(self, name: str, expected: str) -> pa.ChunkedArray:
-        """The column of that name.
+        """Return the column with a name.
 
         Raises:
-            SchemaMismatch: there is none, or several.
+            SchemaMismatch: the block has no column with this name, or several.
         """
         count = self._counts[name]
         if count == 0:
@@ -189,25 +193,25 @@ class _Source:
         return self._table[name]
 
 
-def _times(raw: _Source, view: FeatureView) -> dict[str, pa.ChunkedArray]:
+def _times(columns: _Columns, view: FeatureView) -> dict[str, pa.ChunkedArray]:
     source = view.source
     name = source.event_timestamp
-    event = cast_time(raw.column(name, "the event timestamp"), name=name, rounding=Rounding.up)
+    event = cast_time(columns.column(name, "the event timestamp"), name=name, rounding=Rounding.up)
     implied = pc.add(event, pa.scalar(view.created_lag, pa.duration("us")))
     if source.created_timestamp is None:
-        return {"event_timestamp": event, "created_timestamp": implied}
+        return {EVENT: event, CREATED: implied}
     name = source.created_timestamp
-    column = raw.column(name, "the created timestamp")
+    column = columns.column(name, "the created timestamp")
     created = cast_time(column, name=name, rounding=Rounding.up)
-    return {"event_timestamp": event, "created_timestamp": pc.coalesce(created, implied)}
+    return {EVENT: event, CREATED: pc.coalesce(created, implied)}
 
 
-def _deleted(raw: _Source, view: FeatureView) -> pa.ChunkedArray | None:
-    """Which rows are tombstones, never null; None where the source has none."""
+def _deleted(columns: _Columns, view: FeatureView) -> pa.ChunkedArray | None:
+    """Return a non-null bool per row: true for tombstones. None if the source has no such column."""
     name = view.source.deleted
     if name is None:
         return None
-    column = raw.column(name, "whether a row is a deletion")
+    column = columns.column(name, "whether a row is a deletion")
     if not (pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
         raise SchemaMismatch(f"Column '{name}' should be bool, the source has {column.type}.")
     return pc.fill_null(column.cast(pa.bool_()), False)
@@ -222,15 +226,15 @@ def _rules(
             yield _Rule(f"{key} is outside {RANGE}", beyond)
     if view.event_id is not None:
         yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
-    yield _Rule("event_timestamp is null", pc.is_null(table["event_timestamp"]))
+    yield _Rule(f"{EVENT} is null", pc.is_null(table[EVENT]))
     latest, start = pa.scalar(now + ahead.limit, TIME), pa.scalar(EARLIEST, TIME)
-    for name, said in (("event_timestamp", "event_timestamp"), ("created_timestamp", _created(view))):
-        yield _Rule(f"{said} lies in the future", ahead.failing(name, table, latest, view.created_lag))
+    for name, label in ((EVENT, EVENT), (CREATED, _created_label(view))):
+        yield _Rule(f"{label} lies in the future", ahead.failing(name, table, latest, view.created_lag))
         yield _Rule(f"{name} lies before the year 1", pc.fill_null(pc.less(table[name], start), False))
     for field in view.schema:
-        if (wanted := list_of(field.dtype)) is not None:
-            for said, failing in misfits(table[field.name], wanted.length):
-                yield _Rule(f"{field.name} {said}", failing)
+        if (list_type := list_of(field.dtype)) is not None:
+            for problem, failing in misfits(table[field.name], list_type.length):
+                yield _Rule(f"{field.name} {problem}", failing)
     keys, has_tombstones = set(view.join_keys), DELETED in table.column_names
     for check in view.checks:
         if isinstance(check, RowCheck | Outlier):
@@ -240,58 +244,60 @@ def _rules(
             yield _Rule(check.reason, failing)
 
 
-def _created(view: FeatureView) -> str:
-    """What a creation is, in a reason."""
+def _created_label(view: FeatureView) -> str:
+    """Return the name of the created time for a reason."""
     implied = view.source.created_timestamp is None and view.created_lag
-    return "created_timestamp (event_timestamp + created_lag)" if implied else "created_timestamp"
+    return f"{CREATED} ({EVENT} + created_lag)" if implied else CREATED
 
 
 def _failing(check: RowCheck | Outlier, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
-    """Which rows fail; the type of a join key is known only here."""
+    """Return which rows fail a rule. The rule may not fit a join key's type, which is known only here."""
     try:
         if isinstance(check, Outlier):
             return check.failing(column, baseline)
         return check.failing(column)
     except (pa.ArrowException, TypeError) as error:
         raise SchemaMismatch(
-            f"The rule {type(check).__name__} cannot be asked of column '{check.column}', which is {column.type}: "
-            f"{error}."
+            f"The rule {type(check).__name__} does not fit column '{check.column}', which is {column.type}: {error}."
         ) from error
 
 
 def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
-    """All reasons of a row joined by `; `, null where there is none."""
-    nothing = pa.scalar(None, pa.string())
+    """Return all reasons of a row joined by `; `, and null for a good row."""
+    null = pa.scalar(None, pa.string())
     reasons = pa.chunked_array([pa.nulls(num_rows, pa.string())])
     for rule in rules:
         if pc.any(rule.failing).as_py():
-            said = pc.if_else(rule.failing, rule.reason, nothing)
-            both = pc.binary_join_element_wise(reasons, said, "; ")
-            reasons = pc.coalesce(both, reasons, said)
+            new = pc.if_else(rule.failing, rule.reason, null)
+            both = pc.binary_join_element_wise(reasons, new, "; ")
+            reasons = pc.coalesce(both, reasons, new)
     return reasons
 
 
 def raw_field(source: pa.Schema) -> pa.Field:
-    """The column `RAW`, which remembers the source's types, so that its rows can be read again as they were."""
+    """Return the column `RAW`. Its metadata holds the source's types, so that the rows can be read back unchanged."""
     types = base64.b64encode(source.remove_metadata().serialize())
     return pa.field(RAW, pa.string(), metadata={SOURCE_SCHEMA: types})
 
 
 def _raw(block: pa.Table, reasons: pa.ChunkedArray) -> pa.Array:
-    """What the source said of the bad rows; of the others nothing is kept twice."""
+    """Return the source row as JSON for bad rows, and null for good rows, which are stored anyway."""
     bad = np.flatnonzero(reasons.is_valid().to_numpy())
     rows = block.take(bad)
     try:
-        said = [json.dumps(row, default=json_form) for row in rows.to_pylist()]
-    except (OverflowError, ValueError):  # a year that Python's dates do not reach, text that is no UTF-8
-        said = [json.dumps(row, default=json_form) for row in _plainer(rows).to_pylist()]
+        texts = [json.dumps(row, default=json_form) for row in rows.to_pylist()]
+    except (
+        OverflowError,
+        ValueError,
+    ):  # a year outside the range of Python's dates, or text that is not UTF-8
+        texts = [json.dumps(row, default=json_form) for row in _printable(rows).to_pylist()]
     positions = np.full(block.num_rows, -1)
     positions[bad] = np.arange(len(bad))
-    return pa.array(said, pa.string()).take(pa.array(positions, mask=positions < 0))
+    return pa.array(texts, pa.string()).take(pa.array(positions, mask=positions < 0))
 
 
-def _plainer(rows: pa.Table) -> pa.Table:
-    """The rows with times as numbers of their unit, and text that is no UTF-8 as bytes."""
+def _printable(rows: pa.Table) -> pa.Table:
+    """Return the rows with times as integers of their unit, and text that is not UTF-8 as bytes."""
     columns = []
     for field, column in zip(rows.schema, rows.columns, strict=True):
         if pa.types.is_timestamp(field.type) or pa.types.is_date64(field.type):
@@ -305,5 +311,5 @@ def _plainer(rows: pa.Table) -> pa.Table:
 
 
 def json_form(value: object) -> str:
-    """What JSON has no word for: bytes as base64, times and decimals as they print."""
+    """Return a value that JSON lacks as text: bytes as base64, times and decimals as Python prints them."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

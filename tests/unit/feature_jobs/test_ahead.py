@@ -1,4 +1,4 @@
-"""A row that is stamped ahead of the clock is rejected by name however it comes, so that online and offline agree."""
+"""A row with a time in the future is quarantined, whichever source it comes from, so that online and offline agree."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ LAGGED = replace(
 )
 
 
-def sent(ahead_s: float, **more: Any) -> dict[str, Any]:
+def row(ahead_s: float, **more: Any) -> dict[str, Any]:
+    """Return a row to push, with an event time that is `ahead_s` seconds ahead of the clock."""
     at = (NOW + timedelta(seconds=ahead_s)).isoformat()
     return {"keys": {"person_id": 1}, "features": {"amount": 1.0}, "event_timestamp": at} | more
 
 
 def pushed(*rows: dict[str, Any], ahead: Ahead | None = None, view: Any = INCOME) -> list[Any]:
-    """Why rows of a push are bad, by their place."""
-    given = {} if ahead is None else {"ahead": ahead}
-    checked = check_rows(list(rows), view, key_types={}, now=NOW, **given)
+    """Return the indices and reasons of a push's bad rows."""
+    arguments = {} if ahead is None else {"ahead": ahead}
+    checked = check_rows(list(rows), view, key_types={}, now=NOW, **arguments)
     return [(bad["row"], bad["reason"]) for bad in checked.reasons]
 
 
 def streamed(*ahead_s: float, view: Any = INCOME) -> list[Any]:
-    """Why messages are bad, by their place."""
+    """Return the indices and reasons of bad messages."""
     messages = [
-        orjson.dumps({"person_id": 1, "amount": 1.0, "at": (NOW + timedelta(seconds=one)).isoformat()})
-        for one in ahead_s
+        orjson.dumps({"person_id": 1, "amount": 1.0, "at": (NOW + timedelta(seconds=ahead)).isoformat()})
+        for ahead in ahead_s
     ]
     bad = check_messages(messages, view, key_types={}, now=NOW).bad
     return list(zip(bad["__position"].to_pylist(), bad["reason"].to_pylist(), strict=True))
 
 
 def ingested(*ahead_s: float, created_s: float | None = None, view: Any = INCOME) -> list[str | None]:
-    """Why rows of a file are bad."""
-    times = pa.array([NOW + timedelta(seconds=one) for one in ahead_s], pa.timestamp("us", "UTC"))
+    """Return the reasons of a file's rows; None for a good row."""
+    times = pa.array([NOW + timedelta(seconds=ahead) for ahead in ahead_s], pa.timestamp("us", "UTC"))
     created = times if created_s is None else pa.array([NOW + timedelta(seconds=created_s)] * len(ahead_s))
     count = len(ahead_s)
     columns = {"person_id": [1] * count, "amount": [1.0] * count, "sector": ["s"] * count, "at": times}
@@ -62,48 +63,48 @@ def ingested(*ahead_s: float, created_s: float | None = None, view: Any = INCOME
     return reasons
 
 
-def test_pushes_streams_and_files_reject_what_is_more_than_a_minute_ahead() -> None:
-    """The event's time and the creation's, each by name."""
-    assert pushed(sent(60), sent(61)) == [(1, f"{EVENT}; {CREATED}")]
-    assert pushed(sent(0, created_timestamp=(NOW + timedelta(seconds=61)).isoformat())) == [(0, CREATED)]
+def test_times_more_than_a_minute_ahead_are_rejected_from_every_source() -> None:
+    """The reason names the event time or the created time."""
+    assert pushed(row(60), row(61)) == [(1, f"{EVENT}; {CREATED}")]
+    assert pushed(row(0, created_timestamp=(NOW + timedelta(seconds=61)).isoformat())) == [(0, CREATED)]
     assert streamed(60, 61) == [(1, f"{EVENT}; {CREATED}")]
     assert ingested(60, 61) == [None, EVENT]
     assert ingested(0, created_s=61) == [CREATED]
     assert ingested(-86_400 * 3650, created_s=-86_400 * 3650) == [None]
 
 
-def test_the_tolerance_is_a_setting() -> None:
-    """`features.max_ahead_s`."""
-    assert pushed(sent(3600), sent(3601), ahead=Ahead.of(3600, online_at_once=True)) == [
+def test_limit_is_a_setting() -> None:
+    """The setting is `features.max_ahead_s`."""
+    assert pushed(row(3600), row(3601), ahead=Ahead.of(3600, online_at_once=True)) == [
         (1, f"{EVENT}; {CREATED}")
     ]
-    assert pushed(sent(1), ahead=Ahead.of(0, online_at_once=True)) == [(0, f"{EVENT}; {CREATED}")]
+    assert pushed(row(1), ahead=Ahead.of(0, online_at_once=True)) == [(0, f"{EVENT}; {CREATED}")]
 
 
-def test_a_declared_lag_may_reach_ahead_only_where_rows_go_online_later() -> None:
-    """A materialisation takes what is known by then; a push would hide the value before."""
+def test_computed_created_time_may_be_ahead_only_if_rows_go_online_later() -> None:
+    """A materialisation takes only what is known by then. A push would hide the previous value."""
     assert ingested(0, 61, view=LAGGED) == [None, EVENT]
-    assert pushed(sent(0), view=LAGGED) == [(0, BY_LAG)]
-    assert pushed(sent(-240), sent(0, created_timestamp=NOW.isoformat()), view=LAGGED) == []
+    assert pushed(row(0), view=LAGGED) == [(0, BY_LAG)]
+    assert pushed(row(-240), row(0, created_timestamp=NOW.isoformat()), view=LAGGED) == []
     assert streamed(-240, 0, view=LAGGED) == [(1, BY_LAG)]
 
 
 @pytest.fixture
 def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    opened = PushProject(tmp_path, access)
-    yield opened
-    opened.close()
+    push_project = PushProject(tmp_path, access)
+    yield push_project
+    push_project.close()
 
 
-def test_a_row_from_ahead_never_hides_the_value_of_now(project: PushProject) -> None:
-    """Online goes on giving what offline gives; the row waits in quarantine."""
+def test_future_row_never_hides_the_current_value(project: PushProject) -> None:
+    """Online still gives the same value as offline. The future row is in quarantine."""
     now = datetime.now(UTC)
     rows = [
         {"keys": {"person_id": 1}, "features": {"amount": amount}, "event_timestamp": at.isoformat()}
         for amount, at in ((5.0, now - timedelta(hours=1)), (6.0, now + timedelta(hours=1)))
     ]
     answer = project.push(*rows, key="a")
-    assert (answer["accepted"], [one["row"] for one in answer["quarantined"]]) == (1, [1])
+    assert (answer["accepted"], [bad["row"] for bad in answer["quarantined"]]) == (1, [1])
     hours = (now - datetime(2024, 1, 1, tzinfo=UTC)) / timedelta(hours=1)
     assert project.amounts(1, hour=hours) == [5.0]
     assert project.stream().step() == 2
@@ -111,8 +112,8 @@ def test_a_row_from_ahead_never_hides_the_value_of_now(project: PushProject) -> 
     assert project.amounts(1, hour=hours) == [5.0]
 
 
-def test_a_quarantined_row_is_replayed_once_its_time_has_come() -> None:
-    """By the clock of the replay, read once for the batch."""
+def test_quarantined_future_row_is_good_once_its_time_is_past() -> None:
+    """The replay compares with its own time, which it reads once for the batch."""
     file = pa.table(
         {
             "reason": [EVENT],

@@ -1,4 +1,4 @@
-"""The same content is stored once, and once more when the view would make something else of it."""
+"""The same content is stored once, and again only if a change of the view changes its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError
 from feature_jobs.batches.reading import in_range
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, NotNull, Sensitivity
-from feature_jobs.store.ingestion.batches import Ingested, Wanted
+from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_range, parse_span
 
 PERSON = Entity("person", join_keys=["person_id"])
@@ -28,22 +28,26 @@ VIEW = FeatureView(
 )
 
 
-def batch(view: FeatureView, **said: Any) -> dict[str, Any]:
-    """What the ledger says of content `d` in a view."""
-    return {"view": "income", "view_version": view.version, "source_digest": "d", "ingest_id": "x"} | said
+def batch(view: FeatureView, **fields: Any) -> dict[str, Any]:
+    """Return the payload of an event for content `d` of a view."""
+    return {"view": "income", "view_version": view.version, "source_digest": "d", "ingest_id": "x"} | fields
 
 
-def next_of(
-    view: FeatureView, *batches: dict[str, Any], known: Sequence[FeatureView], digest: str = "d"
+def next_id(
+    view: FeatureView, *batches: dict[str, Any], applied: Sequence[FeatureView], digest: str = "d"
 ) -> str | None:
-    definitions = {("income", one.version): one.definition() for one in known}
-    ingested = Ingested(view.definition(), digest, batches=batches, definitions=definitions)
-    return next((wanted.ingest_id for wanted in ingested.missing()), None)
+    """Return the id of the batch that would be stored next, or None if the content is stored already."""
+    history = BatchHistory(view.definition(), digest, batches=batches, definitions=definitions(*applied))
+    return next((plan.ingest_id for plan in history.missing()), None)
+
+
+def definitions(*views: FeatureView) -> dict[tuple[str, str], dict[str, Any]]:
+    return {("income", view.version): view.definition() for view in views}
 
 
 def ingested_again(view: FeatureView, before: FeatureView) -> bool:
-    """Whether the content would be stored once more, after `before` had stored it."""
-    return next_of(view, batch(before), known=[before]) is not None
+    """Return True if the content is stored again after `before` has stored it."""
+    return next_id(view, batch(before), applied=[before]) is not None
 
 
 @pytest.mark.parametrize(
@@ -57,8 +61,8 @@ def ingested_again(view: FeatureView, before: FeatureView) -> bool:
         {"source": FileSource("moved.parquet", event_timestamp="at")},
     ],
 )
-def test_content_is_stored_once_where_rows_would_be_the_same(changes: dict[str, Any]) -> None:
-    """Who owns a view, or for how long a value counts, changes no row."""
+def test_content_is_not_stored_again_if_its_rows_are_the_same(changes: dict[str, Any]) -> None:
+    """The owner of a view, or the time-to-live of a value, changes no row."""
     assert not ingested_again(replace(VIEW, **changes), VIEW)
 
 
@@ -73,54 +77,56 @@ def test_content_is_stored_once_where_rows_would_be_the_same(changes: dict[str, 
         {"source": FileSource("income.parquet", event_timestamp="at", zone="Asia/Dubai")},
     ],
 )
-def test_content_is_stored_again_where_rows_would_differ(changes: dict[str, Any]) -> None:
-    """A new column is filled by ingesting the old files again."""
+def test_content_is_stored_again_if_its_rows_differ(changes: dict[str, Any]) -> None:
+    """For example, ingesting the old files again fills a new column."""
     assert ingested_again(replace(VIEW, **changes), VIEW)
 
 
-def test_rows_under_other_times_are_put_right() -> None:
-    """After a zone or a lag was declared, until every batch was mended; not where they are stored in parts."""
+def test_batches_with_moved_times_are_found_until_they_are_mended() -> None:
+    """Times move when a zone or a lag is declared. Batches that hold a part of the source cannot be mended."""
     zoned = replace(VIEW, source=FileSource("income.parquet", event_timestamp="at", zone="Asia/Dubai"))
-    definitions = {("income", one.version): one.definition() for one in (VIEW, zoned)}
+    applied = definitions(VIEW, zoned)
     mended = batch(zoned, mend_id="m", batch="x")
     day = {"start": "2024-01-01T00:00:00+00:00", "end": "2024-01-02T00:00:00+00:00"}
-    for batches, moved, in_parts, left in (
+    for batches, has_moved, is_partial, num_missing in (
         ([], False, False, 1),
         ([batch(VIEW)], True, False, 1),
         ([batch(VIEW, rows_in=0)], False, False, 1),
         ([batch(VIEW, **day)], True, True, 1),
         ([batch(VIEW), mended], False, False, 0),
-        ([batch(VIEW), batch(VIEW, ingest_id="y"), mended], True, False, 0),  # killed between the two
+        ([batch(VIEW), batch(VIEW, ingest_id="y"), mended], True, False, 0),  # killed after the first of two
         ([batch(zoned)], False, False, 0),
     ):
-        found = Ingested(zoned.definition(), "d", batches=batches, definitions=definitions)
-        assert (found.moved, found.in_parts, len(found.missing())) == (moved, in_parts, left), batches
+        history = BatchHistory(zoned.definition(), "d", batches=batches, definitions=applied)
+        assert history.has_moved_rows == has_moved, batches
+        assert history.has_partial_batch == is_partial, batches
+        assert len(history.missing()) == num_missing, batches
 
 
-def test_other_content_is_another_batch() -> None:
-    """Of the same view."""
-    assert next_of(VIEW, batch(VIEW), known=[VIEW], digest="e") is not None
-    assert next_of(VIEW, batch(VIEW) | {"view": "other"}, known=[VIEW]) is not None
+def test_other_content_or_another_view_is_another_batch() -> None:
+    """A stored batch does not stand for them."""
+    assert next_id(VIEW, batch(VIEW), applied=[VIEW], digest="e") is not None
+    assert next_id(VIEW, batch(VIEW) | {"view": "other"}, applied=[VIEW]) is not None
 
 
-def test_id_is_the_same_until_the_ledger_knows_of_the_batch() -> None:
-    """A run that was killed after its commit finds it again, also when only the owner changed meanwhile."""
-    assert next_of(VIEW, known=[VIEW]) == next_of(replace(VIEW, owner="risk"), known=[VIEW])
+def test_id_stays_the_same_until_the_batch_has_an_event() -> None:
+    """A command that was killed after its commit finds the batch again, even if the owner changed meanwhile."""
+    assert next_id(VIEW, applied=[VIEW]) == next_id(replace(VIEW, owner="risk"), applied=[VIEW])
 
 
 def test_going_back_to_an_earlier_definition_stores_its_rows_again() -> None:
-    """Else the rows of the version between would go on counting."""
+    """Otherwise the rows of the definition in between would still count."""
     other = replace(VIEW, checks=[NotNull("amount")])
     first, second = batch(VIEW, ingest_id="1"), batch(other, ingest_id="2")
-    known = [VIEW, other]
+    applied = [VIEW, other]
     ids = [
-        next_of(VIEW, known=known),
-        next_of(other, first, known=known),
-        next_of(VIEW, first, second, known=known),
+        next_id(VIEW, applied=applied),
+        next_id(other, first, applied=applied),
+        next_id(VIEW, first, second, applied=applied),
     ]
     assert None not in ids
     assert len(set(ids)) == 3
-    assert next_of(VIEW, first, second, batch(VIEW, ingest_id="3"), known=known) is None
+    assert next_id(VIEW, first, second, batch(VIEW, ingest_id="3"), applied=applied) is None
 
 
 DAY = timedelta(days=1)
@@ -131,53 +137,60 @@ def days(start: int, end: int) -> TimeRange:
     return TimeRange(START + start * DAY, START + end * DAY)
 
 
-def ranged(view: FeatureView, range: TimeRange, **said: Any) -> dict[str, Any]:
-    """What the ledger says of a chunk."""
-    return batch(view, start=range.start.isoformat(), end=range.end.isoformat(), **said)
+def chunk(view: FeatureView, time_range: TimeRange, **fields: Any) -> dict[str, Any]:
+    """Return the payload of an event for a chunk."""
+    return batch(view, start=time_range.start.isoformat(), end=time_range.end.isoformat(), **fields)
 
 
-def missing(*batches: dict[str, Any], range: TimeRange | None, view: FeatureView = VIEW) -> list[Wanted]:
-    known = {("income", one.version): one.definition() for one in (VIEW, OTHER)}
-    ingested = Ingested(view.definition(), "d", batches=batches, definitions=known)
-    return ingested.missing(range, 2 * DAY)
+def missing(
+    *batches: dict[str, Any], within: TimeRange | None, view: FeatureView = VIEW
+) -> list[PlannedBatch]:
+    """Return the missing chunks of two days."""
+    applied = definitions(VIEW, OTHER)
+    history = BatchHistory(view.definition(), "d", batches=batches, definitions=applied)
+    return history.missing(within, 2 * DAY)
 
 
 OTHER = replace(VIEW, checks=[NotNull("amount")])
 
 
-def test_backfill_goes_on_where_it_was() -> None:
-    """The chunks that the ledger knows are left out, and the others keep their ids."""
-    whole = missing(range=days(0, 5))
-    assert [one.range for one in whole] == [days(0, 2), days(2, 4), days(4, 5)]
-    assert missing(ranged(VIEW, days(0, 2)), range=days(0, 5)) == whole[1:]
-    assert len({one.ingest_id for one in whole}) == 3
+def test_backfill_continues_with_the_missing_chunks() -> None:
+    """Chunks with an event are left out, and the others keep their ids."""
+    whole = missing(within=days(0, 5))
+    assert [plan.event_range for plan in whole] == [days(0, 2), days(2, 4), days(4, 5)]
+    assert missing(chunk(VIEW, days(0, 2)), within=days(0, 5)) == whole[1:]
+    assert len({plan.ingest_id for plan in whole}) == 3
 
 
-def test_backfill_of_what_was_ingested_whole_does_nothing() -> None:
-    """But a backfill does not stand for the whole source, nor for what another definition makes of it."""
-    assert missing(batch(VIEW), range=days(0, 5)) == []
-    assert len(missing(ranged(VIEW, days(0, 5)), range=None)) == 1
-    assert [one.range for one in missing(ranged(VIEW, days(0, 2)), range=days(0, 2), view=OTHER)] == [
+def test_backfill_of_a_whole_stored_source_does_nothing() -> None:
+    """But a backfill does not stand for the whole source, nor for the rows of another definition."""
+    assert missing(batch(VIEW), within=days(0, 5)) == []
+    assert len(missing(chunk(VIEW, days(0, 5)), within=None)) == 1
+    assert [plan.event_range for plan in missing(chunk(VIEW, days(0, 2)), within=days(0, 2), view=OTHER)] == [
         days(0, 2)
     ]
-    again = missing(ranged(VIEW, days(0, 2)), ranged(OTHER, days(0, 2), ingest_id="2"), range=days(0, 2))
-    assert again[0].ingest_id != missing(range=days(0, 2))[0].ingest_id
+    again = missing(chunk(VIEW, days(0, 2)), chunk(OTHER, days(0, 2), ingest_id="2"), within=days(0, 2))
+    assert again[0].ingest_id != missing(within=days(0, 2))[0].ingest_id
 
 
-RANGES = st.tuples(st.integers(0, 20), st.integers(1, 8)).map(lambda one: days(one[0], one[0] + one[1]))
+RANGES = st.builds(lambda start, length: days(start, start + length), st.integers(0, 20), st.integers(1, 8))
 
 
 @given(st.lists(st.tuples(RANGES, st.none() | st.integers(1, 5))))
-def test_each_day_is_stored_once_whatever_ranges_and_chunks(
+def test_overlapping_backfills_store_each_day_once(
     commands: list[tuple[TimeRange, int | None]],
 ) -> None:
-    """Backfills that overlap add up to their union."""
+    """Together, the backfills store the union of their ranges, with any chunk lengths."""
     done: list[TimeRange] = []
     for wanted, span in commands:
         done += chunks(wanted, None if span is None else span * DAY, done)
-    stored = [day for one in done for day in range((one.start - START).days, (one.end - START).days)]
-    asked = {day for one, _ in commands for day in range((one.start - START).days, (one.end - START).days)}
-    assert sorted(stored) == sorted(asked)
+    stored = [day for part in done for day in days_in(part)]
+    wanted_days = {day for wanted, _ in commands for day in days_in(wanted)}
+    assert sorted(stored) == sorted(wanted_days)
+
+
+def days_in(time_range: TimeRange) -> range:
+    return range((time_range.start - START).days, (time_range.end - START).days)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +203,14 @@ def test_each_day_is_stored_once_whatever_ranges_and_chunks(
         (lambda: parse_span("0d"), "such as 30d"),
     ],
 )
-def test_range_that_makes_no_sense_is_refused(parse: Any, words: str) -> None:
-    """Before anything is read."""
+def test_invalid_range_or_span_is_refused(parse: Any, words: str) -> None:
+    """The message says what is expected."""
     with pytest.raises(ConfigError, match=words):
         parse()
 
 
-def test_range_has_its_start_and_not_its_end() -> None:
-    """A row without a time lies in no range."""
+def test_range_includes_its_start_and_excludes_its_end() -> None:
+    """A row without a time is in no range."""
     times = pa.chunked_array(
         [pa.array([None, START, START + DAY, START + 2 * DAY], pa.timestamp("us", "UTC"))]
     )

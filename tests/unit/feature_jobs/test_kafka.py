@@ -1,4 +1,4 @@
-"""A topic into the table exactly once and online, over Kafka's own protocol."""
+"""Messages of a topic are stored exactly once, and go online. The tests use Kafka's own protocol."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from hypothesis import strategies as st
 
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from cluster.ledger.events import BatchIngested
-from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import Unique
-from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.ingestion.message_rows import NO_VALUE, check_messages
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import try_again
 from feature_jobs.store.streaming import kafka_consumer
 from feature_jobs.store.streaming.kafka_consumer import Reading, properties
@@ -46,18 +45,18 @@ def broker() -> Iterator[MockBroker]:
 
 @pytest.fixture
 def project(tmp_path: Path, access: KeyAccess, broker: MockBroker) -> Iterator[PushProject]:
-    opened = PushProject(tmp_path, access, view=kafka_view(broker.servers))
-    yield opened
-    opened.close()
+    push_project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
+    yield push_project
+    push_project.close()
 
 
 def ingested(project: PushProject, *names: str) -> list[Any]:
-    """Of every batch."""
+    """Return some fields of every batch's event."""
     return [[entry.payload[name] for name in names] for entry in project.ledger.entries(BatchIngested)]
 
 
 def test_rows_are_stored_once_and_read_online(project: PushProject, broker: MockBroker) -> None:
-    """From every partition; the next start goes on behind them."""
+    """Rows of all partitions are stored. The next start continues behind them."""
     broker.send(TOPIC, message(1, 1, 5.0), message(2, 1, 6.0))
     broker.send(TOPIC, message(3, 1, 7.0), partition=1)
     assert (project.consume(), project.consume()) == (3, 0)
@@ -69,10 +68,10 @@ def test_rows_are_stored_once_and_read_online(project: PushProject, broker: Mock
     assert ingested(project, "rows_in", "rows_stored") == [[3, 3], [2, 2]]
 
 
-def test_streamed_events_are_online_as_offline(
+def test_streamed_events_give_the_same_values_online_and_offline(
     tmp_path: Path, access: KeyAccess, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an aggregated view; also those that a crash kept from going online, and what corrects others."""
+    """The view has aggregations. A crash kept some events from going online, and others correct earlier ones."""
     project = PushProject(tmp_path, access, view=kafka_view(broker.servers, payments_view()))
     broker.send(TOPIC, message(1, 6, 5.0, payment="a"), message(0, 6, 7.0, payment="b"))
     project.consume()
@@ -90,7 +89,7 @@ def test_streamed_events_are_online_as_offline(
 
 
 def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -> None:
-    """Each bad one is in quarantine with its reason, also those from before the first row."""
+    """Each bad message is in quarantine with its reason, also those from before the first row."""
     broker.send(TOPIC, b"nonsense")
     assert project.consume() == 0
     bad = [
@@ -121,46 +120,43 @@ def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -
     }
 
 
-def test_messages_from_before_the_first_row_are_not_left_behind(
-    project: PushProject, broker: MockBroker
-) -> None:
-    """Read alone, they wait for the row that says what keys are, and are stored with it."""
+def test_messages_from_before_the_first_row_are_stored(project: PushProject, broker: MockBroker) -> None:
+    """They wait until the first row shows the type of the key, and are stored with it."""
     broker.send(TOPIC, b"nonsense", b"more of it", message(1, 1, 5.0))
     assert project.consume(max_rows=1) == 3
     assert ingested(project, "rows_in", "reasons") == [[3, {"the message is no JSON": 2}]]
 
 
-def test_rules_for_whole_batches_do_not_judge_messages() -> None:
-    """Where a batch ends is chance, and after a crash it is another one."""
+def test_rules_for_whole_batches_do_not_apply_to_messages() -> None:
+    """A batch of messages ends at an arbitrary message, and at another one after a crash."""
     view = dataclasses.replace(kafka_view("a:1"), checks=(Unique(["person_id"]),))
-    twice = [orjson.dumps(message(1, 1))] * 2
-    checked = check_messages(twice, view, key_types={}, now=datetime.now(UTC))
+    messages = [orjson.dumps(message(1, 1))] * 2
+    checked = check_messages(messages, view, key_types={}, now=datetime.now(UTC))
     assert (checked.good.num_rows, checked.bad.num_rows) == (2, 0)
     assert "__source" not in checked.good.column_names
 
 
-def test_quarantined_messages_are_tried_again(
+def test_quarantined_messages_are_checked_again(
     project: PushProject, broker: MockBroker, access: KeyAccess
 ) -> None:
-    """What is no row stays, a row that the view takes by now comes out."""
+    """A message that is not a row stays. A row that the view accepts now is good."""
     bad = [b"nonsense", message("one", 1), message(2, 1, -5.0) | {"at": 1_704_067_200_000}]  # type: ignore[arg-type]
     broker.send(TOPIC, message(1, 1, 5.0), *bad)
     project.consume()
     [[name]] = ingested(project, "ingest_id")
-    file = protected_files(access).read(
-        f"{project.places.quarantine('income')}/{name}.parquet", protection=quarantine_protection("income")
-    )
+    folder = project.places.quarantine("income")
+    file = QuarantineFiles(folder=folder, view="income", access=access).read(name)
     lenient = dataclasses.replace(project.view.view, checks=())
-    tried = try_again(file, lenient, now=datetime.now(UTC), baseline=None)
-    assert tried.reasons.to_pylist() == ["the message is no JSON", "person_id is no int64", None]
-    assert tried.good is not None
-    assert tried.good["amount"].to_pylist() == [-5.0]
+    rechecked = try_again(file, lenient, now=datetime.now(UTC), baseline=None)
+    assert rechecked.reasons.to_pylist() == ["the message is no JSON", "person_id is no int64", None]
+    assert rechecked.good is not None
+    assert rechecked.good["amount"].to_pylist() == [-5.0]
 
 
-def test_a_crash_between_table_and_online_is_mended_at_the_next_start(
+def test_next_start_completes_a_crash_between_table_and_online_store(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the table has is put online, and the ledger told."""
+    """The rows of the table go online, and the event is appended."""
     broker.send(TOPIC, message(1, 1, 5.0))
 
     def crash(*_: Any) -> None:
@@ -175,8 +171,8 @@ def test_a_crash_between_table_and_online_is_mended_at_the_next_start(
     assert (project.amounts(1), ingested(project, "rows_in")) == ([5.0], [[1]])
 
 
-def test_a_zombie_is_refused(project: PushProject, broker: MockBroker) -> None:
-    """A consumer that finds a later one's generation in the table stores nothing any more."""
+def test_earlier_consumer_is_fenced(project: PushProject, broker: MockBroker) -> None:
+    """A consumer that finds the generation of a later one in the table stores nothing more."""
     broker.send(TOPIC, message(1, 1, 5.0))
     project.consume()
     old, new = project.kafka(), project.kafka()
@@ -191,55 +187,55 @@ def test_a_zombie_is_refused(project: PushProject, broker: MockBroker) -> None:
 
 
 class Sent:
-    """A message."""
+    """A message as the Kafka client returns it."""
 
     def __init__(self, partition: int, offset: int, value: bytes) -> None:
-        self._said = (partition, offset, value)
+        self._fields = (partition, offset, value)
 
     def partition(self) -> int:
-        return self._said[0]
+        return self._fields[0]
 
     def offset(self) -> int:
-        return self._said[1]
+        return self._fields[1]
 
     def value(self) -> bytes:
-        return self._said[2]
+        return self._fields[2]
 
 
 @pytest.mark.parametrize("policy", list(LatePolicy))
-def test_late_rows_are_counted_and_stored_or_put_aside(
+def test_late_rows_are_counted_and_stored_or_quarantined(
     project: PushProject, broker: MockBroker, policy: LatePolicy
 ) -> None:
-    """By their own partition's watermark, also across commits and starts; a late row never overwrites a newer one."""
+    """The partition's watermark counts, also across commits and starts. A late row never replaces a newer one."""
     lateness = Lateness(3_600_000_000, policy)
     broker.send(TOPIC, message(1, 5, 5.0), message(1, 4, 4.0), message(2, 3.9, 3.9))
     broker.send(TOPIC, message(3, 1, 1.0), partition=1)
     project.consume(lateness=lateness)
     broker.send(TOPIC, message(4, 2, 2.0), message(4, 6, -1.0), message(4, 4.5, 4.5))
     project.consume(lateness=lateness)
-    kept = policy is LatePolicy.accept
-    assert project.amounts(1, 2, 3, 4) == [5.0, 3.9 if kept else None, 1.0, 4.5]
+    are_stored = policy is LatePolicy.accept
+    assert project.amounts(1, 2, 3, 4) == [5.0, 3.9 if are_stored else None, 1.0, 4.5]
     late = [[1, {}], [1, {"amount outside 0..1e+06": 1}]]
-    if not kept:
+    if not are_stored:
         late = [[1, {"late": 1}], [1, {"late": 1, "amount outside 0..1e+06": 1}]]
     assert ingested(project, "rows_late", "reasons") == late
 
 
 @given(st.lists(st.integers(-5, 20)), st.integers(0, 5), st.integers(0, 20))
 def test_lateness_does_not_depend_on_the_batches(events: list[int], max_us: int, cut: int) -> None:
-    """Judged in two parts as in one."""
+    """Events in two parts give the same result as in one part."""
     lateness = Lateness(max_us, LatePolicy.accept)
     first, watermark = lateness.judge(events[:cut], BEGINNING)
     second, end = lateness.judge(events[cut:], watermark)
     assert (first + second, end) == lateness.judge(events, BEGINNING)
     late = first + second
     assert late == [
-        event < max(events[:place], default=BEGINNING) - max_us for place, event in enumerate(events)
+        event < max(events[:index], default=BEGINNING) - max_us for index, event in enumerate(events)
     ]
 
 
-def test_a_broker_that_is_away_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its topic."""
+def test_unreachable_broker_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message also has the topic."""
     monkeypatch.setattr(kafka_consumer, "ANSWER_S", 0.3)
     away = KafkaSource("127.0.0.1:1", TOPIC, event_timestamp="at")
     reading = Reading(source=away, once=True)
@@ -247,8 +243,8 @@ def test_a_broker_that_is_away_is_named(project: PushProject, monkeypatch: pytes
         kafka_consumer.consume(project.kafka(), reading, threading.Event())
 
 
-def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_path: Path) -> None:
-    """A line that is none is refused."""
+def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> None:
+    """All other properties come from the file. An invalid line is refused."""
     file = tmp_path / "kafka.properties"
     file.write_text("# how to log in\nsasl.mechanism=PLAIN\nenable.auto.commit=true\n\n")
     source = KafkaSource("a:1", TOPIC, event_timestamp="at")
@@ -259,10 +255,10 @@ def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_pa
         properties(Reading(source=source, properties_file=file))
 
 
-def test_kill_of_a_consumer_loses_and_doubles_nothing(
+def test_killed_consumer_loses_and_repeats_no_row(
     tmp_path: Path, access: KeyAccess, broker: MockBroker
 ) -> None:
-    """Killed at random points and started again: table, quarantine and online as if never killed."""
+    """After kills at random points, table, quarantine and online store are the same as without kills."""
     draw = random.Random(0)
     for _ in range(15 * (KILLS + 1)):
         person = draw.randrange(4)
@@ -277,11 +273,11 @@ def test_kill_of_a_consumer_loses_and_doubles_nothing(
     killed = PushProject(tmp_path / "killed", access, view=kafka_view(broker.servers))
     killed.consume()
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted"]
-    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (whole, killed))
+    expected, actual = (run.table().select(columns).sort(pl.all()) for run in (whole, killed))
     assert actual.equals(expected)
     assert killed.table()["ingest_seq"].is_unique().all()
-    for one in ("rows_in", "rows_stored", "rows_quarantined"):
-        assert sum(n for [n] in ingested(killed, one)) == sum(n for [n] in ingested(whole, one))
+    for name in ("rows_in", "rows_stored", "rows_quarantined"):
+        assert sum(n for [n] in ingested(killed, name)) == sum(n for [n] in ingested(whole, name))
     people = [(person,) for person in range(4)]
     assert killed.store.get(killed.view.spec, people) == whole.store.get(whole.view.spec, people)
     whole.close()
@@ -289,13 +285,17 @@ def test_kill_of_a_consumer_loses_and_doubles_nothing(
 
 
 def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
-    """Run a consumer; whether it was killed before it was done, a moment after one of its next few commits."""
+    """Run a consumer, and kill it a moment after one of its next few commits.
+
+    Returns:
+        True if it was killed before it was done.
+    """
     context = forks.context()
     consumer = context.Process(target=consume_until_killed, args=(str(root), access, broker.servers))
     log = root / "features" / "income" / "_delta_log"
-    enough = len(list(log.glob("*.json"))) + random.randint(1, 4)
+    num_commits = len(list(log.glob("*.json"))) + random.randint(1, 4)
     consumer.start()
-    while consumer.is_alive() and len(list(log.glob("*.json"))) < enough:
+    while consumer.is_alive() and len(list(log.glob("*.json"))) < num_commits:
         consumer.join(0.002)
     consumer.join(random.uniform(0.0, 0.05))
     consumer.kill()
@@ -303,18 +303,18 @@ def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
     return consumer.exitcode != 0
 
 
-def test_a_conflict_is_looked_at_again(
+def test_commit_conflict_is_retried(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job's commit between look and commit costs a second look, no row."""
+    """After another job's commit, the consumer reads the position again, and no row is lost."""
     broker.send(TOPIC, message(1, 1, 5.0))
-    taken, calls = KafkaStream.take, []
+    original_take, calls = KafkaStream.take, []
 
     def take(stream: KafkaStream, messages: Any) -> int:
         calls.append(len(messages))
         if len(calls) == 1:
             raise CommitConflict("meanwhile")
-        return taken(stream, messages)
+        return original_take(stream, messages)
 
     monkeypatch.setattr(KafkaStream, "take", take)
     assert project.consume() == 1

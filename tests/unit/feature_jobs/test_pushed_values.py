@@ -1,4 +1,4 @@
-"""Values and times of pushed rows and of messages: taken as they are, or not at all."""
+"""Values and times of pushed rows and messages are stored without a change, or rejected."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.push_project import INCOME, START, row
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 
 
-def same(table: pa.Table) -> pa.Table:
-    """A transform."""
+def identity(table: pa.Table) -> pa.Table:
+    """A transform that changes nothing."""
     return table
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value", "taken"),
+    ("dtype", "value", "accepted"),
     [
         ("float64", 2**53, True),
         ("float64", 2**53 + 1, False),
@@ -41,55 +41,57 @@ def same(table: pa.Table) -> pa.Table:
         ("timestamp", "2024-01-01T00:00:00.1234561Z", False),
     ],
 )
-def test_pushed_value_that_would_change_is_a_bad_row(dtype: str, value: Any, taken: bool) -> None:
-    """Fractions are rounded to their type; whole numbers and times are what they are, or nothing."""
+def test_pushed_value_that_would_change_is_a_bad_row(dtype: str, value: Any, accepted: bool) -> None:
+    """Fractions are rounded to their type. Whole numbers and times must be exact."""
     reasons: dict[int, str] = {}
-    [held] = typed_column("x", [value], dtype, reasons).to_pylist()
-    assert (held is not None, reasons) == (taken, {} if taken else {0: f"x is no {dtype}"})
+    [stored] = typed_column("x", [value], dtype, reasons).to_pylist()
+    assert (stored is not None, reasons) == (accepted, {} if accepted else {0: f"x is no {dtype}"})
 
 
 def test_pushed_time_follows_the_rules_of_the_source() -> None:
-    """Rounded up, and read in the source's zone where it has none."""
+    """It is rounded up. Without a time zone, it has the source's zone."""
     local = replace(INCOME, source=replace(INCOME.source, zone="America/Los_Angeles"))
     for view, text, expected in (
         (INCOME, "2024-01-01T00:00:00.0000001", START + timedelta(microseconds=1)),
         (local, "2024-11-03T01:30:00", datetime(2024, 11, 3, 9, 30, tzinfo=UTC)),
         (local, "2024-01-01T00:00:00Z", START),
     ):
-        found = check_rows([row(1, 0) | {"event_timestamp": text}], view, key_types={}, now=NOW)
-        assert found.good["event_timestamp"].to_pylist() == [expected]
+        checked = check_rows([row(1, 0) | {"event_timestamp": text}], view, key_types={}, now=NOW)
+        assert checked.good["event_timestamp"].to_pylist() == [expected]
         topic = replace(view, source=KafkaSource("h:1", "t", event_timestamp="at", zone=view.source.zone))
         message = orjson.dumps({"person_id": 1, "amount": 1.0, "sector": "a", "at": text})
-        found = check_messages([message], topic, key_types={}, now=NOW)
-        assert found.good["event_timestamp"].to_pylist() == [expected]
+        checked = check_messages([message], topic, key_types={}, now=NOW)
+        assert checked.good["event_timestamp"].to_pylist() == [expected]
 
 
 @pytest.mark.parametrize("values", [["a", 1], [1, "a"], [-1, 2**63]])
 def test_values_of_several_types_are_refused_for_a_transform(values: list[Any]) -> None:
-    """Whichever comes first. In a topic, each such message is tried by itself and stops nobody."""
+    """The order of the types does not matter. In a topic, only the message of a wrong type is a bad row."""
     with pytest.raises(InvalidRequest, match="'amount' are not of one type"):
         typed_column("amount", values, None, {})
-    made = replace(INCOME, transform=same, source=KafkaSource("h:1", "t", event_timestamp="at"), checks=[])
+    topic_view = replace(
+        INCOME, transform=identity, source=KafkaSource("h:1", "t", event_timestamp="at"), checks=[]
+    )
     text = {"person_id": 1, "amount": "1.0", "sector": "a", "at": START.isoformat()}
-    sent = [orjson.dumps(text), orjson.dumps(text | {"amount": 1.0})]
-    found = check_messages(sent, made, key_types={}, now=NOW)
-    assert (found.good["amount"].to_pylist(), found.bad["__position"].to_pylist()) == ([1.0], [0])
+    messages = [orjson.dumps(text), orjson.dumps(text | {"amount": 1.0})]
+    checked = check_messages(messages, topic_view, key_types={}, now=NOW)
+    assert (checked.good["amount"].to_pylist(), checked.bad["__position"].to_pylist()) == ([1.0], [0])
 
 
-@pytest.mark.parametrize("kept_as", ["gone", "deleted"])
-def test_quarantined_tombstone_is_one_when_it_is_tried_again(kept_as: str) -> None:
-    """Also where the source has a name of its own for it, and where an earlier release kept it under ours."""
+@pytest.mark.parametrize("stored_as", ["gone", "deleted"])
+def test_quarantined_tombstone_is_still_a_tombstone_after_replay(stored_as: str) -> None:
+    """The column has the source's own name. Earlier releases stored it under the platform's name `deleted`."""
     view = replace(INCOME, source=FileSource("x.parquet", event_timestamp="at", deleted="gone"))
     ahead = (NOW + timedelta(hours=1)).isoformat()
-    sent = {"keys": {"person_id": 1}, "event_timestamp": ahead, "deleted": True}
-    bad = check_rows([sent], view, key_types={}, now=NOW).bad
+    tombstone = {"keys": {"person_id": 1}, "event_timestamp": ahead, "deleted": True}
+    bad = check_rows([tombstone], view, key_types={}, now=NOW).bad
     raw = orjson.loads(bad["raw"][0].as_py())
     assert raw["gone"] is True
-    raw[kept_as] = raw.pop("gone")
+    raw[stored_as] = raw.pop("gone")
     file = pa.table({"reason": bad["reason"], "raw": [orjson.dumps(raw).decode()]})
-    tried = try_again(file, view, now=NOW + timedelta(hours=2), baseline=None)
-    assert tried.good is not None
-    assert tried.good["deleted"].to_pylist() == [True]
+    rechecked = try_again(file, view, now=NOW + timedelta(hours=2), baseline=None)
+    assert rechecked.good is not None
+    assert rechecked.good["deleted"].to_pylist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,11 @@ def test_quarantined_tombstone_is_one_when_it_is_tried_again(kept_as: str) -> No
     ],
     ids=lambda source: type(source).__name__,
 )
-def test_the_zone_is_known_where_the_view_is_read_from_the_ledger(source: Source) -> None:
-    """Replicas and streams have no module: the ledger's record says the zone."""
+def test_view_from_the_ledger_has_its_time_zone(source: Source) -> None:
+    """Replicas and streams have no module with definitions, so the ledger's record must contain the zone."""
     view = from_record(replace(INCOME, source=source).definition())
     assert view.source.zone == "Asia/Dubai"
-    found = check_rows([row(1, 0) | {"event_timestamp": "2024-01-01T04:00:00"}], view, key_types={}, now=NOW)
-    assert found.good["event_timestamp"].to_pylist() == [START]
+    checked = check_rows(
+        [row(1, 0) | {"event_timestamp": "2024-01-01T04:00:00"}], view, key_types={}, now=NOW
+    )
+    assert checked.good["event_timestamp"].to_pylist() == [START]

@@ -1,4 +1,4 @@
-"""Quarantined rows come back as the source had them, are tried again, and are stored once."""
+"""Quarantined rows are read back as the source had them, checked again, and stored exactly once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Ran
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection, view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.ingestion.quarantine import quarantined, source_rows, source_schema
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import try_again
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
 from feature_jobs.store.offline import tables as offline
@@ -50,6 +51,9 @@ def view(*checks: Any) -> FeatureView:
     )
 
 
+NOT_NEGATIVE = view(Range("amount", minimum=0))
+
+
 def block(amount: list[float], keys: list[int] | None = None, **more: Any) -> pa.Table:
     keys = list(range(len(amount))) if keys is None else keys
     at = pa.array([AT] * len(amount), pa.timestamp("ns", "UTC"))
@@ -57,23 +61,24 @@ def block(amount: list[float], keys: list[int] | None = None, **more: Any) -> pa
 
 
 def quarantine_of(source: pa.Table, of: FeatureView) -> pa.Table:
-    """What ingestion puts aside."""
-    found = prepare(source, of, now=NOW)
-    bad = found.filter(found[REASON].is_valid()).select([REASON, RAW]).rename_columns(["reason", "raw"])
-    count = bad.num_rows
-    bad = bad.append_column("ingested_at", pa.array([NOW] * count, pa.timestamp("us", "UTC")))
-    return bad.append_column("ingest_seq", pa.array(range(count), pa.int64()))
+    """Return the quarantine file that ingestion writes."""
+    prepared = prepare(source, of, now=NOW)
+    bad = prepared.filter(prepared[REASON].is_valid()).select([REASON, RAW])
+    bad = bad.rename_columns(["reason", "raw"])
+    num_rows = bad.num_rows
+    bad = bad.append_column("ingested_at", pa.array([NOW] * num_rows, pa.timestamp("us", "UTC")))
+    return bad.append_column("ingest_seq", pa.array(range(num_rows), pa.int64()))
 
 
-def again(file: pa.Table) -> pa.Table:
-    """A file's rows as the source had them."""
+def read_back(file: pa.Table) -> pa.Table:
+    """Return a file's rows as the source had them."""
     schema = source_schema(file)
     assert schema is not None
     return source_rows(file, schema)
 
 
-def test_a_row_comes_back_with_the_types_and_values_it_had() -> None:
-    """Also types that JSON does not have."""
+def test_rows_are_read_back_with_their_types_and_values() -> None:
+    """This includes types that JSON does not have."""
     columns = {
         "code": pa.array(["7", None]).dictionary_encode(),
         "day": pa.array([date(2024, 1, 2), None]),
@@ -86,29 +91,27 @@ def test_a_row_comes_back_with_the_types_and_values_it_had() -> None:
         "nothing": pa.nulls(2),
     }
     source = block([-1.0, -2.0], **columns)
-    back = again(quarantine_of(source, view(Range("amount", minimum=0))))
-    assert back.schema == source.schema
-    assert back.to_pylist() == source.to_pylist()
+    rows = read_back(quarantine_of(source, NOT_NEGATIVE))
+    assert rows.schema == source.schema
+    assert rows.to_pylist() == source.to_pylist()
 
 
-def test_a_time_that_could_not_be_printed_comes_back() -> None:
-    """Beside one that could."""
+def test_times_outside_pythons_range_are_read_back() -> None:
+    """The column may also contain times inside the range."""
     far = pa.array([316_537_891_200_000_000, 5], pa.timestamp("us"))
-    bad = view(Range("amount", minimum=0))
-    parts = [quarantine_of(block([-1.0], far=far.slice(i, 1)), bad) for i in range(2)]
-    assert again(pa.concat_tables(parts))["far"].combine_chunks().equals(far)
+    parts = [quarantine_of(block([-1.0], far=far.slice(i, 1)), NOT_NEGATIVE) for i in range(2)]
+    assert read_back(pa.concat_tables(parts))["far"].combine_chunks().equals(far)
 
 
-def test_types_survive_a_file(tmp_path: Path, access: KeyAccess) -> None:
-    """They travel in the Parquet file's own schema."""
-    file = quarantine_of(block([-1.0]), view(Range("amount", minimum=0)))
-    files, path = protected_files(access), str(tmp_path / "q.parquet")
-    files.write(file, path, quarantine_protection("income"))
-    assert again(files.read(path)).schema == block([-1.0]).schema
+def test_types_are_stored_in_the_file(tmp_path: Path, access: KeyAccess) -> None:
+    """They are metadata of the Parquet schema."""
+    files = QuarantineFiles(folder=str(tmp_path), view="income", access=access)
+    files.write("b1", quarantine_of(block([-1.0]), NOT_NEGATIVE))
+    assert read_back(files.read("b1")).schema == block([-1.0]).schema
 
 
-def raw(*rows: dict[str, Any], reason: str = "x") -> pa.Table:
-    """A file without types."""
+def untyped_file(*rows: dict[str, Any], reason: str = "x") -> pa.Table:
+    """Return a quarantine file without the source's types."""
     return pa.table(
         {
             "reason": [reason] * len(rows),
@@ -118,66 +121,65 @@ def raw(*rows: dict[str, Any], reason: str = "x") -> pa.Table:
     )
 
 
-def test_rows_without_types_are_tried_as_a_push_is() -> None:
-    """Each by itself: one of the wrong type, one without a key, and one that an older release wrote with its times."""
-    file = raw(
+def test_rows_without_types_are_checked_like_a_push() -> None:
+    """The rows are: a good one, one of a wrong type, one without a key, and one of an older release."""
+    file = untyped_file(
         {"person_id": 1, "amount": 2.5, "at": "2024-01-01T00:00:00Z", "deleted": False},
         {"person_id": 2, "amount": "many", "at": "2024-01-01T00:00:00Z"},
         {"person_id": None, "amount": 1.0, "at": "2024-01-01T00:00:00Z"},
         {"person_id": 4, "amount": 3, "at": "2024-01-01 00:00:00+00:00", "note": "not of the view"},
     )
-    tried = try_again(file, view(), now=NOW, baseline=None)
-    assert tried.reasons.to_pylist() == [None, "amount is no float64", "x", None]
-    assert tried.good is not None
-    assert tried.good.select(["person_id", "amount", "event_timestamp"]).to_pylist() == [
+    rechecked = try_again(file, view(), now=NOW, baseline=None)
+    assert rechecked.reasons.to_pylist() == [None, "amount is no float64", "x", None]
+    assert rechecked.good is not None
+    assert rechecked.good.select(["person_id", "amount", "event_timestamp"]).to_pylist() == [
         {"person_id": 1, "amount": 2.5, "event_timestamp": AT},
         {"person_id": 4, "amount": 3.0, "event_timestamp": AT},
     ]
 
 
-def test_many_pushed_rows_are_tried_in_parts() -> None:
-    """More than one push may have."""
+def test_more_rows_than_a_push_may_have_are_checked_in_parts() -> None:
+    """All rows are checked, also those beyond the limit of one push."""
     rows = [{"person_id": n, "amount": float(n), "at": "2024-01-01T00:00:00Z"} for n in range(2500)]
-    tried = try_again(raw(*rows), view(Range("amount", maximum=2398)), now=NOW, baseline=None)
-    assert tried.good is not None
-    assert tried.good["person_id"].to_pylist() == list(range(2399))
-    assert tried.reasons.null_count == 2399
+    rechecked = try_again(untyped_file(*rows), view(Range("amount", maximum=2398)), now=NOW, baseline=None)
+    assert rechecked.good is not None
+    assert rechecked.good["person_id"].to_pylist() == list(range(2399))
+    assert rechecked.reasons.null_count == 2399
 
 
 @pytest.mark.parametrize("rule", [Unique(["person_id"]), Unique(["person_id"], keep=Keep.first)])
-def test_a_row_put_aside_for_its_likeness_stays_while_the_view_has_the_rule(rule: Unique) -> None:
-    """In its file it may be alone, and would take the place of the one that was kept."""
+def test_repeated_rows_stay_while_the_view_has_the_unique_rule(rule: Unique) -> None:
+    """In its file, a row may be the only one of its kind, but it would replace the row that was stored."""
     file = quarantine_of(block([1.0, 2.0, -1.0], keys=[1, 1, 2]), view(rule, Range("amount", minimum=0)))
-    kept, without = view(rule), view()
-    for of, stays in ((kept, 2 if rule.keep is Keep.none else 1), (without, 0)):
-        tried = try_again(file, of, now=NOW, baseline=None)
-        assert tried.reasons.is_valid().to_pylist().count(True) == stays
+    num_repeated = 2 if rule.keep is Keep.none else 1
+    for current_view, expected in ((view(rule), num_repeated), (view(), 0)):
+        rechecked = try_again(file, current_view, now=NOW, baseline=None)
+        assert rechecked.reasons.is_valid().to_pylist().count(True) == expected
 
 
-def test_what_lies_in_quarantine_follows_from_the_events() -> None:
-    """Ingested, then replayed in part, then in full; other views do not count."""
+def test_quarantined_rows_are_counted_from_events() -> None:
+    """The counts follow ingestion, a partial replay and a full replay. Other views do not count."""
     common: dict[str, Any] = {"view_version": "v", "table_version": 1, "rows_in": 9, "rows_stored": 7}
     ingested = BatchIngested(
         view="a", ingest_id="1", source="", source_digest="", rows_quarantined=2, reasons={"x": 2}, **common
     )
-    part = QuarantineReplayed(
+    partial = QuarantineReplayed(
         view="a", batch="1", replay_id="r", rows_quarantined=1, reasons={"y": 1}, **common
     )
     full = QuarantineReplayed(view="a", batch="1", replay_id="s", rows_quarantined=0, reasons={}, **common)
     assert quarantined([ingested], "a") == {"1": {"x": 2}}
-    assert quarantined([ingested, part], "a") == {"1": {"y": 1}}
-    assert quarantined([ingested, part, full], "a") == {}
+    assert quarantined([ingested, partial], "a") == {"1": {"y": 1}}
+    assert quarantined([ingested, partial, full], "a") == {}
     assert quarantined([ingested], "b") == {}
 
 
-class Broken(Exception):
-    """The process ends here."""
+class Killed(Exception):
+    """Stands for the end of the process."""
 
 
 @pytest.fixture
-def place(tmp_path: Path, access: KeyAccess) -> job.Place:
-    """A quarantine of three rows, -1, -2 and -3; nothing in the table."""
-    folder, rows = str(tmp_path / "quarantine" / "income"), [-1.0, -2.0, -3.0]
+def batch_replay(tmp_path: Path, access: KeyAccess) -> job.BatchReplay:
+    """A quarantine with the amounts -1, -2 and -3, of which the view now accepts two. The table is empty."""
     target = offline.Target(
         uri=str(tmp_path / "features" / "income"),
         keys=("person_id",),
@@ -185,147 +187,145 @@ def place(tmp_path: Path, access: KeyAccess) -> job.Place:
         protection=view_protection(SPEC),
         access=access,
     )
-    mended = view(Range("amount", minimum=-2))
-    place = job.Place(view=mended, batch="b1", folder=folder, target=target)
-    file = quarantine_of(block(rows), view(Range("amount", minimum=0)))
-    where = quarantine_place("income", "b1")
-    protected_files(access).write(file, place.path, quarantine_protection("income"), place=where)
-    return place
+    files = QuarantineFiles(folder=str(tmp_path / "quarantine" / "income"), view="income", access=access)
+    files.write("b1", quarantine_of(block([-1.0, -2.0, -3.0]), NOT_NEGATIVE))
+    return job.BatchReplay(view=view(Range("amount", minimum=-2)), batch="b1", files=files, target=target)
 
 
-def stored(place: job.Place) -> list[float]:
-    uri = place.target.uri
+def run_replay(batch_replay: job.BatchReplay) -> QuarantineReplayed:
+    """Replay a batch, and finish the replay."""
+    event = job.replay(batch_replay, None, now=NOW)
+    job.finish(batch_replay.files, event)
+    return event
+
+
+def stored_amounts(batch_replay: job.BatchReplay) -> list[float]:
+    target = batch_replay.target
     pinned = offline.snapshot(
-        uri,
-        view="income",
-        keys=["person_id"],
-        protection=place.target.protection,
-        access=place.target.access,
+        target.uri, view="income", keys=["person_id"], protection=target.protection, access=target.access
     )
-    return sorted(
-        value
-        for bucket in range(2)
-        for table in pinned.tables(bucket)
-        for value in table["amount"].to_pylist()
-    )
+    tables = [table for bucket in range(2) for table in pinned.tables(bucket)]
+    return sorted(value for table in tables for value in table["amount"].to_pylist())
 
 
-def left(place: job.Place) -> list[tuple[float, str]]:
-    file = protected_files(place.target.access).read(place.path)
+def quarantined_rows(batch_replay: job.BatchReplay) -> list[tuple[float, str]]:
+    file = batch_replay.files.read(batch_replay.batch)
     return [(json.loads(row["raw"])["amount"], row["reason"]) for row in file.to_pylist()]
 
 
-def test_mended_rows_are_stored_and_the_others_stay_with_their_new_reason(place: job.Place) -> None:
-    """In quarantine before = stored now + still there."""
-    event = job.replay(place, None, now=NOW)
-    job.finish(place, event)
+def test_good_rows_are_stored_and_bad_rows_stay_with_a_new_reason(batch_replay: job.BatchReplay) -> None:
+    """Rows in = rows stored + rows that stay."""
+    event = run_replay(batch_replay)
     assert (event.rows_in, event.rows_stored, event.rows_quarantined) == (3, 2, 1)
     assert event.reasons == {"amount outside -2..": 1}
-    assert stored(place) == [-2.0, -1.0]
-    assert left(place) == [(-3.0, "amount outside -2..")]
+    assert stored_amounts(batch_replay) == [-2.0, -1.0]
+    assert quarantined_rows(batch_replay) == [(-3.0, "amount outside -2..")]
 
 
-def test_quarantine_of_another_batch_is_not_replayed(place: job.Place) -> None:
-    """Files are bound to their batch, also what stays after a replay; one of an earlier release says nothing."""
-    files, other = protected_files(place.target.access), dataclasses.replace(place, batch="b2")
-    shutil.copy(place.path, other.path)
+def test_another_batchs_file_is_not_replayed(batch_replay: job.BatchReplay) -> None:
+    """Files are bound to their batch, also after a replay. Files of an earlier release are not bound, and are read."""
+    quarantine, other = batch_replay.files, dataclasses.replace(batch_replay, batch="b2")
+    path, other_path = quarantine.path("b1"), quarantine.path("b2")
+    shutil.copy(path, other_path)
     with pytest.raises(ProtectedFileCorrupt, match="belongs at"):
         job.replay(other, None, now=NOW)
-    files.write(files.read(place.path), other.path, quarantine_protection("income"))
+    files = protected_files(quarantine.access)
+    files.write(files.read(path), other_path, quarantine_protection("income"))
     assert job.replay(other, None, now=NOW).rows_in == 3
-    job.finish(place, job.replay(place, None, now=NOW))
-    assert files.keys(place.path).place == quarantine_place("income", "b1")
+    run_replay(batch_replay)
+    assert files.keys(path).place == quarantine_place("income", "b1")
 
 
-def test_killed_after_the_commit_nothing_is_stored_twice(place: job.Place) -> None:
-    """The next run only finishes, also when the view was changed meanwhile."""
-    first = job.replay(place, None, now=NOW)
-    other = job.Place(view=view(), batch=place.batch, folder=place.folder, target=place.target)
-    again = job.replay(other, None, now=NOW)
-    job.finish(other, again)
-    assert (again.replay_id, again.rows_stored) == (first.replay_id, 2)
-    assert stored(place) == [-2.0, -1.0]
-    assert [amount for amount, _ in left(place)] == [-3.0]
+def test_files_have_the_same_columns_in_the_same_order(tmp_path: Path, access: KeyAccess) -> None:
+    """The writer orders the columns of all callers."""
+    files = QuarantineFiles(folder=str(tmp_path), view="income", access=access)
+    rows = quarantine_of(block([-1.0]), NOT_NEGATIVE)
+    for order in (rows.column_names, rows.column_names[::-1]):
+        files.write("b1", rows.select(order))
+        assert files.read("b1").column_names == ["reason", "raw", "ingested_at", "ingest_seq"]
 
 
-def test_killed_before_the_commit_nothing_is_lost(place: job.Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows are still in quarantine, and the next run does it all."""
+def test_replay_killed_after_its_commit_stores_nothing_twice(batch_replay: job.BatchReplay) -> None:
+    """The next run only finishes the replay, even if the view was changed meanwhile."""
+    first = job.replay(batch_replay, None, now=NOW)
+    second = run_replay(dataclasses.replace(batch_replay, view=view()))
+    assert (second.replay_id, second.rows_stored) == (first.replay_id, 2)
+    assert stored_amounts(batch_replay) == [-2.0, -1.0]
+    assert [amount for amount, _ in quarantined_rows(batch_replay)] == [-3.0]
 
-    def die(*arguments: Any, **named: Any) -> int:
-        raise Broken
+
+def test_replay_killed_before_its_commit_loses_nothing(
+    batch_replay: job.BatchReplay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are still in quarantine, and the next run does the whole replay."""
+
+    def be_killed(*arguments: Any, **named: Any) -> int:
+        raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(offline, "commit", die)
-        with pytest.raises(Broken):
-            job.replay(place, None, now=NOW)
-    assert len(left(place)) == 3
-    job.finish(place, job.replay(place, None, now=NOW))
-    assert stored(place) == [-2.0, -1.0]
+        patched.setattr(offline, "commit", be_killed)
+        with pytest.raises(Killed):
+            job.replay(batch_replay, None, now=NOW)
+    assert len(quarantined_rows(batch_replay)) == 3
+    run_replay(batch_replay)
+    assert stored_amounts(batch_replay) == [-2.0, -1.0]
 
 
-def test_when_all_rows_are_mended_the_quarantine_is_gone(place: job.Place) -> None:
-    """And a batch that is gone cannot be replayed."""
-    whole = job.Place(view=view(), batch=place.batch, folder=place.folder, target=place.target)
-    job.finish(whole, job.replay(whole, None, now=NOW))
-    assert stored(place) == [-3.0, -2.0, -1.0]
+def test_quarantine_file_is_removed_once_all_rows_are_good(batch_replay: job.BatchReplay) -> None:
+    """A later replay is refused, because the quarantine is empty."""
+    whole = dataclasses.replace(batch_replay, view=view())
+    run_replay(whole)
+    assert stored_amounts(batch_replay) == [-3.0, -2.0, -1.0]
     with pytest.raises(ValueError, match="no row in quarantine"):
-        job.batches(place.folder, None, view="income")
+        job.select_batches(whole.files, None)
 
 
-def test_when_no_row_is_mended_the_table_is_not_touched(place: job.Place) -> None:
-    """The rows stay; no version is made for nothing."""
-    still = job.Place(
-        view=view(Range("amount", minimum=5)), batch=place.batch, folder=place.folder, target=place.target
-    )
-    event = job.replay(still, None, now=NOW)
-    job.finish(still, event)
+def test_replay_without_good_rows_does_not_touch_the_table(batch_replay: job.BatchReplay) -> None:
+    """The rows stay with their new reason, and the table gets no new version."""
+    event = run_replay(dataclasses.replace(batch_replay, view=view(Range("amount", minimum=5))))
     assert (event.rows_stored, event.table_version) == (0, None)
-    assert [reason for _, reason in left(place)] == ["amount outside 5.."] * 3
-    assert not DeltaTable.is_deltatable(place.target.uri)
+    assert [reason for _, reason in quarantined_rows(batch_replay)] == ["amount outside 5.."] * 3
+    assert not DeltaTable.is_deltatable(batch_replay.target.uri)
 
 
-def test_a_replay_is_told_once_and_one_that_changed_nothing_not_at_all(tmp_path: Path) -> None:
-    """A killed run is told by the next one; tried again without a fix there is nothing to tell."""
+def test_replay_is_recorded_once_and_only_if_it_changed_something(tmp_path: Path) -> None:
+    """The next run records the replay of a killed run. A replay without any change is not recorded."""
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(tmp_path))))
     common: dict[str, Any] = {"view": "income", "view_version": "v"}
-    ledger.append(
-        BatchIngested(
-            **common,
-            ingest_id="b",
-            source="",
-            source_digest="",
-            rows_in=9,
-            rows_stored=7,
-            rows_quarantined=2,
-            table_version=1,
-            reasons={"x": 2},
-        ),
-        actor="ann",
+    ingested = BatchIngested(
+        **common,
+        ingest_id="b",
+        source="",
+        source_digest="",
+        rows_in=9,
+        rows_stored=7,
+        rows_quarantined=2,
+        table_version=1,
+        reasons={"x": 2},
     )
+    ledger.append(ingested, actor="ann")
 
     def replayed(replay_id: str, stored: int, **reasons: int) -> QuarantineReplayed:
-        left = sum(reasons.values())
-        version = 2 if stored else None
+        num_bad = sum(reasons.values())
         return QuarantineReplayed(
             **common,
             batch="b",
             replay_id=replay_id,
-            rows_in=stored + left,
+            rows_in=stored + num_bad,
             rows_stored=stored,
-            rows_quarantined=left,
+            rows_quarantined=num_bad,
             reasons=reasons,
-            table_version=version,
+            table_version=2 if stored else None,
         )
 
-    steps = [
+    num_events = []
+    for event in (
         replayed("1", 0, x=2),
         replayed("1", 0, y=2),
         replayed("1", 1, y=1),
         replayed("1", 1, y=1),
         replayed("2", 0, y=1),
-    ]
-    told = []
-    for step in steps:
-        job.say(ledger, step, actor="ann")
-        told.append(len(list(ledger.entries(QuarantineReplayed))))
-    assert told == [0, 1, 2, 2, 2]
+    ):
+        job.record_replay(ledger, event, actor="ann")
+        num_events.append(len(list(ledger.entries(QuarantineReplayed))))
+    assert num_events == [0, 1, 2, 2, 2]

@@ -1,4 +1,4 @@
-"""A training set built again from its manifest: the same rows, whatever happened to the tables since, or a refusal."""
+"""A rebuild from a manifest gives the same rows, whatever happened to the tables since, or is refused."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
     project.close()
 
 
-def test_the_same_rows_after_corrections_compaction_rotation_and_a_new_definition(
+def test_rebuild_gives_the_same_rows_after_all_kinds_of_changes(
     project: FeatureProject,
 ) -> None:
-    """Everything is pinned; the newest state has other rows."""
+    """The changes are: corrections, compaction, key rotation and a new definition. The newest state has other rows."""
     first = project.build()
     project.ingest(3)
     for name in ("internal", "personal"):
@@ -49,17 +49,17 @@ def test_the_same_rows_after_corrections_compaction_rotation_and_a_new_definitio
             schema=[*INCOME.schema, Field("sector", "string")],
         )
     )
-    again = project.again()
-    assert (again["row_hash"], again["table_versions"]) == (first["row_hash"], first["table_versions"])
-    read = [pq.read_table(project.root.parent / f"{name}.parquet") for name in ("train", "again")]
-    assert read[0].equals(read[1])
+    rebuilt = project.again()
+    assert (rebuilt["row_hash"], rebuilt["table_versions"]) == (first["row_hash"], first["table_versions"])
+    original, again = (pq.read_table(project.root.parent / f"{name}.parquet") for name in ("train", "again"))
+    assert original.equals(again)
     assert project.build("new")["row_hash"] != first["row_hash"]
     built = [entry.payload for entry in project.ledger.entries(TrainingSetBuilt)]
     assert [payload["rebuilt_from"] for payload in built] == [None, first["seq"], None]
 
 
-def test_an_earlier_version_of_a_table_gives_what_it_gave_then(project: FeatureProject) -> None:
-    """Whatever was ingested since; a version or view that is not there is refused by name."""
+def test_earlier_table_version_gives_the_same_rows_as_then(project: FeatureProject) -> None:
+    """Rows that were ingested since do not count. An unknown version or view is refused by name."""
     then = project.build()
     project.ingest(3)
     travelled = project.build("then", versions=then["table_versions"])
@@ -70,8 +70,8 @@ def test_an_earlier_version_of_a_table_gives_what_it_gave_then(project: FeatureP
         project.build("never", versions={"incme": 1})
 
 
-def test_the_switch_is_pinned_too(project: FeatureProject) -> None:
-    """Whatever the command line says."""
+def test_rebuild_uses_the_cutoff_of_the_manifest(project: FeatureProject) -> None:
+    """The command line does not change it."""
     late = pa.array([START + timedelta(days=20)] * PEOPLE, TIME)
     project.ingest(3, created_timestamp=late)
     first = project.build(cutoff=False)
@@ -79,8 +79,8 @@ def test_the_switch_is_pinned_too(project: FeatureProject) -> None:
     assert project.build("other")["row_hash"] != first["row_hash"]
 
 
-def test_share_that_the_cutoff_leaves_without_values_is_in_the_manifest(project: FeatureProject) -> None:
-    """Of all entity rows, those for whom nothing was known yet."""
+def test_manifest_has_the_share_of_rows_hidden_by_the_cutoff(project: FeatureProject) -> None:
+    """It is the share of entity rows whose value exists, but was created only later."""
     project.write_entities(PEOPLE)
     table = pq.read_table(project.root / "people.parquet")
     early = pa.array([START - timedelta(hours=1)] * PEOPLE, TIME)
@@ -90,16 +90,16 @@ def test_share_that_the_cutoff_leaves_without_values_is_in_the_manifest(project:
     assert project.build()["hidden_share"] == {"income": 1.0}
 
 
-def test_other_entity_rows_are_refused(project: FeatureProject) -> None:
-    """Before anything is joined."""
+def test_rebuild_with_other_entity_rows_is_refused(project: FeatureProject) -> None:
+    """They are compared before the join."""
     project.build()
     project.write_entities(PEOPLE - 1)
     with pytest.raises(TrainingSetError, match="are not those of"):
         project.again()
 
 
-def test_manifest_that_was_altered_or_is_none_is_refused(project: FeatureProject) -> None:
-    """The ledger knows what was built."""
+def test_altered_missing_or_invalid_manifest_is_refused(project: FeatureProject) -> None:
+    """A manifest is compared with the ledger's event."""
     project.build()
     content = json.loads(project.manifest().read_text())
     for changes, words in (
@@ -116,34 +116,34 @@ def test_manifest_that_was_altered_or_is_none_is_refused(project: FeatureProject
         project.again()
 
 
-def test_manifest_of_an_older_release_is_built_again(project: FeatureProject) -> None:
-    """It does not name its entity rows, and the cutoff was always on."""
+def test_manifest_of_an_older_release_can_be_rebuilt(project: FeatureProject) -> None:
+    """It has no path of its entity rows, and its cutoff was always on."""
     first = project.build()
     content = json.loads(project.manifest().read_text())
     for name in ("entities", "cutoff", "hidden_share"):
         del content[name]
     project.manifest().write_text(json.dumps(content))
-    with pytest.raises(TrainingSetError, match="does not say where"):
+    with pytest.raises(TrainingSetError, match="does not contain the path"):
         project.again()
     assert project.again(entities=f"{project.root}/people.parquet")["row_hash"] == first["row_hash"]
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("arguments", "words"),
     [
         ({}, "manifest="),
         ({"service": "credit", "manifest": "x.manifest.json"}, "manifest="),
         ({"service": "credit"}, "entities="),
     ],
 )
-def test_command_says_what_it_needs(given: dict[str, str], words: str) -> None:
-    """A service with entity rows, or a manifest."""
+def test_missing_arguments_are_refused_by_name(arguments: dict[str, str], words: str) -> None:
+    """The command needs a service with entity rows, or a manifest."""
     with pytest.raises(ValueError, match=words):
-        TrainingSetConfig(output="o.parquet", **given)
+        TrainingSetConfig(output="o.parquet", **arguments)
 
 
-def test_marked_not_reproducible_says_since_when_and_why(project: FeatureProject) -> None:
-    """In place of an attempt."""
+def test_rebuild_of_an_irreproducible_training_set_is_refused(project: FeatureProject) -> None:
+    """The message says since when and why."""
     first = project.build()
     event = TrainingSetNotReproducible(
         training_set=first["seq"], service="credit", row_hash=first["row_hash"], view="income", table_version=3,
@@ -154,14 +154,16 @@ def test_marked_not_reproducible_says_since_when_and_why(project: FeatureProject
         project.again()
 
 
-def test_missing_files_are_a_refusal_and_other_rows_a_failure(
+def test_missing_files_are_refused_and_other_rows_are_an_inconsistency(
     project: FeatureProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first can be explained, the second must not happen."""
+    """Files may be removed on purpose. Other rows from the same inputs are an error of the platform."""
     first = project.build()
     with monkeypatch.context() as patch:
-        ours = first["entities_hash"]
-        patch.setattr("feature_jobs.training_set.has_row_hash", lambda table, expected: expected == ours)
+        entities_hash = first["entities_hash"]
+        patch.setattr(
+            "feature_jobs.training_set.has_row_hash", lambda table, expected: expected == entities_hash
+        )
         with pytest.raises(Inconsistent, match="Built again"):
             project.again()
     assert not (project.root.parent / "again.parquet").exists()

@@ -1,4 +1,4 @@
-"""Logged requests asked again of real tables: what is equal, what lags, what is left out, what closes the gate."""
+"""Logged requests are compared with real tables: equal, late, missing and mismatched values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.skew import Floor, Result, compare
+from feature_jobs.skew import Materialization, OpenedView, SkewResult, compare
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import tables as offline
@@ -43,23 +43,27 @@ ROWS = {
     "person": [(1, "old", 1), (2, "young", 1), (1, "young", 10)],
     "cohort": [("old", 0.5, 1), ("young", 0.25, 1), ("young", 0.75, 10)],
 }
-"""Key, value, and the hour in which it happened, was known and was ingested."""
+"""Key, value, and the hour of its event, created and ingestion times."""
 
 
 class Tables:
-    """The views' tables, and one materialisation of the first rows."""
+    """The views' tables, and at most one materialisation, up to the `ingest_seq` `materialized_seq`."""
 
-    def __init__(self, folder: Path, access: KeyAccess, *, floor: int | None) -> None:
-        self._opened = {one.name: self._store(folder, access, one) for one in SERVICE.views}
-        self._floors = [] if floor is None else [Floor(at=hour(20), seq=floor, as_of=hour(20))]
+    def __init__(self, folder: Path, access: KeyAccess, *, materialized_seq: int | None) -> None:
+        self._opened = {view.name: self._store(folder, access, view) for view in SERVICE.views}
+        self._materializations = (
+            []
+            if materialized_seq is None
+            else [Materialization(at=hour(20), seq=materialized_seq, as_of=hour(20))]
+        )
 
-    def open(self, view: ViewSpec) -> tuple[Snapshot, list[Floor]]:
-        return self._opened[view.name], self._floors
+    def open(self, view: ViewSpec) -> OpenedView:
+        return OpenedView(self._opened[view.name], self._materializations)
 
     def _store(self, folder: Path, access: KeyAccess, spec: ViewSpec) -> Snapshot:
         uri, protection = f"{folder}/{spec.name}", view_protection(spec)
         keys, values, hours = zip(*ROWS[spec.name], strict=True)
-        times = pa.array([hour(one) for one in hours], TIME)
+        times = pa.array([hour(number) for number in hours], TIME)
         columns = {spec.join_keys[0]: pa.array(keys), spec.fields[0].name: pa.array(values)}
         for name in ("event_timestamp", "created_timestamp", "ingested_at"):
             columns[name] = times
@@ -81,13 +85,13 @@ class Tables:
         return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=protection, access=access)
 
 
-def checked(
+def compare_request(
     tables: Tables,
     *people: tuple[int, str | None, float | None],
     given: tuple[str, ...] = (),
     defaulted: dict[str, list[int]] | None = None,
-) -> Result:
-    """What comes of one logged request for some people: id, served band, served rate."""
+) -> SkewResult:
+    """Compare one logged request for some people: id, served band, served rate."""
     record: dict[str, Any] = {
         "prediction_id": "p",
         "time": REQUESTED.isoformat(),
@@ -102,41 +106,43 @@ def checked(
         "defaulted": defaulted or {},
     }
     [group], *_ = served([record], since=None)
-    result = Result(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
+    result = SkewResult(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
     compare(SERVICE, tables, group, result)  # type: ignore[arg-type]
     return result
 
 
-def counts(result: Result, feature: str) -> dict[str, int]:
+def counts(result: SkewResult, feature: str) -> dict[str, int]:
     report = result.features[feature].report()
     return {name: value for name, value in report.items() if value and name not in ("compared", "smape")}
 
 
 @pytest.fixture
 def tables(tmp_path: Path, access: KeyAccess) -> Tables:
-    return Tables(tmp_path, access, floor=None)
+    return Tables(tmp_path, access, materialized_seq=None)
 
 
-def test_what_was_served_from_the_newest_rows_is_equal(tables: Tables) -> None:
-    """Of both views, the second read by the first one's feature; unknown to both is equal too."""
-    result = checked(tables, (1, "young", 0.75), (2, "young", 0.75), (9, None, None))
+def test_values_of_the_newest_rows_are_equal(tables: Tables) -> None:
+    """The second view is read by a feature of the first one. A person without rows on both sides is equal too."""
+    result = compare_request(tables, (1, "young", 0.75), (2, "young", 0.75), (9, None, None))
     assert counts(result, "person__band") == {"equal": 3}
     assert counts(result, "cohort__rate") == {"equal": 3}
     assert (result.rows, result.mismatches, result.features["cohort__rate"].smape) == (3, 0, 0.0)
 
 
-def test_a_lagging_view_does_not_blame_the_one_read_by_it(tables: Tables) -> None:
-    """The band was behind; the rate is right for the band that was served."""
-    result = checked(tables, (1, "old", 0.5))
+def test_late_key_feature_is_no_mismatch_of_the_view_read_by_it(tables: Tables) -> None:
+    """The band was late, and the rate is right for the band that was served."""
+    result = compare_request(tables, (1, "old", 0.5))
     assert counts(result, "person__band") == {"lag": 1}
     assert counts(result, "cohort__rate") == {"equal": 1}
 
 
-def test_an_older_row_excuses_nothing_after_the_newer_was_materialised(
+def test_older_value_is_a_mismatch_after_the_newer_was_materialised(
     tmp_path: Path, access: KeyAccess
 ) -> None:
-    """The online store had it, and gave another value."""
-    result = checked(Tables(tmp_path, access, floor=2), (1, "old", 0.5), (2, "young", 0.25))
+    """The online store had the newer value, but another one was served."""
+    result = compare_request(
+        Tables(tmp_path, access, materialized_seq=2), (1, "old", 0.5), (2, "young", 0.25)
+    )
     assert counts(result, "person__band") == {"mismatch": 1, "equal": 1}
     assert counts(result, "cohort__rate") == {"equal": 1, "mismatch": 1}
     assert result.examples == [
@@ -145,23 +151,23 @@ def test_an_older_row_excuses_nothing_after_the_newer_was_materialised(
     ]
 
 
-def test_values_on_one_side_alone_are_missing(tables: Tables) -> None:
-    """Online without, and online of somebody that offline has never heard of."""
-    result = checked(tables, (1, None, None), (9, "old", 0.5))
+def test_value_on_only_one_side_is_missing_on_the_other(tables: Tables) -> None:
+    """One person has no value online, the other has no rows offline."""
+    result = compare_request(tables, (1, None, None), (9, "old", 0.5))
     assert counts(result, "person__band") == {"online_missing": 1, "offline_missing": 1}
 
 
-def test_what_the_client_gave_is_not_compared(tables: Tables) -> None:
-    """And the cohort is read by the band that offline knows, as it was online."""
-    result = checked(tables, (1, "stranger", 0.75), given=("person__band",))
+def test_value_from_the_client_is_not_compared(tables: Tables) -> None:
+    """The cohort is still read by the stored band, as it was online."""
+    result = compare_request(tables, (1, "other", 0.75), given=("person__band",))
     assert "person__band" not in result.features
     assert counts(result, "cohort__rate") == {"equal": 1}
 
 
-def test_a_default_is_no_mismatch(tables: Tables) -> None:
-    """Nothing was read where it stood in: equal where offline knows nothing either, and missing where it does."""
+def test_default_is_no_mismatch(tables: Tables) -> None:
+    """A default counts as a missing online value: equal if offline has none either."""
     defaulted = {"person__band": [0, 1], "cohort__rate": [0, 1]}
-    result = checked(tables, (9, "none", -1.0), (1, "none", -1.0), defaulted=defaulted)
+    result = compare_request(tables, (9, "none", -1.0), (1, "none", -1.0), defaulted=defaulted)
     assert counts(result, "person__band") == {"equal": 1, "online_missing": 1}
     assert counts(result, "cohort__rate") == {"equal": 2}
     assert result.mismatches == 0

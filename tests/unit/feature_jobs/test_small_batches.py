@@ -1,4 +1,4 @@
-"""Ingestion of small batches, which this process does alone: there is no cluster here that it could attach to."""
+"""Ingestion of small batches in one process. No cluster runs in these tests, so attaching to one would fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
 from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
-from feature_jobs.batches.several import ALL, check_views, chosen, for_each, with_batches
+from feature_jobs.batches.several import ALL, for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
@@ -33,6 +33,7 @@ SOURCES = {{
     "csv": FileSource("{root}/rows*.csv", event_timestamp="at"),
     "json": FileSource("{root}/rows*.jsonl", event_timestamp="at"),
     "sql": SqlSource(url="sqlite:///{root}/rows.db", table="rows", event_timestamp="at"),
+    "retired": FileSource("{root}/rows*.csv", event_timestamp="at"),
     "topic": KafkaSource("localhost:1", "rows", event_timestamp="at"),
 }}
 views = [
@@ -45,12 +46,12 @@ views = [
     )
     for name, source in SOURCES.items()
 ]
-parquet, csv, json, sql, topic = views
+parquet, csv, json, sql, retired, topic = views
 """
 
 
 def write_rows(root: Path) -> None:
-    """Five rows in two files of each kind and in a table: one is negative, one repeats a key of the other file."""
+    """Write five rows to two files of each format and to a table. One is negative, one repeats an earlier key."""
     rows = [(1, 1.0, AT), (2, -1.0, AT), (3, 3.0, AT), (1, 4.0, AT), (5, 5.0, AT)]
     frame = pl.DataFrame(rows, schema=["meter_id", "watts", "at"], orient="row")
     for number, part in enumerate((frame.head(3), frame.tail(2))):
@@ -81,7 +82,7 @@ def batches(project: BatchProject, view: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_small_batch_needs_no_cluster(project: BatchProject, view: str) -> None:
-    """Of every kind of source the same rows are stored, and rules over the whole batch see all its files."""
+    """Every kind of source stores the same rows. Rules for the whole batch see all its files."""
     project.ingest(view, max_bad_share=0.5)
     [batch] = batches(project, view)
     assert (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"]) == (5, 3, 2)
@@ -99,13 +100,13 @@ def test_small_batch_needs_no_cluster(project: BatchProject, view: str) -> None:
 
 
 def test_large_batch_attaches_to_the_cluster(project: BatchProject) -> None:
-    """It is refused here, where none is up."""
+    """It is refused here, because no cluster runs."""
     with pytest.raises(ClusterNotRunning):
-        project.ingest("parquet", task_values=14, source={"path": other(project)})
+        project.ingest("parquet", task_values=14, source={"path": other_file(project)})
 
 
-def other(project: BatchProject) -> str:
-    """A file with five rows of three columns that no other test ingests."""
+def other_file(project: BatchProject) -> str:
+    """Write a file with five rows and three columns that no other test ingests, and return its path."""
     path = project.root / "other.parquet"
     rows = pl.read_parquet(project.root / "rows0.parquet")
     pl.concat([rows, rows.head(2)]).with_columns(watts=9.0).write_parquet(path)
@@ -115,34 +116,34 @@ def other(project: BatchProject) -> str:
 def test_refused_view_does_not_stop_the_others(
     project: BatchProject, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each refusal is said with its view, and the command is refused in the end."""
+    """Each refusal is printed with its view, and the command is refused after the last view."""
     done = []
 
-    def do(view: str) -> None:
+    def ingest(view: str) -> None:
         done.append(view)
         if view in ("b", "c"):
             raise BatchRefused(f"{view}\nis bad")
 
     with pytest.raises(RefusedError, match=r"^2 of 4 views.*: b, c\.") as refused:
-        for_each(["a", "b", "c", "d"], do)
+        for_each(["a", "b", "c", "d"], ingest)
     assert type(refused.value) is RefusedError
     assert done == ["a", "b", "c", "d"]
     assert capsys.readouterr().err.splitlines() == ["view b: refused: b is bad", "view c: refused: c is bad"]
 
 
-def test_refusal_of_a_single_view_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """With its type and its words, once."""
+def test_refusal_of_a_single_view_is_raised_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps its type and its message, and is not printed here."""
 
-    def do(view: str) -> None:
+    def ingest(view: str) -> None:
         raise SchemaMismatch("no")
 
     with pytest.raises(SchemaMismatch, match=r"^no$"):
-        for_each(["a"], do)
+        for_each(["a"], ingest)
     assert capsys.readouterr().err == ""
 
 
-def test_too_many_bad_rows_leave_an_event(project: BatchProject) -> None:
-    """As in Ray tasks."""
+def test_batch_with_too_many_bad_rows_is_refused_with_an_event(project: BatchProject) -> None:
+    """The event has the number of bad rows."""
     with pytest.raises(BatchRefused, match="of 5 rows are bad"):
         project.ingest("csv", source={"path": f"{project.root}/rows*.jsonl"}, max_bad_share=0.1)
     *_, last = project.ledger.entries(BatchRefusedEvent)
@@ -161,10 +162,10 @@ zoned = FeatureView(
 """
 
 
-def test_rows_under_earlier_times_are_mended_whole_or_said(
+def test_rows_with_moved_times_are_mended_if_they_are_a_whole_batch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A part of a batch that is stored under other times is not stored beside it; parts cannot be mended."""
+    """Parts cannot be mended; the command says so. A part of a stored batch is not stored again beside it."""
     whole, parts = tmp_path / "zoned0.csv", tmp_path / "zoned1.csv"
     for path, meter in ((whole, 1), (parts, 2)):
         path.write_text(f"meter_id,watts,at\n{meter},1.0,2024-01-01T00:00:00\n")
@@ -187,28 +188,32 @@ def test_rows_under_earlier_times_are_mended_whole_or_said(
         project.close()
 
 
-def test_all_stands_for_views_that_take_batches(project: BatchProject) -> None:
-    """Not for a topic's view, nor for a retired one; names are taken once each."""
-    assert list(with_batches(project.module, project.ledger)) == list(VIEWS)
-    gone = FeatureViewStateChanged(view="json", previous="active", state="retired", reason="x")
-    project.ledger.append(gone, actor="test")
-    assert list(with_batches(project.module, project.ledger)) == ["parquet", "csv", "sql"]
-    assert chosen(ALL, ["a", "b"]) == ["a", "b"]
-    assert chosen(["b", "a", "b"], ["a"]) == ["b", "a"]
-    assert chosen("b", ["a"]) == ["b"]
+def test_all_stands_for_views_that_can_ingest_batches(project: BatchProject) -> None:
+    """Views of topics and retired views are left out."""
+    assert list(views_with_batches(project.module, project.ledger)) == [*VIEWS, "retired"]
+    retired = FeatureViewStateChanged(view="retired", previous="active", state="retired", reason="x")
+    project.ledger.append(retired, actor="test")
+    assert list(views_with_batches(project.module, project.ledger)) == list(VIEWS)
+
+
+def test_views_are_resolved_once_each() -> None:
+    """`all` without any view is refused."""
+    assert resolve_views(ALL, ["a", "b"]) == ["a", "b"]
+    assert resolve_views(["b", "a", "b"], ["a"]) == ["b", "a"]
+    assert resolve_views("b", ["a"]) == ["b"]
     with pytest.raises(RefusedError, match="finds no view"):
-        chosen(ALL, [])
+        resolve_views(ALL, [])
 
 
-@pytest.mark.parametrize("given", [5, [], [5], {"a": 1}, None])
-def test_views_are_names(given: Any) -> None:
-    """Anything else is refused before something is done."""
+@pytest.mark.parametrize("setting", [5, [], [5], {"a": 1}, None])
+def test_view_must_be_a_name_or_a_list_of_names(setting: Any) -> None:
+    """Other values are refused when the configuration is read."""
     with pytest.raises(ValueError, match="view must be a name"):
-        check_views(given)
+        validate_views(setting)
 
 
 def test_commands_that_need_no_ray_do_not_import_it() -> None:
-    """Its import takes longer than a small batch."""
+    """Importing Ray takes longer than a small batch."""
     modules = [
         f"feature_jobs.{name}" for name in ("apply", "ingest", "materialize", "training_set", "replay")
     ]

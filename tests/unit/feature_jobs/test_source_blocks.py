@@ -1,4 +1,4 @@
-"""Sources of many files: each is read and cast by itself, and a refusal names file and column."""
+"""Sources with several files: each file is read and cast on its own, and a refusal names the file and the column."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.storage import Layout, read_parquet
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
-from feature_jobs.store.ingestion.source_blocks import checked_blocks, empty_part, grouped, shape_of
+from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, group_files
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -35,7 +35,7 @@ def view(path: Path, *fields: Field, transform: Any = None, **options: Any) -> F
 
 
 def write(path: Path, **changes: Any) -> Path:
-    """One row; a column given as None is left out."""
+    """Write a file with one row. A column that is None is left out."""
     columns = {
         "person_id": pa.array([1]),
         "amount": pa.array([1.5]),
@@ -49,17 +49,17 @@ def write(path: Path, **changes: Any) -> Path:
 
 
 def read(declared: FeatureView) -> pa.Table:
-    """All rows of its source, checked."""
+    """Return all rows of the view's source, checked."""
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
-    shape = shape_of(files, declared, {})
+    reader = block_reader(files, declared, {})
     check = partial(prepare_part, view=declared, now=NOW)
-    parts = [part for paths in grouped(files, declared) for part in checked_blocks(paths, shape, check)]
+    parts = [part for paths in group_files(files, declared) for part in checked_blocks(paths, reader, check)]
     assert sum(part.num_rows for part in parts) == files.rows
     return pa.concat_tables(parts)
 
 
-def test_one_column_may_be_encoded_in_many_ways(tmp_path: Path) -> None:
-    """Text plain, coded and large, numbers of other widths, times of other units, zones and as dates."""
+def test_files_may_encode_a_column_differently(tmp_path: Path) -> None:
+    """Text may be plain, large or dictionary codes. Numbers may have other widths, times other units and zones."""
     folder = tmp_path / "in"
     write(folder / "a.parquet")
     write(
@@ -70,15 +70,15 @@ def test_one_column_may_be_encoded_in_many_ways(tmp_path: Path) -> None:
     )
     write(folder / "d.parquet", at=pa.array([datetime(2024, 1, 1)], pa.timestamp("ms")), city=pa.nulls(1))
     write(folder / "e.parquet", at=pa.array([date(2024, 1, 1)]), amount=pa.array([2], pa.int8()))
-    found = read(view(folder))
-    assert found["person_id"].to_pylist() == [1] * 5
-    assert found["amount"].to_pylist() == [1.5, 1.5, 1.5, 1.5, 2.0]
-    assert found["city"].to_pylist() == ["Sur", "Sur", "Sur", None, "Sur"]
-    assert found["event_timestamp"].to_pylist() == [DAY] * 5
+    rows = read(view(folder))
+    assert rows["person_id"].to_pylist() == [1] * 5
+    assert rows["amount"].to_pylist() == [1.5, 1.5, 1.5, 1.5, 2.0]
+    assert rows["city"].to_pylist() == ["Sur", "Sur", "Sur", None, "Sur"]
+    assert rows["event_timestamp"].to_pylist() == [DAY] * 5
 
 
-def test_file_of_wider_numbers_narrows_no_other(tmp_path: Path) -> None:
-    """pandas writes whole numbers with a null as floats; what the other file has is not made a float for it."""
+def test_float_file_does_not_change_the_integers_of_another_file(tmp_path: Path) -> None:
+    """pandas writes whole numbers with a null as floats. The integers of other files are not cast to floats."""
     write(tmp_path / "a.parquet", amount=pa.array([2**53 + 1]))
     write(tmp_path / "b.parquet", amount=pa.array([None, 7.0])[1:])
     fields = (Field("amount", "int64"), Field("city", "string"))
@@ -86,20 +86,20 @@ def test_file_of_wider_numbers_narrows_no_other(tmp_path: Path) -> None:
 
 
 def upper(block: pa.Table) -> pa.Table:
-    """Needs plain text."""
+    """Return the city in upper case. Requires plain text."""
     assert block.schema.field("city").type == pa.string()
     position = block.schema.get_field_index("city")
     return block.set_column(position, "city", pc.utf8_upper(block["city"]))
 
 
-def test_transform_sees_one_type_and_quarantine_remembers_it(tmp_path: Path) -> None:
-    """Rows of every file are read back from quarantine with the types that fit them all."""
+def test_transform_and_quarantine_have_one_type_for_all_files(tmp_path: Path) -> None:
+    """Rows of every file are read back from quarantine with the common type."""
     folder = tmp_path / "in"
     write(folder / "a.parquet", person_id=pa.array([None], pa.int64()))
     write(folder / "b.parquet", person_id=pa.nulls(1), city=pa.array(["Ruwi"]).dictionary_encode())
-    found = read(view(folder, transform=upper))
-    assert found["city"].to_pylist() == ["SUR", "RUWI"]
-    bad = found.select([REASON, RAW]).rename_columns(["reason", "raw"])
+    rows = read(view(folder, transform=upper))
+    assert rows["city"].to_pylist() == ["SUR", "RUWI"]
+    bad = rows.select([REASON, RAW]).rename_columns(["reason", "raw"])
     schema = source_schema(bad)
     assert schema is not None
     assert source_rows(bad, schema)["city"].to_pylist() == ["Sur", "Ruwi"]
@@ -116,7 +116,7 @@ def test_transform_sees_one_type_and_quarantine_remembers_it(tmp_path: Path) -> 
     ],
 )
 def test_refusal_names_file_and_column(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    """Of the second file, which alone is wrong."""
+    """Only the second file is wrong."""
     folder = tmp_path / "in"
     write(folder / "a.parquet")
     write(folder / "b.parquet", **changes)
@@ -125,7 +125,7 @@ def test_refusal_names_file_and_column(tmp_path: Path, changes: dict[str, Any], 
 
 
 def test_refusal_names_the_text_file(tmp_path: Path) -> None:
-    """Far behind the first rows, by column or by line."""
+    """The wrong row is far behind the first rows. The message also has the column or the line."""
     head = "person_id,amount,city,at\n"
     (tmp_path / "a.csv").write_text(head + "1,1,a,2024-01-01\n")
     (tmp_path / "b.csv").write_text(head + "1,1,a,2024-01-01\n" * 2000 + "1,many,a,2024-01-01\n")
@@ -134,12 +134,12 @@ def test_refusal_names_the_text_file(tmp_path: Path) -> None:
     line = json.dumps({"person_id": 1, "amount": 1, "city": "a", "at": "2024-01-01"})
     (tmp_path / "a.jsonl").write_text(line)
     (tmp_path / "b.jsonl").write_text(f"{line}\n" * 5 + "{")
-    with pytest.raises(SourceError, match=r"b\.jsonl: Line 6 is no JSON"):
+    with pytest.raises(SourceError, match=r"b\.jsonl: Line 6 is not JSON"):
         read(view(tmp_path / "*.jsonl"))
 
 
-def test_file_without_rows_decides_nothing(tmp_path: Path) -> None:
-    """Neither the type of a key nor that of another column."""
+def test_file_without_rows_decides_no_types(tmp_path: Path) -> None:
+    """It decides neither the type of a key nor that of another column."""
     head = "person_id,amount,city,at\n"
     (tmp_path / "a.csv").write_text(head)
     (tmp_path / "b.csv").write_text(head + "7,1,a,2024-01-01\n")
@@ -150,8 +150,8 @@ def test_file_without_rows_decides_nothing(tmp_path: Path) -> None:
     assert read(view(tmp_path / "*.parquet"))["person_id"].to_pylist() == [1]
 
 
-def test_source_without_rows_needs_its_columns_alone() -> None:
-    """An empty frame of pandas has no types to speak of; a transform's columns are not known."""
+def test_source_without_rows_needs_only_its_columns() -> None:
+    """Types are not checked, because an empty pandas frame has no useful types. A transform's columns are unknown."""
     names = ["person_id", "amount", "city", "at"]
     for transform in (None, upper):
         part = empty_part(view(Path("x.parquet"), transform=transform), names, now=NOW)
@@ -163,8 +163,8 @@ def test_source_without_rows_needs_its_columns_alone() -> None:
 SEEN = [Field("seen", "timestamp")]
 
 
-def test_int96_times_are_what_was_written(tmp_path: Path) -> None:
-    """Of any year; an event's nanosecond is rounded up, and that of a feature refused."""
+def test_int96_times_of_all_years_are_exact(tmp_path: Path) -> None:
+    """A nanosecond in an event time is rounded up; in a feature, it is refused."""
     years = [datetime(year, 12, 31, tzinfo=UTC) for year in (1, 1500, 1677, 2024, 2262, 9999)]
     kind = pa.timestamp("us", "UTC")
     write(
@@ -175,11 +175,11 @@ def test_int96_times_are_what_was_written(tmp_path: Path) -> None:
         at=pa.array([*years[:4], None, None], kind),
         seen=pa.array(years, kind),
     )
-    found = read(view(tmp_path / "spark.parquet", *SEEN))
-    assert found["seen"].to_pylist() == years
-    assert found["event_timestamp"].to_pylist() == [*years[:4], None, None]
+    rows = read(view(tmp_path / "spark.parquet", *SEEN))
+    assert rows["seen"].to_pylist() == years
+    assert rows["event_timestamp"].to_pylist() == [*years[:4], None, None]
     assert read_parquet(str(tmp_path / "spark.parquet"))["seen"].to_pylist() == [
-        one.replace(tzinfo=None) for one in years
+        year.replace(tzinfo=None) for year in years
     ]
     fine = pa.array([int(DAY.timestamp()) * 10**9 + 1], pa.timestamp("ns", "UTC"))
     write(tmp_path / "spark_ns.parquet", at=fine)
@@ -190,8 +190,8 @@ def test_int96_times_are_what_was_written(tmp_path: Path) -> None:
         read(view(tmp_path / "spark_seen.parquet", *SEEN))
 
 
-def test_int96_times_inside_of_other_columns_do_not_matter(tmp_path: Path) -> None:
-    """No feature is made of them; the file is read all the same, in every reader."""
+def test_nested_int96_times_do_not_prevent_reading(tmp_path: Path) -> None:
+    """No feature uses them, and every reader can read the file."""
     times = pa.array([DAY], pa.timestamp("us", "UTC"))
     nested = pa.StructArray.from_arrays([times], ["when"])
     path = write(tmp_path / "spark.parquet", inner=nested, **{"a.b": times})
@@ -201,15 +201,15 @@ def test_int96_times_inside_of_other_columns_do_not_matter(tmp_path: Path) -> No
     assert table["a.b"].to_pylist() == [DAY.replace(tzinfo=None)]
 
 
-def test_int96_spine_of_before_is_read_as_it_was(tmp_path: Path) -> None:
-    """Nanoseconds where they hold all times, so that the hash of entity rows stays."""
+def test_int96_entity_rows_are_read_as_nanoseconds(tmp_path: Path) -> None:
+    """Earlier releases did so if nanoseconds can hold all times, and the hash of entity rows must not change."""
     write(tmp_path / "spark.parquet")
     assert read_parquet(str(tmp_path / "spark.parquet")).schema.field("at").type == pa.timestamp("ns")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "spark.parquet", "a.csv", "a.jsonl"])
-def test_zone_of_a_source_holds_for_every_format(tmp_path: Path, name: str) -> None:
-    """Also in quarantine: the row stays as it was written, and is read by the same zone again."""
+def test_time_zone_of_a_source_applies_to_every_format(tmp_path: Path, name: str) -> None:
+    """Without a declared zone, times are UTC, and the column is reported as one without a zone."""
     local = datetime(2024, 1, 1)
     row = {"person_id": 1, "seen": "2024-07-01T00:00:00", "at": "2024-01-01"}
     match name.rsplit(".", 1)[1]:
@@ -222,8 +222,8 @@ def test_zone_of_a_source_holds_for_every_format(tmp_path: Path, name: str) -> N
             write(tmp_path / name, at=pa.array([local], pa.timestamp("us")), seen=seen)
     for zone, hours in ((None, (0, 0)), ("America/Los_Angeles", (8, 7))):
         declared = view(tmp_path / name, *SEEN, zone=zone)
-        shape = shape_of(open_source(declared.source, Layout("")), declared, {})  # type: ignore[arg-type]
-        found = read(declared)
-        assert found["event_timestamp"].to_pylist() == [DAY.replace(hour=hours[0])]
-        assert found["seen"].to_pylist() == [datetime(2024, 7, 1, hours[1], tzinfo=UTC)]
-        assert list(shape.zoneless) == ([] if zone else ["at"])
+        reader = block_reader(open_source(declared.source, Layout("")), declared, {})  # type: ignore[arg-type]
+        rows = read(declared)
+        assert rows["event_timestamp"].to_pylist() == [DAY.replace(hour=hours[0])]
+        assert rows["seen"].to_pylist() == [datetime(2024, 7, 1, hours[1], tzinfo=UTC)]
+        assert list(reader.zoneless) == ([] if zone else ["at"])

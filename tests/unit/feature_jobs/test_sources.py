@@ -1,4 +1,4 @@
-"""CSV, JSON lines and SQL: read as the view declares, refused with a reason, and never with a silent loss."""
+"""CSV, JSON lines and SQL are read with the declared types. A value that would change is refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from cluster.errors import DefinitionError, SchemaMismatch, SourceError
 from cluster.storage import Layout
-from feature_jobs.batches.reading import heads
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
 from feature_jobs.store.definitions.sources import Source, from_path
 from feature_jobs.store.ingestion.files import open_source
-from feature_jobs.store.ingestion.source_blocks import shape_of
+from feature_jobs.store.ingestion.source_blocks import block_reader
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
 from feature_jobs.store.ingestion.typed import Roles, column_types, text_column, typed_rows, value_column
 
@@ -42,16 +41,16 @@ def view(source: Source, *fields: Field) -> FeatureView:
 
 
 def read(path: Path | str, text: str | bytes | None = None, *fields: Field, **options: Any) -> pa.Table:
-    """A file's first rows as the view declares them."""
+    """Return a file's first rows with the types that the view declares."""
     if text is not None:
         Path(path).write_bytes(text.encode() if isinstance(text, str) else text)
     source = FileSource(str(path), event_timestamp="at", **options)
-    [table] = heads(open_source(source, Layout("")), view(source, *fields), {})
-    return table
+    files = open_source(source, Layout(""))
+    return block_reader(files, view(source, *fields), {}).read_head(files.paths[0])
 
 
-def test_csv_is_read_as_the_view_declares(tmp_path: Path) -> None:
-    """Quotes, line breaks in them, nulls, zones, event times rounded up; what is not declared comes as text."""
+def test_csv_is_read_with_the_declared_types(tmp_path: Path) -> None:
+    """Quoted line breaks, nulls and zones are read; event times are rounded up; undeclared columns are text."""
     table = read(tmp_path / "a.csv", CSV)
     assert table.to_pydict() == {
         "person_id": [1, 2, 3],
@@ -64,8 +63,8 @@ def test_csv_is_read_as_the_view_declares(tmp_path: Path) -> None:
     }
 
 
-def test_csv_of_another_kind_needs_to_be_described(tmp_path: Path) -> None:
-    """Delimiter, words for null, types of columns that the view does not declare, any name."""
+def test_csv_dialect_is_described_by_the_source(tmp_path: Path) -> None:
+    """Delimiter, null values, types of columns that the view does not declare, any file name, and compression."""
     text = "person_id;amount;items;city;new;at;raw\n007;NA;1;NA;1;2024-01-01;3\n"
     options: dict[str, Any] = {"delimiter": ";", "nulls": ["", "NA"], "columns": {"raw": "int32"}}
     row = read(tmp_path / "a.txt", text, format="csv", **options).to_pylist()[0]
@@ -79,8 +78,8 @@ JSON = """{"person_id": 1, "amount": 1, "items": 3, "city": "Sur", "new": true, 
 """
 
 
-def test_json_lines_are_read_as_the_view_declares(tmp_path: Path) -> None:
-    """What a line lacks is null, a blank line is none, and what is not declared comes as JSON text."""
+def test_json_lines_are_read_with_the_declared_types(tmp_path: Path) -> None:
+    """A missing value is null, a blank line is skipped, and an undeclared column is JSON text."""
     table = read(tmp_path / "a.jsonl", JSON)
     assert table.to_pylist() == [
         {
@@ -97,8 +96,8 @@ def test_json_lines_are_read_as_the_view_declares(tmp_path: Path) -> None:
     assert table.schema.field("amount").type == pa.float64()
 
 
-def test_any_fsspec_uri_and_a_folder_of_one_format(tmp_path: Path) -> None:
-    """In memory, and beside files of other formats."""
+def test_source_may_be_any_fsspec_uri_or_a_folder(tmp_path: Path) -> None:
+    """Files of other formats in the folder are left out."""
     with fsspec.open("memory://in/a.csv", "wb") as file:
         file.write(CSV.encode())
     assert read("memory://in/a.csv").num_rows == 3
@@ -113,15 +112,13 @@ def test_any_fsspec_uri_and_a_folder_of_one_format(tmp_path: Path) -> None:
         ("a.csv", "", "no header"),
         ("a.csv", "a,b\n1,secret,3\n", "cannot be read as CSV: .* Expected 2 columns, got 3"),
         ("a.csv", b"a,b\n1,\xff\n", "cannot be read as CSV"),
-        ("a.jsonl", "{secret", "no JSON"),
-        ("a.json", '[{"a": 1}]', "no JSON object"),
+        ("a.jsonl", "{secret", "not JSON"),
+        ("a.json", '[{"a": 1}]', "not a JSON object"),
         ("a.csv.gz", "plain", "cannot be read as CSV"),
     ],
 )
-def test_file_that_cannot_be_read_is_refused(
-    tmp_path: Path, name: str, text: str | bytes, words: str
-) -> None:
-    """The message says which and why, and nothing of what is in it."""
+def test_unreadable_file_is_refused(tmp_path: Path, name: str, text: str | bytes, words: str) -> None:
+    """The message has the file and the cause, but no content of the file."""
     with pytest.raises(SourceError, match=words) as refusal:
         read(tmp_path / name, text)
     assert "secret" not in str(refusal.value)
@@ -149,8 +146,8 @@ def test_file_that_cannot_be_read_is_refused(
         ("timestamp", "2024-01-01T00:00:00.0000001Z"),
     ],
 )
-def test_text_that_would_lose_something_is_refused(dtype: str, text: str) -> None:
-    """With a count, and without the value, which may be personal."""
+def test_text_that_would_change_is_refused(dtype: str, text: str) -> None:
+    """The message has the number of bad values, but not the value, which may be personal."""
     column = pa.chunked_array([pa.array([None, text], pa.string())])
     with pytest.raises(SchemaMismatch, match=f"'x' should be {dtype}; 1 of 2 values") as refusal:
         text_column(column, dtype, name="x")
@@ -181,44 +178,48 @@ def test_text_that_would_lose_something_is_refused(dtype: str, text: str) -> Non
     ],
 )
 def test_value_of_another_type_is_refused(dtype: str, values: list[Any]) -> None:
-    """JSON and SQL say what they mean; nothing is turned into something else."""
+    """Values of JSON and SQL have a type already, so they are not converted to another one."""
     with pytest.raises(SchemaMismatch, match="'x' should be"):
         value_column(values, dtype, name="x")
 
 
-def test_times_of_a_database_are_what_it_said() -> None:
-    """With and without a zone beside each other, and dates; those without one by the source's."""
+def test_times_of_a_database_are_converted_to_utc() -> None:
+    """A column may mix times with and without a zone, and dates. Times without one have the source's zone."""
     dubai = timezone(timedelta(hours=4))
     values = [DAY.astimezone(dubai), datetime(2024, 1, 1), None, date(2024, 1, 1)]
     assert value_column(values, "timestamp", name="at").to_pylist() == [DAY, DAY, None, DAY]
     local = Roles(zone="America/Los_Angeles")
-    found = value_column(values, "timestamp", name="at", roles=local).to_pylist()
-    assert found == [DAY, DAY.replace(hour=8), None, DAY.replace(hour=8)]
+    times = value_column(values, "timestamp", name="at", roles=local).to_pylist()
+    assert times == [DAY, DAY.replace(hour=8), None, DAY.replace(hour=8)]
+
+
+def test_decimals_of_a_database_are_converted_to_floats() -> None:
+    """Whole numbers are accepted if the float holds them exactly."""
     assert value_column([Decimal("0.5"), Decimal(2**53)], "float64", name="x").to_pylist() == [0.5, 2**53]
 
 
-def test_key_is_never_another_one(tmp_path: Path) -> None:
-    """`007` far behind rows that said that keys are whole numbers is refused: it would become 7."""
+def test_text_key_among_whole_numbers_is_refused(tmp_path: Path) -> None:
+    """`007` comes after many rows with whole numbers. It would become 7, which is another key."""
     lines = [f"{n},1,1,a,1,2024-01-01" for n in range(1, 1500)]
     text = "\n".join(["person_id,amount,items,city,new,at", *lines, "007,1,1,a,1,2024-01-01"])
     (tmp_path / "a.csv").write_text(text)
     declared = view(FileSource(str(tmp_path / "a.csv"), event_timestamp="at"))
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
-    shape = shape_of(files, declared, {})
+    reader = block_reader(files, declared, {})
     with pytest.raises(SchemaMismatch, match="Column 'person_id' should be int64; 1 of"):
-        list(shape.typed(files.paths[0]))
+        list(reader.read_typed(files.paths[0]))
 
 
 @given(st.lists(st.none() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53)))
-def test_numbers_written_as_text_come_back_as_they_were(values: list[float | None]) -> None:
-    """Through CSV, of every magnitude."""
+def test_numbers_written_as_text_are_read_exactly(values: list[float | None]) -> None:
+    """This holds for numbers of every magnitude."""
     text = [None if value is None else repr(value) for value in values]
     column = text_column(pa.chunked_array([pa.array(text, pa.string())]), "float64", name="x")
     assert column.to_pylist() == values
 
 
 @pytest.mark.parametrize(
-    ("keys", "known", "expected"),
+    ("keys", "key_types", "expected"),
     [
         (["1", "-2", "0"], {}, "int64"),
         (["1", "007"], {}, "string"),
@@ -226,12 +227,12 @@ def test_numbers_written_as_text_come_back_as_they_were(values: list[float | Non
         ([None], {}, "string"),
     ],
 )
-def test_key_is_a_whole_number_where_all_first_rows_say_so(
-    keys: list[str | None], known: dict[str, str], expected: str
+def test_key_is_a_whole_number_if_all_first_rows_are(
+    keys: list[str | None], key_types: dict[str, str], expected: str
 ) -> None:
-    """What the feature table has decides before that."""
+    """The type in the feature table has priority over the first rows."""
     first = pa.table({"person_id": pa.array(keys, pa.string())})
-    types = column_types(view(FileSource("a.csv", event_timestamp="at")), first, known)
+    types = column_types(view(FileSource("a.csv", event_timestamp="at")), first, key_types)
     assert types["person_id"] == expected
 
 
@@ -250,8 +251,8 @@ def rows_of(source: SqlSource, **environment: str) -> list[dict[str, Any]]:
     return [row for chunk in read_chunks(source, environment) for row in chunk]
 
 
-def test_sql_is_read_by_table_or_query_as_the_view_declares(database: Path) -> None:
-    """The address comes from the environment; SQLite's 0 and 1 are bools, its text times."""
+def test_sql_is_read_by_table_or_query_with_the_declared_types(database: Path) -> None:
+    """The URL comes from the environment. SQLite's 0 and 1 become bools, and its text becomes times."""
     by_table = SqlSource(url_env="SHOP", table="income", event_timestamp="at")
     rows = rows_of(by_table, SHOP=f"sqlite:///{database}")
     declared = view(by_table, Field("amount", "float64"), Field("new", "bool"))
@@ -264,7 +265,7 @@ def test_sql_is_read_by_table_or_query_as_the_view_declares(database: Path) -> N
 
 
 def test_digest_of_rows_does_not_depend_on_their_order(database: Path) -> None:
-    """A query gives its rows in any order; the same ones are the same batch."""
+    """A query returns its rows in any order. The same rows are the same batch."""
     digests = []
     for tail in ("", " ORDER BY person_id DESC", " WHERE person_id < 4", " UNION ALL SELECT * FROM income"):
         source = SqlSource(
@@ -282,7 +283,7 @@ def test_digest_of_rows_does_not_depend_on_their_order(database: Path) -> None:
     ("options", "environment", "words"),
     [
         ({"url_env": "SHOP"}, {}, "variable SHOP, which is missing"),
-        ({"url_env": "SHOP"}, {"SHOP": "shop"}, "no SQLAlchemy URL"),
+        ({"url_env": "SHOP"}, {"SHOP": "shop"}, "not a SQLAlchemy URL"),
         ({"url_file": "/nowhere/url"}, {}, "missing or empty"),
         ({"url": "sqlite:////nowhere/shop.db"}, {}, "no SQLite database at /nowhere/shop.db"),
         (
@@ -292,18 +293,18 @@ def test_digest_of_rows_does_not_depend_on_their_order(database: Path) -> None:
         ),
     ],
 )
-def test_database_that_cannot_be_read_is_refused(
+def test_unreadable_database_is_refused(
     options: dict[str, str], environment: dict[str, str], words: str
 ) -> None:
-    """Saying where the address was looked for, and never a password."""
+    """The message says where the URL should be, and never contains a password."""
     source = SqlSource(table="income", event_timestamp="at", **options)
     with pytest.raises(SourceError, match=words) as refusal:
         rows_of(source, **environment)
     assert "hunter2" not in str(refusal.value)
 
 
-def test_query_that_fails_is_refused(database: Path) -> None:
-    """No such table, or two columns of one name."""
+def test_failing_query_is_refused(database: Path) -> None:
+    """The table does not exist, or two columns have the same name."""
     for query, words in (("SELECT * FROM outcome", "no such table"), ("SELECT 1 a, 2 a", "two columns 'a'")):
         source = SqlSource(url=f"sqlite:///{database}", query=query, event_timestamp="at")
         with pytest.raises(SourceError, match=words):
@@ -325,20 +326,20 @@ def test_query_that_fails_is_refused(database: Path) -> None:
         ),
     ],
 )
-def test_source_that_cannot_work_is_refused(make: Any, words: str) -> None:
-    """When it is written down."""
+def test_invalid_source_is_refused(make: Any, words: str) -> None:
+    """The error is raised when the source is defined."""
     with pytest.raises(DefinitionError, match=words):
         make()
 
 
-def test_parquet_source_keeps_the_version_it_had() -> None:
-    """What is not used does not stand in the definition."""
+def test_parquet_source_keeps_the_version_of_earlier_releases() -> None:
+    """Options that are not used are not part of the definition."""
     source = FileSource("income.parquet", event_timestamp="at")
     assert view(source, Field("amount", "float64")).version == "daf4dbae3339"
 
 
-def test_file_in_place_of_a_source_has_its_columns_and_its_own_format() -> None:
-    """A CSV backfill of a view that reads a database."""
+def test_replacement_file_has_the_sources_columns_and_its_own_format() -> None:
+    """For example, a CSV backfill of a view that reads a database."""
     sql = SqlSource(url_env="SHOP", table="t", event_timestamp="at", created_timestamp="known")
     csv = FileSource("a.txt", event_timestamp="at", format="csv", delimiter=";")
     assert from_path(sql, "old.csv").definition()["created_timestamp"] == "known"
@@ -346,20 +347,21 @@ def test_file_in_place_of_a_source_has_its_columns_and_its_own_format() -> None:
     assert from_path(csv, "b.parquet").kind == "parquet"
 
 
-def test_partition_folders_are_columns(tmp_path: Path) -> None:
-    """As declared, in every format; a column of the file counts before a folder, and Hive's word for null is null."""
+def test_partition_folders_are_columns_in_every_format(tmp_path: Path) -> None:
+    """A column of the file has priority over a folder, and Hive's text for null becomes null."""
     folder = tmp_path / "in" / "at=2024-01-01" / "city=Abu%20Dhabi" / "items=3" / "other=9"
     null = tmp_path / "in" / "at=2024-01-01" / "city=__HIVE_DEFAULT_PARTITION__" / "items=4"
     row = {"person_id": 1, "amount": 0.5, "new": True, "items": 7}
-    for number, place in enumerate((folder, null)):
-        place.mkdir(parents=True)
-        one = pl.DataFrame({name: [value] for name, value in row.items() if number or name != "items"})
-        one.write_parquet(place / "x.parquet")
-        one.write_csv(place / "x.csv")
-        one.write_ndjson(place / "x.jsonl")
+    for number, path in enumerate((folder, null)):
+        path.mkdir(parents=True)
+        frame = pl.DataFrame({name: [value] for name, value in row.items() if number or name != "items"})
+        frame.write_parquet(path / "x.parquet")
+        frame.write_csv(path / "x.csv")
+        frame.write_ndjson(path / "x.jsonl")
     for kind in ("parquet", "csv", "json"):
         source = FileSource(str(tmp_path / "in"), event_timestamp="at", format=kind)
-        first, second = heads(open_source(source, Layout("")), view(source), {})
+        files = open_source(source, Layout(""))
+        first, second = map(block_reader(files, view(source), {}).read_head, files.paths)
         assert "other" not in first.column_names
         assert (first["city"].to_pylist(), first["items"].to_pylist()) == (["Abu Dhabi"], [3])
         assert (second["city"].to_pylist(), second["items"].to_pylist()) == ([None], [7])

@@ -1,4 +1,4 @@
-"""What a batch must look like, what is cast, what is refused, and what only goes to quarantine."""
+"""Validation of a batch: what is cast, what refuses the batch, and which rows go to quarantine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIME = pa.timestamp("us", "UTC")
 
 
 def view(dtype: str = "float64", **changes: Any) -> FeatureView:
-    """A view of one feature, `amount`."""
+    """Return a view with one feature, `amount`."""
     parts: dict[str, Any] = {
         "entities": [Entity("person", join_keys=["person_id"])],
         "source": FileSource("x.parquet", event_timestamp="at"),
@@ -29,7 +29,7 @@ def view(dtype: str = "float64", **changes: Any) -> FeatureView:
 
 
 def block(amount: Any, *, keys: Any = None, at: Any = None, **more: Any) -> pa.Table:
-    """A source block; times and keys are right unless given."""
+    """Return a source block, with valid times and keys by default."""
     amount = amount if isinstance(amount, pa.Array) else pa.array(amount)
     keys = pa.array(range(len(amount))) if keys is None else keys
     at = pa.array([AT] * len(amount), TIME) if at is None else at
@@ -54,9 +54,9 @@ def block(amount: Any, *, keys: Any = None, at: Any = None, **more: Any) -> pa.T
         (pa.array([datetime(2024, 1, 2)]), "timestamp", [datetime(2024, 1, 2, tzinfo=UTC)]),
     ],
 )
-def test_lossless_cast_is_made(source: pa.Array, dtype: str, expected: list[Any]) -> None:
-    """A source may be narrower, wider or coded, as long as every value stays what it is."""
-    assert expected == prepare(block(source), view(dtype), now=NOW)["amount"].to_pylist()
+def test_column_is_cast_if_no_value_changes(source: pa.Array, dtype: str, expected: list[Any]) -> None:
+    """The source's type may be narrower, wider or dictionary codes."""
+    assert prepare(block(source), view(dtype), now=NOW)["amount"].to_pylist() == expected
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,25 @@ def test_lossless_cast_is_made(source: pa.Array, dtype: str, expected: list[Any]
         (pa.array([20240101]), "timestamp", "int64"),
     ],
 )
-def test_wrong_dtype_refuses_naming_column_expected_and_actual(
+def test_wrong_type_is_refused_with_column_expected_and_actual_type(
     source: pa.Array, dtype: str, actual: str
 ) -> None:
-    """A value is never changed to fit."""
-    with pytest.raises(SchemaMismatch, match="'amount'") as caught:
+    """A value is never changed so that it fits."""
+    with pytest.raises(SchemaMismatch, match="'amount'") as refusal:
         prepare(block(source), view(dtype), now=NOW)
     expected = {"float64": "double", "float32": "float"}.get(dtype, dtype)
-    assert f"should be {expected}" in str(caught.value)
-    assert actual in str(caught.value)
+    assert f"should be {expected}" in str(refusal.value)
+    assert actual in str(refusal.value)
 
 
-def test_renamed_column_is_refused_with_a_guess() -> None:
-    """Whoever renamed it sees which one was meant."""
+def test_renamed_column_is_refused_with_a_suggestion() -> None:
+    """The message suggests the new name."""
     with pytest.raises(SchemaMismatch, match=r"Column 'amount'.*is missing.*Did you mean 'amounts'"):
         prepare(block([1.0]).rename_columns(["person_id", "amounts", "at"]), view(), now=NOW)
 
 
-def test_column_that_stands_twice_is_refused() -> None:
-    """Nobody could say which one is meant."""
+def test_repeated_column_name_is_refused() -> None:
+    """It is unknown which of the columns is the right one."""
     twice = block([1.0], extra=pa.array([2.0])).rename_columns(["person_id", "amount", "at", "amount"])
     with pytest.raises(SchemaMismatch, match="2 columns 'amount'"):
         prepare(twice, view(), now=NOW)
@@ -108,20 +108,20 @@ def test_column_that_stands_twice_is_refused() -> None:
     ],
 )
 def test_refusal_does_not_quote_the_value_that_would_change(source: pa.Array, dtype: str) -> None:
-    """It stands in the ledger, which is for everybody who audits and forever."""
+    """The ledger stores the message permanently, and every auditor can read it."""
     with pytest.raises(SchemaMismatch, match="a value would change") as refusal:
         prepare(block(source), view(dtype), now=NOW)
     assert "7341905" not in str(refusal.value)
 
 
 def test_column_of_mixed_values_is_refused_with_its_type() -> None:
-    """Numbers and a word in one column arrive as text, and are not guessed at."""
+    """A column of numbers and a word is read as text, and text is not converted to numbers."""
     with pytest.raises(SchemaMismatch, match="'amount' should be double, the source has string"):
         prepare(block(pa.array(["1.5", "n/a"])), view(), now=NOW)
 
 
-def test_text_that_is_no_utf8_is_refused() -> None:
-    """It would be stored unseen, and fail whoever reads it."""
+def test_text_that_is_not_utf8_is_refused() -> None:
+    """Otherwise it would be stored, and its readers would fail."""
     with pytest.raises(SchemaMismatch, match="'amount' holds text that is not UTF-8"):
         prepare(block(not_utf8()), view("string"), now=NOW)
 
@@ -135,38 +135,40 @@ def test_text_that_is_no_utf8_is_refused() -> None:
     ],
 )
 def test_rule_that_does_not_fit_a_key_is_refused_by_name(check: Any, keys: pa.Array) -> None:
-    """Which type a key has is known only from the source."""
-    with pytest.raises(SchemaMismatch, match=f"rule {type(check).__name__} cannot be asked of .*'person_id'"):
+    """The type of a key is known only from the source."""
+    with pytest.raises(
+        SchemaMismatch, match=f"rule {type(check).__name__} does not fit column .*'person_id'"
+    ):
         prepare(block([1.0], keys=keys), view(checks=[check]), now=NOW)
 
 
 def not_utf8() -> pa.Array:
-    """Two bytes of Latin-1 as text."""
+    """Return a text column with two bytes of Latin-1."""
     offsets = pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0]))
     return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
 
 
 @pytest.mark.parametrize("name", ["person_id", "amount", "at"])
 def test_missing_column_is_named(name: str) -> None:
-    """Key, feature or timestamp: the message says which."""
+    """The column may be a key, a feature or a timestamp."""
     with pytest.raises(SchemaMismatch, match=f"Column '{name}'.*is missing"):
         prepare(block([1.0]).drop_columns([name]), view(), now=NOW)
 
 
 def test_float_keys_are_refused() -> None:
-    """A float cannot identify anything."""
+    """A float cannot identify an entity."""
     with pytest.raises(SchemaMismatch, match="'person_id'"):
         prepare(block([1.0], keys=pa.array([0.5])), view(), now=NOW)
 
 
 def reasons(batch: pa.Table, **changes: Any) -> list[str | None]:
-    """Why each row is bad."""
-    found: list[str | None] = prepare(batch, view(**changes), now=NOW)[REASON].to_pylist()
-    return found
+    """Return the reason of each row; None for a good row."""
+    row_reasons: list[str | None] = prepare(batch, view(**changes), now=NOW)[REASON].to_pylist()
+    return row_reasons
 
 
 def test_rule_fails_only_the_rows_that_break_it() -> None:
-    """Bounds are included, null passes all rules but NotNull."""
+    """Bounds are inclusive. A null passes all rules except NotNull."""
     checks = [Range("amount", minimum=0, maximum=10)]
     bad = "amount outside 0..10"
     assert [None, None, bad, bad, None] == reasons(block([0.0, 10.0, -0.1, 10.1, None]), checks=checks)
@@ -179,23 +181,23 @@ def test_rule_fails_only_the_rows_that_break_it() -> None:
     assert expected == reasons(block(["a", "b", None]), dtype="string", checks=allowed)
 
 
-def test_row_with_two_faults_names_both() -> None:
-    """All that is wrong with a row is said at once."""
+def test_row_that_breaks_two_rules_has_both_reasons() -> None:
+    """The reasons are joined."""
     batch = block([-1.0], keys=pa.array([None], pa.int64()))
     assert reasons(batch, checks=[Range("amount", minimum=0)]) == ["person_id is null; amount outside 0.."]
 
 
-def test_time_that_is_absent_or_far_ahead_is_a_bad_row() -> None:
-    """A minute's slack for clocks, no more."""
+def test_missing_or_future_time_is_a_bad_row() -> None:
+    """A minute of clock difference is allowed."""
     at = pa.array([None, NOW + timedelta(seconds=60), NOW + timedelta(seconds=61)], TIME)
-    said = reasons(block([1.0, 1.0, 1.0], at=at))
-    assert said[1] is None
-    assert "event_timestamp is null" in str(said[0])
-    assert "event_timestamp lies in the future" in str(said[2])
+    missing, allowed, future = reasons(block([1.0, 1.0, 1.0], at=at))
+    assert allowed is None
+    assert "event_timestamp is null" in str(missing)
+    assert "event_timestamp lies in the future" in str(future)
 
 
 @pytest.mark.parametrize(
-    ("at", "said"),
+    ("at", "reason"),
     [
         (pa.array([10**14], pa.timestamp("s")), "lies in the future"),
         (pa.array([2**31 - 1], pa.date32()), "lies in the future"),
@@ -204,55 +206,59 @@ def test_time_that_is_absent_or_far_ahead_is_a_bad_row() -> None:
         (pa.array([-(10**18)], pa.timestamp("us")), "lies before the year 1"),
     ],
 )
-def test_time_beyond_all_calendars_is_a_bad_row(at: pa.Array, said: str) -> None:
-    """Of any unit: neither a crash nor a time that wrapped around into the past."""
-    found = prepare(block([1.0], at=at), view(), now=NOW)
-    assert f"event_timestamp {said}" in found[REASON][0].as_py()
+def test_time_outside_the_calendar_is_a_bad_row(at: pa.Array, reason: str) -> None:
+    """In no unit does such a time raise an error or overflow into the past."""
+    prepared = prepare(block([1.0], at=at), view(), now=NOW)
+    assert f"event_timestamp {reason}" in prepared[REASON][0].as_py()
     assert (
-        json.loads(found[RAW][0].as_py())["at"]
+        json.loads(prepared[RAW][0].as_py())["at"]
         == at.cast(pa.int64() if at.type != pa.date32() else pa.int32())[0].as_py()
     )
 
 
-def test_nothing_is_known_before_it_was_true() -> None:
-    """Event and created times are rounded up to the microsecond; without a zone they are read in the source's."""
+def test_event_and_created_times_are_rounded_up() -> None:
+    """So no value is known before it was true."""
     first = int(AT.timestamp()) * 10**9
     at = pa.array([first, first + 1], pa.timestamp("ns", "UTC"))
     source = FileSource("x.parquet", event_timestamp="at", created_timestamp="known")
-    found = prepare(block([1.0, 2.0], at=at, known=at), view(source=source), now=NOW)
+    prepared = prepare(block([1.0, 2.0], at=at, known=at), view(source=source), now=NOW)
     later = AT + timedelta(microseconds=1)
-    assert found["event_timestamp"].to_pylist() == [AT, later]
-    assert found["created_timestamp"].to_pylist() == [AT, later]
+    assert prepared["event_timestamp"].to_pylist() == [AT, later]
+    assert prepared["created_timestamp"].to_pylist() == [AT, later]
+
+
+def test_times_without_a_zone_have_the_zone_of_the_source() -> None:
+    """They are converted to UTC."""
     local = FileSource("x.parquet", event_timestamp="at", zone="Asia/Dubai")
     bare = pa.array([AT.replace(tzinfo=None)], pa.timestamp("us"))
-    found = prepare(block([1.0], at=bare), view(source=local), now=NOW)
-    assert found["event_timestamp"].to_pylist() == [AT - timedelta(hours=4)]
+    prepared = prepare(block([1.0], at=bare), view(source=local), now=NOW)
+    assert prepared["event_timestamp"].to_pylist() == [AT - timedelta(hours=4)]
 
 
-def test_time_of_a_feature_is_never_changed_to_fit() -> None:
-    """What a feature says beyond the calendar refuses the batch."""
+def test_feature_time_outside_the_calendar_refuses_the_batch() -> None:
+    """The time of a feature is never changed."""
     far = pa.array([10**14], pa.timestamp("s"))
     with pytest.raises(SchemaMismatch, match=r"'amount'.*years 1 to 9999"):
         prepare(block(far), view("timestamp"), now=NOW)
 
 
-def test_what_cannot_be_printed_is_kept_in_a_plainer_form() -> None:
-    """A column that the view does not even read must not lose a bad row."""
+def test_value_without_a_json_form_is_stored_as_base64() -> None:
+    """So a bad row is stored even if a column that the view does not read has such a value."""
     batch = block([1.0], keys=pa.array([None], pa.int64()), note=not_utf8())
     assert json.loads(prepare(batch, view(), now=NOW)[RAW][0].as_py())["note"] == "//4="
 
 
-def test_bad_row_keeps_what_the_source_said() -> None:
-    """The quarantine can be mended from: the raw row, columns outside the schema included."""
+def test_bad_row_is_stored_with_all_source_columns() -> None:
+    """A replay needs them, also those outside the schema."""
     batch = block([-1.0, 1.0], note=pa.array(["typed twice", "fine"]))
-    found = prepare(batch, view(checks=[Range("amount", minimum=0)]), now=NOW)
-    first, second = found[RAW].to_pylist()
+    prepared = prepare(batch, view(checks=[Range("amount", minimum=0)]), now=NOW)
+    first, second = prepared[RAW].to_pylist()
     assert second is None
     assert (json.loads(first)["note"], json.loads(first)["amount"]) == ("typed twice", -1.0)
 
 
-def test_created_is_event_plus_lag_where_the_source_does_not_say() -> None:
-    """Per view without the column, and per row where it is null."""
+def test_missing_created_time_is_event_time_plus_lag() -> None:
+    """This applies to a source without the column, and to rows where it is null."""
     known = pa.array([AT + timedelta(days=9), None], TIME)
     source = FileSource("x.parquet", event_timestamp="at", created_timestamp="known")
     lag = timedelta(days=2)
@@ -273,14 +279,14 @@ def _drops(table: pa.Table) -> pa.Table:
 @pytest.mark.parametrize(
     ("transform", "words"), [(_fails, "no such column"), (_drops, "one row for each of 2")]
 )
-def test_transform_that_cannot_be_trusted_refuses_the_batch(transform: Any, words: str) -> None:
-    """An error inside, or rows lost: the batch is refused, not cut short."""
+def test_failing_transform_refuses_the_batch(transform: Any, words: str) -> None:
+    """The transform raises an error, or loses rows."""
     with pytest.raises(SourceError, match=words):
         prepare(block([1.0, 2.0]), view(transform=transform), now=NOW)
 
 
-def test_empty_block_is_fine() -> None:
-    """Ray Data may hand over a block without rows."""
+def test_block_without_rows_is_accepted() -> None:
+    """Ray Data may pass such a block."""
     empty = block([1.0]).slice(0, 0)
     assert prepare(empty, view(checks=[Range("amount", minimum=0)]), now=NOW).num_rows == 0
 
@@ -288,8 +294,8 @@ def test_empty_block_is_fine() -> None:
 GONE = FileSource("x.parquet", event_timestamp="at", deleted="gone")
 
 
-def test_a_tombstone_needs_its_keys_and_times_only() -> None:
-    """Its values are null, whatever the source says, and no check looks at them; null is not deleted."""
+def test_tombstone_needs_only_its_keys_and_times() -> None:
+    """Its values become null, and no check applies to them. A null in the deletion column means not deleted."""
     rules = [NotNull("amount"), Range("amount", minimum=0)]
     amount = pa.array([-1.0, None, -1.0, 1.0])
     table = prepare(
@@ -300,8 +306,8 @@ def test_a_tombstone_needs_its_keys_and_times_only() -> None:
     assert table[REASON].to_pylist() == [None, None, "amount outside 0..", None]
 
 
-def test_a_tombstone_without_key_or_in_the_future_goes_to_quarantine() -> None:
-    """It is known whose it is and since when, or it deletes nothing."""
+def test_tombstone_without_a_key_or_in_the_future_goes_to_quarantine() -> None:
+    """A tombstone must have a known entity and a valid time."""
     keys, at = pa.array([None, 1]), pa.array([AT, NOW + timedelta(days=9)], TIME)
     table = prepare(
         block([None, 1.0], keys=keys, at=at, gone=pa.array([True, True])), view(source=GONE), now=NOW
@@ -309,15 +315,15 @@ def test_a_tombstone_without_key_or_in_the_future_goes_to_quarantine() -> None:
     assert table[REASON].null_count == 0
 
 
-def test_value_of_a_tombstone_may_be_of_any_kind_the_column_has() -> None:
-    """It is dropped before it is cast: a code without meaning refuses no batch."""
+def test_tombstone_value_that_cannot_be_cast_is_ignored() -> None:
+    """It becomes null before the cast, so it does not refuse the batch."""
     coded = pa.array(["16", "?"]).dictionary_encode()
     table = prepare(block(coded, gone=pa.array([False, True])), view("int64", source=GONE), now=NOW)
     assert table["amount"].to_pylist() == [16, None]
 
 
-def test_marker_of_tombstones_that_is_no_bool_is_refused() -> None:
-    """Text or numbers would have to be guessed at."""
+def test_missing_or_non_bool_deletion_column_is_refused() -> None:
+    """Text and numbers are not interpreted."""
     with pytest.raises(SchemaMismatch, match="'gone' should be bool"):
         prepare(block([1.0], gone=["yes"]), view(source=GONE), now=NOW)
     with pytest.raises(SchemaMismatch, match="'gone'"):

@@ -1,0 +1,191 @@
+"""Apply the rules for whole batches to validated blocks: uniqueness, and comparison with the last good batch.
+
+The rules are pure functions (`validation`, `profile` and `batch_checks` in `store/ingestion`). The steps here run them
+on each block, in this process or in Ray tasks.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import BatchRefused
+from cluster.ledger import Ledger
+from cluster.ledger.events import BatchIngested
+from feature_jobs.batches.work import Block, Work
+from feature_jobs.store.definitions.views import FeatureView, Field
+from feature_jobs.store.ingestion import profile as profiles
+from feature_jobs.store.ingestion.batch_checks import (
+    Drift,
+    Facts,
+    Finding,
+    Outlier,
+    Unique,
+    collect_findings,
+)
+from feature_jobs.store.ingestion.profile import Distribution, Profile, Sketch
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.store.ingestion.validation import REASON, SOURCE, reject, repeated, unique_rules
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchResult:
+    """A batch's profile, and the batch rules that it fails."""
+
+    profile: Profile
+    findings: list[Finding]
+
+
+def reject_repeated_rows(blocks: list[Block], view: FeatureView, work: Work) -> list[Block]:
+    """Return the blocks, with rows that break one of the view's `Unique` rules marked as bad."""
+    rules = unique_rules(view)
+    for rule in rules:
+        parts = [work.run(_select, block, [*rule.of, REASON]) for block in blocks]
+        failing = work.run(_repeated, rule, *parts)
+        is_last = rule is rules[-1]
+        blocks = [
+            work.run(_reject, block, failing, number, rule.reason, is_last)
+            for number, block in enumerate(blocks)
+        ]
+    return blocks
+
+
+def apply_batch_rules(
+    blocks: list[Block], view: FeatureView, baseline: Profile | None, work: Work, *, now: dt.datetime
+) -> BatchResult:
+    """Profile a batch, and apply the view's batch rules.
+
+    Args:
+        blocks: validated blocks, after `reject_repeated_rows`.
+        view: the batch's view.
+        baseline: profile of the last good batch, if there is one.
+        work: runs the steps.
+        now: the moment of ingestion.
+    """
+    previous = {} if baseline is None else baseline.distributions
+    first_pass: list[_FirstPass] = work.get(
+        [work.run(_sketch, block, view.schema, previous) for block in blocks]
+    )
+    sketches = [block.sketch for block in first_pass]
+    chosen = profiles.bins(sketches)
+    counted = work.get([work.run(_count, block, chosen) for block in blocks])
+    measured = profiles.profile(sketches, chosen, counted)
+    counts = profiles.added(block.counts for block in first_pass)
+    facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
+    return BatchResult(profile=measured, findings=collect_findings(view.checks, facts))
+
+
+def require_few_bad_rows(
+    view: FeatureView, rows: int, reasons: Mapping[str, int], *, max_bad_share: float
+) -> None:
+    """Refuse a batch with too many bad rows, before any of it is written.
+
+    Args:
+        view: the batch's view.
+        rows: number of all rows.
+        reasons: number of bad rows by reason.
+        max_bad_share: maximum share of bad rows.
+
+    Raises:
+        BatchRefused: the share is larger; the message has the most frequent reason.
+    """
+    share = sum(reasons.values()) / max(rows, 1)
+    if share <= max_bad_share:
+        return
+    reason, count = max(reasons.items(), key=lambda item: item[1])
+    raise BatchRefused(
+        f"View '{view.name}': {share:.1%} of {rows} rows are bad, at most {max_bad_share:.1%} may be; "
+        f"mostly: {reason} ({count}). Nothing was stored. Correct the source, or raise max_bad_share."
+    )
+
+
+def require_no_findings(view: FeatureView, result: BatchResult) -> None:
+    """Refuse a batch that fails a batch rule.
+
+    Raises:
+        BatchRefused: the batch fails at least one rule; the message has all of them.
+    """
+    if result.findings:
+        messages = "; ".join(finding.said for finding in result.findings)
+        raise BatchRefused(
+            f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch nevertheless "
+            "with batch_rules=report."
+        )
+
+
+def describe_ignored(view: FeatureView, columns: list[str]) -> str:
+    """Return the end of a message that lists the source columns that a view does not read.
+
+    The text is empty if there are none, or if the view has a transform, which may read any column.
+    """
+    source = view.source
+    times = (source.event_timestamp, source.created_timestamp)
+    read = {*view.join_keys, *(field.name for field in view.schema), *times}
+    ignored = [name for name in columns if name not in read and view.transform is None]
+    return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
+
+
+def load_baseline(ledger: Ledger, view: FeatureView, quarantine: QuarantineFiles) -> Profile | None:
+    """Return the profile of the last stored batch of a view, or None if no stored batch has one.
+
+    The profile's values are read only if one of the view's rules compares values, because reading them takes the
+    quarantine's key.
+
+    Raises:
+        AccessDenied, KeyRevoked: the key store refuses the quarantine's key.
+    """
+    batches = [
+        entry.payload
+        for entry in ledger.entries(BatchIngested)
+        if entry.payload["view"] == view.name and entry.payload.get("profile")
+    ]
+    if not batches:
+        return None
+    summary, ingest_id = batches[-1]["profile"], batches[-1]["ingest_id"]
+    if not any(isinstance(check, Drift | Outlier) for check in view.checks):
+        return Profile(**summary, newest_event_us=None, distributions={})
+    return quarantine.read_profile(ingest_id)
+
+
+def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
+    """Return the columns of a source that it did not have at the view's last batch."""
+    known = [
+        entry.payload["source_columns"]
+        for entry in ledger.entries(BatchIngested)
+        if entry.payload["view"] == view and entry.payload.get("source_columns")
+    ]
+    before = set(known[-1]) if known else set(columns)
+    return [name for name in columns if name not in before]
+
+
+class _FirstPass(NamedTuple):
+    sketch: Sketch
+    counts: dict[str, list[int]]
+    """Counts in the bins of the last good batch."""
+
+
+def _select(block: pa.Table, names: list[str]) -> pa.Table:
+    return block.select(names)
+
+
+def _repeated(rule: Unique, *parts: pa.Table) -> list[pa.Array]:
+    return repeated(parts, rule)
+
+
+def _reject(block: pa.Table, failing: list[pa.Array], number: int, reason: str, is_last: bool) -> pa.Table:
+    block = reject(block, failing[number], reason)
+    return block.drop_columns([SOURCE]) if is_last else block
+
+
+def _sketch(block: pa.Table, fields: Sequence[Field], previous: Mapping[str, Distribution]) -> _FirstPass:
+    good = block.filter(pc.is_null(block[REASON]))
+    return _FirstPass(profiles.sketch(block, good, fields), profiles.count(good, previous))
+
+
+def _count(block: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
+    return profiles.count(block.filter(pc.is_null(block[REASON])), chosen)

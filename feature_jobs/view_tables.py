@@ -1,0 +1,47 @@
+"""Open a view's feature table, for reading at one version or for writing."""
+
+from __future__ import annotations
+
+from cluster.security.keys.access import KeyAccess
+from cluster.storage import Layout
+from feature_jobs.store.catalog.protection import view_protection
+from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
+
+
+def view_snapshot(
+    view: ViewSpec, places: Layout, access: KeyAccess, *, version: int | None = None
+) -> Snapshot:
+    """Return a view's table at a version; None is the newest.
+
+    Raises:
+        TrainingSetError: the view has no rows, or the version does not exist.
+    """
+    return snapshot(
+        places.features(view.name),
+        view=view.name,
+        keys=view.join_keys,
+        protection=view_protection(view),
+        access=access,
+        version=version,
+    )
+
+
+def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_buckets: int) -> Target:
+    """Return a view's table as a target for new rows.
+
+    Args:
+        view: the applied view.
+        places: layout of the storage root.
+        access: access to the keys.
+        new_buckets: number of buckets of the table if it does not exist yet.
+    """
+    uri = places.features(view.name)
+    table = open_table(uri)
+    return Target(
+        uri=uri,
+        keys=tuple(view.join_keys),
+        buckets=new_buckets if table is None else num_buckets(table),
+        protection=view_protection(view),
+        access=access,
+    )
