@@ -1,4 +1,4 @@
-# The platform with the same pinned lock as `make`. The image holds the code, because Serve and jobs import it.
+# The platform, with the same pinned lock as `make`. The image contains the code, because Serve and jobs import it.
 FROM python:3.11-slim
 
 RUN apt-get update \

@@ -1,4 +1,4 @@
-# make demo: the whole loop on real data. make test: every check. make down: end what was started.
+# make demo runs the whole loop on real data, make test runs all tests, make down stops what was started.
 PYTHON ?= python3
 # Which build of PyTorch to install: cpu or gpu.
 TORCH ?= cpu
@@ -11,14 +11,14 @@ PACKAGES := cluster feature_jobs jobs serve_apps
 .PHONY: help install demo down test integration unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
 
 help:
-	@echo "make demo    install, start a local cluster, run the whole loop, open .falaj/demo/report.html"
-	@echo "make test    every test; starts and ends its own cluster"
-	@echo "make down    end what make demo started"
+	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
+	@echo "make test    all tests; they start and stop their own clusters"
+	@echo "make down    stop what make demo started"
 	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
 	@echo "make lint    ruff, mypy, import-linter"
-	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests, thoroughly"
-	@echo "make audit   known vulnerabilities of the lock          make coverage       which lines the unit tests run"
-	@echo "make soak    ten minutes of requests: no failure, no growing process"
+	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
+	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
+	@echo "make soak    ten minutes of requests; no request may fail, no process may grow"
 
 install: $(STAMP)
 
@@ -43,13 +43,13 @@ down: $(STAMP)
 
 test: unit integration
 
-# Two clusters side by side, each for the test files that one process takes: the tests mostly wait.
+# Two processes with a cluster each share the test files. The tests mostly wait, so two run faster than one.
 integration: $(STAMP)
 	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
-# Four processes that each import only what their part needs, with one thread each, because LightGBM and Polars would
-# otherwise take all cores several times over and hold each other up. The engines' tests go where they are imported.
-# Only an integration test uses schemathesis, whose plugin takes longer to import than pytest.
+# Four processes, each of which imports only what its tests need. Each uses one thread, because LightGBM and Polars in
+# parallel processes would otherwise compete for the cores. Tests that import a model engine run in unit-engines.
+# Only an integration test uses schemathesis, and its plugin takes longer to import than pytest, so it is off here.
 UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest -p no:schemathesis
 unit: $(STAMP)
 	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
@@ -66,8 +66,8 @@ unit-engines:
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/test_engines.py
 
-# The crash tests killed fifty times, the property tests with forty times the examples, and longer load on a cluster
-# of which parts are killed.
+# Crash tests with fifty kills, property tests with forty times the examples, and a longer load on a cluster while
+# parts of it are killed.
 chaos: $(STAMP)
 	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/unit
