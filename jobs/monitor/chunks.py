@@ -1,7 +1,7 @@
 """Cut served rows into chunks by time, and the reference into chunks of similar size.
 
-A metric over a thousand rows varies more than one over ten thousand. The thresholds come from the reference's chunks, so
-these are made about as large as the served chunks that are compared with them.
+A metric over a thousand rows varies more than one over ten thousand. The thresholds come from the reference's chunks,
+so these are made about as large as the served chunks that are compared with them.
 """
 
 from __future__ import annotations

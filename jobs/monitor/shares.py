@@ -25,7 +25,7 @@ def missing_shares(frames: Frames) -> dict[str, Measures]:
 
 
 def unseen_shares(frames: Frames) -> dict[str, Measures]:
-    """Return the share of values that the model does not know, by categorical input and chunk. A null is not counted."""
+    """Return the share of values that the model does not know, by categorical input and chunk; nulls do not count."""
     return {
         name: _shares(frames, _unseen(frames.reference, name, known), _unseen(frames.served, name, known))
         for name, known in frames.known.items()

@@ -33,7 +33,7 @@ LEAK_AUC = 0.999
 LEAK_RANK_CORRELATION = 0.9999
 """An input with at least this absolute rank correlation with the label is a leak."""
 LEAK_ERRORS = 0.01
-"""Largest share of errors of a leak. The errors of predicting the most frequent class of each input value are divided by
+"""Largest share of errors of a leak: the errors of predicting the most frequent class of each input value, divided by
 the errors of predicting the most frequent class of all rows."""
 
 

@@ -73,7 +73,7 @@ class LearningConfig(PlatformConfig):
     validation_share: float = 0.1
     """Share of the training rows used for early stopping and to choose the best epoch."""
     max_categories: int = 1000
-    """Largest number of values of a categorical input. An input with more is refused, as it is probably an identifier."""
+    """Largest number of values of a categorical input. An input with more is refused: it is probably an identifier."""
     seed: int = 0
     """Seed of all random draws, 0 to 2^31 - 1."""
 

@@ -81,7 +81,8 @@ def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
             module = _import("jobs.train.tabular_network.family")
         case _:
             raise ConfigError(
-                f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set model.module."
+                f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set "
+                "model.module."
             )
     return ResolvedFamily(name, module, load(OmegaConf.create(settings), module.Parameters))
 

@@ -87,8 +87,8 @@ def divergence_message(loss_name: str, value: float, when: str) -> str:
         when: Epoch or round, for example `epoch 1 of 8`.
     """
     return (
-        f"The {loss_name} is {value} in {when}: the fit diverged. Lower model.learning_rate, or look for extreme values in "
-        "the inputs and the label."
+        f"The {loss_name} is {value} in {when}: the fit diverged. Lower model.learning_rate, or look for extreme "
+        "values in the inputs and the label."
     )
 
 

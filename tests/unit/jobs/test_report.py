@@ -140,7 +140,7 @@ def test_missing_parts_are_left_out() -> None:
     page = words(Page(render(DemoReport(summary=summary()))))
     assert "train network" in page
     assert "Why rows were quarantined" not in page
-    assert "Inputs that moved the most" not in page
+    assert "Inputs with the largest drift" not in page
 
 
 def test_page_does_not_hide_what_went_wrong() -> None:
@@ -160,7 +160,7 @@ def test_page_does_not_hide_what_went_wrong() -> None:
     assert "of 100 sent, 3 errors" in page
     assert "The log has 90 rows for 97 answers." in page
     assert "outside" in page
-    assert "The chain does not hold." in page
+    assert "The chain is broken." in page
     assert "hash chain BROKEN" in page
 
 
