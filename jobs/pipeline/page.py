@@ -33,11 +33,11 @@ class StageRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoReport:
-    """Everything that the page shows. Only `summary` is required; the page leaves out what it does not have."""
+    """Everything that the page shows. Only `summary` is required; missing parts are left out of the page."""
 
     summary: Json
-    """Content of `summary.json`. `requests` may have p50_ms and p99_ms. `orphans` counts logged predictions whose answer
-    did not reach the client."""
+    """Content of `summary.json`. `requests` may have p50_ms and p99_ms. `orphans` counts logged predictions
+    whose answer did not reach the client."""
     stages: Sequence[StageRun] = ()
     """Stages in the order in which they ran."""
     evaluations: Mapping[str, Json] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def _diagram(summary: Json) -> Markup:
     }
     arrows = {
         "ingest": f"{formats.integer(total['ingested'])} rows" if rows else "ingest",
-        "join": "point-in-time join",
+        "join": "join",
         "train": "train",
         "refuse": "bad rows",
         "materialize": "materialise",
