@@ -114,7 +114,7 @@ def test_a_file_outside_the_storage_root_is_only_compared_with_its_manifest(proj
     path = project.root.parent / "taken.parquet"
     table = read(project, path).table
     pq.write_table(table.take(list(reversed(range(table.num_rows)))), path)
-    with pytest.raises(TrainingSetError, match="describes other rows"):
+    with pytest.raises(TrainingSetError, match="does not describe the rows"):
         read(project, path)
     (project.root.parent / "taken.manifest.json").unlink()
     assert read(project, path).table.num_rows == table.num_rows
