@@ -16,17 +16,11 @@ from cluster.runtime import Task, load_model
 from cluster.security.keys.access import KeyAccess, key_store
 from jobs.monitor.chunks import CHUNK, assign_chunks
 from jobs.monitor.config import MonitorConfig
+from jobs.monitor.drift import measure_drift
 from jobs.monitor.frames import Frames, build_frames
 from jobs.monitor.logged import ServedVersion
-from jobs.monitor.measures import (
-    METRICS,
-    SHORT,
-    Measure,
-    Measures,
-    estimate_performance,
-    measure_drift,
-    realised_performance,
-)
+from jobs.monitor.measures import Measure, Measures
+from jobs.monitor.performance import METRIC_NAMES, estimate_performance, realised_performance
 from jobs.monitor.shares import missing_shares, unseen_shares
 
 Figures = dict[str, Any]
@@ -37,7 +31,7 @@ def measure_version(
     config: MonitorConfig, served: ServedVersion, reference: pl.DataFrame, *, access: KeyAccess
 ) -> Figures:
     """Return all figures of one version by chunk; each undefined figure has its reason under `undefined`."""
-    metric = SHORT[METRICS[Task(served.version.task)]]
+    metric = METRIC_NAMES[Task(served.version.task)]
     rows = served.rows
     summary = {
         "variant": served.variant,
@@ -86,7 +80,7 @@ def compute_figures(frames: Frames, served: pl.DataFrame, *, min_outcomes: int) 
         estimate_performance(frames),
         realised_performance(frames, min_outcomes=min_outcomes),
     )
-    drift, metric = measure_drift(frames), SHORT[METRICS[frames.task]]
+    drift, metric = measure_drift(frames), METRIC_NAMES[frames.task]
     periods = {
         chunk: _period(
             metric,

@@ -26,7 +26,7 @@ from jobs.monitor.chunks import (
 )
 from jobs.monitor.config import Period
 from jobs.monitor.frames import MISSING, PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames, build_frames
-from jobs.monitor.measures import estimate_performance, realised_performance
+from jobs.monitor.performance import estimate_performance, realised_performance
 from jobs.monitor.plots import performance_plot
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, data, days, distances, of_2018
 

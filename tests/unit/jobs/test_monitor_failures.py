@@ -14,10 +14,12 @@ import pytest
 
 from jobs.monitor.__main__ import result_name
 from jobs.monitor.chunks import CHUNK
+from jobs.monitor.drift import measure_drift
 from jobs.monitor.figures import add_small_chunks, compute_figures
 from jobs.monitor.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
 from jobs.monitor.logged import ServedVersion
-from jobs.monitor.measures import Figure, Measures, estimate_performance, measure_drift, realised_performance
+from jobs.monitor.measures import Figure, Measures
+from jobs.monitor.performance import estimate_performance, realised_performance
 from jobs.monitor.report import alerting_chunks, describe
 from jobs.monitor.shares import missing_shares, unseen_shares
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, of_2018
