@@ -53,7 +53,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def intervals(panels: dict[str, list[Interval]], *, label: str) -> Markup:
+def interval_chart(panels: dict[str, list[Interval]], *, label: str) -> Markup:
     """Draw a panel per variant: estimates with their interval, and realised figures. All panels share one scale."""
     known = [value for rows in panels.values() for row in rows for value in _values(row)]
     if not known:
@@ -72,7 +72,7 @@ def intervals(panels: dict[str, list[Interval]], *, label: str) -> Markup:
     return _svg(WIDTH, height, label, parts)
 
 
-def dots(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
+def dot_chart(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
     """Draw horizontal dots, one row per label. `number` formats a value as text."""
     known = [
         value for row in rows for value in (*row.values, *(row.band or ()), row.mark) if value is not None
@@ -92,7 +92,7 @@ def dots(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) ->
     return _svg(WIDTH, bottom + 28, label, parts)
 
 
-def calibration(curves: Sequence[Curve], *, label: str) -> Markup:
+def calibration_plot(curves: Sequence[Curve], *, label: str) -> Markup:
     """Draw observed rates against predicted probabilities. A perfectly calibrated model is on the diagonal."""
     size, left = 300, 52
     x, y = _scale(0, 1, left, left + size), _scale(0, 1, size + 10, 10)
@@ -134,7 +134,7 @@ def symbol(x: float, y: float, series: int) -> Markup:
             return Markup('<path class="s{0}" d="M{1:.1f} {2:.1f}l6 6-6 6-6-6z"/>').format(series, x, y - 6)
 
 
-def key(names: Sequence[str]) -> Markup:
+def legend(names: Sequence[str]) -> Markup:
     """Draw the legend: the symbol and the name of each series."""
     items = (
         Markup(

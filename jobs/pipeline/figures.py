@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from jobs.pipeline.charts import Curve, Dots, Interval, calibration, dots, intervals, key
+from jobs.pipeline.charts import Curve, Dots, Interval, calibration_plot, dot_chart, interval_chart, legend
 from jobs.pipeline.formats import points, score
 
 Json = Mapping[str, Any]
@@ -126,7 +126,9 @@ def share_chart(shares: Json, requests: int) -> Markup:
         )
         for row in share_rows(shares, requests)
     ]
-    return dots(rows, label="Share of requests per variant, as its difference from the weight", number=points)
+    return dot_chart(
+        rows, label="Share of requests per variant, as its difference from the weight", number=points
+    )
 
 
 def quarantine_rows(quarantine: Mapping[str, Mapping[str, int]]) -> list[QuarantineRow]:
@@ -152,7 +154,7 @@ def calibration_chart(evaluations: Mapping[str, Json], candidates: Sequence[str]
     ]
     if not any(curve.points for curve in curves):
         return Markup("")
-    return key(candidates) + calibration(
+    return legend(candidates) + calibration_plot(
         curves, label="Calibration: predicted probability against observed rate"
     )
 
@@ -171,9 +173,9 @@ def slice_charts(evaluations: Mapping[str, Json], candidates: Sequence[str]) -> 
             for label in [names.values.get(group, group)]
         ]
         judged = [row for row in rows if any(value is not None for value in row.values)]
-        chart = dots(judged, label=f"AUC by {names.title.lower()}", number=score)
+        chart = dot_chart(judged, label=f"AUC by {names.title.lower()}", number=score)
         if chart:
-            charts.append(SliceChart(names.title, key(candidates) + chart))
+            charts.append(SliceChart(names.title, legend(candidates) + chart))
     return charts
 
 
@@ -186,7 +188,7 @@ def performance_chart(summary: Json, monitor: Json) -> Markup:
     }
     if not panels:
         return Markup("")
-    return key(["estimated, before outcomes are known", "realised, from outcomes"]) + intervals(
+    return legend(["estimated, before outcomes are known", "realised, from outcomes"]) + interval_chart(
         panels, label="Estimated and realised AUC per variant and year"
     )
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from jobs.pipeline import figures, formats
-from jobs.pipeline.picture import loop_diagram
+from jobs.pipeline.diagram import loop_diagram
 
 Json = Mapping[str, Any]
 

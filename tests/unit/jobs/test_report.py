@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.pipeline import formats
-from jobs.pipeline.charts import Dots, dots, nice_ticks
+from jobs.pipeline.charts import Dots, dot_chart, nice_ticks
 from jobs.pipeline.figures import drift_rows, share_rows, split_interval
 from jobs.pipeline.page import DemoReport, StageRun, render
 
@@ -225,7 +225,7 @@ def test_drift_is_ordered_by_distance_over_threshold() -> None:
 
 def test_chart_without_values_is_empty() -> None:
     """Axes without points would be useless."""
-    assert dots([Dots(label="a", values=[None])], label="x", number=formats.score) == ""
+    assert dot_chart([Dots(label="a", values=[None])], label="x", number=formats.score) == ""
 
 
 @pytest.mark.parametrize(
