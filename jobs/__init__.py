@@ -1,1 +1,1 @@
-"""Jobs that train, sweep, evaluate, monitor and tie the whole loop together; a folder per job."""
+"""Jobs that train, tune, evaluate and monitor models, and the demo pipeline; one folder per job."""

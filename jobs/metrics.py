@@ -1,7 +1,7 @@
-"""Metrics as pure functions over scores and targets; training and evaluation both report these.
+"""Metrics of a model: pure functions of scores and targets, used by training and evaluation.
 
-A metric that is not defined for the rows given, an AUC where only one class occurs, is None: a NaN cannot be written
-into the ledger and would read as a number in a table.
+A metric that is undefined for its rows is None, for example the AUC of rows with only one class. NaN is not used,
+because the ledger cannot store it and a table would show it like a number.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _EPSILON = 1e-15
 
 
 def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
-    """The metrics of a model's task.
+    """Compute the metrics of the model's task.
 
     Args:
-        predictions: of some rows.
-        target: of the same rows; class positions (int64) for binary and multiclass, values for a regression.
+        predictions: Predictions of some rows.
+        target: Target of the same rows: class positions (int64) for binary and multiclass, values for a regression.
     """
     signature = predictions.signature
     match signature.task:
@@ -37,22 +37,22 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
             metrics = multiclass_metrics(predictions.scores, target)
         case Task.regression:
             metrics = regression_metrics(predictions.scores, target)
-    found: dict[str, Any] = finite(metrics)  # a sum of huge values overflows
-    return found
+    finite_metrics: dict[str, Any] = finite(metrics)  # a sum of very large values can overflow
+    return finite_metrics
 
 
 def headline(task: Task, metrics: dict[str, Any]) -> str:
-    """The one metric a line of output has room for, as `auc 0.8123`."""
+    """Return the main metric of the task as text, for example `auc 0.8123`."""
     name = {Task.binary: "auc", Task.multiclass: "accuracy", Task.regression: "rmse"}[task]
     value = metrics[name]
     if value is not None:
         return f"{name} {value:.6g}" if task is Task.regression else f"{name} {value:.4f}"
-    why = "one class in these rows" if task is Task.binary else "no finite value"
-    return f"{name} undefined ({why})"
+    reason = "one class in these rows" if task is Task.binary else "no finite value"
+    return f"{name} undefined ({reason})"
 
 
 def binary_metrics(probabilities: Floats, target: Integers, *, threshold: float = 0.5) -> dict[str, Any]:
-    """AUC, accuracy, log loss, Brier score, expected calibration error and the calibration bins behind it."""
+    """Return AUC, accuracy, log loss, Brier score, expected calibration error and its calibration bins."""
     bins = calibration(probabilities, target)
     return {
         "rows": len(target),
@@ -69,35 +69,42 @@ def binary_metrics(probabilities: Floats, target: Integers, *, threshold: float 
 
 
 def multiclass_metrics(probabilities: Floats, target: Integers) -> dict[str, Any]:
-    """Accuracy, log loss, Brier score over all classes, and the mean one-against-rest AUC of classes that occur."""
+    """Return accuracy, log loss, Brier score over all classes, and the mean one-vs-rest AUC.
+
+    The mean AUC skips classes whose AUC is undefined.
+    """
     num_classes = probabilities.shape[1]
     one_hot = np.eye(num_classes)[target]
     aucs = [roc_auc(probabilities[:, k], (target == k).astype(np.int64)) for k in range(num_classes)]
-    known = [auc for auc in aucs if auc is not None]
+    defined = [auc for auc in aucs if auc is not None]
     return {
         "rows": len(target),
         "accuracy": _mean(probabilities.argmax(axis=1) == target),
-        "auc": sum(known) / len(known) if known else None,
+        "auc": sum(defined) / len(defined) if defined else None,
         "log_loss": log_loss(probabilities, target),
         "brier": _mean(((probabilities - one_hot) ** 2).sum(axis=1)),
     }
 
 
 def regression_metrics(values: Floats, target: Floats) -> dict[str, Any]:
-    """Root mean squared error, mean absolute error, R2 and the mean error (bias)."""
+    """Return root mean squared error, mean absolute error, R2 and mean error (bias)."""
     error = values - target
-    spread = float(((target - target.mean()) ** 2).sum()) if len(target) else 0.0
+    total_squares = float(((target - target.mean()) ** 2).sum()) if len(target) else 0.0
     return {
         "rows": len(target),
         "rmse": math.sqrt(float((error**2).mean())) if len(target) else None,
         "mae": _mean(np.abs(error)),
-        "r2": 1.0 - float((error**2).sum()) / spread if spread > 0 else None,
+        "r2": 1.0 - float((error**2).sum()) / total_squares if total_squares > 0 else None,
         "bias": _mean(error),
     }
 
 
 def roc_auc(scores: Floats, target: Integers) -> float | None:
-    """Area under the ROC curve as the Mann-Whitney statistic over mid-ranks (Hanley & McNeil 1982)."""
+    """Return the area under the ROC curve: the Mann-Whitney statistic over mid-ranks (Hanley & McNeil 1982).
+
+    Returns:
+        None if the target has only one class.
+    """
     num_positive = int((target == 1).sum())
     num_negative = len(target) - num_positive
     if num_positive == 0 or num_negative == 0:
@@ -109,21 +116,21 @@ def roc_auc(scores: Floats, target: Integers) -> float | None:
 
 
 def log_loss(probabilities: Floats, target: Integers) -> float | None:
-    """Mean negative log-likelihood of [rows, classes], probabilities kept away from 0 and 1."""
+    """Return the mean negative log-likelihood; probabilities [rows, classes] are clipped at 1e-15 from below."""
     if len(target) == 0:
         return None
-    given = probabilities[np.arange(len(target)), target]
-    return float(-np.log(np.clip(given, _EPSILON, 1.0)).mean())
+    of_true_class = probabilities[np.arange(len(target)), target]
+    return float(-np.log(np.clip(of_true_class, _EPSILON, 1.0)).mean())
 
 
 def calibration(
     probabilities: Floats, target: Integers, *, num_bins: int = NUM_BINS
 ) -> list[dict[str, float | int]]:
-    """Equal-width bins of the predicted probability that hold any rows, with what came true in each."""
-    which = np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
+    """Return predicted and observed rates by equal-width bin of the predicted probability; empty bins are left out."""
+    bin_of_row = np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
     bins: list[dict[str, float | int]] = []
     for number in range(num_bins):
-        inside = which == number
+        inside = bin_of_row == number
         if not inside.any():
             continue
         bins.append(
@@ -139,11 +146,11 @@ def calibration(
 
 
 def expected_calibration_error(bins: list[dict[str, float | int]]) -> float | None:
-    """Mean gap between predicted and observed rate, weighted by rows (Naeini et al. 2015)."""
-    rows = sum(one["rows"] for one in bins)
+    """Return the mean gap between predicted and observed rate, weighted by rows (Naeini et al. 2015)."""
+    rows = sum(bin_["rows"] for bin_ in bins)
     if not rows:
         return None
-    gaps = (one["rows"] * abs(one["mean_probability"] - one["positive_rate"]) for one in bins)
+    gaps = (bin_["rows"] * abs(bin_["mean_probability"] - bin_["positive_rate"]) for bin_ in bins)
     return float(sum(gaps) / rows)
 
 

@@ -1,1 +1,1 @@
-"""Compaction: what replicas logged line by line, as a table."""
+"""Compact the segments that replicas wrote into tables."""

@@ -1,7 +1,8 @@
-"""`python -m jobs.compact_log name=m`: a model's logged predictions and outcomes from segments into tables.
+"""`python -m jobs.compact_log name=m`: move a model's logged predictions and outcomes from segments into tables.
 
-It takes what replicas have left or have died with, so it can run beside them, and readers beside it. Killed at any
-point, the same command run again finishes the job; no record is lost or doubled.
+Segments of replicas that are still writing are left alone, so this job can run while replicas serve and while other
+jobs read the log. If it is killed, run the same command again: it finishes the work, and no record is lost or
+duplicated.
 """
 
 from __future__ import annotations
@@ -24,29 +25,30 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 
-Compacted = type[PredictionsCompacted] | type[OutcomesCompacted]
+CompactedEvent = type[PredictionsCompacted] | type[OutcomesCompacted]
 
 
 @dataclass(kw_only=True, slots=True)
 class CompactLogConfig(PlatformConfig):
-    """Whose log."""
+    """Configuration of one compaction."""
 
     name: str = "???"
-    """Of the model."""
+    """Model name."""
 
 
 @job("compact_log", CompactLogConfig, timed=True)
 def main(config: CompactLogConfig) -> None:
-    """Compact both logs of a model."""
+    """Compact the prediction log and the outcome log of a model."""
     ledger = open_ledger(config)
-    compact_both(config, ledger, act(config, require_record(config), ledger, entrypoint="jobs.compact_log"))
+    compact_logs(config, ledger, act(config, require_record(config), ledger, entrypoint="jobs.compact_log"))
 
 
-def compact_both(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None:
-    """If the actor may: what a scope says of a model holds for its logs.
+def compact_logs(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None:
+    """Check that the actor may compact the logs of this model, then compact both.
 
     Raises:
-        ModelNotFound, AccessDenied: before anything was looked at.
+        ModelNotFound: No such model; nothing was read.
+        AccessDenied: The actor may not compact the logs of this model; nothing was read.
     """
     places = layout(config.storage)
     known = Registry(ledger, places).names()
@@ -57,30 +59,36 @@ def compact_both(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None
         (local(places.predictions(config.name)), PredictionsCompacted),
         (local(places.outcomes(config.name)), OutcomesCompacted),
     ):
-        taken = run(log, event, ledger, actor, model=config.name)
+        num_segments = compact_log(log, event, ledger, actor, model=config.name)
         print(
-            f"{log.parts[-2]} of {config.name}: {taken} segments taken, {LogTable(log).records} records in the table"
+            f"{log.parts[-2]} of {config.name}: {num_segments} segments taken, {LogTable(log).records} records in the "
+            "table"
         )
 
 
-def run(log: Path, event: Compacted, ledger: Ledger, actor: Actor, *, model: str) -> int:
-    """Compact one log until no segment is left that could be taken, and say so in the ledger; gives their number."""
+def compact_log(log: Path, event: CompactedEvent, ledger: Ledger, actor: Actor, *, model: str) -> int:
+    """Compact one log until no closed segment is left, and append the events. Returns the number of segments."""
     total = 0
-    while taken := compact(log, store=key_store(actor.access), files=protected_files(actor.access)):
-        total += taken
-    record(log, event, ledger, model=model, actor=actor.name)
+    while num_segments := compact(log, store=key_store(actor.access), files=protected_files(actor.access)):
+        total += num_segments
+    append_events(log, event, ledger, model=model, actor=actor.name)
     return total
 
 
-def record(log: Path, event: Compacted, ledger: Ledger, *, model: str, actor: str) -> None:
-    """Say in the ledger what was compacted, also what a killed job did not get to say."""
-    said = {
+def append_events(log: Path, event: CompactedEvent, ledger: Ledger, *, model: str, actor: str) -> None:
+    """Append an event for each compaction that has none yet, including those of a job that was killed."""
+    recorded = {
         entry.payload["table_version"] for entry in ledger.entries(event) if entry.payload["model"] == model
     }
-    for version, one in sorted(LogTable(log).compactions().items()):
-        if version not in said:
+    for version, compaction in sorted(LogTable(log).compactions().items()):
+        if version not in recorded:
             ledger.append(
-                event(model=model, table_version=version, segments=one.segments, records=one.records),
+                event(
+                    model=model,
+                    table_version=version,
+                    segments=compaction.segments,
+                    records=compaction.records,
+                ),
                 actor=actor,
             )
 

@@ -1,1 +1,1 @@
-"""Evaluation of a registered version: quality, calibration, and the same for each group of people."""
+"""Evaluate a registered version: quality and calibration, overall and for each group of rows."""

@@ -1,4 +1,4 @@
-"""`python -m jobs.evaluate name=m version=1 training_set=t.parquet`: score a version on rows it has never seen."""
+"""`python -m jobs.evaluate name=m version=1 training_set=t.parquet`: evaluate a version on held-out rows."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.slices import slice_metrics, smallest_slice
 from jobs.metrics import headline, score
 from jobs.train.data import TrainingSet, label_column, read_training_set
-from jobs.train.split import held_out_of
+from jobs.train.split import version_held_out_mask
 from jobs.train.target import encode_target
 
 
 @job("evaluate", EvaluateConfig, timed=True)
 def main(config: EvaluateConfig) -> None:
-    """Evaluate one version."""
+    """Evaluate one version and append the result to the ledger."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.evaluate")
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
-    # What is found becomes part of what the registry says of the version.
+    # The result becomes part of the version's entry in the registry, so the same right as for registering is needed.
     actor.check(Action.register_model, version.resource(region=config.cluster.region))
     model = load_model(version, key_store(actor.access), hardware=Hardware(num_threads=2))
     signature = model.signature
-    places = layout(config.storage)
     source = read_training_set(
-        config.training_set, protected_files(actor.access), places=places, ledger=ledger
+        config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
     )
-    table = chosen_rows(config, version, source)
+    table = select_rows(config, version, source)
     labels = label_column(table, signature.label)
     target = encode_target(signature.task, labels, classes=signature.classes, label=signature.label)
     predictions = model.predict(table)
@@ -57,23 +56,26 @@ def main(config: EvaluateConfig) -> None:
         slices=slices,
     )
     ledger.append(event, actor=actor.name)
-    figure = headline(signature.task, metrics)
-    print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {figure}")
+    metric = headline(signature.task, metrics)
+    print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {metric}")
     if config.output is not None:
-        result: dict[str, Any] = {
+        output: dict[str, Any] = {
+            "name": version.name,
+            "version": version.version,
+            "family": version.family,
             "metrics": metrics,
             "slices": slices,
             "smallest_slice": smallest_slice(slices),
         }
-        head = {"name": version.name, "version": version.version, "family": version.family}
-        write_json(resolve(config.output), head | result)
+        write_json(resolve(config.output), output)
 
 
-def chosen_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingSet) -> pa.Table:
-    """The rows to evaluate: those the version's own training held out, or all."""
+def select_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingSet) -> pa.Table:
+    """Return the rows to evaluate: all, or those that the version's training held out."""
     if config.rows is Rows.all:
         return source.table
-    mask = held_out_of(version, source, otherwise="Give the training set, or `rows=all` for data of its own.")
+    advice = "Give the training set, or set `rows=all` for data that was not used in training."
+    mask = version_held_out_mask(version, source, advice=advice)
     return source.table.filter(pa.array(mask))
 
 

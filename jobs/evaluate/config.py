@@ -9,31 +9,32 @@ from cluster.settings import PlatformConfig
 
 
 class Rows(enum.Enum):
-    """Which rows of the data are evaluated."""
+    """Rows to evaluate."""
 
     held_out = "held_out"
-    """Those the version's own training held out."""
+    """Rows that the version's training held out."""
     all = "all"
-    """Every row: for data that had no part in the training."""
+    """All rows; for data that was not used in training."""
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(PlatformConfig):
-    """One evaluation of one model version."""
+    """Configuration of one evaluation of one model version."""
 
     name: str
-    """Of the model."""
+    """Model name."""
     training_set: str
-    """Parquet file with the model's inputs and its label."""
+    """Parquet file with the inputs and the label of the model."""
     version: str = "latest"
-    """A number, an alias, or `latest`."""
+    """Version number, alias, or `latest`."""
     rows: Rows = Rows.held_out
+    """Rows to evaluate: `held_out` or `all`."""
     slices: list[str] = field(default_factory=list)
-    """Columns to report by value, `person__SEX`."""
+    """Columns to slice by: metrics are reported for each value, for example of `person__SEX`."""
     min_slice_rows: int = 50
-    """A smaller slice is listed, but not judged."""
+    """Smallest number of rows of a slice with metrics; for a smaller slice only the number of rows is reported."""
     output: str | None = None
-    """File the result is written to as JSON."""
+    """File to write the result to, as JSON."""
 
     def __post_init__(self) -> None:
         if self.min_slice_rows < 1:

@@ -1,4 +1,4 @@
-"""The same metrics for each group of people: a good average can hide a group the model fails."""
+"""Metrics by slice: a good average can hide a group of rows for which the model is bad."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from cluster.runtime import Predictions
 from jobs.metrics import score
 
 MAX_VALUES = 100
+"""Largest number of values of a column to slice by."""
 
 
 def slice_metrics(
     predictions: Predictions, target: npt.NDArray[Any], *, table: pa.Table, columns: list[str], min_rows: int
 ) -> dict[str, Any]:
-    """Metrics by value of each column.
+    """Compute the metrics for each value of each column.
 
     Args:
-        predictions: of the table's rows.
-        target: as `metrics.score` takes it.
-        table: the evaluated rows, with the columns to slice by.
-        columns: names in the table.
-        min_rows: a smaller slice is listed with its number of rows, but not judged.
+        predictions: Predictions of the table's rows.
+        target: Target as `metrics.score` takes it.
+        table: The evaluated rows, with the columns to slice by.
+        columns: Names of the columns to slice by.
+        min_rows: For a smaller slice only the number of rows is returned, with `judged` false.
 
     Returns:
-        Column to value (as text, `null` where missing) to metrics; the calibration bins are left out.
+        Metrics by column and value, without calibration bins. Values are text; a missing value is `null`.
 
     Raises:
-        TrainingSetError: an unknown column, or one with too many values to slice by.
+        TrainingSetError: A column is unknown or has too many values to slice by.
     """
-    return {column: _by_value(predictions, target, _values(table, column), min_rows) for column in columns}
+    return {
+        column: _metrics_by_value(predictions, target, _values(table, column), min_rows) for column in columns
+    }
 
 
 def smallest_slice(slices: dict[str, Any]) -> dict[str, Any] | None:
-    """The slice with the fewest rows, so that a reader knows how far the figures carry."""
-    named = [
+    """Return the slice with the fewest rows, which shows how reliable the metrics are."""
+    slices_with_rows = [
         {"column": column, "value": value, "rows": metrics["rows"]}
         for column, by_value in slices.items()
         for value, metrics in by_value.items()
     ]
-    return min(named, key=lambda one: int(one["rows"]), default=None)
+    return min(slices_with_rows, key=lambda slice_: int(slice_["rows"]), default=None)
 
 
 def _values(table: pa.Table, column: str) -> npt.NDArray[np.str_]:
@@ -61,7 +64,7 @@ def _values(table: pa.Table, column: str) -> npt.NDArray[np.str_]:
     return values
 
 
-def _by_value(
+def _metrics_by_value(
     predictions: Predictions, target: npt.NDArray[Any], values: npt.NDArray[np.str_], min_rows: int
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}

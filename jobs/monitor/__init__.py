@@ -1,1 +1,1 @@
-"""Monitoring: NannyML over what was predicted, with and without outcomes."""
+"""Monitor served models with NannyML: estimated and realised performance, drift, and shares of nulls and new values."""

@@ -1,7 +1,7 @@
-"""How predictions are cut into chunks, and the reference into chunks of a like size.
+"""Cut served rows into chunks by time, and the reference into chunks of similar size.
 
-A figure over a thousand rows wavers more than one over ten thousand, so the reference's own chunks, which thresholds
-come from, are made about as large as those that are held against them.
+A metric over a thousand rows varies more than one over ten thousand. The thresholds come from the reference's chunks,
+so these are made about as large as the served chunks that are compared with them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,36 @@ import polars as pl
 from jobs.monitor.config import Period
 
 CHUNK = "_chunk"
+"""Column with the name of a row's chunk."""
 MIN_REFERENCE_CHUNKS, MAX_REFERENCE_CHUNKS = 10, 40
 
 _FORMATS = {Period.year: "%Y", Period.month: "%Y-%m", Period.day: "%Y-%m-%d"}
 
 
-def cut(served: pl.DataFrame, period: Period, *, min_rows: int) -> pl.DataFrame:
-    """Predictions in order of time with the name of their chunk; chunks with too few rows are left out.
+def assign_chunks(served: pl.DataFrame, period: Period, *, min_rows: int) -> pl.DataFrame:
+    """Sort served rows by time, add the name of their chunk, and drop chunks that are too small.
 
     Args:
-        served: with `as_of`, UTC.
-        period: calendar length of a chunk.
-        min_rows: of a chunk.
+        served: Served rows with `as_of` in UTC.
+        period: Calendar length of a chunk.
+        min_rows: Smallest number of rows of a chunk that is kept.
     """
-    named = served.sort("as_of", maintain_order=True).with_columns(
+    rows = served.sort("as_of", maintain_order=True).with_columns(
         pl.col("as_of").dt.strftime(_FORMATS[period]).alias(CHUNK)
     )
-    return named.filter(pl.len().over(CHUNK) >= min_rows)
+    return rows.filter(pl.len().over(CHUNK) >= min_rows)
 
 
 def reference_chunks(rows: int, *, served_rows: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The chunk of each reference row, all of nearly the same size, about that of the served chunks."""
+    """Return the chunk number of each reference row.
+
+    The chunks differ by at most one row. Their size is near the median of the served chunks, and there are
+    `MIN_REFERENCE_CHUNKS` to `MAX_REFERENCE_CHUNKS` of them.
+
+    Args:
+        rows: Number of reference rows.
+        served_rows: Number of rows of each served chunk.
+    """
     size = float(np.median(served_rows))
     count = int(np.clip(rows // max(size, 1.0), MIN_REFERENCE_CHUNKS, MAX_REFERENCE_CHUNKS))
     return np.arange(rows, dtype=np.int64) * count // max(rows, 1)

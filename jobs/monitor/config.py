@@ -1,4 +1,4 @@
-"""The monitoring job's configuration."""
+"""Configuration of `jobs.monitor`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ class Period(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class MonitorConfig(PlatformConfig):
-    """What is compared with what."""
+    """Configuration of one monitoring run."""
 
     name: str
-    """Of the model."""
+    """Model name."""
     reference: str
-    """Training set (Parquet); its held-out rows, scored anew, are the reference."""
+    """Training set (Parquet). Its held-out rows, scored again by each version, are the reference."""
     label: str
     """Column of the reference with the true values."""
     timestamp: str = "event_timestamp"
-    """Column of the reference that says when a row was true."""
+    """Column of the reference with the event time."""
     period: Period = Period.year
-    """Length of a chunk of served rows, by their `as_of`."""
+    """Calendar length of a chunk of served rows. A row belongs to a chunk by its `as_of`."""
     split: SplitConfig | None = field(default_factory=SplitConfig)
-    """Which rows of the reference each version is held against. `auto` takes those that the version's own training held
-    out; a column takes the rows where it modulo `modulo` is `remainder`; none takes all rows, and so does no split."""
+    """Rows of the reference that each version is compared with. `split.column=auto` takes the rows that the version's
+    own training held out. A column name takes the rows where that column modulo `modulo` is `remainder`.
+    `split.column=null` and `split=null` take all rows."""
     min_rows: int = 300
-    """Nothing is said about a chunk with fewer rows, nor about realised performance with fewer outcomes."""
+    """Smallest number of rows of a chunk with figures, and smallest number of outcomes for realised performance."""
     output: str | None = None
-    """JSON file."""
+    """File to write all figures to, as JSON."""

@@ -1,10 +1,10 @@
-"""From logged predictions, outcomes and the held-out reference to the two plain frames that the estimators take."""
+"""Build the two pandas frames that NannyML takes: the held-out reference, and the served rows with outcomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,49 +18,60 @@ from jobs.monitor.chunks import CHUNK, reference_chunks
 
 TIME, TRUTH, PREDICTED, SCORE = "_time", "_truth", "_predicted", "_score"
 PROBABILITY = "_probability_"
-"""Prefix of a class's probability column in a multiclass frame."""
+"""Prefix of the name of a class's probability column in a multiclass frame."""
 MISSING = "(null)"
-"""A null of a categorical input, so that more nulls than usual count as drift."""
-
-_EPOCH = np.datetime64("2000-01-01", "D")
+"""Category that replaces a null of a categorical input, so that more nulls than usual count as drift."""
+EPOCH = np.datetime64("2000-01-01", "D")
+"""`_time` of the first chunk; each later chunk is one day later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frames:
-    """What the estimators take.
+    """Input of the NannyML estimators.
 
-    Both frames have `_truth` (null where no outcome is in), `_predicted`, the inputs that could be read, and `_score`
-    for a binary task or `_probability_<class>` for a multiclass one. A binary `_truth` is 1 for the positive class.
-    `_time` is an invented day per chunk: NannyML cuts by time, and its drift measures see no other column to cut by.
+    Both frames have `_truth` (null if the outcome is unknown), `_predicted`, the inputs that could be read, and
+    `_score` for a binary task or `_probability_<class>` for a multiclass task. A binary `_truth` is 1 for the positive
+    class. `_time` is an artificial day per chunk, because NannyML can only cut rows into chunks by time.
     """
 
     task: Task
     reference: pd.DataFrame
     served: pd.DataFrame
     chunks: list[str]
-    """Names of the served chunks, in order; the first has the first day."""
+    """Names of the served chunks in order; the first chunk has the first day."""
     continuous: list[str]
+    """Numeric inputs."""
     categorical: list[str]
+    """Categorical inputs."""
     known: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Categorical input to the values that the model knows, as the frames write them."""
+    """Values that the model knows, by categorical input, as text."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """Input to why it cannot be measured; it is in neither list above."""
+    """Reason why an input cannot be measured, by input. These inputs are in neither list above."""
     reference_fault: str = ""
-    """Why the model has no scores for the reference; `_predicted` and the scores are not in it then."""
+    """Reason why the model cannot score the reference. If set, the reference has no `_predicted` and no scores."""
 
 
-def build(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label: str) -> Frames:
-    """The frames of one variant.
+class _Inputs(NamedTuple):
+    """The inputs of some rows."""
+
+    columns: pd.DataFrame
+    """Inputs that could be read."""
+    unusable: dict[str, str]
+    """Reason why an input could not be read, by input."""
+
+
+def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label: str) -> Frames:
+    """Build the frames of one version under one variant.
 
     Args:
-        model: the very version that served.
-        reference: rows it was not fitted on, in order of time, with its inputs and the label.
-        served: its predictions in order of time and in the signature's types, with `outcome` (null where unknown) and
+        model: The version that served.
+        reference: Rows that the version was not fitted on, in order of time, with its inputs and the label.
+        served: Served rows in order of time and in the types of the signature, with `outcome` (null if unknown) and
             `_chunk`.
-        label: column of the reference.
+        label: Label column of the reference.
 
     Raises:
-        TrainingSetError: the reference lacks the label.
+        TrainingSetError: The reference does not have the label.
     """
     signature = model.signature
     if label not in reference.columns:
@@ -70,20 +81,17 @@ def build(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label:
     chunks = served[CHUNK].unique(maintain_order=True).to_list()
     served_rows = [served.filter(pl.col(CHUNK) == chunk).height for chunk in chunks]
     days = reference_chunks(reference.height, served_rows=served_rows)
-    columns = {name: _inputs(signature, rows) for name, rows in (("reference", reference), ("log", served))}
-    unusable = {
-        name: f"{reason} in the {where}"
-        for where, (_, reasons) in columns.items()
-        for name, reason in reasons.items()
-    }
-    before, fault = _reference(model, reference, label, columns["reference"][0])
-    after = _served(signature, served, columns["log"][0])
-    # The distance of lists is not measured.
+    reference_inputs, served_inputs = _read_inputs(signature, reference), _read_inputs(signature, served)
+    unusable = {name: f"{reason} in the reference" for name, reason in reference_inputs.unusable.items()}
+    unusable |= {name: f"{reason} in the log" for name, reason in served_inputs.unusable.items()}
+    reference_frame, fault = _reference_frame(model, reference, label, reference_inputs.columns)
+    served_frame = _served_frame(signature, served, served_inputs.columns)
+    # Drift of lists is not measured.
     usable = [spec for spec in signature.inputs if spec.name not in unusable and spec.length is None]
     return Frames(
         task=signature.task,
-        reference=_days(before, days),
-        served=_days(after, np.repeat(np.arange(len(chunks)), served_rows)),
+        reference=_with_days(reference_frame, days),
+        served=_with_days(served_frame, np.repeat(np.arange(len(chunks)), served_rows)),
         chunks=chunks,
         continuous=[spec.name for spec in usable if not _is_categorical(spec)],
         categorical=[spec.name for spec in usable if _is_categorical(spec)],
@@ -93,22 +101,22 @@ def build(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label:
     )
 
 
-def _reference(
+def _reference_frame(
     model: Model, rows: pl.DataFrame, label: str, inputs: pd.DataFrame
 ) -> tuple[pd.DataFrame, str]:
-    """The frame, and why it has no scores, if it has none."""
+    """Return the frame, and the reason why it has no scores (empty if it has scores)."""
     signature = model.signature
-    frame = inputs.assign(**{TRUTH: _coded(signature, rows[label].to_list())})
+    frame = inputs.assign(**{TRUTH: _encode_truths(signature, rows[label].to_list())})
     try:
         predictions = model.predict(rows.to_arrow())
-    except InvalidRequest as error:  # it names a column and a type, and no value
+    except InvalidRequest as error:  # the message names a column and a type, but no value
         return frame, f"the model cannot read the reference: {error}"
     match signature.task:
         case Task.binary:
             frame[SCORE] = predictions.scores
-            frame[PREDICTED] = _coded(signature, predictions.labels())
+            frame[PREDICTED] = _encode_truths(signature, predictions.labels())
         case Task.multiclass:
-            frame[PREDICTED] = _coded(signature, predictions.labels())
+            frame[PREDICTED] = _encode_truths(signature, predictions.labels())
             for position, name in enumerate(signature.classes or ()):
                 frame[f"{PROBABILITY}{name}"] = predictions.scores[:, position]
         case Task.regression:
@@ -116,14 +124,14 @@ def _reference(
     return frame, ""
 
 
-def _served(signature: ModelSignature, rows: pl.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
-    frame = inputs.assign(**{TRUTH: _coded(signature, rows["outcome"].to_list())})
+def _served_frame(signature: ModelSignature, rows: pl.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
+    frame = inputs.assign(**{TRUTH: _encode_truths(signature, rows["outcome"].to_list())})
     match signature.task:
         case Task.binary:
             frame[SCORE] = rows["probability"].to_numpy()
-            frame[PREDICTED] = _coded(signature, rows["label"].to_list())
+            frame[PREDICTED] = _encode_truths(signature, rows["label"].to_list())
         case Task.multiclass:
-            frame[PREDICTED] = _coded(signature, rows["label"].to_list())
+            frame[PREDICTED] = _encode_truths(signature, rows["label"].to_list())
             for name in signature.classes or ():
                 frame[f"{PROBABILITY}{name}"] = rows["probabilities"].struct.field(str(name)).to_numpy()
         case Task.regression:
@@ -131,17 +139,17 @@ def _served(signature: ModelSignature, rows: pl.DataFrame, inputs: pd.DataFrame)
     return frame
 
 
-def _inputs(signature: ModelSignature, rows: pl.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The inputs that can be read, and why others cannot."""
+def _read_inputs(signature: ModelSignature, rows: pl.DataFrame) -> _Inputs:
+    """Convert the inputs to columns of numbers or text; list inputs are skipped."""
     columns: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     for spec in signature.inputs:
         if spec.length is not None:
             continue
         if spec.name in TAKEN:
-            reasons[spec.name] = "hidden by a column of the same name"
+            unusable[spec.name] = "hidden by a column of the same name"
         elif spec.name not in rows.columns:
-            reasons[spec.name] = "absent"
+            unusable[spec.name] = "absent"
         elif _is_categorical(spec):
             values = rows[spec.name].to_list()
             texts = [MISSING if value is None else str(value) for value in values]
@@ -150,17 +158,20 @@ def _inputs(signature: ModelSignature, rows: pl.DataFrame) -> tuple[pd.DataFrame
             try:
                 columns[spec.name] = rows[spec.name].cast(pl.Float64).to_numpy()
             except PolarsError:
-                reasons[spec.name] = f"no numbers but {rows[spec.name].dtype}"
-    return pd.DataFrame(columns, index=pd.RangeIndex(rows.height)), reasons
+                unusable[spec.name] = f"not numbers but {rows[spec.name].dtype}"
+    return _Inputs(pd.DataFrame(columns, index=pd.RangeIndex(rows.height)), unusable)
 
 
-def _coded(signature: ModelSignature, values: Sequence[Any]) -> list[Any]:
-    """A class's position for a binary task, its name for a multiclass one, or the number; None where it is none."""
-    code = _coder(signature)
-    return [None if value is None else code(value) for value in values]
+def _encode_truths(signature: ModelSignature, values: Sequence[Any]) -> list[Any]:
+    """Encode labels or outcomes: 0 or 1 for a binary task, the class name for a multiclass task, else the number.
+
+    A value that is null or does not fit the task becomes None.
+    """
+    encode = _truth_encoder(signature)
+    return [None if value is None else encode(value) for value in values]
 
 
-def _coder(signature: ModelSignature) -> Callable[[Any], Any]:
+def _truth_encoder(signature: ModelSignature) -> Callable[[Any], Any]:
     truths = Truths(signature)
     match signature.task, signature.classes:
         case Task.binary, (negative, positive):
@@ -176,5 +187,6 @@ def _is_categorical(spec: InputSpec) -> bool:
     return spec.categories is not None or spec.dtype == "bool"
 
 
-def _days(frame: pd.DataFrame, days: Any) -> pd.DataFrame:
-    return frame.assign(**{TIME: pd.to_datetime(_EPOCH + days.astype("timedelta64[D]"))})
+def _with_days(frame: pd.DataFrame, days: Any) -> pd.DataFrame:
+    """Add `_time`; `days` has the chunk number of each row."""
+    return frame.assign(**{TIME: pd.to_datetime(EPOCH + days.astype("timedelta64[D]"))})

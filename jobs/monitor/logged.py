@@ -1,15 +1,15 @@
-"""What each version answered under each variant, with what came true, in the types of its signature."""
+"""Read what each version answered under each variant, with outcomes, in the types of the version's signature."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import polars as pl
 
 from cluster.errors import RefusedError
-from cluster.records import Matched, Typed, all_outcomes, match, read_log, typed
+from cluster.records import Log, Matched, Typed, all_outcomes, match, read_log, typed
 from cluster.records.reading import ODD, OUTCOME, exact_column
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import Truths
@@ -18,103 +18,125 @@ from cluster.security.keys.store import KeyStore
 from cluster.storage import layout, local
 from jobs.monitor.config import MonitorConfig
 
-_KEPT = ("prediction_id", "row", "as_of", OUTCOME, ODD)
+_COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, ODD)
+"""Columns that are kept in addition to inputs and answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
-    """One version's answers under one variant; after a promotion, a variant has had several versions."""
+class ServedVersion:
+    """Answers of one version under one variant. A variant can have several versions, for example after a promotion."""
 
     variant: str
     version: ModelVersion
     rows: pl.DataFrame
-    """Empty where it has only failed."""
+    """One row per answered entity; empty if every answer failed."""
     failed: int
-    """Rows that it gave no finite score for."""
+    """Number of rows without a finite score."""
     odd_inputs: dict[str, int]
-    """Input to the number of logged values that are not of its type; they count as null."""
+    """Number of logged values that do not have the input's type, by input. They count as null."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Variant and version for printed output, for example `champion v2`."""
         return f"{self.variant} v{self.version.version}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Logged:
-    """All of a model."""
+class ServedLog:
+    """All answers of a model."""
 
-    served: list[Served]
-    """In the order of their first answers."""
+    served: list[ServedVersion]
+    """Versions in the order of their first answers."""
     unknown_predictions: int
+    """Number of outcomes whose prediction is not in the log."""
     unknown_rows: int
+    """Number of outcomes whose prediction is in the log but does not have the row."""
 
-    def left_out(self, served: Served) -> dict[str, int]:
-        """What is in no figure, by why: of this version, and outcomes that belong to no version."""
-        odd = 0 if served.rows.is_empty() else int(served.rows[ODD].sum())
+    def left_out(self, served: ServedVersion) -> dict[str, int]:
+        """Count what is in no figure, by reason: rows of this version, and outcomes that belong to no version."""
+        odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[ODD].sum())
         counts = {
             "rows_without_score": served.failed,
-            "odd_outcomes": odd,
+            "odd_outcomes": odd_outcomes,
             "outcomes_of_unknown_predictions": self.unknown_predictions,
             "outcomes_of_unknown_rows": self.unknown_rows,
         }
         return counts | {f"odd_values_of_{name}": count for name, count in served.odd_inputs.items()}
 
 
-def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> Logged:
-    """Predictions with their outcomes where known.
+class _VersionKey(NamedTuple):
+    """A version under a variant. Equal to the tuple that polars uses as the key of a group."""
+
+    variant: str
+    number: int
+
+
+def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLog:
+    """Read a model's logged predictions, with outcomes where they are known.
 
     Raises:
-        RefusedError: nothing was predicted yet.
+        RefusedError: The model has no logged prediction.
     """
     places = layout(config.storage)
     log = read_log(local(places.predictions(config.name)), store)
-    failed = Counter(() if log.failures.is_empty() else log.failures.select("variant", "version").rows())
-    if log.answers.is_empty() and not failed:
-        raise RefusedError(f"No prediction of '{config.name}' is logged: no data, so no statement.")
-    numbers = {number for _, number in failed}
+    num_failed = _count_failures(log)
+    if log.answers.is_empty() and not num_failed:
+        raise RefusedError(f"No prediction of '{config.name}' is logged, so there is nothing to monitor.")
+    numbers = {key.number for key in num_failed}
     if not log.answers.is_empty():
         numbers |= set(log.answers["version"].to_list())
     versions = {number: registry.get(config.name, number) for number in sorted(numbers)}
     signatures = {number: load_signature(version, store) for number, version in versions.items()}
     matched = Matched(answers=log.answers, unknown_predictions=0, unknown_rows=0)
-    groups: dict[tuple[Any, ...], pl.DataFrame] = {}
+    answers: dict[_VersionKey, pl.DataFrame] = {}
     if not log.answers.is_empty():
-        outcomes = all_outcomes(local(places.outcomes(config.name)), store)
-        matched = match(log.answers, outcomes, {number: Truths(one) for number, one in signatures.items()})
-        groups = dict(matched.answers.group_by("variant", "version", maintain_order=True))
+        truths = {number: Truths(signature) for number, signature in signatures.items()}
+        matched = match(log.answers, all_outcomes(local(places.outcomes(config.name)), store), truths)
+        groups = matched.answers.group_by("variant", "version", maintain_order=True)
+        answers = {_VersionKey(*key): rows for key, rows in groups}
     served = []
-    for key in dict.fromkeys([*groups, *failed]):
-        variant, number = key
-        rows, odd = pl.DataFrame(), dict[str, int]()
-        if key in groups:
-            mine = typed(groups[key], signatures[number])
-            rows, odd = _storable(mine), mine.odd
+    for key in dict.fromkeys([*answers, *num_failed]):
+        rows, odd_inputs = pl.DataFrame(), dict[str, int]()
+        if key in answers:
+            typed_answers = typed(answers[key], signatures[key.number])
+            rows, odd_inputs = _monitored_columns(typed_answers), typed_answers.odd
         served.append(
-            Served(variant=variant, version=versions[number], rows=rows, failed=failed[key], odd_inputs=odd)
+            ServedVersion(
+                variant=key.variant,
+                version=versions[key.number],
+                rows=rows,
+                failed=num_failed[key],
+                odd_inputs=odd_inputs,
+            )
         )
-    return Logged(
+    return ServedLog(
         served=served,
         unknown_predictions=matched.unknown_predictions,
         unknown_rows=matched.unknown_rows,
     )
 
 
-def _storable(mine: Typed) -> pl.DataFrame:
-    """The columns that are measured, without those of a type that no frame stores.
+def _count_failures(log: Log) -> Counter[_VersionKey]:
+    if log.failures.is_empty():
+        return Counter()
+    return Counter(_VersionKey(*row) for row in log.failures.select("variant", "version").iter_rows())
 
-    Outcome and label are always among them. Where their values are of several types they are texts, which mean the
+
+def _monitored_columns(answers: Typed) -> pl.DataFrame:
+    """Select the columns to monitor. Columns of Python objects are dropped, because a frame cannot be stored with them.
+
+    Outcome and label are always kept. If their values have several types, they are converted to text, which means the
     same.
     """
-    rows = mine.rows.with_columns(
-        _texts_if_mixed(exact_column(name, mine.rows[name].to_list()))
+    rows = answers.rows.with_columns(
+        _text_if_mixed(exact_column(name, answers.rows[name].to_list()))
         for name in (OUTCOME, "label")
-        if name in mine.rows.columns
+        if name in answers.rows.columns
     )
-    return rows.select(name for name in (*_KEPT, *mine.names) if rows[name].dtype != pl.Object)
+    return rows.select(name for name in (*_COLUMNS, *answers.names) if rows[name].dtype != pl.Object)
 
 
-def _texts_if_mixed(column: pl.Series) -> pl.Series:
+def _text_if_mixed(column: pl.Series) -> pl.Series:
     if column.dtype != pl.Object:
         return column
     return pl.Series(column.name, [None if value is None else str(value) for value in column.to_list()])

@@ -1,4 +1,4 @@
-"""Plots as SVG text, drawn here because a dozen points need no plotting library."""
+"""Draw the monitor's plot as SVG text. It has about a dozen points, so no plotting library is needed."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ WIDTH, HEIGHT, MARGIN = 560, 240, 48
 
 
 def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric: str) -> str:
-    """Estimated performance with its confidence band's ends, and realised performance, per period.
+    """Plot estimated performance with its interval, and realised performance, by period.
 
     Args:
-        variant: as the log has it; an older release wrote there what a client said.
-        periods: figures by period.
-        metric: its name.
+        variant: Variant from the log. It is escaped, because older releases logged the text of a client here.
+        periods: Figures by period.
+        metric: Name of the metric.
     """
-    keys = list(periods)
-    estimates = [periods[key]["estimate"] for key in keys]
-    realisations = [periods[key]["realisation"] for key in keys]
+    estimates = [period["estimate"] for period in periods.values()]
+    realisations = [period["realisation"] for period in periods.values()]
     values = [
         value
-        for one in estimates
-        if one
-        for value in (one["value"], one["lower"], one["upper"])
+        for estimate in estimates
+        if estimate
+        for value in (estimate["value"], estimate["lower"], estimate["upper"])
         if value is not None
     ]
-    values += [one["value"] for one in realisations if one]
+    values += [realisation["value"] for realisation in realisations if realisation]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    pad = (high - low) * 0.15 or 0.01
-    scale = _Scale(low - pad, high + pad, len(keys))
-    parts = [_axes(scale, keys, metric)]
-    for position, (estimate, real) in enumerate(zip(estimates, realisations, strict=True)):
+    padding = (high - low) * 0.15 or 0.01
+    scale = _Scale(low - padding, high + padding, len(periods))
+    parts = [_axes(scale, list(periods), metric)]
+    for position, (estimate, realisation) in enumerate(zip(estimates, realisations, strict=True)):
         x = scale.x(position)
         if estimate and estimate["lower"] is not None and estimate["upper"] is not None:
             parts.append(_line(x, scale.y(estimate["lower"]), x, scale.y(estimate["upper"]), "band"))
@@ -39,8 +38,8 @@ def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric
             parts.append(
                 f'<circle class="estimated" cx="{x:.1f}" cy="{scale.y(estimate["value"]):.1f}" r="5"/>'
             )
-        if real:
-            y = scale.y(real["value"])
+        if realisation:
+            y = scale.y(realisation["value"])
             parts.append(f'<rect class="realised" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
     label = f"{escape(variant)}: {metric}, estimated (circle) and realised (square) per period"
     return (
@@ -56,6 +55,8 @@ _STYLE = (
 
 
 class _Scale:
+    """Conversion from periods and values to coordinates."""
+
     def __init__(self, low: float, high: float, count: int) -> None:
         self.low, self.high, self._count = low, high, count
 
@@ -66,16 +67,16 @@ class _Scale:
         return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - self.low) / (self.high - self.low)
 
 
-def _axes(scale: _Scale, keys: list[str], metric: str) -> str:
+def _axes(scale: _Scale, periods: list[str], metric: str) -> str:
     parts = []
     for step in range(5):
         value = scale.low + (scale.high - scale.low) * step / 4
         y = scale.y(value)
         parts.append(_line(MARGIN, y, WIDTH - MARGIN, y, "grid"))
         parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3f}</text>')
-    for position, key in enumerate(keys):
+    for position, period in enumerate(periods):
         parts.append(
-            f'<text x="{scale.x(position):.1f}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{key}</text>'
+            f'<text x="{scale.x(position):.1f}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{period}</text>'
         )
     parts.append(f'<text x="{MARGIN}" y="{MARGIN - 16}">{metric}</text>')
     return "".join(parts)

@@ -1,13 +1,14 @@
-"""Shares of nulls and of values that the model does not know, by input and chunk.
+"""Shares of nulls and of unknown values, by input and chunk.
 
-A distance between distributions sees neither: nulls of a number are left out of it, and an input that becomes null
-altogether, the commonest fault of all, has no distance. A share has left its threshold where three standard deviations
-of the reference's chunks, and three sampling errors of a chunk of this size, do not explain it.
+A drift distance does not show them. It ignores the nulls of a number, and an input that is null in all rows, the most
+common fault, has no distance at all. A share is beyond its threshold if it is more than three standard deviations of
+the reference's chunks, and more than three sampling errors of a chunk of its size, away from the reference.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from jobs.monitor.frames import MISSING, TIME, Frames
@@ -15,7 +16,7 @@ from jobs.monitor.measures import Measure, Measures
 
 
 def missing_shares(frames: Frames) -> dict[str, Measures]:
-    """Share of nulls of each input; by column, then chunk."""
+    """Return the share of nulls of each input, by input and chunk."""
     names = [*frames.continuous, *frames.categorical]
     return {
         name: _shares(frames, _nulls(frames, frames.reference, name), _nulls(frames, frames.served, name))
@@ -24,7 +25,7 @@ def missing_shares(frames: Frames) -> dict[str, Measures]:
 
 
 def unseen_shares(frames: Frames) -> dict[str, Measures]:
-    """Share of values that the model does not know, of each categorical input; a null is none of them."""
+    """Return the share of values that the model does not know, by categorical input and chunk; nulls do not count."""
     return {
         name: _shares(frames, _unseen(frames.reference, name, known), _unseen(frames.served, name, known))
         for name, known in frames.known.items()
@@ -40,23 +41,24 @@ def _unseen(rows: pd.DataFrame, name: str, known: frozenset[str]) -> pd.Series:
 
 
 def _shares(frames: Frames, reference: pd.Series, served: pd.Series) -> Measures:
-    before = reference.groupby(frames.reference[TIME]).mean().to_numpy(dtype=float)
-    after = served.groupby(frames.served[TIME]).agg(["mean", "size"])
+    reference_shares = reference.groupby(frames.reference[TIME]).mean().to_numpy(dtype=float)
+    chunks = served.groupby(frames.served[TIME]).agg(["mean", "size"])
     return {
-        chunk: _measure(float(row["mean"]), int(row["size"]), before, reference)
-        for chunk, (_, row) in zip(frames.chunks, after.iterrows(), strict=True)
+        chunk: _measure(float(row["mean"]), int(row["size"]), reference_shares, reference)
+        for chunk, (_, row) in zip(frames.chunks, chunks.iterrows(), strict=True)
     }
 
 
 def _measure(
-    share: float, size: int, before: np.ndarray[tuple[int], np.dtype[np.float64]], reference: pd.Series
+    share: float, size: int, reference_shares: npt.NDArray[np.float64], reference: pd.Series
 ) -> Measure:
-    # One more of either kind than there was (Laplace), so that a share of 0 in the reference has a sampling error, too.
-    likely = (int(reference.sum()) + 1) / (len(reference) + 2)
-    error = float(np.sqrt(likely * (1 - likely) / size))
-    deviation = 3 * float(before.std())
-    upper = max(float(before.mean()) + deviation, likely + 3 * error)
-    lower = min(float(before.mean()) - deviation, likely - 3 * error)
+    """Compare the share of a chunk of `size` rows with the shares of the reference's chunks."""
+    # Laplace smoothing: a share of 0 or 1 in the reference has a sampling error, too.
+    expected = (int(reference.sum()) + 1) / (len(reference) + 2)
+    error = float(np.sqrt(expected * (1 - expected) / size))
+    mean, deviation = float(reference_shares.mean()), float(reference_shares.std())
+    upper = max(mean + 3 * deviation, expected + 3 * error)
+    lower = min(mean - 3 * deviation, expected - 3 * error)
     return Measure(
         value=share,
         lower=None,

@@ -1,1 +1,1 @@
-"""The demo: the whole loop from raw data to report, each stage a command line that anybody can run again."""
+"""The demo: the whole loop from raw data to a report. Each stage is a command line that can be run again by hand."""

@@ -1,4 +1,4 @@
-"""`python -m jobs.pipeline`: the demo. Starts a cluster where none is up, runs what is not finished, sums it up."""
+"""`python -m jobs.pipeline`: run the demo. Starts a cluster if none is up, runs the unfinished stages, and reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobs.pipeline.table import print_summary
 
 @job("pipeline", PipelineConfig)
 def main(config: PipelineConfig) -> None:
-    """Run the demo from where it stands."""
+    """Run the unfinished stages of the demo, then write and print the summary."""
     demo = local(layout(config.storage).demo)
     demo.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -29,7 +29,7 @@ def main(config: PipelineConfig) -> None:
             runner.run(stage, position=position, of=len(stages))
     except StageFailed as error:
         raise SystemExit(
-            f"{error}\nThe cluster is left up; `make demo` resumes here, `make down` ends it."
+            f"{error}\nThe cluster is still up. `make demo` resumes at this stage; `make down` stops the cluster."
         ) from None
     summary = summarise(config, runner, demo)
     record = read_record(config.storage)
@@ -38,7 +38,7 @@ def main(config: PipelineConfig) -> None:
 
 
 def ensure_cluster(config: PipelineConfig, runner: Runner) -> None:
-    """Bring a cluster up where none is, and serve again what a finished deployment had put there."""
+    """Start a cluster if none is up. If the deployment stage is finished, restore the deployment on the new cluster."""
     if read_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return

@@ -1,7 +1,8 @@
-"""Charts as SVG text: a dozen points need no plotting library, and the page's own style sheet colours them.
+"""Draw the report's charts as SVG text.
 
-Every function is pure, escapes what it is given, and describes itself to a screen reader. Series differ by shape as
-well as by colour.
+A chart has about a dozen points, so no plotting library is needed. The page's style sheet sets the colours. All
+functions are pure and escape their text. Each chart has a label for screen readers. Series differ by shape as well as
+by colour.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH = 720
+"""Width of a chart in pixels."""
 ROW = 26
+"""Height in pixels of a row of a dot chart."""
 LABEL = 190
+"""Width in pixels of the labels of a dot chart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """Estimated and realised figure of one period; none where it is not known."""
+    """Estimated and realised figure of one period; None if unknown."""
 
     period: str
     estimated: float | None = None
@@ -30,27 +34,28 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dots:
-    """One row of a dot chart: a value per series, none where there is none."""
+    """One row of a dot chart."""
 
     label: str
     values: Sequence[float | None]
+    """One value per series; None draws no dot."""
     band: tuple[float, float] | None = None
-    """A range drawn behind the dots."""
+    """Range to draw behind the dots."""
     mark: float | None = None
-    """An upright line, a threshold or a target."""
+    """Position of a vertical line: a threshold or a target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """Points (x, y) of one series."""
+    """One series of points (x, y)."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
-def intervals(panels: dict[str, list[Interval]], *, label: str) -> Markup:
-    """Per variant, a panel of estimates with their interval and of realised figures; one scale for all."""
-    known = [value for rows in panels.values() for row in rows for value in _known(row)]
+def interval_chart(panels: dict[str, list[Interval]], *, label: str) -> Markup:
+    """Draw a panel per variant: estimates with their interval, and realised figures. All panels share one scale."""
+    known = [value for rows in panels.values() for row in rows for value in _values(row)]
     if not known:
         return Markup("")
     ticks = nice_ticks(min(known), max(known))
@@ -67,8 +72,8 @@ def intervals(panels: dict[str, list[Interval]], *, label: str) -> Markup:
     return _svg(WIDTH, height, label, parts)
 
 
-def dots(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
-    """Horizontal dots, a row per label."""
+def dot_chart(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
+    """Draw horizontal dots, one row per label. `number` formats a value as text."""
     known = [
         value for row in rows for value in (*row.values, *(row.band or ()), row.mark) if value is not None
     ]
@@ -87,8 +92,8 @@ def dots(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) ->
     return _svg(WIDTH, bottom + 28, label, parts)
 
 
-def calibration(curves: Sequence[Curve], *, label: str) -> Markup:
-    """Predicted against observed rate; the diagonal is a model whose probabilities hold."""
+def calibration_plot(curves: Sequence[Curve], *, label: str) -> Markup:
+    """Draw observed rates against predicted probabilities. A perfectly calibrated model is on the diagonal."""
     size, left = 300, 52
     x, y = _scale(0, 1, left, left + size), _scale(0, 1, size + 10, 10)
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -117,7 +122,7 @@ def calibration(curves: Sequence[Curve], *, label: str) -> Markup:
 
 
 def symbol(x: float, y: float, series: int) -> Markup:
-    """A circle, square or diamond, by series."""
+    """Draw the point of a series: a circle, a square or a diamond."""
     match series % 3:
         case 0:
             return Markup('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(series, x, y)
@@ -129,8 +134,8 @@ def symbol(x: float, y: float, series: int) -> Markup:
             return Markup('<path class="s{0}" d="M{1:.1f} {2:.1f}l6 6-6 6-6-6z"/>').format(series, x, y - 6)
 
 
-def key(names: Sequence[str]) -> Markup:
-    """The legend: each series' symbol and name."""
+def legend(names: Sequence[str]) -> Markup:
+    """Draw the legend: the symbol and the name of each series."""
     items = (
         Markup(
             '<li><svg viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{}</svg>{}</li>'
@@ -141,7 +146,7 @@ def key(names: Sequence[str]) -> Markup:
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Round numbers from below `low` to above `high`, about `count` of them."""
+    """Return about `count` round numbers that cover the range from `low` to `high`."""
     span = max(high - low, abs(high) * 0.02, 1e-6)
     raw = span / (count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -150,8 +155,8 @@ def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
 
 
-def _known(row: Interval) -> Iterable[float]:
-    return (v for v in (row.estimated, row.lower, row.upper, row.realised) if v is not None)
+def _values(row: Interval) -> Iterable[float]:
+    return (value for value in (row.estimated, row.lower, row.upper, row.realised) if value is not None)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -159,33 +164,33 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def _interval(x: float, y: Callable[[float], float], row: Interval) -> Markup:
-    shown = Markup("")
+    markup = Markup("")
     if row.lower is not None and row.upper is not None:
-        shown += Markup('<line class="bar s0" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
+        markup += Markup('<line class="bar s0" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
             x - 9, y(row.lower), y(row.upper)
         )
     if row.estimated is not None:
-        shown += symbol(x - 9, y(row.estimated), 0)
+        markup += symbol(x - 9, y(row.estimated), 0)
     if row.realised is not None:
-        shown += symbol(x + 9, y(row.realised), 1)
-    return shown
+        markup += symbol(x + 9, y(row.realised), 1)
+    return markup
 
 
 def _dot_row(row: Dots, x: Callable[[float], float], *, y: float, number: Callable[[float], str]) -> Markup:
-    shown = _text(LABEL - 14, y + 4, row.label, "end")
+    markup = _text(LABEL - 14, y + 4, row.label, "end")
     if row.band is not None:
-        shown += Markup('<rect class="band" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="12"/>').format(
+        markup += Markup('<rect class="band" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="12"/>').format(
             x(row.band[0]), y - 6, max(x(row.band[1]) - x(row.band[0]), 2)
         )
     if row.mark is not None:
-        shown += Markup('<line class="mark" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
+        markup += Markup('<line class="mark" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
             x(row.mark), y - 9, y + 9
         )
     for series, value in enumerate(row.values):
         if value is not None:
-            shown += symbol(x(value), y, series)
-    last = ", ".join(number(value) for value in row.values if value is not None)
-    return shown + _text(WIDTH - 60, y + 4, last if len(row.values) == 1 else "", "value")
+            markup += symbol(x(value), y, series)
+    single_value = row.values[0] if len(row.values) == 1 else None
+    return markup + _text(WIDTH - 60, y + 4, "" if single_value is None else number(single_value), "value")
 
 
 def _tick_rows(ticks: list[float], y: Callable[[float], float]) -> Markup:

@@ -1,4 +1,4 @@
-"""The demo's configuration."""
+"""Configuration of the demo."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from cluster.settings import PlatformConfig
 
 @dataclass(kw_only=True, slots=True)
 class PipelineConfig(PlatformConfig):
-    """How large the demo is."""
+    """Configuration of the demo's size."""
 
     name: str = "employment"
-    """Of the model."""
+    """Model name."""
     label: str = "employed"
+    """Label column."""
     reference_year: int = 2015
+    """Year of the training data."""
     years: list[int] = field(default_factory=lambda: [2016, 2017, 2018])
+    """Later years, whose people are scored."""
     requests_per_year: int = 4000
+    """Requests for each later year."""
     challenger_weight: float = 20.0
-    """Percent of units."""
+    """Percentage of units that the challenger gets."""
     broken_weight: float = 10.0
-    """Percent of units."""
+    """Percentage of units that the broken version gets."""
     broken_requests: int = 4000
+    """Requests during the rollout of the broken version."""
 
     def __post_init__(self) -> None:
         if not self.years:
-            raise ValueError("years must name at least one later year.")
+            raise ValueError("years must have at least one year.")
         for name in ("challenger_weight", "broken_weight"):
             if not 0 < getattr(self, name) <= 50:
                 raise ValueError(f"{name} must be above 0 and at most 50 percent, got {getattr(self, name)}.")

@@ -1,15 +1,15 @@
-"""From a run's figures to the rows and charts of its report."""
+"""Turn the figures of a demo run into the rows and charts of its report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from jobs.pipeline.charts import Curve, Dots, Interval, calibration, dots, intervals, key
+from jobs.pipeline.charts import Curve, Dots, Interval, calibration_plot, dot_chart, interval_chart, legend
 from jobs.pipeline.formats import points, score
 
 Json = Mapping[str, Any]
@@ -17,11 +17,22 @@ Json = Mapping[str, Any]
 Z_99 = 2.576
 """Standard normal quantile of a two-sided 99% interval."""
 DRIFT_SHOWN = 10
-SCORE, SCORE_IN_WORDS = "_score", "the model's own score"
-"""What the monitor calls the predicted probability among the inputs."""
+"""Largest number of inputs in the drift table."""
+SCORE, SCORE_TEXT = "_score", "the model's own score"
+"""The monitor's column of the predicted probability, and its name in the report."""
+
+
+class SliceNames(NamedTuple):
+    """Names of a sliced column in the report."""
+
+    title: str
+    values: Mapping[str, str]
+    """Name of each value."""
+
+
 SLICE_NAMES = {
-    "SEX": ("Sex", {"1": "male", "2": "female"}),
-    "RAC1P": (
+    "SEX": SliceNames("Sex", {"1": "male", "2": "female"}),
+    "RAC1P": SliceNames(
         "Race",
         {
             "1": "White",
@@ -36,48 +47,68 @@ SLICE_NAMES = {
         },
     ),
 }
-"""Census codes in words (American Community Survey data dictionary, 2015)."""
+"""Names of census columns and codes (American Community Survey data dictionary, 2015)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What a variant should have got of the requests, and what it got."""
+    """A variant's share of the requests, compared with its weight."""
 
     variant: str
     weight: float
+    """Configured share, 0 to 1."""
     share: float
+    """Counted share, 0 to 1."""
     lower: float
     upper: float
-    """Ends of the interval in which 99 of 100 right splits lie."""
+    """Ends of the interval that contains 99% of the shares of correct random splits."""
 
     @property
     def within(self) -> bool:
+        """Return whether the counted share is inside the interval."""
         return self.lower <= self.share <= self.upper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """How far an input has moved, at its farthest."""
+    """Largest drift of an input, relative to its threshold."""
 
     variant: str
     name: str
     distance: float
     threshold: float
     period: str
+    """Period with the largest drift."""
     alerts: Sequence[str]
+    """Periods in which the distance is beyond the threshold."""
+
+
+class QuarantineRow(NamedTuple):
+    """Number of quarantined rows of a view with one reason."""
+
+    view: str
+    reason: str
+    rows: int
+
+
+class SliceChart(NamedTuple):
+    """Chart of the metrics by the values of one column."""
+
+    title: str
+    chart: Markup
 
 
 def share_rows(shares: Json, requests: int) -> list[Share]:
-    """Shares with the interval of a binomial proportion, normal approximation."""
+    """Return the share of each variant with the interval of a binomial proportion (normal approximation)."""
     return [
-        Share(variant=name, weight=one["weight"], share=one["share"], lower=lower, upper=upper)
-        for name, one in shares.items()
-        for lower, upper in [split_interval(one["weight"], requests)]
+        Share(variant=name, weight=share["weight"], share=share["share"], lower=lower, upper=upper)
+        for name, share in shares.items()
+        for lower, upper in [split_interval(share["weight"], requests)]
     ]
 
 
 def split_interval(weight: float, requests: int) -> tuple[float, float]:
-    """Where a share of `weight` over so many requests lies 99 times of 100."""
+    """Return the interval that contains 99% of the shares when each request has the probability `weight`."""
     if requests < 1:
         return 0.0, 1.0
     half = Z_99 * math.sqrt(weight * (1 - weight) / requests)
@@ -85,7 +116,7 @@ def split_interval(weight: float, requests: int) -> tuple[float, float]:
 
 
 def share_chart(shares: Json, requests: int) -> Markup:
-    """How far each variant's share lies from its weight, in percentage points."""
+    """Draw the difference of each variant's share from its weight, in percentage points."""
     rows = [
         Dots(
             label=row.variant,
@@ -95,109 +126,115 @@ def share_chart(shares: Json, requests: int) -> Markup:
         )
         for row in share_rows(shares, requests)
     ]
-    return dots(rows, label="Share of requests per variant, as its difference from the weight", number=points)
+    return dot_chart(
+        rows, label="Share of requests per variant, as its difference from the weight", number=points
+    )
 
 
-def quarantine_rows(quarantine: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """View, reason and rows, the most frequent first."""
+def quarantine_rows(quarantine: Mapping[str, Mapping[str, int]]) -> list[QuarantineRow]:
+    """Return quarantined rows by view and reason, the most frequent reason first."""
     return [
-        (view, reason, rows)
+        QuarantineRow(view, reason, rows)
         for view, reasons in quarantine.items()
         for reason, rows in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
 def calibration_chart(evaluations: Mapping[str, Json], candidates: Sequence[str]) -> Markup:
-    """Reliability curves of the candidates."""
+    """Draw the reliability curves of the candidates."""
     curves = [
         Curve(
             name=name,
             points=[
-                (one["mean_probability"], one["positive_rate"])
-                for one in evaluations.get(name, {}).get("metrics", {}).get("calibration") or []
+                (bin_["mean_probability"], bin_["positive_rate"])
+                for bin_ in evaluations.get(name, {}).get("metrics", {}).get("calibration") or []
             ],
         )
         for name in candidates
     ]
     if not any(curve.points for curve in curves):
         return Markup("")
-    return key(candidates) + calibration(
+    return legend(candidates) + calibration_plot(
         curves, label="Calibration: predicted probability against observed rate"
     )
 
 
-def slice_charts(evaluations: Mapping[str, Json], candidates: Sequence[str]) -> list[tuple[str, Markup]]:
-    """Per sliced column, the AUC of every candidate in each group that is large enough to judge."""
+def slice_charts(evaluations: Mapping[str, Json], candidates: Sequence[str]) -> list[SliceChart]:
+    """Draw, for each sliced column, the AUC of every candidate in each group with enough rows."""
     slices = {name: evaluations.get(name, {}).get("slices", {}) for name in candidates}
     columns = list(dict.fromkeys(column for by_column in slices.values() for column in by_column))
     charts = []
     for column in columns:
-        title, words = SLICE_NAMES.get(column.rpartition("__")[2], (column, {}))
-        groups = list(dict.fromkeys(group for one in slices.values() for group in one.get(column, {})))
-        rows = [_slice_row(slices, candidates, column, group, words.get(group, group)) for group in groups]
-        chart = dots([row for row in rows if any(value is not None for value in row.values)],
-                     label=f"AUC by {title.lower()}", number=score)  # fmt: skip
+        names = SLICE_NAMES.get(column.rpartition("__")[2], SliceNames(column, {}))
+        groups = dict.fromkeys(group for by_column in slices.values() for group in by_column.get(column, {}))
+        rows = [
+            _slice_row([slices[name].get(column, {}).get(group, {}) for name in candidates], label)
+            for group in groups
+            for label in [names.values.get(group, group)]
+        ]
+        judged = [row for row in rows if any(value is not None for value in row.values)]
+        chart = dot_chart(judged, label=f"AUC by {names.title.lower()}", number=score)
         if chart:
-            charts.append((title, key(candidates) + chart))
+            charts.append(SliceChart(names.title, legend(candidates) + chart))
     return charts
 
 
 def performance_chart(summary: Json, monitor: Json) -> Markup:
-    """Estimated and realised performance of every variant, per period."""
+    """Draw estimated and realised performance of every variant by period."""
     panels = {
-        variant: [_interval(period, one, monitor, variant) for period, one in periods.items()]
+        variant: [_interval(period, figures, monitor, variant) for period, figures in periods.items()]
         for variant, periods in summary.items()
         if periods
     }
     if not panels:
         return Markup("")
-    return key(["estimated, before outcomes are known", "realised, from outcomes"]) + intervals(
+    return legend(["estimated, before outcomes are known", "realised, from outcomes"]) + interval_chart(
         panels, label="Estimated and realised AUC per variant and year"
     )
 
 
 def drift_rows(monitor: Json) -> list[Drift]:
-    """The inputs that moved the farthest against their threshold, each at its farthest."""
+    """Return the inputs with the largest drift relative to their threshold, each in its worst period."""
     rows = [
         _drift(variant, name, periods)
         for variant, details in monitor.get("details", {}).items()
         for name, periods in (details.get("drift") or {}).items()
-        if any(_measured(one) for one in periods.values())
+        if any(_is_measured(measure) for measure in periods.values())
     ]
     return sorted(rows, key=lambda row: -row.distance / row.threshold)[:DRIFT_SHOWN]
 
 
-def _slice_row(slices: Json, candidates: Sequence[str], column: str, group: str, label: str) -> Dots:
-    found = [slices[name].get(column, {}).get(group, {}) for name in candidates]
-    num_rows = max((one.get("rows", 0) for one in found), default=0)
-    return Dots(label=f"{label} ({num_rows:,})", values=[one.get("auc") for one in found])
+def _slice_row(metrics: Sequence[Json], label: str) -> Dots:
+    """Return the row of one group; `metrics` has the group's metrics of each candidate."""
+    num_rows = max((candidate.get("rows", 0) for candidate in metrics), default=0)
+    return Dots(label=f"{label} ({num_rows:,})", values=[candidate.get("auc") for candidate in metrics])
 
 
-def _interval(period: str, one: Json, monitor: Json, variant: str) -> Interval:
-    measured = monitor.get("variants", {}).get(variant, {}).get(period, {}).get("estimate") or {}
+def _interval(period: str, figures: Json, monitor: Json, variant: str) -> Interval:
+    estimate = monitor.get("variants", {}).get(variant, {}).get(period, {}).get("estimate") or {}
     return Interval(
         period=period,
-        estimated=one.get("estimated_auc"),
-        lower=measured.get("lower"),
-        upper=measured.get("upper"),
-        realised=one.get("realised_auc"),
+        estimated=figures.get("estimated_auc"),
+        lower=estimate.get("lower"),
+        upper=estimate.get("upper"),
+        realised=figures.get("realised_auc"),
     )
 
 
-def _measured(one: Json) -> bool:
-    return one.get("value") is not None and bool(one.get("upper_threshold"))
+def _is_measured(measure: Json) -> bool:
+    return measure.get("value") is not None and bool(measure.get("upper_threshold"))
 
 
 def _drift(variant: str, name: str, periods: Json) -> Drift:
-    measured = {period: one for period, one in periods.items() if _measured(one)}
+    measured = {period: measure for period, measure in periods.items() if _is_measured(measure)}
     farthest = max(
         measured, key=lambda period: float(measured[period]["value"] / measured[period]["upper_threshold"])
     )
     return Drift(
         variant=variant,
-        name=SCORE_IN_WORDS if name == SCORE else name,
+        name=SCORE_TEXT if name == SCORE else name,
         distance=measured[farthest]["value"],
         threshold=measured[farthest]["upper_threshold"],
         period=farthest,
-        alerts=[period for period, one in measured.items() if one.get("alert")],
+        alerts=[period for period, measure in measured.items() if measure.get("alert")],
     )

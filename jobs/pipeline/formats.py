@@ -1,37 +1,38 @@
-"""Numbers as people read them."""
+"""Format numbers for the report."""
 
 from __future__ import annotations
 
 ABSENT = "–"
+"""Text of an unknown number."""
 
 
 def integer(value: float) -> str:
-    """1234567 as 1,234,567."""
+    """Format with thousands separators: 1234567 becomes 1,234,567."""
     return f"{value:,.0f}"
 
 
 def score(value: float | None) -> str:
-    """A metric between 0 and 1, to three places."""
+    """Format a metric between 0 and 1 with three decimals."""
     return ABSENT if value is None else f"{value:.3f}"
 
 
 def fine(value: float | None) -> str:
-    """A small figure, to four places."""
+    """Format a small number with four decimals."""
     return ABSENT if value is None else f"{value:.4f}"
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage with one place."""
+    """Format a share as a percentage with one decimal."""
     return ABSENT if value is None else f"{value * 100:.1f}%"
 
 
 def points(value: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Format a difference of shares in percentage points, with its sign."""
     return f"{value * 100:+.1f} pp".replace("-", "−") if abs(value) >= 0.0005 else "0 pp"
 
 
 def seconds(value: float) -> str:
-    """83.4 as 1 min 23 s; below ten seconds with one place."""
+    """Format seconds: 83.4 becomes 1 min 23 s. Below ten seconds with one decimal."""
     if value < 10:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
@@ -39,14 +40,14 @@ def seconds(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """12.34 as 12 ms; below ten with one place; from a second on in seconds."""
+    """Format milliseconds: 12.34 becomes 12 ms. Below ten with one decimal; from 1000 on in seconds."""
     if value >= 1000:
         return f"{value / 1000:.1f} s"
     return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"
 
 
 def count(number: int, noun: str) -> str:
-    """1 error, 2 errors, no errors."""
+    """Format a count with its noun: 1 error, 2 errors, no errors."""
     if number == 0:
         return f"no {noun}s"
     return f"{integer(number)} {noun}" if number == 1 else f"{integer(number)} {noun}s"

@@ -1,9 +1,8 @@
-"""`python -m jobs.pipeline.outcomes`: post what came true for the people that were scored."""
+"""`python -m jobs.pipeline.outcomes`: post the true outcomes of the people that were scored."""
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,46 +11,51 @@ import polars as pl
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
-from cluster.security.tokens.issuer import mint_token
-from cluster.security.tokens.roles import Role
-from cluster.session import require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import exists, layout, read_parquet, resolve
+from cluster.storage import exists, read_parquet, resolve
+from jobs.pipeline.client import edge_access
 
-BATCH = 500
+BATCH_SIZE = 500
+"""Outcomes per request."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OutcomesConfig(PlatformConfig):
-    """Which answers get their outcomes from where."""
+    """Configuration of one run of the outcome client."""
 
     name: str = "employment"
-    """Of the model."""
+    """Model name."""
     answers: str = "???"
+    """Parquet file that `jobs.pipeline.traffic` wrote."""
     people: str = "???"
-    """Parquet with the entity key and the true label."""
+    """Parquet file with the entity key and the true label."""
     key: str = "person_id"
+    """Entity key column."""
     label: str = "employed"
+    """Label column."""
     observed_at: str = "???"
-    """ISO 8601 instant at which the outcomes became known."""
+    """ISO 8601 time at which the outcomes became known."""
     purpose: str = "employment_statistics"
+    """Purpose of the client's token."""
 
 
 @job("outcomes", OutcomesConfig)
 def main(config: OutcomesConfig) -> None:
-    """Join answers with true labels and post them in batches."""
+    """Join answers with true labels and post the outcomes in batches."""
     for uri in (resolve(config.answers), resolve(config.people)):
         if not exists(uri):
             raise SourceError(f"{uri} does not exist. Run `python -m jobs.pipeline.traffic` first.")
-    outcomes = match(config, _read(config.answers), _read(config.people))
+    outcomes = match_outcomes(config, _read(config.answers), _read(config.people))
     accepted = asyncio.run(_post(config, outcomes))
     print(f"posted {accepted} outcomes")
     if accepted != len(outcomes):
         raise Inconsistent(f"Only {accepted} of {len(outcomes)} outcomes were accepted.")
 
 
-def match(config: OutcomesConfig, answers: pl.DataFrame, people: pl.DataFrame) -> list[dict[str, Any]]:
-    """One outcome per answered person, as `/v1/outcomes` takes it."""
+def match_outcomes(
+    config: OutcomesConfig, answers: pl.DataFrame, people: pl.DataFrame
+) -> list[dict[str, Any]]:
+    """Return one outcome per answered person, in the format of `/v1/outcomes`."""
     answered = answers.drop_nulls("prediction_id").join(people.unique(config.key), on=config.key, how="inner")
     return [
         {"prediction_id": prediction_id, "outcome": outcome, "observed_at": config.observed_at}
@@ -64,18 +68,15 @@ def _read(path: str) -> pl.DataFrame:
 
 
 async def _post(config: OutcomesConfig, outcomes: list[dict[str, Any]]) -> int:
-    record = require_record(config)
-    context = ssl.create_default_context(cafile=f"{layout(config.storage).tls}/ca.pem")
-    token = mint_token(
-        layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900
-    )
+    """Post the outcomes and return the number of accepted ones."""
+    access = edge_access(config, purpose=config.purpose)
     accepted = 0
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=context), headers={"Authorization": f"Bearer {token}"}
+        connector=aiohttp.TCPConnector(ssl=access.ssl_context), headers=access.headers
     ) as client:
-        for batch in (outcomes[start : start + BATCH] for start in range(0, len(outcomes), BATCH)):
-            body = {"model": config.name, "outcomes": batch}
-            async with client.post(f"{record.edge_url}/v1/outcomes", json=body) as response:
+        for start in range(0, len(outcomes), BATCH_SIZE):
+            body = {"model": config.name, "outcomes": outcomes[start : start + BATCH_SIZE]}
+            async with client.post(f"{access.url}/v1/outcomes", json=body) as response:
                 content = await response.json(content_type=None)
                 if response.status != 200:
                     raise Inconsistent(f"/v1/outcomes answered {response.status}: {content}.")

@@ -1,7 +1,7 @@
-"""The page of the demo's report: one HTML page that explains a run to somebody who knows nothing of it.
+"""Render the demo's report: one HTML page that explains a run to readers without prior knowledge.
 
-`render` is pure: from the run's figures to the page's text. What a run does not have is left out of the page. Style and
-pictures are inside the page, so it can be mailed, printed and kept.
+`render` is a pure function from a run's figures to HTML. Sections without figures are left out. Style and charts are
+inside the page, so it can be mailed, printed and stored.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from jobs.pipeline import figures, formats
-from jobs.pipeline.picture import loop
+from jobs.pipeline.diagram import loop_diagram
 
 Json = Mapping[str, Any]
 
@@ -28,36 +28,36 @@ class StageRun:
     title: str
     seconds: float
     commands: Sequence[str] = ()
-    """Whole command lines, as a person types them."""
+    """Complete command lines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoReport:
-    """All that the page is made from; only `summary` must be given, and of it the page shows what is there."""
+    """Everything that the page shows. Only `summary` is required; missing parts are left out of the page."""
 
     summary: Json
-    """`summary.json`, as the contract names its keys; `requests` may also have p50_ms and p99_ms, `orphans` counts
-    logged predictions whose answer never left."""
+    """Content of `summary.json`. `requests` may have p50_ms and p99_ms. `orphans` counts logged predictions
+    whose answer did not reach the client."""
     stages: Sequence[StageRun] = ()
-    """In the order they ran."""
+    """Stages in the order in which they ran."""
     evaluations: Mapping[str, Json] = field(default_factory=dict)
-    """Variant to the output of `jobs.evaluate`: `metrics` (with `ece`, `brier`, `calibration`) and `slices`."""
+    """Output of `jobs.evaluate` by variant: `metrics` (with `ece`, `brier`, `calibration`) and `slices`."""
     monitor: Json = field(default_factory=dict)
-    """The output of `jobs.monitor`: `variants` and `details`."""
+    """Output of `jobs.monitor` with one version per variant: `variants` and `details`."""
     quarantine: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Feature view to reason to rows."""
+    """Number of quarantined rows by feature view and reason."""
     check: Json = field(default_factory=dict)
-    """The output of `serve_apps.rollout action=check` on the broken version."""
+    """Output of `serve_apps.rollout action=check` for the broken version."""
     split_requests: int | None = None
-    """Requests that the shares were counted over; none takes all that were sent."""
+    """Number of requests that the shares are computed from. None takes all sent requests."""
     urls: Mapping[str, str] = field(default_factory=dict)
-    """What can be opened while the cluster is up, by name."""
+    """Addresses of the running cluster, by name."""
     finished_at: str = ""
-    """As a person reads it."""
+    """Time at which the run finished, as text."""
 
 
 def render(report: DemoReport) -> str:
-    """The page."""
+    """Render the page as HTML."""
     folder = resources.files("jobs.pipeline")
     environment = Environment(
         autoescape=True,
@@ -69,30 +69,33 @@ def render(report: DemoReport) -> str:
     environment.filters |= formats.FILTERS
     template = environment.from_string((folder / "page.html").read_text())
     style = Markup((folder / "page.css").read_text())  # noqa: S704 - our own file
-    return template.render(style=style, **_context(report))
+    return template.render(style=style, **_template_values(report))
 
 
-def _context(report: DemoReport) -> dict[str, Any]:
+def _template_values(report: DemoReport) -> dict[str, Any]:
     summary = report.summary
     variants = summary.get("variants", {})
     candidates = [name for name in variants if name != "broken"]
     monitored = summary.get("monitor", {})
+    shares, num_requests = summary.get("shares", {}), _split_requests(report)
     return {
         "finished_at": report.finished_at,
-        "headline": _headline(summary),
-        "picture": _picture(summary),
+        "headlines": _headlines(summary),
+        "diagram": _diagram(summary),
         "rows": summary.get("rows", {}),
         "quarantine": figures.quarantine_rows(report.quarantine),
         "training_set": summary.get("training_set"),
-        "variants": {name: variants[name] | _extra(report.evaluations.get(name, {})) for name in variants},
+        "variants": {
+            name: variants[name] | _evaluation_metrics(report.evaluations.get(name, {})) for name in variants
+        },
         "candidates": candidates,
         "calibration": figures.calibration_chart(report.evaluations, candidates),
         "slices": figures.slice_charts(report.evaluations, candidates),
         "requests": summary.get("requests"),
         "log_rows": summary.get("prediction_log_rows"),
         "orphans": summary.get("orphans"),
-        "shares": figures.share_rows(summary.get("shares", {}), _split_requests(report)),
-        "share_chart": figures.share_chart(summary.get("shares", {}), _split_requests(report)),
+        "shares": figures.share_rows(shares, num_requests),
+        "share_chart": figures.share_chart(shares, num_requests),
         "monitored": monitored,
         "performance": figures.performance_chart(monitored, report.monitor),
         "drift": figures.drift_rows(report.monitor),
@@ -105,71 +108,73 @@ def _context(report: DemoReport) -> dict[str, Any]:
     }
 
 
-def _headline(summary: Json) -> list[tuple[str, str, str]]:
-    """Figure, what it is, and what it says."""
-    lines = []
+class Headline(NamedTuple):
+    """A figure at the top of the page."""
+
+    figure: str
+    name: str
+    note: str
+
+
+def _headlines(summary: Json) -> list[Headline]:
+    headlines = []
     champion = summary.get("variants", {}).get("champion")
     if champion:
-        lines.append(
-            (formats.score(champion["auc"]), "AUC of the champion", "on people held out of training")
-        )
+        auc = formats.score(champion["auc"])
+        headlines.append(Headline(auc, "AUC of the champion", "on people held out of training"))
     requests = summary.get("requests")
     if requests:
         errors = formats.count(requests["errors"], "error")
         answered = formats.integer(requests["sent"] - requests["errors"])
-        lines.append(
-            (answered, "requests answered", f"of {formats.integer(requests['sent'])} sent, {errors}")
-        )
+        note = f"of {formats.integer(requests['sent'])} sent, {errors}"
+        headlines.append(Headline(answered, "requests answered", note))
     if summary.get("rollback_ms") is not None:
-        lines.append(
-            (formats.milliseconds(summary["rollback_ms"]), "to roll back", "a version broken on purpose")
-        )
+        duration = formats.milliseconds(summary["rollback_ms"])
+        headlines.append(Headline(duration, "to roll back", "a version broken on purpose"))
     ledger = summary.get("ledger")
     if ledger:
         verdict = "hash chain verified" if ledger["verified"] else "hash chain BROKEN"
-        lines.append((formats.integer(ledger["events"]), "events in the ledger", verdict))
-    return lines
+        headlines.append(Headline(formats.integer(ledger["events"]), "events in the ledger", verdict))
+    return headlines
 
 
-def _picture(summary: Json) -> Markup:
+def _diagram(summary: Json) -> Markup:
     rows, variants = summary.get("rows", {}), summary.get("variants", {})
     total = {
         name: sum(view[name] for view in rows.values()) for name in ("ingested", "stored", "quarantined")
     }
-    requests, shares = summary.get("requests"), summary.get("shares", {})
+    training_set, requests = summary.get("training_set"), summary.get("requests")
+    shares, ledger = summary.get("shares", {}), summary.get("ledger")
+    log_rows, rollback_ms = summary.get("prediction_log_rows"), summary.get("rollback_ms")
     boxes = {
         "source": f"{len(rows)} views" if rows else "",
         "features": f"{formats.integer(total['stored'])} rows stored" if rows else "",
         "quarantine": f"{formats.integer(total['quarantined'])} rows, with reasons" if rows else "",
-        "training_set": _line(
-            summary.get("training_set"), lambda one: f"{formats.integer(one['rows'])} rows"
-        ),
+        "training_set": f"{formats.integer(training_set['rows'])} rows" if training_set else "",
         "models": f"{len(variants)} registered" if variants else "",
         "online": "read by key",
-        "clients": "one person a request",
+        "clients": "one person per request",
         "edge": "TLS, identity, sticky split",
         "variants": "\n".join(
             f"{name}: version {variants[name]['version']}" for name in shares if name in variants
         ),
-        "log": _line(
-            summary.get("prediction_log_rows"),
-            lambda count: f"{formats.integer(count)} answers\nand their outcomes",
-        ),
+        "log": "" if log_rows is None else f"{formats.integer(log_rows)} answers\nand their outcomes",
         "monitor": "estimated and realised\nperformance, drift",
-        "rollout": _line(summary.get("rollback_ms"), lambda ms: f"rolled back in {formats.milliseconds(ms)}"),
-        "ledger": _line(summary.get("ledger"), lambda one: f"{formats.integer(one['events'])} events"),
+        "rollout": "" if rollback_ms is None else f"rolled back in {formats.milliseconds(rollback_ms)}",
+        "ledger": f"{formats.integer(ledger['events'])} events" if ledger else "",
     }
     arrows = {
         "ingest": f"{formats.integer(total['ingested'])} rows" if rows else "ingest",
-        "join": "as-of join",
+        "join": "join",
         "train": "train",
         "refuse": "bad rows",
         "materialize": "materialise",
         "read": "features by person",
         "deploy": "deploy",
-        "request": _line(
-            requests,
-            lambda one: f"{formats.integer(one['sent'])} requests, {formats.count(one['errors'], 'error')}",
+        "request": (
+            f"{formats.integer(requests['sent'])} requests, {formats.count(requests['errors'], 'error')}"
+            if requests
+            else ""
         ),
         "split": " / ".join(f"{share['weight'] * 100:.0f}" for share in shares.values()),
         "answer": "every answer",
@@ -177,23 +182,19 @@ def _picture(summary: Json) -> Markup:
         "verdict": "verdict",
         "weight": "weights",
     }
-    return loop(boxes, arrows, label=_in_words(boxes, arrows))
+    return loop_diagram(boxes, arrows, label=_diagram_label(boxes, arrows))
 
 
-def _in_words(boxes: Mapping[str, str], arrows: Mapping[str, str]) -> str:
+def _diagram_label(boxes: Mapping[str, str], arrows: Mapping[str, str]) -> str:
     return (
         f"The loop: census files ({arrows['ingest']}) are checked into feature tables ({boxes['features']}) or "
-        f"quarantine ({boxes['quarantine']}); an as-of join gives the training set ({boxes['training_set']}); model "
-        f"versions are trained and deployed as variants; clients' requests ({arrows['request']}) pass the edge; "
-        "answers and outcomes are logged; the monitor watches them; a rollout changes the weights at the edge."
+        f"quarantine ({boxes['quarantine']}). A point-in-time join gives the training set ({boxes['training_set']}). "
+        f"Model versions are trained and deployed as variants. Clients' requests ({arrows['request']}) pass the edge. "
+        "Answers and outcomes are logged and monitored. A rollout changes the weights at the edge."
     )
 
 
-def _line(value: Any, text: Any) -> str:
-    return "" if value is None else str(text(value))
-
-
-def _extra(evaluation: Json) -> dict[str, Any]:
+def _evaluation_metrics(evaluation: Json) -> dict[str, Any]:
     metrics = evaluation.get("metrics", {})
     return {name: metrics.get(name) for name in ("ece", "brier", "rows")}
 

@@ -1,4 +1,4 @@
-"""The demo's report: gathers a run's figures and writes the page."""
+"""Collect the figures of a demo run and write its report page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.page import DemoReport, StageRun, render
 from jobs.pipeline.runner import Runner
 from jobs.pipeline.stages import plan
-from jobs.pipeline.summary import CANDIDATES, Summary, monitored, quarantine_reasons
+from jobs.pipeline.summary import CANDIDATES, Summary, quarantine_reasons, select_versions
 
 
 def write_report(
     config: PipelineConfig, runner: Runner, summary: Summary, record: ClusterRecord | None, *, demo: Path
 ) -> None:
-    """Write `report.html`."""
+    """Write `report.html` into the demo's folder."""
     results = runner.results()
     report = DemoReport(
         summary=summary,
@@ -31,7 +31,7 @@ def write_report(
             for variant, output in CANDIDATES.items()
             if f"evaluate_{output}" in results
         },
-        monitor=monitored(results["monitor"], summary["variants"]),
+        monitor=select_versions(results["monitor"], summary["variants"]),
         quarantine=quarantine_reasons(open_ledger(config)),
         check=results["check"],
         split_requests=_split_requests(demo),
@@ -55,7 +55,7 @@ def _stages(config: PipelineConfig, runner: Runner, demo: Path) -> list[StageRun
 
 
 def _split_requests(demo: Path) -> int:
-    """Answers that the shares are counted over: all but those of the broken version's rollout."""
+    """Count the answers that the shares are computed from: all except those of the broken version's rollout."""
     files = (path for path in demo.glob("answers_*.parquet") if path.stem != "answers_broken")
     return sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in files)
 

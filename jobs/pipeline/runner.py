@@ -1,7 +1,8 @@
-"""Runs stages as separate processes, remembers which are finished, and shows that long ones are alive.
+"""Run stages as separate processes, store which are finished, and show the progress of long ones.
 
-A stage is finished when all its commands exited 0; its seconds are kept, so that a demo that was cut short resumes at
-the stage it was in. What a stage's command did halfway is that command's to make idempotent.
+A stage is finished when all its commands exited 0. Finished stages are stored with their duration, so that an
+interrupted demo resumes at the stage that was interrupted. Each command must be idempotent, because it may run again
+after it was killed halfway.
 """
 
 from __future__ import annotations
@@ -14,94 +15,94 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import FalajError, RefusedError
 from cluster.storage import write_bytes
-from jobs.pipeline.stages import Command, Results, SideBySide, Stage
+from jobs.pipeline.stages import Command, ParallelCommands, Results, Stage
 
 HEARTBEAT_S = 15.0
+"""Seconds between two progress lines of a running stage."""
 TAIL_LINES = 25
+"""Lines of a log that an error message shows."""
 
 
 class StageFailed(FalajError):
-    """A command of a stage exited 1."""
+    """A command of a stage failed: its exit code is neither 0 nor 2."""
 
 
 class StageRefused(RefusedError):
-    """A command of a stage exited 2."""
+    """A command of a stage was refused: its exit code is 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """A stage that has run to its end."""
+class FinishedStage:
+    """A stage whose commands all exited 0. `state.json` has these fields."""
 
     seconds: float
     commands: list[list[str]]
 
 
 class Runner:
-    """Runs stages in order, each once."""
+    """Runs each stage once and stores the finished ones in `state.json`."""
 
     def __init__(self, demo: Path) -> None:
         self._demo = demo
         self._state = demo / "state.json"
-        self.finished: dict[str, Finished] = {}
+        self.finished: dict[str, FinishedStage] = {}
         if self._state.exists():
             self.finished = {
-                name: Finished(**entry) for name, entry in json.loads(self._state.read_text()).items()
+                name: FinishedStage(**entry) for name, entry in json.loads(self._state.read_text()).items()
             }
 
     def run(self, stage: Stage, *, position: int, of: int) -> None:
         """Run a stage unless it is finished.
 
         Raises:
-            StageRefused, StageFailed: with the command and the end of its output.
+            StageRefused, StageFailed: A command did not exit 0. The message has the command and the end of its output.
         """
-        head = f"[{position:2d}/{of}] {stage.title}"
+        title = f"[{position:2d}/{of}] {stage.title}"
         if stage.name in self.finished:
-            print(f"{head} · done before ({self.finished[stage.name].seconds:.0f} s)", flush=True)
+            print(f"{title} · already done ({self.finished[stage.name].seconds:.0f} s)", flush=True)
             return
-        print(head, flush=True)
+        print(title, flush=True)
         steps = list(stage.steps(self.results()))
         started = time.perf_counter()
         for step in steps:
             self.execute(step, name=stage.name)
         seconds = time.perf_counter() - started
         commands = [list(command) for step in steps for command in step]
-        self.finished[stage.name] = Finished(seconds=seconds, commands=commands)
-        content = {
-            name: {"seconds": done.seconds, "commands": done.commands} for name, done in self.finished.items()
-        }
+        self.finished[stage.name] = FinishedStage(seconds=seconds, commands=commands)
+        content = {name: asdict(finished) for name, finished in self.finished.items()}
         write_bytes(str(self._state), json.dumps(content, indent=1).encode())
         print(f"        {seconds:.1f} s", flush=True)
 
     def results(self) -> Results:
-        """The JSON outputs written so far, by file stem."""
+        """Return the JSON outputs of the commands so far, by file name without suffix."""
         skip = {"state.json", "summary.json"}
         files = (path for path in self._demo.glob("*.json") if path.name not in skip)
         return {
             path.stem: json.loads(path.read_text()) for path in files if not path.stem.endswith(".manifest")
         }
 
-    def execute(self, commands: SideBySide, *, name: str) -> None:
-        """Run command lines at the same time, each with a log file, whose last line is shown now and then.
+    def execute(self, commands: ParallelCommands, *, name: str) -> None:
+        """Run command lines in parallel, each with its own log file. Every 15 seconds the last line of each is printed.
 
         Raises:
-            StageRefused, StageFailed: for the first that did not exit 0, once all have ended.
+            StageRefused, StageFailed: A command did not exit 0. Raised for the first one, after all have ended.
         """
         names = [name, *(f"{name}-{number}" for number in range(2, len(commands) + 1))]
-        logs = [self._demo / "logs" / f"{one}.log" for one in names]
-        started = [self._start(command, log) for command, log in zip(commands, logs, strict=True)]
+        logs = [self._demo / "logs" / f"{log_name}.log" for log_name in names]
+        processes = [self._start(command, log) for command, log in zip(commands, logs, strict=True)]
         with _heartbeat(logs):
-            codes = [process.wait() for process in started]
+            codes = [process.wait() for process in processes]
         for command, log, code in zip(commands, logs, codes, strict=True):
             match code:
                 case 0:
                     continue
                 case 2:
-                    raise StageRefused(f"{command[0]} was refused: {_tail(log, 1)} (whole output: {log})")
+                    raise StageRefused(f"{command[0]} was refused: {_tail(log, 1)} (full output: {log})")
                 case _:
                     raise StageFailed(
                         f"{command[0]} exited {code}; the end of {log}:\n{_tail(log, TAIL_LINES)}"
@@ -120,19 +121,20 @@ class Runner:
 
 @contextmanager
 def _heartbeat(logs: list[Path]) -> Iterator[None]:
-    done = threading.Event()
+    """Print the last line of each log every `HEARTBEAT_S` seconds until the block ends."""
+    finished = threading.Event()
 
-    def beat() -> None:
-        while not done.wait(HEARTBEAT_S):
+    def print_last_lines() -> None:
+        while not finished.wait(HEARTBEAT_S):
             for log in logs:
                 print(f"          … {_tail(log, 1)[:100]}", flush=True)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=print_last_lines, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 

@@ -1,4 +1,4 @@
-"""What the demo's run amounts to, read back from the ledger, the logs and the stages' own outputs."""
+"""Build the demo's summary from the ledger, the prediction log and the outputs of the stages."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from jobs.pipeline.runner import Runner
 
 Summary = dict[str, Any]
 CANDIDATES = {"champion": "lightgbm", "challenger": "network", "broken": "broken"}
-"""Variant to the output of the job that trained it."""
+"""Output of the training job (file name without suffix), by variant."""
 UNIT_HASH_DIGITS = 16
-"""Of the edge's hash of a unit, in capitals, which is what the log has of it."""
+"""Number of hex digits of a unit's SHA-256 in the log. The edge writes them in upper case."""
 
 
 def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
-    """The contract's `summary.json`, written below the demo's folder."""
+    """Build the summary and write it as `summary.json` into the demo's folder."""
     places = layout(config.storage)
     ledger = open_ledger(config)
     results = runner.results()
@@ -48,25 +48,29 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        **logged(read_log(log, key_store(actor.access)), answers),
-        "monitor": _monitor(monitored(results["monitor"], variants)),
+        **count_logged(read_log(log, key_store(actor.access)), answers),
+        "monitor": _monitor(select_versions(results["monitor"], variants)),
         "rollback_ms": results["check"]["rollback_ms"],
         "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
-        "seconds": {name: round(done.seconds, 1) for name, done in runner.finished.items()},
+        "seconds": {name: round(stage.seconds, 1) for name, stage in runner.finished.items()},
     }
     write_json(str(demo / "summary.json"), summary)
     return summary
 
 
-def logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
-    """Logged predictions of the demo's own client, and those of them whose answer never left; what shadows predicted is
-    in neither, nor is what other clients asked.
+def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
+    """Count the logged predictions of the demo's own client.
 
-    A prediction is the demo's where the client has its id, or where it is of a person whose request got no answer.
+    A prediction belongs to the demo if the client has its id, or if its person's request got no answer. The latter are
+    orphans: they were logged, but the answer did not reach the client. Predictions of shadows are not counted.
 
     Args:
-        log: of the model.
-        answers: to each of the client's requests, with `person_id` and, where it was answered, `prediction_id`.
+        log: Prediction log of the model.
+        answers: One row per request of the client, with `person_id` and `prediction_id` (null without an answer).
+
+    Returns:
+        `prediction_log_rows` (answered and orphans), `orphans`, `others` (predictions for other clients) and
+        `without_score` (predictions that failed).
     """
     failed = answers.filter(pl.col("prediction_id").is_null())["person_id"].to_list()
     units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS].upper() for key in failed}
@@ -74,33 +78,35 @@ def logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
     rows = [] if log.answers.is_empty() else log.answers.select("prediction_id", "unit_hash").rows()
     answered = {prediction_id for prediction_id, _ in rows} & ids
     orphans = {prediction_id for prediction_id, unit in rows if unit in units} - ids
-    everybody = {prediction_id for prediction_id, _ in rows}
+    all_ids = {prediction_id for prediction_id, _ in rows}
     unscored = 0 if log.failures.is_empty() else log.failures["prediction_id"].n_unique()
     return {
         "prediction_log_rows": len(answered | orphans),
         "orphans": len(orphans),
-        "others": len(everybody - answered - orphans),
+        "others": len(all_ids - answered - orphans),
         "without_score": unscored,
     }
 
 
-def monitored(output: dict[str, Any], variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The monitoring job's output with the demo's own version of each variant, or else its newest one.
+def select_versions(output: dict[str, Any], variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the monitoring output with one version per variant: the demo's own, else the newest.
 
-    The file of an older demo has one version a variant, and no version's number.
+    Args:
+        output: Output of `jobs.monitor`. An older release wrote one version per variant, without a level for versions.
+        variants: The summary's variants with the demo's version of each.
     """
-    found: dict[str, dict[str, Any]] = {"variants": {}, "details": {}}
+    selected: dict[str, dict[str, Any]] = {"variants": {}, "details": {}}
     for variant, details in output["details"].items():
         versions = {str(details["version"]): details} if "periods" in details else details
-        own = str(variants.get(variant, {}).get("version"))
-        chosen = versions[own if own in versions else max(versions, key=int)]
-        found["variants"][variant] = chosen["periods"]
-        found["details"][variant] = chosen
-    return found
+        demo_version = str(variants.get(variant, {}).get("version"))
+        figures = versions[demo_version if demo_version in versions else max(versions, key=int)]
+        selected["variants"][variant] = figures["periods"]
+        selected["details"][variant] = figures
+    return selected
 
 
 def quarantine_reasons(ledger: Ledger) -> dict[str, dict[str, int]]:
-    """Quarantined rows by view and reason."""
+    """Count quarantined rows by view and reason."""
     reasons: dict[str, Counter[str]] = {}
     for entry in ledger.entries(BatchIngested):
         reasons.setdefault(entry.payload["view"], Counter()).update(entry.payload["reasons"])
@@ -119,8 +125,8 @@ def _rows(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 
 def _training_set(ledger: Ledger) -> dict[str, Any]:
-    *_, last = ledger.entries(TrainingSetBuilt)
-    return {"rows": last.payload["rows"], "hash": last.payload["row_hash"]}
+    *_, newest = ledger.entries(TrainingSetBuilt)
+    return {"rows": newest.payload["rows"], "hash": newest.payload["row_hash"]}
 
 
 def _variants(
@@ -158,8 +164,8 @@ def _shares(config: PipelineConfig, answers: pl.DataFrame) -> dict[str, dict[str
 
 
 def _monitor(output: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    keep = ("estimated_auc", "realised_auc", "rows", "outcomes")
+    names = ("estimated_auc", "realised_auc", "rows", "outcomes")
     return {
-        variant: {year: {name: figures.get(name) for name in keep} for year, figures in years.items()}
+        variant: {year: {name: figures.get(name) for name in names} for year, figures in years.items()}
         for variant, years in output["variants"].items()
     }

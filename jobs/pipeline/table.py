@@ -1,4 +1,4 @@
-"""The demo's summary on the terminal."""
+"""Print the demo's summary on the terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.session import ClusterRecord
+from jobs.pipeline.formats import score
 from jobs.pipeline.summary import Summary
 
 
 def print_summary(summary: Summary, record: ClusterRecord | None, *, seconds: float, demo: Path) -> None:
-    """Print what happened and where to look."""
+    """Print the summary, the addresses of the running cluster, and the path of the report."""
     console = Console()
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, value in _lines(summary):
@@ -28,7 +29,7 @@ def print_summary(summary: Summary, record: ClusterRecord | None, *, seconds: fl
         ):
             console.print(f"{label:14} {url}", highlight=False)
     console.print(f"{'report':14} {demo / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"{'took':14} {seconds:.0f} s; `make down` ends the cluster", highlight=False)
+    console.print(f"{'took':14} {seconds:.0f} s; `make down` stops the cluster", highlight=False)
 
 
 def _lines(summary: Summary) -> list[tuple[str, str]]:
@@ -57,7 +58,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         )
     )
     lines.append(
-        ("log rows", f"{summary['prediction_log_rows']:,}, of them {summary['orphans']} without an answer")
+        ("log rows", f"{summary['prediction_log_rows']:,}, {summary['orphans']} of them without an answer")
     )
     if others := summary["others"]:
         lines.append(("other clients", f"{others:,} logged predictions"))
@@ -67,13 +68,10 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     ]
     for variant, years in summary["monitor"].items():
         figures = ", ".join(
-            f"{year} {_auc(y['estimated_auc'])}/{_auc(y['realised_auc'])}" for year, y in years.items()
+            f"{year} {score(auc['estimated_auc'])}/{score(auc['realised_auc'])}"
+            for year, auc in years.items()
         )
         lines.append((f"AUC {variant}", f"estimated/realised: {figures}"))
     lines.append(("rollback", f"{summary['rollback_ms']:.0f} ms from the event to the edge"))
     lines.append(("ledger", f"{summary['ledger']['events']} events, verified"))
     return lines
-
-
-def _auc(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -1,13 +1,11 @@
-"""`python -m jobs.pipeline.traffic`: a client that scores people through the edge, one request each.
+"""`python -m jobs.pipeline.traffic`: a client that scores people through the edge, one request per person.
 
-It uses what any application has: the edge's address, its CA certificate and a token. Answers go to a Parquet file with
-each person's prediction id, so that outcomes can be posted later.
+It writes the answers to a Parquet file with each person's prediction id, so that outcomes can be posted later.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,33 +16,35 @@ import xxhash
 
 from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
-from cluster.security.tokens.issuer import mint_token
-from cluster.security.tokens.roles import Role
-from cluster.session import ClusterRecord, require_record
 from cluster.settings import PlatformConfig
-from cluster.storage import exists, layout, read_parquet, resolve, write_parquet
+from cluster.storage import exists, read_parquet, resolve, write_parquet
+from jobs.pipeline.client import edge_access
 
-SECONDS_TO_TRY = 60
+REQUEST_TIMEOUT_S = 60
 
 
 @dataclass(kw_only=True, slots=True)
 class TrafficConfig(PlatformConfig):
-    """Who is scored, and when."""
+    """Configuration of one run of the scoring client."""
 
     name: str = "employment"
-    """Of the model."""
+    """Model name."""
     people: str = "???"
-    """Parquet with the entity key and `event_timestamp`."""
+    """Parquet file with the entity key and `event_timestamp`."""
     key: str = "person_id"
+    """Entity key column."""
     as_of: str = "???"
-    """ISO 8601 instant at which features are read."""
+    """ISO 8601 time at which features are read."""
     requests: int = 4000
+    """Number of requests."""
     offset: int = 0
-    """People passed over before the first request."""
+    """Number of people to skip before the first request."""
     connections: int = 16
+    """Number of parallel connections."""
     answers: str = "???"
-    """Parquet to write: key, prediction_id, variant, status, latency_ms."""
+    """Parquet file to write: key, prediction_id, variant, status, latency_ms."""
     purpose: str = "employment_statistics"
+    """Purpose of the client's token."""
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.connections < 1:
@@ -53,17 +53,19 @@ class TrafficConfig(PlatformConfig):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's end."""
+    """Response to one request."""
 
     key: int
     prediction_id: str | None
+    """None if the request failed."""
     variant: str | None
+    """None if the request failed."""
     status: int
     latency_ms: float
 
 
-def choose(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[int]:
-    """People in an order that does not depend on the file's: by a hash of their key."""
+def choose_people(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[int]:
+    """Return the keys of `count` people, ordered by a hash of the key, so that the file's order has no influence."""
     return sorted(people[key], key=lambda value: xxhash.xxh32_intdigest(str(value).encode()))[
         offset : offset + count
     ]
@@ -71,12 +73,12 @@ def choose(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[i
 
 @job("traffic", TrafficConfig)
 def main(config: TrafficConfig) -> None:
-    """Send the requests, write the answers, say what came back."""
+    """Send the requests, write the answers and print the statuses."""
     people_uri = resolve(config.people)
     if not exists(people_uri):
         raise SourceError(f"No people at {people_uri}. Run `python -m feature_jobs.census.source` first.")
     people = pl.DataFrame(pl.from_arrow(read_parquet(people_uri)))
-    keys = choose(people, key=config.key, offset=config.offset, count=config.requests)
+    keys = choose_people(people, key=config.key, offset=config.offset, count=config.requests)
     started = time.perf_counter()
     answers = asyncio.run(_send(config, keys))
     seconds = time.perf_counter() - started
@@ -93,43 +95,39 @@ def main(config: TrafficConfig) -> None:
 
 
 async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
-    record = require_record(config)
-    context = ssl.create_default_context(cafile=f"{layout(config.storage).tls}/ca.pem")
-    token = mint_token(
-        layout(config.storage), subject="demo-app", role=Role.service, purpose=config.purpose, ttl_s=900
-    )
-    todo = iter(keys)
+    """Score all people over `config.connections` parallel connections."""
+    access = edge_access(config, purpose=config.purpose)
+    url = f"{access.url}/v1/models/{config.name}:predict"
+    remaining = iter(keys)
     answers: list[Answer] = []
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=context, limit=config.connections),
-        headers={"Authorization": f"Bearer {token}"},
-        timeout=aiohttp.ClientTimeout(total=SECONDS_TO_TRY),
+        connector=aiohttp.TCPConnector(ssl=access.ssl_context, limit=config.connections),
+        headers=access.headers,
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
     ) as client:
 
-        async def work() -> None:
-            for key in todo:
-                answers.append(await _ask(client, record, config, key))
+        async def score_remaining() -> None:
+            for key in remaining:
+                answers.append(await _predict(client, url, config, key))
                 if len(answers) % 1000 == 0:
                     print(f"{len(answers)} of {len(keys)} answered", flush=True)
 
-        await asyncio.gather(*(work() for _ in range(config.connections)))
+        await asyncio.gather(*(score_remaining() for _ in range(config.connections)))
     return answers
 
 
-async def _ask(
-    client: aiohttp.ClientSession, record: ClusterRecord, config: TrafficConfig, key: int
-) -> Answer:
-    url = f"{record.edge_url}/v1/models/{config.name}:predict"
+async def _predict(client: aiohttp.ClientSession, url: str, config: TrafficConfig, key: int) -> Answer:
+    """Send the request of one person."""
     body = {"entities": [{config.key: key}], "as_of": config.as_of}
     started = time.perf_counter()
     async with client.post(url, json=body, headers={"X-Unit-ID": str(key)}) as response:
         content = await response.json(content_type=None)
         latency_ms = (time.perf_counter() - started) * 1000
-        ok = response.status == 200
+        is_ok = response.status == 200
         return Answer(
             key=key,
-            prediction_id=content["prediction_id"] if ok else None,
-            variant=content["variant"] if ok else None,
+            prediction_id=content["prediction_id"] if is_ok else None,
+            variant=content["variant"] if is_ok else None,
             status=response.status,
             latency_ms=latency_ms,
         )

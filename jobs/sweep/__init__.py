@@ -1,1 +1,1 @@
-"""A sweep: a few short trials of a model family's hyper-parameters with Ray Tune."""
+"""Search hyper-parameters of the tabular network with Ray Tune: a few short trials."""

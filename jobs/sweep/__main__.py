@@ -1,9 +1,11 @@
-"""`python -m jobs.sweep name=m training_set=t.parquet label=y`: look for a good learning rate and width.
+"""`python -m jobs.sweep name=m training_set=t.parquet label=y`: search for a good learning rate and width.
 
-A trial is a function that builds and fits a Ray Train trainer, because Tune no longer takes the trainer itself. Trials
-and their workers hold CPUs separately, so as many trials run at once as leave room for the workers of each: a sweep
-that started more would wait for ever. A trial without workers trains in its own process, because Ray Train starts seven
-others for one worker, which takes ten times as long as a short trial's work.
+A trial is a function that builds and runs a Ray Train trainer, because Tune no longer accepts the trainer itself.
+Trials and their workers reserve CPUs separately. Only as many trials run at the same time as leave CPUs for the workers
+of each; otherwise trials would wait for workers that never start.
+
+A trial without workers trains in its own process. Ray Train starts seven other processes for one worker, which takes
+ten times as long as a short trial.
 """
 
 from __future__ import annotations
@@ -31,34 +33,67 @@ from cluster.security.encryption.scratch import scratch
 from cluster.session import attach, require_record
 from cluster.storage import finite, layout, local, resolve, write_json
 from jobs.sweep.config import SweepConfig
-from jobs.sweep.trials import outcome, winner
+from jobs.sweep.trials import Trial, best_trial, trial_from_result
 from jobs.train.data import Dataset, read_training_set
-from jobs.train.describe import prepare_aloud
+from jobs.train.describe import prepare_and_describe
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.split import resolve_split
-from jobs.train.tabular_network.family import Parameters, loop_config, network_shape, run, trainer
+from jobs.train.tabular_network.family import (
+    Parameters,
+    build_trainer,
+    loop_config,
+    prepare_fit,
+    run_trainer,
+)
 from jobs.train.tabular_network.loop import METRIC, fit_alone
 
 TRIAL_CPUS = 0.5
+"""Logical CPUs of a trial's own process while its workers train."""
 
 
 @job("sweep", SweepConfig, timed=True)
 def main(config: SweepConfig) -> None:
-    """Run the sweep and write its best parameters."""
-    family, _, parameters = resolve_family(config.model)
-    if not isinstance(parameters, Parameters):
-        raise ConfigError(f"A sweep tries the tabular network's parameters, not those of '{family}'.")
+    """Run the sweep, append its result to the ledger and write the best parameters."""
+    family = resolve_family(config.model)
+    if not isinstance(family.parameters, Parameters):
+        raise ConfigError(
+            f"A sweep needs model=tabular_network, got family '{family.name}': it only searches the parameters of the "
+            "tabular network."
+        )
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.sweep")
     actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
-    places = layout(config.storage)
     source = read_training_set(
-        config.training_set, protected_files(actor.access), places=places, ledger=ledger
+        config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
     )
     config = replace(config, split=resolve_split(config.split, source))
-    whole, _ = prepare_aloud(config, source)
-    dataset = fewer_rows(whole, config.sweep.rows, seed=config.seed)
+    prepared = prepare_and_describe(config, source)
+    dataset = limit_fit_rows(prepared.dataset, config.sweep.rows, seed=config.seed)
     attach(config)
+    trials = run_trials(config, dataset, family.parameters)
+    best = best_trial(trials)
+    finished = [trial for trial in trials if trial.cause is None]
+    results = [finite(asdict(trial)) for trial in trials]
+    # The cause of a failure stays out of the ledger: the message of an unknown error may contain values of rows.
+    events = [{name: value for name, value in result.items() if name != "cause"} for result in results]
+    event = SweepFinished(
+        model=config.name,
+        family=family.name,
+        trials=len(finished),
+        metric=METRIC,
+        best=best.parameters,
+        results=events,
+        training_set_hash=source.hash,
+    )
+    ledger.append(event, actor=actor.name)
+    print(f"best of {len(finished)} trials: {best.parameters}, {METRIC} {best.validation_loss:.4f}")
+    if config.output is not None:
+        output = {"best": best.parameters, "metric": METRIC, "trials": results}
+        write_json(resolve(config.output), output)
+
+
+def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) -> list[Trial]:
+    """Run all trials and return their results."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
     print(
@@ -66,139 +101,124 @@ def main(config: SweepConfig) -> None:
         f"(sweep.epochs={config.sweep.epochs})",
         flush=True,
     )
-    runs = local(f"{layout(config.storage).root}/runs")
-    with scratch(runs) as folder:
-        grid = search(config, dataset, parameters, folder=str(folder), concurrent=concurrent)
-    trials = [outcome(grid[number], deadline_s=config.sweep.trial_deadline_s) for number in range(len(grid))]
-    best = winner(trials)
-    ended = [one for one in trials if one.cause is None]
-    results = [finite(asdict(one)) for one in trials]
-    # The ledger hears that a trial failed, but not why: the message of an unknown error may hold values of rows.
-    events = [{name: value for name, value in one.items() if name != "cause"} for one in results]
-    event = SweepFinished(
-        model=config.name,
-        family=family,
-        trials=len(ended),
-        metric=METRIC,
-        best=best.chosen,
-        results=events,
-        training_set_hash=source.hash,
-    )
-    ledger.append(event, actor=actor.name)
-    print(f"best of {len(ended)} trials: {best.chosen}, {METRIC} {best.validation_loss:.4f}")
-    if config.output is not None:
-        write_json(resolve(config.output), {"best": best.chosen, "metric": METRIC, "trials": results})
-
-
-class Follow(tune.Callback):
-    """Prints each trial as it ends."""
-
-    def __init__(self, *, trials: int) -> None:
-        self._done, self._trials = 0, trials
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune in the driver."""
-        self._say(trial.config, f"{METRIC} {trial.last_result.get(METRIC, math.nan):.4f}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune in the driver."""
-        self._say(trial.config, "failed")
-
-    def _say(self, config: dict[str, Any], what: str) -> None:
-        self._done += 1
-        chosen = f"learning_rate={config['learning_rate']:.3g} width={config['width']}"
-        print(f"  trial {self._done} of {self._trials}: {chosen}: {what}", flush=True)
-
-
-def search(
-    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: str, concurrent: int
-) -> tune.ResultGrid:
-    """Run the trials."""
-    # Tune's newer output prints its own tables and paths however little is asked for, and it logs the traceback of each
-    # trial that fails; the sweep says what came of every trial itself.
+    # By default Tune prints its own tables and paths, and logs the traceback of each failed trial. The sweep prints one
+    # line per trial instead.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    shared = ray.put(dataset)
-    space = config.sweep
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": trial_cpus(config)}),
+    with scratch(local(f"{layout(config.storage).root}/runs")) as folder:
+        grid = build_tuner(config, dataset, parameters, folder=folder, concurrent=concurrent).fit()
+    deadline_s = config.sweep.trial_deadline_s
+    return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]
+
+
+def build_tuner(
+    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: Path, concurrent: int
+) -> tune.Tuner:
+    """Return the tuner of a sweep; `folder` is for its temporary files, `concurrent` the number of parallel trials."""
+    sweep = config.sweep
+    context = FitContext(
+        folder=folder,
+        runs=str(folder),
+        seed=config.seed,
+        scaling=config.scaling,
+        deepspeed=config.deepspeed,
+        run_name="",
+    )
+    return tune.Tuner(
+        tune.with_resources(run_trial, {"CPU": trial_cpus(config)}),
         param_space={
-            "learning_rate": tune.loguniform(*space.learning_rate),
-            "width": tune.choice(list(space.width)),
+            "learning_rate": tune.loguniform(*sweep.learning_rate),
+            "width": tune.choice(list(sweep.width)),
             "fixed": {
-                "dataset": shared,
-                "parameters": asdict(parameters) | {"epochs": space.epochs},
-                "num_workers": space.num_workers,
-                "context": FitContext(
-                    folder=Path(folder),
-                    runs=folder,
-                    seed=config.seed,
-                    scaling=config.scaling,
-                    deepspeed=config.deepspeed,
-                    run_name="",
-                ),
+                "dataset": ray.put(dataset),
+                "parameters": asdict(parameters) | {"epochs": sweep.epochs},
+                "num_workers": sweep.num_workers,
+                "context": context,
             },
         },
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="min",
-            num_samples=space.trials,
-            time_budget_s=space.trial_deadline_s,
+            num_samples=sweep.trials,
+            time_budget_s=sweep.trial_deadline_s,
             reuse_actors=False,  # DeepSpeed cannot start twice in a process
             search_alg=tune.search.BasicVariantGenerator(random_state=config.seed, max_concurrent=concurrent),
         ),
         run_config=tune.RunConfig(
             name="sweep",
-            storage_path=folder,
+            storage_path=str(folder),
             verbose=0,
-            callbacks=[Follow(trials=space.trials)],
+            callbacks=[TrialPrinter(num_trials=sweep.trials)],
         ),
     )
-    return tuner.fit()
 
 
-def trial(settings: dict[str, Any]) -> None:
-    """One trial: a short training run that reports to Tune."""
+class TrialPrinter(tune.Callback):
+    """Tune callback that prints each trial when it ends."""
+
+    def __init__(self, *, num_trials: int) -> None:
+        self._num_ended, self._num_trials = 0, num_trials
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print the loss of a completed trial. Tune calls this in the driver."""
+        self._print_trial(trial.config, f"{METRIC} {trial.last_result.get(METRIC, math.nan):.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print that a trial failed. Tune calls this in the driver."""
+        self._print_trial(trial.config, "failed")
+
+    def _print_trial(self, config: dict[str, Any], result: str) -> None:
+        self._num_ended += 1
+        parameters = f"learning_rate={config['learning_rate']:.3g} width={config['width']}"
+        print(f"  trial {self._num_ended} of {self._num_trials}: {parameters}: {result}", flush=True)
+
+
+def run_trial(settings: dict[str, Any]) -> None:
+    """Run one trial: a short fit that reports its metrics to Tune."""
     fixed = settings["fixed"]
-    chosen = {name: settings[name] for name in ("learning_rate", "width")}
-    parameters = Parameters(**(fixed["parameters"] | chosen))
+    searched = {name: settings[name] for name in ("learning_rate", "width")}
+    parameters = Parameters(**(fixed["parameters"] | searched))
     dataset: Dataset = ray.get(fixed["dataset"])
     context: FitContext = replace(fixed["context"], run_name=f"trial-{tune.get_context().get_trial_id()}")
-    shape = network_shape(dataset, parameters)
+    network_fit = prepare_fit(dataset, parameters, context)
     if not fixed["num_workers"]:
-        fit_alone(loop_config(dataset, parameters, shape, context), report=tune.report)
+        fit_alone(loop_config(network_fit), report=tune.report)
         return
     callbacks = [TuneReportCallback()]  # type: ignore[no-untyped-call]
-    run(trainer(dataset, parameters, shape, context, num_workers=fixed["num_workers"], callbacks=callbacks))
+    run_trainer(build_trainer(network_fit, num_workers=fixed["num_workers"], callbacks=callbacks))
 
 
 def trial_cpus(config: SweepConfig) -> float:
-    """Logical CPUs of a trial's own process."""
+    """Return the logical CPUs of a trial's own process."""
     return TRIAL_CPUS if config.sweep.num_workers else config.scaling.cpus_per_worker
 
 
 def concurrent_trials(config: SweepConfig, *, available: float) -> int:
-    """How many trials run at once: no more than fit beside the workers they wait for.
+    """Return the number of trials that run at the same time, so that each has CPUs for its workers.
+
+    Args:
+        config: Configuration of the sweep.
+        available: Logical CPUs of the cluster.
 
     Raises:
-        ConfigError: not even one does.
+        ConfigError: The cluster has too few CPUs for one trial.
     """
     needed = trial_cpus(config) + config.sweep.num_workers * config.scaling.cpus_per_worker
     if needed > available:
         raise ConfigError(
-            f"A trial needs {needed:g} logical CPUs, the cluster has {available:g}. "
+            f"A trial needs {needed:g} logical CPUs, but the cluster has {available:g}. "
             "Lower sweep.num_workers or raise cluster.num_cpus."
         )
     return min(config.sweep.concurrent_trials, int(available // needed))
 
 
-def fewer_rows(dataset: Dataset, rows: int, *, seed: int) -> Dataset:
-    """The same dataset with at most so many rows to fit on."""
-    places = np.flatnonzero(dataset.fit)
-    if len(places) <= rows:
+def limit_fit_rows(dataset: Dataset, max_rows: int, *, seed: int) -> Dataset:
+    """Return the dataset with at most `max_rows` rows to fit on, drawn by the seed."""
+    positions = np.flatnonzero(dataset.fit)
+    if len(positions) <= max_rows:
         return dataset
     fit = np.zeros_like(dataset.fit)
-    fit[np.random.default_rng(seed).choice(places, rows, replace=False)] = True
+    fit[np.random.default_rng(seed).choice(positions, max_rows, replace=False)] = True
     return replace(dataset, fit=fit)
 
 

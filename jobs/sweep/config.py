@@ -9,23 +9,25 @@ from jobs.train.config import LearningConfig
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
-    """What is tried."""
+    """Search space and size of a sweep."""
 
     learning_rate: list[float] = field(default_factory=lambda: [0.001, 0.01])
-    """Lowest and highest; drawn log-uniformly."""
+    """Lowest and highest learning rate. Values are drawn log-uniformly between them."""
     width: list[int] = field(default_factory=lambda: [64, 128, 256])
-    """Choices."""
+    """Network widths to choose from."""
     trials: int = 3
+    """Number of trials."""
     epochs: int = 1
-    """Of each trial."""
+    """Epochs of each trial."""
     num_workers: int = 0
-    """Of each trial; 0 trains in the trial's own process, because starting a worker takes longer than a short trial."""
+    """Training workers of each trial. 0 trains in the trial's own process: starting a worker takes longer than a short
+    trial."""
     concurrent_trials: int = 2
-    """At once, as far as they fit into the cluster."""
+    """Largest number of trials that run at the same time; fewer if the cluster has too few CPUs."""
     rows: int = 20_000
-    """Training rows of each trial, at most."""
+    """Largest number of rows that a trial is fitted on."""
     trial_deadline_s: float = 300.0
-    """No further trial is started after so long."""
+    """Time budget of the sweep in seconds, passed to Tune as `time_budget_s`."""
 
     def __post_init__(self) -> None:
         if len(self.learning_rate) != 2 or not 0 < self.learning_rate[0] <= self.learning_rate[1] < 1:
@@ -43,8 +45,8 @@ class SearchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(LearningConfig):
-    """One sweep."""
+    """Configuration of one sweep."""
 
     sweep: SearchConfig = field(default_factory=SearchConfig)
     output: str | None = None
-    """JSON file with the best parameters, for `jobs.train params_from=…`."""
+    """File to write the best parameters to, as JSON; the input of `jobs.train params_from=…`."""

@@ -1,4 +1,4 @@
-"""What came of a sweep's trials, and which of them wins: never one without a finite loss."""
+"""Results of a sweep's trials, and the choice of the best trial. A trial without a finite loss never wins."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from jobs.train.tabular_network.loop import METRIC
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What came of one trial. The field of the loss has the metric's name, as the sweep's output does."""
+    """Result of one trial. The field `validation_loss` has the metric's name, as in the sweep's output."""
 
     learning_rate: float
     width: int
     validation_loss: float | None
+    """Finite loss, or None if the trial failed."""
     cause: str | None = None
-    """Why it has no loss to be compared by."""
+    """Reason why the trial failed, or None."""
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """Its hyper-parameters."""
+    def parameters(self) -> dict[str, Any]:
+        """Hyper-parameters of the trial."""
         return {"learning_rate": self.learning_rate, "width": self.width}
 
     def describe(self) -> str:
-        """One line."""
-        said = f"{METRIC} {self.validation_loss:.4f}" if self.cause is None else self.cause
-        return f"learning_rate={self.learning_rate:.3g} width={self.width}: {said}"
+        """Describe parameters and result in one line."""
+        result = f"{METRIC} {self.validation_loss:.4f}" if self.cause is None else self.cause
+        return f"learning_rate={self.learning_rate:.3g} width={self.width}: {result}"
 
 
-def outcome(result: Any, *, deadline_s: float) -> Trial:
-    """What came of a trial, from Tune's `Result`."""
+def trial_from_result(result: Any, *, deadline_s: float) -> Trial:
+    """Convert Tune's `Result` to a `Trial`.
+
+    Args:
+        result: Tune's result of one trial.
+        deadline_s: Configured time limit of the sweep in seconds, for the error message.
+    """
     config, metrics = result.config or {}, result.metrics or {}
     loss: float | None = metrics.get(METRIC)
     cause: str | None = None
     if result.error is not None:
-        cause = cause_of(result.error)
+        cause = error_line(result.error)
     elif loss is None:
-        cause = f"ended before its first epoch did (sweep.trial_deadline_s is {deadline_s:g})"
+        cause = f"ended before its first epoch (sweep.trial_deadline_s is {deadline_s:g})"
     elif not math.isfinite(loss):
         cause = f"{METRIC} is {loss}"
     return Trial(
@@ -51,26 +57,27 @@ def outcome(result: Any, *, deadline_s: float) -> Trial:
     )
 
 
-def cause_of(error: BaseException) -> str:
-    """A trial's error in one line: of a refusal its message, of a traceback the last line."""
-    behind = refusal_behind(error)
-    lines = [line.strip() for line in str(behind).splitlines() if line.strip()]
+def error_line(error: BaseException) -> str:
+    """Return a trial's error in one line: the message of a refusal, or the last line of a traceback."""
+    original = refusal_behind(error)
+    lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     if not lines:
-        return type(behind).__name__
-    return lines[0] if isinstance(behind, RefusedError) else lines[-1]
+        return type(original).__name__
+    return lines[0] if isinstance(original, RefusedError) else lines[-1]
 
 
-def winner(trials: list[Trial]) -> Trial:
-    """The trial with the smallest loss.
+def best_trial(trials: list[Trial]) -> Trial:
+    """Return the trial with the smallest loss.
 
     Raises:
-        TrainingFailed: no trial has one; a line on standard error says why for each.
+        TrainingFailed: No trial has a finite loss. The cause of each trial is printed to standard error.
     """
-    ended = [one for one in trials if one.cause is None]
-    if not ended:
-        for number, one in enumerate(trials, start=1):
-            print(f"trial {number}: {one.describe()}", file=sys.stderr, flush=True)
+    finished = [trial for trial in trials if trial.cause is None]
+    if not finished:
+        for number, trial in enumerate(trials, start=1):
+            print(f"trial {number}: {trial.describe()}", file=sys.stderr, flush=True)
         raise TrainingFailed(
-            f"None of {len(trials)} trials has a finite {METRIC}, so the sweep has no winner."
+            f"None of {len(trials)} trials has a finite {METRIC}, so the sweep has no best trial. "
+            "Standard error has the cause of each."
         )
-    return min(ended, key=lambda one: one.validation_loss or 0.0)
+    return min(finished, key=lambda trial: trial.validation_loss or 0.0)

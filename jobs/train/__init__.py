@@ -1,1 +1,1 @@
-"""Training: from a training set to a registered model version."""
+"""Training: fit a model to a training set and register it as a version."""

@@ -1,4 +1,4 @@
-"""`python -m jobs.train model=lightgbm name=m training_set=t.parquet label=y`: fit, score, register."""
+"""`python -m jobs.train model=lightgbm name=m training_set=t.parquet label=y`: fit, evaluate and register a version."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
-from cluster.ledger import open_ledger
-from cluster.registry import Lineage, Registry
+from cluster.ledger import Ledger, open_ledger
+from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
 from cluster.runtime.hardware import Hardware
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
-from cluster.security.acting import act
+from cluster.security.acting import Actor, act
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.scratch import memory_folder, scratch
@@ -29,76 +29,107 @@ from cluster.storage import exists, json_text, layout, local, read_bytes, resolv
 from jobs.metrics import headline, score
 from jobs.train.config import TrainConfig
 from jobs.train.data import Dataset, read_training_set
-from jobs.train.describe import prepare_aloud, say
-from jobs.train.families import FitContext, resolve_family
-from jobs.train.lineage import lineage, plain
-from jobs.train.quantise import cost, quantise
+from jobs.train.describe import prepare_and_describe, print_warnings
+from jobs.train.families import FitContext, ResolvedFamily, resolve_family
+from jobs.train.lineage import build_lineage, to_json_values
+from jobs.train.quantise import quantisation_cost, quantise
 from jobs.train.split import resolve_split
 
 
 @job("train", TrainConfig, timed=True)
 def main(config: TrainConfig) -> None:
     """Train one version and register it."""
-    family, module, parameters = resolve_family(with_best(config))
-    if family == "lightgbm":
+    family = resolve_family(model_with_best_parameters(config))
+    if family.name == "lightgbm":
         refuse_unused(("deepspeed",), by="model=lightgbm")
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="jobs.train")
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
-    places, files = layout(config.storage), protected_files(actor.access)
-    source = read_training_set(config.training_set, files, places=places, ledger=ledger)
+    source = read_training_set(
+        config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
+    )
     config = replace(config, split=resolve_split(config.split, source))
-    dataset, warnings = prepare_aloud(config, source, threshold=config.threshold)
+    dataset, data_warnings = prepare_and_describe(config, source, threshold=config.threshold)
     attach(config)
-    runs = local(f"{places.root}/runs")
-    # What a run keeps for itself may be for several machines; the model, which is in the clear until it is registered,
-    # is this process's.
-    with scratch(runs) as temporary, scratch(memory_folder(otherwise=runs)) as folder:
-        context = FitContext(
-            folder=folder,
-            runs=str(temporary),
-            seed=config.seed,
-            scaling=config.scaling,
-            deepspeed=config.deepspeed,
-            run_name=f"{config.name}-{family}-{int(time.time())}",
-        )
-        learned = permuted(dataset, seed=config.seed) if config.label_permutation else dataset
-        module.fit(learned, parameters, context)
-        origin = lineage(config, source, parameters)
-        judgement = judged(folder, dataset, precision_of(parameters))
-        say(judgement.warnings)
-        metrics, warnings = judgement.metrics, [*warnings, *judgement.warnings]
-        describe_model(folder, origin, metrics)
-        version = Registry(ledger, places).register(
-            folder,
-            name=config.name,
-            family=family,
-            task=config.task.value,
-            lineage=origin,
-            metrics=metrics,
-            warnings=warnings,
-            store=key_store(actor.access),
-            actor=actor.name,
-        )
-    print(f"registered {version.name} version {version.version} {headline(config.task, metrics)}")
+    runs = local(f"{layout(config.storage).root}/runs")
+    # Checkpoints may have to be on a disk that several machines share. The model folder is in memory where possible,
+    # because the model is not encrypted until it is registered.
+    with scratch(runs) as checkpoints, scratch(memory_folder(otherwise=runs)) as folder:
+        fit(config, family, dataset, folder=folder, checkpoints=checkpoints)
+        lineage = build_lineage(config, source, family.parameters)
+        result = evaluate_held_out(folder, dataset, requested_precision(family.parameters))
+        print_warnings(result.warnings)
+        write_model_files(folder, lineage, result.metrics)
+        warnings = [*data_warnings, *result.warnings]
+        trained = TrainedModel(family.name, folder, lineage, result.metrics, warnings)
+        version = register(config, trained, ledger, actor)
+    print(f"registered {version.name} version {version.version} {headline(config.task, result.metrics)}")
     if config.output is not None:
-        result = {"name": version.name, "version": version.version, "family": family, "metrics": metrics}
-        write_json(resolve(config.output), result | {"warnings": warnings})
+        output = {
+            "name": version.name,
+            "version": version.version,
+            "family": family.name,
+            "metrics": result.metrics,
+            "warnings": warnings,
+        }
+        write_json(resolve(config.output), output)
 
 
-def describe_model(folder: Path, origin: Lineage, metrics: dict[str, Any]) -> None:
-    """Put the configuration and the metrics beside a model's files."""
-    (folder / "config.json").write_text(json_text(plain(origin.config)))
+def fit(
+    config: TrainConfig, family: ResolvedFamily, dataset: Dataset, *, folder: Path, checkpoints: Path
+) -> None:
+    """Fit the model and write its files into `folder`."""
+    context = FitContext(
+        folder=folder,
+        runs=str(checkpoints),
+        seed=config.seed,
+        scaling=config.scaling,
+        deepspeed=config.deepspeed,
+        run_name=f"{config.name}-{family.name}-{int(time.time())}",
+    )
+    fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset
+    family.module.fit(fitted, family.parameters, context)
+
+
+class TrainedModel(NamedTuple):
+    """A fitted and evaluated model, ready to be registered."""
+
+    family: str
+    folder: Path
+    """Folder with the model's files."""
+    lineage: Lineage
+    metrics: dict[str, Any]
+    warnings: list[str]
+
+
+def register(config: TrainConfig, trained: TrainedModel, ledger: Ledger, actor: Actor) -> ModelVersion:
+    """Register a trained model as the next version of `config.name`."""
+    return Registry(ledger, layout(config.storage)).register(
+        trained.folder,
+        name=config.name,
+        family=trained.family,
+        task=config.task.value,
+        lineage=trained.lineage,
+        metrics=trained.metrics,
+        warnings=trained.warnings,
+        store=key_store(actor.access),
+        actor=actor.name,
+    )
+
+
+def write_model_files(folder: Path, lineage: Lineage, metrics: dict[str, Any]) -> None:
+    """Write the training configuration and the metrics into the model folder."""
+    (folder / "config.json").write_text(json_text(to_json_values(lineage.config)))
     (folder / "metrics.json").write_text(json_text(metrics))
 
 
-def with_best(config: TrainConfig) -> dict[str, Any]:
-    """The configured hyper-parameters, with a sweep's best in their place.
+def model_with_best_parameters(config: TrainConfig) -> dict[str, Any]:
+    """Return the configured hyper-parameters, replaced by the best ones of a sweep if `params_from` is set.
 
     Raises:
-        ConfigError: the sweep's file is missing or holds no best parameters.
+        ConfigError: The sweep's file is missing or has no best parameters.
     """
     if config.params_from is None:
         return config.model
@@ -110,47 +141,49 @@ def with_best(config: TrainConfig) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         best = None
     if not isinstance(best, dict):
-        raise ConfigError(f"params_from={uri} holds no 'best' parameters; it must be the output of a sweep.")
+        raise ConfigError(f"params_from={uri} has no 'best' parameters; it must be the output of a sweep.")
     return config.model | best
 
 
-def permuted(dataset: Dataset, *, seed: int) -> Dataset:
-    """The same rows with their labels shuffled."""
+def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
+    """Return the same rows with shuffled labels."""
     return replace(dataset, target=np.random.default_rng(seed).permutation(dataset.target))
 
 
-class Judgement(NamedTuple):
-    """What is found of a model on the held-out rows."""
+class HeldOutResult(NamedTuple):
+    """Metrics and warnings of a model on the held-out rows."""
 
     metrics: dict[str, Any]
     warnings: list[str]
 
 
-def judged(folder: Path, dataset: Dataset, precision: Precision) -> Judgement:
-    """Say in the folder what model it holds, and judge just that on the held-out rows.
+def evaluate_held_out(folder: Path, dataset: Dataset, precision: Precision) -> HeldOutResult:
+    """Write the model's signature into the folder and evaluate that model on the held-out rows.
 
-    An int8 model's say under `quantised_from` what the float32 one's were, and how far the scores lie apart.
+    For int8 this first quantises the model. The metrics then also have `quantised_from`: the metrics of the float32
+    model and the difference of the scores.
 
     Raises:
-        ConfigError: int8 of a model that cannot be.
+        ConfigError: The model cannot be quantised to int8.
     """
-    before = held_out(folder, dataset, dataset.signature)
+    float32 = predict_held_out(folder, dataset, dataset.signature)
     target = dataset.target[dataset.held_out]
-    metrics = score(before, target)
-    same = len(before.scores) > 1 and bool((before.scores == before.scores[0]).all())
-    warnings = ["the model gives all held-out rows the same score: it learned nothing"] if same else []
+    metrics = score(float32, target)
+    is_constant = len(float32.scores) > 1 and bool((float32.scores == float32.scores[0]).all())
+    warnings = ["the model gives all held-out rows the same score: it learned nothing"] if is_constant else []
     if precision is Precision.float32:
-        return Judgement(metrics, warnings)
+        return HeldOutResult(metrics, warnings)
     quantise(folder)
-    after = held_out(folder, dataset, replace(dataset.signature, precision=precision))
-    return Judgement(score(after, target) | {"quantised_from": cost(before, after, metrics)}, warnings)
+    int8 = predict_held_out(folder, dataset, replace(dataset.signature, precision=precision))
+    cost = quantisation_cost(float32, int8, metrics)
+    return HeldOutResult(score(int8, target) | {"quantised_from": cost}, warnings)
 
 
-def held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
-    """What a folder's model says of rows it has never seen; from then on the folder has the signature.
+def predict_held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
+    """Write the signature into the model folder, load the model and predict the held-out rows.
 
     Raises:
-        RefusedError: the files make no model, or its scores are not what the task says.
+        RefusedError: The files are no valid model, or the scores do not fit the task.
     """
     (folder / SIGNATURE_FILE).write_text(signature.to_json())
     model = open_model(folder, hardware=Hardware(num_threads=2))
@@ -159,16 +192,16 @@ def held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predi
     return predictions
 
 
-def precision_of(parameters: Any) -> Precision:
-    """What a version is registered as, where its family has the choice.
+def requested_precision(parameters: Any) -> Precision:
+    """Return the precision to register; float32 for a family without that parameter.
 
     Raises:
-        ConfigError: a user's own family declares it as something else.
+        ConfigError: A user's own family declares `precision` with another type.
     """
-    chosen = getattr(parameters, "precision", Precision.float32)
-    if not isinstance(chosen, Precision):
-        raise ConfigError(f"model.precision must be a cluster.runtime.Precision, got {chosen!r}.")
-    return chosen
+    precision = getattr(parameters, "precision", Precision.float32)
+    if not isinstance(precision, Precision):
+        raise ConfigError(f"model.precision must be a cluster.runtime.Precision, got {precision!r}.")
+    return precision
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What is wrong with a data set before a model is fitted to it: refused where nothing could be learned or judged,
-warned of where a model would look better than it is.
+"""Check a data set before a model is fitted to it.
 
-The checks look at the encoded matrix, so they see what the model sees. A leak is looked for in a sample of the rows.
+Data that a model cannot learn from or be evaluated on is refused. Data that would make a model look better than it is
+gives a warning. The checks use the encoded matrix, so they see the same values as the model. Leaks are searched in a
+sample of the rows.
 """
 
 from __future__ import annotations
@@ -21,24 +22,36 @@ Floats = npt.NDArray[np.float32]
 Target = npt.NDArray[Any]
 
 SAMPLE = 20_000
-"""Rows that a leak is looked for in."""
+"""Largest number of rows that are searched for leaks."""
 MIN_ROWS = 20
-"""Fewer rows with a value say nothing of a leak."""
+"""An input with fewer non-missing values is not checked for leaks."""
 MIN_OF_CLASS = 5
-"""Rows of the rarer class, and mean rows of a value, below which a perfect fit may be chance."""
+"""Smallest number of rows of the rarer class, and smallest mean number of rows per value. With fewer rows a perfect fit
+may be chance."""
 LEAK_AUC = 0.999
+"""An input with at least this AUC, in either direction, is a leak."""
 LEAK_RANK_CORRELATION = 0.9999
+"""An input with at least this absolute rank correlation with the label is a leak."""
 LEAK_ERRORS = 0.01
-"""Errors that remain when each value of an input is answered with its most frequent class, of those without it."""
+"""Largest share of errors of a leak: the errors of predicting the most frequent class of each input value, divided by
+the errors of predicting the most frequent class of all rows."""
 
 
 def check_rows(dataset: Dataset) -> list[str]:
-    """Prove that a model can be fitted and judged; gives what to be wary of, one sentence each.
+    """Check that a model can be fitted and evaluated.
+
+    Returns:
+        Warnings, one sentence each.
 
     Raises:
-        TrainingSetError: the label has one value in the rows to fit on, or in those that are held out.
+        TrainingSetError: The label has only one value in the rows to fit on, or only one class in the held-out rows.
     """
-    return [*_check_target(dataset), *_doubled(dataset), *_constant(dataset), *_leaks(dataset)]
+    return [
+        *_check_target(dataset),
+        *_duplicate_inputs(dataset),
+        *_constant_inputs(dataset),
+        *_leaking_inputs(dataset),
+    ]
 
 
 def _check_target(dataset: Dataset) -> list[str]:
@@ -55,34 +68,35 @@ def _check_target(dataset: Dataset) -> list[str]:
     if len(np.unique(held_out)) < 2:
         raise TrainingSetError(
             f"All {len(held_out)} held-out rows have the same class of label '{label}', so auc is undefined and the "
-            "model cannot be judged. Set another `split.column`; `split.column=null` draws rows by the seed."
+            "model cannot be evaluated. Set another `split.column`; `split.column=null` draws rows by the seed."
         )
     return [
-        f"no {what} row has label '{label}' = {', '.join(absent)}"
-        for what, rows in (("training", fit), ("held-out", held_out))
-        if (absent := _absent(dataset, rows))
+        f"no {part} row has label '{label}' = {', '.join(absent)}"
+        for part, rows in (("training", fit), ("held-out", held_out))
+        if (absent := _absent_classes(dataset, rows))
     ]
 
 
-def _absent(dataset: Dataset, rows: Target) -> list[str]:
+def _absent_classes(dataset: Dataset, rows: Target) -> list[str]:
     present = set(np.unique(rows).tolist())
     return [repr(name) for code, name in enumerate(dataset.signature.classes or ()) if code not in present]
 
 
-def _doubled(dataset: Dataset) -> list[str]:
-    """Inputs that hold the same values in all rows to fit on."""
-    same: dict[bytes, list[str]] = defaultdict(list)
+def _duplicate_inputs(dataset: Dataset) -> list[str]:
+    """Return a warning for inputs that have the same values in all rows to fit on."""
+    names_by_values: dict[bytes, list[str]] = defaultdict(list)
     rows = dataset.matrix[dataset.fit]
     for position, name in enumerate(dataset.signature.matrix_names):
-        same[np.ascontiguousarray(rows[:, position]).tobytes()].append(name)
+        names_by_values[np.ascontiguousarray(rows[:, position]).tobytes()].append(name)
     return [
-        f"inputs {', '.join(map(repr, names))} hold the same values; one of them is enough"
-        for names in same.values()
+        f"inputs {', '.join(map(repr, names))} have the same values; one of them is enough"
+        for names in names_by_values.values()
         if len(names) > 1
     ]
 
 
-def _constant(dataset: Dataset) -> list[str]:
+def _constant_inputs(dataset: Dataset) -> list[str]:
+    """Return a warning for each input that has no value, or only one value, in the rows to fit on."""
     rows = dataset.matrix[dataset.fit]
     columns = dataset.signature.matrix_names
     empty = [name for position, name in enumerate(columns) if np.isnan(rows[:, position]).all()]
@@ -91,61 +105,69 @@ def _constant(dataset: Dataset) -> list[str]:
         for position, name in enumerate(columns)
         if name not in empty and (rows[:, position] == rows[0, position]).all()
     ]
-    found = [f"input '{name}' has no value in any row to fit on" for name in empty]
-    return found + [f"input '{name}' has the same value in all rows to fit on" for name in constant]
+    return [
+        *(f"input '{name}' has no value in any row to fit on" for name in empty),
+        *(f"input '{name}' has the same value in all rows to fit on" for name in constant),
+    ]
 
 
-def _leaks(dataset: Dataset) -> list[str]:
-    """Inputs that say what the label is: a copy of it, or a consequence."""
-    places = np.flatnonzero(dataset.fit)
-    if len(places) > SAMPLE:
-        places = np.random.default_rng(0).choice(places, SAMPLE, replace=False)
-    rows, target, label = dataset.matrix[places], dataset.target[places], dataset.signature.label
-    advice = "Exclude it if it is not known before the label is"
-    found = []
-    names = dataset.signature.matrix_names
-    for position, spec in enumerate(dataset.signature.matrix_columns):
-        name, column = names[position], rows[:, position]
-        known = ~np.isnan(column)
-        task = dataset.signature.task
-        if known.sum() >= MIN_ROWS and not known.all() and _determines(known.astype(np.float32), target):
-            found.append(f"leak: input '{name}' is missing just where label '{label}' says. {advice}")
-        elif known.sum() >= MIN_ROWS and (
-            said := _leak(column[known], target[known], task, is_category=spec.categories is not None)
-        ):
-            found.append(f"leak: input '{name}' {said.format(label=label)}. {advice}")
-    return found
+def _leaking_inputs(dataset: Dataset) -> list[str]:
+    """Return a warning for each input that gives the label away: a copy of it, or a consequence of it."""
+    sample = np.flatnonzero(dataset.fit)
+    if len(sample) > SAMPLE:
+        sample = np.random.default_rng(0).choice(sample, SAMPLE, replace=False)
+    rows, target, signature = dataset.matrix[sample], dataset.target[sample], dataset.signature
+    warnings = []
+    for position, spec in enumerate(signature.matrix_columns):
+        leak = _describe_leak(
+            rows[:, position], target, signature.task, is_category=spec.categories is not None
+        )
+        if leak:
+            warnings.append(
+                f"leak: input '{signature.matrix_names[position]}' {leak} '{signature.label}'. "
+                "Exclude it if it is not known before the label"
+            )
+    return warnings
 
 
-def _leak(column: Floats, target: Target, task: Task, *, is_category: bool) -> str | None:
+def _describe_leak(column: Floats, target: Target, task: Task, *, is_category: bool) -> str | None:
+    """Return how an input gives the label away, as a phrase before the label's name; None if it does not."""
+    present = ~np.isnan(column)
+    if present.sum() < MIN_ROWS:
+        return None
+    if not present.all() and _determines(present.astype(np.float32), target):
+        return "is missing depending on the value of label"
+    column, target = column[present], target[present]
     if _determines(column, target):
-        return "says what label '{label}' is, as a copy of it would"
+        return "determines label"
     if is_category:
         return None
     if task is Task.regression:
-        close = abs(_rank_correlation(column, target)) >= LEAK_RANK_CORRELATION
-        return "ranks the rows as label '{label}' does" if close else None
+        is_close = abs(_rank_correlation(column, target)) >= LEAK_RANK_CORRELATION
+        return "ranks the rows in the same order as label" if is_close else None
     if task is Task.multiclass:
-        return "alone puts the rows in order of label '{label}'" if _separates(column, target) else None
+        return "alone separates the classes of label" if _separates(column, target) else None
     if min((target == 0).sum(), (target == 1).sum()) >= MIN_OF_CLASS:
         auc = roc_auc(column.astype(np.float64), target)
         if auc is not None and max(auc, 1 - auc) >= LEAK_AUC:
-            return f"alone ranks the rows as label '{{label}}' does (auc {max(auc, 1 - auc):.4f})"
+            return f"alone separates the classes (auc {max(auc, 1 - auc):.4f}) of label"
     return None
 
 
 def _separates(column: Floats, target: Target) -> bool:
-    """Whether each class has an interval of values to itself."""
+    """Return whether each class has its own interval of values, with at least `MIN_OF_CLASS` rows."""
     order = np.argsort(column)
     values, classes = column[order], target[order]
     ends = np.flatnonzero(classes[1:] != classes[:-1])
-    known, rows = np.unique(target, return_counts=True)
-    enough = len(known) > 1 and rows.min() >= MIN_OF_CLASS
-    return enough and len(ends) == len(known) - 1 and bool((values[ends] != values[ends + 1]).all())
+    present, rows = np.unique(target, return_counts=True)
+    has_enough_rows = len(present) > 1 and rows.min() >= MIN_OF_CLASS
+    return (
+        has_enough_rows and len(ends) == len(present) - 1 and bool((values[ends] != values[ends + 1]).all())
+    )
 
 
 def _determines(column: Floats, target: Target) -> bool:
-    """Whether each value goes with one value of the target, but for a few rows, and not by chance."""
+    """Return whether each value of the column has one target value, except for a few rows and not by chance."""
     _, values = np.unique(column, return_inverse=True)
     _, classes = np.unique(target, return_inverse=True)
     num_values, num_classes = int(values.max()) + 1, int(classes.max()) + 1
@@ -161,8 +183,9 @@ def _determines(column: Floats, target: Target) -> bool:
 
 def _rank_correlation(column: Floats, target: Target) -> float:
     ranks = [
-        np.unique(one.astype(np.float32), return_inverse=True)[1].astype(float) for one in (column, target)
+        np.unique(values.astype(np.float32), return_inverse=True)[1].astype(float)
+        for values in (column, target)
     ]
-    if any(one.std() == 0 for one in ranks):
+    if any(rank.std() == 0 for rank in ranks):
         return 0.0
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

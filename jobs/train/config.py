@@ -1,4 +1,4 @@
-"""Configuration of `jobs.train`; a model family owns the dataclass of its own hyper-parameters."""
+"""Configuration of `jobs.train`. Each model family has its own dataclass of hyper-parameters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @dataclass(kw_only=True, slots=True)
 class SplitConfig:
-    """Which rows are held out of training."""
+    """Rule that selects the rows to hold out of training."""
 
     column: str | None = AUTO
-    """Held out are rows where this column modulo `modulo` is `remainder`; a text counts by its hash (xxh32).
+    """Column to split by. A row is held out if the column's value modulo `modulo` equals `remainder`.
 
-    None draws rows by the seed. `auto` takes the join key of the training set, so that all rows of one entity are on
-    one side; without a join key, the only `*_id` column; without that, it draws rows by the seed.
+    Text values are hashed first (xxh32). None draws rows at random by the seed. `auto` takes the join key of the
+    training set, so that all rows of an entity are on the same side. Without a join key it takes the only `*_id`
+    column. Without such a column it draws rows by the seed.
     """
     modulo: int = 4
+    """Divisor; the share of held-out rows is about 1 / modulo."""
     remainder: int = 3
+    """Remainder of the held-out rows."""
 
     def __post_init__(self) -> None:
         if self.modulo < 2:
@@ -35,12 +38,12 @@ class SplitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DeepSpeedConfig:
-    """How DeepSpeed spreads a model over the workers; used by the tabular network."""
+    """DeepSpeed settings of the tabular network."""
 
     zero_stage: int = 1
-    """0 replicates all; 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+    """ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights."""
     torch_adam: bool = True
-    """PyTorch's Adam; DeepSpeed's own is compiled at start."""
+    """Use PyTorch's Adam. False uses DeepSpeed's own, which is compiled at start."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.zero_stage <= 3:
@@ -49,55 +52,57 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LearningConfig(PlatformConfig):
-    """What training and a sweep share: the data, and how a model is fitted to it."""
+    """Configuration that training and sweeps share: the data, and how a model is fitted to it."""
 
     name: str
-    """Of the model."""
+    """Model name."""
     training_set: str
-    """Parquet file; its manifest is read when it lies beside it."""
+    """Parquet file. If its manifest is in the same folder, the manifest is read too."""
     label: str
-    """The column to predict."""
+    """Column to predict."""
     task: Task = Task.binary
+    """Kind of prediction: `binary`, `multiclass` or `regression`."""
     model: dict[str, Any] = field(default_factory=dict)
-    """`family`, `module` (a user's own family) and the family's hyper-parameters."""
+    """`family`, `module` (for a user's own family) and the hyper-parameters of the family."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     inputs: list[str] | None = None
-    """Columns to learn from; none takes all features of the manifest, or all columns that are no key and no time."""
+    """Input columns. None takes all features of the manifest; without a manifest, all columns except keys and times."""
     exclude: list[str] = field(default_factory=list)
-    """Columns to leave out of the inputs."""
+    """Columns to remove from the inputs."""
     validation_share: float = 0.1
-    """Share of the training rows that early stopping and the choice of the epoch look at."""
+    """Share of the training rows used for early stopping and to choose the best epoch."""
     max_categories: int = 1000
-    """A categorical input with more values is refused: it is likely to be an identifier."""
+    """Largest number of values of a categorical input. An input with more is refused: it is probably an identifier."""
     seed: int = 0
+    """Seed of all random draws, 0 to 2^31 - 1."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name must be letters, digits, '_' and '-', at most 64, got '{self.name}'.")
         if not 0.0 < self.validation_share < 0.9:
-            raise ValueError(f"validation_share must lie between 0 and 0.9, got {self.validation_share}.")
+            raise ValueError(f"validation_share must be between 0 and 0.9, got {self.validation_share}.")
         if self.max_categories < 2:
             raise ValueError(f"max_categories must be at least 2, got {self.max_categories}.")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must lie between 0 and 2^31 - 1, got {self.seed}.")
+            raise ValueError(f"seed must be between 0 and 2^31 - 1, got {self.seed}.")
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(LearningConfig):
-    """One training run."""
+    """Configuration of one training run."""
 
     threshold: float = 0.5
-    """A binary model answers the positive class from this probability on."""
+    """A binary model predicts the positive class if its probability is at least this."""
     params_from: str | None = None
-    """JSON file of a sweep, whose best parameters replace the configured ones."""
+    """Output file (JSON) of a sweep. Its best parameters replace the configured ones."""
     label_permutation: bool = False
-    """Train on shuffled labels: a version that is broken on purpose, to see it caught."""
+    """Train on shuffled labels. This makes a broken version on purpose, to test that a rollout detects it."""
     output: str | None = None
-    """File that name, version and metrics are written to as JSON."""
+    """File to write name, version and metrics to, as JSON."""
 
     def __post_init__(self) -> None:
-        # A slotted dataclass is made anew by its decorator, where zero-argument super() finds the old class.
+        # `slots=True` replaces the class, so zero-argument super() would refer to the original class and fail.
         LearningConfig.__post_init__(self)
         if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}.")
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}.")

@@ -1,9 +1,10 @@
-"""From a training set on disk to an encoded matrix, a target, and the rows that are held out."""
+"""Read a training set and prepare it for fitting: encoded matrix, target, and the split of the rows."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import has_row_hash
 from feature_jobs.store.offline.stored_training_set import place_of, read_kept
 from feature_jobs.store.types.dtypes import list_of
+from jobs.train.columns import value_type
 from jobs.train.config import LearningConfig
 from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, learn_classes
@@ -29,62 +31,65 @@ from jobs.train.target import Target, encode_target, learn_classes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSet:
-    """A training set as it lies on disk."""
+    """A training set as read from disk."""
 
     table: pa.Table
     manifest: dict[str, Any]
-    """Empty when none lies beside the file."""
+    """Content of the manifest; empty if the file has no manifest."""
     hash: str
-    """The manifest's row hash, else the file's SHA-256."""
+    """Row hash from the manifest; without a manifest, the SHA-256 of the file."""
     join_keys: tuple[str, ...] = ()
-    """Of the entity rows, in the order of the service's views; empty without a manifest."""
+    """Join keys of the entity rows, in the order of the service's views; empty without a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """What a model family learns from."""
+    """Encoded data that a model family is fitted to."""
 
     signature: ModelSignature
     matrix: Matrix
-    """float32 [rows, inputs], NaN where missing."""
+    """float32 [rows, inputs]; missing values are NaN."""
     target: Target
+    """Class positions (int64) or values (float64), one for each row."""
     fit: Mask
-    """Rows to fit on."""
+    """Rows to fit the model on."""
     validation: Mask
     """Rows for early stopping."""
     held_out: Mask
-    """Rows that fitting never sees."""
+    """Rows that fitting never uses; the model is evaluated on them."""
 
 
 def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledger: Ledger) -> TrainingSet:
-    """A training set and its manifest.
+    """Read a training set and its manifest.
+
+    A file below the storage root must be a training set that this installation built, unchanged. A file elsewhere
+    belongs to the caller. It is compared with its manifest if there is one in the same folder.
 
     Args:
-        path: the Parquet file. Below the storage root it has to be one that was built here, as it was built;
-            elsewhere it is the caller's own, and held against its manifest where one lies beside it.
-        files: has the keys of the caller.
-        places: the storage root's.
-        ledger: knows what was built.
+        path: Parquet file.
+        files: Reads encrypted files with the caller's keys.
+        places: Folders below the storage root.
+        ledger: Has the events of all training sets that were built.
 
     Raises:
-        TrainingSetError: the file is missing, no Parquet, empty, or not what was built.
+        TrainingSetError: The file is missing, unreadable, empty, or differs from what was built.
     """
     uri = resolve(path)
     if not exists(uri):
         raise TrainingSetError(
             f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
         )
-    beside = f"{uri.removesuffix('.parquet')}.manifest.json"
+    manifest_uri = f"{uri.removesuffix('.parquet')}.manifest.json"
     try:
         if place_of(uri, places) is not None:
-            table = read_kept(uri, beside, places=places, ledger=ledger, files=files)
+            table = read_kept(uri, manifest_uri, places=places, ledger=ledger, files=files)
         else:
             table = files.read(uri)
     except ProtectedFileCorrupt as error:
         raise TrainingSetError(f"{uri} cannot be read: {error}") from error
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")
-    manifest = read_manifest(beside, table) if exists(beside) else {}
+    manifest = read_manifest(manifest_uri, table) if exists(manifest_uri) else {}
     return TrainingSet(
         table=table,
         manifest=manifest,
@@ -94,10 +99,10 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
 
 
 def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
-    """The manifest beside a training set.
+    """Read the manifest of a training set and compare it with the table.
 
     Raises:
-        TrainingSetError: it cannot be read, or describes another file.
+        TrainingSetError: The manifest cannot be read, or describes another file.
     """
     try:
         manifest: dict[str, Any] = json.loads(read_bytes(uri))
@@ -105,25 +110,30 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
         rows = int(manifest["rows"])
     except (KeyError, TypeError, ValueError) as error:
         raise TrainingSetError(
-            f"{uri} is no training set's manifest ({error!r}). Build the set again."
+            f"{uri} is not the manifest of a training set ({error!r}). Build the training set again."
         ) from error
-    there = set(table.column_names)
-    missing = [name for name in columns if name not in there]
+    existing = set(table.column_names)
+    missing = [name for name in columns if name not in existing]
     if rows != table.num_rows or missing:
-        lacks = f", and no column '{missing[0]}'" if missing else ""
+        missing_text = f", and no column '{missing[0]}'" if missing else ""
         raise TrainingSetError(
-            f"{uri} describes {rows} rows, the file has {table.num_rows}{lacks}. Build the training set again."
+            f"{uri} describes {rows} rows, but the file has {table.num_rows}{missing_text}. "
+            "Build the training set again."
         )
     if "row_hash" in manifest and not has_row_hash(table, manifest["row_hash"]):
         raise TrainingSetError(
-            f"{uri} describes other rows than the file has. Build the training set again, or take the manifest away "
-            "to learn from the file as it is."
+            f"{uri} does not describe the rows of the file. Build the training set again, or delete the manifest to "
+            "train on the file as it is."
         )
     return manifest
 
 
 def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
-    """The join keys of a manifest's entity rows; a manifest of an older release names only the service."""
+    """Return the join keys of a manifest's entity rows.
+
+    A manifest of an older release names only the service. The keys are then read from the ledger; if the ledger does
+    not have the service, the result is empty.
+    """
     if "join_keys" in manifest:
         return tuple(manifest["join_keys"])
     try:
@@ -134,10 +144,10 @@ def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
 
 
 def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
-    """Split, learn the signature from the rows to fit on, and encode.
+    """Split the rows, learn the signature from the rows to fit on, and encode all rows.
 
     Raises:
-        TrainingSetError: a column is missing, or a part of the split has no rows.
+        TrainingSetError: A column is missing, or a part of the split has no rows.
     """
     split = resolve_split(config.split, source)
     held_out = held_out_mask(split, source.table, seed=config.seed)
@@ -168,10 +178,10 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
 def learn_signature(
     config: LearningConfig, source: TrainingSet, *, fit: Mask, threshold: float
 ) -> ModelSignature:
-    """Inputs, categories and classes, from the rows to fit on alone.
+    """Learn inputs and categories from the rows to fit on, and classes from all rows.
 
     Raises:
-        TrainingSetError: an input is missing or cannot be one.
+        TrainingSetError: An input is missing, or has a type that models cannot take.
     """
     table, manifest = source.table, source.manifest
     rows = table.filter(pa.array(fit))
@@ -194,45 +204,50 @@ def learn_signature(
 
 
 def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
-    """The columns to learn from.
+    """Return the names of the input columns.
 
     Raises:
-        TrainingSetError: a configured column is missing.
+        TrainingSetError: A configured column is missing, a column is duplicated, or the label is an input.
     """
-    table = source.table
-    doubled = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if doubled:
-        raise TrainingSetError(f"The training set has two columns '{doubled[0]}'; leave only one of them.")
-    there = dict.fromkeys(table.column_names)
+    column_names = source.table.column_names
+    known = set(column_names)
+    if duplicate := _first_duplicate(column_names):
+        raise TrainingSetError(f"The training set has two columns '{duplicate}'. Remove one of them.")
     for name in [*(config.inputs or []), *config.exclude]:
-        if name not in there:
-            raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, there)}")
-    names = config.inputs
-    if names is None and source.manifest:
-        names = [column["name"] for column in source.manifest["columns"]]
-    if names is None:
-        apart = {config.label, resolve_split(config.split, source).column, "event_timestamp"}
-        names = [
-            field.name
-            for field in table.schema
-            if field.name not in apart
-            and not field.name.endswith("_id")
-            and not pa.types.is_temporal(field.type)
-        ]
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if doubled:
-        raise TrainingSetError(f"Input '{doubled[0]}' is named twice; name it once in `inputs`.")
+        if name not in known:
+            raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, known)}")
+    names = config.inputs if config.inputs is not None else _default_inputs(config, source)
+    if duplicate := _first_duplicate(names):
+        raise TrainingSetError(f"Input '{duplicate}' is named twice. Name it once in `inputs`.")
     if config.label in names:
-        raise TrainingSetError(f"The label '{config.label}' is among the inputs; take it out of `inputs`.")
+        raise TrainingSetError(f"The label '{config.label}' is among the inputs. Remove it from `inputs`.")
     excluded = set(config.exclude)
     return [name for name in names if name not in excluded]
 
 
+def _default_inputs(config: LearningConfig, source: TrainingSet) -> list[str]:
+    """Return the features of the manifest, or without a manifest all columns except label, keys and times."""
+    if source.manifest:
+        return [column["name"] for column in source.manifest["columns"]]
+    not_inputs = {config.label, resolve_split(config.split, source).column, "event_timestamp"}
+    return [
+        field.name
+        for field in source.table.schema
+        if field.name not in not_inputs
+        and not field.name.endswith("_id")
+        and not pa.types.is_temporal(field.type)
+    ]
+
+
+def _first_duplicate(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
-    """The label.
+    """Return the label column.
 
     Raises:
-        TrainingSetError: there is no such column.
+        TrainingSetError: The table has no such column.
     """
     if label not in table.column_names:
         raise TrainingSetError(
@@ -242,28 +257,32 @@ def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
 
 
 def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared: dict[str, Any]) -> InputSpec:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind):
-        return _list_input(kind, name, str(declared.get("dtype", "")))
-    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (textual or declared.get("categorical")):
-        return InputSpec(name=name, dtype=str(kind))
-    categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(kind).drop_null()).to_pylist()))
+    dtype = value_type(column)
+    if pa.types.is_nested(dtype):
+        return _list_input(dtype, name, str(declared.get("dtype", "")))
+    is_text = pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
+    if not (is_text or declared.get("categorical")):
+        return InputSpec(name=name, dtype=str(dtype))
+    categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(dtype).drop_null()).to_pylist()))
     if len(categories) > config.max_categories:
         raise TrainingSetError(
-            f"Input '{name}' has {len(categories)} categories, more than {config.max_categories}: exclude it, or raise "
+            f"Input '{name}' has {len(categories)} categories, more than {config.max_categories}. Exclude it, or raise "
             "max_categories."
         )
-    return InputSpec(name=name, dtype="string" if textual else str(kind), categories=categories)
+    return InputSpec(name=name, dtype="string" if is_text else str(dtype), categories=categories)
 
 
-def _list_input(kind: pa.DataType, name: str, dtype: str) -> InputSpec:
-    """A list of numbers that always has the same length: a column of the matrix for each of them."""
-    declared = list_of(dtype)
-    length = kind.list_size if pa.types.is_fixed_size_list(kind) else declared.length if declared else None
+def _list_input(dtype: pa.DataType, name: str, declared_dtype: str) -> InputSpec:
+    """Return the input of a list column with fixed length; each position becomes one column of the matrix.
+
+    Raises:
+        TrainingSetError: The length of the lists is not fixed.
+    """
+    declared = list_of(declared_dtype)
+    length = dtype.list_size if pa.types.is_fixed_size_list(dtype) else declared.length if declared else None
     if length is None:
         raise TrainingSetError(
-            f"Input '{name}' is {dtype or kind}, lists of any length, which no model takes: declare their length, as "
-            "list<float32, 384>, exclude the input, or make numbers of it in a transform."
+            f"Input '{name}' is {declared_dtype or dtype}: lists of variable length, which no model takes. Declare "
+            "the length, for example list<float32, 384>, exclude the input, or turn it into numbers in a transform."
         )
-    return InputSpec(name=name, dtype=str(kind.value_type), length=length)
+    return InputSpec(name=name, dtype=str(dtype.value_type), length=length)

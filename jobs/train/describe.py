@@ -1,4 +1,4 @@
-"""What a training run says of its data before it fits: rows, inputs, classes, and what it leaves out."""
+"""Describe the data of a training run before the fit: rows, inputs, classes and columns that are left out."""
 
 from __future__ import annotations
 
@@ -15,95 +15,100 @@ from jobs.train.data import Dataset, TrainingSet, prepare
 from jobs.train.split import describe_split
 
 SHOWN = 12
-"""Names in a list, at most."""
+"""Largest number of names in a printed list."""
 
 
 class Prepared(NamedTuple):
-    """A data set that a model can be fitted to."""
+    """Data set that is ready to be fitted to, and warnings about it."""
 
     dataset: Dataset
     warnings: list[str]
-    """What to be wary of."""
 
 
-def prepare_aloud(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Prepared:
-    """Prepare and check a data set, and print what it is.
+def prepare_and_describe(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Prepared:
+    """Prepare and check a data set, and print its description and warnings.
 
     Raises:
-        TrainingSetError: it cannot be learned from.
+        TrainingSetError: A model cannot be fitted to the data, or not be evaluated on it.
     """
     dataset = prepare(config, source, threshold=threshold)
     print("\n".join(describe_data(config, source, dataset)), flush=True)
     warnings = check_rows(dataset)
-    say(warnings)
+    print_warnings(warnings)
     return Prepared(dataset, warnings)
 
 
-def say(warnings: Sequence[str]) -> None:
+def print_warnings(warnings: Sequence[str]) -> None:
     """Print each warning."""
     for warning in warnings:
         print(f"warning: {warning}", flush=True)
 
 
 def describe_data(config: LearningConfig, source: TrainingSet, dataset: Dataset) -> list[str]:
-    """Lines for people.
+    """Return the description of a data set as lines of text.
 
     Args:
-        config: with its split resolved.
-        source: the training set.
-        dataset: what it became.
+        config: Configuration with its split resolved.
+        source: The training set.
+        dataset: The data set prepared from it.
     """
     counts = [int(mask.sum()) for mask in (dataset.fit, dataset.validation, dataset.held_out)]
     split = describe_split(config.split, source.table)
+    inputs = dataset.signature.inputs
     lines = [
         f"{source.table.num_rows} rows: {counts[0]} to fit on, {counts[1]} for early stopping, {counts[2]} held out "
         f"({split})",
-        f"{len(dataset.signature.inputs)} inputs: {_some([_input(spec) for spec in dataset.signature.inputs])}",
-        _label(dataset),
+        f"{len(inputs)} inputs: {_first_names([_describe_input(spec) for spec in inputs])}",
+        _describe_label(dataset),
     ]
-    apart = left_out(config, source, dataset.signature.columns)
-    if apart:
-        names = _some([f"{name} ({reason})" for name, reason in apart.items()])
-        lines.append(f"not among the inputs: {names}; `inputs=[…]` chooses them by name")
+    omitted = omitted_columns(config, source, dataset.signature.columns)
+    if omitted:
+        names = _first_names([f"{name} ({reason})" for name, reason in omitted.items()])
+        lines.append(f"not among the inputs: {names}; `inputs=[…]` selects inputs by name")
     return lines
 
 
-def left_out(config: LearningConfig, source: TrainingSet, inputs: list[str]) -> dict[str, str]:
-    """Columns of a training set that nobody excluded and that are no inputs, with the reason."""
+def omitted_columns(config: LearningConfig, source: TrainingSet, inputs: list[str]) -> dict[str, str]:
+    """Return columns that are neither inputs nor label nor excluded by the configuration, each with the reason.
+
+    The result is empty if the configuration names the inputs.
+    """
     if config.inputs is not None:
         return {}
-    known = {*inputs, *config.exclude, config.label}
+    accounted_for = {*inputs, *config.exclude, config.label}
     return {
-        field.name: _reason(field, config, source) for field in source.table.schema if field.name not in known
+        field.name: _omission_reason(field, config, source)
+        for field in source.table.schema
+        if field.name not in accounted_for
     }
 
 
-def _reason(field: pa.Field, config: LearningConfig, source: TrainingSet) -> str:
+def _omission_reason(field: pa.Field, config: LearningConfig, source: TrainingSet) -> str:
     if field.name == config.split.column:
-        return "the split goes by it"
+        return "the split uses it"
     if field.name in source.join_keys:
         return "join key"
     if field.name == "event_timestamp" or pa.types.is_temporal(field.type):
         return "time"
     if source.manifest:
         return "in no feature view"
-    return "identifier, by its name"
+    return "identifier, judging by its name"
 
 
-def _input(spec: InputSpec) -> str:
+def _describe_input(spec: InputSpec) -> str:
     return spec.name if spec.categories is None else f"{spec.name} ({len(spec.categories)} categories)"
 
 
-def _label(dataset: Dataset) -> str:
+def _describe_label(dataset: Dataset) -> str:
     signature = dataset.signature
     target = dataset.target
     if signature.task is Task.regression:
         return f"label {signature.label}: from {target.min():.4g} to {target.max():.4g}, mean {target.mean():.4g}"
     shares = np.bincount(target.astype(np.int64), minlength=len(signature.classes or ())) / len(target)
     classes = [f"{name} ({share:.1%})" for name, share in zip(signature.classes or (), shares, strict=True)]
-    return f"label {signature.label}: {len(classes)} classes, {_some(classes)}"
+    return f"label {signature.label}: {len(classes)} classes, {_first_names(classes)}"
 
 
-def _some(words: list[str]) -> str:
-    more = f", … {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return f"{', '.join(words[:SHOWN])}{more}"
+def _first_names(names: list[str]) -> str:
+    more = f", … {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

@@ -1,11 +1,13 @@
-"""Model families: which code fits a model, chosen by `model.family`, or a user's own module by `model.module`.
+"""Model families: the code that fits a model. `model.family` selects one; `model.module` names a user's own module.
 
 A family is a module with two names:
 
-    Parameters                     a dataclass of its hyper-parameters; where it has a `precision` of type
-                                   `cluster.runtime.Precision`, the graph that `fit` writes is registered as that
+    Parameters                     a dataclass of its hyper-parameters. If it has a field `precision` of type
+                                   `cluster.runtime.Precision`, the ONNX graph that `fit` writes is registered with
+                                   that precision.
     fit(dataset, parameters, context) -> None
-                                   writes its files, `model.txt` (LightGBM) or `model.onnx`, into `context.folder`
+                                   writes the model's files, `model.txt` (LightGBM) or `model.onnx`, into
+                                   `context.folder`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from omegaconf import OmegaConf
 
@@ -25,39 +27,50 @@ from jobs.train.data import Dataset
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitContext:
-    """What a family needs beside the data and its parameters."""
+    """Settings that a family needs in addition to the data and its parameters."""
 
     folder: Path
-    """Where the model's files go."""
+    """Folder for the model's files."""
     runs: str
-    """Where Ray Train keeps checkpoints."""
+    """Folder for Ray Train's checkpoints."""
     seed: int
     scaling: ScalingConfig
+    """Number of workers and their CPUs and GPUs."""
     deepspeed: DeepSpeedConfig
     run_name: str
+    """Name of the Ray Train run."""
 
 
 class Family(Protocol):
-    """A module that fits models."""
+    """Protocol of a module that fits models."""
 
     Parameters: type[Any]
 
     def fit(self, dataset: Dataset, parameters: Any, context: FitContext) -> None:
-        """Fit and write the model's files."""
+        """Fit a model and write its files into `context.folder`."""
         ...
 
 
-def resolve_family(model: dict[str, Any]) -> tuple[str, Family, Any]:
-    """The family's name, its module and its validated parameters.
+class ResolvedFamily(NamedTuple):
+    """A family with validated parameters."""
+
+    name: str
+    module: Family
+    parameters: Any
+    """Instance of the module's `Parameters`."""
+
+
+def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
+    """Import the family and validate its parameters.
 
     Raises:
-        ConfigError: an unknown family, a module without the two names, or a wrong parameter.
+        ConfigError: The family is unknown, the module lacks one of the two names, or a parameter is wrong.
     """
     settings = dict(model)
     name, module_name = settings.pop("family", None), settings.pop("module", None)
     if not isinstance(name, str):
         raise ConfigError(
-            "model.family is missing: choose `model=lightgbm` or `model=tabular_network`, or set it."
+            "model.family is missing: choose `model=lightgbm` or `model=tabular_network`, or set model.family."
         )
     match name:
         case _ if module_name is not None:
@@ -68,9 +81,10 @@ def resolve_family(model: dict[str, Any]) -> tuple[str, Family, Any]:
             module = _import("jobs.train.tabular_network.family")
         case _:
             raise ConfigError(
-                f"Unknown model family '{name}'. Known: lightgbm, tabular_network; for your own set model.module."
+                f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set "
+                "model.module."
             )
-    return name, module, load(OmegaConf.create(settings), module.Parameters)
+    return ResolvedFamily(name, module, load(OmegaConf.create(settings), module.Parameters))
 
 
 def _import(name: str) -> Any:
@@ -78,9 +92,9 @@ def _import(name: str) -> Any:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"model.module '{name}' cannot be imported: {error}.") from error
-    for needed in ("Parameters", "fit"):
-        if not hasattr(module, needed):
+    for required in ("Parameters", "fit"):
+        if not hasattr(module, required):
             raise ConfigError(
-                f"model.module '{name}' has no '{needed}'; see jobs/train/families.py for the protocol."
+                f"model.module '{name}' has no '{required}'; see jobs/train/families.py for the protocol."
             )
     return module

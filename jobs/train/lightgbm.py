@@ -1,10 +1,11 @@
-"""Gradient-boosted trees (Ke et al. 2017), fitted in one Ray task with early stopping."""
+"""The LightGBM family: gradient-boosted trees (Ke et al. 2017), fitted in one Ray task with early stopping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import lightgbm
 import ray
@@ -16,14 +17,14 @@ from cluster.runtime import Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
-from jobs.train.progress import LINES, Report, diverged, send, shown
+from jobs.train.progress import LINES, Report, display_progress, divergence_message, send_report
 
 _VALIDATION = "validation"
 
 
 @dataclass(kw_only=True, slots=True)
 class Parameters:
-    """Hyper-parameters, as LightGBM names them."""
+    """Hyper-parameters, most of them with LightGBM's names."""
 
     learning_rate: float = 0.05
     num_leaves: int = 31
@@ -33,34 +34,35 @@ class Parameters:
     lambda_l2: float = 1.0
     cat_smooth: float = 10.0
     rounds: int = 600
-    """At most; early stopping usually ends before."""
+    """Largest number of boosting rounds; early stopping usually ends the fit before."""
     patience: int = 30
-    """Rounds without a better validation loss before stopping."""
+    """Early stopping ends the fit after this many rounds without a better validation loss."""
     num_threads: int = 2
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.patience < 1:
             raise ValueError("model.rounds and model.patience must be at least 1.")
         if not 0 < self.learning_rate <= 1:
-            raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
+            raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """What the task gives back."""
+    """Result of the Ray task that fits the trees."""
 
     text: str
     """The trees in LightGBM's text format."""
     best_round: int
+    """Round with the best validation loss."""
     loss: str
-    """The validation loss of the best round, with its name."""
+    """Name and value of that loss."""
 
 
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
-    """Fit the trees and write them in LightGBM's text format."""
+    """Fit the trees and write them to the model folder in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
     remote = _fit.options(num_cpus=parameters.num_threads)
-    with shown(unit="round", total=parameters.rounds) as reports:
+    with display_progress(unit="round", total=parameters.rounds) as reports:
         fitted = ray.get(remote.remote(dataset, parameters, context.seed, reports))
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
     (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
@@ -68,8 +70,38 @@ def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
 
 @ray.remote
 def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | None) -> Fitted:
-    signature = dataset.signature
-    settings = {
+    train = lightgbm.Dataset(
+        dataset.matrix[dataset.fit],
+        dataset.target[dataset.fit],
+        categorical_feature=dataset.signature.categorical,
+    )
+    validation = train.create_valid(dataset.matrix[dataset.validation], dataset.target[dataset.validation])
+    try:
+        booster = lightgbm.train(
+            _settings(dataset, parameters, seed),
+            train,
+            num_boost_round=parameters.rounds,
+            valid_sets=[validation],
+            valid_names=[_VALIDATION],
+            callbacks=[
+                _report_rounds(reports, every=max(1, parameters.rounds // LINES)),
+                lightgbm.early_stopping(parameters.patience, verbose=False),
+            ],
+        )
+    except lightgbm.basic.LightGBMError as error:
+        message = str(error).partition(" at /")[0]  # the rest is a line number in LightGBM's own source
+        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {message}.") from error
+    ((name, loss),) = booster.best_score[_VALIDATION].items()
+    return Fitted(
+        text=str(booster.model_to_string(num_iteration=booster.best_iteration)),
+        best_round=booster.best_iteration,
+        loss=f"{_VALIDATION} {name} {loss:.4f}",
+    )
+
+
+def _settings(dataset: Dataset, parameters: Parameters, seed: int) -> dict[str, Any]:
+    """Return the settings as LightGBM takes them."""
+    return {
         **_objective(dataset),
         "learning_rate": parameters.learning_rate,
         "num_leaves": parameters.num_leaves,
@@ -85,44 +117,19 @@ def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | N
         "force_row_wise": True,
         "verbosity": -1,
     }
-    train = lightgbm.Dataset(
-        dataset.matrix[dataset.fit], dataset.target[dataset.fit], categorical_feature=signature.categorical
-    )
-    validation = train.create_valid(dataset.matrix[dataset.validation], dataset.target[dataset.validation])
-    try:
-        booster = lightgbm.train(
-            settings,
-            train,
-            num_boost_round=parameters.rounds,
-            valid_sets=[validation],
-            valid_names=[_VALIDATION],
-            callbacks=[
-                _follow(reports, every=max(1, parameters.rounds // LINES)),
-                lightgbm.early_stopping(parameters.patience, verbose=False),
-            ],
-        )
-    except lightgbm.basic.LightGBMError as error:
-        said = str(error).partition(" at /")[0]  # what follows is a line of its own source
-        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {said}.") from error
-    ((name, loss),) = booster.best_score[_VALIDATION].items()
-    return Fitted(
-        text=str(booster.model_to_string(num_iteration=booster.best_iteration)),
-        best_round=booster.best_iteration,
-        loss=f"{_VALIDATION} {name} {loss:.4f}",
-    )
 
 
-def _follow(reports: Queue | None, *, every: int) -> Callable[[CallbackEnv], None]:
-    """A callback that reports each so many rounds, and ends a fit whose loss is no number."""
+def _report_rounds(reports: Queue | None, *, every: int) -> Callable[[CallbackEnv], None]:
+    """Return a callback that reports every `every` rounds, and ends the fit if a loss is NaN or infinite."""
 
     def after_round(env: CallbackEnv) -> None:
-        done = env.iteration + 1
+        completed = env.iteration + 1
         losses = {f"{data} {name}": float(loss) for data, name, loss, *_ in env.evaluation_result_list or ()}
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                raise TrainingFailed(diverged(f"{name} loss", loss, f"round {done}"))
-        if reports is not None and (done == 1 or done % every == 0):
-            send(reports, Report(done=done, figures=losses))
+                raise TrainingFailed(divergence_message(f"{name} loss", loss, f"round {completed}"))
+        if reports is not None and (completed == 1 or completed % every == 0):
+            send_report(reports, Report(completed=completed, losses=losses))
 
     return after_round
 

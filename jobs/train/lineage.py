@@ -1,4 +1,4 @@
-"""What a model version came from: data, code, configuration, seed."""
+"""Lineage of a model version: its data, code, configuration and seed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jobs.train.config import TrainConfig
 from jobs.train.data import TrainingSet
 
 
-def lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineage:
-    """The lineage of a training run."""
+def build_lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineage:
+    """Return the lineage of a training run."""
     manifest = source.manifest
     return Lineage(
         training_set_hash=source.hash,
@@ -22,35 +22,39 @@ def lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineag
         service=manifest.get("service", ""),
         service_version=manifest.get("service_version", ""),
         git_commit=git_commit(),
-        config=plain(dataclasses.asdict(config)) | {"parameters": plain(dataclasses.asdict(parameters))},
+        config=to_json_values(dataclasses.asdict(config))
+        | {"parameters": to_json_values(dataclasses.asdict(parameters))},
         seed=config.seed,
     )
 
 
 def git_commit() -> str:
-    """The commit of the project's folder, with `+dirty` after local changes; `unknown` outside a repository."""
+    """Return the commit of the project folder.
+
+    `+dirty` is appended if tracked files have local changes. The result is `unknown` outside a repository.
+    """
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "unknown"
     return f"{head}+dirty" if _git("status", "--porcelain", "--untracked-files=no") else head
 
 
-def plain(value: Any) -> Any:
-    """A configuration as JSON values."""
+def to_json_values(value: Any) -> Any:
+    """Convert a configuration to JSON values: enums become their values, keys become strings."""
     match value:
         case enum.Enum():
             return value.value
         case dict():
-            return {str(key): plain(item) for key, item in value.items()}
+            return {str(key): to_json_values(item) for key, item in value.items()}
         case list() | tuple():
-            return [plain(item) for item in value]
+            return [to_json_values(item) for item in value]
         case _:
             return value
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        # Under `ray job submit` the current folder is an uploaded copy without its repository.
+        # The current folder is not used: under `ray job submit` it is an uploaded copy without the repository.
         result = subprocess.run(
             ["git", "-C", str(project_root()), *arguments],
             capture_output=True,

@@ -1,7 +1,7 @@
-"""How far a fit is: workers say it, and the driver shows it.
+"""Progress of a fit: workers send reports, and the driver prints them.
 
-Reports go through a Ray queue, because the fit runs in other processes. On a terminal a bar shows the latest; in a log
-each report is a line, of a long run about twenty.
+Reports go through a Ray queue, because the fit runs in other processes. On a terminal, a progress bar shows the latest
+report. In a log, each report is a line; a long run prints about twenty lines.
 """
 
 from __future__ import annotations
@@ -18,96 +18,107 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LINES = 20
-"""Of a run in a log, at most about."""
-_POLL_S, _LAST_S = 0.2, 10.0
+"""Approximate largest number of lines that one run prints to a log."""
+_POLL_S = 0.2
+"""Seconds between two looks into an empty queue."""
+_JOIN_TIMEOUT_S = 10.0
+"""Timeout in seconds for printing the last reports after the fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The state of a fit."""
+    """State of a fit after one epoch or round."""
 
-    done: int
-    """Epochs or rounds."""
-    figures: dict[str, float]
+    completed: int
+    """Number of completed epochs or rounds."""
+    losses: dict[str, float]
     """Losses by name."""
 
 
-Show = Callable[[Report], None]
+ShowReport = Callable[[Report], None]
 
 
 @contextlib.contextmanager
-def shown(*, unit: str, total: int) -> Iterator[Queue]:
-    """Show what is put into the queue until the block ends.
+def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
+    """Print the reports that are put into the queue, until the block ends.
 
     Args:
-        unit: what is counted, `epoch`.
-        total: how many there are at most.
+        unit: Name of what is counted: `epoch` or `round`.
+        total: Largest possible number of epochs or rounds.
     """
     queue = Queue(actor_options={"num_cpus": 0})
-    done = threading.Event()
+    finished = threading.Event()
 
-    def follow(show: Show) -> None:
+    def show_reports(show: ShowReport) -> None:
         while True:
-            ended = done.is_set()
+            is_last_pass = finished.is_set()
             try:
                 while True:
                     show(queue.get(timeout=_POLL_S))
             except Empty:
-                if ended:
+                if is_last_pass:
                     return
             except RayError:
-                return  # the queue's process died; the fit does not depend on it
+                return  # the queue's process died; the fit does not need it
 
     with _display(unit, total) as show:
-        thread = threading.Thread(target=follow, args=(show,), daemon=True)
+        thread = threading.Thread(target=show_reports, args=(show,), daemon=True)
         thread.start()
         try:
             yield queue
         finally:
-            done.set()
-            thread.join(_LAST_S)
-            queue.shutdown(force=True)  # ends the thread, too, where the queue's process never started
+            finished.set()
+            thread.join(_JOIN_TIMEOUT_S)
+            queue.shutdown(force=True)  # also ends the thread if the queue's process never started
 
 
-def send(reports: Queue, report: Report) -> None:
-    """Put a report into the queue without waiting for its actor, which may still be starting."""
+def send_report(reports: Queue, report: Report) -> None:
+    """Put a report into the queue without waiting. The queue's actor may still be starting."""
     actor: Any = reports.actor
     actor.put.remote(report)
 
 
-def diverged(what: str, value: float, when: str) -> str:
-    """The message of a fit whose loss is no number."""
+def divergence_message(loss_name: str, value: float, when: str) -> str:
+    """Return the error message for a loss that is NaN or infinite.
+
+    Args:
+        loss_name: Name of the loss.
+        value: Value of the loss.
+        when: Epoch or round, for example `epoch 1 of 8`.
+    """
     return (
-        f"The {what} is {value} in {when}: the fit diverged. Lower model.learning_rate, or look for extreme values in "
-        "the inputs and the label."
+        f"The {loss_name} is {value} in {when}: the fit diverged. Lower model.learning_rate, or look for extreme "
+        "values in the inputs and the label."
     )
 
 
 def describe(report: Report, *, unit: str, total: int) -> str:
-    """A report as one line."""
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in report.figures.items())
-    return f"{unit} {report.done} of {total}: {figures}"
+    """Return a report as one line."""
+    return f"{unit} {report.completed} of {total}: {_losses_text(report)}"
+
+
+def _losses_text(report: Report) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
 
 
 @contextlib.contextmanager
-def _display(unit: str, total: int) -> Iterator[Show]:
+def _display(unit: str, total: int) -> Iterator[ShowReport]:
+    """Yield a function that shows a report on this process's standard output."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         every = max(1, total // LINES)
-        yield (
-            lambda report: (
+
+        def print_line(report: Report) -> None:
+            if report.completed % every == 0 or report.completed in (1, total):
                 print(f"  {describe(report, unit=unit, total=total)}", flush=True)
-                if report.done % every == 0 or report.done in (1, total)
-                else None
-            )
-        )
+
+        yield print_line
         return
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
-        task = bar.add_task(f"{unit}s", total=total, figures="")
+    with Progress(*columns, TextColumn("{task.fields[losses]}"), console=console) as bar:
+        task = bar.add_task(f"{unit}s", total=total, losses="")
 
-        def show(report: Report) -> None:
-            figures = describe(report, unit=unit, total=total).partition(": ")[2]
-            bar.update(task, completed=report.done, figures=figures)
+        def update_bar(report: Report) -> None:
+            bar.update(task, completed=report.completed, losses=_losses_text(report))
 
-        yield show
+        yield update_bar

@@ -1,10 +1,12 @@
-"""From a float32 graph to an int8 one that is registered in its place, and what that costs in accuracy.
+"""Quantise a model's float32 ONNX graph to int8, and measure what that costs in accuracy.
 
-Weights become int8 when the version is made, activations uint8 as they come (ONNX Runtime's dynamic quantisation).
-Their scale is that of a whole batch, so a row's score depends a little on the rows it is answered with. That is kept
-small by leaving every layer in float32 but those that a LayerNormalization feeds: its outputs are bounded, so no row,
-however extreme, takes the precision from the others. Weights use 7 of the 8 bits, because processors without VNNI add
-up pairs of products in 16 bits, where 8 would overflow: a version scores the same wherever it is served.
+ONNX Runtime's dynamic quantisation is used: weights become int8 when the version is made, activations become uint8
+during inference. The activations of a batch share one scale, so a row's score depends slightly on the other rows of its
+batch. To keep this effect small, only layers whose input is the output of a LayerNormalization are quantised. Such an
+input is bounded, so an extreme row cannot take precision from the others. All other layers stay in float32.
+
+Weights use 7 of the 8 bits. Processors without VNNI add pairs of products in 16 bits, which would overflow with 8-bit
+weights. With 7 bits a version gives the same scores on every processor.
 """
 
 from __future__ import annotations
@@ -25,54 +27,56 @@ from cluster.runtime.onnx_engine import precision_of
 from cluster.runtime.predictions import Predictions
 from cluster.runtime.signature import ONNX_FILE
 
-_LAYERS, _AS_THEY_ARE = ("Gemm", "MatMul"), ("Dropout", "Identity")
+_LAYERS = ("Gemm", "MatMul")
+_PASS_THROUGH = ("Dropout", "Identity")
+"""Operators that do not change their input during inference."""
 
 
 def quantise(folder: Path) -> None:
-    """Put an int8 graph in the place of a model folder's float32 one.
+    """Replace the float32 graph of a model folder with an int8 graph.
 
     Raises:
-        ConfigError: the family wrote no graph, or none with a layer that can be quantised.
+        ConfigError: The folder has no graph, or the graph has no layer that can be quantised.
     """
-    path, whole = folder / ONNX_FILE, folder / f"whole-{ONNX_FILE}"
+    path, float32_path = folder / ONNX_FILE, folder / f"float32-{ONNX_FILE}"
     if not path.exists():
         raise ConfigError(
-            f"model.precision=int8 quantises {ONNX_FILE}, and the family wrote none. Leave it at float32."
+            f"model.precision=int8 needs {ONNX_FILE}, but the family did not write it. Set model.precision=float32."
         )
     graph = onnx.load(path)
-    chosen = bounded_layers(graph)
-    # A file of this folder, because what the quantiser is given as an object it writes to a folder of its own choice.
-    path.rename(whole)
+    layers = bounded_layers(graph)
+    # The quantiser gets a file in this folder, because it would write a graph given as an object to another folder.
+    path.rename(float32_path)
     try:
-        if chosen:
-            with _quiet():
+        if layers:
+            with _suppress_warnings():
                 quantize_dynamic(
-                    whole,
+                    float32_path,
                     path,
                     op_types_to_quantize=["MatMul"],
-                    nodes_to_quantize=chosen,
+                    nodes_to_quantize=layers,
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,
                 )
-        if not chosen or precision_of(onnx.load(path)) is not Precision.int8:
+        if not layers or precision_of(onnx.load(path)) is not Precision.int8:
             raise ConfigError(
-                "model.precision=int8 quantises named layers that a LayerNormalization feeds, and "
-                f"{ONNX_FILE} has none. Leave it at float32."
+                "model.precision=int8 quantises named layers whose input is the output of a LayerNormalization, but "
+                f"{ONNX_FILE} has no such layer. Set model.precision=float32."
             )
     finally:
-        whole.unlink()
+        float32_path.unlink()
 
 
 def bounded_layers(graph: onnx.ModelProto) -> list[str]:
-    """The names that the quantiser will know the layers by whose inputs are a LayerNormalization's outputs."""
-    makers = {output: node for node in graph.graph.node for output in node.output}
+    """Return the layers whose input is the output of a LayerNormalization, by the names that the quantiser uses."""
+    producers = {output: node for node in graph.graph.node for output in node.output}
 
     def is_bounded(tensor: str) -> bool:
-        maker = makers.get(tensor)
-        while maker is not None and maker.op_type in _AS_THEY_ARE:
-            maker = makers.get(maker.input[0])
-        return maker is not None and maker.op_type == "LayerNormalization"
+        producer = producers.get(tensor)
+        while producer is not None and producer.op_type in _PASS_THROUGH:
+            producer = producers.get(producer.input[0])
+        return producer is not None and producer.op_type == "LayerNormalization"
 
     return [
         f"{node.name}_MatMul" if node.op_type == "Gemm" else node.name
@@ -81,15 +85,15 @@ def bounded_layers(graph: onnx.ModelProto) -> list[str]:
     ]
 
 
-def cost(before: Predictions, after: Predictions, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What quantising changed, for the version's metrics.
+def quantisation_cost(float32: Predictions, int8: Predictions, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return how far the int8 scores differ from the float32 scores, for the version's metrics.
 
     Args:
-        before: of the float32 graph, on the held-out rows.
-        after: of the int8 one, on the same rows.
-        metrics: of the float32 graph.
+        float32: Predictions of the float32 graph on the held-out rows.
+        int8: Predictions of the int8 graph on the same rows.
+        metrics: Metrics of the float32 graph.
     """
-    difference = np.abs(after.scores - before.scores)
+    difference = np.abs(int8.scores - float32.scores)
     return {
         "float32": metrics,
         "mean_score_difference": float(difference.mean()),
@@ -98,8 +102,8 @@ def cost(before: Predictions, after: Predictions, metrics: dict[str, Any]) -> di
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice to pre-process, which is for static quantisation."""
+def _suppress_warnings() -> Iterator[None]:
+    """Suppress the quantiser's advice to pre-process the model, which only applies to static quantisation."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Which rows of a training set are held out, and how a version's own split is found again.
+"""The split of a training set into rows to train on and held-out rows.
 
-Training, evaluation and monitoring hold out the same rows: training records its split with the version, and the others
-read it from there.
+Training, evaluation and monitoring hold out the same rows. Training records its split with the version, and the other
+jobs read it from there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import xxhash
 
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
+from jobs.train.columns import is_text, value_type
 from jobs.train.config import AUTO, SplitConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
-    """The split with the column that `auto` stands for."""
+    """Return the split with `auto` replaced by the actual column.
+
+    The first join key that splits the rows into two non-empty parts is taken.
+    """
     if split.column != AUTO or AUTO in source.table.column_names:
         return split
     columns = [name for name in _entity_columns(source) if _can_split(source.table[name])]
@@ -39,15 +43,15 @@ def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
 
 
 def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
-    """The rows that are held out.
+    """Return the mask of the held-out rows.
 
     Args:
-        split: with its column resolved.
-        table: the training set.
-        seed: rows are drawn by it where the split has no column.
+        split: Split with its column resolved.
+        table: Rows of the training set.
+        seed: Seed for drawing rows if the split has no column.
 
     Raises:
-        TrainingSetError: the split's column is missing, or cannot be split by.
+        TrainingSetError: The split's column is missing or has an unsuitable type or nulls.
     """
     if split.column is None:
         draw = np.random.default_rng(seed).integers(split.modulo, size=table.num_rows)
@@ -60,59 +64,60 @@ def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
     column = table[split.column]
     if not _can_split(column):
         raise TrainingSetError(
-            f"Column '{split.column}' must hold whole numbers or texts without nulls to split by, and is {column.type} "
-            f"with {column.null_count} nulls. Set `split.column=null` to draw rows by the seed."
+            f"Column '{split.column}' cannot be split by: it is {column.type} with {column.null_count} nulls, but must "
+            "be whole numbers or text without nulls. Set `split.column=null` to draw rows by the seed."
         )
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        column = column.cast(value_type(column))
     numbers = column.to_numpy() if pa.types.is_integer(column.type) else _hashes(column)
     return np.asarray(numbers % split.modulo == split.remainder)
 
 
-def held_out_of(
-    version: ModelVersion, source: TrainingSet, *, instead: SplitConfig | None = None, otherwise: str
+def version_held_out_mask(
+    version: ModelVersion, source: TrainingSet, *, override: SplitConfig | None = None, advice: str
 ) -> Mask:
-    """The rows of a data set that a version was not fitted on.
+    """Return the mask of the rows that a version was not fitted on.
 
     Args:
-        version: its split was recorded when it was trained.
-        source: the training set, or another data set with the split's column.
-        instead: a split to go by in place of the version's own.
-        otherwise: what the caller can do where the version's own split does not apply, as a sentence.
+        version: Model version with the split that training recorded.
+        source: The training set, or another data set with the split's column.
+        override: Split to use instead of the recorded one.
+        advice: Sentence for the error message: what to do if the recorded split does not apply to this data set.
 
     Raises:
-        TrainingSetError: the version's rows were drawn by the seed from another data set, or a column is missing.
+        TrainingSetError: The version's rows were drawn by the seed from another data set, or a column is missing.
     """
-    split = instead if instead is not None else recorded_split(version, source)
+    split = override if override is not None else recorded_split(version, source)
     if (
-        instead is None
+        override is None
         and split.column is None
         and version.lineage.training_set_hash not in ("", source.hash)
     ):
         raise TrainingSetError(
-            f"Version {version.version} of '{version.name}' held out rows that were drawn by the seed from its "
-            f"training set, and this is another data set. {otherwise}"
+            f"Version {version.version} of '{version.name}' held out rows drawn by the seed from its training set, "
+            f"and this is another data set. {advice}"
         )
     return held_out_mask(split, source.table, seed=version.lineage.seed)
 
 
 def recorded_split(version: ModelVersion, source: TrainingSet) -> SplitConfig:
-    """The split that a version was trained with; one that recorded none gets the default for the data set."""
+    """Return the split that a version was trained with; if none was recorded, the default for the data set."""
     recorded = version.lineage.config.get("split") or {}
-    known = {each.name: recorded[each.name] for each in fields(SplitConfig) if each.name in recorded}
-    return resolve_split(SplitConfig(**known), source)
+    settings = {field.name: recorded[field.name] for field in fields(SplitConfig) if field.name in recorded}
+    return resolve_split(SplitConfig(**settings), source)
 
 
 def describe_split(split: SplitConfig, table: pa.Table) -> str:
-    """The rule in words."""
+    """Describe the rule of the split."""
     if split.column is None:
-        return f"drawn by the seed, one of {split.modulo}; `split.column=…` keeps all rows of an entity on one side"
+        return f"drawn by the seed, one in {split.modulo}; `split.column=…` keeps all rows of an entity on one side"
     is_number = pa.types.is_integer(table[split.column].type)
     value = split.column if is_number else f"hash of {split.column}"
     return f"{value} % {split.modulo} == {split.remainder}"
 
 
 def _entity_columns(source: TrainingSet) -> list[str]:
+    """Return the join keys of the table; without a manifest, the only `*_id` column."""
     names = [key for key in source.join_keys if key in source.table.column_names]
     if names or source.manifest:
         return names
@@ -121,18 +126,14 @@ def _entity_columns(source: TrainingSet) -> list[str]:
 
 
 def _can_split(column: pa.ChunkedArray) -> bool:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return not column.null_count and (pa.types.is_integer(kind) or _is_text(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    dtype = value_type(column)
+    return not column.null_count and (pa.types.is_integer(dtype) or is_text(dtype))
 
 
 def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A hash of each value, the same on every machine."""
+    """Return the xxh32 hash of each value; the same on every machine."""
     values = pc.unique(column)
-    hashed = np.array(
+    hash_of_value = np.array(
         [xxhash.xxh32_intdigest(str(value).encode()) for value in values.to_pylist()], dtype=np.int64
     )
-    return np.asarray(hashed[pc.index_in(column, value_set=values).to_numpy()])
+    return np.asarray(hash_of_value[pc.index_in(column, value_set=values).to_numpy()])

@@ -1,1 +1,1 @@
-"""The network family: Ray Train spreads it over workers, DeepSpeed shards it."""
+"""The tabular network family: Ray Train starts the workers, DeepSpeed shards the model over them."""

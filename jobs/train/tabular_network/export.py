@@ -1,5 +1,7 @@
-"""From weights to what is served: an ONNX graph that takes the encoded matrix, and for replicas with a GPU the same
-network as its shape and weights."""
+"""Export a trained network for serving.
+
+Replicas on CPU load an ONNX graph that takes the encoded matrix. Replicas with a GPU load the shape and the weights.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,27 @@ from cluster.runtime.tabular_network import NetworkShape, ScoringNetwork, Tabula
 
 OPSET = 18
 TOLERANCE = 1e-5
+"""Absolute and relative tolerance between the scores of the graph and of the network."""
 
 
 def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) -> None:
     """Write `model.onnx`, `model.safetensors` and `network.json`.
 
     Args:
-        shape: of the network.
-        weights: its consolidated weights.
-        folder: where the files go.
-        sample: encoded rows on which the graph must score as the network does.
+        shape: Shape of the network.
+        weights: safetensors file with the consolidated weights.
+        folder: Folder to write the files to.
+        sample: Encoded rows; the scores of the graph and of the network are compared on them.
 
     Raises:
-        Inconsistent: the graph scores the sample differently.
+        Inconsistent: The scores of the graph and of the network differ.
     """
     network = TabularNetwork(shape)
     network.load_state_dict(load_file(str(weights)))
     scoring = ScoringNetwork(network)
     rows = torch.tensor(sample)
     with warnings.catch_warnings():
-        # The exporter's own deprecations; its graph is compared with the network below.
+        # The exporter warns about its own deprecation; the check below proves that the graph is right.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             scoring,

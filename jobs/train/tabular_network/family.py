@@ -1,4 +1,4 @@
-"""The driver's side of the network: shape from the data, Ray Train for the fitting, export of what came out."""
+"""The tabular network family, in the driver: derive the network's shape, fit with Ray Train, export the best epoch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape
 from jobs.train.data import Dataset
 from jobs.train.families import FitContext
-from jobs.train.progress import shown
+from jobs.train.progress import display_progress
 from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.loop import METRIC, steps_per_epoch, train_loop
 
 MAX_BATCH, MIN_BATCH = 1024, 16
+"""Bounds of the automatic batch size, in rows."""
 MIN_STEPS = 16
-"""Of an epoch, where the batch is sized by the data."""
+"""Smallest number of steps per epoch that the automatic batch size aims for."""
 FEW_STEPS = 4
-"""Of an epoch, below which a configured batch size is warned of."""
+"""A configured batch size with fewer steps per epoch gives a warning."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,78 +44,88 @@ class Parameters:
     weight_decay: float = 0.01
     epochs: int = 8
     batch_size: int | None = None
-    """Rows a step over all workers together; none sizes it by the rows to fit on, see `rows_per_step`."""
+    """Rows per step over all workers. None derives it from the number of rows to fit on, see `rows_per_step`."""
     precision: Precision = Precision.float32
-    """Of the layers' weights as they are registered and served; training is in float32."""
+    """Precision of the weights that are registered and served. Training always uses float32."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "embedding_dim", "epochs", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.learning_rate < 1:
-            raise ValueError(f"model.learning_rate must lie between 0 and 1, got {self.learning_rate}.")
+            raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"model.weight_decay must be finite and not negative, got {self.weight_decay}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must lie between 0 and 1, got {self.dropout}.")
+            raise ValueError(f"model.dropout must be between 0 and 1, got {self.dropout}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkFit:
+    """Everything that one fit of a network needs."""
+
+    dataset: Dataset
+    parameters: Parameters
+    shape: NetworkShape
+    context: FitContext
+
+
+def prepare_fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> NetworkFit:
+    """Derive the network's shape and return everything that a fit needs."""
+    shape = network_shape(dataset, parameters)
+    return NetworkFit(dataset=dataset, parameters=parameters, shape=shape, context=context)
 
 
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
-    """Train over the workers, then write ONNX and safetensors."""
-    # Ray Train looks at its workers every two seconds by itself, and each epoch's report waits for that look.
+    """Train on the workers, then write the best epoch as ONNX and safetensors files."""
+    # Each epoch's report waits for Ray Train's next health check. Its default interval is two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    shape = network_shape(dataset, parameters)
+    network_fit = prepare_fit(dataset, parameters, context)
     num_workers = context.scaling.num_workers
     print(describe_steps(dataset, parameters, num_workers=num_workers), flush=True)
-    with shown(unit="epoch", total=parameters.epochs) as reports:
-        result = run(trainer(dataset, parameters, shape, context, num_workers=num_workers, reports=reports))
+    with display_progress(unit="epoch", total=parameters.epochs) as reports:
+        result = run_trainer(build_trainer(network_fit, num_workers=num_workers, reports=reports))
     best = result.get_best_checkpoint(METRIC, "min")
     if best is None:
         raise RuntimeError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
-        export(shape, Path(folder) / WEIGHTS_FILE, context.folder, sample=dataset.matrix[:64])
+        export(network_fit.shape, Path(folder) / WEIGHTS_FILE, context.folder, sample=dataset.matrix[:64])
 
 
-def run(prepared: TorchTrainer) -> Any:
-    """Fit; gives Ray Train's result.
+def run_trainer(trainer: TorchTrainer) -> Any:
+    """Run the trainer and return Ray Train's result.
 
     Raises:
-        TrainingFailed: the fit diverged.
+        TrainingFailed: The fit diverged.
     """
-    result: Any = prepared.fit()
+    result: Any = trainer.fit()
     if result.return_value is not None:
         raise TrainingFailed(str(result.return_value))
     return result
 
 
-def trainer(
-    dataset: Dataset,
-    parameters: Parameters,
-    shape: NetworkShape,
-    context: FitContext,
+def build_trainer(
+    network_fit: NetworkFit,
     *,
     num_workers: int,
     callbacks: list[Any] | None = None,
     reports: Queue | None = None,
 ) -> TorchTrainer:
-    """The Ray Train trainer of one run.
+    """Return the Ray Train trainer of one fit.
 
     Args:
-        dataset: what is learned.
-        parameters: of the network and its optimizer.
-        shape: of the network.
-        context: a worker's resources, DeepSpeed stage, where checkpoints go.
-        num_workers: processes that train.
-        callbacks: of Ray Train, a sweep's for one.
-        reports: gets the losses of each epoch.
+        network_fit: Data, parameters, shape and context of the fit.
+        num_workers: Number of training processes.
+        callbacks: Ray Train callbacks, for example those of a sweep.
+        reports: Queue that gets the losses of each epoch.
     """
-    scaling = context.scaling
+    context, scaling = network_fit.context, network_fit.context.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     return TorchTrainer(
-        cast(Any, train_loop),  # declared as a function without a result, and its result is used
-        train_loop_config=loop_config(dataset, parameters, shape, context) | {"reports": reports},
+        cast(Any, train_loop),  # Ray declares a function without a return value, but passes the value on
+        train_loop_config=loop_config(network_fit) | {"reports": reports},
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -133,10 +144,10 @@ def trainer(
     )
 
 
-def loop_config(
-    dataset: Dataset, parameters: Parameters, shape: NetworkShape, context: FitContext
-) -> dict[str, Any]:
-    """What every training process is told; the rows are in Ray's object store."""
+def loop_config(network_fit: NetworkFit) -> dict[str, Any]:
+    """Return the configuration of every training process, and put the rows into Ray's object store."""
+    dataset, parameters = network_fit.dataset, network_fit.parameters
+    shape, context = network_fit.shape, network_fit.context
     target = scaled_target(dataset, shape)
     data = {
         "fit": (dataset.matrix[dataset.fit], target[dataset.fit]),
@@ -153,39 +164,43 @@ def loop_config(
 
 
 def rows_per_step(dataset: Dataset, parameters: Parameters) -> int:
-    """The batch size: as configured, else a power of two that gives an epoch at least `MIN_STEPS` steps.
+    """Return the batch size: the configured one, else a power of two that gives an epoch at least `MIN_STEPS` steps.
 
-    A network that takes one step an epoch learns next to nothing, so small data sets get small batches.
+    The automatic size is between `MIN_BATCH` and `MAX_BATCH`. Small data sets get small batches, because a network
+    with one step per epoch learns almost nothing.
     """
     if parameters.batch_size is not None:
         return parameters.batch_size
-    wanted = int(dataset.fit.sum()) // MIN_STEPS
-    return min(MAX_BATCH, max(MIN_BATCH, 1 << max(0, wanted.bit_length() - 1)))
+    largest = int(dataset.fit.sum()) // MIN_STEPS
+    return min(MAX_BATCH, max(MIN_BATCH, 1 << max(0, largest.bit_length() - 1)))
 
 
 def describe_steps(dataset: Dataset, parameters: Parameters, *, num_workers: int) -> str:
-    """How much a fit does, as lines for people; with a warning where that is too little.
+    """Describe the number of epochs, steps and rows of a fit, with a warning if there are too few steps.
 
     Raises:
-        ConfigError: there are fewer rows than workers.
+        ConfigError: There are fewer rows than workers.
     """
     rows, batch = int(dataset.fit.sum()), rows_per_step(dataset, parameters)
     if rows < num_workers:
         raise ConfigError(
-            f"{num_workers} workers cannot share {rows} rows to fit on. Set scaling.num_workers=1."
+            f"{num_workers} workers are too many for {rows} rows to fit on. Set scaling.num_workers=1."
         )
     steps = steps_per_epoch(rows, batch_size=batch, workers=num_workers)
-    said = (
+    description = (
         f"fitting a network on {num_workers} workers: {parameters.epochs} epochs of {steps} steps of {batch} rows "
         f"({rows} rows to fit on)"
     )
     if steps >= FEW_STEPS or parameters.batch_size is None:
-        return said
-    return f"{said}\nwarning: model.batch_size={batch} leaves {steps} steps an epoch; lower it or raise model.epochs"
+        return description
+    return (
+        f"{description}\nwarning: model.batch_size={batch} gives only {steps} steps per epoch; lower it or raise "
+        "model.epochs"
+    )
 
 
 def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
-    """The network's shape, with means and scales of the rows to fit on."""
+    """Return the network's shape, with the means and scales of the rows to fit on."""
     signature = dataset.signature
     categorical, columns = signature.categorical, signature.matrix_columns
     numeric = [i for i in range(signature.width) if i not in categorical]
@@ -213,5 +228,5 @@ def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
 
 
 def scaled_target(dataset: Dataset, shape: NetworkShape) -> Any:
-    """The target as the loss takes it, float32 [rows]."""
+    """Return the target as the loss takes it: standardised for a regression, float32 [rows]."""
     return ((dataset.target - shape.target_mean) / shape.target_scale).astype(np.float32)

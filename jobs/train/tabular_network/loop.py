@@ -1,7 +1,7 @@
-"""What each training process does: DeepSpeed's engine over its share of the rows.
+"""Training loop of one process: DeepSpeed's engine on this rank's share of the rows.
 
-DeepSpeed is imported in the function that needs it: it compiles and probes on import. Every rank makes the same number
-of steps and every rank saves its shard, because ZeRO's collectives wait for all.
+DeepSpeed is imported inside the function that needs it, because its import compiles code and probes the hardware. Every
+rank makes the same number of steps and saves its own shard, because ZeRO's collective operations wait for all ranks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from cluster.runtime import Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
 from cluster.security.encryption.scratch import memory_folder, scratch
-from jobs.train.progress import Report, diverged, send
+from jobs.train.progress import Report, divergence_message, send_report
 
 WARMUP_SHARE = 0.1
-METRIC, TRAINING = "validation_loss", "training_loss"
+"""Share of all steps during which the learning rate rises."""
+METRIC = "validation_loss"
+"""Metric that selects the best epoch and the best trial."""
+TRAINING_LOSS = "training_loss"
 
 
 def train_loop(config: dict[str, Any]) -> str | None:
-    """Fit a network as one of Ray Train's workers; every epoch's checkpoint has its consolidated weights.
+    """Fit a network as one of Ray Train's workers. Each epoch saves a checkpoint with the consolidated weights.
 
     Returns:
-        None, or why the fit diverged: an exception would have Ray Train try the same again.
+        None, or the reason why the fit diverged. It is not raised, because Ray Train would retry the same fit.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -43,8 +46,8 @@ def train_loop(config: dict[str, Any]) -> str | None:
 
     def after_epoch(engine: Any, metrics: dict[str, Any]) -> None:
         if reports is not None:
-            losses = {name: metrics[name] for name in (TRAINING, METRIC)}
-            send(reports, Report(done=metrics["epoch"] + 1, figures=losses))
+            losses = {name: metrics[name] for name in (TRAINING_LOSS, METRIC)}
+            send_report(reports, Report(completed=metrics["epoch"] + 1, losses=losses))
         _save_and_report(engine, metrics, rank)
 
     try:
@@ -61,8 +64,13 @@ def train_loop(config: dict[str, Any]) -> str | None:
 
 
 def fit_alone(config: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-    """Fit a network in this process alone, without checkpoints; `report` gets the metrics of each epoch."""
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it even in a group of one
+    """Fit a network in this process only, without checkpoints.
+
+    Args:
+        config: Configuration as `loop_config` returns it.
+        report: Called with the metrics of each epoch.
+    """
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed needs it even with one process
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -81,15 +89,22 @@ def fit_network(
     resume: ray.train.Checkpoint | None,
     after_epoch: Callable[[Any, dict[str, Any]], None],
 ) -> None:
-    """DeepSpeed's engine over this rank's share of the rows; `after_epoch` gets the engine and the metrics.
+    """Fit a network on this rank's share of the rows.
+
+    Args:
+        config: Configuration as `loop_config` returns it.
+        rank: Rank of this process.
+        workers: Number of processes.
+        resume: Checkpoint of a failed attempt to continue from, or None.
+        after_epoch: Called with the engine and the metrics after each epoch.
 
     Raises:
-        TrainingFailed: a loss is no finite number; all ranks see the same losses, and raise together.
+        TrainingFailed: A loss is NaN or infinite. All ranks have the same losses, so all raise together.
     """
     import deepspeed
 
     if config["device"] == "cpu":
-        # Its shared-memory all-reduce serves inference only, and would be compiled for a minute at first use.
+        # DeepSpeed's shared-memory all-reduce is only for inference, and compiling it takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     torch.manual_seed(config["seed"])
@@ -109,15 +124,15 @@ def fit_network(
         for step in range(steps):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
             progress = (epoch * steps + step) / (parameters["epochs"] * steps)
-            _set_rate(engine, parameters["learning_rate"], progress)
+            _set_learning_rate(engine, parameters["learning_rate"], progress)
             scores = engine(inputs[rows].to(engine.device))
-            of_step = loss(scores, target[rows].to(engine.device), Task(shape.task))
-            total += of_step.detach()
-            engine.backward(of_step)
+            step_loss = loss(scores, target[rows].to(engine.device), Task(shape.task))
+            total += step_loss.detach()
+            engine.backward(step_loss)
             engine.step()
         torch.distributed.all_reduce(total)
         losses = {
-            TRAINING: float(total) / (steps * workers),
+            TRAINING_LOSS: float(total) / (steps * workers),
             METRIC: _validation_loss(engine, Task(shape.task), data["validation"]),
         }
         _require_finite(losses, when=f"epoch {epoch + 1} of {parameters['epochs']}")
@@ -127,16 +142,19 @@ def fit_network(
 def _require_finite(losses: dict[str, float], *, when: str) -> None:
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise TrainingFailed(diverged(name.replace("_", " "), value, when))
+            raise TrainingFailed(divergence_message(name.replace("_", " "), value, when))
 
 
 def steps_per_epoch(rows: int, *, batch_size: int, workers: int) -> int:
-    """Steps of an epoch, the same for every rank; rows that do not fill the last step wait for the next epoch."""
+    """Return the number of steps of an epoch, the same for every rank.
+
+    Rows that do not fill the last step are skipped. Each epoch shuffles the rows, so other epochs use them.
+    """
     return max(1, rows // (max(1, batch_size // workers) * workers))
 
 
 def deepspeed_config(config: dict[str, Any], rows_per_step: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+    """Return the configuration that DeepSpeed takes."""
     parameters, settings = config["parameters"], config["deepspeed"]
     return {
         "train_micro_batch_size_per_gpu": rows_per_step,
@@ -156,14 +174,19 @@ def deepspeed_config(config: dict[str, Any], rows_per_step: int) -> dict[str, An
 
 
 def learning_rate(peak: float, progress: float) -> float:
-    """Linear warm-up, then half a cosine down to zero; `progress` runs from 0 to 1."""
+    """Return the learning rate: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        peak: Learning rate at the end of the warm-up.
+        progress: Share of all steps that are done, 0 to 1.
+    """
     if progress < WARMUP_SHARE:
         return peak * (progress / WARMUP_SHARE + 0.01) / 1.01
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
 
 
 def loss(outputs: torch.Tensor, target: torch.Tensor, task: Task) -> torch.Tensor:
-    """Mean loss of a batch: cross-entropy, or half the squared error of the standardised target."""
+    """Return the mean loss of a batch: cross-entropy, or half the squared error of the standardised target."""
     match task:
         case Task.binary:
             return torch.nn.functional.binary_cross_entropy_with_logits(outputs.squeeze(1), target)
@@ -173,13 +196,13 @@ def loss(outputs: torch.Tensor, target: torch.Tensor, task: Task) -> torch.Tenso
             return 0.5 * torch.nn.functional.mse_loss(outputs.squeeze(1), target)
 
 
-def _set_rate(engine: Any, peak: float, progress: float) -> None:
+def _set_learning_rate(engine: Any, peak: float, progress: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(peak, progress)
 
 
 def _first_epoch(engine: Any, resume: ray.train.Checkpoint | None) -> int:
-    """The epoch to start with: after that of the last checkpoint, if a failed attempt left one."""
+    """Return the first epoch to run: 0, or the one after the checkpoint of a failed attempt."""
     if resume is None:
         return 0
     with resume.as_directory() as folder:
@@ -195,17 +218,17 @@ def _validation_loss(engine: Any, task: Task, validation: tuple[Any, Any]) -> fl
 
 
 def _save_and_report(engine: Any, metrics: dict[str, Any], rank: int) -> None:
-    otherwise = Path(tempfile.gettempdir()) / f"falaj-runs-{os.geteuid()}"
-    with scratch(memory_folder(otherwise=otherwise)) as folder:
+    on_disk = Path(tempfile.gettempdir()) / f"falaj-runs-{os.geteuid()}"
+    with scratch(memory_folder(otherwise=on_disk)) as folder:
         engine.save_checkpoint(str(folder), client_state={"epoch": metrics["epoch"]})
-        weights = consolidated(engine)
+        weights = consolidated_weights(engine)
         if rank == 0:
             save_file(weights, str(folder / WEIGHTS_FILE))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def consolidated(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole network's weights on the CPU, for every ZeRO stage; all ranks must call it."""
+def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Return all weights of the network on the CPU, for every ZeRO stage. All ranks must call this together."""
     from deepspeed import zero
 
     with zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=None):

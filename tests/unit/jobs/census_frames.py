@@ -1,4 +1,4 @@
-"""The packaged census as the monitor's frames, for its tests."""
+"""The census data that NannyML packages, as frames for the monitor's tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pandas as pd
 import polars as pl
 
 from cluster.runtime import Task
+from jobs.monitor.drift import measure_drift
 from jobs.monitor.frames import PREDICTED, SCORE, TIME, TRUTH, Frames
-from jobs.monitor.measures import Measures, drift
+from jobs.monitor.measures import Measures
 
 YEARS = ("2016", "2017", "2018")
 MIN_OUTCOMES = 300
@@ -19,11 +20,12 @@ CATEGORICAL = ["SCHL", "MAR", "SEX", "DIS"]
 
 
 def data(name: str) -> Path:
+    """Return the path of a file that NannyML packages."""
     return Path(str(resources.files("nannyml") / "datasets" / "data" / name))
 
 
 def census_frames() -> Frames:
-    """The packaged reference model's predictions: held-out people of 2015, 4,000 of each later year."""
+    """Return the predictions of the packaged model: held-out people of 2015, and 4,000 of each later year."""
     reference = pl.read_parquet(data("employment_MA_reference.pq")).filter(pl.col("id") % 4 == 3)
     later = pl.read_parquet(data("employment_MA_analysis.pq")).join(
         pl.read_parquet(data("employment_MA_analysis_target.pq")), on="id"
@@ -40,7 +42,7 @@ def census_frames() -> Frames:
 
 
 def days(rows: int, *, chunks: int) -> pd.DatetimeIndex:
-    """An invented day per chunk, as the frames have it; equal chunks."""
+    """Return the artificial day of each row, for chunks of equal size."""
     return pd.Timestamp("2000-01-01") + pd.to_timedelta(np.arange(rows) * chunks // rows, unit="D")
 
 
@@ -57,8 +59,10 @@ def _census(rows: pl.DataFrame, times: pd.DatetimeIndex) -> pd.DataFrame:
 
 
 def of_2018(frames: Frames) -> pd.Series:
+    """Return the mask of the served rows of 2018."""
     return frames.served[TIME] == pd.Timestamp("2000-01-03")
 
 
 def distances(frames: Frames) -> dict[str, Measures]:
-    return {name: figure.measures for name, figure in drift(frames).items()}
+    """Return the drift distances by column and chunk."""
+    return {name: figure.measures for name, figure in measure_drift(frames).items()}

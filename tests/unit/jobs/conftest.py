@@ -1,4 +1,4 @@
-"""What the monitor's tests share."""
+"""Fixtures of the monitor's tests."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tests.unit.jobs.census_frames import census_frames
 
 @pytest.fixture(scope="session")
 def census() -> Frames:
-    """Nobody changes it."""
+    """The census frames. Tests must not change them."""
     return census_frames()

@@ -1,4 +1,4 @@
-"""`jobs.compact_log`, but for attaching and the policies: both logs, and one event for each compaction."""
+"""`jobs.compact_log` without a cluster: both logs are compacted, with one event for each compaction."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from tests.broker import running_broker
 KEYS = ("predictions/m/sensitive", "outcomes/m/sensitive")
 
 
-def killed(*_: Any, **__: Any) -> None:
+def kill(*_: Any, **__: Any) -> None:
+    """Raise like a job that is interrupted."""
     raise KeyboardInterrupt
 
 
-def test_a_compaction_is_one_event_also_where_it_was_killed_before_it(
+def test_each_compaction_has_one_event_even_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the table's version, and what it took; a run that finds nothing says nothing."""
+    """A run after a kill appends the missing event; a run without segments appends nothing."""
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(tmp_path))))
     with running_broker(*KEYS) as access:
         actor = cast(Actor, SimpleNamespace(name="t", access=access))
@@ -48,30 +49,32 @@ def test_a_compaction_is_one_event_also_where_it_was_killed_before_it(
             writer.close()
             return log
 
-        def said(kind: type[PredictionsCompacted] | type[OutcomesCompacted]) -> list[tuple[int, int, int]]:
-            found = [entry.payload for entry in ledger.entries(kind)]
-            return [(one["table_version"], one["segments"], one["records"]) for one in found]
+        def events(kind: type[PredictionsCompacted] | type[OutcomesCompacted]) -> list[tuple[int, int, int]]:
+            payloads = [entry.payload for entry in ledger.entries(kind)]
+            return [(event["table_version"], event["segments"], event["records"]) for event in payloads]
 
         log = write("predictions")
-        monkeypatch.setattr(compact_log, "record", killed)
+        monkeypatch.setattr(compact_log, "append_events", kill)
         with pytest.raises(KeyboardInterrupt):
-            compact_log.run(log, PredictionsCompacted, ledger, actor, model="m")
+            compact_log.compact_log(log, PredictionsCompacted, ledger, actor, model="m")
         monkeypatch.undo()
-        assert said(PredictionsCompacted) == []
+        assert events(PredictionsCompacted) == []
         write("predictions")
-        for taken in (1, 0):
-            assert compact_log.run(log, PredictionsCompacted, ledger, actor, model="m") == taken
-            assert said(PredictionsCompacted) == [(1, 1, 3), (2, 1, 3)]
-        assert compact_log.run(write("outcomes"), OutcomesCompacted, ledger, actor, model="m") == 1
-        assert said(OutcomesCompacted) == [(1, 1, 3)]
+        for num_segments in (1, 0):
+            assert (
+                compact_log.compact_log(log, PredictionsCompacted, ledger, actor, model="m") == num_segments
+            )
+            assert events(PredictionsCompacted) == [(1, 1, 3), (2, 1, 3)]
+        assert compact_log.compact_log(write("outcomes"), OutcomesCompacted, ledger, actor, model="m") == 1
+        assert events(OutcomesCompacted) == [(1, 1, 3)]
         assert count_records(log) == 6
     ledger.engine.dispose()
 
 
-def test_a_token_scoped_to_one_model_compacts_the_logs_of_no_other(
+def test_a_token_scoped_to_one_model_cannot_compact_the_logs_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model's log is the model's."""
+    """The scope of a model also covers its logs; the other model's logs are not touched."""
     storage = StorageConfig(root=str(tmp_path))
     ledger = open_ledger(PlatformConfig(storage=storage))
     monkeypatch.setattr(Registry, "names", lambda _: ["m", "other"])
@@ -82,10 +85,10 @@ def test_a_token_scoped_to_one_model_compacts_the_logs_of_no_other(
         environment="development",
         decisions=Decisions(ledger.append),
     )
-    taken: list[str] = []
-    monkeypatch.setattr(compact_log, "run", lambda log, *_, model: taken.append(model) or 0)
-    compact_log.compact_both(compact_log.CompactLogConfig(name="m", storage=storage), ledger, actor)
+    compacted: list[str] = []
+    monkeypatch.setattr(compact_log, "compact_log", lambda log, *_, model: compacted.append(model) or 0)
+    compact_log.compact_logs(compact_log.CompactLogConfig(name="m", storage=storage), ledger, actor)
     with pytest.raises(AccessDenied, match="scope"):
-        compact_log.compact_both(compact_log.CompactLogConfig(name="other", storage=storage), ledger, actor)
-    assert taken == ["m", "m"]
+        compact_log.compact_logs(compact_log.CompactLogConfig(name="other", storage=storage), ledger, actor)
+    assert compacted == ["m", "m"]
     ledger.engine.dispose()

@@ -1,4 +1,4 @@
-"""The demo's report: self-contained, true to its figures, and whole whatever a run lacks."""
+"""The demo's report: self-contained, correct, and complete even if figures are missing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.pipeline import formats
-from jobs.pipeline.charts import Dots, dots, nice_ticks
+from jobs.pipeline.charts import Dots, dot_chart, nice_ticks
 from jobs.pipeline.figures import drift_rows, share_rows, split_interval
 from jobs.pipeline.page import DemoReport, StageRun, render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
-def summary(**changed: Any) -> dict[str, Any]:
-    """What a good run sums up to."""
+def summary(**changes: Any) -> dict[str, Any]:
+    """Return the summary of a successful run."""
     year = {"estimated_auc": 0.9041, "realised_auc": 0.9076, "rows": 3203, "outcomes": 3203}
     return {
         "rows": {"person": {"ingested": 1100, "stored": 1075, "quarantined": 25}},
@@ -42,11 +42,11 @@ def summary(**changed: Any) -> dict[str, Any]:
         "rollback_ms": 143.2,
         "ledger": {"events": 74, "verified": True},
         "seconds": {"source": 3.2, "train_network": 83.4},
-    } | changed
+    } | changes
 
 
-def full() -> DemoReport:
-    """A run with everything the page can show."""
+def full_report() -> DemoReport:
+    """Return a report with everything that the page can show."""
     bins = [{"mean_probability": rate, "positive_rate": rate, "rows": 10} for rate in (0.1, 0.5, 0.9)]
     evaluation = {
         "metrics": {"ece": 0.0081, "brier": 0.118, "rows": 17196, "calibration": bins},
@@ -72,7 +72,7 @@ def full() -> DemoReport:
 
 
 class Page(HTMLParser):
-    """Checks nesting, and collects links, ids, headings and text."""
+    """Parser that checks the nesting of tags, and collects links, ids, tags and text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -102,24 +102,25 @@ class Page(HTMLParser):
             self.text += data
 
 
-def words(page: Page) -> str:
-    return " ".join(page.text.split())
+def page_text(html: str) -> str:
+    """Return the text of a page with single spaces."""
+    return " ".join(Page(html).text.split())
 
 
-def test_page_is_whole_and_asks_for_nothing_from_outside() -> None:
-    """Tags nest, ids are unique, and the only link is the one given."""
-    text = render(full())
-    page = Page(text)
+def test_page_is_valid_and_loads_nothing() -> None:
+    """Tags nest, ids are unique, and the only link is the one from the report."""
+    html = render(full_report())
+    page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     assert page.links == ["https://127.0.0.1:8443"]
     assert not page.tags & {"script", "link", "img", "iframe", "object", "embed"}
-    assert not re.search(r"url\((?!#tip\))|@import", text)
+    assert not re.search(r"url\((?!#tip\))|@import", html)
 
 
-def test_every_picture_is_xml_with_a_name() -> None:
-    """A browser would forgive broken SVG; other readers of the page would not."""
-    pictures = re.findall(r"<svg.*?</svg>", render(full()), flags=re.DOTALL)
-    roots = [ElementTree.fromstring(picture) for picture in pictures]  # noqa: S314 - our own output
+def test_every_chart_is_valid_xml_with_a_label() -> None:
+    """A browser accepts broken SVG, but other readers of the page do not."""
+    charts = re.findall(r"<svg.*?</svg>", render(full_report()), flags=re.DOTALL)
+    roots = [ElementTree.fromstring(chart) for chart in charts]  # noqa: S314 - our own output
     assert len(roots) >= 6
     assert all("aria-label" in root.attrib or root.get("aria-hidden") == "true" for root in roots)
 
@@ -129,22 +130,22 @@ def test_every_picture_is_xml_with_a_name() -> None:
     ["68,785", "9f2c1e7a", "0.9043", "0.0081", "16,000", "6.4 ms", "143 ms", "74 events", "AGEP outside 0 to 120",
      "0.497", "402 and 389", "1 min 23 s", "python -m jobs.train seed=1", "no outcomes", "80.2%", "0.081"],
 )  # fmt: skip
-def test_page_says_what_the_run_gave(figure: str) -> None:
-    """Each figure stands on the page as people write it."""
-    assert figure in words(Page(render(full())))
+def test_page_shows_the_figures_of_the_run(figure: str) -> None:
+    """Each figure is formatted for readers."""
+    assert figure in page_text(render(full_report()))
 
 
 def test_missing_parts_are_left_out() -> None:
-    """An empty run is a page without sections, and the contract's minimum needs no extras."""
+    """An empty summary gives a page without sections. A summary without further outputs is enough."""
     assert "<h2" not in render(DemoReport(summary={})).replace('<h2 id="loop">', "")
-    page = words(Page(render(DemoReport(summary=summary()))))
+    page = page_text(render(DemoReport(summary=summary())))
     assert "train network" in page
     assert "Why rows were quarantined" not in page
-    assert "Inputs that moved the most" not in page
+    assert "Inputs with the largest drift" not in page
 
 
-def test_page_does_not_hide_what_went_wrong() -> None:
-    """Lost rows, errors, answers without a row, a wrong split and a broken chain are said."""
+def test_page_shows_errors() -> None:
+    """Lost rows, failed requests, answers without a log row, a wrong split and a broken chain."""
     bad = summary(
         rows={"person": {"ingested": 10, "stored": 8, "quarantined": 1}},
         requests={"sent": 100, "errors": 3},
@@ -153,19 +154,19 @@ def test_page_does_not_hide_what_went_wrong() -> None:
         shares={"champion": {"weight": 0.8, "share": 0.5}},
         ledger={"events": 7, "verified": False},
     )
-    text = render(DemoReport(summary=bad))
-    page = words(Page(text))
-    assert '<strong class="bad">no</strong>' in text
-    assert "<dd>97</dd>" in text
+    html = render(DemoReport(summary=bad))
+    page = page_text(html)
+    assert '<strong class="bad">no</strong>' in html
+    assert "<dd>97</dd>" in html
     assert "of 100 sent, 3 errors" in page
     assert "The log has 90 rows for 97 answers." in page
     assert "outside" in page
-    assert "The chain does not hold." in page
+    assert "The chain is broken." in page
     assert "hash chain BROKEN" in page
 
 
-def test_hostile_text_is_shown_as_text() -> None:
-    """Names and reasons come from data."""
+def test_text_from_data_is_escaped() -> None:
+    """Names and reasons can contain HTML."""
     evil = "<script>alert(1)</script>"
     report = DemoReport(
         summary=summary(
@@ -181,7 +182,7 @@ def test_hostile_text_is_shown_as_text() -> None:
 
 
 @given(low=st.floats(0, 1), span=st.floats(1e-4, 1))
-def test_ticks_cover_their_range(low: float, span: float) -> None:
+def test_ticks_cover_the_range(low: float, span: float) -> None:
     """No point is drawn outside the axes."""
     ticks = nice_ticks(low, low + span)
     assert ticks[0] <= low + 1e-9
@@ -190,8 +191,8 @@ def test_ticks_cover_their_range(low: float, span: float) -> None:
     assert ticks == sorted(ticks)
 
 
-def test_split_interval_holds_99_of_100_right_splits() -> None:
-    """Against simulated splits."""
+def test_split_interval_contains_99_percent_of_correct_splits() -> None:
+    """Compared with simulated splits."""
     lower, upper = split_interval(0.2, 12_000)
     shares = np.random.default_rng(0).binomial(12_000, 0.2, size=20_000) / 12_000
     inside = float(((shares >= lower) & (shares <= upper)).mean())
@@ -200,13 +201,13 @@ def test_split_interval_holds_99_of_100_right_splits() -> None:
 
 
 def test_share_outside_its_interval_is_marked() -> None:
-    """80.2% of 12,000 is within what chance explains, 82% is not."""
+    """With 12,000 requests and a weight of 80%, a share of 80.2% is inside and 82% is outside."""
     shares = {"a": {"weight": 0.8, "share": 0.802}, "b": {"weight": 0.8, "share": 0.82}}
     assert [row.within for row in share_rows(shares, 12_000)] == [True, False]
 
 
 def test_drift_is_ordered_by_distance_over_threshold() -> None:
-    """The farthest beyond its own threshold comes first, at its farthest period; what is not measured is left out."""
+    """The largest drift comes first, in its worst period. Columns without a value are left out."""
     drift = {
         "calm": {"2016": {"value": 0.05, "upper_threshold": 0.1, "alert": False}},
         "moved": {
@@ -222,13 +223,13 @@ def test_drift_is_ordered_by_distance_over_threshold() -> None:
     ]
 
 
-def test_chart_of_nothing_is_nothing() -> None:
-    """A chart without a value would be axes around a void."""
-    assert dots([Dots(label="a", values=[None])], label="x", number=formats.score) == ""
+def test_chart_without_values_is_empty() -> None:
+    """Axes without points would be useless."""
+    assert dot_chart([Dots(label="a", values=[None])], label="x", number=formats.score) == ""
 
 
 @pytest.mark.parametrize(
-    ("shown", "expected"),
+    ("actual", "expected"),
     [
         (formats.seconds(4.25), "4.2 s"),
         (formats.seconds(59.6), "1 min 0 s"),
@@ -242,6 +243,6 @@ def test_chart_of_nothing_is_nothing() -> None:
         (formats.count(1200, "error"), "1,200 errors"),
     ],
 )
-def test_numbers_read_well(shown: str, expected: str) -> None:
-    """As a person would write them."""
-    assert shown == expected
+def test_numbers_are_formatted(actual: str, expected: str) -> None:
+    """For readers of the report."""
+    assert actual == expected

@@ -1,4 +1,4 @@
-"""The tabular network as it is served: in ONNX Runtime, in torch, and as int8."""
+"""Serving a tabular network: in ONNX Runtime, in torch, and quantised to int8."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
-from jobs.train.__main__ import precision_of
-from jobs.train.quantise import bounded_layers, cost, quantise
+from jobs.train.__main__ import requested_precision
+from jobs.train.quantise import bounded_layers, quantisation_cost, quantise
 from jobs.train.tabular_network.family import Parameters
 from tests.network import as_int8, rows, write_network
 
@@ -39,12 +39,14 @@ INPUTS = (
 BINARY = ModelSignature(task=Task.binary, inputs=INPUTS, label="y", classes=("no", "yes"))
 ABC = ModelSignature(task=Task.multiclass, inputs=INPUTS, label="y", classes=("a", "b", "c"))
 VALUE = ModelSignature(task=Task.regression, inputs=INPUTS, label="y")
-by_task = pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+by_task = pytest.mark.parametrize(
+    "signature", [BINARY, ABC, VALUE], ids=lambda signature: signature.task.value
+)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
-    """A float32 network of each task."""
+    """Folders with a float32 network of each task."""
     root = tmp_path_factory.mktemp("networks")
     for signature in (BINARY, ABC, VALUE):
         write_network(root / signature.task.value, signature)
@@ -53,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
 
 @pytest.fixture
 def quantised(folders: dict[Task, Path], tmp_path: Path) -> Path:
-    """The binary one as int8."""
+    """Folder with the binary network as int8."""
     for path in folders[Task.binary].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     quantise(tmp_path)
@@ -67,47 +69,49 @@ def torch_model(folder: Path, signature: ModelSignature) -> Model:
 
 
 @by_task
-def test_torch_scores_as_onnx_runtime_does(folders: dict[Task, Path], signature: ModelSignature) -> None:
-    """Missing values, unknown categories and the greatest numbers among them, for one row and for many."""
+def test_torch_and_onnx_runtime_give_the_same_scores(
+    folders: dict[Task, Path], signature: ModelSignature
+) -> None:
+    """For one row and for many, including missing values, unknown categories and extreme numbers."""
     matrix = rows(signature, 200)
     matrix[:4, 0] = [1e30, 3.4e38, -3.4e38, 1e19]
     onnx_model, network = open_model(folders[signature.task]), torch_model(folders[signature.task], signature)
     for part in (matrix, matrix[:1]):
-        ours, theirs = (one.predict_matrix(part).scores for one in (network, onnx_model))
-        assert np.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert np.ptp(ours := network.predict_matrix(matrix).scores) > 1e-3, ours
+        torch_scores, onnx_scores = (model.predict_matrix(part).scores for model in (network, onnx_model))
+        assert np.allclose(torch_scores, onnx_scores, atol=1e-5, rtol=1e-5)
+    assert np.ptp(scores := network.predict_matrix(matrix).scores) > 1e-3, scores
 
 
 @pytest.mark.parametrize(
     ("shape", "weights"), [(b"{}", None), (b"no json", None), (None, b"no weights"), (b'{"width": 3}', None)]
 )
-def test_files_that_make_no_network_are_refused(
+def test_invalid_network_files_are_refused(
     folders: dict[Task, Path], shape: bytes | None, weights: bytes | None
 ) -> None:
-    """In words, naming them; so are weights of another network."""
-    found = {name: (folders[Task.binary] / name).read_bytes() for name in (NETWORK_FILE, WEIGHTS_FILE)}
+    """The message names the files. Weights of another network are refused, too."""
+    files = {name: (folders[Task.binary] / name).read_bytes() for name in (NETWORK_FILE, WEIGHTS_FILE)}
     with pytest.raises(RefusedError, match=f"{NETWORK_FILE} and {WEIGHTS_FILE} are not a valid network"):
-        TorchEngine(shape or found[NETWORK_FILE], weights or found[WEIGHTS_FILE], hardware=Hardware())
-    wider = json.dumps(json.loads(found[NETWORK_FILE]) | {"width": 32}).encode()
+        TorchEngine(shape or files[NETWORK_FILE], weights or files[WEIGHTS_FILE], hardware=Hardware())
+    wider = json.dumps(json.loads(files[NETWORK_FILE]) | {"width": 32}).encode()
     with pytest.raises(RefusedError, match="are not a valid network"):
-        TorchEngine(wider, found[WEIGHTS_FILE], hardware=Hardware())
+        TorchEngine(wider, files[WEIGHTS_FILE], hardware=Hardware())
 
 
-def test_int8_scores_nearly_as_float32(folders: dict[Task, Path], quantised: Path) -> None:
-    """What it costs is measured on the same rows; the weights it was made from stay beside it."""
+def test_int8_scores_are_close_to_float32(folders: dict[Task, Path], quantised: Path) -> None:
+    """The cost is measured on the same rows. Quantising leaves no other files in the folder."""
     matrix = rows(BINARY, 500)
     before = open_model(folders[Task.binary]).predict_matrix(matrix)
     after = open_model(quantised).predict_matrix(matrix)
-    paid = cost(before, after, {"auc": 0.5})
-    assert 0 < paid["mean_score_difference"] <= paid["largest_score_difference"] < 0.02
-    assert paid["float32"] == {"auc": 0.5}
+    difference = quantisation_cost(before, after, {"auc": 0.5})
+    assert 0 < difference["mean_score_difference"] <= difference["largest_score_difference"] < 0.02
+    assert difference["float32"] == {"auc": 0.5}
     assert {path.name for path in quantised.iterdir()} == {
         path.name for path in folders[Task.binary].iterdir()
     }
 
 
-def test_a_row_takes_no_precision_from_those_beside_it(quantised: Path) -> None:
-    """Activations share a scale in a batch; the layer that sees the client's own numbers is not quantised."""
+def test_an_extreme_row_does_not_change_the_scores_of_its_batch(quantised: Path) -> None:
+    """The activations of a batch share one scale, but the layer that gets the client's numbers is not quantised."""
     model, matrix = open_model(quantised), rows(BINARY, 50)
     alone = model.predict_matrix(matrix).scores
     extreme = np.array([[1e30, 0, -1e30]], dtype=np.float32)
@@ -115,8 +119,8 @@ def test_a_row_takes_no_precision_from_those_beside_it(quantised: Path) -> None:
     assert np.abs(alone - beside).max() < 0.02
 
 
-def test_only_layers_behind_a_normalisation_are_quantised(folders: dict[Task, Path]) -> None:
-    """Both but the first, of depth two."""
+def test_only_layers_after_a_normalisation_are_quantised(folders: dict[Task, Path]) -> None:
+    """A network of depth two has three layers; the first is not quantised."""
     graph = onnx.load(folders[Task.binary] / ONNX_FILE)
     layers = [node.name for node in graph.graph.node if node.op_type == "Gemm"]
     assert len(layers) == 3
@@ -124,21 +128,20 @@ def test_only_layers_behind_a_normalisation_are_quantised(folders: dict[Task, Pa
 
 
 @pytest.mark.parametrize("registered", list(Precision))
-def test_a_graph_of_another_precision_than_registered_is_refused(
+def test_a_graph_whose_precision_is_not_the_registered_one_is_refused(
     folders: dict[Task, Path], quantised: Path, registered: Precision
 ) -> None:
-    """Either way round."""
+    """float32 registered as int8, and int8 registered as float32."""
     folder = folders[Task.binary] if registered is Precision.int8 else quantised
     data = (folder / ONNX_FILE).read_bytes()
     with pytest.raises(RefusedError, match=f"was registered as {registered.value}"):
         OnnxEngine(data, precision=registered)
 
 
-def test_an_int8_version_stays_what_it_was_judged_as(
+def test_an_int8_version_runs_on_the_cpu_even_with_a_gpu(
     quantised: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where there is a GPU too, which is not asked for anything, as a warning says; a signature that says nothing is
-    float32."""
+    """A warning says that the GPU is not used. A signature without a precision is float32."""
     gpu = Hardware(device=CUDA)
     matrix = rows(BINARY, 10)
     scores = open_model(quantised, hardware=gpu).predict_matrix(matrix).scores
@@ -150,13 +153,13 @@ def test_an_int8_version_stays_what_it_was_judged_as(
     assert parse_signature(json.dumps(older)) == BINARY
 
 
-def test_a_gpu_is_named_by_its_number() -> None:
-    """Torch shares out the memory of a numbered one only."""
+def test_the_cuda_device_has_an_index() -> None:
+    """Torch limits the memory only of a device with an index."""
     assert (torch.device(CUDA).type, torch.device(CUDA).index) == ("cuda", 0)
 
 
-def test_a_graph_runs_on_the_threads_it_is_given(folders: dict[Task, Path]) -> None:
-    """The caller's is one of them."""
+def test_a_graph_runs_on_the_configured_number_of_threads(folders: dict[Task, Path]) -> None:
+    """The caller's thread is one of them."""
     process = psutil.Process()
     before = process.num_threads()
     model = open_model(folders[Task.binary], hardware=Hardware(num_threads=4))
@@ -164,9 +167,9 @@ def test_a_graph_runs_on_the_threads_it_is_given(folders: dict[Task, Path]) -> N
     del model
 
 
-def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
-    """A family without a graph, and a graph whose layers are fed by anything."""
-    with pytest.raises(ConfigError, match="the family wrote none"):
+def test_a_model_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    """A family without a graph, and a graph without a layer after a normalisation."""
+    with pytest.raises(ConfigError, match="the family did not write it"):
         quantise(tmp_path)
     weights = helper.make_tensor("w", TensorProto.FLOAT, [3, 1], [1.0, 2.0, 3.0])
     value = helper.make_tensor_value_info
@@ -178,14 +181,14 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         [weights],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / ONNX_FILE)
-    with pytest.raises(ConfigError, match="that a LayerNormalization feeds"):
+    with pytest.raises(ConfigError, match="has no such layer"):
         quantise(tmp_path)
-    assert not list(tmp_path.glob("whole*"))
+    assert not list(tmp_path.glob("float32*"))
 
 
-def test_a_family_says_what_its_versions_are_registered_as() -> None:
-    """Float32 where it has no say; a word of its own for it is refused."""
-    assert precision_of(Parameters(precision=Precision.int8)) is Precision.int8
-    assert precision_of(object()) is Precision.float32
+def test_the_precision_to_register_comes_from_the_family() -> None:
+    """float32 if the family has no such parameter. A value of another type is refused."""
+    assert requested_precision(Parameters(precision=Precision.int8)) is Precision.int8
+    assert requested_precision(object()) is Precision.float32
     with pytest.raises(ConfigError, match="must be a"):
-        precision_of(type("Mine", (), {"precision": "int8"})())
+        requested_precision(type("OwnParameters", (), {"precision": "int8"})())

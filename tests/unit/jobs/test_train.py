@@ -1,4 +1,4 @@
-"""Training without a cluster: split, signature, target, metrics, and the network's export."""
+"""Training without a cluster: split, signature, target, metrics, and the export of the network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 from feature_jobs.store.types.dtypes import DTYPES
 from jobs.metrics import binary_metrics, roc_auc
-from jobs.train.__main__ import with_best
+from jobs.train.__main__ import model_with_best_parameters
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet, prepare, read_training_set
 from jobs.train.families import resolve_family
@@ -37,6 +37,7 @@ ROWS = 200
 
 
 def source(**columns: Any) -> TrainingSet:
+    """Return a training set without a manifest, with the given columns added or replaced."""
     base = {
         "person_id": list(range(ROWS)),
         "age": [float(n % 90) for n in range(ROWS)],
@@ -50,15 +51,15 @@ def config(**changes: Any) -> LearningConfig:
     return LearningConfig(**{"name": "m", "training_set": "t", "label": "y"} | changes)
 
 
-def test_held_out_people_are_never_fitted_on() -> None:
-    """id % 4 == 3; the three parts do not overlap and leave nothing out."""
+def test_held_out_rows_are_never_used_for_fitting() -> None:
+    """Rows with id % 4 == 3 are held out. The three parts do not overlap and cover all rows."""
     data = prepare(config(), source())
     assert np.array_equal(np.flatnonzero(data.held_out), np.arange(3, ROWS, 4))
     assert np.array_equal(data.fit.astype(int) + data.validation + data.held_out, np.ones(ROWS))
 
 
-def test_categories_come_from_the_rows_to_fit_on() -> None:
-    """A value that only held-out rows have is unknown to the model."""
+def test_categories_come_only_from_the_rows_to_fit_on() -> None:
+    """A value that occurs only in held-out rows is unknown to the model."""
     codes = ["rare" if n % 4 == 3 else "usual" for n in range(ROWS)]
     data = prepare(config(), source(code=codes))
     spec = next(spec for spec in data.signature.inputs if spec.name == "code")
@@ -67,7 +68,7 @@ def test_categories_come_from_the_rows_to_fit_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "columns", "said"),
+    ("changes", "columns", "message"),
     [
         ({"label": "z"}, {}, "no label 'z'"),
         ({}, {"y": [None] + [1] * (ROWS - 1)}, "missing in 1"),
@@ -79,27 +80,30 @@ def test_categories_come_from_the_rows_to_fit_on() -> None:
         ({"task": Task.regression}, {"y": ["a"] * ROWS}, "needs a number"),
     ],
 )
-def test_data_that_cannot_be_learned_from_is_named(
-    changes: dict[str, Any], columns: dict[str, Any], said: str
+def test_unusable_training_data_is_refused(
+    changes: dict[str, Any], columns: dict[str, Any], message: str
 ) -> None:
-    """Each says which column, and what to do."""
-    with pytest.raises(TrainingSetError, match=said):
+    """The message names the column and what to do."""
+    with pytest.raises(TrainingSetError, match=message):
         prepare(config(**changes), source(**columns))
 
 
-def listed(dtype: str, column: pa.Array) -> TrainingSet:
-    """A training set with a manifest, whose column `x` has a dtype."""
-    names = [("age", "float64"), ("x", dtype)]
-    columns = [{"name": name, "dtype": kind, "categorical": False} for name, kind in names]
+def source_with_column(dtype: str, column: pa.Array) -> TrainingSet:
+    """Return a training set with a manifest, which declares `dtype` for the column `x`."""
+    dtypes = [("age", "float64"), ("x", dtype)]
+    columns = [{"name": name, "dtype": declared, "categorical": False} for name, declared in dtypes]
     return TrainingSet(table=source(x=column).table, manifest={"columns": columns}, hash="h")
 
 
-def test_a_list_of_declared_length_is_that_many_inputs() -> None:
-    """Of a training set by its manifest, of a file of one's own by its type."""
+def test_a_list_of_fixed_length_becomes_one_input_per_position() -> None:
+    """The length comes from the manifest, or without one from the column type."""
     lists = pa.array([[float(n), None if n == 5 else 1.0] for n in range(ROWS)])
-    lists = pa.array([None if None in one else one for one in lists.to_pylist()], pa.list_(pa.float32()))
-    for one in (listed("list<float32, 2>", lists), source(x=lists.cast(pa.list_(pa.float32(), 2)))):
-        data = prepare(config(inputs=["age", "x"]), one)
+    lists = pa.array(
+        [None if None in values else values for values in lists.to_pylist()], pa.list_(pa.float32())
+    )
+    declared = source_with_column("list<float32, 2>", lists)
+    for training_set in (declared, source(x=lists.cast(pa.list_(pa.float32(), 2)))):
+        data = prepare(config(inputs=["age", "x"]), training_set)
         assert [(spec.name, spec.length) for spec in data.signature.inputs] == [("age", None), ("x", 2)]
         assert data.matrix[4].tolist() == [4.0, 4.0, 1.0]
         assert np.isnan(data.matrix[5]).tolist() == [False, True, True]
@@ -108,23 +112,23 @@ def test_a_list_of_declared_length_is_that_many_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value", "said"),
+    ("dtype", "value", "message"),
     [
-        ("list<float32>", [1.0], "'x' is list<float32>, lists of any length"),
+        ("list<float32>", [1.0], "'x' is list<float32>: lists of variable length"),
         ("list<string, 1>", ["a"], "'x' has type string"),
         ("bytes", b"a", "'x' has type binary"),
         ("date", date(2026, 1, 1), "'x' has type date32"),
         ("decimal(3, 1)", Decimal("1.5"), "'x' has type decimal128"),
     ],
 )
-def test_what_is_no_number_is_refused_by_name(dtype: str, value: Any, said: str) -> None:
-    """A decimal is no float until a transform says so."""
-    with pytest.raises(TrainingSetError, match=said):
-        prepare(config(), listed(dtype, pa.array([value] * ROWS, DTYPES[dtype])))
+def test_an_input_that_is_not_a_number_is_refused(dtype: str, value: Any, message: str) -> None:
+    """A decimal is not converted to float; a transform must do that."""
+    with pytest.raises(TrainingSetError, match=message):
+        prepare(config(), source_with_column(dtype, pa.array([value] * ROWS, DTYPES[dtype])))
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ({}, "model.family is missing"),
         ({"family": "forest"}, "Unknown model family 'forest'"),
@@ -134,14 +138,14 @@ def test_what_is_no_number_is_refused_by_name(dtype: str, value: Any, said: str)
         ({"family": "mine", "module": "json"}, "has no 'Parameters'"),
     ],
 )
-def test_a_family_that_does_not_fit_is_named(model: dict[str, Any], said: str) -> None:
-    """Unknown family, wrong parameter, a module without the protocol's names."""
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_family_is_refused(model: dict[str, Any], message: str) -> None:
+    """Unknown family, wrong parameter, or a module without the names of the protocol."""
+    with pytest.raises(ConfigError, match=message):
         resolve_family(model)
 
 
-def test_auc_is_that_of_scikit_learn_with_ties() -> None:
-    """Mid-ranks, against an independent implementation."""
+def test_auc_equals_scikit_learn_with_ties() -> None:
+    """Compared with an independent implementation; undefined with one class."""
     draw = np.random.default_rng(3)
     scores, target = draw.integers(0, 20, 500) / 20, draw.integers(0, 2, 500)
     assert roc_auc(scores, target) == pytest.approx(roc_auc_score(target, scores))
@@ -149,15 +153,17 @@ def test_auc_is_that_of_scikit_learn_with_ties() -> None:
 
 
 def test_a_calibrated_model_has_no_calibration_error() -> None:
-    """Ten rows at 0.3 of which three are positive."""
+    """Ten rows with probability 0.3, three of them positive."""
     metrics = binary_metrics(np.full(10, 0.3), np.array([1] * 3 + [0] * 7))
     assert metrics["ece"] == pytest.approx(0.0)
     assert metrics["accuracy"] == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(("task", "target"), [(Task.binary, 2), (Task.multiclass, 3), (Task.regression, 5)])
-def test_the_exported_graph_scores_as_the_network(tmp_path: Path, task: Task, target: int) -> None:
-    """With missing values and for any number of rows."""
+def test_the_exported_graph_gives_finite_scores_for_every_task(
+    tmp_path: Path, task: Task, target: int
+) -> None:
+    """Including rows with missing values. `export` itself compares the scores with those of the network."""
     values = [n % target for n in range(ROWS)]
     data = prepare(
         config(task=task), source(y=values, age=[None if n % 7 == 0 else float(n) for n in range(ROWS)])
@@ -176,41 +182,41 @@ def test_the_exported_graph_scores_as_the_network(tmp_path: Path, task: Task, ta
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.safetensors", "network.json"}
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    """One peak, at the end of the warm-up."""
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    """The peak is at the end of the warm-up."""
     rates = [learning_rate(0.01, step / 100) for step in range(101)]
     assert max(rates) == pytest.approx(0.01)
     assert rates.index(max(rates)) == 10
     assert rates[-1] == pytest.approx(0.0)
 
 
-def test_without_a_manifest_keys_and_times_are_no_inputs() -> None:
-    """Whatever the split goes by, an identifier is nothing to learn from."""
+def test_without_a_manifest_identifiers_are_not_inputs() -> None:
+    """Regardless of the split column."""
     data = prepare(config(split=SplitConfig(column=None)), source(customer_id=list(range(ROWS))))
     assert data.signature.columns == ["age", "code"]
 
 
-def test_the_label_is_no_input() -> None:
-    """A model that reads its own answer would look perfect."""
+def test_the_label_as_input_is_refused() -> None:
+    """A model that gets its own label as input would look perfect."""
     with pytest.raises(TrainingSetError, match="among the inputs"):
         prepare(config(inputs=["age", "y"]), source())
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("manifest", "message"),
     [
-        ("{not json", "no training set's manifest"),
-        ("[]", "no training set's manifest"),
+        ("{not json", "not the manifest of a training set"),
+        ("[]", "not the manifest of a training set"),
         ('{"rows": 999, "columns": []}', "describes 999 rows"),
         (f'{{"rows": {ROWS}, "columns": [{{"name": "income"}}]}}', "no column 'income'"),
     ],
 )
-def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, said: str) -> None:
-    """Lineage must not point to rows that the model never saw."""
+def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, message: str) -> None:
+    """Lineage must not refer to rows that were not used in training."""
     pq.write_table(source().table, tmp_path / "t.parquet")
     (tmp_path / "t.manifest.json").write_text(manifest)
     files = ProtectedFiles(Keyring.create(tmp_path / "keyring.json", b"k" * 32))
-    with pytest.raises(TrainingSetError, match=said):
+    with pytest.raises(TrainingSetError, match=message):
         read_training_set(
             str(tmp_path / "t.parquet"),
             files,
@@ -220,15 +226,15 @@ def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, sa
 
 
 @pytest.mark.parametrize("content", ["{nope", "[]", "{}", '{"best": 3}'])
-def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, content: str) -> None:
-    """With one line, not a traceback."""
+def test_params_from_without_best_parameters_is_refused(tmp_path: Path, content: str) -> None:
+    """The error is a refusal in one line, not a traceback."""
     (tmp_path / "s.json").write_text(content)
-    wanted = TrainConfig(name="m", training_set="t", label="y", params_from=str(tmp_path / "s.json"))
+    settings = TrainConfig(name="m", training_set="t", label="y", params_from=str(tmp_path / "s.json"))
     with pytest.raises(ConfigError, match="output of a sweep"):
-        with_best(wanted)
+        model_with_best_parameters(settings)
 
 
-def test_a_split_that_makes_no_sense_is_refused() -> None:
-    """Before anything is read."""
+def test_an_impossible_split_is_refused() -> None:
+    """When the configuration is loaded, before data is read."""
     with pytest.raises(ValueError, match="remainder"):
         SplitConfig(modulo=4, remainder=4)

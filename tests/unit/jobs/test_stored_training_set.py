@@ -1,4 +1,4 @@
-"""Training sets below the storage root: what was built, or a refusal."""
+"""Training sets below the storage root: only unchanged ones are read."""
 
 from __future__ import annotations
 
@@ -34,87 +34,87 @@ def access() -> Iterator[KeyAccess]:
 
 @pytest.fixture
 def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
-    """With a training set in its storage root, `kept.parquet`."""
+    """A project with the training set `stored.parquet` in its storage root."""
     project = FeatureProject(tmp_path / "root", access)
     project.ingest(0)
-    project.build("root/kept")
+    project.build("root/stored")
     yield project
     project.close()
 
 
 def read(project: FeatureProject, path: Path | None = None) -> TrainingSet:
     return read_training_set(
-        str(path or project.root / "kept.parquet"),
+        str(path or project.root / "stored.parquet"),
         protected_files(project.access),
         places=Layout(str(project.root)),
         ledger=project.ledger,
     )
 
 
-def rewritten(project: FeatureProject, table: pa.Table, place: str | None) -> None:
-    """Written by somebody with the keys."""
+def rewrite(project: FeatureProject, table: pa.Table, place: str | None) -> None:
+    """Replace the rows of the training set, with the right keys. `place` is the path that the file is bound to."""
     spec = service_spec(project.ledger, "credit")
-    path = str(project.root / "kept.parquet")
+    path = str(project.root / "stored.parquet")
     protected_files(project.access).write(table, path, training_set_protection(spec), place=place)
 
 
-def restate(project: FeatureProject, **changes: Any) -> None:
-    path = project.root / "kept.manifest.json"
+def change_manifest(project: FeatureProject, **changes: Any) -> None:
+    path = project.root / "stored.manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_was_built_is_read(project: FeatureProject) -> None:
-    """With its hash, for the lineage."""
+def test_a_training_set_that_was_built_is_read(project: FeatureProject) -> None:
+    """Its hash is the manifest's row hash."""
     source = read(project)
     assert row_hash(source.table) == source.hash == source.manifest["row_hash"]
 
 
-def test_plain_parquet_in_its_place_is_refused(project: FeatureProject) -> None:
-    """Who writes to the disk but has no keys teaches no model; not with a manifest of his own either."""
+def test_an_unencrypted_file_is_refused(project: FeatureProject) -> None:
+    """Write access to the disk without keys is not enough to change what a model learns, even without a manifest."""
     table = read(project).table
-    pq.write_table(table, project.root / "kept.parquet")
+    pq.write_table(table, project.root / "stored.parquet")
     with pytest.raises(TrainingSetError, match="signed by no key"):
         read(project)
-    (project.root / "kept.manifest.json").unlink()
+    (project.root / "stored.manifest.json").unlink()
     with pytest.raises(TrainingSetError, match="without a manifest"):
         read(project)
 
 
-def test_other_rows_are_refused_whatever_key_they_are_under(project: FeatureProject) -> None:
-    """The ledger has their hash, and no manifest can say another."""
+def test_changed_rows_are_refused_even_with_the_right_keys(project: FeatureProject) -> None:
+    """The ledger has the hash of the rows. A manifest with another hash is refused, too."""
     table = read(project).table
-    rewritten(project, table.slice(0, table.num_rows - 1), "kept.parquet")
+    rewrite(project, table.slice(0, table.num_rows - 1), "stored.parquet")
     with pytest.raises(TrainingSetError, match="not those that were built"):
         read(project)
-    restate(project, row_hash=row_hash(table.slice(0, table.num_rows - 1)), rows=table.num_rows - 1)
+    change_manifest(project, row_hash=row_hash(table.slice(0, table.num_rows - 1)), rows=table.num_rows - 1)
     with pytest.raises(TrainingSetError, match="ledger has no training set"):
         read(project)
 
 
-def test_another_training_set_in_its_place_is_refused(project: FeatureProject) -> None:
-    """With its manifest, also of the same service."""
+def test_a_training_set_moved_to_another_path_is_refused(project: FeatureProject) -> None:
+    """Even with its manifest, and of the same service."""
     project.ingest(1)
     project.build("root/newer")
     for end in ("parquet", "manifest.json"):
-        shutil.copy(project.root / f"newer.{end}", project.root / f"kept.{end}")
+        shutil.copy(project.root / f"newer.{end}", project.root / f"stored.{end}")
     with pytest.raises(TrainingSetError, match=r"belongs at 'newer\.parquet'"):
         read(project)
 
 
-def test_one_of_an_earlier_release_is_read_by_its_rows(project: FeatureProject) -> None:
-    """It says nothing of its place."""
+def test_a_file_of_an_older_release_without_a_path_is_read(project: FeatureProject) -> None:
+    """Such a file is not bound to a path; its rows are still compared with the ledger."""
     table = read(project).table
-    rewritten(project, table, None)
+    rewrite(project, table, None)
     assert row_hash(read(project).table) == row_hash(table)
 
 
-def test_outside_the_storage_root_a_file_is_its_owners(project: FeatureProject) -> None:
-    """Without a manifest as it is; with one, it has to be what that describes."""
+def test_a_file_outside_the_storage_root_is_only_compared_with_its_manifest(project: FeatureProject) -> None:
+    """Without a manifest it is read as it is; with a manifest its rows must match."""
     project.build("taken")
     path = project.root.parent / "taken.parquet"
     table = read(project, path).table
     pq.write_table(table.take(list(reversed(range(table.num_rows)))), path)
-    with pytest.raises(TrainingSetError, match="describes other rows"):
+    with pytest.raises(TrainingSetError, match="does not describe the rows"):
         read(project, path)
     (project.root.parent / "taken.manifest.json").unlink()
     assert read(project, path).table.num_rows == table.num_rows

@@ -1,0 +1,197 @@
+"""Estimated and realised performance of the served rows.
+
+CBPE estimates performance from calibrated probabilities, so it cannot see concept drift. Realised performance can, once
+outcomes are known. Both are reported side by side; neither replaces the other. DLE estimates the error of a regression.
+Thresholds are three standard deviations around the mean of the reference's chunks. Intervals are three sampling errors
+to each side. Both are NannyML's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cluster.runtime import Task
+from jobs.monitor.frames import PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames
+from jobs.monitor.measures import Figure, undefined_figure, without_threshold
+from jobs.monitor.nannyml_api import (
+    CHUNK_PERIOD,
+    REFERENCE_FAILED,
+    chunk_days,
+    import_nannyml,
+    measure_chunks,
+    try_step,
+)
+
+NANNYML_METRICS = {Task.binary: "roc_auc", Task.multiclass: "roc_auc", Task.regression: "rmse"}
+"""NannyML's name of each task's metric."""
+METRIC_NAMES = {Task.binary: "auc", Task.multiclass: "auc", Task.regression: "rmse"}
+"""Our name of each task's metric."""
+MIN_OF_CLASS = 2
+"""Smallest number of reference rows of each class; NannyML needs them to split the reference for calibration."""
+
+_NO_SCORED_ROW = "the reference has no scored row with a label"
+
+
+def estimate_performance(frames: Frames) -> Figure:
+    """Estimate performance in each served chunk. Needs a reference with all classes, but no outcomes."""
+    reference = scored_reference(frames)
+    if fault := _estimate_fault(frames, reference):
+        return undefined_figure(frames.chunks, fault)
+    nannyml, metric = import_nannyml(), NANNYML_METRICS[frames.task]
+    match frames.task:
+        case Task.binary | Task.multiclass:
+            estimator = nannyml.CBPE(**_problem(frames), metrics=[metric], chunk_period=CHUNK_PERIOD)
+        case Task.regression:
+            estimator = nannyml.DLE(
+                feature_column_names=frames.continuous + frames.categorical,
+                y_pred=PREDICTED,
+                y_true=TRUTH,
+                timestamp_column_name=TIME,
+                metrics=[metric],
+                chunk_period=CHUNK_PERIOD,
+            )
+    served = frames.served.drop(columns=TRUTH)
+    fitted = try_step(lambda: estimator.fit(reference), "the estimator cannot be fitted to the reference")
+    if fitted.fault:
+        return undefined_figure(frames.chunks, fitted.fault)
+    return measure_chunks(frames, metric, lambda day: estimator.estimate(served[served[TIME] == day]))
+
+
+def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
+    """Measure performance in each served chunk that has enough outcomes, over the rows with an outcome."""
+    known = frames.served.dropna(subset=[TRUTH])
+    reasons = {
+        chunk: reason
+        for chunk, day in chunk_days(frames)
+        if (reason := _outcome_fault(frames, known[known[TIME] == day], min_outcomes))
+    }
+    if len(reasons) == len(frames.chunks):
+        return Figure(reasons=reasons)
+    reference = scored_reference(frames)
+    fault = frames.reference_fault or _class_fault(frames, reference, least=1)
+    if frames.reference_fault or reference.empty:
+        return _without_reference(frames, known, reasons, fault or _NO_SCORED_ROW)
+    metric = NANNYML_METRICS[frames.task]
+    calculator = import_nannyml().PerformanceCalculator(
+        **_problem(frames), metrics=[metric], chunk_period=CHUNK_PERIOD
+    )
+    fitted = try_step(lambda: calculator.fit(reference), REFERENCE_FAILED)
+    if fitted.fault:
+        return _without_reference(frames, known, reasons, fitted.fault)
+    rows = known.astype({TRUTH: reference[TRUTH].dtype})
+    figure = measure_chunks(
+        frames, metric, lambda day: calculator.calculate(rows[rows[TIME] == day]), skipped=reasons
+    )
+    if not fault:
+        return figure
+    # A reference without one class gives no valid threshold.
+    measures = {chunk: without_threshold(measure.value) for chunk, measure in figure.measures.items()}
+    return Figure(
+        measures=measures, reasons=figure.reasons | dict.fromkeys(measures, f"no threshold: {fault}")
+    )
+
+
+def scored_reference(frames: Frames) -> pd.DataFrame:
+    """Return the reference rows with a label and a finite score; served performance is compared with these."""
+    if frames.reference_fault:
+        return frames.reference.head(0)
+    scores = [SCORE] if frames.task is Task.binary else [PREDICTED]
+    if frames.task is Task.multiclass:
+        scores = _probability_columns(frames.reference)
+    finite = np.isfinite(frames.reference[scores].to_numpy(dtype=float)).all(axis=1)
+    rows = frames.reference[finite & frames.reference[TRUTH].notna().to_numpy()]
+    return rows if frames.task is Task.multiclass else rows.astype({TRUTH: float})
+
+
+def _estimate_fault(frames: Frames, reference: pd.DataFrame) -> str:
+    """Return why performance cannot be estimated; empty if it can be tried."""
+    if frames.reference_fault:
+        return frames.reference_fault
+    if reference.empty:
+        return _NO_SCORED_ROW
+    if frames.task is Task.regression and not frames.continuous + frames.categorical:
+        return "no input can be measured"
+    return _class_fault(frames, reference, least=MIN_OF_CLASS)
+
+
+def _class_fault(frames: Frames, reference: pd.DataFrame, *, least: int) -> str:
+    """Return which class has fewer than `least` reference rows; empty if no class has."""
+    if frames.task is Task.regression or reference.empty:
+        return ""
+    counts = reference[TRUTH].value_counts()
+    if frames.task is Task.binary:
+        rows = {
+            f"{name} class": int(counts.get(code, 0)) for name, code in (("negative", 0), ("positive", 1))
+        }
+    else:
+        names = [name.removeprefix(PROBABILITY) for name in _probability_columns(frames.reference)]
+        rows = {f"class '{name}'": int(counts.get(name, 0)) for name in names}
+    too_few = [
+        f"{count or 'no'} row{'s' * (count != 1)} of {name}" for name, count in rows.items() if count < least
+    ]
+    return f"the reference has {too_few[0]}" if too_few else ""
+
+
+def _outcome_fault(frames: Frames, known: pd.DataFrame, min_outcomes: int) -> str:
+    """Return why a chunk's outcomes give no performance; empty if they do. `known` has the rows with an outcome."""
+    if len(known) < min_outcomes:
+        return f"too few outcomes: {len(known)} of {min_outcomes}"
+    if frames.task is Task.regression:
+        return ""
+    num_classes = known[TRUTH].nunique()
+    if num_classes == 1:
+        return "undefined: one class in this chunk"
+    expected = 2 if frames.task is Task.binary else len(_probability_columns(frames.served))
+    return "" if num_classes == expected else f"undefined: {num_classes} of {expected} classes in this chunk"
+
+
+def _without_reference(frames: Frames, known: pd.DataFrame, reasons: dict[str, str], fault: str) -> Figure:
+    """Measure performance without thresholds.
+
+    Args:
+        frames: The frames.
+        known: Served rows with an outcome.
+        reasons: Chunks that have no performance, with the reason.
+        fault: Reason why there is no threshold.
+    """
+    measures = {
+        chunk: without_threshold(_score(frames, known[known[TIME] == day]))
+        for chunk, day in chunk_days(frames)
+        if chunk not in reasons
+    }
+    return Figure(measures=measures, reasons=reasons | dict.fromkeys(measures, f"no threshold: {fault}"))
+
+
+def _score(frames: Frames, rows: pd.DataFrame) -> float:
+    """Compute the metric without NannyML, which cannot do so without a reference."""
+    from sklearn.metrics import mean_squared_error, roc_auc_score
+
+    match frames.task:
+        case Task.binary:
+            return float(roc_auc_score(rows[TRUTH].astype(float), rows[SCORE]))
+        case Task.multiclass:
+            columns = sorted(_probability_columns(rows))
+            names = [name.removeprefix(PROBABILITY) for name in columns]
+            return float(roc_auc_score(rows[TRUTH], rows[columns], multi_class="ovr", labels=names))
+        case Task.regression:
+            return float(mean_squared_error(rows[TRUTH], rows[PREDICTED]) ** 0.5)
+
+
+def _probability_columns(frame: pd.DataFrame) -> list[str]:
+    return [str(name) for name in frame.columns if str(name).startswith(PROBABILITY)]
+
+
+def _problem(frames: Frames) -> dict[str, Any]:
+    """Return the arguments that tell NannyML the task and the columns."""
+    common = {"y_true": TRUTH, "y_pred": PREDICTED, "timestamp_column_name": TIME}
+    match frames.task:
+        case Task.binary:
+            return common | {"problem_type": "classification_binary", "y_pred_proba": SCORE}
+        case Task.multiclass:
+            scores = {name.removeprefix(PROBABILITY): name for name in _probability_columns(frames.reference)}
+            return common | {"problem_type": "classification_multiclass", "y_pred_proba": scores}
+        case Task.regression:
+            return common | {"problem_type": "regression"}

@@ -1,0 +1,111 @@
+"""Output of the monitoring job: printed lines, and the content of its output file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.monitor.logged import ServedVersion
+
+ALERT_TEXTS = {
+    "drift": "drifted",
+    "missing": "has an unusual share of nulls",
+    "unseen": "has values that the model does not know",
+}
+
+
+class Output:
+    """Content of the output file: all figures by variant and version."""
+
+    def __init__(self) -> None:
+        self._variants: dict[str, dict[str, Any]] = {}
+        self._details: dict[str, dict[str, Any]] = {}
+
+    def add(self, served: ServedVersion, figures: dict[str, Any]) -> None:
+        """Add the figures of one version."""
+        version = str(served.version.version)
+        self._variants.setdefault(served.variant, {})[version] = figures["periods"]
+        self._details.setdefault(served.variant, {})[version] = figures
+
+    def content(self) -> dict[str, Any]:
+        """Return the JSON content: `variants` with the periods by variant and version, `details` with all figures."""
+        return {"variants": self._variants, "details": self._details}
+
+
+def alerting_chunks(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """Return, for each column with an alert, the chunks in which its value is beyond its threshold."""
+    alerts = {
+        column: [chunk for chunk, measure in by_chunk.items() if measure["alert"]]
+        for column, by_chunk in figures.items()
+    }
+    return {column: chunks for column, chunks in alerts.items() if chunks}
+
+
+def describe(name: str, figures: dict[str, Any]) -> list[str]:
+    """Describe a version's figures in lines of text.
+
+    The order is: performance, alerts, undefined figures with their reason, and counts of what is in no figure.
+    """
+    return [
+        f"{name}: {line}"
+        for line in (
+            _performance_line(figures),
+            *_performance_alerts(figures),
+            *_column_alerts(figures),
+            *_undefined_lines(figures["undefined"]),
+            *_excluded_lines(figures["left_out"]),
+        )
+    ]
+
+
+def _performance_line(figures: dict[str, Any]) -> str:
+    if figures["status"] != "measured":
+        return str(figures["status"])
+    metric = figures["metric"]
+    values = [
+        f"{chunk} {_value_text(period[f'estimated_{metric}'])} / {_value_text(period[f'realised_{metric}'])}"
+        for chunk, period in figures["periods"].items()
+    ]
+    return f"{metric} estimated / realised: {', '.join(values)}"
+
+
+def _performance_alerts(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for figure in ("estimate", "realisation"):
+        chunks = [
+            chunk
+            for chunk, period in figures["periods"].items()
+            if period[figure] and period[figure]["alert"]
+        ]
+        if chunks:
+            lines.append(f"ALERT {figure} of {figures['metric']} beyond its threshold: {', '.join(chunks)}")
+    return lines
+
+
+def _column_alerts(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind, text in ALERT_TEXTS.items():
+        for column, chunks in alerting_chunks(figures[kind]).items():
+            values = [f"{chunk} {figures[kind][column][chunk]['value']:.3f}" for chunk in chunks]
+            lines.append(f"ALERT {column} {text}: {', '.join(values)}")
+    return lines
+
+
+def _undefined_lines(undefined: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return one line for each figure and reason, with the chunks of that reason."""
+    lines = []
+    for figure, by_chunk in undefined.items():
+        chunks_by_reason: dict[str, list[str]] = {}
+        for chunk, reason in by_chunk.items():
+            chunks_by_reason.setdefault(reason, []).append(chunk)
+        lines += [f"{figure} {', '.join(chunks)}: {reason}" for reason, chunks in chunks_by_reason.items()]
+    return lines
+
+
+def _excluded_lines(left_out: Mapping[str, int]) -> list[str]:
+    counts = [f"{name.replace('_', ' ')} {count}" for name, count in left_out.items() if count]
+    return [f"in no figure: {', '.join(counts)}"] if counts else []
+
+
+def _value_text(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

@@ -1,0 +1,37 @@
+"""The demo client's access to the edge: address, CA certificate and a token, as any application has."""
+
+from __future__ import annotations
+
+import ssl
+from typing import NamedTuple
+
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
+from cluster.session import require_record
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
+
+TOKEN_TTL_S = 900
+
+
+class EdgeAccess(NamedTuple):
+    """Everything that a client needs to send requests to the edge."""
+
+    url: str
+    ssl_context: ssl.SSLContext
+    """Trusts the installation's CA."""
+    headers: dict[str, str]
+    """Authorization header with the client's token."""
+
+
+def edge_access(config: PlatformConfig, *, purpose: str) -> EdgeAccess:
+    """Mint a token for the demo client and return its access to the edge.
+
+    Raises:
+        ClusterNotRunning: No cluster is up.
+    """
+    record = require_record(config)
+    places = layout(config.storage)
+    context = ssl.create_default_context(cafile=f"{places.tls}/ca.pem")
+    token = mint_token(places, subject="demo-app", role=Role.service, purpose=purpose, ttl_s=TOKEN_TTL_S)
+    return EdgeAccess(record.edge_url, context, {"Authorization": f"Bearer {token}"})

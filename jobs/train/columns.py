@@ -1,0 +1,17 @@
+"""Arrow types of training set columns."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+
+def value_type(column: pa.ChunkedArray) -> pa.DataType:
+    """Return the type of a column's values; for a dictionary-encoded column, the type of the decoded values."""
+    return column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's string types."""
+    return bool(
+        pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
+    )
