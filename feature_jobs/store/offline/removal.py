@@ -167,7 +167,7 @@ def _files_on_disk(pinned: Snapshot) -> Iterator[str]:
 
 
 def _ever_added(uri: str) -> set[str]:
-    """Return the files of all versions. They are read from the log, because Delta forgets removed files after a time."""
+    """Return the files of all versions, from the log itself, because Delta forgets removed files after a time."""
     actions = [
         json.loads(line)
         for name in list_files(f"{uri}/_delta_log", ".json")

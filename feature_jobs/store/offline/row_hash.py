@@ -37,7 +37,9 @@ def _hash(table: pa.Table, *, lists_as_text: bool) -> str:
     for column in columns:
         valid = numpy_of(column.is_valid())
         digest.update(np.packbits(valid).tobytes())
-        for part in _list_bytes(column) if _is_list(column.type) and not lists_as_text else _value_bytes(column):
+        for part in (
+            _list_bytes(column) if _is_list(column.type) and not lists_as_text else _value_bytes(column)
+        ):
             digest.update(part)
     return digest.hexdigest()
 
@@ -52,7 +54,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _is_list(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype))
+    return bool(
+        pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+    )
 
 
 def _type_name(dtype: pa.DataType) -> str:

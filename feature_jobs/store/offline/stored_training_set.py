@@ -38,7 +38,7 @@ def read_kept(
     """
     if not exists(manifest_uri):
         raise TrainingSetError(
-            f"{uri} is below the storage root but has no manifest, so its origin is unknown. Build the training set "
+            f"{uri} is below the storage root without a manifest, so its origin is unknown. Build the training set "
             "with `python -m feature_jobs.training_set`, or move your own file out of the storage root."
         )
     manifest = read_manifest(manifest_uri)
@@ -49,7 +49,7 @@ def read_kept(
     )
     if not has_row_hash(table, manifest.row_hash):
         raise TrainingSetError(
-            f"The rows of {uri} were changed: their hash differs from the ledger's. Restore the file from a backup, or "
-            "build it again with `python -m feature_jobs.training_set manifest=…`."
+            f"The rows of {uri} are not those that were built: their hash differs from the ledger's. Restore the file "
+            "from a backup, or build it again with `python -m feature_jobs.training_set manifest=…`."
         )
     return table

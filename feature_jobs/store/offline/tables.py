@@ -86,7 +86,7 @@ class Snapshot:
         return sum(file.rows for file in self.files)
 
     def is_ordered(self, bucket: int) -> bool:
-        """Return whether a bucket has at most one file, so that its rows are sorted by (available, event, created, seq)."""
+        """Return whether a bucket has at most one file, so that its rows are in order of availability."""
         return sum(file.bucket == bucket for file in self.files) <= 1
 
     def read(self, bucket: int, columns: Sequence[str], *, sequence: bool = True) -> pl.DataFrame:
@@ -316,7 +316,7 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
 
 
 def batch_sequence(uri: str, ingest_id: str) -> range | None:
-    """Return the `ingest_seq` of a batch's rows in source order, with the quarantined rows; None without such a batch."""
+    """Return the `ingest_seq` of all rows of a batch, in source order and with the quarantined ones; None if unknown."""
     found = find_batch(DeltaTable(uri), ingest_id)
     if found is None:
         return None

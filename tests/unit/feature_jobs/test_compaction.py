@@ -153,7 +153,7 @@ def test_killed_before_the_commit_it_leaves_the_table_as_it_was(
     """Written files that nothing refers to; the next run does all of it."""
     expected = joined(pinned(uri, access))
     table = pinned(uri, access)
-    monkeypatch.setattr(compaction, "change_over", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(compaction, "replace_files", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         rewrite(table, as_target(table), fragmented(table))
     monkeypatch.undo()

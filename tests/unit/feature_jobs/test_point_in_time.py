@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.offline.point_in_time import answer, join, latest
+from feature_jobs.store.offline.point_in_time import answer, latest
 from tests.pit_oracle import START, TIME, connect, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}
@@ -79,7 +79,7 @@ def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetim
         .unique(maintain_order=True)
         .with_columns(pl.lit(as_of).cast(TIME).alias("event_timestamp"))
     )
-    joined = join(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None)
+    joined = answer(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
@@ -105,7 +105,8 @@ def ask(features: pl.DataFrame, *asked: int, ttl: timedelta | None = None) -> li
     """The amounts known at some hours."""
     data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    return join(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)["amount"].to_list()
+    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
+    return joined.columns["amount"].to_list()
 
 
 def test_late_event_never_overwrites_newer_value() -> None:

@@ -105,7 +105,7 @@ def test_a_bucket_of_which_nothing_is_left_is_empty(project: FeatureProject) -> 
     assert project.newest().rows == PEOPLE
 
 
-@pytest.mark.parametrize("step", ["_mark", "_say", "change_over"])
+@pytest.mark.parametrize("step", ["_record_lost_training_sets", "_record_removals", "replace_files"])
 def test_killed_anywhere_the_next_run_does_the_rest(
     project: FeatureProject, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
