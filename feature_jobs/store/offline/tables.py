@@ -316,7 +316,7 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
 
 
 def batch_sequence(uri: str, ingest_id: str) -> range | None:
-    """Return the `ingest_seq` of all rows of a batch, in source order and with the quarantined ones; None if unknown."""
+    """Return the `ingest_seq` of all rows of a batch in source order, quarantined ones included; None if unknown."""
     found = find_batch(DeltaTable(uri), ingest_id)
     if found is None:
         return None

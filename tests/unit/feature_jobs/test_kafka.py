@@ -255,7 +255,7 @@ def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_pa
     given = properties(Reading(source=source, properties_file=file))
     assert (given["sasl.mechanism"], given["enable.auto.commit"]) == ("PLAIN", False)
     file.write_text("nonsense\n")
-    with pytest.raises(ConfigError, match="line 1 is no name=value"):
+    with pytest.raises(ConfigError, match="line 1 is not name=value"):
         properties(Reading(source=source, properties_file=file))
 
 

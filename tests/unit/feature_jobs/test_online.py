@@ -130,7 +130,7 @@ def test_a_reader_follows_the_types_of_keys_when_the_table_decides_them(store: O
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[other]), store)
     with pytest.raises(InvalidRequest, match="must be a whole number"):
         reader.read([{"person_id": "a"}], hour(5))
-    store.hold_key_types("person2", {"person_id": "string"})
+    store.set_key_types("person2", {"person_id": "string"})
     assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [None]
     store.put(other, {"person_id": "string"}, [row("a", 2.0)])
     assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [2.0]

@@ -84,7 +84,7 @@ def test_rows_of_an_older_release_are_refused_until_they_are_materialised_again(
     assert lying is not None
     stamp, content = lying[:STAMP_BYTES], msgpack.unpackb(lying[STAMP_BYTES:])
     assert content.pop("format") == 2
-    store.engine.change("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
+    store.engine.set_meta("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
     store.close()
 
     store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)

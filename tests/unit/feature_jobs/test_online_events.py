@@ -22,11 +22,11 @@ from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.online.engine import Write
-from feature_jobs.store.online.events import merge_of, put_online, settle_online
+from feature_jobs.store.online.events import merge_of, put_online, assign_sequence_online
 from feature_jobs.store.online.reader import FeatureReader, open_online
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import states, stored_view
+from feature_jobs.store.online.windows import entity_states, stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
 from tests.unit.feature_jobs.test_online_windows import (
@@ -121,7 +121,7 @@ class Pipeline:
         numbers = list(range(self.settled, self.streamed))
         rows = [self.pushed[n] for n in numbers]
         known = self.numbered(rows, [PROVISIONAL + n for n in numbers])
-        settle_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
+        assign_sequence_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
         self.settled = self.streamed
 
     def kafka(self, count: int) -> None:
@@ -136,7 +136,7 @@ class Pipeline:
         known = self.numbered(self.table, list(range(len(self.table))))
 
         def slow() -> Iterator[OnlineRow]:
-            yield from states(known, list(KEYS), SPEC, AS_OF)
+            yield from entity_states(known, list(KEYS), SPEC, AS_OF)
             inside()
 
         self.store.replace(stored_view(VIEW), TYPES, slow(), horizon=horizon, merge=merge_of(VIEW))

@@ -115,7 +115,7 @@ def test_a_reader_whose_file_is_taken_away_reads_the_next_one(store: OnlineStore
     """It asks for the meta, and by the time it opens the file another materialisation has switched."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     reader = OnlineStore(store.engine, store._keys)
-    opened = reader._opened(VIEW)
+    opened = reader._generation(VIEW)
     store.replace(VIEW, KEY_TYPES, rows(2))
     assert opened is not None
     assert store.engine.rows("v", opened.stamp, [bytes(16)]) is None
@@ -135,12 +135,12 @@ def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
     store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica has the deleted file open: it gives those rows until there are others, and takes none."""
-    monkeypatch.setattr(online_lmdb, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(online_lmdb, "CHECK_FILE_S", 0.0)
     store.replace(VIEW, KEY_TYPES, rows(1))
     assert amounts(store) == [1.0] * len(PEOPLE)
     shutil.rmtree(tmp_path / "online")
     assert amounts(store) == [1.0] * len(PEOPLE)
-    with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was there and is not: .* view=all"):
+    with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was deleted, .* view=all"):
         store.put(VIEW, KEY_TYPES, list(rows(2)))
 
     config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))

@@ -27,7 +27,7 @@ from feature_jobs.store.online.engine import Rows
 from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
 from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
-from feature_jobs.store.online.store import Found, OnlineStore
+from feature_jobs.store.online.store import FoundRow, OnlineStore
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.ports import free_port
 from tests.redis_server import running_redis
@@ -85,7 +85,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
     opened.close()
 
 
-def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[Found | None]:
+def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[FoundRow | None]:
     """What the store says of each person, values as a list."""
     found = store.get(view, PERSONS)
     return [None if one is None else (*one[:3], list(one[3])) for one in found]
@@ -230,7 +230,7 @@ def test_of_two_materialisations_at_once_one_is_refused(store: OnlineStore) -> N
         yield row(1, 1, 2.0)
         store.replace(VIEW, KEY_TYPES, [row(1, 1, 3.0)])
 
-    with pytest.raises(SourceError, match="materialised by another job meanwhile"):
+    with pytest.raises(SourceError, match="materialised by another job at the same time"):
         store.replace(VIEW, KEY_TYPES, slow())
     assert amounts(store) == [3.0, None, None]
 
@@ -253,9 +253,9 @@ def test_pushed_row_gets_its_number_if_it_is_still_the_greatest(store: OnlineSto
     store.put(VIEW, KEY_TYPES, [first, second])
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 9.0, seq=10**12)]) == 0
     store.put(VIEW, KEY_TYPES, [row(2, 6, 7.0, seq=3)])
-    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 1
+    assert store.assign_sequence(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 1
     assert amounts(store) == [1.0, 7.0, None]
-    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 0
+    assert store.assign_sequence(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 0
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 2.0, seq=21)]) == 1
 
 

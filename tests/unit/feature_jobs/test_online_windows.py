@@ -19,7 +19,7 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, Vi
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online
-from feature_jobs.store.online.windows import states, stored_view
+from feature_jobs.store.online.windows import entity_states, stored_view
 from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
 
 CLASSES = {"amount": "personal", "sector": "public"}
@@ -86,7 +86,7 @@ def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
 @given(frame=event_frames())
 def test_online_is_offline_with_what_was_materialised(store: OnlineStore, frame: pl.DataFrame) -> None:
     """At its instant, before it by up to the longest window, and after it; for unknown entities too."""
-    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, AS_OF))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame, list(KEYS), SPEC, AS_OF))
     reader = FeatureReader(SERVICE, store)
     known = frame.filter(pl.max_horizontal("event_timestamp", "created_timestamp") <= AS_OF)
     for hour in (9 - max(WINDOWS_H), 7, 9, 12):
@@ -97,7 +97,7 @@ def test_values_say_whether_they_are_there(store: OnlineStore) -> None:
     """A count of nothing is present, a sum of nothing null; of nobody all is missing, before the horizon newer."""
     frame = frame_of(EVENT).with_columns(person=pl.lit(2, pl.Int64))
     late = START + timedelta(days=9)
-    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, late))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame, list(KEYS), SPEC, late))
     reader = FeatureReader(SERVICE, store)
     forgotten = [{"person": 2, "place": "n"}]
     assert reader.read(forgotten, late).columns["visits__count_2h"] == [0]
@@ -120,11 +120,11 @@ def test_state_made_for_other_windows_is_missing(store: OnlineStore) -> None:
     windows = window_spec("event_id", day.definition(), COLUMNS)
     longer = replace(view_of(windows), version="v2")
     service = ServiceSpec(name="s", version="s2", views=[longer])
-    store.replace(stored_view(VIEW), TYPES, states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
     assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).status == {
         "visits__amount_sum_1d": ["missing"]
     }
-    store.replace(stored_view(longer), TYPES, states(EVENT, list(KEYS), windows, AS_OF))
+    store.replace(stored_view(longer), TYPES, entity_states(EVENT, list(KEYS), windows, AS_OF))
     assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).columns == {
         "visits__amount_sum_1d": [1.0]
     }

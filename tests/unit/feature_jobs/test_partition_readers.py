@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.ingestion.pushed_rows import POSITION
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, checked, together
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, to_checked, together
 from feature_jobs.store.streaming.kafka_consumer import (
     PartitionReader,
     Reading,
@@ -77,7 +77,7 @@ def topics(draw: st.DrawFn) -> list[Sent]:
 
 
 def check(messages: list[Sent], **given: Any) -> CheckedMessages:
-    return checked(messages, VIEW, key_types=KEYS, now=NOW, **given)
+    return to_checked(messages, VIEW, key_types=KEYS, now=NOW, **given)
 
 
 def said(messages: CheckedMessages) -> dict[tuple[int, int], Any]:
@@ -112,7 +112,7 @@ def test_what_the_table_has_is_passed_over(messages: list[Sent], committed: list
     fresh = check(messages).after(dict(enumerate(committed)))
     left = [one for one in messages if one.offset() > committed[one.partition()]]
     assert said(fresh) == said(check(left))
-    assert fresh.reached == check(left).reached
+    assert fresh.last_offsets == check(left).last_offsets
 
 
 def test_messages_that_would_leave_a_gap_are_refused() -> None:
