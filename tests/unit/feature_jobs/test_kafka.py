@@ -157,10 +157,10 @@ def test_quarantined_messages_are_tried_again(
     assert tried.good["amount"].to_pylist() == [-5.0]
 
 
-def test_a_crash_between_table_and_online_is_mended_at_the_next_start(
+def test_next_start_finishes_a_batch_after_a_crash(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the table has is put online, and the ledger told."""
+    """The rows in the table go online, and the ledger gets its event."""
     broker.send(TOPIC, message(1, 1, 5.0))
 
     def crash(*_: Any) -> None:
@@ -175,8 +175,8 @@ def test_a_crash_between_table_and_online_is_mended_at_the_next_start(
     assert (project.amounts(1), ingested(project, "rows_in")) == ([5.0], [[1]])
 
 
-def test_a_zombie_is_refused(project: PushProject, broker: MockBroker) -> None:
-    """A consumer that finds a later one's generation in the table stores nothing any more."""
+def test_consumer_with_an_older_generation_is_refused(project: PushProject, broker: MockBroker) -> None:
+    """A consumer that finds a later generation in the table stores no more rows."""
     broker.send(TOPIC, message(1, 1, 5.0))
     project.consume()
     old, new = project.kafka(), project.kafka()
@@ -238,8 +238,8 @@ def test_lateness_does_not_depend_on_the_batches(events: list[int], max_us: int,
     ]
 
 
-def test_a_broker_that_is_away_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its topic."""
+def test_unavailable_broker_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the topic."""
     monkeypatch.setattr(kafka_consumer, "ANSWER_S", 0.3)
     away = KafkaSource("127.0.0.1:1", TOPIC, event_timestamp="at")
     reading = Reading(source=away, once=True)
@@ -247,8 +247,8 @@ def test_a_broker_that_is_away_is_named(project: PushProject, monkeypatch: pytes
         kafka_consumer.consume(project.kafka(), reading, threading.Event())
 
 
-def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_path: Path) -> None:
-    """A line that is none is refused."""
+def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> None:
+    """An invalid line is refused."""
     file = tmp_path / "kafka.properties"
     file.write_text("# how to log in\nsasl.mechanism=PLAIN\nenable.auto.commit=true\n\n")
     source = KafkaSource("a:1", TOPIC, event_timestamp="at")
@@ -259,10 +259,10 @@ def test_properties_come_from_a_file_but_for_what_keeps_rows_exactly_once(tmp_pa
         properties(Reading(source=source, properties_file=file))
 
 
-def test_kill_of_a_consumer_loses_and_doubles_nothing(
+def test_killed_consumer_loses_and_duplicates_no_rows(
     tmp_path: Path, access: KeyAccess, broker: MockBroker
 ) -> None:
-    """Killed at random points and started again: table, quarantine and online as if never killed."""
+    """Killed at random points and started again: table, quarantine and online store are the same as without kills."""
     draw = random.Random(0)
     for _ in range(15 * (KILLS + 1)):
         person = draw.randrange(4)
@@ -289,7 +289,10 @@ def test_kill_of_a_consumer_loses_and_doubles_nothing(
 
 
 def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
-    """Run a consumer; whether it was killed before it was done, a moment after one of its next few commits."""
+    """Run a consumer and kill it a moment after one of its next commits.
+
+    Return whether it was killed before it had finished.
+    """
     context = forks.context()
     consumer = context.Process(target=consume_until_killed, args=(str(root), access, broker.servers))
     log = root / "features" / "income" / "_delta_log"
@@ -303,10 +306,10 @@ def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
     return consumer.exitcode != 0
 
 
-def test_a_conflict_is_looked_at_again(
+def test_conflict_is_retried(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job's commit between look and commit costs a second look, no row."""
+    """A commit of another job between read and commit causes a retry and loses no row."""
     broker.send(TOPIC, message(1, 1, 5.0))
     taken, calls = KafkaStream.take, []
 

@@ -1,4 +1,4 @@
-"""A batch of online rows that is taken apart at once: the same values as row by row, and none that was altered."""
+"""A batch of online rows that is unpacked by column: the same values as row by row, and no altered value."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def packed(place: int, *, event_us: int = 5, created_us: int = 5, layout: int = 
 
 
 @given(st.lists(st.tuples(times, times), min_size=COUNT, max_size=COUNT), times, times)
-def test_a_batch_says_what_its_rows_say(moments: list[tuple[int, int]], oldest: int, newest: int) -> None:
-    """Values, event and availability, to the ends of their range."""
+def test_block_equals_its_rows(moments: list[tuple[int, int]], oldest: int, newest: int) -> None:
+    """Values, event time and availability, up to the ends of their range."""
     rows = [
         packed(place, event_us=event, created_us=created) for place, (event, created) in enumerate(moments)
     ]
@@ -59,18 +59,18 @@ def flipped(row: bytes, place: int) -> bytes:
     ],
     ids=["header", "nonce", "content", "exchanged", "shifted", "emptied"],
 )
-def test_no_value_of_a_batch_is_given_where_one_was_altered(
+def test_altered_row_prevents_reading_its_batch(
     altered: Callable[[list[bytes]], list[bytes]],
 ) -> None:
-    """The way by columns steps back, and the one by rows says which it was."""
+    """`block` returns None, and `unpack` names the altered row."""
     rows = altered([packed(place) for place in range(COUNT)])
     assert CIPHER.block(ADDRESSES, rows, PLANS) is None
     with pytest.raises(ArtifactTampered):
         CIPHER.unpack(ADDRESSES, rows, PLANS)
 
 
-def test_rows_of_two_versions_go_one_by_one() -> None:
-    """Each lies as its version packed it."""
+def test_rows_of_two_versions_are_read_by_row() -> None:
+    """Each row is read by the layout of its version."""
     rows = [packed(place, layout=place % 2) for place in range(COUNT)]
     assert CIPHER.block(ADDRESSES, rows, PLANS) is None
     found = CIPHER.unpack(ADDRESSES, rows, PLANS)

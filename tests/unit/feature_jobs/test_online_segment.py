@@ -1,4 +1,4 @@
-"""A materialisation's file in the LMDB store: every row is found, no other is, and it goes as it came."""
+"""Segments of the LMDB store: every row is found, no other row is, and old files are deleted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PEOPLE = [(number,) for number in range(12)]
 def test_every_row_is_found_and_no_other(
     rows: dict[bytes, bytes], others: list[bytes], order: random.Random
 ) -> None:
-    """One by one and many at once, whatever addresses have in common."""
+    """One by one and in batches, also for addresses with common first bytes."""
     asked = [*rows, *others]
     order.shuffle(asked)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,8 +54,8 @@ def test_every_row_is_found_and_no_other(
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "another's", "cut off"])
-def test_what_is_no_whole_segment_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    """It says to materialise again."""
+def test_incomplete_segment_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """The error tells the operator to materialise again."""
     path = tmp_path / "rows"
     write(path, [(bytes(16), b"row")])
     path.write_bytes(path.read_bytes()[8:] if content is None else content)
@@ -64,7 +64,7 @@ def test_what_is_no_whole_segment_is_refused(tmp_path: Path, content: bytes | No
 
 
 def rows(value: float) -> Iterator[OnlineRow]:
-    """Everybody's."""
+    """Return rows of all entities."""
     for key in PEOPLE:
         yield OnlineRow(keys=key, event_us=int(value), created_us=int(value), seq=0, values=(value,))
 
@@ -86,8 +86,8 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "online").glob("*.rows"))
 
 
-def test_one_file_is_left_of_all_materialisations(store: OnlineStore, tmp_path: Path) -> None:
-    """Those of before, and of one that failed or was killed, are gone with the next one."""
+def test_materialisation_deletes_all_other_segments(store: OnlineStore, tmp_path: Path) -> None:
+    """Segments of earlier, failed and killed materialisations are deleted."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     (first,) = files(tmp_path)
     (tmp_path / "online" / "v.0123456789abcdef.rows").write_bytes(b"of one that was killed")
@@ -99,8 +99,8 @@ def test_one_file_is_left_of_all_materialisations(store: OnlineStore, tmp_path: 
     assert amounts(store) == [2.0] * len(PEOPLE)
 
 
-def test_what_is_put_goes_before_the_file_if_it_is_newer(store: OnlineStore) -> None:
-    """A deletion too; what is older changes nothing, and the next materialisation knows better."""
+def test_newer_put_takes_precedence_over_the_segment(store: OnlineStore) -> None:
+    """A deletion too. An older row changes nothing, and the next materialisation replaces the puts."""
     store.replace(VIEW, KEY_TYPES, rows(5))
     assert amounts(store) == [5.0] * len(PEOPLE)
     new, old = next(rows(6)), list(rows(4))[1]
@@ -111,8 +111,8 @@ def test_what_is_put_goes_before_the_file_if_it_is_newer(store: OnlineStore) -> 
     assert amounts(store) == [7.0] * len(PEOPLE)
 
 
-def test_a_reader_whose_file_is_taken_away_reads_the_next_one(store: OnlineStore, tmp_path: Path) -> None:
-    """It asks for the meta, and by the time it opens the file another materialisation has switched."""
+def test_reader_without_its_segment_reads_the_next_one(store: OnlineStore, tmp_path: Path) -> None:
+    """Between reading the meta and opening the file, another materialisation has switched."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     reader = OnlineStore(store.engine, store._keys)
     opened = reader._generation(VIEW)
@@ -122,8 +122,8 @@ def test_a_reader_whose_file_is_taken_away_reads_the_next_one(store: OnlineStore
     assert amounts(reader) == [2.0] * len(PEOPLE)
 
 
-def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineStore) -> None:
-    """Not that all is missing: its path, and what to do."""
+def test_deleted_segment_is_reported(tmp_path: Path, store: OnlineStore) -> None:
+    """The error has the path and the command, instead of missing values."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     files(tmp_path)[0].unlink()
     store.engine._bases.clear()  # type: ignore[attr-defined]  # as in another process
@@ -131,10 +131,10 @@ def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineSto
         amounts(store)
 
 
-def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
+def test_recreated_folder_is_opened_again(
     store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica has the deleted file open: it gives those rows until there are others, and takes none."""
+    """A replica reads the rows of the deleted file until there is a new one, and writes none."""
     monkeypatch.setattr(online_lmdb, "CHECK_FILE_S", 0.0)
     store.replace(VIEW, KEY_TYPES, rows(1))
     assert amounts(store) == [1.0] * len(PEOPLE)
@@ -152,10 +152,10 @@ def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
     assert amounts(store) == [4.0] * len(PEOPLE)
 
 
-def test_a_full_disk_leaves_the_old_rows(
+def test_full_disk_leaves_the_old_rows(
     store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no half a file."""
+    """No partial file remains."""
     store.replace(VIEW, KEY_TYPES, rows(1))
 
     def full(descriptor: int) -> None:
@@ -169,8 +169,8 @@ def test_a_full_disk_leaves_the_old_rows(
     assert amounts(store) == [1.0] * len(PEOPLE)
 
 
-def test_a_value_that_was_altered_in_the_file_is_not_given(store: OnlineStore, tmp_path: Path) -> None:
-    """Of a batch and alone."""
+def test_altered_value_in_the_segment_is_refused(store: OnlineStore, tmp_path: Path) -> None:
+    """In a batch and alone."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     store.close()
     (path,) = files(tmp_path)

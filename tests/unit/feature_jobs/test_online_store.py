@@ -1,6 +1,6 @@
-"""Compare-and-set in the online store: whatever order rows come in, the greatest (event, created, seq) stays.
+"""Compare-and-set in the online store.
 
-Every test runs against both engines.
+The row with the greatest (event, created, seq) stays, in any order of writes. Every test runs on both engines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PERSONS = [(1,), (2,), (3,)]
 
 
 def a_view(version: str = "v1", **fields: str) -> ViewSpec:
-    """A view `v`; fields by dtype, or by dtype and class after a slash."""
+    """Return a view `v`. Fields are given as dtype, or as dtype and class separated by a slash."""
     specs = []
     for name, text in fields.items():
         dtype, _, sensitivity = text.partition("/")
@@ -54,7 +54,7 @@ VIEW = a_view(amount="float64", sector="string/personal")
 def row(
     key: int, event: int, value: float | None = 0.0, *, created: int | None = None, seq: int = 0
 ) -> OnlineRow:
-    """A row; without a value a tombstone."""
+    """Return a row. Without a value it is a tombstone."""
     return OnlineRow(
         keys=(key,),
         event_us=event,
@@ -86,7 +86,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
 
 
 def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[FoundRow | None]:
-    """What the store says of each person, values as a list."""
+    """Return the stored row of each person, with the values as a list."""
     found = store.get(view, PERSONS)
     return [None if one is None else (*one[:3], list(one[3])) for one in found]
 
@@ -96,7 +96,7 @@ def amounts(store: OnlineStore) -> list[float | None]:
 
 
 def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
-    """The later event counts, then the later knowledge of it, then the later number; equal is not greater."""
+    """The later event wins, then the later created time, then the greater number. An equal row is not written."""
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0, created=6, seq=2)]) == 1
     older = [(4, 9, 9), (5, 5, 9), (5, 6, 1), (5, 6, 2)]
     for event, created, seq in older:
@@ -107,15 +107,15 @@ def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
     assert answers(store)[0] == (6, 6, True, [2.0, "s2.0"])
 
 
-def test_times_before_1970_are_ordered_too(store: OnlineStore) -> None:
-    """And the greatest and smallest numbers there are."""
+def test_times_before_1970_are_ordered(store: OnlineStore) -> None:
+    """The smallest and the greatest numbers are ordered too."""
     for event in (-(2**63), -1, 0, 2**63 - 1):
         assert store.put(VIEW, KEY_TYPES, [row(1, event, 1.0)]) == 1
         assert store.put(VIEW, KEY_TYPES, [row(1, max(event - 1, -(2**63)), 1.0)]) == 0
 
 
-def test_deleted_entity_is_not_brought_back_by_an_older_row(store: OnlineStore) -> None:
-    """Nothing is known of it, until something newer is."""
+def test_older_row_does_not_restore_a_deleted_entity(store: OnlineStore) -> None:
+    """Only a newer row restores it."""
     store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0), row(2, 5, 1.0)])
     store.put(VIEW, KEY_TYPES, [row(1, 6, None)])
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 3.0, seq=7)]) == 0
@@ -124,8 +124,8 @@ def test_deleted_entity_is_not_brought_back_by_an_older_row(store: OnlineStore) 
     assert amounts(store) == [4.0, 1.0, None]
 
 
-def test_rows_of_one_call_come_in_any_order(store: OnlineStore) -> None:
-    """Of two rows of one entity the greater one stays."""
+def test_rows_of_one_call_may_have_any_order(store: OnlineStore) -> None:
+    """Of two rows of one entity, the greater one stays."""
     store.put(VIEW, KEY_TYPES, [row(1, 6, 2.0), row(1, 5, 1.0), row(2, 1, 1.0)])
     assert amounts(store) == [2.0, 1.0, None]
 
@@ -142,7 +142,7 @@ rows = st.lists(
 
 
 def greatest(known: Sequence[OnlineRow]) -> list[OnlineRow]:
-    """One row an entity."""
+    """Return the greatest row of each entity."""
     best: dict[tuple[int | str, ...], OnlineRow] = {}
     for one in sorted(known, key=lambda one: (one.event_us, one.created_us, one.seq)):
         best[one.keys] = one
@@ -157,7 +157,7 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
     known: list[OnlineRow],
     data: st.DataObject,
 ) -> None:
-    """Some rows put, then a materialisation that knows the first ones, then the others: as if all were materialised."""
+    """Rows put before and after a materialisation give the same store as one materialisation of all rows."""
     config = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="property")
     remote = open_online(config, Layout(""), keys)
     horizon = Horizon(data.draw(st.integers(-1, len(known)), label="horizon"), -1)
@@ -186,8 +186,8 @@ def lmdb(tmp_path_factory: pytest.TempPathFactory, keys: Keyring) -> Iterator[On
     opened.close()
 
 
-def test_what_is_pushed_during_a_materialisation_is_kept(store: OnlineStore) -> None:
-    """Even for an entity that it does not know; what it does know counts as it says."""
+def test_push_during_a_materialisation_is_kept(store: OnlineStore) -> None:
+    """Rows of unknown entities are kept. For a row that it covers, the materialisation's value is used."""
     store.put(VIEW, KEY_TYPES, [row(2, 1, 1.0, seq=3)])
 
     def slow() -> Iterator[OnlineRow]:
@@ -200,10 +200,8 @@ def test_what_is_pushed_during_a_materialisation_is_kept(store: OnlineStore) -> 
     assert amounts(store) == [1.0, None, 2.0]
 
 
-def test_what_is_pushed_between_look_and_switch_is_kept(
-    store: OnlineStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Redis looks again; LMDB's look and switch are one transaction."""
+def test_push_between_carry_and_switch_is_kept(store: OnlineStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis tries again. In LMDB both steps are one transaction."""
     store.put(VIEW, KEY_TYPES, [row(1, 2, 2.0, seq=9)])
     if isinstance(store.engine, RedisEngine):
         looked, pushed = store.engine._put_after, []
@@ -222,8 +220,8 @@ def test_what_is_pushed_between_look_and_switch_is_kept(
         assert amounts(store) == [2.0, None, None]
 
 
-def test_of_two_materialisations_at_once_one_is_refused(store: OnlineStore) -> None:
-    """The one that switches last would put old rows in place of new ones."""
+def test_second_of_two_concurrent_materialisations_is_refused(store: OnlineStore) -> None:
+    """Otherwise the one that switches last would replace new rows by old ones."""
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
 
     def slow() -> Iterator[OnlineRow]:
@@ -235,10 +233,8 @@ def test_of_two_materialisations_at_once_one_is_refused(store: OnlineStore) -> N
     assert amounts(store) == [3.0, None, None]
 
 
-def test_a_replica_that_knows_the_generation_of_before_reads_and_writes_the_new_one(
-    store: OnlineStore, keys: Keyring
-) -> None:
-    """Its cached keys and addresses are those of rows that are gone."""
+def test_replica_with_a_cached_old_generation_uses_the_new_one(store: OnlineStore, keys: Keyring) -> None:
+    """Its cached keys and layouts belong to rows that do not exist any more."""
     replica = OnlineStore(store.engine, keys)
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     assert amounts(replica) == [1.0, None, None]
@@ -247,8 +243,8 @@ def test_a_replica_that_knows_the_generation_of_before_reads_and_writes_the_new_
     assert amounts(replica) == amounts(store) == [1.5, 2.0, None]
 
 
-def test_pushed_row_gets_its_number_if_it_is_still_the_greatest(store: OnlineStore) -> None:
-    """Until then it goes before every row that has one, as it will get a greater one than they have."""
+def test_pushed_row_gets_its_sequence_number_if_still_newest(store: OnlineStore) -> None:
+    """Until then its provisional number is greater than every `ingest_seq`."""
     first, second = row(1, 5, 1.0, seq=PROVISIONAL + 1), row(2, 5, 1.0, seq=PROVISIONAL + 2)
     store.put(VIEW, KEY_TYPES, [first, second])
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 9.0, seq=10**12)]) == 0
@@ -259,8 +255,8 @@ def test_pushed_row_gets_its_number_if_it_is_still_the_greatest(store: OnlineSto
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 2.0, seq=21)]) == 1
 
 
-def test_versions_of_a_view_write_side_by_side(store: OnlineStore) -> None:
-    """Each row says which version wrote it; every version reads all of them, and nothing is rewritten."""
+def test_view_versions_share_the_store(store: OnlineStore) -> None:
+    """Each row names the version that wrote it. Every version reads all rows, and no row is rewritten."""
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     newer = a_view("v2", sector="string/personal", added="int64/sensitive", amount="float64")
     written = OnlineRow(keys=(2,), event_us=1, created_us=1, seq=1, values=("s", 7, 2.0))
@@ -274,8 +270,8 @@ def test_versions_of_a_view_write_side_by_side(store: OnlineStore) -> None:
     ]
 
 
-def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
-    """Of fixed width or not, alone in its class or not."""
+def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
+    """With and without a fixed width, alone in its class or not."""
     dtypes = ("bool", "int32", "int64", "float32", "float64", "timestamp")
     fixed = a_view("v2", **{f"f_{dtype}": dtype for dtype in dtypes})
     values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, microseconds(START))
@@ -303,10 +299,8 @@ def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
         (START.replace(hour=6), ["expired", "expired", "present", "missing"]),
     ],
 )
-def test_a_batch_has_every_status_side_by_side(
-    store: OnlineStore, seen_at: object, states: list[str]
-) -> None:
-    """Present, null and expired, from after the request, and a deleted entity: each at the request's own time."""
+def test_batch_has_the_status_of_each_row(store: OnlineStore, seen_at: object, states: list[str]) -> None:
+    """Present, null, expired, newer and deleted rows in one read, each as of the request's time."""
     view = ViewSpec(name="v", version="v1", join_keys=["id"], fields=VIEW.fields, ttl_s=7200)
     hour = [microseconds(START.replace(hour=number)) for number in range(8)]
     some = OnlineRow(keys=(2,), event_us=hour[1], created_us=hour[1], seq=0, values=(None, None))
@@ -329,10 +323,10 @@ def test_a_batch_has_every_status_side_by_side(
     whole=st.booleans(),
     at=st.integers(0, 4),
 )
-def test_many_entities_are_told_as_each_alone(
+def test_batch_read_equals_single_reads(
     keys: Keyring, dtypes: tuple[str, ...], lying: list[tuple[int, bool]], whole: bool, at: int
 ) -> None:
-    """Whether rows go by columns or one by one; with and without nulls, missing entities and expired rows."""
+    """By column or by row; with and without nulls, missing entities and expired rows."""
     makers = {"float64": float, "int64": int, "bool": lambda number: number % 2 == 0, "string": str}
     fields = {f"f{place}": dtype for place, dtype in enumerate(dtypes)}
     view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
@@ -355,15 +349,15 @@ def test_many_entities_are_told_as_each_alone(
         assert list(together.status[name]) == [one.status[name][0] for one in alone]
 
 
-def test_a_redis_that_is_away_is_named(keys: Keyring) -> None:
-    """The address, and where to set it."""
+def test_unavailable_redis_is_named(keys: Keyring) -> None:
+    """The error has the address and the setting."""
     config = OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:1/0")
     with pytest.raises(OnlineStoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*online\.url"):
         open_online(config, Layout(""), keys).get(VIEW, PERSONS)
 
 
-def test_redis_is_spoken_to_over_tls_with_a_password_from_a_file(tmp_path: Path, keys: Keyring) -> None:
-    """Its certificate is checked against the given authority; without the password nothing is read."""
+def test_redis_connection_uses_tls_and_a_password_file(tmp_path: Path, keys: Keyring) -> None:
+    """The certificate is checked with the given authority. Without the password the read fails."""
     places = Layout(str(tmp_path))
     ensure_tls(places)
     (tmp_path / "password").write_text("s3cret\n")
@@ -390,8 +384,8 @@ def test_redis_is_spoken_to_over_tls_with_a_password_from_a_file(tmp_path: Path,
             store.close()
 
 
-def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
-    """And the old rows stay."""
+def test_full_store_names_the_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
+    """The old rows stay."""
     small = open_online(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
     small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
@@ -408,8 +402,8 @@ def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring)
         ("redis://u:pw@x", "password_file"),
     ],
 )
-def test_redis_url_that_cannot_be_used_is_refused(setting: str, words: str) -> None:
-    """A password in a URL would stand in every printed configuration."""
+def test_invalid_redis_url_is_refused(setting: str, words: str) -> None:
+    """A password in the URL would be in every printed configuration."""
     with pytest.raises(ConfigError, match=words) as refused:
         load(OmegaConf.create({"online": {"kind": "redis", "url": setting}}), PlatformConfig)
     assert "secret" not in str(refused.value)

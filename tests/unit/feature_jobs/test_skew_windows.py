@@ -1,4 +1,4 @@
-"""Served values of an aggregated view that are not the offline ones: lag, missing, or made in another way."""
+"""Verdicts on served values of an aggregated view: lag, missing, or mismatch."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ EVENTS = pl.DataFrame(
         "served though nothing was known",
     ],
 )
-def test_a_difference_has_one_cause(
+def test_difference_has_one_cause(
     served: float | None, as_of: float, floor: tuple[Any, Any], expected: str
 ) -> None:
-    """The state of the last materialisation, asked at the request's instant, is the only excuse."""
+    """Only the state of the last materialisation, at the request's `as_of`, explains a value."""
     asked = pl.DataFrame(
         [(0, 1, at(as_of), at(as_of), floor[0], at(floor[1]))],
         schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
@@ -84,8 +84,8 @@ def test_a_difference_has_one_cause(
     assert found.rows() == [(0, expected)]
 
 
-def test_requests_keep_their_places() -> None:
-    """After several materialisations, in any order."""
+def test_requests_keep_their_order() -> None:
+    """Requests after several materialisations, in any order."""
     floors = [(1, at(2)), (0, at(1)), (None, None), (1, at(2))]
     asked = pl.DataFrame(
         [(place, 1, at(4), at(4), *floor) for place, floor in enumerate(floors)],

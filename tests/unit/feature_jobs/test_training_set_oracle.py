@@ -1,4 +1,4 @@
-"""Whole training sets against DuckDB: several views, keys that come from earlier views, batches, both switches."""
+"""Whole training sets compared with DuckDB: several views, keys from earlier views, batches, cutoff and TTL."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Batches(Snapshot):
 
 
 def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) -> Batches:
-    """Rows as ingestion leaves them: a sorted file for each batch and bucket."""
+    """Return rows as ingestion stores them: one sorted file for each batch and bucket."""
     keys = KEYS[name]
     if not tombstones:
         frame = frame.drop("deleted")
@@ -104,7 +104,7 @@ def definition(
     *,
     cutoff: bool,
 ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """What each output column must be, and what each view's cutoff hides."""
+    """Return the expected value of each output column, and the number of rows that each view's cutoff hides."""
     asked, columns, counts = entities, {}, {}
     for view, ttl in zip(views, ttls, strict=True):
         names = [field.name for field in view.fields]
@@ -123,8 +123,8 @@ def definition(
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_training_set_is_the_definition(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
-    """Ties, nulls, duplicates, tombstones, late corrections, expiry, several keys; in one batch or several."""
+def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
+    """Ties, nulls, duplicates, tombstones, late corrections, expiry and several keys, in one or several batches."""
     draw = np.random.default_rng(seed)
     ttls = [None if draw.random() < 0.3 else timedelta(hours=int(draw.integers(1, 13))) for _ in VALUES]
     views = [view(name, ttl) for name, ttl in zip(VALUES, ttls, strict=True)]
