@@ -83,7 +83,7 @@ class Pipeline:
     """So many of the log are in the table and settled."""
     streamed: int = 0
     """So many of the log are in the table."""
-    run_step: int = 0
+    num_taken: int = 0
     """So many rows came."""
     put: set[int] = field(default_factory=set)
     """Numbers in the log of what was put online."""
@@ -92,8 +92,8 @@ class Pipeline:
         return self.rows[rows].with_columns(pl.Series("ingest_seq", numbers, pl.Int64))
 
     def next(self, count: int) -> list[int]:
-        rows = list(range(self.run_step, min(self.run_step + count, self.rows.height)))
-        self.run_step += len(rows)
+        rows = list(range(self.num_taken, min(self.num_taken + count, self.rows.height)))
+        self.num_taken += len(rows)
         return rows
 
     def push(self, count: int, *, lost: bool = False) -> None:

@@ -50,7 +50,7 @@ class Sent:
     """A message."""
 
     place: tuple[int, int]
-    results: bytes
+    content: bytes
 
     def partition(self) -> int:
         return self.place[0]
@@ -59,7 +59,7 @@ class Sent:
         return self.place[1]
 
     def value(self) -> bytes:
-        return self.results
+        return self.content
 
 
 VALUES = st.sampled_from([b"nonsense", orjson.dumps(message(1, 1, 5.0)), orjson.dumps(message(2, 2, -5.0))])

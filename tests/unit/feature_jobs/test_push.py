@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,13 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store.catalog.protection import quarantine_protection
-from feature_jobs.store.catalog.specifications import Definitions, apply
 from feature_jobs.store.offline.tables import open_table
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.streaming import streamed
 from feature_jobs.store.streaming.pushed_view import from_record, pushed_view
-from feature_jobs.store.streaming.pusher import Pusher
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests import forks
-from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
-
-KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
-EVENT_KILLS = (KILLS + 1) // 2
+from tests.push_project import INCOME, START, PushProject, payments_view, row
+from tests.unit.feature_jobs.push_kills import KILLS, run_and_kill
 
 
 @pytest.fixture
@@ -303,13 +295,13 @@ def pushes(count: int) -> list[dict[str, Any]]:
     """Draw pushes of few persons with times in any order, corrections, deletions and bad rows."""
     draw = random.Random(0)
 
-    def drawn(place: int) -> dict[str, Any]:
-        amount = draw.choice([1.0, -1.0, float(place)])
+    def draw_row(number: int) -> dict[str, Any]:
+        amount = draw.choice([1.0, -1.0, float(number)])
         return row(draw.randrange(4), draw.randrange(6), amount, deleted=draw.random() < 0.2)
 
     return [
-        {"key": f"k{place}", "rows": [drawn(place) for _ in range(draw.randrange(1, 4))]}
-        for place in range(count)
+        {"key": f"k{number}", "rows": [draw_row(number) for _ in range(draw.randrange(1, 4))]}
+        for number in range(count)
     ]
 
 
@@ -326,7 +318,7 @@ def test_killed_server_and_stream_lose_and_duplicate_no_pushes(tmp_path: Path, a
         whole.push(*push["rows"], key=push["key"])
     while whole.stream(max_rows=5).step():
         pass
-    waiting = [one for push in sent for one in (push, "stream")]
+    waiting = [step for push in sent for step in (push, "stream")]
     draw, kills = random.Random(), 0
     while waiting:
         kill_after_s = draw.uniform(0.0, 0.3) if kills < KILLS else None
@@ -336,118 +328,9 @@ def test_killed_server_and_stream_lose_and_duplicate_no_pushes(tmp_path: Path, a
     killed = PushProject(tmp_path / "killed", access)
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted", "ingest_seq"]
     assert killed.table().select(columns).equals(whole.table().select(columns))
-    for one in ("rows_in", "rows_stored", "rows_quarantined"):
-        assert sum(event[one] for event in ingested(killed)) == sum(event[one] for event in ingested(whole))
+    for name in ("rows_in", "rows_stored", "rows_quarantined"):
+        assert sum(event[name] for event in ingested(killed)) == sum(event[name] for event in ingested(whole))
     spec, people = whole.view.spec, [(number,) for number in range(4)]
     assert killed.store.get(spec, people) == whole.store.get(spec, people)
     whole.close()
     killed.close()
-
-
-@pytest.fixture
-def payments(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    """Return a project with an aggregated view."""
-    opened = PushProject(tmp_path, access, view=payments_view())
-    yield opened
-    opened.close()
-
-
-HOURS = (7, 8, 9.5, 12, 20)
-"""From one longest window before the end."""
-
-
-def test_pushed_events_count_before_and_after_streaming(payments: PushProject) -> None:
-    """Also corrected, deleted and repeated events. Before the view is materialised, its values are missing."""
-    payments.push(payment(1, 6, 5.0), payment(2, 6, 7.0), key="a")
-    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
-    payments.stream().step()
-    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
-    payments.materialise()
-    assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
-    late = {"created_timestamp": payment(0, 8)["event_timestamp"]}
-    sent = [payment(1, 5, 6.0, **late), payment(2, 6, deleted=True, **late), payment(4, 7.5, 1.5)]
-    for _ in range(2):
-        payments.push(*sent, key="b")
-        assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
-        assert payments.served(8)[0]["income__amount_sum_5h"] == [1.5, 6.0]
-    pushed = payments.served(*HOURS)
-    payments.stream().step()
-    assert payments.served(*HOURS) == payments.trained(*HOURS) == pushed
-    payments.materialise()
-    assert payments.served(*HOURS) == pushed
-
-
-def test_view_with_new_windows_is_missing_until_materialised(
-    payments: PushProject,
-) -> None:
-    """The old state may lack events for the new windows. A new event does not complete it."""
-    payments.push(payment(2, 6, 7.0), key="a")
-    payments.stream().step()
-    payments.materialise()
-    [longer] = [replace(one, windows=[timedelta(hours=9)]) for one in payments_view().aggregations[1:2]]
-    changed = replace(payments_view(), aggregations=[longer])
-    apply(Definitions(module="m", views={"income": changed}, services={}), payments.ledger, actor="test")
-    payments.view = pushed_view(payments.ledger, "income")
-    payments.pusher = Pusher(payments.view, payments.places, payments.store, payments.log)
-    payments.push(payment(4, 7, 1.0), key="b")
-    assert payments.served(8) == [{"income__amount_sum_9h": [None, None]}]
-    payments.stream().step()
-    payments.materialise()
-    assert payments.served(8) == payments.trained(8) == [{"income__amount_sum_9h": [8.0, None]}]
-
-
-def test_killed_event_jobs_lose_and_duplicate_no_events(tmp_path: Path, access: KeyAccess) -> None:
-    """Killed at random points and repeated with the same keys: online values equal offline values."""
-    draw, kills = random.Random(0), 0
-    hours = [draw.randrange(8) for _ in range(6 * EVENT_KILLS)]
-    sent = [
-        payment(draw.randrange(6), hour, float(place), deleted=draw.random() < 0.2)
-        for place, hour in enumerate(hours)
-    ]
-    steps = ["stream", "stream", "materialise", "push again"]
-    waiting: list[Any] = [{"key": "first", "rows": sent[:1]}, "stream", "materialise"]
-    for place, one in enumerate(sent):
-        push = {"key": f"k{place}", "rows": [one, sent[draw.randrange(len(sent))]]}
-        step = draw.choice(steps)
-        waiting += [push, push if step == "push again" else step]
-    killing = random.Random()
-    while waiting:
-        kill_after_s = killing.uniform(0.0, 0.3) if kills < EVENT_KILLS else None
-        kills += kill_after_s is not None
-        waiting = waiting[run_and_kill(tmp_path, access, waiting, kill_after_s, aggregated=True) :]
-    assert kills == EVENT_KILLS
-    killed = PushProject(tmp_path, access, view=payments_view())
-    while killed.stream().step():
-        pass
-    assert killed.table().height == 2 * len(sent) + 1
-    assert killed.served(*HOURS) == killed.trained(*HOURS)
-    killed.close()
-
-
-def run_and_kill(
-    root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None, *, aggregated: bool = False
-) -> int:
-    """Return the number of requests that a server run_and_kill before it was killed."""
-    context = forks.context()
-    here, there = context.Pipe()
-    server = context.Process(
-        target=serve, args=(str(root), access, there), kwargs={"aggregated": aggregated}, daemon=True
-    )
-    server.start()
-    there.close()
-    timer = threading.Timer(kill_after_s or 0.0, server.kill)
-    done = 0
-    try:
-        for one in asked:
-            here.send(one)
-            if done == 0 and kill_after_s is not None:
-                timer.start()
-            here.recv()
-            done += 1
-    except (EOFError, ConnectionError):
-        pass
-    timer.cancel()
-    server.kill()
-    server.join()
-    here.close()
-    return done
