@@ -27,8 +27,8 @@ def test_buckets_of_known_keys_never_change() -> None:
 
 def test_neighbouring_ids_scatter_evenly() -> None:
     """Serial numbers are spread: each bucket is within five standard deviations of its share."""
-    found = bucket_of(pa.table({"k": pa.array(range(80_000), pa.int64())}), ["k"], num_buckets=8)
-    assert np.abs(np.bincount(found) - 10_000).max() < 5 * np.sqrt(80_000 * 1 / 8 * 7 / 8)
+    buckets = bucket_of(pa.table({"k": pa.array(range(80_000), pa.int64())}), ["k"], num_buckets=8)
+    assert np.abs(np.bincount(buckets) - 10_000).max() < 5 * np.sqrt(80_000 * 1 / 8 * 7 / 8)
 
 
 @settings(max_examples=12, deadline=None)
@@ -39,8 +39,8 @@ def test_neighbouring_ids_scatter_evenly() -> None:
 )
 def test_bucket_depends_on_the_row_alone(rows: list[tuple[int | None, str | None]]) -> None:
     """Other rows, chunks and the order of rows do not change a row's bucket."""
-    whole = _table(rows)
-    expected = bucket_of(whole, ["n", "s"], num_buckets=7).tolist()
+    table = _table(rows)
+    expected = bucket_of(table, ["n", "s"], num_buckets=7).tolist()
     chunked = pa.concat_tables([_table([row]) for row in rows])
     assert expected == bucket_of(chunked, ["n", "s"], num_buckets=7).tolist()
     assert expected[::-1] == bucket_of(_table(rows[::-1]), ["n", "s"], num_buckets=7).tolist()

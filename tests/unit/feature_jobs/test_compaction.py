@@ -49,7 +49,7 @@ def ingest(uri: str, access: KeyAccess, number: int) -> None:
     rows = pa.table(
         {
             "person_id": range(ROWS),
-            "amount": [float(one) for one in seq],
+            "amount": [float(number) for number in seq],
             "event_timestamp": times,
             "created_timestamp": times,
             "ingested_at": times,
@@ -185,7 +185,7 @@ def test_rewrite_after_a_key_rotation_uses_the_newest_keys(uri: str, access: Key
 
     def versions(table: Snapshot) -> set[str]:
         wrapped = [files.keys(f"{uri}/{file.path}").wrapped for file in table.files]
-        return {text.split(":")[1] for one in wrapped for text in one.values()}
+        return {text.split(":")[1] for keys in wrapped for text in keys.values()}
 
     assert versions(table).isdisjoint(newest)
     files.forget()

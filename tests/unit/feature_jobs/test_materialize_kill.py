@@ -60,18 +60,18 @@ def test_killed_materialisation_leaves_the_previous_one(
     context = forks.context()
     last = 1
     for _ in range(KILLS):
-        here, there = context.Pipe()
-        job = context.Process(target=materialise, args=(config, str(tmp_path), last + 1, there))
+        ours, jobs = context.Pipe()
+        job = context.Process(target=materialise, args=(config, str(tmp_path), last + 1, jobs))
         job.start()
-        here.recv()
+        ours.recv()
         job.join(random.uniform(0.0, 0.15))
         job.kill()
         job.join()
-        found = reader.get(VIEW, [(person,) for person in (*range(PEOPLE), PUSHED)])
-        values = {one[3][0] for one in found[:-1] if one is not None}
+        rows_found = reader.get(VIEW, [(person,) for person in (*range(PEOPLE), PUSHED)])
+        values = {row_found[3][0] for row_found in rows_found[:-1] if row_found is not None}
         assert len(values) == 1
-        assert None not in found
+        assert None not in rows_found
         last = values.pop()
     reader.replace(VIEW, KEY_TYPES, rows(last + 1))
-    assert [one[3][0] for one in reader.get(VIEW, [(0,), (PUSHED,)]) if one] == [last + 1]
+    assert [row_found[3][0] for row_found in reader.get(VIEW, [(0,), (PUSHED,)]) if row_found] == [last + 1]
     reader.close()

@@ -123,8 +123,8 @@ def test_each_row_is_in_one_bucket(uri: str, access: KeyAccess) -> None:
     """The buckets together have every row of the table exactly once."""
     ingest(uri, rows(0, 50), "a", access)
     pinned = newest(uri, access)
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
-    assert list(range(50)) == sorted(found["person_id"])
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
+    assert list(range(50)) == sorted(frame["person_id"])
     assert pinned.rows == 50
 
 
@@ -157,10 +157,10 @@ def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAcc
 def test_second_of_two_concurrent_commits_is_refused(uri: str, access: KeyAccess) -> None:
     """Two ingestions used the same sequence numbers, so only one may commit."""
     ingest(uri, rows(0, 10), "a", access)
-    ours, theirs = DeltaTable(uri), DeltaTable(uri)
-    offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
+    table, other = DeltaTable(uri), DeltaTable(uri)
+    offline.commit(other, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
     with pytest.raises(SourceError, match="Another job committed"):
-        offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
+        offline.commit(table, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
     assert newest(uri, access).rows == 15
 
 
@@ -179,8 +179,8 @@ def test_new_feature_is_null_in_older_rows(uri: str, access: KeyAccess) -> None:
     ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b", access)
     pinned = newest(uri, access)
     parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
-    found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
-    assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
+    frame = pl.concat(parts, how="vertical_relaxed").sort("person_id")
+    assert frame["sector"].to_list() == [None] * 5 + ["x"] * 5
     assert pl.read_delta(uri).sort("person_id")["sector"].to_list() == [None] * 5 + ["x"] * 5
 
 
@@ -191,8 +191,8 @@ def test_rows_from_before_tombstones_are_not_deleted(uri: str, access: KeyAccess
     marked = pa.schema([*BASE, ("deleted", pa.bool_()), *TIMES])
     ingest(uri, rows(5, 2, schema=marked, deleted=[True, False]), "b", access, TOMBSTONES)
     pinned = newest(uri, access, protection=TOMBSTONES)
-    found = pl.concat([pinned.read(bucket, []) for bucket in range(4)]).sort("person_id")
-    assert found["deleted"].to_list() == [False] * 5 + [True, False]
+    frame = pl.concat([pinned.read(bucket, []) for bucket in range(4)]).sort("person_id")
+    assert frame["deleted"].to_list() == [False] * 5 + [True, False]
 
 
 def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:
@@ -232,8 +232,8 @@ def test_reader_without_keys_reads_public_columns_only(uri: str, access: KeyAcce
         with pytest.raises(pl.exceptions.ComputeError, match="ncrypt"):
             table.select(hidden).collect()
     pinned = newest(uri, access, protection=view_protection(view))
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
-    assert sorted(found["amount"]) == [float(number) for number in range(40)]
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
+    assert sorted(frame["amount"]) == [float(number) for number in range(40)]
     log = "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
     assert "minValues" not in log
 
@@ -247,7 +247,7 @@ def test_replaced_file_is_refused(uri: str, access: KeyAccess) -> None:
     files = newest(uri, access, protection=protection).files
     victim, beside = (Path(uri, file.path) for file in files[:2])
     plain = pl.read_parquet(Path(f"{uri}-plain", write(f"{uri}-plain", rows(0, 40), "a", access)[0].path))
-    whole = victim.read_bytes()
+    content = victim.read_bytes()
     for content in (beside.read_bytes(), Path(other, files[0].path).read_bytes(), None):
         if content is None:
             plain.write_parquet(victim)
@@ -255,7 +255,7 @@ def test_replaced_file_is_refused(uri: str, access: KeyAccess) -> None:
             victim.write_bytes(content)
         with pytest.raises(ProtectedFileCorrupt, match=r"belongs at|signed by no key"):
             newest(uri, access, protection=protection).read(files[0].bucket, ["amount"])
-    victim.write_bytes(whole)
+    victim.write_bytes(content)
     assert newest(uri, access, protection=protection).read(files[0].bucket, ["amount"]).height
 
 
@@ -267,5 +267,5 @@ def test_older_view_version_reads_table_with_a_newer_feature(uri: str, access: K
     wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
     ingest(uri, rows(0, 5, schema=wider, sector=["x"] * 5), "a", access, newer)
     pinned = newest(uri, access, protection=older)
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in {file.bucket for file in pinned.files})
-    assert sorted(found["amount"]) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in {file.bucket for file in pinned.files})
+    assert sorted(frame["amount"]) == [0.0, 1.0, 2.0, 3.0, 4.0]

@@ -60,9 +60,9 @@ def test_threads_get_the_right_addresses() -> None:
     """A replica reads in several threads, but the cipher's context allows one at a time."""
     of = Addresses(SECRET).of
     batches = [[(number,) for number in range(first, first + first % 7 + 1)] for first in range(2_000)]
-    wanted = [list(of(batch)) for batch in batches]
+    expected = [list(of(batch)) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        assert [list(found) for found in pool.map(of, batches)] == wanted
+        assert [list(addresses) for addresses in pool.map(of, batches)] == expected
 
 
 AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
@@ -80,9 +80,9 @@ def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path)
     keys.ensure(KeyInfo(name="online/v/internal"))
     store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
     store.replace(VIEW, {"id": "int64"}, [row(1.0)])
-    lying = store.engine.meta("v")
-    assert lying is not None
-    stamp, content = lying[:STAMP_BYTES], msgpack.unpackb(lying[STAMP_BYTES:])
+    stored = store.engine.meta("v")
+    assert stored is not None
+    stamp, content = stored[:STAMP_BYTES], msgpack.unpackb(stored[STAMP_BYTES:])
     assert content.pop("format") == 2
     store.engine.set_meta("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
     store.close()

@@ -200,8 +200,8 @@ def event(number: int, amount: float = 1.0) -> pl.DataFrame:
 
 def count(store: OnlineStore) -> object:
     """Return the number of events of the entity."""
-    found = FeatureReader(SERVICE, store).read([EVERYONE[0]], START + timedelta(hours=1))
-    return found.columns["visits__count_2h"][0]
+    vectors = FeatureReader(SERVICE, store).read([EVERYONE[0]], START + timedelta(hours=1))
+    return vectors.columns["visits__count_2h"][0]
 
 
 def test_concurrent_writers_lose_no_event(store: OnlineStore) -> None:

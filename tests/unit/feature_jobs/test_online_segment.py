@@ -43,14 +43,14 @@ def test_every_row_is_found_and_no_other(
     rows: dict[bytes, bytes], others: list[bytes], order: random.Random
 ) -> None:
     """One by one and in batches, also for addresses with common first bytes."""
-    asked = [*rows, *others]
-    order.shuffle(asked)
+    requests = [*rows, *others]
+    order.shuffle(requests)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "rows", rows.items())
         segment = Segment(Path(folder) / "rows")
-        wanted = [rows.get(address) for address in asked]
-        assert segment.rows(asked) == wanted
-        assert [segment.rows([address])[0] for address in asked] == wanted
+        expected = [rows.get(address) for address in requests]
+        assert segment.rows(requests) == expected
+        assert [segment.rows([address])[0] for address in requests] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "another's", "cut off"])
@@ -79,7 +79,7 @@ def store(tmp_path: Path) -> Iterator[OnlineStore]:
 
 
 def amounts(store: OnlineStore) -> list[float | None]:
-    return [None if found is None else found[3][0] for found in store.get(VIEW, PEOPLE)]
+    return [None if row_found is None else row_found[3][0] for row_found in store.get(VIEW, PEOPLE)]
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -104,8 +104,8 @@ def test_newer_put_takes_precedence_over_the_segment(store: OnlineStore) -> None
     store.replace(VIEW, KEY_TYPES, rows(5))
     assert amounts(store) == [5.0] * len(PEOPLE)
     new, old = next(rows(6)), list(rows(4))[1]
-    gone = OnlineRow(keys=PEOPLE[2], event_us=6, created_us=6, seq=0, values=(), deleted=True)
-    assert store.put(VIEW, KEY_TYPES, [new, old, gone]) == 2
+    deleted_row = OnlineRow(keys=PEOPLE[2], event_us=6, created_us=6, seq=0, values=(), deleted=True)
+    assert store.put(VIEW, KEY_TYPES, [new, old, deleted_row]) == 2
     assert amounts(store) == [6.0, 5.0, None, *[5.0] * (len(PEOPLE) - 3)]
     store.replace(VIEW, KEY_TYPES, rows(7))
     assert amounts(store) == [7.0] * len(PEOPLE)
@@ -177,7 +177,7 @@ def test_altered_value_in_the_segment_is_refused(store: OnlineStore, tmp_path: P
     content = path.read_bytes()
     path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
     opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
-    for asked in (PEOPLE, PEOPLE[:1]):
+    for requests in (PEOPLE, PEOPLE[:1]):
         with pytest.raises(ArtifactTampered):
-            opened.read(VIEW, asked)
+            opened.read(VIEW, requests)
     opened.close()

@@ -88,12 +88,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
 
 def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[FoundRow | None]:
     """Return the stored row of each person, with the values as a list."""
-    found = store.get(view, PERSONS)
-    return [None if one is None else (*one[:3], list(one[3])) for one in found]
+    rows = store.get(view, PERSONS)
+    return [None if row_found is None else (*row_found[:3], list(row_found[3])) for row_found in rows]
 
 
 def amounts(store: OnlineStore) -> list[float | None]:
-    return [None if found is None else found[3][0] for found in answers(store)]
+    return [None if row_found is None else row_found[3][0] for row_found in answers(store)]
 
 
 def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
@@ -145,8 +145,10 @@ rows = st.lists(
 def greatest(known: Sequence[OnlineRow]) -> list[OnlineRow]:
     """Return the greatest row of each entity."""
     best: dict[tuple[int | str, ...], OnlineRow] = {}
-    for one in sorted(known, key=lambda one: (one.event_us, one.created_us, one.seq)):
-        best[one.keys] = one
+    for candidate in sorted(
+        known, key=lambda candidate: (candidate.event_us, candidate.created_us, candidate.seq)
+    ):
+        best[candidate.keys] = candidate
     return list(best.values())
 
 
@@ -165,16 +167,19 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
     before = data.draw(
         st.lists(st.sampled_from(known), unique_by=id) if known else st.just([]), label="before"
     )
-    after = data.draw(st.permutations([one for one in known if not horizon.covers(one.seq)]), label="after")
+    after = data.draw(
+        st.permutations([candidate for candidate in known if not horizon.covers(candidate.seq)]),
+        label="after",
+    )
     for store in (lmdb, remote):
         store.replace(VIEW, KEY_TYPES, greatest(known))
         wanted = answers(store)
         store.replace(VIEW, KEY_TYPES, [])
         store.put(VIEW, KEY_TYPES, before)
-        covered = [one for one in known if horizon.covers(one.seq)]
+        covered = [candidate for candidate in known if horizon.covers(candidate.seq)]
         store.replace(VIEW, KEY_TYPES, greatest(covered), horizon=horizon)
-        for one in after:
-            store.put(VIEW, KEY_TYPES, [one])
+        for candidate in after:
+            store.put(VIEW, KEY_TYPES, [candidate])
         assert answers(store) == wanted
     remote.close()
 
@@ -263,8 +268,12 @@ def test_view_versions_share_the_store(store: OnlineStore) -> None:
     written = OnlineRow(keys=(2,), event_us=1, created_us=1, seq=1, values=("s", 7, 2.0))
     assert store.put(newer, KEY_TYPES, [written]) == 1
     assert store.put(VIEW, KEY_TYPES, [row(3, 1, 3.0)]) == 1
-    assert [found[3] for found in answers(store) if found] == [[1.0, "s1.0"], [2.0, "s"], [3.0, "s3.0"]]
-    assert [found[3] for found in answers(store, newer) if found] == [
+    assert [row_found[3] for row_found in answers(store) if row_found] == [
+        [1.0, "s1.0"],
+        [2.0, "s"],
+        [3.0, "s3.0"],
+    ]
+    assert [row_found[3] for row_found in answers(store, newer) if row_found] == [
         ["s1.0", None, 1.0],
         ["s", 7, 2.0],
         ["s3.0", None, 3.0],
@@ -278,17 +287,20 @@ def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
     values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, microseconds(START))
     mixed = a_view("v3", name="string/personal", flag="bool/public", amount="float64/sensitive")
     for view, content in ((fixed, values), (mixed, ("é", False, float("inf")))):
-        nulls = tuple(None if place % 2 else value for place, value in enumerate(content))
+        nulls = tuple(None if index % 2 else value for index, value in enumerate(content))
         store.put(
             view,
             KEY_TYPES,
             [
-                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=one)
-                for key, one in ((1, content), (2, nulls))
+                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=values)
+                for key, values in ((1, content), (2, nulls))
             ],
         )
-        found = store.get(view, PERSONS)
-        assert [(one[2], tuple(one[3])) for one in found if one] == [(True, content), (False, nulls)]
+        stored = store.get(view, PERSONS)
+        assert [(row_found[2], tuple(row_found[3])) for row_found in stored if row_found] == [
+            (True, content),
+            (False, nulls),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -320,31 +332,31 @@ def test_batch_has_the_status_of_each_row(store: OnlineStore, seen_at: object, s
     "dtypes", [("float64",) * 3, ("float64", "int64", "bool"), ("int64", "string", "bool")]
 )
 @given(
-    lying=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=5, max_size=12),
-    whole=st.booleans(),
+    drawn=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=5, max_size=12),
+    complete=st.booleans(),
     at=st.integers(0, 4),
 )
 def test_batch_read_equals_single_reads(
-    keys: Keyring, dtypes: tuple[str, ...], lying: list[tuple[int, bool]], whole: bool, at: int
+    keys: Keyring, dtypes: tuple[str, ...], drawn: list[tuple[int, bool]], complete: bool, at: int
 ) -> None:
     """By column or by row; with and without nulls, missing entities and expired rows."""
     makers = {"float64": float, "int64": int, "bool": lambda number: number % 2 == 0, "string": str}
-    fields = {f"f{place}": dtype for place, dtype in enumerate(dtypes)}
+    fields = {f"f{index}": dtype for index, dtype in enumerate(dtypes)}
     view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
     moment = START + timedelta(seconds=at)
     with tempfile.TemporaryDirectory() as folder:
         store = open_online(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
         rows = []
-        for key, (second, null) in enumerate(lying):
-            values = [None if null and not whole else makers[dtype](key) for dtype in dtypes]
+        for key, (second, null) in enumerate(drawn):
+            values = [None if null and not complete else makers[dtype](key) for dtype in dtypes]
             event = microseconds(START + timedelta(seconds=second))
             rows.append(OnlineRow(keys=(key,), event_us=event, created_us=event, seq=0, values=values))
         store.put(view, KEY_TYPES, rows)
-        asked = [{"id": key} for key in range(len(lying) + (not whole))]
+        requests = [{"id": key} for key in range(len(drawn) + (not complete))]
         reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
-        together, alone = reader.read(asked, moment), [reader.read([one], moment) for one in asked]
+        batch, alone = reader.read(requests, moment), [reader.read([single], moment) for single in requests]
         store.close()
     for name in view.columns:
-        assert together.columns[name] == [one.columns[name][0] for one in alone]
-        assert list(map(type, together.columns[name])) == [type(one.columns[name][0]) for one in alone]
-        assert list(together.status[name]) == [one.status[name][0] for one in alone]
+        assert batch.columns[name] == [single.columns[name][0] for single in alone]
+        assert list(map(type, batch.columns[name])) == [type(single.columns[name][0]) for single in alone]
+        assert list(batch.status[name]) == [single.status[name][0] for single in alone]

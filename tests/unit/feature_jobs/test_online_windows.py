@@ -74,11 +74,11 @@ def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
     entities = pl.DataFrame(EVERYONE, schema=KEYS).with_columns(
         pl.lit(at).cast(TIME).alias("event_timestamp")
     )
-    found = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
-    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
+    columns = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in columns.schema.items() if dtype == TIME]
     return {
         f"visits__{name}": values
-        for name, values in found.with_columns(*times).to_dict(as_series=False).items()
+        for name, values in columns.with_columns(*times).to_dict(as_series=False).items()
     }
 
 

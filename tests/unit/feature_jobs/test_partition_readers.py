@@ -49,14 +49,14 @@ def broker() -> Iterator[MockBroker]:
 class Sent:
     """A message."""
 
-    place: tuple[int, int]
+    position: tuple[int, int]
     content: bytes
 
     def partition(self) -> int:
-        return self.place[0]
+        return self.position[0]
 
     def offset(self) -> int:
-        return self.place[1]
+        return self.position[1]
 
     def value(self) -> bytes:
         return self.content
@@ -76,43 +76,44 @@ def topics(draw: st.DrawFn) -> list[Sent]:
     return sent
 
 
-def check(messages: list[Sent], **given: Any) -> CheckedMessages:
-    return to_checked(messages, VIEW, key_types=KEYS, now=NOW, **given)
+def check(messages: list[Sent], **options: Any) -> CheckedMessages:
+    return to_checked(messages, VIEW, key_types=KEYS, now=NOW, **options)
 
 
 def results(messages: CheckedMessages) -> dict[tuple[int, int], Any]:
     """Return the stored amount or the reason for quarantine, by partition and offset."""
-    places = list(zip(messages.partitions.tolist(), messages.offsets.tolist(), strict=True))
+    positions = list(zip(messages.partitions.tolist(), messages.offsets.tolist(), strict=True))
     good = messages.rows.good
     amounts = good["amount"].to_pylist() if good.num_rows else []
-    found = dict(zip(good[POSITION].to_pylist(), amounts, strict=True))
+    result_of = dict(zip(good[POSITION].to_pylist(), amounts, strict=True))
     bad = messages.rows.bad
-    found |= dict(zip(bad[POSITION].to_pylist(), bad["reason"].to_pylist(), strict=True))
-    assert found.keys() == set(range(len(places)))
-    return {places[place]: found[place] for place in found}
+    result_of |= dict(zip(bad[POSITION].to_pylist(), bad["reason"].to_pylist(), strict=True))
+    assert result_of.keys() == set(range(len(positions)))
+    return {positions[index]: result_of[index] for index in result_of}
 
 
 @given(topics(), st.integers(1, 3))
 def test_combined_parts_equal_the_result_of_one_reader(messages: list[Sent], readers: int) -> None:
     """Every row, reason and value stays with its message."""
     parts = [
-        check([one for one in messages if one.partition() in share]) for share in shares([0, 1, 2], readers)
+        check([message for message in messages if message.partition() in share])
+        for share in shares([0, 1, 2], readers)
     ]
-    whole = together(parts)
-    assert results(whole) == results(check(messages))
+    combined = together(parts)
+    assert results(combined) == results(check(messages))
     values = dict(
-        zip(zip(whole.partitions, whole.offsets, strict=True), whole.values.to_pylist(), strict=True)
+        zip(zip(combined.partitions, combined.offsets, strict=True), combined.values.to_pylist(), strict=True)
     )
-    assert values == {one.place: one.value() for one in messages}
+    assert values == {message.position: message.value() for message in messages}
 
 
 @given(topics(), st.lists(st.integers(-1, 8), min_size=3, max_size=3))
 def test_messages_in_the_table_are_skipped(messages: list[Sent], committed: list[int]) -> None:
     """The result is the same as if these messages had not been read."""
     fresh = check(messages).after(dict(enumerate(committed)))
-    left = [one for one in messages if one.offset() > committed[one.partition()]]
-    assert results(fresh) == results(check(left))
-    assert fresh.last_offsets == check(left).last_offsets
+    remaining = [message for message in messages if message.offset() > committed[message.partition()]]
+    assert results(fresh) == results(check(remaining))
+    assert fresh.last_offsets == check(remaining).last_offsets
 
 
 def test_messages_that_would_leave_a_gap_are_refused() -> None:
@@ -158,22 +159,22 @@ def test_killed_readers_lose_and_duplicate_no_rows(
         row = message(person, draw.randrange(20), draw.choice([1.0, -1.0, draw.random()]))
         broker.send(TOPIC, row if draw.random() < 0.9 else b"nonsense", partition=partition)
     lateness = Lateness(3_600_000_000, LatePolicy.quarantine)
-    whole, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
-    whole.consume(lateness=lateness)
+    single, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
+    single.consume(lateness=lateness)
     first = apart.kafka(lateness=lateness)
     reading = Reading(source=apart.topic, linger_s=0.01, max_rows=4, once=True)
     total = consume(first, reading, threading.Event(), until_table=True)
     assert total + read_with_kills(apart.kafka(lateness=lateness), reading, draw) == 60
     columns = ["person_id", "event_timestamp", "amount", "sector"]
-    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (whole, apart))
+    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (single, apart))
     assert actual.equals(expected)
     assert apart.table()["ingest_seq"].is_unique().all()
-    assert sums(apart) == sums(whole)
+    assert sums(apart) == sums(single)
     people = [(person,) for person in range(4)]
-    assert apart.store.get(apart.view.spec, people) == whole.store.get(whole.view.spec, people)
+    assert apart.store.get(apart.view.spec, people) == single.store.get(single.view.spec, people)
     with pytest.raises(Fenced, match="started later"):
         first.store_checked(check([Sent((0, 0), b"nonsense")], starts={0: 0}))
-    whole.close()
+    single.close()
     apart.close()
 
 

@@ -77,16 +77,16 @@ def test_join_agrees_with_the_definition_in_sql(
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
     """`latest` returns the rows that a training set would have at that moment."""
     rows = latest(features, keys=list(KEYS), as_of=as_of)
-    asked = (
+    requests = (
         features.select(list(KEYS))
         .unique(maintain_order=True)
         .with_columns(pl.lit(as_of).cast(TIME).alias("event_timestamp"))
     )
-    joined = answer(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
+    joined = answer(requests, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
-def rows(*given: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
+def rows(*values: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
     """Return feature rows of one person from (event hour, created hour, amount).
 
     `deleted` has the indices of tombstones.
@@ -102,14 +102,14 @@ def rows(*given: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> 
             None,
             seq in deleted,
         )
-        for seq, (event, created, amount) in enumerate(given)
+        for seq, (event, created, amount) in enumerate(values)
     ]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
 
 
-def amounts_at(features: pl.DataFrame, *asked: int, ttl: timedelta | None = None) -> list[float | None]:
+def amounts_at(features: pl.DataFrame, *hours_asked: int, ttl: timedelta | None = None) -> list[float | None]:
     """Return the amounts that are known at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours_asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
     joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
     return joined.columns["amount"].to_list()
@@ -175,8 +175,8 @@ def test_ordered_rows_need_no_sequence_numbers() -> None:
     """The rows of one bucket file are sorted already."""
     features = rows((1, 1, 1.0), (1, 1, 2.0), (5, 5, 3.0), (2, 8, 4.0)).drop("ingest_seq")
     entities = rows((4, 4, None), (9, 9, None)).select(*KEYS, "event_timestamp")
-    found = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
-    assert found.columns["amount"].to_list() == [2.0, 3.0]
+    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
+    assert joined.columns["amount"].to_list() == [2.0, 3.0]
 
 
 def test_rows_keep_order_and_repetitions() -> None:

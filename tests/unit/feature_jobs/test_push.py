@@ -68,9 +68,9 @@ def test_push_repeated_after_streaming_keeps_its_sequence_number(project: PushPr
     project.push(row(1, 1, 5.0), key="a")
     project.stream().step()
     project.push(row(1, 1, 5.0), key="a")
-    [found] = project.store.get(project.view.spec, [(1,)])
-    assert found is not None
-    later = OnlineRow(keys=(1,), event_us=found[0], created_us=found[1], seq=1, values=(6.0, "s"))
+    [stored_row] = project.store.get(project.view.spec, [(1,)])
+    assert stored_row is not None
+    later = OnlineRow(keys=(1,), event_us=stored_row[0], created_us=stored_row[1], seq=1, values=(6.0, "s"))
     assert project.store.put(project.view.spec, {"person_id": "int64"}, [later]) == 1
 
 
@@ -106,7 +106,7 @@ def test_bad_rows_are_reported_and_quarantined(project: PushProject, access: Key
     ]
     answer = project.push(row(1, 1, 5.0), *bad, key="a")
     assert answer["accepted"] == 1
-    assert [(one["row"], one["reason"]) for one in answer["quarantined"]] == [
+    assert [(bad_row["row"], bad_row["reason"]) for bad_row in answer["quarantined"]] == [
         (1, "amount outside 0..1e+06"),
         (2, "amount is no float64"),
         (3, "event_timestamp is no instant"),
@@ -164,17 +164,17 @@ def test_online_equals_rebuild_for_late_and_deleted_rows(project: PushProject) -
     project.push(row(1, 5, 5.0), row(2, 5, 5.0), row(3, 5, 5.0), key="a")
     project.push(row(1, 4, 4.0), row(2, 6, deleted=True), key="b")
     project.push(row(2, 5, 6.0), row(3, 5, 7.0, created_timestamp=row(3, 9)["event_timestamp"]), key="c")
-    spec, asked = project.view.spec, [(1,), (2,), (3,), (4,)]
-    pushed = project.store.get(spec, asked)
+    spec, people = project.view.spec, [(1,), (2,), (3,), (4,)]
+    pushed = project.store.get(spec, people)
     assert project.amounts(1, 2, 3, 4) == [5.0, None, 7.0, None]
     while project.stream(max_rows=3).step():
         pass
-    assert project.store.get(spec, asked) == pushed
+    assert project.store.get(spec, people) == pushed
     pinned, table = project.snapshot(), open_table(project.places.features("income"))
     assert table is not None
     known = list(materialised(spec, pinned, START.replace(year=2025)))
     project.store.replace(spec, {"person_id": "int64"}, known, horizon=streamed.horizon(table))
-    assert project.store.get(spec, asked) == pushed
+    assert project.store.get(spec, people) == pushed
     assert project.store.put(spec, {"person_id": "int64"}, known) == 0
 
 
@@ -229,9 +229,9 @@ def test_altered_or_replaced_log_is_refused(project: PushProject, tmp_path: Path
     """The rows of another log would be stored as those after the table's position."""
     project.push(row(1, 1), key="a")
     with project.log._env.begin(write=True) as transaction:
-        for place, stored in list(transaction.cursor()):
-            if place.startswith(b"r"):
-                transaction.put(place, stored[:-1] + b"!")
+        for key, stored in list(transaction.cursor()):
+            if key.startswith(b"r"):
+                transaction.put(key, stored[:-1] + b"!")
     with pytest.raises(RecordLogCorrupt, match="altered at number 0"):
         project.stream().step()
     project.log.trim(0)

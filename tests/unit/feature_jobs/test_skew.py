@@ -60,7 +60,7 @@ def verdict(
     floor: tuple[int, float] | None = None,
     ttl_h: float | None = None,
 ) -> str:
-    asked = pl.DataFrame(
+    requests = pl.DataFrame(
         {
             POSITION: [0],
             "key": [1],
@@ -73,9 +73,9 @@ def verdict(
     )
     online = pl.Series([served], dtype=pl.Int64)
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
-    found = judge(asked, rows, keys=["key"], feature="value", online=online, ttl=ttl)
-    [one] = found["verdict"].to_list()
-    return str(one)
+    verdicts = judge(requests, rows, keys=["key"], feature="value", online=online, ttl=ttl)
+    [only] = verdicts["verdict"].to_list()
+    return str(only)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_counts_and_smape_follow_the_formula() -> None:
     """Two thirds and twice 0 over three pairs. Nulls do not count. The sum of parts equals the whole."""
     online, offline = pl.Series([1, 0, 5, None]), pl.Series([2, 0, 5, 4])
     verdicts = pl.Series(["mismatch", "equal", "equal", "online_missing"])
-    whole = skew_of(online, offline, verdicts)
-    assert whole.report() == {
+    skew = skew_of(online, offline, verdicts)
+    assert skew.report() == {
         "compared": 4,
         "equal": 2,
         "lag": 0,
@@ -153,7 +153,7 @@ def test_counts_and_smape_follow_the_formula() -> None:
         "smape": pytest.approx(2 / 9),
     }
     parts = [skew_of(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
-    assert sum(parts, FeatureSkew()).report() == whole.report()
+    assert sum(parts, FeatureSkew()).report() == skew.report()
     text = pl.Series(["a"])
     assert skew_of(text, text, pl.Series([Verdict.equal.value])).smape is None
 
@@ -179,8 +179,8 @@ def test_requests_that_cannot_be_repeated_are_counted() -> None:
     """Requests with all their features, records without `given`, and requests before `since` are left out."""
     old = record(0)
     del old["given"]
-    brought = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
-    groups, left_out, _ = served([old, brought, record(2), record(3)], since=None)
+    complete = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
+    groups, left_out, _ = served([old, complete, record(2), record(3)], since=None)
     assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
     assert left_out == 4
     [late], *_ = served([record(2), record(3)], since=at(13))
@@ -190,10 +190,10 @@ def test_requests_that_cannot_be_repeated_are_counted() -> None:
 def test_requests_without_a_score_are_counted() -> None:
     """Records of this and of an older release, which logged a null for a NaN."""
     nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
-    found = served(
+    requests = served(
         [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
     )
-    assert found == ([], 0, 4)
+    assert requests == ([], 0, 4)
 
 
 def test_served_values_have_the_dtype_of_the_feature() -> None:
@@ -230,8 +230,8 @@ def test_key_from_an_earlier_view_is_the_served_value() -> None:
     """If the client sent the key, the feature of the earlier view is not used."""
     [group], *_ = served([record(1)], since=None)
     assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
-    [given], *_ = served([record(1, given=["person__age_band"])], since=None)
-    assert "age_band" not in given.asked(SERVICE).column_names
+    [sent], *_ = served([record(1, given=["person__age_band"])], since=None)
+    assert "age_band" not in sent.asked(SERVICE).column_names
 
 
 def test_served_time_is_read_from_microseconds() -> None:

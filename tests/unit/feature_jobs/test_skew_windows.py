@@ -67,32 +67,34 @@ def test_difference_has_one_cause(
     served: float | None, as_of: float, floor: tuple[Any, Any], expected: str
 ) -> None:
     """Only the state of the last materialisation, at the request's `as_of`, explains a value."""
-    asked = pl.DataFrame(
+    requests = pl.DataFrame(
         [(0, 1, at(as_of), at(as_of), floor[0], at(floor[1]))],
         schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
         | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
         orient="row",
     )
-    found = judge_windows(
-        asked,
+    verdicts = judge_windows(
+        requests,
         EVENTS,
         keys=["key"],
         windows=SPEC,
         feature="amount_sum_5h",
         online=pl.Series([served], dtype=pl.Float64),
     )
-    assert found.rows() == [(0, expected)]
+    assert verdicts.rows() == [(0, expected)]
 
 
 def test_requests_keep_their_order() -> None:
     """Requests after several materialisations, in any order."""
     floors = [(1, at(2)), (0, at(1)), (None, None), (1, at(2))]
-    asked = pl.DataFrame(
-        [(place, 1, at(4), at(4), *floor) for place, floor in enumerate(floors)],
+    requests = pl.DataFrame(
+        [(position, 1, at(4), at(4), *floor) for position, floor in enumerate(floors)],
         schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
         | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
         orient="row",
     )
     online = pl.Series([2, 1, None, 7], dtype=pl.Int64)
-    found = judge_windows(asked, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online)
-    assert dict(found.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}
+    verdicts = judge_windows(
+        requests, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online
+    )
+    assert dict(verdicts.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}

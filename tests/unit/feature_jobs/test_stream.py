@@ -21,7 +21,7 @@ from tests.kafka_broker import mock_broker
 from tests.push_project import PushProject, kafka_view, message, row
 
 
-def config(root: Path, **given: Any) -> StreamConfig:
+def config(root: Path, **overrides: Any) -> StreamConfig:
     """Return the settings for a view `income` below a folder."""
     return StreamConfig(
         storage=StorageConfig(root=str(root)),
@@ -29,7 +29,7 @@ def config(root: Path, **given: Any) -> StreamConfig:
         view="income",
         once=True,
         num_buckets=2,
-        **given,
+        **overrides,
     )
 
 
@@ -45,9 +45,9 @@ def test_once_streams_all_pushes_and_stops(tmp_path: Path, access: KeyAccess) ->
         project.push(row(number, 1), key=str(number))
     project.store.close()
     project.log.close()
-    given = config(tmp_path, max_rows=2)
-    stream = push_stream(given, project.view.spec, project.ledger, actor(access))
-    assert run(stream, given, threading.Event()) == 5
+    settings = config(tmp_path, max_rows=2)
+    stream = push_stream(settings, project.view.spec, project.ledger, actor(access))
+    assert run(stream, settings, threading.Event()) == 5
     assert project.table().height == 5
     assert project.snapshot().num_buckets == 2
     stream.store.close()
@@ -61,12 +61,12 @@ def test_once_streams_a_topic_to_its_end(tmp_path: Path, access: KeyAccess) -> N
         project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
         project.store.close()
         broker.send("incomes", message(1, 1), message(2, 1), message(3, -1, -1.0))
-        given = config(tmp_path, source=StreamSource.kafka)
+        settings = config(tmp_path, source=StreamSource.kafka)
         tally = Tally()
-        assert run_kafka(given, project.ledger, actor(access), threading.Event(), tally) == 3
+        assert run_kafka(settings, project.ledger, actor(access), threading.Event(), tally) == 3
         assert project.table()["person_id"].to_list() == [1, 2]
-        said = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
-        assert counted(tally, "Kafka") == said
+        expected = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
+        assert counted(tally, "Kafka") == expected
         project.log.close()
         project.ledger.engine.dispose()
 
@@ -95,13 +95,13 @@ class Scripted:
 def test_stream_waits_and_retries_after_a_conflict(tmp_path: Path) -> None:
     """It runs until it is stopped. Other errors are raised."""
     stopped = threading.Event()
-    given = config(tmp_path, interval_s=0.001)
-    given.once = False
+    settings = config(tmp_path, interval_s=0.001)
+    settings.once = False
     scripted = cast(PushStream, Scripted(1, 0, CommitConflict("meanwhile"), 2, OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        run(scripted, given, stopped)
+        run(scripted, settings, stopped)
     stopped.set()
-    assert run(cast(PushStream, Scripted()), given, stopped) == 0
+    assert run(cast(PushStream, Scripted()), settings, stopped) == 0
 
 
 @pytest.mark.parametrize(

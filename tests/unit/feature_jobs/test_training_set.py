@@ -34,9 +34,9 @@ TIMES = [
 ]
 
 
-def hours(*given: float) -> list[datetime]:
+def hours(*offsets: float) -> list[datetime]:
     """Return a moment, in hours after the start."""
-    return [START + timedelta(hours=hour) for hour in given]
+    return [START + timedelta(hours=hour) for hour in offsets]
 
 
 def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) -> ViewSpec:
@@ -59,19 +59,19 @@ def store(
 ) -> Snapshot:
     """Store rows in a feature table. By default a row is created at its event time."""
     uri = f"{folder}/{spec.name}"
-    given = {name: pa.array(values) for name, values in columns.items()}
-    schema = pa.schema([*((name, values.type) for name, values in given.items()), *TIMES])
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    schema = pa.schema([*((name, values.type) for name, values in arrays.items()), *TIMES])
     seq = list(range(len(event)))
-    rows = pa.table([*given.values(), event, created or event, event, seq], schema=schema)
+    rows = pa.table([*arrays.values(), event, created or event, event, seq], schema=schema)
     table = offline.create_table(uri, schema, num_buckets=4)
     target = Target(
         uri=uri, keys=tuple(spec.join_keys), buckets=4, protection=view_protection(spec), access=access
     )
     files = offline.write_files(rows, target, name="a")
-    said = Batch(
+    commit_info = Batch(
         ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
     )
-    offline.commit(DeltaTable(table.table_uri), schema, files, said, seq=len(seq))
+    offline.commit(DeltaTable(table.table_uri), schema, files, commit_info, seq=len(seq))
     return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=view_protection(spec), access=access)
 
 
@@ -99,18 +99,18 @@ def entities(ids: Any, *at: float, **more: Any) -> pa.Table:
     return pa.table({"person_id": ids, "event_timestamp": pa.array(hours(*at), TIME), **more})
 
 
-def built(snapshots: dict[str, Snapshot], asked: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
+def built(snapshots: dict[str, Snapshot], rows: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
     """Build the training set."""
-    return build(service, snapshots, asked, join_parts=join_here)
+    return build(service, snapshots, rows, join_parts=join_here)
 
 
 def test_rows_and_columns_of_entities_come_first_in_order(snapshots: dict[str, Snapshot]) -> None:
     """Repeated rows, unknown entities and extra columns of any type are kept."""
     label = pa.array(["a", "b", "a", "c", "b"]).dictionary_encode()
-    asked = entities([2, 1, 1, 99, 1], 6, 6, 3, 6, 6, label=label)
-    table = built(snapshots, asked)
-    assert asked.equals(table.select(asked.column_names))
-    assert [*asked.column_names, *SERVICE.columns] == table.column_names
+    rows = entities([2, 1, 1, 99, 1], 6, 6, 3, 6, 6, label=label)
+    table = built(snapshots, rows)
+    assert rows.equals(table.select(rows.column_names))
+    assert [*rows.column_names, *SERVICE.columns] == table.column_names
     assert table["person__amount"].to_pylist() == [None, 11.0, 10.0, None, 11.0]
 
 
@@ -125,14 +125,14 @@ def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> 
     """An unknown person has the default band, but the cohort is not looked up with it."""
     defaults: dict[str, Any] = {"person__age_band": "old", "person__amount": -1.0, "cohort__rate": 0.0}
     service = replace(SERVICE, missing=MissingPolicy(defaults=defaults))
-    asked = entities([1, 2, 99], 6, 20, 6)
-    answered = assemble(service, snapshots, asked, join_parts=join_here)
-    table = answered.table
+    rows = entities([1, 2, 99], 6, 20, 6)
+    training_set = assemble(service, snapshots, rows, join_parts=join_here)
+    table = training_set.table
     assert table["person__age_band"].to_pylist() == ["old", "old", "old"]
     assert table["person__amount"].to_pylist() == [11.0, None, -1.0]
     assert table["cohort__rate"].to_pylist() == [0.7, 0.0, 0.0]
     assert table["cohort__size"].to_pylist() == [4, None, None]
-    assert answered.absent == {"person": 1, "cohort": 2}
+    assert training_set.absent == {"person": 1, "cohort": 2}
 
 
 def test_join_key_of_the_entity_row_wins_over_a_view(snapshots: dict[str, Snapshot]) -> None:
@@ -152,9 +152,9 @@ def test_cutoff_hides_and_counts_later_knowledge(tmp_path: Path, access: KeyAcce
     table = store(
         tmp_path, access, late, hours(1, 1), created=hours(1, 5), person_id=[1, 2], amount=[1.0, 2.0]
     )
-    service, asked = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
+    service, rows = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
     with_it, without = (
-        assemble(service, {"person": table}, asked, join_parts=join_here, cutoff=cutoff)
+        assemble(service, {"person": table}, rows, join_parts=join_here, cutoff=cutoff)
         for cutoff in (True, False)
     )
     assert with_it.table["person__amount"].to_pylist() == [1.0, None, 2.0, None]
@@ -168,8 +168,8 @@ def test_cutoff_hides_and_counts_later_knowledge(tmp_path: Path, access: KeyAcce
 
 def test_columns_without_values_have_the_declared_types(snapshots: dict[str, Snapshot]) -> None:
     """A training set of unknown entities has the same schema as any other."""
-    known, strangers = (built(snapshots, entities([one], 6)) for one in (1, 99))
-    assert known.schema.equals(strangers.schema)
+    known, unknown = (built(snapshots, entities([person], 6)) for person in (1, 99))
+    assert known.schema.equals(unknown.schema)
     assert pa.int64() == known.schema.field("cohort__size").type
     assert known.schema.field("person__seen").type == TIME
 
@@ -178,8 +178,8 @@ def test_key_encoding_does_not_matter(snapshots: dict[str, Snapshot]) -> None:
     """int32 or int64, dictionary or plain text: it is the same entity."""
     expected = built(snapshots, entities([1, 2], 6, 6, age_band=["young", "old"]))["cohort__rate"]
     coded = pa.array(["young", "old"]).dictionary_encode()
-    asked = entities(pa.array([1, 2], pa.int32()), 6, 6, age_band=coded)
-    assert expected.equals(built(snapshots, asked)["cohort__rate"])
+    rows = entities(pa.array([1, 2], pa.int32()), 6, 6, age_band=coded)
+    assert expected.equals(built(snapshots, rows)["cohort__rate"])
 
 
 def test_times_are_converted_from_other_zones_and_units(snapshots: dict[str, Snapshot]) -> None:
@@ -187,8 +187,8 @@ def test_times_are_converted_from_other_zones_and_units(snapshots: dict[str, Sna
     at = hours(3)
     for kind in (pa.timestamp("ns", "UTC"), pa.timestamp("ms"), pa.timestamp("us", "Asia/Dubai")):
         values = at if kind.tz else [at[0].replace(tzinfo=None)]
-        asked = pa.table({"person_id": [1], "event_timestamp": pa.array(values, kind)})
-        assert built(snapshots, asked)["person__amount"].to_pylist() == [10.0]
+        rows = pa.table({"person_id": [1], "event_timestamp": pa.array(values, kind)})
+        assert built(snapshots, rows)["person__amount"].to_pylist() == [10.0]
 
 
 @pytest.mark.parametrize(("nanoseconds", "amount"), [(1, 10.0), (0, 10.0), (-1, None)])
@@ -197,8 +197,8 @@ def test_time_of_an_entity_row_is_rounded_down(
 ) -> None:
     """A feature that is one nanosecond later is not seen."""
     at = pa.array([int(hours(1)[0].timestamp()) * 10**9 + nanoseconds], pa.timestamp("ns", "UTC"))
-    asked = pa.table({"person_id": [1], "event_timestamp": at})
-    assert built(snapshots, asked)["person__amount"].to_pylist() == [amount]
+    rows = pa.table({"person_id": [1], "event_timestamp": at})
+    assert built(snapshots, rows)["person__amount"].to_pylist() == [amount]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_time_of_an_entity_row_never_wraps(time: pa.Array, rounded: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("rows", "words"),
     [
         (entities([1], 1).drop_columns(["event_timestamp"]), "event_timestamp"),
         (entities([1], 1).drop_columns(["person_id"]), "person_id"),
@@ -229,11 +229,11 @@ def test_time_of_an_entity_row_never_wraps(time: pa.Array, rounded: int) -> None
     ],
 )
 def test_entities_that_cannot_be_joined_are_refused_by_column(
-    snapshots: dict[str, Snapshot], asked: pa.Table, words: str
+    snapshots: dict[str, Snapshot], rows: pa.Table, words: str
 ) -> None:
     """The error names the column that is missing, null, of the wrong type, or named like a feature."""
     with pytest.raises(TrainingSetError, match=words):
-        built(snapshots, asked)
+        built(snapshots, rows)
 
 
 def test_row_hash_does_not_depend_on_storage(tmp_path: Path) -> None:
