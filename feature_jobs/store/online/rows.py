@@ -97,7 +97,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """What one version of a feature table contains: rows up to a `ingest_seq`, and pushes up to a number in the log."""
+    """What one version of a feature table contains: rows up to an `ingest_seq`, and pushes up to a number in the log."""
 
     seq: int
     offset: int

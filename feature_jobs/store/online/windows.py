@@ -118,8 +118,8 @@ def entity_states(
             event_us, created_us, seq, deleted, event_id, *values = row[len(keys) :]
             state.apply(EventRow(event_id, event_us, created_us, seq, None if deleted else tuple(values)))
         yield _row(entity, state, seq)
-    # The other entities have only older events. They get an empty state, because without a row they would have no
-    # events at all, also for reads before `since`.
+    # The other entities have only older events. Their empty state makes a read before `since` return `newer`.
+    # Without a row, such a read would return the values of an entity that never had events.
     others = known.join(useful, on=list(keys), how="anti").group_by(keys).agg(pl.col(SEQ).max())
     for *entity, seq in others.iter_rows():
         yield _row(tuple(entity), WindowState(tiling, since_us=since_us), seq)

@@ -22,6 +22,7 @@ from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.pushed_rows import AT_ONCE
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, to_checked
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
+from feature_jobs.store.streaming.streamed import MAX_ROWS
 
 T = TypeVar("T")
 ANSWER_S = 10.0
@@ -39,7 +40,7 @@ class Reading:
     """Whether to stop at the end that the topic had at the start."""
     linger_s: float = 0.1
     """Longest wait in seconds for a batch of messages."""
-    max_rows: int = 50_000
+    max_rows: int = MAX_ROWS
     """Largest number of messages in a batch."""
     ahead: Ahead = AT_ONCE
     """How far a row's times may be ahead of the clock."""

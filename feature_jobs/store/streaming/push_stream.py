@@ -30,6 +30,7 @@ from feature_jobs.store.streaming.incompatible_rows import SourceNames, move_inc
 from feature_jobs.store.streaming.push_log import PushLog, PushRecord
 from feature_jobs.store.streaming.pusher import provisional
 from feature_jobs.store.streaming.streamed import (
+    MAX_ROWS,
     PUSH_APP,
     PUSH_SEQ_APP,
     MicroBatch,
@@ -53,7 +54,7 @@ class PushStream:
     store: OnlineStore
     ledger: Ledger
     actor: str
-    max_rows: int = 50_000
+    max_rows: int = MAX_ROWS
     """Number of rows at which a batch is full. The last push in it may exceed the number."""
     tally: Tally = field(default_factory=Tally)
 

@@ -31,6 +31,9 @@ from feature_jobs.store.types.schema import SEQ
 PUSH_APP, PUSH_SEQ_APP = "falaj.push", "falaj.push.seq"
 """Application transactions: the number of the last push-log row in the table, and its `ingest_seq`."""
 
+MAX_ROWS = 50_000
+"""Default number of rows at which a batch of a stream is full."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
