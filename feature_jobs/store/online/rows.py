@@ -97,7 +97,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """What one version of a feature table contains: rows up to an `ingest_seq`, and pushes up to a number in the log."""
+    """The rows that one version of a feature table has: up to an `ingest_seq`, and pushes up to a push-log number."""
 
     seq: int
     offset: int
