@@ -91,7 +91,7 @@ def answer(
 def latest(
     features: pl.DataFrame, *, keys: Sequence[str], as_of: datetime, tombstones: bool = False
 ) -> pl.DataFrame:
-    """Return the newest row of each entity at a moment, in the order of the join. The TTL is not applied.
+    """Return the row of each entity that a join at one moment takes. The TTL is not applied.
 
     Args:
         features: as in `answer`.

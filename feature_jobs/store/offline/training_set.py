@@ -41,7 +41,7 @@ Part = tuple[int, pl.DataFrame]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """The join of one bucket."""
+    """The result of a join of one bucket."""
 
     frame: pl.DataFrame
     """The features, `POSITION` of the entity row, and `ABSENT`, which is true where the entity row has no result."""
@@ -129,7 +129,7 @@ def assemble(
 def join_view(
     view: ViewSpec, snapshot: Snapshot, requests: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
 ) -> ViewFeatures:
-    """Join one view's features to a table of join keys and times."""
+    """Join the features of one view with a table of join keys and times."""
     buckets = bucket_of(requests, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
     frame = pl.DataFrame(pl.from_arrow(requests)).with_row_index(POSITION)
     parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]

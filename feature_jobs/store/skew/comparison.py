@@ -151,10 +151,10 @@ def judge(
         & (pl.col(_VALUE) == pl.col(_ONLINE))
         & (floor.is_null() | (pl.col(_RANK) >= floor))
     )
-    requests = rows.group_by(POSITION, maintain_order=True).agg(
+    judged = rows.group_by(POSITION, maintain_order=True).agg(
         pl.col(_ONLINE).first(), offline_value.alias(_OFFLINE), explains.any().alias(_EXPLAINED)
     )
-    return requests.select(POSITION, _VERDICT.alias("verdict"))
+    return judged.select(POSITION, _VERDICT.alias("verdict"))
 
 
 def _request_rows(

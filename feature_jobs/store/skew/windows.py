@@ -49,7 +49,7 @@ def judge_windows(
         outputs=tuple(output for output in windows.outputs if output.name == feature),
     )
     parts = asked.with_columns(online.alias(_ONLINE)).partition_by(FLOOR_SEQ, FLOOR_AS_OF)
-    requests = pl.concat(_with_floor_values(part, events, keys, of_feature, feature) for part in parts)
+    judged = pl.concat(_with_floor_values(part, events, keys, of_feature, feature) for part in parts)
     served, at_floor = pl.col(_ONLINE), pl.col(_AT_FLOOR)
     verdict = (
         pl.when(served.is_null() & at_floor.is_not_null())
@@ -60,7 +60,7 @@ def judge_windows(
         .then(pl.lit(Verdict.offline_missing.value))
         .otherwise(pl.lit(Verdict.mismatch.value))
     )
-    return requests.select(POSITION, verdict.alias("verdict"))
+    return judged.select(POSITION, verdict.alias("verdict"))
 
 
 def _with_floor_values(

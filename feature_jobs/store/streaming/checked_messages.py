@@ -47,7 +47,7 @@ class CheckedMessages:
         return len(self.offsets)
 
     @property
-    def last_offsets(self) -> dict[int, int]:
+    def reached(self) -> dict[int, int]:
         """The last offset of each partition."""
         numbers = np.unique(self.partitions).tolist()
         return {number: int(self.offsets[self.partitions == number].max()) for number in numbers}

@@ -47,7 +47,7 @@ def move_incompatible(
     declared: Mapping[str, pa.DataType],
     names: Callable[[str], SourceNames],
 ) -> list[PushRecord]:
-    """Return the records with incompatible rows moved from the good to the bad ones.
+    """Move incompatible rows from the good to the bad rows of their records, and return the records.
 
     Without a table, the first record with good rows decides the columns' types, except those of declared keys.
 

@@ -153,7 +153,7 @@ class KafkaStream:
             Inconsistent: the table lacks messages before these. Nothing was stored.
         """
         table = self._current()
-        apps = {number: self._offset_app(number) for number in messages.last_offsets}
+        apps = {number: self._offset_app(number) for number in messages.reached}
         fresh = messages.after({number: position(table, app) for number, app in apps.items()})
         if len(fresh):
             self._commit(table, fresh)
@@ -175,7 +175,7 @@ class KafkaStream:
         """Store messages, put their rows online, and append the ledger event."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
         judged = self._judge(messages, table)
-        offsets = {self._offset_app(number): offset for number, offset in messages.last_offsets.items()}
+        offsets = {self._offset_app(number): offset for number, offset in messages.reached.items()}
         batch = self._batch(
             judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
         )

@@ -91,7 +91,7 @@ class PushStream:
         return batch.rows_in
 
     def _compatible(self, records: list[PushRecord], table: DeltaTable | None) -> list[PushRecord]:
-        """Return the records with the rows that the table cannot take moved to the bad rows."""
+        """Move the rows that the table cannot take to the bad rows of their records."""
         stored = None if table is None else pa.schema(table.schema().to_arrow())
         declared = {key: DECLARED_KEYS[dtype] for key, dtype in self.view.key_types.items()}
         return move_incompatible(records, stored, declared, self._source_names)

@@ -247,7 +247,7 @@ def test_replaced_file_is_refused(uri: str, access: KeyAccess) -> None:
     files = newest(uri, access, protection=protection).files
     victim, beside = (Path(uri, file.path) for file in files[:2])
     plain = pl.read_parquet(Path(f"{uri}-plain", write(f"{uri}-plain", rows(0, 40), "a", access)[0].path))
-    content = victim.read_bytes()
+    original = victim.read_bytes()
     for content in (beside.read_bytes(), Path(other, files[0].path).read_bytes(), None):
         if content is None:
             plain.write_parquet(victim)
@@ -255,7 +255,7 @@ def test_replaced_file_is_refused(uri: str, access: KeyAccess) -> None:
             victim.write_bytes(content)
         with pytest.raises(ProtectedFileCorrupt, match=r"belongs at|signed by no key"):
             newest(uri, access, protection=protection).read(files[0].bucket, ["amount"])
-    victim.write_bytes(content)
+    victim.write_bytes(original)
     assert newest(uri, access, protection=protection).read(files[0].bucket, ["amount"]).height
 
 

@@ -56,11 +56,11 @@ EVENTS = pl.DataFrame(
         "the correction was not known as of the materialisation",
         "the correction was materialised",
         "an event has left the window since",
-        "a value of nobody's knowledge",
+        "a value of no known set of events",
         "not in the online store",
         "not materialised yet",
-        "served though nothing was materialised",
-        "served though nothing was known",
+        "served, although the view was never materialised",
+        "served, although no event was known",
     ],
 )
 def test_difference_has_one_cause(
