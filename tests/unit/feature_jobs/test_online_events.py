@@ -79,14 +79,14 @@ class Pipeline:
     """Rows in the order of the log."""
     table: list[int] = field(default_factory=list)
     """Rows in the order of their `ingest_seq`."""
-    settled: int = 0
-    """So many of the log are in the table and settled."""
-    streamed: int = 0
-    """So many of the log are in the table."""
+    num_finished: int = 0
+    """Number of log rows that are in the table and have their final number online."""
+    num_streamed: int = 0
+    """Number of log rows that are in the table."""
     num_taken: int = 0
-    """So many rows came."""
+    """Number of rows that were pushed or read from the topic."""
     put: set[int] = field(default_factory=set)
-    """Numbers in the log of what was put online."""
+    """Log numbers of the rows that were put online."""
 
     def numbered(self, rows: list[int], numbers: list[int]) -> pl.DataFrame:
         return self.rows[rows].with_columns(pl.Series("ingest_seq", numbers, pl.Int64))
@@ -104,25 +104,25 @@ class Pipeline:
 
     def push_again(self, count: int) -> None:
         """Repeat the last pushes that the stream has not stored."""
-        numbers = list(range(max(len(self.pushed) - count, self.settled), len(self.pushed)))
+        numbers = list(range(max(len(self.pushed) - count, self.num_finished), len(self.pushed)))
         self.put |= set(numbers)
         known = self.numbered([self.pushed[n] for n in numbers], [PROVISIONAL + n for n in numbers])
         put_online(self.store, VIEW, TYPES, known)
 
-    def stream(self, *, settle: bool) -> None:
+    def stream(self, *, finish: bool) -> None:
         """Store the log in the table and finish, unless a crash comes before. The next step then finishes."""
-        self.settle()
-        self.table += self.pushed[self.streamed :]
-        self.streamed = len(self.pushed)
-        if settle:
-            self.settle()
+        self.finish()
+        self.table += self.pushed[self.num_streamed :]
+        self.num_streamed = len(self.pushed)
+        if finish:
+            self.finish()
 
-    def settle(self) -> None:
-        numbers = list(range(self.settled, self.streamed))
+    def finish(self) -> None:
+        numbers = list(range(self.num_finished, self.num_streamed))
         rows = [self.pushed[n] for n in numbers]
         known = self.numbered(rows, [PROVISIONAL + n for n in numbers])
         assign_sequence_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
-        self.settled = self.streamed
+        self.num_finished = self.num_streamed
 
     def kafka(self, count: int) -> None:
         """Store rows of the topic in the table, then put them online."""
@@ -132,7 +132,7 @@ class Pipeline:
 
     def materialise(self, inside: Callable[[], None]) -> None:
         """Materialise the current table, while another step happens inside."""
-        horizon = Horizon(len(self.table) - 1, self.streamed - 1)
+        horizon = Horizon(len(self.table) - 1, self.num_streamed - 1)
         known = self.numbered(self.table, list(range(len(self.table))))
 
         def slow() -> Iterator[OnlineRow]:
@@ -143,7 +143,7 @@ class Pipeline:
 
     def offline(self) -> list[dict[str, list[object]]]:
         """Return the values at each hour from the table, the online rows and the log."""
-        rows = self.table + [self.pushed[n] for n in sorted(self.put) if n >= self.streamed]
+        rows = self.table + [self.pushed[n] for n in sorted(self.put) if n >= self.num_streamed]
         known = self.numbered(rows, list(range(len(rows))))
         return [offline_columns(known, hour) for hour in HOURS]
 
@@ -173,7 +173,7 @@ def test_online_equals_offline_for_events_in_any_order(
                 run.materialise(functools.partial(run_step, run, inside, count))
             else:
                 run_step(run, step, count)
-        run.settle()
+        run.finish()
     assert runs[0].online() == runs[1].online() == runs[0].offline()
 
 
@@ -187,7 +187,7 @@ def run_step(run: Pipeline, step: str, count: int) -> None:
         case "r":
             run.push_again(count)
         case "s":
-            run.stream(settle=count > 2)
+            run.stream(finish=count > 2)
         case "c":
             run.kafka(count)
 

@@ -210,15 +210,15 @@ def test_push_between_carry_and_switch_is_kept(store: OnlineStore, monkeypatch: 
     """Redis tries again. In LMDB both steps are one transaction."""
     store.put(VIEW, KEY_TYPES, [row(1, 2, 2.0, seq=9)])
     if isinstance(store.engine, RedisEngine):
-        looked, pushed = store.engine._put_after, []
+        put_after, pushed = store.engine._put_after, []
 
-        def look(rows: bytes, recent: bytes, after: bytes) -> Rows:
-            found = looked(rows, recent, after)
+        def put_after_then_push(rows: bytes, recent: bytes, after: bytes) -> Rows:
+            recent_rows = put_after(rows, recent, after)
             if not pushed:
                 pushed.append(store.put(VIEW, KEY_TYPES, [row(1, 3, 3.0, seq=10), row(2, 3, 3.0, seq=11)]))
-            return found
+            return recent_rows
 
-        monkeypatch.setattr(store.engine, "_put_after", look)
+        monkeypatch.setattr(store.engine, "_put_after", put_after_then_push)
         store.replace(VIEW, KEY_TYPES, [], horizon=Horizon(8, -1))
         assert amounts(store) == [3.0, 3.0, None]
     else:
