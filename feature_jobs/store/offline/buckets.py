@@ -1,7 +1,7 @@
-"""Which bucket of a feature table an entity lies in.
+"""Assign the entities of a feature table to buckets.
 
-The function is part of the tables on disk: it must give the same answer in every release, so it is spelled out here
-(SplitMix64 for integers, xxHash64 for strings) and not taken from a library that may change its own.
+The hash is part of the format of tables on disk, so every release must compute the same one. It is therefore
+implemented here (SplitMix64 for integers, xxHash64 for strings). A library could change its hash.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NULL = np.uint64(0x9AE16A3B2F90404F)
 
 
 def bucket_of(table: pa.Table, keys: Sequence[str], *, num_buckets: int) -> npt.NDArray[np.int32]:
-    """The bucket of every row, 0 to `num_buckets - 1`.
+    """Return the bucket of every row, from 0 to `num_buckets - 1`.
 
     Args:
-        table: has the keys as int64 or string columns.
-        keys: the join keys in the view's order.
-        num_buckets: fixed when the table was made.
+        table: rows with the join keys as int64 or string columns.
+        keys: join keys in the view's order.
+        num_buckets: the table's number of buckets, which is fixed when the table is created.
     """
     combined: Hashes = np.zeros(table.num_rows, dtype=np.uint64)
     for key in keys:
@@ -45,14 +45,14 @@ def _hash_strings(column: pa.ChunkedArray) -> Hashes:
     encoded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
-    words = encoded.dictionary.to_pylist()
-    hashes = np.fromiter((xxhash.xxh64_intdigest(word.encode()) for word in words), np.uint64, len(words))
+    texts = encoded.dictionary.to_pylist()
+    hashes = np.fromiter((xxhash.xxh64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
     by_row: Hashes = hashes[numpy_of(encoded.indices)]
     return by_row
 
 
 def _mix(values: Hashes) -> Hashes:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection that scatters neighbouring numbers."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014), a bijection that scatters neighbouring numbers."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

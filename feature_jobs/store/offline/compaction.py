@@ -1,7 +1,7 @@
-"""Rewriting a feature table's files: few large ones in place of many small ones, or the same rows under newer keys.
+"""Rewrite the files of a feature table: merge many small files into few large ones, or encrypt rows with newer keys.
 
-Rows stay as they are, so every join gives what it gave before; versions of before stay readable, because their files
-stay. Delta's own compaction cannot write encrypted files.
+The rows do not change, so every join gives the same result as before. The old files stay, so older table versions stay
+readable. Delta's own compaction is not used because it cannot write encrypted files.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, Target
 
 MAX_COMMITS = 10
+"""How often a commit is tried while other writers commit to the same table."""
 _KEY = "falaj.rewrite"
 
 
 def fragmented(pinned: Snapshot) -> list[int]:
-    """The buckets with more than one file."""
+    """Return the buckets that have more than one file."""
     counts = Counter(file.bucket for file in pinned.files)
     return sorted(bucket for bucket, count in counts.items() if count > 1)
 
 
 def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[int, int]:
-    """Write each bucket's rows as one new file, then change over in one transaction.
+    """Write the rows of each bucket as one new file, then replace the old files in one transaction.
 
-    Killed before that, it leaves files that nothing refers to.
+    If the process is killed before the transaction, the new files stay on disk and nothing refers to them.
 
     Args:
-        pinned: the table's newest version, with the protection it has.
-        target: how the new files are written.
-        buckets: which to rewrite; memory is bounded by the largest.
+        pinned: the newest version of the table, with its current protection.
+        target: how to write the new files.
+        buckets: the buckets to rewrite. The largest one bounds the memory.
 
     Returns:
-        The new table version, and how many files were replaced.
+        The new table version and the number of replaced files.
 
     Raises:
-        SourceError: another job rewrote the same files meanwhile, or writers gave it no chance.
-        Inconsistent: the new files would not have the old ones' rows; nothing was committed.
+        SourceError: another job replaced the same files, or other writers committed too often.
+        Inconsistent: the new files would have another number of rows. Nothing was committed.
     """
     chosen = set(buckets)
     old = [file for file in pinned.files if file.bucket in chosen]
@@ -55,14 +56,14 @@ def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[i
     new = [_merged(pinned, target, bucket, name) for bucket in sorted(chosen)]
     if sum(file.rows for file in old) != sum(file.rows for file in new):
         raise Inconsistent(
-            f"{pinned.uri}: rewritten files have other rows than before. Nothing was committed."
+            f"{pinned.uri}: the rewritten files have another number of rows than the old ones. Nothing was committed."
         )
-    said = {_KEY: json.dumps({"files": len(old)})}
-    return change_over(pinned.uri, old, new, said=said), len(old)
+    metadata = {_KEY: json.dumps({"files": len(old)})}
+    return replace_files(pinned.uri, old, new, metadata=metadata), len(old)
 
 
 def rewrites(table: DeltaTable) -> dict[int, int]:
-    """Table version to replaced files, of every rewrite that the table's history knows."""
+    """Return the number of replaced files by table version, for every rewrite in the table's history."""
     return {
         int(entry["version"]): int(json.loads(entry[_KEY])["files"])
         for entry in table.history()
@@ -71,40 +72,40 @@ def rewrites(table: DeltaTable) -> dict[int, int]:
 
 
 def _merged(pinned: Snapshot, target: Target, bucket: int, name: str) -> BucketFile:
-    whole = pa.concat_tables(pinned.tables(bucket), promote_options="permissive")
+    rows = pa.concat_tables(pinned.tables(bucket), promote_options="permissive")
     return offline.write_bucket(
-        pl.DataFrame(pl.from_arrow(whole)), whole.schema, target, bucket=bucket, name=name
+        pl.DataFrame(pl.from_arrow(rows)), rows.schema, target, bucket=bucket, name=name
     )
 
 
-def change_over(
-    uri: str, old: Sequence[BucketFile], new: Sequence[BucketFile], *, said: Mapping[str, str]
+def replace_files(
+    uri: str, old: Sequence[BucketFile], new: Sequence[BucketFile], *, metadata: Mapping[str, str]
 ) -> int:
-    """Put new files in the place of old ones in one transaction; gives the new table version.
+    """Replace files of a table in one transaction and return the new table version.
 
-    An ingestion that came in between only added files, so the same change is tried on top of it.
+    A concurrent ingestion only adds files. After such a commit the replacement is tried again on the newer version.
 
     Args:
-        uri: of the table.
-        old: files of its newest version.
-        new: what workers wrote.
-        said: what the commit says of itself.
+        uri: URI of the table.
+        old: files of the newest version, which are removed from it.
+        new: files that workers have written, which are added.
+        metadata: custom metadata of the commit.
 
     Raises:
-        SourceError: another job rewrote the same files meanwhile, or writers gave it no chance.
+        SourceError: another job replaced the same files, or other writers committed too often.
     """
     now = int(time.time() * 1000)
-    gone: list[AddAction | RemoveAction] = [
+    removals: list[AddAction | RemoveAction] = [
         RemoveAction(file.path, False, now, file.size_bytes, {BUCKET: str(file.bucket)}) for file in old
     ]
-    actions = [*gone, *(offline.added(file, new_rows=False) for file in new)]
-    properties = CommitProperties(custom_metadata=dict(said), max_commit_retries=0)
+    actions = [*removals, *(offline.add_action(file, new_rows=False) for file in new)]
+    properties = CommitProperties(custom_metadata=dict(metadata), max_commit_retries=0)
     for _ in range(MAX_COMMITS):
         table = DeltaTable(uri)
         present = set(pa.table(table.get_add_actions())["path"].to_pylist())
         if not present.issuperset(file.path for file in old):
             raise SourceError(
-                f"Another job rewrote files of {uri} meanwhile; nothing was changed. Run it again."
+                f"Another job rewrote files of {uri} at the same time. Nothing was changed. Run it again."
             )
         schema = Schema.from_arrow(pa.schema(table.schema().to_arrow()))
         try:
@@ -114,11 +115,13 @@ def change_over(
         except CommitFailedError:
             continue
         return int(DeltaTable(uri).version())
-    raise SourceError(f"{uri} is written to all the time; nothing was changed. Run it again.")
+    raise SourceError(
+        f"Other jobs committed to {uri} {MAX_COMMITS} times in a row. Nothing was changed. Run it again."
+    )
 
 
 def as_target(pinned: Snapshot) -> Target:
-    """How files of the table are written now."""
+    """Return the target that writes files with the table's current keys and protection."""
     return Target(
         uri=pinned.uri,
         keys=tuple(pinned.key_types),

@@ -1,8 +1,8 @@
-"""A training set's manifest: what it was built from, so that the same rows can be built again and known to be the same.
+"""The manifest of a training set: its inputs, so that the same rows can be built again and verified.
 
-It pins the service's version, and through it every view's, each table's version, the entity rows by their hash, and
-whether the cutoff was on. The ledger's event at `seq` holds the same, so a manifest that was altered is found out; and
-an event says where retention or erasure has since taken rows away that it needs.
+A manifest pins the version of the service (and with it the version of every view), the version of each table, the hash
+of the entity rows, and whether the cutoff was on. The ledger event `seq` holds the same facts, so a changed manifest is
+detected. Another event marks training sets whose rows were later removed by retention or erasure.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ from feature_jobs.store.offline.training_set import Built
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a rebuild needs of a manifest."""
+    """The parts of a manifest that a rebuild needs."""
 
     path: str
     seq: int
-    """Of the `TrainingSetBuilt` event."""
+    """Sequence number of the `TrainingSetBuilt` event in the ledger."""
     service: str
     service_version: str
     table_versions: dict[str, int]
+    """Table version by view."""
     entities: str | None
-    """Where the entity rows were; manifests of before do not say."""
+    """Path of the entity rows. None in manifests of earlier releases, which do not record it."""
     entities_hash: str
     row_hash: str
     cutoff: bool
 
 
 def read_manifest(path: str) -> Manifest:
-    """A manifest from its file.
+    """Read a manifest from its file.
 
     Raises:
-        TrainingSetError: there is no such file, or it is no manifest.
+        TrainingSetError: the file does not exist, or it is not a manifest.
     """
     uri = resolve(path)
     if not exists(uri):
-        raise TrainingSetError(f"No manifest at {uri}. It lies beside its training set, `….manifest.json`.")
+        raise TrainingSetError(
+            f"No manifest at {uri}. The manifest of a training set is the file `….manifest.json` beside it."
+        )
     try:
         content = json.loads(read_bytes(uri))
         return Manifest(
@@ -62,17 +65,17 @@ def read_manifest(path: str) -> Manifest:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingSetError(
-            f"{uri} is no manifest of a training set: {type(error).__name__} {error}."
+            f"{uri} is not the manifest of a training set: {type(error).__name__} {error}."
         ) from error
 
 
 def check_manifest(manifest: Manifest, ledger: Ledger) -> None:
-    """Go on only with a manifest that the ledger knows and whose rows are all still there.
+    """Require that the ledger has the training set and that none of its rows was removed.
 
     Raises:
-        TrainingSetError: the ledger has no such training set, or rows that it needs were removed since.
+        TrainingSetError: the ledger has no such training set, or rows that it needs were removed.
     """
-    check_known(manifest, ledger)
+    require_recorded(manifest, ledger)
     for entry in ledger.entries(TrainingSetNotReproducible):
         if entry.payload["training_set"] == manifest.seq:
             raise TrainingSetError(
@@ -81,30 +84,31 @@ def check_manifest(manifest: Manifest, ledger: Ledger) -> None:
             )
 
 
-def check_known(manifest: Manifest, ledger: Ledger) -> None:
-    """Go on only with a manifest that the ledger knows.
+def require_recorded(manifest: Manifest, ledger: Ledger) -> None:
+    """Require that the ledger has the training set.
 
     Raises:
         TrainingSetError: the ledger has no such training set.
     """
-    if not any(_is_of(entry.payload, manifest) for entry in _entries_at(ledger, manifest.seq)):
+    recorded = ledger.entries(TrainingSetBuilt, after=manifest.seq - 1)
+    if not any(entry.seq == manifest.seq and _matches(manifest, entry.payload) for entry in recorded):
         raise TrainingSetError(
-            f"The ledger has no training set at {manifest.seq} as {manifest.path} describes it. Take the manifest as "
-            "it was written, in the project that built it."
+            f"The ledger has no training set at {manifest.seq} that matches {manifest.path}. Use the unchanged "
+            "manifest, in the project that built it."
         )
 
 
 def check_files(pinned: Snapshot, view: str) -> None:
-    """Go on only if all files of a pinned table version are there.
+    """Require that all files of a pinned table version exist.
 
     Raises:
-        TrainingSetError: one was removed.
+        TrainingSetError: a file was removed.
     """
-    gone = [file.path for file in pinned.files if not exists(f"{pinned.uri}/{file.path}")]
-    if gone:
+    missing = [file.path for file in pinned.files if not exists(f"{pinned.uri}/{file.path}")]
+    if missing:
         raise TrainingSetError(
-            f"View '{view}': {len(gone)} files of table version {pinned.version} were removed, {gone[0]} for one. The "
-            "training set is not reproducible; build a new one, or restore the files from a backup."
+            f"View '{view}': {len(missing)} files of table version {pinned.version} were removed, for example "
+            f"{missing[0]}. The training set is not reproducible. Build a new one, or restore the files from a backup."
         )
 
 
@@ -118,30 +122,18 @@ def describe(
     row_hash: str,
     cutoff: bool,
 ) -> dict[str, Any]:
-    """The manifest's content, but for `seq`.
+    """Return the content of the manifest without `seq`.
 
     Args:
         spec: the service.
         snapshots: the pinned table of each view.
-        built: the rows.
-        entities: where the entity rows came from.
-        entities_hash: their row hash.
-        row_hash: that of the built rows.
-        cutoff: whether it was on.
+        built: the built training set.
+        entities: path of the entity rows.
+        entities_hash: row hash of the entity rows.
+        row_hash: row hash of the built rows.
+        cutoff: whether the cutoff was on.
     """
     table = built.table
-    parts: list[ViewSpec | OnDemandSpec] = [*spec.views, *spec.on_demand]
-    columns = [
-        {
-            "name": name,
-            "dtype": field.dtype,
-            "categorical": field.categorical or field.dtype == "string",
-            "view": one.name,
-            "feature": field.name,
-        }
-        for one in parts
-        for name, field in zip(one.columns, one.fields, strict=True)
-    ]
     default_share = {name: built.absent[view_of(name)] / table.num_rows for name in spec.missing.defaults}
     return {
         "service": spec.name,
@@ -153,7 +145,7 @@ def describe(
         "row_hash": row_hash,
         "rows": table.num_rows,
         "join_keys": _join_keys(spec, table.column_names),
-        "columns": columns,
+        "columns": _columns(spec),
         "cutoff": cutoff,
         "hidden_share": {view: count / table.num_rows for view, count in built.hidden.items()},
         "null_share": {name: table[name].null_count / table.num_rows for name in spec.columns},
@@ -161,17 +153,29 @@ def describe(
     }
 
 
+def _columns(spec: ServiceSpec) -> list[dict[str, Any]]:
+    """Describe the feature columns of a service."""
+    parts: list[ViewSpec | OnDemandSpec] = [*spec.views, *spec.on_demand]
+    return [
+        {
+            "name": name,
+            "dtype": field.dtype,
+            "categorical": field.categorical or field.dtype == "string",
+            "view": part.name,
+            "feature": field.name,
+        }
+        for part in parts
+        for name, field in zip(part.columns, part.fields, strict=True)
+    ]
+
+
 def _join_keys(spec: ServiceSpec, columns: list[str]) -> list[str]:
-    """The keys that the entity rows have, in the order of the service's views."""
+    """Return the join keys that the entity rows have, in the order of the service's views."""
     keys = dict.fromkeys(key for view in spec.views for key in view.join_keys)
     return [key for key in keys if key in columns]
 
 
-def _entries_at(ledger: Ledger, seq: int) -> list[Any]:
-    return [entry for entry in ledger.entries(TrainingSetBuilt, after=seq - 1) if entry.seq == seq]
-
-
-def _is_of(payload: dict[str, Any], manifest: Manifest) -> bool:
-    said = {"cutoff": True} | payload
+def _matches(manifest: Manifest, payload: dict[str, Any]) -> bool:
+    recorded = {"cutoff": True} | payload
     names = ("service", "service_version", "table_versions", "entities_hash", "row_hash", "cutoff")
-    return all(said[name] == getattr(manifest, name) for name in names)
+    return all(recorded[name] == getattr(manifest, name) for name in names)

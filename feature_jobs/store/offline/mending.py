@@ -1,13 +1,18 @@
-"""Mending a batch that an older release, or an older definition, stored wrongly: the same rows in place of the old.
+"""Mend a batch that an older release or an older definition stored wrongly: replace its rows with the right ones.
 
-A row of a batch has the `ingest_seq` of its place in the source: the batch's first one plus the rows before it. So the
-source read again says of every stored row what it should be. An equal row stays as it is. One that differs is replaced
-under its own `ingest_seq`, so corrections that came later still win. One that is not good any more goes to quarantine,
-and one that was in quarantine and is good now is stored. The wrong row is gone from the table's newest version; it
-stays in the older ones, so training sets that pin them can be built again.
+The `ingest_seq` of a row is the first `ingest_seq` of its batch plus the row's position in the source. So reading the
+source again gives the right content of every stored row:
 
-A row that is neither in the table nor in the batch's quarantine was removed since, by retention for one, or replayed.
-It is left out. Killed at any point, the same call again finishes the job.
+- An equal row stays.
+- A row that differs is replaced under its own `ingest_seq`, so later corrections still win.
+- A row that does not pass the checks any more goes to quarantine.
+- A row in quarantine that passes now is stored.
+
+Wrong rows disappear from the newest table version only. Older versions keep them, so training sets that pin those
+versions can be built again.
+
+A row that is neither in the table nor in the batch's quarantine was removed since, for example by retention, or was
+replayed. It is left out. If the process is killed, the same call again finishes the job.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
@@ -33,12 +38,13 @@ from cluster.storage import exists
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.compaction import change_over
+from feature_jobs.store.offline.compaction import replace_files
 from feature_jobs.store.offline.removal import file_without
 from feature_jobs.store.offline.tables import INGESTED, TIMESTAMP, BucketFile, Snapshot, Target
 from feature_jobs.store.types.schema import DELETED, SEQ
 
 _KEY = "falaj.mend"
+_QUARANTINE = pa.schema({"reason": pa.string(), "raw": pa.string(), INGESTED: TIMESTAMP, SEQ: pa.int64()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,218 +52,220 @@ class Place:
     """The table and the quarantine of a batch."""
 
     pinned: Snapshot
-    """The table's newest version."""
+    """The newest version of the table."""
     target: Target
     quarantine: str
-    """Folder of the view's."""
+    """Quarantine folder of the view."""
     view: str
 
     def quarantine_file(self, batch: str) -> str:
-        """Where a batch's bad rows lie."""
+        """Return the path of the batch's quarantine file."""
         return f"{self.quarantine}/{batch}.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """What a batch's rows in the table are not, and should be."""
+    """The difference between the stored rows of a batch and the right ones."""
 
-    kept: int
+    unchanged: int
+    """Number of stored rows that are right."""
     put: pa.Table
-    """Rows to write, with their `ingest_seq`: changed ones, and those that were in quarantine."""
+    """Rows to write, with their `ingest_seq`: changed rows, and rows that were in quarantine."""
     changed: int
-    gone: frozenset[int]
-    """The `ingest_seq` of stored rows that are changed or removed."""
+    """Number of stored rows in `put`."""
+    outdated: frozenset[int]
+    """The `ingest_seq` of stored rows to replace or to remove."""
     bad: pa.Table
     """Rows for quarantine: `reason`, `raw`, `ingest_seq`."""
 
 
-def mend(place: Place, rows: pa.Table, said: BatchMended, ledger: Ledger, *, actor: str) -> BatchMended:
-    """Put a batch's rows in the place of those that were stored of it; gives the event that stands in the ledger.
+def mend(place: Place, rows: pa.Table, event: BatchMended, ledger: Ledger, *, actor: str) -> BatchMended:
+    """Replace the stored rows of a batch with the right ones and return the event in the ledger.
 
     Args:
-        place: of the batch.
-        rows: all of the source in its order, prepared as of `validation.prepare`.
-        said: the event but for what was done.
-        ledger: gets it.
-        actor: who does it.
+        place: table and quarantine of the batch.
+        rows: all rows of the source in order, as `validation.prepare` returns them.
+        event: the event without the row counts.
+        ledger: receives the event.
+        actor: subject that runs the job.
 
     Raises:
-        SourceError: the batch had another number of rows, or another job rewrote the same files meanwhile.
+        SourceError: the batch had another number of rows, or another job rewrote the same files at the same time.
     """
-    tell(place, ledger, actor=actor)
-    before = _quarantined(place, said.batch)
-    difference = compare(place.pinned, _numbered(place, rows, said.batch), before)
+    record_mendings(place, ledger, actor=actor)
+    quarantined = _read_quarantine(place, event.batch)
+    difference = compare(place.pinned, _with_sequence(place, rows, event.batch), quarantined)
     event = replace(
-        said,
+        event,
         rows_in=rows.num_rows,
-        rows_kept=difference.kept,
+        rows_kept=difference.unchanged,
         rows_changed=difference.changed,
         rows_added=difference.put.num_rows - difference.changed,
-        rows_removed=len(difference.gone) - difference.changed,
+        rows_removed=len(difference.outdated) - difference.changed,
         rows_quarantined=difference.bad.num_rows,
         reasons=dict(Counter(difference.bad["reason"].to_pylist())),
     )
-    if not difference.put.num_rows and not difference.gone:
-        _quarantine(place, said.batch, before, difference.bad)
+    if not difference.put.num_rows and not difference.outdated:
+        _write_quarantine(place, event.batch, quarantined, difference.bad)
         ledger.append(event, actor=actor)
         return event
-    # First all that is bad or was: a row must not be lost between table and quarantine.
-    still = before.filter(pc.invert(pc.is_in(before[SEQ], difference.bad[SEQ].combine_chunks())))
-    _quarantine(place, said.batch, before, pa.concat_tables([difference.bad, still]))
+    # Until the table is rewritten, the quarantine holds the old and the new bad rows, so that a crash loses none.
+    still_bad = pc.is_in(quarantined[SEQ], difference.bad[SEQ].combine_chunks())
+    all_bad = pa.concat_tables([difference.bad, quarantined.filter(pc.invert(still_bad))])
+    _write_quarantine(place, event.batch, quarantined, all_bad)
     _rewrite(place, difference, event)
-    _quarantine(place, said.batch, None, difference.bad)
-    told = tell(place, ledger, actor=actor)
-    return told[-1] if told else event
+    _write_quarantine(place, event.batch, None, difference.bad)
+    recorded = record_mendings(place, ledger, actor=actor)
+    return recorded[-1] if recorded else event
 
 
 def compare(pinned: Snapshot, rows: pa.Table, quarantined: pa.Table) -> Difference:
-    """Hold a batch's rows, as they should be, against those that are stored.
+    """Compare the right rows of a batch with its stored rows.
 
     Args:
         pinned: the table.
-        rows: all of the batch with their `ingest_seq`, `REASON` and `RAW`.
-        quarantined: those of the batch that lie in quarantine.
+        rows: the right rows of the batch, with their `ingest_seq`, `REASON` and `RAW`.
+        quarantined: the rows of the batch that are in quarantine.
     """
     numbers = rows[SEQ]
     first, last = pc.min(numbers).as_py(), pc.max(numbers).as_py()
     names = [name for name in rows.column_names if name not in (SEQ, REASON, RAW)]
-    stored = _stored(pinned, names, first, last)
+    stored = _stored_rows(pinned, names, first, last)
     frame = pl.DataFrame(pl.from_arrow(rows.drop_columns([RAW])))
     known = pl.concat([stored[SEQ], pl.Series(SEQ, quarantined[SEQ].to_pylist(), dtype=pl.Int64)])
     frame = frame.filter(pl.col(SEQ).is_in(known.implode()))
     good = frame.filter(pl.col(REASON).is_null()).drop(REASON)
-    held = good.join(stored, on=SEQ, how="left", suffix=":old", maintain_order="left")
-    there = pl.col(SEQ).is_in(stored[SEQ].implode())
+    joined = good.join(stored, on=SEQ, how="left", suffix=":old", maintain_order="left")
+    is_stored = pl.col(SEQ).is_in(stored[SEQ].implode())
     differs = pl.any_horizontal(
         pl.col(name).ne_missing(
             pl.col(f"{name}:old").fill_null(False) if name == DELETED else pl.col(f"{name}:old")
         )
         for name in names
     )
-    put = held.filter(~there | differs)
-    changed = put.filter(there)[SEQ]
+    put = joined.filter(~is_stored | differs)
+    changed = put.filter(is_stored)[SEQ]
     removed = stored.filter(~pl.col(SEQ).is_in(good[SEQ].implode()))[SEQ]
     bad = frame.filter(pl.col(REASON).is_not_null())[SEQ].to_arrow()
-    chosen = rows.filter(pc.is_in(numbers, put[SEQ].to_arrow())).drop_columns([REASON, RAW])
     return Difference(
-        kept=good.height - put.height,
-        put=chosen,
+        unchanged=good.height - put.height,
+        put=rows.filter(pc.is_in(numbers, put[SEQ].to_arrow())).drop_columns([REASON, RAW]),
         changed=changed.len(),
-        gone=frozenset([*changed.to_list(), *removed.to_list()]),
-        bad=_as_bad(rows.filter(pc.is_in(numbers, bad))),
+        outdated=frozenset([*changed.to_list(), *removed.to_list()]),
+        bad=_quarantine_rows(rows.filter(pc.is_in(numbers, bad))),
     )
 
 
-def tell(place: Place, ledger: Ledger, *, actor: str) -> list[BatchMended]:
-    """Say of every mending in the table's history that it was, also of one whose job was killed; gives the new ones."""
-    told = {
+def record_mendings(place: Place, ledger: Ledger, *, actor: str) -> list[BatchMended]:
+    """Append an event for every mending in the table's history that the ledger lacks, and return these events.
+
+    The ledger lacks a mending when the job was killed after its commit.
+    """
+    recorded = {
         entry.payload["table_version"]
         for entry in ledger.entries(BatchMended)
         if entry.payload["view"] == place.view
     }
     events = []
-    for entry in sorted(DeltaTable(place.target.uri).history(), key=lambda one: int(one["version"])):
-        if _KEY in entry and int(entry["version"]) not in told:
-            said = json.loads(entry[_KEY]) | {"table_version": int(entry["version"])}
-            events.append(BatchMended(**said))
+    for entry in sorted(DeltaTable(place.target.uri).history(), key=lambda entry: int(entry["version"])):
+        if _KEY in entry and int(entry["version"]) not in recorded:
+            fields = json.loads(entry[_KEY]) | {"table_version": int(entry["version"])}
+            events.append(BatchMended(**fields))
             ledger.append(events[-1], actor=actor)
     return events
 
 
-def _numbered(place: Place, rows: pa.Table, batch: str) -> pa.Table:
-    numbers = offline.sequence_of(place.target.uri, batch)
+def _with_sequence(place: Place, rows: pa.Table, batch: str) -> pa.Table:
+    numbers = offline.batch_sequence(place.target.uri, batch)
     if numbers is None or len(numbers) != rows.num_rows:
+        recorded = "does not have the batch" if numbers is None else f"has {len(numbers)}"
         raise SourceError(
-            f"Batch {batch} of view '{place.view}' cannot be mended: the source has {rows.num_rows} rows, and the "
-            f"table's history says {'nothing of it' if numbers is None else f'{len(numbers)}'}."
+            f"Batch {batch} of view '{place.view}' cannot be mended: the source has {rows.num_rows} rows, the table's "
+            f"history {recorded}. Read the unchanged source of the batch."
         )
     return rows.append_column(SEQ, pa.array(numbers, pa.int64()))
 
 
-def _stored(pinned: Snapshot, names: Sequence[str], first: int, last: int) -> pl.DataFrame:
-    """The rows of a stretch of sequence numbers, with these columns; one that the table lacks is null."""
+def _stored_rows(pinned: Snapshot, names: Sequence[str], first: int, last: int) -> pl.DataFrame:
+    """Return the rows with `ingest_seq` from `first` to `last`; a column that the table lacks is null."""
     parts = []
     for bucket in range(pinned.num_buckets):
         for table in pinned.tables(bucket, [*names, SEQ]):
             frame = pl.DataFrame(pl.from_arrow(offline.with_columns(table, [*names, SEQ])))
             parts.append(frame.filter(pl.col(SEQ).is_between(first, last)))
-    whole = pl.concat(parts, how="vertical_relaxed") if parts else pl.DataFrame(schema={SEQ: pl.Int64})
-    lacking = [pl.lit(None).alias(name) for name in names if name not in whole.columns]
-    return whole.with_columns(lacking)
+    rows = pl.concat(parts, how="vertical_relaxed") if parts else pl.DataFrame(schema={SEQ: pl.Int64})
+    missing = [pl.lit(None).alias(name) for name in names if name not in rows.columns]
+    return rows.with_columns(missing)
 
 
 def _rewrite(place: Place, difference: Difference, event: BatchMended) -> None:
+    """Replace the files that hold outdated rows, and add the right rows, in one transaction."""
     pinned, run = place.pinned, uuid.uuid4().hex
-    wrong = pl.col(SEQ).is_in(sorted(difference.gone))
+    is_outdated = pl.col(SEQ).is_in(sorted(difference.outdated))
     old: list[BucketFile] = []
     new: list[BucketFile] = []
-    for number, file in enumerate(pinned.files if difference.gone else ()):
-        if not _holds(pinned, file, difference.gone):
+    for number, file in enumerate(pinned.files if difference.outdated else ()):
+        if not _has_rows(pinned, file, difference.outdated):
             continue
         old.append(file)
-        left = file_without(pinned, file, wrong, name=f"mended-{run}-{number}")
-        new += [] if left is None else [left]
+        remaining = file_without(pinned, file, is_outdated, name=f"mended-{run}-{number}")
+        new += [] if remaining is None else [remaining]
     if difference.put.num_rows:
         now = pa.repeat(pa.scalar(datetime.now(UTC), TIMESTAMP), difference.put.num_rows)
         rows = difference.put.drop_columns([SEQ]).append_column(INGESTED, now)
         rows = rows.append_column(SEQ, difference.put[SEQ])
         offline.check_schema(DeltaTable(pinned.uri), rows.schema, view=place.view)
         new += offline.write_files(rows, place.target, name=f"mended-{run}")
-    change_over(pinned.uri, old, new, said={_KEY: json.dumps(asdict(event))})
+    replace_files(pinned.uri, old, new, metadata={_KEY: json.dumps(asdict(event))})
 
 
-def _holds(pinned: Snapshot, file: BucketFile, numbers: frozenset[int]) -> bool:
-    found = protected_files(pinned.access).read(
+def _has_rows(pinned: Snapshot, file: BucketFile, numbers: frozenset[int]) -> bool:
+    """Return whether a file has a row with one of the sequence numbers."""
+    rows = protected_files(pinned.access).read(
         f"{pinned.uri}/{file.path}",
         [SEQ],
         protection=pinned.protection,
-        place=offline.place_of(pinned.uri, file.path),
+        place=offline.file_aad(pinned.uri, file.path),
     )
-    return not numbers.isdisjoint(found[SEQ].to_pylist())
+    return not numbers.isdisjoint(rows[SEQ].to_pylist())
 
 
-def _as_bad(rows: pa.Table) -> pa.Table:
-    """Rows as the quarantine has them."""
-    found = rows.select([REASON, RAW, SEQ]).rename_columns(["reason", "raw", SEQ])
+def _quarantine_rows(rows: pa.Table) -> pa.Table:
+    """Return rows with the columns of a quarantine file."""
+    renamed = rows.select([REASON, RAW, SEQ]).rename_columns(["reason", "raw", SEQ])
     now = pa.repeat(pa.scalar(datetime.now(UTC), TIMESTAMP), rows.num_rows)
-    return found.add_column(2, INGESTED, now)
+    return renamed.add_column(2, INGESTED, now)
 
 
-def _quarantined(place: Place, batch: str) -> pa.Table:
-    """A batch's quarantine; without rows where it has none."""
+def _read_quarantine(place: Place, batch: str) -> pa.Table:
+    """Read the quarantine file of a batch. Without a file the result has no rows."""
     path = place.quarantine_file(batch)
     if not exists(path):
-        nothing: Mapping[str, pa.DataType] = {
-            "reason": pa.string(),
-            "raw": pa.string(),
-            INGESTED: TIMESTAMP,
-            SEQ: pa.int64(),
-        }
-        return pa.schema(list(nothing.items())).empty_table()
-    return (
-        protected_files(place.target.access)
-        .read(
-            path,
-            protection=quarantine_protection(place.view),
-            place=quarantine_place(place.view, batch),
-            unplaced=True,
-        )
-        .select(["reason", "raw", INGESTED, SEQ])
+        return _QUARANTINE.empty_table()
+    rows = protected_files(place.target.access).read(
+        path,
+        protection=quarantine_protection(place.view),
+        place=quarantine_place(place.view, batch),
+        unplaced=True,
     )
+    return rows.select(_QUARANTINE.names)
 
 
 def _content(rows: pa.Table) -> list[tuple[int, str, str]]:
     return sorted(zip(*(rows[name].to_pylist() for name in (SEQ, "reason", "raw")), strict=True))
 
 
-def _quarantine(place: Place, batch: str, before: pa.Table | None, rows: pa.Table) -> None:
-    """Write a batch's quarantine where it is not what it was."""
-    if before is not None and _content(before) == _content(rows):
+def _write_quarantine(place: Place, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
+    """Write the quarantine file of a batch, or delete it if there are no rows.
+
+    Nothing happens if `current`, the content of the file, is the same. None for `current` writes in any case.
+    """
+    if current is not None and _content(current) == _content(rows):
         return
     path = place.quarantine_file(batch)
     if rows.num_rows:
-        protection, belongs = quarantine_protection(place.view), quarantine_place(place.view, batch)
-        protected_files(place.target.access).write(rows, path, protection, place=belongs)
+        protection, aad = quarantine_protection(place.view), quarantine_place(place.view, batch)
+        protected_files(place.target.access).write(rows, path, protection, place=aad)
     elif exists(path):
         fs, name = url_to_fs(path)
         fs.rm(name)

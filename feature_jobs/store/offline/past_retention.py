@@ -1,7 +1,8 @@
-"""Which rows of a feature table are past their retention: those whose event is, and in a table of events what they
-corrected.
+"""Select the rows of a feature table that are past their retention.
 
-A correction may have moved an event far back. Were it removed alone, the version that it corrected would count again.
+A row is past retention when its event is too old. In a table of events, so are the older versions of an event whose
+correction is too old. A correction may move an event far into the past. If only the correction were removed, the
+version that it corrected would count again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from feature_jobs.store.types.schema import CREATED, EVENT, SEQ
 
 
 def past_retention(pinned: Snapshot, windows: WindowSpec | None, oldest: datetime) -> pl.Expr:
-    """True of the rows to remove.
+    """Return an expression that is true for the rows to remove.
 
     Args:
-        pinned: the table's newest version.
-        windows: of an aggregated view.
-        oldest: the earliest event that is kept.
+        pinned: the newest version of the table.
+        windows: the aggregations of an aggregated view, None for another view.
+        oldest: event time of the oldest rows that stay.
     """
     old = pl.col(EVENT) < oldest
     if windows is None:
@@ -36,7 +37,7 @@ def past_retention(pinned: Snapshot, windows: WindowSpec | None, oldest: datetim
 
 
 def corrected_by_old(events: pl.DataFrame, keys: Sequence[str], event_id: str, oldest: datetime) -> list[int]:
-    """The `ingest_seq` of versions of events that are not old, but a later version is."""
+    """Return the `ingest_seq` of event versions that are not old themselves but have an old later version."""
     later = (pl.col(EVENT) < oldest).cum_max(reverse=True).shift(-1).over([*keys, event_id])
     marked = events.sort(CREATED, SEQ).with_columns(later.fill_null(False).alias("__later"))
     return marked.filter(pl.col("__later") & (pl.col(EVENT) >= oldest))[SEQ].to_list()

@@ -1,11 +1,11 @@
-"""Removing rows from a feature table for good: from its newest version, and from the disk.
+"""Remove rows from a feature table for good: from its newest version, and from the disk.
 
-The files that hold such rows are written anew without them in one transaction; then every file that still holds one is
-deleted, whichever version it belongs to. Files without such rows stay, so older versions that never held any, and the
-training sets that pin them, are as they were. Killed at any point, the same call again finishes the job: what is left
-to do is read from the files themselves.
+One transaction replaces the files that hold such rows by files without them. Then every file that still holds one is
+deleted, whatever version it belongs to. Files without such rows stay. So older versions that have none of these rows,
+and the training sets that pin them, do not change. If the process is killed, the same call again finishes the job: the
+remaining work is found by reading the files.
 
-Retention is one use of it; the erasure of a person is another, with another expression.
+Retention uses it. The erasure of a person uses it with another expression.
 """
 
 from __future__ import annotations
@@ -26,111 +26,115 @@ from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotR
 from cluster.security.encryption.access import protected_files
 from cluster.storage import list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.compaction import as_target, change_over
-from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, place_of, with_columns
+from feature_jobs.store.offline.compaction import as_target, replace_files
+from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, file_aad, with_columns
 
 GRACE = timedelta(days=1)
-"""A file younger than this that no version knows may be one that is being written."""
+"""A younger file that no table version refers to may belong to a running job, so it is not touched."""
 _KEY = "falaj.removal"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reason:
-    """Why rows are removed, as events say it."""
+    """Why rows are removed, as recorded in events."""
 
     cause: str
     older_than: str | None = None
-    """ISO 8601; rows with an event before it, where that is the rule."""
+    """ISO 8601 time: rows with an older event are removed. None if age is not the rule."""
 
 
 def remove(pinned: Snapshot, where: pl.Expr, reason: Reason, ledger: Ledger, *, view: str, actor: str) -> int:
-    """Remove the rows that an expression is true of, in every version; gives how many the newest version had.
+    """Remove the rows for which an expression is true, in every version, and return their number in the newest one.
 
     Args:
-        pinned: the table's newest version.
-        where: over stored columns; null is not true.
-        reason: for the events.
-        ledger: is told what was removed, and which training sets cannot be built again.
-        view: whose table it is.
-        actor: who does it.
+        pinned: the newest version of the table.
+        where: expression over stored columns. Null counts as false.
+        reason: recorded in the events.
+        ledger: receives an event for the removed rows, and one for each training set that cannot be built again.
+        view: view of the table.
+        actor: subject that runs the job.
 
     Raises:
-        SourceError: another job rewrote the same files meanwhile; running this again is safe.
+        SourceError: another job rewrote the same files at the same time. The same call can be repeated safely.
     """
-    held = holding(pinned, where)
-    removed = _rewrite_without(pinned, where, held, reason)
-    _mark(pinned, held, reason, ledger, view=view, actor=actor)
+    counts = holding(pinned, where)
+    removed = _rewrite_without(pinned, where, counts, reason)
+    _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
     fs, root = url_to_fs(pinned.uri)
-    for path in held:
+    for path in counts:
         fs.rm(f"{root}/{path}")
-    # Once more, for a training set that was being built from the version before.
-    _mark(pinned, held, reason, ledger, view=view, actor=actor)
-    _say(pinned.uri, ledger, view=view, actor=actor)
+    # A training set may have been built from the previous version in the meantime, so check again.
+    _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
+    _record_removals(pinned.uri, ledger, view=view, actor=actor)
     return removed
 
 
 def holding(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
-    """The table's files on disk, of any version or none, that hold such rows, and how many."""
+    """Return the number of matching rows by file, for all files on disk that have any, in any version or in none."""
     known = _ever_added(pinned.uri)
-    found = {}
-    for path in _on_disk(pinned):
+    counts = {}
+    for path in _files_on_disk(pinned):
         if path not in known and _is_young(f"{pinned.uri}/{path}"):
             continue
-        count = int(_read(pinned, path, where.meta.root_names()).select(_true(where).sum()).item())
+        count = int(_read(pinned, path, where.meta.root_names()).select(_is_true(where).sum()).item())
         if count:
-            found[path] = count
-    return found
+            counts[path] = count
+    return counts
 
 
-def _rewrite_without(pinned: Snapshot, where: pl.Expr, held: Mapping[str, int], reason: Reason) -> int:
-    old = [file for file in pinned.files if file.path in held]
+def _rewrite_without(pinned: Snapshot, where: pl.Expr, counts: Mapping[str, int], reason: Reason) -> int:
+    """Replace the newest version's files that hold such rows, and return the number of removed rows."""
+    old = [file for file in pinned.files if file.path in counts]
     if not old:
         return 0
-    removed = sum(held[file.path] for file in old)
+    removed = sum(counts[file.path] for file in old)
     run = uuid.uuid4().hex
-    new = [
-        kept
-        for number, file in enumerate(old)
-        if (kept := file_without(pinned, file, where, name=f"kept-{run}-{number}")) is not None
-    ]
-    said = asdict(reason) | {
+    files = (
+        file_without(pinned, file, where, name=f"kept-{run}-{number}") for number, file in enumerate(old)
+    )
+    new = [file for file in files if file is not None]
+    content = asdict(reason) | {
         "rows_before": pinned.rows,
         "rows_after": pinned.rows - removed,
         "files": len(old),
     }
-    change_over(pinned.uri, old, new, said={_KEY: json.dumps(said)})
+    replace_files(pinned.uri, old, new, metadata={_KEY: json.dumps(content)})
     return removed
 
 
 def file_without(pinned: Snapshot, file: BucketFile, where: pl.Expr, *, name: str) -> BucketFile | None:
-    """A file without some rows, written anew; None where nothing is left."""
+    """Write a copy of a file without the matching rows; None if no row is left."""
     table = protected_files(pinned.access).read(
-        f"{pinned.uri}/{file.path}", protection=pinned.protection, place=place_of(pinned.uri, file.path)
+        f"{pinned.uri}/{file.path}", protection=pinned.protection, place=file_aad(pinned.uri, file.path)
     )
-    rows = pl.DataFrame(pl.from_arrow(with_columns(table, _all(table.column_names, where))))
-    rows = rows.filter(~_true(where)).select(table.column_names)
+    columns = list(dict.fromkeys([*table.column_names, *where.meta.root_names()]))
+    rows = pl.DataFrame(pl.from_arrow(with_columns(table, columns)))
+    rows = rows.filter(~_is_true(where)).select(table.column_names)
     if rows.is_empty():
         return None
     return offline.write_bucket(rows, table.schema, as_target(pinned), bucket=file.bucket, name=name)
 
 
-def _mark(
-    pinned: Snapshot, held: Mapping[str, int], reason: Reason, ledger: Ledger, *, view: str, actor: str
+def _record_lost_training_sets(
+    pinned: Snapshot, counts: Mapping[str, int], reason: Reason, ledger: Ledger, *, view: str, actor: str
 ) -> None:
-    """Say of every training set that pins a version with such rows that it cannot be built again; once."""
-    said = {
+    """Append one event for each training set that cannot be built again, unless the ledger has it already.
+
+    These are the training sets that pin a table version with a file in `counts`.
+    """
+    recorded = {
         entry.payload["training_set"]
         for entry in ledger.entries(TrainingSetNotReproducible)
         if entry.payload["view"] == view
     }
-    lost: dict[int, bool] = {}
+    is_lost: dict[int, bool] = {}
     for entry in list(ledger.entries(TrainingSetBuilt)):
         version = entry.payload["table_versions"].get(view)
-        if version is None or entry.seq in said:
+        if version is None or entry.seq in recorded:
             continue
-        if version not in lost:
-            lost[version] = not held.keys().isdisjoint(_files_of(pinned.uri, version))
-        if lost[version]:
+        if version not in is_lost:
+            is_lost[version] = not counts.keys().isdisjoint(_files_of(pinned.uri, version))
+        if is_lost[version]:
             event = TrainingSetNotReproducible(
                 training_set=entry.seq,
                 service=entry.payload["service"],
@@ -142,34 +146,34 @@ def _mark(
             ledger.append(event, actor=actor)
 
 
-def _say(uri: str, ledger: Ledger, *, view: str, actor: str) -> None:
-    """Say what was removed, also what a killed job did not get to say."""
-    said = {
+def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None:
+    """Append an event for every removal in the table's history that the ledger lacks, also those of killed jobs."""
+    recorded = {
         entry.payload["table_version"]
         for entry in ledger.entries(RowsRemoved)
         if entry.payload["view"] == view
     }
     for entry in sorted(DeltaTable(uri).history(), key=lambda entry: int(entry["version"])):
-        if _KEY in entry and int(entry["version"]) not in said:
+        if _KEY in entry and int(entry["version"]) not in recorded:
             event = RowsRemoved(view=view, table_version=int(entry["version"]), **json.loads(entry[_KEY]))
             ledger.append(event, actor=actor)
 
 
-def _on_disk(pinned: Snapshot) -> Iterator[str]:
-    """Paths relative to the table."""
+def _files_on_disk(pinned: Snapshot) -> Iterator[str]:
+    """Yield the paths of all Parquet files, relative to the table."""
     for bucket in range(pinned.num_buckets):
-        for found in list_files(f"{pinned.uri}/{BUCKET}={bucket}", ".parquet"):
-            yield f"{BUCKET}={bucket}/{found.rsplit('/', 1)[-1]}"
+        for path in list_files(f"{pinned.uri}/{BUCKET}={bucket}", ".parquet"):
+            yield f"{BUCKET}={bucket}/{path.rsplit('/', 1)[-1]}"
 
 
 def _ever_added(uri: str) -> set[str]:
-    """The files of all versions; Delta itself forgets those that were removed some time ago."""
-    lines = [
+    """Return the files of all versions, from the log itself, because Delta forgets removed files after a time."""
+    actions = [
         json.loads(line)
         for name in list_files(f"{uri}/_delta_log", ".json")
         for line in read_bytes(name).splitlines()
     ]
-    return {line["add"]["path"] for line in lines if "add" in line}
+    return {action["add"]["path"] for action in actions if "add" in action}
 
 
 def _files_of(uri: str, version: int) -> set[str]:
@@ -184,14 +188,10 @@ def _is_young(uri: str) -> bool:
 
 def _read(pinned: Snapshot, path: str, columns: list[str]) -> pl.DataFrame:
     table = protected_files(pinned.access).read(
-        f"{pinned.uri}/{path}", columns, protection=pinned.protection, place=place_of(pinned.uri, path)
+        f"{pinned.uri}/{path}", columns, protection=pinned.protection, place=file_aad(pinned.uri, path)
     )
     return pl.DataFrame(pl.from_arrow(with_columns(table, columns)))
 
 
-def _all(names: list[str], where: pl.Expr) -> list[str]:
-    return list(dict.fromkeys([*names, *where.meta.root_names()]))
-
-
-def _true(where: pl.Expr) -> pl.Expr:
+def _is_true(where: pl.Expr) -> pl.Expr:
     return where.fill_null(False)

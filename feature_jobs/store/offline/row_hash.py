@@ -1,7 +1,7 @@
-"""A table's content as one SHA-256 that does not depend on the library that holds it.
+"""Hash the content of a table with one SHA-256 that does not depend on the library that holds the table.
 
-Hashed are the columns' names and logical types and, in order, each column's validity and values. Chunks, dictionaries,
-offsets' width and what lies under a null do not count; nor does which NaN a NaN is.
+The hash covers the columns' names and logical types and, in order, the validity and the values of each column. It
+ignores chunks, dictionaries, the width of offsets, the bytes behind a null, and the bit pattern of a NaN.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from feature_jobs.store.types.columns import numpy_of
 
 
 def row_hash(table: pa.Table) -> str:
-    """The SHA-256, in hex, over names, types, validity and values."""
+    """Return the SHA-256, in hex, of names, types, validity and values."""
     return _hash(table, lists_as_text=False)
 
 
 def has_row_hash(table: pa.Table, expected: str) -> bool:
-    """Whether a table has this hash, also where an earlier release made it, which hashed lists as text."""
+    """Return whether a table has this hash. A hash of an earlier release, which hashed lists as text, matches too."""
     if row_hash(table) == expected:
         return True
     return any(map(_is_list, table.schema.types)) and _hash(table, lists_as_text=True) == expected
@@ -31,68 +31,70 @@ def has_row_hash(table: pa.Table, expected: str) -> bool:
 
 def _hash(table: pa.Table, *, lists_as_text: bool) -> str:
     columns = [_plain(table[name]) for name in table.column_names]
-    types = [str(column.type) if lists_as_text else _name(column.type) for column in columns]
+    types = [str(column.type) if lists_as_text else _type_name(column.type) for column in columns]
     header = [table.num_rows, *zip(table.column_names, types, strict=True)]
     digest = hashlib.sha256(json.dumps(header).encode())
     for column in columns:
         valid = numpy_of(column.is_valid())
         digest.update(np.packbits(valid).tobytes())
-        for part in _lists(column) if _is_list(column.type) and not lists_as_text else _values(column):
+        for part in (
+            _list_bytes(column) if _is_list(column.type) and not lists_as_text else _value_bytes(column)
+        ):
             digest.update(part)
     return digest.hexdigest()
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without dictionaries, and with one type for text."""
+    """Decode a dictionary, and give text one type."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    kind = column.type
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         return column.cast(pa.string())
     return column
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def _is_list(dtype: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+    )
 
 
-def _name(kind: pa.DataType) -> str:
-    """Of a list, what its elements are; neither their name nor the offsets' width."""
-    if not _is_list(kind):
-        return str(kind)
-    element = pa.types.is_large_string(kind.value_type) or pa.types.is_string_view(kind.value_type)
-    return f"list<{'string' if element else _name(kind.value_type)}>"
+def _type_name(dtype: pa.DataType) -> str:
+    """Return the name of a type. A list is named by its element type, without field name and offset width."""
+    if not _is_list(dtype):
+        return str(dtype)
+    is_text = pa.types.is_large_string(dtype.value_type) or pa.types.is_string_view(dtype.value_type)
+    return f"list<{'string' if is_text else _type_name(dtype.value_type)}>"
 
 
-def _lists(column: pa.ChunkedArray) -> Iterator[bytes | memoryview]:
-    """Lengths, then the elements as a column."""
+def _list_bytes(column: pa.ChunkedArray) -> Iterator[bytes | memoryview]:
+    """Yield the lengths of lists, then their elements as a column."""
     yield numpy_of(pc.list_value_length(column)).astype("<i8").tobytes()
     elements = _plain(pc.list_flatten(column))
     yield np.packbits(numpy_of(elements.is_valid())).tobytes()
-    yield from _lists(elements) if _is_list(elements.type) else _values(elements)
+    yield from _list_bytes(elements) if _is_list(elements.type) else _value_bytes(elements)
 
 
-def _values(column: pa.ChunkedArray) -> list[bytes | memoryview]:
-    kind = column.type
-    if pa.types.is_boolean(kind):
+def _value_bytes(column: pa.ChunkedArray) -> list[bytes | memoryview]:
+    dtype = column.type
+    if pa.types.is_boolean(dtype):
         return [np.packbits(numpy_of(column, null=False)).tobytes()]
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(dtype):
         numbers = numpy_of(column)
         return [np.where(np.isnan(numbers), np.array(np.nan, numbers.dtype), numbers).tobytes()]
-    if pa.types.is_integer(kind):
+    if pa.types.is_integer(dtype):
         return [numpy_of(column).tobytes()]
-    if pa.types.is_timestamp(kind) or pa.types.is_date64(kind):
+    if pa.types.is_timestamp(dtype) or pa.types.is_date64(dtype):
         return [numpy_of(column.cast(pa.int64())).tobytes()]
-    if not pa.types.is_string(kind):
-        column = pa.chunked_array(
-            [[None if one is None else str(one) for one in column.to_pylist()]], pa.string()
-        )
+    if not pa.types.is_string(dtype):
+        texts = [None if value is None else str(value) for value in column.to_pylist()]
+        column = pa.chunked_array([texts], pa.string())
     lengths = numpy_of(pc.binary_length(column)).astype("<i8").tobytes()
-    return [lengths, *(_bytes(chunk) for chunk in column.drop_null().chunks if len(chunk))]
+    return [lengths, *(_text_bytes(chunk) for chunk in column.drop_null().chunks if len(chunk))]
 
 
-def _bytes(text: pa.StringArray) -> memoryview:
-    """The texts of an array without nulls, one after the other, where they lie."""
+def _text_bytes(text: pa.StringArray) -> memoryview:
+    """Return the concatenated bytes of an array of text without nulls, without a copy."""
     _, offsets, data = text.buffers()
     begins = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
     return memoryview(data)[begins[0] : begins[-1]] if data is not None else memoryview(b"")

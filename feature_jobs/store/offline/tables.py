@@ -1,8 +1,8 @@
-"""Feature tables: Delta tables in a fixed number of entity-hash buckets, each file sorted by availability.
+"""Feature tables: Delta tables with a fixed number of buckets by entity hash, each file sorted by availability.
 
-Workers write the Parquet files, the driver commits them in one Delta transaction. The commit carries the batch's id and
-the last `ingest_seq` given out as application transactions: a batch can never be committed twice, and two ingestions at
-once cannot give out the same sequence numbers.
+Workers write the Parquet files; the driver commits them in one Delta transaction. The commit stores the batch's id and
+the last `ingest_seq` as application transactions. So no batch can be committed twice, and two concurrent ingestions
+cannot use the same sequence numbers.
 """
 
 from __future__ import annotations
@@ -47,20 +47,22 @@ class BucketFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What a commit says of the batch it holds."""
+    """What a commit records about its batch."""
 
     ingest_id: str
     rows_in: int
     rows_stored: int
     rows_quarantined: int
     reasons: dict[str, int]
+    """Number of quarantined rows by reason."""
     quarantine: str | None
+    """Name of the quarantine file; None if no row was quarantined."""
     profile: dict[str, Any] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
-    """Of the source."""
+    """Columns of the source."""
     rows_late: int = 0
-    """Stored, although further behind their stream than it allows for."""
+    """Rows of a stream that are later than its limit allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,45 +73,46 @@ class Snapshot:
     version: int
     num_buckets: int
     key_types: dict[str, str]
-    """Join key to `int64` or `string`."""
+    """Type of each join key: `int64` or `string`."""
     files: tuple[BucketFile, ...]
     protection: Protection
     access: KeyAccess
     tombstones: bool = False
-    """Whether the table can hold any."""
+    """Whether the table can have tombstones."""
 
     @property
     def rows(self) -> int:
-        """Rows in all buckets."""
+        """Number of rows in all buckets."""
         return sum(file.rows for file in self.files)
 
     def is_ordered(self, bucket: int) -> bool:
-        """Whether a bucket's rows lie in one file, and so come in order of (available, event, created, seq)."""
+        """Return whether a bucket has at most one file, so that its rows are in order of availability."""
         return sum(file.bucket == bucket for file in self.files) <= 1
 
     def read(self, bucket: int, columns: Sequence[str], *, sequence: bool = True) -> pl.DataFrame:
-        """A bucket's rows: join keys, the three columns that order them, and the given features; with `deleted`, never
-        null, where the table can hold tombstones.
+        """Read the rows of a bucket: join keys, the three ordering columns, and the given features.
+
+        The result also has `deleted`, never null, if the table can have tombstones.
 
         Args:
-            bucket: which.
-            columns: features.
-            sequence: with `ingest_seq`; who needs no more than the order the rows come in does without.
+            bucket: number of the bucket.
+            columns: feature columns to read.
+            sequence: whether to read `ingest_seq`. False saves time if only the order of the rows matters.
 
         Raises:
-            ProtectedFileCorrupt: a file was altered, or is not the one that was written for this table and bucket.
-            AccessDenied, KeyRevoked: as the key store says.
+            ProtectedFileCorrupt: a file was altered, or was not written for this table and bucket.
+            AccessDenied, KeyRevoked: the key store refuses a key.
         """
-        ends = [DELETED] if self.tombstones else []
-        wanted = [*self.key_types, EVENT, CREATED, *([SEQ] if sequence else []), *ends, *columns]
-        tables = [with_columns(table, wanted) for table in self.tables(bucket, wanted)]
+        deleted = [DELETED] if self.tombstones else []
+        names = [*self.key_types, EVENT, CREATED, *([SEQ] if sequence else []), *deleted, *columns]
+        tables = [with_columns(table, names) for table in self.tables(bucket, names)]
         if not tables:
             return pl.DataFrame()
         frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
-        return frame.with_columns(pl.col(name).cast(pl.Boolean).fill_null(False) for name in ends)
+        return frame.with_columns(pl.col(name).cast(pl.Boolean).fill_null(False) for name in deleted)
 
     def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """A bucket's files as they are, whole or some of their columns; raises as `read`."""
+        """Yield the content of each file of a bucket, by default with all columns; raises as `read`."""
         reader = protected_files(self.access)
         for file in self.files:
             if file.bucket == bucket:
@@ -117,35 +120,35 @@ class Snapshot:
                     f"{self.uri}/{file.path}",
                     columns,
                     protection=self.protection,
-                    place=place_of(self.uri, file.path),
+                    place=file_aad(self.uri, file.path),
                 )
 
 
-def place_of(uri: str, path: str) -> str:
-    """Where a file says it belongs: table and path, so that it cannot stand in for another one."""
+def file_aad(uri: str, path: str) -> str:
+    """Return the AAD of a table's file: table name and path, so that no other file can replace it unnoticed."""
     return f"{uri.rstrip('/').rsplit('/', 1)[-1]}/{path}"
 
 
 def key_types(schema: pa.Schema, keys: Sequence[str]) -> dict[str, str]:
-    """How join keys are stored: whole numbers as int64, text as string.
+    """Return how join keys are stored: whole numbers as `int64`, text as `string`.
 
     Raises:
-        SchemaMismatch: a key of another type.
+        SchemaMismatch: a key has another type.
     """
     types = {}
     for key in keys:
-        given = schema.field(key).type
-        if pa.types.is_integer(given):
+        dtype = schema.field(key).type
+        if pa.types.is_integer(dtype):
             types[key] = "int64"
-        elif pa.types.is_string(given) or pa.types.is_large_string(given) or pa.types.is_dictionary(given):
+        elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_dictionary(dtype):
             types[key] = "string"
         else:
-            raise SchemaMismatch(f"Join key '{key}' has type {given}; give whole numbers or text.")
+            raise SchemaMismatch(f"Join key '{key}' has type {dtype}. Give whole numbers or text.")
     return types
 
 
 def stored_key_types(table: DeltaTable | None, keys: Sequence[str]) -> dict[str, str]:
-    """How a table stores those of the keys that it has; nothing where there is no table."""
+    """Return how a table stores those of the join keys that it has; empty if there is no table."""
     if table is None:
         return {}
     schema = pa.schema(table.schema().to_arrow())
@@ -153,7 +156,7 @@ def stored_key_types(table: DeltaTable | None, keys: Sequence[str]) -> dict[str,
 
 
 def open_table(uri: str) -> DeltaTable | None:
-    """A feature table, none where nothing was ingested yet."""
+    """Open a feature table; None if nothing was ingested yet."""
     try:
         return DeltaTable(uri)
     except TableNotFoundError:
@@ -161,13 +164,13 @@ def open_table(uri: str) -> DeltaTable | None:
 
 
 def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable:
-    """Make an empty feature table."""
+    """Create an empty feature table."""
     Path(uri).mkdir(parents=True, exist_ok=True)
     return DeltaTable.create(
         uri,
         schema=Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32()))),
         partition_by=[BUCKET],
-        # The log stays whole: training sets pin versions, and batches are found in its history.
+        # Keep the whole log: training sets pin versions, and batches are looked up in the history.
         configuration={_BUCKETS_KEY: str(num_buckets), "delta.enableExpiredLogCleanup": "false"},
         mode="ignore",
         raise_if_key_not_exists=False,
@@ -175,10 +178,10 @@ def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable
 
 
 def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
-    """Refuse a batch whose columns changed their type; new columns are added to the table, in one version of it.
+    """Add the columns of a batch that the table lacks, in one table version.
 
     Raises:
-        SchemaMismatch: naming the column and both types.
+        SchemaMismatch: a column of the batch has another type than in the table. The table does not change.
     """
     known = pa.schema(table.schema().to_arrow())
     new = []
@@ -196,30 +199,31 @@ def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
 
 
 def num_buckets(table: DeltaTable) -> int:
-    """The number of buckets the table was made with."""
+    """Return the number of buckets that the table was created with."""
     return int(table.metadata().configuration[_BUCKETS_KEY])
 
 
 def last_seq(table: DeltaTable) -> int:
-    """The last `ingest_seq` given out, -1 in an empty table."""
+    """Return the last `ingest_seq` that a commit used, -1 for an empty table."""
     version = table.transaction_version(_SEQ_APP)
     return -1 if version is None else int(version)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Where and how workers write a batch's files, as plain data."""
+    """Where and how workers write the files of a batch, as plain data."""
 
     uri: str
     keys: tuple[str, ...]
     """Join keys."""
     buckets: int
+    """Number of buckets."""
     protection: Protection
     access: KeyAccess
 
 
 def write_files(rows: pa.Table, target: Target, *, name: str) -> list[BucketFile]:
-    """Write rows to their buckets, one file each, sorted by availability."""
+    """Write rows to their buckets, one file for each bucket, sorted by availability."""
     frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(
         pl.Series(BUCKET, bucket_of(rows, target.keys, num_buckets=target.buckets))
     )
@@ -236,7 +240,7 @@ def write_bucket(
     path = f"{BUCKET}={bucket}/{name}.parquet"
     content = rows.sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(schema)
     size = protected_files(target.access).write(
-        content, f"{target.uri}/{path}", target.protection, place=place_of(target.uri, path)
+        content, f"{target.uri}/{path}", target.protection, place=file_aad(target.uri, path)
     )
     return BucketFile(path=path, bucket=bucket, rows=rows.height, size_bytes=size)
 
@@ -250,59 +254,59 @@ def commit(
     seq: int,
     positions: Mapping[str, int] | None = None,
 ) -> int:
-    """Add files in one transaction; gives the new table version.
+    """Add files to a table in one transaction and return the new table version.
 
     Args:
-        table: as it was when the sequence numbers were given out.
-        schema: of the rows.
-        files: what workers wrote.
-        batch: what the commit says of itself.
+        table: the version from which the sequence numbers were taken.
+        schema: schema of the rows.
+        files: files that workers have written.
+        batch: what the commit records about the batch.
         seq: the last `ingest_seq` in the files.
-        positions: of a stream, how far it has come, by application id; they tell its batches from one another, where
-            a batch of its own has its id for that.
+        positions: positions of a stream by application id. They identify a stream's batch; without them the batch is
+            identified by its `ingest_id`.
 
     Raises:
-        CommitConflict: another ingestion committed meanwhile; running this one again is safe.
+        CommitConflict: another ingestion committed at the same time. The same call can be repeated safely.
     """
-    actions: list[AddAction | RemoveAction] = [added(file, new_rows=True) for file in files]
-    told_apart_by = {_BATCH_APP + batch.ingest_id: 1} if positions is None else positions
+    actions: list[AddAction | RemoveAction] = [add_action(file, new_rows=True) for file in files]
+    identity = {_BATCH_APP + batch.ingest_id: 1} if positions is None else positions
     properties = CommitProperties(
         custom_metadata={_BATCH_KEY: json.dumps(asdict(batch))},
         max_commit_retries=0,
         app_transactions=[
             Transaction(_SEQ_APP, seq),
-            *(Transaction(name, number) for name, number in told_apart_by.items()),
+            *(Transaction(name, number) for name, number in identity.items()),
         ],
     )
-    full = Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32())))
+    full_schema = Schema.from_arrow(schema.append(pa.field(BUCKET, pa.int32())))
     try:
         table.create_write_transaction(
-            actions, mode="append", schema=full, partition_by=[BUCKET], commit_properties=properties
+            actions, mode="append", schema=full_schema, partition_by=[BUCKET], commit_properties=properties
         )
     except CommitFailedError as error:
         raise CommitConflict(
-            f"Another job committed to {table.table_uri} meanwhile; nothing of this batch was stored. "
+            f"Another job committed to {table.table_uri} at the same time. Nothing of this batch was stored. "
             "Run it again."
         ) from error
     return int(DeltaTable(table.table_uri).version())
 
 
-def added(file: BucketFile, *, new_rows: bool) -> AddAction:
-    """What the log says of a file; without minima and maxima, which would show what is protected."""
+def add_action(file: BucketFile, *, new_rows: bool) -> AddAction:
+    """Return the log entry that adds a file. It has no minima and maxima, which would reveal protected values."""
     stats = json.dumps({"numRecords": file.rows})
     now = int(time.time() * 1000)
     return AddAction(file.path, file.size_bytes, {BUCKET: str(file.bucket)}, now, new_rows, stats)
 
 
 def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
-    """A batch that is in the table already, with the version that added it."""
+    """Return a committed batch and the table version that added it; None if it was not committed."""
     if table.transaction_version(_BATCH_APP + ingest_id) is None:
         return None
     return find_batch(table, ingest_id)
 
 
 def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
-    """A batch by what the table's history says of it, the newest first."""
+    """Find a batch in the table's history, newest first, and return it with the table version that added it."""
     for entry in table.history():
         if _BATCH_KEY in entry:
             batch = Batch(**json.loads(entry[_BATCH_KEY]))
@@ -311,8 +315,8 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     return None
 
 
-def sequence_of(uri: str, ingest_id: str) -> range | None:
-    """The `ingest_seq` of a batch's rows in the order of their source, those that went to quarantine included."""
+def batch_sequence(uri: str, ingest_id: str) -> range | None:
+    """Return the `ingest_seq` of all rows of a batch in source order, quarantined ones included; None if unknown."""
     found = find_batch(DeltaTable(uri), ingest_id)
     if found is None:
         return None
@@ -330,18 +334,18 @@ def snapshot(
     access: KeyAccess,
     version: int | None = None,
 ) -> Snapshot:
-    """A version of a feature table, by default the newest.
+    """Return a version of a feature table, by default the newest.
 
     Args:
-        uri: of the table.
-        view: its name, for messages.
+        uri: URI of the table.
+        view: name of the view, for error messages.
         keys: join keys.
-        protection: what its files must be under.
-        access: whose keys to read with.
-        version: of the table.
+        protection: the protection that the files must have.
+        access: the keys to read with.
+        version: table version, None for the newest.
 
     Raises:
-        TrainingSetError: nothing was ingested into the view yet, or there is no such version.
+        TrainingSetError: the view has no table yet, or the table has no such version.
     """
     table = open_table(uri)
     if table is None:
@@ -370,31 +374,31 @@ def snapshot(
 
 
 def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
-    # Neither as `pa.table`, nor with the times among the columns: for both, Arrow would import pandas.
-    said = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
-    named = said.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])
-    actions: list[dict[str, Any]] = named.to_pylist()
+    # Not `pa.table`, and no time columns: for either of them Arrow would import pandas.
+    actions = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
+    columns = actions.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])
+    rows: list[dict[str, Any]] = columns.to_pylist()
     return tuple(
         BucketFile(
-            path=action["path"],
-            bucket=int(action[f"partition.{BUCKET}"]),
-            rows=int(action["num_records"]),
-            size_bytes=int(action["size_bytes"]),
+            path=row["path"],
+            bucket=int(row[f"partition.{BUCKET}"]),
+            rows=int(row["num_records"]),
+            size_bytes=int(row["size_bytes"]),
         )
-        for action in sorted(actions, key=lambda action: str(action["path"]))
+        for row in sorted(rows, key=lambda row: str(row["path"]))
     )
 
 
 def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
-    """The columns in order; one that an older file lacks is null."""
-    there = set(table.column_names)
-    if there.issuperset(names):
+    """Select columns in the given order; a column that an older file lacks is null."""
+    present = set(table.column_names)
+    if present.issuperset(names):
         return table.select(list(names))
-    nothing = pa.nulls(table.num_rows)
-    return pa.table([table[name] if name in there else nothing for name in names], names=list(names))
+    nulls = pa.nulls(table.num_rows)
+    return pa.table([table[name] if name in present else nulls for name in names], names=list(names))
 
 
-def same_type(known: pa.DataType, given: pa.DataType) -> bool:
-    """Whether a column of a table can take values of a type; text may be in one encoding or another."""
-    names = {str(known), str(given)}
-    return known == given or names <= {"string", "large_string", "string_view"}
+def same_type(stored: pa.DataType, new: pa.DataType) -> bool:
+    """Return whether a stored column can take values of a type. Encodings of text count as one type."""
+    names = {str(stored), str(new)}
+    return stored == new or names <= {"string", "large_string", "string_view"}

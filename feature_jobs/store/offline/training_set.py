@@ -1,7 +1,7 @@
-"""The point-in-time join over all views of a service, bucket by bucket.
+"""Build a training set: the point-in-time join over all views of a service, bucket by bucket.
 
-Only the entity rows are hashed: each view's rows lie in the bucket of their keys already. A bucket is one unit of work,
-done in this process while the work is small and in a Ray task each when it is large; memory is bounded by a bucket.
+Only the entity rows are hashed, because each view's rows are already in the bucket of their keys. A bucket is one unit
+of work. Small work runs in this process; large work runs as one Ray task for each bucket. A bucket bounds the memory.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ from feature_jobs.store.types.schema import EVENT
 
 POSITION, ABSENT = "__position", "__absent"
 THREADS = min(4, os.cpu_count() or 1)
-"""Buckets that are joined at once in a process; memory is bounded by as many."""
+"""Number of buckets that a process joins at the same time; that many buckets bound its memory."""
 Part = tuple[int, pl.DataFrame]
-"""A bucket, and the entity rows in it."""
+"""A bucket number, and the entity rows in that bucket."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """A bucket's entity rows with their features, positions and whether nothing was found."""
+    """The result of a join of one bucket."""
 
     frame: pl.DataFrame
+    """The features, `POSITION` of the entity row, and `ABSENT`, which is true where the entity row has no result."""
     hidden: int
-    """As of `point_in_time.Answers`."""
+    """As in `point_in_time.Answers`."""
 
 
 JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[Joined]]
-"""Joins the buckets of one view, with or without the cutoff."""
+"""Function that joins buckets of one view; the last argument is the cutoff."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """One view's features for all entity rows, in their order."""
+class ViewFeatures:
+    """The features of one view for all entity rows, in their order."""
 
     table: pa.Table
     hidden: int
-    """As of `point_in_time.Answers`."""
+    """As in `point_in_time.Answers`."""
     absent: pa.Array
-    """Bool: nothing was found, or nothing fresh."""
+    """Bool: the entity row has no result, or only an expired one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +70,15 @@ class Built:
 
     table: pa.Table
     hidden: dict[str, int]
-    """By view, the entity rows that have no answer only because of the cutoff."""
+    """By view, the number of entity rows that have no result only because of the cutoff."""
     absent: dict[str, int]
-    """By view, the entity rows that have no answer, or none that is fresh."""
+    """By view, the number of entity rows that have no result, or only an expired one."""
 
 
 def build(
     spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, *, join_parts: JoinParts
 ) -> pa.Table:
-    """The rows alone, with the cutoff; arguments as of `assemble`."""
+    """Build the rows of a training set with the cutoff on; arguments as in `assemble`."""
     return assemble(spec, snapshots, entities, join_parts=join_parts).table
 
 
@@ -89,103 +90,94 @@ def assemble(
     join_parts: JoinParts,
     cutoff: bool = True,
 ) -> Built:
-    """Every entity row in its order, its columns, then `<view>__<feature>` of each view.
+    """Build a training set: the entity rows in their order, with a column `<view>__<feature>` for each feature.
 
     Args:
         spec: the service.
         snapshots: the pinned table of each view.
-        entities: join keys and `event_timestamp`, with any other columns.
-        join_parts: joins the buckets of one view, here or in Ray tasks.
-        cutoff: leave out what was created after an entity row's time.
+        entities: entity rows with join keys, `event_timestamp` and any other columns.
+        join_parts: joins the buckets of one view, in this process or in Ray tasks.
+        cutoff: whether to hide rows that were created after an entity row's time.
 
     Raises:
-        TrainingSetError: a key or the timestamp is missing or has the wrong type.
+        TrainingSetError: a join key or the timestamp is missing or has the wrong type, or a column has the name of a
+            feature.
     """
     times = event_times(entities)
-    output, answers = entities, {}
-    given = set(entities.column_names)
+    present = set(entities.column_names)
     for name in spec.columns:
-        if name in given:
+        if name in present:
             raise TrainingSetError(
                 f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
             )
+    output, features = entities, {}
     for view in spec.views:
         snapshot = snapshots[view.name]
         keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
-        asked = pa.table({**keys, EVENT: times})
-        answers[view.name] = joined(view, snapshot, asked, join_parts, cutoff=cutoff)
-        columns = zip(view.columns, answers[view.name].table.columns, strict=True)
+        requests = pa.table({**keys, EVENT: times})
+        features[view.name] = join_view(view, snapshot, requests, join_parts, cutoff=cutoff)
+        columns = zip(view.columns, features[view.name].table.columns, strict=True)
         output = with_appended(output, dict(columns))
-    output = fill(spec.missing, output, {name: one.absent for name, one in answers.items()})
+    output = fill(spec.missing, output, {name: part.absent for name, part in features.items()})
     return Built(
         table=with_on_demand(spec, output),
-        hidden={name: one.hidden for name, one in answers.items()},
-        absent={name: one.absent.true_count for name, one in answers.items()},
+        hidden={name: part.hidden for name, part in features.items()},
+        absent={name: part.absent.true_count for name, part in features.items()},
     )
 
 
-def joined(
-    view: ViewSpec, snapshot: Snapshot, asked: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
-) -> Answered:
-    """The features of one view for keys and times."""
-    buckets = bucket_of(asked, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
-    frame = pl.DataFrame(pl.from_arrow(asked)).with_row_index(POSITION)
+def join_view(
+    view: ViewSpec, snapshot: Snapshot, requests: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
+) -> ViewFeatures:
+    """Join the features of one view with a table of join keys and times."""
+    buckets = bucket_of(requests, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
+    frame = pl.DataFrame(pl.from_arrow(requests)).with_row_index(POSITION)
     parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]
-    answers = join_parts(snapshot, view, parts, cutoff)
-    names = [field.name for field in view.fields]
+    joined = join_parts(snapshot, view, parts, cutoff)
     schema = pa.schema([pa.field(field.name, DTYPES[field.dtype]) for field in view.fields])
-    if not answers:
-        return Answered(table=schema.empty_table(), hidden=0, absent=pa.array([], pa.bool_()))
-    frames = [answer.frame for answer in answers]
-    whole = pl.concat(frames, how="vertical_relaxed").sort(POSITION)
-    return Answered(
-        table=whole.select(names).to_arrow().cast(schema),
-        hidden=sum(answer.hidden for answer in answers),
-        absent=whole[ABSENT].to_arrow(),
+    if not joined:
+        return ViewFeatures(table=schema.empty_table(), hidden=0, absent=pa.array([], pa.bool_()))
+    rows = pl.concat([part.frame for part in joined], how="vertical_relaxed").sort(POSITION)
+    return ViewFeatures(
+        table=rows.select(schema.names).to_arrow().cast(schema),
+        hidden=sum(part.hidden for part in joined),
+        absent=rows[ABSENT].to_arrow(),
     )
 
 
 def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
-    """Join the buckets in this process, a few at a time: reading, the joins and decryption leave the interpreter."""
+    """Join the buckets in this process, in threads: reads, joins and decryption release the interpreter lock."""
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(lambda part: join_bucket(snapshot, view, part, cutoff), parts))
 
 
 def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
-    """One bucket's entity rows with their features."""
-    bucket, asked = part
+    """Join the entity rows of one bucket with their features."""
+    bucket, requests = part
+    keys = list(snapshot.key_types)
     if view.windows is not None:
         events = snapshot.read(bucket, view.windows.read)
-        made = aggregate(asked, events, keys=list(snapshot.key_types), windows=view.windows, cutoff=cutoff)
-        return Joined(
-            frame=made.columns.with_columns(asked[POSITION], made.absent.alias(ABSENT)), hidden=made.hidden
+        answers = aggregate(requests, events, keys=keys, windows=view.windows, cutoff=cutoff)
+    else:
+        names = [field.name for field in view.fields]
+        ordered = snapshot.is_ordered(bucket)
+        features = snapshot.read(bucket, names, sequence=not ordered)
+        if features.is_empty():
+            nulls = [pl.lit(None).alias(name) for name in names]
+            return Joined(frame=requests.select(*nulls, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
+        ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
+        answers = answer(
+            requests, features, keys=keys, columns=names, ttl=ttl, cutoff=cutoff, ordered=ordered
         )
-    names = [field.name for field in view.fields]
-    ordered = snapshot.is_ordered(bucket)
-    features = snapshot.read(bucket, names, sequence=not ordered)
-    if features.is_empty():
-        nothing = [pl.lit(None).alias(name) for name in names]
-        return Joined(frame=asked.select(*nothing, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
-    ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-    found = answer(
-        asked,
-        features,
-        keys=list(snapshot.key_types),
-        columns=names,
-        ttl=ttl,
-        cutoff=cutoff,
-        ordered=ordered,
-    )
-    return Joined(
-        frame=found.columns.with_columns(asked[POSITION], found.absent.alias(ABSENT)), hidden=found.hidden
-    )
+    frame = answers.columns.with_columns(requests[POSITION], answers.absent.alias(ABSENT))
+    return Joined(frame=frame, hidden=answers.hidden)
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:
-    """The entity rows' times as UTC microseconds, rounded down; without a zone they are UTC.
+    """Return the entity rows' times as UTC microseconds, rounded down. Times without a zone are UTC.
 
     Raises:
-        TrainingSetError: no such column, another type, or a null.
+        TrainingSetError: the column is missing, is not a timestamp, or has a null.
     """
     if EVENT not in entities.column_names:
         raise TrainingSetError(
@@ -196,43 +188,43 @@ def event_times(entities: pa.Table) -> pa.ChunkedArray:
         raise TrainingSetError(f"'{EVENT}' of the entity rows must be a timestamp, got {column.type}.")
     if column.null_count:
         raise TrainingSetError(f"'{EVENT}' is null in {column.null_count} entity rows. Give each a time.")
-    # A row that is a nanosecond later than the entity row must not be seen, and its time was rounded up.
+    # Feature times were rounded up. Rounding down here hides a feature that is one nanosecond later.
     return cast_time(column, name=EVENT, rounding=Rounding.down)
 
 
 def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: pa.Table) -> pa.ChunkedArray:
-    """A view's join key: from the entity rows, else from the feature of that name of an earlier view.
+    """Return a view's join key: from the entity rows, else from the feature of that name in an earlier view.
 
     Raises:
-        TrainingSetError: neither has it, or its type does not fit.
+        TrainingSetError: the key is in neither of them, or has the wrong type.
     """
     earlier = [f"{other.name}__{key}" for other in spec.views[: spec.views.index(view)]]
-    there = set(output.column_names)
-    name = next((one for one in [key, *reversed(earlier)] if one in there), None)
+    present = set(output.column_names)
+    name = next((candidate for candidate in [key, *reversed(earlier)] if candidate in present), None)
     if name is None:
         raise TrainingSetError(
             f"View '{view.name}' needs the join key '{key}', which neither the entity rows nor an earlier view of "
             f"service '{spec.name}' has."
         )
-    wanted = pa.int64() if kind == "int64" else pa.string()
+    key_type = pa.int64() if kind == "int64" else pa.string()
     try:
         column = output[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if not _is_key(column.type, wanted):
+        if not _can_be_key(column.type, key_type):
             raise pa.ArrowInvalid(f"it is {column.type}")
-        keys = column.cast(wanted)
+        keys = column.cast(key_type)
         if (beyond := beyond_range(keys)) is not None and pc.any(beyond).as_py():
             raise pa.ArrowInvalid(f"it must be {kind_of(kind)}")
         return keys
     except pa.ArrowException as error:
-        raise TrainingSetError(f"Join key '{key}' must be {wanted}: {error}.") from error
+        raise TrainingSetError(f"Join key '{key}' must be {key_type}: {error}.") from error
 
 
-def _is_key(given: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether values of a type can be keys: numbers that may be whole, or text; a column of nulls matches nothing."""
+def _can_be_key(dtype: pa.DataType, key_type: pa.DataType) -> bool:
+    """Return whether a column can be cast to a key type: text, or numbers. A column of nulls matches nothing."""
     types = pa.types
-    if types.is_string(wanted):
-        return bool(types.is_null(given) or is_text(given))
-    numbers = types.is_integer(given) or types.is_floating(given) or types.is_decimal(given)
-    return bool(types.is_null(given) or numbers)
+    if types.is_string(key_type):
+        return bool(types.is_null(dtype) or is_text(dtype))
+    is_number = types.is_integer(dtype) or types.is_floating(dtype) or types.is_decimal(dtype)
+    return bool(types.is_null(dtype) or is_number)

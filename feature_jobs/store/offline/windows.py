@@ -1,12 +1,12 @@
-"""Windowed aggregations for entity rows, exact to the event, with the meaning that `aggregations` states.
+"""Windowed aggregations for entity rows, exact to the event. `definitions/aggregations.py` defines their meaning.
 
-Every version of an event counts for a stretch of time: from when it was known until a later version of the event was
-known or the window has left it behind, whichever is first. (That an event lies before t needs no check: it is known
-only after it happened.) So the questions of an entity, in order of time, that see a version stand side by side, and
-each aggregation is one over intervals (`spans`): no pairs of entity rows and events are ever made, and late
-corrections cost nothing extra. Time is O((n + m) log m) for n events and m entity rows, memory O(n + m).
+A version of an event counts during one interval of time. It begins when the version became known. It ends when a later
+version of the event became known, or when the event left the window, whichever is first. (An event after t needs no
+check, because it is known only after it happened.) So the entity rows of one entity that see a version are neighbours
+in order of time, and each aggregation is one over intervals (`spans`). Pairs of entity rows and events are never made,
+and late corrections have no extra cost. For n events and m entity rows, time is O((n + m) log m) and memory O(n + m).
 
-Pure functions over Polars frames and NumPy arrays; times are UTC microseconds.
+All functions are pure, over Polars frames and NumPy arrays. Times are UTC microseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 _GROUP, _KNOWN, _UNTIL, _POSITION = "__group", "__known", "__until", "__position"
 _NEVER = np.iinfo(np.int64).max
-_PLACES_AT_ONCE = 256
+_ROWS_AT_ONCE = 256
+"""Number of entity rows whose distinct counts are estimated at the same time."""
 _TIME = pl.Datetime("us", "UTC")
 _DTYPES: dict[str, pl.DataType] = {
     "bool": pl.Boolean(),
@@ -53,20 +54,20 @@ _DTYPES: dict[str, pl.DataType] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """Entity rows in order of entity and time."""
+class _EntityRows:
+    """Entity rows, sorted by entity and time."""
 
     positions: Ints
-    """Where each stood."""
+    """Position of each row in the input."""
     moments: Ints
-    """All times asked for, rising, each once."""
-    addresses: Ints
-    """Entity and number of the moment as one number, rising."""
+    """The distinct times of all rows, ascending."""
+    codes: Ints
+    """Entity and number of the moment, combined into one number, ascending."""
 
     def first(self, groups: Ints, times: Ints) -> Ints:
-        """The first entity row of each entity that is not before a time; the end of its rows where none is."""
+        """Return the first row of each entity at or after a time, or the end of the entity's rows."""
         numbers = np.searchsorted(self.moments, times)
-        return np.searchsorted(self.addresses, groups * (self.moments.size + 1) + numbers)
+        return np.searchsorted(self.codes, groups * (self.moments.size + 1) + numbers)
 
 
 def aggregate(
@@ -77,22 +78,23 @@ def aggregate(
     windows: WindowSpec,
     cutoff: bool = True,
 ) -> Answers:
-    """The aggregations of each entity row as they were known at its time, and what was hidden from it.
+    """Aggregate, for each entity row, the events that were known at its time.
 
     Args:
-        entities: the keys and `event_timestamp`, in any order, with repetitions; of the dtypes the events have.
-        events: the keys, `event_timestamp`, `created_timestamp`, `ingest_seq` (unique), the event id, the aggregated
-            columns, and `deleted` where there may be tombstones; with no column at all where there are none.
-        keys: columns that identify an entity. One with a null key is nobody, all of whose answers are null.
-        windows: what to give.
-        cutoff: leave out what was created after the entity row's time; else only the event's time counts.
+        entities: join keys and `event_timestamp`, in any order, repetitions allowed; same dtypes as in `events`.
+        events: join keys, `event_timestamp`, `created_timestamp`, `ingest_seq` (unique), the event id, the aggregated
+            columns, and `deleted` if there may be tombstones. A frame without columns means no events.
+        keys: join keys. For an entity row with a null key all results are null.
+        windows: the aggregations.
+        cutoff: whether to hide rows that were created after the entity row's time. Without it only the event time
+            decides.
 
     Returns:
-        One column per output, one row per entity row in the same order; and how many entity rows see no event at all
-        only because it was not known yet.
+        One column for each output, one row for each entity row in the same order. `hidden` counts the entity rows that
+        see no event only because of the cutoff.
 
     Raises:
-        TrainingSetError: the whole numbers of a column are too large to be summed as int64.
+        TrainingSetError: the whole numbers of a column are too large for a sum as int64.
     """
     keys = list(keys)
     groups = entities.select(keys).unique().drop_nulls().with_row_index(_GROUP)
@@ -101,27 +103,29 @@ def aggregate(
     known = numbered.select(_GROUP, EVENT).with_row_index(_POSITION).drop_nulls(_GROUP).sort(_GROUP, EVENT)
     rows = _typed(events, groups, windows).join(groups, on=keys)
     versions = _versions(rows, windows, cutoff=cutoff)
-    answers = pl.DataFrame({_POSITION: known[_POSITION], **_answers(_asked(known), versions, windows)})
-    everyone = pl.select(pl.int_range(entities.height, dtype=pl.UInt32).alias(_POSITION))
+    results = pl.DataFrame({_POSITION: known[_POSITION], **_results(_entity_rows(known), versions, windows)})
+    positions = pl.select(pl.int_range(entities.height, dtype=pl.UInt32).alias(_POSITION))
     return Answers(
-        columns=everyone.join(answers, on=_POSITION, how="left", maintain_order="left").drop(_POSITION),
-        hidden=_hidden(known, rows, versions, windows) if cutoff else 0,
+        columns=positions.join(results, on=_POSITION, how="left", maintain_order="left").drop(_POSITION),
+        hidden=_count_hidden(known, rows, versions, windows) if cutoff else 0,
         absent=numbered[_GROUP].is_null(),
     )
 
 
-def _hidden(known: pl.DataFrame, rows: pl.DataFrame, versions: pl.DataFrame, windows: WindowSpec) -> int:
-    """How many entity rows see no event only because of the cutoff."""
+def _count_hidden(
+    known: pl.DataFrame, rows: pl.DataFrame, versions: pl.DataFrame, windows: WindowSpec
+) -> int:
+    """Count the entity rows that see no event only because of the cutoff."""
     if rows.select((pl.col(CREATED) <= pl.col(EVENT)).all()).item():
         return 0
-    without = known.filter(counts(_seen(_asked(known), versions, windows.longest_us)) == 0)
-    theirs = rows.join(without.select(_GROUP).unique(), on=_GROUP, how="semi")
-    all_known = _versions(theirs, windows, cutoff=False)
-    return int((counts(_seen(_asked(without), all_known, windows.longest_us)) > 0).sum())
+    without_events = known.filter(counts(_seen(_entity_rows(known), versions, windows.longest_us)) == 0)
+    candidates = rows.join(without_events.select(_GROUP).unique(), on=_GROUP, how="semi")
+    all_versions = _versions(candidates, windows, cutoff=False)
+    return int((counts(_seen(_entity_rows(without_events), all_versions, windows.longest_us)) > 0).sum())
 
 
 def _typed(events: pl.DataFrame, groups: pl.DataFrame, windows: WindowSpec) -> pl.DataFrame:
-    """The events with the dtypes that were declared: files from before a column existed have none of it."""
+    """Cast the events to the declared dtypes. A column is null, without a type, in files that are older than it."""
     dtypes = {windows.event_id: windows.event_id_dtype} | windows.columns
     declared: dict[Any, pl.DataType] = {name: _DTYPES[dtype] for name, dtype in dtypes.items()}
     if events.width == 0:
@@ -130,24 +134,24 @@ def _typed(events: pl.DataFrame, groups: pl.DataFrame, windows: WindowSpec) -> p
     return events.cast(declared)
 
 
-def _asked(known: pl.DataFrame) -> _Asked:
+def _entity_rows(known: pl.DataFrame) -> _EntityRows:
     times = _micros(known, EVENT)
     moments = np.unique(times)
     numbers = np.searchsorted(moments, times)
-    return _Asked(
+    return _EntityRows(
         positions=known[_POSITION].to_numpy(),
         moments=moments,
-        addresses=known[_GROUP].to_numpy() * (moments.size + 1) + numbers,
+        codes=known[_GROUP].to_numpy() * (moments.size + 1) + numbers,
     )
 
 
 def _versions(events: pl.DataFrame, windows: WindowSpec, *, cutoff: bool) -> pl.DataFrame:
-    """The versions of events with when they count from and until, ordered as `last` needs it; tombstones left out."""
+    """Return the versions of events with the interval in which they count, without tombstones, sorted for `last`."""
     event = [_GROUP, windows.event_id]
     if DELETED not in events.columns:
         events = events.with_columns(pl.lit(False).alias(DELETED))
     events = events.with_columns((AVAILABLE if cutoff else pl.col(EVENT)).alias(_KNOWN))
-    # Most events have one version, and need no window function.
+    # Most events have one version and need no window function.
     repeated = events.select(event).is_duplicated()
     later = pl.col(_KNOWN).cum_min(reverse=True).shift(-1).over(event)
     several = events.filter(repeated).sort(CREATED, SEQ).with_columns(later.alias(_UNTIL))
@@ -155,27 +159,27 @@ def _versions(events: pl.DataFrame, windows: WindowSpec, *, cutoff: bool) -> pl.
     return pl.concat([single, several]).filter(~pl.col(DELETED)).sort(EVENT, CREATED, SEQ)
 
 
-def _seen(asked: _Asked, versions: pl.DataFrame, window_us: int) -> Spans:
-    """Which entity rows see each version in their window."""
+def _seen(entity_rows: _EntityRows, versions: pl.DataFrame, window_us: int) -> Spans:
+    """Return, for each version, the range of entity rows that see it in their window."""
     groups = versions[_GROUP].to_numpy()
-    start = asked.first(groups, _micros(versions, _KNOWN))
+    start = entity_rows.first(groups, _micros(versions, _KNOWN))
     until = versions[_UNTIL].dt.epoch("us").fill_null(_NEVER).to_numpy()
-    stop = asked.first(groups, np.minimum(until, _micros(versions, EVENT) + window_us))
+    stop = entity_rows.first(groups, np.minimum(until, _micros(versions, EVENT) + window_us))
     seen = np.flatnonzero(start < stop)
-    return Spans(start[seen], stop[seen], seen, asked.addresses.size)
+    return Spans(start[seen], stop[seen], seen, entity_rows.codes.size)
 
 
-def _answers(asked: _Asked, versions: pl.DataFrame, windows: WindowSpec) -> dict[str, pl.Series]:
+def _results(entity_rows: _EntityRows, versions: pl.DataFrame, windows: WindowSpec) -> dict[str, pl.Series]:
     groups = versions[_GROUP].to_numpy()
     columns = {name: _Column.of(versions[name]) for name in windows.columns}
-    answers: dict[str, pl.Series] = {}
+    results: dict[str, pl.Series] = {}
     for window_us in dict.fromkeys(output.window_us for output in windows.outputs):
-        every = _seen(asked, versions, window_us)
+        in_window = _seen(entity_rows, versions, window_us)
         sums: dict[str, pl.Series] = {}
         for output in windows.outputs:
             if output.window_us == window_us:
-                answers[output.name] = _answer(output, every, columns, groups, sums)
-    return {output.name: answers[output.name] for output in windows.outputs}
+                results[output.name] = _result(output, in_window, columns, groups, sums)
+    return {output.name: results[output.name] for output in windows.outputs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +189,9 @@ class _Column:
     series: pl.Series
     present: Bools
     sorted_values: pl.Series
-    """Its different values, rising."""
+    """The distinct values, ascending."""
     ranks: Ints
-    """Of each row's value among them; `NONE` for a null."""
+    """Index of each row's value in `sorted_values`; `NONE` for a null."""
 
     @classmethod
     def of(cls, series: pl.Series) -> _Column:
@@ -198,14 +202,14 @@ class _Column:
         return cls(series, series.is_not_null().to_numpy(), values, ranks.to_numpy())
 
 
-def _answer(
-    output: Output, every: Spans, columns: dict[str, _Column], groups: Ints, sums: dict[str, pl.Series]
+def _result(
+    output: Output, in_window: Spans, columns: dict[str, _Column], groups: Ints, sums: dict[str, pl.Series]
 ) -> pl.Series:
-    """One output; sums of this window are kept in `sums`, for the means."""
+    """Compute one output. The dict `sums` caches the sums of this window, which the means need too."""
     if output.column == EVERY:
-        return pl.Series(counts(every))
+        return pl.Series(counts(in_window))
     column = columns[output.column]
-    spans = every.where(column.present[every.rows])
+    spans = in_window.where(column.present[in_window.rows])
     match output.function:
         case "count":
             return pl.Series(counts(spans))
@@ -216,36 +220,37 @@ def _answer(
         case "distinct":
             return pl.Series(_distinct(column, spans, groups))
         case "last":
-            return _chosen(column.series, greatest(spans, spans.rows))
+            return _gather(column.series, greatest(spans, spans.rows))
         case "max":
-            return _chosen(column.sorted_values, greatest(spans, column.ranks[spans.rows]))
+            return _gather(column.sorted_values, greatest(spans, column.ranks[spans.rows]))
         case "min":
             highest = len(column.sorted_values) - 1
             ranks = greatest(spans, highest - column.ranks[spans.rows])
-            return _chosen(column.sorted_values, np.where(ranks == NONE, NONE, highest - ranks))
+            return _gather(column.sorted_values, np.where(ranks == NONE, NONE, highest - ranks))
         case _:
             raise AssertionError(output.function)
 
 
-def _chosen(values: pl.Series, places: Ints) -> pl.Series:
-    return values.gather(pl.Series(places).replace(NONE, None))
+def _gather(values: pl.Series, indices: Ints) -> pl.Series:
+    """Return values by index; null for the index `NONE`."""
+    return values.gather(pl.Series(indices).replace(NONE, None))
 
 
-def _sums(output: Output, column: _Column, spans: Spans, known: dict[str, pl.Series]) -> pl.Series:
-    """Sums, null where nothing counts."""
-    if output.column not in known:
+def _sums(output: Output, column: _Column, spans: Spans, cache: dict[str, pl.Series]) -> pl.Series:
+    """Return the sums, null where no value counts."""
+    if output.column not in cache:
         sums = _whole_sums if column.series.dtype.is_integer() else _fraction_sums
-        counting = pl.Series(counts(spans) > 0)
+        has_values = pl.Series(counts(spans) > 0)
         total = sums(output, column.series, spans)
-        known[output.column] = pl.select(pl.when(counting).then(total)).to_series()
-    return known[output.column]
+        cache[output.column] = pl.select(pl.when(has_values).then(total)).to_series()
+    return cache[output.column]
 
 
 def _whole_sums(output: Output, series: pl.Series, spans: Spans) -> pl.Series:
     amounts = series.fill_null(0).cast(pl.Int64).to_numpy()[spans.rows]
     if np.abs(amounts.astype(np.float64)).sum() >= 2.0**63:
         raise TrainingSetError(
-            f"The whole numbers of '{output.column}' are too large for {output.name}. "
+            f"The whole numbers of '{output.column}' are too large for an int64 sum in {output.name}. "
             "Declare the column as float64."
         )
     return pl.Series(totals(spans, amounts))
@@ -263,27 +268,27 @@ def _fraction_sums(output: Output, series: pl.Series, spans: Spans) -> pl.Series
 
 
 def _distinct(column: _Column, spans: Spans, groups: Ints) -> Ints:
-    """Different values at each place: exact where few, estimated where many."""
+    """Count the distinct values that each entity row sees: exactly up to `EXACT_DISTINCT`, estimated above."""
     if spans.rows.size == 0:
         return counts(spans)
     codes = groups[spans.rows] * len(column.sorted_values) + column.ranks[spans.rows]
     spans = merged(spans, codes)
-    found = counts(spans)
-    many = np.flatnonzero(found > EXACT_DISTINCT)
+    distinct = counts(spans)
+    many = np.flatnonzero(distinct > EXACT_DISTINCT)
     if many.size == 0:
-        return found
+        return distinct
     spans = spans.where(np.searchsorted(many, spans.stop) > np.searchsorted(many, spans.start))
     used, inverse = np.unique(column.ranks[spans.rows], return_inverse=True)
     hashes = np.fromiter(map(value_hash, column.sorted_values.gather(used).to_list()), np.uint64, used.size)
     registers, ranks = places_and_ranks(hashes)
     spans = Spans(spans.start, spans.stop, inverse, spans.places)
-    for run in members(spans, many, size=_PLACES_AT_ONCE):
+    for run in members(spans, many, size=_ROWS_AT_ONCE):
         shared = np.zeros(REGISTERS, np.uint8)
         np.maximum.at(shared, registers[run.everywhere], ranks[run.everywhere])
         filled = np.tile(shared, (run.places.size, 1))
         np.maximum.at(filled, (run.at, registers[run.rows]), ranks[run.rows])
-        found[run.places] = [beyond(EXACT_DISTINCT, row) for row in filled]
-    return found
+        distinct[run.places] = [beyond(EXACT_DISTINCT, row) for row in filled]
+    return distinct
 
 
 def _micros(frame: pl.DataFrame, column: str) -> Ints:

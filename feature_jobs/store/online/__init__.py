@@ -1,1 +1,1 @@
-"""The online store: rows by entity in LMDB, Redis and files, and the reader."""
+"""Online store: one row for each entity in LMDB, Redis and files, and the reader."""

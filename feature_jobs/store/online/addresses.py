@@ -1,10 +1,10 @@
-"""Where an entity's row lies: its key under a keyed hash, so that a stolen store says nobody's name.
+"""Addresses: a keyed hash replaces each entity key, so that a stolen store does not reveal the entities.
 
-A key that is one whole number is one block of AES-256 (FIPS 197), so a whole batch is one call, ten times as fast as a
-hash for each. A block cipher is as good as a random function for far fewer than 2^64 blocks (Bellare and Rogaway, "The
-Security of Triple Encryption and a Framework for Code-Based Game-Playing Proofs", EUROCRYPT 2006, lemma 1), and no two
-numbers share an address. Every other key goes through keyed BLAKE2b (RFC 7693): of a thousand million entities, two
-share an address of 16 bytes with a probability of 2^-69.
+A key that is one whole number is encrypted as one AES-256 block (FIPS 197). So one call handles a whole batch, which is
+ten times as fast as one hash for each key. A block cipher is as good as a random function for far fewer than 2^64
+blocks (Bellare and Rogaway, "The Security of Triple Encryption and a Framework for Code-Based Game-Playing Proofs",
+EUROCRYPT 2006, lemma 1), and no two numbers share an address. Every other key is hashed with keyed BLAKE2b (RFC 7693).
+Among a thousand million entities, two of them share an address of 16 bytes with a probability of 2^-69.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ ADDRESS_BYTES = 16
 
 
 class Addresses:
-    """Finds entities' rows, under one secret."""
+    """Computes the addresses of entities under one secret."""
 
     def __init__(self, secret: bytes) -> None:
         self._hash = hashlib.blake2b(key=secret, digest_size=ADDRESS_BYTES)
         self._pack = msgpack.Packer().pack
         derived = hashlib.blake2b(key=secret, digest_size=32, person=b"whole numbers").digest()
-        cipher = Cipher(algorithms.AES(derived), modes.ECB())  # noqa: S305  # single blocks, as a function of each
+        cipher = Cipher(algorithms.AES(derived), modes.ECB())  # noqa: S305  # each block is a value of its own
         self._encrypt = cipher.encryptor().update
-        self._lock = threading.Lock()  # of the one context, which two threads may not use at once
+        self._lock = threading.Lock()  # two threads may not use the cipher context at the same time
 
     def of(self, entities: Sequence[Sequence[int | str]]) -> Sequence[bytes]:
-        """The addresses of entities' keys, which have equally many parts."""
+        """Return the addresses of entity keys. All keys must have the same number of parts."""
         if len(entities) == 1:
             return [self._one(entities[0])]
         blocks, parts = _blocks(len(entities))
         try:
             numbers = blocks.pack(*itertools.chain.from_iterable(entities))
-        except struct.error:  # keys are of several parts, or one is no whole number of 64 bits
+        except struct.error:  # the keys have several parts, or one is not a whole number of 64 bits
             return [self._one(entity) for entity in entities]
         with self._lock:
             encrypted = self._encrypt(numbers)
@@ -67,5 +67,5 @@ _BLOCK = struct.Struct("<q8x")
 
 @functools.lru_cache(maxsize=256)
 def _blocks(count: int) -> tuple[struct.Struct, struct.Struct]:
-    """Of so many keys: whole numbers as blocks, and blocks one by one."""
+    """Return the formats of a number of keys: whole numbers as blocks, and the blocks one by one."""
     return struct.Struct("<" + "q8x" * count), struct.Struct(f"{ADDRESS_BYTES}s" * count)

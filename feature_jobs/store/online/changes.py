@@ -1,4 +1,4 @@
-"""How rows of the online store that are made of many rows of a table are written: from what lies there already."""
+"""Types for online rows that combine many table rows and are updated from the row in the store."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from dataclasses import dataclass
 
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 
-Made = Callable[[OnlineRow | None, bool], OnlineRow | None]
-"""A row from the one that lies there, none where none does, and whether all was known then of an entity without a row.
-It has another rank than that one; none leaves things as they are. What was done already it does not do again."""
+MakeRow = Callable[[OnlineRow | None, bool], OnlineRow | None]
+"""Makes the new row of an entity, or returns None to change nothing.
+
+Arguments: the stored row (None if the entity has no row), and whether the view was materialised, so that an entity
+without a row is known to have no values. The new row has another rank than the stored one. The function is idempotent:
+applied to its own result it changes nothing.
+"""
 Merge = Callable[[OnlineRow | None, OnlineRow, Horizon], OnlineRow | None]
-"""The row to take along from a materialised one, none where none is, and the one of before, with what of that is from
-beyond the horizon. It is greater than the materialised one; none leaves that as it is."""
+"""Merges a stored row into a newly materialised one, or returns None to keep the materialised one.
+
+Arguments: the materialised row (None if the entity has none), the row of the previous generation, and the horizon. The
+result takes from the previous row what is beyond the horizon. Its rank is greater than the materialised row's.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of one entity's row."""
+    """A change of one entity's row."""
 
     keys: tuple[int | str, ...]
-    made: Made
+    make: MakeRow

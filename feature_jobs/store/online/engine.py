@@ -1,57 +1,68 @@
-"""What an engine of the online store does with bytes; keys, types and times are `online_store.py`'s.
+"""The interface of an engine of the online store. Engines handle bytes; `store.py` handles keys, types and times.
 
 A view has one meta, whose first bytes are its stamp, and rows by address. Rows belong to a generation. Every read and
-write names the stamp that its caller goes by; when another meta lies there by now it is told so and nothing happens.
+every write passes the stamp that the caller knows. If the view has another meta by now, the call changes nothing and
+its result says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Rows = Sequence[tuple[bytes, bytes]]
 """Address and packed row."""
-Carry = Callable[[Sequence[tuple[bytes, bytes, bytes | None]]], Rows]
-"""Of rows that were put since the last switch, each with its address and the row that is staged there, those to take
-along, packed for the new generation."""
+
+
+class RecentRow(NamedTuple):
+    """A row that was put since the last switch."""
+
+    address: bytes
+    packed: bytes
+    staged: bytes | None
+    """The row of the staged generation at the same address."""
+
+
+Carry = Callable[[Sequence[RecentRow]], Rows]
+"""Selects the recent rows that the new generation takes over, and packs them for it."""
 NOTHING = b"\x00"
-"""Stands for the rank of a row where none lies."""
+"""The rank to expect if there must be no row yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """A row to be put where no greater one lies."""
+    """A row to write if the stored row has a smaller rank."""
 
     address: bytes
     packed: bytes
     expected: bytes = b""
-    """If given, it is put only where the row of this rank lies, or none does."""
+    """If given, the row is written only if the stored row has exactly this rank (`NOTHING`: if there is no row)."""
 
 
 class Engine(Protocol):
-    """Where the bytes of the online store lie; what cannot be reached or is full raises OnlineStoreUnavailable."""
+    """Storage for the bytes of the online store. Raises OnlineStoreUnavailable if it cannot be reached or is full."""
 
     def meta(self, view: str) -> bytes | None:
-        """A view's meta; none before its first row."""
+        """Return a view's meta; None before its first row."""
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
-        """Rows by address, none where there is none; none at all when the stamp has changed."""
+        """Return rows by address, None for each missing one; None instead of the list if the stamp has changed."""
 
     def put(self, view: str, stamp: bytes, writes: Sequence[Write]) -> int | None:
-        """Compare and set, all in one transaction; gives how many were written, none when the stamp has changed."""
+        """Compare and set rows in one transaction; return the number written, None if the stamp has changed."""
 
-    def change(self, view: str, before: bytes | None, meta: bytes) -> bool:
-        """Set a view's meta if it still has the stamp of before, none for no meta yet."""
+    def set_meta(self, view: str, expected: bytes | None, meta: bytes) -> bool:
+        """Set a view's meta if its stamp is still the expected one (None: no meta yet); return whether it was set."""
 
     def stage(self, view: str, generation: bytes, rows: Iterable[tuple[bytes, bytes]]) -> None:
-        """Write rows of a generation that nobody reads yet."""
+        """Write rows of a generation that is not read yet."""
 
-    def switch(self, view: str, before: bytes | None, meta: bytes, carry: Carry) -> bool:
-        """Have the staged generation read from now on, if the meta still has the stamp of before.
+    def switch(self, view: str, expected: bytes | None, meta: bytes, carry: Carry) -> bool:
+        """Make the staged generation the current one if the stamp is still the expected one; return whether it is.
 
-        No row that is put meanwhile is passed over by `carry`; readers see all of one generation or all of the other.
+        `carry` gets every row that is put in the meantime. Readers see all of one generation or all of the other.
         """
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""

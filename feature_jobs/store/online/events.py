@@ -1,11 +1,12 @@
-"""Pushed and streamed rows into the online store: of most views as they are, of an aggregated one into the states.
+"""Write pushed and streamed rows to the online store. Rows of an aggregated view are added to the entities' states.
 
-A state is read, given the events and written where nobody wrote in between, else once more (`OnlineStore.update`). Its
-rank grows with every write, and a version of an event is known by its number, so events may come again and in any
-order. A materialisation takes over from the states of before the versions that its table does not have.
+For an aggregated view, a state is read, the events are added, and the state is written if no other writer came between;
+otherwise it is tried again (`OnlineStore.update`). The rank of a state grows with every write. A version of an event is
+identified by its sequence number, so events may come repeatedly and in any order. A materialisation takes over, from
+the previous states, the event versions that its table lacks.
 
-A state that lacks events answers nothing until the view is materialised: of a view that never was, or that was
-materialised with other aggregations.
+A state that lacks events returns no values until the view is materialised. That is the case for a view that never was
+materialised, or was materialised with other aggregations.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from feature_jobs.store.online.frames import online_rows
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import stored_view
+from feature_jobs.store.types.schema import DELETED
 
 
 def put_online(store: OnlineStore, view: ViewSpec, key_types: Mapping[str, str], known: pl.DataFrame) -> None:
-    """Rows under the numbers that they have.
+    """Write rows to the online store under their `ingest_seq` or provisional number.
 
     Args:
-        store: where to.
-        view: whose; its join keys and stored columns are columns, and those that are not are null.
-        key_types: of its join keys.
-        known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
+        store: the online store.
+        view: the view of the rows.
+        key_types: types of its join keys.
+        known: the view's join keys and stored columns, `event_timestamp`, `created_timestamp`, `ingest_seq`, and
+            `deleted` if there may be tombstones. A stored column that is missing is null.
 
     Raises:
-        KeyNotFound, KeyRevoked, AccessDenied, OnlineStoreUnavailable: as `OnlineStore.put` does.
+        KeyNotFound, KeyRevoked, AccessDenied, OnlineStoreUnavailable: as `OnlineStore.put`.
     """
     if view.windows is None:
         store.put(view, key_types, list(online_rows(view, known)))
@@ -44,82 +47,85 @@ def put_online(store: OnlineStore, view: ViewSpec, key_types: Mapping[str, str],
         _update(store, view, view.windows, key_types, known, itertools.repeat(None))
 
 
-def settle_online(
+def assign_sequence_online(
     store: OnlineStore,
     view: ViewSpec,
     key_types: Mapping[str, str],
     known: pl.DataFrame,
     numbers: Sequence[int],
 ) -> None:
-    """Give rows that were put under provisional numbers the `ingest_seq` that they got, and put those that were not.
+    """Replace the provisional numbers of online rows by their `ingest_seq`, and write the rows that are not there yet.
 
     Args:
-        store, view, key_types, known: as of `put_online`, with the provisional numbers.
-        numbers: the final ones.
+        store, view, key_types, known: as in `put_online`; `known` has the provisional numbers.
+        numbers: the `ingest_seq` of each row.
     """
     if view.windows is not None:
         _update(store, view, view.windows, key_types, known, numbers)
         return
     rows = list(online_rows(view, known))
     store.put(view, key_types, [replace(row, seq=seq) for row, seq in zip(rows, numbers, strict=True)])
-    store.settle(view, key_types, list(zip(rows, numbers, strict=True)))
+    store.assign_sequence(view, key_types, list(zip(rows, numbers, strict=True)))
 
 
 def merge_of(view: ViewSpec) -> Merge | None:
-    """How a materialisation takes over what is beyond its horizon; none where rows of a view are taken as they are."""
-    return None if view.windows is None else _Merger(Tiling(view.windows)).merged
+    """Return the function that merges states beyond the horizon; None for a view that is not aggregated."""
+    return None if view.windows is None else _Merger(Tiling(view.windows)).merge
 
 
 @dataclass(frozen=True, slots=True)
 class _Event:
     row: EventRow
-    final: int | None
-    """The number that it has from now on; none for the one in the row."""
+    final_seq: int | None
+    """The `ingest_seq` that replaces the row's provisional number; None to keep the row's number."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
-    """Takes events into one entity's state."""
+class _EventUpdate:
+    """Adds events to one entity's state."""
 
     tiling: Tiling
     events: Sequence[_Event]
 
-    def made(self, before: OnlineRow | None, whole: bool) -> OnlineRow | None:
-        state = _state(self.tiling, before, whole=whole)
+    def make(self, old_row: OnlineRow | None, materialised: bool) -> OnlineRow | None:
+        state = _state_of(self.tiling, old_row, materialised=materialised)
         changed = False
         for event in self.events:
-            if event.final is None:
+            if event.final_seq is None:
                 changed |= state.apply(event.row)
             else:
-                changed |= state.apply(replace(event.row, seq=event.final), was=event.row.seq)
+                changed |= state.apply(replace(event.row, seq=event.final_seq), was=event.row.seq)
         if not changed:
             return None
         if state.since_us < NEVER:
             state.expire(state.newest_us - self.tiling.longest_us)
-        return _next(before, state, max(event.row.seq for event in self.events))
+        return _next_row(old_row, state, max(event.row.seq for event in self.events))
 
 
 @dataclass(frozen=True, slots=True)
 class _Merger:
+    """Merges a previous state into the materialised one."""
+
     tiling: Tiling
 
-    def merged(self, staged: OnlineRow | None, before: OnlineRow, horizon: Horizon) -> OnlineRow | None:
-        """The materialised state with the versions from beyond the horizon."""
-        packed = _packed(before)
+    def merge(self, staged: OnlineRow | None, previous: OnlineRow, horizon: Horizon) -> OnlineRow | None:
+        """Add the event versions beyond the horizon to the materialised state."""
+        packed = _packed_state(previous)
         if packed is None:
-            # Made for other aggregations: what it knew cannot be read, only that something is missing.
-            if horizon.covers(before.seq):
+            # The state is for other aggregations and cannot be read. If it has events beyond the horizon, the new
+            # state lacks them.
+            if horizon.covers(previous.seq):
                 return None
-            return _next(staged, WindowState(self.tiling, since_us=NEVER), before.seq)
+            return _next_row(staged, WindowState(self.tiling, since_us=NEVER), previous.seq)
         old = WindowState.unpack(self.tiling, packed)
         beyond = [row for row in old.rows() if not horizon.covers(row.seq)]
-        state = _state(self.tiling, staged, whole=True)
+        state = _state_of(self.tiling, staged, materialised=True)
         changed = [state.apply(row) for row in beyond]
         if not any(changed):
             return None
         if old.since_us < NEVER:
             state.since_us = max(state.since_us, old.since_us)
-        return _next(staged, state, max(row.seq for row in beyond))
+        return _next_row(staged, state, max(row.seq for row in beyond))
 
 
 def _update(
@@ -128,26 +134,29 @@ def _update(
     windows: WindowSpec,
     key_types: Mapping[str, str],
     known: pl.DataFrame,
-    finals: Iterable[int | None],
+    final_seqs: Iterable[int | None],
 ) -> None:
+    """Add rows to the states of their entities, under their final numbers if these are given."""
     tiling, by_entity = Tiling(windows), dict[tuple[int | str, ...], list[_Event]]()
-    for (keys, row), final in zip(_events(view, windows, known), finals, strict=False):
-        # One without an id is from before the view was aggregated.
+    for (keys, row), final_seq in zip(_events(view, windows, known), final_seqs, strict=False):
+        # A row without an event id was stored before the view was aggregated.
         if row.event_id is not None:
-            by_entity.setdefault(keys, []).append(_Event(row, final))
-    changes = [Change(keys, _Taken(tiling, events).made) for keys, events in by_entity.items()]
+            by_entity.setdefault(keys, []).append(_Event(row, final_seq))
+    changes = [Change(keys, _EventUpdate(tiling, events).make) for keys, events in by_entity.items()]
     store.update(stored_view(view), key_types, changes)
 
 
 def _events(
     view: ViewSpec, windows: WindowSpec, known: pl.DataFrame
 ) -> Iterator[tuple[tuple[int | str, ...], EventRow]]:
-    """Rows of the table as states take them; a tombstone needs no more than its id."""
+    """Yield join keys and event of each table row. A tombstone has only its event id."""
     fields = {field.name: field for field in view.stored}
-    wanted = replace(view, fields=[fields[windows.event_id], *(fields[name] for name in windows.columns)])
-    frame = known.with_columns(pl.lit(False).alias("deleted")) if "deleted" in known.columns else known
-    gone = known["deleted"].fill_null(False) if "deleted" in known.columns else itertools.repeat(False)
-    for row, deleted in zip(online_rows(wanted, frame), gone, strict=False):
+    event_view = replace(view, fields=[fields[windows.event_id], *(fields[name] for name in windows.columns)])
+    # `online_rows` drops the values of deleted rows, and so the event id. It must not see `deleted`.
+    has_deleted = DELETED in known.columns
+    frame = known.with_columns(pl.lit(False).alias(DELETED)) if has_deleted else known
+    is_deleted = known[DELETED].fill_null(False) if has_deleted else itertools.repeat(False)
+    for row, deleted in zip(online_rows(event_view, frame), is_deleted, strict=False):
         event_id, *values = row.values
         yield (
             row.keys,
@@ -155,21 +164,24 @@ def _events(
         )
 
 
-def _state(tiling: Tiling, row: OnlineRow | None, *, whole: bool) -> WindowState:
-    """What a row holds; an entity without one has no events, if all is known of it."""
+def _state_of(tiling: Tiling, row: OnlineRow | None, *, materialised: bool) -> WindowState:
+    """Return the state in a row. An entity without a row has no events if the view was materialised."""
     if row is None:
-        return WindowState(tiling) if whole else WindowState(tiling, since_us=NEVER)
-    packed = _packed(row)
+        return WindowState(tiling) if materialised else WindowState(tiling, since_us=NEVER)
+    packed = _packed_state(row)
     return WindowState(tiling, since_us=NEVER) if packed is None else WindowState.unpack(tiling, packed)
 
 
-def _packed(row: OnlineRow) -> bytes | None:
-    """A row's state; none where it was written for other aggregations, or for none."""
+def _packed_state(row: OnlineRow) -> bytes | None:
+    """Return a row's packed state; None if the row was written for other aggregations or without any."""
     packed: bytes | None = row.values[0] if row.values else None
     return packed
 
 
-def _next(before: OnlineRow | None, state: WindowState, seq: int) -> OnlineRow:
-    """A state as the next row: its event time counts writes, so no rank comes twice; its number is the greatest put."""
-    writes, number = (0, seq) if before is None else (before.event_us + 1, max(before.seq, seq))
+def _next_row(old_row: OnlineRow | None, state: WindowState, seq: int) -> OnlineRow:
+    """Return a state as the row that replaces `old_row`.
+
+    Its event time counts the writes, so that every rank is unique. Its sequence number is the greatest one written.
+    """
+    writes, number = (0, seq) if old_row is None else (old_row.event_us + 1, max(old_row.seq, seq))
     return OnlineRow(keys=(), event_us=writes, created_us=0, seq=number, values=[state.pack()])

@@ -1,4 +1,4 @@
-"""From rows of a feature table to rows of the online store."""
+"""Convert rows of a feature table to rows of the online store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 
 def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:
-    """The columns whose values the online store has in another form than the feature table, in that form."""
+    """Convert the columns that the online store keeps in another form than the feature table.
+
+    Timestamps become microseconds, dates become days, decimals become text.
+    """
     columns = []
     for name, dtype in dtypes.items():
         if dtype == "timestamp":
@@ -26,18 +29,18 @@ def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:
 
 
 def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
-    """Each row as the online store takes it.
+    """Yield each row as an online row.
 
     Args:
-        view: its join keys and features are columns.
-        known: those, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` where there may be tombstones.
-            A feature that is no column is null.
+        view: the view of the rows.
+        known: the view's join keys and features, `event_timestamp`, `created_timestamp`, `ingest_seq`, and `deleted` if
+            there may be tombstones. A feature without a column is null.
     """
-    keys, names, there = view.join_keys, [field.name for field in view.fields], set(known.columns)
-    lacking = [pl.lit(None).alias(name) for name in names if name not in there]
-    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in there})
-    deleted = pl.col(DELETED).fill_null(False) if DELETED in there else pl.lit(False).alias(DELETED)
-    frame = known.with_columns(*plain, *lacking).select(
+    keys, names, present = view.join_keys, [field.name for field in view.fields], set(known.columns)
+    missing = [pl.lit(None).alias(name) for name in names if name not in present]
+    plain = plain_columns({field.name: field.dtype for field in view.fields if field.name in present})
+    deleted = pl.col(DELETED).fill_null(False) if DELETED in present else pl.lit(False).alias(DELETED)
+    frame = known.with_columns(*plain, *missing).select(
         pl.col(EVENT).dt.epoch("us").alias("__event"),
         pl.col(CREATED).dt.epoch("us").alias("__created"),
         SEQ,
@@ -45,12 +48,12 @@ def online_rows(view: ViewSpec, known: pl.DataFrame) -> Iterator[OnlineRow]:
         *keys,
         *names,
     )
-    for event_us, created_us, seq, gone, *values in frame.iter_rows():
+    for event_us, created_us, seq, is_deleted, *values in frame.iter_rows():
         yield OnlineRow(
             keys=tuple(values[: len(keys)]),
             event_us=event_us,
             created_us=created_us,
             seq=seq,
-            values=() if gone else values[len(keys) :],
-            deleted=gone,
+            values=() if is_deleted else values[len(keys) :],
+            deleted=is_deleted,
         )

@@ -1,4 +1,4 @@
-"""The order in which a version of a view packs its online values, and how another version reads them."""
+"""The layout in which a version of a view packs its online values, and the plan by which another version reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 import numpy as np
@@ -23,84 +23,107 @@ _CODES = {
     "date": "i",
 }
 Lists: TypeAlias = tuple[tuple[int, np.dtype[Any]], ...]
-"""The places of a part's lists of numbers, which are packed as bytes, and what their elements are."""
+"""Index and element type of each list of numbers in a part. Such lists are packed as bytes."""
 
 
 class Layout:
-    """The order in which one version of a view packs its values: class by class, each class by type.
+    """The order in which one version of a view packs its values: by class, within a class by field.
 
-    A class whose fields are all of fixed width is packed as such, unless a row is loose; the others are msgpack. A
-    list of numbers is its elements one behind the other, little-endian; with a declared length it is of fixed width.
+    A class whose fields all have a fixed width is packed as a struct, unless the row is loose. Other classes are
+    msgpack. A list of numbers is packed as its elements one after the other, little-endian; with a declared length it
+    has a fixed width.
     """
 
     def __init__(self, version: str, fields: Iterable[Sequence[str]]) -> None:
-        """From the version and its fields' name, dtype and class."""
+        """Create the layout of a version, from the name, dtype and class of each field."""
         self.version = version
         self.fields = tuple((name, dtype, sensitivity) for name, dtype, sensitivity in fields)
-        places: dict[str, list[int]] = {}
-        for place, (_, _, sensitivity) in enumerate(self.fields):
-            places.setdefault(sensitivity, []).append(place)
-        self.classes = tuple(places)
-        self.places = tuple(places.values())
-        self.structs = tuple(
-            _struct([self.fields[place][1] for place in of_class]) for of_class in self.places
-        )
-        self.lists = tuple(_lists([self.fields[place][1] for place in of_class]) for of_class in self.places)
-        declared = [list_of(dtype) for _, dtype, _ in self.fields]
-        self.lengths = [(place, one.length) for place, one in enumerate(declared) if one and one.length]
+        indices: dict[str, list[int]] = {}
+        for index, (_, _, sensitivity) in enumerate(self.fields):
+            indices.setdefault(sensitivity, []).append(index)
+        self.classes = tuple(indices)
+        self.indices = tuple(indices.values())
+        dtypes = [[self.fields[index][1] for index in of_class] for of_class in self.indices]
+        self.structs = tuple(_struct(of_class) for of_class in dtypes)
+        self.lists = tuple(_lists(of_class) for of_class in dtypes)
+        list_types = [list_of(dtype) for _, dtype, _ in self.fields]
+        self.lengths = [(index, kind.length) for index, kind in enumerate(list_types) if kind and kind.length]
 
     def is_loose(self, values: Sequence[Any]) -> bool:
-        """Whether a row is packed without fixed widths: it has a null, or a list that is not of the declared length,
-        which a row has that was stored under an earlier definition."""
+        """Return whether a row is packed without fixed widths.
+
+        That is the case if it has a null, or a list without the declared length. A row that was stored under an earlier
+        definition can have such a list.
+        """
         if not any(self.lists):
             return None in values
-        if any(value is None for value in values):  # an array would be compared value by value
+        if any(value is None for value in values):  # `in` would compare arrays element by element
             return True
-        return any(len(values[place]) != length for place, length in self.lengths)
+        return any(len(values[index]) != length for index, length in self.lengths)
 
     def groups(self, values: Sequence[Any], *, loose: bool) -> list[bytes]:
-        """A row's values as bytes, by class."""
+        """Return a row's values as bytes, by class."""
         groups = []
-        for places, fixed, lists in zip(self.places, self.structs, self.lists, strict=True):
-            group = [values[place] for place in places]
-            for place, element in lists:
-                if group[place] is not None:
-                    group[place] = np.asarray(group[place], element).tobytes()
+        for indices, fixed, lists in zip(self.indices, self.structs, self.lists, strict=True):
+            group = [values[index] for index in indices]
+            for position, element in lists:
+                if group[position] is not None:
+                    group[position] = np.asarray(group[position], element).tobytes()
             packed = msgpack.packb(group) if fixed is None or loose else fixed.pack(*group)
             groups.append(packed)
         return groups
 
     def plan(self, wanted: Iterable[Sequence[str]]) -> Plan:
-        """How rows of this layout are read as another version of the view wants them: features by name and dtype."""
-        known = {
+        """Return the plan by which rows of this layout are read as another version's features.
+
+        Args:
+            wanted: name and dtype of each feature to read.
+        """
+        stored = {
             (name, dtype): (number, position)
-            for number, places in enumerate(self.places)
-            for position, (name, dtype, _) in enumerate(self.fields[place] for place in places)
+            for number, indices in enumerate(self.indices)
+            for position, (name, dtype, _) in enumerate(self.fields[index] for index in indices)
         }
-        order = [known.get((name, dtype)) for name, dtype, *_ in wanted]
-        parts = sorted({place[0] for place in order if place is not None})
-        as_it_lies = [(0, position) for position in range(len(self.fields))]
+        order = [stored.get((name, dtype)) for name, dtype, *_ in wanted]
+        numbers = sorted({source[0] for source in order if source is not None})
+        stored_order = [(0, position) for position in range(len(self.fields))]
         return Plan(
             parts=tuple(
-                (number, self.classes[number], self.structs[number], self.lists[number]) for number in parts
+                Part(number, self.classes[number], self.structs[number], self.lists[number])
+                for number in numbers
             ),
             single=len(self.classes) == 1,
-            order=None if len(self.classes) == 1 and order == as_it_lies else tuple(order),
+            order=None if len(self.classes) == 1 and order == stored_order else tuple(order),
             complete=None not in order,
         )
 
 
+class Part(NamedTuple):
+    """The values of one class in a row."""
+
+    number: int
+    """Index of the part in the row."""
+    sensitivity: str
+    """The class."""
+    fixed: struct.Struct | None
+    """The struct format; None for msgpack."""
+    lists: Lists
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which parts of a row are opened, and where each wanted feature stands in them."""
+    """The parts of a row to open, and the position of each wanted feature in them."""
 
-    parts: tuple[tuple[int, str, struct.Struct | None, Lists], ...]
-    """Place of the part, its class, its fixed type and its lists of numbers."""
+    parts: tuple[Part, ...]
     single: bool
-    """Whether the row is one part alone."""
+    """Whether the row has only one part."""
     order: tuple[tuple[int, int] | None, ...] | None
-    """Part and place therein of each feature, none for one that the row lacks; none where they lie in order."""
+    """Number of the part and position in it for each feature, None for a feature that the row lacks.
+
+    None instead of the tuple if one part has all features in the wanted order.
+    """
     complete: bool
+    """Whether the row has all wanted features."""
 
 
 def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
@@ -109,28 +132,28 @@ def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
 
 
 def _code(dtype: str) -> str | None:
-    one, element = list_of(dtype), packed_element(dtype)
-    if one is None or element is None or one.length is None:
+    list_type, element = list_of(dtype), packed_element(dtype)
+    if list_type is None or element is None or list_type.length is None:
         return _CODES.get(dtype)
-    return f"{one.length * element.itemsize}s"
+    return f"{list_type.length * element.itemsize}s"
 
 
 def _lists(dtypes: Iterable[str]) -> Lists:
     elements = [packed_element(dtype) for dtype in dtypes]
-    return tuple((place, element) for place, element in enumerate(elements) if element is not None)
+    return tuple((position, element) for position, element in enumerate(elements) if element is not None)
 
 
 def with_lists(values: Sequence[Any], lists: Lists) -> Sequence[Any]:
-    """A part's values with its lists of numbers as arrays."""
-    found = list(values)
-    for place, element in lists:
-        if found[place] is not None:
-            found[place] = np.frombuffer(found[place], element)
-    return found
+    """Return a part's values with its lists of numbers as arrays."""
+    unpacked = list(values)
+    for position, element in lists:
+        if unpacked[position] is not None:
+            unpacked[position] = np.frombuffer(unpacked[position], element)
+    return unpacked
 
 
 def columns_of(rows: bytes, fixed: struct.Struct) -> list[list[Any]]:
-    """The values of rows of a fixed type that lie one behind the other, by column."""
+    """Return, by column, the values of packed rows of a fixed format."""
     dtype, width = _uniform(fixed.format)
     if dtype is None:
         return [list(column) for column in zip(*fixed.iter_unpack(rows), strict=True)]
@@ -140,6 +163,6 @@ def columns_of(rows: bytes, fixed: struct.Struct) -> list[list[Any]]:
 
 @functools.cache
 def _uniform(form: str) -> tuple[np.dtype[Any] | None, int]:
-    """The one type of a struct's values, none where there are several, and how many they are."""
+    """Return the common type of a struct's values, None if there are several types, and the number of values."""
     order, codes = form[0], form[1:]
     return np.dtype(order + codes[0]) if len(set(codes)) == 1 else None, len(codes)

@@ -1,8 +1,8 @@
-"""The online store's bytes in LMDB: mapped into memory on one machine, so a read is a look-up in this process.
+"""The LMDB engine of the online store: mapped into memory on one machine, so a read is a look-up in this process.
 
-Writers of all processes take turns at one lock. A materialisation therefore writes its rows into a file of its own
-(`online_segment.py`), and only the switch, which looks at the few rows put since the last one, is a transaction. What
-is put afterwards lies in LMDB, under the generation, and goes before what the file says.
+Writers of all processes share one lock. A materialisation therefore writes its rows to a file of its own
+(`segment.py`), the base of its generation. Only the switch, which handles the few rows that were put since the last
+switch, is a transaction. Later puts go to LMDB, under the generation, and take precedence over the file.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ import lmdb
 
 from cluster.errors import OnlineStoreUnavailable
 from feature_jobs.store.online import segment as online_segment
-from feature_jobs.store.online.engine import NOTHING, Carry, Write
+from feature_jobs.store.online.engine import NOTHING, Carry, RecentRow, Write
 from feature_jobs.store.online.meta import GENERATION_BYTES, STAMP_BYTES
 from feature_jobs.store.online.rows import RANK_BYTES
 from feature_jobs.store.online.segment import Segment
 
 _META, _PUT, _BASE = b"\x00meta2\x00", b"\x00put\x00", b"\x00base\x00"
 PIECE_ROWS = 20_000
+"""Number of old rows that one transaction deletes."""
 DATA_FILE = "data.mdb"
-LOOK_AGAIN_S = 1.0
-"""How long a reader may go on with a file that was deleted and made anew."""
+CHECK_FILE_S = 1.0
+"""Longest time in seconds for which a reader uses a database file that was deleted and created again."""
 
-_Seen: TypeAlias = tuple[bytes, int, Segment | None, bool]
-"""The stamp, the transaction as of which nothing has changed, the file if the generation began with one, and whether
-anything was put since."""
+_Cached: TypeAlias = tuple[bytes, int, Segment | None, bool]
+"""The stamp of a view, the id of the last transaction, the base segment (None if the generation began with a put), and
+whether rows were put since. It is valid until the next transaction. A plain tuple, because each read uses it."""
 
 
 class LmdbEngine:
-    """An LMDB environment; a folder may be opened once in a process."""
+    """An engine on an LMDB environment. A process may open a folder only once."""
 
     def __init__(self, folder: Path, *, map_size_bytes: int, readonly: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,26 +48,26 @@ class LmdbEngine:
         self._open()
 
     def meta(self, view: str) -> bytes | None:
-        self._follow_file()
+        self._reopen_if_replaced()
         with self.env.begin() as transaction:
-            found: bytes | None = transaction.get(_META + view.encode())
-            return found
+            packed: bytes | None = transaction.get(_META + view.encode())
+            return packed
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
-        if time.monotonic() >= self._look_again_at:
-            self._follow_file()
+        if time.monotonic() >= self._check_file_at:
+            self._reopen_if_replaced()
         with self.env.begin() as transaction:
-            seen = self._seen.get(view)
-            if seen is None or seen[0] != stamp or seen[1] != transaction.id():
-                seen = self._look(transaction, view, stamp)
-                if seen is None:
+            cached = self._cache.get(view)
+            if cached is None or cached[0] != stamp or cached[1] != transaction.id():
+                cached = self._look_up(transaction, view, stamp)
+                if cached is None:
                     return None
-            _, _, base, touched = seen
-            if base is not None and not touched:
+            _, _, base, has_puts = cached
+            if base is not None and not has_puts:
                 return base.rows(addresses)
             prefix, get = view.encode() + b"\x00" + stamp[:GENERATION_BYTES], transaction.get
-            found = [get(prefix + address) for address in addresses]
-        return found if base is None else _over(base, addresses, found)
+            put_rows = [get(prefix + address) for address in addresses]
+        return put_rows if base is None else _with_base(base, addresses, put_rows)
 
     def put(self, view: str, stamp: bytes, writes: Sequence[Write]) -> int | None:
         with self._writing() as transaction:
@@ -75,9 +76,9 @@ class LmdbEngine:
             generation = stamp[:GENERATION_BYTES]
             return _put(transaction, view, generation, writes, self._base(transaction, view, generation))
 
-    def change(self, view: str, before: bytes | None, meta: bytes) -> bool:
+    def set_meta(self, view: str, expected: bytes | None, meta: bytes) -> bool:
         with self._writing() as transaction:
-            if _stamp(transaction, view) != before:
+            if _stamp(transaction, view) != expected:
                 return False
             transaction.put(_META + view.encode(), meta)
             return True
@@ -92,26 +93,25 @@ class LmdbEngine:
                 raise OnlineStoreUnavailable(f"{path} cannot be written: {error}.") from error
             raise
 
-    def switch(self, view: str, before: bytes | None, meta: bytes, carry: Carry) -> bool:
+    def switch(self, view: str, expected: bytes | None, meta: bytes, carry: Carry) -> bool:
         generation = meta[:GENERATION_BYTES]
+        path = self._path(view, generation)
         with self._writing() as transaction:
-            if _stamp(transaction, view) != before:
+            if _stamp(transaction, view) != expected:
                 return False
-            base = Segment(self._path(view, generation))
-            # A materialisation whose file is here by now began before this one switches, so that it cannot any more.
-            others = [
-                path for path in self._folder.glob(f"{view}.*.rows") if path != self._path(view, generation)
-            ]
-            fresh = [] if before is None else _put_since(transaction, view, before)
-            staged = base.rows([address for address, _ in fresh])
-            kept = carry([(*row, there) for row, there in zip(fresh, staged, strict=True)])
+            base = Segment(path)
+            # Every other materialisation whose file exists now has begun before this switch, so it will fail.
+            others = [other for other in self._folder.glob(f"{view}.*.rows") if other != path]
+            recent = [] if expected is None else _put_since(transaction, view, expected)
+            staged = base.rows([address for address, _ in recent])
+            carried = carry([RecentRow(*row, other) for row, other in zip(recent, staged, strict=True)])
             _delete(transaction, _put_key(view))
-            writes = [Write(address, packed) for address, packed in kept]
+            writes = [Write(address, packed) for address, packed in carried]
             _put(transaction, view, generation, writes, base)
             transaction.put(_META + view.encode(), meta)
             transaction.put(_BASE + view.encode(), generation)
-        for path in others:
-            path.unlink(missing_ok=True)
+        for other in others:
+            other.unlink(missing_ok=True)
         self._remove_others(view)
         return True
 
@@ -120,7 +120,7 @@ class LmdbEngine:
 
     def _open(self) -> None:
         self._bases: dict[str, tuple[bytes, Segment | None]] = {}
-        self._seen: dict[str, _Seen] = {}
+        self._cache: dict[str, _Cached] = {}
         self.env = lmdb.open(
             str(self._folder),
             map_size=self._map_size_bytes,
@@ -129,38 +129,42 @@ class LmdbEngine:
             readahead=False,
         )
         self._opened = self._identity()
-        self._look_again_at = time.monotonic() + LOOK_AGAIN_S
+        self._check_file_at = time.monotonic() + CHECK_FILE_S
 
     def _identity(self) -> tuple[int, int] | None:
-        """Which file lies in the folder now; None where none does."""
+        """Return device and inode of the database file; None if it does not exist."""
         try:
-            found = (self._folder / DATA_FILE).stat()
+            status = (self._folder / DATA_FILE).stat()
         except FileNotFoundError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
-    def _follow_file(self) -> bool:
-        """Open the folder's file again if it is another one than is open: it was deleted, and a materialisation made
-        it anew. Says whether there is a file; without one, reads go on with the open one, which is as it was."""
+    def _reopen_if_replaced(self) -> bool:
+        """Open the database file again if it was deleted and a materialisation created a new one.
+
+        Returns:
+            Whether a file exists. If not, reads continue with the open one, which does not change.
+        """
         with self._reopening:
-            found = self._identity()
-            if found is not None and found != self._opened:
-                self._open()  # transactions that run keep the environment of before until they end
-            self._look_again_at = time.monotonic() + LOOK_AGAIN_S
-            return found is not None
+            identity = self._identity()
+            if identity is not None and identity != self._opened:
+                self._open()  # running transactions keep the old environment until they end
+            self._check_file_at = time.monotonic() + CHECK_FILE_S
+            return identity is not None
 
     def _path(self, view: str, generation: bytes) -> Path:
         return self._folder / f"{view}.{generation.hex()}.rows"
 
     def _base(self, transaction: lmdb.Transaction, view: str, generation: bytes) -> Segment | None:
-        """What the generation began with; none for one that began with a put.
+        """Return the base segment of a generation; None if it began with a put.
 
         Raises:
-            FileNotFoundError: another generation is there by now, which took the file of before away.
+            FileNotFoundError: the view has another generation by now, and the file was deleted.
+            OnlineStoreUnavailable: the file of the current generation is missing.
         """
-        known = self._bases.get(view)
-        if known is not None and known[0] == generation:
-            return known[1]
+        cached = self._bases.get(view)
+        if cached is not None and cached[0] == generation:
+            return cached[1]
         path, base = self._path(view, generation), None
         if transaction.get(_BASE + view.encode()) == generation:
             try:
@@ -168,28 +172,33 @@ class LmdbEngine:
             except FileNotFoundError as error:
                 if not (self.meta(view) or b"").startswith(generation):
                     raise
-                again = f"Run `python -m feature_jobs.materialize view={view}`."
-                raise OnlineStoreUnavailable(f"{path} was there and is not. {again}") from error
+                command = f"python -m feature_jobs.materialize view={view}"
+                raise OnlineStoreUnavailable(f"{path} was deleted. Run `{command}`.") from error
         self._bases[view] = generation, base
         return base
 
-    def _look(self, transaction: lmdb.Transaction, view: str, stamp: bytes) -> _Seen | None:
-        """Where a view's rows lie as of this transaction; none when the stamp has changed."""
+    def _look_up(self, transaction: lmdb.Transaction, view: str, stamp: bytes) -> _Cached | None:
+        """Look up where a view's rows are, and cache it; None if the stamp has changed."""
         if _stamp(transaction, view) != stamp:
             return None
         try:
             base = self._base(transaction, view, stamp[:GENERATION_BYTES])
         except FileNotFoundError:
             return None
-        touched = any(_keys(transaction, _put_key(view)))
-        seen = self._seen[view] = stamp, transaction.id(), base, touched
-        return seen
+        has_puts = any(_keys(transaction, _put_key(view)))
+        cached = self._cache[view] = stamp, transaction.id(), base, has_puts
+        return cached
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
-        if not self._follow_file():
+        """Run a write transaction.
+
+        Raises:
+            OnlineStoreUnavailable: the database file was deleted, or it is full.
+        """
+        if not self._reopen_if_replaced():
             raise OnlineStoreUnavailable(
-                f"{self._folder / DATA_FILE} was there and is not: what is put would be lost. Run "
+                f"{self._folder / DATA_FILE} was deleted, so new rows would be lost. Run "
                 "`python -m feature_jobs.stream source=push view=… once=true` for each view with pushes, then "
                 "`python -m feature_jobs.materialize view=all`."
             )
@@ -199,31 +208,33 @@ class LmdbEngine:
         except lmdb.MapFullError as error:
             raise OnlineStoreUnavailable(
                 f"The online store at {self.env.path()} is full. Raise online.map_size_gib, which bounds the rows that "
-                "were put since each view was materialised, or materialise."
+                "were put since the last materialisation of each view, or materialise the views."
             ) from error
 
     def _remove_others(self, view: str) -> None:
-        """Remove what was put into the generations of before, in pieces."""
+        """Delete the rows that were put into previous generations, in several transactions."""
         prefix = view.encode() + b"\x00"
         done = False
         while not done:
             with self._writing() as transaction:
-                # Another materialisation may have switched since.
+                # Another materialisation may have switched in the meantime, so read the generation again.
                 generation = (_stamp(transaction, view) or b"")[:GENERATION_BYTES]
-                done = _delete(transaction, prefix, but=prefix + generation, limit=PIECE_ROWS)
+                done = _delete(transaction, prefix, except_prefix=prefix + generation, limit=PIECE_ROWS)
 
 
-def _over(base: Segment, addresses: Sequence[bytes], found: Sequence[bytes | None]) -> Sequence[bytes | None]:
-    """The rows that were put, and beneath them those of before."""
-    if not any(found):
+def _with_base(
+    base: Segment, addresses: Sequence[bytes], put_rows: Sequence[bytes | None]
+) -> Sequence[bytes | None]:
+    """Return the rows that were put, and for each missing one the base segment's row."""
+    if not any(put_rows):
         return base.rows(addresses)
-    lacking = [address for address, row in zip(addresses, found, strict=True) if row is None]
-    beneath = iter(base.rows(lacking))
-    return [next(beneath) if row is None else row for row in found]
+    missing = [address for address, row in zip(addresses, put_rows, strict=True) if row is None]
+    base_rows = iter(base.rows(missing))
+    return [next(base_rows) if row is None else row for row in put_rows]
 
 
 def _put_key(view: str) -> bytes:
-    """What the marks of a view's put rows begin with."""
+    """Return the key prefix of the markers of a view's rows that were put."""
     return _PUT + view.encode() + b"\x00"
 
 
@@ -235,26 +246,27 @@ def _stamp(transaction: lmdb.Transaction, view: str) -> bytes | None:
 def _put(
     transaction: lmdb.Transaction, view: str, generation: bytes, writes: Sequence[Write], base: Segment | None
 ) -> int:
-    rows, put = view.encode() + b"\x00" + generation, _put_key(view)
+    """Write the rows whose stored rank is as expected, or smaller; return their number."""
+    prefix, marker = view.encode() + b"\x00" + generation, _put_key(view)
     written = 0
-    staged = [None] * len(writes) if base is None else base.rows([write.address for write in writes])
-    for write, beneath in zip(writes, staged, strict=True):
-        found: bytes | None = transaction.get(rows + write.address) or beneath  # type: ignore[assignment]
-        rank = NOTHING if found is None else found[:RANK_BYTES]
-        fits = rank == write.expected if write.expected else found is None or rank < write.packed[:RANK_BYTES]
-        if fits:
-            transaction.put(rows + write.address, write.packed)
-            transaction.put(put + write.address, b"")
+    base_rows = [None] * len(writes) if base is None else base.rows([write.address for write in writes])
+    for write, base_row in zip(writes, base_rows, strict=True):
+        stored: bytes | None = transaction.get(prefix + write.address) or base_row  # type: ignore[assignment]
+        rank = NOTHING if stored is None else stored[:RANK_BYTES]
+        is_newer = stored is None or rank < write.packed[:RANK_BYTES]
+        if (rank == write.expected) if write.expected else is_newer:
+            transaction.put(prefix + write.address, write.packed)
+            transaction.put(marker + write.address, b"")
             written += 1
     return written
 
 
 def _put_since(transaction: lmdb.Transaction, view: str, stamp: bytes) -> list[tuple[bytes, bytes]]:
-    """The rows that were put since the last switch."""
-    put, rows = _put_key(view), view.encode() + b"\x00" + stamp[:GENERATION_BYTES]
-    addresses = [key[len(put) :] for key in _keys(transaction, put)]
-    found = ((address, transaction.get(rows + address)) for address in addresses)
-    return [(address, bytes(packed)) for address, packed in found if packed is not None]
+    """Return address and row of the rows that were put since the last switch."""
+    marker, prefix = _put_key(view), view.encode() + b"\x00" + stamp[:GENERATION_BYTES]
+    addresses = [key[len(marker) :] for key in _keys(transaction, marker)]
+    rows = ((address, transaction.get(prefix + address)) for address in addresses)
+    return [(address, bytes(packed)) for address, packed in rows if packed is not None]
 
 
 def _keys(transaction: lmdb.Transaction, prefix: bytes) -> Iterator[bytes]:
@@ -266,24 +278,28 @@ def _keys(transaction: lmdb.Transaction, prefix: bytes) -> Iterator[bytes]:
 
 
 def _delete(
-    transaction: lmdb.Transaction, prefix: bytes, *, but: bytes | None = None, limit: int | None = None
+    transaction: lmdb.Transaction,
+    prefix: bytes,
+    *,
+    except_prefix: bytes | None = None,
+    limit: int | None = None,
 ) -> bool:
-    """Delete what begins so, but what begins otherwise; says whether nothing is left of it."""
+    """Delete keys with a prefix, but not those with `except_prefix`; return whether all of them are deleted."""
     deleted = 0
     with transaction.cursor() as cursor:
         more = cursor.set_range(prefix)
         while more and (key := bytes(cursor.key())).startswith(prefix):
             if deleted == limit:
                 return False
-            if but is not None and key.startswith(but):
-                more = cursor.set_range(_after(but))
+            if except_prefix is not None and key.startswith(except_prefix):
+                more = cursor.set_range(_after(except_prefix))
             else:
-                more = cursor.delete()  # and stands at the next one, at nothing behind the last
+                more = cursor.delete()  # moves the cursor to the next key
                 deleted += 1
     return True
 
 
 def _after(prefix: bytes) -> bytes:
-    """The first key behind all that begin so."""
+    """Return the first key after all keys with a prefix."""
     stripped = prefix.rstrip(b"\xff")
     return stripped[:-1] + bytes([stripped[-1] + 1])

@@ -1,8 +1,8 @@
-"""Reading features online: by a service's definition, at the reader's own time.
+"""Read the features of a service from the online store, as of a given time.
 
-Times travel with the values: time-to-live is applied at the reader's own `as_of`, and a value from after it is never
-given. The common case, everything there and nothing null, is a few operations over whole columns; the others pay for
-what they need.
+Each value is read with its times. The TTL is applied at the reader's `as_of`, and a value that became known after it is
+never returned. In the common case, with all rows present and no null, a read is a few operations over whole columns.
+Only other cases cost more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout, local, resolve
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.online.lmdb_engine import LmdbEngine
-from feature_jobs.store.online.rows import Block, Found
+from feature_jobs.store.online.rows import Block, FoundRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import WindowedView
 from feature_jobs.store.types.key_types import kind_of, type_of
@@ -29,8 +29,7 @@ _TYPES: dict[str, type] = {"int64": int, "string": str}
 
 Key = tuple[int | str, ...] | None
 
-
-_PRESENT, _NULL, _MISSING, _EXPIRED, _NEWER = Status  # an enum's members are slow to look up
+_PRESENT, _NULL, _MISSING, _EXPIRED, _NEWER = Status  # a name is faster than an attribute of the enum
 
 
 class FeatureReader:
@@ -45,58 +44,63 @@ class FeatureReader:
             view.name: WindowedView(view, view.windows) for view in spec.views if view.windows is not None
         }
         self._key_types: dict[str, Mapping[str, str]] = {}
-        self._whole: set[str] = set()
+        self._materialised: set[str] = set()
 
     def read(self, entities: Sequence[Mapping[str, Any]], as_of: dt.datetime) -> FeatureVectors:
-        """The features of entities as they stand at a moment.
+        """Return the features of entities as of a moment.
+
+        Args:
+            entities: join keys of each entity.
+            as_of: the moment.
 
         Raises:
-            InvalidRequest: an entity lacks a key, or has one of the wrong type.
+            InvalidRequest: an entity lacks a join key, or has one of the wrong type.
         """
         at_us = microseconds(as_of)
         columns: dict[str, list[Any]] = {}
         status: dict[str, Sequence[str]] = {}
         for view, names in zip(self.spec.views, self._columns, strict=True):
-            found = self._found(view, self._keys(view, entities, columns), at_us)
+            rows = self._rows(view, self._keys(view, entities, columns), at_us)
             oldest_us = -(2**63) if view.ttl_s is None else at_us - round(view.ttl_s * 1_000_000)
-            if isinstance(found, Block):
-                whole, values = True, found.columns
-                states = _judge_block(found, oldest_us, at_us)
+            if isinstance(rows, Block):
+                complete, values = True, rows.columns
+                row_status = _block_status(rows, oldest_us, at_us)
             else:
-                states, values, whole = _judge_rows(found, len(names), oldest_us, at_us)
-            for name, column in zip(names, values, strict=True):  # half the time of an update with pairs
+                row_status, values, complete = _row_status(rows, len(names), oldest_us, at_us)
+            # This loop takes half the time of `columns.update(zip(…))`.
+            for name, column in zip(names, values, strict=True):
                 columns[name] = column
-            if whole:
-                status.update(dict.fromkeys(names, states))
+            if complete:
+                status.update(dict.fromkeys(names, row_status))
             else:
-                judged = (_with_nulls(states, column) for column in values)
-                status.update(zip(names, judged, strict=True))
+                column_status = (_with_nulls(row_status, column) for column in values)
+                status.update(zip(names, column_status, strict=True))
         return FeatureVectors(columns=columns, status=status)
 
-    def _found(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Block | Sequence[Found | None]:
+    def _rows(self, view: ViewSpec, keys: Sequence[Key], at_us: int) -> Block | Sequence[FoundRow | None]:
         windowed = self._windowed.get(view.name)
         if windowed is None:
             return self._store.read(view, keys)
-        if not self._is_whole(view.name):
+        if not self._is_materialised(view.name):
             return [None for _ in keys]
-        return windowed.found(keys, self._store.get(windowed.stored, keys), at_us)
+        return windowed.rows_at(keys, self._store.get(windowed.stored, keys), at_us)
 
-    def _is_whole(self, view: str) -> bool:
-        if view not in self._whole and self._store.is_whole(view):
-            self._whole.add(view)
-        return view in self._whole
+    def _is_materialised(self, view: str) -> bool:
+        if view not in self._materialised and self._store.is_materialised(view):
+            self._materialised.add(view)
+        return view in self._materialised
 
     def _keys(
         self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], earlier: Mapping[str, Sequence[Any]]
     ) -> Sequence[Key]:
-        """Each entity's key in a view; none where an earlier view that should give it knows nothing."""
+        """Return each entity's key in a view; None if the key is a feature of an earlier view that has no value."""
         types = self._types(view)
         if len(view.join_keys) == 1:
             key = view.join_keys[0]
             column = [entity.get(key) for entity in entities]
             if set(map(type, column)) == {_TYPES.get(types.get(key, ""))}:
-                return [(value,) for value in column]  # type: ignore[misc]  # of the one type that is asked for
-        return [self._key(view, types, entity, earlier, place) for place, entity in enumerate(entities)]
+                return [(value,) for value in column]  # type: ignore[misc]  # all of the key's type
+        return [self._key(view, types, entity, earlier, position) for position, entity in enumerate(entities)]
 
     def _key(
         self,
@@ -111,12 +115,14 @@ class FeatureReader:
             value = entity[key] if key in entity else self._from_earlier(view, key, earlier, position)
             if value is None:
                 return None
-            wanted, given = types.get(key), type_of(value)
-            if wanted not in (None, given):
-                types = self._types(view, again=True)
-                wanted = types.get(key)
-            if given is None or wanted not in (None, given):
-                raise InvalidRequest(f"entities[{position}].{key} must be {kind_of(wanted)}, got {value!r}.")
+            key_type, value_type = types.get(key), type_of(value)
+            if key_type not in (None, value_type):
+                types = self._types(view, refresh=True)
+                key_type = types.get(key)
+            if value_type is None or key_type not in (None, value_type):
+                raise InvalidRequest(
+                    f"entities[{position}].{key} must be {kind_of(key_type)}, got {value!r}."
+                )
             parts.append(value)
         return tuple(parts)
 
@@ -127,35 +133,42 @@ class FeatureReader:
         for other in reversed(views[: views.index(view)]):
             column = earlier.get(f"{other.name}__{key}")
             if column is not None:
-                return _whole(column[position])
+                return _key_value(column[position])
         raise InvalidRequest(f"entities[{position}] lacks the key '{key}' of view '{view.name}'.")
 
-    def _types(self, view: ViewSpec, *, again: bool = False) -> Mapping[str, str]:
-        """Of the view's keys: as they are declared, else as they are stored online.
+    def _types(self, view: ViewSpec, *, refresh: bool = False) -> Mapping[str, str]:
+        """Return the types of a view's keys: the declared ones, else the stored ones.
 
         Args:
-            view: whose.
-            again: look whether they changed, which they do once if pushes came before the first batch of the table.
+            view: the view.
+            refresh: whether to read the stored types again. They change once if pushes came before the table's first
+                batch.
         """
         types = self._key_types.get(view.name)
-        if not types or again:
+        if not types or refresh:
             stored = self._store.key_types(view.name)
             types = self._key_types[view.name] = {**stored, **view.key_types}
         return types
 
 
-def _whole(value: Any) -> Any:
-    """A feature that serves as a key: a whole number that is stored as a fraction counts as what it is."""
+def _key_value(value: Any) -> Any:
+    """Return a feature as a key: a whole number that is stored as a float becomes an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def open_online(
     config: OnlineConfig, places: Layout, keys: KeyStore, *, readonly: bool = True
 ) -> OnlineStore:
-    """The configured online store, with the keys that this process may use.
+    """Open the configured online store.
+
+    Args:
+        config: settings of the online store.
+        places: folders of the installation.
+        keys: the keys that this process may use.
+        readonly: whether LMDB is opened for reading only.
 
     Raises:
-        ConfigError: LMDB below a remote storage root.
+        ConfigError: LMDB is configured, but the storage root is remote.
     """
     match config.kind:
         case OnlineKind.lmdb:
@@ -163,7 +176,7 @@ def open_online(
             engine = LmdbEngine(local(places.online), map_size_bytes=size, readonly=readonly)
             return OnlineStore(engine, keys)
         case OnlineKind.redis:
-            from feature_jobs.store.online.redis_engine import RedisEngine  # only where it is used
+            from feature_jobs.store.online.redis_engine import RedisEngine  # LMDB needs no Redis client
 
             files = [
                 None if name is None else Path(resolve(name))
@@ -174,51 +187,57 @@ def open_online(
 
 
 def microseconds(moment: dt.datetime) -> int:
-    """UTC microseconds since 1970, exactly."""
+    """Return the exact number of microseconds since 1970-01-01 UTC."""
     since = moment - _EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _judge_block(block: Block, oldest_us: int, at_us: int) -> list[Status]:
-    """Each row's status at a moment; of those that are not present then, the values are taken out."""
+def _block_status(block: Block, oldest_us: int, at_us: int) -> list[Status]:
+    """Return each row's status at a moment, and set the values of rows that are not present then to null."""
     if block.within(oldest_us, at_us):
         return [_PRESENT] * len(block.moments)
-    states = [
-        _NEWER if known > at_us else _EXPIRED if event < oldest_us else _PRESENT
-        for event, known in block.times()
+    status = [
+        _NEWER if available > at_us else _EXPIRED if event < oldest_us else _PRESENT
+        for event, available in block.times()
     ]
-    absent = [place for place, state in enumerate(states) if state is not _PRESENT]
+    absent = [position for position, state in enumerate(status) if state is not _PRESENT]
     for column in block.columns:
-        for place in absent:
-            column[place] = None
-    return states
+        for position in absent:
+            column[position] = None
+    return status
 
 
-def _judge_rows(
-    found: Sequence[Found | None], width: int, oldest_us: int, at_us: int
+def _row_status(
+    found: Sequence[FoundRow | None], width: int, oldest_us: int, at_us: int
 ) -> tuple[list[Status], list[list[Any]], bool]:
-    """Each row's status at a moment, the values by column, and whether none of those that are present is null."""
-    states: list[Status] = []
+    """Return each row's status at a moment, the values by column, and whether the present rows have no null."""
+    status: list[Status] = []
     rows: list[Sequence[Any]] = []
-    whole, nothing = True, (None,) * width
+    complete, nulls = True, (None,) * width
     for row in found:
-        if row is None or row[1] > at_us or not row[3]:
-            states.append(_NEWER if row is not None and row[1] > at_us else _MISSING)
-            rows.append(nothing)
-        elif row[0] < oldest_us:
-            states.append(_EXPIRED)
-            rows.append(nothing)
+        values: Sequence[Any] = nulls
+        if row is None:
+            state = _MISSING
         else:
-            states.append(_PRESENT)
-            rows.append(row[3])
-            whole = whole and row[2]
+            event_us, available_us, row_complete, row_values = row
+            if available_us > at_us:
+                state = _NEWER
+            elif not row_values:
+                state = _MISSING
+            elif event_us < oldest_us:
+                state = _EXPIRED
+            else:
+                state, values = _PRESENT, row_values
+                complete = complete and row_complete
+        status.append(state)
+        rows.append(values)
     if len(rows) == 1:
-        return states, [[value] for value in rows[0]], whole
-    return states, [list(column) for column in zip(*rows, strict=True)], whole
+        return status, [[value] for value in rows[0]], complete
+    return status, [list(column) for column in zip(*rows, strict=True)], complete
 
 
-def _with_nulls(states: list[Status], values: Sequence[Any]) -> list[Status]:
+def _with_nulls(status: list[Status], values: Sequence[Any]) -> list[Status]:
     return [
         _NULL if state is _PRESENT and value is None else state
-        for state, value in zip(states, values, strict=True)
+        for state, value in zip(status, values, strict=True)
     ]

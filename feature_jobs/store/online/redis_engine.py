@@ -1,9 +1,9 @@
-"""The online store's bytes in Redis, for many machines: one hash a view, read with one HMGET.
+"""The Redis engine of the online store, for many machines: one hash for each view, read with one HMGET.
 
-The hash holds the stamp, the meta and the rows by address, so one command gives rows and says whether they are still
-the ones that were asked for. Compare-and-set runs inside Redis as a script, which nothing interrupts. A materialisation
-fills a hash of its own and takes the other's name in one script; Redis frees the old one in the background. A view's
-rows lie on one node, so a cluster spreads views, not entities.
+The hash has the stamp, the meta, and the rows by address. So one command returns rows and the stamp that they belong
+to. Compare-and-set runs in Redis as a script, which is atomic. A materialisation fills a hash of its own, and one
+script renames it to the view's name; Redis frees the old hash in the background. All rows of a view are on one node, so
+a Redis cluster distributes views, not entities.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from cluster.errors import OnlineStoreUnavailable
-from feature_jobs.store.online.engine import Carry, Rows, Write
+from feature_jobs.store.online.engine import Carry, RecentRow, Rows, Write
 from feature_jobs.store.online.meta import GENERATION_BYTES, STAMP_BYTES
 
 PIECE_ROWS = 2_000
+"""Number of rows in one command."""
 STAGED_S = 86_400
-"""What a killed materialisation left is gone after this."""
+"""Seconds after which Redis deletes the staged rows of a killed materialisation."""
 TIMEOUT_S = 5.0
+"""Timeout in seconds of a connection and of a command."""
 
 _NEWER = """
 local function newer(one, other)
@@ -38,7 +40,7 @@ local function newer(one, other)
   return false
 end
 """
-# Bytes are compared as numbers, because Lua orders strings as the server's locale does.
+# Compares ranks as numbers, because Lua compares strings by the server's locale.
 _PUT = f"""{_NEWER}
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 's') ~= ARGV[1] then return -1 end
 local turn = redis.call('HINCRBY', KEYS[1], 'n', 1)
@@ -59,7 +61,7 @@ for i = 2, #ARGV, 3 do
 end
 return written
 """
-_CHANGE = """
+_SET_META = """
 if (redis.call('HGET', KEYS[1], 's') or '') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 's', ARGV[2], 'm', ARGV[3])
 return 1
@@ -80,20 +82,20 @@ return 1
 
 
 class RedisEngine:
-    """A Redis database.
+    """An engine on a Redis database.
 
     Args:
-        url: `redis://` or `rediss://host:port/db`, with a user's name if there is one.
-        prefix: in front of every key, so that one Redis can serve several installations.
-        ca_file: certificate authority of its address; none takes the system's.
-        password_file: a file with the password.
+        url: `redis://` or `rediss://host:port/db`, with the user name if Redis needs one.
+        prefix: first part of every key, so that several installations can share one Redis.
+        ca_file: certificate authority of the server's certificate; None for the system's authorities.
+        password_file: file with the password; None for no password.
     """
 
     def __init__(self, url: str, *, prefix: str, ca_file: Path | None, password_file: Path | None) -> None:
         options: dict[str, Any] = {
             "socket_timeout": TIMEOUT_S,
             "socket_connect_timeout": TIMEOUT_S,
-            # Soon, or a request waits for seconds; whatever was done already changes nothing when it is done again.
+            # Retry soon, or a request waits for seconds. A repeated command changes nothing.
             "retry": Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.1), 3),
         }
         if ca_file is not None:
@@ -103,81 +105,81 @@ class RedisEngine:
         self._url = url
         self._prefix = prefix
         self._redis = redis.Redis.from_url(url, **options)
-        self._ask: Callable[..., Any] = self._redis.execute_command
+        self._execute: Callable[..., Any] = self._redis.execute_command
         self._put = self._redis.register_script(_PUT)
-        self._change = self._redis.register_script(_CHANGE)
+        self._set_meta = self._redis.register_script(_SET_META)
         self._switch = self._redis.register_script(_SWITCH)
 
     def meta(self, view: str) -> bytes | None:
-        with self._asking():
-            found: bytes | None = self._ask("HGET", self._rows(view), b"m")
-            return found
+        with self._errors():
+            packed: bytes | None = self._execute("HGET", self._rows(view), b"m")
+            return packed
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
-        with self._asking():
-            found: list[bytes | None] = self._ask("HMGET", self._rows(view), b"s", *addresses)
-        return found[1:] if found[0] == stamp else None
+        with self._errors():
+            values: list[bytes | None] = self._execute("HMGET", self._rows(view), b"s", *addresses)
+        return values[1:] if values[0] == stamp else None
 
     def put(self, view: str, stamp: bytes, writes: Sequence[Write]) -> int | None:
-        with self._asking():
-            written = _cas(self._put, self._rows(view), self._recent(view), stamp, writes)
+        with self._errors():
+            written = _compare_and_set(self._put, self._rows(view), self._recent(view), stamp, writes)
         return None if written < 0 else written
 
-    def change(self, view: str, before: bytes | None, meta: bytes) -> bool:
-        with self._asking():
-            arguments = [before or b"", meta[:STAMP_BYTES], meta]
-            return bool(self._change(keys=[self._rows(view)], args=arguments))
+    def set_meta(self, view: str, expected: bytes | None, meta: bytes) -> bool:
+        with self._errors():
+            arguments = [expected or b"", meta[:STAMP_BYTES], meta]
+            return bool(self._set_meta(keys=[self._rows(view)], args=arguments))
 
     def stage(self, view: str, generation: bytes, rows: Iterable[tuple[bytes, bytes]]) -> None:
         staged, remaining = self._staged(view, generation), iter(rows)
         while piece := list(itertools.islice(remaining, PIECE_ROWS)):
-            with self._asking(), self._redis.pipeline(transaction=False) as pipeline:
+            with self._errors(), self._redis.pipeline(transaction=False) as pipeline:
                 pipeline.hset(staged, items=list(itertools.chain.from_iterable(piece)))
                 pipeline.expire(staged, STAGED_S)
                 pipeline.execute()
 
-    def switch(self, view: str, before: bytes | None, meta: bytes, carry: Carry) -> bool:
+    def switch(self, view: str, expected: bytes | None, meta: bytes, carry: Carry) -> bool:
         generation = meta[:GENERATION_BYTES]
         rows, recent, staged = self._rows(view), self._recent(view), self._staged(view, generation)
-        kept = staged + b":put"
+        staged_recent = staged + b":put"
         after = b"-inf"
         while True:
-            with self._asking():
-                turn = self._ask("HGET", rows, "n") or b"0"
-                fresh = self._put_after(rows, recent, after) if before else ()
-                lying = self._at(staged, [address for address, _ in fresh])
-            beside = [(*row, there) for row, there in zip(fresh, lying, strict=True)]
-            taken = [Write(address, packed) for address, packed in carry(beside)]
-            with self._asking():
-                if taken:
-                    _cas(self._put, staged, kept, b"", taken)
-                    self._redis.expire(kept, STAGED_S)
-                arguments = [before or b"", turn, meta[:STAMP_BYTES], meta]
-                done = self._switch(keys=[rows, recent, staged, kept], args=arguments)
-            if done:
-                return bool(done == 1)
-            # Something was put since `turn` was read: once more, for that alone.
+            with self._errors():
+                turn = self._execute("HGET", rows, "n") or b"0"
+                fresh = self._put_after(rows, recent, after) if expected else ()
+                staged_rows = self._at(staged, [address for address, _ in fresh])
+            recent_rows = [RecentRow(*row, other) for row, other in zip(fresh, staged_rows, strict=True)]
+            carried = [Write(address, packed) for address, packed in carry(recent_rows)]
+            with self._errors():
+                if carried:
+                    _compare_and_set(self._put, staged, staged_recent, b"", carried)
+                    self._redis.expire(staged_recent, STAGED_S)
+                arguments = [expected or b"", turn, meta[:STAMP_BYTES], meta]
+                result = self._switch(keys=[rows, recent, staged, staged_recent], args=arguments)
+            if result:
+                return bool(result == 1)
+            # Rows were put after `turn` was read. Try again, with those rows only.
             after = b"(" + turn
 
     def close(self) -> None:
         self._redis.close()
 
     def _put_after(self, rows: bytes, recent: bytes, after: bytes) -> Rows:
-        """The rows that were put since a turn."""
-        addresses = self._ask("ZRANGEBYSCORE", recent, after, "+inf")
-        found = self._at(rows, addresses)
+        """Return address and row of the rows that were put after a turn."""
+        addresses = self._execute("ZRANGEBYSCORE", recent, after, "+inf")
+        stored = self._at(rows, addresses)
         return [
-            (address, packed) for address, packed in zip(addresses, found, strict=True) if packed is not None
+            (address, packed) for address, packed in zip(addresses, stored, strict=True) if packed is not None
         ]
 
     def _at(self, rows: bytes, addresses: Sequence[bytes]) -> list[bytes | None]:
         return [
             packed
             for piece in range(0, len(addresses), PIECE_ROWS)
-            for packed in self._ask("HMGET", rows, *addresses[piece : piece + PIECE_ROWS])
+            for packed in self._execute("HMGET", rows, *addresses[piece : piece + PIECE_ROWS])
         ]
 
-    # The braces keep a view's keys on one node of a cluster, where a script needs them.
+    # The braces keep all keys of a view on one node of a cluster. Scripts need that.
     def _rows(self, view: str) -> bytes:
         return f"{{{self._prefix}:online:{view}}}".encode()
 
@@ -188,17 +190,17 @@ class RedisEngine:
         return self._rows(view) + b":" + generation.hex().encode()
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
+        """Raise OnlineStoreUnavailable for an error of Redis."""
         try:
             yield
         except RedisError as error:
             raise OnlineStoreUnavailable(
-                f"The online store at {self._url} does not do what it is asked: {error}. Is Redis up, and online.url "
-                "right?"
+                f"The online store at {self._url} failed: {error}. Check that Redis runs and that online.url is right."
             ) from error
 
 
-def _cas(
+def _compare_and_set(
     script: Callable[..., Any], rows: bytes, recent: bytes, stamp: bytes, writes: Sequence[Write]
 ) -> int:
     arguments: list[bytes] = [stamp]

@@ -1,15 +1,15 @@
-"""How a view's rows lie in the online store: entity keys hashed, values packed by type and sealed by class.
+"""The format of a view's rows in the online store: entity keys hashed, values packed by type and encrypted by class.
 
     event (8) | created (8) | seq (8) | flags (1) | layout (2) | values
 
-The three numbers are big-endian and counted from -2^63, so that bytes compare as (event, created, seq) do, whatever
-engine compares them. `layout` says which version of the view wrote the row (`online_meta.py`).
+The first three numbers are big-endian with an offset of 2^63, so that bytes compare as (event, created, seq) does, in
+every engine. `layout` is the index of the layout in the view's meta (`meta.py`).
 
-An entity's key is replaced by an address (`online_addresses.py`). Public values lie as they are; those of every other
-class are one AES-256-GCM value together, bound to view, class, entity and header, so that none can be moved to another
-entity or made younger. Data keys are made anew with every materialisation and wrapped under `online/<view>/<class>`;
-the addresses' key stays, wrapped under the internal one, so that a row that came during a materialisation keeps its
-place.
+An address (`addresses.py`) replaces the entity's key. Public values are not encrypted. The values of every other class
+are together one AES-256-GCM ciphertext. Its AAD names view, class, entity and header, so no value can be moved to
+another entity or be given a newer time. Each materialisation makes new data keys, which are wrapped under
+`online/<view>/<class>`. The hash key of the addresses stays, wrapped under the internal key, so that a row that is put
+during a materialisation keeps its address.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgpack
 import numpy as np
@@ -35,11 +35,11 @@ from feature_jobs.store.online.layout import Layout, Lists, Plan, columns_of, wi
 from feature_jobs.store.types.schema import PROVISIONAL
 
 RANK_BYTES = 24
-"""Of a header: what orders rows."""
+"""The first bytes of a header, which order rows: the row's rank."""
 BLOCK_ROWS = 8
-"""From so many rows on, going by columns pays."""
+"""From this number of rows on, reading by column is faster."""
 ENTITY = "entity"
-"""Stands for the addresses' key among the wrapped ones."""
+"""Name of the hash key of the addresses among the wrapped keys."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
 _DELETED, _LOOSE = 1, 2
@@ -47,41 +47,46 @@ _DELETED, _LOOSE = 1, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineRow:
-    """What a view says of one entity; of a deleted one, when it ceased."""
+    """The values of one entity in a view, or the time at which the entity was deleted."""
 
     keys: tuple[int | str, ...]
     event_us: int
     created_us: int
     seq: int
     values: Sequence[Any]
-    """In the order of the view's fields; of a deleted row none."""
+    """In the order of the view's fields; empty for a deleted entity."""
     deleted: bool = False
 
 
-Found = tuple[int, int, bool, Sequence[Any]]
-"""Event and availability in microseconds, whether no value is null, and the values."""
+FoundRow: TypeAlias = tuple[int, int, bool, Sequence[Any]]
+"""A row as it is read: `event_us, available_us, complete, values`.
+
+The times are the event time and the availability in microseconds. `complete` says that the row has all wanted features
+and none is null. `values` is empty for a deleted entity. It is a plain tuple because a NamedTuple takes 0.2 µs longer
+to make, which is 13 % of the time to unpack a row.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What rows say that are all there, without a null among them, column by column."""
+    """Rows by column. All of them exist and have no null."""
 
     moments: np.ndarray[tuple[int, int], np.dtype[np.int64]]
-    """(rows, 2): event and creation in microseconds."""
+    """(rows, 2): event time and created time in microseconds."""
     columns: list[list[Any]]
 
     def within(self, oldest_us: int, newest_us: int) -> bool:
-        """Whether all events are of that time at least, and all was known by then."""
+        """Return whether no event is before `oldest_us` and every row was available by `newest_us`."""
         return bool(self.moments[:, 0].min() >= oldest_us and self.moments.max() <= newest_us)
 
     def times(self) -> Iterator[tuple[int, int]]:
-        """Event and availability of each row in microseconds."""
+        """Yield the event time and the availability of each row in microseconds."""
         return zip(self.moments[:, 0].tolist(), self.moments.max(axis=1).tolist(), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A row's times and kind."""
+    """The header of a stored row."""
 
     event_us: int
     created_us: int
@@ -92,27 +97,28 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """What a version of a feature table holds: rows up to a sequence number, pushes up to a number in their log."""
+    """The rows that one version of a feature table has: up to an `ingest_seq`, and pushes up to a push-log number."""
 
     seq: int
     offset: int
 
     def covers(self, seq: int) -> bool:
-        """Whether a row of the online store is in that version."""
+        """Return whether the online row with this sequence number is in the table version."""
         return seq - PROVISIONAL <= self.offset if seq >= PROVISIONAL else seq <= self.seq
 
 
 EVERYTHING = Horizon(PROVISIONAL, PROVISIONAL)
+"""The horizon that covers every row."""
 
 
 def header_of(packed: bytes) -> Header:
-    """A stored row's header."""
+    """Return the header of a stored row."""
     event, created, seq, flags, layout = _HEADER.unpack_from(packed)
     return Header(event - _OFFSET, created - _OFFSET, seq - _OFFSET, bool(flags & _DELETED), layout)
 
 
 def rank_of(row: OnlineRow) -> bytes:
-    """What orders a row, as the engines compare it."""
+    """Return the rank of a row, which the engines compare as bytes."""
     return struct.pack(">QQQ", row.event_us + _OFFSET, row.created_us + _OFFSET, row.seq + _OFFSET)
 
 
@@ -129,10 +135,16 @@ class RowCipher:
     def create(
         cls, store: KeyStore, view: str, classes: Iterable[str], *, hash_key: bytes | None = None
     ) -> tuple[RowCipher, dict[str, str]]:
-        """New data keys, and their wrapped text to keep beside the rows; the addresses' key may be one of before.
+        """Create new data keys; return the cipher and the wrapped keys to store in the meta.
+
+        Args:
+            store: wraps the keys.
+            view: name of the view.
+            classes: classes of the view's fields.
+            hash_key: hash key of the previous generation's addresses, None for a new one.
 
         Raises:
-            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+            KeyNotFound, KeyRevoked, AccessDenied: the key store refuses a key.
         """
         hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         wrapped = {ENTITY: store.wrap(online_key(view, Sensitivity.INTERNAL), hash_key)}
@@ -146,10 +158,10 @@ class RowCipher:
     def open(
         cls, store: KeyStore, view: str, wrapped: Mapping[str, str], classes: Iterable[str]
     ) -> RowCipher:
-        """The data keys of the classes that are wanted.
+        """Unwrap the data keys of the given classes.
 
         Raises:
-            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: as the key store says.
+            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: the key store refuses a key.
         """
         ciphers = {
             name: ValueCipher.open(store, online_key(view, name), wrapped[name])
@@ -159,11 +171,11 @@ class RowCipher:
         return cls(view, open_hash_key(store, view, wrapped), ciphers)
 
     def address(self, entity: Sequence[int | str]) -> bytes:
-        """Where an entity's row lies."""
+        """Return the address of an entity."""
         return self.addresses([entity])[0]
 
     def pack(self, address: bytes, row: OnlineRow, layout: Layout, number: int) -> bytes:
-        """A row as it lies in the store, in the layout of that number."""
+        """Return a row as it is stored, packed in a layout with the given index."""
         loose = layout.is_loose(row.values)
         header = rank_of(row) + struct.pack(
             ">BH", (_DELETED if row.deleted else 0) | (_LOOSE if loose else 0), number
@@ -171,20 +183,20 @@ class RowCipher:
         if row.deleted:
             return header
         parts = [
-            self._sealed(name, group, address + header)
+            self._encrypted(name, group, address + header)
             for name, group in zip(layout.classes, layout.groups(row.values, loose=loose), strict=True)
         ]
         return header + (parts[0] if len(parts) == 1 else msgpack.packb(parts))
 
     def unpack(
         self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
-    ) -> list[Found | None]:
-        """What stored rows say; none where there is no row. A deleted entity's row has its times and no values.
+    ) -> list[FoundRow | None]:
+        """Decrypt and unpack stored rows; None for a missing row. A deleted entity's row has times and no values.
 
         Raises:
             ArtifactTampered: a value was altered, or belongs to another entity, view or time.
         """
-        found: list[Found | None] = []
+        found: list[FoundRow | None] = []
         header, size, first = _HEADER.unpack_from, _HEADER.size, _HEADER.size + NONCE_BYTES
         number, address = -1, b""
         values: Sequence[Any]
@@ -197,29 +209,33 @@ class RowCipher:
                 event, created, _, flags, layout = header(packed)
                 if layout != number:
                     plan, number = plans[layout], layout
-                    decrypt, place, fixed, lists = self._single(plan)
-                if flags == 0 and fixed is not None:  # the common case, without a call that is not needed
-                    bound = place + address + packed[:size]
-                    values = fixed.unpack(decrypt(packed[size:first], packed[first:], bound))
+                    decrypt, class_aad, fixed, lists = self._single(plan)
+                if flags == 0 and fixed is not None:  # the common case, with as few calls as possible
+                    aad = class_aad + address + packed[:size]
+                    values = fixed.unpack(decrypt(packed[size:first], packed[first:], aad))
                     if lists:
                         values = with_lists(values, lists)
                 elif flags & _DELETED:
                     values = ()
                 else:
                     values = self._values(address, packed, plan, loose=bool(flags))
-                known = event if event > created else created
-                found.append((event - _OFFSET, known - _OFFSET, plan.complete and not flags, values))
+                available = event if event > created else created
+                found.append((event - _OFFSET, available - _OFFSET, plan.complete and not flags, values))
         except (InvalidTag, ValueError, struct.error) as error:
             raise ArtifactTampered(
-                f"The online row at {address!r} was altered or belongs elsewhere."
+                f"The online row at address {address.hex()} was altered or belongs elsewhere. Materialise its view "
+                "again."
             ) from error
         return found
 
     def block(
         self, addresses: Sequence[bytes], rows: Sequence[bytes | None], plans: Sequence[Plan]
     ) -> Block | None:
-        """What `unpack` says, column by column, which is faster; none where it is for `unpack` to say: rows are few,
-        missing, deleted, altered, of several layouts, loose (`Layout.is_loose`), or not of fixed width."""
+        """Unpack rows by column, which is faster than `unpack`; None if `unpack` has to read them.
+
+        That is the case if there are few rows, or if rows are missing, deleted, altered, loose (`Layout.is_loose`), in
+        several layouts, or without a fixed width.
+        """
         if len(rows) < BLOCK_ROWS:
             return None
         try:
@@ -229,14 +245,15 @@ class RowCipher:
             kind = joined[RANK_BYTES : _HEADER.size]
             if flags or table[:, RANK_BYTES : _HEADER.size].tobytes() != kind * len(rows):
                 return None
-            decrypt, place, fixed, lists = self._single(plans[layout])
+            decrypt, class_aad, fixed, lists = self._single(plans[layout])
             if fixed is None:
                 return None
             parts = zip(addresses, _split(size).iter_unpack(joined), strict=True)
             contents = [
-                decrypt(nonce, sealed, place + address + header) for address, (header, nonce, sealed) in parts
+                decrypt(nonce, sealed, class_aad + address + header)
+                for address, (header, nonce, sealed) in parts
             ]
-        except (InvalidTag, TypeError, ValueError, struct.error):  # a missing row is no bytes
+        except (InvalidTag, TypeError, ValueError, struct.error):  # TypeError: None for a missing row
             return None
         columns = columns_of(b"".join(contents), fixed)
         for position, element in lists:
@@ -245,49 +262,52 @@ class RowCipher:
         return Block(_moments(table), columns)
 
     def _single(self, plan: Plan) -> tuple[Any, bytes, struct.Struct | None, Lists]:
-        """How to decrypt a row that is one sealed part of fixed type in the wanted order; nothing for any other."""
+        """Return the decryption, AAD, struct and lists of rows with one encrypted part in the wanted order.
+
+        For any other plan the struct is None.
+        """
         if plan.order is not None:
             return None, b"", None, ()
-        _, name, fixed, lists = plan.parts[0]
-        if name == "public" or fixed is None:
+        part = plan.parts[0]
+        if part.sensitivity == "public" or part.fixed is None:
             return None, b"", None, ()
-        cipher, place = self._ciphers[name]
-        return cipher.decrypt_raw, place, fixed, lists
+        cipher, class_aad = self._ciphers[part.sensitivity]
+        return cipher.decrypt_raw, class_aad, part.fixed, part.lists
 
     def _values(self, address: bytes, packed: bytes, plan: Plan, *, loose: bool) -> Sequence[Any]:
-        body, bound = packed[_HEADER.size :], address + packed[: _HEADER.size]
+        body, row_aad = packed[_HEADER.size :], address + packed[: _HEADER.size]
         stored = (body,) if plan.single else msgpack.unpackb(body)
         groups: dict[int, Sequence[Any]] = {}
-        for part, name, fixed, lists in plan.parts:
-            content = stored[part]
-            if name != "public":
-                cipher, place = self._ciphers[name]
-                content = cipher.decrypt(content, place + bound)
+        for number, sensitivity, fixed, lists in plan.parts:
+            content = stored[number]
+            if sensitivity != "public":
+                cipher, class_aad = self._ciphers[sensitivity]
+                content = cipher.decrypt(content, class_aad + row_aad)
             values = msgpack.unpackb(content) if loose or fixed is None else fixed.unpack(content)
-            groups[part] = with_lists(values, lists) if lists else values
+            groups[number] = with_lists(values, lists) if lists else values
         if plan.order is None:
             return groups[0]
-        return [None if place is None else groups[place[0]][place[1]] for place in plan.order]
+        return [None if source is None else groups[source[0]][source[1]] for source in plan.order]
 
-    def _sealed(self, name: str, group: bytes, bound: bytes) -> bytes:
+    def _encrypted(self, name: str, group: bytes, row_aad: bytes) -> bytes:
         if name == Sensitivity.PUBLIC:
             return group
-        cipher, place = self._ciphers[name]
-        return cipher.encrypt(group, place + bound)
+        cipher, class_aad = self._ciphers[name]
+        return cipher.encrypt(group, class_aad + row_aad)
 
 
 def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> bytes:
-    """The addresses' key; raises as the key store says."""
+    """Unwrap the hash key of a view's addresses; raises the key store's errors."""
     return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
 
 
 def _moments(table: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Event and creation from rows of bytes."""
-    counted = table[:, :16].copy().view(">u8").astype(np.uint64)
-    return (counted ^ np.uint64(_OFFSET)).view(np.int64)
+    """Return event time and created time of rows of bytes."""
+    offset_times = table[:, :16].copy().view(">u8").astype(np.uint64)
+    return (offset_times ^ np.uint64(_OFFSET)).view(np.int64)
 
 
 @functools.cache
 def _split(size: int) -> struct.Struct:
-    """Header, nonce, and ciphertext with tag, of a row of one sealed part that is so long."""
+    """Return the format of a row of this size with one encrypted part: header, nonce, and ciphertext with tag."""
     return struct.Struct(f"{_HEADER.size}s{NONCE_BYTES}s{size - _HEADER.size - NONCE_BYTES}s")

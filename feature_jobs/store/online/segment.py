@@ -1,16 +1,16 @@
-"""A materialisation's rows in one file that nobody changes, made so that a batch waits for memory once.
+"""A segment: the rows of one materialisation in an immutable file, with an index that reads a batch of rows fast.
 
-In a tree a row is found by a dozen look-ups in memory that follow from one another. Here the place of every row of a
-batch is looked up at once, and all the waits overlap: addresses are evenly distributed, so their first bits say nearly
-where in the index a row's place stands.
+In a tree, a look-up of a row is about a dozen memory accesses, each of which needs the result of the one before. Here
+the positions of all rows of a batch are looked up at once, so that the waits for memory overlap. This works because
+addresses are evenly distributed: the first bits of an address nearly give its position in the index.
 
-    address | row | address | row | …                  as they came
-    heads | places | buckets                           the index, 64-bit numbers in this machine's order
+    address | row | address | row | …                  in the order of writing
+    heads | places | buckets                           the index: 64-bit numbers in this machine's byte order
     rows (8) | bits (8) | widest (8) | index (8) | magic (8)
 
-`heads` are the first eight bytes of each address as a number, in order, and as many greatest numbers behind them as the
-widest bucket is wide; `places` is each row's begin and end in the file; `buckets` says where in `heads` the numbers
-begin that have the same first bits.
+`heads` are the first eight bytes of each address as a number, ascending, then as many greatest numbers as the widest
+bucket has rows. `places` are the begin and the end of each row in the file. `buckets` are the positions in `heads` at
+which the numbers with the same first bits begin.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cluster.synced import sync_folder
 from feature_jobs.store.online.addresses import ADDRESS_BYTES
 
 MAGIC = b"FALAJROW"
-TOGETHER = 8
-"""From so many rows on, looking them up at once pays."""
+BATCH_ROWS = 8
+"""From this number of rows on, a look-up of all rows at once is faster."""
 _TAIL = struct.Struct("=QQQQ8s")
 _BUCKET_BITS = 2
 """A bucket has 4 to 8 rows on average."""
@@ -42,10 +42,10 @@ _Numbers = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def write(path: Path, rows: Iterable[tuple[bytes, bytes]]) -> None:
-    """Make a segment of rows by address; it is on disk when this returns. Takes about 80 bytes of memory a row.
+    """Write a segment from addresses and rows. It is on disk when this returns. Uses about 80 bytes of memory a row.
 
     Raises:
-        OSError: the disk is full, say.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     heads, places = bytearray(), array("Q")
     with path.open("wb", buffering=1 << 20) as file:
@@ -78,11 +78,11 @@ def _write_index(file: BinaryIO, heads: _Numbers, places: array[int], index: int
 
 
 class Segment:
-    """The rows of one file.
+    """Reads the rows of one file.
 
     Raises:
-        FileNotFoundError: there is none.
-        OnlineStoreUnavailable: it is not whole.
+        FileNotFoundError: the file does not exist.
+        OnlineStoreUnavailable: the file is not complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,37 +103,37 @@ class Segment:
                 raise ValueError("not a segment")
         except (ValueError, OverflowError, struct.error) as error:
             raise OnlineStoreUnavailable(
-                f"{path} was cut off or exchanged. Materialise its view again."
+                f"{path} was cut off or replaced. Materialise its view again."
             ) from error
         self._span = np.arange(widest)
         longest = int(np.diff(self._places[:_PAGE_BYTES]).max(initial=0))
         self._lines = np.arange(-ADDRESS_BYTES, min(longest, _PAGE_BYTES), _LINE_BYTES)
-        # One number is had from a view of memory in a third of the time that it takes from an array.
+        # Reading one number from a memory view takes a third of the time of reading it from an array.
         self._head, self._bucket = self._heads.data, self._buckets.data
         self._place = self._places.reshape(-1).data
 
     def rows(self, addresses: Sequence[bytes]) -> list[bytes | None]:
-        """The rows at addresses, none where there is none."""
-        if len(addresses) < TOGETHER or not len(self._places):
+        """Return the rows at addresses, None for each missing one."""
+        if len(addresses) < BATCH_ROWS or not len(self._places):
             return [self._row(address) for address in addresses]
-        wanted = np.frombuffer(b"".join(addresses), ">u8")[::2].astype(np.uint64)
-        first = self._buckets[wanted >> np.uint64(self._shift)]
-        found = first + (self._heads[first[:, None] + self._span] < wanted[:, None]).sum(axis=1)
-        places = self._places.take(found, axis=0, mode="clip")
-        self._bytes.take(places[:, :1] + self._lines, mode="clip")  # has them all fetched from memory
+        heads = np.frombuffer(b"".join(addresses), ">u8")[::2].astype(np.uint64)
+        first = self._buckets[heads >> np.uint64(self._shift)]
+        positions = first + (self._heads[first[:, None] + self._span] < heads[:, None]).sum(axis=1)
+        places = self._places.take(positions, axis=0, mode="clip")
+        self._bytes.take(places[:, :1] + self._lines, mode="clip")  # fetches all rows from memory at once
         file, rows = self._file, []
         for address, (begin, end) in zip(addresses, places.tolist(), strict=True):
-            here = file[begin - ADDRESS_BYTES : begin] == address
-            rows.append(file[begin:end] if here else self._row(address))
+            is_here = file[begin - ADDRESS_BYTES : begin] == address
+            rows.append(file[begin:end] if is_here else self._row(address))
         return rows
 
     def _row(self, address: bytes) -> bytes | None:
-        wanted = int.from_bytes(address[:8], "big")
-        bucket = wanted >> self._shift
-        at = bisect.bisect_left(self._head, wanted, self._bucket[bucket], self._bucket[bucket + 1])
-        while at < len(self._places) and self._head[at] == wanted:
-            begin, end = self._place[2 * at], self._place[2 * at + 1]
+        head = int.from_bytes(address[:8], "big")
+        bucket = head >> self._shift
+        position = bisect.bisect_left(self._head, head, self._bucket[bucket], self._bucket[bucket + 1])
+        while position < len(self._places) and self._head[position] == head:
+            begin, end = self._place[2 * position], self._place[2 * position + 1]
             if self._file[begin - ADDRESS_BYTES : begin] == address:
                 return self._file[begin:end]
-            at += 1
+            position += 1
         return None

@@ -1,7 +1,8 @@
-"""Feature values by view and entity: one packed row each, which only a greater (event, created, seq) replaces.
+"""Feature values by view and entity: one packed row each. A row is only replaced by one with a greater rank.
 
-So rows may come in any order, twice, from a materialisation and from pushes at once, and the store is the same in the
-end. A deleted entity keeps its row, without values: an older row that comes late cannot bring it back.
+The rank is (event, created, seq). So rows may come in any order, twice, and from a materialisation and from pushes at
+the same time; the store is the same in the end. A deleted entity keeps a row without values, so an older row that comes
+late cannot bring it back.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from feature_jobs.store.catalog.protection import online_key
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.definitions.views import Sensitivity
 from feature_jobs.store.online.changes import Change, Merge
-from feature_jobs.store.online.engine import NOTHING, Carry, Engine, Rows, Write
+from feature_jobs.store.online.engine import NOTHING, Carry, Engine, RecentRow, Rows, Write
 from feature_jobs.store.online.layout import Plan
 from feature_jobs.store.online.meta import FORMAT, Meta, layout_of
 from feature_jobs.store.online.rows import (
     EVERYTHING,
     Block,
-    Found,
+    FoundRow,
     Header,
     Horizon,
     OnlineRow,
@@ -36,24 +37,25 @@ from feature_jobs.store.online.rows import (
 )
 
 RETRY_S = 1.0
-"""After this the key store is asked again, where it could not be; values are read with the keys of before."""
+"""Seconds until the next call of a key store that was unavailable. Until then the cached keys are used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Opened:
-    """A view's generation, as one version of the view reads it."""
+class _Generation:
+    """A view's current generation, as one version of the view reads it."""
 
     meta: Meta
     stamp: bytes
     plans: tuple[Plan, ...]
     """By layout."""
     cipher: RowCipher
-    until: float
-    """When the keys have to be asked for again, by the monotonic clock."""
+    expires_at: float
+    """Monotonic time at which the keys have to be unwrapped again."""
 
 
-_Lying: TypeAlias = tuple[_Opened, Sequence[bytes], Sequence[bytes | None]]
-"""A view's generation, where its entities' rows lie, and the rows."""
+_Stored: TypeAlias = tuple[_Generation, Sequence[bytes], Sequence[bytes | None]]
+"""A view's generation, the addresses of some entities, and their rows as they are stored. A plain tuple, because a
+NamedTuple is slower to make."""
 
 
 class OnlineStore:
@@ -62,70 +64,74 @@ class OnlineStore:
     def __init__(self, engine: Engine, keys: KeyStore) -> None:
         self.engine = engine
         self._keys = keys
-        self._known: dict[tuple[str, str], _Opened] = {}
+        self._cache: dict[tuple[str, str], _Generation] = {}
 
-    def get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[Found | None]:
-        """The rows of entities, in order; none where nothing is known, or what was known has been deleted.
+    def get(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[FoundRow | None]:
+        """Return the rows of entities in order; None for an entity that is unknown or was deleted.
 
-        The values stand in the order of this version of the view, whichever version wrote them; a feature that was not
-        written, or with another dtype, is null.
+        The values are in the field order of this version of the view, whatever version wrote the row. A feature is null
+        if it was not written, or with another dtype.
 
         Raises:
-            AccessDenied, KeyRevoked: the keys of a class that the view has are not given to this process.
+            AccessDenied, KeyRevoked: the key store refuses the key of a class of the view.
             ArtifactTampered: a value is not the one that was written there.
-            OnlineStoreOutdated: another release wrote the rows; the same holds for `put` and `update`.
+            OnlineStoreOutdated: another release wrote the rows. `put` and `update` raise it too.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
-        return [one if one and one[3] else None for one in self._found(view, keys)]
+        return [row if row and row[3] else None for row in self._rows(view, keys)]  # row[3]: values
 
-    def _found(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[Found | None]:
-        asked = [key for key in keys if key is not None]
-        lying = self._lying(view, asked)
-        if lying is None:
+    def _rows(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]) -> list[FoundRow | None]:
+        known = [key for key in keys if key is not None]
+        stored = self._stored(view, known)
+        if stored is None:
             return [None for _ in keys]
-        opened, addresses, rows = lying
-        found = opened.cipher.unpack(addresses, rows, opened.plans)
-        if len(asked) == len(keys):
-            return found
-        known = iter(found)
-        return [None if key is None else next(known) for key in keys]
+        generation, addresses, packed = stored
+        rows = generation.cipher.unpack(addresses, packed, generation.plans)
+        if len(known) == len(keys):
+            return rows
+        remaining = iter(rows)
+        return [None if key is None else next(remaining) for key in keys]
 
     def read(
         self, view: ViewSpec, keys: Sequence[tuple[int | str, ...] | None]
-    ) -> Block | list[Found | None]:
-        """As `get`, but column by column where every row is there and whole, and with a row without values where what
-        was known has been deleted; raises as `get`."""
-        known = [key for key in keys if key is not None]
-        if len(known) < len(keys) or (lying := self._lying(view, known)) is None:
-            return self._found(view, keys)
-        opened, addresses, rows = lying
-        block = opened.cipher.block(addresses, rows, opened.plans)
-        return opened.cipher.unpack(addresses, rows, opened.plans) if block is None else block
+    ) -> Block | list[FoundRow | None]:
+        """Return the rows of entities: as a `Block` if all of them exist and have no null, else as a list.
 
-    def _lying(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...]]) -> _Lying | None:
-        """What lies in the store of entities; none before the view's first row."""
-        while (opened := self._opened(view)) is not None:
-            addresses = opened.cipher.addresses(keys)
-            rows = self.engine.rows(view.name, opened.stamp, addresses)
+        Unlike `get`, the list has rows without values for deleted entities. Raises as `get`.
+        """
+        known = [key for key in keys if key is not None]
+        if len(known) < len(keys) or (stored := self._stored(view, known)) is None:
+            return self._rows(view, keys)
+        generation, addresses, packed = stored
+        block = generation.cipher.block(addresses, packed, generation.plans)
+        return generation.cipher.unpack(addresses, packed, generation.plans) if block is None else block
+
+    def _stored(self, view: ViewSpec, keys: Sequence[tuple[int | str, ...]]) -> _Stored | None:
+        """Return the stored rows of entities; None before the view's first row."""
+        while (generation := self._generation(view)) is not None:
+            addresses = generation.cipher.addresses(keys)
+            rows = self.engine.rows(view.name, generation.stamp, addresses)
             if rows is not None:
-                return opened, addresses, rows
-            self._known.pop((view.name, view.version), None)  # another generation is there by now
+                return generation, addresses, rows
+            self._forget(view)  # the view has another meta by now
         return None
 
     def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
-        """Write rows where no greater ones lie, all in one transaction; gives how many were written.
+        """Write rows that have a greater rank than the stored ones, in one transaction; return the number written.
 
         Raises:
-            KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+            KeyNotFound, KeyRevoked, AccessDenied: the key store refuses a key.
             OnlineStoreUnavailable: the engine cannot be reached, or is full.
         """
         return self._write(view, key_types, [(row, b"") for row in rows])
 
-    def settle(
+    def assign_sequence(
         self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[tuple[OnlineRow, int]]
     ) -> int:
-        """Give pushed rows that are still the greatest of their entities the `ingest_seq` that they got; raises as
-        `put`."""
+        """Replace the provisional numbers of pushed rows by their `ingest_seq`, and return the number written.
+
+        A row is only changed if it is still the newest of its entity. Raises as `put`.
+        """
         return self._write(view, key_types, [(replace(row, seq=seq), rank_of(row)) for row, seq in rows])
 
     def replace(
@@ -137,79 +143,78 @@ class OnlineStore:
         horizon: Horizon = EVERYTHING,
         merge: Merge | None = None,
     ) -> int:
-        """Put a view's rows in place of all it had; gives how many entities they are.
+        """Replace all rows of a view by a new generation, and return the number of its entities.
 
-        Of rows that lie in an older format nothing counts beside the new ones: nobody can say whose they are.
+        Stored rows in an older format are dropped, because the entities of their addresses cannot be found any more.
 
         Args:
-            view: whose.
-            key_types: of its join keys.
-            rows: one an entity.
-            horizon: what the rows were taken from. A row in the store from beyond it counts beside them.
-            merge: how it does, where an entity's row is not one row of the table.
+            view: the view.
+            key_types: types of its join keys.
+            rows: one row for each entity.
+            horizon: what the new rows were made from. Stored rows beyond it are taken over.
+            merge: merges a stored row into the new one. Needed if an online row is made from many table rows.
 
         Raises:
-            SourceError: another materialisation of the view came meanwhile; nothing was changed.
-            KeyNotFound, KeyRevoked, AccessDenied: as the key store says; the old rows stay.
-            OnlineStoreUnavailable: the engine cannot be reached, or is full; the old rows stay.
+            SourceError: another materialisation of the view finished in the meantime. Nothing was changed.
+            KeyNotFound, KeyRevoked, AccessDenied: the key store refuses a key. The old rows stay.
+            OnlineStoreUnavailable: the engine cannot be reached, or is full. The old rows stay.
         """
-        name, before = view.name, self._meta(view.name)
-        began = before.generation if before else None
-        hash_key = self._hash_key(name, before)
+        name, previous = view.name, self._meta(view.name)
+        first_generation = previous.generation if previous else None
+        hash_key = self._hash_key(name, previous)
         classes = layout_of(view).classes
         cipher, wrapped = RowCipher.create(self._keys, name, classes, hash_key=hash_key)
-        meta = Meta.new(view, key_types, wrapped, whole=True)
+        meta = Meta.new(view, key_types, wrapped, materialised=True)
         counter = _Counter()
         self.engine.stage(name, meta.generation, counter.packed(rows, cipher, meta))
         while True:
-            stamp = before.stamp if before else None
-            carry = self._carry(view, before if hash_key else None, cipher, meta, horizon, merge)
+            stamp = previous.stamp if previous else None
+            carry = self._carry(view, previous if hash_key else None, cipher, meta, horizon, merge)
             if self.engine.switch(name, stamp, meta.pack(), carry):
                 return counter.entities
-            before = self._meta(name)
-            if (before.generation if before else None) != began:
+            previous = self._meta(name)
+            if (previous.generation if previous else None) != first_generation:
                 raise SourceError(
-                    f"View '{name}' was materialised by another job meanwhile, or got its first pushed rows; this one "
-                    "changed nothing. Run it again."
+                    f"View '{name}' was materialised by another job at the same time, or got its first pushed rows. "
+                    "This job changed nothing. Run it again."
                 )
 
     def update(self, view: ViewSpec, key_types: Mapping[str, str], changes: Sequence[Change]) -> None:
-        """Change rows by what lies there: where another writer was in between, by what lies there then; raises as
-        `put`.
+        """Make new rows from the stored ones. If another writer comes between, make them again; raises as `put`.
 
         Args:
-            view: whose.
-            key_types: of its join keys.
-            changes: one an entity.
+            view: the view.
+            key_types: types of its join keys.
+            changes: one change for each entity.
         """
         while changes:
-            opened, number = self._for_writing(view, key_types)
-            addresses = opened.cipher.addresses([change.keys for change in changes])
-            lying = self.engine.rows(view.name, opened.stamp, addresses)
-            if lying is not None:
-                writes = self._changed(opened, number, changes, lying)
-                written = self.engine.put(view.name, opened.stamp, writes) if writes else 0
+            generation, number = self._for_writing(view, key_types)
+            addresses = generation.cipher.addresses([change.keys for change in changes])
+            stored = self.engine.rows(view.name, generation.stamp, addresses)
+            if stored is not None:
+                writes = self._changed(generation, number, changes, stored)
+                written = self.engine.put(view.name, generation.stamp, writes) if writes else 0
                 if written == len(writes):
                     return
                 if written is not None:
                     continue
-            self._known.pop((view.name, view.version), None)
+            self._forget(view)
 
-    def is_whole(self, view: str) -> bool:
-        """Whether nothing is known of the entities that the view has no row of, because it was materialised."""
+    def is_materialised(self, view: str) -> bool:
+        """Return whether the view was materialised, so that an entity without a row has no values."""
         meta = self._meta(view)
-        return meta is not None and meta.whole
+        return meta is not None and meta.materialised
 
     def key_types(self, view: str) -> Mapping[str, str]:
-        """How a view's keys are stored; empty before its first row."""
+        """Return the types of a view's stored keys; empty before its first row."""
         meta = self._meta(view)
         return {} if meta is None else meta.key_types
 
-    def hold_key_types(self, view: str, key_types: Mapping[str, str]) -> None:
-        """Have a view's keys read as its feature table stores them, where pushes came before the table."""
+    def set_key_types(self, view: str, key_types: Mapping[str, str]) -> None:
+        """Set the types of a view's keys to those of its feature table. They differ if pushes came before the table."""
         meta = self._meta(view)
         if meta is not None and dict(meta.key_types) != dict(key_types):
-            self.engine.change(view, meta.stamp, meta.with_key_types(key_types).pack())
+            self.engine.set_meta(view, meta.stamp, meta.with_key_types(key_types).pack())
 
     def close(self) -> None:
         """Close the engine."""
@@ -218,98 +223,113 @@ class OnlineStore:
     def _write(
         self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[tuple[OnlineRow, bytes]]
     ) -> int:
+        """Write rows, each with the rank that it expects, or `b""` to replace any smaller rank."""
         if not rows:
             return 0
         while True:
-            opened, number = self._for_writing(view, key_types)
-            layout, cipher = opened.meta.layouts[number], opened.cipher
-            placed = [(cipher.address(row.keys), row, expected) for row, expected in rows]
+            generation, number = self._for_writing(view, key_types)
+            layout, cipher = generation.meta.layouts[number], generation.cipher
+            addressed = [(cipher.address(row.keys), row, expected) for row, expected in rows]
             writes = [
                 Write(address, cipher.pack(address, row, layout, number), expected)
-                for address, row, expected in placed
+                for address, row, expected in addressed
             ]
-            written = self.engine.put(view.name, opened.stamp, writes)
+            written = self.engine.put(view.name, generation.stamp, writes)
             if written is not None:
                 return written
-            self._known.pop((view.name, view.version), None)
+            self._forget(view)
 
-    def _for_writing(self, view: ViewSpec, key_types: Mapping[str, str]) -> tuple[_Opened, int]:
-        """The view's generation and the layout to write in; both are made where they are not there yet."""
+    def _for_writing(self, view: ViewSpec, key_types: Mapping[str, str]) -> tuple[_Generation, int]:
+        """Return the view's generation and the index of its layout. Create what does not exist yet."""
         while True:
-            opened = self._opened(view)
-            if opened is None:
+            generation = self._generation(view)
+            if generation is None:
                 _, wrapped = RowCipher.create(self._keys, view.name, layout_of(view).classes)
-                self.engine.change(view.name, None, Meta.new(view, key_types, wrapped, whole=False).pack())
+                meta = Meta.new(view, key_types, wrapped, materialised=False)
+                self.engine.set_meta(view.name, None, meta.pack())
                 continue
-            if dict(opened.meta.key_types) != dict(key_types):
-                # Keys came here before the feature table decided their types, and the table decided otherwise.
-                self.engine.change(view.name, opened.stamp, opened.meta.with_key_types(key_types).pack())
-                self._known.pop((view.name, view.version), None)
+            meta = generation.meta
+            if dict(meta.key_types) != dict(key_types):
+                # Pushes came before the feature table existed, and the table then got other key types.
+                self.engine.set_meta(view.name, generation.stamp, meta.with_key_types(key_types).pack())
+                self._forget(view)
                 continue
-            number = opened.meta.layout_number(view)
+            number = meta.layout_number(view)
             if number is not None:
-                return opened, number
-            missing = set(layout_of(view).classes) - {*opened.meta.data_keys, Sensitivity.PUBLIC}
-            added = {name: ValueCipher.create(self._keys, online_key(view.name, name))[1] for name in missing}
-            self.engine.change(view.name, opened.stamp, opened.meta.with_layout(view, added).pack())
-            self._known.pop((view.name, view.version), None)
+                return generation, number
+            missing = set(layout_of(view).classes) - {*meta.data_keys, Sensitivity.PUBLIC}
+            new_keys = {
+                name: ValueCipher.create(self._keys, online_key(view.name, name))[1] for name in missing
+            }
+            self.engine.set_meta(view.name, generation.stamp, meta.with_layout(view, new_keys).pack())
+            self._forget(view)
 
     def _carry(
         self,
         view: ViewSpec,
-        before: Meta | None,
+        previous: Meta | None,
         cipher: RowCipher,
         meta: Meta,
         horizon: Horizon,
         merge: Merge | None,
     ) -> Carry:
-        """Packs the rows of before that are not in the horizon for the new generation, or what they are merged to."""
+        """Return the function that packs the recent rows of the previous generation for the new one.
+
+        Without `merge` these are the rows beyond the horizon. With it, they are the merged rows.
+        """
         layout = meta.layouts[0]
         plan = layout.plan([(field.name, field.dtype) for field in view.fields])
 
-        def carry(rows: Sequence[tuple[bytes, bytes, bytes | None]]) -> Rows:
+        def carry(recent: Sequence[RecentRow]) -> Rows:
             if merge is None:
-                rows = [row for row in rows if not horizon.covers(header_of(row[1]).seq)]
-            if not rows or before is None:
+                recent = [row for row in recent if not horizon.covers(header_of(row.packed).seq)]
+            if not recent or previous is None:
                 return []
-            opened = self._open(view, before, until=0.0)
-            places = [place for place, _, _ in rows]
-            old = opened.cipher.unpack(places, [packed for _, packed, _ in rows], opened.plans)
-            new = cipher.unpack(places, [staged if merge else None for _, _, staged in rows], [plan])
-            kept = []
-            for (place, packed, staged), said, beside in zip(rows, old, new, strict=True):
+            generation = self._open(view, previous, expires_at=0.0)
+            addresses = [row.address for row in recent]
+            old = generation.cipher.unpack(addresses, [row.packed for row in recent], generation.plans)
+            new = cipher.unpack(addresses, [row.staged if merge else None for row in recent], [plan])
+            carried = []
+            for (address, packed, staged), old_row, new_row in zip(recent, old, new, strict=True):
                 row: OnlineRow | None
-                row = lay = _row_of(header_of(packed), said)
+                row = previous_row = _online_row(header_of(packed), old_row)
                 if merge is not None:
-                    there = None if staged is None else _row_of(header_of(staged), beside)
-                    row = merge(there, lay, horizon)
+                    staged_row = None if staged is None else _online_row(header_of(staged), new_row)
+                    row = merge(staged_row, previous_row, horizon)
                 if row is not None:
-                    kept.append((place, cipher.pack(place, row, layout, 0)))
-            return kept
+                    carried.append((address, cipher.pack(address, row, layout, 0)))
+            return carried
 
         return carry
 
     def _changed(
-        self, opened: _Opened, number: int, changes: Sequence[Change], lying: Sequence[bytes | None]
+        self,
+        generation: _Generation,
+        number: int,
+        changes: Sequence[Change],
+        stored: Sequence[bytes | None],
     ) -> list[Write]:
-        """What changes make of the rows that lie there."""
-        addresses = opened.cipher.addresses([change.keys for change in changes])
-        said = opened.cipher.unpack(addresses, lying, opened.plans)
+        """Return the writes that apply changes to the stored rows."""
+        addresses = generation.cipher.addresses([change.keys for change in changes])
+        found = generation.cipher.unpack(addresses, stored, generation.plans)
         writes = []
-        for change, address, packed, found in zip(changes, addresses, lying, said, strict=True):
-            before = None if packed is None else _row_of(header_of(packed), found)
-            row = change.made(before, opened.meta.whole)
+        for change, address, packed, found_row in zip(changes, addresses, stored, found, strict=True):
+            old_row = None if packed is None else _online_row(header_of(packed), found_row)
+            row = change.make(old_row, generation.meta.materialised)
             if row is not None:
-                content = opened.cipher.pack(address, row, opened.meta.layouts[number], number)
-                writes.append(Write(address, content, NOTHING if before is None else rank_of(before)))
+                content = generation.cipher.pack(address, row, generation.meta.layouts[number], number)
+                writes.append(Write(address, content, NOTHING if old_row is None else rank_of(old_row)))
         return writes
 
-    def _hash_key(self, view: str, before: Meta | None) -> bytes | None:
-        """The addresses' key of before; none where there is none, or what it protected is gone or cannot be read."""
-        if before is None or before.format != FORMAT:
+    def _hash_key(self, view: str, previous: Meta | None) -> bytes | None:
+        """Return the hash key of the previous generation.
+
+        None if there is no previous generation, it has another format, or its key was revoked.
+        """
+        if previous is None or previous.format != FORMAT:
             return None
         try:
-            return open_hash_key(self._keys, view, before.data_keys)
+            return open_hash_key(self._keys, view, previous.data_keys)
         except KeyRevoked:
             return None
 
@@ -317,45 +337,52 @@ class OnlineStore:
         packed = self.engine.meta(view)
         return None if packed is None else Meta.unpack(packed)
 
-    def _opened(self, view: ViewSpec) -> _Opened | None:
-        """The view's generation and its data keys, asked for once in a while; none before the view's first row."""
-        known = self._known.get((view.name, view.version))
+    def _forget(self, view: ViewSpec) -> None:
+        """Drop the cached generation of a view."""
+        self._cache.pop((view.name, view.version), None)
+
+    def _generation(self, view: ViewSpec) -> _Generation | None:
+        """Return the view's generation and its data keys, cached for `CACHE_S`; None before the view's first row."""
+        cached = self._cache.get((view.name, view.version))
         now = time.monotonic()
-        if known is not None and now < known.until:
-            return known
+        if cached is not None and now < cached.expires_at:
+            return cached
         meta = self._meta(view.name)
         if meta is None:
             return None
         try:
-            opened = self._open(view, meta, until=now + CACHE_S)
+            generation = self._open(view, meta, expires_at=now + CACHE_S)
         except KeyStoreUnavailable:
-            if known is None or known.stamp != meta.stamp:
+            if cached is None or cached.stamp != meta.stamp:
                 raise
-            opened = replace(known, until=now + RETRY_S)
-        self._known[view.name, view.version] = opened
-        return opened
+            generation = replace(cached, expires_at=now + RETRY_S)
+        self._cache[view.name, view.version] = generation
+        return generation
 
-    def _open(self, view: ViewSpec, meta: Meta, *, until: float) -> _Opened:
+    def _open(self, view: ViewSpec, meta: Meta, *, expires_at: float) -> _Generation:
         if meta.format != FORMAT:
             raise OnlineStoreOutdated(
-                f"The online rows of view '{view.name}' lie in format {meta.format}, this release reads {FORMAT}. Run "
+                f"The online rows of view '{view.name}' have format {meta.format}, this release reads {FORMAT}. Run "
                 f"`python -m feature_jobs.materialize view={view.name}` with this release."
             )
         wanted = [(field.name, field.dtype) for field in view.fields]
         plans = tuple(layout.plan(wanted) for layout in meta.layouts)
-        classes = sorted({name for plan in plans for _, name, _, _ in plan.parts})
+        classes = sorted({part.sensitivity for plan in plans for part in plan.parts})
         cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
-        return _Opened(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, until=until)
+        return _Generation(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, expires_at=expires_at)
 
 
-def _row_of(header: Header, found: Found | None) -> OnlineRow:
-    """A row that lies in the store, but for its keys."""
+def _online_row(header: Header, found: FoundRow | None) -> OnlineRow:
+    """Return a stored row without its keys."""
+    values: Sequence[object] = ()
+    if found is not None:
+        _, _, _, values = found
     return OnlineRow(
         keys=(),
         event_us=header.event_us,
         created_us=header.created_us,
         seq=header.seq,
-        values=found[3] if found else (),
+        values=values,
         deleted=header.deleted,
     )
 

@@ -1,11 +1,13 @@
-"""Aggregated views in the online store: one value per entity, its packed `WindowState`.
+"""Aggregated views in the online store: one value for each entity, its packed `WindowState`.
 
-Values that were computed at some instant would be wrong at the next one, because windows move. So the state is stored,
-sealed by the most sensitive class among the columns it is made of, and read at the request's own `as_of`.
+Windows move, so values that are computed at one instant are wrong at the next one. Therefore the state is stored, and
+the values are computed at the `as_of` of each read. The state is encrypted under the most sensitive class of the
+columns that it is made of.
 
-A materialisation answers for instants from one longest window before its own: for earlier ones the state is newer. An
-entity that the store does not hold, in a view that was materialised, has no events: its counts are 0, as offline. In
-one that was only pushed to, all is missing. `online_events` takes events into the states.
+After a materialisation, a state can be read at any instant from one longest window before the materialisation's
+`as_of`. At an earlier instant the status is `newer`. In a view that was materialised, an entity without a row has no
+events, so its counts are 0, as offline. In a view that was only pushed to, its values are missing. `events.py` adds
+events to the states.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from feature_jobs.store.definitions.views import Sensitivity, content_hash
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.online.frames import plain_columns
-from feature_jobs.store.online.rows import Found, OnlineRow
+from feature_jobs.store.online.rows import FoundRow, OnlineRow
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 _ASCENDING = list(Sensitivity)
@@ -33,17 +35,17 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def stored_view(view: ViewSpec) -> ViewSpec:
-    """The view as the online store holds it; another view unchanged.
+    """Return an aggregated view as it is stored online: with the state as its only field. Other views do not change.
 
-    The state's dtype names the aggregations it was made for: one made for others is not read.
+    The state's dtype has a hash of the aggregations, so a state for other aggregations is not read.
     """
     if view.windows is None:
         return view
-    used = [field.sensitivity for field in view.stored if field.name in view.windows.read]
+    sensitivities = [field.sensitivity for field in view.stored if field.name in view.windows.read]
     state = FieldSpec(
         name="state",
         dtype=f"windows-{content_hash(asdict(view.windows))}",
-        sensitivity=max(used, key=lambda name: _ASCENDING.index(Sensitivity(name))),
+        sensitivity=max(sensitivities, key=lambda name: _ASCENDING.index(Sensitivity(name))),
         categorical=False,
     )
     return replace(view, fields=[state], windows=None, event_fields=())
@@ -56,52 +58,53 @@ class WindowedView:
         self.stored = stored_view(view)
         self._tiling = Tiling(windows)
 
-    def found(
-        self, keys: Sequence[object | None], states: Sequence[Found | None], at_us: int
-    ) -> list[Found | None]:
-        """What the view's features are at an instant; none where nobody is asked for, or nothing can be said.
+    def rows_at(
+        self, keys: Sequence[object | None], states: Sequence[FoundRow | None], at_us: int
+    ) -> list[FoundRow | None]:
+        """Return rows with the view's features at an instant; None without a key, or if the state lacks events.
 
-        A state that begins later has its time and no values.
+        If the state begins after the instant, the row has the state's time and no values.
 
         Raises:
             InvalidRequest: a sum of whole numbers is beyond int64.
         """
         return [
-            None if key is None else self._answer(state, at_us)
+            None if key is None else self._row_at(state, at_us)
             for key, state in zip(keys, states, strict=True)
         ]
 
-    def _answer(self, found: Found | None, at_us: int) -> Found | None:
-        if found is None:
+    def _row_at(self, state_row: FoundRow | None, at_us: int) -> FoundRow | None:
+        if state_row is None:
             state = WindowState(self._tiling)
-        elif (packed := found[3][0]) is not None:
-            state = WindowState.unpack(self._tiling, packed)
         else:
-            return None
+            _, _, _, (packed,) = state_row
+            if packed is None:
+                return None
+            state = WindowState.unpack(self._tiling, packed)
         values = state.values(at_us)
         if values is not None:
             return at_us, at_us, None not in values, values
-        # A state that lacks events says nothing at all; any other one begins later than this instant.
+        # There are no values because the state lacks events, or because it begins after this instant.
         return None if state.since_us >= NEVER else (state.since_us, state.since_us, False, ())
 
 
 def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Iterator[OnlineRow]:
-    """The state of every entity with what was known at a moment, bucket by bucket."""
+    """Yield the state of every entity with the events that were known at a moment, bucket by bucket."""
     for bucket in range(pinned.num_buckets):
         events = pinned.read(bucket, windows.read)
         if not events.is_empty():
-            yield from states(events, list(pinned.key_types), windows, as_of)
+            yield from entity_states(events, list(pinned.key_types), windows, as_of)
 
 
-def states(
+def entity_states(
     events: pl.DataFrame, keys: Sequence[str], windows: WindowSpec, as_of: dt.datetime
 ) -> Iterator[OnlineRow]:
-    """The state of every entity that has events, with what was known at a moment.
+    """Yield the state of every entity that has events, with the events that were known at a moment.
 
     Args:
-        events: as of `windows.aggregate`.
-        keys: columns that identify an entity.
-        windows: the view's.
+        events: as in `offline.windows.aggregate`.
+        keys: join keys.
+        windows: the view's aggregations.
         as_of: the moment.
     """
     tiling = Tiling(windows)
@@ -115,7 +118,8 @@ def states(
             event_us, created_us, seq, deleted, event_id, *values = row[len(keys) :]
             state.apply(EventRow(event_id, event_us, created_us, seq, None if deleted else tuple(values)))
         yield _row(entity, state, seq)
-    # Of the others it must be known that something was before, or it would be said that nothing was.
+    # The other entities have only older events. Their empty state makes a read before `since` return `newer`.
+    # Without a row, such a read would return the values of an entity that never had events.
     others = known.join(useful, on=list(keys), how="anti").group_by(keys).agg(pl.col(SEQ).max())
     for *entity, seq in others.iter_rows():
         yield _row(tuple(entity), WindowState(tiling, since_us=since_us), seq)
@@ -129,17 +133,17 @@ def _row(entity: tuple[int | str, ...], state: WindowState, seq: int) -> OnlineR
 def _useful(
     known: pl.DataFrame, keys: Sequence[str], windows: WindowSpec, since: dt.datetime
 ) -> pl.DataFrame:
-    """The rows that the states need, entity by entity and by sequence."""
+    """Return the rows that the states need, sorted by entity and sequence number."""
     longest = dt.timedelta(microseconds=windows.longest_us)
-    # An event is needed whole or not at all: without its correction, the version before would count again.
+    # Take all versions of an event or none. Without a correction, the corrected version would count again.
     newest = AVAILABLE.max().over([*keys, windows.event_id])
     deleted = pl.col(DELETED) if DELETED in known.columns else pl.lit(False)
-    times = plain_columns(windows.columns)
+    plain = plain_columns(windows.columns)
     columns = [pl.col(name).alias(f"__value_{name}") for name in windows.columns]
     return (
         known.filter(newest > before(since, longest))
         .sort(*keys, SEQ)
-        .with_columns(*times)
+        .with_columns(*plain)
         .select(
             *keys,
             pl.col(EVENT).dt.epoch("us"),

@@ -1,1 +1,1 @@
-"""Served features beside those that offline data gives."""
+"""Skew: comparison of served features with the features from offline data."""

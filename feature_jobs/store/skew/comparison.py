@@ -1,15 +1,15 @@
-"""Whether the features that were served are those that offline data gives: pure comparison of frames.
+"""Compare served features with the features from offline data. Pure functions over frames.
 
-A served value is held against the point-in-time join at the request's own `as_of`, over all that is stored by now.
-Where they differ, the cause is looked for in the history of the entity:
+A served value is compared with the point-in-time join at the request's `as_of`, over all rows that are stored now. If
+they differ, the history of the entity gives the cause:
 
-- `lag`: the value is that of an older row, one that the online store may still have held, or of one that offline got to
-  know later. The store is behind, or ahead, but the values are the same.
-- `online_missing`, `offline_missing`: one side had a value where the other, with the same knowledge, has none.
-- `mismatch`: both have one, and it is another: the value was made in two ways.
+- `lag`: the value is from an older row that the online store may still have had, or from a row that the table got
+  later. One store is behind the other, but the values are the same.
+- `online_missing`, `offline_missing`: one side has a value and the other has none, although both had the same rows.
+- `mismatch`: both sides have a value, and the values differ. They were made in two ways.
 
-The online store held at least what the last materialisation before the request put there, so no older row than that one
-excuses a value; after a push it may hold any newer one.
+The online store had at least the rows of the last materialisation before the request. So a row that is older than these
+does not explain a value. After a push, the online store may have any newer row.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from feature_jobs.store.types.schema import CREATED, EVENT, SEQ
 POSITION, AS_OF, REQUESTED = "__position", "__as_of", "__requested"
 FLOOR_SEQ, FLOOR_AS_OF = "__floor_seq", "__floor_as_of"
 INGESTED = "ingested_at"
-_ONLINE, _RANK, _FRESH, _AT_FLOOR = "__online", "__rank", "__fresh", "__at_floor"
+_ONLINE, _OFFLINE, _EXPLAINED = "__online", "__known", "__excused"
+_VALUE, _AVAILABLE, _RANK = "__value", "__available", "__rank"
+_VISIBLE, _FRESH, _AT_FLOOR = "__visible", "__fresh", "__at_floor"
 
 
 class Verdict(enum.StrEnum):
-    """What became of one served value."""
+    """Result of the comparison of one served value."""
 
     equal = "equal"
     lag = "lag"
@@ -43,7 +45,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSkew:
-    """How often a feature's served values came to which verdict."""
+    """Number of served values of a feature by verdict, and their error."""
 
     equal: int = 0
     lag: int = 0
@@ -53,44 +55,47 @@ class FeatureSkew:
     error_sum: float = 0.0
     """Sum of the terms of SMAPE."""
     error_count: int = 0
-    """Pairs of numbers that it is over."""
+    """Number of terms: pairs of numbers."""
 
     @property
     def compared(self) -> int:
-        """Served values that were held against offline ones."""
+        """Number of served values that were compared."""
         return self.equal + self.lag + self.online_missing + self.offline_missing + self.mismatch
 
     @property
     def smape(self) -> float | None:
-        """Symmetric mean absolute percentage error as a share, 0 to 2: mean of 2 |o - f| / (|o| + |f|), 0 where both
-        are 0 (Armstrong, Long-Range Forecasting, 1985, p. 348); none for features that are no numbers."""
+        """Symmetric mean absolute percentage error as a share, 0 to 2; None for features that are not numbers.
+
+        It is the mean of 2 |o - f| / (|o| + |f|), with 0 if both are 0 (Armstrong, Long-Range Forecasting, 1985,
+        p. 348).
+        """
         return self.error_sum / self.error_count if self.error_count else None
 
     def report(self) -> dict[str, Any]:
-        """For people and events."""
+        """Return the counts and the error for reports and events."""
         counts = {name: value for name, value in asdict(self).items() if not name.startswith("error")}
         return {"compared": self.compared, **counts, "smape": self.smape}
 
     def __add__(self, other: FeatureSkew) -> FeatureSkew:
         return FeatureSkew(
-            **{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
 
 
 def differing(online: pl.Series, offline: pl.Series) -> pl.Series:
-    """Where a served value is not the offline one; both null is the same. Of one dtype."""
+    """Return where served and offline values differ. Two nulls are equal. Both series must have one dtype."""
     return online.ne_missing(offline)
 
 
 def skew_of(online: pl.Series, offline: pl.Series, verdicts: pl.Series) -> FeatureSkew:
-    """Counts and error of one feature.
+    """Return the counts and the error of one feature.
 
     Args:
-        online: as served.
-        offline: as joined now.
-        verdicts: of each.
+        online: served values.
+        offline: values of the point-in-time join.
+        verdicts: verdict on each value.
     """
-    counts = {str(one): int((verdicts == one).sum()) for one in Verdict}
+    counts = {str(verdict): int((verdicts == verdict).sum()) for verdict in Verdict}
     if not online.dtype.is_numeric():
         return FeatureSkew(**counts)
     pair = pl.DataFrame({"o": online.cast(pl.Float64), "f": offline.cast(pl.Float64)}).drop_nulls()
@@ -100,11 +105,11 @@ def skew_of(online: pl.Series, offline: pl.Series, verdicts: pl.Series) -> Featu
 
 
 _VERDICT = (
-    pl.when(pl.col(_ONLINE).is_null() & pl.col("__known").is_not_null())
+    pl.when(pl.col(_ONLINE).is_null() & pl.col(_OFFLINE).is_not_null())
     .then(pl.lit(Verdict.online_missing.value))
-    .when(pl.col(_ONLINE).is_null() | pl.col("__excused"))
+    .when(pl.col(_ONLINE).is_null() | pl.col(_EXPLAINED))
     .then(pl.lit(Verdict.lag.value))
-    .when(pl.col("__known").is_null())
+    .when(pl.col(_OFFLINE).is_null())
     .then(pl.lit(Verdict.offline_missing.value))
     .otherwise(pl.lit(Verdict.mismatch.value))
 )
@@ -119,51 +124,59 @@ def judge(
     online: pl.Series,
     ttl: timedelta | None,
 ) -> pl.DataFrame:
-    """Why served values of one feature are not the offline ones.
+    """Find out why served values of one feature differ from the offline ones.
 
     Args:
-        asked: the differing requests: `POSITION` (unique), the keys, `AS_OF`, `REQUESTED` (UTC), and of the last
-            materialisation before, null where there was none, `FLOOR_SEQ` (the last `ingest_seq` it could read) and
-            `FLOOR_AS_OF`.
-        history: all rows of the entities: keys, times, `ingest_seq`, `ingested_at` and the feature.
-        keys: that identify an entity.
-        feature: its column in `history`.
-        online: what was served for each of `asked`, of the feature's dtype.
-        ttl: of the view.
+        asked: the requests with a difference: `POSITION` (unique), join keys, `AS_OF`, `REQUESTED` (UTC), and for the
+            last materialisation before the request `FLOOR_SEQ` (the last `ingest_seq` it could read) and `FLOOR_AS_OF`.
+            The last two are null if there was no materialisation.
+        history: all rows of the entities: join keys, times, `ingest_seq`, `ingested_at` and the feature.
+        keys: join keys.
+        feature: column of the feature in `history`.
+        online: the served value of each request, with the feature's dtype.
+        ttl: TTL of the view.
 
     Returns:
-        `POSITION` and `verdict`, never `equal`.
+        `POSITION` and `verdict`, which is never `equal`.
     """
-    known = (
-        history.select(*keys, EVENT, CREATED, SEQ, INGESTED, pl.col(feature).alias("__value"))
-        .sort(EVENT, CREATED, SEQ)
-        .with_row_index(_RANK)
-        .with_columns(AVAILABLE.alias("__available"))
-    )
-    rows = (
-        asked.with_columns(online.alias(_ONLINE))
-        .join(known, on=list(keys), how="left", maintain_order="left_right")
-        .with_columns(
-            _AT=pl.col("__available") <= pl.col(AS_OF),
-            **{
-                _FRESH: pl.lit(True) if ttl is None else pl.col(EVENT) >= pl.col(AS_OF) - ttl,
-                _AT_FLOOR: (pl.col(SEQ) <= pl.col(FLOOR_SEQ))
-                & (pl.col("__available") <= pl.col(FLOOR_AS_OF)),
-            },
-        )
-    )
-    visible = pl.col("_AT").fill_null(False)
+    rows = _request_rows(asked.with_columns(online.alias(_ONLINE)), history, keys, feature, ttl)
+    visible = pl.col(_VISIBLE).fill_null(False)
     stored = visible & (pl.col(INGESTED) <= pl.col(REQUESTED))
     floor = pl.col(_RANK).filter(visible & pl.col(_AT_FLOOR)).max()
     newest = pl.col(_RANK).filter(stored).max()
-    value = pl.col("__value").filter(stored & (pl.col(_RANK) == newest) & pl.col(_FRESH)).first()
-    same = (
+    offline_value = pl.col(_VALUE).filter(stored & (pl.col(_RANK) == newest) & pl.col(_FRESH)).first()
+    explains = (
         visible
         & pl.col(_FRESH)
-        & (pl.col("__value") == pl.col(_ONLINE))
+        & (pl.col(_VALUE) == pl.col(_ONLINE))
         & (floor.is_null() | (pl.col(_RANK) >= floor))
     )
-    found = rows.group_by(POSITION, maintain_order=True).agg(
-        pl.col(_ONLINE).first(), value.alias("__known"), same.any().alias("__excused")
+    judged = rows.group_by(POSITION, maintain_order=True).agg(
+        pl.col(_ONLINE).first(), offline_value.alias(_OFFLINE), explains.any().alias(_EXPLAINED)
     )
-    return found.select(POSITION, _VERDICT.alias("verdict"))
+    return judged.select(POSITION, _VERDICT.alias("verdict"))
+
+
+def _request_rows(
+    requests: pl.DataFrame,
+    history: pl.DataFrame,
+    keys: Sequence[str],
+    feature: str,
+    ttl: timedelta | None,
+) -> pl.DataFrame:
+    """Join each request with all rows of its entity, with each row's rank and its state at the request.
+
+    `_VISIBLE`: the row was available at `AS_OF`. `_FRESH`: it was not expired. `_AT_FLOOR`: the last materialisation
+    before the request could read it.
+    """
+    ranked = (
+        history.select(*keys, EVENT, CREATED, SEQ, INGESTED, pl.col(feature).alias(_VALUE))
+        .sort(EVENT, CREATED, SEQ)
+        .with_row_index(_RANK)
+        .with_columns(AVAILABLE.alias(_AVAILABLE))
+    )
+    return requests.join(ranked, on=list(keys), how="left", maintain_order="left_right").with_columns(
+        (pl.col(_AVAILABLE) <= pl.col(AS_OF)).alias(_VISIBLE),
+        (pl.lit(True) if ttl is None else pl.col(EVENT) >= pl.col(AS_OF) - ttl).alias(_FRESH),
+        ((pl.col(SEQ) <= pl.col(FLOOR_SEQ)) & (pl.col(_AVAILABLE) <= pl.col(FLOOR_AS_OF))).alias(_AT_FLOOR),
+    )

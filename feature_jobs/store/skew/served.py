@@ -1,8 +1,8 @@
-"""Logged predictions as requests to the feature store, to be asked again offline.
+"""Read logged predictions as requests to the feature store, so that they can be repeated offline.
 
-A request is compared where it was answered from the online store: those that brought all their features along have no
-entity. An input that a client gave itself is left out; where a record does not say which those were, because an older
-release wrote it, all of it is. Where a default stood in, nothing was read, so it counts as null.
+Only requests that read the online store are compared. A request that brought all of its features has no entity. Inputs
+that the client sent are left out. A record of an earlier release does not say which inputs these were, so it is left
+out as a whole. If a default replaced a missing feature, the store gave no value, so the value counts as null.
 """
 
 from __future__ import annotations
@@ -27,54 +27,63 @@ TIME = pl.Datetime("us", "UTC")
 
 @dataclass(kw_only=True, slots=True)
 class Served:
-    """Rows that one version answered, with the same inputs given by the client."""
+    """Rows of requests that one model version answered, all with the same inputs sent by the client."""
 
     version: int
     given: tuple[str, ...]
+    """Names of the inputs that the client sent."""
     ids: list[tuple[str, int]] = field(default_factory=list)
-    """Prediction and row within it."""
+    """Prediction id, and index of the row in that prediction."""
     entities: list[dict[str, Any]] = field(default_factory=list)
     as_of: list[dt.datetime] = field(default_factory=list)
     requested: list[dt.datetime] = field(default_factory=list)
+    """Time of the request."""
     features: dict[str, list[Any]] = field(default_factory=dict)
 
     def column(self, name: str, spec: FieldSpec) -> pl.Series:
-        """What was served of a feature, in its own dtype."""
+        """Return the served values of a feature with the feature's dtype."""
         if is_rich(spec.dtype):
             return pl.Series(name, pl.from_arrow(arrow_values(self.features[name], spec.dtype)))
-        wanted = pl.Series(pl.from_arrow(pa.array([], DTYPES[spec.dtype]))).dtype
-        # By the feature's type, which the values may not be of. The online store gives a time as its microseconds.
+        dtype = pl.Series(pl.from_arrow(pa.array([], DTYPES[spec.dtype]))).dtype
+        # The values may have another type than the feature. The online store returns a time as microseconds.
         logged = "int64" if spec.dtype == "timestamp" else spec.dtype
-        return column_of(name, self.features[name], logged)[0].cast(wanted)
+        return column_of(name, self.features[name], logged)[0].cast(dtype)
 
     def asked(self, spec: ServiceSpec) -> pa.Table:
-        """The entity rows: keys and `event_timestamp`.
+        """Return the entity rows: join keys and `event_timestamp`.
 
-        A key that was read from an earlier view is the one that was served, so that the views are judged one by one.
+        If a join key is a feature of an earlier view, the served value is taken, so that each view is compared on its
+        own.
         """
-        columns: dict[str, Any] = {key: [one[key] for one in self.entities] for key in self.entities[0]}
+        columns: dict[str, Any] = {key: [row[key] for row in self.entities] for key in self.entities[0]}
         for view in spec.views:
-            for one in view.fields:
-                name = f"{view.name}__{one.name}"
-                is_key = any(one.name in other.join_keys for other in spec.views)
-                if is_key and one.name not in columns and name in self.features and name not in self.given:
-                    columns[one.name] = self.column(name, one).to_arrow()
+            for feature in view.fields:
+                name = f"{view.name}__{feature.name}"
+                is_key = any(feature.name in other.join_keys for other in spec.views)
+                is_read = name in self.features and name not in self.given
+                if is_key and feature.name not in columns and is_read:
+                    columns[feature.name] = self.column(name, feature).to_arrow()
         return pa.table({**columns, EVENT: pa.array(self.as_of, DTYPES["timestamp"])})
 
 
 class Requests(NamedTuple):
-    """What a log has."""
+    """The content of a log."""
 
     groups: list[Served]
-    """The requests that can be asked again."""
+    """The requests that can be repeated."""
     left_out: int
-    """Rows of predictions that cannot."""
+    """Number of rows of predictions that cannot be repeated."""
     without_score: int
-    """Rows of requests that the model gave no answer to."""
+    """Number of rows of requests that the model did not answer."""
 
 
 def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> Requests:
-    """The requests in a log."""
+    """Read the requests from the records of a log, grouped by version, inputs and join keys.
+
+    Args:
+        records: records of the prediction log.
+        since: time of the first request to read; None for all.
+    """
     groups: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Served] = {}
     left_out = without_score = 0
     for record in _since(records, since):
@@ -100,6 +109,7 @@ def _since(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> I
 
 
 def _add(group: Served, record: Mapping[str, Any]) -> None:
+    """Append the rows of a record. A feature that a default replaced becomes null."""
     count = len(record["entities"])
     group.ids.extend((record["prediction_id"], row) for row in range(count))
     group.entities.extend(record["entities"])
@@ -107,8 +117,7 @@ def _add(group: Served, record: Mapping[str, Any]) -> None:
     group.requested.extend([dt.datetime.fromisoformat(record["time"])] * count)
     defaulted = record.get("defaulted", {})
     for name, values in record["features"].items():
-        stood_in = set(defaulted.get(name, ()))
-        read = (
-            [None if row in stood_in else value for row, value in enumerate(values)] if stood_in else values
-        )
-        group.features.setdefault(name, []).extend(read)
+        rows = set(defaulted.get(name, ()))
+        if rows:
+            values = [None if row in rows else value for row, value in enumerate(values)]
+        group.features.setdefault(name, []).extend(values)

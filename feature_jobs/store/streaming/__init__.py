@@ -1,1 +1,1 @@
-"""Pushes and Kafka messages into the table and the online store, exactly once."""
+"""Streams: pushes and Kafka messages into the feature table and the online store, exactly once."""

@@ -1,7 +1,7 @@
-"""Messages that were read and checked, wherever that was done, and where in the topic they stood.
+"""Messages of a topic that were read, transformed and checked, with their positions in the topic.
 
-They are plain data, so that several readers can each transform and check some partitions, and one committer can put
-together what they give. Order is kept within a partition only, as by Kafka.
+They are plain data. So several readers can each check some partitions, and one committer can combine the results. Order
+is kept within a partition only, as in Kafka.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedR
 
 
 class Message(Protocol):
-    """What a consumer gives."""
+    """A message as a Kafka consumer returns it."""
 
     def partition(self) -> int: ...
     def offset(self) -> int: ...
@@ -31,53 +31,56 @@ class Message(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedMessages:
-    """Some messages of a topic as rows; `POSITION` in `rows` is the place among them."""
+    """Messages of a topic as rows. `POSITION` in `rows` is the index of the row's message."""
 
     partitions: np.ndarray[Any, np.dtype[np.int64]]
     """(messages,)"""
     offsets: np.ndarray[Any, np.dtype[np.int64]]
-    """(messages,), growing within a partition."""
+    """(messages,), ascending within a partition."""
     values: pa.Array
-    """(messages,), binary: as they came."""
+    """(messages,), binary: the unchanged messages."""
     rows: CheckedRows
     starts: Mapping[int, int] = field(default_factory=dict)
-    """By partition, from which offset on it was read; empty where nobody can have missed anything."""
+    """Offset by partition from which it was read; empty if no message can be missing."""
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     @property
     def reached(self) -> dict[int, int]:
-        """By partition, the last offset."""
+        """The last offset of each partition."""
         numbers = np.unique(self.partitions).tolist()
         return {number: int(self.offsets[self.partitions == number].max()) for number in numbers}
 
     def after(self, committed: Mapping[int, int]) -> CheckedMessages:
-        """Those that a table does not have, which has each partition up to an offset.
+        """Return the messages after the committed offsets.
+
+        Args:
+            committed: for each partition, the last offset that the table has.
 
         Raises:
-            Inconsistent: a partition was not read from there on, so that messages between would be lost.
+            Inconsistent: a partition was read from a later offset, so messages in between would be lost.
         """
         for number, start in self.starts.items():
             if start > committed[number] + 1:
                 raise Inconsistent(
-                    f"Partition {number} was read from offset {start} on, the table has it up to {committed[number]}. "
-                    "Nothing was stored."
+                    f"Partition {number} was read from offset {start}, but the table has it only up to "
+                    f"{committed[number]}. Nothing was stored. Start the readers again from the table's offsets."
                 )
-        fresh = np.zeros(len(self), dtype=bool)
+        is_new = np.zeros(len(self), dtype=bool)
         for number, offset in committed.items():
-            fresh |= (self.partitions == number) & (self.offsets > offset)
-        if fresh.all():
+            is_new |= (self.partitions == number) & (self.offsets > offset)
+        if is_new.all():
             return self
         return CheckedMessages(
-            partitions=self.partitions[fresh],
-            offsets=self.offsets[fresh],
-            values=self.values.filter(pa.array(fresh)),
-            rows=CheckedRows(good=_kept(self.rows.good, fresh), bad=_kept(self.rows.bad, fresh)),
+            partitions=self.partitions[is_new],
+            offsets=self.offsets[is_new],
+            values=self.values.filter(pa.array(is_new)),
+            rows=CheckedRows(good=_filtered(self.rows.good, is_new), bad=_filtered(self.rows.bad, is_new)),
         )
 
 
-def checked(
+def to_checked(
     messages: Sequence[Message],
     view: FeatureView,
     *,
@@ -86,11 +89,11 @@ def checked(
     ahead: Ahead = AT_ONCE,
     starts: Mapping[int, int] | None = None,
 ) -> CheckedMessages:
-    """Transform and check messages; arguments as those of `check_messages`."""
-    values = [one.value() for one in messages]
+    """Transform and check messages; arguments as in `check_messages` and `CheckedMessages`."""
+    values = [message.value() for message in messages]
     return CheckedMessages(
-        partitions=np.array([one.partition() for one in messages], dtype=np.int64),
-        offsets=np.array([one.offset() for one in messages], dtype=np.int64),
+        partitions=np.array([message.partition() for message in messages], dtype=np.int64),
+        offsets=np.array([message.offset() for message in messages], dtype=np.int64),
         values=pa.array(values, pa.binary()),
         rows=check_messages(values, view, key_types=key_types, now=now, ahead=ahead),
         starts=starts or {},
@@ -98,32 +101,34 @@ def checked(
 
 
 def together(parts: Sequence[CheckedMessages]) -> CheckedMessages:
-    """What several readers gave, who share no partition, as one; at least one part."""
+    """Combine the messages of several readers that share no partition. There must be at least one part."""
     firsts = np.cumsum([0, *(len(part) for part in parts)])[:-1].tolist()
-    good = [_moved(part.rows.good, first) for part, first in zip(parts, firsts, strict=True)]
-    bad = [_moved(part.rows.bad, first) for part, first in zip(parts, firsts, strict=True)]
-    # A part without a good row does not know the columns.
-    filled = [rows for rows in good if rows.num_rows] or good[:1]
+    good = [_shifted(part.rows.good, first) for part, first in zip(parts, firsts, strict=True)]
+    bad = [_shifted(part.rows.bad, first) for part, first in zip(parts, firsts, strict=True)]
+    # A part without good rows does not have the view's columns.
+    with_rows = [rows for rows in good if rows.num_rows] or good[:1]
     return CheckedMessages(
         partitions=np.concatenate([part.partitions for part in parts]),
         offsets=np.concatenate([part.offsets for part in parts]),
         values=pa.concat_arrays([part.values for part in parts]),
         rows=CheckedRows(
-            good=pa.concat_tables(filled, promote_options="permissive"), bad=pa.concat_tables(bad)
+            good=pa.concat_tables(with_rows, promote_options="permissive"), bad=pa.concat_tables(bad)
         ),
         starts={number: start for part in parts for number, start in part.starts.items()},
     )
 
 
-def _kept(rows: pa.Table, fresh: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.Table:
-    places = np.array(rows[POSITION], dtype=np.int64)
-    kept = rows.filter(pa.array(fresh[places]))
-    return _placed(kept, (np.cumsum(fresh) - 1)[places[fresh[places]]])
+def _filtered(rows: pa.Table, is_new: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.Table:
+    """Return the rows of new messages, with positions among these messages."""
+    positions = np.array(rows[POSITION], dtype=np.int64)
+    filtered = rows.filter(pa.array(is_new[positions]))
+    return _with_positions(filtered, (np.cumsum(is_new) - 1)[positions[is_new[positions]]])
 
 
-def _moved(rows: pa.Table, first: int) -> pa.Table:
-    return _placed(rows, np.array(rows[POSITION], dtype=np.int64) + first) if first else rows
+def _shifted(rows: pa.Table, first: int) -> pa.Table:
+    return _with_positions(rows, np.array(rows[POSITION], dtype=np.int64) + first) if first else rows
 
 
-def _placed(rows: pa.Table, places: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Table:
-    return rows.set_column(rows.schema.get_field_index(POSITION), POSITION, pa.array(places, pa.int64()))
+def _with_positions(rows: pa.Table, positions: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Table:
+    index = rows.schema.get_field_index(POSITION)
+    return rows.set_column(index, POSITION, pa.array(positions, pa.int64()))

@@ -1,7 +1,7 @@
-"""Reads a topic with librdkafka and hands what comes to a stream; offsets are the stream's, not Kafka's.
+"""Read a topic with librdkafka and pass the messages to a stream. The stream stores the offsets, not Kafka.
 
-`consume` reads and stores in one process. A `PartitionReader` reads and checks some partitions for a committer that is
-elsewhere, and keeps nothing that a new one from the committed offsets would not read again.
+`consume` reads and stores in one process. A `PartitionReader` reads and checks some partitions for a committer in
+another process. Its state can be lost: a new reader from the committed offsets reads the same messages again.
 """
 
 from __future__ import annotations
@@ -20,31 +20,42 @@ from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.pushed_rows import AT_ONCE
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, checked
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, to_checked
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
+from feature_jobs.store.streaming.streamed import MAX_ROWS
 
 T = TypeVar("T")
 ANSWER_S = 10.0
-"""So long brokers may take for a question about the topic."""
+"""Timeout in seconds for a broker's answer about the topic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What is read, and how."""
+    """What a consumer reads, and how."""
 
     source: KafkaSource
     properties_file: Path | None = None
+    """File with librdkafka properties, one `name=value` per line."""
     once: bool = False
-    """End at what was the end at the start."""
+    """Whether to stop at the end that the topic had at the start."""
     linger_s: float = 0.1
-    max_rows: int = 50_000
+    """Longest wait in seconds for a batch of messages."""
+    max_rows: int = MAX_ROWS
+    """Largest number of messages in a batch."""
     ahead: Ahead = AT_ONCE
+    """How far a row's times may be ahead of the clock."""
 
 
 def consume(
     stream: KafkaStream, reading: Reading, stopped: threading.Event, *, until_table: bool = False
 ) -> int:
-    """Read until stopped or, if asked to, until the end or until there is a table; gives the rows taken.
+    """Read and store messages until stopped; return the number of messages taken.
+
+    Args:
+        stream: stores the messages.
+        reading: what to read. With `once`, stop at the end.
+        stopped: set to stop.
+        until_table: whether to stop as soon as the table exists.
 
     Raises:
         SourceError: the brokers or the topic cannot be reached.
@@ -55,12 +66,12 @@ def consume(
         until_committed(stream.start)
         offsets = stream.offsets(_partitions(consumer, reading))
         ends = _ends(consumer, reading, offsets) if reading.once else None
-        consumer.assign(_places(reading, offsets))
+        consumer.assign(_topic_partitions(reading, offsets))
         total = 0
         while not stopped.is_set() and not (until_table and stream.key_types) and is_left(offsets, ends):
-            messages = _next(consumer, reading, offsets)
+            messages = _next_messages(consumer, reading, offsets)
             if messages:
-                total += until_committed(lambda taken=messages: stream.take(taken))  # type: ignore[misc]
+                total += until_committed(lambda batch=messages: stream.take(batch))  # type: ignore[misc]
         return total
     except KafkaException as error:
         raise SourceError(f"{reading.source.path} cannot be read: {error}.") from error
@@ -69,7 +80,7 @@ def consume(
 
 
 def bounds(reading: Reading) -> dict[int, int]:
-    """The partitions of a topic, with the offset where each ends now.
+    """Return the current end offset of each partition of a topic.
 
     Raises:
         SourceError: the brokers or the topic cannot be reached.
@@ -84,29 +95,29 @@ def bounds(reading: Reading) -> dict[int, int]:
 
 
 def is_left(offsets: Mapping[int, int], ends: Mapping[int, int] | None) -> bool:
-    """Whether a partition is not read to its end yet; none has one where no ends are given."""
+    """Return whether a partition is not read to its end yet; always true without ends."""
     return ends is None or any(offsets[number] < end for number, end in ends.items())
 
 
 def shares(partitions: Sequence[int], readers: int) -> list[list[int]]:
-    """Partitions dealt out in turn to at most so many readers, none of whom goes away empty-handed."""
+    """Distribute partitions in turn among at most `readers` readers, each of which gets at least one."""
     readers = min(readers, len(partitions))
-    return [list(partitions[place::readers]) for place in range(readers)]
+    return [list(partitions[first::readers]) for first in range(readers)]
 
 
 class PartitionReader:
-    """Reads and checks some partitions and stores nothing, so that it may die at any time."""
+    """Reads and checks some partitions. It stores nothing, so it may be killed at any time."""
 
     def __init__(
         self, reading: Reading, view: FeatureView, offsets: Mapping[int, int], key_types: Mapping[str, str]
     ) -> None:
-        """Read on from the offsets; librdkafka is opened by the first `read`, whose errors come to the caller."""
+        """Prepare to read from the offsets. The first `read` opens librdkafka, so that the caller gets its errors."""
         self._reading, self._view, self._key_types = reading, view, dict(key_types)
         self._offsets = dict(offsets)
         self._consumer: Consumer | None = None
 
     def read(self) -> CheckedMessages | None:
-        """What came next, at most `max_rows`; none if nothing came within `linger_s`.
+        """Return the next messages, at most `max_rows`; None if there are none within `linger_s`.
 
         Raises:
             SourceError: the brokers or the topic cannot be reached.
@@ -114,14 +125,14 @@ class PartitionReader:
         try:
             if self._consumer is None:
                 self._consumer = Consumer(properties(self._reading))
-                self._consumer.assign(_places(self._reading, self._offsets))
+                self._consumer.assign(_topic_partitions(self._reading, self._offsets))
             starts = dict(self._offsets)
-            messages = _next(self._consumer, self._reading, self._offsets)
+            messages = _next_messages(self._consumer, self._reading, self._offsets)
         except KafkaException as error:
             raise SourceError(f"{self._reading.source.path} cannot be read: {error}.") from error
         if not messages:
             return None
-        return checked(
+        return to_checked(
             messages,
             self._view,
             key_types=self._key_types,
@@ -132,30 +143,30 @@ class PartitionReader:
 
 
 def properties(reading: Reading) -> dict[str, str | bool]:
-    """librdkafka's, with those of the file.
+    """Return the properties for librdkafka: those of the file, and the ones that the platform needs.
 
     Raises:
-        ConfigError: the file cannot be read, or has a line that is none.
+        ConfigError: the file cannot be read, or a line is not `name=value`.
     """
-    given: dict[str, str | bool] = {}
+    configured: dict[str, str | bool] = {}
     if reading.properties_file is not None:
         try:
             lines = reading.properties_file.read_text().splitlines()
         except OSError as error:
             raise ConfigError(
-                f"kafka.properties_file {reading.properties_file}: {error.strerror}."
+                f"kafka.properties_file {reading.properties_file} cannot be read: {error.strerror}."
             ) from error
         for number, line in enumerate(lines, start=1):
             name, equals, value = line.partition("=")
             if line.strip() and not line.startswith("#"):
                 if not equals:
                     raise ConfigError(
-                        f"kafka.properties_file {reading.properties_file}, line {number} is no name=value."
+                        f"kafka.properties_file {reading.properties_file}, line {number} is not name=value."
                     )
-                given[name.strip()] = value.strip()
-    return given | {
+                configured[name.strip()] = value.strip()
+    return configured | {
         "bootstrap.servers": reading.source.bootstrap_servers,
-        "group.id": f"falaj-{reading.source.topic}",  # asked for, but no group is joined
+        "group.id": f"falaj-{reading.source.topic}",  # librdkafka requires it, but no group is joined
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
@@ -164,7 +175,7 @@ def properties(reading: Reading) -> dict[str, str | bool]:
 
 
 def until_committed(work: Callable[[], T]) -> T:
-    """Again as long as another job's commit comes between."""
+    """Run `work`, and run it again for as long as another job's commit conflicts with it."""
     while True:
         try:
             return work()
@@ -174,29 +185,30 @@ def until_committed(work: Callable[[], T]) -> T:
 
 def _partitions(consumer: Consumer, reading: Reading) -> list[int]:
     topic = reading.source.topic
-    known = consumer.list_topics(topic, timeout=ANSWER_S).topics[topic]
-    if known.error is not None:
-        raise SourceError(f"{reading.source.path} cannot be read: {known.error.str()}.")
-    return sorted(known.partitions)
+    metadata = consumer.list_topics(topic, timeout=ANSWER_S).topics[topic]
+    if metadata.error is not None:
+        raise SourceError(f"{reading.source.path} cannot be read: {metadata.error.str()}.")
+    return sorted(metadata.partitions)
 
 
-def _places(reading: Reading, offsets: Mapping[int, int]) -> list[TopicPartition]:
+def _topic_partitions(reading: Reading, offsets: Mapping[int, int]) -> list[TopicPartition]:
     return [TopicPartition(reading.source.topic, number, offset) for number, offset in offsets.items()]
 
 
 def _ends(consumer: Consumer, reading: Reading, partitions: Iterable[int]) -> dict[int, int]:
-    places = {number: TopicPartition(reading.source.topic, number) for number in partitions}
-    return {
-        number: consumer.get_watermark_offsets(place, timeout=ANSWER_S)[1] for number, place in places.items()
-    }
+    ends = {}
+    for number in partitions:
+        partition = TopicPartition(reading.source.topic, number)
+        _, ends[number] = consumer.get_watermark_offsets(partition, timeout=ANSWER_S)
+    return ends
 
 
-def _next(consumer: Consumer, reading: Reading, offsets: dict[int, int]) -> list[Message]:
-    """The next messages; the offsets are moved behind them."""
+def _next_messages(consumer: Consumer, reading: Reading, offsets: dict[int, int]) -> list[Message]:
+    """Return the next messages and set `offsets` to the positions after them."""
     messages = consumer.consume(min(reading.max_rows, 10_000), timeout=reading.linger_s)
     for message in messages:
         partition, offset, error = message.partition(), message.offset(), message.error()
         if error is not None or partition is None or offset is None:
             raise SourceError(f"{reading.source.path} cannot be read: {error}.")
         offsets[partition] = offset + 1
-    return messages  # type: ignore[return-value]  # those without a place were refused
+    return messages  # type: ignore[return-value]  # all of them have a partition and an offset

@@ -1,15 +1,15 @@
-"""From a topic into a view's feature table, exactly once, and online.
+"""Store the messages of a topic in a view's feature table, exactly once, and in the online store.
 
-Offsets are kept by the table: a commit holds its rows and, as `txn` actions, the offset of each partition behind them.
-So Kafka's own groups are not used; whoever starts goes on where the table says. A consumer has a generation, the moment
-it started, which its commits state: one that finds a later generation in the table is a zombie and ends. Until then it
-does no harm either, because of two commits from the same offsets Delta takes one.
+The table stores the offsets: each commit has rows and, as `txn` actions, the offset of each partition after them. So
+Kafka's consumer groups are not used, and a consumer starts where the table says. The generation of a consumer is the
+time at which it started. Its commits state the generation, and a consumer that finds a later generation in the table
+stops. Until then it does no harm, because Delta accepts only one of two commits from the same offsets.
 
-Messages are checked here, or by readers elsewhere (`feature_jobs/consumers.py`). They are stored only here, so how many
-read changes nothing about where a stream is and whose.
+Messages are checked here or by readers in other processes (`feature_jobs/consumers.py`). They are stored only here, so
+the number of readers changes neither the position nor the generation of a stream.
 
-A row goes online after the commit, under its `ingest_seq`. A crash between the two is mended at the next start, from
-the last batch in the table.
+A row goes online after the commit, under its `ingest_seq`. After a crash between the two, the next start puts the
+table's last batch online.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import datetime as dt
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import RefusedError
@@ -34,24 +34,51 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, checked
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, to_checked
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
 from feature_jobs.store.streaming.pushed_view import PushedView
-from feature_jobs.store.streaming.streamed import MicroBatch, Tally, event_of, newest, position, store_batch
+from feature_jobs.store.streaming.streamed import (
+    MicroBatch,
+    Tally,
+    batch_event,
+    position,
+    refresh,
+    store_batch,
+    with_sequence,
+)
 from feature_jobs.store.types.schema import EVENT, SEQ
 
 GENERATION_APP, BATCH_APP = "falaj.kafka.generation", "falaj.kafka.batch"
-"""Application transactions: the generation that committed last, and the first `ingest_seq` of its last batch."""
+"""Application transactions: the generation of the last commit, and the first `ingest_seq` of its last batch."""
 _LAST_APP = "falaj.kafka.batch.last"
+_NO_ROWS = CheckedRows(
+    good=pa.table({POSITION: pa.array([], pa.int64())}),
+    bad=pa.table(
+        {
+            POSITION: pa.array([], pa.int64()),
+            "reason": pa.array([], pa.string()),
+            "raw": pa.array([], pa.string()),
+        }
+    ),
+)
 
 
 class Fenced(RefusedError):
-    """Another consumer started since."""
+    """A consumer that started later took over the view."""
+
+
+class _Judged(NamedTuple):
+    """Rows after the check for lateness."""
+
+    rows: CheckedRows
+    num_late: int
+    watermarks: dict[str, int]
+    """Watermark after the rows in microseconds, by application id of the partition."""
 
 
 @dataclass(kw_only=True, slots=True)
 class KafkaStream:
-    """Of one view, committed by one process. What it holds in memory can be lost at any time."""
+    """The stream of one view, committed by one process. Its memory can be lost at any time."""
 
     view: PushedView
     topic: str
@@ -64,16 +91,16 @@ class KafkaStream:
     ahead: Ahead = AT_ONCE
     tally: Tally = field(default_factory=Tally)
     _held: list[Message] = field(default_factory=list)
-    """Unreadable ones from before the first row, which says what the table's keys are."""
+    """Unreadable messages before the first good row. They wait for it, because it decides the table's key types."""
     _table: DeltaTable | None = None
     generation: int = field(default_factory=lambda: time.time_ns() // 1000)
 
     def start(self) -> None:
-        """Claim the view for this generation, and mend what a crash left half done.
+        """Claim the view for this generation, and finish a batch that a crash interrupted.
 
         Raises:
-            Fenced: a later generation is there already.
-            CommitConflict: another job committed meanwhile; try again.
+            Fenced: the table has a later generation.
+            CommitConflict: another job committed at the same time. Try again.
         """
         table = self._table = offline.open_table(self.target.uri)
         if table is None:
@@ -82,46 +109,48 @@ class KafkaStream:
         if position(table, BATCH_APP) >= 0:
             self._finish(table)
         if position(table, GENERATION_APP) < self.generation:
-            last, nothing = offline.last_seq(table), pa.table({POSITION: pa.array([], pa.int64())})
-            claim = self._batch(_no_rows(nothing), {}, last + 1, 0)
+            claim = self._batch(_NO_ROWS, {}, offline.last_seq(table) + 1, 0)
             store_batch(table, claim, self.target, view=self.view.spec, quarantine=self.quarantine)
 
     def offsets(self, partitions: Sequence[int]) -> dict[int, int]:
-        """Where to go on, by partition."""
+        """Return the offset from which to read each partition."""
         table = offline.open_table(self.target.uri)
         return {number: position(table, self._offset_app(number)) + 1 for number in partitions}
 
     def take(self, messages: Sequence[Message]) -> int:
-        """Store messages and put them online; those that the table has already are passed over; gives how many.
+        """Store messages and put their rows online. Messages that the table has are skipped.
+
+        Returns:
+            The number of new messages that were stored.
 
         Raises:
-            Fenced: a later generation committed; nothing was stored.
-            CommitConflict: another job committed meanwhile; take the same messages again.
+            Fenced: a later generation committed. Nothing was stored.
+            CommitConflict: another job committed at the same time. Pass the same messages again.
         """
         table = self._current()
-        # Those that are held stand before these in their partitions, so they must not be left behind.
+        # Held messages come before these in their partitions, so they must be stored first.
         fresh = [
-            one
-            for one in [*self._held, *messages]
-            if one.offset() > position(table, self._offset_app(one.partition()))
+            message
+            for message in [*self._held, *messages]
+            if message.offset() > position(table, self._offset_app(message.partition()))
         ]
         if not fresh:
             return 0
         now = dt.datetime.now(dt.UTC)
-        found = checked(fresh, self.view.view, key_types=self.key_types, now=now, ahead=self.ahead)
-        if table is None and not found.rows.good.num_rows:
+        checked = to_checked(fresh, self.view.view, key_types=self.key_types, now=now, ahead=self.ahead)
+        if table is None and not checked.rows.good.num_rows:
             self._held = fresh
             return 0
-        self._commit(table, found)
+        self._commit(table, checked)
         self._held = []
         return len(fresh)
 
     def store_checked(self, messages: CheckedMessages) -> int:
-        """As `take`, for messages that were checked with the table's types of keys.
+        """Do the same as `take` for messages that were already checked with the table's key types.
 
         Raises:
-            Fenced, CommitConflict: as `take`.
-            Inconsistent: the table lacks messages before these; nothing was stored.
+            Fenced, CommitConflict: as in `take`.
+            Inconsistent: the table lacks messages before these. Nothing was stored.
         """
         table = self._current()
         apps = {number: self._offset_app(number) for number in messages.reached}
@@ -132,28 +161,30 @@ class KafkaStream:
 
     @property
     def key_types(self) -> Mapping[str, str]:
-        """How the table stores keys; nothing where there was none when it was looked at last."""
+        """The table's key types; empty if there was no table at the last look."""
         return offline.stored_key_types(self._table, self.view.spec.join_keys)
 
     def _current(self) -> DeltaTable | None:
-        """The table as it is now, if it is still this generation's."""
-        table = self._table = newest(self._table, self.target.uri)
+        """Return the newest version of the table, if it still belongs to this generation."""
+        table = self._table = refresh(self._table, self.target.uri)
         if table is not None:
             self._check_generation(table)
         return table
 
     def _commit(self, table: DeltaTable | None, messages: CheckedMessages) -> None:
-        """Store, put online, tell the ledger."""
+        """Store messages, put their rows online, and append the ledger event."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
-        rows, rows_late, watermarks = self._judged(messages, table)
-        reached = {self._offset_app(number): offset for number, offset in messages.reached.items()}
-        batch = self._batch(rows, reached | watermarks, first, len(messages), rows_late=rows_late)
+        judged = self._judge(messages, table)
+        offsets = {self._offset_app(number): offset for number, offset in messages.reached.items()}
+        batch = self._batch(
+            judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
+        )
         stored, self._table = store_batch(
             table, batch, self.target, view=self.view.spec, quarantine=self.quarantine
         )
         self.tally.add(stored)
         self._put_online(batch.good)
-        self._tell(stored, self._table.version())
+        self._append_event(stored, self._table.version())
 
     def _batch(
         self,
@@ -169,41 +200,45 @@ class KafkaStream:
         return MicroBatch(
             ingest_id=f"kafka-{first}-{last}",
             rows_in=rows,
-            good=_numbered(checked.good, first),
-            bad=_numbered(checked.bad, first),
+            good=with_sequence(checked.good, first),
+            bad=with_sequence(checked.bad, first),
             last_seq=last,
             positions={**positions, **of_batch, GENERATION_APP: self.generation},
             rows_late=rows_late,
         )
 
-    def _judged(
-        self, messages: CheckedMessages, table: DeltaTable | None
-    ) -> tuple[CheckedRows, int, dict[str, int]]:
-        """Late rows counted or put aside, and the partitions' watermarks behind them."""
+    def _judge(self, messages: CheckedMessages, table: DeltaTable | None) -> _Judged:
+        """Find late rows, and move them to the bad rows if the policy is to quarantine them."""
         good = messages.rows.good
         if not good.num_rows:
-            return messages.rows, 0, {}
+            return _Judged(messages.rows, 0, {})
         partitions = messages.partitions[np.array(good[POSITION])]
         events = np.array(good[EVENT].cast(pa.int64()))
         late = np.zeros(good.num_rows, dtype=bool)
         watermarks = {}
         for number in np.unique(partitions).tolist():
-            app, mine = f"{self._offset_app(number)}.watermark", partitions == number
-            known = position(table, app)
-            late[mine], watermarks[app] = self.lateness.judge(
-                events[mine].tolist(), BEGINNING if known == -1 else known
+            app, in_partition = f"{self._offset_app(number)}.watermark", partitions == number
+            watermark = position(table, app)
+            late[in_partition], watermarks[app] = self.lateness.judge(
+                events[in_partition].tolist(), BEGINNING if watermark == -1 else watermark
             )
-        count = int(late.sum())
-        if not count or self.lateness.policy is LatePolicy.accept:
-            return messages.rows, count, watermarks
-        places = good[POSITION].filter(pa.array(late)).to_pylist()
-        raw = [(messages.values[place].as_py() or b"").decode(errors="replace") for place in places]
-        aside = pa.table({POSITION: pa.array(places, pa.int64()), "reason": ["late"] * count, "raw": raw})
-        bad = pa.concat_tables([messages.rows.bad, aside]).sort_by(POSITION)
-        return CheckedRows(good=good.filter(pa.array(~late)), bad=bad), count, watermarks
+        num_late = int(late.sum())
+        if not num_late or self.lateness.policy is LatePolicy.accept:
+            return _Judged(messages.rows, num_late, watermarks)
+        positions = good[POSITION].filter(pa.array(late)).to_pylist()
+        values = [messages.values[index].as_py() or b"" for index in positions]
+        late_rows = pa.table(
+            {
+                POSITION: pa.array(positions, pa.int64()),
+                "reason": ["late"] * num_late,
+                "raw": [value.decode(errors="replace") for value in values],
+            }
+        )
+        bad = pa.concat_tables([messages.rows.bad, late_rows]).sort_by(POSITION)
+        return _Judged(CheckedRows(good=good.filter(pa.array(~late)), bad=bad), num_late, watermarks)
 
     def _finish(self, table: DeltaTable) -> None:
-        """Put the last batch online and tell the ledger of it, which a crash may have prevented."""
+        """Put the last batch online and append its ledger event, in case a crash prevented it."""
         first, last = position(table, BATCH_APP), position(table, _LAST_APP)
         snapshot = offline.snapshot(
             self.target.uri,
@@ -212,16 +247,18 @@ class KafkaStream:
             protection=self.target.protection,
             access=self.target.access,
         )
-        names = [one.name for one in self.view.spec.stored]
+        names = [field.name for field in self.view.spec.stored]
         for bucket in range(snapshot.num_buckets):
             rows = snapshot.read(bucket, names)
             if not rows.is_empty():
                 self._put_online(rows.filter(pl.col(SEQ).is_between(first, last)).to_arrow())
         ingest_id = f"kafka-{first}-{last}"
         found = offline.find_batch(table, ingest_id)
-        told = (entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested))
-        if found is not None and not any(told):
-            self._tell(*found)
+        is_recorded = any(
+            entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)
+        )
+        if found is not None and not is_recorded:
+            self._append_event(*found)
 
     def _put_online(self, good: pa.Table) -> None:
         if good.num_rows:
@@ -229,31 +266,18 @@ class KafkaStream:
             types = offline.key_types(good.schema, spec.join_keys)
             put_online(self.store, spec, types, pl.DataFrame(pl.from_arrow(good)))
 
-    def _tell(self, batch: Batch, table_version: int) -> None:
-        event = event_of(self.view.spec, f"kafka:{self.topic}", batch, table_version)
+    def _append_event(self, batch: Batch, table_version: int) -> None:
+        event = batch_event(self.view.spec, f"kafka:{self.topic}", batch, table_version)
         self.ledger.append(event, actor=self.actor)
 
     def _check_generation(self, table: DeltaTable) -> None:
-        there = position(table, GENERATION_APP)
-        if there > self.generation:
+        """Raise Fenced if the table has a later generation."""
+        newest = position(table, GENERATION_APP)
+        if newest > self.generation:
             raise Fenced(
-                f"View '{self.view.spec.name}' is streamed by a consumer that started later (generation {there}, this "
-                f"one is {self.generation}). This one ends."
+                f"View '{self.view.spec.name}' is streamed by a consumer that started later (generation {newest}; this "
+                f"one is {self.generation}). This consumer stops."
             )
 
     def _offset_app(self, partition: int) -> str:
         return f"falaj.kafka.{self.topic}.{partition}"
-
-
-def _numbered(rows: pa.Table, first: int) -> pa.Table:
-    numbers = pc.add(rows[POSITION], first)
-    return rows.drop_columns([POSITION]).append_column(SEQ, numbers)
-
-
-def _no_rows(nothing: pa.Table) -> CheckedRows:
-    return CheckedRows(
-        good=nothing,
-        bad=nothing.append_column("reason", pa.array([], pa.string())).append_column(
-            "raw", pa.array([], pa.string())
-        ),
-    )

@@ -1,8 +1,8 @@
-"""Which rows of a stream come too late, told partition by partition.
+"""Find the rows of a stream that are too late, for each partition separately.
 
-A partition's watermark is the greatest event time so far of its rows that passed the checks, so that a mistaken clock
-moves nothing. It depends on the order within the partition alone, not on how the rows were batched; a stream that was
-killed tells the same rows late as one that was not.
+The watermark of a partition is the greatest event time so far of its rows that passed the checks, so a wrong clock does
+not move it. It depends only on the order of the rows within the partition, not on how they were batched. So a stream
+that was killed and restarted finds the same rows late as one that was not.
 """
 
 from __future__ import annotations
@@ -12,26 +12,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 BEGINNING = -(2**62)
-"""Before every event."""
+"""Watermark before the first row, in microseconds."""
 
 
 class LatePolicy(enum.Enum):
-    """What becomes of a late row."""
+    """What happens to a late row."""
 
     accept = "accept"
-    """It is stored and counted. Point-in-time reads are right all the same, as it says when it was known."""
+    """It is stored and counted. Point-in-time joins stay right, because its created time says when it was known."""
     quarantine = "quarantine"
+    """It goes to quarantine and is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lateness:
-    """How far behind a partition's watermark a row may be, in microseconds; none is any distance."""
+    """How late a row may be, and what happens to later rows."""
 
     max_us: int | None
+    """Greatest allowed distance behind the partition's watermark in microseconds; None for no limit."""
     policy: LatePolicy
 
     def judge(self, event_us: Iterable[int], watermark_us: int) -> tuple[list[bool], int]:
-        """Of one partition's good rows, in order: which are late, and the watermark behind them."""
+        """Return which rows of one partition are late, and the watermark after them.
+
+        Args:
+            event_us: event times of the partition's good rows, in order.
+            watermark_us: watermark before them.
+        """
         late = []
         for event in event_us:
             late.append(self.max_us is not None and event < watermark_us - self.max_us)

@@ -1,7 +1,7 @@
-"""The view that pushed rows are checked by, found without anybody naming its module.
+"""Load the view that checks pushed rows, by its name alone.
 
-A view without a transform is data, so the ledger's record of it is enough. One with a transform needs its code, which
-must be the code that was applied: rows that a stranger's code made would not be the view's.
+A view without a transform is data, so its record in the ledger is enough. A view with a transform needs its code. It
+must be the code that was applied, because other code would make other rows.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ from feature_jobs.store.definitions.views import Entity, FeatureView, Field, Fil
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushedView:
-    """A view as rows are checked by it, and as they are stored and read."""
+    """A view in its two forms."""
 
     view: FeatureView
+    """Checks rows."""
     spec: ViewSpec
+    """Stores and reads rows."""
 
 
 def pushed_view(ledger: Ledger, name: str) -> PushedView:
-    """The newest version of an applied view.
+    """Load the newest version of an applied view.
 
     Raises:
         FeatureViewNotFound: no view of that name was applied.
-        ViewRetired: it takes no new rows.
-        DefinitionError: its transform's code cannot be imported here, or is not what was applied.
+        ViewRetired: the view takes no new rows.
+        DefinitionError: the transform's code cannot be imported here, or is not the applied code.
     """
     applied = [entry.payload for entry in ledger.entries(FeatureViewApplied)]
-    of_name = [payload for payload in applied if payload["view"] == name]
-    if not of_name:
+    versions = [payload for payload in applied if payload["view"] == name]
+    if not versions:
         known = {payload["view"] for payload in applied}
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.", hint=did_you_mean(name, known)
         )
     heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
-    newest = of_name[-1]
+    newest = versions[-1]
     definition, version = newest["definition"], newest["version"]
     if definition["transform"] is None:
         view = from_record(definition)
@@ -62,34 +64,36 @@ def _from_code(name: str, version: str, module: str) -> FeatureView:
         view = load_definitions(module).view(name)
     except DefinitionError as error:
         raise DefinitionError(
-            f"View '{name}' has a transform, whose code is not here: {error.public} Start from a folder or an "
-            f"environment that has the module '{module}' it was applied from."
+            f"View '{name}' has a transform, and its code cannot be imported: {error.public} Start from a folder or an "
+            f"environment that has the module '{module}' that it was applied from."
         ) from error
     if view.version != version:
         raise DefinitionError(
-            f"View '{name}' was applied as version {version}, the module '{module}' here has {view.version}. Apply it, "
-            "or bring the applied code here."
+            f"View '{name}' was applied as version {version}, but the module '{module}' has version {view.version}. "
+            "Apply the view, or install the applied code."
         )
     return view
 
 
 def from_record(definition: dict[str, Any]) -> FeatureView:
-    """A view without a transform, from the ledger's record of it."""
-    kinds: dict[str, Any] = {kind.__name__: kind for kind in _subclasses(Check)}
+    """Return a view without a transform from its definition in the ledger."""
+    checks: dict[str, Any] = {check.__name__: check for check in _subclasses(Check)}
     return FeatureView(
         definition["name"],
-        entities=[_entity(one) for one in definition["entities"]],
+        entities=[_entity(entity) for entity in definition["entities"]],
         source=_source(definition["source"]),
         schema=[
-            Field(one["name"], one["dtype"], sensitivity=Sensitivity(one["sensitivity"]))
-            for one in definition["schema"]
+            Field(field["name"], field["dtype"], sensitivity=Sensitivity(field["sensitivity"]))
+            for field in definition["schema"]
         ],
         created_lag=timedelta(seconds=definition["created_lag_s"]),
-        checks=[kinds[check["check"]].from_definition(check) for check in definition["checks"]],
+        checks=[checks[check["check"]].from_definition(check) for check in definition["checks"]],
         event_id=definition.get("event_id"),
         aggregations=[
-            Aggregation(one["column"], one["function"], windows=[timedelta(microseconds=one["window_us"])])
-            for one in definition.get("aggregations", ())
+            Aggregation(
+                output["column"], output["function"], windows=[timedelta(microseconds=output["window_us"])]
+            )
+            for output in definition.get("aggregations", ())
         ],
     )
 
@@ -108,8 +112,8 @@ def _source(recorded: dict[str, Any]) -> FileSource | KafkaSource:
     return FileSource(path, event_timestamp=event, **others)
 
 
-def _subclasses(kind: type) -> Iterator[type]:
-    one: type
-    for one in kind.__subclasses__():
-        yield one
-        yield from _subclasses(one)
+def _subclasses(base: type) -> Iterator[type]:
+    subclass: type
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -1,9 +1,11 @@
-"""A push: checked, on disk, online, and only then answered.
+"""Process a push: check its rows, append them to the push log, put them online, then answer.
 
-A pushed row goes online under its number in the push log, which orders it behind every row that has an `ingest_seq`:
-the stream that takes it into the table will give it a greater one than all that were given out before, and pushes keep
-their order there. Killed between disk and online, the client has no answer; it pushes again with the same key, and the
-row goes online under the number it has. If it does not, the stream puts it there.
+A pushed row goes online under a provisional number, made from its number in the push log. That number is greater than
+every `ingest_seq`. This is the right order: the stream that stores the row in the table will give it a greater
+`ingest_seq` than all earlier rows, and keeps the order of pushes.
+
+If the process is killed after the append, the client gets no answer. It pushes again with the same idempotency key, and
+the rows go online under the numbers that they have. If it does not push again, the stream puts them online.
 """
 
 from __future__ import annotations
@@ -26,19 +28,20 @@ from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import Appended, PushLog, PushRecord
 from feature_jobs.store.streaming.pushed_view import PushedView
-from feature_jobs.store.types.schema import PROVISIONAL, SEQ
+from feature_jobs.store.streaming.streamed import with_sequence
+from feature_jobs.store.types.schema import PROVISIONAL
 
 
 class Pusher:
-    """Takes pushes of one view.
+    """Accepts the pushes of one view.
 
     Args:
-        view: its newest version.
-        places: where the push log and the table are.
-        store: the online store, to be written to.
-        log: the view's push log.
-        ahead: how far a row's times may lie ahead of the clock.
-        table_keys: by view, how a table stores its keys; filled here, and true for good.
+        view: the newest version of the view.
+        places: folders of the installation.
+        store: the online store, opened for writing.
+        log: push log of the view.
+        ahead: how far a row's times may be ahead of the clock.
+        table_keys: cache of the tables' key types by view. This class fills it; a table's key types never change.
     """
 
     def __init__(
@@ -56,12 +59,18 @@ class Pusher:
         self._table_keys = {} if table_keys is None else table_keys
 
     def push(self, rows: Any, *, idempotency_key: str, digest: bytes, now: dt.datetime) -> dict[str, Any]:
-        """The answer to a push, which is the same when it is repeated.
+        """Store rows and return the answer to the client. A repeated push gets the same answer.
+
+        Args:
+            rows: rows of the request.
+            idempotency_key: the client's key.
+            digest: hash of the request.
+            now: current time.
 
         Raises:
-            InvalidRequest: rows that are none of this view, or a key that was used for others; nothing was stored.
-            PushLogFull: nothing was stored.
-            OnlineStoreUnavailable: the rows are safe, but not online; repeated with the same key they will be.
+            InvalidRequest: the rows do not fit the view, or the key was used for another push. Nothing was stored.
+            PushLogFull: the log is full. Nothing was stored.
+            OnlineStoreUnavailable: the rows are in the log, but not online. A repeated push puts them online.
         """
         view = self._view.view
         key_types = self._known_key_types()
@@ -80,19 +89,18 @@ class Pusher:
             raise InvalidRequest(
                 f"View '{view.name}' was applied by an older release and has no key for pushes. Apply it again."
             ) from error
-        if appended.again and not self._log.holds(appended.first):
-            return (
-                appended.answer
-            )  # it is online under its `ingest_seq`, which its number must not take the place of
-        good = _accepted_then(checked, appended)
+        if appended.repeated and not self._log.contains(appended.first):
+            # The rows are online under their `ingest_seq`. The provisional numbers must not replace it.
+            return appended.answer
+        good = _first_accepted(checked, appended)
         if good.num_rows:
-            given = offline.key_types(good.schema, view.join_keys)
+            types = offline.key_types(good.schema, view.join_keys)
             frame = pl.DataFrame(pl.from_arrow(provisional(good, appended.first)))
-            put_online(self._store, self._view.spec, given, frame)
+            put_online(self._store, self._view.spec, types, frame)
         return appended.answer
 
     def _known_key_types(self) -> Mapping[str, str]:
-        """As the table stores them; where it has none yet, as pushes before decided them online."""
+        """Return the key types of the table; without a table, those of earlier pushes in the online store."""
         view = self._view.view
         if view.name not in self._table_keys:
             table = offline.open_table(self._places.features(view.name))
@@ -103,13 +111,15 @@ class Pusher:
 
 
 def provisional(good: pa.Table, first: int) -> pa.Table:
-    """Good rows of a push with the number they go by until they are in the table, in place of their position."""
-    numbers = pc.add(good[POSITION], PROVISIONAL + first)
-    return good.drop_columns([POSITION]).append_column(SEQ, numbers)
+    """Replace the position of each good row of a push by its provisional sequence number.
+
+    The row has this number until it is in the table.
+    """
+    return with_sequence(good, PROVISIONAL + first)
 
 
 def open_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
-    """The push log of a view.
+    """Open the push log of a view.
 
     Raises:
         ConfigError: the storage root is remote.
@@ -117,9 +127,9 @@ def open_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
     return PushLog(local(places.push(view)), view, keys)
 
 
-def _accepted_then(checked: CheckedRows, appended: Appended) -> pa.Table:
-    """The rows that were accepted when the push came first: a clock may judge a row otherwise by now."""
-    if not appended.again:
+def _first_accepted(checked: CheckedRows, appended: Appended) -> pa.Table:
+    """Return the rows that were accepted at the first push. A check against the clock may now have another result."""
+    if not appended.repeated:
         return checked.good
     bad = pa.array([row["row"] for row in appended.answer["quarantined"]], pa.int64())
     return checked.good.filter(pc.invert(pc.is_in(checked.good[POSITION], value_set=bad)))

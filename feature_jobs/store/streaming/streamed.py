@@ -1,8 +1,8 @@
-"""Small batches of a stream into a feature table, and how far streams have come.
+"""Store small batches of a stream in a feature table, together with the stream's position.
 
-The position is said by the table's own commits (`txn` actions), so data and position cannot differ: killed between
-anything and anything, a stream begins again where the table says, and nothing is lost or there twice. Files without a
-commit are dead weight.
+The table's own commits have the position (`txn` actions), so data and position cannot differ. A stream that is killed
+at any point starts again where the table says, and no row is lost or stored twice. Files without a commit remain on
+disk unused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import CommitConflict, Inconsistent
@@ -21,17 +22,22 @@ from cluster.ledger.events import BatchIngested
 from cluster.security.encryption.access import protected_files
 from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import INGESTED, TIMESTAMP, Batch, Target, last_seq
 from feature_jobs.store.online.rows import Horizon
+from feature_jobs.store.types.schema import SEQ
 
 PUSH_APP, PUSH_SEQ_APP = "falaj.push", "falaj.push.seq"
-"""Application transactions: the last row of the push log that the table has, and its `ingest_seq`."""
+"""Application transactions: the number of the last push-log row in the table, and its `ingest_seq`."""
+
+MAX_ROWS = 50_000
+"""Default number of rows at which a batch of a stream is full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Rows of a stream, validated, with their `ingest_seq`."""
+    """Validated rows of a stream with their `ingest_seq`."""
 
     ingest_id: str
     rows_in: int
@@ -40,22 +46,23 @@ class MicroBatch:
     """`reason`, `raw`, `ingest_seq`."""
     last_seq: int
     positions: Mapping[str, int]
-    """How far the stream has come with it, by application id."""
+    """Positions of the stream after this batch, by application id."""
     rows_late: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What became of the rows that one run of a stream took."""
+    """Row counts of one run of a stream."""
 
     stored: int = 0
     quarantined: int = 0
     late: int = 0
-    """Stored or quarantined, by the policy."""
+    """Late rows, which are stored or quarantined depending on the policy."""
     reasons: Counter[str] = field(default_factory=Counter)
+    """Number of quarantined rows by reason."""
 
     def add(self, batch: Batch) -> None:
-        """Count a batch that was committed."""
+        """Add the counts of a committed batch."""
         self.stored += batch.rows_stored
         self.quarantined += batch.rows_quarantined
         self.late += batch.rows_late
@@ -63,18 +70,18 @@ class Tally:
 
 
 def horizon(table: DeltaTable) -> Horizon:
-    """What of the online store is in this version of the table."""
+    """Return the horizon of a table version: which rows of the online store it has."""
     return Horizon(seq=last_seq(table), offset=position(table, PUSH_APP))
 
 
 def position(table: DeltaTable | None, app: str) -> int:
-    """How far a stream has come, -1 at its beginning."""
+    """Return a stream's position for an application id, -1 at the beginning."""
     number = None if table is None else table.transaction_version(app)
     return -1 if number is None else int(number)
 
 
-def newest(table: DeltaTable | None, uri: str) -> DeltaTable | None:
-    """A table as it is now, none where there is none; one that is known reads only what its log has more."""
+def refresh(table: DeltaTable | None, uri: str) -> DeltaTable | None:
+    """Return the newest version of a table, None if it does not exist. An open table reads only the new log entries."""
     if table is None:
         return offline.open_table(uri)
     table.update_incremental()
@@ -84,19 +91,22 @@ def newest(table: DeltaTable | None, uri: str) -> DeltaTable | None:
 def store_batch(
     table: DeltaTable | None, rows: MicroBatch, target: Target, *, view: ViewSpec, quarantine: str
 ) -> tuple[Batch, DeltaTable]:
-    """Write a batch's files and commit them together with the position; gives the table as it is then.
+    """Write the files of a batch and commit them together with the position.
 
     Args:
-        table: as it was when the position was read from it; none where there is none yet.
-        rows: what to store.
+        table: the version from which the position was read; None if there is no table yet.
+        rows: the batch.
         target: the table.
-        view: whose.
-        quarantine: folder of the view's.
+        view: view of the table.
+        quarantine: quarantine folder of the view.
+
+    Returns:
+        What the commit records about the batch, and the table after the commit.
 
     Raises:
-        CommitConflict: another job committed meanwhile; nothing was stored.
-        SchemaMismatch: a column has another type than the table's.
-        Inconsistent: rows in are not good and bad ones; nothing was stored.
+        CommitConflict: another job committed at the same time. Nothing was stored.
+        SchemaMismatch: a column has another type than in the table.
+        Inconsistent: the good and the bad rows are not as many as the rows in. Nothing was stored.
     """
     if rows.good.num_rows + rows.bad.num_rows != rows.rows_in:
         raise Inconsistent(
@@ -105,28 +115,21 @@ def store_batch(
         )
     now = pa.scalar(dt.datetime.now(dt.UTC), TIMESTAMP)
     good = rows.good.append_column(INGESTED, pa.repeat(now, rows.good.num_rows))
-    before = _standing(table, rows.positions)
-    table = _fitting(table, good, target, view=view.name)
-    if _standing(table, rows.positions) != before:
+    before = _numbers(table, rows.positions)
+    table = _with_columns_of(table, good, target, view=view.name)
+    if _numbers(table, rows.positions) != before:
         raise CommitConflict(
-            f"Another job streamed into {target.uri} meanwhile; nothing was stored. Run it again."
+            f"Another job streamed into {target.uri} at the same time. Nothing was stored. Run it again."
         )
     name = f"{rows.ingest_id}-{uuid.uuid4().hex[:8]}"
     files = offline.write_files(good, target, name=name) if good.num_rows else []
-    said = f"{rows.ingest_id}.parquet" if rows.bad.num_rows else None
-    if said is not None:
-        bad = rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows))
-        place = quarantine_place(view.name, rows.ingest_id)
-        protected_files(target.access).write(
-            bad, f"{quarantine}/{said}", quarantine_protection(view.name), place=place
-        )
     batch = Batch(
         ingest_id=rows.ingest_id,
         rows_in=rows.rows_in,
         rows_stored=good.num_rows,
         rows_quarantined=rows.bad.num_rows,
         reasons=dict(Counter(rows.bad["reason"].to_pylist())),
-        quarantine=said,
+        quarantine=_write_bad(rows, now, target, view=view.name, quarantine=quarantine),
         rows_late=rows.rows_late,
     )
     schema = good.schema if good.num_rows else _table_schema(table)
@@ -134,8 +137,8 @@ def store_batch(
     return batch, DeltaTable(target.uri)
 
 
-def event_of(view: ViewSpec, source: str, batch: Batch, table_version: int) -> BatchIngested:
-    """What is said in the ledger of a batch that is in the table."""
+def batch_event(view: ViewSpec, source: str, batch: Batch, table_version: int) -> BatchIngested:
+    """Return the ledger event of a batch that is in the table."""
     return BatchIngested(
         view=view.name,
         view_version=view.version,
@@ -152,13 +155,30 @@ def event_of(view: ViewSpec, source: str, batch: Batch, table_version: int) -> B
     )
 
 
-def _standing(table: DeltaTable | None, positions: Mapping[str, int]) -> list[int]:
-    """What the positions and sequence numbers of a batch were read off."""
+def with_sequence(rows: pa.Table, first: int) -> pa.Table:
+    """Replace the position of each row in its batch by its `ingest_seq`; `first` is that of position 0."""
+    numbers = pc.add(rows[POSITION], first)
+    return rows.drop_columns([POSITION]).append_column(SEQ, numbers)
+
+
+def _write_bad(rows: MicroBatch, now: pa.Scalar, target: Target, *, view: str, quarantine: str) -> str | None:
+    """Write the bad rows of a batch to quarantine and return the file's name; None if there are no bad rows."""
+    if not rows.bad.num_rows:
+        return None
+    name = f"{rows.ingest_id}.parquet"
+    bad = rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows))
+    aad = quarantine_place(view, rows.ingest_id)
+    protected_files(target.access).write(bad, f"{quarantine}/{name}", quarantine_protection(view), place=aad)
+    return name
+
+
+def _numbers(table: DeltaTable | None, positions: Mapping[str, int]) -> list[int]:
+    """Return the sequence number and the positions that a batch is based on."""
     return [-1 if table is None else last_seq(table), *(position(table, app) for app in positions)]
 
 
-def _fitting(table: DeltaTable | None, rows: pa.Table, target: Target, *, view: str) -> DeltaTable:
-    """The table, with a column for each of the rows'."""
+def _with_columns_of(table: DeltaTable | None, rows: pa.Table, target: Target, *, view: str) -> DeltaTable:
+    """Return the table with all columns of the rows; create the table or add columns if needed."""
     if table is None:
         return offline.create_table(target.uri, rows.schema, num_buckets=target.buckets)
     if not rows.num_rows:

@@ -1,4 +1,4 @@
-"""Buckets are part of the tables on disk: the same key lies in the same bucket, in every release."""
+"""Buckets are part of the format of tables on disk: a key has the same bucket in every release."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOLDEN = [[7, 6, 4, 7, 4, 6], [4, 3, 2, 0, 6], [6, 0]]
 
 
 def test_buckets_of_known_keys_never_change() -> None:
-    """Golden values: a change here makes every existing table unreadable."""
+    """Golden values. A change here makes every existing table unreadable."""
     numbers = pa.table({"k": pa.array([0, 1, 2, -1, 2**62, None], pa.int64())})
     texts = pa.table({"k": pa.array(["", "a", "25-34", "falaj", None])})
     both = pa.table({"a": pa.array(["25-34", "65+"]), "b": pa.array(["bachelor", "none"])})
@@ -26,9 +26,9 @@ def test_buckets_of_known_keys_never_change() -> None:
 
 
 def test_neighbouring_ids_scatter_evenly() -> None:
-    """Serial numbers do not pile up: each bucket within five standard deviations of its share."""
-    found = bucket_of(pa.table({"k": pa.array(range(80_000), pa.int64())}), ["k"], num_buckets=8)
-    assert np.abs(np.bincount(found) - 10_000).max() < 5 * np.sqrt(80_000 * 1 / 8 * 7 / 8)
+    """Serial numbers are spread: each bucket is within five standard deviations of its share."""
+    buckets = bucket_of(pa.table({"k": pa.array(range(80_000), pa.int64())}), ["k"], num_buckets=8)
+    assert np.abs(np.bincount(buckets) - 10_000).max() < 5 * np.sqrt(80_000 * 1 / 8 * 7 / 8)
 
 
 @settings(max_examples=12, deadline=None)
@@ -38,9 +38,9 @@ def test_neighbouring_ids_scatter_evenly() -> None:
     )
 )
 def test_bucket_depends_on_the_row_alone(rows: list[tuple[int | None, str | None]]) -> None:
-    """Not on its neighbours, chunks or the order of rows."""
-    whole = _table(rows)
-    expected = bucket_of(whole, ["n", "s"], num_buckets=7).tolist()
+    """Other rows, chunks and the order of rows do not change a row's bucket."""
+    table = _table(rows)
+    expected = bucket_of(table, ["n", "s"], num_buckets=7).tolist()
     chunked = pa.concat_tables([_table([row]) for row in rows])
     assert expected == bucket_of(chunked, ["n", "s"], num_buckets=7).tolist()
     assert expected[::-1] == bucket_of(_table(rows[::-1]), ["n", "s"], num_buckets=7).tolist()

@@ -1,4 +1,4 @@
-"""Rewriting files: the same rows, the same joins, whoever else writes and whenever it is killed."""
+"""Rewriting files keeps rows and joins, with concurrent writers and after a kill."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ PEOPLE = pa.table(
 
 
 def ingest(uri: str, access: KeyAccess, number: int) -> None:
-    """A batch with a correction of every person's amount."""
+    """Ingest a batch that corrects the amount of every person."""
     times = pa.array([START + timedelta(hours=number)] * ROWS, TIME)
     seq = list(range(number * ROWS, (number + 1) * ROWS))
     rows = pa.table(
         {
             "person_id": range(ROWS),
-            "amount": [float(one) for one in seq],
+            "amount": [float(number) for number in seq],
             "event_timestamp": times,
             "created_timestamp": times,
             "ingested_at": times,
@@ -67,7 +67,7 @@ def ingest(uri: str, access: KeyAccess, number: int) -> None:
 
 @pytest.fixture
 def uri(tmp_path: Path, access: KeyAccess) -> str:
-    """A table of several batches."""
+    """Return a table of several batches."""
     uri = f"{tmp_path}/features/income"
     for number in range(BATCHES):
         ingest(uri, access, number)
@@ -81,7 +81,7 @@ def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
 
 
 def joined(table: Snapshot) -> str:
-    """What the point-in-time join gives, as manifests know it."""
+    """Return the row hash of the point-in-time join."""
     service = ServiceSpec(name="s", version="1", views=[VIEW])
     return row_hash(build(service, {"income": table}, PEOPLE, join_parts=join_here))
 
@@ -91,8 +91,8 @@ def compact(uri: str, access: KeyAccess) -> int:
     return rewrite(table, as_target(table), fragmented(table))[0]
 
 
-def test_a_compacted_table_has_the_same_rows_in_one_sorted_file_a_bucket(uri: str, access: KeyAccess) -> None:
-    """Joins give the same hash, at the newest and at every older version."""
+def test_compaction_leaves_one_sorted_file_per_bucket(uri: str, access: KeyAccess) -> None:
+    """Joins have the same hash as before, at the newest and at every older version."""
     before = pinned(uri, access)
     assert len(before.files) == 2 * BATCHES
     expected = [joined(pinned(uri, access, version)) for version in range(1, before.version + 1)]
@@ -108,10 +108,10 @@ def test_a_compacted_table_has_the_same_rows_in_one_sorted_file_a_bucket(uri: st
     assert "minValues" not in "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
 
 
-def test_an_ingestion_meanwhile_loses_nothing(
+def test_concurrent_ingestion_keeps_its_rows(
     uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The change is made on top of it."""
+    """A compaction is committed on top of an ingestion that came first."""
     table = pinned(uri, access)
     real = compaction._merged
 
@@ -127,8 +127,8 @@ def test_an_ingestion_meanwhile_loses_nothing(
     assert len(after.files) == 4
 
 
-def test_an_ingestion_that_began_before_is_told_to_run_again(uri: str, access: KeyAccess) -> None:
-    """It commits against the table as it saw it."""
+def test_ingestion_that_began_before_the_compaction_conflicts(uri: str, access: KeyAccess) -> None:
+    """It commits against the table version that it read, so it has to run again."""
     seen = DeltaTable(uri)
     compact(uri, access)
     batch = Batch(ingest_id="x", rows_in=0, rows_stored=0, rows_quarantined=0, reasons={}, quarantine=None)
@@ -138,8 +138,8 @@ def test_an_ingestion_that_began_before_is_told_to_run_again(uri: str, access: K
     assert pinned(uri, access).rows == (BATCHES + 1) * ROWS
 
 
-def test_of_two_compactions_one_changes_nothing(uri: str, access: KeyAccess) -> None:
-    """Its files are gone from the table already."""
+def test_second_of_two_concurrent_compactions_changes_nothing(uri: str, access: KeyAccess) -> None:
+    """The files that it wants to replace are not in the table any more."""
     table = pinned(uri, access)
     compact(uri, access)
     with pytest.raises(SourceError, match="rewrote files"):
@@ -147,13 +147,15 @@ def test_of_two_compactions_one_changes_nothing(uri: str, access: KeyAccess) -> 
     assert pinned(uri, access).rows == BATCHES * ROWS
 
 
-def test_killed_before_the_commit_it_leaves_the_table_as_it_was(
+def test_kill_before_the_commit_leaves_the_table_unchanged(
     uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written files that nothing refers to; the next run does all of it."""
+    """The written files are unused, and the next run does the whole job."""
     expected = joined(pinned(uri, access))
     table = pinned(uri, access)
-    monkeypatch.setattr(compaction, "change_over", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        compaction, "replace_files", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         rewrite(table, as_target(table), fragmented(table))
     monkeypatch.undo()
@@ -162,8 +164,8 @@ def test_killed_before_the_commit_it_leaves_the_table_as_it_was(
     assert joined(pinned(uri, access)) == expected
 
 
-def test_killed_before_its_event_the_next_run_says_it(uri: str, access: KeyAccess, tmp_path: Path) -> None:
-    """Once."""
+def test_next_run_records_the_event_of_a_killed_run(uri: str, access: KeyAccess, tmp_path: Path) -> None:
+    """The event is appended once."""
     version = compact(uri, access)
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     assert rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
@@ -173,8 +175,8 @@ def test_killed_before_its_event_the_next_run_says_it(uri: str, access: KeyAcces
     assert event.payload == {"view": "income", "table_version": version, "files_replaced": 2 * BATCHES}
 
 
-def test_rewritten_after_a_rotation_all_is_under_the_newest_keys(uri: str, access: KeyAccess) -> None:
-    """While before it only new files are."""
+def test_rewrite_after_a_key_rotation_uses_the_newest_keys(uri: str, access: KeyAccess) -> None:
+    """Before the rewrite only new files have the newest keys, after it all files have."""
     store, files = key_store(access), protected_files(access)
     newest = {
         f"v{store.rotate(f'features/income/{sensitivity}')}" for sensitivity in ("internal", "personal")
@@ -183,7 +185,7 @@ def test_rewritten_after_a_rotation_all_is_under_the_newest_keys(uri: str, acces
 
     def versions(table: Snapshot) -> set[str]:
         wrapped = [files.keys(f"{uri}/{file.path}").wrapped for file in table.files]
-        return {text.split(":")[1] for one in wrapped for text in one.values()}
+        return {text.split(":")[1] for keys in wrapped for text in keys.values()}
 
     assert versions(table).isdisjoint(newest)
     files.forget()

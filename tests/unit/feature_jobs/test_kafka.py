@@ -153,10 +153,10 @@ def test_quarantined_messages_are_checked_again(
     assert rechecked.good["amount"].to_pylist() == [-5.0]
 
 
-def test_next_start_completes_a_crash_between_table_and_online_store(
+def test_next_start_finishes_a_batch_after_a_crash(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows of the table go online, and the event is appended."""
+    """The rows in the table go online, and the ledger gets its event."""
     broker.send(TOPIC, message(1, 1, 5.0))
 
     def crash(*_: Any) -> None:
@@ -171,8 +171,8 @@ def test_next_start_completes_a_crash_between_table_and_online_store(
     assert (project.amounts(1), ingested(project, "rows_in")) == ([5.0], [[1]])
 
 
-def test_earlier_consumer_is_fenced(project: PushProject, broker: MockBroker) -> None:
-    """A consumer that finds the generation of a later one in the table stores nothing more."""
+def test_consumer_with_an_older_generation_is_refused(project: PushProject, broker: MockBroker) -> None:
+    """A consumer that finds a later generation in the table stores no more rows."""
     broker.send(TOPIC, message(1, 1, 5.0))
     project.consume()
     old, new = project.kafka(), project.kafka()
@@ -234,8 +234,8 @@ def test_lateness_does_not_depend_on_the_batches(events: list[int], max_us: int,
     ]
 
 
-def test_unreachable_broker_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message also has the topic."""
+def test_unavailable_broker_is_named(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the topic."""
     monkeypatch.setattr(kafka_consumer, "ANSWER_S", 0.3)
     away = KafkaSource("127.0.0.1:1", TOPIC, event_timestamp="at")
     reading = Reading(source=away, once=True)
@@ -244,21 +244,21 @@ def test_unreachable_broker_is_named(project: PushProject, monkeypatch: pytest.M
 
 
 def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> None:
-    """All other properties come from the file. An invalid line is refused."""
+    """An invalid line is refused."""
     file = tmp_path / "kafka.properties"
     file.write_text("# how to log in\nsasl.mechanism=PLAIN\nenable.auto.commit=true\n\n")
     source = KafkaSource("a:1", TOPIC, event_timestamp="at")
     given = properties(Reading(source=source, properties_file=file))
     assert (given["sasl.mechanism"], given["enable.auto.commit"]) == ("PLAIN", False)
     file.write_text("nonsense\n")
-    with pytest.raises(ConfigError, match="line 1 is no name=value"):
+    with pytest.raises(ConfigError, match="line 1 is not name=value"):
         properties(Reading(source=source, properties_file=file))
 
 
-def test_killed_consumer_loses_and_repeats_no_row(
+def test_killed_consumer_loses_and_duplicates_no_rows(
     tmp_path: Path, access: KeyAccess, broker: MockBroker
 ) -> None:
-    """After kills at random points, table, quarantine and online store are the same as without kills."""
+    """Killed at random points and started again: table, quarantine and online store are the same as without kills."""
     draw = random.Random(0)
     for _ in range(15 * (KILLS + 1)):
         person = draw.randrange(4)
@@ -285,10 +285,9 @@ def test_killed_consumer_loses_and_repeats_no_row(
 
 
 def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
-    """Run a consumer, and kill it a moment after one of its next few commits.
+    """Run a consumer and kill it a moment after one of its next commits.
 
-    Returns:
-        True if it was killed before it was done.
+    Return whether it was killed before it had finished.
     """
     context = forks.context()
     consumer = context.Process(target=consume_until_killed, args=(str(root), access, broker.servers))
@@ -303,10 +302,10 @@ def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:
     return consumer.exitcode != 0
 
 
-def test_commit_conflict_is_retried(
+def test_conflict_is_retried(
     project: PushProject, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After another job's commit, the consumer reads the position again, and no row is lost."""
+    """A commit of another job between read and commit causes a retry and loses no row."""
     broker.send(TOPIC, message(1, 1, 5.0))
     original_take, calls = KafkaStream.take, []
 

@@ -263,7 +263,7 @@ def test_killed_behind_the_commit_the_rows_set_aside_stay_aside(
     project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
     stream = project.stream()
     with monkeypatch.context() as patched:
-        patched.setattr(type(stream), "_settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(type(stream), "_assign_sequence", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stream.step()
     assert project.stream().step() == 0

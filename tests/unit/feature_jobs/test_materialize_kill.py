@@ -1,4 +1,4 @@
-"""Materialisations that are killed: readers see all of one or all of another, and the next one is whole."""
+"""Killed materialisations: readers see all rows of one materialisation, and the next one is complete."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ KEY_TYPES = {"id": "int64"}
 
 
 def rows(value: int) -> Iterator[OnlineRow]:
-    """Everybody's, of one materialisation."""
+    """Return rows of all entities for one materialisation."""
     for person in range(PEOPLE):
         yield OnlineRow(keys=(person,), event_us=value, created_us=value, seq=0, values=(value,))
 
 
 def materialise(config: OnlineConfig, root: str, first: int, began: Connection) -> None:
-    """One after another in small pieces, until it is killed."""
+    """Materialise repeatedly in small pieces, until the process is killed."""
     online_lmdb.PIECE_ROWS = online_redis.PIECE_ROWS = 20
     store = open_online(config, Layout(root), Keyring(Path(root) / "k.json", bytes(32)), readonly=False)
     began.send("began")
@@ -45,10 +45,10 @@ def materialise(config: OnlineConfig, root: str, first: int, began: Connection) 
 
 
 @pytest.mark.parametrize("kind", list(OnlineKind))
-def test_kill_of_a_materialisation_leaves_all_of_the_one_before(
+def test_killed_materialisation_leaves_the_previous_one(
     kind: OnlineKind, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Everybody's value is of the same one, and what was pushed is there until a materialisation knows better."""
+    """All values are of one materialisation. Pushed rows stay until a materialisation covers them."""
     keys = Keyring.create(tmp_path / "k.json", bytes(32))
     keys.ensure(KeyInfo(name="online/v/internal"))
     url = request.getfixturevalue("redis_url") if kind is OnlineKind.redis else "redis://unused"
@@ -60,18 +60,18 @@ def test_kill_of_a_materialisation_leaves_all_of_the_one_before(
     context = forks.context()
     last = 1
     for _ in range(KILLS):
-        here, there = context.Pipe()
-        job = context.Process(target=materialise, args=(config, str(tmp_path), last + 1, there))
+        ours, jobs = context.Pipe()
+        job = context.Process(target=materialise, args=(config, str(tmp_path), last + 1, jobs))
         job.start()
-        here.recv()
+        ours.recv()
         job.join(random.uniform(0.0, 0.15))
         job.kill()
         job.join()
-        found = reader.get(VIEW, [(person,) for person in (*range(PEOPLE), PUSHED)])
-        values = {one[3][0] for one in found[:-1] if one is not None}
+        rows_found = reader.get(VIEW, [(person,) for person in (*range(PEOPLE), PUSHED)])
+        values = {row_found[3][0] for row_found in rows_found[:-1] if row_found is not None}
         assert len(values) == 1
-        assert None not in found
+        assert None not in rows_found
         last = values.pop()
     reader.replace(VIEW, KEY_TYPES, rows(last + 1))
-    assert [one[3][0] for one in reader.get(VIEW, [(0,), (PUSHED,)]) if one] == [last + 1]
+    assert [row_found[3][0] for row_found in reader.get(VIEW, [(0,), (PUSHED,)]) if row_found] == [last + 1]
     reader.close()

@@ -1,4 +1,4 @@
-"""Feature tables: what is committed is what any Delta reader sees, once, at every version."""
+"""Feature tables: every Delta reader sees a commit as a whole, once, and at every later version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCHEMA = pa.schema([*BASE, *TIMES])
 
 
 def rows(first: int, count: int, *, schema: pa.Schema = SCHEMA, **columns: Any) -> pa.Table:
-    """Rows of persons `first` and on; later persons have earlier events."""
+    """Return rows of `count` persons, numbered from `first`. A greater number has an earlier event."""
     numbers = range(first, first + count)
     event = [START - timedelta(hours=number) for number in numbers]
     values = {
@@ -47,7 +47,7 @@ def rows(first: int, count: int, *, schema: pa.Schema = SCHEMA, **columns: Any) 
 
 
 def batch(ingest_id: str, count: int) -> Batch:
-    """What a commit says."""
+    """Return what a commit records about a batch."""
     return Batch(
         ingest_id=ingest_id, rows_in=count, rows_stored=count, rows_quarantined=0, reasons={}, quarantine=None
     )
@@ -65,7 +65,7 @@ TOMBSTONES = Protection(default=PUBLIC.default, keys=(*PUBLIC.keys, ("deleted", 
 def write(
     uri: str, table: pa.Table, name: str, access: KeyAccess, protection: Protection = PUBLIC
 ) -> list[BucketFile]:
-    """Bucket files that nothing refers to yet."""
+    """Write bucket files without a commit."""
     target = Target(uri=uri, keys=("person_id",), buckets=4, protection=protection, access=access)
     return offline.write_files(table, target, name=name)
 
@@ -73,7 +73,7 @@ def write(
 def ingest(
     uri: str, table: pa.Table, ingest_id: str, access: KeyAccess, protection: Protection = PUBLIC
 ) -> int:
-    """All of an ingestion but Ray; gives the table version."""
+    """Ingest rows without Ray and return the table version."""
     opened = offline.open_table(uri) or offline.create_table(uri, table.schema, num_buckets=4)
     offline.check_schema(opened, table.schema, view="income")
     opened = DeltaTable(uri)
@@ -90,7 +90,7 @@ def ingest(
 def newest(
     uri: str, access: KeyAccess, *, protection: Protection = PUBLIC, version: int | None = None
 ) -> Snapshot:
-    """The table as it is, or was."""
+    """Return the newest snapshot of the table."""
     return snapshot(
         uri, view="income", keys=["person_id"], protection=protection, access=access, version=version
     )
@@ -102,7 +102,7 @@ def uri(tmp_path: Path) -> str:
 
 
 def test_foreign_delta_reader_sees_the_committed_rows(uri: str, access: KeyAccess) -> None:
-    """The table is plain Delta: Polars reads the same rows that were written."""
+    """Polars reads the written rows as a plain Delta table."""
     ingest(uri, rows(0, 50), "a", access)
     ingest(uri, rows(50, 50), "b", access)
     actual = pl.scan_delta(uri).collect().sort("person_id")
@@ -112,32 +112,32 @@ def test_foreign_delta_reader_sees_the_committed_rows(uri: str, access: KeyAcces
 
 
 def test_bucket_files_are_sorted_by_availability(uri: str, access: KeyAccess) -> None:
-    """Each file, so that a bucket is merged and not sorted."""
+    """Each file is sorted, so that a bucket only has to be merged."""
     ingest(uri, rows(0, 50), "a", access)
     for file in newest(uri, access).files:
         times = pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"]
         assert times.is_sorted()
 
 
-def test_buckets_together_are_the_table(uri: str, access: KeyAccess) -> None:
-    """Every row lies in exactly one bucket."""
+def test_each_row_is_in_one_bucket(uri: str, access: KeyAccess) -> None:
+    """The buckets together have every row of the table exactly once."""
     ingest(uri, rows(0, 50), "a", access)
     pinned = newest(uri, access)
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
-    assert list(range(50)) == sorted(found["person_id"])
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
+    assert list(range(50)) == sorted(frame["person_id"])
     assert pinned.rows == 50
 
 
 def test_pinned_version_never_sees_later_rows(uri: str, access: KeyAccess) -> None:
-    """A training set can be built again after more data came."""
+    """A pinned table version does not change when more rows are ingested."""
     first = ingest(uri, rows(0, 50), "a", access)
     ingest(uri, rows(50, 50), "b", access)
     assert newest(uri, access, version=first).rows == 50
     assert newest(uri, access).rows == 100
 
 
-def test_files_without_commit_are_no_rows(uri: str, access: KeyAccess) -> None:
-    """A crash before the commit leaves the table as it was."""
+def test_files_without_a_commit_are_not_read(uri: str, access: KeyAccess) -> None:
+    """After a crash before the commit the table is unchanged."""
     ingest(uri, rows(0, 10), "a", access)
     write(uri, rows(10, 10), "crashed", access)
     assert newest(uri, access).rows == 10
@@ -145,7 +145,7 @@ def test_files_without_commit_are_no_rows(uri: str, access: KeyAccess) -> None:
 
 
 def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAccess) -> None:
-    """A crash between commit and event is mended with what the commit says of itself."""
+    """After a crash before the ledger event, the batch is found in the table's history."""
     ingest(uri, rows(0, 10), "a", access)
     version = ingest(uri, rows(10, 7), "b", access)
     ingest(uri, rows(17, 5), "c", access)
@@ -154,18 +154,18 @@ def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAcc
     assert offline.committed(table, "never") is None
 
 
-def test_of_two_ingestions_at_once_one_stores_nothing(uri: str, access: KeyAccess) -> None:
-    """Both gave out the same sequence numbers, so only one may commit them."""
+def test_second_of_two_concurrent_commits_is_refused(uri: str, access: KeyAccess) -> None:
+    """Two ingestions used the same sequence numbers, so only one may commit."""
     ingest(uri, rows(0, 10), "a", access)
-    ours, theirs = DeltaTable(uri), DeltaTable(uri)
-    offline.commit(theirs, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
+    table, other = DeltaTable(uri), DeltaTable(uri)
+    offline.commit(other, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
     with pytest.raises(SourceError, match="Another job committed"):
-        offline.commit(ours, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
+        offline.commit(table, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
     assert newest(uri, access).rows == 15
 
 
-def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str, access: KeyAccess) -> None:
-    """Later batches have greater numbers."""
+def test_sequence_numbers_continue_after_the_last_batch(uri: str, access: KeyAccess) -> None:
+    """A later batch has greater sequence numbers."""
     table = offline.create_table(uri, SCHEMA, num_buckets=4)
     assert offline.last_seq(table) == -1
     ingest(uri, rows(0, 10), "a", access)
@@ -173,30 +173,30 @@ def test_sequence_numbers_go_on_where_the_last_batch_ended(uri: str, access: Key
 
 
 def test_new_feature_is_null_in_older_rows(uri: str, access: KeyAccess) -> None:
-    """A view may grow; what was stored stays readable."""
+    """A feature that is added to a view is null in older rows."""
     ingest(uri, rows(0, 5), "a", access)
     wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
     ingest(uri, rows(5, 5, schema=wider, sector=["x"] * 5), "b", access)
     pinned = newest(uri, access)
     parts = [pinned.read(bucket, ["sector"]) for bucket in range(4)]
-    found = pl.concat(parts, how="vertical_relaxed").sort("person_id")
-    assert found["sector"].to_list() == [None] * 5 + ["x"] * 5
+    frame = pl.concat(parts, how="vertical_relaxed").sort("person_id")
+    assert frame["sector"].to_list() == [None] * 5 + ["x"] * 5
     assert pl.read_delta(uri).sort("person_id")["sector"].to_list() == [None] * 5 + ["x"] * 5
 
 
 def test_rows_from_before_tombstones_are_not_deleted(uri: str, access: KeyAccess) -> None:
-    """A table has the marker from the first batch that has it, and readers of it always know."""
+    """Rows that are older than the column `deleted` are read as not deleted."""
     ingest(uri, rows(0, 5), "a", access, TOMBSTONES)
     assert "deleted" not in newest(uri, access, protection=TOMBSTONES).read(0, []).columns
     marked = pa.schema([*BASE, ("deleted", pa.bool_()), *TIMES])
     ingest(uri, rows(5, 2, schema=marked, deleted=[True, False]), "b", access, TOMBSTONES)
     pinned = newest(uri, access, protection=TOMBSTONES)
-    found = pl.concat([pinned.read(bucket, []) for bucket in range(4)]).sort("person_id")
-    assert found["deleted"].to_list() == [False] * 5 + [True, False]
+    frame = pl.concat([pinned.read(bucket, []) for bucket in range(4)]).sort("person_id")
+    assert frame["deleted"].to_list() == [False] * 5 + [True, False]
 
 
 def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:
-    """Naming the column and both types; the table is as it was."""
+    """The error names the column and both types, and the table does not change."""
     ingest(uri, rows(0, 5), "a", access)
     other = pa.schema([BASE[0], ("amount", pa.string()), *TIMES])
     with pytest.raises(SchemaMismatch, match=r"'amount'.*double.*string"):
@@ -205,19 +205,19 @@ def test_changed_dtype_is_refused(uri: str, access: KeyAccess) -> None:
 
 
 def test_table_keeps_its_number_of_buckets(uri: str, access: KeyAccess) -> None:
-    """Whatever a later configuration says."""
+    """A later configuration does not change the number of buckets."""
     offline.create_table(uri, SCHEMA, num_buckets=4)
     assert offline.num_buckets(offline.create_table(uri, SCHEMA, num_buckets=16)) == 4
 
 
 def test_view_without_rows_says_what_to_run(uri: str, access: KeyAccess) -> None:
-    """Nothing was ingested yet."""
+    """The error for a view without a table names the command to run."""
     with pytest.raises(TrainingSetError, match=r"feature_jobs\.ingest view=income"):
         newest(uri, access)
 
 
-def test_who_has_no_key_reads_what_is_public_and_nothing_else(uri: str, access: KeyAccess) -> None:
-    """In the table itself, by any Delta reader; who has the keys reads everything."""
+def test_reader_without_keys_reads_public_columns_only(uri: str, access: KeyAccess) -> None:
+    """Any Delta reader reads the public columns. A reader with the keys reads all columns."""
     view = ViewSpec(
         name="income",
         version="1",
@@ -232,14 +232,14 @@ def test_who_has_no_key_reads_what_is_public_and_nothing_else(uri: str, access: 
         with pytest.raises(pl.exceptions.ComputeError, match="ncrypt"):
             table.select(hidden).collect()
     pinned = newest(uri, access, protection=view_protection(view))
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
-    assert sorted(found["amount"]) == [float(number) for number in range(40)]
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(4))
+    assert sorted(frame["amount"]) == [float(number) for number in range(40)]
     log = "".join(path.read_text() for path in Path(uri, "_delta_log").glob("*.json"))
     assert "minValues" not in log
 
 
-def test_a_file_in_the_place_of_another_is_refused(uri: str, access: KeyAccess) -> None:
-    """Of another bucket, of another table under the same keys, or one that lies in the clear."""
+def test_replaced_file_is_refused(uri: str, access: KeyAccess) -> None:
+    """A file of another bucket, of another table with the same keys, or without encryption is refused."""
     protection = Protection(default="features/income/internal", keys=tuple((name, None) for name, _ in TIMES))
     ingest(uri, rows(0, 40), "a", access, protection)
     other = f"{uri.rsplit('/', 1)[0]}/wages"
@@ -247,7 +247,7 @@ def test_a_file_in_the_place_of_another_is_refused(uri: str, access: KeyAccess) 
     files = newest(uri, access, protection=protection).files
     victim, beside = (Path(uri, file.path) for file in files[:2])
     plain = pl.read_parquet(Path(f"{uri}-plain", write(f"{uri}-plain", rows(0, 40), "a", access)[0].path))
-    whole = victim.read_bytes()
+    original = victim.read_bytes()
     for content in (beside.read_bytes(), Path(other, files[0].path).read_bytes(), None):
         if content is None:
             plain.write_parquet(victim)
@@ -255,17 +255,17 @@ def test_a_file_in_the_place_of_another_is_refused(uri: str, access: KeyAccess) 
             victim.write_bytes(content)
         with pytest.raises(ProtectedFileCorrupt, match=r"belongs at|signed by no key"):
             newest(uri, access, protection=protection).read(files[0].bucket, ["amount"])
-    victim.write_bytes(whole)
+    victim.write_bytes(original)
     assert newest(uri, access, protection=protection).read(files[0].bucket, ["amount"]).height
 
 
-def test_a_reader_of_an_older_version_needs_not_know_a_newer_feature(uri: str, access: KeyAccess) -> None:
-    """It was added under a key that the reader has never heard of."""
+def test_older_view_version_reads_table_with_a_newer_feature(uri: str, access: KeyAccess) -> None:
+    """The reader does not need the key of a feature that it does not read."""
     keys = tuple((name, None) for name, _ in TIMES)
     older = Protection(default="features/income/internal", keys=keys)
     newer = Protection(default=older.default, keys=(*keys, ("sector", "features/income/personal")))
     wider = pa.schema([*BASE, ("sector", pa.string()), *TIMES])
     ingest(uri, rows(0, 5, schema=wider, sector=["x"] * 5), "a", access, newer)
     pinned = newest(uri, access, protection=older)
-    found = pl.concat(pinned.read(bucket, ["amount"]) for bucket in {file.bucket for file in pinned.files})
-    assert sorted(found["amount"]) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in {file.bucket for file in pinned.files})
+    assert sorted(frame["amount"]) == [0.0, 1.0, 2.0, 3.0, 4.0]

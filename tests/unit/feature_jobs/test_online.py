@@ -1,4 +1,4 @@
-"""The online store: what a request may see at its own time, and never half a materialisation."""
+"""The online store: what a read may see at its `as_of`, and reads during a materialisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ on_lmdb = pytest.mark.parametrize("store", ["lmdb"], indirect=True)
 
 
 def view(name: str, keys: list[str], *, ttl_h: float | None = None, **fields: str) -> ViewSpec:
-    """A view's spec from feature names and dtypes."""
+    """Return a view's spec from feature names and dtypes."""
     specs = [
         FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
         for field, dtype in fields.items()
@@ -44,12 +44,12 @@ SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
 
 
 def hour(number: float) -> datetime:
-    """A moment after the start."""
+    """Return a moment, in hours after the start."""
     return START + timedelta(hours=number)
 
 
 def row(key: int | str, *values: Any, event: float = 1, available: float | None = None) -> OnlineRow:
-    """An entity's row, known when it happened unless said otherwise."""
+    """Return an entity's row. By default it is created at its event time."""
     known = event if available is None else available
     return OnlineRow(
         keys=(key,),
@@ -85,23 +85,23 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
 def read(
     store: OnlineStore, entity: Mapping[str, Any], *, at: float = 5
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values and status of one entity, by column."""
+    """Return values and status of one entity, by column."""
     vectors = FeatureReader(SERVICE, store).read([entity], hour(at))
     assert SERVICE.columns == list(vectors.columns) == list(vectors.status)
     values = {name: column[0] for name, column in vectors.columns.items()}
     return values, {name: str(column[0]) for name, column in vectors.status.items()}
 
 
-def test_join_key_comes_from_an_earlier_view(store: OnlineStore) -> None:
-    """As in the training set: the person's band is the key of the cohort."""
+def test_join_key_can_come_from_an_earlier_view(store: OnlineStore) -> None:
+    """As in a training set: the person's band is the key of the cohort."""
     values, status = read(store, {"person_id": 1})
     assert values == {"person__amount": 10.0, "person__age_band": "young", "cohort__rate": 0.5}
     assert {"present"} == set(status.values())
 
 
 @pytest.mark.parametrize("others", [0, 64])
-def test_list_of_an_earlier_length_is_read_as_it_is(store: OnlineStore, others: int) -> None:
-    """As in the training set: neither cut nor filled up to the length that is declared now."""
+def test_list_of_an_earlier_length_is_read_unchanged(store: OnlineStore, others: int) -> None:
+    """As in a training set: it is neither cut nor filled up to the declared length."""
     lists = view("person2", ["person_id"], emb="list<float32, 3>", amount="float64")
     given = [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], *([1.0, 2.0, 3.0] for _ in range(others))]
     rows = [row(number, emb, 1.5) for number, emb in enumerate(given)]
@@ -112,8 +112,8 @@ def test_list_of_an_earlier_length_is_read_as_it_is(store: OnlineStore, others: 
     assert set(found.status["person2__emb"]) == {"present"}
 
 
-def test_a_whole_number_stored_as_a_fraction_serves_as_a_key(store: OnlineStore) -> None:
-    """As in the training set, where 10.0 is the key 10; 0.5 is none."""
+def test_whole_float_is_used_as_an_integer_key(store: OnlineStore) -> None:
+    """As in a training set: 10.0 is the key 10, and 0.5 is no key."""
     service = ServiceSpec(name="s", version="1", views=[PERSON, view("cohort", ["amount"], rate="float64")])
     store.replace(service.views[1], {"amount": "int64"}, [row(10, 0.9)])
     reader = FeatureReader(service, store)
@@ -123,32 +123,32 @@ def test_a_whole_number_stored_as_a_fraction_serves_as_a_key(store: OnlineStore)
         reader.read([{"person_id": 1}], hour(5))
 
 
-def test_a_reader_follows_the_types_of_keys_when_the_table_decides_them(store: OnlineStore) -> None:
-    """A first push of another type holds it up no longer than until then."""
+def test_reader_refreshes_key_types_set_by_the_table(store: OnlineStore) -> None:
+    """A first push with another key type is read as such until the table sets the types."""
     other = view("person2", ["person_id"], amount="float64")
     store.put(other, {"person_id": "int64"}, [row(7, 1.0)])
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[other]), store)
     with pytest.raises(InvalidRequest, match="must be a whole number"):
         reader.read([{"person_id": "a"}], hour(5))
-    store.hold_key_types("person2", {"person_id": "string"})
+    store.set_key_types("person2", {"person_id": "string"})
     assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [None]
     store.put(other, {"person_id": "string"}, [row("a", 2.0)])
     assert reader.read([{"person_id": "a"}], hour(5)).columns["person2__amount"] == [2.0]
 
 
-def test_join_key_of_the_request_goes_before_that_of_a_view(store: OnlineStore) -> None:
-    """What the request says counts."""
+def test_join_key_of_the_request_wins_over_a_view(store: OnlineStore) -> None:
+    """If both have the join key, the request's value is used."""
     assert read(store, {"person_id": 1, "age_band": "old"})[0]["cohort__rate"] == 0.7
 
 
-def test_null_and_missing_are_told_apart(store: OnlineStore) -> None:
-    """The source said nothing of the amount; nobody said anything of a stranger, or of a stranger's cohort."""
+def test_null_and_missing_have_different_status(store: OnlineStore) -> None:
+    """The source has a null for the amount. An unknown person, and their cohort, is missing."""
     assert read(store, {"person_id": 2})[1]["person__amount"] == "null"
     assert {"missing"} == set(read(store, {"person_id": 99})[1].values())
 
 
-def test_ttl_is_measured_at_the_request(store: OnlineStore) -> None:
-    """Age equal to the limit still counts; an expired person has no cohort."""
+def test_ttl_is_applied_at_the_request(store: OnlineStore) -> None:
+    """An age equal to the TTL is valid. An expired person has no cohort."""
     assert read(store, {"person_id": 1}, at=11)[1]["person__amount"] == "present"
     values, status = read(store, {"person_id": 1}, at=11.001)
     assert (values["person__amount"], status["person__amount"]) == (None, "expired")
@@ -156,8 +156,8 @@ def test_ttl_is_measured_at_the_request(store: OnlineStore) -> None:
 
 
 @pytest.mark.parametrize("known", [row(1, 9.0, "old", event=6), row(1, 9.0, "old", event=2, available=6)])
-def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: OnlineRow) -> None:
-    """Neither one that happened later nor one that became known later."""
+def test_value_from_after_the_request_is_never_returned(store: OnlineStore, known: OnlineRow) -> None:
+    """Neither a later event nor a value that became known later."""
     store.replace(PERSON, {"person_id": "int64"}, [known])
     values, status = read(store, {"person_id": 1}, at=5.999)
     assert (values["person__amount"], status["person__amount"]) == (None, "newer")
@@ -165,7 +165,7 @@ def test_value_from_after_the_request_is_never_given(store: OnlineStore, known: 
 
 
 def test_rows_keep_order_and_repetitions(store: OnlineStore) -> None:
-    """One item per entity asked, strangers between."""
+    """The result has one item for each entity in the request, also for unknown ones."""
     asked = [{"person_id": one} for one in (2, 1, 99, 1)]
     assert FeatureReader(SERVICE, store).read(asked, hour(5)).columns["cohort__rate"] == [0.7, 0.5, None, 0.5]
 
@@ -179,16 +179,16 @@ def test_rows_keep_order_and_repetitions(store: OnlineStore) -> None:
         ({"person_id": 1, "age_band": 3}, "must be text"),
     ],
 )
-def test_key_that_is_absent_or_of_another_type_is_refused(
+def test_missing_key_or_wrong_key_type_is_refused(
     store: OnlineStore, entity: dict[str, Any], words: str
 ) -> None:
-    """A wrong type would otherwise look like an unknown entity."""
+    """Without the check, a wrong type would look like an unknown entity."""
     with pytest.raises(InvalidRequest, match=words):
         read(store, entity)
 
 
 def test_materialisation_replaces_all_rows_of_its_view_only(store: OnlineStore) -> None:
-    """An entity that is no longer known is gone; other views are as they were."""
+    """An entity without a new row is removed. Other views do not change."""
     assert store.replace(PERSON, {"person_id": "int64"}, [row(2, 20.0, "old")]) == 1
     assert read(store, {"person_id": 1})[1]["person__amount"] == "missing"
     assert tuple(read(store, {"person_id": 2})[0][name] for name in ("person__amount", "cohort__rate")) == (
@@ -197,8 +197,8 @@ def test_materialisation_replaces_all_rows_of_its_view_only(store: OnlineStore) 
     )
 
 
-def test_view_whose_name_begins_like_another_is_left_alone(store: OnlineStore) -> None:
-    """`person` and `person2` share a beginning, not rows."""
+def test_view_with_a_common_name_prefix_is_not_changed(store: OnlineStore) -> None:
+    """The rows of `person` and `person2` are separate."""
     other = view("person2", ["person_id"], amount="float64")
     store.replace(other, {"person_id": "int64"}, [row(1, 5.0)])
     store.replace(PERSON, {"person_id": "int64"}, [])
@@ -207,7 +207,7 @@ def test_view_whose_name_begins_like_another_is_left_alone(store: OnlineStore) -
 
 
 def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
-    """An error halfway is as if it had not begun."""
+    """After an error in the middle, the old rows are unchanged."""
 
     def failing() -> Iterator[OnlineRow]:
         yield row(1, 99.0, "old")
@@ -218,8 +218,8 @@ def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
     assert read(store, {"person_id": 1})[0]["person__amount"] == 10.0
 
 
-def test_store_without_any_materialisation_knows_nothing(tmp_path: Path, keys: Keyring) -> None:
-    """A replica may start first."""
+def test_empty_store_returns_missing(tmp_path: Path, keys: Keyring) -> None:
+    """A replica may start before the first materialisation."""
     empty = open_online(SMALL, Layout(str(tmp_path / "new")), keys)
     assert {"missing"} == set(read(empty, {"person_id": 1})[1].values())
     empty.close()
@@ -244,7 +244,7 @@ store.replace(view, {"person_id": "int64"}, [row])
 
 
 def test_open_reader_sees_what_another_process_writes(tmp_path: Path, keys: Keyring) -> None:
-    """A replica is not restarted for a materialisation."""
+    """A replica does not have to restart after a materialisation."""
     service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
     replica = open_online(SMALL, Layout(str(tmp_path)), keys)
     reader = FeatureReader(service, replica)
@@ -254,23 +254,23 @@ def test_open_reader_sees_what_another_process_writes(tmp_path: Path, keys: Keyr
     replica.close()
 
 
-def test_replica_of_an_older_view_version_finds_its_features_by_name(store: OnlineStore) -> None:
-    """A view that grew in front must not shift an older model's inputs; a feature it no longer has is null."""
+def test_older_view_version_reads_its_features_by_name(store: OnlineStore) -> None:
+    """A new first feature does not shift an older model's inputs. A removed feature is null."""
     newer = view("person", ["person_id"], added="int64", age_band="string")
     store.replace(newer, {"person_id": "int64"}, [row(1, 77, "old")])
     values, _ = read(store, {"person_id": 1})
     assert tuple(values.values()) == (None, "old", 0.7)
 
 
-def test_feature_with_another_dtype_is_not_given_to_an_older_version(store: OnlineStore) -> None:
-    """A number where the model learned a text would be refused or, worse, taken."""
+def test_feature_with_another_dtype_is_null_for_an_older_version(store: OnlineStore) -> None:
+    """A model that was trained with text must not get a number."""
     newer = view("person", ["person_id"], amount="string", age_band="string")
     store.replace(newer, {"person_id": "int64"}, [row(1, "ten", "old")])
     assert read(store, {"person_id": 1})[0]["person__amount"] is None
 
 
-def test_long_text_keys_are_told_apart(store: OnlineStore) -> None:
-    """LMDB takes keys of 511 bytes at most."""
+def test_long_text_keys_are_distinct(store: OnlineStore) -> None:
+    """LMDB keys have at most 511 bytes."""
     long = "x" * 600
     store.replace(COHORT, {"age_band": "string"}, [row(long + "1", 0.1), row(long + "2", 0.2)])
     assert read(store, {"person_id": 1, "age_band": long + "2"})[0]["cohort__rate"] == 0.2
@@ -292,7 +292,7 @@ PATIENT = {"name": "Alicia Keyes"}
 
 @pytest.fixture
 def clinic(store: OnlineStore) -> OnlineStore:
-    """One patient, with a column of every class."""
+    """Return a store with one patient and a column of every class."""
     store.replace(
         MIXED, {"name": "string"}, [row("Alicia Keyes", "measles-of-alicia", "ward-seven", "street-nine")]
     )
@@ -305,13 +305,14 @@ def only(*names: str) -> ServiceSpec:
     return ServiceSpec(name="s", version="1", views=[view])
 
 
-def ask(store: OnlineStore, service: ServiceSpec) -> list[Any]:
+def read_patient(store: OnlineStore, service: ServiceSpec) -> list[Any]:
+    """Read the features of the patient."""
     return [column[0] for column in FeatureReader(service, store).read([PATIENT], hour(5)).columns.values()]
 
 
 @on_lmdb
-def test_a_stolen_file_shows_public_values_and_nobodys_name(clinic: OnlineStore, tmp_path: Path) -> None:
-    """Neither values nor keys of any other class."""
+def test_stolen_file_reveals_only_public_values(clinic: OnlineStore, tmp_path: Path) -> None:
+    """The values of other classes and all keys are encrypted or hashed."""
     clinic.put(MIXED, {"name": "string"}, [row("Alicia Cook", "measles", "ward-six", "street-nine")])
     content = b"".join(path.read_bytes() for path in (tmp_path / "online").iterdir())
     assert b"ward-seven" in content
@@ -321,7 +322,7 @@ def test_a_stolen_file_shows_public_values_and_nobodys_name(clinic: OnlineStore,
 
 
 class Refusing(Keyring):
-    """Gives no secrets of one class."""
+    """A key store that refuses the keys of one class."""
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         if name.endswith("/sensitive"):
@@ -329,17 +330,17 @@ class Refusing(Keyring):
         return super().unwrap(name, wrapped)
 
 
-def test_who_may_not_read_one_class_reads_the_others(clinic: OnlineStore, tmp_path: Path) -> None:
-    """Asked for a feature of that class he is refused, not told that it is missing."""
+def test_reader_without_one_class_reads_the_others(clinic: OnlineStore, tmp_path: Path) -> None:
+    """A read of that class raises an error. Its values are not reported as missing."""
     clinic._keys = Refusing(tmp_path / "keyring.json", bytes(32))
-    assert ask(clinic, only("ward", "street")) == ["ward-seven", "street-nine"]
+    assert read_patient(clinic, only("ward", "street")) == ["ward-seven", "street-nine"]
     with pytest.raises(AccessDenied, match="online/person/sensitive"):
-        ask(clinic, only("illness", "ward"))
+        read_patient(clinic, only("illness", "ward"))
 
 
 @on_lmdb
 def test_values_cannot_be_moved_or_altered(clinic: OnlineStore) -> None:
-    """To another entity, or to another time, or bit by bit."""
+    """A value that was moved to another entity or time, or has a changed bit, is refused."""
     clinic.replace(MIXED, {"name": "string"}, [])
     clinic.put(MIXED, {"name": "string"}, [row(name, name, "w", name) for name in ("Alicia Keyes", "Bob")])
     engine = clinic.engine
@@ -361,32 +362,32 @@ def test_values_cannot_be_moved_or_altered(clinic: OnlineStore) -> None:
             FeatureReader(only("street"), clinic).read([PATIENT, {"name": "Bob"}], hour(5))
 
 
-def test_a_revoked_key_ends_reading_within_the_caches_life(
+def test_revoked_key_stops_reads_when_the_cache_expires(
     clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a new materialisation is under the newest version."""
+    """A new materialisation uses the newest key version."""
     monkeypatch.setattr(online_store, "CACHE_S", 0.0)
-    assert ask(clinic, only("street")) == ["street-nine"]
+    assert read_patient(clinic, only("street")) == ["street-nine"]
     keys.rotate("online/person/personal")
     clinic.replace(MIXED, {"name": "string"}, [row("Alicia Keyes", "i", "w", "moved")])
-    assert ask(clinic, only("street")) == ["moved"]
+    assert read_patient(clinic, only("street")) == ["moved"]
     keys.revoke("online/person/personal")
     with pytest.raises(KeyRevoked):
-        ask(clinic, only("street"))
-    assert ask(clinic, only("ward")) == ["w"]
+        read_patient(clinic, only("street"))
+    assert read_patient(clinic, only("ward")) == ["w"]
 
 
-def test_a_key_store_that_is_away_stops_no_reader_that_has_its_keys(
+def test_reader_with_cached_keys_survives_an_unavailable_key_store(
     clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values of a materialisation whose keys it never had it cannot read."""
+    """It cannot read a new materialisation, because it does not have its keys."""
     monkeypatch.setattr(online_store, "CACHE_S", 0.0)
-    assert ask(clinic, only("street")) == ["street-nine"]
+    assert read_patient(clinic, only("street")) == ["street-nine"]
 
     def away(name: str, wrapped: str) -> bytes:
         raise KeyStoreUnavailable("away")
 
     monkeypatch.setattr(keys, "unwrap", away)
-    assert ask(clinic, only("street")) == ["street-nine"]
+    assert read_patient(clinic, only("street")) == ["street-nine"]
     with pytest.raises(KeyStoreUnavailable):
-        ask(clinic, only("illness"))
+        read_patient(clinic, only("illness"))

@@ -1,4 +1,4 @@
-"""Where entities' rows lie: the same alone and in a batch, of every kind of key, and nobody's without the secret."""
+"""Addresses of entities: the same alone and in a batch, for every kind of key, and secret without the hash key."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ keys = st.one_of(
 
 
 @given(keys)
-def test_an_entity_lies_at_one_place_alone_and_in_a_batch(entities: list[tuple[int | str, ...]]) -> None:
-    """Of whichever parts its key is, and another entity's is another one."""
+def test_address_is_the_same_alone_and_in_a_batch(entities: list[tuple[int | str, ...]]) -> None:
+    """Keys with any parts have one address. Different entities have different addresses."""
     of = Addresses(SECRET).of
     together = list(of(entities))
     assert together == [Addresses(SECRET).of([entity])[0] for entity in entities]
@@ -43,26 +43,26 @@ def test_an_entity_lies_at_one_place_alone_and_in_a_batch(entities: list[tuple[i
     assert len(set(together)) == len(entities)
 
 
-def test_keys_of_different_kinds_do_not_meet() -> None:
-    """A number is not its text, nor a pair with nothing, whichever of the two ways each goes."""
+def test_keys_of_different_types_have_different_addresses() -> None:
+    """A number, its text, and a pair have different addresses, whether they are encrypted or hashed."""
     of = Addresses(SECRET).of
     entities = [(1,), ("1",), (1, 0), (0, 1), (2**63,), (-(2**63),), (1, ""), ("",), (0,)]
     assert len({of([entity])[0] for entity in entities}) == len(entities)
 
 
 @given(st.lists(st.tuples(numbers), min_size=1, unique=True, max_size=9))
-def test_another_secret_gives_other_places(entities: list[tuple[int]]) -> None:
-    """So without it nobody can say whose row lies where."""
+def test_another_secret_gives_other_addresses(entities: list[tuple[int]]) -> None:
+    """Without the secret, an address cannot be connected to an entity."""
     assert not set(Addresses(SECRET).of(entities)) & set(Addresses(bytes(32)).of(entities))
 
 
-def test_threads_ask_one_another_never_wrongly() -> None:
-    """A replica reads in several threads, and the cipher's context takes one at a time."""
+def test_threads_get_the_right_addresses() -> None:
+    """A replica reads in several threads, but the cipher's context allows one at a time."""
     of = Addresses(SECRET).of
     batches = [[(number,) for number in range(first, first + first % 7 + 1)] for first in range(2_000)]
-    wanted = [list(of(batch)) for batch in batches]
+    expected = [list(of(batch)) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        assert [list(found) for found in pool.map(of, batches)] == wanted
+        assert [list(addresses) for addresses in pool.map(of, batches)] == expected
 
 
 AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
@@ -74,17 +74,17 @@ def row(value: float) -> OnlineRow:
     return OnlineRow(keys=(1,), event_us=1, created_us=1, seq=0, values=[value])
 
 
-def test_rows_of_an_older_release_are_refused_until_they_are_materialised_again(tmp_path: Path) -> None:
-    """They lie at other addresses, so read as they are everything would be missing."""
+def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path) -> None:
+    """They have other addresses. Without the check, every entity would be missing."""
     keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
     keys.ensure(KeyInfo(name="online/v/internal"))
     store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
     store.replace(VIEW, {"id": "int64"}, [row(1.0)])
-    lying = store.engine.meta("v")
-    assert lying is not None
-    stamp, content = lying[:STAMP_BYTES], msgpack.unpackb(lying[STAMP_BYTES:])
+    stored = store.engine.meta("v")
+    assert stored is not None
+    stamp, content = stored[:STAMP_BYTES], msgpack.unpackb(stored[STAMP_BYTES:])
     assert content.pop("format") == 2
-    store.engine.change("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
+    store.engine.set_meta("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
     store.close()
 
     store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)

@@ -1,4 +1,4 @@
-"""A batch of online rows that is taken apart at once: the same values as row by row, and none that was altered."""
+"""A batch of online rows that is unpacked by column: the same values as row by row, and no altered value."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ ADDRESSES = list(CIPHER.addresses([(number,) for number in range(COUNT)]))
 times = st.integers(-(2**63), 2**63 - 1)
 
 
-def packed(place: int, *, event_us: int = 5, created_us: int = 5, layout: int = 0) -> bytes:
-    values = [float(place), 0.5, 0.25][: 2 + layout]
-    row = OnlineRow(keys=(place,), event_us=event_us, created_us=created_us, seq=7, values=values)
-    return CIPHER.pack(ADDRESSES[place], row, LAYOUTS[layout], layout)
+def packed(index: int, *, event_us: int = 5, created_us: int = 5, layout: int = 0) -> bytes:
+    values = [float(index), 0.5, 0.25][: 2 + layout]
+    row = OnlineRow(keys=(index,), event_us=event_us, created_us=created_us, seq=7, values=values)
+    return CIPHER.pack(ADDRESSES[index], row, LAYOUTS[layout], layout)
 
 
 @given(st.lists(st.tuples(times, times), min_size=COUNT, max_size=COUNT), times, times)
-def test_a_batch_says_what_its_rows_say(moments: list[tuple[int, int]], oldest: int, newest: int) -> None:
-    """Values, event and availability, to the ends of their range."""
+def test_block_equals_its_rows(moments: list[tuple[int, int]], oldest: int, newest: int) -> None:
+    """Values, event time and availability, up to the ends of their range."""
     rows = [
-        packed(place, event_us=event, created_us=created) for place, (event, created) in enumerate(moments)
+        packed(index, event_us=event, created_us=created) for index, (event, created) in enumerate(moments)
     ]
     block = CIPHER.block(ADDRESSES, rows, PLANS)
     alone = [row for row in CIPHER.unpack(ADDRESSES, rows, PLANS) if row is not None]
@@ -43,8 +43,8 @@ def test_a_batch_says_what_its_rows_say(moments: list[tuple[int, int]], oldest: 
     assert block.within(oldest, newest) == all(row[0] >= oldest and row[1] <= newest for row in alone)
 
 
-def flipped(row: bytes, place: int) -> bytes:
-    return row[:place] + bytes([row[place] ^ 1]) + row[place + 1 :]
+def flipped(row: bytes, index: int) -> bytes:
+    return row[:index] + bytes([row[index] ^ 1]) + row[index + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def flipped(row: bytes, place: int) -> bytes:
     ],
     ids=["header", "nonce", "content", "exchanged", "shifted", "emptied"],
 )
-def test_no_value_of_a_batch_is_given_where_one_was_altered(
+def test_altered_row_prevents_reading_its_batch(
     altered: Callable[[list[bytes]], list[bytes]],
 ) -> None:
-    """The way by columns steps back, and the one by rows says which it was."""
-    rows = altered([packed(place) for place in range(COUNT)])
+    """`block` returns None, and `unpack` names the altered row."""
+    rows = altered([packed(index) for index in range(COUNT)])
     assert CIPHER.block(ADDRESSES, rows, PLANS) is None
     with pytest.raises(ArtifactTampered):
         CIPHER.unpack(ADDRESSES, rows, PLANS)
 
 
-def test_rows_of_two_versions_go_one_by_one() -> None:
-    """Each lies as its version packed it."""
-    rows = [packed(place, layout=place % 2) for place in range(COUNT)]
+def test_rows_of_two_versions_are_read_by_row() -> None:
+    """Each row is read by the layout of its version."""
+    rows = [packed(index, layout=index % 2) for index in range(COUNT)]
     assert CIPHER.block(ADDRESSES, rows, PLANS) is None
-    found = CIPHER.unpack(ADDRESSES, rows, PLANS)
-    assert [list(row[3]) for row in found if row] == [[float(place), 0.5] for place in range(COUNT)]
+    unpacked = CIPHER.unpack(ADDRESSES, rows, PLANS)
+    assert [list(row[3]) for row in unpacked if row] == [[float(index), 0.5] for index in range(COUNT)]

@@ -1,6 +1,6 @@
-"""Events pushed and streamed into the online states of an aggregated view: read at any instant, they are as offline.
+"""Events that are pushed and streamed to an aggregated view.
 
-On both engines.
+Online values equal offline values at any instant. Every test runs on both engines.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.online.engine import Write
-from feature_jobs.store.online.events import merge_of, put_online, settle_online
+from feature_jobs.store.online.events import assign_sequence_online, merge_of, put_online
 from feature_jobs.store.online.reader import FeatureReader, open_online
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import states, stored_view
+from feature_jobs.store.online.windows import entity_states, stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
 from tests.unit.feature_jobs.test_online_windows import (
@@ -63,7 +63,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator
 
 @pytest.fixture(params=[0, 1], ids=["lmdb", "redis"])
 def store(request: pytest.FixtureRequest, stores: list[OnlineStore]) -> OnlineStore:
-    """With the view materialised from an empty table."""
+    """Return the store after the view was materialised from an empty table."""
     store = stores[request.param]
     store.replace(stored_view(VIEW), TYPES, [])
     return store
@@ -71,7 +71,7 @@ def store(request: pytest.FixtureRequest, stores: list[OnlineStore]) -> OnlineSt
 
 @dataclass
 class Pipeline:
-    """A push log, a topic, a table and the online store; `rows` come in order by one or the other way."""
+    """A push log, a topic, a table and the online store. The rows come in order, some by push and some by topic."""
 
     store: OnlineStore
     rows: pl.DataFrame
@@ -79,86 +79,86 @@ class Pipeline:
     """Rows in the order of the log."""
     table: list[int] = field(default_factory=list)
     """Rows in the order of their `ingest_seq`."""
-    settled: int = 0
-    """So many of the log are in the table and settled."""
-    streamed: int = 0
-    """So many of the log are in the table."""
-    taken: int = 0
-    """So many rows came."""
+    num_finished: int = 0
+    """Number of log rows that are in the table and have their final number online."""
+    num_streamed: int = 0
+    """Number of log rows that are in the table."""
+    num_taken: int = 0
+    """Number of rows that were pushed or read from the topic."""
     put: set[int] = field(default_factory=set)
-    """Numbers in the log of what was put online."""
+    """Log numbers of the rows that were put online."""
 
     def numbered(self, rows: list[int], numbers: list[int]) -> pl.DataFrame:
         return self.rows[rows].with_columns(pl.Series("ingest_seq", numbers, pl.Int64))
 
     def next(self, count: int) -> list[int]:
-        rows = list(range(self.taken, min(self.taken + count, self.rows.height)))
-        self.taken += len(rows)
+        rows = list(range(self.num_taken, min(self.num_taken + count, self.rows.height)))
+        self.num_taken += len(rows)
         return rows
 
     def push(self, count: int, *, lost: bool = False) -> None:
-        """Append to the log, and put online unless a crash comes before."""
+        """Append rows to the log, and put them online unless a crash comes before."""
         self.pushed += self.next(count)
         if not lost:
             self.push_again(count)
 
     def push_again(self, count: int) -> None:
-        """Repeat the last pushes that are not settled."""
-        numbers = list(range(max(len(self.pushed) - count, self.settled), len(self.pushed)))
+        """Repeat the last pushes that the stream has not stored."""
+        numbers = list(range(max(len(self.pushed) - count, self.num_finished), len(self.pushed)))
         self.put |= set(numbers)
         known = self.numbered([self.pushed[n] for n in numbers], [PROVISIONAL + n for n in numbers])
         put_online(self.store, VIEW, TYPES, known)
 
-    def stream(self, *, settle: bool) -> None:
-        """Take the log into the table, and settle unless a crash comes before; that is made up for next time."""
-        self.settle()
-        self.table += self.pushed[self.streamed :]
-        self.streamed = len(self.pushed)
-        if settle:
-            self.settle()
+    def stream(self, *, finish: bool) -> None:
+        """Store the log in the table and finish, unless a crash comes before. The next step then finishes."""
+        self.finish()
+        self.table += self.pushed[self.num_streamed :]
+        self.num_streamed = len(self.pushed)
+        if finish:
+            self.finish()
 
-    def settle(self) -> None:
-        numbers = list(range(self.settled, self.streamed))
+    def finish(self) -> None:
+        numbers = list(range(self.num_finished, self.num_streamed))
         rows = [self.pushed[n] for n in numbers]
         known = self.numbered(rows, [PROVISIONAL + n for n in numbers])
-        settle_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
-        self.settled = self.streamed
+        assign_sequence_online(self.store, VIEW, TYPES, known, [self.table.index(row) for row in rows])
+        self.num_finished = self.num_streamed
 
     def kafka(self, count: int) -> None:
-        """Take rows of the topic into the table, then put them online."""
+        """Store rows of the topic in the table, then put them online."""
         rows = self.next(count)
         self.table += rows
         put_online(self.store, VIEW, TYPES, self.numbered(rows, [self.table.index(row) for row in rows]))
 
     def materialise(self, inside: Callable[[], None]) -> None:
-        """Materialise the table as it is now, while something happens."""
-        horizon = Horizon(len(self.table) - 1, self.streamed - 1)
+        """Materialise the current table, while another step happens inside."""
+        horizon = Horizon(len(self.table) - 1, self.num_streamed - 1)
         known = self.numbered(self.table, list(range(len(self.table))))
 
         def slow() -> Iterator[OnlineRow]:
-            yield from states(known, list(KEYS), SPEC, AS_OF)
+            yield from entity_states(known, list(KEYS), SPEC, AS_OF)
             inside()
 
         self.store.replace(stored_view(VIEW), TYPES, slow(), horizon=horizon, merge=merge_of(VIEW))
 
     def offline(self) -> list[dict[str, list[object]]]:
-        """What the table says at each hour, with what was put online and is in the log only."""
-        rows = self.table + [self.pushed[n] for n in sorted(self.put) if n >= self.streamed]
+        """Return the values at each hour from the table, the online rows and the log."""
+        rows = self.table + [self.pushed[n] for n in sorted(self.put) if n >= self.num_streamed]
         known = self.numbered(rows, list(range(len(rows))))
         return [offline_columns(known, hour) for hour in HOURS]
 
     def online(self) -> list[dict[str, list[object]]]:
-        """What the store says."""
+        """Return the values from the online store."""
         reader = FeatureReader(SERVICE, self.store)
         return [reader.read(EVERYONE, START + timedelta(hours=hour)).columns for hour in HOURS]
 
 
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames(min_size=20), seed=st.integers(0, 10**6))
-def test_events_in_any_order_by_any_way_are_online_as_offline(
+def test_online_equals_offline_for_events_in_any_order(
     stores: list[OnlineStore], frame: pl.DataFrame, seed: int
 ) -> None:
-    """Pushes, repetitions, crashes before any step, a topic beside them and materialisations during all that."""
+    """Pushes, repetitions, crashes before any step, a topic, and materialisations in between."""
     # What is dated ahead may be forgotten too early (see `tiles`).
     known = pl.max_horizontal("event_timestamp", "created_timestamp")
     frame = frame.with_columns(known.alias("created_timestamp"))
@@ -170,15 +170,15 @@ def test_events_in_any_order_by_any_way_are_online_as_offline(
         run.store.replace(stored_view(VIEW), TYPES, [])
         for step, count, inside in steps:
             if step == "m":
-                run.materialise(functools.partial(taken, run, inside, count))
+                run.materialise(functools.partial(run_step, run, inside, count))
             else:
-                taken(run, step, count)
-        run.settle()
+                run_step(run, step, count)
+        run.finish()
     assert runs[0].online() == runs[1].online() == runs[0].offline()
 
 
-def taken(run: Pipeline, step: str, count: int) -> None:
-    """Do one step."""
+def run_step(run: Pipeline, step: str, count: int) -> None:
+    """Run one step."""
     match step:
         case "p":
             run.push(count)
@@ -187,25 +187,25 @@ def taken(run: Pipeline, step: str, count: int) -> None:
         case "r":
             run.push_again(count)
         case "s":
-            run.stream(settle=count > 2)
+            run.stream(finish=count > 2)
         case "c":
             run.kafka(count)
 
 
 def event(number: int, amount: float = 1.0) -> pl.DataFrame:
-    """An event of one entity, pushed."""
+    """Push an event of one entity."""
     changed = {"event_id": pl.lit(str(number)), "amount": pl.lit(amount)}
     return frame_of(EVENT).with_columns(ingest_seq=pl.lit(PROVISIONAL + number, pl.Int64), **changed)
 
 
 def count(store: OnlineStore) -> object:
-    """How many events of the entity there are."""
-    found = FeatureReader(SERVICE, store).read([EVERYONE[0]], START + timedelta(hours=1))
-    return found.columns["visits__count_2h"][0]
+    """Return the number of events of the entity."""
+    vectors = FeatureReader(SERVICE, store).read([EVERYONE[0]], START + timedelta(hours=1))
+    return vectors.columns["visits__count_2h"][0]
 
 
-def test_writers_at_once_lose_no_event_of_an_entity(store: OnlineStore) -> None:
-    """Each reads what the other wrote, or writes again."""
+def test_concurrent_writers_lose_no_event(store: OnlineStore) -> None:
+    """A writer whose state was changed by another one reads it again."""
 
     def push(start: int) -> None:
         for number in range(start, start + 10):
@@ -219,10 +219,10 @@ def test_writers_at_once_lose_no_event_of_an_entity(store: OnlineStore) -> None:
     assert count(store) == 30
 
 
-def test_an_event_between_reading_and_writing_a_state_is_not_lost(
+def test_event_between_read_and_write_of_a_state_is_kept(
     store: OnlineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the first of an entity nor a later one."""
+    """Neither the first event of an entity nor a later one is lost."""
     put, waiting = store.engine.put, [1, 3]
 
     def slow(view: str, stamp: bytes, writes: list[Write]) -> int | None:

@@ -1,4 +1,4 @@
-"""A materialisation's file in the LMDB store: every row is found, no other is, and it goes as it came."""
+"""Segments of the LMDB store: every row is found, no other row is, and old files are deleted."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ PEOPLE = [(number,) for number in range(12)]
 def test_every_row_is_found_and_no_other(
     rows: dict[bytes, bytes], others: list[bytes], order: random.Random
 ) -> None:
-    """One by one and many at once, whatever addresses have in common."""
-    asked = [*rows, *others]
-    order.shuffle(asked)
+    """One by one and in batches, also for addresses with common first bytes."""
+    requests = [*rows, *others]
+    order.shuffle(requests)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "rows", rows.items())
         segment = Segment(Path(folder) / "rows")
-        wanted = [rows.get(address) for address in asked]
-        assert segment.rows(asked) == wanted
-        assert [segment.rows([address])[0] for address in asked] == wanted
+        expected = [rows.get(address) for address in requests]
+        assert segment.rows(requests) == expected
+        assert [segment.rows([address])[0] for address in requests] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "another's", "cut off"])
-def test_what_is_no_whole_segment_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    """It says to materialise again."""
+def test_incomplete_segment_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """The error tells the operator to materialise again."""
     path = tmp_path / "rows"
     write(path, [(bytes(16), b"row")])
     path.write_bytes(path.read_bytes()[8:] if content is None else content)
@@ -64,7 +64,7 @@ def test_what_is_no_whole_segment_is_refused(tmp_path: Path, content: bytes | No
 
 
 def rows(value: float) -> Iterator[OnlineRow]:
-    """Everybody's."""
+    """Return rows of all entities."""
     for key in PEOPLE:
         yield OnlineRow(keys=key, event_us=int(value), created_us=int(value), seq=0, values=(value,))
 
@@ -79,15 +79,15 @@ def store(tmp_path: Path) -> Iterator[OnlineStore]:
 
 
 def amounts(store: OnlineStore) -> list[float | None]:
-    return [None if found is None else found[3][0] for found in store.get(VIEW, PEOPLE)]
+    return [None if row_found is None else row_found[3][0] for row_found in store.get(VIEW, PEOPLE)]
 
 
 def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "online").glob("*.rows"))
 
 
-def test_one_file_is_left_of_all_materialisations(store: OnlineStore, tmp_path: Path) -> None:
-    """Those of before, and of one that failed or was killed, are gone with the next one."""
+def test_materialisation_deletes_all_other_segments(store: OnlineStore, tmp_path: Path) -> None:
+    """Segments of earlier, failed and killed materialisations are deleted."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     (first,) = files(tmp_path)
     (tmp_path / "online" / "v.0123456789abcdef.rows").write_bytes(b"of one that was killed")
@@ -99,31 +99,31 @@ def test_one_file_is_left_of_all_materialisations(store: OnlineStore, tmp_path: 
     assert amounts(store) == [2.0] * len(PEOPLE)
 
 
-def test_what_is_put_goes_before_the_file_if_it_is_newer(store: OnlineStore) -> None:
-    """A deletion too; what is older changes nothing, and the next materialisation knows better."""
+def test_newer_put_takes_precedence_over_the_segment(store: OnlineStore) -> None:
+    """A deletion too. An older row changes nothing, and the next materialisation replaces the puts."""
     store.replace(VIEW, KEY_TYPES, rows(5))
     assert amounts(store) == [5.0] * len(PEOPLE)
     new, old = next(rows(6)), list(rows(4))[1]
-    gone = OnlineRow(keys=PEOPLE[2], event_us=6, created_us=6, seq=0, values=(), deleted=True)
-    assert store.put(VIEW, KEY_TYPES, [new, old, gone]) == 2
+    deleted_row = OnlineRow(keys=PEOPLE[2], event_us=6, created_us=6, seq=0, values=(), deleted=True)
+    assert store.put(VIEW, KEY_TYPES, [new, old, deleted_row]) == 2
     assert amounts(store) == [6.0, 5.0, None, *[5.0] * (len(PEOPLE) - 3)]
     store.replace(VIEW, KEY_TYPES, rows(7))
     assert amounts(store) == [7.0] * len(PEOPLE)
 
 
-def test_a_reader_whose_file_is_taken_away_reads_the_next_one(store: OnlineStore, tmp_path: Path) -> None:
-    """It asks for the meta, and by the time it opens the file another materialisation has switched."""
+def test_reader_without_its_segment_reads_the_next_one(store: OnlineStore, tmp_path: Path) -> None:
+    """Between reading the meta and opening the file, another materialisation has switched."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     reader = OnlineStore(store.engine, store._keys)
-    opened = reader._opened(VIEW)
+    opened = reader._generation(VIEW)
     store.replace(VIEW, KEY_TYPES, rows(2))
     assert opened is not None
     assert store.engine.rows("v", opened.stamp, [bytes(16)]) is None
     assert amounts(reader) == [2.0] * len(PEOPLE)
 
 
-def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineStore) -> None:
-    """Not that all is missing: its path, and what to do."""
+def test_deleted_segment_is_reported(tmp_path: Path, store: OnlineStore) -> None:
+    """The error has the path and the command, instead of missing values."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     files(tmp_path)[0].unlink()
     store.engine._bases.clear()  # type: ignore[attr-defined]  # as in another process
@@ -131,16 +131,16 @@ def test_a_file_that_somebody_took_away_is_told(tmp_path: Path, store: OnlineSto
         amounts(store)
 
 
-def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
+def test_recreated_folder_is_opened_again(
     store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica has the deleted file open: it gives those rows until there are others, and takes none."""
-    monkeypatch.setattr(online_lmdb, "LOOK_AGAIN_S", 0.0)
+    """A replica reads the rows of the deleted file until there is a new one, and writes none."""
+    monkeypatch.setattr(online_lmdb, "CHECK_FILE_S", 0.0)
     store.replace(VIEW, KEY_TYPES, rows(1))
     assert amounts(store) == [1.0] * len(PEOPLE)
     shutil.rmtree(tmp_path / "online")
     assert amounts(store) == [1.0] * len(PEOPLE)
-    with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was there and is not: .* view=all"):
+    with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was deleted, .* view=all"):
         store.put(VIEW, KEY_TYPES, list(rows(2)))
 
     config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))
@@ -152,10 +152,10 @@ def test_a_folder_that_was_deleted_and_made_anew_is_read_as_it_is_now(
     assert amounts(store) == [4.0] * len(PEOPLE)
 
 
-def test_a_full_disk_leaves_the_old_rows(
+def test_full_disk_leaves_the_old_rows(
     store: OnlineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no half a file."""
+    """No partial file remains."""
     store.replace(VIEW, KEY_TYPES, rows(1))
 
     def full(descriptor: int) -> None:
@@ -169,15 +169,15 @@ def test_a_full_disk_leaves_the_old_rows(
     assert amounts(store) == [1.0] * len(PEOPLE)
 
 
-def test_a_value_that_was_altered_in_the_file_is_not_given(store: OnlineStore, tmp_path: Path) -> None:
-    """Of a batch and alone."""
+def test_altered_value_in_the_segment_is_refused(store: OnlineStore, tmp_path: Path) -> None:
+    """In a batch and alone."""
     store.replace(VIEW, KEY_TYPES, rows(1))
     store.close()
     (path,) = files(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
     opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
-    for asked in (PEOPLE, PEOPLE[:1]):
+    for requests in (PEOPLE, PEOPLE[:1]):
         with pytest.raises(ArtifactTampered):
-            opened.read(VIEW, asked)
+            opened.read(VIEW, requests)
     opened.close()

@@ -1,6 +1,6 @@
-"""Compare-and-set in the online store: whatever order rows come in, the greatest (event, created, seq) stays.
+"""Compare-and-set in the online store.
 
-Every test runs against both engines.
+The row with the greatest (event, created, seq) stays, in any order of writes. Every test runs on both engines.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from cluster.errors import ConfigError, OnlineStoreUnavailable, SourceError
+from cluster.errors import SourceError
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from cluster.security.tls.certificates import ensure_tls
-from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
+from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online.engine import Rows
 from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
 from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
-from feature_jobs.store.online.store import Found, OnlineStore
+from feature_jobs.store.online.store import FoundRow, OnlineStore
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.ports import free_port
-from tests.redis_server import running_redis
 from tests.unit.feature_jobs.test_online import START, ServiceSpec
 
 KEY_TYPES = {"id": "int64"}
@@ -38,7 +34,7 @@ PERSONS = [(1,), (2,), (3,)]
 
 
 def a_view(version: str = "v1", **fields: str) -> ViewSpec:
-    """A view `v`; fields by dtype, or by dtype and class after a slash."""
+    """Return a view `v`. Fields are given as dtype, or as dtype and class separated by a slash."""
     specs = []
     for name, text in fields.items():
         dtype, _, sensitivity = text.partition("/")
@@ -54,7 +50,7 @@ VIEW = a_view(amount="float64", sector="string/personal")
 def row(
     key: int, event: int, value: float | None = 0.0, *, created: int | None = None, seq: int = 0
 ) -> OnlineRow:
-    """A row; without a value a tombstone."""
+    """Return a row. Without a value it is a tombstone."""
     return OnlineRow(
         keys=(key,),
         event_us=event,
@@ -65,12 +61,17 @@ def row(
     )
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    keyring = Keyring.create(tmp_path_factory.mktemp("keys") / "keyring.json", bytes(32))
+def view_keys(folder: Path) -> Keyring:
+    """Return a keyring with the online keys of the view."""
+    keyring = Keyring.create(folder / "keyring.json", bytes(32))
     for name in ("internal", "personal", "sensitive"):
         keyring.ensure(KeyInfo(name=f"online/v/{name}"))
     return keyring
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return view_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(params=["lmdb", "redis"])
@@ -85,18 +86,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
     opened.close()
 
 
-def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[Found | None]:
-    """What the store says of each person, values as a list."""
-    found = store.get(view, PERSONS)
-    return [None if one is None else (*one[:3], list(one[3])) for one in found]
+def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[FoundRow | None]:
+    """Return the stored row of each person, with the values as a list."""
+    rows = store.get(view, PERSONS)
+    return [None if row_found is None else (*row_found[:3], list(row_found[3])) for row_found in rows]
 
 
 def amounts(store: OnlineStore) -> list[float | None]:
-    return [None if found is None else found[3][0] for found in answers(store)]
+    return [None if row_found is None else row_found[3][0] for row_found in answers(store)]
 
 
 def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
-    """The later event counts, then the later knowledge of it, then the later number; equal is not greater."""
+    """The later event wins, then the later created time, then the greater number. An equal row is not written."""
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0, created=6, seq=2)]) == 1
     older = [(4, 9, 9), (5, 5, 9), (5, 6, 1), (5, 6, 2)]
     for event, created, seq in older:
@@ -107,15 +108,15 @@ def test_late_event_never_overwrites_newer_value(store: OnlineStore) -> None:
     assert answers(store)[0] == (6, 6, True, [2.0, "s2.0"])
 
 
-def test_times_before_1970_are_ordered_too(store: OnlineStore) -> None:
-    """And the greatest and smallest numbers there are."""
+def test_times_before_1970_are_ordered(store: OnlineStore) -> None:
+    """The smallest and the greatest numbers are ordered too."""
     for event in (-(2**63), -1, 0, 2**63 - 1):
         assert store.put(VIEW, KEY_TYPES, [row(1, event, 1.0)]) == 1
         assert store.put(VIEW, KEY_TYPES, [row(1, max(event - 1, -(2**63)), 1.0)]) == 0
 
 
-def test_deleted_entity_is_not_brought_back_by_an_older_row(store: OnlineStore) -> None:
-    """Nothing is known of it, until something newer is."""
+def test_older_row_does_not_restore_a_deleted_entity(store: OnlineStore) -> None:
+    """Only a newer row restores it."""
     store.put(VIEW, KEY_TYPES, [row(1, 5, 1.0), row(2, 5, 1.0)])
     store.put(VIEW, KEY_TYPES, [row(1, 6, None)])
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 3.0, seq=7)]) == 0
@@ -124,8 +125,8 @@ def test_deleted_entity_is_not_brought_back_by_an_older_row(store: OnlineStore) 
     assert amounts(store) == [4.0, 1.0, None]
 
 
-def test_rows_of_one_call_come_in_any_order(store: OnlineStore) -> None:
-    """Of two rows of one entity the greater one stays."""
+def test_rows_of_one_call_may_have_any_order(store: OnlineStore) -> None:
+    """Of two rows of one entity, the greater one stays."""
     store.put(VIEW, KEY_TYPES, [row(1, 6, 2.0), row(1, 5, 1.0), row(2, 1, 1.0)])
     assert amounts(store) == [2.0, 1.0, None]
 
@@ -142,10 +143,12 @@ rows = st.lists(
 
 
 def greatest(known: Sequence[OnlineRow]) -> list[OnlineRow]:
-    """One row an entity."""
+    """Return the greatest row of each entity."""
     best: dict[tuple[int | str, ...], OnlineRow] = {}
-    for one in sorted(known, key=lambda one: (one.event_us, one.created_us, one.seq)):
-        best[one.keys] = one
+    for candidate in sorted(
+        known, key=lambda candidate: (candidate.event_us, candidate.created_us, candidate.seq)
+    ):
+        best[candidate.keys] = candidate
     return list(best.values())
 
 
@@ -157,23 +160,26 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
     known: list[OnlineRow],
     data: st.DataObject,
 ) -> None:
-    """Some rows put, then a materialisation that knows the first ones, then the others: as if all were materialised."""
+    """Rows put before and after a materialisation give the same store as one materialisation of all rows."""
     config = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="property")
     remote = open_online(config, Layout(""), keys)
     horizon = Horizon(data.draw(st.integers(-1, len(known)), label="horizon"), -1)
     before = data.draw(
         st.lists(st.sampled_from(known), unique_by=id) if known else st.just([]), label="before"
     )
-    after = data.draw(st.permutations([one for one in known if not horizon.covers(one.seq)]), label="after")
+    after = data.draw(
+        st.permutations([candidate for candidate in known if not horizon.covers(candidate.seq)]),
+        label="after",
+    )
     for store in (lmdb, remote):
         store.replace(VIEW, KEY_TYPES, greatest(known))
         wanted = answers(store)
         store.replace(VIEW, KEY_TYPES, [])
         store.put(VIEW, KEY_TYPES, before)
-        covered = [one for one in known if horizon.covers(one.seq)]
+        covered = [candidate for candidate in known if horizon.covers(candidate.seq)]
         store.replace(VIEW, KEY_TYPES, greatest(covered), horizon=horizon)
-        for one in after:
-            store.put(VIEW, KEY_TYPES, [one])
+        for candidate in after:
+            store.put(VIEW, KEY_TYPES, [candidate])
         assert answers(store) == wanted
     remote.close()
 
@@ -186,8 +192,8 @@ def lmdb(tmp_path_factory: pytest.TempPathFactory, keys: Keyring) -> Iterator[On
     opened.close()
 
 
-def test_what_is_pushed_during_a_materialisation_is_kept(store: OnlineStore) -> None:
-    """Even for an entity that it does not know; what it does know counts as it says."""
+def test_push_during_a_materialisation_is_kept(store: OnlineStore) -> None:
+    """Rows of unknown entities are kept. For a row that it covers, the materialisation's value is used."""
     store.put(VIEW, KEY_TYPES, [row(2, 1, 1.0, seq=3)])
 
     def slow() -> Iterator[OnlineRow]:
@@ -200,21 +206,19 @@ def test_what_is_pushed_during_a_materialisation_is_kept(store: OnlineStore) -> 
     assert amounts(store) == [1.0, None, 2.0]
 
 
-def test_what_is_pushed_between_look_and_switch_is_kept(
-    store: OnlineStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Redis looks again; LMDB's look and switch are one transaction."""
+def test_push_between_carry_and_switch_is_kept(store: OnlineStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis tries again. In LMDB both steps are one transaction."""
     store.put(VIEW, KEY_TYPES, [row(1, 2, 2.0, seq=9)])
     if isinstance(store.engine, RedisEngine):
-        looked, pushed = store.engine._put_after, []
+        put_after, pushed = store.engine._put_after, []
 
-        def look(rows: bytes, recent: bytes, after: bytes) -> Rows:
-            found = looked(rows, recent, after)
+        def put_after_then_push(rows: bytes, recent: bytes, after: bytes) -> Rows:
+            recent_rows = put_after(rows, recent, after)
             if not pushed:
                 pushed.append(store.put(VIEW, KEY_TYPES, [row(1, 3, 3.0, seq=10), row(2, 3, 3.0, seq=11)]))
-            return found
+            return recent_rows
 
-        monkeypatch.setattr(store.engine, "_put_after", look)
+        monkeypatch.setattr(store.engine, "_put_after", put_after_then_push)
         store.replace(VIEW, KEY_TYPES, [], horizon=Horizon(8, -1))
         assert amounts(store) == [3.0, 3.0, None]
     else:
@@ -222,23 +226,21 @@ def test_what_is_pushed_between_look_and_switch_is_kept(
         assert amounts(store) == [2.0, None, None]
 
 
-def test_of_two_materialisations_at_once_one_is_refused(store: OnlineStore) -> None:
-    """The one that switches last would put old rows in place of new ones."""
+def test_second_of_two_concurrent_materialisations_is_refused(store: OnlineStore) -> None:
+    """Otherwise the one that switches last would replace new rows by old ones."""
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
 
     def slow() -> Iterator[OnlineRow]:
         yield row(1, 1, 2.0)
         store.replace(VIEW, KEY_TYPES, [row(1, 1, 3.0)])
 
-    with pytest.raises(SourceError, match="materialised by another job meanwhile"):
+    with pytest.raises(SourceError, match="materialised by another job at the same time"):
         store.replace(VIEW, KEY_TYPES, slow())
     assert amounts(store) == [3.0, None, None]
 
 
-def test_a_replica_that_knows_the_generation_of_before_reads_and_writes_the_new_one(
-    store: OnlineStore, keys: Keyring
-) -> None:
-    """Its cached keys and addresses are those of rows that are gone."""
+def test_replica_with_a_cached_old_generation_uses_the_new_one(store: OnlineStore, keys: Keyring) -> None:
+    """Its cached keys and layouts belong to rows that do not exist any more."""
     replica = OnlineStore(store.engine, keys)
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     assert amounts(replica) == [1.0, None, None]
@@ -247,51 +249,58 @@ def test_a_replica_that_knows_the_generation_of_before_reads_and_writes_the_new_
     assert amounts(replica) == amounts(store) == [1.5, 2.0, None]
 
 
-def test_pushed_row_gets_its_number_if_it_is_still_the_greatest(store: OnlineStore) -> None:
-    """Until then it goes before every row that has one, as it will get a greater one than they have."""
+def test_pushed_row_gets_its_sequence_number_if_still_newest(store: OnlineStore) -> None:
+    """Until then its provisional number is greater than every `ingest_seq`."""
     first, second = row(1, 5, 1.0, seq=PROVISIONAL + 1), row(2, 5, 1.0, seq=PROVISIONAL + 2)
     store.put(VIEW, KEY_TYPES, [first, second])
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 9.0, seq=10**12)]) == 0
     store.put(VIEW, KEY_TYPES, [row(2, 6, 7.0, seq=3)])
-    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 1
+    assert store.assign_sequence(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 1
     assert amounts(store) == [1.0, 7.0, None]
-    assert store.settle(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 0
+    assert store.assign_sequence(VIEW, KEY_TYPES, [(first, 20), (second, 21)]) == 0
     assert store.put(VIEW, KEY_TYPES, [row(1, 5, 2.0, seq=21)]) == 1
 
 
-def test_versions_of_a_view_write_side_by_side(store: OnlineStore) -> None:
-    """Each row says which version wrote it; every version reads all of them, and nothing is rewritten."""
+def test_view_versions_share_the_store(store: OnlineStore) -> None:
+    """Each row names the version that wrote it. Every version reads all rows, and no row is rewritten."""
     store.replace(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     newer = a_view("v2", sector="string/personal", added="int64/sensitive", amount="float64")
     written = OnlineRow(keys=(2,), event_us=1, created_us=1, seq=1, values=("s", 7, 2.0))
     assert store.put(newer, KEY_TYPES, [written]) == 1
     assert store.put(VIEW, KEY_TYPES, [row(3, 1, 3.0)]) == 1
-    assert [found[3] for found in answers(store) if found] == [[1.0, "s1.0"], [2.0, "s"], [3.0, "s3.0"]]
-    assert [found[3] for found in answers(store, newer) if found] == [
+    assert [row_found[3] for row_found in answers(store) if row_found] == [
+        [1.0, "s1.0"],
+        [2.0, "s"],
+        [3.0, "s3.0"],
+    ]
+    assert [row_found[3] for row_found in answers(store, newer) if row_found] == [
         ["s1.0", None, 1.0],
         ["s", 7, 2.0],
         ["s3.0", None, 3.0],
     ]
 
 
-def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
-    """Of fixed width or not, alone in its class or not."""
+def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
+    """With and without a fixed width, alone in its class or not."""
     dtypes = ("bool", "int32", "int64", "float32", "float64", "timestamp")
     fixed = a_view("v2", **{f"f_{dtype}": dtype for dtype in dtypes})
     values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, microseconds(START))
     mixed = a_view("v3", name="string/personal", flag="bool/public", amount="float64/sensitive")
     for view, content in ((fixed, values), (mixed, ("é", False, float("inf")))):
-        nulls = tuple(None if place % 2 else value for place, value in enumerate(content))
+        nulls = tuple(None if index % 2 else value for index, value in enumerate(content))
         store.put(
             view,
             KEY_TYPES,
             [
-                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=one)
-                for key, one in ((1, content), (2, nulls))
+                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=values)
+                for key, values in ((1, content), (2, nulls))
             ],
         )
-        found = store.get(view, PERSONS)
-        assert [(one[2], tuple(one[3])) for one in found if one] == [(True, content), (False, nulls)]
+        stored = store.get(view, PERSONS)
+        assert [(row_found[2], tuple(row_found[3])) for row_found in stored if row_found] == [
+            (True, content),
+            (False, nulls),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -303,10 +312,8 @@ def test_every_type_and_null_comes_back_as_it_was(store: OnlineStore) -> None:
         (START.replace(hour=6), ["expired", "expired", "present", "missing"]),
     ],
 )
-def test_a_batch_has_every_status_side_by_side(
-    store: OnlineStore, seen_at: object, states: list[str]
-) -> None:
-    """Present, null and expired, from after the request, and a deleted entity: each at the request's own time."""
+def test_batch_has_the_status_of_each_row(store: OnlineStore, seen_at: object, states: list[str]) -> None:
+    """Present, null, expired, newer and deleted rows in one read, each as of the request's time."""
     view = ViewSpec(name="v", version="v1", join_keys=["id"], fields=VIEW.fields, ttl_s=7200)
     hour = [microseconds(START.replace(hour=number)) for number in range(8)]
     some = OnlineRow(keys=(2,), event_us=hour[1], created_us=hour[1], seq=0, values=(None, None))
@@ -325,91 +332,31 @@ def test_a_batch_has_every_status_side_by_side(
     "dtypes", [("float64",) * 3, ("float64", "int64", "bool"), ("int64", "string", "bool")]
 )
 @given(
-    lying=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=5, max_size=12),
-    whole=st.booleans(),
+    drawn=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=5, max_size=12),
+    complete=st.booleans(),
     at=st.integers(0, 4),
 )
-def test_many_entities_are_told_as_each_alone(
-    keys: Keyring, dtypes: tuple[str, ...], lying: list[tuple[int, bool]], whole: bool, at: int
+def test_batch_read_equals_single_reads(
+    keys: Keyring, dtypes: tuple[str, ...], drawn: list[tuple[int, bool]], complete: bool, at: int
 ) -> None:
-    """Whether rows go by columns or one by one; with and without nulls, missing entities and expired rows."""
+    """By column or by row; with and without nulls, missing entities and expired rows."""
     makers = {"float64": float, "int64": int, "bool": lambda number: number % 2 == 0, "string": str}
-    fields = {f"f{place}": dtype for place, dtype in enumerate(dtypes)}
+    fields = {f"f{index}": dtype for index, dtype in enumerate(dtypes)}
     view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
     moment = START + timedelta(seconds=at)
     with tempfile.TemporaryDirectory() as folder:
         store = open_online(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
         rows = []
-        for key, (second, null) in enumerate(lying):
-            values = [None if null and not whole else makers[dtype](key) for dtype in dtypes]
+        for key, (second, null) in enumerate(drawn):
+            values = [None if null and not complete else makers[dtype](key) for dtype in dtypes]
             event = microseconds(START + timedelta(seconds=second))
             rows.append(OnlineRow(keys=(key,), event_us=event, created_us=event, seq=0, values=values))
         store.put(view, KEY_TYPES, rows)
-        asked = [{"id": key} for key in range(len(lying) + (not whole))]
+        requests = [{"id": key} for key in range(len(drawn) + (not complete))]
         reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
-        together, alone = reader.read(asked, moment), [reader.read([one], moment) for one in asked]
+        batch, alone = reader.read(requests, moment), [reader.read([single], moment) for single in requests]
         store.close()
     for name in view.columns:
-        assert together.columns[name] == [one.columns[name][0] for one in alone]
-        assert list(map(type, together.columns[name])) == [type(one.columns[name][0]) for one in alone]
-        assert list(together.status[name]) == [one.status[name][0] for one in alone]
-
-
-def test_a_redis_that_is_away_is_named(keys: Keyring) -> None:
-    """The address, and where to set it."""
-    config = OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:1/0")
-    with pytest.raises(OnlineStoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*online\.url"):
-        open_online(config, Layout(""), keys).get(VIEW, PERSONS)
-
-
-def test_redis_is_spoken_to_over_tls_with_a_password_from_a_file(tmp_path: Path, keys: Keyring) -> None:
-    """Its certificate is checked against the given authority; without the password nothing is read."""
-    places = Layout(str(tmp_path))
-    ensure_tls(places)
-    (tmp_path / "password").write_text("s3cret\n")
-    port, files = free_port(), {"cert": "node.pem", "key": "node.key", "ca-cert": "ca.pem"}
-    options = [
-        word for name, file in files.items() for word in (f"--tls-{name}-file", f"{places.tls}/{file}")
-    ]
-    tls = ["--tls-port", str(port), "--tls-auth-clients", "no", "--requirepass", "s3cret"]
-    config = OnlineConfig(
-        kind=OnlineKind.redis,
-        url=f"rediss://127.0.0.1:{port}/0",
-        ca_file=f"{places.tls}/ca.pem",
-        password_file=str(tmp_path / "password"),
-    )
-    with running_redis(*options, *tls):
-        store = open_online(config, places, keys)
-        assert store.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)]) == 1
-        assert amounts(store) == [1.0, None, None]
-        store.close()
-        for lacking in ({"ca_file": None}, {"password_file": None}):
-            store = open_online(dataclasses.replace(config, **lacking), places, keys)  # type: ignore[arg-type]
-            with pytest.raises(OnlineStoreUnavailable):
-                store.get(VIEW, PERSONS)
-            store.close()
-
-
-def test_a_full_store_says_which_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
-    """And the old rows stay."""
-    small = open_online(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
-    small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
-    with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
-        small.put(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])
-    assert amounts(small) == [1.0, None, None]
-    small.close()
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ("http://x", "redis://"),
-        ("redis://:secret@x:6379", "password_file"),
-        ("redis://u:pw@x", "password_file"),
-    ],
-)
-def test_redis_url_that_cannot_be_used_is_refused(setting: str, words: str) -> None:
-    """A password in a URL would stand in every printed configuration."""
-    with pytest.raises(ConfigError, match=words) as refused:
-        load(OmegaConf.create({"online": {"kind": "redis", "url": setting}}), PlatformConfig)
-    assert "secret" not in str(refused.value)
+        assert batch.columns[name] == [single.columns[name][0] for single in alone]
+        assert list(map(type, batch.columns[name])) == [type(single.columns[name][0]) for single in alone]
+        assert list(batch.status[name]) == [single.status[name][0] for single in alone]

@@ -1,4 +1,4 @@
-"""Aggregated views online: read at any instant since, they say what the training set says."""
+"""Aggregated views online: at every instant since the horizon the values equal those of a training set."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, Vi
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online
-from feature_jobs.store.online.windows import states, stored_view
+from feature_jobs.store.online.windows import entity_states, stored_view
 from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
 
 CLASSES = {"amount": "personal", "sector": "public"}
 
 
 def view_of(windows: WindowSpec) -> ViewSpec:
-    """A view over the events of the tests."""
+    """Return a view over the events of the tests."""
     stored = tuple(
         FieldSpec(name=name, dtype=dtype, sensitivity=CLASSES.get(name, "internal"), categorical=False)
         for name, dtype in COLUMNS.items()
@@ -69,35 +69,38 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineStore]:
 
 
 def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
-    """The training set of everyone at an hour, with timestamps as microseconds."""
+    """Return the training set of all entities at an hour, with timestamps as microseconds."""
     at = START + timedelta(hours=hour)
     entities = pl.DataFrame(EVERYONE, schema=KEYS).with_columns(
         pl.lit(at).cast(TIME).alias("event_timestamp")
     )
-    found = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
-    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
+    columns = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in columns.schema.items() if dtype == TIME]
     return {
         f"visits__{name}": values
-        for name, values in found.with_columns(*times).to_dict(as_series=False).items()
+        for name, values in columns.with_columns(*times).to_dict(as_series=False).items()
     }
 
 
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames())
-def test_online_is_offline_with_what_was_materialised(store: OnlineStore, frame: pl.DataFrame) -> None:
+def test_online_equals_offline_after_materialisation(store: OnlineStore, frame: pl.DataFrame) -> None:
     """At its instant, before it by up to the longest window, and after it; for unknown entities too."""
-    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, AS_OF))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame, list(KEYS), SPEC, AS_OF))
     reader = FeatureReader(SERVICE, store)
     known = frame.filter(pl.max_horizontal("event_timestamp", "created_timestamp") <= AS_OF)
     for hour in (9 - max(WINDOWS_H), 7, 9, 12):
         assert reader.read(EVERYONE, START + timedelta(hours=hour)).columns == offline_columns(known, hour)
 
 
-def test_values_say_whether_they_are_there(store: OnlineStore) -> None:
-    """A count of nothing is present, a sum of nothing null; of nobody all is missing, before the horizon newer."""
+def test_status_of_values_without_events(store: OnlineStore) -> None:
+    """A count of no events is present, a sum of none is null.
+
+    For a missing key all values are missing, before the horizon they are newer.
+    """
     frame = frame_of(EVENT).with_columns(person=pl.lit(2, pl.Int64))
     late = START + timedelta(days=9)
-    store.replace(stored_view(VIEW), TYPES, states(frame, list(KEYS), SPEC, late))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame, list(KEYS), SPEC, late))
     reader = FeatureReader(SERVICE, store)
     forgotten = [{"person": 2, "place": "n"}]
     assert reader.read(forgotten, late).columns["visits__count_2h"] == [0]
@@ -108,30 +111,30 @@ def test_values_say_whether_they_are_there(store: OnlineStore) -> None:
 
 
 def test_view_that_was_not_materialised_is_missing(tmp_path: Path, store: OnlineStore) -> None:
-    """Not zero."""
+    """Its values are not zero."""
     other = replace(VIEW, name="others")
     reader = FeatureReader(ServiceSpec(name="s", version="s2", views=[other]), store)
     assert set(reader.read([EVERYONE[0]], AS_OF).status["others__count_2h"]) == {"missing"}
 
 
 def test_state_made_for_other_windows_is_missing(store: OnlineStore) -> None:
-    """It may have forgotten what the longer one needs; the next materialisation brings it."""
+    """It may lack events that the longer window needs. The next materialisation makes a new state."""
     day = Aggregation("amount", "sum", windows=[timedelta(days=1)])
     windows = window_spec("event_id", day.definition(), COLUMNS)
     longer = replace(view_of(windows), version="v2")
     service = ServiceSpec(name="s", version="s2", views=[longer])
-    store.replace(stored_view(VIEW), TYPES, states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
+    store.replace(stored_view(VIEW), TYPES, entity_states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
     assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).status == {
         "visits__amount_sum_1d": ["missing"]
     }
-    store.replace(stored_view(longer), TYPES, states(EVENT, list(KEYS), windows, AS_OF))
+    store.replace(stored_view(longer), TYPES, entity_states(EVENT, list(KEYS), windows, AS_OF))
     assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).columns == {
         "visits__amount_sum_1d": [1.0]
     }
 
 
 def frame_of(event: pl.DataFrame) -> pl.DataFrame:
-    """With the other columns of the tests' events."""
+    """Return one event with all columns of the tests' events."""
     return event.with_columns(
         pl.lit(None, pl.Int64).alias("size"),
         pl.lit(None, pl.String).alias("sector"),
@@ -140,7 +143,7 @@ def frame_of(event: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def test_state_is_sealed_by_the_most_sensitive_column_it_is_made_of() -> None:
-    """Whoever may not read one of them may not read the state."""
+def test_state_has_the_most_sensitive_class_of_its_columns() -> None:
+    """A reader without access to one of the columns cannot read the state."""
     (state,) = stored_view(VIEW).fields
     assert state.sensitivity == "personal"

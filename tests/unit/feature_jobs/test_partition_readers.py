@@ -1,4 +1,4 @@
-"""Several readers of a topic and one committer, but for Ray between them."""
+"""Several readers of a topic and one committer, without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.ingestion.pushed_rows import POSITION
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, checked, together
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, to_checked, together
 from feature_jobs.store.streaming.kafka_consumer import (
     PartitionReader,
     Reading,
@@ -49,17 +49,17 @@ def broker() -> Iterator[MockBroker]:
 class Sent:
     """A message."""
 
-    place: tuple[int, int]
-    said: bytes
+    position: tuple[int, int]
+    content: bytes
 
     def partition(self) -> int:
-        return self.place[0]
+        return self.position[0]
 
     def offset(self) -> int:
-        return self.place[1]
+        return self.position[1]
 
     def value(self) -> bytes:
-        return self.said
+        return self.content
 
 
 VALUES = st.sampled_from([b"nonsense", orjson.dumps(message(1, 1, 5.0)), orjson.dumps(message(2, 2, -5.0))])
@@ -67,7 +67,7 @@ VALUES = st.sampled_from([b"nonsense", orjson.dumps(message(1, 1, 5.0)), orjson.
 
 @st.composite
 def topics(draw: st.DrawFn) -> list[Sent]:
-    """Messages of three partitions as a consumer may give them."""
+    """Draw messages of three partitions."""
     ends = [0, 0, 0]
     sent = []
     for partition, value in draw(st.lists(st.tuples(st.integers(0, 2), VALUES), max_size=8)):
@@ -76,56 +76,57 @@ def topics(draw: st.DrawFn) -> list[Sent]:
     return sent
 
 
-def check(messages: list[Sent], **given: Any) -> CheckedMessages:
-    return checked(messages, VIEW, key_types=KEYS, now=NOW, **given)
+def check(messages: list[Sent], **options: Any) -> CheckedMessages:
+    return to_checked(messages, VIEW, key_types=KEYS, now=NOW, **options)
 
 
-def said(messages: CheckedMessages) -> dict[tuple[int, int], Any]:
-    """By place in the topic: the amount stored, or why none is."""
-    places = list(zip(messages.partitions.tolist(), messages.offsets.tolist(), strict=True))
+def results(messages: CheckedMessages) -> dict[tuple[int, int], Any]:
+    """Return the stored amount or the reason for quarantine, by partition and offset."""
+    positions = list(zip(messages.partitions.tolist(), messages.offsets.tolist(), strict=True))
     good = messages.rows.good
     amounts = good["amount"].to_pylist() if good.num_rows else []
-    found = dict(zip(good[POSITION].to_pylist(), amounts, strict=True))
+    result_of = dict(zip(good[POSITION].to_pylist(), amounts, strict=True))
     bad = messages.rows.bad
-    found |= dict(zip(bad[POSITION].to_pylist(), bad["reason"].to_pylist(), strict=True))
-    assert found.keys() == set(range(len(places)))
-    return {places[place]: found[place] for place in found}
+    result_of |= dict(zip(bad[POSITION].to_pylist(), bad["reason"].to_pylist(), strict=True))
+    assert result_of.keys() == set(range(len(positions)))
+    return {positions[index]: result_of[index] for index in result_of}
 
 
 @given(topics(), st.integers(1, 3))
-def test_parts_put_together_are_what_one_reader_gives(messages: list[Sent], readers: int) -> None:
-    """Every row, every reason and every value stays with its message."""
+def test_combined_parts_equal_the_result_of_one_reader(messages: list[Sent], readers: int) -> None:
+    """Every row, reason and value stays with its message."""
     parts = [
-        check([one for one in messages if one.partition() in share]) for share in shares([0, 1, 2], readers)
+        check([message for message in messages if message.partition() in share])
+        for share in shares([0, 1, 2], readers)
     ]
-    whole = together(parts)
-    assert said(whole) == said(check(messages))
+    combined = together(parts)
+    assert results(combined) == results(check(messages))
     values = dict(
-        zip(zip(whole.partitions, whole.offsets, strict=True), whole.values.to_pylist(), strict=True)
+        zip(zip(combined.partitions, combined.offsets, strict=True), combined.values.to_pylist(), strict=True)
     )
-    assert values == {one.place: one.value() for one in messages}
+    assert values == {message.position: message.value() for message in messages}
 
 
 @given(topics(), st.lists(st.integers(-1, 8), min_size=3, max_size=3))
-def test_what_the_table_has_is_passed_over(messages: list[Sent], committed: list[int]) -> None:
-    """Partition by partition, as if it had not been read."""
+def test_messages_in_the_table_are_skipped(messages: list[Sent], committed: list[int]) -> None:
+    """The result is the same as if these messages had not been read."""
     fresh = check(messages).after(dict(enumerate(committed)))
-    left = [one for one in messages if one.offset() > committed[one.partition()]]
-    assert said(fresh) == said(check(left))
-    assert fresh.reached == check(left).reached
+    remaining = [message for message in messages if message.offset() > committed[message.partition()]]
+    assert results(fresh) == results(check(remaining))
+    assert fresh.reached == check(remaining).reached
 
 
 def test_messages_that_would_leave_a_gap_are_refused() -> None:
-    """The table has a partition up to an offset, and it was read from a later one on."""
+    """The table has a partition up to an offset, but it was read from a later one."""
     messages = check([Sent((0, 7), b"nonsense")], starts={0: 7})
     assert len(messages.after({0: 6})) == 1
-    with pytest.raises(Inconsistent, match="from offset 7 on, the table has it up to 5"):
+    with pytest.raises(Inconsistent, match="from offset 7, but the table has it only up to 5"):
         messages.after({0: 5})
 
 
 @given(st.lists(st.integers(0, 50), unique=True, min_size=1), st.integers(1, 9))
 def test_each_partition_has_one_reader(partitions: list[int], readers: int) -> None:
-    """Shares differ by one at most, and nobody has nothing to do."""
+    """The readers' numbers of partitions differ by at most one, and each reader has at least one."""
     dealt = shares(partitions, readers)
     assert sorted(number for share in dealt for number in share) == sorted(partitions)
     sizes = [len(share) for share in dealt]
@@ -133,8 +134,10 @@ def test_each_partition_has_one_reader(partitions: list[int], readers: int) -> N
     assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1
 
 
-def test_the_first_row_ends_what_is_read_alone(tmp_path: Path, access: KeyAccess, broker: MockBroker) -> None:
-    """From then on the table says of which types keys are; started again, nothing is read alone."""
+def test_first_row_ends_the_start_without_a_table(
+    tmp_path: Path, access: KeyAccess, broker: MockBroker
+) -> None:
+    """The first row decides the key types. After a restart the table has them."""
     project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
     broker.send(TOPIC, b"nonsense", message(1, 1), message(2, 1))
     reading = Reading(source=project.topic, linger_s=0.01, max_rows=1)
@@ -146,45 +149,45 @@ def test_the_first_row_ends_what_is_read_alone(tmp_path: Path, access: KeyAccess
     project.close()
 
 
-def test_readers_that_die_lose_and_double_nothing(
+def test_killed_readers_lose_and_duplicate_no_rows(
     tmp_path: Path, access: KeyAccess, broker: MockBroker
 ) -> None:
-    """With what they had read, at any time: table, quarantine, lateness and online are those of one reader."""
+    """Table, quarantine, lateness and online rows equal those of one reader."""
     draw = random.Random(1)
     for number in range(60):
         person, partition = draw.randrange(4), number % 3
         row = message(person, draw.randrange(20), draw.choice([1.0, -1.0, draw.random()]))
         broker.send(TOPIC, row if draw.random() < 0.9 else b"nonsense", partition=partition)
     lateness = Lateness(3_600_000_000, LatePolicy.quarantine)
-    whole, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
-    whole.consume(lateness=lateness)
+    single, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
+    single.consume(lateness=lateness)
     first = apart.kafka(lateness=lateness)
     reading = Reading(source=apart.topic, linger_s=0.01, max_rows=4, once=True)
     total = consume(first, reading, threading.Event(), until_table=True)
-    assert total + read_apart(apart.kafka(lateness=lateness), reading, draw) == 60
+    assert total + read_with_kills(apart.kafka(lateness=lateness), reading, draw) == 60
     columns = ["person_id", "event_timestamp", "amount", "sector"]
-    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (whole, apart))
+    expected, actual = (one.table().select(columns).sort(pl.all()) for one in (single, apart))
     assert actual.equals(expected)
     assert apart.table()["ingest_seq"].is_unique().all()
-    assert sums(apart) == sums(whole)
+    assert sums(apart) == sums(single)
     people = [(person,) for person in range(4)]
-    assert apart.store.get(apart.view.spec, people) == whole.store.get(whole.view.spec, people)
+    assert apart.store.get(apart.view.spec, people) == single.store.get(single.view.spec, people)
     with pytest.raises(Fenced, match="started later"):
         first.store_checked(check([Sent((0, 0), b"nonsense")], starts={0: 0}))
-    whole.close()
+    single.close()
     apart.close()
 
 
 def roots(folder: Path) -> list[Path]:
-    """Of two projects."""
+    """Return the folders of two projects."""
     made = [folder / name for name in ("whole", "apart")]
     for one in made:
         one.mkdir()
     return made
 
 
-def read_apart(stream: KafkaStream, reading: Reading, draw: random.Random) -> int:
-    """Two readers, one of which is now and then thrown away with what it has just read; gives the rows taken."""
+def read_with_kills(stream: KafkaStream, reading: Reading, draw: random.Random) -> int:
+    """Read with two readers, and sometimes drop one with its messages; return the number of rows taken."""
     stream.start()
     ends, total = bounds(reading), 0
     dealt = shares(list(ends), 2)
@@ -206,15 +209,15 @@ def read_apart(stream: KafkaStream, reading: Reading, draw: random.Random) -> in
 
 
 def sums(project: PushProject) -> dict[str, int]:
-    """What the ledger says of all batches."""
+    """Return the sums of the ledger's counts over all batches."""
     entries = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     names = ("rows_in", "rows_stored", "rows_quarantined", "rows_late")
     return {name: sum(entry[name] for entry in entries) for name in names}
 
 
-def test_a_reader_names_what_it_cannot_read(tmp_path: Path) -> None:
-    """At its first read, so that its owner hears of it."""
+def test_reader_names_a_missing_file(tmp_path: Path) -> None:
+    """The first read raises the error, so that the reader's owner gets it."""
     missing = Reading(source=VIEW.source, properties_file=tmp_path / "none")  # type: ignore[arg-type]
     reader = PartitionReader(missing, VIEW, {0: 0}, KEYS)
-    with pytest.raises(ConfigError, match="none: No such file"):
+    with pytest.raises(ConfigError, match="none cannot be read: No such file"):
         reader.read()

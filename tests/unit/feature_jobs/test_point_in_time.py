@@ -1,4 +1,4 @@
-"""The point-in-time join, against DuckDB as an independent oracle and on the cases that trap naive ones."""
+"""The point-in-time join compared with DuckDB as an independent oracle, and on cases that naive joins get wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.offline.point_in_time import answer, join, latest
+from feature_jobs.store.offline.point_in_time import answer, latest
 from tests.pit_oracle import START, TIME, connect, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}
@@ -35,7 +35,7 @@ ends = st.sampled_from([False, False, False, True])
 
 @st.composite
 def feature_frames(draw: st.DrawFn) -> pl.DataFrame:
-    """Few keys and few moments, so that ties, corrections and late rows abound."""
+    """Draw rows with few keys and few moments, so that ties, corrections and late rows are frequent."""
     rows = draw(st.lists(st.tuples(people, places, hours, hours, amounts, sectors, ends), max_size=25))
     order = draw(st.permutations(range(len(rows))))
     data = [(*row[:4], seq, *row[4:]) for row, seq in zip(rows, order, strict=True)]
@@ -57,8 +57,11 @@ def oracle() -> duckdb.DuckDBPyConnection:
 def test_join_agrees_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, features: pl.DataFrame, entities: pl.DataFrame, ttl_h: int | None
 ) -> None:
-    """Ties, late corrections, tombstones, null values and keys, both edges of the time-to-live, with and without the
-    cutoff, and what it hides: the rows with an answer only without it."""
+    """The join and its hidden rows equal the definition.
+
+    Ties, late corrections, tombstones, null values and keys, and both edges of the TTL are drawn, with and without the
+    cutoff.
+    """
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
     columns, keys = ["amount", "sector"], list(KEYS)
     known, all_of_it = expected(oracle, entities, features, keys=keys, columns=columns, ttl=ttl)
@@ -72,19 +75,22 @@ def test_join_agrees_with_the_definition_in_sql(
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)
 @given(features=feature_frames(), as_of=hours)
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
-    """What is materialised online is what the training set would have seen."""
+    """`latest` returns the rows that a training set would have at that moment."""
     rows = latest(features, keys=list(KEYS), as_of=as_of)
-    asked = (
+    requests = (
         features.select(list(KEYS))
         .unique(maintain_order=True)
         .with_columns(pl.lit(as_of).cast(TIME).alias("event_timestamp"))
     )
-    joined = join(asked, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None)
+    joined = answer(requests, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
-def rows(*given: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
-    """Feature rows of one person from (event hour, created hour, amount); tombstones by their numbers."""
+def rows(*values: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
+    """Return feature rows of one person from (event hour, created hour, amount).
+
+    `deleted` has the indices of tombstones.
+    """
     data: list[tuple[Any, ...]] = [
         (
             1,
@@ -96,67 +102,68 @@ def rows(*given: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> 
             None,
             seq in deleted,
         )
-        for seq, (event, created, amount) in enumerate(given)
+        for seq, (event, created, amount) in enumerate(values)
     ]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
 
 
-def ask(features: pl.DataFrame, *asked: int, ttl: timedelta | None = None) -> list[float | None]:
-    """The amounts known at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+def amounts_at(features: pl.DataFrame, *hours_asked: int, ttl: timedelta | None = None) -> list[float | None]:
+    """Return the amounts that are known at some hours."""
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours_asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    return join(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)["amount"].to_list()
+    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
+    return joined.columns["amount"].to_list()
 
 
 def test_late_event_never_overwrites_newer_value() -> None:
     """A correction of an old event that arrives last changes nothing."""
-    assert ask(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10) == [2.0]
+    assert amounts_at(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10) == [2.0]
 
 
-def test_correction_counts_from_when_it_was_known() -> None:
-    """Before its creation the first value holds, from then on the corrected one."""
-    assert ask(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8) == [1.0, 9.0]
+def test_correction_counts_from_its_created_time() -> None:
+    """Before its created time the first value counts, from then on the corrected one."""
+    assert amounts_at(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8) == [1.0, 9.0]
 
 
-def test_row_is_unseen_before_its_event_even_if_created_earlier() -> None:
-    """A value announced ahead is not true yet."""
-    assert ask(rows((5, 2, 1.0)), 4, 5) == [None, 1.0]
+def test_row_is_hidden_before_its_event() -> None:
+    """A value that was created before its event is not used before the event."""
+    assert amounts_at(rows((5, 2, 1.0)), 4, 5) == [None, 1.0]
 
 
 def test_last_ingested_wins_a_full_tie() -> None:
-    """Same event, same creation: what was stored later counts."""
-    assert ask(rows((1, 1, 1.0), (1, 1, 2.0)), 3) == [2.0]
+    """Of two rows with the same event and created time, the one that was stored later counts."""
+    assert amounts_at(rows((1, 1, 1.0), (1, 1, 2.0)), 3) == [2.0]
 
 
 def test_null_value_hides_the_older_one() -> None:
-    """A known absence is an answer."""
-    assert ask(rows((1, 1, 1.0), (2, 2, None)), 3) == [None]
+    """A newer null replaces an older value."""
+    assert amounts_at(rows((1, 1, 1.0), (2, 2, None)), 3) == [None]
 
 
-def test_ttl_includes_its_edge_and_reaches_for_no_older_row() -> None:
-    """Age equal to the limit still counts; a microsecond more does not, whatever else is there."""
+def test_ttl_includes_its_edge_and_uses_no_older_row() -> None:
+    """An age equal to the TTL counts. One microsecond more does not, and no older row replaces the value."""
     features = rows((1, 1, 1.0), (4, 4, 2.0))
-    assert ask(features, 6, 7, ttl=timedelta(hours=2)) == [2.0, None]
+    assert amounts_at(features, 6, 7, ttl=timedelta(hours=2)) == [2.0, None]
 
 
 def test_expired_newer_event_is_not_replaced_by_correction_of_older_event() -> None:
-    """Time-to-live is applied to the answer, not to the candidates."""
-    assert ask(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6)) == [None]
+    """The TTL is applied to the joined row, not to the candidates."""
+    assert amounts_at(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6)) == [None]
 
 
-def test_after_a_tombstone_there_is_nothing_until_a_newer_row() -> None:
-    """It counts from when it was known, like any other row, and no older row comes back."""
+def test_tombstone_hides_values_until_a_newer_row() -> None:
+    """A tombstone counts from its availability, like any other row, and no older row returns."""
     features = rows((1, 1, 1.0), (3, 5, 7.0), (6, 6, 2.0), deleted=[1])
-    assert ask(features, 4, 5, 6) == [1.0, None, 2.0]
+    assert amounts_at(features, 4, 5, 6) == [1.0, None, 2.0]
 
 
-def test_a_late_row_from_before_the_tombstone_changes_nothing() -> None:
-    """What was deleted stays deleted."""
-    assert ask(rows((3, 3, 0.0), (2, 4, 9.0), deleted=[0]), 5) == [None]
+def test_late_row_from_before_a_tombstone_changes_nothing() -> None:
+    """A deleted entity stays deleted."""
+    assert amounts_at(rows((3, 3, 0.0), (2, 4, 9.0), deleted=[0]), 5) == [None]
 
 
-def test_latest_leaves_deleted_entities_out_or_gives_their_tombstones() -> None:
-    """Nothing of them goes online; whoever asks is told since when."""
+def test_latest_omits_deleted_entities_or_returns_their_tombstones() -> None:
+    """By default a deleted entity has no row. On request its tombstone is returned."""
     features = rows((1, 1, 1.0), (3, 3, 7.0), deleted=[1])
     at = START + timedelta(hours=4)
     assert latest(features, keys=list(KEYS), as_of=at).is_empty()
@@ -164,19 +171,19 @@ def test_latest_leaves_deleted_entities_out_or_gives_their_tombstones() -> None:
     assert tombstone["event_timestamp"].to_list() == [START + timedelta(hours=3)]
 
 
-def test_files_own_order_needs_no_sequence_numbers() -> None:
-    """Rows as they lie in one file of a bucket."""
+def test_ordered_rows_need_no_sequence_numbers() -> None:
+    """The rows of one bucket file are sorted already."""
     features = rows((1, 1, 1.0), (1, 1, 2.0), (5, 5, 3.0), (2, 8, 4.0)).drop("ingest_seq")
     entities = rows((4, 4, None), (9, 9, None)).select(*KEYS, "event_timestamp")
-    found = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
-    assert found.columns["amount"].to_list() == [2.0, 3.0]
+    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
+    assert joined.columns["amount"].to_list() == [2.0, 3.0]
 
 
 def test_rows_keep_order_and_repetitions() -> None:
-    """As many answers as questions, in their order."""
-    assert ask(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0) == [2.0, 1.0, 2.0, None]
+    """The result has one row for each entity row, in the same order."""
+    assert amounts_at(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0) == [2.0, 1.0, 2.0, None]
 
 
-def test_no_features_at_all_gives_nulls() -> None:
-    """An empty bucket is no error."""
-    assert ask(rows(), 1, 2) == [None, None]
+def test_no_features_give_nulls() -> None:
+    """An empty bucket is not an error."""
+    assert amounts_at(rows(), 1, 2) == [None, None]

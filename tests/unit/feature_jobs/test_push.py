@@ -1,13 +1,10 @@
-"""Pushes: on disk before the answer, once for a key, online at once, and into the table exactly once."""
+"""Pushes: on disk before the answer, once for each key, online at once, and in the table exactly once."""
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,13 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import rows as materialised
 from feature_jobs.store.catalog.protection import quarantine_protection
-from feature_jobs.store.catalog.specifications import Definitions, apply
 from feature_jobs.store.offline.tables import open_table
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.streaming import streamed
 from feature_jobs.store.streaming.pushed_view import from_record, pushed_view
-from feature_jobs.store.streaming.pusher import Pusher
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests import forks
-from tests.push_project import INCOME, START, PushProject, payment, payments_view, row, serve
-
-KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
-EVENT_KILLS = (KILLS + 1) // 2
+from tests.push_project import INCOME, START, PushProject, payments_view, row
+from tests.unit.feature_jobs.push_kills import KILLS, run_and_kill
 
 
 @pytest.fixture
@@ -42,11 +34,12 @@ def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
 
 
 def ingested(project: PushProject) -> list[dict[str, Any]]:
+    """Return the `BatchIngested` events."""
     return [entry.payload for entry in project.ledger.entries(BatchIngested)]
 
 
 def test_pushed_row_is_read_at_once_and_streamed_once(project: PushProject) -> None:
-    """Online under its number in the log; in the table under the next `ingest_seq`; then online under that."""
+    """It is online under its provisional number, stored under the next `ingest_seq`, and then online under that."""
     answer = project.push(row(1, 1, 5.0), row(2, 1, 7.0), key="a")
     assert answer == {"view": "income", "accepted": 2, "quarantined": []}
     assert project.amounts(1, 2, 3) == [5.0, 7.0, None]
@@ -58,8 +51,8 @@ def test_pushed_row_is_read_at_once_and_streamed_once(project: PushProject) -> N
     assert project.amounts(1) == [6.0]
 
 
-def test_the_same_key_again_answers_the_same_without_a_second_effect(project: PushProject) -> None:
-    """A client that saw no answer asks again."""
+def test_repeated_idempotency_key_gets_the_same_answer(project: PushProject) -> None:
+    """A client that got no answer repeats the push. It has no second effect."""
     first = project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a")
     project.push(row(1, 2, 6.0), key="b")
     assert project.push(row(1, 1, 5.0), row(2, 1, -1.0), key="a") == first
@@ -70,29 +63,27 @@ def test_the_same_key_again_answers_the_same_without_a_second_effect(project: Pu
     assert project.table()["amount"].to_list() == [5.0, 6.0]
 
 
-def test_a_push_repeated_after_it_was_streamed_keeps_its_place(project: PushProject) -> None:
-    """Online it goes by its `ingest_seq`, so a row that came later with the same times goes before it."""
+def test_push_repeated_after_streaming_keeps_its_sequence_number(project: PushProject) -> None:
+    """The row keeps its `ingest_seq`, so a later row with the same times still replaces it."""
     project.push(row(1, 1, 5.0), key="a")
     project.stream().step()
     project.push(row(1, 1, 5.0), key="a")
-    [found] = project.store.get(project.view.spec, [(1,)])
-    assert found is not None
-    later = OnlineRow(keys=(1,), event_us=found[0], created_us=found[1], seq=1, values=(6.0, "s"))
+    [stored_row] = project.store.get(project.view.spec, [(1,)])
+    assert stored_row is not None
+    later = OnlineRow(keys=(1,), event_us=stored_row[0], created_us=stored_row[1], seq=1, values=(6.0, "s"))
     assert project.store.put(project.view.spec, {"person_id": "int64"}, [later]) == 1
 
 
-def test_a_key_used_for_something_else_is_refused(project: PushProject) -> None:
-    """Answering what was not asked would lose the rows silently."""
+def test_idempotency_key_of_another_push_is_refused(project: PushProject) -> None:
+    """The stored answer would be wrong, and the new rows would be lost."""
     project.push(row(1, 1, 5.0), key="a")
     with pytest.raises(InvalidRequest, match="used for another push"):
         project.push(row(1, 1, 6.0), key="a")
     assert project.amounts(1) == [5.0]
 
 
-def test_a_push_without_its_online_half_is_mended(
-    project: PushProject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between disk and online: by the same push again, or by the stream."""
+def test_push_killed_before_online_is_finished(project: PushProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same push again, or the stream, puts the rows online."""
     with monkeypatch.context() as patched:
         patched.setattr(project.store, "put", lambda *_: 0)
         project.push(row(1, 1, 5.0), key="a")
@@ -104,8 +95,8 @@ def test_a_push_without_its_online_half_is_mended(
     assert project.amounts(1, 2) == [5.0, 6.0]
 
 
-def test_bad_rows_are_named_and_put_into_quarantine(project: PushProject, access: KeyAccess) -> None:
-    """By a check, by a type, by a time that is none or lies in the future; the others are taken."""
+def test_bad_rows_are_reported_and_quarantined(project: PushProject, access: KeyAccess) -> None:
+    """A failed check, a wrong type, and an invalid or future time. The other rows are accepted."""
     bad = [
         row(2, 1, -1.0),
         row(3, 1, "much"),
@@ -115,7 +106,7 @@ def test_bad_rows_are_named_and_put_into_quarantine(project: PushProject, access
     ]
     answer = project.push(row(1, 1, 5.0), *bad, key="a")
     assert answer["accepted"] == 1
-    assert [(one["row"], one["reason"]) for one in answer["quarantined"]] == [
+    assert [(bad_row["row"], bad_row["reason"]) for bad_row in answer["quarantined"]] == [
         (1, "amount outside 0..1e+06"),
         (2, "amount is no float64"),
         (3, "event_timestamp is no instant"),
@@ -130,8 +121,8 @@ def test_bad_rows_are_named_and_put_into_quarantine(project: PushProject, access
     assert orjson.loads(file["raw"][1].as_py())["amount"] == "much"
 
 
-def test_a_push_of_bad_rows_alone_moves_the_position_too(project: PushProject) -> None:
-    """Nothing is taken again, nothing is left behind."""
+def test_push_of_only_bad_rows_moves_the_position(project: PushProject) -> None:
+    """No row is stored twice, and no row is skipped."""
     project.push(row(1, 1, -1.0), key="a")
     project.push(row(1, 1, 5.0), key="b")
     stream = project.stream(max_rows=1)
@@ -152,43 +143,43 @@ def test_a_push_of_bad_rows_alone_moves_the_position_too(project: PushProject) -
         ([row(1, 1, deleted="yes")], "true or false"),
     ],
 )
-def test_what_is_no_row_of_the_view_is_refused_whole(
+def test_malformed_request_is_refused_as_a_whole(
     project: PushProject, rows: list[dict[str, Any]], words: str
 ) -> None:
-    """The client is wrong, not the data."""
+    """The error is in the request, not in the data."""
     with pytest.raises(InvalidRequest, match=words):
         project.push(*rows, key="a")
     assert project.log.next_number() == 0
 
 
-def test_keys_of_another_type_than_the_table_has_are_refused(project: PushProject) -> None:
-    """They would never be found, and stop the stream."""
+def test_key_type_other_than_the_tables_is_refused(project: PushProject) -> None:
+    """Such a key would never be found, and it would block the stream."""
     project.push(row(1, 1), key="a")
     with pytest.raises(InvalidRequest, match="must be a whole number"):
         project.push(row("1", 2), key="b")  # type: ignore[arg-type]
 
 
-def test_late_and_deleted_rows_are_the_same_online_and_rebuilt_from_the_table(project: PushProject) -> None:
-    """What is pushed, streamed and materialised gives the same answers as what is pushed alone."""
+def test_online_equals_rebuild_for_late_and_deleted_rows(project: PushProject) -> None:
+    """Push, stream and materialisation give the same values as the push alone."""
     project.push(row(1, 5, 5.0), row(2, 5, 5.0), row(3, 5, 5.0), key="a")
     project.push(row(1, 4, 4.0), row(2, 6, deleted=True), key="b")
     project.push(row(2, 5, 6.0), row(3, 5, 7.0, created_timestamp=row(3, 9)["event_timestamp"]), key="c")
-    spec, asked = project.view.spec, [(1,), (2,), (3,), (4,)]
-    pushed = project.store.get(spec, asked)
+    spec, people = project.view.spec, [(1,), (2,), (3,), (4,)]
+    pushed = project.store.get(spec, people)
     assert project.amounts(1, 2, 3, 4) == [5.0, None, 7.0, None]
     while project.stream(max_rows=3).step():
         pass
-    assert project.store.get(spec, asked) == pushed
+    assert project.store.get(spec, people) == pushed
     pinned, table = project.snapshot(), open_table(project.places.features("income"))
     assert table is not None
     known = list(materialised(spec, pinned, START.replace(year=2025)))
     project.store.replace(spec, {"person_id": "int64"}, known, horizon=streamed.horizon(table))
-    assert project.store.get(spec, asked) == pushed
+    assert project.store.get(spec, people) == pushed
     assert project.store.put(spec, {"person_id": "int64"}, known) == 0
 
 
-def test_materialising_keeps_what_was_pushed_since_the_table(project: PushProject) -> None:
-    """And drops what the table has and its rows do not say any more."""
+def test_materialisation_keeps_pushes_that_the_table_lacks(project: PushProject) -> None:
+    """Rows that the table has had, but has no more, are dropped."""
     project.push(row(1, 1, 1.0), key="a")
     project.stream().step()
     project.push(row(1, 2, 2.0), key="b")
@@ -207,8 +198,8 @@ def test_materialising_keeps_what_was_pushed_since_the_table(project: PushProjec
     assert project.amounts(1, 2) == [None, None]
 
 
-def test_two_streams_at_once_double_nothing(project: PushProject) -> None:
-    """One of two commits from the same position is refused; looking again it finds nothing to do."""
+def test_concurrent_streams_duplicate_no_rows(project: PushProject) -> None:
+    """Of two commits from the same position one is refused. Its retry finds no rows to store."""
     for number in range(6):
         project.push(row(number, 1, float(number)), key=str(number))
     errors: list[BaseException] = []
@@ -234,13 +225,13 @@ def test_two_streams_at_once_double_nothing(project: PushProject) -> None:
     assert project.table().select("amount", "ingest_seq").rows() == [(float(n), n) for n in range(6)]
 
 
-def test_a_log_that_was_altered_or_exchanged_is_not_streamed(project: PushProject, tmp_path: Path) -> None:
-    """Rows of another log would be taken for those after the table's position."""
+def test_altered_or_replaced_log_is_refused(project: PushProject, tmp_path: Path) -> None:
+    """The rows of another log would be stored as those after the table's position."""
     project.push(row(1, 1), key="a")
     with project.log._env.begin(write=True) as transaction:
-        for place, stored in list(transaction.cursor()):
-            if place.startswith(b"r"):
-                transaction.put(place, stored[:-1] + b"!")
+        for key, stored in list(transaction.cursor()):
+            if key.startswith(b"r"):
+                transaction.put(key, stored[:-1] + b"!")
     with pytest.raises(RecordLogCorrupt, match="altered at number 0"):
         project.stream().step()
     project.log.trim(0)
@@ -249,8 +240,8 @@ def test_a_log_that_was_altered_or_exchanged_is_not_streamed(project: PushProjec
         project.stream().step()
 
 
-def test_nothing_pushed_lies_in_the_clear(project: PushProject, tmp_path: Path) -> None:
-    """Neither values nor keys, in log, table and quarantine."""
+def test_pushed_values_are_encrypted_everywhere(project: PushProject, tmp_path: Path) -> None:
+    """Values and keys are encrypted in log, table and quarantine."""
     secret = row(1, 1) | {"features": {"amount": 5.0, "sector": "very-secret"}}
     project.push(secret, row(2, 1, "hidden-raw"), key="known-to-alice")
     project.stream().step()
@@ -261,7 +252,7 @@ def test_nothing_pushed_lies_in_the_clear(project: PushProject, tmp_path: Path) 
 
 
 def test_view_without_a_transform_needs_no_module() -> None:
-    """Its record is enough to check rows as its definition does."""
+    """Its definition in the ledger is enough to check rows."""
     again = from_record(INCOME.definition())
     assert (again.checks, again.join_keys, again.created_lag) == (
         INCOME.checks,
@@ -274,12 +265,14 @@ def test_view_without_a_transform_needs_no_module() -> None:
     assert from_record(payments_view().definition()).windows == payments_view().windows
 
 
-def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
-    """Its module is named, and so is a version that is not the applied one."""
+def test_missing_or_changed_code_is_refused(project: PushProject) -> None:
+    """The error names the module, or the version that was not applied."""
     definition = INCOME.definition() | {"transform": {"name": "nowhere.views:f", "sha256": "0"}}
     event = FeatureViewApplied(view="income", version="abc", definition=definition)
     project.ledger.append(event, actor="test")
-    with pytest.raises(DefinitionError, match=r"transform, whose code is not here.*'nowhere\.views'"):
+    with pytest.raises(
+        DefinitionError, match=r"transform, and its code cannot be imported.*'nowhere\.views'"
+    ):
         pushed_view(project.ledger, "income")
     elsewhere = definition | {"transform": {"name": "tests.push_project:row", "sha256": "0"}}
     event = FeatureViewApplied(view="income", version="abc", definition=elsewhere)
@@ -288,8 +281,8 @@ def test_view_whose_code_is_not_here_says_so(project: PushProject) -> None:
         pushed_view(project.ledger, "income")
 
 
-def test_a_retired_view_takes_no_pushes(project: PushProject) -> None:
-    """What was pushed before still comes into its table."""
+def test_retired_view_accepts_no_pushes(project: PushProject) -> None:
+    """Earlier pushes are still stored in its table."""
     project.push(row(1, 1, 5.0), key="a")
     event = FeatureViewStateChanged(view="income", state="retired", previous="active", reason="old")
     project.ledger.append(event, actor="test")
@@ -299,23 +292,24 @@ def test_a_retired_view_takes_no_pushes(project: PushProject) -> None:
 
 
 def pushes(count: int) -> list[dict[str, Any]]:
-    """Few people, times in any order, corrections, deletions and bad rows."""
+    """Draw pushes of few persons with times in any order, corrections, deletions and bad rows."""
     draw = random.Random(0)
 
-    def drawn(place: int) -> dict[str, Any]:
-        amount = draw.choice([1.0, -1.0, float(place)])
+    def draw_row(number: int) -> dict[str, Any]:
+        amount = draw.choice([1.0, -1.0, float(number)])
         return row(draw.randrange(4), draw.randrange(6), amount, deleted=draw.random() < 0.2)
 
     return [
-        {"key": f"k{place}", "rows": [drawn(place) for _ in range(draw.randrange(1, 4))]}
-        for place in range(count)
+        {"key": f"k{number}", "rows": [draw_row(number) for _ in range(draw.randrange(1, 4))]}
+        for number in range(count)
     ]
 
 
-def test_kill_of_a_push_server_and_its_stream_loses_and_doubles_nothing(
-    tmp_path: Path, access: KeyAccess
-) -> None:
-    """Killed at random points, asked again with the same keys: table, quarantine and online as if never killed."""
+def test_killed_server_and_stream_lose_and_duplicate_no_pushes(tmp_path: Path, access: KeyAccess) -> None:
+    """Killed at random points and repeated with the same keys.
+
+    Table, quarantine and online store are the same as without kills.
+    """
     sent = pushes(5 * (KILLS + 1))
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -324,130 +318,19 @@ def test_kill_of_a_push_server_and_its_stream_loses_and_doubles_nothing(
         whole.push(*push["rows"], key=push["key"])
     while whole.stream(max_rows=5).step():
         pass
-    waiting = [one for push in sent for one in (push, "stream")]
+    waiting = [step for push in sent for step in (push, "stream")]
     draw, kills = random.Random(), 0
     while waiting:
         kill_after_s = draw.uniform(0.0, 0.3) if kills < KILLS else None
         kills += kill_after_s is not None
-        waiting = waiting[answered(tmp_path / "killed", access, waiting, kill_after_s) :]
+        waiting = waiting[run_and_kill(tmp_path / "killed", access, waiting, kill_after_s) :]
     assert kills == KILLS
     killed = PushProject(tmp_path / "killed", access)
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted", "ingest_seq"]
     assert killed.table().select(columns).equals(whole.table().select(columns))
-    for one in ("rows_in", "rows_stored", "rows_quarantined"):
-        assert sum(event[one] for event in ingested(killed)) == sum(event[one] for event in ingested(whole))
+    for name in ("rows_in", "rows_stored", "rows_quarantined"):
+        assert sum(event[name] for event in ingested(killed)) == sum(event[name] for event in ingested(whole))
     spec, people = whole.view.spec, [(number,) for number in range(4)]
     assert killed.store.get(spec, people) == whole.store.get(spec, people)
     whole.close()
     killed.close()
-
-
-@pytest.fixture
-def payments(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    """Of an aggregated view."""
-    opened = PushProject(tmp_path, access, view=payments_view())
-    yield opened
-    opened.close()
-
-
-HOURS = (7, 8, 9.5, 12, 20)
-"""From one longest window before the end."""
-
-
-def test_pushed_events_count_at_once_and_when_they_are_settled(payments: PushProject) -> None:
-    """Corrected, deleted and repeated ones too; a first push says nothing before the view is materialised."""
-    payments.push(payment(1, 6, 5.0), payment(2, 6, 7.0), key="a")
-    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
-    payments.stream().step()
-    assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
-    payments.materialise()
-    assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
-    late = {"created_timestamp": payment(0, 8)["event_timestamp"]}
-    sent = [payment(1, 5, 6.0, **late), payment(2, 6, deleted=True, **late), payment(4, 7.5, 1.5)]
-    for _ in range(2):
-        payments.push(*sent, key="b")
-        assert payments.served(7)[0]["income__amount_sum_2h"] == [7.0, 5.0]
-        assert payments.served(8)[0]["income__amount_sum_5h"] == [1.5, 6.0]
-    pushed = payments.served(*HOURS)
-    payments.stream().step()
-    assert payments.served(*HOURS) == payments.trained(*HOURS) == pushed
-    payments.materialise()
-    assert payments.served(*HOURS) == pushed
-
-
-def test_view_applied_with_other_windows_says_nothing_until_it_is_materialised(
-    payments: PushProject,
-) -> None:
-    """A state of before may lack what the new windows need; an event does not make it whole."""
-    payments.push(payment(2, 6, 7.0), key="a")
-    payments.stream().step()
-    payments.materialise()
-    [longer] = [replace(one, windows=[timedelta(hours=9)]) for one in payments_view().aggregations[1:2]]
-    changed = replace(payments_view(), aggregations=[longer])
-    apply(Definitions(module="m", views={"income": changed}, services={}), payments.ledger, actor="test")
-    payments.view = pushed_view(payments.ledger, "income")
-    payments.pusher = Pusher(payments.view, payments.places, payments.store, payments.log)
-    payments.push(payment(4, 7, 1.0), key="b")
-    assert payments.served(8) == [{"income__amount_sum_9h": [None, None]}]
-    payments.stream().step()
-    payments.materialise()
-    assert payments.served(8) == payments.trained(8) == [{"income__amount_sum_9h": [8.0, None]}]
-
-
-def test_kill_of_pushes_streams_and_materialisations_of_events_loses_and_doubles_nothing(
-    tmp_path: Path, access: KeyAccess
-) -> None:
-    """Killed at random points, asked again with the same keys: online is offline."""
-    draw, kills = random.Random(0), 0
-    hours = [draw.randrange(8) for _ in range(6 * EVENT_KILLS)]
-    sent = [
-        payment(draw.randrange(6), hour, float(place), deleted=draw.random() < 0.2)
-        for place, hour in enumerate(hours)
-    ]
-    steps = ["stream", "stream", "materialise", "push again"]
-    waiting: list[Any] = [{"key": "first", "rows": sent[:1]}, "stream", "materialise"]
-    for place, one in enumerate(sent):
-        push = {"key": f"k{place}", "rows": [one, sent[draw.randrange(len(sent))]]}
-        step = draw.choice(steps)
-        waiting += [push, push if step == "push again" else step]
-    killing = random.Random()
-    while waiting:
-        kill_after_s = killing.uniform(0.0, 0.3) if kills < EVENT_KILLS else None
-        kills += kill_after_s is not None
-        waiting = waiting[answered(tmp_path, access, waiting, kill_after_s, aggregated=True) :]
-    assert kills == EVENT_KILLS
-    killed = PushProject(tmp_path, access, view=payments_view())
-    while killed.stream().step():
-        pass
-    assert killed.table().height == 2 * len(sent) + 1
-    assert killed.served(*HOURS) == killed.trained(*HOURS)
-    killed.close()
-
-
-def answered(
-    root: Path, access: KeyAccess, asked: list[Any], kill_after_s: float | None, *, aggregated: bool = False
-) -> int:
-    """How much of what was asked a server did before it was killed."""
-    context = forks.context()
-    here, there = context.Pipe()
-    server = context.Process(
-        target=serve, args=(str(root), access, there), kwargs={"aggregated": aggregated}, daemon=True
-    )
-    server.start()
-    there.close()
-    timer = threading.Timer(kill_after_s or 0.0, server.kill)
-    done = 0
-    try:
-        for one in asked:
-            here.send(one)
-            if done == 0 and kill_after_s is not None:
-                timer.start()
-            here.recv()
-            done += 1
-    except (EOFError, ConnectionError):
-        pass
-    timer.cancel()
-    server.kill()
-    server.join()
-    here.close()
-    return done

@@ -106,7 +106,7 @@ def test_altered_missing_or_invalid_manifest_is_refused(project: FeatureProject)
         ({"table_versions": {"income": 1}}, "has no training set"),
         ({"cutoff": False}, "has no training set"),
         ({"seq": 1}, "has no training set"),
-        ({"row_hash": None, "seq": "x"}, "is no manifest"),
+        ({"row_hash": None, "seq": "x"}, "is not the manifest"),
     ):
         project.manifest().write_text(json.dumps(content | changes))
         with pytest.raises(TrainingSetError, match=words):

@@ -105,8 +105,8 @@ def test_bucket_without_rows_has_no_file(project: FeatureProject) -> None:
     assert project.newest().rows == PEOPLE
 
 
-@pytest.mark.parametrize("step", ["_mark", "_say", "change_over"])
-def test_next_run_finishes_a_killed_removal(
+@pytest.mark.parametrize("step", ["_record_lost_training_sets", "_record_removals", "replace_files"])
+def test_killed_anywhere_the_next_run_does_the_rest(
     project: FeatureProject, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """No event is missing, and no removed row stays on the disk."""

@@ -1,4 +1,4 @@
-"""What is called a mismatch, what only lag, and what is missing; one side computed by hand."""
+"""Verdicts on served values (mismatch, lag, missing) compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def at(hour: float | None) -> datetime | None:
 
 
 def history(*rows: tuple[float, float, Any]) -> pl.DataFrame:
-    """Rows of entity 1: hour of event, hour of ingestion, value; in order of `ingest_seq`."""
+    """Return rows of entity 1 from (event hour, ingestion hour, value), in order of `ingest_seq`."""
     return pl.DataFrame(
         {
             "key": [1] * len(rows),
@@ -60,7 +60,7 @@ def verdict(
     floor: tuple[int, float] | None = None,
     ttl_h: float | None = None,
 ) -> str:
-    asked = pl.DataFrame(
+    requests = pl.DataFrame(
         {
             POSITION: [0],
             "key": [1],
@@ -73,9 +73,9 @@ def verdict(
     )
     online = pl.Series([served], dtype=pl.Int64)
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
-    found = judge(asked, rows, keys=["key"], feature="value", online=online, ttl=ttl)
-    [one] = found["verdict"].to_list()
-    return str(one)
+    verdicts = judge(requests, rows, keys=["key"], feature="value", online=online, ttl=ttl)
+    [only] = verdicts["verdict"].to_list()
+    return str(only)
 
 
 @pytest.mark.parametrize(
@@ -97,26 +97,26 @@ def verdict(
         (9, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing"),
     ],
     ids=[
-        "a value that nobody ever stored",
+        "a value that was never stored",
         "an older row, never materialised",
-        "an older row, materialised before the newer came",
-        "an older row though the newer had been materialised",
+        "an older row, materialised before the newer one came",
+        "an older row, although the newer one was materialised",
         "the newer was not available as of the materialisation",
         "the newer was ingested after the request",
         "pushed before it was ingested",
-        "a row of the future",
+        "a row that is not available yet",
         "not in the online store",
-        "not there yet",
-        "served though the newest row is null",
-        "served though expired",
-        "served though offline knows no such entity",
-        "a wrong value though expired",
+        "the row was stored after the request",
+        "served, although the newest row is null",
+        "served, although expired",
+        "served, although the entity is unknown offline",
+        "a wrong value, although expired",
     ],
 )
-def test_a_difference_has_one_cause(
+def test_difference_has_one_cause(
     served: int | None, rows: list[Any], more: dict[str, Any], expected: str
 ) -> None:
-    """At hour ten, requested then, unless said otherwise."""
+    """The request and its `as_of` are at hour ten by default."""
     assert verdict(served, history(*rows), **more) == expected
 
 
@@ -124,26 +124,26 @@ def test_a_difference_has_one_cause(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=6),
     st.data(),
 )
-def test_what_an_honest_store_holds_is_never_a_mismatch(rows: list[Any], data: st.DataObject) -> None:
-    """Any row that was available and ingested may be what the store still had, if nothing newer had reached it."""
+def test_value_that_the_store_may_have_had_is_never_a_mismatch(rows: list[Any], data: st.DataObject) -> None:
+    """Any row that was available and ingested may be the stored one, if no newer row had reached the store."""
     table = history(*rows)
     held = data.draw(st.integers(0, len(rows) - 1))
     assert verdict(rows[held][2], table) == "lag"
 
 
 def test_null_on_both_sides_is_equal_and_floats_are_compared_exactly() -> None:
-    """A last digit is a difference: the value was made in another way."""
+    """A difference in the last digit is a difference, because the value was made in another way."""
     online = pl.Series([None, 0.1 + 0.2, 1.0, None])
     offline = pl.Series([None, 0.3, 1.0, 2.0])
     assert differing(online, offline).to_list() == [False, True, False, True]
 
 
-def test_counts_and_smape_are_those_of_the_formula() -> None:
-    """2 * 1 / 3 and twice 0 over three pairs; nulls do not count; sums of parts are those of the whole."""
+def test_counts_and_smape_follow_the_formula() -> None:
+    """Two thirds and twice 0 over three pairs. Nulls do not count. The sum of parts equals the whole."""
     online, offline = pl.Series([1, 0, 5, None]), pl.Series([2, 0, 5, 4])
     verdicts = pl.Series(["mismatch", "equal", "equal", "online_missing"])
-    whole = skew_of(online, offline, verdicts)
-    assert whole.report() == {
+    skew = skew_of(online, offline, verdicts)
+    assert skew.report() == {
         "compared": 4,
         "equal": 2,
         "lag": 0,
@@ -153,7 +153,7 @@ def test_counts_and_smape_are_those_of_the_formula() -> None:
         "smape": pytest.approx(2 / 9),
     }
     parts = [skew_of(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
-    assert sum(parts, FeatureSkew()).report() == whole.report()
+    assert sum(parts, FeatureSkew()).report() == skew.report()
     text = pl.Series(["a"])
     assert skew_of(text, text, pl.Series([Verdict.equal.value])).smape is None
 
@@ -162,7 +162,7 @@ def test_counts_and_smape_are_those_of_the_formula() -> None:
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
-    """A logged prediction of two entities."""
+    """Return a logged prediction of two entities."""
     base: dict[str, Any] = {
         "prediction_id": f"p{number}",
         "time": at(10 + number).isoformat(),  # type: ignore[union-attr]
@@ -175,29 +175,29 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def test_what_was_not_read_online_is_left_out_and_counted() -> None:
-    """Requests with all their features, records that do not say what was given, and what is too old."""
+def test_requests_that_cannot_be_repeated_are_counted() -> None:
+    """Requests with all their features, records without `given`, and requests before `since` are left out."""
     old = record(0)
     del old["given"]
-    brought = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
-    groups, left_out, _ = served([old, brought, record(2), record(3)], since=None)
+    complete = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
+    groups, left_out, _ = served([old, complete, record(2), record(3)], since=None)
     assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
     assert left_out == 4
     [late], *_ = served([record(2), record(3)], since=at(13))
     assert late.ids == [("p3", 0), ("p3", 1)]
 
 
-def test_requests_without_an_answer_are_not_compared_and_counted() -> None:
-    """As replicas log them now, and as an older release did: with a null for a NaN."""
+def test_requests_without_a_score_are_counted() -> None:
+    """Records of this and of an older release, which logged a null for a NaN."""
     nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
-    found = served(
+    requests = served(
         [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
     )
-    assert found == ([], 0, 4)
+    assert requests == ([], 0, 4)
 
 
-def test_served_values_are_read_by_the_features_own_type() -> None:
-    """What somebody else sent beside them changes no digit."""
+def test_served_values_have_the_dtype_of_the_feature() -> None:
+    """Other values in the same column do not change a digit."""
     large = 2**53 + 1
     [group], *_ = served([record(1, features={"person__seen": [large, 1.5]})], since=None)
     spec = next(one for one in SERVICE.views[0].fields if one.name == "seen")
@@ -215,27 +215,27 @@ def test_served_values_are_read_by_the_features_own_type() -> None:
     ],
 )
 def test_served_values_of_every_type_can_be_compared(dtype: str, logged: Any, value: Any) -> None:
-    """In the form that the online store has."""
+    """The values have the form of the online store."""
     group = Served(version=1, given=(), features={"v__x": [logged, None]})
     assert group.column("v__x", dataclasses.replace(PERSON.fields[1], dtype=dtype)).to_list() == [value, None]
 
 
-def test_requests_are_told_apart_by_version_and_by_what_was_given() -> None:
-    """Each group can be asked for in one join."""
+def test_requests_are_grouped_by_version_and_client_inputs() -> None:
+    """Each group can be read with one join."""
     groups, *_ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
     assert [(group.version, group.given) for group in groups] == [(1, ()), (2, ()), (1, ("person__seen",))]
 
 
-def test_a_key_that_was_read_before_is_the_one_that_was_served() -> None:
-    """Unless the client gave it, because then another one was read."""
+def test_key_from_an_earlier_view_is_the_served_value() -> None:
+    """If the client sent the key, the feature of the earlier view is not used."""
     [group], *_ = served([record(1)], since=None)
     assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
-    [given], *_ = served([record(1, given=["person__age_band"])], since=None)
-    assert "age_band" not in given.asked(SERVICE).column_names
+    [sent], *_ = served([record(1, given=["person__age_band"])], since=None)
+    assert "age_band" not in sent.asked(SERVICE).column_names
 
 
-def test_a_served_time_is_the_instant_it_was() -> None:
-    """The online store gives microseconds."""
+def test_served_time_is_read_from_microseconds() -> None:
+    """The online store returns times as microseconds."""
     [group], *_ = served([record(1)], since=None)
     seen = group.column("person__seen", PERSON.fields[1])
     assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]

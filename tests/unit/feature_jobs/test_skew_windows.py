@@ -1,4 +1,4 @@
-"""Served values of an aggregated view that are not the offline ones: lag, missing, or made in another way."""
+"""Verdicts on served values of an aggregated view: lag, missing, or mismatch."""
 
 from __future__ import annotations
 
@@ -56,43 +56,45 @@ EVENTS = pl.DataFrame(
         "the correction was not known as of the materialisation",
         "the correction was materialised",
         "an event has left the window since",
-        "a value of nobody's knowledge",
+        "a value of no known set of events",
         "not in the online store",
         "not materialised yet",
-        "served though nothing was materialised",
-        "served though nothing was known",
+        "served, although the view was never materialised",
+        "served, although no event was known",
     ],
 )
-def test_a_difference_has_one_cause(
+def test_difference_has_one_cause(
     served: float | None, as_of: float, floor: tuple[Any, Any], expected: str
 ) -> None:
-    """The state of the last materialisation, asked at the request's instant, is the only excuse."""
-    asked = pl.DataFrame(
+    """Only the state of the last materialisation, at the request's `as_of`, explains a value."""
+    requests = pl.DataFrame(
         [(0, 1, at(as_of), at(as_of), floor[0], at(floor[1]))],
         schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
         | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
         orient="row",
     )
-    found = judge_windows(
-        asked,
+    verdicts = judge_windows(
+        requests,
         EVENTS,
         keys=["key"],
         windows=SPEC,
         feature="amount_sum_5h",
         online=pl.Series([served], dtype=pl.Float64),
     )
-    assert found.rows() == [(0, expected)]
+    assert verdicts.rows() == [(0, expected)]
 
 
-def test_requests_keep_their_places() -> None:
-    """After several materialisations, in any order."""
+def test_requests_keep_their_order() -> None:
+    """Requests after several materialisations, in any order."""
     floors = [(1, at(2)), (0, at(1)), (None, None), (1, at(2))]
-    asked = pl.DataFrame(
-        [(place, 1, at(4), at(4), *floor) for place, floor in enumerate(floors)],
+    requests = pl.DataFrame(
+        [(position, 1, at(4), at(4), *floor) for position, floor in enumerate(floors)],
         schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
         | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
         orient="row",
     )
     online = pl.Series([2, 1, None, 7], dtype=pl.Int64)
-    found = judge_windows(asked, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online)
-    assert dict(found.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}
+    verdicts = judge_windows(
+        requests, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online
+    )
+    assert dict(verdicts.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}

@@ -1,4 +1,4 @@
-"""`feature_jobs.stream`, but for attaching and the policies."""
+"""The command `feature_jobs.stream`, without attaching to Ray and without policies."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from tests.kafka_broker import mock_broker
 from tests.push_project import PushProject, kafka_view, message, row
 
 
-def config(root: Path, **given: Any) -> StreamConfig:
-    """For a view `income` below a folder."""
+def config(root: Path, **overrides: Any) -> StreamConfig:
+    """Return the settings for a view `income` below a folder."""
     return StreamConfig(
         storage=StorageConfig(root=str(root)),
         online=OnlineConfig(map_size_gib=0.1),
         view="income",
         once=True,
         num_buckets=2,
-        **given,
+        **overrides,
     )
 
 
 def actor(access: KeyAccess) -> Actor:
-    """Nobody asks whether he may."""
+    """Return an actor whose permissions are not checked."""
     return cast(Actor, SimpleNamespace(name="test", access=access))
 
 
-def test_pushes_are_streamed_until_nothing_is_left(tmp_path: Path, access: KeyAccess) -> None:
-    """In as many commits as it takes; then it ends, if it is to run once."""
+def test_once_streams_all_pushes_and_stops(tmp_path: Path, access: KeyAccess) -> None:
+    """A run with `once` makes as many commits as it needs."""
     project = PushProject(tmp_path, access)
     for number in range(5):
         project.push(row(number, 1), key=str(number))
     project.store.close()
     project.log.close()
-    given = config(tmp_path, max_rows=2)
-    stream = push_stream(given, project.view.spec, project.ledger, actor(access))
-    assert run(stream, given, threading.Event()) == 5
+    settings = config(tmp_path, max_rows=2)
+    stream = push_stream(settings, project.view.spec, project.ledger, actor(access))
+    assert run(stream, settings, threading.Event()) == 5
     assert project.table().height == 5
     assert project.snapshot().num_buckets == 2
     stream.store.close()
@@ -55,24 +55,24 @@ def test_pushes_are_streamed_until_nothing_is_left(tmp_path: Path, access: KeyAc
     project.ledger.engine.dispose()
 
 
-def test_a_topic_is_streamed_to_its_end(tmp_path: Path, access: KeyAccess) -> None:
-    """With what the view's record says of its source; what was quarantined is counted apart."""
+def test_once_streams_a_topic_to_its_end(tmp_path: Path, access: KeyAccess) -> None:
+    """The view's record in the ledger has the source. Quarantined rows are counted separately."""
     with mock_broker() as broker:
         project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
         project.store.close()
         broker.send("incomes", message(1, 1), message(2, 1), message(3, -1, -1.0))
-        given = config(tmp_path, source=StreamSource.kafka)
+        settings = config(tmp_path, source=StreamSource.kafka)
         tally = Tally()
-        assert run_kafka(given, project.ledger, actor(access), threading.Event(), tally) == 3
+        assert run_kafka(settings, project.ledger, actor(access), threading.Event(), tally) == 3
         assert project.table()["person_id"].to_list() == [1, 2]
-        said = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
-        assert counted(tally, "Kafka") == said
+        expected = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
+        assert counted(tally, "Kafka") == expected
         project.log.close()
         project.ledger.engine.dispose()
 
 
-def test_a_view_without_a_topic_is_not_read_from_kafka(tmp_path: Path, access: KeyAccess) -> None:
-    """It says what to run instead."""
+def test_view_without_a_topic_is_refused(tmp_path: Path, access: KeyAccess) -> None:
+    """The error names the command to run."""
     project = PushProject(tmp_path, access)
     with pytest.raises(DefinitionError, match="no KafkaSource"):
         run_kafka(config(tmp_path), project.ledger, actor(access), threading.Event())
@@ -80,7 +80,7 @@ def test_a_view_without_a_topic_is_not_read_from_kafka(tmp_path: Path, access: K
 
 
 class Scripted:
-    """A stream that does as it is told: rows taken, or an error."""
+    """A stream whose steps return given row counts or raise given errors."""
 
     def __init__(self, *steps: int | Exception) -> None:
         self._steps = list(steps)
@@ -92,16 +92,16 @@ class Scripted:
         return step
 
 
-def test_a_stream_waits_for_more_and_looks_again_after_a_conflict(tmp_path: Path) -> None:
-    """Until it is stopped; nothing else is passed over."""
+def test_stream_waits_and_retries_after_a_conflict(tmp_path: Path) -> None:
+    """It runs until it is stopped. Other errors are raised."""
     stopped = threading.Event()
-    given = config(tmp_path, interval_s=0.001)
-    given.once = False
+    settings = config(tmp_path, interval_s=0.001)
+    settings.once = False
     scripted = cast(PushStream, Scripted(1, 0, CommitConflict("meanwhile"), 2, OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        run(scripted, given, stopped)
+        run(scripted, settings, stopped)
     stopped.set()
-    assert run(cast(PushStream, Scripted()), given, stopped) == 0
+    assert run(cast(PushStream, Scripted()), settings, stopped) == 0
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,6 @@ def test_a_stream_waits_for_more_and_looks_again_after_a_conflict(tmp_path: Path
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: str) -> None:
-    """By name."""
+    """The error names the setting."""
     with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
         load(OmegaConf.from_dotlist(["view=v", wrong]), StreamConfig)

@@ -1,4 +1,4 @@
-"""The training set of a service: every entity row, in order, with what was known at its time."""
+"""The training set of a service: every entity row, in order, with the values that were known at its time."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TIMES = [
 ]
 
 
-def hours(*given: float) -> list[datetime]:
-    """Moments after the start."""
-    return [START + timedelta(hours=hour) for hour in given]
+def hours(*offsets: float) -> list[datetime]:
+    """Return a moment, in hours after the start."""
+    return [START + timedelta(hours=hour) for hour in offsets]
 
 
 def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) -> ViewSpec:
-    """A view's spec from feature names and dtypes."""
+    """Return a view's spec from feature names and dtypes."""
     specs = [
         FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
         for field, dtype in fields.items()
@@ -57,21 +57,21 @@ def store(
     created: list[datetime] | None = None,
     **columns: pa.Array,
 ) -> Snapshot:
-    """A feature table with some rows, known when they happened unless said otherwise."""
+    """Store rows in a feature table. By default a row is created at its event time."""
     uri = f"{folder}/{spec.name}"
-    given = {name: pa.array(values) for name, values in columns.items()}
-    schema = pa.schema([*((name, values.type) for name, values in given.items()), *TIMES])
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    schema = pa.schema([*((name, values.type) for name, values in arrays.items()), *TIMES])
     seq = list(range(len(event)))
-    rows = pa.table([*given.values(), event, created or event, event, seq], schema=schema)
+    rows = pa.table([*arrays.values(), event, created or event, event, seq], schema=schema)
     table = offline.create_table(uri, schema, num_buckets=4)
     target = Target(
         uri=uri, keys=tuple(spec.join_keys), buckets=4, protection=view_protection(spec), access=access
     )
     files = offline.write_files(rows, target, name="a")
-    said = Batch(
+    commit_info = Batch(
         ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
     )
-    offline.commit(DeltaTable(table.table_uri), schema, files, said, seq=len(seq))
+    offline.commit(DeltaTable(table.table_uri), schema, files, commit_info, seq=len(seq))
     return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=view_protection(spec), access=access)
 
 
@@ -95,66 +95,66 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> di
 
 
 def entities(ids: Any, *at: float, **more: Any) -> pa.Table:
-    """Entity rows."""
+    """Return entity rows."""
     return pa.table({"person_id": ids, "event_timestamp": pa.array(hours(*at), TIME), **more})
 
 
-def built(snapshots: dict[str, Snapshot], asked: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
-    """The training set."""
-    return build(service, snapshots, asked, join_parts=join_here)
+def built(snapshots: dict[str, Snapshot], rows: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
+    """Build the training set."""
+    return build(service, snapshots, rows, join_parts=join_here)
 
 
-def test_every_row_in_order_with_its_columns_first(snapshots: dict[str, Snapshot]) -> None:
-    """Repetitions, unknown entities and extra columns of any type included."""
+def test_rows_and_columns_of_entities_come_first_in_order(snapshots: dict[str, Snapshot]) -> None:
+    """Repeated rows, unknown entities and extra columns of any type are kept."""
     label = pa.array(["a", "b", "a", "c", "b"]).dictionary_encode()
-    asked = entities([2, 1, 1, 99, 1], 6, 6, 3, 6, 6, label=label)
-    table = built(snapshots, asked)
-    assert asked.equals(table.select(asked.column_names))
-    assert [*asked.column_names, *SERVICE.columns] == table.column_names
+    rows = entities([2, 1, 1, 99, 1], 6, 6, 3, 6, 6, label=label)
+    table = built(snapshots, rows)
+    assert rows.equals(table.select(rows.column_names))
+    assert [*rows.column_names, *SERVICE.columns] == table.column_names
     assert table["person__amount"].to_pylist() == [None, 11.0, 10.0, None, 11.0]
 
 
-def test_join_key_comes_from_an_earlier_view(snapshots: dict[str, Snapshot]) -> None:
-    """The cohort is the one the person was in at that time; without a person there is none."""
+def test_join_key_can_come_from_an_earlier_view(snapshots: dict[str, Snapshot]) -> None:
+    """The cohort is the person's band at that time. A row without a person has no cohort."""
     table = built(snapshots, entities([1, 1, 2, 99], 3, 6, 6, 6))
     assert table["person__age_band"].to_pylist() == ["young", "old", "old", None]
     assert table["cohort__rate"].to_pylist() == [0.5, 0.7, 0.7, None]
 
 
 def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> None:
-    """A person of whom nothing is known has the default band, and no cohort but the default one."""
+    """An unknown person has the default band, but the cohort is not looked up with it."""
     defaults: dict[str, Any] = {"person__age_band": "old", "person__amount": -1.0, "cohort__rate": 0.0}
     service = replace(SERVICE, missing=MissingPolicy(defaults=defaults))
-    asked = entities([1, 2, 99], 6, 20, 6)
-    answered = assemble(service, snapshots, asked, join_parts=join_here)
-    table = answered.table
+    rows = entities([1, 2, 99], 6, 20, 6)
+    training_set = assemble(service, snapshots, rows, join_parts=join_here)
+    table = training_set.table
     assert table["person__age_band"].to_pylist() == ["old", "old", "old"]
     assert table["person__amount"].to_pylist() == [11.0, None, -1.0]
     assert table["cohort__rate"].to_pylist() == [0.7, 0.0, 0.0]
     assert table["cohort__size"].to_pylist() == [4, None, None]
-    assert answered.absent == {"person": 1, "cohort": 2}
+    assert training_set.absent == {"person": 1, "cohort": 2}
 
 
-def test_join_key_of_the_entity_row_goes_before_that_of_a_view(snapshots: dict[str, Snapshot]) -> None:
-    """What the entity rows say counts."""
+def test_join_key_of_the_entity_row_wins_over_a_view(snapshots: dict[str, Snapshot]) -> None:
+    """If both have the join key, the entity row's value is used."""
     table = built(snapshots, entities([1], 6, age_band=["young"]))
     assert table["cohort__rate"].to_pylist() == [0.5]
 
 
-def test_ttl_of_the_view_counts(snapshots: dict[str, Snapshot]) -> None:
-    """Ten hours after the event the rate still holds, not later."""
+def test_ttl_of_the_view_is_applied(snapshots: dict[str, Snapshot]) -> None:
+    """The rate is valid up to ten hours after its event."""
     assert built(snapshots, entities([2, 2], 14, 14.1))["cohort__rate"].to_pylist() == [0.7, None]
 
 
-def test_what_was_not_known_yet_is_hidden_and_counted(tmp_path: Path, access: KeyAccess) -> None:
-    """Without the cutoff the event's time alone decides."""
+def test_cutoff_hides_and_counts_later_knowledge(tmp_path: Path, access: KeyAccess) -> None:
+    """Without the cutoff only the event time decides."""
     late = view("person", ["person_id"], amount="float64")
     table = store(
         tmp_path, access, late, hours(1, 1), created=hours(1, 5), person_id=[1, 2], amount=[1.0, 2.0]
     )
-    service, asked = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
+    service, rows = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
     with_it, without = (
-        assemble(service, {"person": table}, asked, join_parts=join_here, cutoff=cutoff)
+        assemble(service, {"person": table}, rows, join_parts=join_here, cutoff=cutoff)
         for cutoff in (True, False)
     )
     assert with_it.table["person__amount"].to_pylist() == [1.0, None, 2.0, None]
@@ -166,37 +166,39 @@ def test_what_was_not_known_yet_is_hidden_and_counted(tmp_path: Path, access: Ke
     )
 
 
-def test_columns_have_the_declared_types_even_without_any_value(snapshots: dict[str, Snapshot]) -> None:
-    """A training set of strangers has the same schema as any other."""
-    known, strangers = (built(snapshots, entities([one], 6)) for one in (1, 99))
-    assert known.schema.equals(strangers.schema)
+def test_columns_without_values_have_the_declared_types(snapshots: dict[str, Snapshot]) -> None:
+    """A training set of unknown entities has the same schema as any other."""
+    known, unknown = (built(snapshots, entities([person], 6)) for person in (1, 99))
+    assert known.schema.equals(unknown.schema)
     assert pa.int64() == known.schema.field("cohort__size").type
     assert known.schema.field("person__seen").type == TIME
 
 
-def test_narrow_and_coded_keys_are_the_same_keys(snapshots: dict[str, Snapshot]) -> None:
-    """int32 or int64, a dictionary or plain text: the same entity."""
+def test_key_encoding_does_not_matter(snapshots: dict[str, Snapshot]) -> None:
+    """int32 or int64, dictionary or plain text: it is the same entity."""
     expected = built(snapshots, entities([1, 2], 6, 6, age_band=["young", "old"]))["cohort__rate"]
     coded = pa.array(["young", "old"]).dictionary_encode()
-    asked = entities(pa.array([1, 2], pa.int32()), 6, 6, age_band=coded)
-    assert expected.equals(built(snapshots, asked)["cohort__rate"])
+    rows = entities(pa.array([1, 2], pa.int32()), 6, 6, age_band=coded)
+    assert expected.equals(built(snapshots, rows)["cohort__rate"])
 
 
-def test_times_of_other_zones_and_units_are_understood(snapshots: dict[str, Snapshot]) -> None:
-    """pandas writes nanoseconds; a time without a zone is UTC."""
+def test_times_are_converted_from_other_zones_and_units(snapshots: dict[str, Snapshot]) -> None:
+    """pandas writes nanoseconds. A time without a zone is UTC."""
     at = hours(3)
     for kind in (pa.timestamp("ns", "UTC"), pa.timestamp("ms"), pa.timestamp("us", "Asia/Dubai")):
         values = at if kind.tz else [at[0].replace(tzinfo=None)]
-        asked = pa.table({"person_id": [1], "event_timestamp": pa.array(values, kind)})
-        assert built(snapshots, asked)["person__amount"].to_pylist() == [10.0]
+        rows = pa.table({"person_id": [1], "event_timestamp": pa.array(values, kind)})
+        assert built(snapshots, rows)["person__amount"].to_pylist() == [10.0]
 
 
 @pytest.mark.parametrize(("nanoseconds", "amount"), [(1, 10.0), (0, 10.0), (-1, None)])
-def test_nanosecond_decides(snapshots: dict[str, Snapshot], nanoseconds: int, amount: float | None) -> None:
-    """An entity row's time is rounded down to ours: what comes after it is not seen."""
+def test_time_of_an_entity_row_is_rounded_down(
+    snapshots: dict[str, Snapshot], nanoseconds: int, amount: float | None
+) -> None:
+    """A feature that is one nanosecond later is not seen."""
     at = pa.array([int(hours(1)[0].timestamp()) * 10**9 + nanoseconds], pa.timestamp("ns", "UTC"))
-    asked = pa.table({"person_id": [1], "event_timestamp": at})
-    assert built(snapshots, asked)["person__amount"].to_pylist() == [amount]
+    rows = pa.table({"person_id": [1], "event_timestamp": at})
+    assert built(snapshots, rows)["person__amount"].to_pylist() == [amount]
 
 
 @pytest.mark.parametrize(
@@ -208,12 +210,12 @@ def test_nanosecond_decides(snapshots: dict[str, Snapshot], nanoseconds: int, am
     ],
 )
 def test_time_of_an_entity_row_never_wraps(time: pa.Array, rounded: int) -> None:
-    """Before 1970 it is rounded down too; what microseconds do not reach becomes the last that they do."""
+    """A time before 1970 is rounded down too. A time beyond the range of microseconds becomes the last one in range."""
     assert event_times(pa.table({"event_timestamp": time})).cast(pa.int64()).to_pylist() == [rounded]
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("rows", "words"),
     [
         (entities([1], 1).drop_columns(["event_timestamp"]), "event_timestamp"),
         (entities([1], 1).drop_columns(["person_id"]), "person_id"),
@@ -227,15 +229,15 @@ def test_time_of_an_entity_row_never_wraps(time: pa.Array, rounded: int) -> None
     ],
 )
 def test_entities_that_cannot_be_joined_are_refused_by_column(
-    snapshots: dict[str, Snapshot], asked: pa.Table, words: str
+    snapshots: dict[str, Snapshot], rows: pa.Table, words: str
 ) -> None:
-    """Missing, null, of the wrong type, or in the way."""
+    """The error names the column that is missing, null, of the wrong type, or named like a feature."""
     with pytest.raises(TrainingSetError, match=words):
-        built(snapshots, asked)
+        built(snapshots, rows)
 
 
-def test_row_hash_survives_parquet_chunks_and_codes(tmp_path: Path) -> None:
-    """The same rows, however they are held."""
+def test_row_hash_does_not_depend_on_storage(tmp_path: Path) -> None:
+    """Parquet, chunks and dictionaries do not change the row hash."""
     table = pa.table({"t": ["a", None, "b"], "n": [1.5, None, float("nan")], "b": [True, None, False]})
     pq.write_table(table, tmp_path / "t.parquet")
     coded = table.set_column(0, "t", table["t"].combine_chunks().dictionary_encode())
@@ -257,11 +259,11 @@ def test_row_hash_survives_parquet_chunks_and_codes(tmp_path: Path) -> None:
     ],
 )
 def test_row_hash_sees_every_difference(other: dict[str, list[Any]]) -> None:
-    """Values, nulls, order, names, types."""
+    """Other values, nulls, order, names or types give another row hash."""
     assert row_hash(pa.table({"t": ["a", None], "n": [1, 2]})) != row_hash(pa.table(other))
 
 
 def test_a_folder_of_entity_rows_is_refused(tmp_path: Path) -> None:
-    """A folder, as Spark writes one, is a wrong input like any other: it is named."""
+    """The error names the folder. Spark writes its output as a folder."""
     with pytest.raises(TrainingSetError, match=f"{tmp_path} is a folder. Give one Parquet file"):
         read_entities(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Whole training sets against DuckDB: several views, keys that come from earlier views, batches, both switches."""
+"""Whole training sets compared with DuckDB: several views, keys from earlier views, batches, cutoff and TTL."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Batches(Snapshot):
 
 
 def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) -> Batches:
-    """Rows as ingestion leaves them: a sorted file for each batch and bucket."""
+    """Return rows as ingestion stores them: one sorted file for each batch and bucket."""
     keys = KEYS[name]
     if not tombstones:
         frame = frame.drop("deleted")
@@ -61,22 +61,22 @@ def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) ->
     types = {key: DTYPES[key] for key in keys}
     kinds = {"int64": pa.int64(), "string": pa.string()}
     keyed = pa.table({key: arrow[key].cast(kinds[kind]) for key, kind in types.items()})
-    place = bucket_of(keyed, keys, num_buckets=BUCKETS)
-    found = {}
+    bucket_numbers = bucket_of(keyed, keys, num_buckets=BUCKETS)
+    tables_by_path = {}
     for batch in range(batches):
         for bucket in range(BUCKETS):
-            mine = (place == bucket) & (np.arange(frame.height) % batches == batch)
-            part = frame.filter(pl.Series(mine))
+            in_part = (bucket_numbers == bucket) & (np.arange(frame.height) % batches == batch)
+            part = frame.filter(pl.Series(in_part))
             if part.height:
                 ordered = part.sort(AVAILABLE, "event_timestamp", "created_timestamp", "ingest_seq")
-                found[f"bucket={bucket}/{batch}"] = ordered.to_arrow().cast(arrow.schema)
+                tables_by_path[f"bucket={bucket}/{batch}"] = ordered.to_arrow().cast(arrow.schema)
     files = tuple(
         BucketFile(path=path, bucket=int(path[7]), rows=table.num_rows, size_bytes=1)
-        for path, table in found.items()
+        for path, table in tables_by_path.items()
     )
     return Batches(
         uri=name, version=1, num_buckets=BUCKETS, key_types=types, files=files, protection=Protection(default=""),
-        access=KeyAccess(socket="", token=TokenSource()), tombstones=tombstones, tables_by_path=found,
+        access=KeyAccess(socket="", token=TokenSource()), tombstones=tombstones, tables_by_path=tables_by_path,
     )  # fmt: skip
 
 
@@ -104,12 +104,12 @@ def definition(
     *,
     cutoff: bool,
 ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """What each output column must be, and what each view's cutoff hides."""
-    asked, columns, counts = entities, {}, {}
+    """Return the expected value of each output column, and the number of rows that each view's cutoff hides."""
+    requests, columns, counts = entities, {}, {}
     for view, ttl in zip(views, ttls, strict=True):
         names = [field.name for field in view.fields]
         known, all_of_it = expected(
-            oracle, asked, tables[view.name], keys=view.join_keys, columns=names, ttl=ttl
+            oracle, requests, tables[view.name], keys=view.join_keys, columns=names, ttl=ttl
         )
         counts[view.name] = hidden(known, all_of_it) if cutoff else 0
         rows = known if cutoff else all_of_it
@@ -117,14 +117,14 @@ def definition(
             values = [row[at] for row in rows]
             columns[f"{view.name}__{name}"] = values
             if name in ("place", "person_id") and name not in entities.columns:
-                asked = asked.with_columns(pl.Series(name, values, pl.String))
+                requests = requests.with_columns(pl.Series(name, values, pl.String))
     return columns, counts
 
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_training_set_is_the_definition(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
-    """Ties, nulls, duplicates, tombstones, late corrections, expiry, several keys; in one batch or several."""
+def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
+    """Ties, nulls, duplicates, tombstones, late corrections, expiry and several keys, in one or several batches."""
     draw = np.random.default_rng(seed)
     ttls = [None if draw.random() < 0.3 else timedelta(hours=int(draw.integers(1, 13))) for _ in VALUES]
     views = [view(name, ttl) for name, ttl in zip(VALUES, ttls, strict=True)]
@@ -136,10 +136,10 @@ def test_training_set_is_the_definition(oracle: duckdb.DuckDBPyConnection, seed:
         name: frame if tombstones[name] else frame.with_columns(deleted=False)
         for name, frame in tables.items()
     }
-    asked: dict[str, list[Any]] = {"person_id": [None, *PEOPLE, 9]}
+    requests: dict[str, list[Any]] = {"person_id": [None, *PEOPLE, 9]}
     if draw.random() < 0.3:
-        asked["place"] = [None, *PLACES, "x"]
-    entities = random_entities(draw, int(draw.integers(1, 20)), asked)
+        requests["place"] = [None, *PLACES, "x"]
+    entities = random_entities(draw, int(draw.integers(1, 20)), requests)
     entities = entities.cast({"person_id": pl.Int64})
     snapshots: dict[str, Snapshot] = {
         name: stored(name, frame, batches=int(draw.integers(1, 4)), tombstones=tombstones[name])

@@ -228,7 +228,7 @@ def test_distinct_is_exact_to_its_bound_and_an_estimate_of_the_same_values_above
     monkeypatch: pytest.MonkeyPatch, places: int
 ) -> None:
     """With any number of places at a time."""
-    monkeypatch.setattr(offline, "_PLACES_AT_ONCE", places)
+    monkeypatch.setattr(offline, "_ROWS_AT_ONCE", places)
     total = EXACT_DISTINCT + 300
     frame = events(*[(str(i), i / 1000, i / 1000, float(i // 2)) for i in range(2 * total)])
     asked = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
