@@ -169,12 +169,14 @@ def test_an_address_with_a_password_is_never_a_sources_name() -> None:
 
 def test_openlineage_traces_a_column_through_every_step(trace: ModelTrace) -> None:
     """Source column, feature, training-set column and prediction are linked."""
-    done = {event["job"]["name"]: event for event in run_events(trace, namespace="n") if event["outputs"]}
+    complete_events = {
+        event["job"]["name"]: event for event in run_events(trace, namespace="n") if event["outputs"]
+    }
 
     def inputs(job: str, column: str) -> list[tuple[str, str]]:
-        [output] = done[job]["outputs"]
-        read = output["facets"]["columnLineage"]["fields"][column]["inputFields"]
-        return [(one["name"], one["field"]) for one in read]
+        [output] = complete_events[job]["outputs"]
+        input_fields = output["facets"]["columnLineage"]["fields"][column]["inputFields"]
+        return [(source["name"], source["field"]) for source in input_fields]
 
     rows = f"training_sets/{'a' * 64}"
     assert inputs("feature_jobs.ingest.income", "amount") == [("income.parquet", "amount")]
@@ -212,14 +214,14 @@ def test_openlineages_own_classes_accept_the_events(trace: ModelTrace) -> None:
                     name: columns.Fields(
                         inputFields=[
                             columns.InputField(
-                                **one
+                                **source
                                 | {
                                     "transformations": [
-                                        columns.Transformation(**t) for t in one["transformations"]
+                                        columns.Transformation(**t) for t in source["transformations"]
                                     ]
                                 }
                             )
-                            for one in field["inputFields"]
+                            for source in field["inputFields"]
                         ]
                     )
                     for name, field in content["columnLineage"]["fields"].items()
@@ -241,12 +243,16 @@ def test_openlineages_own_classes_accept_the_events(trace: ModelTrace) -> None:
             run=event_v2.Run(**event["run"]),
             job=event_v2.Job(**event["job"]),
             inputs=[
-                event_v2.InputDataset(one["namespace"], one["name"], facets(one.get("facets", {})))
-                for one in event["inputs"]
+                event_v2.InputDataset(
+                    dataset["namespace"], dataset["name"], facets(dataset.get("facets", {}))
+                )
+                for dataset in event["inputs"]
             ],
             outputs=[
-                event_v2.OutputDataset(one["namespace"], one["name"], facets(one.get("facets", {})))
-                for one in event["outputs"]
+                event_v2.OutputDataset(
+                    dataset["namespace"], dataset["name"], facets(dataset.get("facets", {}))
+                )
+                for dataset in event["outputs"]
             ],
         )
         assert run_event.schemaURL == event["schemaURL"]
