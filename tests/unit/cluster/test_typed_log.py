@@ -24,7 +24,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task, Truths
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from tests.unit.cluster.test_records import prediction
+from tests.record_log import prediction
 
 LARGE = 2**53 + 1
 PERSONAL, OUTCOMES = "predictions/m/personal", "outcomes/m/sensitive"
