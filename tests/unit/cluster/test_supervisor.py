@@ -45,7 +45,7 @@ class FakeMachine:
     parts: dict[Part, Process] = field(default_factory=lambda: {part: Process() for part in Part})
     silent: set[Part] = field(default_factory=set)
     broken: set[Any] = field(default_factory=set)
-    """Parts that die as soon as they are started; "start" and "restore" for what raises."""
+    """Parts that die as soon as they are started, and names of operations that raise: "start", "head", "restore"."""
     due: bool = False
     actions: list[str] = field(default_factory=list)
 
