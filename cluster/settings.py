@@ -49,7 +49,7 @@ class StorageConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LedgerConfig:
-    """The event ledger."""
+    """Configuration of the event ledger."""
 
     url: str | None = None
     """SQLAlchemy URL; null is SQLite at `<storage.root>/ledger.db`. Keep a password in a file, never in the URL."""
@@ -69,7 +69,7 @@ class LedgerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OnlineConfig:
-    """The online store."""
+    """Configuration of the online store."""
 
     kind: OnlineKind = OnlineKind.lmdb
     map_size_gib: float = 4.0
@@ -114,7 +114,7 @@ class VaultAuth(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class VaultConfig:
-    """HashiCorp Vault. Secrets are in files, never in the configuration."""
+    """Configuration of HashiCorp Vault. Secrets are in files, never in the configuration."""
 
     address: str = ""
     """`https://host:port`; plain http is allowed on loopback only."""
@@ -143,7 +143,7 @@ class VaultConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SecretsConfig:
-    """The key store that the key broker uses."""
+    """Configuration of the key store that the key broker uses."""
 
     kind: SecretsKind = SecretsKind.keyring
     acknowledge_keyring: bool = False
@@ -239,7 +239,7 @@ class PortsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """A Ray head node."""
+    """Configuration of a Ray head node."""
 
     num_cpus: int = 8
     """Logical CPUs. It may exceed the physical CPUs if the processes mostly wait."""

@@ -322,7 +322,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Print a warning if Ray would spill objects unencrypted to a disk. They can have protected columns."""
+    """Print a warning if Ray would spill objects to an unencrypted disk. Objects can contain protected columns."""
     folder = resolve(config.cluster.spill_folder) if config.cluster.spill_folder else record.temp_dir
     if keeps_secrets(Path(folder)) is False:
         print(

@@ -9,7 +9,7 @@ from multiprocessing.context import ForkServerContext
 _TARGETS = (
     "tests.push_project",
     "tests.unit.cluster.test_ledger",
-    "tests.unit.cluster.test_log_compaction",
+    "tests.unit.cluster.test_compaction_kills",
     "tests.unit.feature_jobs.test_materialize_kill",
 )
 """Modules whose functions such processes run."""

@@ -35,7 +35,6 @@ EncodeBatch: TypeAlias = Callable[[Sequence[Any]], Sequence[float] | None]
 MIN_BATCH = 16
 """Number of values from which checking all types first is faster."""
 _NAN = math.nan
-_LARGEST = MAX_FLOAT32
 
 
 class _InputEncoder(NamedTuple):
@@ -166,14 +165,14 @@ def _encode_number_batch(values: Sequence[Any]) -> Sequence[float] | None:
     except OverflowError:
         return None
     encoded: list[float] = numbers.tolist()
-    return None if np.any(np.abs(numbers) > _LARGEST) else encoded
+    return None if np.any(np.abs(numbers) > MAX_FLOAT32) else encoded
 
 
 def _number_encoder(spec: InputSpec) -> EncodeValue:
     is_flag = spec.dtype == "bool"
 
     def number(value: Any) -> float:
-        if type(value) is float and not is_flag and -_LARGEST <= value <= _LARGEST:
+        if type(value) is float and not is_flag and -MAX_FLOAT32 <= value <= MAX_FLOAT32:
             return value  # the usual case; isinstance(value, Real) takes ten times as long
         if value is None:
             return _NAN
@@ -183,7 +182,7 @@ def _number_encoder(spec: InputSpec) -> EncodeValue:
             result = float(value)
         except OverflowError:
             result = math.inf
-        if abs(result) > _LARGEST:
+        if abs(result) > MAX_FLOAT32:
             raise beyond_float32(spec)
         return result
 
@@ -224,7 +223,7 @@ def _encode_numbers(spec: InputSpec, column: pa.ChunkedArray) -> npt.NDArray[np.
     if not is_number or pa.types.is_boolean(kind) != (spec.dtype == "bool"):
         raise InvalidRequest(f"Input '{spec.name}' must be {spec.dtype}, got a column of {kind}.")
     numbers = pc.fill_null(column.cast(pa.float64(), safe=False), _NAN).to_numpy()
-    if np.any(np.abs(numbers) > _LARGEST):
+    if np.any(np.abs(numbers) > MAX_FLOAT32):
         raise beyond_float32(spec)
     return np.asarray(numbers, dtype=np.float64)
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.runtime.list_encoding import MAX_FLOAT32
 from cluster.runtime.signature import Label, ModelSignature
 
 SHOWN_CLASSES = 10
-_MAX_FLOAT32 = 3.4028234663852886e38
-"""Largest finite float32."""
 
 
 class Truths:
@@ -39,7 +38,7 @@ class Truths:
     def wanted(self) -> str:
         """Description of valid outcomes, for error messages."""
         if self._classes is None:
-            return f"a number of at most {_MAX_FLOAT32:.3g}"
+            return f"a number of at most {MAX_FLOAT32:.3g}"
         shown = ", ".join(map(repr, self._classes[:SHOWN_CLASSES]))
         more = len(self._classes) - SHOWN_CLASSES
         return f"one of the model's classes {shown}" + (f" and {more} more" if more > 0 else "")
@@ -63,4 +62,4 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if -_MAX_FLOAT32 <= number <= _MAX_FLOAT32 else None
+    return number if -MAX_FLOAT32 <= number <= MAX_FLOAT32 else None

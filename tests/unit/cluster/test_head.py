@@ -60,16 +60,16 @@ def test_another_issuer_requires_an_intent_file(config: PlatformConfig, cluster:
 
 def test_daemon_restarts_with_its_saved_command(cluster: ClusterRecord, tmp_path: Path) -> None:
     """It gets Ray's saved variables. A daemon without a saved command is not started."""
-    told = tmp_path / "told"
-    script = f'echo "$0 $RAY_gcs_storage $FALAJ_CLUSTER_ID" > {told}.new; mv {told}.new {told}'
+    output = tmp_path / "output"
+    script = f'echo "$0 $RAY_gcs_storage $FALAJ_CLUSTER_ID" > {output}.new; mv {output}.new {output}'
     command = {"argv": ["sh", "-c", script, "gcs"], "variables": {"RAY_gcs_storage": "rocksdb"}, "cwd": "/"}
     (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
     environment = {"FALAJ_CLUSTER_ID": "abc", "PATH": os.environ["PATH"]}
     assert daemons.restart_daemon(cluster, Part.gcs, environment, log=tmp_path / "log")
     deadline = time.monotonic() + 10
-    while not told.exists():
+    while not output.exists():
         assert time.monotonic() < deadline
-    assert told.read_text() == "gcs rocksdb abc\n"
+    assert output.read_text() == "gcs rocksdb abc\n"
     assert not daemons.restart_daemon(cluster, Part.dashboard, environment, log=tmp_path / "log")
 
 

@@ -174,9 +174,13 @@ def test_unknown_event_stops_readers_of_its_subject(
     """Other subjects are not affected."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     _append_newer(ledger, type_name)
-    for each in Subject:
-        with pytest.raises(ReleaseTooOld, match=type_name) if each is subject else contextlib.nullcontext():
-            ledger.require_known(each)
+    for candidate in Subject:
+        with (
+            pytest.raises(ReleaseTooOld, match=type_name)
+            if candidate is subject
+            else contextlib.nullcontext()
+        ):
+            ledger.require_known(candidate)
     if reader is not None:
         with pytest.raises(ReleaseTooOld, match="Update this installation"):
             reader(ledger)
@@ -261,9 +265,9 @@ def test_export_requires_a_role_that_may_read_the_ledger(tmp_path: Path, role: R
     ledger.append(ClusterStopped(cluster_id="1"), actor="user:a")
     token = tmp_path / "reader.jwt"
     write_private(token, mint_token(places, subject="ann", role=role, purpose="").encode())
-    done = run_main(ledger_command.main, "--root", str(tmp_path), "--token", str(token), "export")
-    assert done.returncode == code, done.stderr
-    assert ("ClusterStopped" in done.stdout) == (code == 0)
+    result = run_main(ledger_command.main, "--root", str(tmp_path), "--token", str(token), "export")
+    assert result.returncode == code, result.stderr
+    assert ("ClusterStopped" in result.stdout) == (code == 0)
     denied = [entry.actor for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
     assert denied == ["ann"] * (code == 2)
 

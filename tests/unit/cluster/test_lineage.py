@@ -182,12 +182,12 @@ def openlineage(trace: ModelTrace) -> list[dict[str, Any]]:
 
 def test_openlineage_traces_a_column_through_every_step(trace: ModelTrace) -> None:
     """Source column, feature, training-set column and prediction are linked."""
-    done = {event["job"]["name"]: event for event in openlineage(trace) if event["outputs"]}
+    complete_events = {event["job"]["name"]: event for event in openlineage(trace) if event["outputs"]}
 
     def inputs(job: str, column: str) -> list[tuple[str, str]]:
-        [output] = done[job]["outputs"]
-        read = output["facets"]["columnLineage"]["fields"][column]["inputFields"]
-        return [(one["name"], one["field"]) for one in read]
+        [output] = complete_events[job]["outputs"]
+        input_fields = output["facets"]["columnLineage"]["fields"][column]["inputFields"]
+        return [(source["name"], source["field"]) for source in input_fields]
 
     rows = f"training_sets/{'a' * 64}"
     assert inputs("feature_jobs.ingest.income", "amount") == [("income.parquet", "amount")]

@@ -44,6 +44,6 @@ def test_idle_connections_are_limited_and_cut(
     with ExitStack() as stack:
         for _ in range(3 * metrics.MAX_CONNECTIONS):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
-        held = threading.active_count() - before
-        assert held <= 2 * metrics.MAX_CONNECTIONS  # each with its timer
+        num_threads = threading.active_count() - before
+        assert num_threads <= 2 * metrics.MAX_CONNECTIONS  # each with its timer
         assert b"canary_total" in _scrape_when_ready(port)

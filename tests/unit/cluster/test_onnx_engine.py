@@ -66,9 +66,9 @@ def model(graph: Graph, task: Task = Task.binary, classes: Any = ("no", "yes")) 
 def test_float64_and_fixed_batch_give_the_scores_of_a_plain_graph(dtype: int, rows: Any) -> None:
     """The matrix is cast, and a fixed batch is padded. One row and many rows give the same scores."""
     expected = 1 / (1 + np.exp(-np.nan_to_num(ROWS) @ [[0.1], [0.2]])).ravel()
-    found = model(Graph(dtype=dtype, rows=rows))
-    assert found.predict_matrix(ROWS).scores == pytest.approx(expected, abs=1e-6)
-    assert found.predict_matrix(ROWS[:1]).scores == pytest.approx(expected[:1], abs=1e-6)
+    served_model = model(Graph(dtype=dtype, rows=rows))
+    assert served_model.predict_matrix(ROWS).scores == pytest.approx(expected, abs=1e-6)
+    assert served_model.predict_matrix(ROWS[:1]).scores == pytest.approx(expected[:1], abs=1e-6)
 
 
 def test_binary_graph_with_two_probabilities_gives_the_second() -> None:

@@ -54,12 +54,12 @@ def test_another_users_server_gets_no_token() -> None:
         pytest.skip("no python3 that every user may run")
     with subprocess.Popen(
         [python, "-c", LISTENER, str(port)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
-    ) as stranger:
-        assert stranger.stdout is not None
-        assert stranger.stdout.readline() == "listens\n"
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "listens\n"
         with pytest.raises(NotOurServer, match=r"user 65534 .*no token was sent"):
             send_token(port)
-        assert stranger.stdout.readline() == "\n"
+        assert other.stdout.readline() == "\n"
 
 
 def test_port_without_a_listener_is_refused() -> None:

@@ -122,7 +122,7 @@ def test_second_supervisor_is_refused(tmp_path: Path) -> None:
     with supervisor_lock(storage):
         assert is_watched_by(storage, os.getpid())
         with (
-            pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) watches .* already"),
+            pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) already watches"),
             supervisor_lock(storage),
         ):
             pass

@@ -54,15 +54,15 @@ def _start(stack: ExitStack, cluster_id: str, *, by: tuple[str, ...] = ()) -> in
 @NEEDS_ROOT
 def test_another_users_process_is_not_found(started: ExitStack) -> None:
     """A root supervisor would otherwise restart a daemon with another user's command line."""
-    cluster_id = f"{os.getpid()}-mine"
+    cluster_id = f"{os.getpid()}-own"
     other = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     pid = _start(started, cluster_id, by=other)
     assert processes_by_part(processes.find(cluster_id)) == {}
     assert processes.end(cluster_id) == 0
-    assert [one.pid for one in processes.find(cluster_id, owner=NOBODY)] == [pid]
-    mine = _start(started, cluster_id)
-    assert {part: one.pid for part, one in processes_by_part(processes.find(cluster_id)).items()} == {
-        Part.gcs: mine
+    assert [process.pid for process in processes.find(cluster_id, owner=NOBODY)] == [pid]
+    own_pid = _start(started, cluster_id)
+    assert {part: process.pid for part, process in processes_by_part(processes.find(cluster_id)).items()} == {
+        Part.gcs: own_pid
     }
 
 
@@ -71,7 +71,8 @@ def test_job_finds_its_parents_but_does_not_end_them(started: ExitStack) -> None
     cluster_id = f"{os.getpid()}-job"
     job = (
         "import os; from cluster import processes; "
-        f"print(os.getppid() in [one.pid for one in processes.find({cluster_id!r})], processes.end({cluster_id!r}))"
+        f"pids = [process.pid for process in processes.find({cluster_id!r})]; "
+        f"print(os.getppid() in pids, processes.end({cluster_id!r}))"
     )
     parent = (
         "import subprocess, sys; "

@@ -201,7 +201,7 @@ def is_locked(path: Path) -> bool:
 def test_large_or_old_segment_is_replaced(log: Path, keyring: Keyring, limits: dict[str, Any]) -> None:
     """Its lock is released. All segments together are one log, and the key store is used once."""
     writer = SegmentWriter(log, store=keyring, key=KEY, **limits)
-    keyring.revoke(KEY)  # which a new segment does not ask for
+    keyring.revoke(KEY)  # a new segment does not use the key store
     for number in range(3):
         writer.append(prediction(number))
     paths = sorted(log.iterdir())
@@ -242,7 +242,7 @@ def _flipped(lines: list[bytes]) -> list[bytes]:
         (lambda lines: [lines[0], lines[1], *lines[1:]], 3),
         (lambda lines: [*lines[:2], b"not base64!\n", lines[3]], 3),
     ],
-    ids=["swapped", "a bit flipped", "one taken out", "one put in twice", "not base64"],
+    ids=["swapped", "a bit flipped", "one removed", "one duplicated", "not base64"],
 )
 def test_changed_log_is_refused_with_file_and_line(
     log: Path,

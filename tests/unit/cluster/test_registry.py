@@ -57,15 +57,15 @@ def test_versions_are_numbered_and_keep_their_lineage(registry: Registry, tmp_pa
 
 def test_model_files_are_encrypted_with_the_models_key(registry: Registry, tmp_path: Path) -> None:
     """They are bound to version and name, and the hashes are of the stored files."""
-    one, two = (register(registry, tmp_path, content='{"word": "canary"}') for _ in range(2))
-    stored = (Path(one.uri) / "model.json").read_bytes()
+    first, second = (register(registry, tmp_path, content='{"word": "canary"}') for _ in range(2))
+    stored = (Path(first.uri) / "model.json").read_bytes()
     assert b"canary" not in stored
-    assert read_file(one, "model.json", keys(tmp_path)) == b'{"word": "canary"}'
+    assert read_file(first, "model.json", keys(tmp_path)) == b'{"word": "canary"}'
     with pytest.raises(ArtifactTampered, match="version 1"):
-        open_file(stored, name="m", version=two.version, part="model.json", store=keys(tmp_path))
+        open_file(stored, name="m", version=second.version, part="model.json", store=keys(tmp_path))
     keys(tmp_path).revoke("models/m")
     with pytest.raises(KeyRevoked):
-        read_file(one, "model.json", keys(tmp_path))
+        read_file(first, "model.json", keys(tmp_path))
 
 
 def test_rebuilt_projection_is_the_same(registry: Registry, tmp_path: Path) -> None:

@@ -12,18 +12,18 @@ from cluster.node.scheduling import interrupt_others, wait_for_turn
 
 def policies_in_a_thread() -> list[int]:
     """Return a thread's policy at the start, after `wait_for_turn`, and after `interrupt_others`."""
-    found = [os.sched_getscheduler(0)]
+    policies = [os.sched_getscheduler(0)]
 
     def change() -> None:
         wait_for_turn()
-        found.append(os.sched_getscheduler(0))
+        policies.append(os.sched_getscheduler(0))
         interrupt_others()
-        found.append(os.sched_getscheduler(0))
+        policies.append(os.sched_getscheduler(0))
 
     thread = threading.Thread(target=change)
     thread.start()
     thread.join()
-    return found
+    return policies
 
 
 def test_policy_changes_for_one_thread_only() -> None:

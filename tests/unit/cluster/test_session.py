@@ -99,12 +99,12 @@ def test_another_users_process_on_the_heads_port_does_not_count(
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [python, "-c", listens], user=65534, stdin=pipe, stdout=pipe, text=True, cwd="/"
-    ) as one:
-        assert one.stdout is not None
-        port = int(one.stdout.readline())
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
         assert not session.is_up(replace(record(shell, port), owner_uid=0))
         assert session.is_up(replace(record(shell, port), owner_uid=65534))
-        one.kill()
+        process.kill()
 
 
 def test_record_of_a_dead_cluster_can_be_found_but_not_used(shell: Path, head: int) -> None:

@@ -39,8 +39,8 @@ def test_parquet_and_bytes_round_trip_on_any_file_system(tmp_path: Path, root: s
     assert storage.read_parquet(f"{base}/t/part.parquet").equals(table)
     assert storage.read_parquet(f"{base}/t/part.parquet", columns=["b"]).column_names == ["b"]
     assert size == len(storage.read_bytes(f"{base}/t/part.parquet"))
-    [found] = storage.list_files(f"{base}/t", ".parquet")
-    assert storage.read_parquet(found).equals(table)
+    [uri] = storage.list_files(f"{base}/t", ".parquet")
+    assert storage.read_parquet(uri).equals(table)
 
 
 def test_relative_paths_start_at_the_project_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def test_json_has_null_for_non_finite_numbers(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)
-    assert found == {"a": [1.5, None, [None, 2]], "b": {"c": None}, "d": "nan"}
+    content_read = json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)
+    assert content_read == {"a": [1.5, None, [None, 2]], "b": {"c": None}, "d": "nan"}
 
 
 def test_a_file_name_of_any_text_stays_in_its_folder() -> None:

@@ -45,20 +45,21 @@ class FakeMachine:
     parts: dict[Part, Process] = field(default_factory=lambda: {part: Process() for part in Part})
     silent: set[Part] = field(default_factory=set)
     broken: set[Any] = field(default_factory=set)
-    """Parts that die as soon as they are started; "start" and "restore" for what raises."""
+    """Parts that die as soon as they are started, and names of operations that raise: "start", "head", "restore"."""
     due: bool = False
-    done: list[str] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
 
     def find(self) -> dict[Part, psutil.Process]:
         return cast(
-            dict[Part, psutil.Process], {part: one for part, one in self.parts.items() if one.is_running()}
+            dict[Part, psutil.Process],
+            {part: process for part, process in self.parts.items() if process.is_running()},
         )
 
     def answers(self, part: Part) -> bool:
         return part not in self.silent
 
     def start(self, part: Part) -> bool:
-        self.done.append(f"start {part}")
+        self.actions.append(f"start {part}")
         if "start" in self.broken:
             raise OSError("No space left on device")
         if part not in self.broken:
@@ -67,24 +68,24 @@ class FakeMachine:
 
     def kill(self, process: psutil.Process) -> None:
         cast(Process, process).state = psutil.STATUS_DEAD
-        self.done.append("kill")
+        self.actions.append("kill")
 
     def resume(self, process: psutil.Process) -> None:
         cast(Process, process).state = psutil.STATUS_SLEEPING
-        self.done.append("resume")
+        self.actions.append("resume")
 
     def restore_is_due(self) -> bool:
         return self.due
 
     def replace_head(self) -> None:
         self.due = True
-        self.done.append("head")
+        self.actions.append("head")
         if "head" in self.broken:
             raise FalajError("Ray did not start")
         self.parts |= {Part.gcs: Process(), Part.raylet: Process()}
 
     def restore(self) -> None:
-        self.done.append("restore")
+        self.actions.append("restore")
         if "restore" in self.broken:
             raise FalajError("m-v1 did not start")
         self.due = False
@@ -94,13 +95,13 @@ class FakeMachine:
 class World:
     machine: FakeMachine = field(default_factory=FakeMachine)
     now: float = 1000.0
-    notes: list[tuple[str, str, int]] = field(default_factory=list)
+    restarts: list[tuple[str, str, int]] = field(default_factory=list)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:
         self.supervisor = Supervisor(
             self.machine,
-            record_restart=lambda *words: self.notes.append(words),
+            record_restart=lambda *restart: self.restarts.append(restart),
             metrics=SupervisorMetrics(self.registry),
             clock=lambda: self.now,
         )
@@ -128,7 +129,7 @@ def world() -> World:
 def test_running_cluster_is_left_alone(world: World) -> None:
     """In ten minutes, nothing is started or recorded."""
     world.pass_s(600)
-    assert (world.machine.done, world.notes) == ([], [])
+    assert (world.machine.actions, world.restarts) == ([], [])
 
 
 @pytest.mark.parametrize("part", [part for part in Part if part not in (Part.supervisor, Part.raylet)])
@@ -137,8 +138,8 @@ def test_dead_part_restarts_at_once(world: World, part: Part) -> None:
     world.pass_s(2)
     world.kill(part)
     world.pass_s(3)
-    assert world.machine.done == [f"start {part}"]
-    assert world.notes == [(part.value, "dead", 1)]
+    assert world.machine.actions == [f"start {part}"]
+    assert world.restarts == [(part.value, "dead", 1)]
     assert world.count("falaj_supervisor_restarts_total", part=part.value, reason="dead") == 1
     assert world.count("falaj_part_up", part=part.value) == 1
 
@@ -148,16 +149,16 @@ def test_failing_part_is_retried_with_growing_waits(world: World) -> None:
     world.machine.broken.add(Part.broker)
     world.kill(Part.broker)
     world.pass_s(60)
-    assert len(world.machine.done) == 6
+    assert len(world.machine.actions) == 6
     world.pass_s(600)
-    assert len(world.machine.done) <= 6 + 11
-    assert [attempt for _, _, attempt in world.notes] == [1, 2, 4, 8, 16]
+    assert len(world.machine.actions) <= 6 + 11
+    assert [attempt for _, _, attempt in world.restarts] == [1, 2, 4, 8, 16]
     world.machine.broken.clear()
     world.pass_s(61)
     world.pass_s(61)
     world.kill(Part.broker)
     world.pass_s(1)
-    assert world.notes[-1] == (Part.broker.value, "dead", 1)
+    assert world.restarts[-1] == (Part.broker.value, "dead", 1)
 
 
 def test_retry_now_skips_the_wait(world: World) -> None:
@@ -165,10 +166,10 @@ def test_retry_now_skips_the_wait(world: World) -> None:
     world.machine.broken.add(Part.edge)
     world.kill(Part.edge)
     world.pass_s(130)
-    tried = len(world.machine.done)
+    num_tries = len(world.machine.actions)
     world.supervisor.retry_now()
     world.pass_s(1)
-    assert len(world.machine.done) == tried + 1
+    assert len(world.machine.actions) == num_tries + 1
 
 
 @pytest.mark.parametrize("part", [part for part in Part if part is not Part.supervisor])
@@ -176,10 +177,10 @@ def test_stopped_part_is_resumed_after_a_while(world: World, part: Part) -> None
     """Not at once, because a debugger may stop a part for a moment. A stopped raylet needs no new head."""
     world.machine.parts[part].state = psutil.STATUS_STOPPED
     world.pass_s(STOPPED_S)
-    assert world.machine.done == []
+    assert world.machine.actions == []
     world.pass_s(2)
-    assert world.machine.done == ["resume"]
-    assert world.notes == [(part.value, "stopped", 1)]
+    assert world.machine.actions == ["resume"]
+    assert world.restarts == [(part.value, "stopped", 1)]
 
 
 def test_silent_part_is_replaced_unless_it_is_young(world: World) -> None:
@@ -187,10 +188,10 @@ def test_silent_part_is_replaced_unless_it_is_young(world: World) -> None:
     world.machine.silent.add(Part.broker)
     world.machine.parts[Part.broker].age_s = YOUNG_S - 5
     world.pass_s(SILENT_S + 5)
-    assert world.machine.done == []
+    assert world.machine.actions == []
     world.machine.parts[Part.broker].age_s = YOUNG_S + 5
     world.pass_s(1)
-    assert world.machine.done == ["kill", f"start {Part.broker}"]
+    assert world.machine.actions == ["kill", f"start {Part.broker}"]
 
 
 def test_failed_starts_do_not_end_the_supervisor(world: World) -> None:
@@ -199,12 +200,12 @@ def test_failed_starts_do_not_end_the_supervisor(world: World) -> None:
     world.kill(Part.broker)
     world.kill(Part.edge)
     world.pass_s(5)
-    assert {f"start {Part.broker}", f"start {Part.edge}"} == set(world.machine.done)
-    assert world.notes == []
+    assert {f"start {Part.broker}", f"start {Part.edge}"} == set(world.machine.actions)
+    assert world.restarts == []
     assert world.count("falaj_supervisor_failures_total", part=Part.broker.value) == 3
     world.machine.broken.clear()
     world.pass_s(10)
-    assert {name for name, _, _ in world.notes} == {Part.broker.value, Part.edge.value}
+    assert {name for name, _, _ in world.restarts} == {Part.broker.value, Part.edge.value}
 
 
 def test_dead_raylet_leads_to_a_new_head_and_restored_applications(world: World) -> None:
@@ -212,8 +213,8 @@ def test_dead_raylet_leads_to_a_new_head_and_restored_applications(world: World)
     world.pass_s(2)
     world.kill(Part.raylet)
     world.pass_s(5)
-    assert world.machine.done == ["head", "restore"]
-    assert world.notes == [("Ray head", "dead", 1)]
+    assert world.machine.actions == ["head", "restore"]
+    assert world.restarts == [("Ray head", "dead", 1)]
     assert world.count("falaj_supervisor_recovery_seconds_count") == 1
 
 
@@ -222,7 +223,7 @@ def test_gcs_that_always_dies_leads_to_a_new_head(world: World) -> None:
     world.machine.broken.add(Part.gcs)
     world.kill(Part.gcs)
     world.pass_s(20)
-    assert world.machine.done == [*[f"start {Part.gcs}"] * GCS_TRIES, "head", "restore"]
+    assert world.machine.actions == [*[f"start {Part.gcs}"] * GCS_TRIES, "head", "restore"]
 
 
 def test_failed_restore_does_not_replace_the_head_again(world: World) -> None:
@@ -230,13 +231,13 @@ def test_failed_restore_does_not_replace_the_head_again(world: World) -> None:
     world.machine.broken.add("restore")
     world.kill(Part.raylet)
     world.pass_s(20)
-    assert world.machine.done.count("head") == 1
-    assert 3 <= world.machine.done.count("restore") <= 6
+    assert world.machine.actions.count("head") == 1
+    assert 3 <= world.machine.actions.count("restore") <= 6
     world.kill(Part.broker)
     world.machine.broken.clear()
     world.pass_s(61)
     assert not world.machine.due
-    assert f"start {Part.broker}" in world.machine.done
+    assert f"start {Part.broker}" in world.machine.actions
 
 
 def test_permanently_failing_restore_is_retried_rarely(world: World) -> None:
@@ -244,27 +245,27 @@ def test_permanently_failing_restore_is_retried_rarely(world: World) -> None:
     world.machine.broken.add("restore")
     world.machine.due = True
     world.pass_s(7200)
-    assert 20 <= world.machine.done.count("restore") <= 40
+    assert 20 <= world.machine.actions.count("restore") <= 40
 
 
 def test_damaged_record_counts_as_this_cluster(tmp_path: Path) -> None:
     """Without a record, or with another cluster's record, the supervisor ends."""
     config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
-    mine = record(tmp_path, "", 1)
-    assert not is_recorded(config, mine)
-    write_record(mine, config.storage)
-    assert is_recorded(config, mine)
+    cluster = record(tmp_path, "", 1)
+    assert not is_recorded(config, cluster)
+    write_record(cluster, config.storage)
+    assert is_recorded(config, cluster)
     (tmp_path / "cluster.json").write_text("{")
-    assert is_recorded(config, mine)
-    write_record(replace(mine, cluster_id="another"), config.storage)
-    assert not is_recorded(config, mine)
+    assert is_recorded(config, cluster)
+    write_record(replace(cluster, cluster_id="another"), config.storage)
+    assert not is_recorded(config, cluster)
 
 
 def test_restarted_supervisor_continues_a_due_restore(world: World) -> None:
     """The previous supervisor was killed between head and applications."""
     world.machine.due = True
     world.pass_s(3)
-    assert world.machine.done == ["restore"]
+    assert world.machine.actions == ["restore"]
 
 
 def test_failed_head_start_is_retried(world: World) -> None:
@@ -272,7 +273,7 @@ def test_failed_head_start_is_retried(world: World) -> None:
     world.machine.broken.add("head")
     world.kill(Part.raylet)
     world.pass_s(5)
-    assert set(world.machine.done) == {"head"}
+    assert set(world.machine.actions) == {"head"}
     world.machine.broken.clear()
     world.pass_s(10)
-    assert world.machine.done[-2:] == ["head", "restore"]
+    assert world.machine.actions[-2:] == ["head", "restore"]

@@ -24,7 +24,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task, Truths
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from tests.unit.cluster.test_records import prediction
+from tests.record_log import prediction
 
 LARGE = 2**53 + 1
 PERSONAL, OUTCOMES = "predictions/m/personal", "outcomes/m/sensitive"
@@ -92,9 +92,9 @@ def test_value_of_another_type_does_not_change_other_values(
     records = [answer(1, LARGE, 7.0), answer(2, 1.5), answer(3, "x"), answer(4, True), answer(5, 2**63)]
     write(log, keyring, *records, answer(6, "old", version=2), compacted=compacted)
     answers = read_predictions(log, keyring)
-    mine = typed(answers.filter(version=1), FLAGS)
-    assert mine.rows["x"].to_list() == [LARGE, 7, None, None, None, None]
-    assert mine.odd == {"x": 4}
+    version_rows = typed(answers.filter(version=1), FLAGS)
+    assert version_rows.rows["x"].to_list() == [LARGE, 7, None, None, None, None]
+    assert version_rows.odd == {"x": 4}
     texts = replace(FLAGS, inputs=(InputSpec(name="x", dtype="string", categories=("old",)),))
     assert typed(answers.filter(version=2), texts).rows["x"].to_list() == ["old"]
 
@@ -109,8 +109,8 @@ def test_input_with_a_reserved_name_is_left_out(log: Path, keyring: Keyring, nam
     """A client chooses an input's value, and could change an answer's arm or label."""
     write(log, keyring, answer(1, 5, name=name, rollout="r", arm="treatment"))
     signature = replace(FLAGS, inputs=(InputSpec(name=name, dtype="int64"),))
-    mine = typed(read_predictions(log, keyring), signature)
-    assert mine.rows.select("arm", "rollout", "version", "label", "probability", "row").rows() == [
+    version_rows = typed(read_predictions(log, keyring), signature)
+    assert version_rows.rows.select("arm", "rollout", "version", "label", "probability", "row").rows() == [
         ("treatment", "r", 1, True, 0.75, 0)
     ]
 
@@ -118,12 +118,12 @@ def test_input_with_a_reserved_name_is_left_out(log: Path, keyring: Keyring, nam
 def test_probabilities_are_read_by_each_versions_classes(log: Path, keyring: Keyring) -> None:
     for version, classes in ((1, ("a", "b", "c")), (2, ("b", "c", "d"))):
         shares = dict(zip(classes, (0.25, 0.5, 0.25), strict=True))
-        found = [{"probabilities": shares, "label": classes[1]}]
-        write(log, keyring, answer(version, 5, version=version, predictions=found))
+        answers = [{"probabilities": shares, "label": classes[1]}]
+        write(log, keyring, answer(version, 5, version=version, predictions=answers))
     signature = replace(FLAGS, task=Task.multiclass, classes=("b", "c", "d"))
-    mine = typed(read_predictions(log, keyring).filter(version=2), signature).rows
-    assert mine["probabilities"].to_list() == [{"b": 0.25, "c": 0.5, "d": 0.25}]
-    assert mine["label"].to_list() == ["c"]
+    version_rows = typed(read_predictions(log, keyring).filter(version=2), signature).rows
+    assert version_rows["probabilities"].to_list() == [{"b": 0.25, "c": 0.5, "d": 0.25}]
+    assert version_rows["label"].to_list() == ["c"]
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -140,9 +140,9 @@ def test_row_without_a_score_is_a_failure_and_no_answer(log: Path, keyring: Keyr
         answer(4, 6, predictions=[{"value": None}]),
         compacted=compacted,
     )
-    found = read_log(log, keyring)
-    assert found.answers.select("prediction_id", "row").rows() == [("p2", 1)]
-    assert found.failures.select("prediction_id", "row", "fault").rows() == [
+    model_log = read_log(log, keyring)
+    assert model_log.answers.select("prediction_id", "row").rows() == [("p2", 1)]
+    assert model_log.failures.select("prediction_id", "row", "fault").rows() == [
         ("p1", 0, "gave no finite score for 1 of 2 rows"),
         ("p1", 1, "gave no finite score for 1 of 2 rows"),
         ("p2", 0, "no finite score"),
@@ -172,7 +172,7 @@ def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
     assert matched.answers["outcome"].to_list() == [True, False, None, False, True]
     assert matched.answers[ODD].to_list() == [False, False, True, False, True]
     assert (matched.unknown_predictions, matched.unknown_rows) == (1, 1)
-    known = {(one, row): value for one, row, value in read_outcomes(outcomes, keyring)
+    known = {(prediction_id, row): value for prediction_id, row, value in read_outcomes(outcomes, keyring)
         .select("prediction_id", "row", "outcome").rows()}  # fmt: skip
     assert (known["p1", 0], known["p77", 0]) == (True, "true")
 

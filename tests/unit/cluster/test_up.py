@@ -211,9 +211,9 @@ def test_processes_of_a_killed_start_are_ended(
     """Its record has `starting` set."""
     record = replace(up.describe(config), starting=True)
     write_record(record, config.storage)
-    left = part(record.cluster_id)
+    process = part(record.cluster_id)
     assert up.running_record(config) is None
-    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_repair_of_a_complete_cluster_is_refused(
@@ -221,7 +221,7 @@ def test_repair_of_a_complete_cluster_is_refused(
 ) -> None:
     """The message says how to end the cluster."""
     monkeypatch.setattr(
-        up, "look", lambda record: [PartStatus(part=each, state=State.running) for each in Part]
+        up, "look", lambda record: [PartStatus(part=part, state=State.running) for part in Part]
     )
     record = up.describe(config)
     try:
@@ -314,13 +314,21 @@ def test_shared_overrides_compose_to_the_same_configuration(config: PlatformConf
     config.ledger.checkpoint_every = 7
     config.identity.issuer.url = "https://issuer.example"
     config.features.max_ahead_s = 5.0
-    words = up.shared_overrides(config, up.describe(config))
+    overrides = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
-        there = load(compose("cluster", overrides=words), PlatformConfig)
-    assert there.ledger == config.ledger
-    assert (there.storage, there.identity, there.secrets) == (config.storage, config.identity, config.secrets)
-    assert (there.cluster, there.replica, there.online) == (config.cluster, config.replica, config.online)
-    assert there.features == config.features
+        composed = load(compose("cluster", overrides=overrides), PlatformConfig)
+    assert composed.ledger == config.ledger
+    assert (composed.storage, composed.identity, composed.secrets) == (
+        config.storage,
+        config.identity,
+        config.secrets,
+    )
+    assert (composed.cluster, composed.replica, composed.online) == (
+        config.cluster,
+        config.replica,
+        config.online,
+    )
+    assert composed.features == config.features
 
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])

@@ -14,7 +14,7 @@ INPUTS = (InputSpec(name="x", dtype="double"),)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "given", "fitted"),
+    ("dtype", "values", "expected"),
     [
         ("int64", [1, None, 50.0, LARGE], [1, None, 50, LARGE]),
         ("int64", [2**63 - 1, 1 - 2**63], [2**63 - 1, 1 - 2**63]),
@@ -26,23 +26,23 @@ INPUTS = (InputSpec(name="x", dtype="double"),)
         ("int64", [], []),
     ],
 )
-def test_values_of_a_type_are_kept(dtype: str, given: list[Any], fitted: list[Any]) -> None:
+def test_values_of_a_type_are_kept(dtype: str, values: list[Any], expected: list[Any]) -> None:
     """Whole floats become ints for an integer type. Large integers lose no digit next to a float."""
     kind = value_type(dtype)
     assert kind is not None
-    found = list(kind.fit(given))
-    assert (found, list(map(type, found))) == (fitted, list(map(type, fitted)))
+    result = list(kind.fit(values))
+    assert (result, list(map(type, result))) == (expected, list(map(type, expected)))
 
 
 @pytest.mark.parametrize(
     ("dtype", "wrong"),
     [
-        *(("int64", one) for one in (1.5, True, "1", 2**63, -(2**63), 1e300, float("nan"), [1])),
+        *(("int64", value) for value in (1.5, True, "1", 2**63, -(2**63), 1e300, float("nan"), [1])),
         ("int8", 128),
         ("uint16", -1),
-        *(("double", one) for one in (True, "1", float("inf"), 2**64, {})),
-        *(("bool", one) for one in (1, "true")),
-        *(("string", one) for one in (1, True)),
+        *(("double", value) for value in (True, "1", float("inf"), 2**64, {})),
+        *(("bool", value) for value in (1, "true")),
+        *(("string", value) for value in (1, True)),
     ],
 )
 def test_value_of_another_type_is_refused_or_becomes_null(dtype: str, wrong: Any) -> None:
@@ -77,16 +77,16 @@ def test_outcome_is_parsed_as_a_class_or_none(
     classes: tuple[Any, ...], meanings: dict[Any, list[Any]]
 ) -> None:
     """JSON can write a class in several ways."""
-    for meant, outcomes in meanings.items():
+    for expected, outcomes in meanings.items():
         for outcome in outcomes:
-            found = truths(*classes).of(outcome)
-            assert (found, type(found)) == (meant, type(meant)), outcome
+            result = truths(*classes).of(outcome)
+            assert (result, type(result)) == (expected, type(expected)), outcome
 
 
 def test_regression_outcome_must_be_a_finite_number() -> None:
     """Text and booleans are invalid."""
-    meant = Truths(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
-    assert [meant.of(one) for one in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
-    assert {meant.of(one) for one in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)} == {
-        None
-    }
+    parser = Truths(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
+    assert [parser.of(value) for value in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
+    assert {
+        parser.of(value) for value in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)
+    } == {None}

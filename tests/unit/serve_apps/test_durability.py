@@ -192,7 +192,7 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
 
     asyncio.run(run())
     assert set(synced) >= {str(path) for path in folder.iterdir()}
-    assert not log._writer._left
+    assert not log._writer._unsynced
     log.close()
     assert count_records(folder) == 3
 
