@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document of what the edge serves; tests hold it against real answers.
+"""The OpenAPI 3.1 document of the edge's paths; tests compare it with real answers.
 
-A model's inputs are its own, so their names stand in its metadata and not here. The edge sends the document from its
-configuration, so the whole answer must fit one of HAProxy's buffers: `MAX_BYTES`.
+It does not list a model's inputs, which the model's metadata names. HAProxy answers with the document from its
+configuration, so the whole answer must fit into one of its buffers: `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
 
 def document() -> dict[str, Any]:
-    """The document as plain data."""
+    """Return the document as plain data."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -46,7 +46,7 @@ def _health() -> dict[str, Any]:
     live = _get("live", "Whether the edge answers.", _json("Live"))
     ready = _get("ready", "Whether every champion has a healthy replica.", _json("Ready"))
     paths = {"/v2/health/live": live, "/v2/health/ready": ready}
-    return {path: {"get": one["get"] | {"security": []}} for path, one in paths.items()}
+    return {path: {"get": methods["get"] | {"security": []}} for path, methods in paths.items()}
 
 
 def _metadata() -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _infer() -> dict[str, Any]:
 
 
 def _tensors(schema: str) -> dict[str, Any]:
-    """JSON, or JSON and binary data behind it."""
+    """The content of a body: JSON, or JSON followed by binary data."""
     raw = {"schema": {"type": "string", "format": "binary"}}
     return {"application/json": {"schema": _ref(schema)}, "application/octet-stream": raw}
 
@@ -191,7 +191,7 @@ def _schemas() -> dict[str, Any]:
 def _tensor_schemas() -> dict[str, Any]:
     text, value = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
     shape = {**_list({"type": "integer", "minimum": 1, "maximum": MAX_WIDTH}), "minItems": 1, "maxItems": 2}
-    given = {
+    tensor = {
         "name": text,
         "datatype": _ref("Datatype"),
         "shape": {**shape, "description": "[n] or [n, 1]; [n, m] for a list"},
@@ -205,12 +205,16 @@ def _tensor_schemas() -> dict[str, Any]:
         },
     }
     flag = {"type": "boolean", "default": False}
-    wanted = _object({"name": text, "parameters": _optional("binary_data", flag)}, "name")
+    requested_output = _object({"name": text, "parameters": _optional("binary_data", flag)}, "name")
     infer = {
         "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
         "parameters": _optional("binary_data_output", flag),
-        "inputs": {**_list(_object(given, "name", "datatype", "shape")), "minItems": 1},
-        "outputs": {**_list(wanted), "type": ["array", "null"], "description": "All, if none is named."},
+        "inputs": {**_list(_object(tensor, "name", "datatype", "shape")), "minItems": 1},
+        "outputs": {
+            **_list(requested_output),
+            "type": ["array", "null"],
+            "description": "All, if none is named.",
+        },
     }
     output = {
         "name": text,
@@ -311,8 +315,8 @@ def _feature_schemas() -> dict[str, Any]:
         "features": {**columns, "description": forms},
         "status": {**columns, "additionalProperties": _list(_ref("Status"))},
     }
-    bad = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
-    pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(bad)}
+    quarantined = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
+    pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(quarantined)}
     return {
         "Entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
         "AsOf": {"type": ["string", "null"], "description": AS_OF},
