@@ -1,9 +1,9 @@
 """`python -m serve_apps.common`: start Serve and the applications that belong to no model; `cluster.up` runs it.
 
 `features` and `outcomes` start with the cluster, with the cluster's settings. A deployment with other settings (another
-online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with those.
-A later deployment without such settings leaves them unchanged. A new head after a lost one starts them with the same
-settings.
+online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with
+those. A later deployment without such settings leaves them unchanged. A new head after a lost one starts them with the
+same settings.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings
 def _stored_settings(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
     """Return the settings that the applications were last started with in this cluster.
 
-    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must not
-    stop a cluster from starting.
+    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must
+    not stop a cluster from starting.
     """
     path = _path(config)
     try:

@@ -22,9 +22,7 @@ def store_settings(config: PlatformConfig, app: str) -> None:
     plain = to_plain(config)
     settings = {name: plain[name] for name in SECTIONS}
     identity = plain["identity"]
-    settings["identity"] = {
-        name: identity[name] for name in IDENTITY_FIELDS if identity[name] is not None
-    }
+    settings["identity"] = {name: identity[name] for name in IDENTITY_FIELDS if identity[name] is not None}
     write_bytes(_path(config, app), json.dumps(settings).encode())
 
 

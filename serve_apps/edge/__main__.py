@@ -84,8 +84,8 @@ class EdgeConfig(PlatformConfig):
     max_connections_of_one_address: int = 500
     """Set it to `max_connections` behind a proxy, because all connections then have the proxy's address."""
     hang_s: float = 0.7
-    """The champion answers for a treatment whose replica leaves a health check unanswered for this many seconds. It must
-    be more than the treatment's longest prediction, because a replica answers one request after another."""
+    """The champion answers for a treatment whose replica leaves a health check unanswered for this many seconds. It
+    must be more than the treatment's longest prediction, because a replica answers one request after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     wake_timeout_s: float = 60.0
     """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
@@ -191,7 +191,9 @@ def wait_for_ledger(
         try:
             return open_ledger(config)
         except sa.exc.SQLAlchemyError as error:
-            logging.warning("the ledger cannot be opened, so the edge serves its last configuration: %s", error)
+            logging.warning(
+                "the ledger cannot be opened, so the edge serves its last configuration: %s", error
+            )
             haproxy.serve_last()
             if stopped.wait(LEDGER_RETRY_S):
                 if not handed_over.is_set():

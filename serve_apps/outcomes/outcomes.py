@@ -69,7 +69,9 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
         # In UTC, because readers of the log do not parse an offset with seconds.
         observed = to_utc(observed_at)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"{path}.observed_at must be an ISO 8601 instant, got {observed_at!r}.") from error
+        raise InvalidRequest(
+            f"{path}.observed_at must be an ISO 8601 instant, got {observed_at!r}."
+        ) from error
     return OutcomeRecord(
         prediction_id=prediction_id,
         row=row,
@@ -195,7 +197,9 @@ class Outcomes:
             self._ledger.append(
                 OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor
             )
-        except sa.exc.OperationalError as error:  # for example, a full disk; outcomes that are sent again count once
+        except (
+            sa.exc.OperationalError
+        ) as error:  # for example, a full disk; outcomes that are sent again count once
             raise Unavailable(
                 "The ledger cannot be written, so the outcomes are not accepted. Try again later."
             ) from error

@@ -1,7 +1,7 @@
 """Metrics of a replica's answers: their number by status, and their duration.
 
-A call of Ray's metrics costs as much as reading an entity's features. So answers are counted here, and passed to Ray once
-a second.
+A call of Ray's metrics costs as much as reading an entity's features. So answers are counted here, and passed to Ray
+once a second.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pass requests from a replica's HTTP server directly to its application, without Serve's handling of each request.
 
-Serve (2.60) makes an id, metadata, a context and metrics for every request. That takes a third of the time of an answer,
-and the edge and the applications have their own. Serve accepts middlewares for its servers, and the outermost one can
-answer itself. Requests from Serve's proxy and health checks still go through Serve. A server that stops still waits for
-its open answers.
+Serve (2.60) makes an id, metadata, a context and metrics for every request. That takes a third of the time of an
+answer, and the edge and the applications have their own. Serve accepts middlewares for its servers, and the outermost
+one can answer itself. Requests from Serve's proxy and health checks still go through Serve. A server that stops still
+waits for its open answers.
 """
 
 from __future__ import annotations

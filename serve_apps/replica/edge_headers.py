@@ -2,8 +2,8 @@
 
 The headers go into the prediction log: the rollout, arm and unit of a prediction. Any client that reaches a replica's
 port could send such headers. So the sender (the edge, or a replica that copies a request to a shadow) adds a secret of
-this installation. The secret is in a file of the cluster's user and in HAProxy's environment, but on no command line and
-in no `runtime_env`. Without it, a replica ignores the headers.
+this installation. The secret is in a file of the cluster's user and in HAProxy's environment, but on no command line
+and in no `runtime_env`. Without it, a replica ignores the headers.
 """
 
 from __future__ import annotations

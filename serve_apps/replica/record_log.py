@@ -1,9 +1,10 @@
 """The log of a replica: a request is answered only after its record was written; if that fails, the answer is 503.
 
-With `durability=disk` an answer waits until its record is on the disk. One `fdatasync`, in a thread, serves all requests
-that arrived since the previous one started (group commit). So a request waits for up to two of them, and the disk's cost
-does not grow with the number of requests. If an `fdatasync` fails, all requests that waited for it get 503, and the next
-records go into a new segment. The kernel may forget data that it could not write, so a second try would prove nothing.
+With `durability=disk` an answer waits until its record is on the disk. One `fdatasync`, in a thread, serves all
+requests that arrived since the previous one started (group commit). So a request waits for up to two of them, and the
+disk's cost does not grow with the number of requests. If an `fdatasync` fails, all requests that waited for it get 503,
+and the next records go into a new segment. The kernel may forget data that it could not write, so a second try would
+prove nothing.
 
 A replica without requests releases its segment when the segment is old, so that it can be compacted.
 """

@@ -1,8 +1,8 @@
 """Options by which Serve scales a model version's replicas.
 
 Serve (2.60) counts a replica's ongoing requests within the replica's own event loop. A model that answers without
-waiting never leaves one to count: under 100 busy connections, 605 of 605 counts were zero. By that count no version would
-be scaled up, and a busy one would be removed as idle. So a replica measures its load itself
+waiting never leaves one to count: under 100 busy connections, 605 of 605 counts were zero. By that count no version
+would be scaled up, and a busy one would be removed as idle. So a replica measures its load itself
 (`serve_apps/replica/ongoing.py`), and the policy here takes the greater of both.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 ONGOING = "falaj_ongoing_requests"
 REPORT_INTERVAL_S = 2.0
-"""Seconds between reports of replicas and Serve's proxy to Serve's controller. A request that arrives just when the last
-replica leaves waits for the next report before a replica is started."""
+"""Seconds between reports of replicas and Serve's proxy to Serve's controller. A request that arrives just when the
+last replica leaves waits for the next report before a replica is started."""
 MAX_STARTS = 3
 """Failed starts of a replica before its version counts as failed; more tries would fail in the same way."""
 

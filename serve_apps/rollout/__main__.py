@@ -1,4 +1,5 @@
-"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back or check a rollout or shadow."""
+"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back or check a rollout or
+shadow."""
 
 from __future__ import annotations
 
@@ -89,9 +90,7 @@ class RolloutConfig(PlatformConfig):
             require_percent(getattr(self, name), name=name)
         require_variant(self.variant)
         if self.variant in (CHAMPION_VARIANT, SHADOW):
-            raise ValueError(
-                f"variant '{self.variant}' is a reserved name in records. Choose another name."
-            )
+            raise ValueError(f"variant '{self.variant}' is a reserved name in records. Choose another name.")
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
         if not 0 <= self.max_drop < math.inf:
@@ -173,7 +172,8 @@ def running_rollout(config: RolloutConfig, state: ModelState) -> Rollout:
 
 
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
-    """Deploy the version if needed, then send it its share of units. Starting a running rollout again changes nothing."""
+    """Deploy the version if needed, then send it its share of units. Starting a running rollout again changes
+    nothing."""
     if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
         require_same(config, state.rollout)
         return asdict(state.rollout)

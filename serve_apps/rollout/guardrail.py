@@ -1,8 +1,8 @@
 """The guardrail of a rollout: realised performance of the treatment against its concurrent control.
 
-It compares point estimates with a fixed tolerance and a minimum number of outcomes. It makes no claim about error rates.
-Too little data gives no verdict, never a success. An outcome that is not of the model's type (not one of its classes,
-not a number) is ignored. Otherwise a single such outcome could keep a bad version in place.
+It compares point estimates with a fixed tolerance and a minimum number of outcomes. It makes no claim about error
+rates. Too little data gives no verdict, never a success. An outcome that is not of the model's type (not one of its
+classes, not a number) is ignored. Otherwise a single such outcome could keep a bad version in place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The HAProxy process: start it, reload it without dropping a connection, change one map entry.
 
-Commands go through the master's own socket. Only the master answers when a reload is done, and only it knows the workers
-that still drain; a change sent to the outgoing worker alone would be lost with it. During a reload the master answers no
-command. A change then goes at once to the worker that serves, and has to be sent again after the reload.
+Commands go through the master's own socket. Only the master answers when a reload is done, and only it knows the
+workers that still drain; a change sent to the outgoing worker alone would be lost with it. During a reload the master
+answers no command. A change then goes at once to the worker that serves, and has to be sent again after the reload.
 
 A master that an earlier controller left behind hands its listening sockets to the next master, and ends after it has
 answered its open requests. No request is refused, and the new master has this process's environment and binary. Each

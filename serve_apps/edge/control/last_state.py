@@ -1,7 +1,7 @@
 """Last answers of Serve and of the issuer, stored for an edge that starts while they are down.
 
-Replicas that are gone by then fail their health checks. Keys could be withdrawn meanwhile, so stored keys are used for a
-day at most, as everywhere else while an issuer is down.
+Replicas that are gone by then fail their health checks. Keys could be withdrawn meanwhile, so stored keys are used for
+a day at most, as everywhere else while an issuer is down.
 """
 
 from __future__ import annotations

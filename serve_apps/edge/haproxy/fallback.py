@@ -9,7 +9,8 @@ replica while that request is being sent again.) Such requests keep their arm, a
 
 The champion keeps its own timeout although it is called through the strict backend. Otherwise it would get a second
 copy of a request that it is still working on. So a request that finds no replica is sent once, and waits as long as
-elsewhere. While a champion is scaled to zero, all treated requests wait that long, including those in a hanging replica.
+elsewhere. While a champion is scaled to zero, all treated requests wait that long, including those in a hanging
+replica.
 """
 
 from __future__ import annotations

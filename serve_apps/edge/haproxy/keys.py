@@ -1,7 +1,7 @@
 """The issuer's keys as files for HAProxy; the configuration names each file beside its `kid`.
 
-A new key needs a reload, which drops no connection. Files are named by their content, so an old worker that drains never
-finds another key under a name.
+A new key needs a reload, which drops no connection. Files are named by their content, so an old worker that drains
+never finds another key under a name.
 """
 
 from __future__ import annotations

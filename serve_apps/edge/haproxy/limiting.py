@@ -139,17 +139,17 @@ def _limit_rules(kind: Limited, limits: Limits) -> list[str]:
     """Return the rules of one kind: look up the limit, compare rate and concurrency, refuse."""
     name, default, number = f"txn.{kind.value}", limits.of(kind).entry(), _counter(kind)
     own_limit = f"url_enc,map_str({limits.file(kind)},{default})"
-    too_fast, too_many = f"{kind.value}_too_fast", f"{kind.value}_too_much"
+    fast, many = f"{kind.value}_too_fast", f"{kind.value}_too_much"
     retry = "hdr retry-after 1"
     return [
         f"    http-request track-sc{number} var({name}) table {_table(kind)}",
         f"    http-request set-var({name}_limit) var({name}),{own_limit}",
         f"    http-request set-var({name}_rate) var({name}_limit),field(1,|)",
         f"    http-request set-var({name}_concurrent) var({name}_limit),field(2,|)",
-        f"    acl {too_fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",
-        f"    acl {too_many} sc{number}_conn_cur,sub({name}_concurrent) -m int gt 0",
-        f"    {refuse(429, f'Your {kind.value} has asked too often within a second; try again.')} {retry} if {too_fast}",
-        f"    {refuse(429, f'Your {kind.value} has too many requests open; try again.')} {retry} if {too_many}",
+        f"    acl {fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",
+        f"    acl {many} sc{number}_conn_cur,sub({name}_concurrent) -m int gt 0",
+        f"    {refuse(429, f'Your {kind.value} has asked too often within a second; try again.')} {retry} if {fast}",
+        f"    {refuse(429, f'Your {kind.value} has too many requests open; try again.')} {retry} if {many}",
     ]
 
 

@@ -46,12 +46,12 @@ def table() -> str:
 
 def rules() -> str:
     """Return the frontend's rules that count unauthenticated requests."""
-    unauthenticated = "!{ var(txn.principal) -m found }"
+    anonymous = "!{ var(txn.principal) -m found }"
     number = int(Counter.refusals)
     lines = [
         f"    tcp-request session track-sc{number} str(strangers) table {TABLE}",
         *(
-            f"    http-after-response sc-inc-gpc({index},{number}) if {unauthenticated} {{ status {_STATUSES[reason]} }}"
+            f"    http-after-response sc-inc-gpc({index},{number}) if {anonymous} {{ status {_STATUSES[reason]} }}"
             for index, reason in enumerate(Reason)
         ),
         f"    http-response sc-inc-gpc({_REPLICA_REFUSALS},{number}) if {{ status 400:499 }}",
@@ -90,7 +90,9 @@ class RefusalCounts:
         unreported = dict(self.unreported)
         for reason, count in worker_counts.items():
             previous = self.worker_counts.get(reason, 0)
-            unreported[reason] = unreported.get(reason, 0) + (count - previous if count >= previous else count)
+            unreported[reason] = unreported.get(reason, 0) + (
+                count - previous if count >= previous else count
+            )
         return replace(self, worker_counts=worker_counts, unreported=unreported)
 
     def reset_worker(self) -> RefusalCounts:
