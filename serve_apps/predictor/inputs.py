@@ -78,8 +78,7 @@ def model_inputs(
 
 
 def _needed(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> set[str]:
-    """Return the columns that the answer depends on: inputs, and the views' columns that on-demand inputs are made
-    of."""
+    """Return the columns that the answer depends on: the inputs, and the views' columns behind on-demand inputs."""
     transforms = made_on_demand(spec, wanted, given)
     sources = {source for transform in transforms for source in transform.sources}
     source_columns = {column for view in spec.views if view.name in sources for column in view.columns}

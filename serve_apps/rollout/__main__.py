@@ -172,8 +172,10 @@ def running_rollout(config: RolloutConfig, state: ModelState) -> Rollout:
 
 
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
-    """Deploy the version if needed, then send it its share of units. Starting a running rollout again changes
-    nothing."""
+    """Deploy the version if needed, then send it its share of units.
+
+    Idempotent: starting the running rollout again changes nothing.
+    """
     if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
         require_same(config, state.rollout)
         return asdict(state.rollout)

@@ -19,7 +19,7 @@ from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Predict
 from cluster.runtime.encoding import Matrix
 from cluster.settings import BatchingConfig
 from serve_apps.predictor import batching
-from serve_apps.predictor.batching import Batches, pays
+from serve_apps.predictor.batching import Batches, saves_time
 from tests.replica import running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="a", dtype="double"),), label="y")
@@ -143,7 +143,7 @@ def test_joining_pays_where_a_calls_own_cost_dominates(
         now += {1: one_us, 8: eight_us}[len(matrix)] / 1e6
         return Predictions(signature=SIGNATURE, scores=np.zeros(len(matrix)))
 
-    assert pays(model, 1, clock=lambda: now) is expected
+    assert saves_time(model, 1, clock=lambda: now) is expected
 
 
 @pytest.mark.parametrize(("precision", "joins"), [(Precision.float32, True), (Precision.int8, False)])
@@ -151,14 +151,14 @@ def test_requests_for_an_int8_model_are_never_joined(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, joins: bool
 ) -> None:
     """Whatever it would gain: an answer must not depend on who else asked."""
-    monkeypatch.setattr(batching, "pays", lambda predict, num_inputs: True)
+    monkeypatch.setattr(batching, "saves_time", lambda predict, num_inputs: True)
     model = SimpleNamespace(signature=replace(SIGNATURE, precision=precision), predict_matrix=Doubling())
     assert (batching.batches(cast(Model, model), BatchingConfig()) is not None) == joins
 
 
 def test_a_replica_joins_requests_and_logs_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that cannot be encoded is refused alone."""
-    monkeypatch.setattr(batching, "LEAST_SAVED_S", -1.0)
+    monkeypatch.setattr(batching, "MIN_SAVED_S", -1.0)
     monkeypatch.setattr(batching, "PROBE_ROWS", 1_000)
     with running_replica(tmp_path, SIGNATURE, batching=BatchingConfig(max_rows=8)) as replica:
         token = replica.token()

@@ -35,8 +35,8 @@ def test_settings_come_back_from_a_configuration() -> None:
         features=FeaturesConfig(max_ahead_s=5.0),
     )
     settings = Settings.of(given)
-    assert settings.put_into(given) == given
-    put = settings.put_into(PlatformConfig())
+    assert settings.apply_to(given) == given
+    put = settings.apply_to(PlatformConfig())
     assert (put.online, put.replica.durability, put.identity.service_token_file) == (
         REDIS,
         Durability.disk,
@@ -55,17 +55,17 @@ def test_deployment_that_states_nothing_changes_nothing() -> None:
             features=FeaturesConfig(max_ahead_s=5.0),
         )
     )
-    assert DEFAULT.over(kept) == kept
-    assert DEFAULT.over(DEFAULT) == DEFAULT
+    assert DEFAULT.merged_over(kept) == kept
+    assert DEFAULT.merged_over(DEFAULT) == DEFAULT
 
 
 def test_deployment_that_states_something_gets_it() -> None:
     """Another store, and outcomes on disk, which no later one takes back."""
-    assert Settings.of(PlatformConfig(online=REDIS)).over(DEFAULT).put_into(PlatformConfig()).online == REDIS
-    assert DISK.over(DEFAULT) == DISK
-    assert DEFAULT.over(DISK) == DISK
+    assert Settings.of(PlatformConfig(online=REDIS)).merged_over(DEFAULT).apply_to(PlatformConfig()).online == REDIS
+    assert DISK.merged_over(DEFAULT) == DISK
+    assert DEFAULT.merged_over(DISK) == DISK
     assert (
-        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).over(DEFAULT).max_ahead_s == 5.0
+        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).merged_over(DEFAULT).max_ahead_s == 5.0
     )
 
 

@@ -21,7 +21,7 @@ from cluster.ledger.events import (
 )
 from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
-from serve_apps.edge.haproxy import unauthenticated as strangers
+from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.limiting import Limited
 from tests.controller import (
     CHAMPION_ONLY,
@@ -202,7 +202,7 @@ def test_the_ledger_hears_how_many_strangers_there_were(
     wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
     come(3)
     if when == "now and then":
-        monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+        monkeypatch.setattr(unauthenticated, "REPORT_INTERVAL_S", 0.0)
     else:
         running.stopped.set()
     wait_until(lambda: any(running.ledger.entries(StrangersRefused)))

@@ -50,7 +50,7 @@ async def answer(request: Request) -> Response:
 
 def test_outside_a_replica_serve_answers_everything() -> None:
     """In Serve's proxy, say, which is given the same middleware."""
-    answer_directly(answer, at_once=1)
+    answer_directly(answer, max_concurrent=1)
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "by Serve"
 
 
@@ -59,7 +59,7 @@ def test_a_replica_answers_directly_without_its_prefix_and_serve_says_how_it_is(
 ) -> None:
     """A balancer asks for its health, which is Serve's to know."""
     monkeypatch.setattr(direct.serve, "get_replica_context", Replica)
-    answer_directly(answer, at_once=1)
+    answer_directly(answer, max_concurrent=1)
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "/v2/models/m"
     assert asyncio.run(ask("/-/healthz")) == "by Serve"
     assert asyncio.run(ask("/-/routes")) == "by Serve"
@@ -82,6 +82,6 @@ def test_so_many_requests_at_once_and_the_others_wait(monkeypatch: pytest.Monkey
     async def all_at_once() -> list[str]:
         return await asyncio.gather(*(ask("/m-v1/x") for _ in range(10)))
 
-    answer_directly(slow, at_once=3)
+    answer_directly(slow, max_concurrent=3)
     assert asyncio.run(all_at_once()) == ["x"] * 10
     assert max(most) == 3

@@ -97,7 +97,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 async def ask(log: RecordLog, disk: Disk, number: int) -> int:
     log.append(outcome(number))
     disk.events.append(("append", number))
-    answer = await log.settled(number)
+    answer = await log.after_durable(number)
     disk.events.append(("answer", number))
     return answer
 
@@ -188,7 +188,7 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
             log.append(outcome(number))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fdatasync", sync)
-            await log.settled(None)
+            await log.after_durable(None)
 
     asyncio.run(run())
     assert set(synced) >= {str(path) for path in folder.iterdir()}
@@ -207,7 +207,7 @@ def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
     async def run() -> None:
         for number in range(2):
             log.append(outcome(number))
-            await log.settled(None)
+            await log.after_durable(None)
             deadline = time.monotonic() + 10
             while is_held(log._writer.path):
                 assert time.monotonic() < deadline

@@ -13,13 +13,13 @@ import sqlalchemy as sa
 
 from cluster.errors import ConfigError
 from cluster.settings import LedgerConfig
-from serve_apps.edge.__main__ import EdgeConfig, ledger_when_it_answers
+from serve_apps.edge.__main__ import EdgeConfig, wait_for_ledger
 from serve_apps.edge.control import succession
 from serve_apps.edge.control.haproxy_process import HAProxy
-from serve_apps.edge.control.last_state import KEYS_HOLD_S, Last
+from serve_apps.edge.control.last_state import KEYS_HOLD_S, LastState
 from serve_apps.edge.control.succession import sole_controller
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.replica.targets import Waker
+from serve_apps.replica.targets import ScaledToZero
 
 HOLDER = """
 import signal, sys, threading
@@ -114,19 +114,19 @@ def test_who_hands_over_while_the_ledger_is_down_leaves_haproxy_to_serve(
     if handed_over:
         over.set()
     with pytest.raises(sa.exc.SQLAlchemyError):
-        ledger_when_it_answers(config, haproxy, stopped, over)
+        wait_for_ledger(config, haproxy, stopped, over)
     assert haproxy.ended is not handed_over
 
 
 def test_the_last_answers_are_kept_whole_and_keys_for_a_day(tmp_path: Path) -> None:
     """A key whose file is gone, or that nobody has confirmed for a day, is believed no more."""
     file, key = tmp_path / "last.json", JwtKey(kid="k", algorithm="ES256", file=str(tmp_path / "k.pem"))
-    last = Last(targets={"m-v1": ("a:1", "b:2"), "m-v2": Waker(("p:1",))}, keys=(key,), at=1000.0)
+    last = LastState(targets={"m-v1": ("a:1", "b:2"), "m-v2": ScaledToZero(("p:1",))}, keys=(key,), at=1000.0)
     last.write(file)
-    assert Last.read(file, now=1000.0).keys == ()
+    assert LastState.read(file, now=1000.0).keys == ()
     Path(key.file).touch()
-    assert Last.read(file, now=1000.0) == last
-    late = Last.read(file, now=1000.0 + KEYS_HOLD_S)
+    assert LastState.read(file, now=1000.0) == last
+    late = LastState.read(file, now=1000.0 + KEYS_HOLD_S)
     assert (late.targets, late.keys) == (last.targets, ())
 
 
@@ -135,4 +135,4 @@ def test_what_nobody_can_read_is_no_answer(tmp_path: Path, content: str) -> None
     """An edge starts all the same."""
     file = tmp_path / "last.json"
     file.write_text(content)
-    assert Last.read(file, now=0.0) == Last() == Last.read(tmp_path / "none", now=0.0)
+    assert LastState.read(file, now=0.0) == LastState() == LastState.read(tmp_path / "none", now=0.0)

@@ -130,7 +130,7 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
 
 def remembered(edge: Edge) -> int:
     """How many signatures the running worker knows to be valid."""
-    head = edge.haproxy.ask("show table verified_tokens").splitlines()[0]
+    head = edge.haproxy.query("show table verified_tokens").splitlines()[0]
     return int(head.rsplit("used:", 1)[1])
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER
 from serve_apps.edge.haproxy.config import ANSWER_MS, render
-from serve_apps.replica.targets import Waker
+from serve_apps.replica.targets import ScaledToZero
 from tests.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
 from tests.ports import free_port
 
@@ -133,7 +133,7 @@ def test_a_champion_that_takes_its_time_is_asked_once(whole: Edge, champion: str
     ):
         targets = {
             **whole.targets,
-            "m-v1": Waker((late,)) if champion == "asleep" else (late,),
+            "m-v1": ScaledToZero((late,)) if champion == "asleep" else (late,),
             "m-v2": (lost,),
         }
         whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))

@@ -17,7 +17,7 @@ from tests.edge import ROLLOUT, Edge
 @contextlib.contextmanager
 def earlier_master(edge: Edge, does: Callable[[socket.socket], object]) -> Iterator[None]:
     """A socket as a master has it, asked before ours if names decide, whose owner does something to a connection."""
-    path = Path(edge.settings.admin_socket).with_name(f"{haproxy.MASTER}0.sock")
+    path = Path(edge.settings.admin_socket).with_name(f"{haproxy.MASTER_PREFIX}0.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()

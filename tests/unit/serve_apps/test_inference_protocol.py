@@ -15,11 +15,11 @@ from cluster.errors import InvalidRequest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.predictor.inference_protocol import (
     Inference,
-    answered,
+    encode_answer,
     metadata,
     output_names,
     parse_infer,
-    results,
+    output_tensors,
     split_body,
 )
 from serve_apps.predictor.tensors import DATATYPES, RawData, to_raw
@@ -255,7 +255,7 @@ def test_each_task_has_its_outputs(
     """The metadata names just what an answer holds, and JSON and binary data say the same."""
     assert output_names(signature) == tuple(expected)
     described = {one["name"]: one for one in metadata("m", 1, signature)["outputs"]}
-    outputs = results(signature, [row])
+    outputs = output_tensors(signature, [row])
     for raw in (False, True):
         asked = parse(tensor("p__age", [1.0]), SEXES)
         wanted = parse_infer(
@@ -264,7 +264,7 @@ def test_each_task_has_its_outputs(
             output_names(signature),
             RawData(),
         ).outputs
-        body, length = answered({"id": asked.id}, outputs, wanted)
+        body, length = encode_answer({"id": asked.id}, outputs, wanted)
         assert (length is not None) == raw
         content = json.loads(body[:length])
         at = 0 if length is None else length

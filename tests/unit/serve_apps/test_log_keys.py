@@ -19,7 +19,7 @@ from serve_apps.predictor.log_keys import (
     outcome_key,
     prediction_key,
     with_read_features,
-    within,
+    merged_key,
 )
 
 PERSON = Entity("person", join_keys=["id"])
@@ -149,11 +149,11 @@ def test_a_later_version_never_opens_the_log_of_an_earlier_one(
 ) -> None:
     """They share a key: its purposes are narrowed, also by a version that has no feature service."""
     name = outcome_key("loan")
-    assert within(KeyInfo(name=name, purposes=present), KeyInfo(name=name, purposes=wanted)).purposes == kept
+    assert merged_key(KeyInfo(name=name, purposes=present), KeyInfo(name=name, purposes=wanted)).purposes == kept
 
 
 def test_a_version_for_other_purposes_than_the_log_is_refused() -> None:
     """Either's records would be under a key that nobody may use, or that the wrong people may."""
     name = outcome_key("loan")
     with pytest.raises(RefusedError, match=r"is for care.*ads"):
-        within(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))
+        merged_key(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))

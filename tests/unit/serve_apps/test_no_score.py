@@ -77,7 +77,7 @@ def test_no_finite_score_is_503_with_a_record(
     predictor, counted = replica.predictor, Counted()
     batches = Batches(predictor._model.predict_matrix, max_rows=64, max_wait_s=0) if batched else None
     monkeypatch.setattr(predictor, "_batches", batches)
-    monkeypatch.setattr(predictor._meters, "_without_score", counted)
+    monkeypatch.setattr(predictor._metrics, "_without_score", counted)
     bodies = [body(endpoint, ages) for ages in ([4.0, -1.0], [4.0, 9.0])]
     status, headers, answer = replica.call(endpoint, bodies[0])
     assert (status, counted.count) == (503, 1)
@@ -105,7 +105,7 @@ def test_a_model_that_does_not_run_is_503_with_a_record(
     monkeypatch.setattr(replica.predictor._model, "_engine", Broken())
     monkeypatch.setattr(replica.predictor, "_batches", None)
     counted = Counted()
-    monkeypatch.setattr(replica.predictor._meters, "_without_score", counted)
+    monkeypatch.setattr(replica.predictor._metrics, "_without_score", counted)
     status, headers, answer = replica.call(endpoint, body(endpoint, [1.0]))
     assert (status, counted.count) == (503, 1)
     assert b"version 1 does not run on this request" in answer

@@ -30,7 +30,7 @@ from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
 from serve_apps.removal import require_number
-from serve_apps.rollout.__main__ import RolloutConfig, in_words
+from serve_apps.rollout.__main__ import RolloutConfig, describe
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
 from serve_apps.rollout.guardrail import Finding, Verdict
@@ -164,7 +164,7 @@ def test_a_removed_version_is_known_to_all_who_follow(tmp_path: Path) -> None:
 def test_what_a_version_is_needed_for_is_said(version: int, part: str | None) -> None:
     """Only one that serves nobody may be removed."""
     state: ModelState = fold(DEPLOYED)["m"]
-    assert state.part_of(version) == part
+    assert state.usage_of(version) == part
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_promotion_says_why_outcomes_say_nothing(
         treatment_outcomes=400,
         control_outcomes=700,
     )
-    words = in_words(finding, min_outcomes=500)
+    words = describe(finding, min_outcomes=500)
     assert said in words
     assert "400 outcomes of the treatment and 700 of the control" in words
 

@@ -15,14 +15,14 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.settings import ReplicaConfig
 from serve_apps.replica.ongoing import OngoingRequests
-from serve_apps.replica.scaling import ONGOING, replicas
+from serve_apps.replica.scaling import ONGOING, replica_options
 from tests.edge import PREDICT, Edge
 
 NO_DELAY = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
 
 
 def scaling(**options: Any) -> AutoscalingConfig:
-    return replicas(ReplicaConfig(**options))["autoscaling_config"]
+    return replica_options(ReplicaConfig(**options))["autoscaling_config"]
 
 
 def wanted(
@@ -86,8 +86,8 @@ def test_the_policy_reaches_a_process_without_our_code(monkeypatch: pytest.Monke
 
 def test_a_fixed_number_is_not_scaled() -> None:
     """One override is enough."""
-    assert "autoscaling_config" not in replicas(ReplicaConfig(num_replicas=3))
-    assert replicas(ReplicaConfig(num_replicas=3))["num_replicas"] == 3
+    assert "autoscaling_config" not in replica_options(ReplicaConfig(num_replicas=3))
+    assert replica_options(ReplicaConfig(num_replicas=3))["num_replicas"] == 3
 
 
 def test_a_version_starts_with_a_replica() -> None:

@@ -31,7 +31,7 @@ from serve_apps.predictor import shadow_replicas
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Shadowing, is_sampled
-from serve_apps.predictor.shadow_replicas import Connections, Pace
+from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
 from tests.ports import free_port
@@ -175,7 +175,7 @@ class Mirrored:
         return self.send(EdgeHeaders(request_id=f"r{number}", **more), b'{"entities": [{"id": 1}]}')
 
     def send(self, edge: EdgeHeaders, body: bytes) -> bool:
-        answer = self.shadowing.follow(Response(), Operation.predict, edge, body)
+        answer = self.shadowing.add_copy(Response(), Operation.predict, edge, body)
         if answer.background is None:
             return False
         asyncio.run(answer.background())
@@ -272,9 +272,9 @@ def test_a_connection_is_kept_while_its_replica_is_there(heard: Heard) -> None:
     with contextlib.closing(Connections()) as connections:
         for _ in range(3):
             assert connections.post(heard.address, "/", b"", {}) == 200
-        connections.keep([heard.address])
+        connections.close_others([heard.address])
         assert heard.num_closed == 0
-        connections.keep(["127.0.0.1:1"])
+        connections.close_others(["127.0.0.1:1"])
         wait_until(lambda: heard.num_closed == 1)
 
 
@@ -314,7 +314,7 @@ def test_serve_is_asked_seldom_and_sooner_only_while_that_may_help(monkeypatch: 
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 10.0)
     monkeypatch.setattr(shadow_replicas, "FIRST_S", 1.0)
     now = 0.0
-    pace = Pace(lambda: now)
+    pace = FetchSchedule(lambda: now)
 
     def asked(failing: bool, seconds: int) -> list[float]:
         nonlocal now

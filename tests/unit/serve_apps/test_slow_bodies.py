@@ -15,7 +15,7 @@ import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.replica import http as http_module
-from serve_apps.replica.within import within
+from serve_apps.replica.timeouts import with_timeout
 from tests.replica import Replica, running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
@@ -41,9 +41,9 @@ def test_what_is_there_at_once_costs_no_timer(monkeypatch: pytest.MonkeyPatch) -
             raise error
         return "done"
 
-    assert asyncio.run(within(0.0, work(None))) == "done"
+    assert asyncio.run(with_timeout(0.0, work(None))) == "done"
     with pytest.raises(KeyError):
-        asyncio.run(within(0.0, work(KeyError())))
+        asyncio.run(with_timeout(0.0, work(KeyError())))
 
 
 def test_what_waits_goes_on_as_if_it_was_awaited() -> None:
@@ -61,16 +61,16 @@ def test_what_waits_goes_on_as_if_it_was_awaited() -> None:
                 await asyncio.Event().wait()
         return found
 
-    assert asyncio.run(within(10.0, work())) == [0, 1, 2]
+    assert asyncio.run(with_timeout(10.0, work())) == [0, 1, 2]
 
 
 async def _ended_by_time(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     with pytest.raises(TimeoutError):
-        await within(0.001, work())
+        await with_timeout(0.001, work())
 
 
 async def _ended_from_outside(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    task = asyncio.create_task(within(10.0, work()))
+    task = asyncio.create_task(with_timeout(10.0, work()))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -142,9 +142,9 @@ def test_a_body_that_came_with_its_head_needs_no_timer(
         timeout = asyncio.timeout
         with monkeypatch.context() as patch:
             patch.setattr(asyncio, "timeout", lambda limit_s: waited.append(limit_s) or timeout(limit_s))
-            return await within(limit_s, work)
+            return await with_timeout(limit_s, work)
 
-    monkeypatch.setattr(http_module, "within", noted)
+    monkeypatch.setattr(http_module, "with_timeout", noted)
     path, good = next(iter(BODIES.items()))
     head = (f"POST {replica.prefix}{path} HTTP/1.1", "host: x", f"content-length: {len(good)}")
     lines = "\r\n".join((*head, f"authorization: Bearer {replica.token()}", "", "")).encode()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve_apps.edge.haproxy.config import render
-from serve_apps.replica.targets import Waker, read_targets
+from serve_apps.replica.targets import ScaledToZero, read_targets
 from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
 
 PROXY, REPLICA = 8000, 30001
@@ -64,7 +64,7 @@ def test_a_running_replica_is_addressed_directly(host: str, expected: str) -> No
 def test_asleep_is_reached_through_serves_proxy(deployment: str) -> None:
     """It may have no replica, and Serve finds nothing wrong: also while one starts, or the last leaves."""
     found = read_targets(published(deployment=deployment))
-    assert found == {"m-v1": Waker(("127.0.0.1:8000",))}
+    assert found == {"m-v1": ScaledToZero(("127.0.0.1:8000",))}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def waker(whole: Edge) -> Iterator[SlowMirror]:
 
 
 def fall_asleep(edge: Edge, waker: SlowMirror, *, patience_s: float) -> None:
-    targets = edge.targets | {"m-v2": Waker((f"127.0.0.1:{waker.server_address[1]}",))}
+    targets = edge.targets | {"m-v2": ScaledToZero((f"127.0.0.1:{waker.server_address[1]}",))}
     settings = replace(edge.settings, wake_timeout_s=patience_s)
     edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
 
@@ -191,7 +191,7 @@ def test_a_champion_that_is_asleep_is_ready(whole: Edge) -> None:
     """It will answer."""
     server = Mirror(("127.0.0.1", 0), Echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    targets = whole.targets | {"m-v1": Waker((f"127.0.0.1:{server.server_address[1]}",))}
+    targets = whole.targets | {"m-v1": ScaledToZero((f"127.0.0.1:{server.server_address[1]}",))}
     whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings))
     assert whole.call("/v2/health/ready", method="GET")[0] == 200
     server.shutdown()

@@ -17,7 +17,7 @@ from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.logged import read
-from serve_apps.rollout.__main__ import RolloutConfig, find
+from serve_apps.rollout.__main__ import RolloutConfig, evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import Rollout
 from tests.replica import MODEL, Replica, register, running_replica
@@ -92,7 +92,7 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
     storage = StorageConfig(root=replica.places.root)
     config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
     actor: Any = SimpleNamespace(access=replica.keys)
-    found = find(config, open_ledger(config), actor, ROLLOUT)
+    found = evaluate(config, open_ledger(config), actor, ROLLOUT)
     assert (found.verdict, found.treatment, found.control) == (Verdict.breached, 0.0, 1.0)
     assert (found.treatment_outcomes, found.control_outcomes) == (20, 20)
     assert (found.odd_outcomes, found.unknown_outcomes) == (1, 2)

@@ -17,7 +17,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
-from serve_apps.predictor.asked import request_inputs
+from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from tests.replica import Replica, running_replica
 
 INCOME = FeatureView(
@@ -107,5 +107,5 @@ def test_replica_does_not_start_without_the_code_its_model_was_trained_with(tmp_
     )
     ledger.append(event, actor="t")
     with pytest.raises(DefinitionError, match="No module 'no_such_module'"):
-        request_inputs(service_spec(ledger, "credit", "v"))
+        on_demand_inputs(service_spec(ledger, "credit", "v"))
     ledger.close()
