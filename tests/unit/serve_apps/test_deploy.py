@@ -1,4 +1,4 @@
-"""What a deployment says."""
+"""Messages of a deployment."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ VERSION = ModelVersion(
 )
 
 
-def test_a_version_beside_the_champion_says_that_it_gets_no_traffic() -> None:
-    """With the command that starts a rollout; champion, treatment and shadow say what they get."""
-    beside = describe(VERSION, ModelState(), app="m-v2", champion=1)
-    assert "version 1 stays champion and keeps its traffic" in beside
-    assert "python -m serve_apps.rollout action=start name=m version=2 weight=10" in beside
-    assert "serving" not in beside
+def test_deployment_describes_the_traffic_of_the_version() -> None:
+    """A version that gets none is told the command that starts a rollout."""
+    message = describe(VERSION, ModelState(), app="m-v2", champion=1)
+    assert "version 1 stays champion and keeps its traffic" in message
+    assert "python -m serve_apps.rollout action=start name=m version=2 weight=10" in message
+    assert "serving" not in message
     alone = describe(VERSION, ModelState(), app="m-v2", champion=2)
     assert alone == "serving m version 2 as application m-v2"
     rollout = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="t", weight=10)

@@ -1,4 +1,4 @@
-"""What an answer stands for: its record is on the disk before it leaves, or it does not leave."""
+"""Durability: a record is on the disk before its answer is sent, or the answer is 503."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "outcomes" / "m"
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody writes a segment."""
+def is_locked(path: Path) -> bool:
+    """Return whether a process writes a segment."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ def opened(folder: Path, keyring: Keyring) -> RecordLog:
 
 
 class Disk:
-    """`os.fdatasync` that says when it is called, waits until it may return, and fails when told to."""
+    """An `os.fdatasync` that records its calls, waits until it may return, and fails on command."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -102,24 +102,24 @@ async def ask(log: RecordLog, disk: Disk, number: int) -> int:
     return answer
 
 
-def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
+def test_answer_waits_for_a_sync_that_began_after_its_record(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
-    """Forty requests that come while two syncs go on are answered after two syncs in all, not forty."""
+    """Forty requests during two syncs need two syncs in all, not forty."""
     log = opened(folder, keyring)
     assert disk.entered.acquire(timeout=10)
     disk.events.clear()
 
     async def run() -> list[int]:
-        asked = [asyncio.create_task(ask(log, disk, 0))]
+        requests = [asyncio.create_task(ask(log, disk, 0))]
         for batch in range(2):
             assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
-            asked += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
+            requests += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
             await asyncio.sleep(0)
-            assert not any(one.done() for one in asked[-20:])
+            assert not any(one.done() for one in requests[-20:])
             disk.may_return.release()
         disk.may_return.release()
-        return list(await asyncio.gather(*asked))
+        return list(await asyncio.gather(*requests))
 
     assert asyncio.run(run()) == list(range(41))
     assert sum(what == "begins" for what, _ in disk.events) == 3
@@ -130,10 +130,10 @@ def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
     log.close()
 
 
-def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
+def test_failed_sync_fails_all_waiting_requests_and_starts_a_segment(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
-    """The kernel may have forgotten what it could not write: no later sync of that file counts."""
+    """The kernel may have dropped the data, so later syncs of that file prove nothing."""
     log = opened(folder, keyring)
     disk.may_return.release(100)
 
@@ -149,10 +149,8 @@ def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
     assert set(read_outcomes(folder, keyring)["prediction_id"]) >= {"4", "5"}
 
 
-def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
-    folder: Path, keyring: Keyring, disk: Disk
-) -> None:
-    """A second one would succeed, and prove nothing."""
+def test_failed_sync_fails_requests_that_came_during_it(folder: Path, keyring: Keyring, disk: Disk) -> None:
+    """A second sync would succeed and prove nothing."""
     log = opened(folder, keyring)
     assert disk.entered.acquire(timeout=10)
 
@@ -172,8 +170,8 @@ def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
     assert len(list(folder.iterdir())) == 2
 
 
-def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyring) -> None:
-    """Before the answers of its last records leave; then it is let go of."""
+def test_old_segment_is_synced_before_its_answers(folder: Path, keyring: Keyring) -> None:
+    """Then it is released."""
     log = opened(folder, keyring)
     log._writer._max_bytes = 1
     synced: list[str] = []
@@ -198,10 +196,8 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
 
 
 @pytest.mark.parametrize("durability", list(Durability))
-def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
-    folder: Path, keyring: Keyring, durability: Durability
-) -> None:
-    """When that is old; the next record begins a new one."""
+def test_idle_replica_releases_an_old_segment(folder: Path, keyring: Keyring, durability: Durability) -> None:
+    """The next record starts a new segment."""
     log = RecordLog(folder, store=keyring, key=KEY, durability=durability, max_age_s=0.01)
 
     async def run() -> None:
@@ -209,7 +205,7 @@ def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
             log.append(outcome(number))
             await log.after_durable(None)
             deadline = time.monotonic() + 10
-            while is_held(log._writer.path):
+            while is_locked(log._writer.path):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.005)
 
@@ -218,8 +214,8 @@ def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
     log.close()
 
 
-def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both endpoints and outcomes; what writes nothing does not wait."""
+def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both endpoints and outcomes; requests that write nothing do not wait."""
     with (
         running_replica(tmp_path, VALUE, durability=Durability.disk) as replica,
         ThreadPoolExecutor(1) as client,
@@ -227,13 +223,13 @@ def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
         infer = {"inputs": [{"name": "age", "datatype": "FP64", "shape": [1], "data": [3.0]}]}
         prediction_id = replica.json(PREDICT, BODY)[1]["prediction_id"]
         given = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
-        assert posted(replica, given)[0] == 200  # its log is open from here on
+        assert post_outcomes(replica, given)[0] == 200  # its log is open from here on
         disk = Disk()
         monkeypatch.setattr(os, "fdatasync", disk)
         for ask in (
             lambda: replica.json(PREDICT, BODY),
             lambda: replica.json("/v2/models/m/infer", infer),
-            lambda: posted(replica, given),
+            lambda: post_outcomes(replica, given),
         ):
             answer = client.submit(ask)
             assert disk.entered.acquire(timeout=10)
@@ -245,16 +241,16 @@ def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     assert replica.failures == []
 
 
-def posted(replica: Replica, body: Any) -> tuple[int, Any]:
-    """What the application that takes outcomes answers."""
+def post_outcomes(replica: Replica, body: Any) -> tuple[int, Any]:
+    """Post outcomes, and return status and JSON."""
     other = dataclasses.replace(replica, address=replica.outcomes, prefix="")
     return other.json("/outcomes/v1/outcomes", body)
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with few bytes, where the machine lets us mount one."""
-    folder = tmp_path / "small"
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own, if the machine can mount one."""
+    folder = tmp_path / "small_disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
@@ -263,16 +259,16 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def fill(path: Path) -> None:
-    """Until not a byte is left."""
+def fill_disk(path: Path) -> None:
+    """Fill a file system completely."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
 
 
-def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path) -> None:
-    """Of predictions and of outcomes; with room again, the service goes on by itself."""
-    with running_replica(small, VALUE, durability=Durability.disk) as replica:
+def test_full_disk_is_503_and_loses_no_answered_record(small_disk: Path) -> None:
+    """Predictions and outcomes; the service continues when there is space again."""
+    with running_replica(small_disk, VALUE, durability=Durability.disk) as replica:
         answered = []
 
         def both() -> set[int]:
@@ -283,14 +279,14 @@ def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path)
                 assert "cannot be written" in content["error"]
                 assert (content["code"], headers["retry-after"]) == (503, "1")
             given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
-            return {status, posted(replica, given)[0]}
+            return {status, post_outcomes(replica, given)[0]}
 
         assert both() == {200}
-        fill(small / "filler")
+        fill_disk(small_disk / "filler")
         while (statuses := both()) != {503}:  # what is left of the last pages
             assert statuses <= {200, 503}
         assert both() == {503}
-        (small / "filler").unlink()
+        (small_disk / "filler").unlink()
         assert both() == {200}
         assert replica.log()["prediction_id"].to_list() == answered
         outcomes = read_outcomes(Path(replica.places.outcomes(MODEL)), key_store(replica.keys))

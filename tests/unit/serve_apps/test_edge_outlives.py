@@ -1,4 +1,4 @@
-"""An edge over a restart of its controller, a start without its control plane, and a new certificate."""
+"""An edge across a restart of its controller, a start without its control plane, and a new certificate."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def asking(running: Running) -> Iterator[list[int]]:
-    """Requests without a pause, each on a connection of its own; the list has their statuses."""
+def request_statuses(running: Running) -> Iterator[list[int]]:
+    """Requests without a pause, each on its own connection; the list has their statuses."""
     statuses: list[int] = []
     ended = threading.Event()
 
@@ -65,13 +65,13 @@ def asking(running: Running) -> Iterator[list[int]]:
         thread.join(20)
 
 
-def test_a_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
-    """HAProxy serves on when the first one has handed over, and gives its sockets to the second one's."""
+def test_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
+    """HAProxy serves after the first controller handed over, and gives its sockets to the second one's."""
     before = running.haproxy.pid
     kept = running.connect()
     kept.request("GET", "/v2/health/live")
     kept.getresponse().read()
-    with asking(running) as statuses:
+    with request_statuses(running) as statuses:
         running.hand_over()
         assert running.ask("show info")
         seq = running.tell(ROLLED_BACK)
@@ -84,18 +84,18 @@ def test_a_second_controller_takes_over_without_a_refused_request(running: Runni
     # The kept connection is still the old worker's, which hears of changes until it ends.
     seq = running.tell(AliasMoved(name="m", alias="champion", version=2, previous=1, reason="better"))
     wait_until(lambda: running.applied == seq)
-    assert {entry_of(said) for said in running.ask_all(f"show map {running.settings.map_file}")} == {
+    assert {entry_of(map_text) for map_text in running.ask_all(f"show map {running.settings.map_file}")} == {
         "m-v2|m-v2|champion|none|-|0|10000"
     }
     kept.request("GET", "/v2/health/live")
     assert kept.getresponse().status == 200
     kept.close()
     assert before is not None
-    wait_until(lambda: not alive(before))
+    wait_until(lambda: not is_alive(before))
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; an ended process that was not waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -103,7 +103,7 @@ def alive(pid: int) -> bool:
 
 
 def serves(running: Running, split: str) -> bool:
-    """Whether HAProxy is there already, with a split."""
+    """Return whether HAProxy serves with a split."""
     try:
         return running.split() == split
     except OSError:
@@ -111,10 +111,8 @@ def serves(running: Running, split: str) -> bool:
 
 
 @pytest.mark.parametrize("lost", ["Serve", "Serve and ledger"])
-def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
-    running: Running, lost: str
-) -> None:
-    """With the replicas, the split and the keys of before, though HAProxy had been killed, too."""
+def test_edge_without_its_control_plane_serves_its_last_state(running: Running, lost: str) -> None:
+    """The last replicas, split and keys, although HAProxy was killed, too."""
 
     def gone() -> Targets:
         raise OSError("gone")
@@ -141,10 +139,10 @@ def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
     assert "m-v2" in running.ask("show backend")
 
 
-def test_an_edge_that_starts_while_its_issuer_is_down_keeps_the_keys_for_a_day(
+def test_edge_uses_stored_keys_for_a_day_while_its_issuer_is_down(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of before, and so does the next one, though replicas have changed meanwhile."""
+    """Also the edge after it, although replicas have changed meanwhile."""
 
     def down() -> bytes:
         raise OSError("down")
@@ -168,8 +166,8 @@ def test_an_edge_that_starts_while_its_issuer_is_down_keeps_the_keys_for_a_day(
     wait_until(lambda: key not in running.haproxy_file.read_text())
 
 
-def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
-    """As soon as its file is there; what is none stays unused, and holds up no new replicas."""
+def test_new_certificate_is_used_without_a_refused_request(running: Running) -> None:
+    """As soon as its file is there; an invalid one is not used, and does not delay new replicas."""
     file = Path(running.settings.certificate)
 
     def shown() -> bytes | None:
@@ -181,7 +179,7 @@ def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) 
         return certificate
 
     before, content = shown(), file.read_bytes()
-    with asking(running) as statuses:
+    with request_statuses(running) as statuses:
         file.write_bytes(b"no certificate")
         running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
         wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)

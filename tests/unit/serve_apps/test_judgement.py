@@ -1,4 +1,4 @@
-"""What guardrail and monitor make of a real replica's log: each version by itself, and what means nothing apart."""
+"""Guardrail and monitor over a real replica's log: each version separately, unusable outcomes counted separately."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="chal
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """Two versions: the first answers rightly, the second the opposite; and one odd outcome as an older release took
-    it, which made a column of flags into one of texts."""
+    """Two versions: the first always answers correctly, the second the opposite.
+
+    One odd outcome, as an older release stored it, turned a column of flags into one of texts.
+    """
     with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
         root = Path(running.places.root)
         register(root / "second", platform(root), FLAGS, running.keys)
@@ -88,7 +90,7 @@ def write(replica: Replica, log: str, *records: Any) -> None:
 
 
 def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> None:
-    """The broken treatment is found, and the finding says what was left out."""
+    """The bad treatment is found, and the finding counts what was left out."""
     storage = StorageConfig(root=replica.places.root)
     config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
     actor: Any = SimpleNamespace(access=replica.keys)
@@ -99,8 +101,8 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
     assert (found.treatment_failures, found.control_failures) == (1, 0)
 
 
-def test_two_versions_of_one_variant_are_measured_apart(replica: Replica) -> None:
-    """As after a promotion: neither takes the other's place, also where the classes of one are of another type."""
+def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
+    """As after a promotion, also if one version's classes have another type."""
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
     registry = Registry(open_ledger(config), replica.places)

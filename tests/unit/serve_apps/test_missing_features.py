@@ -1,4 +1,4 @@
-"""A real replica whose feature service says what becomes of features that are missing or expired."""
+"""A real replica whose feature service declares what replaces missing and expired features."""
 
 from __future__ import annotations
 
@@ -151,9 +151,11 @@ def records(replica: Replica, prediction_id: str) -> list[dict[str, Any]]:
     return [one for one in log if one["prediction_id"] == prediction_id]
 
 
-def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
-    """For what is expired or missing, not for a null; a join key never comes from one. The log says what the model got
-    and where nothing was read, and so does the skew check's view of it."""
+def test_default_replaces_a_missing_value_and_is_reported(replica: Replica) -> None:
+    """It replaces expired and missing values, but not a null, and never a join key.
+
+    The log records the model's inputs and where nothing was read, and the skew check sees the same.
+    """
     status, content = ask(replica, 1, 2, 3, 4)
     assert status == 200, content
     known = ["present", "expired", "null", "missing"]
@@ -179,8 +181,8 @@ def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
     assert given["predictions"] == defaulted
 
 
-def test_a_refused_request_says_what_is_not_there(replica: Replica) -> None:
-    """400, because the client can mend it: by giving the feature, or what is made of it."""
+def test_refusal_names_the_missing_feature(replica: Replica) -> None:
+    """400, because the client can send the feature, or the inputs that it is made of."""
     status, content = ask(replica, 1, 5)
     assert (status, content["code"]) == (400, 400)
     assert content["features_status"] == {"debt__total": ["present", "missing"]}
@@ -194,8 +196,8 @@ def test_a_refused_request_says_what_is_not_there(replica: Replica) -> None:
     assert (status, content["features_defaults"]["income__amount"]) == (200, -7.0)
 
 
-def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
-    """Nor is anything marked in the log."""
+def test_complete_features_report_no_defaults(replica: Replica) -> None:
+    """Nor does the log."""
     status, content = ask(replica, 1)
     assert (status, content.keys() & {"features_status", "features_defaults"}) == (200, set())
     [record] = records(replica, content["prediction_id"])
@@ -203,10 +205,8 @@ def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("purpose", ["ads", ""])
-def test_a_token_for_another_purpose_gets_no_score_made_from_features_read_by_key(
-    replica: Replica, purpose: str
-) -> None:
-    """As at `features:read`; whoever gives all inputs has nothing read, so no purpose is asked."""
+def test_token_for_another_purpose_gets_no_score_from_stored_features(replica: Replica, purpose: str) -> None:
+    """As at `features:read`; a request with all inputs reads nothing, so it needs no purpose."""
     token = mint_token(replica.places, subject="t", role=Role.service, purpose=purpose, ttl_s=900)
     body = {"entities": [{"person_id": 1, "region": "south"}], "features": {"asked": 1.0}}
     status, answer = replica.json(PREDICT, body, token=token)

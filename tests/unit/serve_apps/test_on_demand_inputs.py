@@ -1,4 +1,4 @@
-"""A real replica of a model whose features are made on demand."""
+"""A real replica of a model with on-demand features."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     assert running.failures == []
 
 
-def test_features_are_made_of_the_request_and_written_down_with_it(replica: Replica) -> None:
-    """A view's feature that the client gives counts in the transform, too."""
+def test_on_demand_features_are_computed_and_logged_with_their_inputs(replica: Replica) -> None:
+    """A view's feature that the client sends is used by the transform, too."""
     features = {"asked": [2, None], "channel": "web", "income__amount": [4.0, 4.0], "due": "2026-01-31"}
     features["income__emb"] = [[0.5, 1.5], None]
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": features})
@@ -83,8 +83,8 @@ def test_features_are_made_of_the_request_and_written_down_with_it(replica: Repl
     assert mine["income__emb"].to_list() == [[0.5, 1.5], None]
 
 
-def test_request_that_does_not_say_what_is_needed_is_refused(replica: Replica) -> None:
-    """But one that brings the feature itself needs no input."""
+def test_request_without_needed_inputs_is_refused(replica: Replica) -> None:
+    """A request with the feature itself needs no inputs."""
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"channel": "web"}})
     assert (status, "'asked' is missing" in content["error"]) == (400, True)
     asked = {"asked": 1.0, "channel": "web", "due": 20484}
