@@ -197,9 +197,7 @@ class Outcomes:
             self._ledger.append(
                 OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor
             )
-        except (
-            sa.exc.OperationalError
-        ) as error:  # for example, a full disk; outcomes that are sent again count once
+        except sa.exc.OperationalError as error:  # a full disk, for example; outcomes sent again count once
             raise Unavailable(
                 "The ledger cannot be written, so the outcomes are not accepted. Try again later."
             ) from error

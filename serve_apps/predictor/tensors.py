@@ -259,9 +259,8 @@ def _from_raw(name: str, datatype: Datatype, count: int, data: memoryview) -> li
     if datatype.limits is not None:
         _check_limits(name, datatype, values)
         return values
-    if math.isfinite(
-        sum(values)
-    ):  # a NaN or an infinity makes the sum non-finite; testing each value costs more
+    # A NaN or an infinity makes the sum non-finite; testing each value costs more.
+    if math.isfinite(sum(values)):
         return values
     if any(map(math.isinf, values)):
         raise InvalidRequest(f"Input '{name}' must be finite; a missing value is NaN.")

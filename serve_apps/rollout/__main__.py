@@ -1,27 +1,15 @@
-"""`python -m serve_apps.rollout action=… name=…`: start, change, show, promote, roll back or check a rollout or
-shadow."""
+"""`python -m serve_apps.rollout action=… name=…`: start, change, show, check, promote or roll back; or a shadow."""
 
 from __future__ import annotations
 
-import enum
-import math
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
-
-import polars as pl
 
 from cluster.command_line import given_options, refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import (
-    ArtifactTampered,
-    ModelNotFound,
-    RecordLogCorrupt,
-    RefusedError,
-    RolloutError,
-    did_you_mean,
-)
+from cluster.errors import ModelNotFound, RolloutError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     GuardrailBreached,
@@ -32,90 +20,24 @@ from cluster.ledger.events import (
     ShadowStarted,
     ShadowStopped,
 )
-from cluster.records import SHADOW, all_outcomes, match, read_log
+from cluster.records import SHADOW
 from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
-from cluster.runtime import Truths
-from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor, act
 from cluster.security.authorization.policy import Action
-from cluster.security.keys.access import key_store
 from cluster.session import attach, require_record
-from cluster.settings import PlatformConfig
-from cluster.storage import json_text, layout, local, resolve, write_json
+from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.state import wait_until_applied
-from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm, mixes_arms, require_percent, require_variant
-from serve_apps.rollout.guardrail import Finding, Verdict, judge
+from serve_apps.rollout.assignment import mixes_arms
+from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
+from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
+from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import ModelState, Rollout, read_states
-
-
-class RolloutAction(enum.Enum):
-    """Action of the command."""
-
-    start = "start"
-    weight = "weight"
-    show = "show"
-    promote = "promote"
-    rollback = "rollback"
-    check = "check"
-    shadow = "shadow"
-    stop_shadow = "stop_shadow"
-
-
-@dataclass(kw_only=True, slots=True)
-class RolloutConfig(PlatformConfig):
-    """Options of the command; see `configs/rollout.yaml`."""
-
-    action: RolloutAction = RolloutAction.show
-    name: str = "???"
-    """Name of the model."""
-    version: str = "latest"
-    """Version to try or to shadow: a number, an alias, or `latest`. `promote` refuses if another version is tried."""
-    weight: float = 10.0
-    """Percent of units that the treatment answers."""
-    share: float = 10.0
-    """Percent of requests that are copied to a shadow."""
-    variant: str = "challenger"
-    """Name of the treatment in answers and logs."""
-    reason: str = "by command"
-    """Reason that the ledger records."""
-    min_outcomes: int = 200
-    """Outcomes needed in each arm for a verdict."""
-    max_drop: float = 0.05
-    """How far the treatment's metric may be below the control's."""
-    output: str | None = None
-    """JSON file for the result."""
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "share"):
-            require_percent(getattr(self, name), name=name)
-        require_variant(self.variant)
-        if self.variant in (CHAMPION_VARIANT, SHADOW):
-            raise ValueError(f"variant '{self.variant}' is a reserved name in records. Choose another name.")
-        if self.min_outcomes < 1:
-            raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
-        if not 0 <= self.max_drop < math.inf:
-            raise ValueError(f"max_drop must be a finite number of at least 0, got {self.max_drop}.")
-
-
-_OWN_OPTIONS = frozenset({"version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"})
-_GUARDRAIL = frozenset({"min_outcomes", "max_drop"})
-USED: dict[RolloutAction, frozenset[str]] = {
-    RolloutAction.start: frozenset({"version", "weight", "variant"}),
-    RolloutAction.weight: frozenset({"weight"}),
-    RolloutAction.show: frozenset(),
-    RolloutAction.promote: frozenset({"version", "reason"}) | _GUARDRAIL,
-    RolloutAction.rollback: frozenset({"reason"}),
-    RolloutAction.check: _GUARDRAIL,
-    RolloutAction.shadow: frozenset({"version", "share"}),
-    RolloutAction.stop_shadow: frozenset({"reason"}),
-}
-"""Options that an action uses."""
 
 
 @job("rollout", RolloutConfig)
 def main(config: RolloutConfig) -> None:
     """Run one action, and print its result as JSON."""
-    refuse_unused(_OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
+    refuse_unused(OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
     if config.action is RolloutAction.weight and "weight" not in given_options():
         raise RolloutError("Give the new weight in percent of units: `weight=…`.")
     record, ledger = require_record(config), open_ledger(config)
@@ -285,43 +207,6 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
     return event.payload() | {"judged": judgement}
 
 
-def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> str:
-    """Describe the outcomes of a rollout, and refuse its promotion if they breach the guardrail.
-
-    Raises:
-        RolloutError: they breach the guardrail.
-        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so its outcomes prove nothing.
-    """
-    try:
-        finding = evaluate(config, ledger, actor, rollout)
-    except (RecordLogCorrupt, ArtifactTampered):
-        raise
-    except RefusedError as error:
-        return f"without outcomes: {error}"
-    description = describe(finding, min_outcomes=config.min_outcomes)
-    if finding.verdict is Verdict.breached:
-        raise RolloutError(
-            f"Rollout {rollout.id} of '{config.name}' is worse than its control: {description}. Roll it back, or give "
-            "the `max_drop` that you accept."
-        )
-    return description
-
-
-def describe(finding: Finding, *, min_outcomes: int) -> str:
-    """Describe a finding in words, for the operator and for the reason of a promotion."""
-    counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
-    match finding.verdict:
-        case Verdict.too_few:
-            return f"without a verdict: {counts}, {min_outcomes} of each are needed"
-        case Verdict.undefined:
-            return f"without a verdict: {counts}, but {finding.metric} is undefined if all are of one class or value"
-    return f"{_metrics_in_words(finding)}, {counts}"
-
-
-def _metrics_in_words(finding: Finding) -> str:
-    return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"
-
-
 def roll_back(
     config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout, *, reason: str
 ) -> dict[str, Any]:
@@ -350,7 +235,7 @@ def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout)
             control_outcomes=finding.control_outcomes,
         )
         ledger.append(event, actor=actor.name)
-        result |= roll_back(config, ledger, actor, rollout, reason=_metrics_in_words(finding))
+        result |= roll_back(config, ledger, actor, rollout, reason=describe_metrics(finding))
     return result
 
 
@@ -375,43 +260,6 @@ def stop_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: Mode
     event = ShadowStopped(model=config.name, version=state.shadow.version, reason=config.reason)
     ledger.append(event, actor=actor.name)
     return event.payload()
-
-
-def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
-    """Apply the guardrail to the rollout's own predictions and their outcomes.
-
-    Raises:
-        RolloutError: no prediction has an outcome yet.
-    """
-    places = layout(config.storage)
-    registry, store = Registry(ledger, places), key_store(actor.access)
-    log = read_log(local(places.predictions(config.name)), store)
-    outcomes = list(all_outcomes(local(places.outcomes(config.name)), store))
-    if log.answers.is_empty() or not outcomes:
-        raise RolloutError(
-            f"'{config.name}' has no predictions with outcomes yet, so there is nothing to compare."
-        )
-    of_rollout = log.answers.filter(pl.col("rollout") == rollout.id)
-    numbers = {rollout.treatment_version, *of_rollout["version"].to_list()}
-    signatures = {number: load_signature(registry.get(config.name, number), store) for number in numbers}
-    matched = match(log.answers, outcomes, {number: Truths(one) for number, one in signatures.items()})
-    finding = judge(
-        matched.answers.filter(pl.col("rollout") == rollout.id),
-        signature=signatures[rollout.treatment_version],
-        min_outcomes=config.min_outcomes,
-        max_drop=config.max_drop,
-    )
-    failed_arms = (
-        []
-        if log.failures.is_empty()
-        else log.failures.filter(pl.col("rollout") == rollout.id)["arm"].to_list()
-    )
-    return replace(
-        finding,
-        unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,
-        treatment_failures=failed_arms.count(Arm.treatment),
-        control_failures=failed_arms.count(Arm.control),
-    )
 
 
 if __name__ == "__main__":

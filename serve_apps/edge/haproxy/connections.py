@@ -7,7 +7,7 @@ the token was verified, so an unauthenticated request is answered at once. (`opt
 any rule, at 36 KiB for each stream of each connection.) The login form is the only unauthenticated body, and few are
 read at the same time. A head that does not fit is refused. A head that does not arrive is ended after ten seconds.
 
-An address stands for one subscriber. For IPv6 that is a whole /64.
+One address counts as one subscriber. For IPv6, a whole /64 counts as one address.
 """
 
 from __future__ import annotations

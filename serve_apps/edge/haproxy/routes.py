@@ -39,7 +39,7 @@ def entry(state: ModelState) -> str | None:
     """Return a model's map entry, or None while the model has no deployed champion.
 
     Fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id, salt, and the two
-    bounds in buckets. All stand in one value, so that one `set map` changes all of them together.
+    bounds in buckets. All are in one value, so that one `set map` changes all of them together.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:

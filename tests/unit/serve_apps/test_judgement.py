@@ -17,7 +17,8 @@ from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.logged import read
-from serve_apps.rollout.__main__ import RolloutConfig, evaluate
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import Rollout
 from tests.replica import MODEL, Replica, register, running_replica

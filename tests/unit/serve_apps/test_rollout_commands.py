@@ -30,9 +30,10 @@ from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
 from serve_apps.removal import require_number
-from serve_apps.rollout.__main__ import RolloutConfig, describe
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.state import ModelState, fold, read_states
 from tests.commands import run_main

@@ -57,8 +57,7 @@ def wanted(
     [([0.0], 1, 0), ([1e-6], 1, 1), ([10.0], 1, 1), ([10.5], 1, 2), ([30.0, 12.0], 2, 5), ([4.0, 4.0], 2, 1)],
 )
 def test_replicas_follow_the_reported_load(reported: list[float], running: int, expected: int) -> None:
-    """One for every ten concurrent requests; a single short request within the look-back time keeps the last
-    replica.."""
+    """One for every ten concurrent requests; one short request within the look-back time keeps the last replica."""
     assert wanted(reported, running=running) == expected
 
 

@@ -362,8 +362,7 @@ def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replic
 def test_shadow_predictions_are_logged_and_in_no_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For both endpoints, also with binary tensors: joined by the request id, and left out of the served
-    predictions.."""
+    """Both endpoints, also with binary tensors: joined by request id, and not among the served predictions."""
     with running_pair(tmp_path, monkeypatch) as replica:
         log, store = Path(replica.places.predictions(MODEL)), key_store(replica.keys)
         raw = to_raw("FP64", [3.0])
