@@ -28,7 +28,7 @@ from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 
 _CLUSTER = "cluster_id"
-KINDS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
+APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ def ensure_common(config: PlatformConfig) -> None:
     if stored is not None:
         settings = settings.merged_over(stored)
     changed = stored is not None and settings != stored
-    if changed or not all(map(is_running, KINDS)):
+    if changed or not all(map(is_running, APPLICATIONS)):
         run_common(config, record, settings)
 
 
@@ -123,7 +123,7 @@ def restore_common(config: PlatformConfig) -> None:
     Raises:
         DeployFailed: an application did not start; the message names it.
     """
-    if not all(map(is_running, KINDS)):
+    if not all(map(is_running, APPLICATIONS)):
         record = recorded(config)
         run_common(config, record, _stored_settings(config, record) or Settings.of(config))
 
@@ -139,7 +139,7 @@ def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings
         name: serve.deployment(
             kind, name=name, ray_actor_options={"num_cpus": 0.1}, max_surge_percent=100, **OPTIONS
         )
-        for name, kind in KINDS.items()
+        for name, kind in APPLICATIONS.items()
     }
     run({name: deployment.bind(plain) for name, deployment in deployments.items()})  # type: ignore[attr-defined]
     write_json(str(_path(config)), {_CLUSTER: record.cluster_id, **asdict(settings)})

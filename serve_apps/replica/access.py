@@ -70,7 +70,7 @@ class AccessCheck:
             policy=Policy.load(region=config.cluster.region),
             resource=resource,
             environment=config.identity.environment,
-            append=in_background(ledger),
+            append=append_in_background(ledger),
         )
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class AccessCheck:
         return principal
 
 
-def in_background(ledger: Ledger) -> Append:
+def append_in_background(ledger: Ledger) -> Append:
     """Return a function that appends to the ledger in a thread, in order, and logs its errors."""
     writer = ThreadPoolExecutor(1, "decisions")
 

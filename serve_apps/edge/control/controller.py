@@ -37,7 +37,7 @@ from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.keys import JwtKey
 from serve_apps.edge.haproxy.limiting import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
-from serve_apps.replica.access import in_background
+from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
 from serve_apps.rollout.state import States, apply
 
@@ -116,7 +116,7 @@ class Controller:
         )
         self._certificate = Certificate(Path(settings.certificate), state_file.with_name("certificates"))
         self._own_limits = OwnLimits()
-        self._append = in_background(ledger)
+        self._append = append_in_background(ledger)
         self._refusals = unauthenticated.RefusalCounts(reported_at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
         self._limits = {kind: RunningMap(haproxy, settings.limits.file(kind)) for kind in Limited}

@@ -165,10 +165,10 @@ def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
             _authentication(keys, settings),
             _authorization(settings),
             scopes.rules(claim=settings.scope_claim),
-            dashboard.passage(),
+            dashboard.forwarding_rules(),
             limiting.rules(settings.limits, tenant=settings.tenant),
-            connections.stated_length(settings.max_body_bytes),
-            connections.body(),
+            connections.check_length(settings.max_body_bytes),
+            connections.wait_for_body(),
             _descriptions(),
             split.rules(map_file=settings.map_file),
             _responses(),
@@ -200,7 +200,7 @@ def _bearer_token() -> str:
     """Take the token from the Authorization header, or from the dashboard's login or cookie."""
     return f"""    {refuse(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
     http-request set-var(txn.token) http_auth_bearer
-{dashboard.entrance()}"""
+{dashboard.login_rules()}"""
 
 
 def _actions() -> str:
@@ -321,7 +321,7 @@ def _treated_backend(backend: Backend, settings: EdgeSettings, *, champion_scale
     if backend.scaled_to_zero:
         name = f"{backend.name}{fallback.SUFFIX}"
         return backends.scaled_to_zero_backend(name, backend.servers, timeout_s=settings.wake_timeout_s)
-    return fallback.treated(
+    return fallback.treated_backend(
         backend,
         socket=settings.fallback_socket,
         hang_ms=settings.hang_ms,

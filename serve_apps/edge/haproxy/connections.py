@@ -52,7 +52,7 @@ def rules(max_of_one_address: int) -> str:
     tcp-request connection reject if {{ sc_conn_cur({number}) gt {max_of_one_address} }}"""
 
 
-def stated_length(max_body_bytes: int) -> str:
+def check_length(max_body_bytes: int) -> str:
     """Return rules that refuse a body by its Content-Length, before HAProxy waits for the body."""
     length = "req.fhdr(content-length)"
     unreadable = refuse(400, "Content-Length is no number of at most 10 digits.")
@@ -60,12 +60,12 @@ def stated_length(max_body_bytes: int) -> str:
     {refuse(413, "The body is too large.")} if {{ {length} -m int gt {max_body_bytes} }}"""
 
 
-def body() -> str:
+def wait_for_body() -> str:
     """Return the rule that waits for a body, or as much as fits into a buffer, so that it can be sent again."""
     return f"    http-request wait-for-body time {BODY_S}s if METH_POST"
 
 
-def login_body(login: str) -> str:
+def wait_for_login_body(login: str) -> str:
     """Return rules that wait for the body of a login.
 
     Args:

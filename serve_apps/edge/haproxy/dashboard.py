@@ -28,12 +28,12 @@ _PAGE_HEADERS = (
 )
 
 
-def entrance() -> str:
+def login_rules() -> str:
     """Return rules that recognise the dashboard's paths, and read a browser's token from its login or cookie."""
     return "\n".join((_dashboard_paths(), _login_pages(), _browser_token(), _same_site()))
 
 
-def passage() -> str:
+def forwarding_rules() -> str:
     """Return rules for an authorised request: store the token after a login, or send it on to Ray.
 
     They end the evaluation of rules.
@@ -77,7 +77,7 @@ def _login_pages() -> str:
 def _browser_token() -> str:
     """Read a browser's token: from the login form, or from the cookie if there is no Authorization header."""
     return f"""    http-request set-var(txn.browser) bool(true) if {{ path /ray/login }} METH_POST
-{connections.login_body("browser")}
+{connections.wait_for_login_body("browser")}
     http-request set-var(txn.token) req.body_param(token) if browser
     http-request set-var(txn.browser) bool(true) if dashboard !browser !{{ var(txn.token) -m found }} {{ req.cook({COOKIE}) -m found }}
     http-request set-var(txn.token) req.cook({COOKIE}) if browser !{{ var(txn.token) -m found }}"""

@@ -41,7 +41,7 @@ def frontend(*, map_file: str, socket: str) -> str:
     http-request set-var(txn.model) path,field(5,/),field(1,:)
     http-request set-var(txn.backend) var(txn.model),map_str({map_file}),field(1,|)
     {refuse(503, NO_HEALTHY_REPLICA)} unless {{ var(txn.backend),nbsrv -m int gt 0 }}
-{connections.body()}
+{connections.wait_for_body()}
     http-request set-header {VARIANT} {CHAMPION_VARIANT}
     http-request set-var(txn.rest) path,regsub(^/[^/]+,)
     http-request set-path /%[var(txn.backend)]%[var(txn.rest)]
@@ -56,7 +56,7 @@ def record_fallback() -> str:
     http-response set-var(txn.variant) str({CHAMPION_VARIANT}) {by_champion}"""
 
 
-def treated(
+def treated_backend(
     backend: Backend, *, socket: str, hang_ms: int, champion_ms: int, champion_scaled_to_zero: bool
 ) -> str:
     """Return the backend of treated requests.

@@ -18,7 +18,7 @@ from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 from serve_apps.replica import access
-from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, in_background
+from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, append_in_background
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_role_without_permission_is_denied(places: Layout) -> None:
 def test_denials_are_recorded_and_unauthenticated_requests_counted(places: Layout, tmp_path: Path) -> None:
     """In the ledger, in the background."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    check = check_of(TokenVerifier.of(places), in_background(ledger))
+    check = check_of(TokenVerifier.of(places), append_in_background(ledger))
     for _ in range(3):
         with pytest.raises(Unauthenticated):
             check(None, Action.predict)
