@@ -35,7 +35,7 @@ class Kind:
     precision: Precision = Precision.float32
 
 
-APPLICATIONS = (
+KINDS = (
     Kind(name="lightgbm", write=write_trees),
     Kind(name="int8 network", write=write_network, precision=Precision.int8),
 )
@@ -50,7 +50,7 @@ class ServedModel:
     signature: ModelSignature
 
 
-@pytest.fixture(scope="module", params=APPLICATIONS, ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
     return found
