@@ -28,15 +28,15 @@ from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.predictor.log_keys import outcome_key
-from serve_apps.predictor.request import MAX_ENTITIES, shortened, to_utc
+from serve_apps.predictor.request import shortened, to_utc
 from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.contract import MAX_ENTITIES, MAX_OUTCOMES, PREDICTION_ID_PATTERN
 from serve_apps.replica.http import LOG, Unavailable, answer, read_json, refusal
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.record_log import RecordLog
 
-MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
-_ID = re.compile(r"[0-9a-zA-Z-]{1,64}")
+_ID = re.compile(PREDICTION_ID_PATTERN)
 
 
 def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[str, list[OutcomeRecord]]:

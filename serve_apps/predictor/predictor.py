@@ -25,13 +25,12 @@ from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
+from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
-
-PREDICTION_ID = "x-falaj-prediction-id"
 
 
 class Predictor:
@@ -140,7 +139,7 @@ class Predictor:
         """Return a 503, which counts as a failure of the request's arm."""
         model = f"Model '{self._version.name}' version {self._version.version}"
         response = refusal(ModelFailed(f"{model} {fault}, so there is no answer."))
-        response.headers[PREDICTION_ID] = prediction_id
+        response.headers[PREDICTION_ID_HEADER] = prediction_id
         return response
 
     async def _predict(self, edge: EdgeHeaders, body: dict[str, Any]) -> Response:
@@ -173,7 +172,7 @@ class Predictor:
             content["features_status"] = inputs.status
         if inputs.defaults:
             content["features_defaults"] = inputs.defaults
-        return answer(content, headers={PREDICTION_ID: prediction_id})
+        return answer(content, headers={PREDICTION_ID_HEADER: prediction_id})
 
     async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)
@@ -204,7 +203,7 @@ class Predictor:
         }
         outputs = inference_protocol.output_tensors(self._model.signature, rows)
         content_and_length = inference_protocol.encode_answer(head, outputs, request.outputs)
-        return _tensor_response(*content_and_length, {PREDICTION_ID: prediction_id})
+        return _tensor_response(*content_and_length, {PREDICTION_ID_HEADER: prediction_id})
 
     def _log_prediction(
         self,

@@ -13,8 +13,8 @@ from cluster.runtime.signature import InputSpec
 from cluster.runtime.values import NotOfType, ValueType, value_type
 from feature_jobs.store.catalog.specifications import FieldSpec
 from feature_jobs.store.types.dtypes import from_json, list_of
+from serve_apps.replica.contract import MAX_ENTITIES
 
-MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63
 MAX_QUOTED = 60
 """Characters of a client's value in a message."""

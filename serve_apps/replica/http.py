@@ -24,10 +24,10 @@ from cluster.errors import (
     OnlineStoreUnavailable,
     Unauthenticated,
 )
+from serve_apps.replica.contract import MAX_BODY_BYTES
 from serve_apps.replica.timeouts import with_timeout
 
 LOG = logging.getLogger("falaj.serve")
-MAX_BODY_BYTES = 1_000_000
 BODY_TIMEOUT_S = 10.0
 """Timeout for a whole body; while it arrives, its request takes the slot of another one."""
 MAX_MESSAGE = 2000

@@ -29,6 +29,7 @@ from serve_apps.edge.haproxy.openapi import document
 from serve_apps.edge.haproxy.routes import Backend, Routes
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.edge.haproxy.token_checks import VERIFIED_TOKENS, token_checks
+from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import PREFIX
 
 _LIVE = '{"live":true}'
@@ -264,7 +265,7 @@ def _descriptions() -> str:
 
 def _responses() -> str:
     """Rules for a replica's answer: what the access record takes from it, and JSON for every error."""
-    return f"""    http-response set-var(txn.prediction_id) res.hdr(x-falaj-prediction-id)
+    return f"""    http-response set-var(txn.prediction_id) res.hdr({PREDICTION_ID_HEADER})
     http-response del-header server
 {fallback.record_fallback()}
 {backends.json_errors_only()}"""

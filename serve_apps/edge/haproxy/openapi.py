@@ -9,10 +9,17 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
+from serve_apps.replica.contract import (
+    MAX_BODY_BYTES,
+    MAX_ENTITIES,
+    MAX_OUTCOMES,
+    PREDICTION_ID_HEADER,
+    PREDICTION_ID_PATTERN,
+)
+
 MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
-MAX_ROWS, MAX_WIDTH = 1000, 65_536
-MAX_OUTCOMES = 10_000
+MAX_WIDTH = 65_536
 AS_OF = (
     "ISO 8601; null is now. Time-to-live counts from here. The store has one row an entity, its newest: where that is "
     "later than as_of the status is newer, and only a training set says what was known then."
@@ -120,7 +127,7 @@ def _features() -> dict[str, Any]:
     }
 
 
-_PREDICTION_ID = {"x-falaj-prediction-id": {"schema": {"type": "string"}}}
+_PREDICTION_ID = {PREDICTION_ID_HEADER: {"schema": {"type": "string"}}}
 
 
 def _parameters() -> dict[str, Any]:
@@ -267,8 +274,8 @@ def _key_schemas() -> dict[str, Any]:
         },
     }
     outcome = {
-        "prediction_id": {"type": "string", "pattern": "^[0-9a-zA-Z-]{1,64}$"},
-        "row": {"type": "integer", "minimum": 0, "maximum": MAX_ROWS - 1, "default": 0},
+        "prediction_id": {"type": "string", "pattern": f"^{PREDICTION_ID_PATTERN}$"},
+        "row": {"type": "integer", "minimum": 0, "maximum": MAX_ENTITIES - 1, "default": 0},
         "outcome": label,
         "observed_at": {"type": "string", "description": "ISO 8601."},
     }
@@ -301,7 +308,7 @@ def _feature_schemas() -> dict[str, Any]:
     push = {
         "view": name,
         "idempotency_key": {**name, "description": "The same again is answered the same and stored once."},
-        "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ROWS},
+        "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ENTITIES},
     }
     columns = {"type": "object", "additionalProperties": _list({})}
     forms = (
@@ -318,7 +325,7 @@ def _feature_schemas() -> dict[str, Any]:
     quarantined = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
     pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(quarantined)}
     return {
-        "Entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
+        "Entities": {**entities, "minItems": 1, "maxItems": MAX_ENTITIES},
         "AsOf": {"type": ["string", "null"], "description": AS_OF},
         "Status": {"enum": ["present", "null", "missing", "expired", "newer"]},
         "Read": _closed(
@@ -363,7 +370,8 @@ def _refusal() -> dict[str, Any]:
     description = (
         "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
         "purpose may not do this, or its scope does not name the model. 404: no such path, model or version. 405: "
-        "`Allow` names the method. 408: the request came too slowly. 413: the body is larger than 1,000,000 bytes. "
+        "`Allow` names the method. 408: the request came too slowly. 413: the body is larger than "
+        f"{MAX_BODY_BYTES:,} bytes. "
         "415: it is compressed. 429: more requests than a principal or tenant may send; `Retry-After` says when to try "
         "again. 503: no healthy replica, or nothing can be written down; try again. Other 5xx: a failure."
     )

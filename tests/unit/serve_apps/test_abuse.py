@@ -22,7 +22,8 @@ import pytest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.config import render
-from serve_apps.replica.http import LOG, MAX_BODY_BYTES
+from serve_apps.replica.contract import MAX_BODY_BYTES
+from serve_apps.replica.http import LOG
 from tests.edge import ROLLOUT, Edge
 from tests.replica import Replica, running_features, running_replica
 
