@@ -173,7 +173,7 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
 )
 def test_invalid_limit_is_refused(given: dict[str, Any]) -> None:
     """Before the command contacts the cluster."""
-    with pytest.raises(ValueError, match=r"limit|name|Say"):
+    with pytest.raises(ValueError, match=r"limit|name|Name either"):
         LimitsCommand(**given)
     assert LimitsCommand(action=LimitAction.show).name == ""
 

@@ -158,5 +158,5 @@ def test_later_version_never_widens_an_earlier_versions_key(
 def test_version_without_a_common_purpose_is_refused() -> None:
     """Otherwise the records of one would be unreadable, or readable for a wrong purpose."""
     name = outcome_key("loan")
-    with pytest.raises(RefusedError, match=r"is for care.*ads"):
+    with pytest.raises(RefusedError, match=r"are for care.*ads"):
         merged_key(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))

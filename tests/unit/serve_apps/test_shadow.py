@@ -49,7 +49,7 @@ def no_ledger_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let replicas read the ledger without waiting a second."""
     monkeypatch.setattr(shadow_module, "LEDGER_INTERVAL_S", 0.02)
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 0.02)
-    monkeypatch.setattr(shadow_replicas, "FIRST_S", 0.02)
+    monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 0.02)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -314,7 +314,7 @@ def test_no_error_stops_copies_for_good(
 def test_addresses_are_fetched_seldom_and_sooner_after_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replica fetches them, so a shadow that is down for an hour must not cause a fetch every second."""
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 10.0)
-    monkeypatch.setattr(shadow_replicas, "FIRST_S", 1.0)
+    monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 1.0)
     now = 0.0
     pace = FetchSchedule(lambda: now)
 
