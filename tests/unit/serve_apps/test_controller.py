@@ -37,8 +37,8 @@ from tests.controller import (
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    with running_controller(tmp_path) as one:
-        yield one
+    with running_controller(tmp_path) as running:
+        yield running
 
 
 def test_state_file_describes_the_running_haproxy(running: Running) -> None:
@@ -55,7 +55,7 @@ def test_rollback_does_not_wait_for_serve(running: Running) -> None:
     asked = running.serve.asked
     wait_until(lambda: running.serve.asked > asked)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    wait_until(lambda: running.applied == seq, seconds=5)
     assert running.split() == CHAMPION_ONLY
 
 
@@ -66,7 +66,7 @@ def test_rollback_does_not_wait_for_a_reload(running: Running) -> None:
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     assert running.haproxy.loading.wait(10)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    wait_until(lambda: running.applied == seq, seconds=5)
     assert running.split() == CHAMPION_ONLY
     assert "m-v3" not in running.ask("show backend")
     running.haproxy.may_load.set()
@@ -80,21 +80,21 @@ def test_two_edges_follow_one_ledger(running: Running, tmp_path: Path) -> None:
         for weight, bounds in ((5, "500|9500"), (50, "5000|5000")):
             seq = running.tell(RolloutWeightChanged(model="m", rollout="r", weight=weight))
             for edge in (running, other):
-                wait_until(lambda one=edge, map_line=seq: one.applied == map_line, seconds=5)  # type: ignore[misc]
+                wait_until(lambda edge=edge, seq=seq: edge.applied == seq, seconds=5)  # type: ignore[misc]
                 assert edge.split() == f"m-v1|m-v2|challenger|r|s|{bounds}"
 
 
 @contextlib.contextmanager
 def second_edge(root: Path, ledger: Ledger) -> Iterator[Running]:
-    """A second edge with the first one's ledger."""
+    """A second edge with the first edge's ledger."""
     short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
     root.mkdir()
-    one = Running(root, short, ledger=ledger)
-    one.thread.start()
-    wait_until(lambda: one.state is not None)
-    yield one
-    one.close()
+    edge = Running(root, short, ledger=ledger)
+    edge.thread.start()
+    wait_until(lambda: edge.state is not None)
+    yield edge
+    edge.close()
     shutil.rmtree(short)
 
 
@@ -115,7 +115,7 @@ def test_refused_configuration_delays_no_rollback(running: Running) -> None:
     asked = running.serve.asked
     wait_until(lambda: running.serve.asked > asked + 1)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
     assert running.state is not None
@@ -153,14 +153,14 @@ def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
     assert running.state == before
     assert running.split() == CHAMPION_ONLY
     file.rmdir()
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     assert (running.split(), file.read_text()) == (CHAMPION_ONLY, f"m {CHAMPION_ONLY}\n")
 
 
 def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
     """Also if only a `set map` had changed it."""
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     before = running.haproxy.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
@@ -172,16 +172,16 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
     """In the running map, and in the file, so that a reload keeps it."""
     file = running.settings.limits.file(Limited.principal)
 
-    def map_line(rate: int | None) -> str:
+    def set_limit(rate: int | None) -> str:
         event = EdgeLimitSet(limited="principal", name="alice b", requests_per_s=rate, concurrent=None)
         seq = running.tell(event)
-        wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+        wait_until(lambda: running.applied == seq)
         return running.ask(f"show map {file}").strip()
 
-    assert map_line(5).endswith("alice%20b 5|512")
-    assert map_line(6).endswith("alice%20b 6|512")
+    assert set_limit(5).endswith("alice%20b 5|512")
+    assert set_limit(6).endswith("alice%20b 6|512")
     assert file.read_text() == "alice%20b 6|512\n"
-    assert map_line(None) == file.read_text() == ""
+    assert set_limit(None) == file.read_text() == ""
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])
@@ -190,17 +190,17 @@ def test_counts_of_unauthenticated_requests_reach_the_ledger(
 ) -> None:
     """One event for each reason, also across a reload."""
 
-    def come(number: int) -> None:
+    def send_without_token(number: int) -> None:
         for _ in range(number):
             connection = running.connect()
             connection.request("POST", "/v1/models/m:predict", b"{}")
             assert connection.getresponse().status == 401
             connection.close()
 
-    come(2)
+    send_without_token(2)
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
-    come(3)
+    send_without_token(3)
     if when == "now and then":
         monkeypatch.setattr(unauthenticated, "REPORT_INTERVAL_S", 0.0)
     else:
@@ -228,9 +228,9 @@ def test_first_configuration_must_load(tmp_path: Path) -> None:
     """Without a last good state, a refused configuration is an error."""
     short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
-    one = Running(tmp_path, short)
-    Path(one.settings.certificate).unlink()
+    edge = Running(tmp_path, short)
+    Path(edge.settings.certificate).unlink()
     with pytest.raises(Exception, match="HAProxy refuses"):
-        one.controller.run(one.stopped)
-    one.ledger.close()
+        edge.controller.run(edge.stopped)
+    edge.ledger.close()
     shutil.rmtree(short)

@@ -62,7 +62,7 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def opened(folder: Path, keyring: Keyring) -> RecordLog:
+def open_log(folder: Path, keyring: Keyring) -> RecordLog:
     return RecordLog(folder, store=keyring, key=KEY, durability=Durability.disk)
 
 
@@ -74,7 +74,7 @@ class Disk:
         self.entered = threading.Semaphore(0)
         self.may_return = threading.Semaphore(0)
         self.failures = 0
-        """That are still to come."""
+        """Number of calls that will fail."""
 
     def __call__(self, descriptor: int) -> None:
         self.events.append(("begins", 0))
@@ -89,7 +89,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    disk.may_return.release()  # of the first segment's beginning
+    disk.may_return.release()  # for the start of the first segment
     monkeypatch.setattr(os, "fdatasync", disk)
     return disk
 
@@ -106,7 +106,7 @@ def test_answer_waits_for_a_sync_that_began_after_its_record(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
     """Forty requests during two syncs need two syncs in all, not forty."""
-    log = opened(folder, keyring)
+    log = open_log(folder, keyring)
     assert disk.entered.acquire(timeout=10)
     disk.events.clear()
 
@@ -116,7 +116,7 @@ def test_answer_waits_for_a_sync_that_began_after_its_record(
             assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
             requests += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
             await asyncio.sleep(0)
-            assert not any(one.done() for one in requests[-20:])
+            assert not any(request.done() for request in requests[-20:])
             disk.may_return.release()
         disk.may_return.release()
         return list(await asyncio.gather(*requests))
@@ -134,7 +134,7 @@ def test_failed_sync_fails_all_waiting_requests_and_starts_a_segment(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
     """The kernel may have dropped the data, so later syncs of that file prove nothing."""
-    log = opened(folder, keyring)
+    log = open_log(folder, keyring)
     disk.may_return.release(100)
 
     async def run(*numbers: int) -> list[Any]:
@@ -142,7 +142,7 @@ def test_failed_sync_fails_all_waiting_requests_and_starts_a_segment(
 
     disk.failures = 1
     failures = asyncio.run(run(1, 2, 3))
-    assert [type(one) for one in failures] == [Unavailable] * 3
+    assert [type(error) for error in failures] == [Unavailable] * 3
     assert asyncio.run(run(4, 5)) == [4, 5]
     log.close()
     assert len(list(folder.iterdir())) == 2
@@ -151,7 +151,7 @@ def test_failed_sync_fails_all_waiting_requests_and_starts_a_segment(
 
 def test_failed_sync_fails_requests_that_came_during_it(folder: Path, keyring: Keyring, disk: Disk) -> None:
     """A second sync would succeed and prove nothing."""
-    log = opened(folder, keyring)
+    log = open_log(folder, keyring)
     assert disk.entered.acquire(timeout=10)
 
     async def run() -> list[Any]:
@@ -165,14 +165,14 @@ def test_failed_sync_fails_requests_that_came_during_it(folder: Path, keyring: K
         return [*failed, await ask(log, disk, 3)]
 
     *failed, last = asyncio.run(run())
-    assert ([type(one) for one in failed], last) == ([Unavailable] * 2, 3)
+    assert ([type(error) for error in failed], last) == ([Unavailable] * 2, 3)
     log.close()
     assert len(list(folder.iterdir())) == 2
 
 
 def test_old_segment_is_synced_before_its_answers(folder: Path, keyring: Keyring) -> None:
     """Then it is released."""
-    log = opened(folder, keyring)
+    log = open_log(folder, keyring)
     log._writer._max_bytes = 1
     synced: list[str] = []
     real = os.fdatasync
@@ -222,14 +222,14 @@ def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         infer = {"inputs": [{"name": "age", "datatype": "FP64", "shape": [1], "data": [3.0]}]}
         prediction_id = replica.json(PREDICT, BODY)[1]["prediction_id"]
-        given = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
-        assert post_outcomes(replica, given)[0] == 200  # its log is open from here on
+        outcomes_body = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
+        assert post_outcomes(replica, outcomes_body)[0] == 200  # this opens the log
         disk = Disk()
         monkeypatch.setattr(os, "fdatasync", disk)
         for ask in (
             lambda: replica.json(PREDICT, BODY),
             lambda: replica.json("/v2/models/m/infer", infer),
-            lambda: post_outcomes(replica, given),
+            lambda: post_outcomes(replica, outcomes_body),
         ):
             answer = client.submit(ask)
             assert disk.entered.acquire(timeout=10)
@@ -243,8 +243,8 @@ def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.Monk
 
 def post_outcomes(replica: Replica, body: Any) -> tuple[int, Any]:
     """Post outcomes, and return status and JSON."""
-    other = dataclasses.replace(replica, address=replica.outcomes, prefix="")
-    return other.json("/outcomes/v1/outcomes", body)
+    outcomes_app = dataclasses.replace(replica, address=replica.outcomes, prefix="")
+    return outcomes_app.json("/outcomes/v1/outcomes", body)
 
 
 @pytest.fixture
@@ -271,23 +271,26 @@ def test_full_disk_is_503_and_loses_no_answered_record(small_disk: Path) -> None
     with running_replica(small_disk, VALUE, durability=Durability.disk) as replica:
         answered = []
 
-        def both() -> set[int]:
+        def predict_and_post_outcome() -> set[int]:
             status, headers, body = replica.call(PREDICT, BODY)
             content = json.loads(body)
             answered.extend([content["prediction_id"]] if status == 200 else [])
             if status != 200:
                 assert "cannot be written" in content["error"]
                 assert (content["code"], headers["retry-after"]) == (503, "1")
-            given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
-            return {status, post_outcomes(replica, given)[0]}
+            outcomes_body = {
+                "model": MODEL,
+                "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}],
+            }
+            return {status, post_outcomes(replica, outcomes_body)[0]}
 
-        assert both() == {200}
+        assert predict_and_post_outcome() == {200}
         fill_disk(small_disk / "filler")
-        while (statuses := both()) != {503}:  # what is left of the last pages
+        while (statuses := predict_and_post_outcome()) != {503}:  # space in the last pages
             assert statuses <= {200, 503}
-        assert both() == {503}
+        assert predict_and_post_outcome() == {503}
         (small_disk / "filler").unlink()
-        assert both() == {200}
+        assert predict_and_post_outcome() == {200}
         assert replica.log()["prediction_id"].to_list() == answered
         outcomes = read_outcomes(Path(replica.places.outcomes(MODEL)), key_store(replica.keys))
         assert outcomes["outcome"].to_list() == [len(answered)]

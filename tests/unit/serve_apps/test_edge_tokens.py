@@ -78,7 +78,7 @@ def confused(edge: Edge, public_key: bytes) -> str:
     return f"{head}.{claims}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode()}"
 
 
-BROUGHT_ALONG = [
+FORBIDDEN_HEADERS = [
     '"crit":["b64"],"b64":false',
     '"crit":["x"]',
     '"jku":"https://evil.example/jwks"',
@@ -121,7 +121,7 @@ def test_invalid_tokens_are_401(edge: Edge) -> None:
         forged(edge, real, exp=now + 30 * 86_400),
         forged(edge, real, exp=10**300),
         forged(edge, real, sub="x" * 4096),
-        *(resigned(edge, real, header=header) for header in BROUGHT_ALONG),
+        *(resigned(edge, real, header=header) for header in FORBIDDEN_HEADERS),
     ]
     assert [edge.call(token=token)[0] for token in tokens] == [401] * len(tokens)
     assert edge.call(token=forged(edge, real))[0] == 200
@@ -143,9 +143,9 @@ def test_only_the_signature_of_a_token_is_stored(edge: Edge) -> None:
     token = forged(edge, real, exp=int(time.time()) + 2)
     assert [edge.call(token=token)[0] for _ in range(3)] == [200] * 3
     assert num_verified_tokens(edge) == before + 1
-    words, signature = token.rsplit(".", 1)
+    content, signature = token.rsplit(".", 1)
     other = forged(edge, real, role="admin").rsplit(".", 1)
-    assert edge.call(token=f"{words}.{other[1]}")[0] == 401
+    assert edge.call(token=f"{content}.{other[1]}")[0] == 401
     assert edge.call(token=f"{other[0]}.{signature}")[0] == 401
     assert num_verified_tokens(edge) == before + 1
     wait_until(lambda: edge.call(token=token)[0] == 401)
@@ -169,10 +169,12 @@ def test_replica_refuses_what_only_it_can_check(edge: Edge, header: str, claims:
     )
     assert edge.call(token=resigned(edge, real))[0] == 200
     assert check(f"Bearer {resigned(edge, real)}", Action.predict).subject == "t"
-    for refused in (token, *(resigned(edge, real, header=header) for header in BROUGHT_ALONG)):
+    for refused in (token, *(resigned(edge, real, header=header) for header in FORBIDDEN_HEADERS)):
         with pytest.raises(Unauthenticated):
             check(f"Bearer {refused}", Action.predict)
-    assert edge.call(token=token)[0] == 200, "if the edge refuses it now, it belongs into the test above"
+    assert edge.call(token=token)[0] == 200, (
+        "if the edge refuses it now, move it into test_invalid_tokens_are_401"
+    )
 
 
 def test_edge_takes_the_first_of_repeated_roles(edge: Edge) -> None:
@@ -206,7 +208,7 @@ def test_oidc_keys_of_both_kinds_are_accepted_and_no_others(whole: Edge, tmp_pat
     assert {key.algorithm for key in keys} == {"ES256", "RS256"}
     for key in (rsa, ec_key):
         wait_until(lambda key=key: whole.call(token=issuer.token(key, falaj_role="service"))[0] == 200)  # type: ignore[misc]
-        assert whole.call(token=issuer.token(key))[0] == 403, "its role has another name here"
+        assert whole.call(token=issuer.token(key))[0] == 403, "the role claim has another name here"
     crossed = jwt.encode(
         {"alg": "RS256", "kid": ec_key.kid}, {"iss": issuer.url, "aud": AUDIENCE}, rsa, algorithms=["RS256"]
     )
@@ -228,7 +230,7 @@ def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_pa
         whole.haproxy.load(render(whole.routes(ROLLOUT), written_keys(remote, tmp_path)(), settings))
         wait_until(lambda good=good: all(whole.call(token=issuer.token(key))[0] == 200 for key in good))  # type: ignore[misc]
         assert [whole.call(token=issuer.token(key))[0] for key in bad] == [401] * len(bad)
-    assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "it was not cut"
+    assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "the connection was cut"
     issuer.close()
     current, stolen = whole.token(), whole.token()
     rotate_issuer(whole.places, keep_s=0)
@@ -242,8 +244,8 @@ def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_pa
 def test_key_id_may_begin_with_a_dash(whole: Edge) -> None:
     """One thumbprint in 64 does, and HAProxy would read it as an option."""
     (key,) = whole.keys
-    named = (dataclasses.replace(key, kid="-f"),)
-    whole.haproxy.load(render(whole.routes(ROLLOUT), named, whole.settings))
+    renamed = (dataclasses.replace(key, kid="-f"),)
+    whole.haproxy.load(render(whole.routes(ROLLOUT), renamed, whole.settings))
     real = ECKey.import_key((Path(whole.places.keys) / "issuer.pem").read_bytes())
     wait_until(lambda: whole.call(token=forged(whole, real, kid="-f"))[0] == 200)
     assert whole.call(token=whole.token())[0] == 401

@@ -64,13 +64,13 @@ def last_records(edge: Edge, number: int) -> list[dict[str, Any]]:
     """Return the last access records, once they have been written."""
     before = len(edge.records())
 
-    def mine() -> list[dict[str, Any]]:
+    def new_records() -> list[dict[str, Any]]:
         return [record for record in edge.records()[before:] if record["model"]]
 
     for _ in range(number):
         assert answer_to_treated_unit(edge) == CHAMPION
-    wait_until(lambda: len(mine()) >= number)
-    return mine()
+    wait_until(lambda: len(new_records()) >= number)
+    return new_records()
 
 
 @pytest.mark.parametrize("lost", ["dead", "absent"])

@@ -58,7 +58,7 @@ def test_named_tensors_are_columns() -> None:
     age, sex = tensor("p__age", [1.5, None]), tensor("p__sex", [["1"], [None]], "BYTES", [2, 1])
     request = parse(sex, age, id="a", parameters={"unknown": 1})
     assert request.columns == {"p__age": [1.5, None], "p__sex": ["1", None]}
-    assert (request.id, request.count, [one.name for one in request.outputs]) == ("a", 2, list(OUTPUTS))
+    assert (request.id, request.count, [output.name for output in request.outputs]) == ("a", 2, list(OUTPUTS))
     assert column(tensor("p__age", [1.0, 2.0], shape=[2, 1]), AGE) == [1.0, 2.0]
 
 
@@ -151,8 +151,11 @@ def test_outputs_are_encoded_as_requested() -> None:
     age = tensor("p__age", [1.0])
     both = [{"name": "label"}, {"name": "probability", "parameters": {"binary_data": False}}]
     request = parse(age, SEXES, outputs=both, parameters={"binary_data_output": True})
-    assert [(one.name, one.raw) for one in request.outputs] == [("label", True), ("probability", False)]
-    assert [one.name for one in parse(age, SEXES, outputs=[{"name": "label"}]).outputs] == ["label"]
+    assert [(output.name, output.raw) for output in request.outputs] == [
+        ("label", True),
+        ("probability", False),
+    ]
+    assert [output.name for output in parse(age, SEXES, outputs=[{"name": "label"}]).outputs] == ["label"]
     assert [one.raw for one in parse(age, SEXES, outputs=[]).outputs] == [False, False]
 
 

@@ -48,7 +48,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         for number, truth in enumerate(truths):
             version, arm = (1, "control") if number < 20 else (2, "treatment")
             score = 0.9 if truth is (version == 1) else 0.1
-            found = [{"probability": score, "label": score > 0.5}]
+            predictions = [{"probability": score, "label": score > 0.5}]
             records.append(
                 answer(
                     number,
@@ -56,7 +56,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
                     version=version,
                     rollout="r",
                     arm=arm,
-                    predictions=found,
+                    predictions=predictions,
                     variant="champion",
                 )
             )
@@ -64,8 +64,8 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
             answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
         )
         share = {"a": 0.25, "b": 0.5, "c": 0.25}
-        found = [{"probabilities": share, "label": "b"}]
-        records.append(answer(91, "old", version=3, variant="champion", predictions=found))
+        predictions = [{"probabilities": share, "label": "b"}]
+        records.append(answer(91, "old", version=3, variant="champion", predictions=predictions))
         write(running, "predictions", *records)
         write(
             running,
@@ -95,11 +95,11 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
     storage = StorageConfig(root=replica.places.root)
     config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
     actor: Any = SimpleNamespace(access=replica.keys)
-    found = evaluate(config, open_ledger(config), actor, ROLLOUT)
-    assert (found.verdict, found.treatment, found.control) == (Verdict.breached, 0.0, 1.0)
-    assert (found.treatment_outcomes, found.control_outcomes) == (20, 20)
-    assert (found.odd_outcomes, found.unknown_outcomes) == (1, 2)
-    assert (found.treatment_failures, found.control_failures) == (1, 0)
+    finding = evaluate(config, open_ledger(config), actor, ROLLOUT)
+    assert (finding.verdict, finding.treatment, finding.control) == (Verdict.breached, 0.0, 1.0)
+    assert (finding.treatment_outcomes, finding.control_outcomes) == (20, 20)
+    assert (finding.odd_outcomes, finding.unknown_outcomes) == (1, 2)
+    assert (finding.treatment_failures, finding.control_failures) == (1, 0)
 
 
 def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:

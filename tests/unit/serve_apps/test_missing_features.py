@@ -62,7 +62,9 @@ DEBT = FeatureView(
 
 
 def half(table: pa.Table) -> pa.Table:
-    return pa.table({"debt": [None if one is None else one / 2 for one in table["debt__total"].to_pylist()]})
+    return pa.table(
+        {"debt": [None if total is None else total / 2 for total in table["debt__total"].to_pylist()]}
+    )
 
 
 HALF = OnDemandTransform(
@@ -93,7 +95,7 @@ ROWS: dict[str, dict[Any, tuple[datetime, tuple[Any, ...]]]] = {
     "rent": {"north": (NOW, (9.0,)), "south": (NOW, (8.0,))},
     "debt": dict.fromkeys((1, 2, 3, 4), (NOW, (2.0,))),
 }
-"""Of each view, key to when and what. Nothing is known of person 5, and nothing of person 4 but a debt."""
+"""View to key to event time and values. Person 5 has no values, and person 4 has only a debt."""
 INPUTS = (
     InputSpec(name="income__amount", dtype="double"),
     InputSpec(name="income__region", dtype="string", categories=("north", "south")),
@@ -148,7 +150,7 @@ def ask(replica: Replica, *people: int, **features: Any) -> tuple[int, dict[str,
 
 def records(replica: Replica, prediction_id: str) -> list[dict[str, Any]]:
     log = read_records(Path(replica.places.predictions(MODEL)), key_store(replica.keys))
-    return [one for one in log if one["prediction_id"] == prediction_id]
+    return [record for record in log if record["prediction_id"] == prediction_id]
 
 
 def test_default_replaces_a_missing_value_and_is_reported(replica: Replica) -> None:
@@ -165,20 +167,20 @@ def test_default_replaces_a_missing_value_and_is_reported(replica: Replica) -> N
         "income__emb": known,
         "rent__mean": ["present", "missing", "missing", "missing"],
     }
-    stood_in = {"income__amount": -7.0, "income__region": "north", "income__emb": [0.0, 1.0]}
-    assert content["features_defaults"] == stood_in
+    defaults = {"income__amount": -7.0, "income__region": "north", "income__emb": [0.0, 1.0]}
+    assert content["features_defaults"] == defaults
     [record] = records(replica, content["prediction_id"])
     assert record["features"]["income__amount"] == [4.0, -7.0, None, -7.0]
     assert record["features"]["income__region"] == ["south", "north", None, "north"]
     assert record["features"]["income__emb"] == [[0.5, 2.0], [0.0, 1.0], None, [0.0, 1.0]]
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
-    assert record["defaulted"] == {name: [1, 3] for name in stood_in}
+    assert record["defaulted"] == {name: [1, 3] for name in defaults}
     [group], *_ = served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
-    defaulted, given = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])
-    assert given["predictions"] == defaulted
+    defaulted, sent = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])
+    assert sent["predictions"] == defaulted
 
 
 def test_refusal_names_the_missing_feature(replica: Replica) -> None:

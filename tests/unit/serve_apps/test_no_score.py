@@ -165,7 +165,7 @@ def test_only_the_request_without_a_score_fails_in_a_batch() -> None:
 
     async def ask() -> list[Any]:
         batches = Batches(roots, max_rows=64, max_wait_s=0)
-        pending = [batches.predict(np.array([[one]], dtype=np.float32)) for one in (4, -1, 9)]
+        pending = [batches.predict(np.array([[value]], dtype=np.float32)) for value in (4, -1, 9)]
         return await asyncio.gather(*pending)
 
     good, bad, other = asyncio.run(ask())

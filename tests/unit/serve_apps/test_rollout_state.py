@@ -133,8 +133,8 @@ def test_regression_and_multiclass_have_their_metric() -> None:
     values = pl.DataFrame(
         {"arm": ["treatment", "control"] * 3, "outcome": [1.0, 1, 2, 2, 3, 3], "value": [3.0, 1, 3, 2, 3, 3]}
     )
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=1, max_drop=0.1)
-    assert (found.metric, found.control, found.verdict) == ("r2", 1.0, Verdict.breached)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=1, max_drop=0.1)
+    assert (finding.metric, finding.control, finding.verdict) == ("r2", 1.0, Verdict.breached)
     labels = pl.DataFrame({"arm": ["treatment", "control"], "outcome": ["a", "a"], "label": ["a", "a"]})
     assert (
         judge(labels, signature=signature(Task.multiclass, ("a", "b")), min_outcomes=1, max_drop=0.1).verdict
@@ -144,7 +144,7 @@ def test_regression_and_multiclass_have_their_metric() -> None:
 
 @pytest.mark.parametrize("hostile", ["yes", 300, 2.5, "nan", True])
 def test_wrong_outcome_cannot_stop_the_guardrail(hostile: str | float) -> None:
-    """One such outcome, or one for each prediction, is ignored; the bad treatment is still found."""
+    """One such outcome, or one for each prediction, is ignored; the bad treatment is still finding."""
     frame = matched(BAD, GOOD)
     outcomes = [*frame["outcome"].to_list(), hostile]
     texts = any(isinstance(value, str) for value in outcomes)
@@ -160,16 +160,16 @@ def test_outcome_without_a_finite_square_cannot_stop_the_guardrail(arm: str) -> 
     """Its R² would be NaN, which is never below the control's: the bad treatment would hold for ever."""
     rows = [(arm, truth, 9.0 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame([*rows, (arm, 1e308, 1.0)], schema=["arm", "outcome", "value"], orient="row")
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
-    assert (found.verdict, found.control) == (Verdict.breached, 1.0)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (finding.verdict, finding.control) == (Verdict.breached, 1.0)
 
 
 def test_answers_without_a_finite_square_breach_the_guardrail() -> None:
     """They get the lowest finite metric, which can be stored."""
     rows = [(arm, truth, 1e300 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame(rows, schema=["arm", "outcome", "value"], orient="row")
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
-    assert (found.verdict, found.treatment) == (Verdict.breached, -sys.float_info.max)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (finding.verdict, finding.treatment) == (Verdict.breached, -sys.float_info.max)
 
 
 def test_outcomes_of_one_class_give_no_verdict() -> None:
@@ -183,7 +183,7 @@ def test_the_positive_class_is_the_models_second() -> None:
     frame = matched(GOOD, GOOD).with_columns(
         outcome=pl.col("outcome").replace_strict({1: "a_good", 0: "z_bad"}, return_dtype=pl.String)
     )
-    found = judge(
+    finding = judge(
         frame, signature=signature(Task.binary, ("z_bad", "a_good")), min_outcomes=100, max_drop=0.05
     )
-    assert (found.treatment, found.verdict) == (1.0, Verdict.holds)
+    assert (finding.treatment, finding.verdict) == (1.0, Verdict.holds)

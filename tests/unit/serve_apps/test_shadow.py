@@ -55,7 +55,7 @@ def no_ledger_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it never came true"
+        assert time.monotonic() < deadline, "the condition never became true"
         threading.Event().wait(0.01)
 
 
@@ -111,7 +111,7 @@ class ShadowServer:
                     self.end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -144,8 +144,8 @@ class MirroredReplica:
     def __init__(self, ledger: Ledger, address: str, *, version: int = 1) -> None:
         self.counts: Counter[str] = Counter()
         self.address = address
-        self.troubles: dict[str, BaseException] = {}
-        """What fails next, once, and how."""
+        self.errors: dict[str, BaseException] = {}
+        """Error of the next call of a method, by its name; each is raised once."""
         self.shadowing = Shadowing(
             model=MODEL,
             version=version,
@@ -169,8 +169,8 @@ class MirroredReplica:
         self.counts.update([result])
 
     def _fail(self, what: str) -> None:
-        if (trouble := self.troubles.pop(what, None)) is not None:
-            raise trouble
+        if (error := self.errors.pop(what, None)) is not None:
+            raise error
 
     def ask(self, number: int = 0, **more: str) -> bool:
         """Send a request with more values of the edge's headers; return whether a copy was made."""
@@ -239,9 +239,9 @@ def test_hanging_shadow_costs_only_copies(
     while len(shadow_server.requests) < SENDERS:  # each sender hangs with one
         mirrored.ask()
     before = mirrored.counts["dropped"]
-    asked = 2 * MAX_WAITING
-    assert all(mirrored.ask(number) for number in range(asked))
-    assert mirrored.counts["dropped"] - before >= asked - MAX_WAITING
+    num_requests = 2 * MAX_WAITING
+    assert all(mirrored.ask(number) for number in range(num_requests))
+    assert mirrored.counts["dropped"] - before >= num_requests - MAX_WAITING
     shadow_server.may_answer.set()
     wait_until(lambda: mirrored.counts["sent"] == SENDERS + MAX_WAITING)
 
@@ -295,18 +295,18 @@ def test_copies_follow_a_replaced_replica(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    ("what", "trouble"),
+    ("what", "error"),
     [("fetch_targets", AttributeError("a")), ("token", RuntimeError("t")), ("count", SystemExit())],
-    ids=["asking Serve", "sending", "a thread that ends"],
+    ids=["fetching targets", "sending", "ending a thread"],
 )
 def test_no_error_stops_copies_for_good(
-    mirrored: MirroredReplica, ledger: Ledger, what: str, trouble: BaseException
+    mirrored: MirroredReplica, ledger: Ledger, what: str, error: BaseException
 ) -> None:
     """An unexpected error costs one copy or one fetch."""
     ledger.append(STARTED, actor="t")
     for _ in range(SENDERS):
-        mirrored.troubles[what] = trouble
-        wait_until(lambda: mirrored.ask() and what not in mirrored.troubles)
+        mirrored.errors[what] = error
+        wait_until(lambda: mirrored.ask() and what not in mirrored.errors)
     before = mirrored.counts["sent"]
     wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > before + SENDERS)
 
@@ -316,20 +316,20 @@ def test_addresses_are_fetched_seldom_and_sooner_after_failures(monkeypatch: pyt
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 10.0)
     monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 1.0)
     now = 0.0
-    pace = FetchSchedule(lambda: now)
+    schedule = FetchSchedule(lambda: now)
 
-    def asked(failing: bool, seconds: int) -> list[float]:
+    def fetch_times(failing: bool, seconds: int) -> list[float]:
         nonlocal now
-        found, end = [], now + seconds
+        times, end = [], now + seconds
         while now < end:
-            if pace.is_due(failing=failing):
-                found.append(now)
+            if schedule.is_due(failing=failing):
+                times.append(now)
             now += 0.5
-        return found
+        return times
 
-    assert asked(False, 30) == [0, 10, 20]
-    assert asked(True, 40) == [30, 32, 36, 44, 54, 64]
-    assert asked(False, 20) == [74, 84]
+    assert fetch_times(False, 30) == [0, 10, 20]
+    assert fetch_times(True, 40) == [30, 32, 36, 44, 54, 64]
+    assert fetch_times(False, 20) == [74, 84]
 
 
 @contextlib.contextmanager
@@ -368,26 +368,26 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
         raw = to_raw("FP64", [3.0])
         tensor = {"name": "age", "datatype": "FP64", "shape": [1]}
         head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
-        asked = 0
+        num_requests = 0
 
-        def ask() -> bool:
-            nonlocal asked
+        def send_both() -> bool:
+            nonlocal num_requests
             by_key = {"entities": [{"id": 1}], "features": {"age": 3}}
-            ids = [replica.as_edge(request_id=f"r{asked + n}", arm="outside") for n in range(2)]
+            ids = [replica.as_edge(request_id=f"r{num_requests + n}", arm="outside") for n in range(2)]
             assert replica.json("/v1/models/m:predict", by_key, headers=ids[0])[0] == 200
             length = {"Inference-Header-Content-Length": str(len(head))}
             assert (
                 replica.call("/v2/models/m/versions/1/infer", head + raw, headers=ids[1] | length)[0] == 200
             )
-            asked += 2
+            num_requests += 2
             return read_shadow_predictions(log, store).height >= 4
 
-        wait_until(ask)
+        wait_until(send_both)
         shadows = read_shadow_predictions(log, store)
         answers = replica.log()
         assert set(shadows.select("version", "variant", "arm").rows()) == {(2, "shadow", "shadow")}
         assert set(answers["version"]) == {1}
-        assert answers.height == asked
+        assert answers.height == num_requests
         pairs = shadows.join(answers, on="request_id", suffix="_answered")
         assert pairs.height == shadows.height
         assert pairs["value"].to_list() == pairs["value_answered"].to_list()

@@ -63,18 +63,18 @@ def test_running_replica_is_addressed_directly(host: str, expected: str) -> None
 @pytest.mark.parametrize("deployment", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
 def test_application_scaled_to_zero_is_reached_through_the_proxy(deployment: str) -> None:
     """It may have no replica, and is healthy: also while one starts, or the last one leaves."""
-    found = read_targets(published(deployment=deployment))
-    assert found == {"m-v1": ScaledToZero(("127.0.0.1:8000",))}
+    targets = read_targets(published(deployment=deployment))
+    assert targets == {"m-v1": ScaledToZero(("127.0.0.1:8000",))}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "failure",
     [{"status": status} for status in ("UNHEALTHY", "DEPLOYING", "DEPLOY_FAILED", "DELETING", "NOT_STARTED")]
     + [{"deployment": "UNHEALTHY"}, {"minimum": 1}, {"minimum": None}],
 )
-def test_failed_application_has_no_address(said: dict[str, Any]) -> None:
+def test_failed_application_has_no_address(failure: dict[str, Any]) -> None:
     """Serve names its proxy here too, but the champion should answer at once."""
-    assert read_targets(published(**said)) == {}
+    assert read_targets(published(**failure)) == {}
 
 
 @pytest.mark.parametrize("group", [{"protocol": "gRPC"}, {"app_name": ""}, {"targets": []}])
@@ -95,8 +95,8 @@ class StartingEcho(Echo):
 
     def do_POST(self) -> None:
         assert isinstance(self.server, SlowProxy)
-        self.server.num_asked += 1
-        self.server.asked.set()
+        self.server.num_requests += 1
+        self.server.got_request.set()
         self.server.started.wait(10)
         super().do_POST()
 
@@ -109,8 +109,8 @@ class SlowProxy(Mirror):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), StartingEcho)
-        self.asked, self.started = threading.Event(), threading.Event()
-        self.num_asked = 0
+        self.got_request, self.started = threading.Event(), threading.Event()
+        self.num_requests = 0
 
 
 @pytest.fixture
@@ -136,13 +136,13 @@ def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, proxy: SlowProx
     headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(whole.call, token=whole.token(), headers=headers)
-        assert proxy.asked.wait(5)
+        assert proxy.got_request.wait(5)
         assert whole.call(token=whole.token())[1]["x-falaj-variant"] == "champion"
         assert not waiting.done()
         proxy.started.set()
         status, echo = waiting.result(5)
-    said = [echo.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
-    assert (status, said, echo["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
+    values = [echo.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
+    assert (status, values, echo["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
     assert {"x-falaj-request-id", "x-falaj-unit-hash", "authorization"} <= echo.keys()
 
 
@@ -151,7 +151,7 @@ def test_version_that_never_starts_is_an_error_in_time(whole: Edge, proxy: SlowP
     scale_to_zero(whole, proxy, wake_timeout_s=0.3)
     status, content = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, content["code"]) == (503, 503)
-    assert proxy.num_asked == 1
+    assert proxy.num_requests == 1
 
 
 class LeavingEcho(Echo):

@@ -19,7 +19,7 @@ class HoldingEcho(Echo):
 
     def do_POST(self) -> None:
         assert isinstance(self.server, HoldingProxy)
-        self.server.asked.set()
+        self.server.got_request.set()
         self.server.may_answer.wait(10)
         if not self.server.unknown:
             super().do_POST()
@@ -39,7 +39,7 @@ class HoldingProxy(Mirror):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HoldingEcho)
-        self.asked, self.may_answer = threading.Event(), threading.Event()
+        self.got_request, self.may_answer = threading.Event(), threading.Event()
         self.unknown = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -53,8 +53,11 @@ def serve_proxy(whole: Edge) -> Iterator[HoldingProxy]:
     server.server_close()
 
 
-def load(edge: Edge, serve_proxy: HoldingProxy, targets: dict[str, tuple[str, ...]]) -> None:
-    settings = replace(edge.settings, holder=f"127.0.0.1:{serve_proxy.server_address[1]}", wake_timeout_s=5)
+def load(
+    edge: Edge, serve_proxy: HoldingProxy, targets: dict[str, tuple[str, ...]], *, wake_timeout_s: float = 5
+) -> None:
+    address = f"127.0.0.1:{serve_proxy.server_address[1]}"
+    settings = replace(edge.settings, holder=address, wake_timeout_s=wake_timeout_s)
     edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
 
 
@@ -69,7 +72,7 @@ def test_request_waits_until_a_replica_is_up(
     path = PREDICT if app == "m-v1" else "/v1/outcomes"
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(whole.call, path, token=whole.token())
-        assert serve_proxy.asked.wait(5)
+        assert serve_proxy.got_request.wait(5)
         assert not waiting.done()
         serve_proxy.may_answer.set()
         status, echo = waiting.result(5)
@@ -85,7 +88,7 @@ def test_requests_with_a_replica_do_not_wait(whole: Edge, serve_proxy: HoldingPr
     assert whole.call(token=whole.token())[0] == 200
     status, echo = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, echo["x-falaj-variant"]) == (200, "champion")
-    assert not serve_proxy.asked.is_set()
+    assert not serve_proxy.got_request.is_set()
 
 
 def test_unknown_application_of_the_proxy_is_503_in_json(whole: Edge, serve_proxy: HoldingProxy) -> None:
@@ -99,11 +102,7 @@ def test_unknown_application_of_the_proxy_is_503_in_json(whole: Edge, serve_prox
 
 def test_request_that_waits_too_long_is_503(whole: Edge, serve_proxy: HoldingProxy) -> None:
     """In JSON."""
-    load(whole, serve_proxy, {name: target for name, target in whole.targets.items() if name != "m-v1"})
-    settings = replace(
-        whole.settings, holder=f"127.0.0.1:{serve_proxy.server_address[1]}", wake_timeout_s=0.3
-    )
     targets = {name: target for name, target in whole.targets.items() if name != "m-v1"}
-    whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))
+    load(whole, serve_proxy, targets, wake_timeout_s=0.3)
     status, content = whole.call(token=whole.token())
     assert (status, content["code"]) == (503, 503)
