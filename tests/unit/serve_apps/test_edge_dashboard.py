@@ -97,9 +97,9 @@ def test_ray_gets_its_own_token_and_not_the_callers(edge: Edge) -> None:
     assert echo["path"] == "/api/jobs/?a=b"
     assert echo["x-ray-authorization"] == f"Bearer {RAY_TOKEN}"
     assert not {"authorization", "cookie"} & echo.keys()
-    asked = {"x-ray-authorization": "Bearer mine"}
+    forged = {"x-ray-authorization": "Bearer mine"}
     assert (
-        edge.call("/ray/", token=edge.token(Role.admin), headers=asked)[1]["x-ray-authorization"]
+        edge.call("/ray/", token=edge.token(Role.admin), headers=forged)[1]["x-ray-authorization"]
         == echo["x-ray-authorization"]
     )
     assert RAY_TOKEN not in (Path(edge.settings.map_file).parent / "haproxy.cfg").read_text()
@@ -144,8 +144,8 @@ def test_other_sites_cannot_use_or_start_a_session(edge: Edge, site: str) -> Non
     """Another port of this host is the same site for SameSite; a browser without these headers is refused too."""
     token = edge.token(Role.admin)
     cookie = {"cookie": f"{COOKIE}={token}"}
-    other = f"https://127.0.0.1:{edge.port - 1}"
-    for headers in (cookie | {"sec-fetch-site": site}, cookie | {"origin": other}, cookie):
+    other_origin = f"https://127.0.0.1:{edge.port - 1}"
+    for headers in (cookie | {"sec-fetch-site": site}, cookie | {"origin": other_origin}, cookie):
         for method in ("GET", "POST"):
             assert browse(edge, "/ray/api/jobs/", method=method, headers=headers)[0].status == 403
     assert sign_in(edge, token, **{"sec-fetch-site": site})[0].status == 403
@@ -166,8 +166,8 @@ def test_access_records_name_the_principal(edge: Edge) -> None:
 
     Requests without a valid token have no record.
     """
-    odd = 'é"\\\n{"status":200}'
-    claims = {"sub": odd, "role": "service", "purpose": ""}
+    subject = 'é"\\\n{"status":200}'
+    claims = {"sub": subject, "role": "service", "purpose": ""}
     edge.call(token=edge.token() + "x")
     edge.call(token=sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60))
     edge.call("/ray/api/jobs/secret?token=x", token=edge.token(Role.admin))
@@ -187,5 +187,5 @@ def test_access_records_name_the_principal(edge: Edge) -> None:
         ("t", 403)
     ]
     predicted = [(each["principal"], each["status"]) for each in records if each["action"] == "predict"]
-    assert predicted[-2:] == [(odd, 200), ("t", 200)]
+    assert predicted[-2:] == [(subject, 200), ("t", 200)]
     assert 401 not in {each["status"] for each in records}

@@ -88,8 +88,8 @@ def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
         release.wait(10)
 
     with slow_replicas(limited, hold), ThreadPoolExecutor(3) as pool:
-        open_ones = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
-        for _ in open_ones:
+        open_requests = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
+        for _ in open_requests:
             assert arrived.acquire(timeout=10)
         status, content = limited.call("/v2", method="GET", token=limited.token(subject="erik"))
         assert (status, content["error"]) == (
@@ -98,7 +98,7 @@ def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
         )
         assert limited.call("/v2", method="GET", token=limited.token(subject="fred"))[0] == 200
         release.set()
-        assert {one.result()[0] for one in open_ones} == {200}
+        assert {answer.result()[0] for answer in open_requests} == {200}
     wait_until(lambda: limited.call("/v2", method="GET", token=limited.token(subject="erik"))[0] == 200)
 
 
@@ -160,7 +160,7 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {},
         {"principal": "a", "tenant": "b"},
@@ -171,10 +171,10 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
         {"tenant": "a", "requests_per_s": 2**31},
     ],
 )
-def test_invalid_limit_is_refused(given: dict[str, Any]) -> None:
+def test_invalid_limit_is_refused(options: dict[str, Any]) -> None:
     """Before the command contacts the cluster."""
     with pytest.raises(ValueError, match=r"limit|name|Name either"):
-        LimitsCommand(**given)
+        LimitsCommand(**options)
     assert LimitsCommand(action=LimitAction.show).name == ""
 
 

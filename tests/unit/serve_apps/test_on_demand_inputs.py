@@ -75,20 +75,20 @@ def test_on_demand_features_are_computed_and_logged_with_their_inputs(replica: R
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": features})
     assert status == 200, content
     assert content["features_status"] == {"terms__share": ["present", "null"]}
-    assert [one["value"] for one in content["predictions"]] == pytest.approx([0.365, 0.34], abs=1e-6)
-    mine = replica.log().filter(prediction_id=content["prediction_id"])
-    assert mine["terms__share"].to_list() == [0.5, None]
-    assert (mine["asked"].to_list(), mine["channel"].to_list()) == ([2, None], ["web", "web"])
-    assert (mine["due"].to_list(), mine["terms__days"].to_list()) == (["2026-01-31"] * 2, [30, 30])
-    assert mine["income__emb"].to_list() == [[0.5, 1.5], None]
+    assert [row["value"] for row in content["predictions"]] == pytest.approx([0.365, 0.34], abs=1e-6)
+    logged = replica.log().filter(prediction_id=content["prediction_id"])
+    assert logged["terms__share"].to_list() == [0.5, None]
+    assert (logged["asked"].to_list(), logged["channel"].to_list()) == ([2, None], ["web", "web"])
+    assert (logged["due"].to_list(), logged["terms__days"].to_list()) == (["2026-01-31"] * 2, [30, 30])
+    assert logged["income__emb"].to_list() == [[0.5, 1.5], None]
 
 
 def test_request_without_needed_inputs_is_refused(replica: Replica) -> None:
     """A request with the feature itself needs no inputs."""
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"channel": "web"}})
     assert (status, "'asked' is missing" in content["error"]) == (400, True)
-    asked = {"asked": 1.0, "channel": "web", "due": 20484}
-    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": asked})
+    inputs = {"asked": 1.0, "channel": "web", "due": 20484}
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": inputs})
     assert (status, "'due' must be date" in content["error"]) == (400, True)
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"asked": "much"}})
     assert (status, "must be a number" in content["error"]) == (400, True)

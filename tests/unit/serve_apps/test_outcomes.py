@@ -31,8 +31,11 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
 
 
 def post(replica: Replica, *outcomes: Any, prediction_id: str = "p") -> tuple[int, dict[str, Any]]:
-    given = [{"prediction_id": prediction_id, "row": row, "outcome": one} for row, one in enumerate(outcomes)]
-    return replica.json("/v1/outcomes", {"model": MODEL, "outcomes": given})
+    items = [
+        {"prediction_id": prediction_id, "row": row, "outcome": outcome}
+        for row, outcome in enumerate(outcomes)
+    ]
+    return replica.json("/v1/outcomes", {"model": MODEL, "outcomes": items})
 
 
 def folder(replica: Replica) -> Path:

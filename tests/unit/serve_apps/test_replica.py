@@ -27,7 +27,7 @@ INPUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda signature: signature.task.value)
 def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("replica"), request.param) as running:
         yield running
@@ -52,12 +52,12 @@ def tensors(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def test_both_endpoints_give_the_same_answer(replica: Replica) -> None:
     """null is a missing value in both; each answer is in the log under its id."""
     status, content = replica.json(INFER, {"id": "one", "inputs": INPUTS})
-    outputs = {one["name"]: one["data"] for one in content["outputs"]}
+    outputs = {output["name"]: output["data"] for output in content["outputs"]}
     assert (status, content["id"], outputs) == (200, "one", tensors(rows(replica)))
     log = replica.log()
-    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
-    assert mine["p__age"].to_list() == AGES
-    assert mine["p__sex"].to_list() == SEXES
+    logged = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert logged["p__age"].to_list() == AGES
+    assert logged["p__sex"].to_list() == SEXES
 
 
 def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
@@ -74,9 +74,9 @@ def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
     expected = tensors(rows(replica))
     content = json.loads(body[:at])
     assert "id" not in content
-    for one in content["outputs"]:
-        size = one["parameters"]["binary_data_size"]
-        assert body[at : at + size] == to_raw(one["datatype"], expected[one["name"]])
+    for output in content["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        assert body[at : at + size] == to_raw(output["datatype"], expected[output["name"]])
         at += size
     assert at == len(body)
 
@@ -85,10 +85,10 @@ def test_only_requested_outputs_are_sent(replica: Replica) -> None:
     """The log still has the whole answer."""
     name = replica.json("/v2/models/m")[1]["outputs"][0]["name"]
     status, content = replica.json(INFER, {"inputs": INPUTS, "outputs": [{"name": name}]})
-    assert (status, [one["name"] for one in content["outputs"]]) == (200, [name])
+    assert (status, [output["name"] for output in content["outputs"]]) == (200, [name])
     log = replica.log()
-    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
-    assert mine["value" if name == "value" else "label"].null_count() == 0
+    logged = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert logged["value" if name == "value" else "label"].null_count() == 0
 
 
 def test_path_may_name_only_this_replicas_version(replica: Replica) -> None:

@@ -40,8 +40,8 @@ def test_predict_request_with_an_override_and_as_of() -> None:
 def test_integers_are_accepted_in_both_json_forms() -> None:
     """50.0 is 50; beside it, 2^53 + 1 keeps its digits."""
     body = {"entities": [{"id": 1}] * 3, "features": {"p__count": [50.0, 2**53 + 1, None]}}
-    found = parse_predict(body, INPUTS, now=NOW).overrides["p__count"]
-    assert (found, list(map(type, found))) == ([50, 2**53 + 1, None], [int, int, type(None)])
+    values = parse_predict(body, INPUTS, now=NOW).overrides["p__count"]
+    assert (values, list(map(type, values))) == ([50, 2**53 + 1, None], [int, int, type(None)])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "values"),
+    ("name", "sent", "values"),
     [
         ("p__emb", [0.5, 1], [[0.5, 1]] * 2),
         ("p__emb", [[0.5, 1], None], [[0.5, 1], None]),
@@ -153,15 +153,15 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
         ("query", [["a"], []], [["a"], []]),
     ],
 )
-def test_override_is_one_value_or_one_for_each_entity(name: str, given: Any, values: list[Any]) -> None:
+def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, values: list[Any]) -> None:
     """Also for list values, where a list of lists is one for each entity."""
-    body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: given}}
+    body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: sent}}
     inputs = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
     assert parse_predict(body, inputs, now=NOW).overrides == {name: values}
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message"),
+    ("name", "sent", "message"),
     [
         ("p__emb", 0.5, "'p__emb' must be a list of 2 numbers"),
         ("p__emb", [0.5], "'p__emb' must be a list of 2 numbers"),
@@ -175,8 +175,8 @@ def test_override_is_one_value_or_one_for_each_entity(name: str, given: Any, val
         ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
     ],
 )
-def test_wrong_list_or_date_is_refused_by_name(name: str, given: Any, message: str) -> None:
+def test_wrong_list_or_date_is_refused_by_name(name: str, sent: Any, message: str) -> None:
     """The message has the expected type."""
-    body = {"entities": [{"id": 1}], "features": {name: given}}
+    body = {"entities": [{"id": 1}], "features": {name: sent}}
     with pytest.raises(InvalidRequest, match=message):
         parse_predict(body, {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}, now=NOW)
