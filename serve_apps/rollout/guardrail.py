@@ -45,7 +45,7 @@ class Finding:
     unknown_outcomes: int = 0
     """Outcomes of the whole model for answers or rows that are not in the log."""
     treatment_failures: int = 0
-    """Requests without a finite score; they have no outcome and are in no figure."""
+    """Rows without a finite score; they have no outcome and are in no figure."""
     control_failures: int = 0
 
 
