@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from cluster.ledger import Ledger
@@ -115,14 +114,6 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
             return _with_shadow(states, model, None)
         case _:
             return states
-
-
-def fold(events: Iterable[LedgerEvent]) -> States:
-    """Return the states after all events."""
-    states: States = {}
-    for event in events:
-        states = apply(states, event)
-    return states
 
 
 def read_states(ledger: Ledger) -> States:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import polars as pl
 import pytest
@@ -21,7 +22,7 @@ from cluster.ledger.events import (
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.haproxy.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
-from serve_apps.rollout.state import ModelState, fold
+from serve_apps.rollout.state import ModelState, States, apply
 
 DEPLOYED: list[LedgerEvent] = [
     ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
@@ -37,6 +38,14 @@ STARTED = RolloutStarted(
     champion_version=1,
     weight=20,
 )
+
+
+def fold(events: Iterable[LedgerEvent]) -> States:
+    """Return the states after all events."""
+    states: States = {}
+    for event in events:
+        states = apply(states, event)
+    return states
 
 
 def entry_after(*events: LedgerEvent) -> str | None:
