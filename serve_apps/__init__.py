@@ -1,1 +1,1 @@
-"""What answers requests: the edge, the replicas, and the commands that move traffic between them."""
+"""Serving: the edge, the replicas, and the commands that move traffic between model versions."""

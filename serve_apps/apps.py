@@ -1,4 +1,4 @@
-"""Serve applications, and what it takes to have one running; those of no model are in `serve_apps/common.py`."""
+"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/common.py`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig, to_plain
 from cluster.storage import layout
-from serve_apps.as_deployed import keep_settings
+from serve_apps.deployed_settings import store_settings
 from serve_apps.predictor.predictor import Predictor
-from serve_apps.replica.scaling import replicas
+from serve_apps.replica.scaling import replica_options
 
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
 LOGGING = {"enable_access_log": False}
-"""Each answer is in the edge's access log. Serve's own holds a thousand lines back in throughput mode, and then writes
-them down at once in the event loop: every thousandth request waited 20 ms for it."""
+"""The edge's access log has every answer. Serve's own access log buffers a thousand lines in throughput mode and then
+writes them in the event loop: every thousandth request waited 20 ms for it."""
 OPTIONS: dict[str, Any] = {
     "graceful_shutdown_timeout_s": GRACE_S,
     "health_check_period_s": HEALTH_PERIOD_S,
     "logging_config": LOGGING,
 }
-"""Of every deployment."""
+"""Options of every deployment."""
 
 
 class DeployFailed(FalajError):
@@ -35,40 +35,41 @@ class DeployFailed(FalajError):
 
 
 def app_name(version: ModelVersion) -> str:
-    """The Serve application of a model version."""
+    """Return the name of a model version's Serve application."""
     return f"{version.name}-v{version.version}"
 
 
 def is_running(name: str) -> bool:
-    """Whether an application is healthy."""
+    """Return whether an application is healthy."""
     app = serve.status().applications.get(name)
     return app is not None and app.status == ApplicationStatus.RUNNING
 
 
 def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -> str:
-    """Have a model version's application running; gives its name.
+    """Start a model version's application, unless it runs; return its name.
 
     Args:
-        config: the platform's.
-        version: which.
-        actor: who is named should its files be refused.
+        config: the platform's configuration.
+        version: the version to serve.
+        actor: name for the ledger's event if the version's files are refused.
 
     Raises:
-        ArtifactTampered: before anything is started; what serves now goes on serving.
+        ArtifactTampered: a file was altered; nothing is started, and running applications are not affected.
         DeployFailed: a replica did not start.
     """
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
-        predictor = serve.deployment(Predictor, name="predictor", **OPTIONS, **replicas(config.replica))
+        options = OPTIONS | replica_options(config.replica)
+        predictor = serve.deployment(Predictor, name="predictor", **options)
         bound = predictor.bind(to_plain(config), version.name, version.version)  # type: ignore[attr-defined]
         run({name: bound})
-        keep_settings(config, name)
+        store_settings(config, name)
     return name
 
 
 def remove_app(name: str) -> bool:
-    """End an application and its replicas; says whether there was one."""
+    """Remove an application and its replicas; return whether it existed."""
     if name not in serve.status().applications:
         return False
     serve.delete(name)
@@ -76,34 +77,35 @@ def remove_app(name: str) -> bool:
 
 
 def run(apps: Mapping[str, serve.Application]) -> None:
-    """Start applications, or start them anew, all at once, and wait until they answer.
+    """Start or restart applications, all at the same time, and wait until they are healthy.
 
-    One that does not start is removed, unless it ran before: its old replicas go on serving.
+    An application that does not start is removed, unless it ran before: then its old replicas continue to serve.
 
     Raises:
         ArtifactTampered: a replica refused its model's files.
-        DeployFailed: naming the application and why.
+        DeployFailed: an application did not start; the message has its name and the reason.
     """
-    before = {name for name in apps if is_running(name)}
+    running_before = {name for name in apps if is_running(name)}
     try:
         serve.run_many([serve.RunTarget(app, name, f"/{name}") for name, app in apps.items()])
     except RuntimeError as error:
         failed = [name for name in apps if not is_running(name)]
-        messages = {name: _why_failed(name) or str(error) for name in failed}
-        for name in set(failed) - before:
+        messages = {name: _failure_message(name) or str(error) for name in failed}
+        for name in set(failed) - running_before:
             serve.delete(name, _blocking=False)
-        said = "; ".join(f"Application {name} did not start: {message}" for name, message in messages.items())
-        said = said or f"Serve did not start {', '.join(apps)}: {error}"
-        if ArtifactTampered.__name__ in said:
+        reasons = "; ".join(f"Application {name} did not start: {text}" for name, text in messages.items())
+        reasons = reasons or f"Serve did not start {', '.join(apps)}: {error}"
+        if ArtifactTampered.__name__ in reasons:
             raise ArtifactTampered(
                 f"The replica of {', '.join(failed)} refused its files. See the ledger's ArtifactRefused."
             ) from error
-        raise DeployFailed(said) from error
+        raise DeployFailed(reasons) from error
 
 
-def _why_failed(name: str) -> str:
-    """What Serve says of an application's deployments; only there a replica's own error is named."""
+def _failure_message(name: str) -> str:
+    """Return Serve's messages about an application and its deployments; only these contain a replica's own error."""
     status = serve.status().applications.get(name)
     if status is None:
         return ""
-    return "\n".join([status.message, *(one.message for one in status.deployments.values() if one.message)])
+    messages = (deployment.message for deployment in status.deployments.values() if deployment.message)
+    return "\n".join([status.message, *messages])

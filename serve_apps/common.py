@@ -1,9 +1,9 @@
-"""`python -m serve_apps.common`: Serve, and the applications that belong to no model; a program of `cluster.up`.
+"""`python -m serve_apps.common`: start Serve and the applications that belong to no model; `cluster.up` runs it.
 
-`features` and `outcomes` are there as soon as the cluster is. They run with the settings that the cluster was started
-with. A deployment that states others (another online store, outcomes on disk before they are answered, another file
-with the replicas' token) has them restarted with those, and a later one that states none leaves them so. They keep them
-where the cluster gets a new head in the place of one that is lost.
+`features` and `outcomes` start with the cluster, with the cluster's settings. A deployment with other settings (another
+online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with
+those. A later deployment without such settings leaves them unchanged. A new head after a lost one starts them with the
+same settings.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from cluster.session import ClusterRecord, attach, recorded
 from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
-from serve_apps.edge.haproxy.config import FEATURES_APP, OUTCOMES_APP
+from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 
 _CLUSTER = "cluster_id"
-KINDS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
+APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What of the configuration these applications rest on."""
+    """Settings of the configuration that these applications use; the fields are the keys of the JSON file."""
 
     online: dict[str, Any]
-    """Fields of `OnlineConfig`; of its kind the value."""
+    """Fields of `OnlineConfig`; `kind` is the enum's value."""
     durability: str
     service_token_file: str | None
     max_ahead_s: float = FeaturesConfig().max_ahead_s
-    """Of `FeaturesConfig`; an earlier release kept none."""
+    """From `FeaturesConfig`; files of earlier releases lack it."""
 
     @classmethod
     def of(cls, config: PlatformConfig) -> Settings:
-        """Those that a configuration states."""
+        """Take the settings from a configuration."""
         return cls(
             online={**asdict(config.online), "kind": config.online.kind.value},
             durability=config.replica.durability.value,
@@ -52,19 +52,19 @@ class Settings:
             max_ahead_s=config.features.max_ahead_s,
         )
 
-    def over(self, kept: Settings) -> Settings:
-        """These in the place of others: what is left at its default stays as it was, and `disk` stays `disk`."""
+    def merged_over(self, stored: Settings) -> Settings:
+        """Return these settings, with stored values for defaults; `disk` durability stays `disk`."""
         default = Settings.of(PlatformConfig())
-        strict = Durability.disk.value in (self.durability, kept.durability)
+        on_disk = Durability.disk.value in (self.durability, stored.durability)
         return Settings(
-            online=kept.online if self.online == default.online else self.online,
-            durability=Durability.disk.value if strict else self.durability,
-            service_token_file=self.service_token_file or kept.service_token_file,
-            max_ahead_s=kept.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
+            online=stored.online if self.online == default.online else self.online,
+            durability=Durability.disk.value if on_disk else self.durability,
+            service_token_file=self.service_token_file or stored.service_token_file,
+            max_ahead_s=stored.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
         )
 
-    def put_into(self, config: PlatformConfig) -> PlatformConfig:
-        """The configuration with these."""
+    def apply_to(self, config: PlatformConfig) -> PlatformConfig:
+        """Return the configuration with these settings."""
         online = OnlineConfig(**{**self.online, "kind": OnlineKind(self.online["kind"])})
         return replace(
             config,
@@ -83,74 +83,78 @@ def main(config: PlatformConfig) -> None:
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=config.cluster.ports.serve_http))
     if config.identity.issuer.url is not None and settings.service_token_file is None:
         print(
-            "features and outcomes start with the first deployment, which has identity.service_token_file=…"
+            "features and outcomes start with the first deployment, which must give identity.service_token_file=…"
         )
         return
     try:
         run_common(config, record, settings)
-    except DeployFailed as error:  # a Redis that is down, say, which must not keep the rest from starting
+    except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
 
 
 def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:
-    """What the applications are started with: in this cluster's second head what they had in its first, else what the
-    cluster is started with."""
-    kept = _kept(config, record)
-    if kept is None:
+    """Return the settings stored by this cluster's previous head, or else those of the configuration."""
+    stored = _stored_settings(config, record)
+    if stored is None:
         _path(config).unlink(missing_ok=True)
-    return Settings.of(config) if kept is None else kept
+    return Settings.of(config) if stored is None else stored
 
 
 def ensure_common(config: PlatformConfig) -> None:
-    """Have the applications running, with the settings that this configuration states.
+    """Start the applications with this configuration's settings, or restart them if the settings changed.
 
     Raises:
-        DeployFailed: naming the one that did not start.
+        DeployFailed: an application did not start; the message names it.
     """
     record = recorded(config)
-    kept, stated = _kept(config, record), Settings.of(config)
-    wanted = stated if kept is None else stated.over(kept)
-    if (kept is not None and wanted != kept) or not all(map(is_running, KINDS)):
-        run_common(config, record, wanted)
+    stored, settings = _stored_settings(config, record), Settings.of(config)
+    if stored is not None:
+        settings = settings.merged_over(stored)
+    changed = stored is not None and settings != stored
+    if changed or not all(map(is_running, APPLICATIONS)):
+        run_common(config, record, settings)
 
 
 def restore_common(config: PlatformConfig) -> None:
-    """Have the applications running with the settings that they had, whatever this configuration states.
+    """Start the applications with their stored settings, not with this configuration's.
 
     Raises:
-        DeployFailed: naming the one that did not start.
+        DeployFailed: an application did not start; the message names it.
     """
-    if not all(map(is_running, KINDS)):
+    if not all(map(is_running, APPLICATIONS)):
         record = recorded(config)
-        run_common(config, record, _kept(config, record) or Settings.of(config))
+        run_common(config, record, _stored_settings(config, record) or Settings.of(config))
 
 
 def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
-    """Start the applications, or start them anew with other settings; both at once.
+    """Start or restart both applications at the same time, and store their settings.
 
     Raises:
-        DeployFailed: naming the one that did not start.
+        DeployFailed: an application did not start; the message names it.
     """
-    plain = to_plain(settings.put_into(config))
+    plain = to_plain(settings.apply_to(config))
     deployments = {
         name: serve.deployment(
             kind, name=name, ray_actor_options={"num_cpus": 0.1}, max_surge_percent=100, **OPTIONS
         )
-        for name, kind in KINDS.items()
+        for name, kind in APPLICATIONS.items()
     }
-    run({name: one.bind(plain) for name, one in deployments.items()})  # type: ignore[attr-defined]
+    run({name: deployment.bind(plain) for name, deployment in deployments.items()})  # type: ignore[attr-defined]
     write_json(str(_path(config)), {_CLUSTER: record.cluster_id, **asdict(settings)})
 
 
-def _kept(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
-    """The settings that the applications were started with in this cluster; None where they were not, or by an earlier
-    release, or where the file is damaged: that must not keep a cluster from starting."""
+def _stored_settings(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
+    """Return the settings that the applications were last started with in this cluster.
+
+    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must
+    not stop a cluster from starting.
+    """
     path = _path(config)
     try:
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        return Settings(**kept) if kept.pop(_CLUSTER, None) == record.cluster_id else None
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        return Settings(**stored) if stored.pop(_CLUSTER, None) == record.cluster_id else None
     except (ValueError, TypeError, AttributeError):
         print(f"warning: {path} is damaged and counts as missing.", file=sys.stderr)
         return None

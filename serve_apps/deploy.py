@@ -1,6 +1,6 @@
-"""`python -m serve_apps.deploy name=m version=1`: have a model version served; the first one becomes champion.
+"""`python -m serve_apps.deploy name=m version=1`: serve a model version; the first one becomes the champion.
 
-`action=remove name=m version=1` ends a version that serves nobody.
+`action=remove name=m version=1` removes the application of a version that gets no requests.
 """
 
 from __future__ import annotations
@@ -29,40 +29,41 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from cluster.supervisor.head import restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
-from serve_apps.as_deployed import as_deployed
 from serve_apps.common import ensure_common, restore_common
+from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.state import wait_until_applied
-from serve_apps.predictor.log_keys import log_keys, within
+from serve_apps.predictor.log_keys import log_keys, merged_key
 from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.state import ModelState, States, read_states
 
 
 class DeployAction(enum.Enum):
-    """What to do."""
+    """Action of the command."""
 
     deploy = "deploy"
     restore = "restore"
-    """Bring back all applications that the ledger says serve, after the cluster was down."""
+    """Start all applications that serve according to the ledger, after the cluster was down."""
     remove = "remove"
-    """End the application of a version that is no champion, no running treatment and no shadow."""
+    """Remove the application of a version that is not the champion, a running treatment or a shadow."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DeployConfig(PlatformConfig):
-    """Which version to serve."""
+    """Options of the command."""
 
     action: DeployAction = DeployAction.deploy
     name: str | None = None
+    """Name of the model."""
     version: str = "latest"
     """A number, an alias, or `latest`."""
     variant: str = CHAMPION
-    """What the version is called in answers and logs."""
+    """Name of the version in answers and logs."""
     reason: str = "by command"
-    """Why a version is removed."""
+    """Reason of a removal."""
     as_deployed: bool = False
-    """Restores each application with the settings that it was deployed with (`replica`, `online`, and as whom its
-    replicas act), instead of these."""
+    """Restore each application with the settings that it was deployed with (`replica`, `online`, and its purpose and
+    token), not with the settings of this command."""
 
     def __post_init__(self) -> None:
         require_variant(self.variant)
@@ -73,12 +74,12 @@ UNUSED = {
     DeployAction.restore: ("name", "version", "variant", "reason"),
     DeployAction.remove: ("variant", "as_deployed"),
 }
-"""Options that mean nothing to an action."""
+"""Options that an action does not use."""
 
 
 @job("deploy", DeployConfig, timed=True)
 def main(config: DeployConfig) -> None:
-    """Deploy, restore or remove."""
+    """Deploy, restore or remove applications."""
     refuse_unused(UNUSED[config.action], by=f"action={config.action.value}")
     ledger = open_ledger(config)
     record = attach(config)
@@ -90,67 +91,67 @@ def main(config: DeployConfig) -> None:
             restored(record)
         case DeployAction.remove:
             require_number(config.version)
-            version = registry.get(named(config), config.version)
+            version = registry.get(require_name(config), config.version)
             app = remove(config, ledger, actor, version, reason=config.reason)
             print(f"removed {version.name} version {version.version}, application {app}")
         case DeployAction.deploy:
-            version = registry.get(named(config), config.version)
+            version = registry.get(require_name(config), config.version)
             app = deploy(config, ledger, actor, version, variant=config.variant)
             if CHAMPION not in registry.aliases(version.name):
                 reason = "first deployment"
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
             wait_until_applied(config, ledger.head(), app=app)
             state = read_states(ledger).get(version.name, ModelState())
-            print(described(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
+            print(describe(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
 
 
-def described(version: ModelVersion, state: ModelState, *, app: str, champion: int) -> str:
-    """Who answers now: a version that is not the champion gets no traffic before a rollout."""
+def describe(version: ModelVersion, state: ModelState, *, app: str, champion: int) -> str:
+    """Describe the requests that a version gets now; a version that is not the champion gets none before a rollout."""
     serving = f"serving {version.name} version {version.version} as application {app}"
     if version.version == champion:
         return serving
     if state.rollout is not None and state.rollout.treatment_version == version.version:
         return f"{serving}, with the share of requests that the running rollout gives it"
     if state.shadow is not None and state.shadow.version == version.version:
-        return f"{serving}, as a shadow: copies of requests reach it, and its answers nobody"
+        return f"{serving}, as a shadow: it gets copies of requests, and its answers go only into the log"
     start = (
         f"python -m serve_apps.rollout action=start name={version.name} version={version.version} weight=10"
     )
     return (
         f"deployed {version.name} version {version.version} as application {app}; version {champion} stays champion "
-        f"and keeps its traffic. Start a rollout with `{start}`, or copies of requests with `action=shadow`."
+        f"and keeps its traffic. Start a rollout with `{start}`, or a shadow with `action=shadow`."
     )
 
 
-def named(config: DeployConfig) -> str:
-    """The model.
+def require_name(config: DeployConfig) -> str:
+    """Return the model's name.
 
     Raises:
-        RefusedError: none is named.
+        RefusedError: the command has no name.
     """
     if config.name is None:
-        raise RefusedError("Say which model: `name=…`.")
+        raise RefusedError("Give the model's name: `name=…`.")
     return config.name
 
 
 def deploy(
     config: PlatformConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, variant: str
 ) -> str:
-    """Have a version's application running, and say so in the ledger once; gives its name.
+    """Start a version's application, and record it in the ledger once; return the application's name.
 
     Raises:
-        AccessDenied: the actor may not deploy it.
+        AccessDenied: the actor may not deploy the version.
     """
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
     keys = key_store(actor.access)
     for info in log_keys(ledger, version, region=config.cluster.region):
         with contextlib.suppress(KeyNotFound):
-            info = within(keys.info(info.name), info)
+            info = merged_key(keys.info(info.name), info)
         keys.ensure(info)
     ensure_common(config)
     app = ensure_model(config, version, actor=actor.name)
-    known = read_states(ledger).get(version.name)
-    if known is None or known.apps.get(version.version) != app:
+    state = read_states(ledger).get(version.name)
+    if state is None or state.apps.get(version.version) != app:
         event = ModelDeployed(
             name=version.name, version=version.version, variant=variant, app=app, route_prefix=f"/{app}"
         )
@@ -161,56 +162,53 @@ def deploy(
 def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
     """Start the application of every model's champion, running treatment and shadow.
 
-    One that does not start keeps no other from it.
+    An application that does not start does not stop the others from starting.
 
     Raises:
-        AccessDenied: the actor may not run the cluster; nobody deploys anything new here.
-        DeployFailed: naming the applications that did not start.
+        AccessDenied: the actor may not restart serving. The check is not that of a deployment, because nothing new is
+            deployed.
+        DeployFailed: some applications did not start; the message names them.
     """
     started, region = time.perf_counter(), config.cluster.region
     versions = serving(read_states(ledger), registry)
     whole = Resource(kind="cluster", name="serving", region=region, serves=True)
-    actor.check(
-        Action.restart_serving,
-        whole,
-        *(replace(one.resource(region=region), serves=True) for one in versions),
-    )
-    back: list[str] = []
+    models = (replace(version.resource(region=region), serves=True) for version in versions)
+    actor.check(Action.restart_serving, whole, *models)
+    restored_apps: list[str] = []
     failed: list[str] = []
     for version in versions:
         app = app_name(version)
-        with _noted(app, failed):
-            ensure_model(
-                as_deployed(config, app) if config.as_deployed else config, version, actor=actor.name
-            )
+        with _collect_failure(app, failed):
+            app_config = with_deployed_settings(config, app) if config.as_deployed else config
+            ensure_model(app_config, version, actor=actor.name)
             wait_until_applied(config, ledger.head(), app=app)
-            back.append(app)
+            restored_apps.append(app)
             print(f"restored {app}")
-    with _noted("features or outcomes", failed):
+    with _collect_failure("features or outcomes", failed):
         (restore_common if config.as_deployed else ensure_common)(config)
-    event = ServingRestored(applications=back, failed=failed, seconds=time.perf_counter() - started)
+    event = ServingRestored(applications=restored_apps, failed=failed, seconds=time.perf_counter() - started)
     ledger.append(event, actor=actor.name)
     if failed:
-        raise DeployFailed(f"{', '.join(failed)} did not start; the others serve. The lines above say why.")
+        raise DeployFailed(f"{', '.join(failed)} did not start; the others serve. See the messages above.")
 
 
 def serving(states: States, registry: Registry) -> list[ModelVersion]:
-    """The versions that answer requests, by the ledger: champions, running treatments and shadows."""
-    found = []
+    """Return the versions that get requests according to the ledger: champions, running treatments and shadows."""
+    versions = []
     for name, state in states.items():
-        wanted = (
+        candidates = (
             state.champion_version,
             state.rollout.treatment_version if state.rollout else None,
             state.shadow.version if state.shadow else None,
         )
-        numbers = dict.fromkeys(version for version in wanted if version is not None)
-        found += [registry.get(name, number) for number in numbers]
-    return found
+        numbers = dict.fromkeys(number for number in candidates if number is not None)
+        versions += [registry.get(name, number) for number in numbers]
+    return versions
 
 
 @contextlib.contextmanager
-def _noted(app: str, failed: list[str]) -> Iterator[None]:
-    """Put an application that does not start aside, and say why."""
+def _collect_failure(app: str, failed: list[str]) -> Iterator[None]:
+    """Print why an application did not start, and append its name to a list, instead of raising the error."""
     try:
         yield
     except (FalajError, RayError) as error:

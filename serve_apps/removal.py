@@ -1,4 +1,4 @@
-"""A version that serves nobody loses its application; its files, its log and its events stay."""
+"""Remove the application of a version that gets no requests; its files, its log and its events stay."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from serve_apps.rollout.state import ModelState, read_states
 
 
 def require_number(version: str) -> None:
-    """What is removed is named by its number: what `latest` or an alias means can change in the meantime.
+    """Require a version number, because `latest` or an alias can change its meaning before the removal.
 
     Raises:
-        RefusedError
+        RefusedError: `version` is `latest` or an alias.
     """
     if not version.isdecimal():
-        said = "" if version == LATEST else f", not as '{version}'"
-        raise RefusedError(f"Say which version to remove by its number, `version=2`{said}.")
+        given = "" if version == LATEST else f", not '{version}'"
+        raise RefusedError(f"Give the number of the version to remove, for example `version=2`{given}.")
 
 
 def remove(
     config: PlatformConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, reason: str
 ) -> str:
-    """End a version's application, and say so in the ledger first; gives the application's name.
+    """Record the removal of a version's application in the ledger, then remove it; return its name.
 
-    Idempotent: a second run ends what an interrupted one has left.
+    Idempotent: a second run finishes what an interrupted one has left.
 
     Raises:
-        AccessDenied: the actor may not deploy it.
-        RefusedError: it is not deployed, or it is the champion, a running treatment or a shadow.
+        AccessDenied: the actor may not deploy the version.
+        RefusedError: the version is not deployed, or it is the champion, a running treatment or a shadow.
     """
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
     state = read_states(ledger).get(version.name, ModelState())
@@ -49,32 +49,36 @@ def remove(
         return app_name(version)
     event = DeploymentRemoved(name=version.name, version=version.version, app=app, reason=reason)
     seq = ledger.append(event, actor=actor.name).seq
-    _take_back_if_used(ledger, actor, version)
+    _undo_if_used(ledger, actor, version)
     wait_until_applied(config, seq)
     remove_app(app)
     return app
 
 
 def _require_unused(version: ModelVersion, state: ModelState) -> None:
-    if (part := state.part_of(version.version)) is not None:
+    if (usage := state.usage_of(version.version)) is not None:
         raise RefusedError(
-            f"Version {version.version} is {part} of '{version.name}', so it cannot be removed. Promote another "
+            f"Version {version.version} is {usage} of '{version.name}', so it cannot be removed. Promote another "
             "version, roll back, or stop the shadow first."
         )
 
 
-def _take_back_if_used(ledger: Ledger, actor: Actor, version: ModelVersion) -> None:
-    """Say again that the version is deployed, where another command has begun to use it meanwhile."""
+def _undo_if_used(ledger: Ledger, actor: Actor, version: ModelVersion) -> None:
+    """Append the version's last deployment again, if another command has started to use the version meanwhile.
+
+    Raises:
+        RefusedError: the version is used again.
+    """
     state = read_states(ledger).get(version.name, ModelState())
     try:
         _require_unused(version, state)
     except RefusedError:
-        deployed = [entry.event() for entry in ledger.entries(ModelDeployed)]
-        mine = (version.name, version.version)
-        ledger.append(
-            [one for one in deployed if isinstance(one, ModelDeployed) and (one.name, one.version) == mine][
-                -1
-            ],
-            actor=actor.name,
-        )
+        events = [entry.event() for entry in ledger.entries(ModelDeployed)]
+        deployments = [
+            event
+            for event in events
+            if isinstance(event, ModelDeployed)
+            and (event.name, event.version) == (version.name, version.version)
+        ]
+        ledger.append(deployments[-1], actor=actor.name)
         raise

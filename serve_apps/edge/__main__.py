@@ -1,4 +1,4 @@
-"""`python -m serve_apps.edge`: the edge of this machine; started by `cluster.up`, ended by SIGTERM.
+"""`python -m serve_apps.edge`: run the edge of this machine. `cluster.up` starts it; SIGTERM stops it.
 
 To restart it, start it again.
 """
@@ -40,14 +40,15 @@ from serve_apps.edge.haproxy.limiting import Limit, Limits
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import serve_targets
 
-LEDGER_AGAIN_S = 1.0
+LEDGER_RETRY_S = 1.0
 KEYS_MAX_AGE_S = 30.0
-"""Others ask an OIDC issuer again when a token names a key that they do not know; HAProxy cannot."""
+"""Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key; HAProxy
+cannot."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LimitConfig:
-    """What one may ask for; see `Limit`."""
+    """Limits of one principal or tenant; see `Limit`."""
 
     requests_per_s: int = 10_000
     concurrent: int = 512
@@ -56,12 +57,13 @@ class LimitConfig:
         self.limit()
 
     def limit(self) -> Limit:
+        """Return the validated limit."""
         return Limit(requests_per_s=self.requests_per_s, concurrent=self.concurrent)
 
 
 @dataclass(kw_only=True, slots=True)
 class LimitsConfig:
-    """For who has no limit of his own by `serve_apps.edge.limits`."""
+    """Default limits, for all without own limits by `serve_apps.edge.limits`."""
 
     principal: LimitConfig = field(default_factory=LimitConfig)
     tenant: LimitConfig = field(default_factory=lambda: LimitConfig(requests_per_s=50_000, concurrent=1_500))
@@ -69,28 +71,28 @@ class LimitsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EdgeConfig(PlatformConfig):
-    """The edge's own settings."""
+    """Settings of the edge."""
 
     host: str = "127.0.0.1"
     """Address the edge listens on."""
     max_body_bytes: int = 32_000_000
-    """Beyond this the connection is cut; replicas refuse much smaller bodies, after reading them to their end."""
+    """A larger body ends the connection. Replicas refuse much smaller bodies, after reading them to the end."""
     threads: int = 1
-    """Of HAProxy. One takes 140 µs of a core a request, and several lose access records: where two threads write at
-    once, one line is dropped (two threads at full load: 17 of 20,156)."""
+    """Threads of HAProxy. One takes 140 µs of a core for a request. Several lose access records: when two threads write
+    at the same time, one line is dropped (two threads at full load: 17 of 20,156)."""
     max_connections: int = 2000
     max_connections_of_one_address: int = 500
-    """All, where a proxy stands in front."""
+    """Set it to `max_connections` behind a proxy, because all connections then have the proxy's address."""
     hang_s: float = 0.7
-    """The champion answers for a treatment whose replica leaves a health check unanswered for so long: more than its
-    longest prediction takes, because a replica answers one thing after another."""
+    """The champion answers for a treatment whose replica leaves a health check unanswered for this many seconds. It
+    must be more than the treatment's longest prediction, because a replica answers one request after another."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     wake_timeout_s: float = 60.0
-    """How long a request for a version that was scaled to zero, or for a champion without a replica, waits for one."""
+    """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
-    """HAProxy's files and addresses."""
+    """Return HAProxy's files, addresses and limits."""
     places = layout(config.storage)
     edge = local(places.edge)
     return EdgeSettings(
@@ -123,21 +125,22 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
 
 @job("edge", EdgeConfig)
 def main(config: EdgeConfig) -> None:
-    """Run until SIGTERM, or until a second one is started, which takes over without a refused request."""
+    """Run until SIGTERM, or until a second edge is started, which takes over without refusing a request."""
     logging.basicConfig(level=logging.INFO)
     wait_for_turn()
     record = recorded(config)
-    as_part_of(record)
+    restart_as_part_of(record)
     hold_to(record, config)
-    edge = local(layout(config.storage).edge)
-    files = settings(config, record)
+    places = layout(config.storage)
+    edge = local(places.edge)
+    edge_settings = settings(config, record)
     haproxy = HAProxy(
         config=edge / "haproxy.cfg",
-        admin_socket=Path(files.admin_socket),
+        admin_socket=Path(edge_settings.admin_socket),
         access_folder=edge / "access",
         secrets={
             TOKEN_VARIABLE: Path(record.token_path).read_text().strip(),
-            PROOF_VARIABLE: edge_proof(layout(config.storage)),
+            PROOF_VARIABLE: edge_proof(places),
         },
     )
     stopped, handed_over = threading.Event(), threading.Event()
@@ -151,44 +154,48 @@ def main(config: EdgeConfig) -> None:
     with sole_controller(edge / "controller.lock"):
         registry = CollectorRegistry()
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
-        ledger = ledger_when_it_answers(config, haproxy, stopped, handed_over)
-        trust = Trust.of(config.identity.issuer, layout(config.storage), keys_max_age_s=KEYS_MAX_AGE_S)
+        ledger = wait_for_ledger(config, haproxy, stopped, handed_over)
+        trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
         controller = Controller(
             ledger=ledger,
             fetch_targets=serve_targets(record),
             fetch_keys=written_keys(trust.keys, edge / "keys"),
             haproxy=haproxy,
-            settings=files,
+            settings=edge_settings,
             state_file=state_file(config),
             metrics=EdgeMetrics(registry),
         )
         controller.run(stopped, handed_over=handed_over)
 
 
-def as_part_of(record: ClusterRecord) -> None:
-    """Begin again with the cluster's mark in the environment where `cluster.up` has not started this, so that
-    `cluster.down` ends it."""
+def restart_as_part_of(record: ClusterRecord) -> None:
+    """Execute this program again with the cluster's id in the environment, if `cluster.up` did not start it.
+
+    `cluster.down` finds the processes to stop by that id.
+    """
     if os.environ.get(ID_VARIABLE) != record.cluster_id:
         os.environ[ID_VARIABLE] = record.cluster_id
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program
 
 
-def ledger_when_it_answers(
+def wait_for_ledger(
     config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event, handed_over: threading.Event
 ) -> Ledger:
-    """The ledger; while its database is down, HAProxy serves with what was written last.
+    """Open the ledger; while its database is down, HAProxy serves with the configuration on disk.
 
     Raises:
-        SQLAlchemyError: the database is still down, and this is told to stop; HAProxy serves on if another one is to
-            take it over.
+        SQLAlchemyError: `stopped` was set while the database was still down. HAProxy continues to serve if another edge
+            takes over.
     """
     while True:
         try:
             return open_ledger(config)
         except sa.exc.SQLAlchemyError as error:
-            logging.warning("the ledger cannot be opened, the edge serves as it last did: %s", error)
+            logging.warning(
+                "the ledger cannot be opened, so the edge serves its last configuration: %s", error
+            )
             haproxy.serve_last()
-            if stopped.wait(LEDGER_AGAIN_S):
+            if stopped.wait(LEDGER_RETRY_S):
                 if not handed_over.is_set():
                     haproxy.stop()
                 raise

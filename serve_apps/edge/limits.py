@@ -1,6 +1,6 @@
-"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: give one principal or tenant limits of its own.
+"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: set own limits of one principal or tenant.
 
-`action=show` prints those that there are; without either number the default of `configs/edge.yaml` holds again.
+`action=show` prints the own limits. Without either number, the default of `configs/edge.yaml` applies again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from serve_apps.edge.haproxy.limiting import MAX_NAME_BYTES, Limit, Limited, Own
 
 
 class LimitAction(enum.Enum):
-    """What to do."""
+    """Action of the command."""
 
     set = "set"
     show = "show"
@@ -30,7 +30,7 @@ class LimitAction(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class LimitsCommand(PlatformConfig):
-    """Whose limits, and which."""
+    """The principal or tenant, and its limits."""
 
     action: LimitAction = LimitAction.set
     principal: str | None = None
@@ -38,30 +38,33 @@ class LimitsCommand(PlatformConfig):
     tenant: str | None = None
     requests_per_s: int | None = None
     concurrent: int | None = None
+    """Requests that may be open at the same time."""
 
     def __post_init__(self) -> None:
         if self.action is LimitAction.show:
             return
         if (self.principal is None) == (self.tenant is None):
-            raise ValueError("Say whose limits, by either `principal=…` or `tenant=…`.")
+            raise ValueError("Name either a principal (`principal=…`) or a tenant (`tenant=…`).")
         if not 0 < len(self.name.encode()) <= MAX_NAME_BYTES:
-            raise ValueError(f"A {self.limited.value}'s name has 1 to {MAX_NAME_BYTES} bytes.")
+            raise ValueError(f"A {self.limited.value}'s name must have 1 to {MAX_NAME_BYTES} bytes.")
         Limit(requests_per_s=self.requests_per_s or 1, concurrent=self.concurrent or 1)
         if 0 in (self.requests_per_s, self.concurrent):
-            raise ValueError("A limit is at least 1; to keep somebody out, take the role away.")
+            raise ValueError("A limit must be at least 1. To block a principal, take its role away.")
 
     @property
     def limited(self) -> Limited:
+        """Whether the limits are of a principal or of a tenant."""
         return Limited.tenant if self.principal is None else Limited.principal
 
     @property
     def name(self) -> str:
+        """Name of the principal or tenant."""
         return self.principal or self.tenant or ""
 
 
 @job("limits", LimitsCommand)
 def main(config: LimitsCommand) -> None:
-    """Set or show."""
+    """Set limits, or show them."""
     if config.action is LimitAction.show:
         refuse_unused(("principal", "tenant", "requests_per_s", "concurrent"), by="action=show")
     record, ledger = require_record(config), open_ledger(config)
@@ -79,12 +82,12 @@ def main(config: LimitsCommand) -> None:
                 concurrent=config.concurrent,
             )
             wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
-    own = read_own_limits(ledger).set.values()
-    print(json.dumps([event.payload() for event in own], indent=1))
+    own_limits = read_own_limits(ledger).set.values()
+    print(json.dumps([event.payload() for event in own_limits], indent=1))
 
 
 def read_own_limits(ledger: Ledger) -> OwnLimits:
-    """Whose limits are his own, after the ledger's last event."""
+    """Return the own limits after the ledger's last event."""
     limits = OwnLimits()
     for entry in ledger.entries():
         if Subject.limit.has(entry.type):

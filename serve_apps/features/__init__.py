@@ -1,1 +1,1 @@
-"""Features over HTTP: read online by key, and pushed by the applications that know them first."""
+"""Features over HTTP: online reads by key, and pushes by the applications that know the values first."""

@@ -1,8 +1,7 @@
 """`POST /v1/features:read` and `/v1/features:push` as a Serve application.
 
-Who asks must be allowed to use every view concerned, for the purpose of his token; the replica opens keys for that
-purpose, and no other. Definitions are read from the ledger again every few seconds, so an applied change needs no
-restart.
+The principal must be allowed to use every view of the request, for the purpose of its token. The replica opens keys for
+that purpose only. Definitions are read from the ledger again every few seconds, so an applied change needs no restart.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ from serve_apps.replica.http import Unavailable, answer, read_json, refusal
 from serve_apps.replica.process import prepare_replica
 
 REFRESH_S = 5
-"""So long at most a definition is used that has been changed."""
+"""Maximum time for which an outdated definition is used."""
 
 
 class Features:
-    """Reads and takes features of all views."""
+    """Reads features of all services, and takes pushed rows of all views."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         """Open the online store.
@@ -62,23 +61,23 @@ class Features:
             config: the platform's configuration as plain values.
         """
         self._platform = from_plain(config)
-        prepare_replica(self, at_once=self._platform.replica.max_ongoing_requests)
+        prepare_replica(self, max_concurrent=self._platform.replica.max_ongoing_requests)
         self._places = layout(self._platform.storage)
         self._ledger = open_ledger(self._platform)
         self._region = self._platform.cluster.region
-        every = Resource(kind="features", name="*", region=self._region)
-        self._access = AccessCheck.of(self._platform, every, self._ledger)
+        all_features = Resource(kind="features", name="*", region=self._region)
+        self._access = AccessCheck.of(self._platform, all_features, self._ledger)
         self._record = require_record(self._platform)
         self._engine = open_online(self._platform.online, self._places, self._keys(""), readonly=False).engine
         self._logs: dict[str, PushLog] = {}
         self._ahead = Ahead.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
-        self._opening = threading.Lock()  # LMDB opens a folder once in a process
+        self._opening = threading.Lock()  # a process may open an LMDB folder only once
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
 
     def __del__(self) -> None:
-        """Serve calls it when a replica ends in order."""
+        """Close the access check; Serve calls this when a replica stops normally."""
         if (access := getattr(self, "_access", None)) is not None:
             access.close()
 
@@ -101,15 +100,15 @@ class Features:
             return refusal(error)
 
     def _read(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-        asked = parse_read(body, now=dt.datetime.now(dt.UTC))
-        reader = self._reader(asked.service, principal.purpose, _period())
+        request = parse_read(body, now=dt.datetime.now(dt.UTC))
+        reader = self._reader(request.service, principal.purpose, _period())
         for view in reader.spec.views:
             self._access.check(principal, Action.read_online, *view_resources(view, region=self._region))
-        vectors = reader.read(asked.entities, asked.as_of)
+        vectors = reader.read(request.entities, request.as_of)
         return {
             "service": reader.spec.name,
             "service_version": reader.spec.version,
-            "as_of": asked.as_of.isoformat(),
+            "as_of": request.as_of.isoformat(),
             "features": {
                 name: to_json(values, reader.dtypes[name]) for name, values in vectors.columns.items()
             },
@@ -169,10 +168,10 @@ class Features:
 
 
 def _purpose(view: PushedView) -> str:
-    """What the replica opens a view's keys for, to write: any purpose that it lists."""
+    """Return the purpose for which the replica opens a view's keys to write: the first one that the view lists."""
     return next(iter(view.spec.purposes), "")
 
 
 def _period() -> int:
-    """Changes every few seconds, and with it what is remembered of the ledger."""
+    """Return a number that changes every `REFRESH_S`; as a cache key, it makes cached definitions expire."""
     return int(time.monotonic() // REFRESH_S)

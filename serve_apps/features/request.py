@@ -1,4 +1,4 @@
-"""What a client may ask of the feature store, checked; nothing here touches a store."""
+"""Parse and validate requests to the feature store, without access to a store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ, _PUSH = frozenset({"service", "entities", "as_of"}), frozenset({"view", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """A request of `features:read`."""
+    """A `features:read` request."""
 
     service: str
     entities: list[dict[str, Any]]
@@ -28,20 +28,20 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Push:
-    """A request of `features:push`; its rows are checked by the view's own rules."""
+    """A `features:push` request; the view validates its rows later."""
 
     view: str
     rows: Any
     idempotency_key: str
     digest: bytes
-    """Of view and rows: the same push again has the same."""
+    """Hash of view and rows; a repeated push has the same."""
 
 
 def parse_read(body: Mapping[str, Any], *, now: dt.datetime) -> Read:
-    """The request in a `features:read` body.
+    """Parse a `features:read` body.
 
     Raises:
-        InvalidRequest: saying which field is wrong, and how.
+        InvalidRequest: a field is wrong; the message names it.
     """
     _check_fields(body, _READ)
     return Read(
@@ -52,15 +52,15 @@ def parse_read(body: Mapping[str, Any], *, now: dt.datetime) -> Read:
 
 
 def parse_push(body: Mapping[str, Any]) -> Push:
-    """The request in a `features:push` body.
+    """Parse a `features:push` body.
 
     Raises:
-        InvalidRequest: saying which field is wrong, and how.
+        InvalidRequest: a field is wrong; the message names it.
     """
     _check_fields(body, _PUSH)
     try:
         content = orjson.dumps([body.get("view"), body.get("rows")], option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONEncodeError as error:  # what it reads may be deeper than what it writes
+    except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
         raise InvalidRequest('"rows" is nested too deeply.') from error
     return Push(
         view=_text(body, "view"),

@@ -1,1 +1,1 @@
-"""Outcomes: what came true, posted later by the application that asked for the prediction."""
+"""Outcomes over HTTP: what came true of a prediction, posted later by the application that requested it."""

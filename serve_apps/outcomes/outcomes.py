@@ -1,4 +1,4 @@
-"""`POST /v1/outcomes` as a Serve application: check everything, write everything, then answer."""
+"""`POST /v1/outcomes` as a Serve application: validate all outcomes, write all, then answer."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from cluster.session import require_record
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.predictor.log_keys import outcome_key
-from serve_apps.predictor.request import MAX_ENTITIES, shown, to_utc
+from serve_apps.predictor.request import shortened, to_utc
 from serve_apps.replica.access import AccessCheck
+from serve_apps.replica.contract import MAX_ENTITIES, MAX_OUTCOMES, PREDICTION_ID_PATTERN
 from serve_apps.replica.http import LOG, Unavailable, answer, read_json, refusal
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.record_log import RecordLog
 
-MAX_OUTCOMES = 10_000
 _FIELDS = frozenset({"prediction_id", "row", "outcome", "observed_at"})
-_ID = re.compile(r"[0-9a-zA-Z-]{1,64}")
+_ID = re.compile(PREDICTION_ID_PATTERN)
 
 
 def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[str, list[OutcomeRecord]]:
-    """The model and the outcomes of a request's body.
+    """Parse a request's body into the model's name and the outcomes.
 
     Raises:
-        InvalidRequest: naming the first outcome that is wrong.
+        InvalidRequest: an outcome is wrong; the message names the first one.
     """
     model, items = body.get("model"), body.get("outcomes")
     if not isinstance(model, str):
@@ -54,23 +54,23 @@ def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[s
 
 
 def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecord:
-    where = f"outcomes[{position}]"
+    path = f"outcomes[{position}]"
     if not isinstance(item, dict) or item.keys() - _FIELDS:
-        raise InvalidRequest(f"{where} must be an object with {', '.join(sorted(_FIELDS))}.")
+        raise InvalidRequest(f"{path} must be an object with {', '.join(sorted(_FIELDS))}.")
     prediction_id, row, outcome = item.get("prediction_id"), item.get("row", 0), item.get("outcome")
     if not isinstance(prediction_id, str) or not _ID.fullmatch(prediction_id):
-        raise InvalidRequest(f"{where}.prediction_id must be the id of an answer, got {prediction_id!r}.")
+        raise InvalidRequest(f"{path}.prediction_id must be the id of an answer, got {prediction_id!r}.")
     if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < MAX_ENTITIES:
-        raise InvalidRequest(f"{where}.row must be a whole number from 0 to {MAX_ENTITIES - 1}, got {row!r}.")
+        raise InvalidRequest(f"{path}.row must be a whole number from 0 to {MAX_ENTITIES - 1}, got {row!r}.")
     if not isinstance(outcome, str | int | float):
-        raise InvalidRequest(f"{where}.outcome must be a label or a number, got {outcome!r}.")
+        raise InvalidRequest(f"{path}.outcome must be a label or a number, got {outcome!r}.")
     observed_at = item.get("observed_at", received_at.isoformat())
     try:
-        # In UTC, because a reader of the log takes no offset with seconds.
+        # In UTC, because readers of the log do not parse an offset with seconds.
         observed = to_utc(observed_at)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(
-            f"{where}.observed_at must be an ISO 8601 instant, got {observed_at!r}."
+            f"{path}.observed_at must be an ISO 8601 instant, got {observed_at!r}."
         ) from error
     return OutcomeRecord(
         prediction_id=prediction_id,
@@ -81,61 +81,66 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
     )
 
 
-def meant(records: list[OutcomeRecord], truths: Sequence[Truths]) -> list[OutcomeRecord]:
-    """The outcomes with the class or the number that each means, for any version that may have been asked.
+def normalise(records: list[OutcomeRecord], types: Sequence[Truths]) -> list[OutcomeRecord]:
+    """Convert each outcome to the class or number that it stands for, by the first version whose type it fits.
+
+    Args:
+        records: the outcomes.
+        types: outcome types of the model's versions, any of which may have answered.
 
     Raises:
-        InvalidRequest: naming the first that means nothing to any of them.
+        InvalidRequest: an outcome fits no version; the message names the first one.
     """
-    found = []
+    normalised = []
     for position, record in enumerate(records):
-        values = (one.of(record.outcome) for one in truths)
+        values = (outcome_type.of(record.outcome) for outcome_type in types)
         value = next((value for value in values if value is not None), None)
         if value is None:
-            wanted = " or ".join(dict.fromkeys(one.wanted for one in truths))
+            wanted = " or ".join(dict.fromkeys(outcome_type.wanted for outcome_type in types))
             raise InvalidRequest(
-                f"outcomes[{position}].outcome must be {wanted}, got {shown(record.outcome)}."
+                f"outcomes[{position}].outcome must be {wanted}, got {shortened(record.outcome)}."
             )
-        found.append(record if value is record.outcome else replace(record, outcome=value))
-    return found
+        normalised.append(record if value is record.outcome else replace(record, outcome=value))
+    return normalised
 
 
-class Expected:
-    """What outcomes of each model may be, by all its versions: an answer may be of an old one."""
+class OutcomeTypes:
+    """Outcome types of each model's versions; a prediction may come from an old version."""
 
     def __init__(self, registry: Registry, store: KeyStore) -> None:
         self._registry = registry
         self._store = store
-        self._known: dict[str, dict[int, Truths]] = {}
+        self._by_model: dict[str, dict[int, Truths]] = {}
 
     def of(self, model: str) -> list[Truths]:
-        """Of each version, the newest first.
+        """Return the type of each version, the newest first.
 
         Raises:
-            ModelNotFound: it has none.
+            ModelNotFound: the model has no version.
             Unavailable: no version's signature can be read.
         """
         try:
-            self._learn(model)
-        except sa.exc.OperationalError as error:  # a full disk, say; what is known of the model has to do
+            self._load_new_versions(model)
+        except sa.exc.OperationalError as error:  # for example, a full disk; known versions are used
             LOG.warning("the registry cannot be read: %s", error)
-        known = self._known.get(model)
-        if not known:
+        by_version = self._by_model.get(model)
+        if not by_version:
             raise Unavailable(f"No signature of '{model}' can be read, so no outcome can be checked.")
-        return [known[number] for number in sorted(known, reverse=True)]
+        return [by_version[number] for number in sorted(by_version, reverse=True)]
 
-    def _learn(self, model: str) -> None:
-        """Take up versions that are new."""
+    def _load_new_versions(self, model: str) -> None:
         numbers = self._registry.versions(model)
         if not numbers:
             raise ModelNotFound(f"No model '{model}'.")
-        known = self._known.setdefault(model, {})
+        by_version = self._by_model.setdefault(model, {})
         for number in numbers:
-            if number not in known:
+            if number not in by_version:
                 try:
-                    known[number] = Truths(load_signature(self._registry.get(model, number), self._store))
-                except (RefusedError, OSError) as error:  # such a version cannot serve, and the others may
+                    signature = load_signature(self._registry.get(model, number), self._store)
+                except (RefusedError, OSError) as error:  # this version cannot serve, but others may
                     LOG.warning("the signature of %s version %s cannot be read: %s", model, number, error)
+                else:
+                    by_version[number] = Truths(signature)
 
 
 class Outcomes:
@@ -148,19 +153,19 @@ class Outcomes:
             config: the platform's configuration as plain values.
         """
         platform = from_plain(config)
-        prepare_replica(self, at_once=platform.replica.max_ongoing_requests)
+        prepare_replica(self, max_concurrent=platform.replica.max_ongoing_requests)
         self._places = layout(platform.storage)
         self._ledger = open_ledger(platform)
         self._region = platform.cluster.region
-        every = Resource(kind="outcomes", name="*", region=self._region)
-        self._access = AccessCheck.of(platform, every, self._ledger)
+        all_outcomes = Resource(kind="outcomes", name="*", region=self._region)
+        self._access = AccessCheck.of(platform, all_outcomes, self._ledger)
         self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
         self._durability = platform.replica.durability
-        self._expected = Expected(Registry(self._ledger, self._places), self._store)
+        self._types = OutcomeTypes(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}
 
     def __del__(self) -> None:
-        """Serve calls it when a replica ends in order."""
+        """Close the access check and the logs; Serve calls this when a replica stops normally."""
         if (access := getattr(self, "_access", None)) is not None:
             access.close()
         for log in getattr(self, "_logs", {}).values():
@@ -172,9 +177,9 @@ class Outcomes:
             principal = self._access(request.headers.get("authorization"), Action.write_outcome)
             body = await read_json(request)
             model, records = parse_outcomes(body, received_at=dt.datetime.now(dt.UTC))
-            mine = Resource(kind="model", name=model, region=self._region)
-            self._access.check(principal, Action.write_outcome, mine)
-            records = meant(records, self._expected.of(model))
+            resource = Resource(kind="model", name=model, region=self._region)
+            self._access.check(principal, Action.write_outcome, resource)
+            records = normalise(records, self._types.of(model))
             await self._write(model, records, actor=f"{principal.role}:{principal.subject}")
             return answer({"accepted": len(records)})
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
@@ -185,14 +190,14 @@ class Outcomes:
             self._logs[model] = self._open_log(model)
         log = self._logs[model]
         log.append(*records)
-        await log.settled(None)
+        await log.after_durable(None)
         content = canonical([[record.prediction_id, record.row, str(record.outcome)] for record in records])
         digest = hashlib.sha256(content).hexdigest()
         try:
             self._ledger.append(
                 OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor
             )
-        except sa.exc.OperationalError as error:  # a full disk, say; sent again, the outcomes count once
+        except sa.exc.OperationalError as error:  # a full disk, for example; outcomes sent again count once
             raise Unavailable(
                 "The ledger cannot be written, so the outcomes are not accepted. Try again later."
             ) from error

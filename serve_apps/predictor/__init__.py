@@ -1,1 +1,1 @@
-"""One model version as a Serve application: verify, load, read features, predict, write down, answer."""
+"""One model version as a Serve application: verify, load, read features, predict, log, answer."""

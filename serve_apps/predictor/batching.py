@@ -1,12 +1,12 @@
-"""Requests that are here at the same time, answered by one call of the model.
+"""Answer concurrent requests by one call of the model.
 
-A replica answers in one event loop, so what arrived while the model was busy is read in one go after it, and is joined
-without anybody having waited: a lone request is answered at once, and the more there are, the larger the batches get.
-Where a longer wait is allowed (`max_wait_ms`), as many are waited for as came last time, but never longer.
+A replica answers in one event loop. Requests that arrived while the model was busy are read together after it, and are
+joined without waiting. So a single request is answered at once, and batches grow with the load. If waiting is allowed
+(`max_wait_ms`), a batch waits for as many requests as the previous one had, but not longer than that.
 
-`serve.batch` does the same with queues and tasks: measured for a model that costs nothing, it takes 98 µs a request
-alone and 30 µs at 64 at once, where this takes 3 and 1.4 µs and a LightGBM model of 100 trees 22 µs; and it runs inside
-a Serve replica alone.
+`serve.batch` does the same with queues and tasks, and works only inside a Serve replica. Measured for a model that
+costs nothing, it takes 98 µs for a single request and 30 µs for each of 64 concurrent ones. This module takes 3 µs and
+1.4 µs. For comparison, a LightGBM model of 100 trees takes 22 µs.
 """
 
 from __future__ import annotations
@@ -25,106 +25,110 @@ from cluster.settings import BatchingConfig
 
 Predict = Callable[[Matrix], Predictions]
 PROBE_ROWS, PROBES = 8, 5
-LEAST_SAVED_S = 50e-6
-"""Of a request; what is less drowns in the rest of it: a network that saved 22 µs answered no more requests."""
+MIN_SAVED_S = 50e-6
+"""Least saving for each request that justifies batching. Smaller savings are lost in the rest of a request's time: a
+network that saved 22 µs answered no more requests."""
 
 
-def pays(predict: Predict, num_inputs: int, *, clock: Callable[[], float] = time.perf_counter) -> bool:
-    """Whether a call for eight rows costs much less than eight calls, measured on rows of zeros."""
-    one, eight = (_cost(predict, rows, num_inputs, clock) for rows in (1, PROBE_ROWS))
-    return eight < PROBE_ROWS * one / 2 and one - eight / PROBE_ROWS > LEAST_SAVED_S
+def saves_time(predict: Predict, num_inputs: int, *, clock: Callable[[], float] = time.perf_counter) -> bool:
+    """Return whether one call for eight rows costs much less than eight calls, measured on rows of zeros."""
+    one_s, eight_s = (_fastest_call_s(predict, rows, num_inputs, clock) for rows in (1, PROBE_ROWS))
+    return eight_s < PROBE_ROWS * one_s / 2 and one_s - eight_s / PROBE_ROWS > MIN_SAVED_S
 
 
-def _cost(predict: Predict, rows: int, num_inputs: int, clock: Callable[[], float]) -> float:
-    """Seconds of the fastest call, which is the one that nothing else held up."""
+def _fastest_call_s(predict: Predict, rows: int, num_inputs: int, clock: Callable[[], float]) -> float:
+    """Return the seconds of the fastest call, which other work disturbed least."""
     matrix = np.zeros((rows, num_inputs), dtype=np.float32)
-    taken = []
+    durations = []
     for _ in range(PROBES):
         started = clock()
         predict(matrix)
-        taken.append(clock() - started)
-    return min(taken)
+        durations.append(clock() - started)
+    return min(durations)
 
 
 def batches(model: Model, config: BatchingConfig) -> Batches | None:
-    """What joins requests for a model; none where it would not pay, nor for an int8 one, whose activations are scaled
-    over a whole call: what one request is answered would depend on whose came beside it, and could not be replayed."""
+    """Return the batching of a model's requests, or None if batching is off, saves no time, or the model is int8.
+
+    An int8 model scales its activations over a whole call. So a request's answer would depend on the other requests of
+    its batch, and could not be reproduced.
+    """
     if config.max_rows == 1 or model.signature.precision is Precision.int8:
         return None
-    if not pays(model.predict_matrix, model.signature.width):
+    if not saves_time(model.predict_matrix, model.signature.width):
         return None
     return Batches(model.predict_matrix, max_rows=config.max_rows, max_wait_s=config.max_wait_ms / 1000)
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Waiting:
     matrix: Matrix
     answer: asyncio.Future[Predictions]
 
 
 class Batches:
-    """Joins the rows of requests.
+    """Joins the rows of concurrent requests.
 
     Args:
-        predict: the model, for rows that are encoded.
-        max_rows: of a batch; a single request may have more.
-        max_wait_s: how long the first of a batch may wait for others, where others came last time.
+        predict: the model, for encoded rows.
+        max_rows: rows of a batch; a single request may have more.
+        max_wait_s: how long a batch's first request may wait for others, if the previous batch had others.
     """
 
     def __init__(self, predict: Predict, *, max_rows: int, max_wait_s: float) -> None:
         self._predict = predict
         self._max_rows = max_rows
         self._max_wait_s = max_wait_s
-        self._waiting: list[_Asked] = []
+        self._waiting: list[_Waiting] = []
         self._num_rows = 0
         self._expected = 1
         self._due: asyncio.Handle | None = None
 
     async def predict(self, matrix: Matrix) -> Predictions:
-        """What the model says of these rows; raises what it raises for them alone."""
+        """Return the model's predictions for these rows; errors are those of a call for these rows alone."""
         loop = asyncio.get_running_loop()
         if self._num_rows + len(matrix) > self._max_rows:
             self._answer()
-        asked = _Asked(matrix, loop.create_future())
-        self._waiting.append(asked)
+        request = _Waiting(matrix, loop.create_future())
+        self._waiting.append(request)
         self._num_rows += len(matrix)
-        self._plan(loop)
-        return await asked.answer
+        self._schedule(loop)
+        return await request.answer
 
-    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if len(self._waiting) >= self._expected or not self._max_wait_s:
-            # After all that is ready now, for which requests were already read.
+            # Behind all callbacks that are ready now, whose requests are read already.
             if self._due is None or isinstance(self._due, asyncio.TimerHandle):
-                self._put_off(loop.call_soon(self._answer))
+                self._reschedule(loop.call_soon(self._answer))
         elif self._due is None:
-            self._put_off(loop.call_later(self._max_wait_s, self._answer))
+            self._reschedule(loop.call_later(self._max_wait_s, self._answer))
 
-    def _put_off(self, due: asyncio.Handle | None) -> None:
+    def _reschedule(self, due: asyncio.Handle | None) -> None:
         if self._due is not None:
             self._due.cancel()
         self._due = due
 
     def _answer(self) -> None:
-        self._put_off(None)
-        waiting = [asked for asked in self._waiting if not asked.answer.done()]  # who went away is done
+        self._reschedule(None)
+        waiting = [request for request in self._waiting if not request.answer.done()]  # done: the client left
         self._waiting, self._num_rows, self._expected = [], 0, max(1, len(waiting))
         if waiting:
             _answer_all(self._predict, waiting)
 
 
-def _answer_all(predict: Predict, waiting: Sequence[_Asked]) -> None:
+def _answer_all(predict: Predict, waiting: Sequence[_Waiting]) -> None:
     try:
-        together = predict(np.concatenate([asked.matrix for asked in waiting]))
-    except Exception as error:  # noqa: BLE001 (it belongs to whoever asked)
+        predictions = predict(np.concatenate([request.matrix for request in waiting]))
+    except Exception as error:  # noqa: BLE001 (the request gets the error)
         if len(waiting) == 1:
             waiting[0].answer.set_exception(error)
         else:
-            for asked in waiting:  # one of them may be to blame, and the others must not bear it
-                _answer_all(predict, [asked])
+            for request in waiting:  # only the request that causes the error may fail
+                _answer_all(predict, [request])
         return
     first = 0
-    for asked in waiting:
-        last = first + len(asked.matrix)
-        scores = together.scores[first:last]
-        asked.answer.set_result(Predictions(signature=together.signature, scores=scores))
+    for request in waiting:
+        last = first + len(request.matrix)
+        scores = predictions.scores[first:last]
+        request.answer.set_result(Predictions(signature=predictions.signature, scores=scores))
         first = last

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol v2 over HTTP: tensors in, tensors out, one named input per feature.
+"""The Open Inference Protocol v2 over HTTP: tensors in, tensors out, one named input for each feature.
 
-Tensors are JSON, or bytes behind the JSON (the binary tensor data extension, where the header
-`Inference-Header-Content-Length` says where the JSON ends). Sources: the protocol's REST specification
+Tensors are JSON, or bytes behind the JSON. For the latter (the binary tensor data extension), the header
+`Inference-Header-Content-Length` gives the length of the JSON. Sources: the protocol's REST specification
 (kserve/open-inference-protocol) and Triton's `extension_binary_data`.
 """
 
@@ -14,38 +14,39 @@ import orjson
 
 from cluster.errors import InvalidRequest, nearest
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
-from serve_apps.predictor.request import fit_values, shown
+from serve_apps.predictor.request import fit_values, shortened
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
 from serve_apps.replica.http import parse_json
 
 PLATFORM = "falaj"
 JSON_LENGTH = "inference-header-content-length"
-"""Header with the length of the JSON, in bytes, where binary data stands behind it."""
+"""Header with the length of the JSON in bytes, if binary data follows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class RequestedOutput:
     """An output that a request asks for."""
 
     name: str
     raw: bool
-    """As binary data."""
+    """Whether to send it as binary data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
-    """A request of `infer`: all features are given."""
+    """An `infer` request: it has all features."""
 
     id: str | None
     columns: dict[str, list[Any]]
     count: int
-    outputs: tuple[Wanted, ...]
+    """Number of rows."""
+    outputs: tuple[RequestedOutput, ...]
     """In the order of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """A tensor of an answer."""
+    """An output tensor."""
 
     name: str
     datatype: str
@@ -55,43 +56,42 @@ class Output:
 
 
 def split_body(body: bytes, json_length: list[str]) -> tuple[dict[str, Any], RawData]:
-    """The JSON object of an `infer` body and the binary data behind it.
+    """Split an `infer` body into its JSON object and the binary data behind it.
 
     Args:
-        body: all of it.
-        json_length: every value given of the header `JSON_LENGTH`.
+        body: the whole body.
+        json_length: all values of the header `JSON_LENGTH`.
 
     Raises:
-        InvalidRequest: no JSON object, or a length that is none or beyond the body.
+        InvalidRequest: the JSON is not an object, or the length is not a number or is beyond the body.
     """
     if not json_length:
         return parse_json(body), RawData()
-    given = json_length[0]
-    if len(json_length) > 1 or not (given.isascii() and given.isdigit() and len(given) < 20):
+    text = json_length[0]
+    if len(json_length) > 1 or not (text.isascii() and text.isdigit() and len(text) < 20):
         raise InvalidRequest(
-            f"Inference-Header-Content-Length must be one number of bytes, got {shown(given)}."
+            f"Inference-Header-Content-Length must be one number of bytes, got {shortened(text)}."
         )
-    length = int(given)
+    length = int(text)
     if length > len(body):
         raise InvalidRequest(f"Inference-Header-Content-Length is {length}; the body has {len(body)} bytes.")
-    whole = memoryview(body)
-    return parse_json(whole[:length]), RawData(whole[length:])
+    view = memoryview(body)
+    return parse_json(view[:length]), RawData(view[length:])
 
 
 def parse_infer(
     body: dict[str, Any], inputs: dict[str, InputSpec], outputs: tuple[str, ...], raw: RawData
 ) -> Inference:
-    """The request in an `infer` body.
+    """Parse an `infer` body.
 
     Args:
         body: its JSON.
-        inputs: the model's, all of which must be given, in any order.
-        outputs: the names of the model's.
+        inputs: the model's inputs; the request needs all of them, in any order.
+        outputs: names of the model's outputs.
         raw: the binary data behind the JSON.
 
     Raises:
-        InvalidRequest: an input or output that is unknown, missing or given twice, or a shape, datatype or value that
-            does not fit.
+        InvalidRequest: an input or output is unknown, missing or repeated, or a shape, datatype or value does not fit.
     """
     tensors = body.get("inputs")
     if not isinstance(tensors, list) or not tensors:
@@ -113,11 +113,13 @@ def parse_infer(
     request_id = body.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidRequest('"id" must be text.')
-    return Inference(id=request_id, columns=columns, count=count or 0, outputs=_wanted(body, outputs))
+    return Inference(
+        id=request_id, columns=columns, count=count or 0, outputs=_requested_outputs(body, outputs)
+    )
 
 
-def results(signature: ModelSignature, rows: list[dict[str, Any]]) -> tuple[Output, ...]:
-    """All outputs of the model, from its answer as rows."""
+def output_tensors(signature: ModelSignature, rows: list[dict[str, Any]]) -> tuple[Output, ...]:
+    """Return all outputs of the model as tensors, from its predictions as rows."""
     count = len(rows)
     match signature.task:
         case Task.binary:
@@ -131,38 +133,38 @@ def results(signature: ModelSignature, rows: list[dict[str, Any]]) -> tuple[Outp
     return scores, _vector("label", label_datatype(signature), [row["label"] for row in rows])
 
 
-def answered(
-    head: dict[str, Any], outputs: tuple[Output, ...], wanted: tuple[Wanted, ...]
+def encode_answer(
+    head: dict[str, Any], outputs: tuple[Output, ...], requested: tuple[RequestedOutput, ...]
 ) -> tuple[bytes, int | None]:
-    """An answer's body, and the length of its JSON where binary data stands behind it.
+    """Return an answer's body, and the length of its JSON if binary data follows it.
 
     Args:
         head: everything but the outputs.
-        outputs: the model's.
-        wanted: those that were asked for.
+        outputs: all outputs of the model.
+        requested: outputs to send.
     """
     by_name = {output.name: output for output in outputs}
-    described: list[dict[str, Any]] = []
-    parts: list[bytes] = []
-    for one in wanted:
-        output = by_name[one.name]
+    tensors: list[dict[str, Any]] = []
+    raw_parts: list[bytes] = []
+    for request in requested:
+        output = by_name[request.name]
         tensor: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        if one.raw:
-            parts.append(to_raw(output.datatype, output.values))
-            tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+        if request.raw:
+            raw_parts.append(to_raw(output.datatype, output.values))
+            tensor["parameters"] = {"binary_data_size": len(raw_parts[-1])}
         else:
             tensor["data"] = output.values
-        described.append(tensor)
-    content = orjson.dumps({**head, "outputs": described})
-    return b"".join([content, *parts]), len(content) if parts else None
+        tensors.append(tensor)
+    content = orjson.dumps({**head, "outputs": tensors})
+    return b"".join([content, *raw_parts]), len(content) if raw_parts else None
 
 
 def metadata(name: str, version: int, signature: ModelSignature) -> dict[str, Any]:
-    """The model's metadata answer; `classes` is the order of a multiclass model's probabilities."""
+    """Return the model's metadata; `classes` gives the order of a multiclass model's probabilities."""
     shapes = {"probabilities": [-1, signature.num_scores]}
     outputs = [
         {"name": output.name, "datatype": output.datatype, "shape": shapes.get(output.name, [-1])}
-        for output in results(signature, [])
+        for output in output_tensors(signature, [])
     ]
     content: dict[str, Any] = {
         "name": name,
@@ -183,12 +185,12 @@ def metadata(name: str, version: int, signature: ModelSignature) -> dict[str, An
 
 
 def output_names(signature: ModelSignature) -> tuple[str, ...]:
-    """The names of a model's outputs."""
-    return tuple(output.name for output in results(signature, []))
+    """Return the names of a model's outputs."""
+    return tuple(output.name for output in output_tensors(signature, []))
 
 
 def datatype(dtype: str) -> str:
-    """The protocol's name of an Arrow type."""
+    """Return the protocol's name of an Arrow type."""
     match dtype:
         case "bool":
             return "BOOL"
@@ -205,7 +207,7 @@ def datatype(dtype: str) -> str:
 
 
 def label_datatype(signature: ModelSignature) -> str:
-    """The datatype of a classifier's label output."""
+    """Return the datatype of a classifier's label output."""
     match (signature.classes or ("",))[0]:
         case bool():
             return "BOOL"
@@ -231,35 +233,35 @@ def _input_values(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, Inpu
     values = tensor.values
     if spec.length == 1:
         values = [None if value is None else [value] for value in values]
-    # A tensor of the input's own datatype has its values alone; one of FP64 may hold 1.5 for an input of INT64.
+    # A tensor of the input's own datatype holds only fitting values. An FP64 tensor may hold 1.5 for an INT64 input.
     return values if tensor.datatype is wanted else fit_values(spec, values)
 
 
-def _wanted(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Wanted, ...]:
+def _requested_outputs(body: dict[str, Any], known: tuple[str, ...]) -> tuple[RequestedOutput, ...]:
     all_raw = _flag(parameters_of(body, "The request"), "binary_data_output", False)
-    asked = body.get("outputs")
-    if asked is None or asked == []:
-        return tuple(Wanted(name=name, raw=all_raw) for name in known)
-    if not isinstance(asked, list):
+    contents = body.get("outputs")
+    if contents is None or contents == []:
+        return tuple(RequestedOutput(name=name, raw=all_raw) for name in known)
+    if not isinstance(contents, list):
         raise InvalidRequest('"outputs" must be a list of objects with a name.')
-    wanted: dict[str, Wanted] = {}
-    for content in asked:
+    requested: dict[str, RequestedOutput] = {}
+    for content in contents:
         name = content.get("name") if isinstance(content, dict) else None
         if not isinstance(name, str):
-            raise InvalidRequest("Each of the outputs is an object with a name.")
+            raise InvalidRequest("Each output must be an object with a name.")
         if name not in known:
             raise InvalidRequest(f"The model has no output '{name}'.{nearest(name, known)}")
-        if name in wanted:
-            raise InvalidRequest(f"Output '{name}' is asked for twice.")
+        if name in requested:
+            raise InvalidRequest(f"Output '{name}' is requested twice.")
         raw = _flag(parameters_of(content, f"Output '{name}'"), "binary_data", all_raw)
-        wanted[name] = Wanted(name=name, raw=raw)
-    return tuple(wanted.values())
+        requested[name] = RequestedOutput(name=name, raw=raw)
+    return tuple(requested.values())
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise InvalidRequest(f"Parameter {name} must be true or false, got {shown(value)}.")
+        raise InvalidRequest(f"Parameter {name} must be true or false, got {shortened(value)}.")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What the model is given for a request of `:predict`: what was read, what the client gave, what stands in."""
+"""The model's inputs for a `:predict` request: features that were read, the client's values, and defaults."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.types.dtypes import to_json
 from feature_jobs.store.types.status import Status
 
-_WHOLE = {Status.present}
+_ALL_PRESENT = {Status.present}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInputs:
-    """The inputs of some entities."""
+    """The model's inputs for a request's entities."""
 
     columns: dict[str, list[Any]]
-    """In the model's order, one value an entity."""
+    """Input to one value for each entity, in the model's order."""
     status: dict[str, Sequence[str]] = field(default_factory=dict)
-    """Of those that were read and are not all present."""
+    """Input to status by entity, for inputs that were read and are not all present."""
     defaults: dict[str, Value] = field(default_factory=dict)
-    """What was put in where these are missing or expired."""
+    """Input to the default that replaces missing and expired values."""
     defaulted: dict[str, list[int]] = field(default_factory=dict)
-    """In which rows, of the model's own inputs."""
+    """Model input to the rows with the default."""
 
 
 def model_inputs(
@@ -39,23 +39,23 @@ def model_inputs(
     overrides: Mapping[str, list[Any]],
     as_of: dt.datetime,
 ) -> ModelInputs:
-    """Read what the client did not give, as the feature service says.
+    """Read the inputs that the client did not send, by the rules of the feature service.
 
     Args:
-        reader: of the model's feature service; none where it has none.
-        wanted: the model's inputs, in order.
-        entities: keys.
-        overrides: what the client gave, for inputs and for what on-demand transforms are made of.
-        as_of: the moment.
+        reader: reader of the model's feature service; None if it has no service.
+        wanted: names of the model's inputs, in order.
+        entities: join keys of each entity.
+        overrides: the client's values, for inputs and for inputs of on-demand transforms.
+        as_of: time of the read.
 
     Raises:
-        InvalidRequest: something is not given that cannot be read.
-        FeatureAbsent: a value is missing or expired that the feature service does not let be.
+        InvalidRequest: an input cannot be read, and the client did not send it.
+        FeatureAbsent: a value is missing or expired, and the feature service refuses that.
     """
     if reader is None:
         if missing := wanted - overrides.keys():
             raise InvalidRequest(
-                f"The model has no feature service: give input '{min(missing)}' in \"features\"."
+                f"The model has no feature service. Send input '{min(missing)}' in \"features\"."
             )
         return ModelInputs(columns={name: overrides[name] for name in wanted})
     spec = reader.spec
@@ -68,17 +68,18 @@ def model_inputs(
     dtypes = spec.dtypes if defaulted else {}
     columns = {name: overrides[name] if name in overrides else vectors.columns[name] for name in wanted}
     read = [name for name in wanted if name not in overrides]
-    shown = [*read, *(name for name in defaulted if name not in columns)]
+    reported = [*read, *(name for name in defaulted if name not in columns)]
     return ModelInputs(
         columns=columns,
-        status={name: vectors.status[name] for name in shown if set(vectors.status[name]) != _WHOLE},
+        status={name: vectors.status[name] for name in reported if set(vectors.status[name]) != _ALL_PRESENT},
         defaults={name: to_json([spec.missing.defaults[name]], dtypes[name])[0] for name in defaulted},
         defaulted={name: rows for name, rows in defaulted.items() if name in columns},
     )
 
 
 def _needed(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> set[str]:
-    """The columns of views that the answer rests on: inputs, and what those made on demand are made of."""
-    sources = {source for one in made_on_demand(spec, wanted, given) for source in one.sources}
-    of_views = {column for view in spec.views if view.name in sources for column in view.columns}
-    return (of_views | set(wanted)) - set(given)
+    """Return the columns that the answer depends on: the inputs, and the views' columns behind on-demand inputs."""
+    transforms = made_on_demand(spec, wanted, given)
+    sources = {source for transform in transforms for source in transform.sources}
+    source_columns = {column for view in spec.views if view.name in sources for column in view.columns}
+    return (source_columns | set(wanted)) - set(given)

@@ -1,11 +1,13 @@
-"""What a model's features ask of its log's keys and of its callers: as guarded as what they were made from.
+"""Keys of a model's logs, and permissions of its callers: as strict as the features that the model uses.
 
-What clients bring along has no declared class, nor has an outcome, so a model without a feature service and every log
-of outcomes are under a sensitive key. A prediction says something about a person: its log is never below personal.
+Values from clients and outcomes have no declared class. So outcomes, and predictions of a model without a feature
+service, are encrypted under a sensitive key. A prediction says something about a person, so its class is at least
+personal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.errors import RefusedError
@@ -19,31 +21,31 @@ from feature_jobs.store.definitions.views import Sensitivity
 
 
 def prediction_key(ledger: Ledger, version: ModelVersion) -> str:
-    """The name of the key that a version's replicas write under."""
+    """Return the name of the key that encrypts a version's predictions."""
     return f"predictions/{version.name}/{_log_class(_fields(ledger, version)).value}"
 
 
 def outcome_key(model: str) -> str:
-    """The name of the key that a model's outcomes are written under."""
+    """Return the name of the key that encrypts a model's outcomes."""
     return f"outcomes/{model}/{Sensitivity.SENSITIVE.value}"
 
 
 def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyInfo]:
-    """Both keys, to be made when the version is deployed: for the purposes that all its views allow.
+    """Describe both keys, which a deployment creates, for the purposes that all views of the version allow.
 
     Args:
-        ledger: knows the views.
-        version: what is deployed.
-        region: where it is; a view's own region counts before it.
+        ledger: holds the views' definitions.
+        version: the version to deploy.
+        region: the installation's region; a view's own region takes precedence.
     """
     views = _views(ledger, version)
-    elsewhere = sorted({view.region for view in views if view.region} - {region})
+    other_regions = sorted({view.region for view in views if view.region} - {region})
     return [
         KeyInfo(
             name=name,
             column_class=sensitivity.value,
             purposes=_common_purposes(views),
-            region=elsewhere[0] if elsewhere else region,
+            region=other_regions[0] if other_regions else region,
         )
         for name, sensitivity in (
             (prediction_key(ledger, version), _log_class(_fields(ledger, version))),
@@ -52,50 +54,50 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
     ]
 
 
-def within(present: KeyInfo, wanted: KeyInfo) -> KeyInfo:
-    """The description for a key that other versions write under already: their records stay for their purposes.
+def merged_key(existing: KeyInfo, wanted: KeyInfo) -> KeyInfo:
+    """Describe a key that other versions already use: only the purposes that both allow remain.
 
     Raises:
-        RefusedError: the two have no purpose in common, so that nobody could read either's records.
+        RefusedError: the two have no common purpose, so the records of both would be unreadable.
     """
-    if not present.purposes:
+    if not existing.purposes:
         return wanted
-    common = set(wanted.purposes or present.purposes) & set(present.purposes)
+    common = set(wanted.purposes or existing.purposes) & set(existing.purposes)
     if not common:
         raise RefusedError(
-            f"What is logged under '{present.name}' is for {', '.join(present.purposes)}, and this version allows "
-            f"{', '.join(wanted.purposes)} alone. Register it as another model, whose log is its own."
+            f"Records under key '{existing.name}' are for {', '.join(existing.purposes)}, but this version allows only "
+            f"{', '.join(wanted.purposes)}. Register it as another model, which has its own log."
         )
     return replace(wanted, purposes=tuple(sorted(common)))
 
 
 def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
-    """What a version's replicas read features for, unless its deployment says: a purpose that all its views allow."""
+    """Return the default purpose for which a version's replicas read features: one that all its views allow."""
     return next(iter(_common_purposes(_views(ledger, version))), "")
 
 
 def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -> Resource:
-    """A model as a caller of `:predict` uses it, for whom features are read by key.
+    """Return the model as a resource for `:predict`, which reads features by key.
 
-    It is of the highest class among those of the views, for the purposes that all of them list, and in the region of a
-    view that has one of its own. So the policies ask the same as at `features:read`.
+    It has the highest class of the views, the purposes that all of them list, and the region of a view that has its
+    own. So the policies require the same as for `features:read`.
     """
-    used = [one for view in views for one in view_resources(view, region=region)]
-    elsewhere = sorted({one.region for one in used} - {region})
-    stated = [set(one.purposes) for one in used if one.purposes]
-    common = tuple(sorted(set.intersection(*stated))) if stated else ()
+    resources = [resource for view in views for resource in view_resources(view, region=region)]
+    other_regions = sorted({resource.region for resource in resources} - {region})
     return replace(
         model,
-        column_class=_highest({Sensitivity(one.column_class) for one in used}).value,
-        region=elsewhere[0] if elsewhere else model.region,
-        purposes=common or ((NO_COMMON_PURPOSE,) if stated else ()),
+        column_class=_highest({Sensitivity(resource.column_class) for resource in resources}).value,
+        region=other_regions[0] if other_regions else model.region,
+        purposes=_common_purposes(resources),
     )
 
 
-def _common_purposes(views: list[ViewSpec]) -> tuple[str, ...]:
-    stated = [set(view.purposes) for view in views if view.purposes]
-    common = sorted(set.intersection(*stated)) if stated else []
-    return tuple(common if common or not stated else [NO_COMMON_PURPOSE])
+def _common_purposes(limited: Sequence[ViewSpec] | Sequence[Resource]) -> tuple[str, ...]:
+    """Return the purposes that all of them list; empty if none lists any."""
+    listed = [set(item.purposes) for item in limited if item.purposes]
+    if not listed:
+        return ()
+    return tuple(sorted(set.intersection(*listed))) or (NO_COMMON_PURPOSE,)
 
 
 def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:
@@ -104,13 +106,15 @@ def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:
 
 
 def _fields(ledger: Ledger, version: ModelVersion) -> list[FieldSpec]:
-    """All that a prediction's record may hold."""
+    """Return all fields that a prediction's record may contain."""
     lineage = version.lineage
     if not lineage.service:
         return []
     spec = service_spec(ledger, lineage.service, lineage.service_version)
-    made = [field for one in spec.on_demand for field in (*one.inputs, *one.fields)]
-    return [*(field for view in spec.views for field in view.fields), *made]
+    view_fields = [field for view in spec.views for field in view.fields]
+    return view_fields + [
+        field for transform in spec.on_demand for field in (*transform.inputs, *transform.fields)
+    ]
 
 
 def _log_class(fields: list[FieldSpec]) -> Sensitivity:

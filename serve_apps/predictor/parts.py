@@ -1,4 +1,4 @@
-"""What a replica consists of, opened one by one from a configuration and a version that was found whole."""
+"""Parts of a replica, opened one by one from the configuration and a verified model version."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
 from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
 from feature_jobs.store.online.reader import FeatureReader, open_online
-from serve_apps.predictor.asked import request_inputs
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
+from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from serve_apps.predictor.shadow import Shadowing
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.edge_headers import edge_proof
@@ -29,17 +29,19 @@ from serve_apps.replica.targets import serve_targets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedFeatures:
-    """What a model reads by key, and what a request must say beside it."""
+    """Features that a model reads by key, and inputs that only a request can give."""
 
     reader: FeatureReader | None = None
-    asked: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
-    used: Resource | None = None
-    """What a caller needs permission for; without features that is the model itself."""
+    """None for a model that was trained without a feature service."""
+    request_inputs: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
+    """Inputs of on-demand transforms."""
+    resource: Resource | None = None
+    """Resource that a caller needs permission for; None for the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """Opens the parts of one version's replica, as the service that it is."""
+    """Opens the parts of one version's replica, with the replica's own identity."""
 
     platform: PlatformConfig
     places: Layout
@@ -51,16 +53,16 @@ class Parts:
 
     @classmethod
     def of(cls, platform: PlatformConfig, name: str, version: int) -> Parts:
-        """Of a version whose files are those that were registered.
+        """Verify a version's files against the registry.
 
         Raises:
-            ArtifactTampered: a file is another; an event says so.
+            ArtifactTampered: a file is not the registered one; an event records it.
         """
         places, ledger = layout(platform.storage), open_ledger(platform)
         registry = Registry(ledger, places)
-        served = registry.get(name, version)
-        registry.check_files(served, actor=f"service:{name}")
-        purpose = platform.identity.purpose or serving_purpose(ledger, served)
+        registered = registry.get(name, version)
+        registry.check_files(registered, actor=f"service:{name}")
+        purpose = platform.identity.purpose or serving_purpose(ledger, registered)
         cluster = require_record(platform)
         access = service_access(platform, cluster, name=name, purpose=purpose)
         return cls(
@@ -68,24 +70,24 @@ class Parts:
             places=places,
             ledger=ledger,
             cluster=cluster,
-            version=served,
+            version=registered,
             access=access,
             store=key_store(access),
         )
 
     def model(self) -> Model:
-        """Loaded and warm."""
+        """Load and warm the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         return load_model(self.version, self.store, hardware=hardware)
 
     def access_check(self) -> AccessCheck:
-        """Who may ask this version."""
-        mine = self.version.resource(region=self.platform.cluster.region)
-        return AccessCheck.of(self.platform, mine, self.ledger)
+        """Build the check of tokens and permissions for this version."""
+        resource = self.version.resource(region=self.platform.cluster.region)
+        return AccessCheck.of(self.platform, resource, self.ledger)
 
     def log(self) -> RecordLog:
-        """Where predictions are written down."""
+        """Open the prediction log."""
         return RecordLog(
             local(self.places.predictions(self.version.name)),
             store=self.store,
@@ -94,7 +96,7 @@ class Parts:
         )
 
     def features(self, signature: ModelSignature) -> ServedFeatures:
-        """Without a reader for a model that was trained without a feature service."""
+        """Open the online store for the model's features; empty for a model without a feature service."""
         if not signature.service:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)
@@ -103,12 +105,12 @@ class Parts:
         model = self.version.resource(region=region)
         return ServedFeatures(
             reader=FeatureReader(spec, online),
-            asked=request_inputs(spec),
-            used=with_read_features(model, spec.views, region=region),
+            request_inputs=on_demand_inputs(spec),
+            resource=with_read_features(model, spec.views, region=region),
         )
 
     def shadowing(self, count: Callable[[str], None]) -> Shadowing:
-        """What watches for a shadow, and sends it copies."""
+        """Start the thread that watches for a shadow of the model."""
         return Shadowing(
             model=self.version.name,
             version=self.version.version,

@@ -1,4 +1,4 @@
-"""Which operation of a replica a path names: the protocol's with or without a version in it, and the call by key."""
+"""Parse a request's path into an operation: those of the protocol, with or without a version, and `:predict`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ModelNotFound
 from cluster.security.authorization.policy import Action
-from serve_apps.predictor.request import shown
+from serve_apps.predictor.request import shortened
 from serve_apps.replica.http import MethodNotAllowed
 
 _BY_KEY = re.compile(r"/v1/models/([^/]+):predict")
@@ -16,7 +16,7 @@ _BY_TENSORS = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/read
 
 
 class Operation(enum.Enum):
-    """What is asked of the model."""
+    """Operation on the model."""
 
     predict = "predict"
     infer = "infer"
@@ -25,58 +25,58 @@ class Operation(enum.Enum):
 
     @property
     def method(self) -> str:
-        """The HTTP method that it takes."""
+        """HTTP method of the operation."""
         return "POST" if self in (Operation.predict, Operation.infer) else "GET"
 
     @property
     def action(self) -> Action:
-        """What the policies call it."""
+        """Action of the policies."""
         return Action.predict if self in (Operation.predict, Operation.infer) else Action.read_metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """An operation on a model."""
+    """An operation, and the version that the path names."""
 
     operation: Operation
     version: str | None = None
-    """That the path names; none takes the one that serves."""
+    """None accepts the version that serves."""
 
     def check_version(self, name: str, version: int) -> None:
-        """Refuse a version that is not the one here; the edge chooses by the split, not by the path.
+        """Require that the path names this replica's version or none; the edge ignores the path's version.
 
         Raises:
-            ModelNotFound
+            ModelNotFound: the path names another version.
         """
         if self.version not in (None, str(version)):
             raise ModelNotFound(
-                f"Model '{name}' answers this request with version {version}, not with {shown(self.version)}. "
+                f"Model '{name}' answers this request with version {version}, not with {shortened(self.version)}. "
                 "Leave the version out, or name the one that the model's metadata gives."
             )
 
 
-def call(method: str, path: str, *, model: str) -> Call:
-    """What a request asks of a replica.
+def parse_call(method: str, path: str, *, model: str) -> Call:
+    """Parse a request's method and path.
 
     Args:
-        method: of the HTTP request.
-        path: without the application's prefix.
-        model: the one that the replica serves.
+        method: HTTP method.
+        path: path without the application's prefix.
+        model: name of the model that the replica serves.
 
     Raises:
-        ModelNotFound: another path, or another model's.
-        MethodNotAllowed
+        ModelNotFound: the path is unknown, or names another model.
+        MethodNotAllowed: the path takes another method.
     """
-    found = _of(path, model)
-    if found is None:
-        raise ModelNotFound(f"{method} {shown(path)} is not served here; this replica serves '{model}'.")
-    wanted = found.operation.method
-    if method != wanted:
-        raise MethodNotAllowed(f"This path takes {wanted}.", allow=wanted)
-    return found
+    call = _parse_path(path, model)
+    if call is None:
+        raise ModelNotFound(f"{method} {shortened(path)} is not served here; this replica serves '{model}'.")
+    allowed = call.operation.method
+    if method != allowed:
+        raise MethodNotAllowed(f"This path takes {allowed}.", allow=allowed)
+    return call
 
 
-def _of(path: str, model: str) -> Call | None:
+def _parse_path(path: str, model: str) -> Call | None:
     if (match := _BY_KEY.fullmatch(path)) and match[1] == model:
         return Call(operation=Operation.predict)
     if (match := _BY_TENSORS.fullmatch(path)) and match[1] == model:

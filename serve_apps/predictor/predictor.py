@@ -1,7 +1,7 @@
-"""The replica: a plain class, made a deployment in `app.py`.
+"""The replica of a model version: a plain class; `apps.py` makes it a Serve deployment.
 
-A request's path through it is short on purpose: the token from a cache, the features from memory-mapped pages, the
-model in this process, one write, the answer.
+The path of a request is short on purpose: the token from a cache, the features from memory-mapped pages, the model in
+this process, one write, the answer.
 """
 
 from __future__ import annotations
@@ -20,36 +20,35 @@ from cluster.settings import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
-from serve_apps.predictor.meters import Meters
+from serve_apps.predictor.metrics import PredictionMetrics
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
-from serve_apps.predictor.request import Asked, parse_predict
+from serve_apps.predictor.request import RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
+from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
 
-PREDICTION_ID = "x-falaj-prediction-id"
-
 
 class Predictor:
     """Answers requests for one model version."""
 
     def __init__(self, config: dict[str, Any], name: str, version: int) -> None:
-        """Verify, load and warm the version; Serve sends no request before this has returned.
+        """Verify, load and warm the version; Serve sends requests only after this has returned.
 
         Args:
             config: the platform's configuration as plain values.
-            name: of the model.
+            name: name of the model.
             version: its number.
 
         Raises:
-            ArtifactTampered: a file is not the one that was registered; an event says so.
+            ArtifactTampered: a file is not the registered one; an event records it.
         """
         platform = from_plain(config)
-        prepare_replica(self, at_once=platform.replica.max_ongoing_requests)
+        prepare_replica(self, max_concurrent=platform.replica.max_ongoing_requests)
         parts = Parts.of(platform, name, version)
         self._version = parts.version
         self._model = parts.model()
@@ -61,19 +60,21 @@ class Predictor:
         self._edge = EdgeHeaderReader(edge_proof(parts.places))
         self._log = parts.log()
         features = parts.features(signature)
-        self._reader, self._asked, self._used = features.reader, features.asked, features.used
-        self._askable: dict[str, Asked] = {**self._asked, **self._inputs}
+        self._reader = features.reader
+        self._request_inputs = features.request_inputs
+        self._predict_resource = features.resource
+        self._allowed_inputs: dict[str, RequestInput] = {**self._request_inputs, **self._inputs}
         tags = {"model": name, "version": str(version)}
-        self._meters = Meters(tags)
+        self._metrics = PredictionMetrics(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks for it, and `serve_apps/replica/scaling.py` decides by it."""
+        """Return the load for Serve's controller; `serve_apps/replica/scaling.py` decides by it."""
         return {ONGOING: self._ongoing.take()}
 
     def __del__(self) -> None:
-        """Serve calls it when a replica ends in order."""
+        """Close the parts; Serve calls this when a replica stops normally."""
         for part in ("_access", "_log", "_shadowing"):
             if (opened := getattr(self, part, None)) is not None:
                 opened.close()
@@ -87,29 +88,29 @@ class Predictor:
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             response = refusal(error)
         took_s = time.perf_counter() - started
-        self._meters.answer(response.status_code, took_s=took_s)
-        if request.method == "POST":  # whether it is ready, a monitor asks for ever
+        self._metrics.answer(response.status_code, took_s=took_s)
+        if request.method == "POST":  # GET is a monitor's readiness check, which is no load
             self._ongoing.add(arrived=edge.arrived, took_s=took_s)
         return response
 
     async def _answer(self, request: Request, edge: EdgeHeaders) -> Response:
-        # The scope's own path spares building a URL from host, query and all.
+        # The scope's path, because `request.url` builds a whole URL.
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         name, version = self._version.name, self._version.version
-        call = paths.call(request.method, path, model=name)
-        used = self._used if call.operation is Operation.predict else None
-        self._access(request.headers.get("authorization"), call.operation.action, used)
+        call = paths.parse_call(request.method, path, model=name)
+        resource = self._predict_resource if call.operation is Operation.predict else None
+        self._access(request.headers.get("authorization"), call.operation.action, resource)
         call.check_version(name, version)
         match call.operation:
             case Operation.predict:
                 body = await read_body(request)
-                response = await self._log.settled(await self._predict(edge, parse_json(body)))
-                return self._shadowing.follow(response, call.operation, edge, body)
+                response = await self._log.after_durable(await self._predict(edge, parse_json(body)))
+                return self._shadowing.add_copy(response, call.operation, edge, body)
             case Operation.infer:
                 body = await read_body(request)
                 length = request.headers.getlist(inference_protocol.JSON_LENGTH)
-                response = await self._log.settled(await self._infer(edge, body, length))
-                return self._shadowing.follow(
+                response = await self._log.after_durable(await self._infer(edge, body, length))
+                return self._shadowing.add_copy(
                     response, call.operation, edge, body, json_length="".join(length)
                 )
             case Operation.metadata:
@@ -118,9 +119,9 @@ class Predictor:
                 return answer({"name": name, "ready": True})
 
     async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
-        """The answer as rows; or none, and why the model has no answer."""
+        """Return the predictions as rows and an empty fault; or no rows, and why the model has no score."""
         try:
-            # Encoded one by one, so that what cannot be encoded refuses its own request alone.
+            # Each request is encoded by itself, so that a value that cannot be encoded fails only its own request.
             if self._batches is None:
                 return self._model.predict(columns).checked().rows(), ""
             return (await self._batches.predict(self._model.encode(columns))).checked().rows(), ""
@@ -128,29 +129,36 @@ class Predictor:
             raise
         except ModelFailed as failed:
             fault = str(failed)
-        except RefusedError as error:  # the engine's own words are for its operators
+        except RefusedError as error:  # the engine's message goes into the log only
             LOG.error("the model does not run on a request", exc_info=error)
             fault = "does not run on this request"
-        self._meters.without_score()
+        self._metrics.without_score()
         return [], fault
 
     def _failed(self, fault: str, prediction_id: str) -> Response:
-        """503, so that it counts as a failure of the arm that the request was in."""
-        what = f"Model '{self._version.name}' version {self._version.version} {fault}, so there is no answer."
-        response = refusal(ModelFailed(what))
-        response.headers[PREDICTION_ID] = prediction_id
+        """Return a 503, which counts as a failure of the request's arm."""
+        model = f"Model '{self._version.name}' version {self._version.version}"
+        response = refusal(ModelFailed(f"{model} {fault}, so there is no answer."))
+        response.headers[PREDICTION_ID_HEADER] = prediction_id
         return response
 
     async def _predict(self, edge: EdgeHeaders, body: dict[str, Any]) -> Response:
         now = dt.datetime.now(dt.UTC)
-        asked = parse_predict(body, self._askable, now=now)
-        inputs = model_inputs(self._reader, self._inputs.keys(), asked.entities, asked.overrides, asked.as_of)
+        request = parse_predict(body, self._allowed_inputs, now=now)
+        overrides = request.overrides
+        inputs = model_inputs(self._reader, self._inputs.keys(), request.entities, overrides, request.as_of)
         rows, fault = await self._rows(inputs.columns)
-        given = sorted(asked.overrides)
-        said = {name: asked.overrides[name] for name in self._asked if name in asked.overrides}
-        columns = inputs.columns | said
-        prediction_id = self._write(
-            edge, now, asked.as_of, asked.entities, columns, rows, given, inputs.defaulted, fault
+        request_values = {name: overrides[name] for name in self._request_inputs if name in overrides}
+        prediction_id = self._log_prediction(
+            edge,
+            now,
+            as_of=request.as_of,
+            entities=request.entities,
+            columns=inputs.columns | request_values,
+            rows=rows,
+            given=sorted(overrides),
+            defaulted=inputs.defaulted,
+            fault=fault,
         )
         if fault:
             return self._failed(fault, prediction_id)
@@ -164,36 +172,44 @@ class Predictor:
             content["features_status"] = inputs.status
         if inputs.defaults:
             content["features_defaults"] = inputs.defaults
-        return answer(content, headers={PREDICTION_ID: prediction_id})
+        return answer(content, headers={PREDICTION_ID_HEADER: prediction_id})
 
     async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)
-        asked = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
-        rows, fault = await self._rows(asked.columns)
-        entities: list[dict[str, Any]] = [{} for _ in range(asked.count)]
-        given = sorted(asked.columns)
+        request = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
+        rows, fault = await self._rows(request.columns)
         now = dt.datetime.now(dt.UTC)
-        prediction_id = self._write(edge, now, now, entities, asked.columns, rows, given, None, fault)
+        prediction_id = self._log_prediction(
+            edge,
+            now,
+            as_of=now,
+            entities=[{} for _ in range(request.count)],
+            columns=request.columns,
+            rows=rows,
+            given=sorted(request.columns),
+            defaulted=None,
+            fault=fault,
+        )
         if fault:
             return self._failed(fault, prediction_id)
         head = {
             "model_name": self._version.name,
             "model_version": str(self._version.version),
-            **({} if asked.id is None else {"id": asked.id}),
+            **({} if request.id is None else {"id": request.id}),
             "parameters": {
                 "prediction_id": prediction_id,
                 "variant": edge.variant,
             },
         }
-        outputs = inference_protocol.results(self._model.signature, rows)
-        return _tensors(
-            *inference_protocol.answered(head, outputs, asked.outputs), {PREDICTION_ID: prediction_id}
-        )
+        outputs = inference_protocol.output_tensors(self._model.signature, rows)
+        content_and_length = inference_protocol.encode_answer(head, outputs, request.outputs)
+        return _tensor_response(*content_and_length, {PREDICTION_ID_HEADER: prediction_id})
 
-    def _write(
+    def _log_prediction(
         self,
         edge: EdgeHeaders,
         now: dt.datetime,
+        *,
         as_of: dt.datetime,
         entities: list[dict[str, Any]],
         columns: dict[str, list[Any]],
@@ -202,7 +218,7 @@ class Predictor:
         defaulted: dict[str, list[int]] | None,
         fault: str,
     ) -> str:
-        """Write the answer down before it leaves; gives its id."""
+        """Append an answer's record to the log, before the answer is sent; return the prediction's id."""
         prediction_id = os.urandom(16).hex()
         moment = now.isoformat()
         record = PredictionRecord(
@@ -227,7 +243,7 @@ class Predictor:
         return prediction_id
 
 
-def _tensors(body: bytes, json_length: int | None, headers: dict[str, str]) -> Response:
+def _tensor_response(body: bytes, json_length: int | None, headers: dict[str, str]) -> Response:
     if json_length is None:
         return Response(body, media_type="application/json", headers=headers)
     headers = headers | {inference_protocol.JSON_LENGTH: str(json_length)}

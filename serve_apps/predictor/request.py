@@ -1,4 +1,4 @@
-"""What a client may ask, checked and turned into plain values; nothing here touches a store or a model."""
+"""Parse and validate `:predict` requests into plain values, without access to a store or a model."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from cluster.runtime.signature import InputSpec
 from cluster.runtime.values import NotOfType, ValueType, value_type
 from feature_jobs.store.catalog.specifications import FieldSpec
 from feature_jobs.store.types.dtypes import from_json, list_of
+from serve_apps.replica.contract import MAX_ENTITIES
 
-MAX_ENTITIES = 1000
 MAX_INTEGER = 2**63
-MAX_SHOWN = 60
+MAX_QUOTED = 60
+"""Characters of a client's value in a message."""
 _KNOWN_FIELDS = frozenset({"entities", "features", "as_of"})
 
-Asked = InputSpec | FieldSpec
-"""An input of the model, or one that an on-demand transform alone takes."""
+RequestInput = InputSpec | FieldSpec
+"""An input of the model, or an input of on-demand transforms only."""
 Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ByKey:
-    """A request of `:predict`: features are read by the entities' keys."""
+class PredictRequest:
+    """A `:predict` request: features are read by the entities' join keys."""
 
     entities: list[dict[str, Any]]
     overrides: dict[str, list[Any]]
-    """Input to one value per entity, taking the place of what the store holds."""
+    """Input to one value for each entity, in place of the stored value."""
     as_of: dt.datetime
 
 
-def parse_predict(body: dict[str, Any], inputs: Mapping[str, Asked], *, now: dt.datetime) -> ByKey:
-    """The request in a `:predict` body.
+def parse_predict(
+    body: dict[str, Any], inputs: Mapping[str, RequestInput], *, now: dt.datetime
+) -> PredictRequest:
+    """Parse a `:predict` body.
 
     Raises:
-        InvalidRequest: saying which field is wrong, and how.
+        InvalidRequest: a field is wrong; the message names it.
     """
     if unknown := body.keys() - _KNOWN_FIELDS:
         raise InvalidRequest(f"Unknown field '{min(unknown)}'.{did_you_mean(min(unknown), _KNOWN_FIELDS)}")
@@ -47,14 +50,15 @@ def parse_predict(body: dict[str, Any], inputs: Mapping[str, Asked], *, now: dt.
         name: override(inputs, name, value, len(entities))
         for name, value in _object(body, "features").items()
     }
-    return ByKey(entities=entities, overrides=overrides, as_of=parse_as_of(body.get("as_of"), now))
+    as_of = parse_as_of(body.get("as_of"), now)
+    return PredictRequest(entities=entities, overrides=overrides, as_of=as_of)
 
 
-def override(inputs: Mapping[str, Asked], name: str, value: Any, count: int) -> list[Any]:
-    """One value per entity for an input, from a single value or a list of them; a value may be a list itself.
+def override(inputs: Mapping[str, RequestInput], name: str, value: Any, count: int) -> list[Any]:
+    """Return one value of an input for each entity, from a single value or a list; a value may itself be a list.
 
     Raises:
-        InvalidRequest: an unknown input, a wrong number of values, or one of the wrong type.
+        InvalidRequest: the input is unknown, the number of values is wrong, or a value has the wrong type.
     """
     spec = inputs.get(name)
     if spec is None:
@@ -67,11 +71,11 @@ def override(inputs: Mapping[str, Asked], name: str, value: Any, count: int) -> 
     return fit_values(spec, values)
 
 
-def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
-    """The values as the input's type has them; null is always allowed.
+def fit_values(spec: RequestInput, values: list[Any]) -> list[Any]:
+    """Convert values to the input's type; null is always allowed.
 
     Raises:
-        InvalidRequest: one is not of the type.
+        InvalidRequest: a value does not fit the type.
     """
     if isinstance(spec, FieldSpec):
         for value in values:
@@ -89,12 +93,12 @@ def fit_values(spec: Asked, values: list[Any]) -> list[Any]:
             got = type(error.value).__name__
             raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {got}.") from error
         raise InvalidRequest(
-            f"Input '{spec.name}' must be {error.wanted}, got {shown(error.value)}."
+            f"Input '{spec.name}' must be {error.wanted}, got {shortened(error.value)}."
         ) from error
 
 
 def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
-    """A list whose elements are of the input's type; what a float32 cannot hold is found when it is encoded."""
+    """Validate a list of the input's type; encoding later finds numbers that a float32 cannot hold."""
     try:
         if not isinstance(value, list) or len(value) != spec.length or None in value:
             raise NotOfType(value, "")
@@ -102,12 +106,12 @@ def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
     except NotOfType as error:
         raise InvalidRequest(
             f"Input '{spec.name}' must be a list of {spec.length} numbers ({spec.dtype}) or null, "
-            f"got {shown(error.value)}."
+            f"got {shortened(error.value)}."
         ) from error
 
 
 def _check_rich(spec: FieldSpec, value: Any) -> None:
-    """Refuse what is no list, date, time, decimal or bytes as the field has them; null is always allowed."""
+    """Validate a list, date, time, decimal or bytes by the field's type; null is always allowed."""
     if value is None:
         return
     try:
@@ -117,28 +121,28 @@ def _check_rich(spec: FieldSpec, value: Any) -> None:
 
 
 def _fit_unknown(spec: InputSpec, values: list[Any]) -> list[Scalar]:
-    """Of a type that has no plain values of its own: numbers, as ever."""
+    """Accept only numbers for a type that has no plain values of its own."""
     for value in values:
         if isinstance(value, dict | list):
             raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
         if isinstance(value, str):
-            raise InvalidRequest(f"Input '{spec.name}' must be a number, got {shown(value)}.")
+            raise InvalidRequest(f"Input '{spec.name}' must be a number, got {shortened(value)}.")
         if isinstance(value, int) and abs(value) >= MAX_INTEGER:
             raise InvalidRequest(f"Input '{spec.name}' is beyond 64 bits.")
     return values
 
 
-def shown(value: Any) -> str:
-    """What a client sent, for a message: the beginning of it, if it is long."""
-    text = repr(value[:MAX_SHOWN] if isinstance(value, str | list) else value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+def shortened(value: Any) -> str:
+    """Quote a client's value for a message, cut to `MAX_QUOTED` characters."""
+    text = repr(value[:MAX_QUOTED] if isinstance(value, str | list) else value)
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
 
 
 def parse_entities(value: Any) -> list[dict[str, Any]]:
-    """Entities by key, as a request gives them.
+    """Validate a request's entities: objects of join keys.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: there are too few or too many, or a key is not text or a 64-bit integer.
     """
     if not isinstance(value, list) or not value:
         raise InvalidRequest('Give "entities" as a list with at least one object of entity keys.')
@@ -147,12 +151,12 @@ def parse_entities(value: Any) -> list[dict[str, Any]]:
     for position, entity in enumerate(value):
         if not isinstance(entity, dict) or not entity:
             raise InvalidRequest(f"entities[{position}] must be an object of entity keys.")
-        for key, one in entity.items():
-            if not isinstance(one, str | int) or isinstance(one, bool):
+        for key, key_value in entity.items():
+            if not isinstance(key_value, str | int) or isinstance(key_value, bool):
                 raise InvalidRequest(
-                    f"entities[{position}].{key} must be text or a whole number, got {shown(one)}."
+                    f"entities[{position}].{key} must be text or a whole number, got {shortened(key_value)}."
                 )
-            if isinstance(one, int) and abs(one) >= MAX_INTEGER:
+            if isinstance(key_value, int) and abs(key_value) >= MAX_INTEGER:
                 raise InvalidRequest(f"entities[{position}].{key} is beyond 64 bits.")
     return value
 
@@ -167,24 +171,24 @@ def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def parse_as_of(value: Any, now: dt.datetime) -> dt.datetime:
-    """A moment, as a request gives it; none is now.
+    """Parse a request's `as_of`; None gives `now`.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: it is not an ISO 8601 instant.
     """
     if value is None:
         return now
     try:
         return to_utc(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {shown(value)}.') from error
+        raise InvalidRequest(f'"as_of" must be an ISO 8601 instant, got {shortened(value)}.') from error
 
 
 def to_utc(text: str) -> dt.datetime:
-    """An ISO 8601 instant; without a zone it is UTC.
+    """Parse an ISO 8601 instant; without a zone it is UTC.
 
     Raises:
-        TypeError, ValueError, OverflowError: no instant, or none within the years 1 to 9999 in UTC.
+        TypeError, ValueError, OverflowError: the text is not an instant, or is outside the years 1 to 9999 in UTC.
     """
     instant = dt.datetime.fromisoformat(text)
     return instant.replace(tzinfo=dt.UTC) if instant.tzinfo is None else instant.astimezone(dt.UTC)

@@ -1,12 +1,12 @@
-"""Shadow mode: another version sees a share of the requests, and nobody sees its answers but the log.
+"""Shadow mode: another version gets copies of a share of the requests; its answers go only into its log.
 
-The replica that answered sends a copy when its answer has left, from threads of its own, over a queue that is bounded:
-where the shadow is slow or down, copies are dropped and counted, and no answer waits. The ledger says which version is
-the shadow; replicas look at its head in the background, so that a request costs one attribute while there is none.
+The replica that answers a request sends the copy after its answer, from its own threads and through a bounded queue. If
+the shadow is slow or down, copies are dropped and counted, and no answer waits. The ledger says which version is the
+shadow. Replicas read the ledger's head in the background, so without a shadow a request costs one attribute access.
 
-A copy goes straight to a replica of the shadow's application as the service that this replica is: the client's token
-and all its headers but those that the model reads stay here. The shadow logs under the same request id, arm and variant
-`shadow`.
+A copy goes directly to a replica of the shadow's application, with this replica's own token. The client's token is not
+sent, and of the client's headers only those that the model reads. The shadow logs the copy under the same request id,
+with arm and variant `shadow`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Sub
 from cluster.records import SHADOW
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
-from serve_apps.predictor.shadow_replicas import Connections, Pace
+from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.replica.edge_headers import EdgeHeaders
 from serve_apps.replica.targets import Targets, addresses_of
 from serve_apps.rollout.assignment import BUCKETS
@@ -41,38 +41,42 @@ from serve_apps.rollout.state import Shadow, States, apply
 LOG = logging.getLogger("falaj.serve")
 LEDGER_INTERVAL_S = 1.0
 SENDERS = 2
+QUEUE_TIMEOUT_S = 1.0
 MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
-"""Together they bound the memory of copies that wait."""
+"""Together they bound the memory of waiting copies."""
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
-    """Counts copies by what became of them."""
-    keys: Any = ("model", "version", "result")  # Ray annotates a tuple of one
+    """Return a function that counts a copy by its result."""
+    keys: Any = ("model", "version", "result")  # Ray's annotation allows only tuples of one element
     copies = metrics.Counter("falaj_shadow_copies", "requests for the shadow", tag_keys=keys)
     copies.set_default_tags(dict(tags))
     return lambda result: copies.inc(tags={"result": result})
 
 
 def is_sampled(request_id: str, share: float) -> bool:
-    """Whether a request is among the share, in percent: the same for whoever asks; one without an id never is."""
+    """Return whether a request is in the share, in percent; a request without an id never is.
+
+    The answer depends only on the id, so it is the same in every process.
+    """
     return bool(request_id) and xxhash.xxh32_intdigest(request_id.encode()) % BUCKETS < share * BUCKETS / 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """A request to be sent again."""
+    """A copy of a request for the shadow."""
 
     operation: Operation
     edge: EdgeHeaders
-    """What the edge said of the request, but that it is the shadow's now."""
+    """The edge's headers, with arm and variant `shadow`."""
     json_length: str
-    """The header `JSON_LENGTH`; empty where the request had none."""
+    """Value of the header `JSON_LENGTH`; empty if the request had none."""
     body: bytes
-    moment: str
-    """At which it was answered: features are read as of then, however long the copy waits."""
+    answered_at: str
+    """Time of the answer. Features are read as of then, however long the copy waits."""
 
     def path(self, model: str) -> str:
-        """That it is sent to, whatever version the client named."""
+        """Return the path to send the copy to, without a version that the client named."""
         return (
             f"/v1/models/{model}:predict"
             if self.operation is Operation.predict
@@ -80,31 +84,31 @@ class Copy:
         )
 
     def content(self) -> bytes:
-        """The body that is sent."""
+        """Return the body to send."""
         if self.operation is not Operation.predict:
             return self.body
-        return orjson.dumps({"as_of": self.moment} | orjson.loads(self.body))
+        return orjson.dumps({"as_of": self.answered_at} | orjson.loads(self.body))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Destination:
-    """Where copies go."""
+    """The shadow and its replicas."""
 
     shadow: Shadow
     addresses: tuple[str, ...]
-    """Of its replicas, as Serve last named them; empty where there was none."""
+    """Addresses of its replicas, as Serve last reported them; may be empty."""
 
 
 class Shadowing:
-    """Copies one replica's requests to the shadow of its model, while there is one.
+    """Copies one replica's requests to the shadow of its model, while one exists.
 
     Args:
-        model, version: that this replica serves; a shadow copies nothing to itself.
-        ledger: says which version is the shadow.
-        fetch_targets: asks Serve for the replicas' addresses of each application.
-        token: this service's own.
-        proof: the installation's secret, without which the shadow's replicas believe no header.
-        count: is told what became of each copy: `sent`, `refused`, `failed` or `dropped`.
+        model, version: the version that this replica serves; a shadow copies nothing to itself.
+        ledger: source of the shadow's events.
+        fetch_targets: fetches the replicas' addresses of each application from Serve.
+        token: returns this replica's own token.
+        proof: the installation's secret; without it the shadow's replicas ignore the edge's headers.
+        count: counts a copy by its result: `sent`, `refused`, `failed` or `dropped`.
     """
 
     def __init__(
@@ -126,18 +130,18 @@ class Shadowing:
         self._count = count
         self._states: States = {}
         self._seq = 0
-        self._to: Destination | None = None
+        self._destination: Destination | None = None
         self._app = ""
-        self._pace = Pace()
+        self._schedule = FetchSchedule()
         self._is_failing = True
-        """Copies do not arrive, or nobody knows where to."""
+        """Copies fail, or the shadow's addresses are not known."""
         self._turn = itertools.count()
         self._waiting: queue.Queue[Copy] = queue.Queue(MAX_WAITING)
         self._ended = threading.Event()
         self._senders: list[threading.Thread] = []
-        threading.Thread(target=self._follow_all, daemon=True, name="shadow").start()
+        threading.Thread(target=self._watch, daemon=True, name="shadow").start()
 
-    def follow(
+    def add_copy(
         self,
         answer: Response,
         operation: Operation,
@@ -146,22 +150,22 @@ class Shadowing:
         *,
         json_length: str = "",
     ) -> Response:
-        """The answer, with a copy of its request behind it if it is one of the share."""
-        to = self._to
-        if to is None or edge.arm == SHADOW:
+        """Return the answer; if its request is in the share, a copy is sent after it."""
+        destination = self._destination
+        if destination is None or edge.arm == SHADOW:
             return answer
-        if is_sampled(edge.request_id, to.shadow.share):
+        if is_sampled(edge.request_id, destination.shadow.share):
             copy = Copy(
                 operation=operation,
                 edge=replace(edge, arm=SHADOW, variant=SHADOW, arrived=""),
                 json_length=json_length,
                 body=body,
-                moment=dt.datetime.now(dt.UTC).isoformat(),
+                answered_at=dt.datetime.now(dt.UTC).isoformat(),
             )
-            answer.background = BackgroundTask(self._offer, copy)
+            answer.background = BackgroundTask(self._enqueue, copy)
         return answer
 
-    async def _offer(self, copy: Copy) -> None:
+    async def _enqueue(self, copy: Copy) -> None:
         try:
             if len(copy.body) > MAX_COPY_BYTES:
                 raise queue.Full
@@ -170,48 +174,49 @@ class Shadowing:
             self._count("dropped")
 
     def close(self) -> None:
-        """Send no more."""
+        """Stop sending copies."""
         self._ended.set()
-        self._to = None
+        self._destination = None
 
-    def _follow_all(self) -> None:
+    def _watch(self) -> None:
         while not self._ended.is_set():
             try:
-                self._look()
-            except Exception as error:  # noqa: BLE001 (nobody starts this thread again)
-                LOG.warning(
-                    "What is to be known of the shadow cannot be read, so the last of it stays: %s", error
-                )
+                self._update()
+            except Exception as error:  # noqa: BLE001 (nothing would start this thread again)
+                LOG.warning("The shadow's state cannot be read, so its last state stays: %s", error)
             self._ended.wait(LEDGER_INTERVAL_S)
 
-    def _look(self) -> None:
-        """Take up what the ledger and Serve say."""
-        self._follow_ledger()
+    def _update(self) -> None:
+        """Take the shadow from the ledger, and its addresses from Serve when they are due."""
+        self._read_ledger()
         state = self._states.get(self._model)
         shadow = state.shadow if state else None
         if self._ended.is_set() or shadow is None or shadow.version == self._version:
-            self._to, self._app = None, ""
+            self._destination, self._app = None, ""
             return
         if shadow.app != self._app:
-            self._to, self._app, self._pace, self._is_failing = None, shadow.app, Pace(), True
-        if self._to is not None:
-            self._to = replace(self._to, shadow=shadow)
+            self._destination, self._app = None, shadow.app
+            self._schedule, self._is_failing = FetchSchedule(), True
+        if self._destination is not None:
+            self._destination = replace(self._destination, shadow=shadow)
         self._start_senders()
-        if self._pace.is_due(failing=self._is_failing):
+        if self._schedule.is_due(failing=self._is_failing):
             self._is_failing = True  # until Serve has answered
             addresses = addresses_of(self._fetch_targets().get(shadow.app, ()))
-            self._to, self._is_failing = Destination(shadow=shadow, addresses=addresses), not addresses
+            self._destination = Destination(shadow=shadow, addresses=addresses)
+            self._is_failing = not addresses
 
-    def _follow_ledger(self) -> None:
+    def _read_ledger(self) -> None:
         head = self._ledger.head()
         if head != self._seq:
             self._ledger.require_known(Subject.serving)
-            news = [*self._news(ShadowStarted), *self._news(ShadowStopped)]
-            for _, event in sorted(news, key=lambda one: one[0]):
+            events = [*self._new_events(ShadowStarted), *self._new_events(ShadowStopped)]
+            for _, event in sorted(events, key=lambda seq_and_event: seq_and_event[0]):
                 self._states = apply(self._states, event)
             self._seq = head
 
-    def _news(self, kind: type[LedgerEvent]) -> list[tuple[int, LedgerEvent]]:
+    def _new_events(self, kind: type[LedgerEvent]) -> list[tuple[int, LedgerEvent]]:
+        """Return the model's new events of a kind, with their sequence numbers."""
         entries = self._ledger.entries(kind, after=self._seq)
         return [(entry.seq, entry.event()) for entry in entries if entry.payload["model"] == self._model]
 
@@ -225,28 +230,29 @@ class Shadowing:
     def _send_all(self) -> None:
         with contextlib.closing(Connections()) as connections:
             while not self._ended.is_set():
-                to = self._to
-                connections.keep(to.addresses if to else ())
+                destination = self._destination
+                connections.close_others(destination.addresses if destination else ())
                 try:
-                    copy = self._waiting.get(timeout=1.0)
+                    copy = self._waiting.get(timeout=QUEUE_TIMEOUT_S)
                 except queue.Empty:
                     continue
-                self._count(self._sent(copy, connections))
+                self._count(self._send(copy, connections))
 
-    def _sent(self, copy: Copy, connections: Connections) -> str:
-        """What became of a copy."""
-        to = self._to
-        if to is None or not to.addresses:
+    def _send(self, copy: Copy, connections: Connections) -> str:
+        """Send a copy and return its result."""
+        destination = self._destination
+        if destination is None or not destination.addresses:
             return "dropped"
-        address = to.addresses[next(self._turn) % len(to.addresses)]
+        address = destination.addresses[next(self._turn) % len(destination.addresses)]
+        app = destination.shadow.app
         try:
             headers = copy.edge.sent(self._proof) | {"authorization": f"Bearer {self._token()}"}
             if copy.json_length:
                 headers[JSON_LENGTH] = copy.json_length
-            path = f"/{to.shadow.app}{copy.path(self._model)}"
+            path = f"/{app}{copy.path(self._model)}"
             status = connections.post(address, path, copy.content(), headers)
-        except Exception as error:  # noqa: BLE001 (a copy is lost, whatever the reason; the next may arrive)
-            LOG.debug("A copy for %s at %s failed: %s", to.shadow.app, address, error)
+        except Exception as error:  # noqa: BLE001 (only this copy is lost; the next may arrive)
+            LOG.debug("A copy for %s at %s failed: %s", app, address, error)
             self._is_failing = True
             return "failed"
         return "sent" if status == 200 else "refused"

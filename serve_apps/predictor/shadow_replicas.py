@@ -1,4 +1,4 @@
-"""The shadow's replicas as a replica beside them sees them: when Serve is asked for them, and connections to them."""
+"""Connections from a replica to the shadow's replicas, and the schedule for fetching their addresses from Serve."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from collections.abc import Callable, Collection, Mapping
 
 from cluster.own_server import require_own_peer
 
-INTERVAL_S, FIRST_S = 10.0, 1.0
+INTERVAL_S, FIRST_RETRY_S = 10.0, 1.0
 TIMEOUT_S = 5.0
 
 
-class Pace:
-    """When to ask Serve: every replica does, and one dashboard answers all of them.
+class FetchSchedule:
+    """When to fetch the addresses: rarely, because every replica does, and one dashboard answers all of them.
 
-    So now and then, and sooner only where copies do not arrive: ever less so, the longer that goes on.
+    While copies fail, fetches are more frequent, with waits that double up to the normal interval.
 
     Args:
-        clock: seconds.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._asked: float | None = None
-        self._patience_s = FIRST_S
+        self._last_at: float | None = None
+        self._retry_s = FIRST_RETRY_S
 
     def is_due(self, *, failing: bool) -> bool:
-        """Whether to ask now; it counts as asked then."""
+        """Return whether to fetch now; True counts as a fetch."""
         now = self._clock()
-        wait_s = self._patience_s if failing else INTERVAL_S
-        if self._asked is not None and now < self._asked + wait_s:
+        wait_s = self._retry_s if failing else INTERVAL_S
+        if self._last_at is not None and now < self._last_at + wait_s:
             return False
-        self._asked = now
-        self._patience_s = min(2 * self._patience_s, INTERVAL_S) if failing else FIRST_S
+        self._last_at = now
+        self._retry_s = min(2 * self._retry_s, INTERVAL_S) if failing else FIRST_RETRY_S
         return True
 
 
 class Connections:
-    """One to each replica, kept for the next copy; they are one thread's."""
+    """Open connections of one thread, one for each replica."""
 
     def __init__(self) -> None:
         self._open: dict[str, http.client.HTTPConnection] = {}
 
-    def keep(self, addresses: Collection[str]) -> None:
-        """Close those to all others: replicas that are gone."""
+    def close_others(self, addresses: Collection[str]) -> None:
+        """Close the connections to all other addresses, because their replicas are gone."""
         for address in self._open.keys() - set(addresses):
             self._open.pop(address).close()
 
     def close(self) -> None:
-        """Close all."""
-        self.keep(())
+        """Close all connections."""
+        self.close_others(())
 
     def post(self, address: str, path: str, body: bytes, headers: Mapping[str, str]) -> int:
-        """Send a request, once; gives the answer's status.
+        """Send a request once, and return the answer's status.
 
-        A replica closes a connection that was idle for 90 s. That is seen before anything is sent: to send again what
-        got no answer could have the shadow log one request twice, and count it twice in every comparison.
+        A replica closes a connection that was idle for 90 s. This is detected before anything is sent. Sending a
+        request again after no answer could make the shadow log it twice, and count it twice in every comparison.
 
         Raises:
-            OSError, http.client.HTTPException: it did not arrive, or was not answered.
+            OSError, http.client.HTTPException: the request did not arrive, or got no answer.
         """
         connection = self._open.pop(address, None)
         if connection is None or _is_closed(connection):
@@ -82,13 +82,13 @@ class Connections:
 
 
 def _connect(connection: http.client.HTTPConnection) -> None:
-    """Connect to a replica, which is a process of this one's user: a token goes along."""
+    """Connect to a replica, and require that its process belongs to this user, because a token will be sent to it."""
     connection.connect()
     require_own_peer(connection.sock, owner=os.geteuid())
 
 
 def _is_closed(connection: http.client.HTTPConnection) -> bool:
-    """Whether there is something to read although nothing was asked, which is the other side's end."""
+    """Return whether the other side has closed the connection: it is readable although no request is open."""
     if connection.sock is None:
         return True
     poll = select.poll()

@@ -1,8 +1,8 @@
-"""Tensors of the Open Inference Protocol v2: a request's to columns of plain values, an answer's to JSON or raw bytes.
+"""Tensors of the Open Inference Protocol v2: parse a request's into plain values, encode an answer's as raw bytes.
 
-A null in JSON data is a missing value. Raw data has no null: there a NaN is the missing value, as it is for numpy and
-pandas, and an infinity is refused, as it is in JSON. Raw data is little-endian and row-major, without padding; an item
-of BYTES is its length in four bytes and as many bytes of UTF-8.
+In JSON data, null is a missing value. Raw data has no null, so NaN is the missing value, as in numpy and pandas. An
+infinity is refused, as in JSON. Raw data is little-endian and row-major, without padding. An item of BYTES is its
+length in four bytes, then that many bytes of UTF-8.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy.typing as npt
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.types.dtypes import MAX_LIST
-from serve_apps.predictor.request import MAX_ENTITIES, MAX_INTEGER, Scalar, shown
+from serve_apps.predictor.request import MAX_INTEGER, Scalar, shortened
+from serve_apps.replica.contract import MAX_ENTITIES
 
 _LENGTH = struct.Struct("<I")
-"""Of an item of BYTES."""
+"""Length of an item of BYTES."""
 
 
 class Kind(enum.Enum):
-    """What a model's input can take the place of what."""
+    """Kind of values; a tensor fits an input only if both have the same kind."""
 
     number = "a number"
     flag = "true or false"
@@ -40,18 +41,18 @@ class Datatype:
     name: str
     kind: Kind
     types: frozenset[type]
-    """What JSON values of it are read as."""
+    """Python types of its JSON values."""
     item: npt.DTypeLike | None = None
-    """An item in raw data; none where items have their own lengths."""
+    """Type of an item in raw data; None if items have their own lengths."""
     limits: tuple[int, int] | None = None
-    """Least and greatest whole number."""
+    """Smallest and greatest integer."""
     greatest: float | None = None
-    """Greatest finite number of a floating type, of either sign."""
+    """Greatest finite number of a floating type; the smallest is its negative."""
 
 
-def _whole(name: str, item: str) -> Datatype:
+def _integer(name: str, item: str) -> Datatype:
     bounds = np.iinfo(item)
-    # The log and what reads it know no number beyond 64 bits with a sign.
+    # The log and its readers support only signed 64-bit integers.
     limits = (max(int(bounds.min), 1 - MAX_INTEGER), min(int(bounds.max), MAX_INTEGER - 1))
     return Datatype(name=name, kind=Kind.number, types=frozenset({int}), item=item, limits=limits)
 
@@ -63,11 +64,11 @@ def _floating(name: str, item: str) -> Datatype:
 
 
 DATATYPES = {
-    one.name: one
-    for one in (
+    datatype.name: datatype
+    for datatype in (
         Datatype(name="BOOL", kind=Kind.flag, types=frozenset({bool}), item="u1"),
-        *(_whole(f"UINT{8 * size}", f"<u{size}") for size in (1, 2, 4, 8)),
-        *(_whole(f"INT{8 * size}", f"<i{size}") for size in (1, 2, 4, 8)),
+        *(_integer(f"UINT{8 * size}", f"<u{size}") for size in (1, 2, 4, 8)),
+        *(_integer(f"INT{8 * size}", f"<i{size}") for size in (1, 2, 4, 8)),
         *(_floating(f"FP{8 * size}", f"<f{size}") for size in (2, 4, 8)),
         Datatype(name="BYTES", kind=Kind.text, types=frozenset({str})),
     )
@@ -76,21 +77,21 @@ DATATYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """An input as it was given, checked by itself."""
+    """A request's input, validated without the model's signature."""
 
     name: str
     datatype: Datatype
     values: list[Any]
-    """One a row: a scalar, or a list where the tensor is wider than one; a list of nulls alone is a null."""
+    """One value for each row: a scalar, or a list if `width` is above 1; a list of only nulls becomes None."""
     width: int
-    """Values a row."""
+    """Values in a row."""
 
 
 class RawData:
-    """The bytes after a request's JSON, taken input by input in their order.
+    """The bytes behind a request's JSON, taken by the inputs in their order.
 
     Args:
-        data: all of them; none where the request did not say that there are any.
+        data: all bytes; None if the request does not have the header with the JSON's length.
     """
 
     def __init__(self, data: memoryview | None = None) -> None:
@@ -98,45 +99,45 @@ class RawData:
         self._announced = data is not None
 
     def take(self, name: str, size: Any) -> memoryview:
-        """The next bytes, those of the named input.
+        """Return the next bytes, which belong to the named input.
 
         Raises:
-            InvalidRequest: a size that is none, or more than is left.
+            InvalidRequest: the size is not a number, or is more than the rest.
         """
         if not self._announced:
             raise InvalidRequest(
-                f"Input '{name}' has binary_data_size, but the request no Inference-Header-Content-Length."
+                f"Input '{name}' has binary_data_size, but the request has no Inference-Header-Content-Length."
             )
         if type(size) is not int or not 0 <= size <= len(self._left):
             raise InvalidRequest(
-                f"Input '{name}' has binary_data_size {shown(size)}; {len(self._left)} bytes are left."
+                f"Input '{name}' has binary_data_size {shortened(size)}; {len(self._left)} bytes are left."
             )
         taken, self._left = self._left[:size], self._left[size:]
         return taken
 
     def finish(self) -> None:
-        """Nothing may be left.
+        """Require that the inputs took all bytes.
 
         Raises:
-            InvalidRequest
+            InvalidRequest: bytes are left.
         """
         if len(self._left):
             raise InvalidRequest(f"{len(self._left)} bytes of binary data belong to no input.")
 
 
 def read_tensor(content: Any, raw: RawData) -> Tensor:
-    """One of a request's `inputs`; of a shape [n] or [n, m], its data nested as the shape says, flat, or raw.
+    """Parse one of a request's `inputs`, of shape [n] or [n, m]; its data is nested by the shape, flat, or raw.
 
     Raises:
-        InvalidRequest: naming the input and what of it does not fit.
+        InvalidRequest: the input is wrong; the message names it.
     """
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        raise InvalidRequest("Each input is an object with name, shape, datatype and data.")
-    name, stated = content["name"], content.get("datatype")
-    datatype = DATATYPES.get(stated) if isinstance(stated, str) else None
+        raise InvalidRequest("Each input must be an object with name, shape, datatype and data.")
+    name, datatype_name = content["name"], content.get("datatype")
+    datatype = DATATYPES.get(datatype_name) if isinstance(datatype_name, str) else None
     if datatype is None:
         raise InvalidRequest(
-            f"Input '{name}' has the unknown datatype {shown(stated)}. Known: {', '.join(DATATYPES)}."
+            f"Input '{name}' has the unknown datatype {shortened(datatype_name)}. Known: {', '.join(DATATYPES)}."
         )
     shape = _shape(name, content.get("shape"))
     parameters = parameters_of(content, f"Input '{name}'")
@@ -144,31 +145,31 @@ def read_tensor(content: Any, raw: RawData) -> Tensor:
         values = _from_json(name, datatype, shape, content.get("data"))
         return Tensor(name=name, datatype=datatype, values=_rows(name, shape, values), width=_width(shape))
     if "data" in content:
-        raise InvalidRequest(f"Input '{name}' has both data and binary_data_size; give one.")
+        raise InvalidRequest(f"Input '{name}' has both data and binary_data_size; give only one of them.")
     data = raw.take(name, parameters["binary_data_size"])
     values = _from_raw(name, datatype, shape[0] * _width(shape), data)
     return Tensor(name=name, datatype=datatype, values=_rows(name, shape, values), width=_width(shape))
 
 
-def parameters_of(content: dict[str, Any], what: str) -> dict[str, Any]:
-    """The `parameters` of a request or a tensor; those that nobody here knows are passed over, as the protocol has it.
+def parameters_of(content: dict[str, Any], owner: str) -> dict[str, Any]:
+    """Return the `parameters` of a request or a tensor; unknown ones are ignored, as the protocol requires.
 
     Raises:
-        InvalidRequest: they are no object, or ask for what is not there and would change the answer.
+        InvalidRequest: they are not an object, or name an unsupported extension that would change the answer.
     """
     parameters = content.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise InvalidRequest(f"{what}: parameters must be an object, got {type(parameters).__name__}.")
+        raise InvalidRequest(f"{owner}: parameters must be an object, got {type(parameters).__name__}.")
     for unsupported in ("shared_memory_region", "classification"):
         if unsupported in parameters:
-            raise InvalidRequest(f"{what}: the extension of '{unsupported}' is not supported here.")
+            raise InvalidRequest(f"{owner}: the extension of '{unsupported}' is not supported.")
     return parameters
 
 
 def to_raw(datatype: str, values: list[Any]) -> bytes:
-    """Raw data of an answer's tensor."""
+    """Encode an answer's tensor as raw data."""
     item = DATATYPES[datatype].item
     if item is not None:
         return np.array(values, dtype=item).tobytes()
@@ -180,10 +181,12 @@ def _shape(name: str, shape: Any) -> list[int]:
     fits = isinstance(shape, list) and all(type(size) is int for size in shape)
     if not fits or not (len(shape) == 1 or (len(shape) == 2 and 1 <= shape[1] <= MAX_LIST)):
         raise InvalidRequest(
-            f"Input '{name}' has shape {shown(shape)}; give [n], [n, 1], or [n, m] for a list."
+            f"Input '{name}' has shape {shortened(shape)}; give [n], [n, 1], or [n, m] for a list."
         )
     if not 1 <= shape[0] <= MAX_ENTITIES:
-        raise InvalidRequest(f"Input '{name}' has shape {shape}; a request has 1 to {MAX_ENTITIES} rows.")
+        raise InvalidRequest(
+            f"Input '{name}' has shape {shape}; a request must have 1 to {MAX_ENTITIES} rows."
+        )
     return list(shape)
 
 
@@ -195,14 +198,14 @@ def _rows(name: str, shape: list[int], values: list[Scalar]) -> list[Any]:
     width = _width(shape)
     if width == 1:
         return values
-    rows = [values[at : at + width] for at in range(0, len(values), width)]
+    rows = [values[start : start + width] for start in range(0, len(values), width)]
     if None in values:
-        missing = [set(map(type, row)) == {NoneType} for row in rows]
-        if any(None in row and not gone for row, gone in zip(rows, missing, strict=True)):
+        all_null = [set(map(type, row)) == {NoneType} for row in rows]
+        if any(None in row and not is_null for row, is_null in zip(rows, all_null, strict=True)):
             raise InvalidRequest(
-                f"Input '{name}' has a row that is missing in part; a list is whole or missing."
+                f"Input '{name}' has a row with some nulls; a list has either no null or only nulls."
             )
-        return [None if gone else row for row, gone in zip(rows, missing, strict=True)]
+        return [None if is_null else row for row, is_null in zip(rows, all_null, strict=True)]
     return rows
 
 
@@ -215,13 +218,13 @@ def _from_json(name: str, datatype: Datatype, shape: list[int], data: Any) -> li
         values = [value for row in data for value in row]
     if len(values) != shape[0] * width:
         raise InvalidRequest(f"Input '{name}' has shape {shape} and {len(values)} values.")
-    found = set(map(type, values)) - {NoneType}
-    if not found <= datatype.types:
+    types = set(map(type, values)) - {NoneType}
+    if not types <= datatype.types:
         wrong = next(value for value in values if value is not None and type(value) not in datatype.types)
-        raise InvalidRequest(f"Input '{name}' is {datatype.name}, which cannot hold {shown(wrong)}.")
-    if found:
+        raise InvalidRequest(f"Input '{name}' is {datatype.name}, which cannot hold {shortened(wrong)}.")
+    if types:
         _check_limits(name, datatype, [value for value in values if value is not None])
-    if int in found and float in datatype.types:
+    if int in types and float in datatype.types:
         return [None if value is None else float(value) for value in values]
     return values
 
@@ -257,7 +260,8 @@ def _from_raw(name: str, datatype: Datatype, count: int, data: memoryview) -> li
     if datatype.limits is not None:
         _check_limits(name, datatype, values)
         return values
-    if math.isfinite(sum(values)):  # a NaN or an infinity would be in the sum; a look at each is dearer
+    # A NaN or an infinity makes the sum non-finite; testing each value costs more.
+    if math.isfinite(sum(values)):
         return values
     if any(map(math.isinf, values)):
         raise InvalidRequest(f"Input '{name}' must be finite; a missing value is NaN.")
@@ -265,18 +269,18 @@ def _from_raw(name: str, datatype: Datatype, count: int, data: memoryview) -> li
 
 
 def _texts(name: str, count: int, data: memoryview) -> list[str]:
-    whole, size = bytes(data), len(data)
+    content, size = bytes(data), len(data)
     texts: list[str] = []
-    at = 0
+    end = 0
     try:
         for position in range(count):
-            begin = at + _LENGTH.size
-            at = begin + _LENGTH.unpack_from(whole, at)[0] if begin <= size else begin
-            if at > size:
+            start = end + _LENGTH.size
+            end = start + _LENGTH.unpack_from(content, end)[0] if start <= size else start
+            if end > size:
                 raise InvalidRequest(f"Input '{name}' ends within its item {position} of {count}.")
-            texts.append(whole[begin:at].decode())
+            texts.append(content[start:end].decode())
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"Input '{name}' has an item {len(texts)} that is no UTF-8.") from error
-    if at != size:
-        raise InvalidRequest(f"Input '{name}' has {size - at} bytes behind its {count} items.")
+        raise InvalidRequest(f"Item {len(texts)} of input '{name}' is not UTF-8.") from error
+    if end != size:
+        raise InvalidRequest(f"Input '{name}' has {size - end} bytes behind its {count} items.")
     return texts

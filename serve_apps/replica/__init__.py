@@ -1,1 +1,1 @@
-"""What every replica shares: requests and answers, the check of tokens, records, load."""
+"""Shared parts of all replicas: HTTP requests and answers, token checks, record logs, load."""

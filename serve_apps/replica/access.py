@@ -1,4 +1,7 @@
-"""The replica's own check of who asks: the edge checked already, but a replica's port could be reached another way."""
+"""The replica's own check of tokens and permissions.
+
+The edge has checked already, but a client could reach a replica's port without the edge.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ from cluster.storage import layout
 FLUSH_S, CLOSE_S = 60.0, 5.0
 MAX_CACHED = 10_000
 MAX_CACHED_S = 60
-"""So long at most a token is remembered: that of a key taken away does not live on here."""
+"""Maximum time a verified token is cached, so that tokens of a withdrawn key end soon."""
 
 
 class AccessCheck:
-    """Verifies tokens, and remembers each for a while, because an ES256 signature costs more than a prediction.
+    """Verifies tokens and checks permissions; verified tokens are cached, because ES256 costs more than a prediction.
 
     Args:
-        verifier: of the tokens that are believed here.
-        policy: decides.
-        resource: what is asked for.
-        environment: what the policies call this installation.
-        append: where decisions are recorded; it must not keep a request waiting.
+        verifier: verifier of the installation's tokens.
+        policy: the policies that decide.
+        resource: default resource of a check.
+        environment: the installation's name in the policies.
+        append: records decisions; it must not delay a request.
     """
 
     def __init__(
@@ -56,11 +59,10 @@ class AccessCheck:
 
     @classmethod
     def of(cls, config: PlatformConfig, resource: Resource, ledger: Ledger) -> AccessCheck:
-        """As the running cluster is, whatever its deployer's command line said; decisions are written to the ledger in
-        the background.
+        """Build a check with the running cluster's identity settings; decisions go to the ledger in the background.
 
         Raises:
-            ConfigError: the configuration contradicts the cluster.
+            ConfigError: the configuration contradicts the cluster's record.
         """
         hold_to(require_record(config), config)
         return cls(
@@ -68,26 +70,27 @@ class AccessCheck:
             policy=Policy.load(region=config.cluster.region),
             resource=resource,
             environment=config.identity.environment,
-            append=in_background(ledger),
+            append=append_in_background(ledger),
         )
 
     def close(self) -> None:
-        """Record the strangers of the last window; a replica that is killed loses a minute of their number at most."""
+        """Record the last counts of unauthenticated requests; a killed replica loses at most a minute of counts."""
         self._ended.set()
         self._keeper.join(CLOSE_S)
 
     def __call__(
         self, authorization: str | None, action: Action, resource: Resource | None = None
     ) -> Principal:
-        """The principal, if it may do the action.
+        """Return the token's principal, if it may do the action.
 
         Args:
-            authorization: the header.
-            action: what is asked.
-            resource: of the action, where it is not what this check is for.
+            authorization: value of the Authorization header.
+            action: the requested action.
+            resource: resource of the action; None takes this check's default.
 
         Raises:
-            Unauthenticated, AccessDenied
+            Unauthenticated: the token is missing or not valid.
+            AccessDenied: the policies do not allow the action.
         """
         try:
             principal = self._principal(authorization)
@@ -98,10 +101,10 @@ class AccessCheck:
         return principal
 
     def check(self, principal: Principal, action: Action, *resources: Resource) -> None:
-        """Go on only if a principal may do the action to every one of these, too.
+        """Require that a principal may do the action to each resource.
 
         Raises:
-            AccessDenied
+            AccessDenied: the policies do not allow it for one of them.
         """
         for resource in resources:
             decision = self._policy.decide(principal, action, resource, environment=self._environment)
@@ -126,17 +129,17 @@ class AccessCheck:
         return principal
 
 
-def in_background(ledger: Ledger) -> Append:
-    """Appends to the ledger in a thread, in order; what cannot be written is logged."""
+def append_in_background(ledger: Ledger) -> Append:
+    """Return a function that appends to the ledger in a thread, in order, and logs its errors."""
     writer = ThreadPoolExecutor(1, "decisions")
 
-    def complain(written: Future[object]) -> None:
+    def log_error(written: Future[object]) -> None:
         if (error := written.exception()) is not None:
-            logging.getLogger("falaj.serve").error("A decision could not be recorded: %s", error)
+            logging.getLogger("falaj.serve").error("An event could not be recorded: %s", error)
 
     def append(event: LedgerEvent, *, actor: str) -> object:
         written: Future[object] = writer.submit(ledger.append, event, actor=actor)
-        written.add_done_callback(complain)
+        written.add_done_callback(log_error)
         return written
 
     return append

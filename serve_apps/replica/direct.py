@@ -1,9 +1,9 @@
-"""Requests go from a replica's HTTP server straight to its application, past Serve's own handling of each.
+"""Pass requests from a replica's HTTP server directly to its application, without Serve's handling of each request.
 
-Serve (2.60) makes an id, metadata, a context and metrics for every request, which takes a third as long as answering
-it does; the edge and the applications have their own. Serve lets its servers be given middlewares, and the outermost
-may answer by itself. What Serve's proxy passes on, and what asks for a replica's health, goes Serve's way; and a server
-that ends still waits for the answers that it owes.
+Serve (2.60) makes an id, metadata, a context and metrics for every request. That takes a third of the time of an
+answer, and the edge and the applications have their own. Serve accepts middlewares for its servers, and the outermost
+one can answer itself. Requests from Serve's proxy and health checks still go through Serve. A server that stops still
+waits for its open answers.
 """
 
 from __future__ import annotations
@@ -29,50 +29,51 @@ Application = Callable[[Request], Awaitable[Response]]
 class _Direct:
     answer: Application
     prefix: str
-    places: asyncio.Semaphore
+    slots: asyncio.Semaphore
 
 
 class DirectAnswers:
-    """Answers a server's requests below its application's prefix; all others are Serve's: `/-/healthz`, say."""
+    """Middleware that answers requests below the application's prefix; Serve answers all others, like `/-/healthz`."""
 
     of_this_process: ClassVar[_Direct | None] = None
-    """Serve makes an application, then the server, and shows neither to the other."""
+    """A class attribute, because Serve makes an application, then the server, and connects neither to the other."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._serve = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, by ASGI."""
+        """Handle one ASGI request."""
         direct = self.of_this_process
         if direct is None or scope["type"] != "http" or not scope["path"].startswith(direct.prefix):
             await self._serve(scope, receive, send)
             return
         scope["root_path"] = direct.prefix
-        async with direct.places:
+        async with direct.slots:
             response = await direct.answer(Request(scope, receive))
             await response(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls when it starts a server; `cluster.up` names it in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH.
+    """Return the middlewares of a server that Serve starts.
 
-    Its proxy is such a server, too: requests for a version without a replica pass through it.
+    `cluster.up` names this function in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve's proxy is such a server, too:
+    requests for a version without a replica pass through it.
     """
     parse_heads_only()
     return [Middleware(DirectAnswers)]
 
 
-def answer_directly(answer: Application, *, at_once: int) -> None:
-    """Have the requests of this replica answered directly; outside a replica nothing happens.
+def answer_directly(answer: Application, *, max_concurrent: int) -> None:
+    """Register the application of this replica; outside a replica this does nothing.
 
     Args:
         answer: the application.
-        at_once: so many requests at most; the others wait.
+        max_concurrent: requests handled at the same time; the others wait.
     """
     try:
         app = serve.get_replica_context().app_name
     except RayServeException:
         return
     DirectAnswers.of_this_process = _Direct(
-        answer=answer, prefix=f"/{app}", places=asyncio.Semaphore(at_once)
+        answer=answer, prefix=f"/{app}", slots=asyncio.Semaphore(max_concurrent)
     )

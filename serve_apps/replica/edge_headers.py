@@ -1,9 +1,9 @@
-"""What the edge tells a replica about a request, and the proof without which a replica believes none of it.
+"""Headers by which the edge tells a replica about a request, and the proof that they come from the edge.
 
-The edge's headers end up in the log of record: which rollout, arm and unit a prediction belongs to. Anybody who reaches
-a replica's port could write such headers. So whoever sends them (the edge, and a replica that copies a request to a
-shadow) adds a secret of this installation. It lies in a file of the cluster's user, and in HAProxy's environment, but
-on no command line and in no `runtime_env`.
+The headers go into the prediction log: the rollout, arm and unit of a prediction. Any client that reaches a replica's
+port could send such headers. So the sender (the edge, or a replica that copies a request to a shadow) adds a secret of
+this installation. The secret is in a file of the cluster's user and in HAProxy's environment, but on no command line
+and in no `runtime_env`. Without it, a replica ignores the headers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PREFIX = "x-falaj-"
 PROOF = f"{PREFIX}proof"
 REQUEST_ID = f"{PREFIX}request-id"
 ARRIVED = f"{PREFIX}arrived"
-"""Microseconds since 1970 at which the edge had the whole request."""
+"""Microseconds since 1970 when the edge had the whole request."""
 VARIANT = f"{PREFIX}variant"
 ARM = f"{PREFIX}arm"
 ROLLOUT = f"{PREFIX}rollout"
 UNIT_HASH = f"{PREFIX}unit-hash"
 
 PROOF_VARIABLE = "FALAJ_EDGE_PROOF"
-"""By which HAProxy's configuration names the secret, so that its file does not hold it."""
+"""Environment variable that HAProxy's configuration names, so that its file does not contain the secret."""
 _FILE = "edge_proof"
 _FIELDS = {
     REQUEST_ID: "request_id",
@@ -48,7 +48,7 @@ _PROOF = PROOF.encode()
 
 
 def edge_proof(places: Layout) -> str:
-    """The installation's secret. The first process that asks makes it; every later one reads the same.
+    """Return the installation's secret; the first caller creates it, and all later ones read the same.
 
     Raises:
         ConfigError: other users can read the file.
@@ -66,7 +66,7 @@ def edge_proof(places: Layout) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeHeaders:
-    """What the edge said about one request; the defaults are those of a request that came past it."""
+    """Values of the edge's headers of one request; the defaults are for a request that did not come from the edge."""
 
     request_id: str = ""
     variant: str = CHAMPION_VARIANT
@@ -77,7 +77,7 @@ class EdgeHeaders:
     arrived: str = ""
 
     def sent(self, proof: str) -> dict[str, str]:
-        """As headers of a request, with the proof; what is empty is left out."""
+        """Return the request headers with the proof; empty values are left out."""
         values = {name: getattr(self, field) for name, field in _FIELDS.items()}
         return {PROOF: proof} | {name: value for name, value in values.items() if value}
 
@@ -86,7 +86,7 @@ UNPROVED = EdgeHeaders()
 
 
 class EdgeHeaderReader:
-    """Reads the edge's headers of requests that prove that they are the edge's.
+    """Reads the edge's headers of requests that have the proof.
 
     Args:
         proof: the installation's secret.
@@ -96,13 +96,15 @@ class EdgeHeaderReader:
         self._proof = proof.encode()
 
     def read(self, headers: Sequence[tuple[bytes, bytes]]) -> EdgeHeaders:
-        """What the edge said; the defaults where the proof is missing or wrong.
+        """Return the headers' values, or the defaults if the proof is missing or wrong.
 
         Args:
-            headers: of an ASGI scope: names in lower case.
+            headers: headers of an ASGI scope, with names in lower case.
         """
-        given = dict(reversed(headers))  # of two with one name the first counts
-        if not hmac.compare_digest(given.get(_PROOF, b""), self._proof):
+        by_name = dict(reversed(headers))  # the first of repeated headers counts
+        if not hmac.compare_digest(by_name.get(_PROOF, b""), self._proof):
             return UNPROVED
-        said = {field: value.decode("latin-1") for name, field in _READ.items() if (value := given.get(name))}
-        return EdgeHeaders(**said)
+        values = {
+            field: value.decode("latin-1") for name, field in _READ.items() if (value := by_name.get(name))
+        }
+        return EdgeHeaders(**values)

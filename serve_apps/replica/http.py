@@ -1,6 +1,6 @@
-"""Requests and answers as every application here handles them: bounded bodies, JSON errors, never a stack trace.
+"""HTTP requests and answers of all applications: bounded bodies, JSON errors, never a stack trace.
 
-A compressed body is refused: what it would grow to is not bounded by what was sent.
+Compressed bodies are refused, because the size sent does not bound the size after decompression.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cluster.errors import (
     OnlineStoreUnavailable,
     Unauthenticated,
 )
-from serve_apps.replica.within import within
+from serve_apps.replica.contract import MAX_BODY_BYTES
+from serve_apps.replica.timeouts import with_timeout
 
 LOG = logging.getLogger("falaj.serve")
-MAX_BODY_BYTES = 1_000_000
 BODY_TIMEOUT_S = 10.0
-"""For a whole body: while it comes, its request takes the place of another one."""
+"""Timeout for a whole body; while it arrives, its request takes the slot of another one."""
 MAX_MESSAGE = 2000
-"""Characters of an error's message; what it quotes of a request may be longer."""
+"""Characters of an error's message, which may quote a longer text of the request."""
 
 
 class MethodNotAllowed(FalajError):
@@ -55,15 +55,15 @@ class EncodingNotSupported(FalajError):
 
 
 class Unavailable(FalajError):
-    """HTTP 503: nothing was lost, try again."""
+    """HTTP 503: nothing is lost, and the client can try again."""
 
 
 NUMPY = orjson.OPT_SERIALIZE_NUMPY
-"""Lists of numbers come from the online store as arrays."""
+"""The online store returns lists of numbers as arrays."""
 
 
 def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response."""
+    """Return a JSON response."""
     return Response(
         orjson.dumps(content, option=NUMPY),
         status_code=status,
@@ -73,11 +73,11 @@ def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = 
 
 
 def refusal(error: Exception) -> Response:
-    """The response of an error: the contract's `{"error", "code"}`."""
-    headers, more = {}, {}
+    """Return the response for an error: JSON `{"error", "code"}`."""
+    headers, details = {}, {}
     match error:
         case FeatureAbsent():
-            status, message, more = 400, str(error), {"features_status": error.status}
+            status, message, details = 400, str(error), {"features_status": error.status}
         case InvalidRequest():
             status, message = 400, str(error)
         case ClientDisconnect():
@@ -96,43 +96,43 @@ def refusal(error: Exception) -> Response:
             status, message = 413, str(error)
         case EncodingNotSupported():
             status, message, headers = 415, str(error), {"accept-encoding": "identity"}
-        case ModelFailed():  # sent again, it would fail again
+        case ModelFailed():  # no retry-after, because the same request would fail again
             status, message = 503, str(error)
         case Unavailable() | OnlineStoreUnavailable():
             status, message, headers = 503, str(error), {"retry-after": "1"}
         case _:
             LOG.error("a request failed", exc_info=error)
-            status, message = 500, "The request failed inside the service; its operators can see why."
+            status, message = 500, "The request failed inside the service; its log has the reason."
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
-    return answer({"error": message, "code": status, **more}, status=status, headers=headers)
+    return answer({"error": message, "code": status, **details}, status=status, headers=headers)
 
 
 async def read_body(request: Request) -> bytes:
-    """The request's body.
+    """Return the request's body.
 
-    A body that is refused is read to its end and thrown away, so that the client gets to see the answer.
+    A refused body is read to its end and thrown away, so that the client receives the answer.
 
     Raises:
-        BodyTooSlow, BodyTooLarge, EncodingNotSupported
+        BodyTooSlow, BodyTooLarge, EncodingNotSupported: the body is refused.
         ClientDisconnect: the connection ended.
     """
     encoding = request.headers.get("content-encoding", "identity")
     try:
-        size, body = await within(BODY_TIMEOUT_S, _received(request))
+        size, body = await with_timeout(BODY_TIMEOUT_S, _receive(request))
     except TimeoutError as error:
         raise BodyTooSlow(
-            f"The body was not here {BODY_TIMEOUT_S:g} s after its head; send it faster, or less at a time."
+            f"The body did not arrive within {BODY_TIMEOUT_S:g} s after its head. Send it faster, or send less."
         ) from error
     if encoding.strip().lower() not in ("", "identity"):
-        raise EncodingNotSupported("The body is compressed; send it as it is, without Content-Encoding.")
+        raise EncodingNotSupported("The body is compressed. Send it uncompressed, without Content-Encoding.")
     if size > MAX_BODY_BYTES:
         raise BodyTooLarge(f"The body has {size} bytes; the limit is {MAX_BODY_BYTES}.")
     return body
 
 
-async def _received(request: Request) -> tuple[int, bytes]:
-    """The size of a body, and of one that is not too large the body."""
+async def _receive(request: Request) -> tuple[int, bytes]:
+    """Return the size of a body, and the body if it is not too large."""
     size, chunks, more = 0, [], True
     while more:
         message = await request.receive()  # `Request.stream` takes twice as long
@@ -147,24 +147,25 @@ async def _received(request: Request) -> tuple[int, bytes]:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The request's body as a JSON object.
+    """Return the request's body as a JSON object.
 
     Raises:
-        BodyTooSlow, BodyTooLarge, EncodingNotSupported, InvalidRequest
+        BodyTooSlow, BodyTooLarge, EncodingNotSupported: the body is refused.
+        InvalidRequest: the body is not a JSON object.
     """
     return parse_json(await read_body(request))
 
 
 def parse_json(data: bytes | memoryview) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        InvalidRequest: it is none, or nested too deeply.
+        InvalidRequest: it is not a JSON object, or is nested too deeply.
     """
     try:
         content = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is no valid JSON: {error}.") from error
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
     except RecursionError as error:
         raise InvalidRequest("The body's JSON is nested too deeply.") from error
     if not isinstance(content, dict):

@@ -1,8 +1,9 @@
-"""Where a replica listens for calls from other deployments: on its node's own address, and nowhere else.
+"""Let a replica's gRPC server listen on its node's own address only.
 
-Ray 2.60 starts a gRPC server for such calls in every replica, on all addresses of the machine, and it unpickles what it
-is sent. TLS between Ray's processes asks a stranger for a certificate; but what listens on loopback he does not reach
-at all, whether TLS is on or off. Ray has no setting for it, so the function that opens the port is exchanged here.
+Ray 2.60 starts a gRPC server for calls from other deployments in every replica. It listens on all addresses of the
+machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
+loopback cannot be reached from other machines at all, with or without TLS. Ray has no setting for this, so this module
+replaces the function that opens the port.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ _EVERYWHERE = "[::]"
 
 
 def listen_on_own_address() -> None:
-    """Keep this replica's gRPC server on its node's address; to be called before its constructor returns.
+    """Bind this replica's gRPC server to its node's address; call it before the application's constructor returns.
 
-    Outside a replica there is no such server, and nothing happens.
+    Outside a replica this does nothing, because there is no such server.
     """
     replica = sys.modules.get(_REPLICA)
     if replica is not None:

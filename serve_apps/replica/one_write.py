@@ -1,8 +1,8 @@
-"""An answer's head and body leave a replica in one write.
+"""Send an answer's head and body in one write.
 
-Uvicorn writes each of the two by itself. On loopback a write is dearer than the whole rest of what uvicorn does, and it
-wakes the edge, which then has half an answer. There is no setting for it, and Serve gives no choice of server, so the
-class that writes is exchanged here.
+Uvicorn writes them separately. On loopback a write costs more than everything else that uvicorn does, and the first one
+wakes the edge for half an answer. Uvicorn has no setting for it, and Serve has no choice of servers, so this module
+replaces the class that writes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from uvicorn.protocols.http import httptools_impl
 
 Message = Any
-"""Of ASGI."""
+"""An ASGI message."""
 
 
-class _Collected:
-    """Stands for a transport while an answer is put together."""
+class _Collector:
+    """Replaces a transport, and collects what is written to it."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -30,31 +30,31 @@ class _Collected:
 
 
 class _OneWrite(httptools_impl.RequestResponseCycle):
-    """A request and its answer, whose head waits for the first of the body."""
+    """Uvicorn's request and answer, with the head held back until the first part of the body."""
 
     _head: Message | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self.response_started:
-            self._head = message  # the last one counts: uvicorn's own 500, where the body never comes
+            self._head = message  # a later head replaces it: uvicorn's own 500, if the body never comes
             return
         head, self._head = self._head, None
         if head is None:
             await super().send(message)
             return
-        transport, collected = self.transport, _Collected()
-        self.transport = collected  # type: ignore[assignment]  # all of a transport that `send` needs
+        transport, collector = self.transport, _Collector()
+        self.transport = collector  # type: ignore[assignment]  # it has all that `send` needs of a transport
         try:
             await super().send(head)
             await super().send(message)
         finally:
             self.transport = transport
-            if collected.parts:
-                transport.write(b"".join(collected.parts))
-            if collected.closed:
+            if collector.parts:
+                transport.write(b"".join(collector.parts))
+            if collector.closed:
                 transport.close()
 
 
 def answer_in_one_write() -> None:
-    """Have servers that start after this in the process do so."""
+    """Let servers that this process starts from now on send answers in one write."""
     vars(httptools_impl)["RequestResponseCycle"] = _OneWrite

@@ -1,8 +1,8 @@
-"""How many requests a replica has at once, those included that wait in front of it.
+"""Mean number of a replica's concurrent requests, including those that wait in front of it.
 
-A count taken now and then from within the event loop sees none of them (see `scaling.py`). The mean over a
-time is exact without looking: the seconds that requests spent, over the seconds that passed (Little 1961). When a
-request arrived, the edge says in a header; both clocks are the node's.
+Counting periodically within the event loop sees no request (see `scaling.py`). The mean over an interval needs no
+counting: it is the seconds that requests spent, divided by the seconds that passed (Little 1961). The edge sends a
+request's arrival time in a header; both clocks are the node's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from time import time
 
 
 class OngoingRequests:
-    """A running mean, begun anew each time it is taken.
+    """A mean that starts again each time it is taken.
 
     Args:
         clock: seconds since 1970.
@@ -27,17 +27,17 @@ class OngoingRequests:
         """Count a request that was just answered.
 
         Args:
-            arrived: what the edge said; nothing for a request that came past it.
-            took_s: within the replica; where a clock went astray or nothing was said, this counts.
+            arrived: the edge's header with the arrival time; empty or None for a request without it.
+            took_s: seconds within the replica; the minimum, if the clock was changed or there is no header.
         """
         now = self._clock()
-        waited = now - int(arrived) / 1e6 if arrived and arrived.isdecimal() else took_s
-        # Of what began earlier only the part since then is counted: a wait for this replica's start tells nothing of
-        # its load, and one body that took an hour to come is one request, not a thousand.
-        self._seconds += min(max(took_s, waited), max(now - self._since, 0.0))
+        elapsed_s = now - int(arrived) / 1e6 if arrived and arrived.isdecimal() else took_s
+        # Only the time since the mean was last taken counts. Waiting for this replica's start says nothing about its
+        # load, and a body that took an hour to arrive is one request, not a thousand.
+        self._seconds += min(max(took_s, elapsed_s), max(now - self._since, 0.0))
 
     def take(self) -> float:
-        """Mean number since it was last taken."""
+        """Return the mean since the last call, and start again."""
         now = self._clock()
         mean = self._seconds / max(now - self._since, 1e-3)
         self._since, self._seconds = now, 0.0

@@ -1,9 +1,9 @@
-"""How the servers here parse a request: its head counts, the fields behind a chunked body (trailers) do not.
+"""Let the servers ignore trailers (fields behind a chunked body) and requests for a protocol upgrade.
 
-Uvicorn (0.54) appends trailers to the request's headers. A client could so add headers that the edge, which looks at
-heads only, never sees. Nothing here reads trailers, and RFC 9110 (6.5.1) lets a recipient drop them. Nor does anything
-here speak another protocol, so a request for an upgrade gets an ordinary answer, as RFC 9110 (7.8) lets a server do.
-Uvicorn has no setting for the first, and Serve passes on none for the second, so its class is changed.
+Uvicorn (0.54) appends trailers to the request's headers. So a client could add headers that the edge, which reads heads
+only, never sees. No application reads trailers, and RFC 9110 (6.5.1) lets a recipient drop them. No application speaks
+another protocol either, so a request for an upgrade gets a normal answer, as RFC 9110 (7.8) allows. Uvicorn has no
+setting for trailers, and Serve does not pass on the one for upgrades, so this module changes uvicorn's class.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ _on_headers_complete = HttpToolsProtocol.on_headers_complete
 
 def _without_trailers(protocol: HttpToolsProtocol) -> None:
     _on_headers_complete(protocol)
-    protocol.headers = []  # the scope keeps its list; fields that come from here on go nowhere
+    protocol.headers = []  # the request's scope has its own reference; later fields are appended to this list only
 
 
-def _never(protocol: HttpToolsProtocol) -> bool:
+def _never_upgrade(protocol: HttpToolsProtocol) -> bool:
     return False
 
 
 def parse_heads_only() -> None:
-    """Have all servers of this process do so; a second call changes nothing."""
-    methods = {"on_headers_complete": _without_trailers, "_should_upgrade": _never}
+    """Change all servers of this process; a second call changes nothing."""
+    methods = {"on_headers_complete": _without_trailers, "_should_upgrade": _never_upgrade}
     for name, method in methods.items():
         setattr(HttpToolsProtocol, name, method)

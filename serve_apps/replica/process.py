@@ -1,4 +1,4 @@
-"""What every application's constructor does to the process of its replica."""
+"""Prepare the process of a replica, for every application's constructor."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from serve_apps.replica.one_write import answer_in_one_write
 from serve_apps.replica.parsing import parse_heads_only
 
 
-def prepare_replica(answer: Application, *, at_once: int) -> None:
-    """Have requests answered by the application, the shortest way; to be called by its constructor.
+def prepare_replica(answer: Application, *, max_concurrent: int) -> None:
+    """Route this process's requests to the application by the shortest path; its constructor calls this.
 
     Args:
         answer: the application.
-        at_once: so many requests at most; the others wait.
+        max_concurrent: requests handled at the same time; the others wait.
     """
     listen_on_own_address()
     answer_in_one_write()
     parse_heads_only()
     interrupt_others()
-    answer_directly(answer, at_once=at_once)
+    answer_directly(answer, max_concurrent=max_concurrent)

@@ -1,11 +1,12 @@
-"""A replica's log: nothing is answered that is not written down, and 503 says so where it cannot be.
+"""The log of a replica: a request is answered only after its record was written; if that fails, the answer is 503.
 
-With `durability=disk` an answer waits until its record is on the disk. One `fdatasync` in a thread is for all requests
-that came since the one before it began (group commit), so it costs each of them up to two, and the disk the same
-however many there are. Where one fails, all that waited for it get 503, and the next records go to a new segment: a
-kernel may forget what it could not write, so a second try would prove nothing.
+With `durability=disk` an answer waits until its record is on the disk. One `fdatasync`, in a thread, serves all
+requests that arrived since the previous one started (group commit). So a request waits for up to two of them, and the
+disk's cost does not grow with the number of requests. If an `fdatasync` fails, all requests that waited for it get 503,
+and the next records go into a new segment. The kernel may forget data that it could not write, so a second try would
+prove nothing.
 
-A replica that is not asked any more lets go of its segment when that is old, so that it can be compacted.
+A replica without requests releases its segment when the segment is old, so that it can be compacted.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ T = TypeVar("T")
 
 
 class RecordLog:
-    """Used from one event loop, that of the replica's requests.
+    """Writes records and waits until they are durable; used from one event loop, that of the replica's requests.
 
     Args:
-        folder, store, key: as `SegmentWriter` takes them.
-        durability: what an answer stands for.
-        max_age_s: of a segment.
+        folder, store, key: as for `SegmentWriter`.
+        durability: what an answer guarantees.
+        max_age_s: maximum age of a segment.
 
     Raises:
-        KeyNotFound, KeyRevoked, AccessDenied: as the key store says.
+        KeyNotFound, KeyRevoked, AccessDenied: the key store refuses the key.
         Unavailable: the disk is full or failed.
     """
 
@@ -63,42 +64,40 @@ class RecordLog:
         """Write records, all or none.
 
         Raises:
-            Unavailable: the disk is full or failed; later ones may go well.
+            Unavailable: the disk is full or failed; later records may succeed.
         """
         try:
             self._writer.append(*records)
         except OSError as error:
             raise _unavailable(error) from error
 
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._leave_if_old)
+    def _schedule_release(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._release_if_old)
 
-    def _leave_if_old(self) -> None:
-        self._look_later()
+    def _release_if_old(self) -> None:
+        self._schedule_release()
         if not self._waiting and self._syncing is None:
-            with contextlib.suppress(
-                OSError
-            ):  # the records that this concerns have been answered for already
+            with contextlib.suppress(OSError):  # the segment's requests have their answers already
                 self._writer.leave_if_old()
 
-    async def settled(self, answer: T) -> T:
-        """An answer, once all that was appended before is as durable as it is to be.
+    async def after_durable(self, answer: T) -> T:
+        """Return an answer after all records appended before are durable.
 
         Raises:
             Unavailable: the disk failed; the answer must not be given.
         """
         if self._timer is None:
-            self._look_later()
+            self._schedule_release()
         if self._on_disk:
-            await self._synced()
+            await self._wait_for_sync()
         return answer
 
-    async def _synced(self) -> None:
-        mine = asyncio.get_running_loop().create_future()
-        self._waiting.append(mine)
+    async def _wait_for_sync(self) -> None:
+        synced = asyncio.get_running_loop().create_future()
+        self._waiting.append(synced)
         if self._syncing is None:
             self._syncing = asyncio.create_task(self._sync_groups())
-        await mine
+        await synced
 
     async def _sync_groups(self) -> None:
         loop = asyncio.get_running_loop()
@@ -106,22 +105,22 @@ class RecordLog:
             group, self._waiting = self._waiting, []
             try:
                 await loop.run_in_executor(self._thread, self._writer.sync)
-            except Exception as error:  # noqa: BLE001 (whatever it was, who waits must hear of it)
-                LOG.error("records could not be brought to the disk", exc_info=error)
+            except Exception as error:  # noqa: BLE001 (every waiting request must get the error)
+                LOG.error("records could not be written to the disk", exc_info=error)
                 failed = _unavailable(error)
-                # Those that came meanwhile may have been written to the same file, so they are refused as well.
+                # Records of requests that came meanwhile may be in the same file, so these fail as well.
                 group, self._waiting = [*group, *self._waiting], []
-                for one in group:
-                    if not one.done():
-                        one.set_exception(failed)
+                for synced in group:
+                    if not synced.done():
+                        synced.set_exception(failed)
             else:
-                for one in group:
-                    if not one.done():  # its client may have gone
-                        one.set_result(None)
+                for synced in group:
+                    if not synced.done():  # the client may have disconnected
+                        synced.set_result(None)
         self._syncing = None
 
     def close(self) -> None:
-        """Let go of the segment."""
+        """Release the segment."""
         if self._timer is not None:
             self._timer.cancel()
         self._thread.shutdown()
@@ -129,6 +128,6 @@ class RecordLog:
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    # Without the path, which clients would see.
-    why = error.strerror if isinstance(error, OSError) else "the log failed"
-    return Unavailable(f"It cannot be written down, so it is not answered: {why}. Try again later.")
+    # Without the error's path, because clients see the message.
+    reason = error.strerror if isinstance(error, OSError) else "the log failed"
+    return Unavailable(f"The record cannot be written, so there is no answer: {reason}. Try again later.")

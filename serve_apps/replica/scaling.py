@@ -1,8 +1,8 @@
-"""How many replicas a model version has, as Serve is told.
+"""Options by which Serve scales a model version's replicas.
 
-Serve (2.60) looks at a replica's count of ongoing requests from within the replica's own event loop, and a model that
-answers without waiting never leaves it one to see: under 100 busy connections 605 of 605 looks found none. By that
-count no version would ever be scaled up, and a busy one would go as idle. So a replica measures by itself
+Serve (2.60) counts a replica's ongoing requests within the replica's own event loop. A model that answers without
+waiting never leaves one to count: under 100 busy connections, 605 of 605 counts were zero. By that count no version
+would be scaled up, and a busy one would be removed as idle. So a replica measures its load itself
 (`serve_apps/replica/ongoing.py`), and the policy here takes the greater of both.
 """
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 ONGOING = "falaj_ongoing_requests"
 REPORT_INTERVAL_S = 2.0
-"""From replicas and Serve's proxy to its controller. A request that comes just when the last replica leaves waits for
-the next report before one is started."""
+"""Seconds between reports of replicas and Serve's proxy to Serve's controller. A request that arrives just when the
+last replica leaves waits for the next report before a replica is started."""
 MAX_STARTS = 3
-"""Failed starts of a replica before its version counts as failed; what it refuses once, it refuses again."""
+"""Failed starts of a replica before its version counts as failed; more tries would fail in the same way."""
 
 
-def replicas(config: ReplicaConfig) -> dict[str, Any]:
-    """Options of `serve.deployment`: a fixed number of replicas, or bounds between which they follow the requests.
+def replica_options(config: ReplicaConfig) -> dict[str, Any]:
+    """Return options of `serve.deployment`: a fixed number of replicas, or bounds for autoscaling.
 
-    A version starts with one replica even where it may have none, so that a deployment shows whether it works.
+    A version starts with one replica even if its minimum is zero, so that a deployment shows whether it works.
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
@@ -38,12 +38,12 @@ def replicas(config: ReplicaConfig) -> dict[str, Any]:
     }
     if config.num_replicas is not None:
         return options | {"num_replicas": config.num_replicas}
-    return options | {"autoscaling_config": _scaled(config)}
+    return options | {"autoscaling_config": _autoscaling(config)}
 
 
-def _scaled(config: ReplicaConfig) -> AutoscalingConfig:
+def _autoscaling(config: ReplicaConfig) -> AutoscalingConfig:
     with warnings.catch_warnings():
-        # Serve means to replace the interval by environment variables, but 2.60 does not read those yet.
+        # Serve deprecates the interval in favour of environment variables, but 2.60 does not read those yet.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=config.min_replicas,
@@ -60,10 +60,10 @@ def _scaled(config: ReplicaConfig) -> AutoscalingConfig:
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """How many replicas the requests want; Serve rounds up and applies bounds and delays.
+    """Return the number of replicas that the load needs; Serve rounds it up and applies bounds and delays.
 
-    A replica that has not reported yet may be busy, so until all have, nothing goes down. Serve's controller unpickles
-    this function and has nothing of this module but `ONGOING`.
+    A replica that has not reported yet may be busy, so the number does not go down until all have reported. Serve's
+    controller unpickles this function, and has nothing else of this module but `ONGOING`.
     """
     reported = (context.aggregated_metrics or {}).get(ONGOING, {})
     ongoing = max(sum(reported.values()), context.total_num_requests)

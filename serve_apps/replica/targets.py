@@ -1,8 +1,9 @@
-"""Where each Serve application is answered, from what Serve publishes for load balancers.
+"""Addresses of each Serve application, from what Serve publishes for load balancers.
 
-For an application without a running replica Serve names its own proxy, whatever the reason. The proxy holds a request
-until there is a replica: right for a version that was scaled to zero, because that is what starts one; wrong for one
-that failed, whose share somebody else should answer at once. So the proxy is taken for the first alone.
+For an application without a running replica, Serve names its own proxy, whatever the reason. The proxy holds a request
+until a replica is up. That is right for a version that was scaled to zero, because the request starts a replica. It is
+wrong for a failed version, whose requests the champion should answer at once. So the proxy's address is taken only for
+an application that was scaled to zero.
 """
 
 from __future__ import annotations
@@ -18,92 +19,96 @@ from cluster.own_server import open_own
 from cluster.session import ClusterRecord
 
 RUNNING = "RUNNING"
-"""Serve's word for an application whose deployments are healthy or just being scaled on requests."""
-WELL = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
-"""The same of a deployment; it changes in the moment in which a replica is lost, the application's a little later."""
+"""Serve's status of an application whose deployments are healthy or are being scaled."""
+HEALTHY_STATUSES = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
+"""Serve's statuses of a healthy deployment. They change as soon as a replica is lost; the application's status changes
+a little later."""
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
-_UNSAID = "127.0.0.1"
-"""Where Serve listens if it was not told, which it does not publish then."""
+_DEFAULT_HOST = "127.0.0.1"
+"""Where Serve listens if it was given no host; it does not publish one then."""
 _RECOVERING = "RECOVERING"
-"""State of a replica that was there before Serve's controller was."""
+"""State of a replica that is older than Serve's controller."""
+_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Waker:
-    """Serve's proxy, in the place of an application that is asleep."""
+class ScaledToZero:
+    """An application without replicas: Serve's proxy takes its requests and starts one."""
 
     servers: tuple[str, ...]
-    """`host:port`."""
+    """`host:port` of the proxy."""
 
 
-Target = tuple[str, ...] | Waker
-"""An application's replicas, as `host:port`, or who wakes it."""
+Target = tuple[str, ...] | ScaledToZero
+"""Addresses of an application's replicas, as `host:port`, or of the proxy that starts one."""
 Targets = dict[str, Target]
 
 
 def addresses_of(target: Target) -> tuple[str, ...]:
-    """Where a request is sent, which is the same for both; only the patience is not."""
-    return target.servers if isinstance(target, Waker) else target
+    """Return the addresses to send requests to, for both kinds of target."""
+    return target.servers if isinstance(target, ScaledToZero) else target
 
 
 def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
-    """A function that asks Serve where each application is answered.
+    """Return a function that fetches the targets from Serve.
 
     Args:
-        record: of the running cluster.
+        record: record of the running cluster.
     """
 
     def fetch() -> Targets:
         request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
         request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
-        with open_own(request, owner=record.owner, timeout_s=5) as response:
+        with open_own(request, owner=record.owner, timeout_s=_TIMEOUT_S) as response:
             return read_targets(json.load(response))
 
     return fetch
 
 
 def read_targets(content: Mapping[str, Any]) -> Targets:
-    """The applications that can be reached.
+    """Return the applications that can be reached.
 
-    Serve publishes replicas at their nodes' addresses, but they listen where its proxy was told to: on loopback, say.
+    Serve publishes replicas at their nodes' addresses. But they listen at the host that Serve's proxy was given, for
+    example loopback.
 
     Args:
-        content: of `/api/serve/applications/`.
+        content: answer of `/api/serve/applications/`.
 
     Raises:
-        ValueError: Serve's controller has been started again, and for a moment lists no address of replicas that run.
+        ValueError: Serve's controller has just restarted, and does not list all running replicas yet.
     """
     for name, application in content["applications"].items():
         for deployment in application["deployments"].values():
             if any(replica["state"] == _RECOVERING for replica in deployment["replicas"]):
-                raise ValueError(f"its controller has started again and is still finding replicas of {name}")
-    host = content["http_options"].get("host", _UNSAID)
+                raise ValueError(f"Serve's controller has restarted and is still finding replicas of {name}")
+    host = content["http_options"].get("host", _DEFAULT_HOST)
     proxy_port = content["http_options"]["port"]
-    found: Targets = {}
+    targets: Targets = {}
     for group in content["target_groups"]:
-        name, targets = group["app_name"], group["targets"]
-        if group["protocol"] != "HTTP" or not name or not targets:
+        name, published = group["app_name"], group["targets"]
+        if group["protocol"] != "HTTP" or not name or not published:
             continue
         servers = tuple(
-            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in targets
+            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in published
         )
-        if all(target["port"] != proxy_port for target in targets):
-            found[name] = servers
-        elif is_asleep(content["applications"][name]):
-            found[name] = Waker(servers)
-    return found
+        if all(target["port"] != proxy_port for target in published):
+            targets[name] = servers
+        elif is_scaled_to_zero(content["applications"][name]):
+            targets[name] = ScaledToZero(servers)
+    return targets
 
 
-def is_asleep(application: Mapping[str, Any]) -> bool:
-    """Whether an application without a running replica is well: it may have none, and Serve finds nothing wrong.
+def is_scaled_to_zero(application: Mapping[str, Any]) -> bool:
+    """Return whether an application without a running replica is healthy and allowed to have none.
 
-    That includes one whose replica is just starting for a request, and one whose last replica is just leaving.
+    This includes an application whose first replica is just starting for a request, or whose last one is just leaving.
     """
     return application["status"] == RUNNING and all(
-        one["status"] in WELL and _may_have_none(one) for one in application["deployments"].values()
+        deployment["status"] in HEALTHY_STATUSES and _allows_zero_replicas(deployment)
+        for deployment in application["deployments"].values()
     )
 
 
-def _may_have_none(deployment: Mapping[str, Any]) -> bool:
+def _allows_zero_replicas(deployment: Mapping[str, Any]) -> bool:
     scaling = deployment["deployment_config"].get("autoscaling_config")
     return scaling is not None and scaling["min_replicas"] == 0

@@ -1,1 +1,1 @@
-"""Rollouts: who gets which version, decided by pure functions over ledger events."""
+"""Rollouts: which version answers which unit, decided by pure functions over ledger events."""

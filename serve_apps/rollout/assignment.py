@@ -1,8 +1,8 @@
-"""Which arm a unit belongs to, computed here just as the edge computes it.
+"""Assign units to arms, exactly as the edge does.
 
-A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. Treatment takes buckets
-from 0 upwards and its concurrent control arm as many from 9999 downwards, so that ramping up never moves a unit from
-one arm to the other. Beyond 50 % the arms meet: control gets what is left, and inference has ended.
+A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. The treatment takes
+buckets from 0 upwards. Its concurrent control arm takes the same number from 9999 downwards. So a larger weight never
+moves a unit from one arm to the other. Beyond 50 % the arms meet: control gets the rest, and inference is over.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import xxhash
 
 BUCKETS = 10_000
 CHAMPION_VARIANT = "champion"
-"""What records call the champion, whatever it was deployed as."""
+"""The champion's name in records, whatever variant it was deployed as."""
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def require_variant(name: str) -> None:
-    """A variant's name stands in the edge's map, in headers, records and names of files.
+    """Validate a variant's name, which is used in the edge's map, in headers, records and file names.
 
     Raises:
-        ValueError
+        ValueError: the name has other characters, or is too long.
     """
     if not _VARIANT.fullmatch(name):
         raise ValueError(
@@ -33,29 +33,29 @@ def require_variant(name: str) -> None:
 
 
 class Arm(enum.StrEnum):
-    """A unit's part in a rollout."""
+    """Part of a unit in a rollout."""
 
     treatment = "treatment"
     control = "control"
     outside = "outside"
     """The champion answers, outside the experiment."""
     none = "none"
-    """The request named no unit: the champion answers, outside any experiment."""
+    """The request names no unit: the champion answers, outside any experiment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Two bounds in buckets: treatment is below the first, control at or above the second."""
+    """Bounds of the arms, in buckets: treatment is below the first, control at or above the second."""
 
     treatment_below: int
     control_from: int
 
 
 def require_percent(value: float, *, name: str) -> None:
-    """A share is at least one bucket, and a whole number of them.
+    """Validate a share in percent: at least one bucket, and a whole number of buckets.
 
     Raises:
-        ValueError
+        ValueError: it is not 0.01 to 100 percent in steps of 0.01.
     """
     buckets = value * BUCKETS / 100 if math.isfinite(value) else 0.0
     if not 1 <= round(buckets) <= BUCKETS or abs(buckets - round(buckets)) > 1e-6:
@@ -63,37 +63,37 @@ def require_percent(value: float, *, name: str) -> None:
 
 
 def bounds(weight: float) -> Bounds:
-    """The bounds of a treatment weight in percent.
+    """Return the bounds for a treatment weight in percent.
 
     Raises:
         ValueError: the weight is outside 0 to 100.
     """
     if not 0 <= weight <= 100:
-        raise ValueError(f"A weight is 0 to 100 percent, got {weight}.")
+        raise ValueError(f"A weight must be 0 to 100 percent, got {weight}.")
     treatment = round(weight * BUCKETS / 100)
     return Bounds(treatment, max(BUCKETS - treatment, treatment))
 
 
 def mixes_arms(reached: float, weight: float) -> bool:
-    """Whether at a weight some units are control that were treated at an earlier one, of the same salt.
+    """Return whether a new weight would make some treated units control, under the same salt.
 
     Args:
         reached: the greatest weight so far.
-        weight: the next one.
+        weight: the new weight.
     """
     return bounds(reached).treatment_below > bounds(weight).control_from
 
 
 def bucket(salt: str, unit: bytes) -> int:
-    """A unit's bucket, 0 to 9999."""
+    """Return a unit's bucket, 0 to 9999."""
     return int(xxhash.xxh32_intdigest(salt.encode() + b":" + unit)) % BUCKETS
 
 
 def assign(salt: str, unit: bytes, limits: Bounds) -> Arm:
-    """A unit's arm; an empty unit counts as none."""
+    """Return a unit's arm; an empty unit gives `Arm.none`."""
     if not unit:
         return Arm.none
-    place = bucket(salt, unit)
-    if place < limits.treatment_below:
+    unit_bucket = bucket(salt, unit)
+    if unit_bucket < limits.treatment_below:
         return Arm.treatment
-    return Arm.control if place >= limits.control_from else Arm.outside
+    return Arm.control if unit_bucket >= limits.control_from else Arm.outside

@@ -1,8 +1,8 @@
-"""The first, simple rule of a rollout: realised performance of the treatment against its concurrent control.
+"""The guardrail of a rollout: realised performance of the treatment against its concurrent control.
 
-It compares point estimates with a fixed tolerance and a smallest number of outcomes; it makes no claim about error
-rates. No data is no verdict, never a success. An outcome that the model cannot have meant (no class of it, no number)
-is passed over: whoever may post outcomes must not be able to keep a bad version in place with one of them.
+It compares point estimates with a fixed tolerance and a minimum number of outcomes. It makes no claim about error
+rates. Too little data gives no verdict, never a success. An outcome that is not of the model's type (not one of its
+classes, not a number) is ignored. Otherwise a single such outcome could keep a bad version in place.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from cluster.runtime.truths import Truths
 
 
 class Verdict(enum.StrEnum):
-    """What the rule says."""
+    """Result of the guardrail."""
 
     too_few = "too_few"
     holds = "holds"
     breached = "breached"
     undefined = "undefined"
-    """There are outcomes enough, but the metric says nothing of them: all are of one class, or one number."""
+    """There are enough outcomes, but the metric is not defined: all are of one class, or one number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """The rule's verdict and the figures behind it."""
+    """The guardrail's verdict and the figures behind it."""
 
     verdict: Verdict
     metric: str
     treatment: float | None
     control: float | None
     treatment_outcomes: int
-    """That count: those which the model can have meant."""
+    """Outcomes of the model's type; only these count."""
     control_outcomes: int
     odd_outcomes: int = 0
-    """Of either arm, that the model cannot have meant."""
+    """Outcomes of both arms that are not of the model's type."""
     unknown_outcomes: int = 0
-    """Of the whole model, for answers or rows that nobody logged."""
+    """Outcomes of the whole model for answers or rows that are not in the log."""
     treatment_failures: int = 0
-    """Rows that the version gave no finite score for; they have no outcome and are in no figure."""
+    """Rows without a finite score; they have no outcome and are in no figure."""
     control_failures: int = 0
 
 
@@ -53,11 +53,11 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
     """Compare the arms of one rollout.
 
     Args:
-        matched: predictions with their outcomes: `arm`, `outcome`, and the columns of the task (`probability`; or
-            `label`; or `value`).
-        signature: binary compares ROC AUC, multiclass accuracy, regression R².
-        min_outcomes: in each arm, below which there is no verdict.
-        max_drop: how far the treatment's metric may lie below the control's.
+        matched: predictions with their outcomes: `arm`, `outcome`, and the column of the task (`probability`, `label`
+            or `value`).
+        signature: the model's; binary compares ROC AUC, multiclass accuracy, regression R².
+        min_outcomes: outcomes needed in each arm for a verdict.
+        max_drop: how far the treatment's metric may be below the control's.
     """
     task = signature.task
     arms_only = matched.filter(pl.col("arm").is_in(["treatment", "control"]))
@@ -92,17 +92,17 @@ TRUTH = "_truth"
 
 
 def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
-    """Values as the task compares them: a class's position, or a finite number; null for anything else."""
-    meant = Truths(signature)
-    found = [None if value is None else meant.of(value) for value in values.to_list()]
+    """Convert values to what the task compares: a class's position, or a finite number; None for anything else."""
+    types = Truths(signature)
+    converted = [None if value is None else types.of(value) for value in values.to_list()]
     if signature.classes is None:
-        return [None if value is None else float(value) for value in found]
+        return [None if value is None else float(value) for value in converted]
     positions = {name: float(position) for position, name in enumerate(signature.classes)}
-    return [None if value is None else positions[value] for value in found]
+    return [None if value is None else positions[value] for value in converted]
 
 
 def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
-    """The task's metric, higher is better; none where it is not defined."""
+    """Return the task's metric (higher is better), or None if it is not defined."""
     truth = frame[TRUTH].to_numpy()
     match signature.task:
         case Task.binary:
@@ -118,8 +118,7 @@ def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
             spread = float(((truth - truth.mean()) ** 2).sum())
             if spread == 0:
                 return None
-            with np.errstate(
-                over="ignore"
-            ):  # outcomes have finite squares, answers need not: no version is worse
-                wrong = float(((truth - frame["value"].to_numpy()) ** 2).sum())
-            return max(1 - wrong / spread, -sys.float_info.max)
+            # An answer's square may overflow, unlike an outcome's. Such a version gets the lowest finite metric.
+            with np.errstate(over="ignore"):
+                squared_error = float(((truth - frame["value"].to_numpy()) ** 2).sum())
+            return max(1 - squared_error / spread, -sys.float_info.max)

@@ -1,8 +1,7 @@
-"""Where every model stands, as a pure fold over ledger events."""
+"""Serving state of every model, as a pure fold over ledger events."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from cluster.ledger import Ledger
@@ -25,7 +24,7 @@ from cluster.registry import CHAMPION
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A rollout that runs."""
+    """A running rollout."""
 
     id: str
     salt: str
@@ -40,7 +39,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shadow:
-    """A version that sees copies of requests, and whose answers nobody sees."""
+    """A version that gets copies of requests; its answers go only into the log."""
 
     version: int
     app: str
@@ -50,7 +49,7 @@ class Shadow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
-    """What the edge should do for one model."""
+    """Serving state of one model: its champion, deployed versions, rollout and shadow."""
 
     champion_version: int | None = None
     apps: dict[int, str] = field(default_factory=dict)
@@ -58,8 +57,8 @@ class ModelState:
     rollout: Rollout | None = None
     shadow: Shadow | None = None
 
-    def part_of(self, version: int) -> str | None:
-        """What a version is needed for now, in words; none where it serves nobody."""
+    def usage_of(self, version: int) -> str | None:
+        """Return in words how a version serves now; None if it gets no requests."""
         if version == self.champion_version:
             return "the champion"
         if self.rollout is not None and version == self.rollout.treatment_version:
@@ -73,20 +72,20 @@ States = dict[str, ModelState]
 
 
 def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
-    """The states after one more event; events of other kinds change nothing.
+    """Return the states after one more event; events of other kinds change nothing.
 
     Raises:
-        ReleaseTooOld: an event of a newer release that changes what is served.
+        ReleaseTooOld: the event is of a newer release and changes what is served.
     """
     require_known(event, Subject.serving)
     match event:
         case ModelDeployed(name=name, version=version, app=app):
-            before = states.get(name, ModelState())
-            return states | {name: replace(before, apps=before.apps | {version: app})}
+            state = states.get(name, ModelState())
+            return states | {name: replace(state, apps=state.apps | {version: app})}
         case DeploymentRemoved(name=name, version=version):
-            before = states.get(name, ModelState())
-            apps = {number: app for number, app in before.apps.items() if number != version}
-            return states | {name: replace(before, apps=apps)}
+            state = states.get(name, ModelState())
+            apps = {number: app for number, app in state.apps.items() if number != version}
+            return states | {name: replace(state, apps=apps)}
         case AliasMoved(name=name, alias=alias, version=version) if alias == CHAMPION:
             return states | {name: replace(states.get(name, ModelState()), champion_version=version)}
         case RolloutStarted():
@@ -117,19 +116,11 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
             return states
 
 
-def fold(events: Iterable[LedgerEvent]) -> States:
-    """The states after all events."""
-    states: States = {}
-    for event in events:
-        states = apply(states, event)
-    return states
-
-
 def read_states(ledger: Ledger) -> States:
-    """The states after the ledger's last event.
+    """Return the states after the ledger's last event.
 
     Raises:
-        ReleaseTooOld
+        ReleaseTooOld: an event is of a newer release and changes what is served.
     """
     states: States = {}
     for entry in ledger.entries():

@@ -1,1 +1,1 @@
-"""What keeps HAProxy true to the ledger and to Serve."""
+"""The controller that keeps HAProxy in line with the ledger and Serve."""

@@ -1,7 +1,7 @@
-"""The edge's certificate: a copy of the last one that held, so that a broken file stops nothing else.
+"""The edge's certificate, as a copy of its last valid file, so that a broken file stops nothing else.
 
-HAProxy reads certificates at every reload. Were it given the file itself, one that is half written would keep new
-replicas away, too.
+HAProxy reads certificates at every reload. If it read the original, a half-written file would also keep new replicas
+away.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LOG = logging.getLogger("falaj.edge")
 
 
 class Certificate:
-    """A file that somebody else replaces, and our copies of it.
+    """A certificate file that another program replaces, and our copies of it.
 
     Args:
         file: certificate and private key, PEM.
-        folder: of the copies; a private key lies there as it does in the file.
+        folder: folder of the copies, which contain the private key, as the file does.
     """
 
     def __init__(self, file: Path, folder: Path) -> None:
@@ -31,23 +31,23 @@ class Certificate:
         self._copy = max(folder.glob("*.pem"), key=lambda path: path.stat().st_mtime_ns, default=file)
 
     def newest(self) -> Path:
-        """A copy of the last one that held; the file itself while there was none."""
+        """Return a copy of the last valid certificate, or the file itself while there is no copy."""
         try:
             status = self._file.stat()
         except OSError:
             return self._copy  # it is being replaced, or gone
         if (seen := (status.st_mtime_ns, status.st_ino)) != self._seen:
             self._seen = seen
-            self._take()
+            self._copy_if_valid()
         return self._copy
 
-    def forget_others(self, loaded: Path) -> None:
-        """Remove all copies but the one that was loaded and the newest: no worker will read them again."""
+    def remove_others(self, loaded: Path) -> None:
+        """Remove all copies but the loaded and the newest one: no worker will read them again."""
         for path in self._folder.glob("*.pem"):
             if path not in (loaded, self._copy):
                 path.unlink()
 
-    def _take(self) -> None:
+    def _copy_if_valid(self) -> None:
         try:
             content = self._file.read_bytes()
             copy = self._folder / f"{hashlib.sha256(content).hexdigest()[:16]}.pem"
@@ -59,11 +59,11 @@ class Certificate:
                 copy.unlink()
                 raise
         except OSError as error:  # an SSLError is one
-            LOG.error("the certificate at %s is no good, the one before stays: %s", self._file, error)
+            LOG.error("the certificate %s is not valid, so the previous one stays: %s", self._file, error)
         else:
             self._copy = copy
 
 
 def _no_password() -> str:
-    """Instead of asking at the terminal for that of an encrypted key."""
+    """Return no password for an encrypted key, instead of the default prompt at the terminal."""
     return ""

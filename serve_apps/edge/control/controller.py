@@ -1,10 +1,11 @@
-"""The edge's controller: follows the ledger and Serve, and keeps HAProxy true to both.
+"""The edge's controller: reads the ledger and Serve, and brings HAProxy in line with both.
 
-It only ever moves forward: while the ledger or Serve cannot be read, or a file not written, or HAProxy refuses a
-configuration, the last good state stays and the step is tried again; one that starts then begins with what its
-predecessor has left on disk. When it is killed, or hands over, HAProxy serves on. A changed split is one `set map`, and
-then the map file on disk, before it counts as applied, so that neither a crash nor a reload can undo it; it waits for
-nothing, neither for Serve nor for a reload nor for the disk.
+It never goes back to an older state. While the ledger or Serve cannot be read, a file cannot be written, or HAProxy
+refuses a configuration, the last good state stays and the step is tried again. A controller that starts at such a time
+uses what its predecessor left on disk. When it is killed, or hands over, HAProxy continues to serve.
+
+A changed split is one `set map`, then the map file on disk; only then it counts as applied. So neither a crash nor a
+reload can undo it. It does not wait for Serve, for a reload or for an fsync.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
-from serve_apps.edge.control.last_state import Last
+from serve_apps.edge.control.last_state import LastState
 from serve_apps.edge.control.metrics import EdgeMetrics
-from serve_apps.edge.control.polled_source import Followed
+from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.control.state import EdgeState, write_state
-from serve_apps.edge.haproxy import unauthenticated as strangers
+from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.keys import JwtKey
 from serve_apps.edge.haproxy.limiting import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
-from serve_apps.replica.access import in_background
+from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
 from serve_apps.rollout.state import States, apply
 
@@ -44,37 +45,47 @@ LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
+"""How long the first configuration waits for Serve, and for the issuer."""
 ERROR_INTERVAL_S = 0.5
-KEEP_EVERY_S = 60.0
-REFUSED_AGAIN_S = 10.0
-"""A configuration that HAProxy refused is tried again after this: a file that it names may have come back."""
+STORE_INTERVAL_S = 60.0
+"""How often the time of the issuer's last answer is stored."""
+RETRY_REFUSED_S = 10.0
+"""A configuration that HAProxy refused is tried again after this: a file that it names may be there again."""
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """All that a configuration is made from."""
+class Inputs:
+    """Everything that a configuration is made from."""
 
     backends: tuple[Backend, ...]
     champions: tuple[str, ...]
     keys: tuple[JwtKey, ...]
     certificate: str
-    """Its file."""
+    """File name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """A configuration that HAProxy is loading."""
+
+    inputs: Inputs
+    done: Future[None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """A configuration that HAProxy does not take."""
+    """A configuration that HAProxy refused."""
 
-    loaded: Loaded
-    why: str
-    again_at: float
-    """When it is tried again."""
+    inputs: Inputs
+    reason: str
+    retry_at: float
+    """Monotonic time of the next try."""
 
 
 class Controller:
-    """Brings HAProxy in line, step by step."""
+    """Brings HAProxy in line with the ledger and Serve, step by step."""
 
     def __init__(
         self,
@@ -96,48 +107,48 @@ class Controller:
         self._seq = 0
         self._ledger_read = False
         self._last_file = state_file.with_name("last.json")
-        self._last = Last.read(self._last_file, now=time.time())
-        self._targets = Followed(
+        self._last = LastState.read(self._last_file, now=time.time())
+        self._targets = PolledSource(
             fetch_targets, name="Serve", value=Targets(self._last.targets), interval_s=SERVE_INTERVAL_S
         )
-        self._keys = Followed(
+        self._keys = PolledSource(
             fetch_keys, name="the issuer", value=self._last.keys, interval_s=KEYS_INTERVAL_S
         )
         self._certificate = Certificate(Path(settings.certificate), state_file.with_name("certificates"))
         self._own_limits = OwnLimits()
-        self._append = in_background(ledger)
-        self._strangers = strangers.Seen(at=time.time())
+        self._append = append_in_background(ledger)
+        self._refusals = unauthenticated.RefusalCounts(reported_at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
         self._limits = {kind: RunningMap(haproxy, settings.limits.file(kind)) for kind in Limited}
         self._maps = (self._splits, *self._limits.values())
         self._loader = ThreadPoolExecutor(1, "loading")
-        self._loading: tuple[Loaded, Future[None]] | None = None
-        self._loaded: Loaded | None = None
+        self._loading: Loading | None = None
+        self._loaded: Inputs | None = None
         self._refused: Refused | None = None
         self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event, *, handed_over: threading.Event | None = None) -> None:
-        """Step until told to stop, and then end HAProxy, unless another controller takes it over.
+        """Step until `stopped` is set, then stop HAProxy, unless another controller takes over.
 
-        What nobody had thought of ends this and leaves HAProxy to serve.
+        An unexpected error ends the loop and leaves HAProxy running.
         """
-        ordered = False
+        stop_haproxy = False
         for status in ERROR_STATUSES:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
         try:
             while not stopped.is_set():
-                stopped.wait(LEDGER_INTERVAL_S if self._step_or_stay() else ERROR_INTERVAL_S)
-            ordered = handed_over is None or not handed_over.is_set()
-            self._tell_of_strangers()
+                stopped.wait(LEDGER_INTERVAL_S if self._try_step() else ERROR_INTERVAL_S)
+            stop_haproxy = handed_over is None or not handed_over.is_set()
+            self._report_refusals()
         finally:
             self._targets.stop()
             self._keys.stop()
             self._loader.shutdown()
-            if ordered:
+            if stop_haproxy:
                 self._haproxy.stop()
 
-    def _step_or_stay(self) -> bool:
-        """A step; when it fails after a good one, a full disk say, what runs stays and the step is tried again."""
+    def _try_step(self) -> bool:
+        """Run a step; if it fails while HAProxy runs (on a full disk, for example), log it and return False."""
         self._metrics.last_step.set_to_current_time()
         try:
             with self._metrics.step_seconds.time():
@@ -146,35 +157,36 @@ class Controller:
             self._metrics.failed_steps.inc()
             if self._loaded is None and self._haproxy.pid is None:
                 raise
-            LOG.error("the edge stays as it is, because a change cannot be applied: %s", error)
+            LOG.error("a change cannot be applied, so the edge stays as it is: %s", error)
             return False
         return True
 
     def step(self) -> None:
-        """Look once, and apply what is new: the split first, then replicas and keys.
+        """Read the sources once and apply what is new: the split first, then replicas and keys.
 
         Raises:
             OSError, FalajError: something could not be applied; the next step tries it again.
         """
-        self._follow_ledger()
+        self._read_ledger()
         if not self._ledger_read and self._haproxy.serve_last():
             return
         for source in (self._targets, self._keys):
-            source.look(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
+            source.poll(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
         wanted = routes(self._states, self._targets.value)
-        self._bring_maps(wanted)
+        self._update_maps(wanted)
         if self._loaded is not None:
             self._write_state()
-        self._bring_backends(wanted)
-        if self._loading is None and self._haproxy.revive():
+        self._update_config(wanted)
+        if self._loading is None and self._haproxy.restart_if_dead():
             self._metrics.revivals.inc()
             LOG.warning("HAProxy had died and was started again")
         self._write_state()
-        self._keep_last()
-        if self._loading is None and time.time() > self._strangers.at + strangers.EVERY_S:
-            self._tell_of_strangers()
+        self._store_last()
+        report_at = self._refusals.reported_at + unauthenticated.REPORT_INTERVAL_S
+        if self._loading is None and time.time() > report_at:
+            self._report_refusals()
 
-    def _follow_ledger(self) -> None:
+    def _read_ledger(self) -> None:
         try:
             if self._ledger.head() == self._seq:
                 self._ledger_read = True
@@ -186,108 +198,111 @@ class Controller:
                 self._seq = entry.seq
             self._ledger_read = True
         except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the ledger cannot be read, the last state stays: %s", error)
+            LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
 
-    def _bring_maps(self, wanted: Routes) -> None:
+    def _update_maps(self, wanted: Routes) -> None:
         self._splits.bring(wanted.entries)
-        for kind, running in self._limits.items():
-            running.bring(self._own_limits.entries(kind, self._settings.limits.of(kind)))
+        for kind, running_map in self._limits.items():
+            running_map.bring(self._own_limits.entries(kind, self._settings.limits.of(kind)))
 
-    def _bring_backends(self, wanted: Routes) -> None:
-        """Load what is new, in a thread, because a split that changes must not wait for it."""
+    def _update_config(self, wanted: Routes) -> None:
+        """Load a changed configuration, in a thread, because a changed split must not wait for it."""
         self._finish_loading()
-        loaded = Loaded(
+        inputs = Inputs(
             backends=wanted.backends,
             champions=wanted.champions,
-            keys=self._believed_keys(),
+            keys=self._valid_keys(),
             certificate=str(self._certificate.newest()),
         )
-        if loaded == self._loaded:
+        if inputs == self._loaded:
             self._refused = None
             return
-        if self._loading is not None or self._is_refused(loaded):
+        if self._loading is not None or self._is_refused(inputs):
             return
-        LOG.info("loading %s with keys %s", wanted, [key.kid for key in loaded.keys])
-        for running in self._maps:
-            running.note_changes()
-        self._look_at_strangers()
-        text = render(wanted, loaded.keys, replace(self._settings, certificate=loaded.certificate))
-        self._loading = loaded, self._loader.submit(self._haproxy.load, text)
+        LOG.info("loading %s with keys %s", wanted, [key.kid for key in inputs.keys])
+        for running_map in self._maps:
+            running_map.track_changes()
+        self._read_refusals()
+        text = render(wanted, inputs.keys, replace(self._settings, certificate=inputs.certificate))
+        self._loading = Loading(inputs=inputs, done=self._loader.submit(self._haproxy.load, text))
         if self._loaded is None:
-            wait([self._loading[1]])
+            wait([self._loading.done])
             self._finish_loading()
 
-    def _believed_keys(self) -> tuple[JwtKey, ...]:
-        """The issuer's, or those of the controller before while the issuer has not answered to this one."""
+    def _valid_keys(self) -> tuple[JwtKey, ...]:
+        """Return the issuer's keys, or the stored ones until the issuer has answered to this controller."""
         if self._keys.answered_at:
             return self._keys.value
-        return self._last.believed(now=time.time()).keys
+        return self._last.without_old_keys(now=time.time()).keys
 
     def _finish_loading(self) -> None:
-        if self._loading is None or not self._loading[1].done():
+        if self._loading is None or not self._loading.done.done():
             return
-        loaded, loading = self._loading
+        inputs, done = self._loading.inputs, self._loading.done
         self._loading = None
-        self._metrics.loads.labels("refused" if loading.exception() else "ok").inc()
+        self._metrics.loads.labels("refused" if done.exception() else "ok").inc()
         try:
-            loading.result()
+            done.result()
         except ConfigRefused as error:
-            self._refuse(loaded, error)
+            self._handle_refused(inputs, error)
             return
         self._refused = None
-        for running in self._maps:
-            running.tell_again()
-        self._strangers = self._strangers.begin_again()
-        self._certificate.forget_others(Path(loaded.certificate))
-        self._loaded = loaded
+        for running_map in self._maps:
+            running_map.resend_changes()
+        self._refusals = self._refusals.reset_worker()
+        self._certificate.remove_others(Path(inputs.certificate))
+        self._loaded = inputs
 
     @property
     def _is_first(self) -> bool:
         """Whether no configuration was loaded or refused yet."""
         return self._loaded is None and self._refused is None
 
-    def _is_refused(self, loaded: Loaded) -> bool:
+    def _is_refused(self, inputs: Inputs) -> bool:
         refused = self._refused
-        return refused is not None and refused.loaded == loaded and time.monotonic() < refused.again_at
+        return refused is not None and refused.inputs == inputs and time.monotonic() < refused.retry_at
 
-    def _refuse(self, loaded: Loaded, error: ConfigRefused) -> None:
-        """Stay with the last configuration that HAProxy took, an earlier controller's included.
+    def _handle_refused(self, inputs: Inputs, error: ConfigRefused) -> None:
+        """Stay with the last configuration that HAProxy accepted, which may be an earlier controller's.
 
         Raises:
-            ConfigRefused: there is none.
+            ConfigRefused: no configuration was accepted yet.
         """
-        if self._refused is None or self._refused.loaded != loaded:
+        if self._refused is None or self._refused.inputs != inputs:
             LOG.error("the edge stays as it is: %s", error)
         if not self._haproxy.serve_last():
             raise error
-        again_at = time.monotonic() + REFUSED_AGAIN_S
-        self._refused = Refused(loaded=loaded, why=str(error), again_at=again_at)
+        retry_at = time.monotonic() + RETRY_REFUSED_S
+        self._refused = Refused(inputs=inputs, reason=str(error), retry_at=retry_at)
 
-    def _keep_last(self) -> None:
-        """For the next controller; once a minute also that the issuer still says the same."""
-        last = Last(
+    def _store_last(self) -> None:
+        """Store the sources' values for the next controller, and once a minute the time of the issuer's answer."""
+        last = LastState(
             targets=self._targets.value,
-            keys=self._believed_keys(),
+            keys=self._valid_keys(),
             at=self._keys.answered_at or self._last.at,
         )
-        if replace(last, at=self._last.at) != self._last or last.at > self._last.at + KEEP_EVERY_S:
+        if replace(last, at=self._last.at) != self._last or last.at > self._last.at + STORE_INTERVAL_S:
             last.write(self._last_file)
             self._last = last
 
-    def _tell_of_strangers(self) -> None:
-        self._look_at_strangers()
-        self._strangers, events = self._strangers.tell(at=time.time())
+    def _report_refusals(self) -> None:
+        """Append the counts of refused unauthenticated requests to the ledger."""
+        self._read_refusals()
+        self._refusals, events = self._refusals.report(at=time.time())
         for event in events:
             self._append(event, actor=ACTOR)
 
-    def _look_at_strangers(self) -> None:
-        """Their counts end with the worker; one that does not answer holds up nothing."""
+    def _read_refusals(self) -> None:
+        """Read the worker's counts, which end with it; a worker that does not answer delays nothing."""
         if self._loaded is None:
             return
         try:
-            self._strangers = self._strangers.look(strangers.counts(self._haproxy.ask(strangers.SHOWN)))
+            table_text = self._haproxy.query(unauthenticated.SHOW_COMMAND)
         except OSError as error:
-            LOG.warning("the worker does not say how many strangers it has refused: %s", error)
+            LOG.warning("the worker does not answer how many requests it refused: %s", error)
+            return
+        self._refusals = self._refusals.update(unauthenticated.parse_counts(table_text))
 
     def _write_state(self) -> None:
         self._metrics.applied_seq.set(self._seq)
@@ -295,7 +310,7 @@ class Controller:
             applied_seq=self._seq,
             backends=[backend.name for backend in self._loaded.backends] if self._loaded else [],
             pid=self._haproxy.pid,
-            refused=self._refused.why if self._refused else "",
+            refused=self._refused.reason if self._refused else "",
         )
         if state != self._written:
             write_state(self._state_file, state)

@@ -1,7 +1,7 @@
-"""Files of the edge that follow from the ledger: whole or not at all, and without waiting for the disk.
+"""Atomic file replacement without fsync, for files that can be rebuilt from the ledger.
 
-An fsync takes half a second on a busy disk, in which a rollback would wait. After a power failure the ledger is read
-again, and the files with it.
+An fsync takes half a second on a busy disk, and a rollback would wait for it. After a power failure the controller
+reads the ledger again and writes the files again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in the place of an older one."""
+    """Replace a file, so that readers see either the old or the new content."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)

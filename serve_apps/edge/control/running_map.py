@@ -1,8 +1,8 @@
-"""A map that HAProxy looks up: entry by entry in the running workers, then as the file that the next worker reads.
+"""A map that HAProxy looks up: updated in the running workers first, then in the file that the next worker reads.
 
-The workers come first, because a file's rename can wait a third of a second for a busy disk, and fails on a full one. A
-worker that a reload is just starting may have read the file before, and not be there yet to be told: it is told again.
-A controller that is killed between the two is followed by one that reads the ledger.
+The workers come first, because renaming a file can wait a third of a second for a busy disk, and fails on a full one. A
+worker that a reload is just starting may have read the old file, and cannot get commands yet. So it gets the changes
+again after the reload. If a controller is killed between the two steps, the next one reads the ledger.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from serve_apps.edge.control.haproxy_process import HAProxy
 
 
 class RunningMap:
-    """One map file, and what is in the workers."""
+    """One map file, and the same map in the workers."""
 
     def __init__(self, haproxy: HAProxy, file: Path) -> None:
         self._haproxy = haproxy
@@ -24,34 +24,34 @@ class RunningMap:
         self._changed: set[str] = set()
 
     def bring(self, entries: Mapping[str, str]) -> None:
-        """Have these entries and no others, where they are not there already.
+        """Replace the map's entries by these, if they differ.
 
         Raises:
-            OSError: a worker could not be told, or the file not written; nothing counts as done, so try again.
+            OSError: a worker could not be updated, or the file not written. Nothing counts as done, so try again.
         """
         if entries == self._entries:
             return
-        before = self._entries or {}
-        changed = {key for key in before.keys() | entries.keys() if before.get(key) != entries.get(key)}
+        previous = self._entries or {}
+        changed = {key for key in previous.keys() | entries.keys() if previous.get(key) != entries.get(key)}
         self._changed |= changed
-        self._tell(entries, changed)
+        self._send(entries, changed)
         content = "".join(f"{key} {value}\n" for key, value in entries.items())
         replace_file(self._file, content.encode())
         self._entries = dict(entries)
 
-    def note_changes(self) -> None:
-        """A reload begins: keep in mind what changes from now on."""
+    def track_changes(self) -> None:
+        """Record the changes from now on, because a reload begins."""
         self._changed.clear()
 
-    def tell_again(self) -> None:
-        """A reload is done: tell the new worker what has changed meanwhile.
+    def resend_changes(self) -> None:
+        """Send the new worker the changes since `track_changes`, because the reload is done.
 
         Raises:
-            OSError: a worker could not be told; try again.
+            OSError: a worker could not be updated; try again.
         """
-        self._tell(self._entries or {}, self._changed)
+        self._send(self._entries or {}, self._changed)
 
-    def _tell(self, entries: Mapping[str, str], keys: set[str]) -> None:
+    def _send(self, entries: Mapping[str, str], keys: set[str]) -> None:
         if self._haproxy.pid is None:
             return
         for key in sorted(keys):

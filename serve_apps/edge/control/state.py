@@ -1,4 +1,4 @@
-"""What the edge's controller says of itself, for commands that wait until a change has arrived."""
+"""State of the running edge, as a file: commands read it to wait until a change was applied."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ POLL_S = 0.005
 DEADLINE_S = 30.0
 
 
-class EdgeSilent(FalajError):
-    """The edge did not take up a change in time."""
+class EdgeTimeout(FalajError):
+    """The edge did not apply a change in time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeState:
-    """What the running HAProxy has."""
+    """State of the running HAProxy; the fields are the keys of the JSON file."""
 
     applied_seq: int
-    """The last event whose effect is in the running map."""
+    """Sequence number of the last event whose effect is in the running map."""
     backends: list[str]
     pid: int | None
     refused: str = ""
-    """Why HAProxy does not take the newest configuration, so that an older one stays; empty where it does."""
+    """Why HAProxy refuses the newest configuration, so that an older one stays; empty if it does not."""
 
 
 def state_file(config: PlatformConfig) -> Path:
-    """Where the controller writes."""
+    """Return the path of the controller's state file."""
     return local(layout(config.storage).edge) / "state.json"
 
 
 def write_state(path: Path, state: EdgeState) -> None:
-    """Write the state, whole."""
+    """Replace the state file."""
     replace_file(path, json.dumps(asdict(state)).encode())
 
 
 def wait_until_applied(config: PlatformConfig, seq: int, *, app: str | None = None) -> None:
-    """Wait until the edge has an event's effect, and an application among its backends.
+    """Wait until the edge has applied an event, and has an application among its backends.
 
     Raises:
-        EdgeSilent: after 30 s.
+        EdgeTimeout: after 30 s.
     """
     path, deadline = state_file(config), time.monotonic() + DEADLINE_S
     state = None
@@ -57,6 +57,6 @@ def wait_until_applied(config: PlatformConfig, seq: int, *, app: str | None = No
                 return
         time.sleep(POLL_S)
     refused = f" {state.refused}" if state and state.refused else ""
-    raise EdgeSilent(
-        f"The edge did not take up event {seq} within {DEADLINE_S:.0f} s; see {path.parent}/controller.log.{refused}"
+    raise EdgeTimeout(
+        f"The edge did not apply event {seq} within {DEADLINE_S:.0f} s. See {path.parent}/controller.log.{refused}"
     )

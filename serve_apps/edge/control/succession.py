@@ -1,6 +1,4 @@
-"""One controller for each edge: a second one that is started asks the first to hand over, so that an edge is restarted
-by starting it again.
-"""
+"""One controller for each edge: a new one asks the old one to hand over, so starting an edge again restarts it."""
 
 from __future__ import annotations
 
@@ -23,19 +21,21 @@ POLL_S = 0.02
 
 @contextlib.contextmanager
 def sole_controller(file: Path) -> Iterator[None]:
-    """Be the one that holds a lock file, after the one before has let it go.
+    """Hold the lock file during the body, after its previous holder has released it.
 
     Raises:
-        ConfigError: it did not, within 20 s.
+        ConfigError: the previous holder did not release it within 20 s.
     """
     with file.open("a+") as lock:
-        deadline, asked = time.monotonic() + DEADLINE_S, ""
-        while not _taken(lock.fileno()):
-            if (holder := file.read_text().strip()) != asked:
-                _ask(holder, file)
-                asked = holder
+        deadline, asked_pid = time.monotonic() + DEADLINE_S, ""
+        while not _try_lock(lock.fileno()):
+            if (holder_pid := file.read_text().strip()) != asked_pid:
+                _request_handover(holder_pid, file)
+                asked_pid = holder_pid
             if time.monotonic() > deadline:
-                raise ConfigError(f"The edge's controller {holder} does not hand over. End it first.")
+                raise ConfigError(
+                    f"The edge's controller with pid {holder_pid} does not hand over. Stop it first."
+                )
             time.sleep(POLL_S)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -43,7 +43,7 @@ def sole_controller(file: Path) -> Iterator[None]:
         yield
 
 
-def _taken(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -51,15 +51,15 @@ def _taken(descriptor: int) -> bool:
     return True
 
 
-def _ask(holder: str, file: Path) -> None:
-    """Tell the process that holds the lock, by the pid that it wrote when it took it.
+def _request_handover(holder_pid: str, file: Path) -> None:
+    """Signal the process that holds the lock.
 
-    Between the two the file still has its predecessor's, which may be nobody's by now or somebody else's: only who has
-    the file open is told.
+    A holder writes its pid after it takes the lock. Until then the file has its predecessor's pid, which may be free or
+    belong to another program by now. So only a process that has the file open gets the signal.
     """
-    if not holder.isdecimal():
+    if not holder_pid.isdecimal():
         return
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        process = psutil.Process(int(holder))
+        process = psutil.Process(int(holder_pid))
         if any(opened.path == str(file.resolve()) for opened in process.open_files()):
             process.send_signal(SIGNAL)

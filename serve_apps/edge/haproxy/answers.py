@@ -1,4 +1,4 @@
-"""What the edge says by itself, as HAProxy's configuration wants it."""
+"""Answers that HAProxy gives itself, without a replica: rules and error files of its configuration."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from http import HTTPStatus
 
 ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)
 NO_ANSWER = "No replica answered; try again."
+NO_HEALTHY_REPLICA = "No healthy replica; try again."
 
 
 def error_body(status: int, message: str | None = None) -> str:
-    """The contract's JSON error."""
+    """Return the JSON error body `{"error", "code"}`; without a message, the status's own phrase."""
     return json.dumps({"error": message or HTTPStatus(status).phrase, "code": status})
 
 
 def error_file(status: int) -> str:
-    """What HAProxy sends when it refuses by itself.
+    """Return the HTTP response that HAProxy sends for its own error of this status.
 
-    That a replica gave no answer, or none in time, is 503 to a client; the access record keeps 502 and 504 apart.
+    The client gets 503 for 502 and 504 (no answer, or none in time). The access record keeps 502 and 504 apart.
     """
     if status in (502, 504):
         status, body = 503, error_body(503, NO_ANSWER)
@@ -27,16 +28,16 @@ def error_file(status: int) -> str:
     return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
 
 
-def say(body: str, *, status: int = 200) -> str:
-    """A rule that answers with JSON."""
+def answer_json(body: str, *, status: int = 200) -> str:
+    """Return a rule that answers with JSON."""
     return f"http-request return status {status} content-type application/json string '{_quoted(body)}'"
 
 
 def refuse(status: int, message: str) -> str:
-    """A rule that answers with the contract's JSON error."""
-    return say(error_body(status, message), status=status)
+    """Return a rule that answers with a JSON error."""
+    return answer_json(error_body(status, message), status=status)
 
 
 def _quoted(text: str) -> str:
-    """JSON inside HAProxy's single quotes, where no quote can be escaped but in JSON's own way."""
+    """Escape single quotes as JSON does, because HAProxy has no escape inside single quotes."""
     return text.replace("'", r"\u0027")

@@ -1,76 +1,78 @@
-"""How much memory and how many connections a client can take.
+"""Bounds on the memory and connections of one client.
 
-One of HAProxy's buffers holds a request's head and as much of its body as can be sent again to another replica. An
-active request takes up to six of them (both directions, to client and replica, and the copy for sending again), so the
-1,500 that a tenant may have open take at most 300 MiB. Nobody else's wait for anything: a body is waited for only when
-its token has held, so a stranger's request is answered and gone. (With `option http-buffer-request` it was kept, before
-any rule, at 36 KiB for each stream of each connection.) The login is a stranger's form; few are read at one time. A
-head that does not fit is refused, and one that does not come is ended after ten seconds.
+One HAProxy buffer holds a request's head and as much of its body as can be sent again to another replica. An active
+request takes up to six buffers (both directions, to client and to replica, and the copy for a retry). So the 1,500
+requests that a tenant may have open take at most 300 MiB. Other requests take none: HAProxy waits for a body only after
+the token was verified, so an unauthenticated request is answered at once. (`option http-buffer-request` kept it before
+any rule, at 36 KiB for each stream of each connection.) The login form is the only unauthenticated body, and few are
+read at the same time. A head that does not fit is refused. A head that does not arrive is ended after ten seconds.
 
-An address is what one subscriber has: of IPv6, a whole /64.
+One address counts as one subscriber. For IPv6, a whole /64 counts as one address.
 """
 
 from __future__ import annotations
 
 from serve_apps.edge.haproxy.answers import refuse
+from serve_apps.edge.haproxy.counters import Counter
 
 BUFFER_BYTES = 32_768
 MAX_STREAMS = 50
-"""Of one HTTP/2 connection at one time; each is a request of its own."""
+"""Concurrent streams of one HTTP/2 connection; each is one request."""
 BODY_S = 10
+"""Seconds to wait for a body."""
 MAX_LOGINS = 16
+"""Login bodies that are read at the same time."""
 _MAX_LENGTH_DIGITS = 10
-"""HAProxy would read a longer number as another one, or as none."""
-_TABLE = "addresses_counted"
-_LOGINS = "logins_counted"
-_NUMBER, _LOGINS_NUMBER = 4, 5
-"""Of the counters in HAProxy. The first four are two of `limiting` and one each of `strangers` and `token_checks`: of
-two rules with one number only the first would count."""
+"""HAProxy misreads a longer Content-Length as another number, or as missing."""
+_ADDRESS_TABLE = "addresses_counted"
+_LOGIN_TABLE = "logins_counted"
 
 
 def tuning() -> str:
-    """Lines of the global section."""
+    """Return lines of the global section: sizes of buffers, streams and counters."""
     return f"""    tune.bufsize {BUFFER_BYTES}
     tune.h2.fe.max-concurrent-streams {MAX_STREAMS}
-    tune.stick-counters {_LOGINS_NUMBER + 1}"""
+    tune.stick-counters {len(Counter)}"""
 
 
 def tables() -> str:
-    """The sections that count each address's connections, and logins."""
-    return f"""backend {_TABLE}
+    """Return the sections that count open connections by address, and logins."""
+    return f"""backend {_ADDRESS_TABLE}
     stick-table type ipv6 size 100k expire 1m store conn_cur
 
-backend {_LOGINS}
+backend {_LOGIN_TABLE}
     stick-table type string len 9 size 1 store conn_cur
 """
 
 
 def rules(max_of_one_address: int) -> str:
-    """Rules that close a connection, before its handshake, to who has too many of them; a frontend's."""
-    return f"""    tcp-request connection track-sc{_NUMBER} src,ipmask(32,64) table {_TABLE}
-    tcp-request connection reject if {{ sc_conn_cur({_NUMBER}) gt {max_of_one_address} }}"""
+    """Return a frontend's rules that close a connection, before its TLS handshake, if its address has too many."""
+    number = int(Counter.connections)
+    return f"""    tcp-request connection track-sc{number} src,ipmask(32,64) table {_ADDRESS_TABLE}
+    tcp-request connection reject if {{ sc_conn_cur({number}) gt {max_of_one_address} }}"""
 
 
-def stated_length(max_body_bytes: int) -> str:
-    """Rules that refuse a body by the length that its head states, before it is waited for."""
+def check_length(max_body_bytes: int) -> str:
+    """Return rules that refuse a body by its Content-Length, before HAProxy waits for the body."""
     length = "req.fhdr(content-length)"
-    odd = refuse(400, "Content-Length is no number of at most 10 digits.")
-    return f"""    {odd} if {{ {length} -m len gt {_MAX_LENGTH_DIGITS} }}
+    unreadable = refuse(400, "Content-Length is no number of at most 10 digits.")
+    return f"""    {unreadable} if {{ {length} -m len gt {_MAX_LENGTH_DIGITS} }}
     {refuse(413, "The body is too large.")} if {{ {length} -m int gt {max_body_bytes} }}"""
 
 
-def body() -> str:
-    """The rule that waits for a body, or as much of it as fits, so that it can be sent again."""
+def wait_for_body() -> str:
+    """Return the rule that waits for a body, or as much as fits into a buffer, so that it can be sent again."""
     return f"    http-request wait-for-body time {BODY_S}s if METH_POST"
 
 
-def login_body(login: str) -> str:
-    """Rules that wait for the body of a login.
+def wait_for_login_body(login: str) -> str:
+    """Return rules that wait for the body of a login.
 
     Args:
-        login: the condition that a request is one.
+        login: HAProxy condition that is true for a login request.
     """
-    many = f"{{ sc_conn_cur({_LOGINS_NUMBER}) gt {MAX_LOGINS} }}"
-    return f"""    http-request track-sc{_LOGINS_NUMBER} str(logins) table {_LOGINS} if {login}
-    {refuse(429, "Too many are signing in; try again.")} hdr retry-after 1 if {login} {many}
+    number = int(Counter.logins)
+    too_many = f"{{ sc_conn_cur({number}) gt {MAX_LOGINS} }}"
+    return f"""    http-request track-sc{number} str(logins) table {_LOGIN_TABLE} if {login}
+    {refuse(429, "Too many are signing in; try again.")} hdr retry-after 1 if {login} {too_many}
     http-request wait-for-body time {BODY_S}s if {login}"""

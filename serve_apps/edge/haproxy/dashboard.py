@@ -1,11 +1,12 @@
-"""Ray's dashboard and its job API under `/ray/`, for who may manage the cluster.
+"""Ray's dashboard and its job API under `/ray/`, for principals who may manage the cluster.
 
-Whoever comes through can run code as the cluster's user. A program shows its token in the Authorization header; a
-browser gives it once to `/ray/login`, which keeps it in a cookie that scripts cannot read and that other sites cannot
-use: SameSite keeps it from them, and `Sec-Fetch-Site` (for web sockets, which lack it, `Origin`) from other ports of this
-host, which count as the same site.
-Ray's own token is put on behind the edge. It goes by the header that Ray's login, which would hand the token out in a
-cookie, does not look at, and it stands in HAProxy's environment, not in its configuration's file.
+A user of the dashboard can run code as the cluster's user. A program sends its token in the Authorization header. A
+browser gives it once to `/ray/login`, which stores it in a cookie that scripts cannot read and other sites cannot use.
+SameSite keeps the cookie from other sites. `Sec-Fetch-Site` (for web sockets, which lack it, `Origin`) keeps it from
+other ports of this host, which count as the same site.
+
+The edge adds Ray's own token when it sends a request on. It uses the header that Ray's login does not read, because that
+login would give the token away in a cookie. The token is in HAProxy's environment, not in its configuration file.
 """
 
 from __future__ import annotations
@@ -27,30 +28,16 @@ _PAGE_HEADERS = (
 )
 
 
-def entrance() -> str:
-    """Rules that know the dashboard's paths, and take a browser's token from its cookie or its login."""
-    own_pages = f"""    http-request return status 200 content-type text/html file {LOGIN_PAGE} {_PAGE_HEADERS} if {{ path /ray/login }} METH_GET
-    http-request return status 303 hdr location /ray/login hdr set-cookie "{COOKIE}=; Max-Age=0; {_COOKIE_FLAGS}" if {{ path /ray/logout }}"""
-    return f"""    http-request redirect code 308 location /ray/ if {{ path /ray }}
-    http-request set-var(txn.action) str({Action.manage_cluster}) if {{ path_beg /ray/ }}
-    acl dashboard var(txn.action) -m str {Action.manage_cluster}
-    acl browser var(txn.browser) -m found
-    http-request set-var(txn.path) path if dashboard
-{own_pages}
-    http-request set-var(txn.browser) bool(true) if {{ path /ray/login }} METH_POST
-{connections.login_body("browser")}
-    http-request set-var(txn.token) req.body_param(token) if browser
-    http-request set-var(txn.browser) bool(true) if dashboard !browser !{{ var(txn.token) -m found }} {{ req.cook({COOKIE}) -m found }}
-    http-request set-var(txn.token) req.cook({COOKIE}) if browser !{{ var(txn.token) -m found }}
-    http-request set-var-fmt(txn.own_origin) https://%[req.hdr(host)] if browser
-    acl own_page req.fhdr(sec-fetch-site) -m str same-origin none
-    acl own_page req.fhdr(origin),strcmp(txn.own_origin) eq 0
-    {refuse(403, "Another site sent this request; open the dashboard itself.")} if browser !own_page
-    http-request redirect code 303 location /ray/login if dashboard !{{ var(txn.token) -m found }} {{ req.fhdr(sec-fetch-mode) -m str navigate }}"""
+def login_rules() -> str:
+    """Return rules that recognise the dashboard's paths, and read a browser's token from its login or cookie."""
+    return "\n".join((_dashboard_paths(), _login_pages(), _browser_token(), _same_site()))
 
 
-def passage() -> str:
-    """Rules for who was let in: into the cookie after a login, else on to Ray; they end the evaluation."""
+def forwarding_rules() -> str:
+    """Return rules for an authorised request: store the token after a login, or send it on to Ray.
+
+    They end the evaluation of rules.
+    """
     cookie = f"{COOKIE}=%[var(txn.token)]; Max-Age=%[var(txn.exp),sub(txn.now)]; {_COOKIE_FLAGS}"
     return f"""    http-request return status 303 hdr location /ray/ hdr cache-control no-store hdr set-cookie "{cookie}" if {{ path /ray/login }}
     http-request set-var(txn.backend) str({BACKEND}) if dashboard
@@ -62,7 +49,7 @@ def passage() -> str:
 
 
 def backend(address: str) -> str:
-    """Ray's dashboard; nothing is sent twice, because a job would be submitted twice."""
+    """Return the backend of Ray's dashboard; it never retries, because a job would be submitted twice."""
     return f"""backend {BACKEND}
     retries 0
     timeout server 10m
@@ -70,3 +57,36 @@ def backend(address: str) -> str:
     http-response del-header set-cookie
     server dashboard {address}
 """
+
+
+def _dashboard_paths() -> str:
+    """Set the action of paths under `/ray/`; their path goes into the access record."""
+    return f"""    http-request redirect code 308 location /ray/ if {{ path /ray }}
+    http-request set-var(txn.action) str({Action.manage_cluster}) if {{ path_beg /ray/ }}
+    acl dashboard var(txn.action) -m str {Action.manage_cluster}
+    acl browser var(txn.browser) -m found
+    http-request set-var(txn.path) path if dashboard"""
+
+
+def _login_pages() -> str:
+    """Answer the login form, and the logout, which deletes the cookie; both need no token."""
+    return f"""    http-request return status 200 content-type text/html file {LOGIN_PAGE} {_PAGE_HEADERS} if {{ path /ray/login }} METH_GET
+    http-request return status 303 hdr location /ray/login hdr set-cookie "{COOKIE}=; Max-Age=0; {_COOKIE_FLAGS}" if {{ path /ray/logout }}"""
+
+
+def _browser_token() -> str:
+    """Read a browser's token: from the login form, or from the cookie if there is no Authorization header."""
+    return f"""    http-request set-var(txn.browser) bool(true) if {{ path /ray/login }} METH_POST
+{connections.wait_for_login_body("browser")}
+    http-request set-var(txn.token) req.body_param(token) if browser
+    http-request set-var(txn.browser) bool(true) if dashboard !browser !{{ var(txn.token) -m found }} {{ req.cook({COOKIE}) -m found }}
+    http-request set-var(txn.token) req.cook({COOKIE}) if browser !{{ var(txn.token) -m found }}"""
+
+
+def _same_site() -> str:
+    """Refuse browser requests that another site or another port sent, and lead a browser without a token to login."""
+    return f"""    http-request set-var-fmt(txn.own_origin) https://%[req.hdr(host)] if browser
+    acl own_page req.fhdr(sec-fetch-site) -m str same-origin none
+    acl own_page req.fhdr(origin),strcmp(txn.own_origin) eq 0
+    {refuse(403, "Another site sent this request; open the dashboard itself.")} if browser !own_page
+    http-request redirect code 303 location /ray/login if dashboard !{{ var(txn.token) -m found }} {{ req.fhdr(sec-fetch-mode) -m str navigate }}"""

@@ -1,4 +1,4 @@
-"""The issuer's keys as HAProxy wants them: a file for each, named in the configuration beside its `kid`.
+"""The issuer's keys as files for HAProxy; the configuration names each file beside its `kid`.
 
 A new key needs a reload, which drops no connection. Files are named by their content, so an old worker that drains
 never finds another key under a name.
@@ -23,7 +23,7 @@ _ALGORITHMS = {key_type: algorithm for algorithm, key_type in KEY_TYPES.items()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JwtKey:
-    """One key that tokens are verified with, and the one algorithm that it is for."""
+    """A public key that verifies tokens, and the only algorithm that it is used with."""
 
     kid: str
     algorithm: str
@@ -31,10 +31,10 @@ class JwtKey:
 
 
 def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, ...]]:
-    """A function that writes the issuer's present keys below a folder, sorted by `kid`.
+    """Return a function that writes the issuer's present keys into a folder, and returns them sorted by `kid`.
 
-    A `kid` that a token of ours could not name is left out: it must not get into HAProxy's configuration. An issuer
-    whose keys were taken away has none. The function raises KeysUnknown while the issuer has not answered yet.
+    It leaves out a `kid` that our tokens could not name, because such text must not get into HAProxy's configuration.
+    It returns no keys if the issuer has withdrawn them. It raises KeysUnknown until the issuer has answered once.
     """
 
     def write() -> tuple[JwtKey, ...]:
@@ -45,7 +45,7 @@ def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, 
             raise
         except Unauthenticated:
             return ()
-        found = []
+        jwt_keys = []
         for kid, key in sorted(keys.items()):
             if not KID.fullmatch(kid) or not isinstance(key, ECKey | RSAKey):
                 continue
@@ -53,7 +53,7 @@ def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, 
             file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.pem"
             if not file.exists():
                 replace_private(file, content)
-            found.append(JwtKey(kid=kid, algorithm=_ALGORITHMS[key.key_type], file=str(file)))
-        return tuple(found)
+            jwt_keys.append(JwtKey(kid=kid, algorithm=_ALGORITHMS[key.key_type], file=str(file)))
+        return tuple(jwt_keys)
 
     return write

@@ -1,9 +1,9 @@
-"""How fast each principal and each tenant may ask, and how much at once: ledger events folded into HAProxy's maps, and
-the rules that hold requests to them.
+"""Limits of each principal and tenant: requests a second, and concurrent requests.
 
-Requests that were let through are counted over a sliding second, so who asks twice too fast is answered half of the
-time, not never. Counts are this edge's own: with N edges a limit holds N times. They survive a reload, because the
-outgoing worker teaches the new one as its peer; requests that it still answers do not count as concurrent in the new.
+Ledger events become HAProxy's maps, and rules enforce them. Requests that were let through are counted over a sliding
+second. So a client that sends twice the limit gets about half of its requests answered, not none. Each edge counts by
+itself: with N edges a limit holds N times. Counts survive a reload, because the outgoing worker sends them to the new
+one as its peer. Requests that the outgoing worker still answers do not count as concurrent in the new one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from urllib.parse import quote
 
 from cluster.ledger.events import EdgeLimitSet, LedgerEvent, Subject, require_known
 from serve_apps.edge.haproxy.answers import refuse
+from serve_apps.edge.haproxy.counters import Counter
 
 MAX_NAME_BYTES = 200
-"""Of a principal or a tenant, as long as a token's claim may be."""
+"""Longest name of a principal or a tenant; as long as a token's claim may be."""
 NAMELESS = "-"
-"""All whose subject HAProxy cannot read, as JSON escapes beyond Latin-1 are, share one count."""
+"""Shared name of all subjects that HAProxy cannot read, such as JSON escapes beyond Latin-1; they share one count."""
 _IDLE = "1m"
 _MAX_COUNTED = "100k"
 
 
 class Limited(enum.Enum):
-    """Whom a limit is for."""
+    """Kind of what a limit applies to."""
 
     principal = "principal"
     tenant = "tenant"
@@ -34,11 +35,11 @@ class Limited(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What one may ask for."""
+    """Limits of one principal or tenant."""
 
     requests_per_s: int
     concurrent: int
-    """Requests that are being answered at one time."""
+    """Requests that may be open at the same time."""
 
     def __post_init__(self) -> None:
         for part in fields(self):
@@ -47,51 +48,52 @@ class Limit:
                 raise ValueError(f"A limit's {part.name} must be at least 1 and below 2^31, got {value}.")
 
     def entry(self) -> str:
-        """As a map has it."""
+        """Return the value of a map entry."""
         return f"{self.requests_per_s}|{self.concurrent}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What holds for everybody without a limit of his own, and where those of the others are."""
+    """Default limits, and the files with the limits of single principals and tenants."""
 
     principal: Limit
     tenant: Limit
     folder: str
-    """Of the two map files."""
+    """Folder of the two map files."""
     socket: str
-    """Where the workers before and after a reload meet, in a folder of nobody else's."""
+    """Socket where the workers before and after a reload exchange counts, in a folder of the cluster's user."""
 
     def of(self, limited: Limited) -> Limit:
+        """Return the default limit of a kind."""
         return self.principal if limited is Limited.principal else self.tenant
 
     def file(self, limited: Limited) -> Path:
-        """The map of those with a limit of their own."""
+        """Return the map file of the principals or tenants with own limits."""
         return Path(self.folder) / f"{limited.value}-limits.map"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnLimits:
-    """Principals and tenants with limits of their own, as the ledger says."""
+    """Principals and tenants with own limits, folded from ledger events."""
 
     set: Mapping[tuple[Limited, str], EdgeLimitSet] = field(default_factory=dict)
 
     def apply(self, event: LedgerEvent) -> OwnLimits:
-        """The limits after one more event; events of other kinds change nothing.
+        """Return the limits after one more event; events of other kinds change nothing.
 
         Raises:
-            ReleaseTooOld: an event of a newer release that changes limits.
+            ReleaseTooOld: the event is of a newer release and changes limits.
         """
         require_known(event, Subject.limit)
         if not isinstance(event, EdgeLimitSet) or event.limited not in Limited.__members__:
             return self
         key = (Limited(event.limited), event.name)
-        others = {name: own for name, own in self.set.items() if name != key}
-        ended = event.requests_per_s is None and event.concurrent is None
-        return OwnLimits(others if ended else others | {key: event})
+        others = {other: limit for other, limit in self.set.items() if other != key}
+        is_removal = event.requests_per_s is None and event.concurrent is None
+        return OwnLimits(others if is_removal else others | {key: event})
 
     def limit(self, limited: Limited, name: str, default: Limit) -> Limit:
-        """What holds for one; where an own limit leaves a part open, the default's."""
+        """Return the limit of one principal or tenant; parts that it does not set are the default's."""
         own = self.set.get((limited, name))
         if own is None:
             return default
@@ -101,13 +103,13 @@ class OwnLimits:
         )
 
     def entries(self, limited: Limited, default: Limit) -> dict[str, str]:
-        """The map of one kind; a name's letters that a map's line could not hold are escaped, as `url_enc` does."""
+        """Return the map of one kind; names are escaped as HAProxy's `url_enc` does, to fit on a map's line."""
         names = sorted(name for kind, name in self.set if kind is limited)
         return {quote(name, safe=""): self.limit(limited, name, default).entry() for name in names}
 
 
 def tables(limits: Limits) -> str:
-    """The sections that count."""
+    """Return the sections of the tables that count."""
     stored = "store gpc0,gpc0_rate(1s),conn_cur"
     counted = "\n".join(
         f"backend {_table(kind)}\n    stick-table type string len {MAX_NAME_BYTES} size {_MAX_COUNTED} "
@@ -118,36 +120,41 @@ def tables(limits: Limits) -> str:
 
 
 def rules(limits: Limits, *, tenant: str) -> str:
-    """Rules that refuse with 429 who asks too fast or for too much at once, and count the others.
+    """Return rules that refuse requests over a limit with 429, and count the others.
 
     Args:
-        limits: everybody's.
-        tenant: whose a token is that names none.
+        limits: the defaults, and the map files.
+        tenant: tenant of a token that names none.
     """
     lines = [
         f"    http-request set-var(txn.principal) str({NAMELESS}) unless {{ var(txn.principal) -m len gt 0 }}",
         f"    http-request set-var(txn.tenant) str({tenant}) unless {{ var(txn.tenant) -m found }}",
-        *(line for number, kind in enumerate(Limited) for line in _held(kind, number, limits)),
-        *(f"    http-request sc-inc-gpc0({number})" for number, _ in enumerate(Limited)),
+        *(line for kind in Limited for line in _limit_rules(kind, limits)),
+        *(f"    http-request sc-inc-gpc0({_counter(kind)})" for kind in Limited),
     ]
     return "\n".join(lines)
 
 
-def _held(kind: Limited, number: int, limits: Limits) -> list[str]:
-    name, default = f"txn.{kind.value}", limits.of(kind).entry()
-    own = f"url_enc,map_str({limits.file(kind)},{default})"
-    fast, much = f"{kind.value}_too_fast", f"{kind.value}_too_much"
+def _limit_rules(kind: Limited, limits: Limits) -> list[str]:
+    """Return the rules of one kind: look up the limit, compare rate and concurrency, refuse."""
+    name, default, number = f"txn.{kind.value}", limits.of(kind).entry(), _counter(kind)
+    own_limit = f"url_enc,map_str({limits.file(kind)},{default})"
+    fast, many = f"{kind.value}_too_fast", f"{kind.value}_too_much"
     retry = "hdr retry-after 1"
     return [
         f"    http-request track-sc{number} var({name}) table {_table(kind)}",
-        f"    http-request set-var({name}_limit) var({name}),{own}",
+        f"    http-request set-var({name}_limit) var({name}),{own_limit}",
         f"    http-request set-var({name}_rate) var({name}_limit),field(1,|)",
         f"    http-request set-var({name}_concurrent) var({name}_limit),field(2,|)",
         f"    acl {fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",
-        f"    acl {much} sc{number}_conn_cur,sub({name}_concurrent) -m int gt 0",
+        f"    acl {many} sc{number}_conn_cur,sub({name}_concurrent) -m int gt 0",
         f"    {refuse(429, f'Your {kind.value} has asked too often within a second; try again.')} {retry} if {fast}",
-        f"    {refuse(429, f'Your {kind.value} has too many requests open; try again.')} {retry} if {much}",
+        f"    {refuse(429, f'Your {kind.value} has too many requests open; try again.')} {retry} if {many}",
     ]
+
+
+def _counter(kind: Limited) -> int:
+    return int(Counter[kind.value])
 
 
 def _table(kind: Limited) -> str:

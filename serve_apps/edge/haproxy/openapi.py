@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document of what the edge serves; tests hold it against real answers.
+"""The OpenAPI 3.1 document of the edge's paths; tests compare it with real answers.
 
-A model's inputs are its own, so their names stand in its metadata and not here. The edge sends the document from its
-configuration, so the whole answer must fit one of HAProxy's buffers: `MAX_BYTES`.
+It does not list a model's inputs, which the model's metadata names. HAProxy answers with the document from its
+configuration, so the whole answer must fit into one of its buffers: `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
+from serve_apps.replica.contract import (
+    MAX_BODY_BYTES,
+    MAX_ENTITIES,
+    MAX_OUTCOMES,
+    PREDICTION_ID_HEADER,
+    PREDICTION_ID_PATTERN,
+)
+
 MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
-MAX_ROWS, MAX_WIDTH = 1000, 65_536
-MAX_OUTCOMES = 10_000
+MAX_WIDTH = 65_536
 AS_OF = (
     "ISO 8601; null is now. Time-to-live counts from here. The store has one row an entity, its newest: where that is "
     "later than as_of the status is newer, and only a training set says what was known then."
@@ -21,7 +28,7 @@ _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
 
 def document() -> dict[str, Any]:
-    """The document as plain data."""
+    """Return the document as plain data."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -46,7 +53,7 @@ def _health() -> dict[str, Any]:
     live = _get("live", "Whether the edge answers.", _json("Live"))
     ready = _get("ready", "Whether every champion has a healthy replica.", _json("Ready"))
     paths = {"/v2/health/live": live, "/v2/health/ready": ready}
-    return {path: {"get": one["get"] | {"security": []}} for path, one in paths.items()}
+    return {path: {"get": methods["get"] | {"security": []}} for path, methods in paths.items()}
 
 
 def _metadata() -> dict[str, Any]:
@@ -78,7 +85,7 @@ def _infer() -> dict[str, Any]:
 
 
 def _tensors(schema: str) -> dict[str, Any]:
-    """JSON, or JSON and binary data behind it."""
+    """The content of a body: JSON, or JSON followed by binary data."""
     raw = {"schema": {"type": "string", "format": "binary"}}
     return {"application/json": {"schema": _ref(schema)}, "application/octet-stream": raw}
 
@@ -120,7 +127,7 @@ def _features() -> dict[str, Any]:
     }
 
 
-_PREDICTION_ID = {"x-falaj-prediction-id": {"schema": {"type": "string"}}}
+_PREDICTION_ID = {PREDICTION_ID_HEADER: {"schema": {"type": "string"}}}
 
 
 def _parameters() -> dict[str, Any]:
@@ -191,7 +198,7 @@ def _schemas() -> dict[str, Any]:
 def _tensor_schemas() -> dict[str, Any]:
     text, value = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
     shape = {**_list({"type": "integer", "minimum": 1, "maximum": MAX_WIDTH}), "minItems": 1, "maxItems": 2}
-    given = {
+    tensor = {
         "name": text,
         "datatype": _ref("Datatype"),
         "shape": {**shape, "description": "[n] or [n, 1]; [n, m] for a list"},
@@ -205,12 +212,16 @@ def _tensor_schemas() -> dict[str, Any]:
         },
     }
     flag = {"type": "boolean", "default": False}
-    wanted = _object({"name": text, "parameters": _optional("binary_data", flag)}, "name")
+    requested_output = _object({"name": text, "parameters": _optional("binary_data", flag)}, "name")
     infer = {
         "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
         "parameters": _optional("binary_data_output", flag),
-        "inputs": {**_list(_object(given, "name", "datatype", "shape")), "minItems": 1},
-        "outputs": {**_list(wanted), "type": ["array", "null"], "description": "All, if none is named."},
+        "inputs": {**_list(_object(tensor, "name", "datatype", "shape")), "minItems": 1},
+        "outputs": {
+            **_list(requested_output),
+            "type": ["array", "null"],
+            "description": "All, if none is named.",
+        },
     }
     output = {
         "name": text,
@@ -263,8 +274,8 @@ def _key_schemas() -> dict[str, Any]:
         },
     }
     outcome = {
-        "prediction_id": {"type": "string", "pattern": "^[0-9a-zA-Z-]{1,64}$"},
-        "row": {"type": "integer", "minimum": 0, "maximum": MAX_ROWS - 1, "default": 0},
+        "prediction_id": {"type": "string", "pattern": f"^{PREDICTION_ID_PATTERN}$"},
+        "row": {"type": "integer", "minimum": 0, "maximum": MAX_ENTITIES - 1, "default": 0},
         "outcome": label,
         "observed_at": {"type": "string", "description": "ISO 8601."},
     }
@@ -297,7 +308,7 @@ def _feature_schemas() -> dict[str, Any]:
     push = {
         "view": name,
         "idempotency_key": {**name, "description": "The same again is answered the same and stored once."},
-        "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ROWS},
+        "rows": {**_list(_closed(row, "keys", "event_timestamp")), "minItems": 1, "maxItems": MAX_ENTITIES},
     }
     columns = {"type": "object", "additionalProperties": _list({})}
     forms = (
@@ -311,10 +322,10 @@ def _feature_schemas() -> dict[str, Any]:
         "features": {**columns, "description": forms},
         "status": {**columns, "additionalProperties": _list(_ref("Status"))},
     }
-    bad = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
-    pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(bad)}
+    quarantined = _object({"row": {"type": "integer"}, "reason": text}, "row", "reason")
+    pushed = {"view": text, "accepted": {"type": "integer"}, "quarantined": _list(quarantined)}
     return {
-        "Entities": {**entities, "minItems": 1, "maxItems": MAX_ROWS},
+        "Entities": {**entities, "minItems": 1, "maxItems": MAX_ENTITIES},
         "AsOf": {"type": ["string", "null"], "description": AS_OF},
         "Status": {"enum": ["present", "null", "missing", "expired", "newer"]},
         "Read": _closed(
@@ -359,7 +370,8 @@ def _refusal() -> dict[str, Any]:
     description = (
         "400: what of the request does not fit, and how. 401: no token, or one that does not hold. 403: its role or "
         "purpose may not do this, or its scope does not name the model. 404: no such path, model or version. 405: "
-        "`Allow` names the method. 408: the request came too slowly. 413: the body is larger than 1,000,000 bytes. "
+        "`Allow` names the method. 408: the request came too slowly. 413: the body is larger than "
+        f"{MAX_BODY_BYTES:,} bytes. "
         "415: it is compressed. 429: more requests than a principal or tenant may send; `Retry-After` says when to try "
         "again. 503: no healthy replica, or nothing can be written down; try again. Other 5xx: a failure."
     )

@@ -1,31 +1,32 @@
-"""What the edge knows of each model: one map entry with the whole split, and the replicas behind each version."""
+"""Routes of the edge: one map entry with the whole split of each model, and the replicas of each version."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve_apps.replica.targets import Target, Waker, addresses_of
+from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
 from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
 from serve_apps.rollout.state import ModelState, States
 
 NO_ROLLOUT = "none"
+"""A map entry's rollout id, while no rollout runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One Serve application and its replicas' addresses."""
+    """One Serve application and the addresses of its replicas."""
 
     name: str
     servers: tuple[str, ...]
     """`host:port`, sorted."""
-    asleep: bool = False
-    """Without replicas, and well: the address is that of who starts one."""
+    scaled_to_zero: bool = False
+    """The application is healthy without replicas; `servers` is then Serve's proxy, which starts one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """All the edge routes to."""
+    """Everything that the edge routes to."""
 
     entries: dict[str, str] = field(default_factory=dict)
     """Model to its map entry."""
@@ -35,9 +36,10 @@ class Routes:
 
 
 def entry(state: ModelState) -> str | None:
-    """A model's map entry: champion backend, treatment backend and variant, rollout, salt, the two bounds.
+    """Return a model's map entry, or None while the model has no deployed champion.
 
-    None while the model has no deployed champion. Bounds and names stand in one value, so that one `set map` moves all.
+    Fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id, salt, and the two
+    bounds in buckets. All are in one value, so that one `set map` changes all of them together.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:
@@ -52,15 +54,15 @@ def entry(state: ModelState) -> str | None:
 
 
 def routes(states: States, targets: Mapping[str, Target]) -> Routes:
-    """What the ledger says, over the replicas that Serve has.
+    """Build the routes from the ledger's state and the replicas that Serve reports.
 
     Args:
-        states: by model.
-        targets: Serve application to its replicas' addresses, or to who wakes it.
+        states: state by model.
+        targets: Serve application to its replicas, or to the proxy that starts one.
     """
     entries = {model: text for model, state in sorted(states.items()) if (text := entry(state))}
     backends = tuple(
-        Backend(name, tuple(sorted(addresses_of(target))), asleep=isinstance(target, Waker))
+        Backend(name, tuple(sorted(addresses_of(target))), scaled_to_zero=isinstance(target, ScaledToZero))
         for name, target in sorted(targets.items())
     )
     return Routes(entries, backends, tuple(sorted(text.split("|", 1)[0] for text in entries.values())))

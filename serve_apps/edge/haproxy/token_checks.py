@@ -1,7 +1,7 @@
-"""How HAProxy checks the token in `txn.token`: each of its issuer's keys for tokens of its own name and algorithm alone,
-so a token cannot choose how it is checked.
+"""Rules that check the token in `txn.token`.
 
-Left to who stands behind the edge: a name that the JSON says twice, and what only Python's stricter reading finds.
+Each of the issuer's keys verifies only tokens that name it and its algorithm, so a token cannot choose how it is
+checked. Replicas check what HAProxy cannot: JSON with a repeated name, and what only Python's stricter parsing finds.
 """
 
 from __future__ import annotations
@@ -10,40 +10,51 @@ from collections.abc import Sequence
 
 from cluster.security.tokens.verification import TokenRules
 from serve_apps.edge.haproxy.answers import refuse
+from serve_apps.edge.haproxy.counters import Counter
 from serve_apps.edge.haproxy.keys import JwtKey
 
 NOT_BEFORE_LEEWAY_S = 5
-"""How far ahead the issuer's clock may be; an expired token gets no leeway here, only from a replica."""
+"""How far the issuer's clock may be ahead. Expiry has no leeway here; only replicas give it."""
 NOT_ACCEPTED = ('"crit"', '"b64"', '"jku"', '"jwk"', '"x5u"', '"x5c"', r"\u")
-"""What no header may contain: fields that change how a token is read or bring a key, and their letters in disguise."""
+"""Text that a token's header may not contain: fields that change how the token is read or that bring a key, and the
+escape that could hide their letters."""
 MAX_AUDIENCES = 16
-"""Of a list in a token; ours among later ones is not seen."""
+"""Entries of a token's audience list that are compared; later ones are ignored."""
 VERIFIED_S = 60
-VERIFIED_TOKENS = f"""backend verified_tokens
+_TABLE = "verified_tokens"
+VERIFIED_TOKENS = f"""backend {_TABLE}
     stick-table type binary len 32 size 20k expire {VERIFIED_S}s
 """
-"""Tokens by SHA-256 whose signature was found valid within the last minute, by this worker: it costs more than all else
-that the edge does to a request. A key that is taken away is a reload, and a new worker remembers nothing. Only the
-signature is remembered: what a token says is looked at each time. Others never get in, so nobody can push them out."""
+"""Table of tokens, by SHA-256, whose signature this worker found valid within the last minute.
+
+A signature check costs more than the rest of the edge's work for a request. Only the signature's result is stored; the
+claims are checked each time. Removing a key is a reload, and a new worker starts with an empty table. Invalid tokens are
+never stored, so they cannot push valid ones out."""
 
 
 def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
-    """Rules that refuse with 401 what does not hold, and set `txn.claims`, `txn.role`, `txn.tenant` and `txn.exp` where
-    it does.
+    """Return rules that refuse an invalid token with 401.
+
+    For a valid token they set `txn.claims`, `txn.role`, `txn.tenant` and `txn.exp`.
 
     Args:
-        keys: the issuer's; without any, every token is refused.
-        rules: what a token must say.
-        role_claim: the issuer's name for the role.
-        tenant_claim: its name for the tenant; a token may say none.
+        keys: the issuer's keys; without any, every token is refused.
+        rules: what a token must contain.
+        role_claim: the issuer's name of the role claim.
+        tenant_claim: the issuer's name of the tenant claim, which is optional.
     """
-    verify = "\n".join(
-        f'    http-request set-var(txn.signed) var(txn.token),jwt_verify(txn.alg,"{key.file}") '
-        f"if !verified {{ var(txn.kid) -m str -- {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
-        for key in keys
+    return "\n".join(
+        (
+            _read_token(rules, role_claim=role_claim, tenant_claim=tenant_claim),
+            _check_header(rules),
+            _check_signature(keys),
+            _check_claims(rules),
+        )
     )
-    unwanted = " ".join(f"'{text}'" for text in NOT_ACCEPTED)
-    latest_s = rules.max_lifetime_s + rules.leeway_s
+
+
+def _read_token(rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
+    """Require a token, and read its header fields and claims into variables."""
     return f"""    {_refuse("Give a token: 'Authorization: Bearer ...'.")} unless {{ var(txn.token) -m found }}
     {_refuse(f"The token is longer than {rules.max_bytes} bytes.")} if {{ var(txn.token) -m len gt {rules.max_bytes} }}
     http-request set-var(txn.now) date()
@@ -56,16 +67,35 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
     http-request set-var(txn.role) var(txn.claims),json_query('$.{role_claim}')
     http-request set-var(txn.tenant) var(txn.claims),json_query('$.{tenant_claim}')
     http-request set-var(txn.exp) var(txn.claims),json_query('$.exp','int')
-    http-request set-var(txn.nbf) var(txn.claims),json_query('$.nbf','int')
-    {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.head) -m sub -- {unwanted} }}
-    {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}
-    http-request set-var(txn.fingerprint) var(txn.token),sha2(256)
-    acl verified var(txn.fingerprint),in_table(verified_tokens)
+    http-request set-var(txn.nbf) var(txn.claims),json_query('$.nbf','int')"""
+
+
+def _check_header(rules: TokenRules) -> str:
+    """Refuse header fields and algorithms that are not accepted, before any key is used."""
+    unwanted = " ".join(f"'{text}'" for text in NOT_ACCEPTED)
+    return f"""    {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.head) -m sub -- {unwanted} }}
+    {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}"""
+
+
+def _check_signature(keys: Sequence[JwtKey]) -> str:
+    """Verify the signature with the key that the token names, unless it was verified within the last minute."""
+    verify = "\n".join(
+        f'    http-request set-var(txn.signed) var(txn.token),jwt_verify(txn.alg,"{key.file}") '
+        f"if !verified {{ var(txn.kid) -m str -- {key.kid} }} {{ var(txn.alg) -m str {key.algorithm} }}"
+        for key in keys
+    )
+    return f"""    http-request set-var(txn.fingerprint) var(txn.token),sha2(256)
+    acl verified var(txn.fingerprint),in_table({_TABLE})
     acl signed var(txn.signed) -m int 1
 {verify}
     {_refuse("The token's signature is not valid.")} unless verified or signed
-    http-request track-sc3 var(txn.fingerprint) table verified_tokens if signed
-{_for_us(rules.audience)}
+    http-request track-sc{int(Counter.verified_tokens)} var(txn.fingerprint) table {_TABLE} if signed"""
+
+
+def _check_claims(rules: TokenRules) -> str:
+    """Check issuer, audience and times; the claims of a verified token can have expired since."""
+    latest_s = rules.max_lifetime_s + rules.leeway_s
+    return f"""{_for_us(rules.audience)}
     {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} for_us
     {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
     {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
@@ -74,12 +104,12 @@ def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, 
 
 
 def _for_us(audience: str) -> str:
-    """The condition that a token names the audience, alone or at any place of a list (RFC 7519, 4.1.3).
+    """Return the ACL that is true if a token names the audience, alone or in a list (RFC 7519, 4.1.3).
 
-    HAProxy reads a list's elements, but not a list.
+    HAProxy can read single elements of a JSON list, but not the list, so each position has a line.
     """
-    elements = (f"var(txn.claims),json_query('$.aud[{place}]')" for place in range(MAX_AUDIENCES))
-    return "\n".join(f"    acl for_us {one} -m str -- {audience}" for one in ("var(txn.aud)", *elements))
+    elements = (f"var(txn.claims),json_query('$.aud[{index}]')" for index in range(MAX_AUDIENCES))
+    return "\n".join(f"    acl for_us {value} -m str -- {audience}" for value in ("var(txn.aud)", *elements))
 
 
 def _refuse(message: str) -> str:

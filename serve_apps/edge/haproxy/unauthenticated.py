@@ -1,8 +1,8 @@
-"""Requests without a valid identity: counted by what was wrong, and not written down one by one.
+"""Counts of unauthenticated requests, by reason; they are not logged one by one.
 
-HAProxy counts them, those included that it cannot parse. The controller reads the counts now and then and puts into the
-ledger what has been added. Only a request whose token held is of the level that reaches the access log: whoever wants
-to fill our disks has to be somebody.
+HAProxy counts them, including requests that it cannot parse. The controller reads the counts periodically and appends
+the increase to the ledger. Only requests with a valid token get the log level that reaches the access log, so an
+unauthenticated client cannot fill the disk.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import re
 from dataclasses import dataclass, field, replace
 
 from cluster.ledger.events import StrangersRefused
+from serve_apps.edge.haproxy.counters import Counter
 
-EVERY_S = 60.0
+REPORT_INTERVAL_S = 60.0
+"""Seconds between two reports to the ledger."""
 TABLE = "strangers_counted"
-SHOWN = f"show table {TABLE}"
-LEVEL = "emerg"
-_NUMBER = 2
-"""Of the counter in HAProxy; the first two are those of `limiting`."""
+SHOW_COMMAND = f"show table {TABLE}"
+LOG_LEVEL = "emerg"
 
 
 class Reason(enum.Enum):
-    """What was wrong, as events say it."""
+    """Why a request was refused, as text of the ledger's event."""
 
     identity = "The edge refused a request without a valid token."
     request = (
@@ -31,72 +31,79 @@ class Reason(enum.Enum):
 
 
 _STATUSES = {Reason.identity: "401", Reason.request: "402:407 409:499"}
-"""Of answers that a rule gives. What HAProxy cannot parse, or what comes too slowly, meets no rule: it is an error."""
+"""Statuses that rules answer with. Requests that cannot be parsed or come too slowly meet no rule; HAProxy counts them
+as errors (`http_err_cnt`)."""
 
-_ANSWERED = len(Reason)
-"""Refusals by replicas, which HAProxy counts as errors, too."""
+_REPLICA_REFUSALS = len(Reason)
+"""Index of the counter of replicas' own refusals. HAProxy counts these as errors, too, so they are subtracted."""
 
 
 def table() -> str:
-    """The section that counts, as long as the worker lives."""
+    """Return the section of the table that counts; it lives as long as the worker."""
     stored = f"gpc({len(Reason) + 1}),http_err_cnt"
     return f"backend {TABLE}\n    stick-table type string len 9 size 1 store {stored}\n"
 
 
 def rules() -> str:
-    """Rules that count a stranger's request; a frontend's."""
-    stranger = "!{ var(txn.principal) -m found }"
+    """Return the frontend's rules that count unauthenticated requests."""
+    anonymous = "!{ var(txn.principal) -m found }"
+    number = int(Counter.refusals)
     lines = [
-        f"    tcp-request session track-sc{_NUMBER} str(strangers) table {TABLE}",
+        f"    tcp-request session track-sc{number} str(strangers) table {TABLE}",
         *(
-            f"    http-after-response sc-inc-gpc({index},{_NUMBER}) if {stranger} {{ status {_STATUSES[reason]} }}"
+            f"    http-after-response sc-inc-gpc({index},{number}) if {anonymous} {{ status {_STATUSES[reason]} }}"
             for index, reason in enumerate(Reason)
         ),
-        f"    http-response sc-inc-gpc({_ANSWERED},{_NUMBER}) if {{ status 400:499 }}",
+        f"    http-response sc-inc-gpc({_REPLICA_REFUSALS},{number}) if {{ status 400:499 }}",
     ]
     return "\n".join(lines)
 
 
-def known() -> str:
-    """The rule for who is no stranger: the request becomes an access record."""
-    return f"    http-request set-log-level {LEVEL}"
+def log_authenticated() -> str:
+    """Return the rule that gives an authenticated request the log level of access records."""
+    return f"    http-request set-log-level {LOG_LEVEL}"
 
 
-def counts(shown: str) -> dict[Reason, int]:
-    """What the worker has counted, from its answer to `SHOWN`."""
-    found = {name: int(count) for name, count in re.findall(r"(gpc\d+|http_err_cnt)=(\d+)", shown)}
-    counted = {reason: found.get(f"gpc{index}", 0) for index, reason in enumerate(Reason)}
-    counted[Reason.request] += max(0, found.get("http_err_cnt", 0) - found.get(f"gpc{_ANSWERED}", 0))
-    return counted
+def parse_counts(table_text: str) -> dict[Reason, int]:
+    """Parse the worker's counts from its answer to `SHOW_COMMAND`."""
+    found = {name: int(count) for name, count in re.findall(r"(gpc\d+|http_err_cnt)=(\d+)", table_text)}
+    counts = {reason: found.get(f"gpc{index}", 0) for index, reason in enumerate(Reason)}
+    counts[Reason.request] += max(0, found.get("http_err_cnt", 0) - found.get(f"gpc{_REPLICA_REFUSALS}", 0))
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """What the workers have counted, and what of it has not been told yet."""
+class RefusalCounts:
+    """Refusals that HAProxy's workers counted, and those not yet reported to the ledger."""
 
-    at: float
-    """Unix seconds, when it was told last."""
-    counted: dict[Reason, int] = field(default_factory=dict)
-    """By the worker that serves, when it was last looked at."""
-    untold: dict[Reason, int] = field(default_factory=dict)
+    reported_at: float
+    """Unix seconds of the last report."""
+    worker_counts: dict[Reason, int] = field(default_factory=dict)
+    """Counts of the serving worker, when it was last read."""
+    unreported: dict[Reason, int] = field(default_factory=dict)
 
-    def look(self, counted: dict[Reason, int]) -> Seen:
-        """Add what the worker has counted since; one that began again by itself has all of its own."""
-        untold = dict(self.untold)
-        for reason, count in counted.items():
-            before = self.counted.get(reason, 0)
-            untold[reason] = untold.get(reason, 0) + (count - before if count >= before else count)
-        return replace(self, counted=counted, untold=untold)
+    def update(self, worker_counts: dict[Reason, int]) -> RefusalCounts:
+        """Add what the worker has counted since the last read.
 
-    def begin_again(self) -> Seen:
-        """After a reload: the new worker has counted nothing yet."""
-        return replace(self, counted={})
+        A count that is lower than before comes from a worker that restarted, so all of it is new.
+        """
+        unreported = dict(self.unreported)
+        for reason, count in worker_counts.items():
+            previous = self.worker_counts.get(reason, 0)
+            unreported[reason] = unreported.get(reason, 0) + (
+                count - previous if count >= previous else count
+            )
+        return replace(self, worker_counts=worker_counts, unreported=unreported)
 
-    def tell(self, *, at: float) -> tuple[Seen, list[StrangersRefused]]:
-        """The events for what has not been told."""
+    def reset_worker(self) -> RefusalCounts:
+        """Forget the worker's counts after a reload: the new worker starts at zero."""
+        return replace(self, worker_counts={})
+
+    def report(self, *, at: float) -> tuple[RefusalCounts, list[StrangersRefused]]:
+        """Return the counts with nothing left to report, and the events of what was unreported."""
         events = [
-            StrangersRefused(reason=reason.value, count=count, first_at=self.at, last_at=at)
-            for reason, count in self.untold.items()
+            StrangersRefused(reason=reason.value, count=count, first_at=self.reported_at, last_at=at)
+            for reason, count in self.unreported.items()
             if count
         ]
-        return replace(self, at=at, untold={}), events
+        return replace(self, reported_at=at, unreported={}), events

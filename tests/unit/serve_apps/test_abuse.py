@@ -1,6 +1,6 @@
-"""What is sent to do harm: the right status, JSON, no word of what is inside, and a service that goes on.
+"""Hostile input: the right status, JSON, no internal details, and a service that continues.
 
-Against a replica directly, which may be reached behind the edge's back, and against a real edge in front of it.
+Each case goes to a real replica, and to the other applications or the edge where they handle it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pytest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.config import render
-from serve_apps.replica.http import LOG, MAX_BODY_BYTES
+from serve_apps.replica.contract import MAX_BODY_BYTES
+from serve_apps.replica.http import LOG
 from tests.edge import ROLLOUT, Edge
 from tests.replica import Replica, running_features, running_replica
 
@@ -33,7 +34,7 @@ INFER, PREDICT = "/v2/models/m/infer", "/v1/models/m:predict"
 
 
 def infer(data: str, *, shape: str = "[1]", datatype: str = '"FP64"') -> bytes:
-    """A request with data that no honest serialiser would write."""
+    """Build an `infer` request with data that no correct serialiser would write."""
     return (
         f'{{"inputs": [{{"name": "p__age", "shape": {shape}, "datatype": {datatype}, "data": {data}}}]}}'
     ).encode()
@@ -48,38 +49,38 @@ GOOD, GOOD_BY_KEY = infer("[1.5]"), predict("1.5")
 
 @pytest.fixture(scope="module")
 def replica(edge: Edge) -> Iterator[Replica]:
-    """Behind the edge too."""
+    """A replica behind the edge."""
     with running_replica(Path(edge.places.root), SIGNATURE) as running:
         edge.load_targets(edge.targets | {"m-v1": (running.address,)})
         yield running
     assert running.failures == []
 
 
-class Complaints(logging.Handler):
-    """What a replica logs as a failure that nobody had thought of."""
+class UnexpectedErrors(logging.Handler):
+    """Collects the log messages of a replica about unexpected errors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(self.format(record))
+        self.messages.append(self.format(record))
 
 
 @pytest.fixture(autouse=True)
-def unharmed(edge: Edge, replica: Replica) -> Iterator[None]:
-    """After each test both endpoints answer, and there was no complaint."""
-    complaints = Complaints()
-    LOG.addHandler(complaints)
+def still_serving(edge: Edge, replica: Replica) -> Iterator[None]:
+    """Check after each test that both endpoints answer, and that no unexpected error was logged."""
+    unexpected_errors = UnexpectedErrors()
+    LOG.addHandler(unexpected_errors)
     yield
     assert edge.call(INFER, body=GOOD, token=edge.token())[0] == 200
     assert replica.json(PREDICT, GOOD_BY_KEY)[0] == 200
-    LOG.removeHandler(complaints)
-    assert complaints.said == []
+    LOG.removeHandler(unexpected_errors)
+    assert unexpected_errors.messages == []
 
 
-def refused(status: int, body: bytes) -> str:
-    """The message of a refusal, which is the contract's JSON and says nothing of what is inside."""
+def refusal_message(status: int, body: bytes) -> str:
+    """Return the message of a refusal, after checking that it is a JSON error without internal details."""
     content = json.loads(body)
     assert content.keys() == {"error", "code"}
     assert content["code"] == status
@@ -121,8 +122,8 @@ BODIES = [
 ]  # fmt: skip
 
 
-def test_bodies_that_make_no_request_are_400(replica: Replica) -> None:
-    """Too deep, no numbers, too large ones, wrong shapes and types, no JSON; by key and by tensors."""
+def test_malformed_bodies_are_400(replica: Replica) -> None:
+    """Too deep, not a number, too large, wrong shapes and types, not JSON; for both endpoints."""
     connection = replica.connect()
     headers = {"authorization": f"Bearer {replica.token()}"}
     for body in BODIES:
@@ -131,7 +132,7 @@ def test_bodies_that_make_no_request_are_400(replica: Replica) -> None:
             response = connection.getresponse()
             answer = response.read()
             assert response.status == 400, (path, body[:100], answer)
-            assert len(refused(400, answer)) < 2100
+            assert len(refusal_message(400, answer)) < 2100
     connection.close()
 
 
@@ -156,10 +157,10 @@ def addresses(replica: Replica) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
-def test_the_other_applications_refuse_them_too(
+def test_other_applications_refuse_malformed_bodies(
     replica: Replica, addresses: dict[str, str], name: str
 ) -> None:
-    """Outcomes and pushed features: too deep, no numbers, another shape, no JSON."""
+    """Outcomes and pushed features: too deep, not a number, another shape, not JSON."""
     path, whole, part = ELSEWHERE[name]
     deep = ["[" * depth + "1" + "]" * depth for depth in (300, 900, DEEP)]
     deep += ['{"a":' * depth + "1" + "}" * depth for depth in (300, 900)]
@@ -174,12 +175,12 @@ def test_the_other_applications_refuse_them_too(
         response = connection.getresponse()
         answer = response.read()
         assert response.status == 400, (body[:100], answer)
-        refused(400, answer)
+        refusal_message(400, answer)
     connection.close()
 
 
-def test_a_model_out_of_a_tokens_scope_is_403_behind_the_edge_too(replica: Replica) -> None:
-    """Predictions, metadata and outcomes."""
+def test_replicas_refuse_a_model_outside_the_tokens_scope(replica: Replica) -> None:
+    """Predictions, metadata and outcomes get 403."""
     outcome = json.dumps({"model": "m", "outcomes": [{"prediction_id": "a", "outcome": 1.0}]})
     for scope, status in (("model:m", 200), ("model:x", 403)):
         token = replica.token(scope=scope)
@@ -191,27 +192,25 @@ def test_a_model_out_of_a_tokens_scope_is_403_behind_the_edge_too(replica: Repli
         connection.close()
 
 
-def test_a_compressed_body_is_415_whatever_it_would_grow_to(edge: Edge, replica: Replica) -> None:
-    """It is not unpacked; `identity` says that nothing was done."""
+def test_compressed_body_is_415(edge: Edge, replica: Replica) -> None:
+    """It is not decompressed; `identity` means that the body is not compressed."""
     bomb = gzip.compress(b"0" * 20_000_000)
     for encoding in ("gzip", "GZIP", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip", "x"):
         status, headers, answer = replica.call(INFER, bomb, headers={"content-encoding": encoding})
         assert (status, headers["accept-encoding"]) == (415, "identity")
-        assert "compressed" in refused(status, answer)
+        assert "compressed" in refusal_message(status, answer)
         sent: dict[str, str | bytes] = {"content-encoding": encoding}
         assert edge.call(INFER, body=gzip.compress(GOOD), headers=sent, token=edge.token())[0] == 415
     assert replica.call(INFER, GOOD, headers={"content-encoding": "identity"})[0] == 200
 
 
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES])
-def test_a_body_over_the_limit_is_413_with_or_without_its_length(
-    edge: Edge, replica: Replica, size: int
-) -> None:
-    """Chunked, its size is known only once it has come; the client gets to see the answer."""
+def test_body_over_the_limit_is_413(edge: Edge, replica: Replica, size: int) -> None:
+    """With a length, and chunked, where the size is known only at the end; the client receives the answer."""
     block = b" " * 50_000
     chunks = [block] * (size // len(block)) + [b" " * (size % len(block))]
     status, _, answer = replica.call(INFER, b" " * size)
-    assert "limit" in refused(413, answer)
+    assert "limit" in refusal_message(413, answer)
     assert status == 413
     for connection, token, prefix in (
         (replica.connect(), replica.token(), replica.prefix),
@@ -220,7 +219,7 @@ def test_a_body_over_the_limit_is_413_with_or_without_its_length(
         headers = {"authorization": f"Bearer {token}"}
         connection.request("POST", prefix + INFER, iter(chunks), headers, encode_chunked=True)
         response = connection.getresponse()
-        refused(413, response.read())
+        refusal_message(413, response.read())
         assert response.status == 413
         connection.request("POST", prefix + INFER, GOOD, headers)
         assert connection.getresponse().status == 200
@@ -266,23 +265,23 @@ PATHS = [
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_length_of_the_json_that_does_not_fit_is_400(replica: Replica, length: str) -> None:
-    """No number, too large, or not where the JSON ends."""
+def test_wrong_length_of_the_json_is_400(replica: Replica, length: str) -> None:
+    """The header is not a number, too large, or not the end of the JSON."""
     sent = {"Inference-Header-Content-Length": length.encode().decode("latin-1")}
     status, _, answer = replica.call(INFER, GOOD, headers=sent)
     assert status == 400
-    refused(status, answer)
+    refusal_message(status, answer)
 
 
-def test_paths_that_lead_nowhere_are_404(edge: Edge, replica: Replica) -> None:
-    """Whoever is asked: dots, slashes, encoded or doubled, NULs, line ends, other cases, endless names."""
+def test_unknown_paths_are_404(edge: Edge, replica: Replica) -> None:
+    """At edge and replica: dots, slashes, encoded or doubled, NULs, line ends, other cases, endless names."""
     token = edge.token()
     for path in PATHS:
         status, content = edge.call(path, body=GOOD, token=token)
         assert (status, content["code"]) == (404, 404), path
         status, _, answer = replica.call(path, GOOD)
         assert status == 404, path
-        assert len(refused(status, answer)) < 1000
+        assert len(refusal_message(status, answer)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -298,15 +297,15 @@ def test_paths_that_lead_nowhere_are_404(edge: Edge, replica: Replica) -> None:
         {"accept": "\xff", "cookie": "=;" * 1000, "x-forwarded-for": "' or 1=1 --"},
     ],
 )
-def test_headers_of_any_bytes_do_no_harm(replica: Replica, headers: dict[str, str]) -> None:
+def test_headers_of_any_bytes_are_harmless(replica: Replica, headers: dict[str, str]) -> None:
     """They are refused as a token, or have no meaning."""
     status, _, answer = replica.call(INFER, GOOD, headers=headers)
     assert status == (401 if "authorization" in headers else 200)
-    assert status == 200 or refused(status, answer)
+    assert status == 200 or refusal_message(status, answer)
 
 
-def test_a_client_that_leaves_within_its_body_is_forgotten(replica: Replica) -> None:
-    """Nothing of it is logged as a failure."""
+def test_client_that_disconnects_within_its_body_logs_no_error(replica: Replica) -> None:
+    """The replica logs no unexpected error."""
     host, port = replica.address.split(":")
     head = f"POST {replica.prefix}{INFER} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {replica.token()}\r\n"
     for _ in range(5):
@@ -318,7 +317,7 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(replica: Replica) -> 
 
 
 def raw(edge: Edge, data: bytes, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
-    """Status and body of what is answered to bytes that need not be HTTP; 0 where the connection is just ended."""
+    """Send bytes that need not be HTTP, and return status and body; status 0 if the connection just ends."""
     with socket.create_connection(("127.0.0.1", edge.port)) as plain:
         plain.settimeout(timeout_s)
         with edge.context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
@@ -340,8 +339,8 @@ def head(edge: Edge, *lines: str, path: str = INFER) -> bytes:
     return "\r\n".join((*given, *lines, "", "")).encode("latin-1")
 
 
-def test_headers_beyond_all_measure_are_refused(edge: Edge) -> None:
-    """A mebibyte in one or in many, and a thousand small ones; HAProxy cannot parse them and says so in its own way."""
+def test_oversized_headers_are_refused(edge: Edge) -> None:
+    """A mebibyte in one or in many headers, and a thousand small ones; HAProxy refuses what it cannot parse."""
     many = [f"X-{n}: {'a' * 1000}" for n in range(1048)]
     for lines in ([f"X-Long: {'a' * 2**20}"], many, [f"X-{n}: a" for n in range(1000)]):
         assert raw(edge, head(edge, *lines))[0] in (0, 400)
@@ -359,13 +358,13 @@ def test_headers_beyond_all_measure_are_refused(edge: Edge) -> None:
         ("X-Falaj\x00-Variant: y",),
     ],
 )
-def test_what_could_be_read_in_two_ways_is_400(edge: Edge, lines: tuple[str, ...]) -> None:
-    """Lengths that contradict each other, strange encodings, control characters: no request is smuggled."""
+def test_ambiguous_requests_are_400(edge: Edge, lines: tuple[str, ...]) -> None:
+    """Contradicting lengths, strange encodings, control characters: no request is smuggled."""
     assert raw(edge, head(edge, *lines) + b"0\r\n\r\n")[0] in (400, 422)
 
 
-def test_slow_clients_are_ended_and_keep_nobody_waiting(edge: Edge, replica: Replica) -> None:
-    """A head or a body that never ends gets 408, the body in JSON; others are answered meanwhile."""
+def test_slow_clients_get_408_and_delay_no_others(edge: Edge, replica: Replica) -> None:
+    """A head or body that never ends gets 408, the body's in JSON; other clients are answered meanwhile."""
     targets = edge.targets | {"m-v1": (replica.address,)}
     config = render(edge.routes(ROLLOUT, targets), edge.keys, edge.settings)
     edge.haproxy.load(config.replace(" 10s", " 700ms"))
@@ -377,7 +376,7 @@ def test_slow_clients_are_ended_and_keep_nobody_waiting(edge: Edge, replica: Rep
     assert {answer_of(connection)[0] for connection in heads} == {408}
     answers = [answer_of(connection) for connection in bodies]
     assert {status for status, _ in answers} == {408}
-    assert {refused(status, body) for status, body in answers} == {"Request Timeout"}
+    assert {refusal_message(status, body) for status, body in answers} == {"Request Timeout"}
     edge.load_targets(targets)
 
 

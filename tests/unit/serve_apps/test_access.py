@@ -1,4 +1,4 @@
-"""A replica's own check of tokens, and how long it remembers them."""
+"""A replica's own check of tokens, and how long it caches them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 from serve_apps.replica import access
-from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, in_background
+from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, append_in_background
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def check_of(verifier: TokenVerifier, append: Append | None = None) -> AccessChe
     )
 
 
-class Counting(TokenVerifier):
-    """Counts how often a signature was really looked at; its clock is set by hand."""
+class CountingVerifier(TokenVerifier):
+    """Counts signature checks; the test sets its clock."""
 
     def __init__(self, places: Layout) -> None:
         self.at, self.verified = time.time(), 0
@@ -54,9 +54,8 @@ class Counting(TokenVerifier):
         return super().verify(token)
 
 
-def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
-    """A cached token is refused once its time is over."""
-    verifier, token = Counting(places), bearer(places, ttl_s=5)
+def test_cached_token_is_refused_after_it_expires(places: Layout) -> None:
+    verifier, token = CountingVerifier(places), bearer(places, ttl_s=5)
     check = check_of(verifier)
     assert check(token, Action.predict) == check(token, Action.predict)
     assert verifier.verified == 1
@@ -67,9 +66,9 @@ def test_a_token_is_remembered_only_until_it_expires(places: Layout) -> None:
         check(token, Action.predict)
 
 
-def test_a_token_is_not_remembered_longer_than_its_key(places: Layout) -> None:
-    """Within a minute of a rotation that keeps nothing, a known token is refused too."""
-    verifier, token = Counting(places), bearer(places, ttl_s=3600)
+def test_cached_token_ends_with_its_key(places: Layout) -> None:
+    """A minute after a key rotation without overlap, a cached token is refused."""
+    verifier, token = CountingVerifier(places), bearer(places, ttl_s=3600)
     check = check_of(verifier)
     check(token, Action.predict)
     rotate_issuer(places, keep_s=0)
@@ -80,24 +79,24 @@ def test_a_token_is_not_remembered_longer_than_its_key(places: Layout) -> None:
 
 
 @pytest.mark.parametrize("header", [None, "", "Basic abc", "Bearer", "Bearer a.b.c"])
-def test_no_valid_token_is_unauthenticated(places: Layout, header: str | None) -> None:
-    """Missing, of another scheme, or no token at all."""
+def test_invalid_authorization_header_is_unauthenticated(places: Layout, header: str | None) -> None:
+    """Missing, of another scheme, or not a token."""
     with pytest.raises(Unauthenticated):
         check_of(TokenVerifier.of(places))(header, Action.predict)
 
 
-def test_a_role_without_the_right_is_denied(places: Layout) -> None:
-    """An auditor may read metadata, not predict."""
+def test_role_without_permission_is_denied(places: Layout) -> None:
+    """An auditor may read metadata, but not predict."""
     check, token = check_of(TokenVerifier.of(places)), bearer(places, Role.auditor)
     assert check(token, Action.read_metadata).role is Role.auditor
     with pytest.raises(AccessDenied, match="predict"):
         check(token, Action.predict)
 
 
-def test_denials_are_recorded_and_strangers_counted(places: Layout, tmp_path: Path) -> None:
-    """In the ledger, without the request waiting for it."""
+def test_denials_are_recorded_and_unauthenticated_requests_counted(places: Layout, tmp_path: Path) -> None:
+    """In the ledger, in the background."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    check = check_of(TokenVerifier.of(places), in_background(ledger))
+    check = check_of(TokenVerifier.of(places), append_in_background(ledger))
     for _ in range(3):
         with pytest.raises(Unauthenticated):
             check(None, Action.predict)
@@ -114,10 +113,10 @@ def test_denials_are_recorded_and_strangers_counted(places: Layout, tmp_path: Pa
 
 
 @pytest.mark.parametrize("way", ["closed", "a while later"])
-def test_strangers_of_the_last_window_are_recorded(
+def test_close_records_the_last_counts_of_unauthenticated_requests(
     places: Layout, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Though nobody comes after them."""
+    """Although no request follows them."""
     written: list[LedgerEvent] = []
     monkeypatch.setattr(access, "FLUSH_S", 3600.0 if way == "closed" else 0.01)
     check = check_of(TokenVerifier.of(places), lambda event, *, actor: written.append(event))

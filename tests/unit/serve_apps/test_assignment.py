@@ -1,4 +1,4 @@
-"""Arms: sticky, never swapped by ramping up, and as large as their weight."""
+"""Arms are sticky, never swap with a larger weight, and are as large as their weight."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ WEIGHTS = st.floats(0, 50)
 
 
 @given(st.text(max_size=10), UNITS, WEIGHTS, WEIGHTS)
-def test_ramping_up_never_moves_a_unit_between_arms(salt: str, unit: bytes, one: float, other: float) -> None:
-    """Who is in an arm at a low weight is in the same arm at every higher one, up to 50 %."""
+def test_larger_weight_never_moves_a_unit_between_arms(
+    salt: str, unit: bytes, one: float, other: float
+) -> None:
+    """A unit in an arm stays in it at every larger weight up to 50 %."""
     low, high = sorted((one, other))
     before, after = assign(salt, unit, bounds(low)), assign(salt, unit, bounds(high))
     assert before in (Arm.outside, after)
 
 
 @given(st.text(max_size=10), UNITS)
-def test_a_bucket_is_a_number_below_ten_thousand(salt: str, unit: bytes) -> None:
-    """And the same for the same salt and unit."""
+def test_bucket_is_stable_and_below_ten_thousand(salt: str, unit: bytes) -> None:
+    """The same salt and unit give the same bucket."""
     assert 0 <= bucket(salt, unit) < BUCKETS
     assert bucket(salt, unit) == bucket(salt, unit)
 
 
-def test_known_buckets_stay_as_they_are() -> None:
-    """The hash is part of the contract with the edge and with whoever replays a decision."""
+def test_known_buckets_do_not_change() -> None:
+    """The hash is a contract with the edge and with analyses of past decisions."""
     assert [bucket("salt", unit) for unit in (b"1", b"alice", "é".encode())] == [7986, 4303, 9885]
 
 
 @pytest.mark.parametrize("weight", [1.0, 10.0, 20.0, 50.0])
 def test_arms_are_as_large_as_their_weight(weight: float) -> None:
-    """Over 100,000 units each arm is within five standard errors of its weight."""
+    """Over 100,000 units, each arm is within five standard errors of its weight."""
     limits = bounds(weight)
     arms = [assign("s", str(number).encode(), limits) for number in range(100_000)]
     expected = weight / 100
@@ -43,18 +45,17 @@ def test_arms_are_as_large_as_their_weight(weight: float) -> None:
         assert abs(arms.count(arm) / 100_000 - expected) < error
 
 
-def test_no_unit_is_no_arm() -> None:
+def test_empty_unit_has_no_arm() -> None:
     """A request without a unit is answered outside any experiment."""
     assert assign("s", b"", bounds(50)) is Arm.none
 
 
-def test_beyond_half_the_control_gets_what_is_left() -> None:
+def test_above_half_the_control_gets_the_rest() -> None:
     """The arms never overlap."""
     limits = bounds(80)
     assert (limits.treatment_below, limits.control_from) == (8000, 8000)
 
 
-def test_a_weight_outside_zero_to_hundred_is_refused() -> None:
-    """In words."""
+def test_weight_outside_zero_to_hundred_is_refused() -> None:
     with pytest.raises(ValueError, match="0 to 100"):
         bounds(101)

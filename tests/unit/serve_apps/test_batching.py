@@ -1,4 +1,4 @@
-"""Requests that are joined: each hears what it would have heard alone, and nobody waits for nobody."""
+"""Joined requests: each gets the answer that it would get alone, and none waits needlessly."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Predict
 from cluster.runtime.encoding import Matrix
 from cluster.settings import BatchingConfig
 from serve_apps.predictor import batching
-from serve_apps.predictor.batching import Batches, pays
+from serve_apps.predictor.batching import Batches, saves_time
 from tests.replica import running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="a", dtype="double"),), label="y")
 BAD = 666.0
 
 
-class Doubling:
-    """A model that doubles, counts its calls' rows, and cannot bear one value."""
+class DoublingModel:
+    """A model that doubles its input, records the rows of each call, and fails on one value."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -45,8 +45,8 @@ def rows(*values: float) -> Matrix:
 
 async def ask_all(batches: Batches, requests: list[list[float]]) -> list[Any]:
     """All at once; an error in the place of an answer."""
-    asked = (batches.predict(rows(*values)) for values in requests)
-    answers = await asyncio.gather(*asked, return_exceptions=True)
+    pending = (batches.predict(rows(*values)) for values in requests)
+    answers = await asyncio.gather(*pending, return_exceptions=True)
     return [one if isinstance(one, BaseException) else one.scores.tolist() for one in answers]
 
 
@@ -58,37 +58,37 @@ values = st.lists(st.floats(-1000, 1000, width=32).filter(lambda one: one != BAD
 
 
 @given(st.lists(values, max_size=12), st.integers(1, 20), st.sampled_from([0.0, 0.001]))
-def test_joined_answers_are_those_of_each_request_alone(
+def test_joined_answers_equal_separate_answers(
     requests: list[list[float]], max_rows: int, max_wait_s: float
 ) -> None:
-    """In any mixture of sizes, those without rows included; no call is larger than allowed but for one request."""
-    model = Doubling()
+    """For any mix of sizes, including no rows; a call is larger than allowed only for a single request."""
+    model = DoublingModel()
     batches = Batches(model, max_rows=max_rows, max_wait_s=max_wait_s)
     answers = run(lambda: ask_all(batches, requests))
     assert answers == [[2 * float(np.float32(one)) for one in request] for request in requests]
     assert all(called <= max_rows or called in map(len, requests) for called in model.calls)
 
 
-def test_what_is_there_at_once_is_one_call() -> None:
-    """And a lone request is a call of its own."""
-    model = Doubling()
+def test_concurrent_requests_are_one_call() -> None:
+    """A single request is a call of its own."""
+    model = DoublingModel()
     batches = Batches(model, max_rows=64, max_wait_s=0)
     run(lambda: ask_all(batches, [[1.0], [2.0, 3.0], [4.0]]))
     run(lambda: ask_all(batches, [[1.0]]))
     assert model.calls == [4, 1]
 
 
-def test_an_error_stays_with_its_own_request() -> None:
-    """Its neighbours are answered."""
-    batches = Batches(Doubling(), max_rows=64, max_wait_s=0)
+def test_error_fails_only_its_own_request() -> None:
+    """The other requests of the batch are answered."""
+    batches = Batches(DoublingModel(), max_rows=64, max_wait_s=0)
     one, bad, other = run(lambda: ask_all(batches, [[1.0], [BAD], [2.0]]))
     assert (one, other) == ([2.0], [4.0])
     assert isinstance(bad, ValueError)
 
 
-def test_who_went_away_holds_nobody_up() -> None:
-    """A cancelled request is left out."""
-    model = Doubling()
+def test_cancelled_request_is_left_out() -> None:
+    """The other requests of the batch are answered."""
+    model = DoublingModel()
     batches = Batches(model, max_rows=64, max_wait_s=0)
 
     async def story() -> list[float]:
@@ -102,9 +102,9 @@ def test_who_went_away_holds_nobody_up() -> None:
     assert model.calls == [1]
 
 
-def test_a_wait_ends_when_as_many_came_as_last_time() -> None:
-    """With nobody beside it, a request waits for nobody."""
-    model = Doubling()
+def test_wait_ends_with_as_many_requests_as_last_time() -> None:
+    """A single request does not wait."""
+    model = DoublingModel()
 
     async def story() -> None:
         batches = Batches(model, max_rows=64, max_wait_s=3600)
@@ -115,9 +115,9 @@ def test_a_wait_ends_when_as_many_came_as_last_time() -> None:
     assert model.calls == [1, 2, 2, 3]
 
 
-def test_a_wait_ends_when_nobody_comes() -> None:
-    """Once; the next request does not wait again."""
-    model = Doubling()
+def test_wait_ends_after_the_maximum_time() -> None:
+    """Only once: the next request does not wait again."""
+    model = DoublingModel()
 
     async def story() -> None:
         batches = Batches(model, max_rows=64, max_wait_s=0.05)
@@ -132,10 +132,10 @@ def test_a_wait_ends_when_nobody_comes() -> None:
     ("one_us", "eight_us", "expected"),
     [(100, 200, True), (100, 700, False), (14, 15, False), (80, 100, True), (5000, 9000, True)],
 )
-def test_joining_pays_where_a_calls_own_cost_dominates(
+def test_batching_saves_time_if_the_cost_of_a_call_dominates(
     one_us: float, eight_us: float, expected: bool
 ) -> None:
-    """Neither where rows cost as much as calls, nor where there is next to nothing to save."""
+    """Not if rows cost as much as calls, nor if there is little to save."""
     now = 0.0
 
     def model(matrix: Matrix) -> Predictions:
@@ -143,22 +143,22 @@ def test_joining_pays_where_a_calls_own_cost_dominates(
         now += {1: one_us, 8: eight_us}[len(matrix)] / 1e6
         return Predictions(signature=SIGNATURE, scores=np.zeros(len(matrix)))
 
-    assert pays(model, 1, clock=lambda: now) is expected
+    assert saves_time(model, 1, clock=lambda: now) is expected
 
 
 @pytest.mark.parametrize(("precision", "joins"), [(Precision.float32, True), (Precision.int8, False)])
-def test_requests_for_an_int8_model_are_never_joined(
+def test_int8_requests_are_never_joined(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, joins: bool
 ) -> None:
-    """Whatever it would gain: an answer must not depend on who else asked."""
-    monkeypatch.setattr(batching, "pays", lambda predict, num_inputs: True)
-    model = SimpleNamespace(signature=replace(SIGNATURE, precision=precision), predict_matrix=Doubling())
+    """An answer must not depend on other requests."""
+    monkeypatch.setattr(batching, "saves_time", lambda predict, num_inputs: True)
+    model = SimpleNamespace(signature=replace(SIGNATURE, precision=precision), predict_matrix=DoublingModel())
     assert (batching.batches(cast(Model, model), BatchingConfig()) is not None) == joins
 
 
-def test_a_replica_joins_requests_and_logs_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cannot be encoded is refused alone."""
-    monkeypatch.setattr(batching, "LEAST_SAVED_S", -1.0)
+def test_replica_joins_requests_and_logs_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that cannot be encoded fails alone."""
+    monkeypatch.setattr(batching, "MIN_SAVED_S", -1.0)
     monkeypatch.setattr(batching, "PROBE_ROWS", 1_000)
     with running_replica(tmp_path, SIGNATURE, batching=BatchingConfig(max_rows=8)) as replica:
         token = replica.token()
@@ -184,7 +184,7 @@ def test_a_replica_joins_requests_and_logs_each(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("wrong", [{"max_rows": 0}, {"max_wait_ms": -1}, {"max_wait_ms": 5000}])
-def test_limits_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    """Saying which."""
+def test_invalid_batching_limits_are_refused(wrong: dict[str, Any]) -> None:
+    """The message names the field."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BatchingConfig(**wrong)

@@ -1,4 +1,4 @@
-"""The settings of features and outcomes over several deployments."""
+"""Settings of `features` and `outcomes` over several deployments."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DEFAULT = Settings.of(PlatformConfig())
 DISK = Settings.of(PlatformConfig(replica=ReplicaConfig(durability=Durability.disk)))
 
 
-def test_settings_come_back_from_a_configuration() -> None:
-    """All of them, and nothing else of it changes."""
+def test_settings_round_trip_through_a_configuration() -> None:
+    """All settings, and no other field changes."""
     given = PlatformConfig(
         online=REDIS,
         replica=ReplicaConfig(durability=Durability.disk, max_replicas=7),
@@ -35,8 +35,8 @@ def test_settings_come_back_from_a_configuration() -> None:
         features=FeaturesConfig(max_ahead_s=5.0),
     )
     settings = Settings.of(given)
-    assert settings.put_into(given) == given
-    put = settings.put_into(PlatformConfig())
+    assert settings.apply_to(given) == given
+    put = settings.apply_to(PlatformConfig())
     assert (put.online, put.replica.durability, put.identity.service_token_file) == (
         REDIS,
         Durability.disk,
@@ -45,9 +45,8 @@ def test_settings_come_back_from_a_configuration() -> None:
     assert put.replica.max_replicas == ReplicaConfig().max_replicas
 
 
-def test_deployment_that_states_nothing_changes_nothing() -> None:
-    """Its defaults are no wish."""
-    kept = Settings.of(
+def test_deployment_with_defaults_changes_nothing() -> None:
+    stored = Settings.of(
         PlatformConfig(
             online=REDIS,
             replica=ReplicaConfig(durability=Durability.disk),
@@ -55,24 +54,26 @@ def test_deployment_that_states_nothing_changes_nothing() -> None:
             features=FeaturesConfig(max_ahead_s=5.0),
         )
     )
-    assert DEFAULT.over(kept) == kept
-    assert DEFAULT.over(DEFAULT) == DEFAULT
+    assert DEFAULT.merged_over(stored) == stored
+    assert DEFAULT.merged_over(DEFAULT) == DEFAULT
 
 
-def test_deployment_that_states_something_gets_it() -> None:
-    """Another store, and outcomes on disk, which no later one takes back."""
-    assert Settings.of(PlatformConfig(online=REDIS)).over(DEFAULT).put_into(PlatformConfig()).online == REDIS
-    assert DISK.over(DEFAULT) == DISK
-    assert DEFAULT.over(DISK) == DISK
+def test_deployment_with_own_settings_gets_them() -> None:
+    """Another store, and outcomes on disk, which a later deployment does not undo."""
     assert (
-        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).over(DEFAULT).max_ahead_s == 5.0
+        Settings.of(PlatformConfig(online=REDIS)).merged_over(DEFAULT).apply_to(PlatformConfig()).online
+        == REDIS
+    )
+    assert DISK.merged_over(DEFAULT) == DISK
+    assert DEFAULT.merged_over(DISK) == DISK
+    assert (
+        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).merged_over(DEFAULT).max_ahead_s
+        == 5.0
     )
 
 
-def test_a_new_head_of_a_cluster_has_them_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a deployment stated outlives a lost head; the next cluster starts with what it is started with."""
+def test_new_head_keeps_the_stored_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of a deployment survive a lost head; the next cluster starts with its own."""
     monkeypatch.setattr(common, "run", lambda apps: None)
     config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
     (tmp_path / "edge").mkdir()
@@ -80,11 +81,11 @@ def test_a_new_head_of_a_cluster_has_them_as_they_were(
     assert settings_at_start(config, mine) == DEFAULT
     run_common(config, mine, DISK)
     assert settings_at_start(config, mine) == DISK
-    kept = tmp_path / "edge" / "common.json"
-    whole = kept.read_text()
+    stored = tmp_path / "edge" / "common.json"
+    whole = stored.read_text()
     for damaged in ("", "[]", whole.replace("durability", "durable")):
-        kept.write_text(damaged)
+        stored.write_text(damaged)
         assert settings_at_start(config, mine) == DEFAULT
-        kept.write_text(whole)
+        stored.write_text(whole)
     assert settings_at_start(config, replace(mine, cluster_id="next")) == DEFAULT
     assert settings_at_start(config, mine) == DEFAULT

@@ -1,4 +1,4 @@
-"""Clients that take connections and give nothing for them."""
+"""Clients that take connections without sending requests."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def begun(edge: Edge, data: bytes) -> ssl.SSLSocket:
 
 
 def test_one_address_cannot_take_all_connections(edge: Edge) -> None:
-    """What it has too many of is closed at once; when one ends, another may come."""
+    """Connections over the limit are closed at once; when one ends, another is accepted."""
     before = edge.settings
     edge.settings = replace(before, max_connections_of_one_address=5)
     edge.load(ROLLOUT)
-    held = [begun(edge, b"") for _ in range(5)]
+    connections = [begun(edge, b"") for _ in range(5)]
     with pytest.raises((OSError, ssl.SSLError)):
         begun(edge, b"")
-    held.pop().close()
+    connections.pop().close()
     wait_until(lambda: answers(edge))
-    for connection in held:
+    for connection in connections:
         connection.close()
     edge.settings = before
     edge.load(ROLLOUT)
@@ -46,8 +46,8 @@ def answers(edge: Edge) -> bool:
         return False
 
 
-def test_a_head_of_many_small_parts_is_ended_in_time(edge: Edge) -> None:
-    """Slowloris: a byte now and then does not make a head's time longer."""
+def test_slow_head_is_ended_in_time(edge: Edge) -> None:
+    """Slowloris: single bytes do not extend the time of a head."""
     config = render(edge.routes(ROLLOUT), edge.keys, edge.settings)
     edge.haproxy.load(config.replace("timeout http-request 10s", "timeout http-request 700ms"))
     connections = [begun(edge, b"POST / HTTP/1.1\r\n") for _ in range(20)]
@@ -70,20 +70,20 @@ def test_a_head_of_many_small_parts_is_ended_in_time(edge: Edge) -> None:
     edge.load(ROLLOUT)
 
 
-def test_a_strangers_body_is_not_waited_for(edge: Edge) -> None:
-    """Nor kept, by as many streams as he likes: he hears at once that a token is missing."""
+def test_unauthenticated_body_is_not_waited_for(edge: Edge) -> None:
+    """The request gets 401 at once, whatever the number of streams."""
     connection = begun(edge, begun_post(PREDICT))
     connection.settimeout(5)
     assert status_of(connection) == 401
 
 
-def test_few_logins_are_read_at_one_time(edge: Edge) -> None:
-    """Their bodies are waited for before anybody is known; the others are told to come again."""
+def test_few_login_bodies_are_read_at_the_same_time(edge: Edge) -> None:
+    """They are unauthenticated bodies; other logins get 429."""
     login = begun_post("/ray/login")
-    held = [begun(edge, login) for _ in range(MAX_LOGINS)]
+    connections = [begun(edge, login) for _ in range(MAX_LOGINS)]
     wait_until(lambda: f"conn_cur={MAX_LOGINS}" in edge.ask("show table logins_counted"))
     assert status_of(begun(edge, login + b"oken=abc")) == 429
-    for connection in held:
+    for connection in connections:
         connection.close()
     wait_until(lambda: status_of(begun(edge, login + b"oken=abc")) == 401)
 

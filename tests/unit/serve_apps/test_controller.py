@@ -1,4 +1,4 @@
-"""The edge's controller over a real ledger and a real HAProxy: what happens when something around it fails."""
+"""The edge's controller over a real ledger and a real HAProxy, while other parts fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cluster.ledger.events import (
 )
 from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
-from serve_apps.edge.haproxy import unauthenticated as strangers
+from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.limiting import Limited
 from tests.controller import (
     CHAMPION_ONLY,
@@ -37,36 +37,36 @@ from tests.controller import (
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    with running_controller(tmp_path) as one:
-        yield one
+    with running_controller(tmp_path) as running:
+        yield running
 
 
-def test_the_state_says_what_haproxy_has(running: Running) -> None:
-    """Whoever waited for an application in the state can rely on it at once."""
+def test_state_file_describes_the_running_haproxy(running: Running) -> None:
+    """A command that waited for an application in the state can use it at once."""
     assert running.split() == SPLIT
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
     assert "m-v3" in running.ask("show backend")
 
 
-def test_a_rollback_does_not_wait_for_serve(running: Running) -> None:
+def test_rollback_does_not_wait_for_serve(running: Running) -> None:
     """While the dashboard hangs, the split still follows the ledger."""
     running.serve.answering.clear()
     asked = running.serve.asked
     wait_until(lambda: running.serve.asked > asked)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    wait_until(lambda: running.applied == seq, seconds=5)
     assert running.split() == CHAMPION_ONLY
 
 
-def test_a_rollback_does_not_wait_for_a_reload(running: Running) -> None:
-    """The worker that serves hears of it at once, and the one that comes after it, too."""
+def test_rollback_does_not_wait_for_a_reload(running: Running) -> None:
+    """The serving worker gets the change at once, and the new worker after the reload."""
     running.haproxy.may_load.clear()
     running.haproxy.loading.clear()
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     assert running.haproxy.loading.wait(10)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq, seconds=5)
+    wait_until(lambda: running.applied == seq, seconds=5)
     assert running.split() == CHAMPION_ONLY
     assert "m-v3" not in running.ask("show backend")
     running.haproxy.may_load.set()
@@ -75,32 +75,32 @@ def test_a_rollback_does_not_wait_for_a_reload(running: Running) -> None:
 
 
 def test_two_edges_follow_one_ledger(running: Running, tmp_path: Path) -> None:
-    """Each on a node of its own; both have a weight soon after its event."""
-    with another(tmp_path / "other", running.ledger) as other:
+    """Two edges on two nodes; both apply a weight soon after its event."""
+    with second_edge(tmp_path / "other", running.ledger) as other:
         for weight, bounds in ((5, "500|9500"), (50, "5000|5000")):
             seq = running.tell(RolloutWeightChanged(model="m", rollout="r", weight=weight))
             for edge in (running, other):
-                wait_until(lambda one=edge, told=seq: one.applied == told, seconds=5)  # type: ignore[misc]
+                wait_until(lambda edge=edge, seq=seq: edge.applied == seq, seconds=5)  # type: ignore[misc]
                 assert edge.split() == f"m-v1|m-v2|challenger|r|s|{bounds}"
 
 
 @contextlib.contextmanager
-def another(root: Path, ledger: Ledger) -> Iterator[Running]:
-    """A second edge over the first one's ledger."""
+def second_edge(root: Path, ledger: Ledger) -> Iterator[Running]:
+    """A second edge with the first edge's ledger."""
     short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
     root.mkdir()
-    one = Running(root, short, ledger=ledger)
-    one.thread.start()
-    wait_until(lambda: one.state is not None)
-    yield one
-    one.close()
+    edge = Running(root, short, ledger=ledger)
+    edge.thread.start()
+    wait_until(lambda: edge.state is not None)
+    yield edge
+    edge.close()
     shutil.rmtree(short)
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("no JSON"), http.client.IncompleteRead(b"")])
 def test_without_serve_the_last_replicas_stay(running: Running, error: Exception) -> None:
-    """And a later answer counts again."""
+    """A later answer of Serve is applied again."""
     running.serve.error = error
     asked = running.serve.asked
     wait_until(lambda: running.serve.asked > asked + 1)
@@ -109,13 +109,13 @@ def test_without_serve_the_last_replicas_stay(running: Running, error: Exception
     wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
 
 
-def test_a_refused_configuration_holds_up_no_rollback(running: Running) -> None:
-    """An address HAProxy cannot take keeps the old replicas; the split moves on."""
+def test_refused_configuration_delays_no_rollback(running: Running) -> None:
+    """After an invalid address the old replicas stay, and the split still changes."""
     running.serve.targets = {"m-v1": ("no address",)}
     asked = running.serve.asked
     wait_until(lambda: running.serve.asked > asked + 1)
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
     assert running.state is not None
@@ -125,8 +125,8 @@ def test_a_refused_configuration_holds_up_no_rollback(running: Running) -> None:
     assert running.state.refused == ""
 
 
-def test_a_restart_with_a_refused_configuration_serves_the_last_good_one(running: Running) -> None:
-    """Until there is one that HAProxy takes; what is refused is named all the time."""
+def test_restart_with_a_refused_configuration_serves_the_last_good_one(running: Running) -> None:
+    """Until HAProxy accepts one; the state file has the refusal all the time."""
     running.serve.targets = {"m-v1": ("no address",)}
     wait_until(lambda: running.state is not None and bool(running.state.refused))
     for restart in (running.hand_over, running.stop):
@@ -141,8 +141,8 @@ def test_a_restart_with_a_refused_configuration_serves_the_last_good_one(running
     wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
 
 
-def test_a_map_that_cannot_be_written_is_tried_again(running: Running) -> None:
-    """A rollback takes effect all the same, and nothing is claimed that a reload could undo."""
+def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
+    """A rollback still takes effect, and nothing counts as applied that a reload could undo."""
     file = Path(running.settings.map_file)
     file.unlink()
     file.mkdir()
@@ -153,14 +153,14 @@ def test_a_map_that_cannot_be_written_is_tried_again(running: Running) -> None:
     assert running.state == before
     assert running.split() == CHAMPION_ONLY
     file.rmdir()
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     assert (running.split(), file.read_text()) == (CHAMPION_ONLY, f"m {CHAMPION_ONLY}\n")
 
 
-def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
-    """With the split of the last change, which only a `set map` had told it."""
+def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
+    """Also if only a `set map` had changed it."""
     seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+    wait_until(lambda: running.applied == seq)
     before = running.haproxy.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
@@ -168,41 +168,41 @@ def test_a_killed_haproxy_comes_back_as_it_was(running: Running) -> None:
     assert running.split() == CHAMPION_ONLY
 
 
-def test_a_limit_reaches_the_edge_and_leaves_it_again(running: Running) -> None:
-    """Of one principal, as the ledger says; the file has it too, so that a reload keeps it."""
+def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
+    """In the running map, and in the file, so that a reload keeps it."""
     file = running.settings.limits.file(Limited.principal)
 
-    def told(rate: int | None) -> str:
+    def set_limit(rate: int | None) -> str:
         event = EdgeLimitSet(limited="principal", name="alice b", requests_per_s=rate, concurrent=None)
         seq = running.tell(event)
-        wait_until(lambda: running.state is not None and running.state.applied_seq == seq)
+        wait_until(lambda: running.applied == seq)
         return running.ask(f"show map {file}").strip()
 
-    assert told(5).endswith("alice%20b 5|512")
-    assert told(6).endswith("alice%20b 6|512")
+    assert set_limit(5).endswith("alice%20b 5|512")
+    assert set_limit(6).endswith("alice%20b 6|512")
     assert file.read_text() == "alice%20b 6|512\n"
-    assert told(None) == file.read_text() == ""
+    assert set_limit(None) == file.read_text() == ""
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])
-def test_the_ledger_hears_how_many_strangers_there_were(
+def test_counts_of_unauthenticated_requests_reach_the_ledger(
     running: Running, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """In one event for all of a kind, over a reload, too."""
+    """One event for each reason, also across a reload."""
 
-    def come(number: int) -> None:
+    def send_without_token(number: int) -> None:
         for _ in range(number):
             connection = running.connect()
             connection.request("POST", "/v1/models/m:predict", b"{}")
             assert connection.getresponse().status == 401
             connection.close()
 
-    come(2)
+    send_without_token(2)
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
-    come(3)
+    send_without_token(3)
     if when == "now and then":
-        monkeypatch.setattr(strangers, "EVERY_S", 0.0)
+        monkeypatch.setattr(unauthenticated, "REPORT_INTERVAL_S", 0.0)
     else:
         running.stopped.set()
     wait_until(lambda: any(running.ledger.entries(StrangersRefused)))
@@ -210,8 +210,8 @@ def test_the_ledger_hears_how_many_strangers_there_were(
     assert (entry.actor, entry.payload["count"]) == ("system:edge", 5)
 
 
-def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:
-    """The old one stays while its tokens hold, and goes when they must not any more."""
+def test_rotated_key_reaches_the_edge(running: Running) -> None:
+    """The old key stays while its tokens are valid, then goes."""
     config = running.haproxy_file
     (old,) = local_keys(running.places).all()
     new = rotate_issuer(running.places)
@@ -224,13 +224,13 @@ def test_a_rotated_key_reaches_the_edge_by_itself(running: Running) -> None:
     wait_until(lambda: after_theft not in config.read_text())
 
 
-def test_an_edge_that_cannot_start_says_so(tmp_path: Path) -> None:
-    """The first configuration has to load; there is no last good state yet."""
+def test_first_configuration_must_load(tmp_path: Path) -> None:
+    """Without a last good state, a refused configuration is an error."""
     short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
     short.mkdir(mode=0o700)
-    one = Running(tmp_path, short)
-    Path(one.settings.certificate).unlink()
+    edge = Running(tmp_path, short)
+    Path(edge.settings.certificate).unlink()
     with pytest.raises(Exception, match="HAProxy refuses"):
-        one.controller.run(one.stopped)
-    one.ledger.close()
+        edge.controller.run(edge.stopped)
+    edge.ledger.close()
     shutil.rmtree(short)

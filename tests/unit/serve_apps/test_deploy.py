@@ -1,9 +1,9 @@
-"""What a deployment says."""
+"""Messages of a deployment."""
 
 from __future__ import annotations
 
 from cluster.registry import Lineage, ModelVersion
-from serve_apps.deploy import described
+from serve_apps.deploy import describe
 from serve_apps.rollout.state import ModelState, Rollout, Shadow
 
 VERSION = ModelVersion(
@@ -19,15 +19,15 @@ VERSION = ModelVersion(
 )
 
 
-def test_a_version_beside_the_champion_says_that_it_gets_no_traffic() -> None:
-    """With the command that starts a rollout; champion, treatment and shadow say what they get."""
-    beside = described(VERSION, ModelState(), app="m-v2", champion=1)
-    assert "version 1 stays champion and keeps its traffic" in beside
-    assert "python -m serve_apps.rollout action=start name=m version=2 weight=10" in beside
-    assert "serving" not in beside
-    alone = described(VERSION, ModelState(), app="m-v2", champion=2)
+def test_deployment_describes_the_traffic_of_the_version() -> None:
+    """A version that gets none is told the command that starts a rollout."""
+    message = describe(VERSION, ModelState(), app="m-v2", champion=1)
+    assert "version 1 stays champion and keeps its traffic" in message
+    assert "python -m serve_apps.rollout action=start name=m version=2 weight=10" in message
+    assert "serving" not in message
+    alone = describe(VERSION, ModelState(), app="m-v2", champion=2)
     assert alone == "serving m version 2 as application m-v2"
     rollout = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="t", weight=10)
-    assert "running rollout" in described(VERSION, ModelState(rollout=rollout), app="m-v2", champion=1)
+    assert "running rollout" in describe(VERSION, ModelState(rollout=rollout), app="m-v2", champion=1)
     shadow = ModelState(shadow=Shadow(version=2, app="m-v2", share=10))
-    assert "as a shadow" in described(VERSION, shadow, app="m-v2", champion=1)
+    assert "as a shadow" in describe(VERSION, shadow, app="m-v2", champion=1)

@@ -1,4 +1,4 @@
-"""Requests that a replica's server hands to its application by itself, and those that it leaves to Serve."""
+"""Requests that a replica's server passes directly to its application, and those that it leaves to Serve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_apps.replica.direct import DirectAnswers, answer_directly, middleware
 
 
 class Replica:
-    """Of Serve's context; the application's name is all that is asked for."""
+    """Serve's replica context, reduced to the application's name."""
 
     app_name = "m-v1"
 
@@ -49,25 +49,25 @@ async def answer(request: Request) -> Response:
 
 
 def test_outside_a_replica_serve_answers_everything() -> None:
-    """In Serve's proxy, say, which is given the same middleware."""
-    answer_directly(answer, at_once=1)
+    """For example in Serve's proxy, which has the same middleware."""
+    answer_directly(answer, max_concurrent=1)
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "by Serve"
 
 
-def test_a_replica_answers_directly_without_its_prefix_and_serve_says_how_it_is(
+def test_replica_answers_directly_and_serve_answers_health_checks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A balancer asks for its health, which is Serve's to know."""
+    """The application sees the path without its prefix."""
     monkeypatch.setattr(direct.serve, "get_replica_context", Replica)
-    answer_directly(answer, at_once=1)
+    answer_directly(answer, max_concurrent=1)
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "/v2/models/m"
     assert asyncio.run(ask("/-/healthz")) == "by Serve"
     assert asyncio.run(ask("/-/routes")) == "by Serve"
     assert asyncio.run(ask("/others-v1/v2/models/m")) == "by Serve"
 
 
-def test_so_many_requests_at_once_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `max_ongoing_requests` says."""
+def test_requests_over_the_limit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is `max_ongoing_requests`."""
     monkeypatch.setattr(direct.serve, "get_replica_context", Replica)
     ongoing: list[int] = [0]
     most: list[int] = []
@@ -82,6 +82,6 @@ def test_so_many_requests_at_once_and_the_others_wait(monkeypatch: pytest.Monkey
     async def all_at_once() -> list[str]:
         return await asyncio.gather(*(ask("/m-v1/x") for _ in range(10)))
 
-    answer_directly(slow, at_once=3)
+    answer_directly(slow, max_concurrent=3)
     assert asyncio.run(all_at_once()) == ["x"] * 10
     assert max(most) == 3

@@ -1,4 +1,4 @@
-"""What an answer stands for: its record is on the disk before it leaves, or it does not leave."""
+"""Durability: a record is on the disk before its answer is sent, or the answer is 503."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "outcomes" / "m"
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody writes a segment."""
+def is_locked(path: Path) -> bool:
+    """Return whether a process writes a segment."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,19 +62,19 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def opened(folder: Path, keyring: Keyring) -> RecordLog:
+def open_log(folder: Path, keyring: Keyring) -> RecordLog:
     return RecordLog(folder, store=keyring, key=KEY, durability=Durability.disk)
 
 
 class Disk:
-    """`os.fdatasync` that says when it is called, waits until it may return, and fails when told to."""
+    """An `os.fdatasync` that records its calls, waits until it may return, and fails on command."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.entered = threading.Semaphore(0)
         self.may_return = threading.Semaphore(0)
         self.failures = 0
-        """That are still to come."""
+        """Number of calls that will fail."""
 
     def __call__(self, descriptor: int) -> None:
         self.events.append(("begins", 0))
@@ -89,7 +89,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    disk.may_return.release()  # of the first segment's beginning
+    disk.may_return.release()  # for the start of the first segment
     monkeypatch.setattr(os, "fdatasync", disk)
     return disk
 
@@ -97,29 +97,29 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 async def ask(log: RecordLog, disk: Disk, number: int) -> int:
     log.append(outcome(number))
     disk.events.append(("append", number))
-    answer = await log.settled(number)
+    answer = await log.after_durable(number)
     disk.events.append(("answer", number))
     return answer
 
 
-def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
+def test_answer_waits_for_a_sync_that_began_after_its_record(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
-    """Forty requests that come while two syncs go on are answered after two syncs in all, not forty."""
-    log = opened(folder, keyring)
+    """Forty requests during two syncs need two syncs in all, not forty."""
+    log = open_log(folder, keyring)
     assert disk.entered.acquire(timeout=10)
     disk.events.clear()
 
     async def run() -> list[int]:
-        asked = [asyncio.create_task(ask(log, disk, 0))]
+        requests = [asyncio.create_task(ask(log, disk, 0))]
         for batch in range(2):
             assert await asyncio.to_thread(disk.entered.acquire, timeout=10)
-            asked += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
+            requests += [asyncio.create_task(ask(log, disk, 1 + batch * 20 + n)) for n in range(20)]
             await asyncio.sleep(0)
-            assert not any(one.done() for one in asked[-20:])
+            assert not any(request.done() for request in requests[-20:])
             disk.may_return.release()
         disk.may_return.release()
-        return list(await asyncio.gather(*asked))
+        return list(await asyncio.gather(*requests))
 
     assert asyncio.run(run()) == list(range(41))
     assert sum(what == "begins" for what, _ in disk.events) == 3
@@ -130,11 +130,11 @@ def test_no_answer_leaves_before_a_sync_that_began_after_its_record(
     log.close()
 
 
-def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
+def test_failed_sync_fails_all_waiting_requests_and_starts_a_segment(
     folder: Path, keyring: Keyring, disk: Disk
 ) -> None:
-    """The kernel may have forgotten what it could not write: no later sync of that file counts."""
-    log = opened(folder, keyring)
+    """The kernel may have dropped the data, so later syncs of that file prove nothing."""
+    log = open_log(folder, keyring)
     disk.may_return.release(100)
 
     async def run(*numbers: int) -> list[Any]:
@@ -142,18 +142,16 @@ def test_a_failed_sync_refuses_all_that_waited_and_a_new_segment_follows(
 
     disk.failures = 1
     failures = asyncio.run(run(1, 2, 3))
-    assert [type(one) for one in failures] == [Unavailable] * 3
+    assert [type(error) for error in failures] == [Unavailable] * 3
     assert asyncio.run(run(4, 5)) == [4, 5]
     log.close()
     assert len(list(folder.iterdir())) == 2
     assert set(read_outcomes(folder, keyring)["prediction_id"]) >= {"4", "5"}
 
 
-def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
-    folder: Path, keyring: Keyring, disk: Disk
-) -> None:
-    """A second one would succeed, and prove nothing."""
-    log = opened(folder, keyring)
+def test_failed_sync_fails_requests_that_came_during_it(folder: Path, keyring: Keyring, disk: Disk) -> None:
+    """A second sync would succeed and prove nothing."""
+    log = open_log(folder, keyring)
     assert disk.entered.acquire(timeout=10)
 
     async def run() -> list[Any]:
@@ -167,14 +165,14 @@ def test_a_failed_sync_refuses_also_what_came_while_it_went_on(
         return [*failed, await ask(log, disk, 3)]
 
     *failed, last = asyncio.run(run())
-    assert ([type(one) for one in failed], last) == ([Unavailable] * 2, 3)
+    assert ([type(error) for error in failed], last) == ([Unavailable] * 2, 3)
     log.close()
     assert len(list(folder.iterdir())) == 2
 
 
-def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyring) -> None:
-    """Before the answers of its last records leave; then it is let go of."""
-    log = opened(folder, keyring)
+def test_old_segment_is_synced_before_its_answers(folder: Path, keyring: Keyring) -> None:
+    """Then it is released."""
+    log = open_log(folder, keyring)
     log._writer._max_bytes = 1
     synced: list[str] = []
     real = os.fdatasync
@@ -188,7 +186,7 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
             log.append(outcome(number))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fdatasync", sync)
-            await log.settled(None)
+            await log.after_durable(None)
 
     asyncio.run(run())
     assert set(synced) >= {str(path) for path in folder.iterdir()}
@@ -198,18 +196,16 @@ def test_a_segment_left_for_a_new_one_is_synced_too(folder: Path, keyring: Keyri
 
 
 @pytest.mark.parametrize("durability", list(Durability))
-def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
-    folder: Path, keyring: Keyring, durability: Durability
-) -> None:
-    """When that is old; the next record begins a new one."""
+def test_idle_replica_releases_an_old_segment(folder: Path, keyring: Keyring, durability: Durability) -> None:
+    """The next record starts a new segment."""
     log = RecordLog(folder, store=keyring, key=KEY, durability=durability, max_age_s=0.01)
 
     async def run() -> None:
         for number in range(2):
             log.append(outcome(number))
-            await log.settled(None)
+            await log.after_durable(None)
             deadline = time.monotonic() + 10
-            while is_held(log._writer.path):
+            while is_locked(log._writer.path):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.005)
 
@@ -218,22 +214,22 @@ def test_a_replica_that_is_asked_no_more_lets_go_of_its_segment(
     log.close()
 
 
-def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both endpoints and outcomes; what writes nothing does not wait."""
+def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both endpoints and outcomes; requests that write nothing do not wait."""
     with (
         running_replica(tmp_path, VALUE, durability=Durability.disk) as replica,
         ThreadPoolExecutor(1) as client,
     ):
         infer = {"inputs": [{"name": "age", "datatype": "FP64", "shape": [1], "data": [3.0]}]}
         prediction_id = replica.json(PREDICT, BODY)[1]["prediction_id"]
-        given = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
-        assert posted(replica, given)[0] == 200  # its log is open from here on
+        outcomes_body = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
+        assert post_outcomes(replica, outcomes_body)[0] == 200  # this opens the log
         disk = Disk()
         monkeypatch.setattr(os, "fdatasync", disk)
         for ask in (
             lambda: replica.json(PREDICT, BODY),
             lambda: replica.json("/v2/models/m/infer", infer),
-            lambda: posted(replica, given),
+            lambda: post_outcomes(replica, outcomes_body),
         ):
             answer = client.submit(ask)
             assert disk.entered.acquire(timeout=10)
@@ -245,16 +241,16 @@ def test_a_replica_answers_after_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     assert replica.failures == []
 
 
-def posted(replica: Replica, body: Any) -> tuple[int, Any]:
-    """What the application that takes outcomes answers."""
-    other = dataclasses.replace(replica, address=replica.outcomes, prefix="")
-    return other.json("/outcomes/v1/outcomes", body)
+def post_outcomes(replica: Replica, body: Any) -> tuple[int, Any]:
+    """Post outcomes, and return status and JSON."""
+    outcomes_app = dataclasses.replace(replica, address=replica.outcomes, prefix="")
+    return outcomes_app.json("/outcomes/v1/outcomes", body)
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with few bytes, where the machine lets us mount one."""
-    folder = tmp_path / "small"
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own, if the machine can mount one."""
+    folder = tmp_path / "small_disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
@@ -263,35 +259,38 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def fill(path: Path) -> None:
-    """Until not a byte is left."""
+def fill_disk(path: Path) -> None:
+    """Fill a file system completely."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
 
 
-def test_a_full_disk_is_a_503_and_nothing_that_was_answered_is_lost(small: Path) -> None:
-    """Of predictions and of outcomes; with room again, the service goes on by itself."""
-    with running_replica(small, VALUE, durability=Durability.disk) as replica:
+def test_full_disk_is_503_and_loses_no_answered_record(small_disk: Path) -> None:
+    """Predictions and outcomes; the service continues when there is space again."""
+    with running_replica(small_disk, VALUE, durability=Durability.disk) as replica:
         answered = []
 
-        def both() -> set[int]:
+        def predict_and_post_outcome() -> set[int]:
             status, headers, body = replica.call(PREDICT, BODY)
             content = json.loads(body)
             answered.extend([content["prediction_id"]] if status == 200 else [])
             if status != 200:
                 assert "cannot be written" in content["error"]
                 assert (content["code"], headers["retry-after"]) == (503, "1")
-            given = {"model": MODEL, "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}]}
-            return {status, posted(replica, given)[0]}
+            outcomes_body = {
+                "model": MODEL,
+                "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}],
+            }
+            return {status, post_outcomes(replica, outcomes_body)[0]}
 
-        assert both() == {200}
-        fill(small / "filler")
-        while (statuses := both()) != {503}:  # what is left of the last pages
+        assert predict_and_post_outcome() == {200}
+        fill_disk(small_disk / "filler")
+        while (statuses := predict_and_post_outcome()) != {503}:  # space in the last pages
             assert statuses <= {200, 503}
-        assert both() == {503}
-        (small / "filler").unlink()
-        assert both() == {200}
+        assert predict_and_post_outcome() == {503}
+        (small_disk / "filler").unlink()
+        assert predict_and_post_outcome() == {200}
         assert replica.log()["prediction_id"].to_list() == answered
         outcomes = read_outcomes(Path(replica.places.outcomes(MODEL)), key_store(replica.keys))
         assert outcomes["outcome"].to_list() == [len(answered)]

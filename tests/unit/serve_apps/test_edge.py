@@ -1,4 +1,4 @@
-"""The edge's configuration in a real HAProxy, in front of a server that says what reached it."""
+"""The edge's configuration in a real HAProxy, in front of a server that echoes its requests."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from tests.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit, wait_until
 from tests.ports import free_port
 
 
-def test_the_edge_and_python_assign_the_same_arm(edge: Edge) -> None:
-    """For units of any bytes a header can hold."""
+def test_edge_and_python_assign_the_same_arm(edge: Edge) -> None:
+    """For units of any bytes that a header can hold."""
     token, limits = edge.token(), bounds(20)
     draw = random.Random(7)
     letters = [*range(33, 127), *range(128, 256)]
     units = [bytes(draw.choices(letters, k=draw.randint(1, 30))) for _ in range(150)] + [b"a,b", b"x y", b"0"]
     connection = edge.connect()
-    heard = [
+    echo = [
         edge.call(token=token, headers={"X-Unit-ID": unit}, over=connection)[1]["x-falaj-arm"]
         for unit in units
     ]
     connection.close()
-    assert heard == [assign(SALT, unit, limits).value for unit in units]
+    assert echo == [assign(SALT, unit, limits).value for unit in units]
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Unit-ID": ""}])
-def test_no_unit_meets_the_champion_outside_any_arm(edge: Edge, headers: dict[str, str | bytes]) -> None:
-    """An empty header counts as none."""
-    status, heard = edge.call(token=edge.token(), headers=headers)
-    assert (status, heard["x-falaj-arm"], heard["x-falaj-variant"]) == (200, "none", "champion")
+def test_request_without_a_unit_gets_the_champion(edge: Edge, headers: dict[str, str | bytes]) -> None:
+    """Outside any arm; an empty header counts as missing."""
+    status, echo = edge.call(token=edge.token(), headers=headers)
+    assert (status, echo["x-falaj-arm"], echo["x-falaj-variant"]) == (200, "none", "champion")
 
 
-def test_a_clients_internal_headers_are_dropped(edge: Edge) -> None:
-    """Nobody can choose a variant, an arm or an id from outside."""
+def test_internal_headers_of_a_client_are_dropped(edge: Edge) -> None:
+    """A client cannot choose a variant, an arm or an id."""
     sent = {"x-falaj-variant": "challenger", "X-Falaj-Evil": "1", "x-falaj-request-id": "mine"}
-    _, heard = edge.call(token=edge.token(), headers=sent)
-    assert "x-falaj-evil" not in heard
-    assert heard["x-falaj-variant"] == "champion"
-    assert heard["x-falaj-request-id"] != "mine"
-    assert heard["path"] == f"/m-v1{PREDICT}"
+    _, echo = edge.call(token=edge.token(), headers=sent)
+    assert "x-falaj-evil" not in echo
+    assert echo["x-falaj-variant"] == "champion"
+    assert echo["x-falaj-request-id"] != "mine"
+    assert echo["path"] == f"/m-v1{PREDICT}"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_clients_internal_headers_are_dropped(edge: Edge) -> None:
         (Role.service, "/v1/models/../m:predict", 404),
     ],
 )
-def test_role_and_path_decide(edge: Edge, role: Role, path: str, status: int) -> None:
+def test_role_and_path_decide_access(edge: Edge, role: Role, path: str, status: int) -> None:
     """Each refusal is JSON with its code."""
     answered, content = edge.call(path, token=edge.token(role))
     assert answered == status
@@ -73,16 +73,16 @@ def test_role_and_path_decide(edge: Edge, role: Role, path: str, status: int) ->
 
 
 @pytest.mark.parametrize("path", ["", "/ready", "/versions/1", "/versions/1/ready"])
-def test_a_models_metadata_is_read_with_or_without_a_version(edge: Edge, path: str) -> None:
-    """By every role; the replica says whether it is that version."""
-    status, heard = edge.call(f"/v2/models/m{path}", method="GET", token=edge.token(Role.auditor))
-    assert (status, heard["path"]) == (200, f"/m-v1/v2/models/m{path}")
+def test_model_metadata_with_and_without_a_version(edge: Edge, path: str) -> None:
+    """For every role; the replica checks the version."""
+    status, echo = edge.call(f"/v2/models/m{path}", method="GET", token=edge.token(Role.auditor))
+    assert (status, echo["path"]) == (200, f"/m-v1/v2/models/m{path}")
     infer = f"/v2/models/m/versions/1/infer{path}"
     assert edge.call(infer, token=edge.token())[0] == (404 if path else 200)
 
 
-def test_the_servers_metadata_is_told_to_who_has_a_token(edge: Edge) -> None:
-    """Its name, version and extensions, whatever is deployed."""
+def test_server_metadata_needs_a_token(edge: Edge) -> None:
+    """Name, version and extensions, also without a deployed model."""
     status, content = edge.call("/v2", method="GET", token=edge.token(Role.auditor))
     assert (status, sorted(content)) == (200, ["extensions", "name", "version"])
     assert content["extensions"] == ["binary_tensor_data"]
@@ -91,15 +91,15 @@ def test_the_servers_metadata_is_told_to_who_has_a_token(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/features:read", "/v1/features:push", "/v1/outcomes"])
-def test_paths_of_no_model_go_to_their_application(edge: Edge, path: str) -> None:
-    """Without a variant or an arm: these headers are empty."""
-    _, heard = edge.call(path, token=edge.token())
-    assert heard["path"] == f"/{'outcomes' if 'outcomes' in path else 'features'}{path}"
-    assert (heard["x-falaj-variant"], heard["x-falaj-arm"]) == ("", "")
+def test_outcomes_and_features_go_to_their_application(edge: Edge, path: str) -> None:
+    """The headers with variant and arm are empty."""
+    _, echo = edge.call(path, token=edge.token())
+    assert echo["path"] == f"/{'outcomes' if 'outcomes' in path else 'features'}{path}"
+    assert (echo["x-falaj-variant"], echo["x-falaj-arm"]) == ("", "")
 
 
-def test_a_wrong_method_is_405(edge: Edge) -> None:
-    """In JSON, and with the right one."""
+def test_wrong_method_is_405(edge: Edge) -> None:
+    """In JSON, with the allowed method."""
     connection = edge.connect()
     assert edge.call(method="GET", token=edge.token(), over=connection)[1]["code"] == 405
     connection.request("POST", "/v2/models/m", headers={"authorization": f"Bearer {edge.token()}"})
@@ -108,8 +108,8 @@ def test_a_wrong_method_is_405(edge: Edge) -> None:
     connection.close()
 
 
-def test_a_changed_map_entry_takes_effect_without_a_reload(edge: Edge) -> None:
-    """A rollback is one `set map`; a later reload finds it in the file."""
+def test_changed_map_entry_takes_effect_without_a_reload(edge: Edge) -> None:
+    """A rollback is one `set map`; a later reload reads it from the file."""
     headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     assert edge.call(token=edge.token(), headers=headers)[1]["x-falaj-variant"] == "challenger"
     back = edge.routes(None).entries["m"]
@@ -118,8 +118,8 @@ def test_a_changed_map_entry_takes_effect_without_a_reload(edge: Edge) -> None:
     edge.load(ROLLOUT)
 
 
-def test_every_request_leaves_one_record_without_the_unit(edge: Edge) -> None:
-    """JSON lines; the unit only as a hash."""
+def test_every_request_has_one_access_record_without_the_unit(edge: Edge) -> None:
+    """JSON lines, with the unit's hash only."""
     token = edge.token()
     marks = [f"unit-{n}-é" for n in range(5)]
     ids = [
@@ -133,8 +133,8 @@ def test_every_request_leaves_one_record_without_the_unit(edge: Edge) -> None:
     assert "unit-" not in json.dumps(edge.records())
 
 
-def test_no_record_is_too_long_to_be_read(edge: Edge) -> None:
-    """However long the names are that somebody gives, and whatever they become as JSON."""
+def test_access_records_are_never_cut(edge: Edge) -> None:
+    """Whatever the length of a client's names, and of their JSON form."""
 
     def ask(path: str, subject: str) -> int:
         claims = {"sub": subject, "role": "admin", "purpose": ""}
@@ -154,15 +154,15 @@ def test_no_record_is_too_long_to_be_read(edge: Edge) -> None:
     assert {type(json.loads(line)) for line in lines} == {dict}
 
 
-def test_a_configuration_that_haproxy_refuses_is_never_loaded(edge: Edge) -> None:
-    """The running one goes on."""
+def test_refused_configuration_is_never_loaded(edge: Edge) -> None:
+    """The running one stays."""
     with pytest.raises(ConfigRefused):
         edge.haproxy.load("frontend broken\n    bind nowhere\n    nonsense\n")
     assert edge.call(token=edge.token())[0] == 200
 
 
-def test_a_champion_without_a_replica_is_503_and_not_ready(whole: Edge) -> None:
-    """Treated units are still answered; the edge itself lives."""
+def test_champion_without_a_replica_is_503_and_not_ready(whole: Edge) -> None:
+    """Treated units are still answered, and the edge is live."""
     whole.load_targets(whole.targets | {"m-v1": (f"127.0.0.1:{free_port()}",)})
     wait_until(lambda: whole.call("/v2/health/ready", method="GET")[0] == 503)
     assert whole.call(token=whole.token())[1]["code"] == 503
@@ -170,32 +170,32 @@ def test_a_champion_without_a_replica_is_503_and_not_ready(whole: Edge) -> None:
     assert whole.call("/v2/health/live", method="GET")[0] == 200
 
 
-def test_a_change_right_after_a_reload_is_not_lost(whole: Edge) -> None:
-    """`load` returns when the new worker serves, so `set map` cannot go to the old one only."""
+def test_change_right_after_a_reload_is_not_lost(whole: Edge) -> None:
+    """`load` returns when the new worker serves, so `set map` cannot reach only the old one."""
     for _ in range(5):
         before = admin(whole, "show info")["Pid"]
         whole.load(ROLLOUT)
         whole.load_targets(whole.targets)
         whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
         wait_until(lambda old=before: admin(whole, "show info")["Pid"] != old)  # type: ignore[misc]
-        _, heard = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
-        assert heard["x-falaj-variant"] == "champion"
+        _, echo = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
+        assert echo["x-falaj-variant"] == "champion"
 
 
 def admin(edge: Edge, command: str) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in edge.ask(command).splitlines() if ": " in line)
 
 
-def test_an_open_connection_outlives_a_reload_and_hears_of_a_rollback(whole: Edge) -> None:
-    """A client that keeps its connection gets no reset, and the draining worker has the new split too."""
+def test_open_connection_survives_a_reload_and_follows_a_rollback(whole: Edge) -> None:
+    """It gets no reset, and the draining worker has the new split."""
     headers = {"authorization": f"Bearer {whole.token()}", "X-Unit-ID": treated_unit()}
     connection = whole.connect()
     connection.request("POST", PREDICT, b"{}", headers)
     assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "challenger"
-    kept = connection.sock
+    socket_before = connection.sock
     whole.load_targets(whole.targets)
     whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
-    assert connection.sock is kept
+    assert connection.sock is socket_before
     connection.request("POST", PREDICT, b"{}", headers)
     assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "champion"
     connection.close()

@@ -1,4 +1,4 @@
-"""Which certificate the edge shows, while somebody else replaces its file."""
+"""The edge's certificate while its file is replaced."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("broken", [b"", b"no certificate", None])
-def test_the_last_certificate_that_held_is_shown(file: Path, tmp_path: Path, broken: bytes | None) -> None:
-    """Also by an edge that starts while the file is broken, half written or gone."""
+def test_last_valid_certificate_is_used(file: Path, tmp_path: Path, broken: bytes | None) -> None:
+    """Also by an edge that starts while the file is broken, half written or missing."""
     copies = tmp_path / "copies"
     certificate, content = Certificate(file, copies), file.read_bytes()
     good = certificate.newest()
@@ -37,8 +37,8 @@ def test_the_last_certificate_that_held_is_shown(file: Path, tmp_path: Path, bro
     assert list(copies.iterdir()) == [good]
 
 
-def test_a_key_of_another_certificate_is_not_taken(file: Path, tmp_path: Path) -> None:
-    """The two would be refused by every client."""
+def test_key_of_another_certificate_is_refused(file: Path, tmp_path: Path) -> None:
+    """Every client would refuse the pair."""
     ensure_tls(Layout(str(tmp_path / "other")))
     other = tmp_path / "other" / "tls" / EDGE_NAME
     certificate = Certificate(file, tmp_path / "copies")
@@ -49,7 +49,7 @@ def test_a_key_of_another_certificate_is_not_taken(file: Path, tmp_path: Path) -
     assert certificate.newest() == good
 
 
-def test_without_any_certificate_the_file_itself_is_named(tmp_path: Path) -> None:
-    """So that HAProxy says what is wrong."""
+def test_without_a_valid_certificate_the_file_itself_is_used(tmp_path: Path) -> None:
+    """So HAProxy reports what is wrong."""
     missing = tmp_path / "none.pem"
     assert Certificate(missing, tmp_path / "copies").newest() == missing

@@ -1,4 +1,4 @@
-"""Who reaches Ray's dashboard through a real HAProxy, with a header or with a browser's session."""
+"""Access to Ray's dashboard through a real HAProxy, with a header or with a browser's session."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME_SITE = {"sec-fetch-site": "same-origin"}
 def browse(
     edge: Edge, path: str, *, method: str = "GET", headers: dict[str, str] | None = None, body: str = ""
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """A request as a browser sends it, and the whole answer."""
+    """Send a request as a browser does, and return the whole answer."""
     connection = edge.connect()
     connection.request(method, path, body=body or None, headers=headers or {})
     response = connection.getresponse()
@@ -37,8 +37,8 @@ def sign_in(edge: Edge, token: str, **headers: str) -> tuple[http.client.HTTPRes
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_only_who_may_manage_the_cluster_reaches_the_dashboard(edge: Edge, role: Role) -> None:
-    """Whatever the method: a job that is submitted runs as the cluster's user."""
+def test_only_roles_that_manage_the_cluster_reach_the_dashboard(edge: Edge, role: Role) -> None:
+    """For every method: a submitted job runs as the cluster's user."""
     expected = 200 if role is Role.admin else 403
     for method, path in (("GET", "/ray/"), ("POST", "/ray/api/jobs/"), ("DELETE", "/ray/api/jobs/1?x=1")):
         assert edge.call(path, method=method, token=edge.token(role))[0] == expected
@@ -46,8 +46,8 @@ def test_only_who_may_manage_the_cluster_reaches_the_dashboard(edge: Edge, role:
 
 @pytest.mark.parametrize("tenant", ["other", "", "default ", "Default"])
 @pytest.mark.parametrize("path", ["/ray/", "/ray/api/jobs/", "/v2", PREDICT])
-def test_an_admin_of_another_tenant_is_let_nowhere(edge: Edge, tenant: str, path: str) -> None:
-    """As the policies have it; behind the dashboard nobody asks them again."""
+def test_admin_of_another_tenant_gets_403_everywhere(edge: Edge, tenant: str, path: str) -> None:
+    """As the policies say; the dashboard does not check them again."""
     method = "POST" if path == PREDICT else "GET"
     assert edge.call(path, method=method, token=edge.token(Role.admin, tenant=tenant))[0] == 403
     assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == 200
@@ -55,8 +55,8 @@ def test_an_admin_of_another_tenant_is_let_nowhere(edge: Edge, tenant: str, path
 
 
 @pytest.mark.parametrize("tenant", [None, "default", ["other"], {"of": "other"}, 7, True])
-def test_the_dashboard_lets_in_who_says_no_tenant_or_its_own(edge: Edge, tenant: object) -> None:
-    """One that is no text cannot be told from none by HAProxy, and would be refused by everybody else."""
+def test_dashboard_accepts_own_or_missing_tenant(edge: Edge, tenant: object) -> None:
+    """HAProxy reads a tenant that is not text as missing; such a token is refused."""
     claims = {"sub": "t", "role": "admin", "purpose": "", **({} if tenant is None else {"tenant": tenant})}
     token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
     expected = 200 if tenant in (None, "default") else 403
@@ -64,8 +64,8 @@ def test_the_dashboard_lets_in_who_says_no_tenant_or_its_own(edge: Edge, tenant:
 
 
 @pytest.mark.parametrize("scope", ["model:m", "openid model:m", ["model:m"], ["openid", "model:x"]])
-def test_a_token_for_some_models_opens_no_dashboard(edge: Edge, scope: object) -> None:
-    """Behind it there are all models. Other words of a scope are not ours."""
+def test_token_for_single_models_does_not_open_the_dashboard(edge: Edge, scope: object) -> None:
+    """The dashboard controls all models. Other words of a scope have no effect."""
     claims = {"sub": "t", "role": "admin", "purpose": ""}
     for claimed, expected in ((scope, 403), ("openid profile", 200), ("", 200)):
         token = sign(edge.places, claims | {"scope": claimed}, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
@@ -73,8 +73,8 @@ def test_a_token_for_some_models_opens_no_dashboard(edge: Edge, scope: object) -
         assert sign_in(edge, token)[0].status == (403 if expected == 403 else 303)
 
 
-def test_without_a_token_nothing_is_shown(edge: Edge) -> None:
-    """A program is told so; whoever navigates is led to where he can sign in."""
+def test_dashboard_needs_a_token(edge: Edge) -> None:
+    """A program gets 401; a browser is redirected to the login."""
     assert edge.call("/ray/", method="GET")[0] == 401
     assert edge.call("/ray/api/version", method="GET", token="a.b.c")[0] == 401
     assert edge.call("/ray/login", method="PUT")[0] == 401
@@ -84,36 +84,36 @@ def test_without_a_token_nothing_is_shown(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize("path", ["/RAY/", "//ray/", "/rayx/", "/v1/../ray/", "/%72ay/", "/api/jobs/"])
-def test_no_other_spelling_leads_there(edge: Edge, path: str) -> None:
-    """Not even for an admin."""
+def test_other_spellings_of_the_path_are_404(edge: Edge, path: str) -> None:
+    """Even for an admin."""
     assert edge.call(path, method="GET", token=edge.token(Role.admin))[0] == 404
 
 
-def test_ray_gets_its_own_token_and_none_of_the_callers(edge: Edge) -> None:
-    """Nor is Ray's to be had: not in the file, not from Ray's own login, which reads another header."""
+def test_ray_gets_its_own_token_and_not_the_callers(edge: Edge) -> None:
+    """Ray's token is not in the file, and Ray's own login, which reads another header, does not return it."""
     session = {"cookie": f"{COOKIE}=x; ray-authentication-token=stolen"}
-    status, heard = edge.call("/ray/api/jobs/?a=b", token=edge.token(Role.admin), headers=session)
+    status, echo = edge.call("/ray/api/jobs/?a=b", token=edge.token(Role.admin), headers=session)
     assert status == 200
-    assert heard["path"] == "/api/jobs/?a=b"
-    assert heard["x-ray-authorization"] == f"Bearer {RAY_TOKEN}"
-    assert not {"authorization", "cookie"} & heard.keys()
-    asked = {"x-ray-authorization": "Bearer mine"}
+    assert echo["path"] == "/api/jobs/?a=b"
+    assert echo["x-ray-authorization"] == f"Bearer {RAY_TOKEN}"
+    assert not {"authorization", "cookie"} & echo.keys()
+    forged = {"x-ray-authorization": "Bearer mine"}
     assert (
-        edge.call("/ray/", token=edge.token(Role.admin), headers=asked)[1]["x-ray-authorization"]
-        == heard["x-ray-authorization"]
+        edge.call("/ray/", token=edge.token(Role.admin), headers=forged)[1]["x-ray-authorization"]
+        == echo["x-ray-authorization"]
     )
     assert RAY_TOKEN not in (Path(edge.settings.map_file).parent / "haproxy.cfg").read_text()
 
 
-def test_ray_sets_no_cookie_of_its_own(edge: Edge) -> None:
-    """Its login would hand its token out in one."""
+def test_cookies_of_ray_are_dropped(edge: Edge) -> None:
+    """Ray's login would return its token in one."""
     headers = {"cookie": f"{COOKIE}={edge.token(Role.admin)}", **SAME_SITE}
     response, _ = browse(edge, "/ray/api/authenticate", headers=headers)
     assert (response.status, response.getheader("set-cookie")) == (200, None)
 
 
-def test_a_browser_signs_in_once_and_its_session_ends_with_its_token(edge: Edge) -> None:
-    """The cookie is out of reach of scripts, of plain http, of other sites and of other paths."""
+def test_browser_session_ends_with_its_token(edge: Edge) -> None:
+    """Scripts, plain HTTP, other sites and other paths cannot use the cookie."""
     page, content = browse(edge, "/ray/login")
     assert page.status == 200
     assert b'name="token"' in content
@@ -133,19 +133,19 @@ def test_a_browser_signs_in_once_and_its_session_ends_with_its_token(edge: Edge)
     assert "Max-Age=0" in str(left.getheader("set-cookie"))
 
 
-def test_a_session_is_no_good_for_anything_else(edge: Edge) -> None:
+def test_session_is_valid_for_the_dashboard_only(edge: Edge) -> None:
     """Elsewhere only the header counts, so no page can make a browser predict."""
     cookie = {"cookie": f"{COOKIE}={edge.token(Role.admin)}", **SAME_SITE}
     assert edge.call(headers=dict(cookie))[0] == 401
 
 
 @pytest.mark.parametrize("site", ["same-site", "cross-site", ""])
-def test_other_sites_cannot_use_a_session_nor_make_one(edge: Edge, site: str) -> None:
-    """Another port of this host is the same site to SameSite; a browser too old to say is refused too."""
+def test_other_sites_cannot_use_or_start_a_session(edge: Edge, site: str) -> None:
+    """Another port of this host is the same site for SameSite; a browser without these headers is refused too."""
     token = edge.token(Role.admin)
     cookie = {"cookie": f"{COOKIE}={token}"}
-    other = f"https://127.0.0.1:{edge.port - 1}"
-    for headers in (cookie | {"sec-fetch-site": site}, cookie | {"origin": other}, cookie):
+    other_origin = f"https://127.0.0.1:{edge.port - 1}"
+    for headers in (cookie | {"sec-fetch-site": site}, cookie | {"origin": other_origin}, cookie):
         for method in ("GET", "POST"):
             assert browse(edge, "/ray/api/jobs/", method=method, headers=headers)[0].status == 403
     assert sign_in(edge, token, **{"sec-fetch-site": site})[0].status == 403
@@ -154,18 +154,20 @@ def test_other_sites_cannot_use_a_session_nor_make_one(edge: Edge, site: str) ->
 
 
 @pytest.mark.parametrize("token", ["", "a.b.c", "x" * 5000], ids=["none", "no token", "too long"])
-def test_a_wrong_token_makes_no_session(edge: Edge, token: str) -> None:
-    """Nor one of somebody else's role."""
+def test_wrong_token_starts_no_session(edge: Edge, token: str) -> None:
+    """Nor does a token of another role."""
     for refused in (sign_in(edge, token), sign_in(edge, edge.token(Role.service))):
         assert refused[0].status in (401, 403)
         assert refused[0].getheader("set-cookie") is None
 
 
-def test_every_record_names_who_asked(edge: Edge) -> None:
-    """Who managed the cluster, who predicted, and who was refused for his role; a name is text, whatever is in it. Who
-    shows no valid token is no record."""
-    odd = 'é"\\\n{"status":200}'
-    claims = {"sub": odd, "role": "service", "purpose": ""}
+def test_access_records_name_the_principal(edge: Edge) -> None:
+    """For dashboard requests, predictions and refused roles; the name is text, whatever it contains.
+
+    Requests without a valid token have no record.
+    """
+    subject = 'é"\\\n{"status":200}'
+    claims = {"sub": subject, "role": "service", "purpose": ""}
     edge.call(token=edge.token() + "x")
     edge.call(token=sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60))
     edge.call("/ray/api/jobs/secret?token=x", token=edge.token(Role.admin))
@@ -185,5 +187,5 @@ def test_every_record_names_who_asked(edge: Edge) -> None:
         ("t", 403)
     ]
     predicted = [(each["principal"], each["status"]) for each in records if each["action"] == "predict"]
-    assert predicted[-2:] == [(odd, 200), ("t", 200)]
+    assert predicted[-2:] == [(subject, 200), ("t", 200)]
     assert 401 not in {each["status"] for each in records}

@@ -1,4 +1,4 @@
-"""What the edge says of a request: believed with the installation's proof, and from nowhere else."""
+"""The edge's headers count only with the installation's proof."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ FORGED = {
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Edge, Replica]]:
+def edge_and_replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Edge, Replica]]:
     """A real edge in front of a real replica."""
-    root = tmp_path_factory.mktemp("both")
+    root = tmp_path_factory.mktemp("edge_and_replica")
     with running_edge(root) as edge, running_replica(root, SIGNATURE) as replica:
         edge.load_targets(edge.targets | {"m-v1": (replica.address,)})
         yield edge, replica
@@ -43,7 +43,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Edge, Repli
 
 
 def raw(port: int, content: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, Any]:
-    """Status and JSON of the answer to bytes."""
+    """Send bytes, and return the answer's status and JSON."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
         connection = tls.wrap_socket(plain, server_hostname="127.0.0.1") if tls else plain
         connection.sendall(content)
@@ -60,7 +60,7 @@ def request(path: str, headers: dict[str, str], body: bytes = b"", *, method: st
 
 
 def with_trailers(headers: dict[str, str], trailers: dict[str, str], *, prefix: str = "") -> bytes:
-    """A prediction whose body is followed by fields."""
+    """A prediction whose body is followed by trailers."""
     chunk = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\n"
     fields = "".join(f"{name}: {value}\r\n" for name, value in trailers.items()).encode()
     return request(
@@ -79,9 +79,9 @@ def port_of(address: str) -> int:
     return int(address.rsplit(":", 1)[1])
 
 
-def test_trailers_add_nothing_to_a_request(both: tuple[Edge, Replica]) -> None:
-    """Through the edge and past it: no field of the log is the client's, and a good request stays one."""
-    edge, replica = both
+def test_trailers_are_ignored(edge_and_replica: tuple[Edge, Replica]) -> None:
+    """Through the edge and past it: no field of the log is the client's, and a valid request stays valid."""
+    edge, replica = edge_and_replica
     trailers = FORGED | {
         "content-encoding": "gzip",
         "inference-header-content-length": "1",
@@ -103,41 +103,47 @@ def test_trailers_add_nothing_to_a_request(both: tuple[Edge, Replica]) -> None:
 
 
 @pytest.mark.parametrize("proof", [{}, {PROOF: ""}, {PROOF: "0" * 64}, {PROOF: "\xff"}])
-def test_without_the_proof_a_replica_believes_no_header(
-    both: tuple[Edge, Replica], proof: dict[str, str]
+def test_headers_without_the_proof_are_ignored(
+    edge_and_replica: tuple[Edge, Replica], proof: dict[str, str]
 ) -> None:
-    """Nobody hides an answer from monitoring, or names a variant, on a replica's own port."""
-    _, replica = both
+    """A client of a replica's own port cannot hide an answer from monitoring or name a variant."""
+    _, replica = edge_and_replica
     status, answer = replica.json(PREDICT, BODY, headers=FORGED | proof)
     assert (status, answer["variant"]) == (200, "champion")
     record = last_record(replica, answer["prediction_id"])
-    said = {name: record[name] for name in ("request_id", "variant", "arm", "rollout", "unit_hash")}
-    assert EdgeHeaders(**said) == UNPROVED
+    values = {name: record[name] for name in ("request_id", "variant", "arm", "rollout", "unit_hash")}
+    assert EdgeHeaders(**values) == UNPROVED
 
 
-def test_with_the_proof_a_replica_writes_down_what_the_edge_says(both: tuple[Edge, Replica]) -> None:
+def test_headers_with_the_proof_are_logged(edge_and_replica: tuple[Edge, Replica]) -> None:
     """Each field."""
-    _, replica = both
-    said = {"request_id": "q", "variant": "challenger", "arm": "treatment", "rollout": "r", "unit_hash": "u"}
-    _, answer = replica.json(PREDICT, BODY, headers=replica.as_edge(**said))
+    _, replica = edge_and_replica
+    values = {
+        "request_id": "q",
+        "variant": "challenger",
+        "arm": "treatment",
+        "rollout": "r",
+        "unit_hash": "u",
+    }
+    _, answer = replica.json(PREDICT, BODY, headers=replica.as_edge(**values))
     assert answer["variant"] == "challenger"
-    assert said.items() <= last_record(replica, answer["prediction_id"]).items()
+    assert values.items() <= last_record(replica, answer["prediction_id"]).items()
 
 
-def test_the_edge_proves_itself_on_every_path(both: tuple[Edge, Replica]) -> None:
-    """Whatever a client sends in the place of the proof."""
-    edge, replica = both
+def test_edge_sends_its_proof_on_every_path(edge_and_replica: tuple[Edge, Replica]) -> None:
+    """Also if a client sends another proof."""
+    edge, replica = edge_and_replica
     proof = edge_proof(replica.places)
     for path in ("/v1/outcomes", "/v1/features:read"):
-        _, heard = edge.call(path, token=edge.token(), headers={PROOF: "mine"})
-        assert heard[PROOF] == proof
-        assert {"x-falaj-rollout", "x-falaj-unit-hash", "x-falaj-arm", "x-falaj-variant"} <= heard.keys()
+        _, echo = edge.call(path, token=edge.token(), headers={PROOF: "mine"})
+        assert echo[PROOF] == proof
+        assert {"x-falaj-rollout", "x-falaj-unit-hash", "x-falaj-arm", "x-falaj-variant"} <= echo.keys()
     assert proof not in (Path(edge.places.root) / "haproxy.cfg").read_text()
 
 
-def test_an_upgrade_is_not_taken(both: tuple[Edge, Replica]) -> None:
-    """The request is answered as the one that it is, and no header for the next hop is passed on."""
-    edge, replica = both
+def test_upgrade_is_ignored(edge_and_replica: tuple[Edge, Replica]) -> None:
+    """The request gets a normal answer, and hop-by-hop headers are dropped."""
+    edge, replica = edge_and_replica
     upgrade = {
         "connection": "Upgrade, close",
         "upgrade": "websocket",
@@ -150,7 +156,7 @@ def test_an_upgrade_is_not_taken(both: tuple[Edge, Replica]) -> None:
     assert raw(edge.port, request("/v2/models/m", upgrade), tls=edge.context)[0] == 405
     direct = request(f"{replica.prefix}/v2/models/m", upgrade, method="GET")
     assert raw(port_of(replica.address), direct)[0] == 200
-    _, heard = edge.call(
+    _, echo = edge.call(
         "/v1/outcomes",
         token=edge.token(),
         headers={
@@ -160,11 +166,11 @@ def test_an_upgrade_is_not_taken(both: tuple[Edge, Replica]) -> None:
             "te": "trailers",
         },
     )
-    assert heard.keys().isdisjoint({"upgrade", "connection", "http2-settings", "te"})
+    assert echo.keys().isdisjoint({"upgrade", "connection", "http2-settings", "te"})
 
 
-def test_the_proof_is_one_file_of_its_owner(tmp_path: Path) -> None:
-    """Whoever asks first makes it; it survives every restart, and is refused where others could have read it."""
+def test_proof_is_one_private_file(tmp_path: Path) -> None:
+    """The first caller creates it, it survives restarts, and it is refused if other users can read it."""
     places = Layout(str(tmp_path))
     proof = edge_proof(places)
     assert len(proof) == 64
@@ -176,7 +182,7 @@ def test_the_proof_is_one_file_of_its_owner(tmp_path: Path) -> None:
         edge_proof(places)
 
 
-def test_the_first_of_two_headers_counts() -> None:
+def test_first_of_repeated_headers_counts() -> None:
     """A later one is not the edge's."""
     read = EdgeHeaderReader("p").read
     assert (

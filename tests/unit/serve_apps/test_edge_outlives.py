@@ -1,4 +1,4 @@
-"""An edge over a restart of its controller, a start without its control plane, and a new certificate."""
+"""An edge across a restart of its controller, a start without its control plane, and a new certificate."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.controller import (
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    with running_controller(tmp_path) as one:
-        yield one
+    with running_controller(tmp_path) as running:
+        yield running
 
 
 @contextlib.contextmanager
-def asking(running: Running) -> Iterator[list[int]]:
-    """Requests without a pause, each on a connection of its own; the list has their statuses."""
+def request_statuses(running: Running) -> Iterator[list[int]]:
+    """Requests without a pause, each on its own connection; the list has their statuses."""
     statuses: list[int] = []
     ended = threading.Event()
 
@@ -65,13 +65,13 @@ def asking(running: Running) -> Iterator[list[int]]:
         thread.join(20)
 
 
-def test_a_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
-    """HAProxy serves on when the first one has handed over, and gives its sockets to the second one's."""
+def test_second_controller_takes_over_without_a_refused_request(running: Running) -> None:
+    """HAProxy serves after the first controller handed over, and gives its sockets to the second one's."""
     before = running.haproxy.pid
-    kept = running.connect()
-    kept.request("GET", "/v2/health/live")
-    kept.getresponse().read()
-    with asking(running) as statuses:
+    open_connection = running.connect()
+    open_connection.request("GET", "/v2/health/live")
+    open_connection.getresponse().read()
+    with request_statuses(running) as statuses:
         running.hand_over()
         assert running.ask("show info")
         seq = running.tell(ROLLED_BACK)
@@ -81,21 +81,21 @@ def test_a_second_controller_takes_over_without_a_refused_request(running: Runni
         assert running.haproxy.pid not in (before, None)
         assert running.split() == CHAMPION_ONLY
     assert set(statuses) == {200}
-    # The kept connection is still the old worker's, which hears of changes until it ends.
+    # The open connection is still the old worker's, which gets changes until it ends.
     seq = running.tell(AliasMoved(name="m", alias="champion", version=2, previous=1, reason="better"))
     wait_until(lambda: running.applied == seq)
-    assert {entry_of(said) for said in running.ask_all(f"show map {running.settings.map_file}")} == {
+    assert {entry_of(map_text) for map_text in running.ask_all(f"show map {running.settings.map_file}")} == {
         "m-v2|m-v2|champion|none|-|0|10000"
     }
-    kept.request("GET", "/v2/health/live")
-    assert kept.getresponse().status == 200
-    kept.close()
+    open_connection.request("GET", "/v2/health/live")
+    assert open_connection.getresponse().status == 200
+    open_connection.close()
     assert before is not None
-    wait_until(lambda: not alive(before))
+    wait_until(lambda: not is_alive(before))
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; an ended process that was not waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -103,7 +103,7 @@ def alive(pid: int) -> bool:
 
 
 def serves(running: Running, split: str) -> bool:
-    """Whether HAProxy is there already, with a split."""
+    """Return whether HAProxy serves with a split."""
     try:
         return running.split() == split
     except OSError:
@@ -111,10 +111,8 @@ def serves(running: Running, split: str) -> bool:
 
 
 @pytest.mark.parametrize("lost", ["Serve", "Serve and ledger"])
-def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
-    running: Running, lost: str
-) -> None:
-    """With the replicas, the split and the keys of before, though HAProxy had been killed, too."""
+def test_edge_without_its_control_plane_serves_its_last_state(running: Running, lost: str) -> None:
+    """The last replicas, split and keys, although HAProxy was killed, too."""
 
     def gone() -> Targets:
         raise OSError("gone")
@@ -141,38 +139,38 @@ def test_an_edge_that_starts_without_its_control_plane_serves_as_it_last_did(
     assert "m-v2" in running.ask("show backend")
 
 
-def test_an_edge_that_starts_while_its_issuer_is_down_keeps_the_keys_for_a_day(
+def test_edge_uses_stored_keys_for_a_day_while_its_issuer_is_down(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of before, and so does the next one, though replicas have changed meanwhile."""
+    """Also the edge after it, although replicas have changed meanwhile."""
 
     def down() -> bytes:
         raise OSError("down")
 
-    kept = running.state_file.with_name("last.json")
-    wait_until(kept.exists)
+    stored = running.state_file.with_name("last.json")
+    wait_until(stored.exists)
     (key,) = local_keys(running.places).all()
     confirmed = 0.0
     for app in ("m-v3", "m-v4"):
         running.stopped.set()
         running.thread.join(20)
-        confirmed = confirmed or json.loads(kept.read_text())["at"]
+        confirmed = confirmed or json.loads(stored.read_text())["at"]
         running.serve.targets = {**running.serve.targets, app: (ONE,)}
         running.begin(keys=RemoteKeys(down, cooldown_s=0.0))
         running.thread.start()
-        wait_until(lambda app=app: app in json.loads(kept.read_text())["targets"])  # type: ignore[misc]
+        wait_until(lambda app=app: app in json.loads(stored.read_text())["targets"])  # type: ignore[misc]
         wait_until(lambda app=app: running.state is not None and app in running.state.backends)  # type: ignore[misc]
         assert key in running.haproxy_file.read_text()
-        assert json.loads(kept.read_text())["at"] == confirmed
+        assert json.loads(stored.read_text())["at"] == confirmed
     monkeypatch.setattr(last, "KEYS_HOLD_S", 0.0)
     wait_until(lambda: key not in running.haproxy_file.read_text())
 
 
-def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) -> None:
-    """As soon as its file is there; what is none stays unused, and holds up no new replicas."""
+def test_new_certificate_is_used_without_a_refused_request(running: Running) -> None:
+    """As soon as its file is there; an invalid one is not used, and does not delay new replicas."""
     file = Path(running.settings.certificate)
 
-    def shown() -> bytes | None:
+    def served_certificate() -> bytes | None:
         connection = running.connect()
         connection.connect()
         assert isinstance(connection.sock, ssl.SSLSocket)
@@ -180,16 +178,16 @@ def test_a_new_certificate_is_shown_without_a_refused_request(running: Running) 
         connection.close()
         return certificate
 
-    before, content = shown(), file.read_bytes()
-    with asking(running) as statuses:
+    before, content = served_certificate(), file.read_bytes()
+    with request_statuses(running) as statuses:
         file.write_bytes(b"no certificate")
         running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
         wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
-        assert shown() == before
+        assert served_certificate() == before
         file.unlink()
         ensure_tls(running.places)
         assert file.read_bytes() != content
-        wait_until(lambda: shown() != before)
+        wait_until(lambda: served_certificate() != before)
     assert set(statuses) == {200}
     copies = running.state_file.with_name("certificates")
     wait_until(lambda: [copy.read_bytes() for copy in copies.iterdir()] == [file.read_bytes()])

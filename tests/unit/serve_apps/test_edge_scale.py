@@ -16,7 +16,7 @@ from tests.edge import Edge
 ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=50)
 
 
-def many(models: int, replicas: int, edge: Edge) -> Routes:
+def many_routes(models: int, replicas: int, edge: Edge) -> Routes:
     """Models with a champion and a treatment each, whose first replica is real."""
     real = edge.targets["m-v1"]
     others = tuple(f"127.0.0.1:{10 + number}" for number in range(replicas - 1))
@@ -30,31 +30,31 @@ def many(models: int, replicas: int, edge: Edge) -> Routes:
     return routes(states, dict.fromkeys(apps, (*real, *others)))
 
 
-def longest(text: str) -> int:
-    """The words of the longest line. HAProxy takes 64 of them; a quoted text is one for it, and several here."""
+def longest_line(text: str) -> int:
+    """Number of words in the longest line. HAProxy takes 64; quoted text is one word for HAProxy, and several here."""
     return max(len(line.split()) for line in text.splitlines())
 
 
 @pytest.mark.parametrize(("models", "replicas"), [(200, 1), (1, 200)])
-def test_a_line_never_has_too_many_words(edge: Edge, models: int, replicas: int) -> None:
-    """Not for models, their versions or their replicas, with requests held for them and without."""
+def test_no_line_has_too_many_words(edge: Edge, models: int, replicas: int) -> None:
+    """For any number of models, versions and replicas, with and without waiting requests."""
     few, text = (
         render(wanted, edge.keys, replace(edge.settings, holder="127.0.0.1:9"))
-        for wanted in (many(1, 1, edge), many(models, replicas, edge))
+        for wanted in (many_routes(1, 1, edge), many_routes(models, replicas, edge))
     )
-    assert longest(text) == longest(few)
+    assert longest_line(text) == longest_line(few)
 
 
-def test_the_edge_serves_every_one_of_many_models(whole: Edge) -> None:
-    """Loaded, ready when all champions are, split, and held to a token's scope."""
-    wanted = many(40, 1, whole)
+def test_edge_serves_every_one_of_many_models(whole: Edge) -> None:
+    """Loaded, ready when all champions are, split, and limited by a token's scope."""
+    wanted = many_routes(40, 1, whole)
     map_file = Path(whole.settings.map_file)
     write_bytes(str(map_file), "".join(f"{k} {v}\n" for k, v in wanted.entries.items()).encode())
     whole.haproxy.load(render(wanted, whole.keys, whole.settings))
     assert whole.call("/v2/health/ready", method="GET")[0] == 200
     last = "/v1/models/model-39:predict"
-    status, heard = whole.call(last, token=whole.token(), headers={"X-Unit-ID": "u"})
-    assert (status, heard["path"].split("/")[1][:8]) == (200, "model-39")
+    status, echo = whole.call(last, token=whole.token(), headers={"X-Unit-ID": "u"})
+    assert (status, echo["path"].split("/")[1][:8]) == (200, "model-39")
     scoped = whole.token(scope="openid model:model-3 model:model-39 model:model-3.")
     assert whole.call(last, token=scoped)[0] == 200
     for other in ("model-9", "model-390", "odel-39", "model-3x", "model-"):

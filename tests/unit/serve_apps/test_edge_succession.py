@@ -1,4 +1,4 @@
-"""Who controls an edge, and what it leaves to the next one."""
+"""The lock that makes one controller of an edge, and what a controller leaves to the next one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import sqlalchemy as sa
 
 from cluster.errors import ConfigError
 from cluster.settings import LedgerConfig
-from serve_apps.edge.__main__ import EdgeConfig, ledger_when_it_answers
+from serve_apps.edge.__main__ import EdgeConfig, wait_for_ledger
 from serve_apps.edge.control import succession
 from serve_apps.edge.control.haproxy_process import HAProxy
-from serve_apps.edge.control.last_state import KEYS_HOLD_S, Last
+from serve_apps.edge.control.last_state import KEYS_HOLD_S, LastState
 from serve_apps.edge.control.succession import sole_controller
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.replica.targets import Waker
+from serve_apps.replica.targets import ScaledToZero
 
 HOLDER = """
 import signal, sys, threading
@@ -37,10 +37,10 @@ with sole_controller(Path(sys.argv[1])):
 
 
 @pytest.mark.parametrize("willing", ["willing", "unwilling"])
-def test_a_second_controller_asks_the_first_to_hand_over(
+def test_second_controller_requests_the_handover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, willing: str
 ) -> None:
-    """And is one only when the first has let go."""
+    """And waits until the first has released the lock."""
     file = tmp_path / "controller.lock"
     command = [sys.executable, "-c", HOLDER, str(file), willing]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
@@ -59,10 +59,10 @@ def test_a_second_controller_asks_the_first_to_hand_over(
 
 
 @pytest.mark.parametrize("gone", [True, False])
-def test_nobody_else_is_asked_to_hand_over(
+def test_only_the_lock_holder_gets_the_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
-    """Who has just taken the lock has not written who he is: what stands there may be nobody's pid, or another's."""
+    """A new holder has not written its pid yet: the file may have a free pid, or another process's."""
     file = tmp_path / "controller.lock"
     monkeypatch.setattr(succession, "DEADLINE_S", 0.2)
     with subprocess.Popen(["sleep", "60"]) as other, sole_controller(file):
@@ -76,8 +76,7 @@ def test_nobody_else_is_asked_to_hand_over(
         other.kill()
 
 
-def test_who_says_late_that_he_holds_the_lock_is_asked_then(tmp_path: Path) -> None:
-    """And hands over."""
+def test_holder_that_writes_its_pid_late_gets_the_signal_then(tmp_path: Path) -> None:
     file = tmp_path / "controller.lock"
     command = [sys.executable, "-c", HOLDER, str(file), "willing"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
@@ -90,8 +89,8 @@ def test_who_says_late_that_he_holds_the_lock_is_asked_then(tmp_path: Path) -> N
             assert first.wait(10) == 0
 
 
-class Served(HAProxy):
-    """Runs nothing, and says whether it was ended. Our own fake."""
+class FakeHAProxy(HAProxy):
+    """Runs nothing, and records whether it was stopped."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -104,35 +103,33 @@ class Served(HAProxy):
 
 
 @pytest.mark.parametrize("handed_over", [True, False])
-def test_who_hands_over_while_the_ledger_is_down_leaves_haproxy_to_serve(
-    tmp_path: Path, handed_over: bool
-) -> None:
-    """Who is just told to stop ends it."""
+def test_handover_while_the_ledger_is_down_keeps_haproxy_running(tmp_path: Path, handed_over: bool) -> None:
+    """A plain stop ends HAProxy."""
     config = EdgeConfig(ledger=LedgerConfig(url=f"sqlite:///{tmp_path}/none/ledger.db"))
-    haproxy, stopped, over = Served(), threading.Event(), threading.Event()
+    haproxy, stopped, over = FakeHAProxy(), threading.Event(), threading.Event()
     stopped.set()
     if handed_over:
         over.set()
     with pytest.raises(sa.exc.SQLAlchemyError):
-        ledger_when_it_answers(config, haproxy, stopped, over)
+        wait_for_ledger(config, haproxy, stopped, over)
     assert haproxy.ended is not handed_over
 
 
-def test_the_last_answers_are_kept_whole_and_keys_for_a_day(tmp_path: Path) -> None:
-    """A key whose file is gone, or that nobody has confirmed for a day, is believed no more."""
+def test_last_state_round_trips_and_keys_last_a_day(tmp_path: Path) -> None:
+    """Keys are dropped if a file is missing, or after a day without an answer of the issuer."""
     file, key = tmp_path / "last.json", JwtKey(kid="k", algorithm="ES256", file=str(tmp_path / "k.pem"))
-    last = Last(targets={"m-v1": ("a:1", "b:2"), "m-v2": Waker(("p:1",))}, keys=(key,), at=1000.0)
+    last = LastState(targets={"m-v1": ("a:1", "b:2"), "m-v2": ScaledToZero(("p:1",))}, keys=(key,), at=1000.0)
     last.write(file)
-    assert Last.read(file, now=1000.0).keys == ()
+    assert LastState.read(file, now=1000.0).keys == ()
     Path(key.file).touch()
-    assert Last.read(file, now=1000.0) == last
-    late = Last.read(file, now=1000.0 + KEYS_HOLD_S)
+    assert LastState.read(file, now=1000.0) == last
+    late = LastState.read(file, now=1000.0 + KEYS_HOLD_S)
     assert (late.targets, late.keys) == (last.targets, ())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"targets": [], "keys": [], "at": 1}', "nonsense"])
-def test_what_nobody_can_read_is_no_answer(tmp_path: Path, content: str) -> None:
-    """An edge starts all the same."""
+def test_damaged_last_state_is_empty(tmp_path: Path, content: str) -> None:
+    """An edge still starts."""
     file = tmp_path / "last.json"
     file.write_text(content)
-    assert Last.read(file, now=0.0) == Last() == Last.read(tmp_path / "none", now=0.0)
+    assert LastState.read(file, now=0.0) == LastState() == LastState.read(tmp_path / "none", now=0.0)

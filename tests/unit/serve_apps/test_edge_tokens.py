@@ -1,4 +1,4 @@
-"""Which tokens pass a real HAProxy, and which only a replica can refuse."""
+"""Tokens that pass a real HAProxy, and tokens that only a replica refuses."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def forged(edge: Edge, key: Any, *, alg: str = ALGORITHM, kid: str | None = None
 
 
 def unsigned(edge: Edge, alg: str) -> str:
-    """A token that says no signature is needed."""
+    """A token whose header names an algorithm without a signature."""
     head = base64.urlsafe_b64encode(json.dumps({"alg": alg, "kid": edge.keys[0].kid}).encode())
     return f"{head.rstrip(b'=').decode()}.{edge.token().split('.')[1]}."
 
 
 def resigned(edge: Edge, key: ECKey, *, header: str = "", claims: str = "") -> str:
-    """A token with members added to the text of its parts, under a valid signature."""
+    """A token with members added to the text of its parts, and a valid signature."""
     now = int(time.time())
     head = f'{{"alg":"ES256","kid":"{edge.keys[0].kid}"' + (f",{header}" if header else "") + "}"
     body = f'{{"iss":"{ISSUER}","aud":"{AUDIENCE}","sub":"t","role":"service","exp":{now + 60}'
@@ -71,14 +71,14 @@ def resigned(edge: Edge, key: ECKey, *, header: str = "", claims: str = "") -> s
 
 
 def confused(edge: Edge, public_key: bytes) -> str:
-    """A token signed with HS256, the issuer's public key its secret."""
+    """A token signed with HS256, with the issuer's public key as the secret."""
     claims = edge.token().split(".")[1]
     head = base64.urlsafe_b64encode(b'{"alg":"HS256","typ":"JWT"}').rstrip(b"=").decode()
     mac = hmac.new(public_key, f"{head}.{claims}".encode(), "sha256").digest()
     return f"{head}.{claims}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode()}"
 
 
-BROUGHT_ALONG = [
+FORBIDDEN_HEADERS = [
     '"crit":["b64"],"b64":false',
     '"crit":["x"]',
     '"jku":"https://evil.example/jwks"',
@@ -90,9 +90,11 @@ BROUGHT_ALONG = [
 ]
 
 
-def test_tokens_that_must_not_pass(edge: Edge) -> None:
-    """Missing, expired, not yet valid, of no or too long a life, of another issuer, audience, key or algorithm, giant,
-    or with a header that would change how it is read."""
+def test_invalid_tokens_are_401(edge: Edge) -> None:
+    """Missing, expired, not yet valid, too large, or with forbidden header fields.
+
+    Also tokens without a lifetime or with too long a one, and those of another issuer, audience, key or algorithm.
+    """
     other = ECKey.generate_key("P-256")
     real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
     public = (Path(edge.places.keys) / "issuer.pub.pem").read_bytes()
@@ -119,7 +121,7 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
         forged(edge, real, exp=now + 30 * 86_400),
         forged(edge, real, exp=10**300),
         forged(edge, real, sub="x" * 4096),
-        *(resigned(edge, real, header=header) for header in BROUGHT_ALONG),
+        *(resigned(edge, real, header=header) for header in FORBIDDEN_HEADERS),
     ]
     assert [edge.call(token=token)[0] for token in tokens] == [401] * len(tokens)
     assert edge.call(token=forged(edge, real))[0] == 200
@@ -128,24 +130,24 @@ def test_tokens_that_must_not_pass(edge: Edge) -> None:
         assert edge.call(token=forged(edge, real, aud=audiences))[0] == 200
 
 
-def remembered(edge: Edge) -> int:
-    """How many signatures the running worker knows to be valid."""
-    head = edge.haproxy.ask("show table verified_tokens").splitlines()[0]
+def num_verified_tokens(edge: Edge) -> int:
+    """Return how many valid signatures the running worker has stored."""
+    head = edge.haproxy.query("show table verified_tokens").splitlines()[0]
     return int(head.rsplit("used:", 1)[1])
 
 
-def test_of_a_token_only_the_signature_is_remembered(edge: Edge) -> None:
-    """It expires all the same, its signature is nobody else's, and who is refused is not remembered."""
+def test_only_the_signature_of_a_token_is_stored(edge: Edge) -> None:
+    """The token still expires, its signature fits no other token, and refused tokens are not stored."""
     real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
-    before = remembered(edge)
+    before = num_verified_tokens(edge)
     token = forged(edge, real, exp=int(time.time()) + 2)
     assert [edge.call(token=token)[0] for _ in range(3)] == [200] * 3
-    assert remembered(edge) == before + 1
-    words, signature = token.rsplit(".", 1)
+    assert num_verified_tokens(edge) == before + 1
+    content, signature = token.rsplit(".", 1)
     other = forged(edge, real, role="admin").rsplit(".", 1)
-    assert edge.call(token=f"{words}.{other[1]}")[0] == 401
+    assert edge.call(token=f"{content}.{other[1]}")[0] == 401
     assert edge.call(token=f"{other[0]}.{signature}")[0] == 401
-    assert remembered(edge) == before + 1
+    assert num_verified_tokens(edge) == before + 1
     wait_until(lambda: edge.call(token=token)[0] == 401)
 
 
@@ -154,8 +156,8 @@ def test_of_a_token_only_the_signature_is_remembered(edge: Edge) -> None:
     [('"alg":"ES256"', ""), ("", '"role":"admin"'), ('"cty":"JWT"', "")],
     ids=["alg twice", "role twice", "unknown field"],
 )
-def test_what_the_edge_lets_through_a_replica_refuses(edge: Edge, header: str, claims: str) -> None:
-    """Signed by the real key, but saying what could be understood in two ways."""
+def test_replica_refuses_what_only_it_can_check(edge: Edge, header: str, claims: str) -> None:
+    """Signed by the real key, but with ambiguous content."""
     real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
     token = resigned(edge, real, header=header, claims=claims)
     check = AccessCheck(
@@ -167,21 +169,23 @@ def test_what_the_edge_lets_through_a_replica_refuses(edge: Edge, header: str, c
     )
     assert edge.call(token=resigned(edge, real))[0] == 200
     assert check(f"Bearer {resigned(edge, real)}", Action.predict).subject == "t"
-    for refused in (token, *(resigned(edge, real, header=header) for header in BROUGHT_ALONG)):
+    for refused in (token, *(resigned(edge, real, header=header) for header in FORBIDDEN_HEADERS)):
         with pytest.raises(Unauthenticated):
             check(f"Bearer {refused}", Action.predict)
-    assert edge.call(token=token)[0] == 200, "if the edge refuses it now, it belongs into the test above"
+    assert edge.call(token=token)[0] == 200, (
+        "if the edge refuses it now, move it into test_invalid_tokens_are_401"
+    )
 
 
-def test_of_a_role_said_twice_the_edge_takes_the_first(edge: Edge) -> None:
-    """Before Ray's dashboard nobody checks again, so it is written down which one counts."""
+def test_edge_takes_the_first_of_repeated_roles(edge: Edge) -> None:
+    """Ray's dashboard does not check again, so this documents which one counts."""
     real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
     token = resigned(edge, real, claims='"role":"admin"')
     assert edge.call("/ray/", method="GET", token=token)[0] == 403
 
 
 def test_two_authorization_headers_are_refused(edge: Edge) -> None:
-    """Edge and replica might take different ones."""
+    """Edge and replica might read different ones."""
     connection = edge.connect()
     connection.putrequest("POST", PREDICT)
     for token in (edge.token(), edge.token(Role.admin)):
@@ -192,10 +196,8 @@ def test_two_authorization_headers_are_refused(edge: Edge) -> None:
     connection.close()
 
 
-def test_an_oidc_issuers_keys_of_both_kinds_are_believed_and_nobody_elses(
-    whole: Edge, tmp_path: Path
-) -> None:
-    """Each under its own name and algorithm; a role under the name that the issuer gives it."""
+def test_oidc_keys_of_both_kinds_are_accepted_and_no_others(whole: Edge, tmp_path: Path) -> None:
+    """Each under its own name and algorithm; the role claim has the issuer's name."""
     issuer = Issuer()
     issuer.keys = [RSAKey.generate_key(2048, {"use": "sig"}, auto_kid=True), new_key()]
     config = IssuerConfig(url=issuer.url, role_claim="falaj_role")
@@ -206,7 +208,7 @@ def test_an_oidc_issuers_keys_of_both_kinds_are_believed_and_nobody_elses(
     assert {key.algorithm for key in keys} == {"ES256", "RS256"}
     for key in (rsa, ec_key):
         wait_until(lambda key=key: whole.call(token=issuer.token(key, falaj_role="service"))[0] == 200)  # type: ignore[misc]
-        assert whole.call(token=issuer.token(key))[0] == 403, "its role has another name here"
+        assert whole.call(token=issuer.token(key))[0] == 403, "the role claim has another name here"
     crossed = jwt.encode(
         {"alg": "RS256", "kid": ec_key.kid}, {"iss": issuer.url, "aud": AUDIENCE}, rsa, algorithms=["RS256"]
     )
@@ -215,8 +217,8 @@ def test_an_oidc_issuers_keys_of_both_kinds_are_believed_and_nobody_elses(
     issuer.close()
 
 
-def test_a_rotated_key_is_believed_and_a_withdrawn_one_is_not(whole: Edge, tmp_path: Path) -> None:
-    """The dev issuer's and an OIDC issuer's, through a reload that an open connection outlives."""
+def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_path: Path) -> None:
+    """Of the development issuer and of an OIDC issuer, through a reload that an open connection survives."""
     issuer = Issuer()
     remote = RemoteKeys(discovered(issuer.url), max_age_s=0, cooldown_s=0)
     old, new = issuer.keys[0], new_key()
@@ -228,36 +230,36 @@ def test_a_rotated_key_is_believed_and_a_withdrawn_one_is_not(whole: Edge, tmp_p
         whole.haproxy.load(render(whole.routes(ROLLOUT), written_keys(remote, tmp_path)(), settings))
         wait_until(lambda good=good: all(whole.call(token=issuer.token(key))[0] == 200 for key in good))  # type: ignore[misc]
         assert [whole.call(token=issuer.token(key))[0] for key in bad] == [401] * len(bad)
-    assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "it was not cut"
+    assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "the connection was cut"
     issuer.close()
-    kept, stolen = whole.token(), whole.token()
+    current, stolen = whole.token(), whole.token()
     rotate_issuer(whole.places, keep_s=0)
     fresh = written_keys(local_keys(whole.places), tmp_path)()
     whole.haproxy.load(render(whole.routes(ROLLOUT), fresh, whole.settings))
     wait_until(lambda: whole.call(token=whole.token())[0] == 200)
-    assert [whole.call(token=token)[0] for token in (kept, stolen)] == [401, 401]
+    assert [whole.call(token=token)[0] for token in (current, stolen)] == [401, 401]
     whole.keys = fresh
 
 
-def test_a_keys_name_may_begin_with_a_dash(whole: Edge) -> None:
-    """One thumbprint in 64 does, and HAProxy would take it for an option."""
+def test_key_id_may_begin_with_a_dash(whole: Edge) -> None:
+    """One thumbprint in 64 does, and HAProxy would read it as an option."""
     (key,) = whole.keys
-    named = (dataclasses.replace(key, kid="-f"),)
-    whole.haproxy.load(render(whole.routes(ROLLOUT), named, whole.settings))
+    renamed = (dataclasses.replace(key, kid="-f"),)
+    whole.haproxy.load(render(whole.routes(ROLLOUT), renamed, whole.settings))
     real = ECKey.import_key((Path(whole.places.keys) / "issuer.pem").read_bytes())
     wait_until(lambda: whole.call(token=forged(whole, real, kid="-f"))[0] == 200)
     assert whole.call(token=whole.token())[0] == 401
 
 
 @pytest.mark.parametrize("word", ["two words", "quote'", 'quote"', "$HOME", "#", "back\\slash", ""])
-def test_an_issuer_cannot_write_the_edges_configuration(word: str) -> None:
-    """What it is called stands there as a bare word."""
+def test_issuer_name_cannot_change_the_configuration(word: str) -> None:
+    """The name stands in the configuration as a bare word."""
     for values in ({"url": word}, {"url": "https://issuer.example", "audience": word}):
         with pytest.raises(ValueError, match="one word of letters"):
             IssuerConfig(**values)
 
 
 def test_without_keys_every_token_is_refused(whole: Edge) -> None:
-    """While an issuer has not answered yet, or its keys were taken away."""
+    """Before the issuer's first answer, and after all its keys were withdrawn."""
     whole.haproxy.load(render(whole.routes(ROLLOUT), (), whole.settings))
     wait_until(lambda: whole.call(token=whole.token())[0] == 401)

@@ -42,8 +42,8 @@ KINDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """A running replica, and its model's files as they were before they were registered."""
+class ServedModel:
+    """A running replica, and its model's files from before their registration."""
 
     replica: Replica
     folder: Path
@@ -59,16 +59,16 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
 def served(
     request: pytest.FixtureRequest, kind: Kind, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+) -> Iterator[ServedModel]:
     root: Path = tmp_path_factory.mktemp("replica")
     signature = replace(request.param, precision=kind.precision)
     with running_replica(root, signature, write=kind.write) as replica:
-        yield Served(replica=replica, folder=root / "new", signature=signature)
+        yield ServedModel(replica=replica, folder=root / "new", signature=signature)
     assert replica.failures == []
 
 
-def test_both_endpoints_answer_as_the_registered_files_do(served: Served) -> None:
-    """For a missing value, an unknown category and a number beyond reason, too."""
+def test_both_endpoints_answer_as_the_registered_files_do(served: ServedModel) -> None:
+    """Also for a missing value, an unknown category and an extreme number."""
     count = len(COLUMNS["p__age"])
     expected = open_model(served.folder).predict(COLUMNS).rows()
     body = {"entities": [{"id": n} for n in range(count)], "features": COLUMNS}
@@ -93,7 +93,6 @@ def test_both_endpoints_answer_as_the_registered_files_do(served: Served) -> Non
     assert np.isfinite(open_model(served.folder).predict(COLUMNS).scores).all()
 
 
-def test_metadata_says_the_task(served: Served) -> None:
-    """And its outputs."""
+def test_metadata_has_task_and_outputs(served: ServedModel) -> None:
     status, content = served.replica.json("/v2/models/m")
     assert (status, content["task"]) == (200, served.signature.task.value)

@@ -1,4 +1,4 @@
-"""Replicas that are dead, hang or give no answer, behind a real HAProxy."""
+"""Replicas that are dead, hang or do not answer, behind a real HAProxy."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER
 from serve_apps.edge.haproxy.config import ANSWER_MS, render
-from serve_apps.replica.targets import Waker
+from serve_apps.replica.targets import ScaledToZero
 from tests.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
 from tests.ports import free_port
 
 
 @contextlib.contextmanager
 def server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Address of a server that does with a connection what it is told, until that raises an OSError."""
+    """Address of a server that passes each connection to a function, until that raises an OSError."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -38,8 +38,8 @@ def server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
             listener.shutdown(socket.SHUT_RDWR)
 
 
-def healthy_and_then(answer: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
-    """Health checks are answered, nothing else is."""
+def healthy_but(answer: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
+    """Answer health checks, and pass other connections on."""
 
     def serve(connection: socket.socket) -> None:
         if connection.recv(65_536).startswith(b"GET /-/healthz"):
@@ -51,36 +51,36 @@ def healthy_and_then(answer: Callable[[socket.socket], None]) -> Callable[[socke
     return serve
 
 
-def asked(edge: Edge, over: http.client.HTTPSConnection | None = None) -> tuple[Any, ...]:
-    """What a treated unit hears."""
-    status, heard = edge.call(token=edge.token(), headers={"X-Unit-ID": treated_unit()}, over=over)
-    return status, heard.get("path"), heard.get("x-falaj-variant"), heard.get("x-falaj-arm")
+def answer_to_treated_unit(edge: Edge, over: http.client.HTTPSConnection | None = None) -> tuple[Any, ...]:
+    """Return what a treated unit gets."""
+    status, echo = edge.call(token=edge.token(), headers={"X-Unit-ID": treated_unit()}, over=over)
+    return status, echo.get("path"), echo.get("x-falaj-variant"), echo.get("x-falaj-arm")
 
 
 CHAMPION = (200, f"/m-v1{PREDICT}", "champion", "treatment")
 
 
-def recorded(edge: Edge, number: int) -> list[dict[str, Any]]:
-    """The last so many records, once they have been written."""
+def last_records(edge: Edge, number: int) -> list[dict[str, Any]]:
+    """Return the last access records, once they have been written."""
     before = len(edge.records())
 
-    def mine() -> list[dict[str, Any]]:
+    def new_records() -> list[dict[str, Any]]:
         return [record for record in edge.records()[before:] if record["model"]]
 
     for _ in range(number):
-        assert asked(edge) == CHAMPION
-    wait_until(lambda: len(mine()) >= number)
-    return mine()
+        assert answer_to_treated_unit(edge) == CHAMPION
+    wait_until(lambda: len(new_records()) >= number)
+    return new_records()
 
 
 @pytest.mark.parametrize("lost", ["dead", "absent"])
-def test_a_treatment_without_a_replica_is_answered_for_by_the_champion(whole: Edge, lost: str) -> None:
-    """From the first request on; the unit keeps its arm, so a crashing variant cannot hide its evidence."""
+def test_champion_answers_for_a_treatment_without_a_replica(whole: Edge, lost: str) -> None:
+    """From the first request on; the unit keeps its arm, so a crashing variant cannot hide its failures."""
     targets = whole.targets | {"m-v2": (f"127.0.0.1:{free_port()}",)}
     if lost == "absent":
         del targets["m-v2"]
     whole.load_targets(targets)
-    for record in recorded(whole, 5):
+    for record in last_records(whole, 5):
         assert (record["arm"], record["variant"], record["fallback"], record["status"]) == (
             "treatment",
             "champion",
@@ -89,27 +89,27 @@ def test_a_treatment_without_a_replica_is_answered_for_by_the_champion(whole: Ed
         )
 
 
-def test_what_a_hanging_treatment_has_not_answered_goes_to_the_champion(whole: Edge) -> None:
-    """Also the requests that had reached it before anybody knew."""
+def test_requests_in_a_hanging_treatment_go_to_the_champion(whole: Edge) -> None:
+    """Also requests that reached it before the hang was detected."""
     reached = threading.Event()
-    kept = []
+    open_connections = []
 
     def hang(connection: socket.socket) -> None:
-        kept.append(connection)
+        open_connections.append(connection)
         reached.set()
 
     before = whole.settings
     whole.settings = replace(before, hang_ms=100)
     with server(hang) as address:
         whole.load_targets(whole.targets | {"m-v2": (address,)})
-        assert asked(whole) == CHAMPION
+        assert answer_to_treated_unit(whole) == CHAMPION
         assert reached.wait(5)
     whole.settings = before
 
 
-@pytest.mark.parametrize("champion", ["asleep", "awake"])
-def test_a_champion_that_takes_its_time_is_asked_once(whole: Edge, champion: str) -> None:
-    """Longer than a hanging treatment may: one that is just being woken, or one that is slow."""
+@pytest.mark.parametrize("champion", ["scaled_to_zero", "slow"])
+def test_slow_champion_gets_a_request_once(whole: Edge, champion: str) -> None:
+    """Also if it takes longer than a treatment's hang limit: while it starts from zero, or is slow."""
     times = []
 
     def answer_late(connection: socket.socket) -> None:
@@ -120,7 +120,7 @@ def test_a_champion_that_takes_its_time_is_asked_once(whole: Edge, champion: str
 
     def check_late(connection: socket.socket) -> None:
         threading.Event().wait(0.1)
-        healthy_and_then(socket.socket.close)(connection)
+        healthy_but(socket.socket.close)(connection)
 
     def die(connection: socket.socket) -> None:
         connection.close()
@@ -128,44 +128,44 @@ def test_a_champion_that_takes_its_time_is_asked_once(whole: Edge, champion: str
 
     settings = replace(whole.settings, hang_ms=20)
     with (
-        server(healthy_and_then(answer_late)) as late,
-        server(healthy_and_then(die) if champion == "asleep" else check_late) as lost,
+        server(healthy_but(answer_late)) as late,
+        server(healthy_but(die) if champion == "scaled_to_zero" else check_late) as lost,
     ):
         targets = {
             **whole.targets,
-            "m-v1": Waker((late,)) if champion == "asleep" else (late,),
+            "m-v1": ScaledToZero((late,)) if champion == "scaled_to_zero" else (late,),
             "m-v2": (lost,),
         }
         whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))
-        if champion == "awake":
+        if champion == "slow":
             wait_until(lambda: ",DOWN," in whole.ask("show stat m-v2:treated 4 -1"))
         status, _ = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, len(times)) == (200, 1)
 
 
-def test_a_request_that_a_replica_drops_is_answered_by_another(whole: Edge) -> None:
-    """Though the first one goes on answering its health checks."""
-    with server(healthy_and_then(socket.socket.close)) as address:
+def test_request_that_a_replica_drops_is_answered_by_another(whole: Edge) -> None:
+    """Although the first one still answers its health checks."""
+    with server(healthy_but(socket.socket.close)) as address:
         whole.load_targets(whole.targets | {"m-v2": (address, whole.targets["m-v2"][0])})
         for _ in range(10):
-            assert asked(whole)[:3] == (200, f"/m-v2{PREDICT}", "challenger")
+            assert answer_to_treated_unit(whole)[:3] == (200, f"/m-v2{PREDICT}", "challenger")
 
 
 @pytest.mark.parametrize(
     ("answer", "status"),
     [(socket.socket.close, 502), (lambda connection: connection.sendall(b"no HTTP\r\n\r\n"), 502), (id, 504)],
 )
-def test_a_champion_that_gives_no_answer_is_503_to_the_client(
+def test_champion_without_an_answer_is_503_to_the_client(
     whole: Edge, answer: Callable[[socket.socket], Any], status: int
 ) -> None:
-    """And its access record says what it was."""
-    kept = []
+    """The access record has the real status."""
+    open_connections = []
 
     def serve(connection: socket.socket) -> None:
-        kept.append(connection)
+        open_connections.append(connection)
         answer(connection)
 
-    with server(healthy_and_then(serve)) as address:
+    with server(healthy_but(serve)) as address:
         targets = whole.targets | {"m-v1": (address,)}
         config = render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings)
         whole.haproxy.load(config.replace(f"timeout server {ANSWER_MS}ms", "timeout server 200ms"))

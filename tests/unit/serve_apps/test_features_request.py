@@ -1,4 +1,4 @@
-"""Requests of the feature store over HTTP: what they must say."""
+"""Parsing of requests to the feature store."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ READ = {"service": "credit", "entities": [{"person_id": 1}]}
 PUSH = {"view": "income", "rows": [{"keys": {"person_id": 1}}], "idempotency_key": "k"}
 
 
-def test_a_read_is_as_of_now_unless_it_says() -> None:
+def test_read_without_as_of_is_now() -> None:
     """An instant without a zone is UTC."""
     assert parse_read(READ, now=NOW).as_of == NOW
     assert parse_read(READ | {"as_of": "2020-01-01T00:00"}, now=NOW).as_of == datetime(2020, 1, 1, tzinfo=UTC)
 
 
-def test_the_same_push_has_the_same_digest_in_any_order_of_names() -> None:
-    """Another row has another; the key does not count."""
+def test_repeated_push_has_the_same_digest() -> None:
+    """In any order of names; another row changes it, the idempotency key does not."""
     again = {"idempotency_key": "other", "rows": [{"keys": {"person_id": 1}}], "view": "income"}
     assert parse_push(PUSH).digest == parse_push(again).digest
     assert parse_push(PUSH).digest != parse_push(PUSH | {"rows": []}).digest
@@ -39,8 +39,8 @@ def test_the_same_push_has_the_same_digest_in_any_order_of_names() -> None:
         (READ | {"servise": 1}, "Did you mean 'service'"),
     ],
 )
-def test_a_wrong_read_is_refused(body: dict[str, Any], words: str) -> None:
-    """Naming the field."""
+def test_wrong_read_is_refused(body: dict[str, Any], words: str) -> None:
+    """The message names the field."""
     with pytest.raises(InvalidRequest, match=words):
         parse_read(body, now=NOW)
 
@@ -54,7 +54,7 @@ def test_a_wrong_read_is_refused(body: dict[str, Any], words: str) -> None:
         (PUSH | {"key": "k"}, "Unknown field 'key'"),
     ],
 )
-def test_a_wrong_push_is_refused(body: dict[str, Any], words: str) -> None:
-    """Naming the field."""
+def test_wrong_push_is_refused(body: dict[str, Any], words: str) -> None:
+    """The message names the field."""
     with pytest.raises(InvalidRequest, match=words):
         parse_push(body)

@@ -1,4 +1,4 @@
-"""A HAProxy beside masters of earlier ones that are just ending, or do not answer."""
+"""A HAProxy beside masters of earlier controllers that are just ending, or do not answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.edge import ROLLOUT, Edge
 
 @contextlib.contextmanager
 def earlier_master(edge: Edge, does: Callable[[socket.socket], object]) -> Iterator[None]:
-    """A socket as a master has it, asked before ours if names decide, whose owner does something to a connection."""
-    path = Path(edge.settings.admin_socket).with_name(f"{haproxy.MASTER}0.sock")
+    """A master's socket whose owner does something to each connection; its name sorts before ours."""
+    path = Path(edge.settings.admin_socket).with_name(f"{haproxy.MASTER_PREFIX}0.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -33,21 +33,19 @@ def earlier_master(edge: Edge, does: Callable[[socket.socket], object]) -> Itera
     path.unlink(missing_ok=True)
 
 
-def test_a_master_that_ends_while_it_is_asked_is_none(edge: Edge) -> None:
-    """At a start, too."""
+def test_master_that_ends_during_a_command_is_ignored(edge: Edge) -> None:
+    """Also at a start."""
     with earlier_master(edge, socket.socket.close):
         edge.haproxy.stop()
         edge.load(ROLLOUT)
     assert edge.call("/v2/health/live", method="GET")[0] == 200
 
 
-def test_a_master_that_does_not_answer_keeps_the_worker_that_serves_from_nothing(
-    edge: Edge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It hears of a change; who made it hears that somebody has not."""
+def test_silent_master_does_not_block_the_serving_worker(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker gets the change, and the caller gets an error."""
     monkeypatch.setattr(haproxy, "SOCKET_TIMEOUT_S", 0.2)
-    file, kept = Path(edge.settings.map_file), []
-    with earlier_master(edge, kept.append):
+    file, open_connections = Path(edge.settings.map_file), []
+    with earlier_master(edge, open_connections.append):
         with pytest.raises(TimeoutError):
             edge.haproxy.set_map(file, "other", "split")
         assert "other split" in edge.ask(f"show map {file}")

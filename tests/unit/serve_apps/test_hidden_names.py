@@ -1,4 +1,4 @@
-"""A client who asks for a name that is not there is not told which names there are."""
+"""An answer to an unknown name does not list the known names to a client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECRET = FeatureView(
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """With a view and a service that the client does not know."""
+    """A ledger with a view and a service that the client does not know."""
     opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     services = {"plans": FeatureService("plans", views=[SECRET])}
     apply(Definitions(module="m", views={"layoffs": SECRET}, services=services), opened, actor="test")
@@ -40,8 +40,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.engine.dispose()
 
 
-def said(ask: Callable[[], object]) -> tuple[int, str, str]:
-    """The answer's status and text, and what a person at a command reads."""
+def refusal_of(ask: Callable[[], object]) -> tuple[int, str, str]:
+    """Return the answer's status and text, and the message that an operator reads."""
     with pytest.raises(FalajError) as refused:
         ask()
     response = refusal(refused.value)
@@ -49,27 +49,27 @@ def said(ask: Callable[[], object]) -> tuple[int, str, str]:
 
 
 def test_unknown_views_services_and_models_list_nothing_to_a_client(ledger: Ledger, tmp_path: Path) -> None:
-    """Not even the nearest; a person at a command gets the list."""
+    """Not even the nearest name; an operator at a command gets the list."""
     registry = Registry(ledger, Layout(str(tmp_path)))
     for ask, name in (
         (lambda: pushed_view(ledger, "layoff"), "layoffs"),
         (lambda: service_spec(ledger, "plan"), "plans"),
         (lambda: registry.get("plan"), None),
     ):
-        status, client, person = said(ask)
+        status, client, person = refusal_of(ask)
         assert (status, client.endswith(".")) == (404, True)
         assert name is None or (name not in client and name in person)
 
 
-def test_unknown_inputs_and_features_get_the_nearest_name_alone() -> None:
-    """Who may use a model or push to a view made a slip; the whole list is for nobody."""
+def test_unknown_inputs_get_only_the_nearest_name() -> None:
+    """A caller who may use the model or the view made a typing mistake; the whole list is never sent."""
     inputs = {name: InputSpec(name=name, dtype="double") for name in ("income__amount", "age", "secret")}
-    status, client, _ = said(lambda: override(inputs, "income__amont", 1.0, 1))
+    status, client, _ = refusal_of(lambda: override(inputs, "income__amont", 1.0, 1))
     assert (status, "'income__amount'" in client, "secret" in client) == (400, True, False)
     row: dict[str, Any] = {
         "keys": {"person_id": 1},
         "features": {"amont": 1},
         "event_timestamp": START.isoformat(),
     }
-    status, client, _ = said(lambda: check_rows([row], INCOME, key_types={}, now=START))
+    status, client, _ = refusal_of(lambda: check_rows([row], INCOME, key_types={}, now=START))
     assert (status, "'amount'" in client, "sector" in client) == (400, True, False)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's tensors: what fits, what is refused and how, and what an answer holds."""
+"""Tensors of the Open Inference Protocol: what is accepted, what is refused, and what an answer contains."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cluster.errors import InvalidRequest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.predictor.inference_protocol import (
     Inference,
-    answered,
+    encode_answer,
     metadata,
     output_names,
+    output_tensors,
     parse_infer,
-    results,
     split_body,
 )
 from serve_apps.predictor.tensors import DATATYPES, RawData, to_raw
@@ -54,16 +54,16 @@ SEXES = tensor("p__sex", ["1"], "BYTES")
 
 
 def test_named_tensors_are_columns() -> None:
-    """In any order, nested as the shape says or flat; a null is a missing value."""
+    """In any order, nested by the shape or flat; null is a missing value."""
     age, sex = tensor("p__age", [1.5, None]), tensor("p__sex", [["1"], [None]], "BYTES", [2, 1])
-    asked = parse(sex, age, id="a", parameters={"unknown": 1})
-    assert asked.columns == {"p__age": [1.5, None], "p__sex": ["1", None]}
-    assert (asked.id, asked.count, [one.name for one in asked.outputs]) == ("a", 2, list(OUTPUTS))
+    request = parse(sex, age, id="a", parameters={"unknown": 1})
+    assert request.columns == {"p__age": [1.5, None], "p__sex": ["1", None]}
+    assert (request.id, request.count, [output.name for output in request.outputs]) == ("a", 2, list(OUTPUTS))
     assert column(tensor("p__age", [1.0, 2.0], shape=[2, 1]), AGE) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "message"),
     [
         ([], "inputs"),
         ([tensor("p__age", [1.0])], "'p__sex' is missing"),
@@ -109,14 +109,14 @@ def test_named_tensors_are_columns() -> None:
         ([tensor("p__age", [1.0], parameters={"binary_data_size": 8})], "both data and"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tensors: list[Any], said: str) -> None:
-    """Wrong shape, nesting, datatype, count, value, parameter."""
-    with pytest.raises(InvalidRequest, match=said):
+def test_wrong_tensors_are_refused_by_name(tensors: list[Any], message: str) -> None:
+    """Wrong shape, nesting, datatype, count, value or parameter."""
+    with pytest.raises(InvalidRequest, match=message):
         parse(*tensors, raw=b"")
 
 
-def test_a_tensor_of_another_number_type_has_the_inputs_own_values() -> None:
-    """Clients send FP64 for all numbers: 50.0 is the whole number 50, and 1.5 is none."""
+def test_tensor_of_another_number_type_is_converted() -> None:
+    """Clients send FP64 for all numbers: 50.0 is the integer 50, and 1.5 is not an integer."""
     count = InputSpec(name="p__count", dtype="int64")
     assert column(tensor("p__count", [50.0, None], "FP64"), count) == [50, None]
     small = InputSpec(name="p__count", dtype="int8")
@@ -127,7 +127,7 @@ def test_a_tensor_of_another_number_type_has_the_inputs_own_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"id": 5}, '"id" must be text'),
         ({"parameters": 5}, "parameters must be an object"),
@@ -136,24 +136,26 @@ def test_a_tensor_of_another_number_type_has_the_inputs_own_values() -> None:
         ({"outputs": ["label"]}, "an object with a name"),
         ({"outputs": [{"name": ["label"]}]}, "an object with a name"),
         ({"outputs": [{"name": "lable"}]}, "Did you mean 'label'"),
-        ({"outputs": [{"name": "label"}, {"name": "label"}]}, "asked for twice"),
+        ({"outputs": [{"name": "label"}, {"name": "label"}]}, "requested twice"),
         ({"outputs": [{"name": "label", "parameters": {"binary_data": "yes"}}]}, "binary_data must be"),
         ({"outputs": [{"name": "label", "parameters": {"classification": 2}}]}, "not supported"),
     ],
 )
-def test_what_else_a_request_says_is_checked(more: dict[str, Any], said: str) -> None:
-    """Its id, parameters and outputs."""
-    with pytest.raises(InvalidRequest, match=said):
+def test_id_parameters_and_outputs_are_validated(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
         parse(tensor("p__age", [1.0]), SEXES, **more)
 
 
-def test_outputs_come_as_they_were_asked_for() -> None:
-    """A part of them, in the order given, each as JSON or as binary data; its own word goes before the request's."""
+def test_outputs_are_encoded_as_requested() -> None:
+    """A subset, in the requested order, each as JSON or binary data; an output's own flag overrides the request's."""
     age = tensor("p__age", [1.0])
     both = [{"name": "label"}, {"name": "probability", "parameters": {"binary_data": False}}]
-    asked = parse(age, SEXES, outputs=both, parameters={"binary_data_output": True})
-    assert [(one.name, one.raw) for one in asked.outputs] == [("label", True), ("probability", False)]
-    assert [one.name for one in parse(age, SEXES, outputs=[{"name": "label"}]).outputs] == ["label"]
+    request = parse(age, SEXES, outputs=both, parameters={"binary_data_output": True})
+    assert [(output.name, output.raw) for output in request.outputs] == [
+        ("label", True),
+        ("probability", False),
+    ]
+    assert [output.name for output in parse(age, SEXES, outputs=[{"name": "label"}]).outputs] == ["label"]
     assert [one.raw for one in parse(age, SEXES, outputs=[]).outputs] == [False, False]
 
 
@@ -174,7 +176,7 @@ SPECS = {"BOOL": FLAG, "BYTES": SEX}
     )
 )
 def test_binary_data_is_the_same_column_as_json(drawn: tuple[str, list[Any]]) -> None:
-    """Of every datatype, value by value."""
+    """For every datatype, value by value."""
     datatype, values = drawn
     spec = SPECS.get(datatype, AGE)
     raw = to_raw(datatype, values)
@@ -182,8 +184,8 @@ def test_binary_data_is_the_same_column_as_json(drawn: tuple[str, list[Any]]) ->
     assert column(given_raw, spec, raw) == column(tensor(spec.name, values, datatype), spec) == values
 
 
-def test_a_missing_number_is_nan_in_binary_data() -> None:
-    """As numpy has it; an infinity is no value."""
+def test_nan_in_binary_data_is_missing() -> None:
+    """As in numpy; an infinity is refused."""
     raw = np.array([1.0, np.nan], dtype="<f4").tobytes()
     assert column(raw_tensor("p__age", 8, "FP32", [2]), AGE, raw) == [1.0, None]
     for bad in (np.inf, -np.inf):
@@ -192,7 +194,7 @@ def test_a_missing_number_is_nan_in_binary_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "given", "raw", "said"),
+    ("spec", "given", "raw", "message"),
     [
         (AGE, raw_tensor("p__age", 8, "FP64", [1]), None, "no Inference-Header-Content-Length"),
         (AGE, raw_tensor("p__age", 8, "FP64", [1]), b"1234567", "7 bytes are left"),
@@ -213,22 +215,22 @@ def test_a_missing_number_is_nan_in_binary_data() -> None:
         (SEX, raw_tensor("p__sex", 3, "BYTES", [1]), b"\x01\x00\x00", "within its item 0 of 1"),
         (SEX, raw_tensor("p__sex", 5, "BYTES", [1]), b"\xff\xff\xff\xff1", "within its item 0 of 1"),
         (SEX, raw_tensor("p__sex", 6, "BYTES", [1]), b"\x01\x00\x00\x0012", "1 bytes behind its 1 items"),
-        (SEX, raw_tensor("p__sex", 5, "BYTES", [1]), b"\x01\x00\x00\x00\xff", "no UTF-8"),
+        (SEX, raw_tensor("p__sex", 5, "BYTES", [1]), b"\x01\x00\x00\x00\xff", "not UTF-8"),
     ],
 )
 def test_binary_data_of_a_wrong_size_is_refused(
-    spec: InputSpec, given: dict[str, Any], raw: bytes | None, said: str
+    spec: InputSpec, given: dict[str, Any], raw: bytes | None, message: str
 ) -> None:
-    """Too much, too little, no size at all, or not at the boundary of an item."""
-    with pytest.raises(InvalidRequest, match=said):
+    """Too much, too little, without a size, or not at the boundary of an item."""
+    with pytest.raises(InvalidRequest, match=message):
         column(given, spec, raw)
 
 
 @pytest.mark.parametrize(
     "length", [["-1"], ["+2"], ["1_0"], [""], ["two"], ["٢"], ["9" * 5000], ["3"], ["2", "2"], ["0"], ["1"]]
 )
-def test_a_wrong_length_of_the_json_is_refused(length: list[str]) -> None:
-    """No number, beyond the body, twice, or not where the JSON ends."""
+def test_wrong_length_of_the_json_is_refused(length: list[str]) -> None:
+    """Not a number, beyond the body, repeated, or not the end of the JSON."""
     with pytest.raises(InvalidRequest):
         split_body(b"{}", length)
     assert split_body(b"{}", ["2"])[0] == {}
@@ -252,19 +254,19 @@ ROWS: list[tuple[ModelSignature, dict[str, Any], dict[str, Any]]] = [
 def test_each_task_has_its_outputs(
     signature: ModelSignature, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    """The metadata names just what an answer holds, and JSON and binary data say the same."""
+    """The metadata names exactly what an answer contains, and JSON and binary data are equal."""
     assert output_names(signature) == tuple(expected)
     described = {one["name"]: one for one in metadata("m", 1, signature)["outputs"]}
-    outputs = results(signature, [row])
+    outputs = output_tensors(signature, [row])
     for raw in (False, True):
-        asked = parse(tensor("p__age", [1.0]), SEXES)
-        wanted = parse_infer(
+        request = parse(tensor("p__age", [1.0]), SEXES)
+        requested = parse_infer(
             {"inputs": [tensor("p__age", [1.0]), SEXES], "parameters": {"binary_data_output": raw}},
             INPUTS,
             output_names(signature),
             RawData(),
         ).outputs
-        body, length = answered({"id": asked.id}, outputs, wanted)
+        body, length = encode_answer({"id": request.id}, outputs, requested)
         assert (length is not None) == raw
         content = json.loads(body[:length])
         at = 0 if length is None else length
@@ -279,15 +281,15 @@ def test_each_task_has_its_outputs(
 
 
 def read_raw(datatype: str, data: bytes) -> list[Any]:
-    """An independent reading of one tensor's binary data."""
+    """Decode one tensor's binary data, independently of the code under test."""
     if datatype != "BYTES":
         return list(struct.unpack(f"<{len(data) // 8}{'q' if datatype == 'INT64' else 'd'}", data))
     (size,) = struct.unpack("<I", data[:4])
     return [data[4 : 4 + size].decode()]
 
 
-def test_a_list_is_one_tensor_of_its_length() -> None:
-    """Nested, flat or raw; a row of nulls alone is a missing list, and the metadata says the shape."""
+def test_list_input_is_one_tensor() -> None:
+    """Nested, flat or raw; a row of only nulls is a missing list, and the metadata has the shape."""
     emb = InputSpec(name="p__emb", dtype="float", length=3)
     rows = [[0.5, 1.0, 2.0], None]
     flat = [0.5, 1.0, 2.0, None, None, None]
@@ -301,13 +303,13 @@ def test_a_list_is_one_tensor_of_its_length() -> None:
     assert column(
         tensor("p__emb", [7.0], shape=[1, 1]), InputSpec(name="p__emb", dtype="float", length=1)
     ) == [[7.0]]
-    for data, shape, said in (
+    for data, shape, message in (
         ([1.0, 2.0], [1, 2], r"2 values a row; give shape \[n, 3\]"),
         ([1.0], [1], r"give shape \[n, 3\]"),
-        ([1.0, None, 2.0], [1, 3], "missing in part"),
+        ([1.0, None, 2.0], [1, 3], "some nulls"),
         ([[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], [2, 3], "2 values"),
     ):
-        with pytest.raises(InvalidRequest, match=said):
+        with pytest.raises(InvalidRequest, match=message):
             column(tensor("p__emb", data, "FP32", shape), emb)
     signature = ModelSignature(task=Task.regression, inputs=(AGE, emb), label="y")
     inputs = metadata("m", 1, signature)["inputs"]
@@ -315,8 +317,8 @@ def test_a_list_is_one_tensor_of_its_length() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_a_list_of_whole_numbers_takes_no_other_ones(length: int) -> None:
-    """Whatever the datatype of its tensor."""
+def test_list_of_integers_takes_no_other_numbers(length: int) -> None:
+    """For every datatype of its tensor."""
     ids = InputSpec(name="p__ids", dtype="int64", length=length)
     whole = tensor("p__ids", [3.0] * length, shape=[1, length])
     assert column(whole, ids) == [[3] * length]

@@ -1,4 +1,4 @@
-"""Limits of principals and tenants, and scopes of models, in a real HAProxy."""
+"""Limits of principals and tenants, and model scopes, in a real HAProxy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMBERS = st.none() | st.integers(min_value=1, max_value=10)
 
 @pytest.fixture
 def limited(edge: Edge) -> Iterator[Edge]:
-    """An edge where 20 requests a second and 3 at once are allowed to a principal, and twice that to the tenant."""
+    """An edge with 20 requests a second and 3 concurrent ones for a principal, and twice that for the tenant."""
     before = edge.settings
     edge.settings = replace(
         before,
@@ -45,7 +45,7 @@ def limited(edge: Edge) -> Iterator[Edge]:
 
 
 def flood(edge: Edge, subject: str, number: int) -> list[tuple[int, str | None, dict[str, Any]]]:
-    """Status, Retry-After and JSON of so many requests, one right after another."""
+    """Send requests one right after another, and return status, Retry-After and JSON of each."""
     connection, token = edge.connect(), edge.token(subject=subject)
     answers = []
     for _ in range(number):
@@ -56,8 +56,8 @@ def flood(edge: Edge, subject: str, number: int) -> list[tuple[int, str | None, 
     return answers
 
 
-def test_who_asks_too_often_is_429_and_others_are_answered(limited: Edge) -> None:
-    """Each principal has a count of its own, up to what all of the tenant may ask."""
+def test_principal_over_its_rate_is_429_and_others_are_answered(limited: Edge) -> None:
+    """Each principal has its own count, within the tenant's limit."""
     alice = flood(limited, "alice", 25)
     assert [status for status, _, _ in alice] == [200] * 20 + [429] * 5
     assert alice[-1][1] == "1"
@@ -71,7 +71,7 @@ def test_who_asks_too_often_is_429_and_others_are_answered(limited: Edge) -> Non
 
 
 def test_refused_requests_do_not_count(limited: Edge) -> None:
-    """Who goes on asking too often is answered as often as the limit says, not never."""
+    """A principal over its limit still gets as many answers as the limit allows."""
     ended, answered = time.monotonic() + 1, 0
     while time.monotonic() < ended:
         answered += sum(status == 200 for status, _, _ in flood(limited, "dora", 5))
@@ -79,18 +79,18 @@ def test_refused_requests_do_not_count(limited: Edge) -> None:
     assert 20 <= answered <= 50
 
 
-def test_too_many_requests_at_once_are_429(limited: Edge) -> None:
+def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
     """Until one of them has been answered."""
-    held, release = threading.Semaphore(0), threading.Event()
+    arrived, release = threading.Semaphore(0), threading.Event()
 
     def hold(handler: http.client.HTTPConnection) -> None:
-        held.release()
+        arrived.release()
         release.wait(10)
 
-    with slow(limited, hold), ThreadPoolExecutor(3) as pool:
-        open_ones = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
-        for _ in open_ones:
-            assert held.acquire(timeout=10)
+    with slow_replicas(limited, hold), ThreadPoolExecutor(3) as pool:
+        open_requests = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
+        for _ in open_requests:
+            assert arrived.acquire(timeout=10)
         status, content = limited.call("/v2", method="GET", token=limited.token(subject="erik"))
         assert (status, content["error"]) == (
             429,
@@ -98,11 +98,11 @@ def test_too_many_requests_at_once_are_429(limited: Edge) -> None:
         )
         assert limited.call("/v2", method="GET", token=limited.token(subject="fred"))[0] == 200
         release.set()
-        assert {one.result()[0] for one in open_ones} == {200}
+        assert {answer.result()[0] for answer in open_requests} == {200}
     wait_until(lambda: limited.call("/v2", method="GET", token=limited.token(subject="erik"))[0] == 200)
 
 
-class slow:
+class slow_replicas:
     """Replicas that do something before they answer."""
 
     def __init__(self, edge: Edge, first: Any) -> None:
@@ -124,8 +124,8 @@ class slow:
 
 
 @pytest.mark.parametrize("subject", ["alice", "a b/ü%|#", "-x", "user:alice@example.org"])
-def test_a_principal_may_have_a_limit_of_its_own(edge: Edge, subject: str) -> None:
-    """Whatever its name; told to the running HAProxy, and gone again by the next change."""
+def test_principal_may_have_its_own_limit(edge: Edge, subject: str) -> None:
+    """For any name; set in the running HAProxy, and removed by the next change."""
     own = OwnLimits().apply(
         EdgeLimitSet(limited="principal", name=subject, requests_per_s=2, concurrent=None)
     )
@@ -141,18 +141,18 @@ def test_a_principal_may_have_a_limit_of_its_own(edge: Edge, subject: str) -> No
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from(Limited), NAMES, NUMBERS, NUMBERS), max_size=8))
-def test_the_last_limit_of_each_counts(changes: list[tuple[Limited, str, int | None, int | None]]) -> None:
-    """What it leaves open is the default's; each name has one line of the map, and none where both are open."""
+def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | None, int | None]]) -> None:
+    """Unset parts are the default's; each name has one map entry, or none if both parts are unset."""
     own = OwnLimits()
     for kind, name, rate, concurrent in changes:
         own = own.apply(
             EdgeLimitSet(limited=kind.value, name=name, requests_per_s=rate, concurrent=concurrent)
         )
     last = {(kind, name): (rate, concurrent) for kind, name, rate, concurrent in changes}
-    kept = {key: numbers for key, numbers in last.items() if numbers != (None, None)}
+    expected = {key: numbers for key, numbers in last.items() if numbers != (None, None)}
     for kind in Limited:
         entries = own.entries(kind, WIDE)
-        assert len(entries) == sum(key[0] is kind for key in kept)
+        assert len(entries) == sum(key[0] is kind for key in expected)
         assert all(key.isascii() and " " not in key and "#" not in key for key in entries)
     for (kind, name), (rate, concurrent) in last.items():
         limit = own.limit(kind, name, WIDE)
@@ -160,7 +160,7 @@ def test_the_last_limit_of_each_counts(changes: list[tuple[Limited, str, int | N
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {},
         {"principal": "a", "tenant": "b"},
@@ -171,10 +171,10 @@ def test_the_last_limit_of_each_counts(changes: list[tuple[Limited, str, int | N
         {"tenant": "a", "requests_per_s": 2**31},
     ],
 )
-def test_a_limit_that_makes_no_sense_is_refused(given: dict[str, Any]) -> None:
-    """Before anything is asked of the cluster."""
-    with pytest.raises(ValueError, match=r"limit|name|Say"):
-        LimitsCommand(**given)
+def test_invalid_limit_is_refused(options: dict[str, Any]) -> None:
+    """Before the command contacts the cluster."""
+    with pytest.raises(ValueError, match=r"limit|name|Name either"):
+        LimitsCommand(**options)
     assert LimitsCommand(action=LimitAction.show).name == ""
 
 
@@ -192,8 +192,8 @@ def test_a_limit_that_makes_no_sense_is_refused(given: dict[str, Any]) -> None:
         ("model:x", 403),
     ],
 )
-def test_a_scope_that_names_models_lets_ask_no_others(edge: Edge, scope: str, status: int) -> None:
-    """Predictions and metadata alike; without such words the role decides."""
+def test_scope_with_models_allows_no_others(edge: Edge, scope: str, status: int) -> None:
+    """Predictions and metadata; without such words the role decides."""
     token = edge.token(scope=scope)
     for method, path in (("POST", PREDICT), ("GET", "/v2/models/m"), ("POST", "/v2/models/m/infer")):
         answered, content = edge.call(path, method=method, token=token)

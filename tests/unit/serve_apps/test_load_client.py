@@ -1,4 +1,4 @@
-"""The Python load client reads whatever a server may answer with."""
+"""The Python load client reads every form of an answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def _answers(answer: bytes, *, count: int) -> list[Answer]:
 
 
 def test_chunked_and_sized_answers_are_read_whole_on_one_connection() -> None:
-    """A second answer is read where the first one ended, trailers included."""
+    """The second answer starts where the first ended, trailers included."""
     for answer, body in ((CHUNKED, b'{"a": 1, "b": 2}'), (WITH_LENGTH, b"{}")):
         got = asyncio.run(_answers(answer, count=3))
         assert [(one.status, one.body) for one in got] == [(200, body)] * 3

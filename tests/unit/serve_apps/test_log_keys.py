@@ -1,4 +1,4 @@
-"""What a log's keys are described as: as guarded as the features that the predictions were made from."""
+"""Keys of a log are as strict as the features behind its predictions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from feature_jobs.store.catalog.specifications import Definitions, apply, servic
 from serve_apps.predictor.log_keys import (
     NO_COMMON_PURPOSE,
     log_keys,
+    merged_key,
     outcome_key,
     prediction_key,
     with_read_features,
-    within,
 )
 
 PERSON = Entity("person", join_keys=["id"])
@@ -67,10 +67,10 @@ def model(lineage: Lineage) -> ModelVersion:
         ([Sensitivity.SENSITIVE, Sensitivity.INTERNAL], "sensitive"),
     ],
 )
-def test_the_highest_class_of_the_features_counts(
+def test_key_has_the_highest_class_of_the_features(
     tmp_path: Path, classes: list[Sensitivity], expected: str
 ) -> None:
-    """And a prediction is personal at least."""
+    """And at least personal."""
     ledger, version = served(tmp_path, view("a", *classes))
     predictions, outcomes = log_keys(ledger, version, region="here")
     assert (predictions.name, predictions.column_class) == (f"predictions/loan/{expected}", expected)
@@ -79,8 +79,8 @@ def test_the_highest_class_of_the_features_counts(
     assert {one.region for one in (predictions, outcomes)} == {"here"}
 
 
-def test_without_declared_features_all_is_sensitive(tmp_path: Path) -> None:
-    """Clients may bring anything along."""
+def test_key_without_declared_features_is_sensitive(tmp_path: Path) -> None:
+    """Clients may send any data."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     version = model(Lineage(training_set_hash=""))
     assert [one.column_class for one in log_keys(ledger, version, region="here")] == ["sensitive"] * 2
@@ -95,10 +95,10 @@ def test_without_declared_features_all_is_sensitive(tmp_path: Path) -> None:
         (("credit",), ("fraud",), (NO_COMMON_PURPOSE,)),
     ],
 )
-def test_only_what_every_view_allows_is_allowed(
+def test_key_allows_only_purposes_of_every_view(
     tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...], allowed: tuple[str, ...]
 ) -> None:
-    """Views that exclude each other's purposes allow none, not every one."""
+    """Views without a common purpose allow none, not all."""
     personal = Sensitivity.PERSONAL
     ledger, version = served(
         tmp_path, view("a", personal, purposes=first), view("b", personal, purposes=second, region="there")
@@ -117,10 +117,10 @@ def test_only_what_every_view_allows_is_allowed(
         (Sensitivity.PERSONAL, Sensitivity.SENSITIVE, ("sensitive", ("fraud",))),
     ],
 )
-def test_a_caller_needs_a_purpose_of_all_views_with_protected_columns(
+def test_caller_needs_a_purpose_of_all_protected_views(
     tmp_path: Path, first: Sensitivity, second: Sensitivity, needed: tuple[str, tuple[str, ...]]
 ) -> None:
-    """Public and internal columns serve every purpose."""
+    """Public and internal columns are for every purpose."""
     ledger, version = served(
         tmp_path, view("a", first, purposes=("credit", "fraud")), view("b", second, purposes=("fraud",))
     )
@@ -136,7 +136,7 @@ def test_a_caller_needs_a_purpose_of_all_views_with_protected_columns(
 
 
 @pytest.mark.parametrize(
-    ("present", "wanted", "kept"),
+    ("existing", "wanted", "expected"),
     [
         ((), (), ()),
         ((), ("care",), ("care",)),
@@ -144,16 +144,19 @@ def test_a_caller_needs_a_purpose_of_all_views_with_protected_columns(
         (("care", "fraud"), ("care", "ads"), ("care",)),
     ],
 )
-def test_a_later_version_never_opens_the_log_of_an_earlier_one(
-    present: tuple[str, ...], wanted: tuple[str, ...], kept: tuple[str, ...]
+def test_later_version_never_widens_an_earlier_versions_key(
+    existing: tuple[str, ...], wanted: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
-    """They share a key: its purposes are narrowed, also by a version that has no feature service."""
+    """Both share a key; its purposes only become fewer, also by a version without a feature service."""
     name = outcome_key("loan")
-    assert within(KeyInfo(name=name, purposes=present), KeyInfo(name=name, purposes=wanted)).purposes == kept
+    assert (
+        merged_key(KeyInfo(name=name, purposes=existing), KeyInfo(name=name, purposes=wanted)).purposes
+        == expected
+    )
 
 
-def test_a_version_for_other_purposes_than_the_log_is_refused() -> None:
-    """Either's records would be under a key that nobody may use, or that the wrong people may."""
+def test_version_without_a_common_purpose_is_refused() -> None:
+    """Otherwise the records of one would be unreadable, or readable for a wrong purpose."""
     name = outcome_key("loan")
-    with pytest.raises(RefusedError, match=r"is for care.*ads"):
-        within(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))
+    with pytest.raises(RefusedError, match=r"are for care.*ads"):
+        merged_key(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))

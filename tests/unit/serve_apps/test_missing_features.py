@@ -1,4 +1,4 @@
-"""A real replica whose feature service says what becomes of features that are missing or expired."""
+"""A real replica whose feature service declares what replaces missing and expired features."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ DEBT = FeatureView(
 
 
 def half(table: pa.Table) -> pa.Table:
-    return pa.table({"debt": [None if one is None else one / 2 for one in table["debt__total"].to_pylist()]})
+    return pa.table(
+        {"debt": [None if total is None else total / 2 for total in table["debt__total"].to_pylist()]}
+    )
 
 
 HALF = OnDemandTransform(
@@ -93,7 +95,7 @@ ROWS: dict[str, dict[Any, tuple[datetime, tuple[Any, ...]]]] = {
     "rent": {"north": (NOW, (9.0,)), "south": (NOW, (8.0,))},
     "debt": dict.fromkeys((1, 2, 3, 4), (NOW, (2.0,))),
 }
-"""Of each view, key to when and what. Nothing is known of person 5, and nothing of person 4 but a debt."""
+"""View to key to event time and values. Person 5 has no values, and person 4 has only a debt."""
 INPUTS = (
     InputSpec(name="income__amount", dtype="double"),
     InputSpec(name="income__region", dtype="string", categories=("north", "south")),
@@ -148,12 +150,14 @@ def ask(replica: Replica, *people: int, **features: Any) -> tuple[int, dict[str,
 
 def records(replica: Replica, prediction_id: str) -> list[dict[str, Any]]:
     log = read_records(Path(replica.places.predictions(MODEL)), key_store(replica.keys))
-    return [one for one in log if one["prediction_id"] == prediction_id]
+    return [record for record in log if record["prediction_id"] == prediction_id]
 
 
-def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
-    """For what is expired or missing, not for a null; a join key never comes from one. The log says what the model got
-    and where nothing was read, and so does the skew check's view of it."""
+def test_default_replaces_a_missing_value_and_is_reported(replica: Replica) -> None:
+    """It replaces expired and missing values, but not a null, and never a join key.
+
+    The log records the model's inputs and where nothing was read, and the skew check sees the same.
+    """
     status, content = ask(replica, 1, 2, 3, 4)
     assert status == 200, content
     known = ["present", "expired", "null", "missing"]
@@ -163,24 +167,24 @@ def test_a_default_stands_in_and_the_answer_says_so(replica: Replica) -> None:
         "income__emb": known,
         "rent__mean": ["present", "missing", "missing", "missing"],
     }
-    stood_in = {"income__amount": -7.0, "income__region": "north", "income__emb": [0.0, 1.0]}
-    assert content["features_defaults"] == stood_in
+    defaults = {"income__amount": -7.0, "income__region": "north", "income__emb": [0.0, 1.0]}
+    assert content["features_defaults"] == defaults
     [record] = records(replica, content["prediction_id"])
     assert record["features"]["income__amount"] == [4.0, -7.0, None, -7.0]
     assert record["features"]["income__region"] == ["south", "north", None, "north"]
     assert record["features"]["income__emb"] == [[0.5, 2.0], [0.0, 1.0], None, [0.0, 1.0]]
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
-    assert record["defaulted"] == {name: [1, 3] for name in stood_in}
+    assert record["defaulted"] == {name: [1, 3] for name in defaults}
     [group], *_ = served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
-    defaulted, given = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])
-    assert given["predictions"] == defaulted
+    defaulted, sent = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])
+    assert sent["predictions"] == defaulted
 
 
-def test_a_refused_request_says_what_is_not_there(replica: Replica) -> None:
-    """400, because the client can mend it: by giving the feature, or what is made of it."""
+def test_refusal_names_the_missing_feature(replica: Replica) -> None:
+    """400, because the client can send the feature, or the inputs that it is made of."""
     status, content = ask(replica, 1, 5)
     assert (status, content["code"]) == (400, 400)
     assert content["features_status"] == {"debt__total": ["present", "missing"]}
@@ -194,8 +198,8 @@ def test_a_refused_request_says_what_is_not_there(replica: Replica) -> None:
     assert (status, content["features_defaults"]["income__amount"]) == (200, -7.0)
 
 
-def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
-    """Nor is anything marked in the log."""
+def test_complete_features_report_no_defaults(replica: Replica) -> None:
+    """Nor does the log."""
     status, content = ask(replica, 1)
     assert (status, content.keys() & {"features_status", "features_defaults"}) == (200, set())
     [record] = records(replica, content["prediction_id"])
@@ -203,10 +207,8 @@ def test_what_is_all_there_says_nothing_of_defaults(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("purpose", ["ads", ""])
-def test_a_token_for_another_purpose_gets_no_score_made_from_features_read_by_key(
-    replica: Replica, purpose: str
-) -> None:
-    """As at `features:read`; whoever gives all inputs has nothing read, so no purpose is asked."""
+def test_token_for_another_purpose_gets_no_score_from_stored_features(replica: Replica, purpose: str) -> None:
+    """As at `features:read`; a request with all inputs reads nothing, so it needs no purpose."""
     token = mint_token(replica.places, subject="t", role=Role.service, purpose=purpose, ttl_s=900)
     body = {"entities": [{"person_id": 1, "region": "south"}], "features": {"asked": 1.0}}
     status, answer = replica.json(PREDICT, body, token=token)

@@ -1,4 +1,4 @@
-"""A model that gives no number for a request answers nothing: 503 in both endpoints, a log record and a metric."""
+"""A model without a finite score for a request: 503 from both endpoints, a log record and a metric."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAID = "Model 'm' version 1 gave no finite score for 1 of 2 rows"
 
 
 def write_root(folder: Path, signature: ModelSignature) -> None:
-    """The model of `write_model` over the square root of its inputs: NaN for a negative one."""
+    """The model of `write_model` over the square root of its inputs, which is NaN for negative ones."""
     write_model(folder, signature)
     model = onnx.load(folder / ONNX_FILE)
     nodes = list(model.graph.node)
@@ -52,14 +52,14 @@ def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def body(endpoint: str, ages: list[float]) -> dict[str, Any]:
-    """A request for so many rows."""
+    """Build a request with one row for each age."""
     if endpoint == PREDICT:
         return {"entities": [{"id": number} for number in range(len(ages))], "features": {"p__age": ages}}
     return {"inputs": [{"name": "p__age", "datatype": "FP64", "shape": [len(ages)], "data": ages}]}
 
 
-class Counted:
-    """Stands for Ray's counter, which tells a process of its own."""
+class FakeCounter:
+    """Replaces Ray's counter, which needs a Ray process."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -73,11 +73,11 @@ class Counted:
 def test_no_finite_score_is_503_with_a_record(
     replica: Replica, endpoint: str, batched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Naming the model; the record says why and is in no figure; what comes next is answered."""
-    predictor, counted = replica.predictor, Counted()
+    """It names the model; the record has the reason and no prediction; the next request is answered."""
+    predictor, counted = replica.predictor, FakeCounter()
     batches = Batches(predictor._model.predict_matrix, max_rows=64, max_wait_s=0) if batched else None
     monkeypatch.setattr(predictor, "_batches", batches)
-    monkeypatch.setattr(predictor._meters, "_without_score", counted)
+    monkeypatch.setattr(predictor._metrics, "_without_score", counted)
     bodies = [body(endpoint, ages) for ages in ([4.0, -1.0], [4.0, 9.0])]
     status, headers, answer = replica.call(endpoint, bodies[0])
     assert (status, counted.count) == (503, 1)
@@ -98,14 +98,14 @@ def test_no_finite_score_is_503_with_a_record(
 
 
 @pytest.mark.parametrize("endpoint", [PREDICT, INFER])
-def test_a_model_that_does_not_run_is_503_with_a_record(
+def test_failing_model_is_503_with_a_record(
     replica: Replica, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one without a score: the engine's words stay here, and a request that is wrong itself is still 400."""
-    monkeypatch.setattr(replica.predictor._model, "_engine", Broken())
+    """The engine's message is not sent, and a wrong request is still 400."""
+    monkeypatch.setattr(replica.predictor._model, "_engine", FailingEngine())
     monkeypatch.setattr(replica.predictor, "_batches", None)
-    counted = Counted()
-    monkeypatch.setattr(replica.predictor._meters, "_without_score", counted)
+    counted = FakeCounter()
+    monkeypatch.setattr(replica.predictor._metrics, "_without_score", counted)
     status, headers, answer = replica.call(endpoint, body(endpoint, [1.0]))
     assert (status, counted.count) == (503, 1)
     assert b"version 1 does not run on this request" in answer
@@ -118,10 +118,8 @@ def test_a_model_that_does_not_run_is_503_with_a_record(
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
-def test_whatever_engine_gave_it_no_such_score_becomes_an_answer(
-    signature: ModelSignature, wrong: float
-) -> None:
-    """In any place of any row."""
+def test_non_finite_scores_of_any_engine_are_refused(signature: ModelSignature, wrong: float) -> None:
+    """At any place of any row."""
     shape = (3, 3) if signature.task is Task.multiclass else (3,)
     good = Predictions(signature=signature, scores=np.full(shape, 0.25))
     assert good.checked() is good
@@ -134,8 +132,8 @@ def test_whatever_engine_gave_it_no_such_score_becomes_an_answer(
         Predictions(signature=signature, scores=np.full((1, *shape[1:]), wrong)).checked()
 
 
-class Broken:
-    """An engine that runs on nothing."""
+class FailingEngine:
+    """An engine that always fails."""
 
     num_inputs = 1
 
@@ -143,8 +141,8 @@ class Broken:
         raise RefusedError("model.onnx does not run: secret")
 
 
-class Short:
-    """An engine that forgets all rows but the first."""
+class ShortEngine:
+    """An engine that returns only the first row's scores."""
 
     num_inputs = 1
 
@@ -152,14 +150,14 @@ class Short:
         return np.full(1, 0.5)
 
 
-def test_scores_of_another_shape_are_no_answer() -> None:
-    """One score for three rows would be three entities' answer."""
+def test_scores_of_another_shape_are_refused() -> None:
+    """One score for three rows would be given to three entities."""
     with pytest.raises(ModelFailed, match=r"shape \(1,\) for 3 rows"):
-        Model(VALUE, Short()).predict({"p__age": [1.0, 2.0, 3.0]})
+        Model(VALUE, ShortEngine()).predict({"p__age": [1.0, 2.0, 3.0]})
 
 
-def test_of_a_batch_only_the_request_without_a_score_fails() -> None:
-    """Those beside it are answered."""
+def test_only_the_request_without_a_score_fails_in_a_batch() -> None:
+    """The other requests are answered."""
 
     def roots(matrix: Any) -> Predictions:
         with np.errstate(invalid="ignore"):
@@ -167,8 +165,8 @@ def test_of_a_batch_only_the_request_without_a_score_fails() -> None:
 
     async def ask() -> list[Any]:
         batches = Batches(roots, max_rows=64, max_wait_s=0)
-        asked = [batches.predict(np.array([[one]], dtype=np.float32)) for one in (4, -1, 9)]
-        return await asyncio.gather(*asked)
+        pending = [batches.predict(np.array([[value]], dtype=np.float32)) for value in (4, -1, 9)]
+        return await asyncio.gather(*pending)
 
     good, bad, other = asyncio.run(ask())
     assert [one.checked().rows() for one in (good, other)] == [[{"value": 2.0}], [{"value": 3.0}]]

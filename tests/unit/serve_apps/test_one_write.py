@@ -1,4 +1,4 @@
-"""Answers whose head and body leave in one write, over a real server."""
+"""Head and body of an answer leave in one write, over a real server."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield running
 
 
-def test_an_answer_arrives_whole_and_the_connection_stays(address: str) -> None:
-    """Whoever reads once has all of it, again and again."""
+def test_answer_arrives_in_one_read_and_the_connection_stays(address: str) -> None:
     host, port = address.split(":")
     with socket.create_connection((host, int(port))) as connection:
         for _ in range(20):
@@ -54,8 +53,8 @@ def test_an_answer_arrives_whole_and_the_connection_stays(address: str) -> None:
     ("path", "status", "body"),
     [("/parts", 200, b"answer"), ("/fails", 500, b"Internal Server Error"), ("/whole", 200, b"answer")],
 )
-def test_other_answers_are_as_they_were(address: str, path: str, status: int, body: bytes) -> None:
-    """In parts, none after a head, and as the last one of a connection."""
+def test_other_answers_are_unchanged(address: str, path: str, status: int, body: bytes) -> None:
+    """In several parts, without a body, and as the last one of a connection."""
     connection = http.client.HTTPConnection(address, timeout=10)
     connection.request("GET", path, headers={"connection": "close"})
     response = connection.getresponse()

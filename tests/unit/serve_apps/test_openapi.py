@@ -1,4 +1,4 @@
-"""The OpenAPI document: well-formed, small enough for the edge, and what a replica's answers look like."""
+"""The OpenAPI document: well-formed, small enough for the edge, and equal to real answers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def references(content: Any) -> Iterator[str]:
 
 
 def schema_of(operation: str, path: str, status: str) -> Any:
-    """The schema of an operation's JSON answer, with all that it refers to."""
+    """Return the schema of an operation's JSON answer, with everything that it refers to."""
     answer = DOCUMENT["paths"][path][operation]["responses"][status]
     if "$ref" in answer:
         answer = DOCUMENT["components"]["responses"][answer["$ref"].rsplit("/", 1)[1]]
     return answer["content"]["application/json"]["schema"] | {"components": DOCUMENT["components"]}
 
 
-def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
-    """And each part is used."""
+def test_schemas_and_references_are_valid() -> None:
+    """And every part is used."""
     for schema in DOCUMENT["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
     known = {
@@ -45,8 +45,8 @@ def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
     assert set(references(DOCUMENT)) == known
 
 
-def test_the_edge_serves_it_to_who_has_a_token(edge: Edge) -> None:
-    """As it is, of a size that fits HAProxy's buffer; the edge passes every path of it."""
+def test_edge_serves_the_document_to_authenticated_clients(edge: Edge) -> None:
+    """Unchanged, small enough for HAProxy's buffer; the edge accepts every path of it."""
     assert len(json.dumps(DOCUMENT, separators=(",", ":"))) < MAX_BYTES
     assert edge.call("/openapi.json", method="GET")[0] == 401
     assert edge.call("/openapi.json", method="GET", token=edge.token(Role.auditor)) == (200, DOCUMENT)
@@ -66,8 +66,8 @@ def test_the_edge_serves_it_to_who_has_a_token(edge: Edge) -> None:
         ("post", "/v2/health/live", "default"),
     ],
 )
-def test_the_edges_own_answers_are_as_described(edge: Edge, method: str, path: str, status: str) -> None:
-    """Where no replica is asked."""
+def test_the_edges_own_answers_match_the_document(edge: Edge, method: str, path: str, status: str) -> None:
+    """Without a replica."""
     answered, content = edge.call(path, method=method.upper(), token=edge.token())
     assert answered == (200 if status == "200" else 405)
     Draft202012Validator(schema_of("get", path, status)).validate(content)

@@ -1,4 +1,4 @@
-"""`POST /v1/outcomes` knows what a model can predict: nothing else is taken for an outcome."""
+"""`POST /v1/outcomes` accepts only outcomes that the model can predict."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
 
 
 def post(replica: Replica, *outcomes: Any, prediction_id: str = "p") -> tuple[int, dict[str, Any]]:
-    given = [{"prediction_id": prediction_id, "row": row, "outcome": one} for row, one in enumerate(outcomes)]
-    return replica.json("/v1/outcomes", {"model": MODEL, "outcomes": given})
+    items = [
+        {"prediction_id": prediction_id, "row": row, "outcome": outcome}
+        for row, outcome in enumerate(outcomes)
+    ]
+    return replica.json("/v1/outcomes", {"model": MODEL, "outcomes": items})
 
 
 def folder(replica: Replica) -> Path:
@@ -40,8 +43,8 @@ def folder(replica: Replica) -> Path:
 
 
 @pytest.mark.parametrize("wrong", ["true", "yes", 2, 0.5, "1"])
-def test_what_the_model_cannot_predict_is_refused_by_field(replica: Replica, wrong: object) -> None:
-    """And nothing of the request is written; the message says what would be right."""
+def test_impossible_outcome_is_refused_by_field(replica: Replica, wrong: object) -> None:
+    """Nothing of the request is written; the message names what is accepted."""
     before = count_records(folder(replica))
     status, content = post(replica, True, wrong)
     assert (status, content["code"]) == (400, 400)
@@ -49,17 +52,17 @@ def test_what_the_model_cannot_predict_is_refused_by_field(replica: Replica, wro
     assert count_records(folder(replica)) == before
 
 
-def test_an_outcome_is_written_as_the_class_that_it_means(replica: Replica) -> None:
-    """The same one sent again, or another, replaces it."""
+def test_outcome_is_stored_as_its_class(replica: Replica) -> None:
+    """A later outcome of the same prediction replaces it."""
     store = key_store(replica.keys)
-    for sent, meant in (([1, 0.0], [True, False]), ([False, True], [False, True])):
+    for sent, expected in (([1, 0.0], [True, False]), ([False, True], [False, True])):
         assert post(replica, *sent, prediction_id="again") == (200, {"accepted": 2})
         known = read_outcomes(folder(replica), store).filter(prediction_id="again")
-        assert known.sort("row")["outcome"].to_list() == meant
+        assert known.sort("row")["outcome"].to_list() == expected
 
 
-def test_an_outcome_may_be_of_any_version_of_the_model(replica: Replica, tmp_path: Path) -> None:
-    """Also of one that was registered since, and of the old one, whose answers are still out."""
+def test_outcome_may_be_of_any_version(replica: Replica, tmp_path: Path) -> None:
+    """Of a version registered since, and of the old one, whose predictions still get outcomes."""
     assert post(replica, "low")[0] == 400
     config = PlatformConfig(storage=StorageConfig(root=str(replica.places.root)))
     write_model(tmp_path / "new", WORDS)
@@ -78,6 +81,5 @@ def test_an_outcome_may_be_of_any_version_of_the_model(replica: Replica, tmp_pat
 
 
 def test_outcomes_of_an_unknown_model_are_404(replica: Replica) -> None:
-    """Whatever they are."""
     body = {"model": "other", "outcomes": [{"prediction_id": "p", "outcome": 1}]}
     assert replica.json("/v1/outcomes", body)[0] == 404

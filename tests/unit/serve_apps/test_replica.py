@@ -1,4 +1,4 @@
-"""A real replica of a model of each task: both endpoints, every operation of the protocol, and what is written down."""
+"""A real replica for a model of each task: both endpoints, every operation of the protocol, and the log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INPUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda signature: signature.task.value)
 def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("replica"), request.param) as running:
         yield running
@@ -42,7 +42,7 @@ def rows(replica: Replica) -> list[dict[str, Any]]:
 
 
 def tensors(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What `:predict` answered, as the protocol's outputs."""
+    """Return the answer of `:predict` as the protocol's outputs."""
     named = {name: [row[name] for row in rows] for name in rows[0]}
     if "probabilities" in named:
         named["probabilities"] = [p for row in named["probabilities"] for p in row.values()]
@@ -50,18 +50,18 @@ def tensors(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def test_both_endpoints_give_the_same_answer(replica: Replica) -> None:
-    """A null is a missing value in both; each answer is in the log under its id."""
+    """null is a missing value in both; each answer is in the log under its id."""
     status, content = replica.json(INFER, {"id": "one", "inputs": INPUTS})
-    outputs = {one["name"]: one["data"] for one in content["outputs"]}
+    outputs = {output["name"]: output["data"] for output in content["outputs"]}
     assert (status, content["id"], outputs) == (200, "one", tensors(rows(replica)))
     log = replica.log()
-    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
-    assert mine["p__age"].to_list() == AGES
-    assert mine["p__sex"].to_list() == SEXES
+    logged = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert logged["p__age"].to_list() == AGES
+    assert logged["p__sex"].to_list() == SEXES
 
 
 def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
-    """In and out, beside an input that stays JSON; the header says where the JSON ends."""
+    """In both directions, beside an input in JSON; the header has the length of the JSON."""
     raw = to_raw("FP64", [np.nan if age is None else age for age in AGES])
     size = {"binary_data_size": len(raw)}
     inputs = [INPUTS[0], {"name": "p__age", "datatype": "FP64", "shape": [3], "parameters": size}]
@@ -74,25 +74,25 @@ def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
     expected = tensors(rows(replica))
     content = json.loads(body[:at])
     assert "id" not in content
-    for one in content["outputs"]:
-        size = one["parameters"]["binary_data_size"]
-        assert body[at : at + size] == to_raw(one["datatype"], expected[one["name"]])
+    for output in content["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        assert body[at : at + size] == to_raw(output["datatype"], expected[output["name"]])
         at += size
     assert at == len(body)
 
 
-def test_only_the_outputs_asked_for_are_given(replica: Replica) -> None:
-    """The log has the whole answer all the same."""
+def test_only_requested_outputs_are_sent(replica: Replica) -> None:
+    """The log still has the whole answer."""
     name = replica.json("/v2/models/m")[1]["outputs"][0]["name"]
     status, content = replica.json(INFER, {"inputs": INPUTS, "outputs": [{"name": name}]})
-    assert (status, [one["name"] for one in content["outputs"]]) == (200, [name])
+    assert (status, [output["name"] for output in content["outputs"]]) == (200, [name])
     log = replica.log()
-    mine = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
-    assert mine["value" if name == "value" else "label"].null_count() == 0
+    logged = log.filter(log["prediction_id"] == content["parameters"]["prediction_id"])
+    assert logged["value" if name == "value" else "label"].null_count() == 0
 
 
-def test_a_version_may_stand_in_the_path_if_it_is_the_one_here(replica: Replica) -> None:
-    """Of `infer`, metadata and readiness; another one is not here, whoever asks."""
+def test_path_may_name_only_this_replicas_version(replica: Replica) -> None:
+    """For `infer`, metadata and readiness; another version is 404."""
     body = {"inputs": INPUTS}
     assert replica.json("/v2/models/m/versions/1/infer", body)[0] == 200
     assert replica.json("/v2/models/m/versions/1") == replica.json("/v2/models/m")
@@ -103,8 +103,8 @@ def test_a_version_may_stand_in_the_path_if_it_is_the_one_here(replica: Replica)
     assert "with version 1, not with '2'" in replica.json("/v2/models/m/versions/2")[1]["error"]
 
 
-def test_a_wrong_method_or_role_is_refused(replica: Replica) -> None:
-    """405 says which method; an auditor may read metadata, not predict."""
+def test_wrong_method_or_role_is_refused(replica: Replica) -> None:
+    """405 names the method; an auditor may read metadata, but not predict."""
     status, headers, _ = replica.call(INFER, method="GET")
     assert (status, headers["allow"]) == (405, "POST")
     assert replica.call("/v2/models/m", b"{}")[0] == 405

@@ -1,4 +1,4 @@
-"""What a client may send: everything else is a 400 that names the field."""
+"""Parsing of requests: everything else is a 400 that names the field."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ FLAG = InputSpec(name="p__flag", dtype="bool")
 INPUTS = {spec.name: spec for spec in (AGE, SEX, COUNT, TINY, FLAG)}
 
 
-def test_a_request_by_key_with_an_override_and_a_moment() -> None:
-    """One value stands for all entities; a moment without a zone is UTC."""
+def test_predict_request_with_an_override_and_as_of() -> None:
+    """One value applies to all entities; an instant without a zone is UTC."""
     body = {"entities": [{"id": 1}, {"id": 2}], "features": {"p__age": 41}, "as_of": "2016-12-31"}
-    asked = parse_predict(body, INPUTS, now=NOW)
-    assert asked.overrides == {"p__age": [41, 41]}
-    assert asked.as_of == dt.datetime(2016, 12, 31, tzinfo=dt.UTC)
+    request = parse_predict(body, INPUTS, now=NOW)
+    assert request.overrides == {"p__age": [41, 41]}
+    assert request.as_of == dt.datetime(2016, 12, 31, tzinfo=dt.UTC)
     assert parse_predict({"entities": [{"id": 1}]}, INPUTS, now=NOW).as_of == NOW
 
 
-def test_a_whole_number_is_one_however_json_writes_it() -> None:
+def test_integers_are_accepted_in_both_json_forms() -> None:
     """50.0 is 50; beside it, 2^53 + 1 keeps its digits."""
     body = {"entities": [{"id": 1}] * 3, "features": {"p__count": [50.0, 2**53 + 1, None]}}
-    found = parse_predict(body, INPUTS, now=NOW).overrides["p__count"]
-    assert (found, list(map(type, found))) == ([50, 2**53 + 1, None], [int, int, type(None)])
+    values = parse_predict(body, INPUTS, now=NOW).overrides["p__count"]
+    assert (values, list(map(type, values))) == ([50, 2**53 + 1, None], [int, int, type(None)])
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({}, "entities"),
         ({"entities": []}, "entities"),
@@ -81,14 +81,14 @@ def test_a_whole_number_is_one_however_json_writes_it() -> None:
         ({"entities": [{"id": 1}], "features": []}, "must be an object"),
     ],
 )
-def test_what_does_not_fit_is_named(body: dict[str, Any], said: str) -> None:
-    """The message says which field and what was expected."""
-    with pytest.raises(InvalidRequest, match=said):
+def test_wrong_fields_are_refused_by_name(body: dict[str, Any], message: str) -> None:
+    """The message has the field and what is expected."""
+    with pytest.raises(InvalidRequest, match=message):
         parse_predict(body, INPUTS, now=NOW)
 
 
-def test_a_message_quotes_only_the_beginning_of_what_was_sent() -> None:
-    """And no near name is sought for an endless one."""
+def test_message_quotes_only_the_beginning_of_a_value() -> None:
+    """And a very long name gets no suggestion."""
     for body in (
         {"entities": [{"id": 1}], "features": {"p__age": "x" * 900_000}},
         {"entities": [{"id": 1}], "features": {"x" * 900_000: 1}},
@@ -99,8 +99,8 @@ def test_a_message_quotes_only_the_beginning_of_what_was_sent() -> None:
         assert len(json.loads(refusal(refused.value).body)["error"]) <= MAX_MESSAGE + 1
 
 
-def test_an_outcome_is_checked_by_its_place() -> None:
-    """One wrong outcome refuses the request and says which."""
+def test_wrong_outcome_is_refused_by_position() -> None:
+    """One wrong outcome refuses the whole request."""
     good = {"prediction_id": "abc", "outcome": 1}
     model, records = parse_outcomes({"model": "m", "outcomes": [good]}, received_at=NOW)
     assert (model, records[0].outcome, records[0].row) == ("m", 1, 0)
@@ -117,8 +117,8 @@ def test_an_outcome_is_checked_by_its_place() -> None:
             parse_outcomes({"model": "m", "outcomes": [good, bad]}, received_at=NOW)
 
 
-def test_what_is_accepted_as_an_outcome_can_be_read_again(tmp_path: Path) -> None:
-    """Whatever the zone and the value: no accepted outcome may make the log unreadable for everybody."""
+def test_accepted_outcomes_can_be_read_again(tmp_path: Path) -> None:
+    """For every zone and value: an accepted outcome must never make the log unreadable."""
     moments = ["2016-01-01", "2016-01-01T00:00:00+05:30:15", "0001-01-01T00:00:00", "2016-01-01T00:00:00.5Z"]
     values: list[Any] = [1, "yes", 1.5, True]
     items = [
@@ -142,7 +142,7 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "values"),
+    ("name", "sent", "values"),
     [
         ("p__emb", [0.5, 1], [[0.5, 1]] * 2),
         ("p__emb", [[0.5, 1], None], [[0.5, 1], None]),
@@ -153,17 +153,15 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
         ("query", [["a"], []], [["a"], []]),
     ],
 )
-def test_one_value_or_one_an_entity_also_where_values_are_lists(
-    name: str, given: Any, values: list[Any]
-) -> None:
-    """A list of lists is one an entity."""
-    body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: given}}
+def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, values: list[Any]) -> None:
+    """Also for list values, where a list of lists is one for each entity."""
+    body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: sent}}
     inputs = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
     assert parse_predict(body, inputs, now=NOW).overrides == {name: values}
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "said"),
+    ("name", "sent", "message"),
     [
         ("p__emb", 0.5, "'p__emb' must be a list of 2 numbers"),
         ("p__emb", [0.5], "'p__emb' must be a list of 2 numbers"),
@@ -177,8 +175,8 @@ def test_one_value_or_one_an_entity_also_where_values_are_lists(
         ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
     ],
 )
-def test_a_list_or_a_date_that_is_none_is_named(name: str, given: Any, said: str) -> None:
-    """With what it should be."""
-    body = {"entities": [{"id": 1}], "features": {name: given}}
-    with pytest.raises(InvalidRequest, match=said):
+def test_wrong_list_or_date_is_refused_by_name(name: str, sent: Any, message: str) -> None:
+    """The message has the expected type."""
+    body = {"entities": [{"id": 1}], "features": {name: sent}}
+    with pytest.raises(InvalidRequest, match=message):
         parse_predict(body, {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}, now=NOW)

@@ -1,4 +1,4 @@
-"""Commands that say something else than they do: each is refused, with exit code 2 and a line that names the option."""
+"""Commands whose options contradict each other: exit code 2, and a message that names the option."""
 
 from __future__ import annotations
 
@@ -30,35 +30,37 @@ from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
 from serve_apps.removal import require_number
-from serve_apps.rollout.__main__ import RolloutConfig, in_words
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
-from serve_apps.rollout.state import ModelState, fold, read_states
+from serve_apps.rollout.state import ModelState, read_states
 from tests.commands import run_main
+from tests.unit.serve_apps.test_rollout_state import fold
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "said"),
+    ("command", "words", "message"),
     [
         (rollout, "action=promote name=m weight=5", "`weight` means nothing with `action=promote`"),
-        (rollout, "action=weight name=m", "Say which weight"),
+        (rollout, "action=weight name=m", "Give the new weight"),
         (deploy, "action=restore name=m", "`name` means nothing with `action=restore`"),
         (limits, "action=show principal=a", "`principal` means nothing with `action=show`"),
         (manage_keys, "key=features/v/personal", "`key` means nothing with `action=rotate_kek`"),
         (stream, "view=v kafka.consumers=2", "`kafka` means nothing with `source=push`"),
     ],
 )
-def test_an_option_that_means_nothing_is_refused(
-    command: Callable[[], None], words: str, said: str, tmp_path: Path
+def test_unused_option_is_refused(
+    command: Callable[[], None], words: str, message: str, tmp_path: Path
 ) -> None:
     """Before anything is done, and without a cluster."""
     result = run_main(command, *words.split(), f"storage.root={tmp_path}")
-    assert (result.returncode, said in result.stderr) == (2, True), result.stderr
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"weight": 0.001}, "weight must be 0.01 to 100"),
         ({"weight": 0.015}, "steps of 0.01"),
@@ -66,36 +68,36 @@ def test_an_option_that_means_nothing_is_refused(
         ({"share": 0.001}, "share must be"),
         ({"weight": math.nan}, "weight must be 0.01 to 100"),
         ({"weight": math.inf}, "weight must be 0.01 to 100"),
-        ({"max_drop": math.nan}, "max_drop must be a number from 0"),
-        ({"max_drop": -0.1}, "max_drop must be a number from 0"),
+        ({"max_drop": math.nan}, "max_drop must be a finite number"),
+        ({"max_drop": -0.1}, "max_drop must be a finite number"),
         ({"variant": "../zz"}, "variant must be"),
         ({"variant": "a|b"}, "variant must be"),
-        ({"variant": "shadow"}, "what records call another"),
-        ({"variant": "champion"}, "what records call another"),
+        ({"variant": "shadow"}, "reserved name"),
+        ({"variant": "champion"}, "reserved name"),
     ],
 )
-def test_an_option_out_of_range_is_refused(options: dict[str, Any], said: str) -> None:
-    """A weight of no bucket would treat nobody, for ever."""
-    with pytest.raises(ValueError, match=said):
+def test_option_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
+    """A weight of less than a bucket would never treat a unit."""
+    with pytest.raises(ValueError, match=message):
         RolloutConfig(name="m", **options)
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.07, 0.29, 33.33, 50, 99.99, 100])
 def test_every_whole_number_of_buckets_is_a_weight(weight: float) -> None:
-    """Whatever floating point makes of it."""
+    """Despite floating-point rounding."""
     assert RolloutConfig(name="m", weight=weight, share=weight).weight == weight
     assert bounds(weight).treatment_below == round(weight * 100)
 
 
-def test_a_variant_that_no_path_or_map_can_hold_is_refused() -> None:
-    """At deployment, too."""
+def test_variant_with_invalid_characters_is_refused() -> None:
+    """Also at a deployment."""
     with pytest.raises(ValueError, match="variant must be"):
         DeployConfig(variant="a b")
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=2, max_size=6), st.binary(min_size=1, max_size=4))
-def test_no_treated_unit_becomes_control_at_a_weight_that_is_allowed(buckets: list[int], unit: bytes) -> None:
-    """However the weight moves; a control unit may be treated, which ends the comparison and is said."""
+def test_allowed_weights_never_make_a_treated_unit_control(buckets: list[int], unit: bytes) -> None:
+    """For any sequence of weights; a control unit may be treated, which ends the comparison and is remarked."""
     reached, was_treated = 0.0, False
     for weight in (number / 100 for number in buckets):
         if mixes_arms(reached, weight):
@@ -110,7 +112,7 @@ def test_no_treated_unit_becomes_control_at_a_weight_that_is_allowed(buckets: li
     ("reached", "weight", "refused"),
     [(100, 50, True), (60, 45, True), (60, 40, False), (60, 60, False), (50, 1, False), (5, 100, False)],
 )
-def test_a_weight_goes_back_only_as_far_as_the_arms_stay_apart(
+def test_weight_decreases_only_while_the_arms_stay_apart(
     reached: float, weight: float, refused: bool
 ) -> None:
     """Up to 50 % always."""
@@ -137,16 +139,16 @@ DEPLOYED: tuple[LedgerEvent, ...] = (
 REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
 
 
-def test_the_greatest_weight_is_kept() -> None:
-    """It says which units were ever treated."""
+def test_state_has_the_greatest_weight() -> None:
+    """It tells which units were ever treated."""
     weights = (RolloutWeightChanged(model="m", rollout="r", weight=weight) for weight in (60, 30))
     running = fold([*DEPLOYED, *weights])["m"].rollout
     assert running is not None
     assert (running.weight, running.reached) == (30, 60)
 
 
-def test_a_removed_version_is_known_to_all_who_follow(tmp_path: Path) -> None:
-    """Until it is deployed again; what removes it is an event that no older release passes over."""
+def test_removed_version_has_no_application(tmp_path: Path) -> None:
+    """Until it is deployed again; an older release refuses the event instead of ignoring it."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for event in (*DEPLOYED, REMOVED):
         ledger.append(event, actor="t")
@@ -161,22 +163,22 @@ def test_a_removed_version_is_known_to_all_who_follow(tmp_path: Path) -> None:
     ("version", "part"),
     [(1, "the champion"), (2, "the treatment of rollout r"), (3, "the shadow"), (4, None)],
 )
-def test_what_a_version_is_needed_for_is_said(version: int, part: str | None) -> None:
-    """Only one that serves nobody may be removed."""
+def test_usage_of_a_version_is_described(version: int, part: str | None) -> None:
+    """Only a version without requests may be removed."""
     state: ModelState = fold(DEPLOYED)["m"]
-    assert state.part_of(version) == part
+    assert state.usage_of(version) == part
 
 
 @pytest.mark.parametrize(
-    ("verdict", "treatment", "said"),
+    ("verdict", "treatment", "message"),
     [
         (Verdict.too_few, None, "500 of each are needed"),
-        (Verdict.undefined, None, "but roc_auc is undefined where all are of one class"),
+        (Verdict.undefined, None, "but roc_auc is undefined if all are of one class"),
         (Verdict.holds, 0.8, "roc_auc 0.800 against 0.900 in control"),
     ],
 )
-def test_a_promotion_says_why_outcomes_say_nothing(
-    verdict: Verdict, treatment: float | None, said: str
+def test_promotion_explains_a_missing_verdict(
+    verdict: Verdict, treatment: float | None, message: str
 ) -> None:
     """Enough outcomes of one class are not too few."""
     finding = Finding(
@@ -187,14 +189,14 @@ def test_a_promotion_says_why_outcomes_say_nothing(
         treatment_outcomes=400,
         control_outcomes=700,
     )
-    words = in_words(finding, min_outcomes=500)
-    assert said in words
+    words = describe(finding, min_outcomes=500)
+    assert message in words
     assert "400 outcomes of the treatment and 700 of the control" in words
 
 
 @pytest.mark.parametrize("version", ["latest", "champion", "2x"])
-def test_what_is_removed_is_named_by_its_number(version: str) -> None:
-    """What `latest` means may change in the meantime."""
-    with pytest.raises(RefusedError, match="by its number"):
+def test_removal_needs_a_version_number(version: str) -> None:
+    """The meaning of `latest` may change meanwhile."""
+    with pytest.raises(RefusedError, match="Give the number"):
         require_number(version)
     require_number("2")

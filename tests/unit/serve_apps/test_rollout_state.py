@@ -1,8 +1,9 @@
-"""Rollout state as a fold over events, and what the edge makes of it."""
+"""Rollout state as a fold over events, and the edge's map entry for it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import polars as pl
 import pytest
@@ -21,7 +22,7 @@ from cluster.ledger.events import (
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.haproxy.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
-from serve_apps.rollout.state import ModelState, fold
+from serve_apps.rollout.state import ModelState, States, apply
 
 DEPLOYED: list[LedgerEvent] = [
     ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
@@ -39,29 +40,37 @@ STARTED = RolloutStarted(
 )
 
 
+def fold(events: Iterable[LedgerEvent]) -> States:
+    """Return the states after all events."""
+    states: States = {}
+    for event in events:
+        states = apply(states, event)
+    return states
+
+
 def entry_after(*events: LedgerEvent) -> str | None:
     return entry(fold([*DEPLOYED, *events])["m"])
 
 
-def test_without_a_rollout_everybody_meets_the_champion() -> None:
-    """No bucket is below zero, none at or above ten thousand."""
+def test_without_a_rollout_all_units_get_the_champion() -> None:
+    """No bucket is below 0 or at or above 10,000."""
     assert entry_after() == "m-v1|m-v1|champion|none|-|0|10000"
 
 
-def test_a_rollout_is_two_bounds_in_one_entry() -> None:
+def test_rollout_is_two_bounds_in_one_entry() -> None:
     """20 % treatment from below, 20 % control from above."""
     assert entry_after(STARTED) == "m-v1|m-v2|challenger|r|s|2000|8000"
 
 
-def test_a_rollback_is_one_entry_as_if_there_had_been_no_rollout() -> None:
-    """And a weight change before it leaves no trace."""
+def test_rollback_gives_the_entry_without_a_rollout() -> None:
+    """Also after a weight change."""
     change = RolloutWeightChanged(model="m", rollout="r", weight=50)
     back = RolloutRolledBack(model="m", rollout="r", reason="worse")
     assert entry_after(STARTED, change) == "m-v1|m-v2|challenger|r|s|5000|5000"
     assert entry_after(STARTED, change, back) == entry_after()
 
 
-def test_a_promotion_makes_the_treatment_champion() -> None:
+def test_promotion_makes_the_treatment_champion() -> None:
     """First the alias, then the end of the rollout: no unit goes back in between."""
     moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="promoted")
     promoted = RolloutPromoted(model="m", rollout="r", version=2)
@@ -71,8 +80,8 @@ def test_a_promotion_makes_the_treatment_champion() -> None:
     assert after == "m-v2|m-v2|champion|none|-|0|10000"
 
 
-def test_a_shadow_is_part_of_the_state_and_of_no_entry() -> None:
-    """The edge sends nobody to it; a second one takes the first one's place, and outlives a rollout."""
+def test_shadow_is_in_the_state_and_in_no_entry() -> None:
+    """The edge sends it no requests; a second shadow replaces the first, and survives the end of a rollout."""
     first, second = (ShadowStarted(model="m", version=n, app=f"m-v{n}", share=5.0) for n in (2, 3))
     back = RolloutRolledBack(model="m", rollout="r", reason="worse")
     assert entry_after(first) == entry_after()
@@ -83,14 +92,13 @@ def test_a_shadow_is_part_of_the_state_and_of_no_entry() -> None:
     assert fold([*DEPLOYED, first, second, stopped]) == fold(DEPLOYED)
 
 
-def test_a_weight_of_another_rollout_is_passed_over() -> None:
-    """A late event of a rollout that has ended changes nothing."""
+def test_weight_of_an_ended_rollout_is_ignored() -> None:
     stale = RolloutWeightChanged(model="m", rollout="older", weight=50)
     assert entry_after(STARTED, stale) == entry_after(STARTED)
 
 
-def test_a_model_without_a_deployed_champion_has_no_route() -> None:
-    """Its requests are answered 404."""
+def test_model_without_a_deployed_champion_has_no_route() -> None:
+    """Its requests get 404."""
     assert entry(ModelState(champion_version=1)) is None
     assert routes({"m": ModelState(champion_version=1)}, {"m-v1": ("127.0.0.1:1",)}).entries == {}
 
@@ -121,21 +129,21 @@ BAD = [(1, 0.1), (0, 0.9)] * 100
     ("treatment", "control", "verdict"),
     [(GOOD, GOOD, Verdict.holds), (BAD, GOOD, Verdict.breached), (BAD[:10], GOOD, Verdict.too_few)],
 )
-def test_the_rule_compares_the_treatment_with_its_concurrent_control(
+def test_guardrail_compares_treatment_and_concurrent_control(
     treatment: list[tuple[int, float]], control: list[tuple[int, float]], verdict: Verdict
 ) -> None:
-    """Too few outcomes are no verdict, never a success."""
+    """Too few outcomes give no verdict, never a success."""
     finding = judge(matched(treatment, control), signature=BINARY, min_outcomes=100, max_drop=0.05)
     assert finding.verdict is verdict
 
 
 def test_regression_and_multiclass_have_their_metric() -> None:
-    """R² and accuracy, higher is better in both."""
+    """R² and accuracy; higher is better for both."""
     values = pl.DataFrame(
         {"arm": ["treatment", "control"] * 3, "outcome": [1.0, 1, 2, 2, 3, 3], "value": [3.0, 1, 3, 2, 3, 3]}
     )
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=1, max_drop=0.1)
-    assert (found.metric, found.control, found.verdict) == ("r2", 1.0, Verdict.breached)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=1, max_drop=0.1)
+    assert (finding.metric, finding.control, finding.verdict) == ("r2", 1.0, Verdict.breached)
     labels = pl.DataFrame({"arm": ["treatment", "control"], "outcome": ["a", "a"], "label": ["a", "a"]})
     assert (
         judge(labels, signature=signature(Task.multiclass, ("a", "b")), min_outcomes=1, max_drop=0.1).verdict
@@ -144,8 +152,8 @@ def test_regression_and_multiclass_have_their_metric() -> None:
 
 
 @pytest.mark.parametrize("hostile", ["yes", 300, 2.5, "nan", True])
-def test_a_wrong_outcome_cannot_stop_the_rule(hostile: str | float) -> None:
-    """One such outcome, or one per prediction, is passed over; the bad treatment is found all the same."""
+def test_wrong_outcome_cannot_stop_the_guardrail(hostile: str | float) -> None:
+    """One such outcome, or one for each prediction, is ignored; the bad treatment is still finding."""
     frame = matched(BAD, GOOD)
     outcomes = [*frame["outcome"].to_list(), hostile]
     texts = any(isinstance(value, str) for value in outcomes)
@@ -157,34 +165,34 @@ def test_a_wrong_outcome_cannot_stop_the_rule(hostile: str | float) -> None:
 
 
 @pytest.mark.parametrize("arm", ["treatment", "control"])
-def test_an_outcome_without_a_finite_square_cannot_stop_the_rule(arm: str) -> None:
-    """Its R² would be no number, which is below no other one: the bad treatment would hold for ever."""
+def test_outcome_without_a_finite_square_cannot_stop_the_guardrail(arm: str) -> None:
+    """Its R² would be NaN, which is never below the control's: the bad treatment would hold for ever."""
     rows = [(arm, truth, 9.0 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame([*rows, (arm, 1e308, 1.0)], schema=["arm", "outcome", "value"], orient="row")
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
-    assert (found.verdict, found.control) == (Verdict.breached, 1.0)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (finding.verdict, finding.control) == (Verdict.breached, 1.0)
 
 
-def test_answers_without_a_finite_square_breach_the_rule() -> None:
-    """There is none worse, and the figure can be written down."""
+def test_answers_without_a_finite_square_breach_the_guardrail() -> None:
+    """They get the lowest finite metric, which can be stored."""
     rows = [(arm, truth, 1e300 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame(rows, schema=["arm", "outcome", "value"], orient="row")
-    found = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
-    assert (found.verdict, found.treatment) == (Verdict.breached, -sys.float_info.max)
+    finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
+    assert (finding.verdict, finding.treatment) == (Verdict.breached, -sys.float_info.max)
 
 
-def test_outcomes_of_one_class_are_no_verdict() -> None:
-    """There are enough, but the metric says nothing of them: neither too few, nor a success."""
+def test_outcomes_of_one_class_give_no_verdict() -> None:
+    """There are enough of them, but the metric is undefined: neither too few, nor a success."""
     finding = judge(matched([(1, 0.9)] * 200, GOOD), signature=BINARY, min_outcomes=100, max_drop=0.05)
     assert (finding.verdict, finding.treatment, finding.treatment_outcomes) == (Verdict.undefined, None, 200)
 
 
 def test_the_positive_class_is_the_models_second() -> None:
-    """Not the greater one of the outcomes' values."""
+    """Not the greater of the outcomes' values."""
     frame = matched(GOOD, GOOD).with_columns(
         outcome=pl.col("outcome").replace_strict({1: "a_good", 0: "z_bad"}, return_dtype=pl.String)
     )
-    found = judge(
+    finding = judge(
         frame, signature=signature(Task.binary, ("z_bad", "a_good")), min_outcomes=100, max_drop=0.05
     )
-    assert (found.treatment, found.verdict) == (1.0, Verdict.holds)
+    assert (finding.treatment, finding.verdict) == (1.0, Verdict.holds)

@@ -1,4 +1,4 @@
-"""How many replicas the requests want, by Serve's own wrapper around our policy, and what a replica counts."""
+"""Wanted replicas, by Serve's own wrapper around our policy, and the load that a replica measures."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.settings import ReplicaConfig
 from serve_apps.replica.ongoing import OngoingRequests
-from serve_apps.replica.scaling import ONGOING, replicas
+from serve_apps.replica.scaling import ONGOING, replica_options
 from tests.edge import PREDICT, Edge
 
 NO_DELAY = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
 
 
 def scaling(**options: Any) -> AutoscalingConfig:
-    return replicas(ReplicaConfig(**options))["autoscaling_config"]
+    return replica_options(ReplicaConfig(**options))["autoscaling_config"]
 
 
 def wanted(
     reported: list[float], *, running: int, target: int | None = None, seen_by_serve: float = 0.0
 ) -> int:
-    """What Serve makes of our policy for a target of ten requests, before its bounds."""
+    """Return Serve's result of our policy for a target of ten requests, before its bounds."""
     config = scaling(target_ongoing_requests=10, max_replicas=9, **NO_DELAY)
     context = AutoscalingContext(
         deployment_id=None,
@@ -56,26 +56,26 @@ def wanted(
     ("reported", "running", "expected"),
     [([0.0], 1, 0), ([1e-6], 1, 1), ([10.0], 1, 1), ([10.5], 1, 2), ([30.0, 12.0], 2, 5), ([4.0, 4.0], 2, 1)],
 )
-def test_replicas_follow_what_they_report(reported: list[float], running: int, expected: int) -> None:
-    """One for every ten requests at once; a single short one in the look-back time keeps the last."""
+def test_replicas_follow_the_reported_load(reported: list[float], running: int, expected: int) -> None:
+    """One for every ten concurrent requests; one short request within the look-back time keeps the last replica."""
     assert wanted(reported, running=running) == expected
 
 
-def test_nothing_goes_down_before_all_have_reported() -> None:
-    """A replica that has just started may be busy; up it may go."""
+def test_no_scale_down_before_all_replicas_have_reported() -> None:
+    """A replica that has just started may be busy; scaling up is allowed."""
     assert wanted([], running=1) == 1
     assert wanted([0.0], running=2) == 2
     assert wanted([50.0], running=2) == 5
 
 
-def test_a_version_without_replicas_stays_so_until_somebody_waits() -> None:
-    """Serve's proxy counts who waits; a replica that is starting is waited for."""
+def test_version_without_replicas_starts_one_for_a_waiting_request() -> None:
+    """Serve's proxy counts waiting requests; a starting replica is waited for."""
     assert wanted([], running=0) == 0
     assert wanted([], running=0, seen_by_serve=1.0) == 1
     assert wanted([], running=0, target=1) == 1
 
 
-def test_the_policy_reaches_a_process_without_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_runs_in_a_process_without_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve's controller may not have it."""
     policy = scaling().policy
     policy._cached_policy = None
@@ -84,14 +84,13 @@ def test_the_policy_reaches_a_process_without_our_code(monkeypatch: pytest.Monke
     assert policy.get_policy().__name__ == "wanted_replicas"
 
 
-def test_a_fixed_number_is_not_scaled() -> None:
-    """One override is enough."""
-    assert "autoscaling_config" not in replicas(ReplicaConfig(num_replicas=3))
-    assert replicas(ReplicaConfig(num_replicas=3))["num_replicas"] == 3
+def test_fixed_number_is_not_scaled() -> None:
+    assert "autoscaling_config" not in replica_options(ReplicaConfig(num_replicas=3))
+    assert replica_options(ReplicaConfig(num_replicas=3))["num_replicas"] == 3
 
 
-def test_a_version_starts_with_a_replica() -> None:
-    """Or its deployment would not show whether it works."""
+def test_version_starts_with_a_replica() -> None:
+    """So a deployment shows whether it works."""
     assert (scaling().min_replicas, scaling().initial_replicas) == (0, 1)
     assert scaling(min_replicas=2).initial_replicas == 2
 
@@ -109,14 +108,14 @@ def test_a_version_starts_with_a_replica() -> None:
         {"downscale_to_zero_delay_s": -1},
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    """Saying which."""
+def test_invalid_scaling_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    """The message names the field."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ReplicaConfig(**wrong)
 
 
 class Clock:
-    """Ours."""
+    """A clock that the test sets."""
 
     now = 1e9
 
@@ -128,8 +127,8 @@ spans = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50)), max_size=20)
 
 
 @given(spans)
-def test_the_mean_is_that_of_looking_at_every_moment(requests: list[tuple[int, int]]) -> None:
-    """Little's law, against counting in each of 200 seconds."""
+def test_mean_equals_counting_at_every_moment(requests: list[tuple[int, int]]) -> None:
+    """Little's law, compared with counting in each of 200 seconds."""
     clock = Clock()
     ongoing = OngoingRequests(clock)
     for start, length in sorted(requests, key=sum):
@@ -140,8 +139,8 @@ def test_the_mean_is_that_of_looking_at_every_moment(requests: list[tuple[int, i
     assert ongoing.take() == pytest.approx(counted / 200, abs=1e-3)
 
 
-def test_a_wait_counts_in_the_time_it_fell_in() -> None:
-    """What is taken begins anew; a wait for the replica's own start is not its load."""
+def test_wait_counts_in_its_own_interval() -> None:
+    """Taking the mean starts a new interval; waiting for the replica's own start is not its load."""
     clock = Clock()
     ongoing = OngoingRequests(clock)
     clock.now += 10
@@ -152,8 +151,8 @@ def test_a_wait_counts_in_the_time_it_fell_in() -> None:
 
 
 @pytest.mark.parametrize("arrived", [None, "1", str(int(1e9 * 1e6))])
-def test_one_long_request_is_one_at_most(arrived: str | None) -> None:
-    """A body that took an hour to come was not 1,800 requests of the last two seconds."""
+def test_long_request_counts_as_one_at_most(arrived: str | None) -> None:
+    """A body that took an hour to arrive is not 1,800 requests of the last two seconds."""
     clock = Clock()
     ongoing = OngoingRequests(clock)
     clock.now += 3600
@@ -164,8 +163,8 @@ def test_one_long_request_is_one_at_most(arrived: str | None) -> None:
 
 
 @pytest.mark.parametrize("arrived", [None, "", "-5", "soon", "9" * 20])
-def test_without_a_sensible_arrival_the_own_time_counts(arrived: str | None) -> None:
-    """A client's own words never get here, but a clock may go astray."""
+def test_invalid_arrival_counts_the_time_in_the_replica(arrived: str | None) -> None:
+    """A client's value never gets here, but a clock may be changed."""
     clock = Clock()
     ongoing = OngoingRequests(clock)
     clock.now += 10
@@ -173,8 +172,8 @@ def test_without_a_sensible_arrival_the_own_time_counts(arrived: str | None) -> 
     assert ongoing.take() == pytest.approx(0.2)
 
 
-def test_the_edge_says_when_a_request_arrived(edge: Edge) -> None:
-    """And no client can."""
-    status, heard = edge.call(PREDICT, token=edge.token(), headers={"x-falaj-arrived": "1"})
+def test_edge_sends_the_arrival_time(edge: Edge) -> None:
+    """And a client cannot."""
+    status, echo = edge.call(PREDICT, token=edge.token(), headers={"x-falaj-arrived": "1"})
     assert status == 200
-    assert abs(int(heard["x-falaj-arrived"]) / 1e6 - time.time()) < 5
+    assert abs(int(echo["x-falaj-arrived"]) / 1e6 - time.time()) < 5

@@ -1,4 +1,4 @@
-"""Shadow mode: another version sees a share of the requests; no client waits for it, sees it, or is seen by it."""
+"""Shadow mode: another version gets a share of the requests; clients do not wait for it or see its answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from serve_apps.predictor import shadow_replicas
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Shadowing, is_sampled
-from serve_apps.predictor.shadow_replicas import Connections, Pace
+from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
 from tests.ports import free_port
@@ -45,23 +45,23 @@ STOPPED = ShadowStopped(model=MODEL, version=2, reason="")
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits a second for the ledger."""
+def no_ledger_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let replicas read the ledger without waiting a second."""
     monkeypatch.setattr(shadow_module, "LEDGER_INTERVAL_S", 0.02)
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 0.02)
-    monkeypatch.setattr(shadow_replicas, "FIRST_S", 0.02)
+    monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 0.02)
 
 
-def wait_until(said: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not said():
-        assert time.monotonic() < deadline, "it never came true"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never became true"
         threading.Event().wait(0.01)
 
 
 @given(st.uuids(), st.floats(0, 100), st.floats(0, 100))
-def test_a_request_of_a_share_is_of_every_larger_one(request_id: Any, one: float, other: float) -> None:
-    """Whoever asks; all are of 100 percent, none of 0, and one without an id of none."""
+def test_request_in_a_share_is_in_every_larger_one(request_id: Any, one: float, other: float) -> None:
+    """For every process; all are in 100 percent, none in 0, and a request without an id in none."""
     small, large = sorted((one, other))
     assert is_sampled(str(request_id), small) <= is_sampled(str(request_id), large)
     assert is_sampled(str(request_id), 100)
@@ -69,14 +69,14 @@ def test_a_request_of_a_share_is_of_every_larger_one(request_id: Any, one: float
     assert not is_sampled("", 100)
 
 
-def test_a_share_is_that_part_of_the_requests() -> None:
-    """Of 20,000, within four standard deviations."""
+def test_sample_has_the_size_of_the_share() -> None:
+    """Of 20,000 requests, within four standard deviations."""
     sampled = sum(is_sampled(f"00000000-0000-4000-8000-{number:012x}", 10) for number in range(20_000))
     assert abs(sampled - 2000) < 4 * (20_000 * 0.1 * 0.9) ** 0.5
 
 
-class Heard:
-    """A server in the shadow's place, which notes what reaches it and answers when it may."""
+class ShadowServer:
+    """A server in place of the shadow, which records its requests and answers when it may."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
@@ -85,31 +85,33 @@ class Heard:
         self.idle_s = 60.0
         self.num_closed = 0
         """Connections that one of both sides has ended."""
-        heard = self
+        shadow_server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def setup(self) -> None:
                 super().setup()
-                self.connection.settimeout(heard.idle_s)
+                self.connection.settimeout(shadow_server.idle_s)
 
             def finish(self) -> None:
                 super().finish()
                 self.connection.close()
-                heard.num_closed += 1
+                shadow_server.num_closed += 1
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                heard.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-                heard.may_answer.wait(10)
+                shadow_server.requests.append(
+                    (self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                )
+                shadow_server.may_answer.wait(10)
                 with contextlib.suppress(OSError):
                     self.send_response(200)
                     self.send_header("content-length", "0")
                     self.end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -121,12 +123,12 @@ class Heard:
 
 
 @pytest.fixture
-def heard() -> Iterator[Heard]:
-    heard = Heard()
-    yield heard
-    heard.may_answer.set()
-    heard.server.shutdown()
-    heard.server.server_close()
+def shadow_server() -> Iterator[ShadowServer]:
+    shadow_server = ShadowServer()
+    yield shadow_server
+    shadow_server.may_answer.set()
+    shadow_server.server.shutdown()
+    shadow_server.server.server_close()
 
 
 @pytest.fixture
@@ -136,14 +138,14 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     ledger.close()
 
 
-class Mirrored:
+class MirroredReplica:
     """A replica's `Shadowing`, and requests to it."""
 
     def __init__(self, ledger: Ledger, address: str, *, version: int = 1) -> None:
         self.counts: Counter[str] = Counter()
         self.address = address
-        self.troubles: dict[str, BaseException] = {}
-        """What fails next, once, and how."""
+        self.errors: dict[str, BaseException] = {}
+        """Error of the next call of a method, by its name; each is raised once."""
         self.shadowing = Shadowing(
             model=MODEL,
             version=version,
@@ -167,15 +169,15 @@ class Mirrored:
         self.counts.update([result])
 
     def _fail(self, what: str) -> None:
-        if (trouble := self.troubles.pop(what, None)) is not None:
-            raise trouble
+        if (error := self.errors.pop(what, None)) is not None:
+            raise error
 
     def ask(self, number: int = 0, **more: str) -> bool:
-        """Whether a copy was made; more is what the edge said."""
+        """Send a request with more values of the edge's headers; return whether a copy was made."""
         return self.send(EdgeHeaders(request_id=f"r{number}", **more), b'{"entities": [{"id": 1}]}')
 
     def send(self, edge: EdgeHeaders, body: bytes) -> bool:
-        answer = self.shadowing.follow(Response(), Operation.predict, edge, body)
+        answer = self.shadowing.add_copy(Response(), Operation.predict, edge, body)
         if answer.background is None:
             return False
         asyncio.run(answer.background())
@@ -183,23 +185,23 @@ class Mirrored:
 
 
 @pytest.fixture
-def mirrored(ledger: Ledger, heard: Heard) -> Iterator[Mirrored]:
-    mirrored = Mirrored(ledger, heard.address)
+def mirrored(ledger: Ledger, shadow_server: ShadowServer) -> Iterator[MirroredReplica]:
+    mirrored = MirroredReplica(ledger, shadow_server.address)
     yield mirrored
     mirrored.shadowing.close()
 
 
-def test_a_shadow_starts_changes_and_stops_with_the_ledger(
-    mirrored: Mirrored, heard: Heard, ledger: Ledger
+def test_shadow_starts_changes_and_stops_with_the_ledger(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """Without a restart, and no other model's or the shadow's own requests go anywhere."""
+    """Without a restart; requests of other models and of the shadow itself are not copied."""
     assert not mirrored.ask()
     ledger.append(ShadowStarted(model="other", version=1, app="other-v1", share=100.0), actor="t")
     ledger.append(STARTED, actor="t")
     wait_until(mirrored.ask)
-    wait_until(lambda: len(heard.requests) == 1)
+    wait_until(lambda: len(shadow_server.requests) == 1)
     assert not mirrored.ask(arm="shadow")
-    itself = Mirrored(ledger, heard.address, version=2)
+    itself = MirroredReplica(ledger, shadow_server.address, version=2)
     wait_until(lambda: itself.shadowing._seq == ledger.head())
     assert not itself.ask()
     itself.shadowing.close()
@@ -207,14 +209,14 @@ def test_a_shadow_starts_changes_and_stops_with_the_ledger(
     wait_until(lambda: not mirrored.ask())
 
 
-def test_a_copy_carries_nothing_of_the_client_but_the_question(
-    mirrored: Mirrored, heard: Heard, ledger: Ledger
+def test_copy_contains_only_the_clients_body(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """It comes as the service itself, asks as of the moment of the answer, and is told to log as the shadow."""
+    """It has the service's token, the time of the answer, and the edge's headers with arm and variant `shadow`."""
     ledger.append(STARTED, actor="t")
     wait_until(lambda: mirrored.ask(7, unit_hash="u", arm="control", variant="champion"))
-    wait_until(lambda: len(heard.requests) == 1)
-    [(path, headers, body)] = heard.requests
+    wait_until(lambda: len(shadow_server.requests) == 1)
+    [(path, headers, body)] = shadow_server.requests
     assert path == "/m-v2/v1/models/m:predict"
     assert headers["authorization"] == "Bearer own"
     assert {name: value for name, value in headers.items() if name.startswith("x-falaj")} == {
@@ -227,29 +229,29 @@ def test_a_copy_carries_nothing_of_the_client_but_the_question(
     assert json.loads(body).keys() == {"entities", "as_of"}
 
 
-def test_a_shadow_that_hangs_costs_nothing_but_its_copies(
-    mirrored: Mirrored, heard: Heard, ledger: Ledger
+def test_hanging_shadow_costs_only_copies(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """So many wait, all others are dropped and counted; those that waited are sent in the end."""
-    heard.may_answer.clear()
+    """The queue fills, all other copies are dropped and counted; waiting copies are sent in the end."""
+    shadow_server.may_answer.clear()
     ledger.append(STARTED, actor="t")
     wait_until(mirrored.ask)
-    while len(heard.requests) < SENDERS:  # each sender hangs with one
+    while len(shadow_server.requests) < SENDERS:  # each sender hangs with one
         mirrored.ask()
     before = mirrored.counts["dropped"]
-    asked = 2 * MAX_WAITING
-    assert all(mirrored.ask(number) for number in range(asked))
-    assert mirrored.counts["dropped"] - before >= asked - MAX_WAITING
-    heard.may_answer.set()
+    num_requests = 2 * MAX_WAITING
+    assert all(mirrored.ask(number) for number in range(num_requests))
+    assert mirrored.counts["dropped"] - before >= num_requests - MAX_WAITING
+    shadow_server.may_answer.set()
     wait_until(lambda: mirrored.counts["sent"] == SENDERS + MAX_WAITING)
 
 
-def test_a_shadow_that_is_down_or_refuses_is_counted(
-    mirrored: Mirrored, heard: Heard, ledger: Ledger
+def test_failed_and_refused_copies_are_counted(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """And one large body is not kept."""
-    heard.server.shutdown()
-    heard.server.server_close()
+    """And a copy with a large body is dropped."""
+    shadow_server.server.shutdown()
+    shadow_server.server.server_close()
     ledger.append(STARTED, actor="t")
     wait_until(mirrored.ask)
     wait_until(lambda: mirrored.counts["failed"] == 1)
@@ -257,77 +259,77 @@ def test_a_shadow_that_is_down_or_refuses_is_counted(
     assert mirrored.counts["dropped"] == 1
 
 
-def test_a_connection_that_the_shadow_has_closed_costs_no_copy(heard: Heard) -> None:
-    """Serve closes one after 90 s without a request, so a model that is seldom asked would have no copies at all."""
-    heard.idle_s = 0.05
+def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServer) -> None:
+    """Serve closes a connection after 90 s without a request, so a model with few requests would lose all copies."""
+    shadow_server.idle_s = 0.05
     with contextlib.closing(Connections()) as connections:
         for number in range(1, 4):
-            assert connections.post(heard.address, "/", b"", {}) == 200
-            wait_until(lambda number=number: heard.num_closed == number)  # type: ignore[misc]
-    assert len(heard.requests) == 3
+            assert connections.post(shadow_server.address, "/", b"", {}) == 200
+            wait_until(lambda number=number: shadow_server.num_closed == number)  # type: ignore[misc]
+    assert len(shadow_server.requests) == 3
 
 
-def test_a_connection_is_kept_while_its_replica_is_there(heard: Heard) -> None:
-    """And closed when it is gone, or replicas that come and go would leave one each."""
+def test_connection_stays_open_while_its_replica_exists(shadow_server: ShadowServer) -> None:
+    """And is closed afterwards, so that replaced replicas leave no connections open."""
     with contextlib.closing(Connections()) as connections:
         for _ in range(3):
-            assert connections.post(heard.address, "/", b"", {}) == 200
-        connections.keep([heard.address])
-        assert heard.num_closed == 0
-        connections.keep(["127.0.0.1:1"])
-        wait_until(lambda: heard.num_closed == 1)
+            assert connections.post(shadow_server.address, "/", b"", {}) == 200
+        connections.close_others([shadow_server.address])
+        assert shadow_server.num_closed == 0
+        connections.close_others(["127.0.0.1:1"])
+        wait_until(lambda: shadow_server.num_closed == 1)
 
 
-def test_copies_follow_a_shadow_whose_replica_is_replaced(
-    heard: Heard, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+def test_copies_follow_a_replaced_replica(
+    shadow_server: ShadowServer, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, not only when it is time to ask Serve."""
+    """At once, before the next scheduled fetch."""
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 600.0)
-    mirrored = Mirrored(ledger, f"127.0.0.1:{free_port()}")
+    mirrored = MirroredReplica(ledger, f"127.0.0.1:{free_port()}")
     ledger.append(STARTED, actor="t")
     wait_until(lambda: mirrored.ask() and mirrored.counts["failed"] > 0)
-    mirrored.address = heard.address
+    mirrored.address = shadow_server.address
     wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > 0)
     mirrored.shadowing.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    ("what", "trouble"),
+    ("what", "error"),
     [("fetch_targets", AttributeError("a")), ("token", RuntimeError("t")), ("count", SystemExit())],
-    ids=["asking Serve", "sending", "a thread that ends"],
+    ids=["fetching targets", "sending", "ending a thread"],
 )
-def test_nothing_ends_copies_for_good(
-    mirrored: Mirrored, ledger: Ledger, what: str, trouble: BaseException
+def test_no_error_stops_copies_for_good(
+    mirrored: MirroredReplica, ledger: Ledger, what: str, error: BaseException
 ) -> None:
-    """What nobody had thought of costs one copy or one look."""
+    """An unexpected error costs one copy or one fetch."""
     ledger.append(STARTED, actor="t")
     for _ in range(SENDERS):
-        mirrored.troubles[what] = trouble
-        wait_until(lambda: mirrored.ask() and what not in mirrored.troubles)
+        mirrored.errors[what] = error
+        wait_until(lambda: mirrored.ask() and what not in mirrored.errors)
     before = mirrored.counts["sent"]
     wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > before + SENDERS)
 
 
-def test_serve_is_asked_seldom_and_sooner_only_while_that_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every replica does so, and a shadow that is down for an hour must not have all of them ask every second."""
+def test_addresses_are_fetched_seldom_and_sooner_after_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replica fetches them, so a shadow that is down for an hour must not cause a fetch every second."""
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 10.0)
-    monkeypatch.setattr(shadow_replicas, "FIRST_S", 1.0)
+    monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 1.0)
     now = 0.0
-    pace = Pace(lambda: now)
+    schedule = FetchSchedule(lambda: now)
 
-    def asked(failing: bool, seconds: int) -> list[float]:
+    def fetch_times(failing: bool, seconds: int) -> list[float]:
         nonlocal now
-        found, end = [], now + seconds
+        times, end = [], now + seconds
         while now < end:
-            if pace.is_due(failing=failing):
-                found.append(now)
+            if schedule.is_due(failing=failing):
+                times.append(now)
             now += 0.5
-        return found
+        return times
 
-    assert asked(False, 30) == [0, 10, 20]
-    assert asked(True, 40) == [30, 32, 36, 44, 54, 64]
-    assert asked(False, 20) == [74, 84]
+    assert fetch_times(False, 30) == [0, 10, 20]
+    assert fetch_times(True, 40) == [30, 32, 36, 44, 54, 64]
+    assert fetch_times(False, 20) == [74, 84]
 
 
 @contextlib.contextmanager
@@ -357,35 +359,35 @@ def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replic
         ledger.close()
 
 
-def test_a_shadows_predictions_lie_beside_the_answers_and_are_in_no_figure(
+def test_shadow_predictions_are_logged_and_in_no_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of both endpoints, with binary tensors too: joined by the request id, and left out of what was served."""
+    """Both endpoints, also with binary tensors: joined by request id, and not among the served predictions."""
     with running_pair(tmp_path, monkeypatch) as replica:
         log, store = Path(replica.places.predictions(MODEL)), key_store(replica.keys)
         raw = to_raw("FP64", [3.0])
         tensor = {"name": "age", "datatype": "FP64", "shape": [1]}
         head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
-        asked = 0
+        num_requests = 0
 
-        def ask() -> bool:
-            nonlocal asked
+        def send_both() -> bool:
+            nonlocal num_requests
             by_key = {"entities": [{"id": 1}], "features": {"age": 3}}
-            ids = [replica.as_edge(request_id=f"r{asked + n}", arm="outside") for n in range(2)]
+            ids = [replica.as_edge(request_id=f"r{num_requests + n}", arm="outside") for n in range(2)]
             assert replica.json("/v1/models/m:predict", by_key, headers=ids[0])[0] == 200
             length = {"Inference-Header-Content-Length": str(len(head))}
             assert (
                 replica.call("/v2/models/m/versions/1/infer", head + raw, headers=ids[1] | length)[0] == 200
             )
-            asked += 2
+            num_requests += 2
             return read_shadow_predictions(log, store).height >= 4
 
-        wait_until(ask)
+        wait_until(send_both)
         shadows = read_shadow_predictions(log, store)
         answers = replica.log()
         assert set(shadows.select("version", "variant", "arm").rows()) == {(2, "shadow", "shadow")}
         assert set(answers["version"]) == {1}
-        assert answers.height == asked
+        assert answers.height == num_requests
         pairs = shadows.join(answers, on="request_id", suffix="_answered")
         assert pairs.height == shadows.height
         assert pairs["value"].to_list() == pairs["value_answered"].to_list()

@@ -1,4 +1,4 @@
-"""A bound on how long a body may take, without a timer where nothing has to be waited for."""
+"""The timeout of a body, without a timer for bodies that are ready."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.replica import http as http_module
-from serve_apps.replica.within import within
+from serve_apps.replica.timeouts import with_timeout
 from tests.replica import Replica, running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
@@ -32,8 +32,8 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     assert running.failures == []
 
 
-def test_what_is_there_at_once_costs_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its result or its error is given; whatever it would set raises."""
+def test_ready_result_needs_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result or error is returned; setting a timer would raise."""
     monkeypatch.setattr(asyncio, "timeout", None)
 
     async def work(error: Exception | None) -> str:
@@ -41,13 +41,13 @@ def test_what_is_there_at_once_costs_no_timer(monkeypatch: pytest.MonkeyPatch) -
             raise error
         return "done"
 
-    assert asyncio.run(within(0.0, work(None))) == "done"
+    assert asyncio.run(with_timeout(0.0, work(None))) == "done"
     with pytest.raises(KeyError):
-        asyncio.run(within(0.0, work(KeyError())))
+        asyncio.run(with_timeout(0.0, work(KeyError())))
 
 
-def test_what_waits_goes_on_as_if_it_was_awaited() -> None:
-    """Through any number of waits, of futures, sleeps and its own timeouts."""
+def test_waiting_coroutine_continues_as_if_awaited() -> None:
+    """Through any number of futures, sleeps and its own timeouts."""
 
     async def work() -> list[int]:
         found = []
@@ -61,16 +61,16 @@ def test_what_waits_goes_on_as_if_it_was_awaited() -> None:
                 await asyncio.Event().wait()
         return found
 
-    assert asyncio.run(within(10.0, work())) == [0, 1, 2]
+    assert asyncio.run(with_timeout(10.0, work())) == [0, 1, 2]
 
 
 async def _ended_by_time(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     with pytest.raises(TimeoutError):
-        await within(0.001, work())
+        await with_timeout(0.001, work())
 
 
 async def _ended_from_outside(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    task = asyncio.create_task(within(10.0, work()))
+    task = asyncio.create_task(with_timeout(10.0, work()))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -78,8 +78,8 @@ async def _ended_from_outside(work: Callable[[], Coroutine[Any, Any, None]]) -> 
 
 
 @pytest.mark.parametrize("end", [_ended_by_time, _ended_from_outside], ids=["time", "outside"])
-def test_what_is_ended_gets_to_clean_up(end: Callable[..., Coroutine[Any, Any, None]]) -> None:
-    """By time, or because the request was cancelled: it sees the cancellation where it waits."""
+def test_cancelled_coroutine_can_clean_up(end: Callable[..., Coroutine[Any, Any, None]]) -> None:
+    """After a timeout, or a cancelled request: it gets the cancellation where it waits."""
     seen = []
 
     async def work() -> None:
@@ -95,10 +95,8 @@ def test_what_is_ended_gets_to_clean_up(end: Callable[..., Coroutine[Any, Any, N
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/v1/outcomes"])
-def test_a_body_that_drips_holds_its_request_for_a_moment_only(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    """However steadily it comes, its time ends, in JSON; one in two parts in time is answered."""
+def test_dripping_body_is_ended_in_time(replica: Replica, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Even if it arrives steadily; the error is JSON. A body in two parts within the time is answered."""
     monkeypatch.setattr(http_module, "BODY_TIMEOUT_S", 0.3)
     predicts = path in BODIES
     address = replica.address if predicts else replica.outcomes
@@ -132,19 +130,19 @@ def test_a_body_that_drips_holds_its_request_for_a_moment_only(
         parted.close()
 
 
-def test_a_body_that_came_with_its_head_needs_no_timer(
+def test_body_that_came_with_its_head_needs_no_timer(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which a real server has when it calls the replica, so that no request pays for the few that are slow."""
+    """A real server has it when it calls the replica, so normal requests do not pay for slow ones."""
     waited = []
 
     async def noted(limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
         timeout = asyncio.timeout
         with monkeypatch.context() as patch:
             patch.setattr(asyncio, "timeout", lambda limit_s: waited.append(limit_s) or timeout(limit_s))
-            return await within(limit_s, work)
+            return await with_timeout(limit_s, work)
 
-    monkeypatch.setattr(http_module, "within", noted)
+    monkeypatch.setattr(http_module, "with_timeout", noted)
     path, good = next(iter(BODIES.items()))
     head = (f"POST {replica.prefix}{path} HTTP/1.1", "host: x", f"content-length: {len(good)}")
     lines = "\r\n".join((*head, f"authorization: Bearer {replica.token()}", "", "")).encode()

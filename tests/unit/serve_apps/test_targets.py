@@ -1,4 +1,4 @@
-"""Which address an application has when it has no replica: asleep and failed are different things."""
+"""Addresses of an application without a replica: scaled to zero and failed are different."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve_apps.edge.haproxy.config import render
-from serve_apps.replica.targets import Waker, read_targets
+from serve_apps.replica.targets import ScaledToZero, read_targets
 from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
 
 PROXY, REPLICA = 8000, 30001
@@ -27,7 +27,7 @@ def published(
     replicas: tuple[str, ...] = (),
     **group: Any,
 ) -> dict[str, Any]:
-    """What Serve says of one application, as far as we read it."""
+    """Build Serve's answer about one application, as far as we read it."""
     scaling = None if minimum is None else {"min_replicas": minimum, "max_replicas": 2}
     predictor = {
         "status": deployment,
@@ -52,8 +52,8 @@ def published(
         ("10.1.0.7", "10.1.0.7"),
     ],
 )
-def test_a_running_replica_is_addressed_directly(host: str, expected: str) -> None:
-    """Whatever else Serve says of its application; where replicas listen, which is where Serve's proxy does."""
+def test_running_replica_is_addressed_directly(host: str, expected: str) -> None:
+    """Whatever the application's status; at the host where Serve's proxy listens."""
     content = published(status="UNHEALTHY", minimum=None, host=host, ports=(REPLICA, REPLICA + 1))
     if not host:
         del content["http_options"]["host"]
@@ -61,42 +61,42 @@ def test_a_running_replica_is_addressed_directly(host: str, expected: str) -> No
 
 
 @pytest.mark.parametrize("deployment", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
-def test_asleep_is_reached_through_serves_proxy(deployment: str) -> None:
-    """It may have no replica, and Serve finds nothing wrong: also while one starts, or the last leaves."""
-    found = read_targets(published(deployment=deployment))
-    assert found == {"m-v1": Waker(("127.0.0.1:8000",))}
+def test_application_scaled_to_zero_is_reached_through_the_proxy(deployment: str) -> None:
+    """It may have no replica, and is healthy: also while one starts, or the last one leaves."""
+    targets = read_targets(published(deployment=deployment))
+    assert targets == {"m-v1": ScaledToZero(("127.0.0.1:8000",))}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "failure",
     [{"status": status} for status in ("UNHEALTHY", "DEPLOYING", "DEPLOY_FAILED", "DELETING", "NOT_STARTED")]
     + [{"deployment": "UNHEALTHY"}, {"minimum": 1}, {"minimum": None}],
 )
-def test_failed_is_not_reached_at_all(said: dict[str, Any]) -> None:
-    """Serve names its proxy here too, but somebody else should answer at once."""
-    assert read_targets(published(**said)) == {}
+def test_failed_application_has_no_address(failure: dict[str, Any]) -> None:
+    """Serve names its proxy here too, but the champion should answer at once."""
+    assert read_targets(published(**failure)) == {}
 
 
 @pytest.mark.parametrize("group", [{"protocol": "gRPC"}, {"app_name": ""}, {"targets": []}])
 def test_other_targets_are_left_out(group: dict[str, Any]) -> None:
-    """Serve's own, those of other protocols, and groups without any."""
+    """Serve's own, those of other protocols, and groups without targets."""
     assert read_targets(published(**group)) == {}
 
 
-def test_a_controller_of_serve_that_has_just_come_back_takes_nobody_out() -> None:
-    """It lists no addresses until it has found its replicas again, all of which go on answering."""
+def test_restarted_serve_controller_removes_no_replica() -> None:
+    """It lists no addresses until it has found its replicas again, which all still answer."""
     with pytest.raises(ValueError, match="replicas of m-v1"):
         read_targets(published(replicas=("RECOVERING",), targets=[]))
     assert read_targets(published(replicas=("STARTING",), targets=[])) == {}
 
 
-class Starting(Echo):
-    """Answers when a replica would have started."""
+class StartingEcho(Echo):
+    """Answers after a replica would have started."""
 
     def do_POST(self) -> None:
-        assert isinstance(self.server, SlowMirror)
-        self.server.num_asked += 1
-        self.server.asked.set()
+        assert isinstance(self.server, SlowProxy)
+        self.server.num_requests += 1
+        self.server.got_request.set()
         self.server.started.wait(10)
         super().do_POST()
 
@@ -104,61 +104,61 @@ class Starting(Echo):
         super().do_POST()
 
 
-class SlowMirror(Mirror):
+class SlowProxy(Mirror):
     """Serve's proxy, as far as the edge can tell."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Starting)
-        self.asked, self.started = threading.Event(), threading.Event()
-        self.num_asked = 0
+        super().__init__(("127.0.0.1", 0), StartingEcho)
+        self.got_request, self.started = threading.Event(), threading.Event()
+        self.num_requests = 0
 
 
 @pytest.fixture
-def waker(whole: Edge) -> Iterator[SlowMirror]:
-    """The treatment is asleep, and takes its time."""
-    server = SlowMirror()
+def proxy(whole: Edge) -> Iterator[SlowProxy]:
+    """A proxy for a treatment that is scaled to zero and starts slowly."""
+    server = SlowProxy()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    fall_asleep(whole, server, patience_s=20)
+    scale_to_zero(whole, server, wake_timeout_s=20)
     yield server
     server.started.set()
     server.shutdown()
     server.server_close()
 
 
-def fall_asleep(edge: Edge, waker: SlowMirror, *, patience_s: float) -> None:
-    targets = edge.targets | {"m-v2": Waker((f"127.0.0.1:{waker.server_address[1]}",))}
-    settings = replace(edge.settings, wake_timeout_s=patience_s)
+def scale_to_zero(edge: Edge, proxy: SlowProxy, *, wake_timeout_s: float) -> None:
+    targets = edge.targets | {"m-v2": ScaledToZero((f"127.0.0.1:{proxy.server_address[1]}",))}
+    settings = replace(edge.settings, wake_timeout_s=wake_timeout_s)
     edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
 
 
-def test_a_request_waits_for_a_version_that_is_asleep(whole: Edge, waker: SlowMirror) -> None:
-    """It is the treatment's, with all that the edge says of it; others do not wait with it."""
+def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, proxy: SlowProxy) -> None:
+    """It gets the treatment's headers; other requests do not wait."""
     headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(whole.call, token=whole.token(), headers=headers)
-        assert waker.asked.wait(5)
+        assert proxy.got_request.wait(5)
         assert whole.call(token=whole.token())[1]["x-falaj-variant"] == "champion"
         assert not waiting.done()
-        waker.started.set()
-        status, heard = waiting.result(5)
-    said = [heard.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
-    assert (status, said, heard["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
-    assert {"x-falaj-request-id", "x-falaj-unit-hash", "authorization"} <= heard.keys()
+        proxy.started.set()
+        status, echo = waiting.result(5)
+    values = [echo.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
+    assert (status, values, echo["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
+    assert {"x-falaj-request-id", "x-falaj-unit-hash", "authorization"} <= echo.keys()
 
 
-def test_a_version_that_never_wakes_is_an_error_in_time(whole: Edge, waker: SlowMirror) -> None:
-    """In JSON, and the edge does not ask twice."""
-    fall_asleep(whole, waker, patience_s=0.3)
+def test_version_that_never_starts_is_an_error_in_time(whole: Edge, proxy: SlowProxy) -> None:
+    """In JSON, and the edge sends the request once."""
+    scale_to_zero(whole, proxy, wake_timeout_s=0.3)
     status, content = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, content["code"]) == (503, 503)
-    assert waker.num_asked == 1
+    assert proxy.num_requests == 1
 
 
-class Leaving(Echo):
-    """As a replica is that Serve takes away."""
+class LeavingEcho(Echo):
+    """Behaves as a replica that Serve stops."""
 
     def do_GET(self) -> None:
-        assert isinstance(self.server, LeavingMirror)
+        assert isinstance(self.server, LeavingReplica)
         self.server.checks += 1
         self.send_response(503)
         self.send_header("content-length", "8")
@@ -166,17 +166,17 @@ class Leaving(Echo):
         self.wfile.write(b"DRAINING")
 
 
-class LeavingMirror(Mirror):
+class LeavingReplica(Mirror):
     """Counts the health checks."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Leaving)
+        super().__init__(("127.0.0.1", 0), LeavingEcho)
         self.checks = 0
 
 
-def test_a_replica_that_drains_is_asked_until_its_successor_is_known(whole: Edge) -> None:
-    """It still answers, whatever its health checks say."""
-    server = LeavingMirror()
+def test_draining_replica_gets_requests_until_its_successor_is_known(whole: Edge) -> None:
+    """It still answers, although its health checks fail."""
+    server = LeavingReplica()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     targets = whole.targets | {"m-v1": (f"127.0.0.1:{server.server_address[1]}",)}
     config = render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings)
@@ -187,11 +187,11 @@ def test_a_replica_that_drains_is_asked_until_its_successor_is_known(whole: Edge
     server.server_close()
 
 
-def test_a_champion_that_is_asleep_is_ready(whole: Edge) -> None:
+def test_champion_scaled_to_zero_is_ready(whole: Edge) -> None:
     """It will answer."""
     server = Mirror(("127.0.0.1", 0), Echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    targets = whole.targets | {"m-v1": Waker((f"127.0.0.1:{server.server_address[1]}",))}
+    targets = whole.targets | {"m-v1": ScaledToZero((f"127.0.0.1:{server.server_address[1]}",))}
     whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings))
     assert whole.call("/v2/health/ready", method="GET")[0] == 200
     server.shutdown()

@@ -1,4 +1,4 @@
-"""What guardrail and monitor make of a real replica's log: each version by itself, and what means nothing apart."""
+"""Guardrail and monitor over a real replica's log: each version separately, unusable outcomes counted separately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.logged import read
-from serve_apps.rollout.__main__ import RolloutConfig, find
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import Rollout
 from tests.replica import MODEL, Replica, register, running_replica
@@ -34,8 +35,10 @@ ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="chal
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """Two versions: the first answers rightly, the second the opposite; and one odd outcome as an older release took
-    it, which made a column of flags into one of texts."""
+    """Two versions: the first always answers correctly, the second the opposite.
+
+    One odd outcome, as an older release stored it, turned a column of flags into one of texts.
+    """
     with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
         root = Path(running.places.root)
         register(root / "second", platform(root), FLAGS, running.keys)
@@ -45,7 +48,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         for number, truth in enumerate(truths):
             version, arm = (1, "control") if number < 20 else (2, "treatment")
             score = 0.9 if truth is (version == 1) else 0.1
-            found = [{"probability": score, "label": score > 0.5}]
+            predictions = [{"probability": score, "label": score > 0.5}]
             records.append(
                 answer(
                     number,
@@ -53,7 +56,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
                     version=version,
                     rollout="r",
                     arm=arm,
-                    predictions=found,
+                    predictions=predictions,
                     variant="champion",
                 )
             )
@@ -61,8 +64,8 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
             answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
         )
         share = {"a": 0.25, "b": 0.5, "c": 0.25}
-        found = [{"probabilities": share, "label": "b"}]
-        records.append(answer(91, "old", version=3, variant="champion", predictions=found))
+        predictions = [{"probabilities": share, "label": "b"}]
+        records.append(answer(91, "old", version=3, variant="champion", predictions=predictions))
         write(running, "predictions", *records)
         write(
             running,
@@ -88,19 +91,19 @@ def write(replica: Replica, log: str, *records: Any) -> None:
 
 
 def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> None:
-    """The broken treatment is found, and the finding says what was left out."""
+    """The bad treatment is found, and the finding counts what was left out."""
     storage = StorageConfig(root=replica.places.root)
     config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
     actor: Any = SimpleNamespace(access=replica.keys)
-    found = find(config, open_ledger(config), actor, ROLLOUT)
-    assert (found.verdict, found.treatment, found.control) == (Verdict.breached, 0.0, 1.0)
-    assert (found.treatment_outcomes, found.control_outcomes) == (20, 20)
-    assert (found.odd_outcomes, found.unknown_outcomes) == (1, 2)
-    assert (found.treatment_failures, found.control_failures) == (1, 0)
+    finding = evaluate(config, open_ledger(config), actor, ROLLOUT)
+    assert (finding.verdict, finding.treatment, finding.control) == (Verdict.breached, 0.0, 1.0)
+    assert (finding.treatment_outcomes, finding.control_outcomes) == (20, 20)
+    assert (finding.odd_outcomes, finding.unknown_outcomes) == (1, 2)
+    assert (finding.treatment_failures, finding.control_failures) == (1, 0)
 
 
-def test_two_versions_of_one_variant_are_measured_apart(replica: Replica) -> None:
-    """As after a promotion: neither takes the other's place, also where the classes of one are of another type."""
+def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
+    """As after a promotion, also if one version's classes have another type."""
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
     registry = Registry(open_ledger(config), replica.places)

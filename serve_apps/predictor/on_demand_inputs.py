@@ -1,4 +1,4 @@
-"""What a request says beyond entities: the inputs of on-demand transforms."""
+"""Inputs of on-demand transforms that a client can send in "features"."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from feature_jobs.store.on_demand import load
 from feature_jobs.store.types.dtypes import is_rich
 
 
-def request_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:
-    """What a client may give in "features" beside the model's own inputs.
+def on_demand_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:
+    """Return the request inputs of a service's on-demand transforms, by name.
 
     Raises:
-        DefinitionError: a transform's code is not here, or is not what the model was trained with.
+        DefinitionError: a transform's code is missing, or is not the code that the model was trained with.
     """
     inputs: dict[str, InputSpec | FieldSpec] = {}
-    for one in spec.on_demand:
-        load(one)
-        for field in one.inputs:
+    for transform in spec.on_demand:
+        load(transform)
+        for field in transform.inputs:
             if is_rich(field.dtype) or field.dtype == "timestamp":
                 inputs[field.name] = field
                 continue

@@ -1,4 +1,4 @@
-"""A real replica of a model whose features are made on demand."""
+"""A real replica of a model with on-demand features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
-from serve_apps.predictor.asked import request_inputs
+from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from tests.replica import Replica, running_replica
 
 INCOME = FeatureView(
@@ -68,27 +68,27 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     assert running.failures == []
 
 
-def test_features_are_made_of_the_request_and_written_down_with_it(replica: Replica) -> None:
-    """A view's feature that the client gives counts in the transform, too."""
+def test_on_demand_features_are_computed_and_logged_with_their_inputs(replica: Replica) -> None:
+    """A view's feature that the client sends is used by the transform, too."""
     features = {"asked": [2, None], "channel": "web", "income__amount": [4.0, 4.0], "due": "2026-01-31"}
     features["income__emb"] = [[0.5, 1.5], None]
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": features})
     assert status == 200, content
     assert content["features_status"] == {"terms__share": ["present", "null"]}
-    assert [one["value"] for one in content["predictions"]] == pytest.approx([0.365, 0.34], abs=1e-6)
-    mine = replica.log().filter(prediction_id=content["prediction_id"])
-    assert mine["terms__share"].to_list() == [0.5, None]
-    assert (mine["asked"].to_list(), mine["channel"].to_list()) == ([2, None], ["web", "web"])
-    assert (mine["due"].to_list(), mine["terms__days"].to_list()) == (["2026-01-31"] * 2, [30, 30])
-    assert mine["income__emb"].to_list() == [[0.5, 1.5], None]
+    assert [row["value"] for row in content["predictions"]] == pytest.approx([0.365, 0.34], abs=1e-6)
+    logged = replica.log().filter(prediction_id=content["prediction_id"])
+    assert logged["terms__share"].to_list() == [0.5, None]
+    assert (logged["asked"].to_list(), logged["channel"].to_list()) == ([2, None], ["web", "web"])
+    assert (logged["due"].to_list(), logged["terms__days"].to_list()) == (["2026-01-31"] * 2, [30, 30])
+    assert logged["income__emb"].to_list() == [[0.5, 1.5], None]
 
 
-def test_request_that_does_not_say_what_is_needed_is_refused(replica: Replica) -> None:
-    """But one that brings the feature itself needs no input."""
+def test_request_without_needed_inputs_is_refused(replica: Replica) -> None:
+    """A request with the feature itself needs no inputs."""
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"channel": "web"}})
     assert (status, "'asked' is missing" in content["error"]) == (400, True)
-    asked = {"asked": 1.0, "channel": "web", "due": 20484}
-    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": asked})
+    inputs = {"asked": 1.0, "channel": "web", "due": 20484}
+    status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": inputs})
     assert (status, "'due' must be date" in content["error"]) == (400, True)
     status, content = replica.json(PREDICT, {"entities": ENTITIES, "features": {"asked": "much"}})
     assert (status, "must be a number" in content["error"]) == (400, True)
@@ -107,5 +107,5 @@ def test_replica_does_not_start_without_the_code_its_model_was_trained_with(tmp_
     )
     ledger.append(event, actor="t")
     with pytest.raises(DefinitionError, match="No module 'no_such_module'"):
-        request_inputs(service_spec(ledger, "credit", "v"))
+        on_demand_inputs(service_spec(ledger, "credit", "v"))
     ledger.close()

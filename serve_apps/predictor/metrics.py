@@ -1,6 +1,6 @@
-"""What a replica tells of its answers: how many by status, and how long they took.
+"""Metrics of a replica's answers: their number by status, and their duration.
 
-A call of Ray's metrics costs as much as reading an entity's features, so answers are counted here, and Ray is told
+A call of Ray's metrics costs as much as reading an entity's features. So answers are counted here, and passed to Ray
 once a second.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from ray.serve import metrics
 
-TELL_EVERY_S = 1.0
-_TAGS: Any = ("model", "version")  # Ray annotates a tuple of one
+FLUSH_INTERVAL_S = 1.0
+_TAGS: Any = ("model", "version")  # Ray's annotation allows only tuples of one element
 
 
-class Meters:
-    """Of one model version; to be used in a running event loop alone."""
+class PredictionMetrics:
+    """Metrics of one model version; needs a running event loop."""
 
     def __init__(self, tags: Mapping[str, str]) -> None:
         self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
@@ -33,22 +33,22 @@ class Meters:
             "requests for which the model gave no finite score",
             tag_keys=_TAGS,
         )
-        for meter in (self._answered, self._seconds, self._without_score):
-            meter.set_default_tags(dict(tags))  # Serve writes its own tags into what it is given
-        self._untold: Counter[int] = Counter()
+        for metric in (self._answered, self._seconds, self._without_score):
+            metric.set_default_tags(dict(tags))  # a copy, because Serve adds its own tags to it
+        self._unflushed: Counter[int] = Counter()
 
     def answer(self, status: int, *, took_s: float) -> None:
         """Count an answer."""
-        if not self._untold:
-            asyncio.get_running_loop().call_later(TELL_EVERY_S, self._tell)
-        self._untold[status] += 1
+        if not self._unflushed:
+            asyncio.get_running_loop().call_later(FLUSH_INTERVAL_S, self._flush)
+        self._unflushed[status] += 1
         self._seconds.observe(took_s)
 
     def without_score(self) -> None:
-        """Count a request that the model gave no usable score for."""
+        """Count a request for which the model gave no finite score."""
         self._without_score.inc()
 
-    def _tell(self) -> None:
-        for status, count in self._untold.items():
+    def _flush(self) -> None:
+        for status, count in self._unflushed.items():
             self._answered.inc(count, tags={"status": str(status)})
-        self._untold.clear()
+        self._unflushed.clear()

@@ -1,4 +1,4 @@
-"""An application comes back with the settings that it was deployed with."""
+"""A restored application gets the settings that it was deployed with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cluster.settings import (
     ReplicaConfig,
     StorageConfig,
 )
-from serve_apps.as_deployed import as_deployed, keep_settings
+from serve_apps.deployed_settings import store_settings, with_deployed_settings
 
 
-def test_what_an_application_was_deployed_with_is_kept(tmp_path: Path) -> None:
-    """By the application, whatever the one that restores it is configured with; the rest is the restorer's."""
+def test_restore_uses_the_stored_settings(tmp_path: Path) -> None:
+    """All other settings are those of the restoring command."""
     storage = StorageConfig(root=str(tmp_path))
     deployed = PlatformConfig(
         storage=storage,
@@ -30,10 +30,10 @@ def test_what_an_application_was_deployed_with_is_kept(tmp_path: Path) -> None:
             purpose="credit_scoring", service_token_file="/run/service.jwt", token_file="mine"
         ),
     )
-    keep_settings(deployed, "m-v1")
+    store_settings(deployed, "m-v1")
     now = PlatformConfig(storage=storage, replica=ReplicaConfig(num_replicas=1))
     now.cluster.region = "oman"
-    restored = as_deployed(now, "m-v1")
+    restored = with_deployed_settings(now, "m-v1")
     assert (restored.replica, restored.online) == (deployed.replica, deployed.online)
     assert (restored.identity.purpose, restored.identity.service_token_file) == (
         "credit_scoring",
@@ -41,20 +41,20 @@ def test_what_an_application_was_deployed_with_is_kept(tmp_path: Path) -> None:
     )
     assert restored.identity.token_file is None
     assert restored.cluster == now.cluster
-    assert as_deployed(now, "m-v2") == now
+    assert with_deployed_settings(now, "m-v2") == now
 
 
-def test_settings_of_a_release_that_kept_fewer_are_read(tmp_path: Path) -> None:
-    """What they do not say is the restorer's."""
+def test_stored_settings_of_an_earlier_release_are_read(tmp_path: Path) -> None:
+    """Missing settings are those of the restoring command."""
     now = PlatformConfig(
         storage=StorageConfig(root=str(tmp_path)), identity=IdentityConfig(service_token_file="/run/t.jwt")
     )
-    keep_settings(now, "m-v1")
+    store_settings(now, "m-v1")
     path = tmp_path / "serving" / "m-v1.json"
-    kept = json.loads(path.read_text())
-    del kept["identity"]
-    path.write_text(json.dumps(kept))
-    assert as_deployed(now, "m-v1") == now
+    stored = json.loads(path.read_text())
+    del stored["identity"]
+    path.write_text(json.dumps(stored))
+    assert with_deployed_settings(now, "m-v1") == now
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"m-v1\.json is damaged.*Deploy it again"):
-        as_deployed(now, "m-v1")
+        with_deployed_settings(now, "m-v1")

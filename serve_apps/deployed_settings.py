@@ -1,0 +1,47 @@
+"""Settings that each application was deployed with, stored so that a restore can use them again.
+
+They are not in the ledger, because they say how an application runs on this machine, not what is served.
+"""
+
+from __future__ import annotations
+
+import json
+
+from cluster.errors import ConfigError
+from cluster.settings import PlatformConfig, from_plain, to_plain
+from cluster.storage import exists, layout, read_bytes, write_bytes
+
+SECTIONS = ("replica", "online")
+IDENTITY_FIELDS = ("purpose", "service_token_file")
+"""Stored fields of the section `identity`: the purpose that a replica reads for, and the token that it shows. Both may
+be given on the deployment's command line only."""
+
+
+def store_settings(config: PlatformConfig, app: str) -> None:
+    """Store the settings that an application was deployed with."""
+    plain = to_plain(config)
+    settings = {name: plain[name] for name in SECTIONS}
+    identity = plain["identity"]
+    settings["identity"] = {name: identity[name] for name in IDENTITY_FIELDS if identity[name] is not None}
+    write_bytes(_path(config, app), json.dumps(settings).encode())
+
+
+def with_deployed_settings(config: PlatformConfig, app: str) -> PlatformConfig:
+    """Return the configuration with the settings that an application was deployed with, if any are stored.
+
+    Raises:
+        ConfigError: this release does not know the stored settings, or the file is damaged.
+    """
+    path = _path(config, app)
+    plain = to_plain(config)
+    try:
+        stored = json.loads(read_bytes(path)) if exists(path) else {}
+    except ValueError:
+        raise ConfigError(
+            f"{path} is damaged, so the settings of {app} are unknown. Deploy it again with its settings."
+        ) from None
+    return from_plain(plain | stored | {"identity": plain["identity"] | stored.get("identity", {})})
+
+
+def _path(config: PlatformConfig, app: str) -> str:
+    return layout(config.storage).serving(app)

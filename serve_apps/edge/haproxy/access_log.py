@@ -1,0 +1,24 @@
+"""The access record: HAProxy's log line for each request with a valid token."""
+
+from __future__ import annotations
+
+_FIELDS = {
+    "time": "%Ts.%ms",
+    "request_id": '"%ID"',
+    "model": '"%[var(txn.model),json(utf8s)]"',
+    "action": '"%[var(txn.action)]"',
+    "principal": '"%[var(txn.principal),bytes(0,400),json(utf8s)]"',
+    "path": '"%[var(txn.path),bytes(0,300),json(utf8s)]"',
+    "rollout": '"%[var(txn.rollout)]"',
+    "arm": '"%[var(txn.arm)]"',
+    "variant": '"%[var(txn.variant)]"',
+    "fallback": '"%[var(txn.fallback)]"',
+    "unit_hash": '"%[var(txn.unit_hash)]"',
+    "status": "%ST",
+    "latency_ms": "%Ta",
+    "prediction_id": '"%[var(txn.prediction_id),json(utf8s)]"',
+    "termination": '"%ts"',
+}
+LOG_FORMAT = "{" + ",".join(f'"{name}":{value}' for name, value in _FIELDS.items()) + "}"
+"""Values that a client chooses are cut, because HAProxy cuts a record at 4,096 bytes and escaping can make one byte
+into six (`\\u0001`)."""

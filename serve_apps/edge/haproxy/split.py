@@ -1,0 +1,101 @@
+"""The traffic split: rules that choose a request's arm, backend and variant, and tell the replica about them."""
+
+from __future__ import annotations
+
+from serve_apps.edge.haproxy.answers import NO_HEALTHY_REPLICA, refuse
+from serve_apps.edge.haproxy.routes import NO_ROLLOUT
+from serve_apps.replica.edge_headers import (
+    ARM,
+    ARRIVED,
+    PROOF,
+    PROOF_VARIABLE,
+    REQUEST_ID,
+    ROLLOUT,
+    UNIT_HASH,
+    VARIANT,
+)
+from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, Arm
+
+OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
+_FEATURE_PATHS = "/v1/features:read /v1/features:push"
+_HOP_BY_HOP = ("upgrade", "keep-alive", "proxy-connection", "te", "trailer", "http2-settings")
+"""Headers for the next hop alone (RFC 9110, 7.6.1); HAProxy handles `Connection` itself. Behind the edge only Ray's
+dashboard speaks anything but plain HTTP."""
+
+
+def rules(*, map_file: str) -> str:
+    """Return all rules of the split; they set `txn.backend` and the path to send the request to.
+
+    Args:
+        map_file: model to its map entry (see `routes.entry`).
+    """
+    return "\n".join(
+        (
+            _read_route(map_file),
+            _choose_arm(),
+            _choose_backend(),
+            _replica_headers(),
+            "    http-request set-path /%[var(txn.backend)]%[path]",
+        )
+    )
+
+
+def _read_route(map_file: str) -> str:
+    """Read the model's map entry into variables; the champion is the default backend and variant."""
+    return f"""    acl by_model var(txn.model) -m found
+    http-request set-var(txn.route) var(txn.model),map_str({map_file}) if by_model
+    {refuse(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
+    http-request set-var(txn.backend) str({OUTCOMES_APP}) if {{ path /v1/outcomes }}
+    http-request set-var(txn.backend) str({FEATURES_APP}) if {{ path {_FEATURE_PATHS} }}
+    http-request set-var(txn.backend) var(txn.route),field(1,|) if by_model
+    http-request set-var(txn.variant) str({CHAMPION_VARIANT}) if by_model
+    http-request set-var(txn.rollout) var(txn.route),field(4,|) if by_model
+    http-request set-var(txn.salt) var(txn.route),field(5,|) if by_model
+    http-request set-var(txn.below) var(txn.route),field(6,|) if by_model
+    http-request set-var(txn.from) var(txn.route),field(7,|) if by_model"""
+
+
+def _choose_arm() -> str:
+    """Compute the unit's bucket and arm, as `rollout.assignment.assign` does."""
+    return f"""    {refuse(400, "Give one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
+    http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
+    acl has_unit var(txn.unit) -m len gt 0
+    http-request set-var(txn.arm) str({Arm.none}) if by_model
+    http-request set-var(txn.arm) str({Arm.outside}) if has_unit
+    http-request set-var(txn.unit_hash) var(txn.unit),sha2(256),hex,bytes(0,16) if has_unit
+    http-request set-var(txn.bucket) var(txn.salt),concat(:,txn.unit),xxh32(0),mod({BUCKETS}) if has_unit
+    http-request set-var(txn.arm) str({Arm.treatment}) if has_unit {{ var(txn.bucket),sub(txn.below) -m int lt 0 }}
+    http-request set-var(txn.arm) str({Arm.control}) if has_unit !{{ var(txn.bucket),sub(txn.from) -m int lt 0 }}"""
+
+
+def _choose_backend() -> str:
+    """Take the treatment's backend for a treated request, or the champion's if the treatment has no healthy replica."""
+    return f"""    acl treated var(txn.arm) -m str {Arm.treatment}
+    http-request set-var(txn.treatment) var(txn.route),field(2,|) if treated
+    acl treatable var(txn.treatment),nbsrv -m int gt 0
+    http-request set-var(txn.backend) var(txn.treatment) if treated treatable
+    http-request set-var(txn.variant) var(txn.route),field(3,|) if treated treatable
+    http-request set-var(txn.fallback) bool(true) if treated !treatable
+    {refuse(503, NO_HEALTHY_REPLICA)} unless {{ var(txn.backend),nbsrv -m int gt 0 }}"""
+
+
+def _replica_headers() -> str:
+    """Set the headers that tell a replica about the request, and drop hop-by-hop headers.
+
+    Every request gets every header, so that a trailer cannot replace a missing one.
+    """
+    values = {
+        PROOF: f"${{{PROOF_VARIABLE}}}",
+        REQUEST_ID: "%[unique-id]",
+        ARRIVED: "%[date(0,us)]",
+        VARIANT: "%[var(txn.variant)]",
+        ARM: "%[var(txn.arm)]",
+        ROLLOUT: "%[var(txn.of_rollout)]",
+        UNIT_HASH: "%[var(txn.unit_hash)]",
+    }
+    lines = [
+        *(f"    http-request del-header {name}" for name in _HOP_BY_HOP),
+        f"    http-request set-var(txn.of_rollout) var(txn.rollout) unless {{ var(txn.rollout) -m str {NO_ROLLOUT} }}",
+        *(f'    http-request set-header {name} "{value}"' for name, value in values.items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""Options of the rollout command, and which action uses which."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+from cluster.records import SHADOW
+from cluster.settings import PlatformConfig
+from serve_apps.rollout.assignment import CHAMPION_VARIANT, require_percent, require_variant
+
+
+class RolloutAction(enum.Enum):
+    """Action of the command."""
+
+    start = "start"
+    weight = "weight"
+    show = "show"
+    promote = "promote"
+    rollback = "rollback"
+    check = "check"
+    shadow = "shadow"
+    stop_shadow = "stop_shadow"
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig(PlatformConfig):
+    """Options of the command; see `configs/rollout.yaml`."""
+
+    action: RolloutAction = RolloutAction.show
+    name: str = "???"
+    """Name of the model."""
+    version: str = "latest"
+    """Version to try or to shadow: a number, an alias, or `latest`. `promote` refuses if another version is tried."""
+    weight: float = 10.0
+    """Percent of units that the treatment answers."""
+    share: float = 10.0
+    """Percent of requests that are copied to a shadow."""
+    variant: str = "challenger"
+    """Name of the treatment in answers and logs."""
+    reason: str = "by command"
+    """Reason that the ledger records."""
+    min_outcomes: int = 200
+    """Outcomes needed in each arm for a verdict."""
+    max_drop: float = 0.05
+    """How far the treatment's metric may be below the control's."""
+    output: str | None = None
+    """JSON file for the result."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "share"):
+            require_percent(getattr(self, name), name=name)
+        require_variant(self.variant)
+        if self.variant in (CHAMPION_VARIANT, SHADOW):
+            raise ValueError(f"variant '{self.variant}' is a reserved name in records. Choose another name.")
+        if self.min_outcomes < 1:
+            raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
+        if not 0 <= self.max_drop < math.inf:
+            raise ValueError(f"max_drop must be a finite number of at least 0, got {self.max_drop}.")
+
+
+OWN_OPTIONS = frozenset({"version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"})
+_GUARDRAIL = frozenset({"min_outcomes", "max_drop"})
+USED: dict[RolloutAction, frozenset[str]] = {
+    RolloutAction.start: frozenset({"version", "weight", "variant"}),
+    RolloutAction.weight: frozenset({"weight"}),
+    RolloutAction.show: frozenset(),
+    RolloutAction.promote: frozenset({"version", "reason"}) | _GUARDRAIL,
+    RolloutAction.rollback: frozenset({"reason"}),
+    RolloutAction.check: _GUARDRAIL,
+    RolloutAction.shadow: frozenset({"version", "share"}),
+    RolloutAction.stop_shadow: frozenset({"reason"}),
+}
+"""Options that an action uses."""

@@ -1,0 +1,95 @@
+"""Apply the guardrail to a rollout: read its log, match predictions with outcomes, describe the finding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+
+from cluster.errors import ArtifactTampered, RecordLogCorrupt, RefusedError, RolloutError
+from cluster.ledger import Ledger
+from cluster.records import all_outcomes, match, read_log
+from cluster.registry import Registry
+from cluster.runtime import Truths
+from cluster.runtime.loader import load_signature
+from cluster.security.acting import Actor
+from cluster.security.keys.access import key_store
+from cluster.storage import layout, local
+from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.guardrail import Finding, Verdict, judge
+from serve_apps.rollout.state import Rollout
+
+
+def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
+    """Apply the guardrail to the rollout's own predictions and their outcomes.
+
+    Raises:
+        RolloutError: no prediction has an outcome yet.
+    """
+    places = layout(config.storage)
+    registry, store = Registry(ledger, places), key_store(actor.access)
+    log = read_log(local(places.predictions(config.name)), store)
+    outcomes = list(all_outcomes(local(places.outcomes(config.name)), store))
+    if log.answers.is_empty() or not outcomes:
+        raise RolloutError(
+            f"'{config.name}' has no predictions with outcomes yet, so there is nothing to compare."
+        )
+    of_rollout = log.answers.filter(pl.col("rollout") == rollout.id)
+    numbers = {rollout.treatment_version, *of_rollout["version"].to_list()}
+    signatures = {number: load_signature(registry.get(config.name, number), store) for number in numbers}
+    matched = match(log.answers, outcomes, {number: Truths(one) for number, one in signatures.items()})
+    finding = judge(
+        matched.answers.filter(pl.col("rollout") == rollout.id),
+        signature=signatures[rollout.treatment_version],
+        min_outcomes=config.min_outcomes,
+        max_drop=config.max_drop,
+    )
+    failed_arms = (
+        []
+        if log.failures.is_empty()
+        else log.failures.filter(pl.col("rollout") == rollout.id)["arm"].to_list()
+    )
+    return replace(
+        finding,
+        unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,
+        treatment_failures=failed_arms.count(Arm.treatment),
+        control_failures=failed_arms.count(Arm.control),
+    )
+
+
+def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> str:
+    """Describe the outcomes of a rollout, and refuse its promotion if they breach the guardrail.
+
+    Raises:
+        RolloutError: they breach the guardrail.
+        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so its outcomes prove nothing.
+    """
+    try:
+        finding = evaluate(config, ledger, actor, rollout)
+    except (RecordLogCorrupt, ArtifactTampered):
+        raise
+    except RefusedError as error:
+        return f"without outcomes: {error}"
+    description = describe(finding, min_outcomes=config.min_outcomes)
+    if finding.verdict is Verdict.breached:
+        raise RolloutError(
+            f"Rollout {rollout.id} of '{config.name}' is worse than its control: {description}. Roll it back, or give "
+            "the `max_drop` that you accept."
+        )
+    return description
+
+
+def describe(finding: Finding, *, min_outcomes: int) -> str:
+    """Describe a finding in words, for the operator and for the reason of a promotion."""
+    counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
+    match finding.verdict:
+        case Verdict.too_few:
+            return f"without a verdict: {counts}, {min_outcomes} of each are needed"
+        case Verdict.undefined:
+            return f"without a verdict: {counts}, but {finding.metric} is undefined if all are of one class or value"
+    return f"{describe_metrics(finding)}, {counts}"
+
+
+def describe_metrics(finding: Finding) -> str:
+    return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"
