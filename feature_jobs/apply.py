@@ -24,7 +24,7 @@ from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, load_definitions
 from feature_jobs.store.definitions.views import Sensitivity
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.types.key_types import refuse_undeclared
+from feature_jobs.store.types.key_types import require_declared_types
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def check_stored_keys(definitions: Definitions, places: Layout) -> None:
     """
     for name, view in definitions.views.items():
         table = offline.open_table(places.features(name)) if view.key_types else None
-        refuse_undeclared(name, view.key_types, offline.stored_key_types(table, view.join_keys))
+        require_declared_types(name, view.key_types, offline.stored_key_types(table, view.join_keys))
 
 
 def for_any_purpose(definitions: Definitions) -> list[str]:

@@ -18,7 +18,7 @@ from feature_jobs.store.catalog.differences import Change, Impact, view_changes
 from feature_jobs.store.catalog.lifecycle import Lifecycle
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.catalog.specifications import Definitions
-from feature_jobs.store.definitions.names import refuse_new_alike
+from feature_jobs.store.definitions.names import require_distinct_new_names
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView, content_hash
 
@@ -92,8 +92,8 @@ def make_plan(
         DefinitionError: a new name that differs only in case from another one.
     """
     views, services = recorded.newest_views, recorded.newest_services
-    refuse_new_alike("view", definitions.views, views)
-    refuse_new_alike("service", definitions.services, services)
+    require_distinct_new_names("view", definitions.views, views)
+    require_distinct_new_names("service", definitions.services, services)
     steps = [
         *(_view_step(view, views.get(view.name)) for view in definitions.views.values()),
         *_removed("view", definitions, list(views.values())),

@@ -18,7 +18,7 @@ from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewN
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from feature_jobs.store.definitions.aggregations import EVERY, WindowSpec, window_spec
-from feature_jobs.store.definitions.limits import within
+from feature_jobs.store.definitions.limits import clamp_span_s
 from feature_jobs.store.definitions.missing import NO_POLICY, MissingPolicy, parse
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView
@@ -300,10 +300,10 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         fields=fields if windows is None else aggregated_fields(windows, fields),
         windows=windows,
         event_fields=() if windows is None else tuple(fields),
-        ttl_s=within(definition["ttl_s"]),
+        ttl_s=clamp_span_s(definition["ttl_s"]),
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
-        retention_s=within(definition.get("retention_s")),
+        retention_s=clamp_span_s(definition.get("retention_s")),
         key_types=declared_key_types(definition),
     )
 

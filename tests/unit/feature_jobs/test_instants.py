@@ -14,7 +14,7 @@ from cluster.errors import DefinitionError, SchemaMismatch
 from feature_jobs.store import FeatureView, FileSource, SqlSource
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.types.casting import cast_feature, cast_time
-from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, micros, parse
+from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, parse, to_micros
 from tests.feature_project import INCOME
 
 ZONE = "America/Los_Angeles"
@@ -71,7 +71,7 @@ def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
 def test_finer_time_is_rounded_as_it_is_said(nanoseconds: int, up: int, down: int) -> None:
     """Up or down, also before 1970 and at the ends of what nanoseconds reach."""
     column = pa.chunked_array([pa.array([nanoseconds, None], NS)])
-    found = [micros(column, one).cast(pa.int64()).to_pylist() for one in (Rounding.up, Rounding.down)]
+    found = [to_micros(column, one).cast(pa.int64()).to_pylist() for one in (Rounding.up, Rounding.down)]
     assert found == [[up, None], [down, None]]
 
 

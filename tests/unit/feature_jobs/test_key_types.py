@@ -31,7 +31,7 @@ from feature_jobs.store.offline.training_set import key_column
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.streaming.pushed_view import from_record
 from feature_jobs.store.streaming.streamed import MicroBatch, store_batch
-from feature_jobs.store.types.key_types import MAX_KEY, refuse_undeclared, refuse_unlike
+from feature_jobs.store.types.key_types import MAX_KEY, refuse_unlike, require_declared_types
 from tests.push_project import INCOME, START, PushProject, message, row
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
@@ -110,9 +110,9 @@ def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
     [changed] = view_changes(WHOLE.definition(), TEXT.definition())
     assert (declared.text, declared.impact) == ("+ join key person_id type int64", Impact.safe)
     assert changed.impact is Impact.incompatible
-    refuse_undeclared("income", {"person_id": "int64"}, {"person_id": "int64"})
+    require_declared_types("income", {"person_id": "int64"}, {"person_id": "int64"})
     with pytest.raises(DefinitionError, match="declared as string, but its feature table holds int64"):
-        refuse_undeclared("income", {"person_id": "string"}, {"person_id": "int64"})
+        require_declared_types("income", {"person_id": "string"}, {"person_id": "int64"})
 
 
 def test_applying_a_type_that_the_table_does_not_have_is_refused(project: PushProject) -> None:

@@ -111,7 +111,7 @@ def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
     ("missing", "words"),
     [
         ({"income__amont": Missing.REFUSE}, "Did you mean 'income__amount'"),
-        ({"wealth": Missing.REFUSE}, "no such feature"),
+        ({"wealth": Missing.REFUSE}, "no such view or feature"),
         ({"income": Default(0.0)}, "for one feature, not for the view 'income'"),
         ({"income__amount": Default("much")}, "'much' does not fit float64"),
         ({"income__amount": Default(float("nan"))}, "does not fit float64"),
@@ -121,8 +121,8 @@ def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
         ({"income__jobs": Default(2**31)}, "does not fit int32"),
         ({"income__jobs": Default(1.0)}, "1.0 does not fit int32"),
         ({"income__sector": Default(1)}, "1 does not fit string"),
-        ({"income__at": Default("2024-01-01")}, "none fits a time"),
-        ({"income__amount": "refuse "}, "is no policy"),
+        ({"income__at": Default("2024-01-01")}, "timestamps cannot have a default"),
+        ({"income__amount": "refuse "}, "is not a policy"),
     ],
 )
 def test_a_policy_that_cannot_work_is_refused(missing: Any, words: str) -> None:

@@ -33,7 +33,7 @@ from feature_jobs.store import (
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.catalog.specifications import Definitions, FieldSpec, ViewSpec
-from feature_jobs.store.definitions.limits import LONGEST, before, within
+from feature_jobs.store.definitions.limits import LONGEST, before, clamp_span_s
 from feature_jobs.store.definitions.missing import view_of
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_instant, parse_span
 from feature_jobs.stream import KafkaConfig, StreamConfig
@@ -160,11 +160,11 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
         (lambda: Range("amount", minimum=float("nan")), "minimum must be finite"),
         (lambda: Range("amount", maximum=float("inf")), "maximum must be finite"),
         (lambda: Range("amount", minimum="0"), "minimum must be a number"),  # type: ignore[arg-type]
-        (lambda: Range("amount", maximum=2**60), "beyond 2\\^53"),
+        (lambda: Range("amount", maximum=2**60), "greater than 2\\^53"),
         (lambda: view(checks=[Range("count", minimum=2**40)]), "can never hold: no int32"),
         (lambda: view(checks=[Range("count", maximum=-1e12)]), "can never hold: no int32"),
-        (lambda: view(checks=[Range("count", 0.2, 0.8)]), "can never hold: no int32 lies in 0.2..0.8"),
-        (lambda: view(checks=[Allowed("count", [2**31])]), "2147483648 is beyond int32"),
+        (lambda: view(checks=[Range("count", 0.2, 0.8)]), "can never hold: no int32 is within 0.2..0.8"),
+        (lambda: view(checks=[Allowed("count", [2**31])]), "2147483648 is out of range for int32"),
         (lambda: Allowed("count", [1, "a"]), "several types"),
         (lambda: Allowed("sector", "abc"), "must be a list"),
         (lambda: Unique(["amount", "amount"]), "'amount' twice"),
@@ -183,7 +183,7 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
     """What is allowed overflows nowhere, and what an older release recorded is read as the longest span."""
     longest = view(ttl=LONGEST, retention=LONGEST, checks=[Freshness(LONGEST)])
     assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
-    assert (within(HUGE.total_seconds()), within(None)) == (LONGEST.total_seconds(), None)
+    assert (clamp_span_s(HUGE.total_seconds()), clamp_span_s(None)) == (LONGEST.total_seconds(), None)
     assert before(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
     fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
     spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)

@@ -196,7 +196,7 @@ def test_service_without_on_demand_keeps_its_version() -> None:
         (lambda: FeatureService("a", views=[OTHER], on_demand=[TERMS]), "reads the view 'income'"),
         (lambda: on_demand(inputs=[]), "needs inputs and a schema"),
         (lambda: on_demand(inputs=[ASKED, ASKED]), "names the field 'asked' twice"),
-        (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "kept for the platform"),
+        (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "reserved for the platform"),
     ],
 )
 def test_transform_that_cannot_work_is_refused(make: Any, words: str) -> None:
