@@ -18,7 +18,7 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout
 from feature_jobs.store.catalog.lifecycle import read_lifecycles
-from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.protection import service_keys, view_keys
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, load_definitions
@@ -54,14 +54,14 @@ def main(config: ApplyConfig) -> None:
         ),
     )
     plan = make_plan(definitions, read_recorded(ledger), read_lifecycles(ledger))
-    print("\n".join(lines(plan)), flush=True)
+    print("\n".join(plan_lines(plan)), flush=True)
     for name in for_any_purpose(definitions):
         print(
             f"warning: view {name} has personal or sensitive fields and lists no purposes, so whoever may read columns "
             "may read them for any purpose. List them with `purposes=[…]`.",
             flush=True,
         )
-    refuse_broken(plan, allow_breaking=config.allow_breaking)
+    require_no_broken_models(plan, allow_breaking=config.allow_breaking)
     check_stored_keys(definitions, layout(config.storage))
     if not config.plan:
         record_definitions(definitions, ledger, actor, region=region)

@@ -13,7 +13,7 @@ from cluster.ledger.events import FeatureViewStateChanged
 from feature_jobs.retire import RetireConfig
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.catalog.lifecycle import ViewState, heed, read_lifecycles
-from feature_jobs.store.catalog.plan import lines, make_plan
+from feature_jobs.store.catalog.plan import make_plan, plan_lines
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply
 
@@ -66,7 +66,7 @@ def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Le
     change(ledger, "income", ViewState.deprecated)
     change(ledger, "ended", ViewState.retired)
     now = Definitions(module="shop", views={"income": views["income"]}, services={})
-    text = "\n".join(lines(make_plan(now, read_recorded(ledger), read_lifecycles(ledger))))
+    text = "\n".join(plan_lines(make_plan(now, read_recorded(ledger), read_lifecycles(ledger))))
     assert "! View 'income' is deprecated" in text
     assert "! View 'ended' is retired" in text
     assert "feature_jobs.retire view=left" in text

@@ -28,7 +28,7 @@ from feature_jobs.store import (
     OnDemandTransform,
     Sensitivity,
 )
-from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.protection import service_keys, training_set_protection
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import (
@@ -165,9 +165,9 @@ def test_code_that_is_not_what_was_applied_is_refused(
     with pytest.raises(DefinitionError, match="is not what was applied"):
         with_on_demand(spec, rows([1.0], [1.0]))
     plan = make_plan(load_definitions("lending"), read_recorded(ledger))
-    assert "on-demand transform terms" in "\n".join(lines(plan))
+    assert "on-demand transform terms" in "\n".join(plan_lines(plan))
     with pytest.raises(BreakingChange, match=r"model 'loan' version 1.*code of lending:loan_terms"):
-        refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=True)
     path.write_text(re.sub("def loan_terms.*", "", path.read_text(), flags=re.DOTALL))
     monkeypatch.delattr("lending.loan_terms")
     with pytest.raises(DefinitionError, match="has no 'loan_terms'"):

@@ -19,7 +19,7 @@ from cluster.ledger.events import FeatureViewApplied, ModelRegistered
 from feature_jobs.apply import for_any_purpose
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
 from feature_jobs.store.catalog.differences import Impact, view_changes
-from feature_jobs.store.catalog.plan import Act, Plan, lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import Operation, Plan, make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 
@@ -141,7 +141,7 @@ def test_what_has_no_rule_counts_as_breaking_but_a_new_named_part() -> None:
     """Definitions of later releases are compared too: with caution, and by name where there are names."""
     old = view().definition() | {"windows": [{"name": "a", "days": 1}], "mode": "x"}
     new = view().definition() | {"windows": [{"name": "a", "days": 2}, {"name": "b"}], "mode": "y"}
-    found = {change.what: change.impact for change in view_changes(old, new)}
+    found = {change.subject: change.impact for change in view_changes(old, new)}
     assert found == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
 
 
@@ -157,9 +157,9 @@ def test_changes_are_none_exactly_where_the_version_stays(old: list[Field], new:
     there = view_changes(before.definition(), after.definition())
     back = view_changes(after.definition(), before.definition())
     assert (not there) == (before.version == after.version)
-    assert sorted((one.what, one.before, one.after) for one in there if one.what != "column order") == sorted(
-        (one.what, one.after, one.before) for one in back if one.what != "column order"
-    )
+    assert sorted(
+        (one.subject, one.before, one.after) for one in there if one.subject != "column order"
+    ) == sorted((one.subject, one.after, one.before) for one in back if one.subject != "column order")
 
 
 def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
@@ -169,15 +169,15 @@ def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
         Definitions(module="other", views={"theirs": view("theirs")}, services={}), ledger, actor="user:test"
     )
     plan = planned(ledger, view("income", schema=[AMOUNT]), view("same"), view("new"))
-    acts = {(step.kind, step.name): step.act for step in plan.steps}
-    assert acts == {
-        ("view", "income"): Act.changed,
-        ("view", "same"): Act.unchanged,
-        ("view", "new"): Act.added,
-        ("view", "old"): Act.removed,
-        ("service", "credit"): Act.changed,
+    operations = {(step.kind, step.name): step.operation for step in plan.steps}
+    assert operations == {
+        ("view", "income"): Operation.changed,
+        ("view", "same"): Operation.unchanged,
+        ("view", "new"): Operation.added,
+        ("view", "old"): Operation.removed,
+        ("service", "credit"): Operation.changed,
     }
-    text = "\n".join(lines(plan))
+    text = "\n".join(plan_lines(plan))
     assert "- column sector string, internal  [breaking" in text
     assert "- view old: no longer in shop; its rows and versions stay" in text
     assert text.endswith("1 to add, 2 to change (2 breaking), 1 no longer in the module, 1 unchanged")
@@ -188,15 +188,15 @@ def test_what_an_older_release_recorded_is_compared_and_never_counts_as_removed(
     for one in (view("income"), view("gone")):
         event = FeatureViewApplied(view=one.name, version=one.version, definition=one.definition())
         ledger.append(event, actor="user:test")
-    steps = {(step.kind, step.name): step.act for step in planned(ledger, view("income")).steps}
-    assert steps == {("view", "income"): Act.unchanged, ("service", "credit"): Act.added}
+    steps = {(step.kind, step.name): step.operation for step in planned(ledger, view("income")).steps}
+    assert steps == {("view", "income"): Operation.unchanged, ("service", "credit"): Operation.added}
 
 
 def test_breaking_change_without_a_model_is_applied(ledger: Ledger) -> None:
     """Nobody reads the version before."""
     applied(ledger, view())
     plan = planned(ledger, view(schema=[AMOUNT]))
-    refuse_broken(plan, allow_breaking=False)
+    require_no_broken_models(plan, allow_breaking=False)
     assert [step.breaks for step in plan.steps] == [True, False]
 
 
@@ -209,12 +209,12 @@ def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledg
     with pytest.raises(
         BreakingChange, match=r"model 'loan' version 1.*column sector.*new name.*allow_breaking"
     ):
-        refuse_broken(plan, allow_breaking=False)
-    refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=False)
+    require_no_broken_models(plan, allow_breaking=True)
     applied(ledger, broken)
-    refuse_broken(planned(ledger, replace(broken, owner="risk")), allow_breaking=False)
+    require_no_broken_models(planned(ledger, replace(broken, owner="risk")), allow_breaking=False)
     with pytest.raises(BreakingChange, match="transform"):
-        refuse_broken(planned(ledger, replace(broken, transform=as_it_is)), allow_breaking=False)
+        require_no_broken_models(planned(ledger, replace(broken, transform=as_it_is)), allow_breaking=False)
 
 
 def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
@@ -222,11 +222,11 @@ def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
     applied(ledger, view())
     register(ledger)
     wider = view(schema=[AMOUNT, SECTOR, CITY])
-    refuse_broken(planned(ledger, wider), allow_breaking=False)
+    require_no_broken_models(planned(ledger, wider), allow_breaking=False)
     applied(ledger, wider)
-    refuse_broken(planned(ledger, view(schema=[AMOUNT, SECTOR])), allow_breaking=False)
+    require_no_broken_models(planned(ledger, view(schema=[AMOUNT, SECTOR])), allow_breaking=False)
     with pytest.raises(BreakingChange, match="column amount"):
-        refuse_broken(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
+        require_no_broken_models(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
 
 
 def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledger) -> None:
@@ -236,7 +236,7 @@ def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledg
         register(ledger, version)
     plan = planned(ledger, view(schema=[Field("amount", "int64"), SECTOR]))
     with pytest.raises(BreakingChange, match=r"1 other model version\).*does not help"):
-        refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=True)
 
 
 def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> None:
@@ -246,7 +246,7 @@ def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> No
     for views in ([view("income")], [view("wealth"), view("income")]):
         plan = planned(ledger, *views)
         assert next(step for step in plan.steps if step.kind == "service").breaks
-        refuse_broken(plan, allow_breaking=False)
+        require_no_broken_models(plan, allow_breaking=False)
 
 
 @pytest.mark.parametrize(
