@@ -96,7 +96,8 @@ def _add_to_distinct(partial: Partial, ranked: RankedValue) -> None:
 
 
 def _count(partials: Sequence[Partial], values: Sequence[RankedValue]) -> int:
-    return sum(partial[COUNT] for partial in partials) + len(values)
+    num_summarised: int = sum(partial[COUNT] for partial in partials)
+    return num_summarised + len(values)
 
 
 def _sum(partials: Sequence[Partial], ranked_values: Sequence[RankedValue]) -> float | int | None:

@@ -191,7 +191,7 @@ def test_policy_is_that_of_the_commands(root: Path, ledger: Ledger) -> None:
 
 def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger, tmp_path: Path) -> None:
     """No table, no rows, a retired view, no cluster."""
-    for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "are none")):
+    for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "is empty")):
         with pytest.raises(TrainingSetError, match=words):
             store.training_set("credit", entities)
     for state in ("retired", "active"):

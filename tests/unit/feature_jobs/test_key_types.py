@@ -17,7 +17,7 @@ from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, Trai
 from cluster.ledger.events import BatchIngested
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.apply import check_stored_keys
+from feature_jobs.apply import require_stored_key_types
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
 from feature_jobs.store.catalog.differences import Impact, view_changes
@@ -117,12 +117,12 @@ def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
 
 def test_applying_a_type_that_the_table_does_not_have_is_refused(project: PushProject) -> None:
     """By name, before anything is recorded; the type that it has may be declared at any time."""
-    check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+    require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
     project.push(row(1, 1), key="a")
     assert project.stream().step() == 1
-    check_stored_keys(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
+    require_stored_key_types(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
     with pytest.raises(DefinitionError, match="View 'income': join key 'person_id' is declared as string"):
-        check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+        require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
 
 
 def test_files_are_held_to_the_declared_type() -> None:

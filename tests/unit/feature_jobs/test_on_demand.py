@@ -133,7 +133,7 @@ def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
     features = {"income__amount": [1.0], "income__since": [0]}
     with pytest.raises(InvalidRequest, match="'asked' is missing"):
         from_request(spec, {}, features)
-    with pytest.raises(InvalidRequest, match="'terms' cannot be made"):
+    with pytest.raises(InvalidRequest, match="'terms' cannot be computed"):
         from_request(spec, {"asked": ["much"]}, features)
 
 
@@ -162,7 +162,7 @@ def test_code_that_is_not_what_was_applied_is_refused(
     linecache.clearcache()
     importlib.reload(importlib.import_module("lending"))
     load.cache_clear()
-    with pytest.raises(DefinitionError, match="is not what was applied"):
+    with pytest.raises(DefinitionError, match="is not the applied code"):
         with_on_demand(spec, rows([1.0], [1.0]))
     plan = make_plan(load_definitions("lending"), read_recorded(ledger))
     assert "on-demand transform terms" in "\n".join(plan_lines(plan))

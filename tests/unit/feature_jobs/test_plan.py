@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.errors import BreakingChange
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied, ModelRegistered
-from feature_jobs.apply import for_any_purpose
+from feature_jobs.apply import views_without_purpose
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
 from feature_jobs.store.catalog.differences import Impact, view_changes
 from feature_jobs.store.catalog.plan import Operation, Plan, make_plan, plan_lines, require_no_broken_models
@@ -258,7 +258,7 @@ def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> No
         (Sensitivity.INTERNAL, [], []),
     ],
 )
-def test_protected_fields_for_any_purpose_are_warned_of(
+def test_protected_fields_views_without_purpose_are_warned_of(
     sensitivity: Sensitivity, purposes: list[str], warned: list[str]
 ) -> None:
     """Whoever may read columns may read them."""
@@ -270,4 +270,4 @@ def test_protected_fields_for_any_purpose_are_warned_of(
         owner="test",
         purposes=purposes,
     )
-    assert for_any_purpose(Definitions(module="m", views={"v": view}, services={})) == warned
+    assert views_without_purpose(Definitions(module="m", views={"v": view}, services={})) == warned
