@@ -169,7 +169,7 @@ def from_json(value: Any, dtype: str) -> Any:
         return _decimal(value, decimal_type)
     converted = _scalar(value, dtype)
     if converted is None:
-        raise ValueError(f"it is no {dtype}")
+        raise ValueError(f"it is not a valid {dtype}")
     return converted
 
 
@@ -229,7 +229,7 @@ def _decimal(value: Any, decimal_type: DecimalOf) -> Decimal:
         raise ValueError("a decimal is text or a whole number")
     number = Decimal(value)
     if not number.is_finite():  # NaN can come from a database
-        raise ValueError("it is no finite number")
+        raise ValueError("it is not a finite number")
     digits, scale = decimal_type.digits, decimal_type.scale
     exact = Context(prec=digits, traps=[Inexact, InvalidOperation])
     try:
@@ -245,7 +245,7 @@ def _list(value: Any, list_type: ListOf) -> list[Any]:
         ValueError: The value is not a list, has the wrong length, or an element is null or does not fit.
     """
     if not isinstance(value, list):
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     if list_type.length is not None and len(value) != list_type.length:
         raise ValueError(f"it has {len(value)} elements, not {list_type.length}")
     if (
@@ -257,7 +257,7 @@ def _list(value: Any, list_type: ListOf) -> list[Any]:
         return value
     elements = [_scalar(element, list_type.element) for element in value]
     if any(element is None or element != element for element in elements):
-        raise ValueError(f"an element is no {list_type.element}")
+        raise ValueError(f"an element is not a valid {list_type.element}")
     return elements
 
 

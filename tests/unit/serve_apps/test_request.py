@@ -174,7 +174,7 @@ def test_one_value_or_one_an_entity_also_where_values_are_lists(
         ("p__ids", [[1, 40_000]], "'p__ids' must be a list of 2 numbers .* got 40000"),
         ("due", 20484, "'due' must be date"),
         ("due", "tomorrow", "'due' must be date"),
-        ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
+        ("query", [["a", 1]], r"'query' must be list<string>: an element is not a valid string"),
     ],
 )
 def test_a_list_or_a_date_that_is_none_is_named(name: str, given: Any, said: str) -> None:
