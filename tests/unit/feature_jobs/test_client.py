@@ -1,4 +1,4 @@
-"""The way in from a notebook: what the jobs give, under what the jobs are under."""
+"""The client for notebooks gives the same results as the commands, under the same policies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ KEYS = ("features/income/internal", "online/income/internal", "training_sets/cre
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project whose cluster is this process: one view applied, ingested and materialised."""
+    """A project whose cluster is this process, with one view applied, ingested and materialised."""
     root = tmp_path_factory.mktemp("project")
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
@@ -120,7 +120,7 @@ def ledger(root: Path) -> Iterator[Ledger]:
 
 
 def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledger: Ledger) -> None:
-    """From entity rows of any of them, in their order; each is an event."""
+    """It accepts entity rows of each kind, keeps their order, and records an event for each set."""
     before = len(list(ledger.entries(TrainingSetBuilt)))
     polars = pl.DataFrame(pl.from_arrow(PEOPLE))
     sets = [store.training_set("credit", people) for people in (PEOPLE, polars, polars.to_pandas())]
@@ -133,10 +133,10 @@ def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledge
     assert [one["row_hash"] for one in built] == [one.manifest["row_hash"] for one in sets]
 
 
-def test_saved_training_set_is_what_the_command_would_have_written(
+def test_saved_training_set_has_rows_and_a_recorded_manifest(
     store: FeatureStore, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """Rows and manifest, which the ledger knows."""
+    """`jobs.train` reads the same files from the command."""
     made = store.training_set("credit", PEOPLE)
     made.save(f"{tmp_path}/train.parquet")
     assert read_parquet(f"{tmp_path}/train.parquet").equals(made.to_arrow())
@@ -151,7 +151,7 @@ def test_saved_training_set_is_what_the_command_would_have_written(
 
 
 def test_features_are_read_online_by_key(store: FeatureStore) -> None:
-    """In the entities' order, with what is known of each value; times are times."""
+    """Results have the order of the entities, with a status for each value."""
     read = store.read("credit", [{"person_id": 1}, {"person_id": 9}], as_of="2024-01-02")
     assert read.to_arrow().to_pydict() == {
         "person_id": [1, 9],
@@ -165,8 +165,8 @@ def test_features_are_read_online_by_key(store: FeatureStore) -> None:
         store.read("credit", [{"id": 1}])
 
 
-def test_features_are_made_on_demand_of_what_is_given(store: FeatureStore) -> None:
-    """The same in a training set and online."""
+def test_on_demand_features_are_equal_online_and_in_training(store: FeatureStore) -> None:
+    """Without inputs, an online read leaves them out."""
     made = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
     entities = [{"person_id": key} for key in PEOPLE["person_id"].to_pylist()]
     read = store.read("offers", entities, as_of=AT, features={"asked": [2.0, 2.0, 2.0]})
@@ -177,8 +177,8 @@ def test_features_are_made_on_demand_of_what_is_given(store: FeatureStore) -> No
     assert "terms__share" not in store.read("offers", entities, as_of=AT).to_arrow().column_names
 
 
-def test_policy_is_that_of_the_commands(root: Path, ledger: Ledger) -> None:
-    """A denial is an event."""
+def test_denied_read_is_recorded(root: Path, ledger: Ledger) -> None:
+    """A role without permission gets AccessDenied, and the ledger has the denial."""
     with FeatureStore.attach(storage_root=str(root), role="auditor") as store:
         with pytest.raises(AccessDenied, match="may not build training set"):
             store.training_set("credit", PEOPLE)
@@ -189,8 +189,10 @@ def test_policy_is_that_of_the_commands(root: Path, ledger: Ledger) -> None:
     assert {one["entrypoint"] for one in denied} == {"feature_jobs.client"}
 
 
-def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger, tmp_path: Path) -> None:
-    """No table, no rows, a retired view, no cluster."""
+def test_invalid_entity_rows_retired_view_and_missing_cluster_are_refused(
+    store: FeatureStore, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Each has its own error."""
     for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "is empty")):
         with pytest.raises(TrainingSetError, match=words):
             store.training_set("credit", entities)
@@ -205,7 +207,7 @@ def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger
 
 
 def test_whole_numbers_keep_their_digits_in_pandas_beside_a_null() -> None:
-    """Whatever the table holds, and bools stay bools; what pandas gives is taken back unchanged."""
+    """All types survive the conversion to pandas and back."""
     large = 2**53 + 1
     at = datetime(1, 1, 1, 0, 0, 0, 5, tzinfo=UTC)
     table = pa.table(

@@ -1,4 +1,4 @@
-"""Definitions say at once what is wrong with them, and their version follows their meaning."""
+"""Definitions are validated when they are created, and their version depends on their content."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _scaled(table: pa.Table) -> pa.Table:
 
 
 def view(**changes: Any) -> FeatureView:
-    """A view that can be applied, with some parts changed."""
+    """A valid view, with some parts changed."""
     parts: dict[str, Any] = {
         "entities": [PERSON],
         "source": SOURCE,
@@ -107,14 +107,14 @@ def view(**changes: Any) -> FeatureView:
         (lambda: FeatureView("a__b", entities=[PERSON], source=SOURCE, schema=[Field("x", "int64")]), "'__'"),
     ],
 )
-def test_mistake_is_named(make: Callable[[], Any], words: str) -> None:
-    """A definition that cannot work does not come to be, and the message says why."""
+def test_invalid_definition_is_refused(make: Callable[[], Any], words: str) -> None:
+    """The error says what is wrong."""
     with pytest.raises(DefinitionError, match=re.escape(words)):
         make()
 
 
 def test_version_is_stable_for_the_same_definition() -> None:
-    """Equal content, equal version: applying twice changes nothing."""
+    """Equal definitions have equal versions."""
     assert view(transform=double).version == view(transform=double).version
 
 
@@ -133,18 +133,18 @@ def test_version_is_stable_for_the_same_definition() -> None:
         {"schema": [Field("amount", "float64"), Field("sector", "string")]},
     ],
 )
-def test_version_follows_every_part(changes: dict[str, Any]) -> None:
-    """What governance or readers depend on is part of the version."""
+def test_version_depends_on_every_part(changes: dict[str, Any]) -> None:
+    """Each part that governance or readers depend on changes the version."""
     assert view().version != view(**changes).version
 
 
-def test_a_view_without_tombstones_keeps_the_definition_it_had() -> None:
-    """A project from before sees no change."""
+def test_source_without_tombstones_has_no_key_for_them() -> None:
+    """So views of older releases keep their version."""
     assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
 
 
-def test_columns_that_a_feature_comes_from_are_recorded_where_they_are_said() -> None:
-    """A field that does not say them is described as before."""
+def test_from_columns_are_recorded_only_if_given() -> None:
+    """So views of older releases keep their version."""
     said, unsaid = (
         view(schema=[Field("amount", "float64", from_columns=columns)], transform=double).definition()
         for columns in (["gross", "tax"], [])
@@ -153,8 +153,8 @@ def test_columns_that_a_feature_comes_from_are_recorded_where_they_are_said() ->
     assert "from_columns" not in unsaid["schema"][0]
 
 
-def test_every_rule_can_be_recorded() -> None:
-    """A version is a hash of JSON, which knows no enum and no time span."""
+def test_every_check_can_be_recorded_as_json() -> None:
+    """Enums and time spans become JSON values, and the check can be rebuilt from them."""
     rules = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
     checks = [*rules, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
     assert view(checks=checks).version != view().version
@@ -165,21 +165,21 @@ def test_every_rule_can_be_recorded() -> None:
     assert [type(rule).from_definition(rule.definition()) for rule in checks] == checks
 
 
-def test_version_of_a_view_with_the_old_rules_is_what_it_was() -> None:
-    """Rules that came later change nothing for a view that has none of them."""
+def test_version_with_older_checks_is_unchanged() -> None:
+    """Checks of later releases do not change the version of views that do not use them."""
     checks = [NotNull("amount"), Range("amount", minimum=0), Allowed("sector", values=["a"])]
     assert view(checks=checks).version == "460fff526ed2"
 
 
 def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed factor in a helper is a changed feature."""
+    """Changing a constant in a helper function changes the version."""
     before = view(transform=double).version
     monkeypatch.setitem(globals(), "FACTOR", 3)
     assert view(transform=double).version != before
 
 
 def test_service_version_follows_its_views_and_their_order() -> None:
-    """A service is its views' versions, in order."""
+    """Another order, another version of a view, or fewer views give another service version."""
     one, other = view(), replace(view(), name="wealth")
     versions = {
         FeatureService("credit", views=views).version
@@ -189,7 +189,7 @@ def test_service_version_follows_its_views_and_their_order() -> None:
 
 
 def test_definition_holds_governance_per_column() -> None:
-    """Sensitivity, owner and purposes reach the ledger."""
+    """The definition has sensitivity, owner and purposes."""
     definition = view().definition()
     assert [field["sensitivity"] for field in definition["schema"]] == ["personal", "internal"]
     assert (definition["owner"], definition["purposes"]) == ("risk", ["credit_scoring"])

@@ -1,4 +1,4 @@
-"""Dtypes: their names, what casts to them without loss, and which rules, windows and categories they take."""
+"""Dtypes: names, lossless casts, JSON forms, and the checks, windows and defaults that they allow."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def block(rows: int = 2, **columns: Any) -> pa.Table:
 
 @pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[one[0] for one in JSON])
 def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: Any) -> None:
-    """What one gives, the other takes unchanged; Arrow is made of either."""
+    """A JSON value becomes an online value and the same JSON value again, and both give the same Arrow value."""
     assert online_value(as_json, dtype) == online
     assert list(to_json([online, None], dtype)) == [as_json, None]
     arrow = [arrow_values([one, None], dtype) for one in (as_json, online)]
@@ -123,14 +123,14 @@ def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: 
         ("list<string>", [["a"]]),
     ],
 )
-def test_json_of_another_form_is_refused(dtype: str, value: Any) -> None:
-    """A number without a unit, a rounded decimal, a list with a hole; no message says the value."""
+def test_json_value_that_does_not_fit_is_refused(dtype: str, value: Any) -> None:
+    """The message does not contain the value."""
     with pytest.raises(ValueError, match=r"^(?!.*(1\.555|1769860800000000))"):
         from_json(value, dtype)
 
 
 def test_a_dtype_has_one_spelling_and_limits() -> None:
-    """However it was written, so that a view's version does not depend on a space."""
+    """A dtype's spelling does not depend on spaces, so a view's version does not either."""
     assert Field("a", "list<float32,384>").dtype == "list<float32, 384>"
     assert Field("a", "decimal(12,2)").dtype == "decimal(12, 2)"
     unknown = ("list<list<int64>>", "list<date>", "list<int64, 0>", "list<int64, 65537>", "decimal(39, 2)")
@@ -160,8 +160,8 @@ def test_a_dtype_has_one_spelling_and_limits() -> None:
         ("int64", pa.array([[1]])),
     ],
 )
-def test_what_would_lose_something_is_refused_by_column(dtype: str, column: pa.Array) -> None:
-    """Also inside lists."""
+def test_lossy_cast_is_refused(dtype: str, column: pa.Array) -> None:
+    """The error names the column, also for elements of lists."""
     with pytest.raises(SchemaMismatch, match="Column 'c"):
         cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
 
@@ -178,14 +178,14 @@ def test_what_would_lose_something_is_refused_by_column(dtype: str, column: pa.A
         ("list<string, 2>", pa.nulls(1), [None]),
     ],
 )
-def test_other_types_of_the_same_values_are_taken(dtype: str, column: pa.Array, expected: list[Any]) -> None:
-    """Of any width, and of every list that Arrow has."""
+def test_lossless_cast_is_accepted(dtype: str, column: pa.Array, expected: list[Any]) -> None:
+    """Integers of any width and every list type of Arrow are accepted."""
     cast = cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
     assert (cast.to_pylist(), cast.type) == (expected, DTYPES[dtype])
 
 
-def test_a_list_of_another_length_is_its_row_s_alone() -> None:
-    """It goes to quarantine, as does one with a null among its elements; the types are those declared."""
+def test_list_with_wrong_length_or_null_element_goes_to_quarantine() -> None:
+    """Other rows are stored, with the declared types."""
     emb = pa.array([[0.5, 1.0, 2.0], [1.0], [1.0, float("nan"), 2.0], None])
     empty = {name: pa.nulls(4) for name in ("price", "day", "blob", "tags", "codes")}
     prepared = prepare(block(4, emb=emb, **empty), view(), now=NOW)
@@ -195,7 +195,7 @@ def test_a_list_of_another_length_is_its_row_s_alone() -> None:
 
 
 def test_text_and_json_lines_are_read_as_declared() -> None:
-    """A list is a JSON array in CSV; bytes are base64."""
+    """CSV, JSON and SQL give the same values. A list is a JSON array in CSV, and bytes are base64."""
     text = {
         "price": ["1.5", None],
         "day": ["2026-01-31", None],
@@ -248,22 +248,22 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
         lambda: FeatureService("s", views=[view()], missing={"v__price": Default(1.5)}),
     ],
 )
-def test_what_makes_no_sense_of_a_dtype_is_refused_at_definition(make: Any) -> None:
-    """Rules, windows and defaults."""
+def test_unsuitable_check_window_or_default_is_refused(make: Any) -> None:
+    """The definition fails for a dtype that it does not fit."""
     with pytest.raises(DefinitionError):
         make()
 
 
 def test_bounds_of_decimals_are_exact() -> None:
-    """As floats, the neighbour of a bound would be taken for it."""
+    """Compared as floats, a value very close to a bound would count as equal."""
     rule = Range("c", minimum=0.1, maximum=1e17)
     numbers = ["0.1000000000", "0.0999999999", "100000000000000000.0000000001", None]
     column = pa.chunked_array([arrow_values(numbers, "decimal(38, 10)")])
     assert rule.failing(column).to_pylist() == [False, True, True, False]
 
 
-def test_rich_columns_have_nulls_in_a_batch_s_profile_and_no_distribution() -> None:
-    """There is nothing that a list or bytes could be counted by."""
+def test_profile_counts_nulls_of_rich_columns() -> None:
+    """Lists, bytes, decimals and dates have no distribution."""
     fields = list(view().schema)
     good = prepare(block(), view(), now=NOW)
     first = sketch(good, good, fields)
@@ -272,8 +272,8 @@ def test_rich_columns_have_nulls_in_a_batch_s_profile_and_no_distribution() -> N
     assert (whole.nulls["price"], whole.nulls["tags"], whole.distributions) == (1, 0, {})
 
 
-def test_row_hash_of_lists_does_not_depend_on_the_library() -> None:
-    """Neither on offsets nor on the elements' name; and what an earlier release hashed is still known."""
+def test_row_hash_of_lists_does_not_depend_on_the_arrow_type() -> None:
+    """Hashes of an older release are still recognised."""
     table = pa.table({"a": [[1.0, 2.0], None, []], "s": [["x"], [None], []]})
     large = pa.schema([("a", pa.large_list(pa.float64())), ("s", pa.large_list(pa.large_string()))])
     assert row_hash(table.cast(large)) == row_hash(table)

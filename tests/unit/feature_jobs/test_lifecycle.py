@@ -1,9 +1,6 @@
-"""A view that is deprecated says so, a retired one is refused for anything new."""
+"""A deprecated view logs a warning, and a retired view is refused for new rows and training sets."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,20 +15,13 @@ from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
-
-
 def change(ledger: Ledger, view: str, state: ViewState) -> None:
     event = FeatureViewStateChanged(view=view, state=state, previous="active", reason="Use 'wealth'.")
     ledger.append(event, actor="user:test")
 
 
 def test_last_change_counts(ledger: Ledger) -> None:
-    """Deprecated, retired, and back."""
+    """A view can be deprecated, retired and restored."""
     for state in (ViewState.deprecated, ViewState.retired):
         change(ledger, "income", state)
         assert read_lifecycles(ledger)["income"].state is state
@@ -42,7 +32,7 @@ def test_last_change_counts(ledger: Ledger) -> None:
 def test_deprecated_view_warns_and_retired_view_is_refused(
     ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both say why and what to use; other views are left alone."""
+    """Both messages have the reason. Other views are not affected."""
     change(ledger, "old", ViewState.deprecated)
     change(ledger, "gone", ViewState.retired)
     known = read_lifecycles(ledger)
@@ -55,8 +45,8 @@ def test_deprecated_view_warns_and_retired_view_is_refused(
         heed(known, ["gone"], doing="No rows.")
 
 
-def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Ledger) -> None:
-    """A view that its module no longer has stays until somebody retires it."""
+def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -> None:
+    """A view that its module does not define any more stays active until it is retired."""
     entity, source = Entity("person", join_keys=["id"]), FileSource("a.parquet", event_timestamp="at")
     views = {
         name: FeatureView(name, entities=[entity], source=source, schema=[Field("a", "int64")])
@@ -74,7 +64,7 @@ def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Le
 
 
 def test_a_view_cannot_be_deprecated_and_restored_at_once() -> None:
-    """The command means one state."""
+    """The command sets one state."""
     with pytest.raises(ValueError, match="exclude each other"):
         RetireConfig(view="v", reason="r", deprecate=True, restore=True)
     assert RetireConfig(view="v", reason="r").state is ViewState.retired

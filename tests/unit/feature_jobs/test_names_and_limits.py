@@ -1,4 +1,4 @@
-"""Names that are too much alike and limits that cannot hold are refused when they are written down."""
+"""Names that differ only in case, and limits that cannot work, are refused when a definition is created."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def on_demand(name: str = "made", **changes: Any) -> OnDemandTransform:
 def test_names_that_differ_only_in_case_are_refused(
     make: Callable[[], object], words: tuple[str, str]
 ) -> None:
-    """Both are named."""
+    """The error has both names."""
     with pytest.raises(DefinitionError) as refused:
         make()
     assert all(f"'{word}'" in str(refused.value) for word in words)
@@ -128,7 +128,7 @@ def definitions(*views: str, service: str | None = None) -> Definitions:
 
 
 def test_views_and_services_that_would_share_a_folder_are_refused_when_applied() -> None:
-    """In one module, and against what was applied; what is there already stays."""
+    """Names are compared within a module and with applied names. Names that are applied already stay valid."""
     for given, known in (
         (definitions("Income", "income"), recorded()),
         (definitions("Income"), recorded("income")),
@@ -173,14 +173,14 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
         (lambda: Drift("amount", threshold=float("nan")), "threshold must be finite"),
     ],
 )
-def test_a_limit_that_cannot_hold_is_refused_at_once(make: Callable[[], object], words: str) -> None:
-    """Never when rows are read or joined."""
+def test_invalid_limit_is_refused(make: Callable[[], object], words: str) -> None:
+    """The definition fails, not a later read or join."""
     with pytest.raises(DefinitionError, match=words):
         make()
 
 
 def test_the_longest_spans_work_from_definition_to_reading() -> None:
-    """What is allowed overflows nowhere, and what an older release recorded is read as the longest span."""
+    """No valid span overflows, and a longer span of an older release is read as the longest valid one."""
     longest = view(ttl=LONGEST, retention=LONGEST, checks=[Freshness(LONGEST)])
     assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
     assert (clamp_span_s(HUGE.total_seconds()), clamp_span_s(None)) == (LONGEST.total_seconds(), None)
@@ -210,18 +210,18 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
         ),
     ],
 )
-def test_a_setting_that_cannot_hold_is_refused(make: Callable[[], object], words: str) -> None:
-    """Where it is set, by name."""
+def test_invalid_setting_is_refused(make: Callable[[], object], words: str) -> None:
+    """The error names the setting."""
     with pytest.raises((ValueError, ConfigError), match=words):
         make()
 
 
 def test_a_chunk_longer_than_the_range_is_the_range() -> None:
-    """Also where its end would be beyond the last year."""
+    """Also if the chunk would end after the year 9999."""
     late = TimeRange(datetime(9990, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
     assert chunks(late, timedelta(days=100_000), []) == [late]
 
 
-def test_a_column_belongs_to_its_view_also_where_that_ends_with_an_underscore() -> None:
+def test_view_of_a_column_may_end_with_an_underscore() -> None:
     """A feature's name begins with a letter."""
     assert [view_of(name) for name in ("a__b", "a___b", "a__b__c")] == ["a", "a_", "a"]

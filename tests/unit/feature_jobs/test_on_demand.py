@@ -1,4 +1,4 @@
-"""On-demand transforms: the same function in training and in serving, or none."""
+"""On-demand transforms: training and serving run the same function, and refuse other code."""
 
 from __future__ import annotations
 
@@ -65,15 +65,8 @@ TERMS = OnDemandTransform(
 CREDIT = FeatureService("credit", views=[INCOME], on_demand=[TERMS])
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
-
-
 def spec_of(ledger: Ledger, service: FeatureService = CREDIT) -> ServiceSpec:
-    """The service as it is read back after it was applied."""
+    """Apply a service and return its specification."""
     views = {view.name: view for view in service.views}
     definitions = Definitions(module="shop", views=views, services={service.name: service})
     apply(definitions, ledger, actor="user:test")
@@ -81,7 +74,7 @@ def spec_of(ledger: Ledger, service: FeatureService = CREDIT) -> ServiceSpec:
 
 
 def rows(asked: list[Any], amount: list[Any]) -> pa.Table:
-    """Entity rows with what the views say."""
+    """Entity rows with the features of the view."""
     at = [datetime(2024, 1, 1, tzinfo=UTC)] * len(asked)
     times = pa.array(at, pa.timestamp("us", "UTC"))
     return pa.table(
@@ -90,7 +83,7 @@ def rows(asked: list[Any], amount: list[Any]) -> pa.Table:
 
 
 def test_training_set_gets_its_columns_after_the_views(ledger: Ledger) -> None:
-    """Inputs come from the entity rows; a whole number serves where a fraction is declared."""
+    """Inputs come from the entity rows. A whole number is accepted for a float."""
     spec = spec_of(ledger)
     assert spec.columns == ["income__amount", "income__since", "terms__share", "terms__since"]
     assert ServiceSpec.from_dict(spec.to_dict()) == spec
@@ -110,10 +103,10 @@ def applied_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceSp
 
 
 @given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1))
-def test_serving_gives_what_training_gave(
+def test_serving_equals_training(
     applied_spec: ServiceSpec, pairs: list[tuple[float | None, float | None]]
 ) -> None:
-    """Of the same values; times are the microseconds of the online store."""
+    """For the same values. Times are microseconds, as in the online store."""
     asked, amount = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     trained = with_on_demand(applied_spec, rows(asked, amount))
     micros = [1704067200000000] * len(pairs)
@@ -124,7 +117,7 @@ def test_serving_gives_what_training_gave(
 
 
 def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
-    """In training and in serving, naming it."""
+    """In training and in serving, the error names the input or the transform."""
     spec = spec_of(ledger)
     with pytest.raises(TrainingSetError, match="lack 'asked'"):
         with_on_demand(spec, rows([1.0], [1.0]).drop_columns("asked"))
@@ -137,13 +130,13 @@ def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
         from_request(spec, {"asked": ["much"]}, features)
 
 
-def test_code_that_is_not_what_was_applied_is_refused(
+def test_code_that_differs_from_the_applied_code_is_refused(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changed, or gone; and a plan that changes what a model calls is refused before that."""
+    """Changed or removed code does not run, and a plan that changes a model's code is refused."""
     monkeypatch.syspath_prepend(tmp_path)
     text = Path(__file__).read_text()
-    start, end = text.index("INCOME = "), text.index("@pytest.fixture\ndef ledger")
+    start, end = text.index("INCOME = "), text.index("def spec_of")
     head = (
         "import pyarrow as pa\nimport pyarrow.compute as pc\nfrom feature_jobs.store import Entity, FeatureService, "
         "FeatureView, Field, FileSource, OnDemandTransform, Sensitivity\n\n"
@@ -174,8 +167,8 @@ def test_code_that_is_not_what_was_applied_is_refused(
         with_on_demand(spec, rows([1.0], [1.0]))
 
 
-def test_personal_inputs_and_features_are_under_keys_of_their_class(ledger: Ledger) -> None:
-    """For the purposes that all views of the service allow."""
+def test_personal_inputs_and_features_have_the_key_of_their_class(ledger: Ledger) -> None:
+    """The key allows the purposes that all views of the service allow."""
     keys = {info.name: info for info in service_keys(CREDIT, region="eu")}
     assert keys["training_sets/credit/personal"].purposes == ("credit",)
     protection = dict(training_set_protection(spec_of(ledger)).keys)
@@ -184,7 +177,7 @@ def test_personal_inputs_and_features_are_under_keys_of_their_class(ledger: Ledg
 
 
 def test_service_without_on_demand_keeps_its_version() -> None:
-    """And one with it has another, which follows the code."""
+    """A service with on-demand transforms has another version, which depends on their code."""
     assert FeatureService("credit", views=[INCOME]).version != CREDIT.version
     assert FeatureService("credit", views=[INCOME], on_demand=()).version == "7c3709dc139a"
 
@@ -199,8 +192,8 @@ def test_service_without_on_demand_keeps_its_version() -> None:
         (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "reserved for the platform"),
     ],
 )
-def test_transform_that_cannot_work_is_refused(make: Any, words: str) -> None:
-    """When it is written down."""
+def test_invalid_on_demand_transform_is_refused(make: Any, words: str) -> None:
+    """The error says what is wrong."""
     with pytest.raises(DefinitionError, match=words):
         make()
 

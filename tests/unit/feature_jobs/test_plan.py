@@ -1,11 +1,9 @@
-"""What applying would change is said before it changes, and a model's features stay what they were."""
+"""A plan shows changes before they are made, and protects the features of registered models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -45,16 +43,9 @@ def view(name: str = "income", **changes: Any) -> FeatureView:
 
 
 def module(*views: FeatureView, name: str = "shop") -> Definitions:
-    """A module with these views and a service of all of them."""
+    """A module with these views and a service with all of them."""
     service = FeatureService("credit", views=views)
     return Definitions(module=name, views={one.name: one for one in views}, services={service.name: service})
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
 
 
 def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
@@ -62,7 +53,7 @@ def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
 
 
 def register(ledger: Ledger, version: int = 1) -> None:
-    """A model made with the service as it is applied now."""
+    """Register a model that was trained with the applied service."""
     service = service_spec(ledger, "credit")
     event = ModelRegistered(
         name="loan",
@@ -130,15 +121,15 @@ def planned(ledger: Ledger, *views: FeatureView) -> Plan:
         ({"subject_key": "person_id"}, "subject key none -> person_id", Impact.safe),
     ],
 )
-def test_each_change_is_named_and_judged(changes: dict[str, Any], text: str, impact: Impact) -> None:
-    """Field by field, by what it does to whoever reads an earlier version."""
+def test_each_change_has_a_text_and_an_impact(changes: dict[str, Any], text: str, impact: Impact) -> None:
+    """The impact is the one on readers of an earlier version."""
     [change] = view_changes(view().definition(), view(**changes).definition())
     assert text in change.text
     assert (change.impact, impact.value in change.text) == (impact, impact is not Impact.safe)
 
 
-def test_what_has_no_rule_counts_as_breaking_but_a_new_named_part() -> None:
-    """Definitions of later releases are compared too: with caution, and by name where there are names."""
+def test_unknown_change_is_breaking_unless_it_adds_a_named_entry() -> None:
+    """Definitions of later releases can be compared too."""
     old = view().definition() | {"windows": [{"name": "a", "days": 1}], "mode": "x"}
     new = view().definition() | {"windows": [{"name": "a", "days": 2}, {"name": "b"}], "mode": "y"}
     found = {change.subject: change.impact for change in view_changes(old, new)}
@@ -151,8 +142,8 @@ COLUMNS = st.dictionaries(
 
 
 @given(old=COLUMNS, new=COLUMNS)
-def test_changes_are_none_exactly_where_the_version_stays(old: list[Field], new: list[Field]) -> None:
-    """And taking a change back removes what it added."""
+def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Field]) -> None:
+    """Reverting a change gives the reverse changes."""
     before, after = view(schema=old), view(schema=new)
     there = view_changes(before.definition(), after.definition())
     back = view_changes(after.definition(), before.definition())
@@ -162,8 +153,8 @@ def test_changes_are_none_exactly_where_the_version_stays(old: list[Field], new:
     ) == sorted((one.subject, one.after, one.before) for one in back if one.subject != "column order")
 
 
-def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
-    """Removed is what this module had; what another module applied is none of its business."""
+def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
+    """Definitions that another module applied do not count as removed."""
     applied(ledger, view("income"), view("old"), view("same"))
     apply(
         Definitions(module="other", views={"theirs": view("theirs")}, services={}), ledger, actor="user:test"
@@ -183,8 +174,8 @@ def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
     assert text.endswith("1 to add, 2 to change (2 breaking), 1 no longer in the module, 1 unchanged")
 
 
-def test_what_an_older_release_recorded_is_compared_and_never_counts_as_removed(ledger: Ledger) -> None:
-    """Its events do not say which module they came from."""
+def test_definitions_of_an_older_release_never_count_as_removed(ledger: Ledger) -> None:
+    """Their events do not say which module they came from. They are still compared."""
     for one in (view("income"), view("gone")):
         event = FeatureViewApplied(view=one.name, version=one.version, definition=one.definition())
         ledger.append(event, actor="user:test")
@@ -193,7 +184,7 @@ def test_what_an_older_release_recorded_is_compared_and_never_counts_as_removed(
 
 
 def test_breaking_change_without_a_model_is_applied(ledger: Ledger) -> None:
-    """Nobody reads the version before."""
+    """No model reads the previous version."""
     applied(ledger, view())
     plan = planned(ledger, view(schema=[AMOUNT]))
     require_no_broken_models(plan, allow_breaking=False)
@@ -201,7 +192,7 @@ def test_breaking_change_without_a_model_is_applied(ledger: Ledger) -> None:
 
 
 def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledger) -> None:
-    """The refusal names model, version, change and the way out; once allowed it is not asked about again."""
+    """The error names model, version, change and the solution. A break that was allowed once is not reported again."""
     applied(ledger, view())
     register(ledger)
     broken = view(schema=[AMOUNT])
@@ -218,7 +209,7 @@ def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledg
 
 
 def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
-    """A safe change in between does not make its features free to break."""
+    """A safe change after the model was trained does not end its protection."""
     applied(ledger, view())
     register(ledger)
     wider = view(schema=[AMOUNT, SECTOR, CITY])
@@ -229,8 +220,8 @@ def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
         require_no_broken_models(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
 
 
-def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledger) -> None:
-    """The model's own version would not stay readable."""
+def test_incompatible_change_is_refused_even_if_allowed(ledger: Ledger) -> None:
+    """The model's own view version would not stay readable."""
     applied(ledger, view())
     for version in (1, 2):
         register(ledger, version)
@@ -239,8 +230,8 @@ def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledg
         require_no_broken_models(plan, allow_breaking=True)
 
 
-def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> None:
-    """Both are breaking for who reads the service by name, and no model does."""
+def test_removing_or_reordering_views_of_a_service_is_breaking(ledger: Ledger) -> None:
+    """Models are not affected, because they read one version of the service."""
     applied(ledger, view("income"), view("wealth"))
     register(ledger)
     for views in ([view("income")], [view("wealth"), view("income")]):
@@ -258,10 +249,10 @@ def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> No
         (Sensitivity.INTERNAL, [], []),
     ],
 )
-def test_protected_fields_views_without_purpose_are_warned_of(
+def test_view_without_purpose_for_protected_fields_is_listed(
     sensitivity: Sensitivity, purposes: list[str], warned: list[str]
 ) -> None:
-    """Whoever may read columns may read them."""
+    """A principal that may read its columns may read them for any purpose."""
     view = FeatureView(
         "v",
         entities=[Entity("person", join_keys=["id"])],
