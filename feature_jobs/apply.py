@@ -68,14 +68,14 @@ def main(config: ApplyConfig) -> None:
         record_definitions(definitions, ledger, actor, region=region)
 
 
-def require_stored_key_types(definitions: Definitions, places: Layout) -> None:
+def require_stored_key_types(definitions: Definitions, paths: Layout) -> None:
     """Require that existing feature tables store their join keys with the declared types.
 
     Raises:
         DefinitionError: A type differs. The message names the view, the key and both types.
     """
     for name, view in definitions.views.items():
-        table = offline.open_table(places.features(name)) if view.key_types else None
+        table = offline.open_table(paths.features(name)) if view.key_types else None
         require_declared_types(name, view.key_types, offline.stored_key_types(table, view.join_keys))
 
 

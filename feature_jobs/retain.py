@@ -48,8 +48,8 @@ def main(config: RetainConfig) -> None:
     oldest = oldest_kept(view, instant(config.now, name="now"))
     pinned = newest(config, view, actor)
     reason = Reason(cause=f"retention, events before {oldest.isoformat()}", older_than=oldest.isoformat())
-    where = past_retention(pinned, view.windows, oldest)
-    removed = remove(pinned, where, reason, ledger, view=view.name, actor=actor.name)
+    predicate = past_retention(pinned, view.windows, oldest)
+    removed = remove(pinned, predicate, reason, ledger, view=view.name, actor=actor.name)
     print(f"view {view.name}: {removed} of {pinned.rows} rows removed, events before {oldest.isoformat()}")
 
 

@@ -14,9 +14,6 @@ Each event keeps those of its versions that can still count at some instant. An 
 has been known for the length of the longest window. If one of its older versions arrives after that, it is too old to
 count. There is one exception: a version dated ahead (event time after created time) that arrives for the first time
 more than a longest window after its correction.
-
-A pushed version has a provisional sequence number, greater than all final ones, until it gets its final number. Until
-then it is unknown which final versions with the same created time will be later than it, so these are kept too.
 """
 
 from __future__ import annotations
@@ -28,10 +25,10 @@ from typing import Any, NamedTuple
 import msgpack
 
 from cluster.errors import OnlineStoreOutdated
+from feature_jobs.store.aggregation.event_versions import Event, Version, newest_versions, with_version
 from feature_jobs.store.aggregation.hyperloglog import value_hash
 from feature_jobs.store.aggregation.partials import Partial, RankedValue, add, answer, empty, updates_for
 from feature_jobs.store.definitions.aggregations import EVERY, Function, WindowSpec
-from feature_jobs.store.types.schema import PROVISIONAL
 
 FORMAT = 1
 """Version of the packed format."""
@@ -53,46 +50,6 @@ class EventRow:
     seq: int
     values: tuple[Any, ...] | None
     """Values in the order of `WindowSpec.columns`, timestamps as microseconds. None for a tombstone."""
-
-
-class _Version(NamedTuple):
-    """One version of an event. The field order is the packed format, and sorts versions by (created, seq)."""
-
-    created_us: int
-    seq: int
-    event_us: int
-    values: list[Any] | None
-    """None for a tombstone."""
-
-    @property
-    def known_us(self) -> int:
-        """When the version became known."""
-        return max(self.created_us, self.event_us)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """The order of an event's versions. It also identifies a version."""
-        return self.created_us, self.seq
-
-
-class _Event(NamedTuple):
-    """An event with the versions that can still count at some instant. The field order is the packed format."""
-
-    event_id: int | str
-    last_us: int
-    """When the last of all its versions became known, including versions that were dropped."""
-    versions: list[_Version]
-    """Sorted by (created, seq)."""
-
-    @property
-    def newest(self) -> _Version:
-        """The version that counts when all versions are known."""
-        return self.versions[-1]
-
-    @classmethod
-    def from_lists(cls, event_id: int | str, last_us: int, versions: list[list[Any]]) -> _Event:
-        """Rebuild an event from its unpacked lists."""
-        return cls(event_id, last_us, [_Version(*fields) for fields in versions])
 
 
 class _TilingOutput(NamedTuple):
@@ -184,14 +141,12 @@ class WindowState:
         """
         key = _event_key(row.event_id)
         values = None if row.values is None else _without_negative_zeros(row.values)
-        version = _Version(row.created_us, row.seq, row.event_us, values)
+        version = Version(row.created_us, row.seq, row.event_us, values)
         for number, tile in self._tiles.items():
             position = tile.find(key, row.event_id)
             if position is not None:
-                return self._correct(
-                    number, position, key, _with_version(tile.events[position], version, was)
-                )
-        self._append(key, _Event(row.event_id, version.known_us, [version]))
+                return self._correct(number, position, key, with_version(tile.events[position], version, was))
+        self._append(key, Event(row.event_id, version.known_us, [version]))
         return True
 
     def values(self, as_of_us: int) -> list[Any] | None:
@@ -216,11 +171,11 @@ class WindowState:
             if tile.last_us + self._tiling.longest_us <= now_us:
                 del self._tiles[number]
             elif tile.has_corrections and tile.last_us <= now_us:
-                newest = [event._replace(versions=_newest_versions(event.versions)) for event in tile.events]
+                newest = [event._replace(versions=newest_versions(event.versions)) for event in tile.events]
                 tile.replace_events(newest, self._tiling)
         self.since_us = max(self.since_us, now_us)
 
-    def _correct(self, number: int, position: int, key: bytes, changed: _Event) -> bool:
+    def _correct(self, number: int, position: int, key: bytes, changed: Event) -> bool:
         """Replace an event of a tile. Return False if it is equal to the stored one."""
         tile = self._tiles[number]
         if changed == tile.events[position]:
@@ -238,10 +193,10 @@ class WindowState:
         self._append(key, changed)
         return True
 
-    def _append(self, key: bytes, event: _Event) -> None:
+    def _append(self, key: bytes, event: Event) -> None:
         self._tiles.setdefault(self._tile_number(event), _Tile()).append(key, event, self._tiling)
 
-    def _tile_number(self, event: _Event) -> int:
+    def _tile_number(self, event: Event) -> int:
         return event.newest.event_us // self._tiling.width_us
 
     def _window(self, as_of_us: int, start_us: int) -> _Window:
@@ -284,7 +239,7 @@ class _Tile:
     """The events of one interval of time, packed one after the other, and their summary.
 
     An event belongs to the tile of its newest version. The summary covers newest versions only. Reads work on unpacked
-    lists, because creating `_Event` and `_Version` objects would take a third more time.
+    lists, because creating `Event` and `Version` objects would take a third more time.
     """
 
     def __init__(
@@ -302,7 +257,7 @@ class _Tile:
         self._keys = keys
         self._packed = packed
         self._packed_summary = summary
-        self._events: list[_Event] | None = None
+        self._events: list[Event] | None = None
         self._event_lists: list[list[Any]] | None = None
         self._has_summary = False
         self.num_events = 0
@@ -317,14 +272,14 @@ class _Tile:
         return self.last_us, self.has_corrections, self._keys, self._packed, self._packed_summary
 
     @property
-    def events(self) -> list[_Event]:
+    def events(self) -> list[Event]:
         """The events, in the order of their keys in `_keys`."""
         if self._events is None:
-            self._events = [_Event.from_lists(*fields) for fields in self.event_lists()]
+            self._events = [Event.from_lists(*fields) for fields in self.event_lists()]
         return self._events
 
     def event_lists(self) -> Sequence[Sequence[Any]]:
-        """Return the events as lists with the fields of `_Event`, for fast reads."""
+        """Return the events as lists with the fields of `Event`, for fast reads."""
         if self._events is not None:
             return self._events
         if self._event_lists is None:
@@ -349,7 +304,7 @@ class _Tile:
             offset = self._keys.find(key, offset + 1)
         return None
 
-    def append(self, key: bytes, event: _Event, tiling: Tiling) -> None:
+    def append(self, key: bytes, event: Event, tiling: Tiling) -> None:
         """Append an event. The other events stay packed.
 
         Args:
@@ -375,7 +330,7 @@ class _Tile:
                 for ranked in _ranked_values([newest], column):
                     add(self.partials[column], ranked, updates)
 
-    def replace_events(self, events: Iterable[_Event], tiling: Tiling) -> None:
+    def replace_events(self, events: Iterable[Event], tiling: Tiling) -> None:
         """Replace all events."""
         self.__init__()  # type: ignore[misc]
         for event in events:
@@ -397,35 +352,6 @@ class _Tile:
                         counting.append(version)
                     break
         return counting
-
-
-def _with_version(event: _Event, version: _Version, previous_seq: int | None) -> _Event:
-    """Return the event with one more version, without the versions that cannot count at any instant.
-
-    Args:
-        event: The event.
-        version: The version to add.
-        previous_seq: The version's provisional number, if it was stored with one.
-    """
-    others = [other for other in event.versions if other.order != (version.created_us, previous_seq)]
-    if not any(other.order == version.order for other in others):
-        others.append(version)
-    counting: list[_Version] = []
-    for other in sorted(others, reverse=True):
-        if all(other.known_us < later.known_us or not _order_is_final(later, other) for later in counting):
-            counting.append(other)
-    return _Event(event.event_id, max(event.last_us, version.known_us), counting[::-1])
-
-
-def _order_is_final(later: _Version, earlier: _Version) -> bool:
-    """Return whether the order of two versions stays the same when both have their final numbers."""
-    return later.created_us > earlier.created_us or not later.seq >= PROVISIONAL > earlier.seq
-
-
-def _newest_versions(versions: list[_Version]) -> list[_Version]:
-    """Return the last version, and those that may become later than it."""
-    last = versions[-1]
-    return [version for version in versions if version is last or not _order_is_final(last, version)]
 
 
 def _ranked_values(versions: Iterable[Sequence[Any]], column: int) -> Iterator[RankedValue]:

@@ -14,10 +14,12 @@ from cluster.security.keys.store import KeyInfo
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView, Sensitivity
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, INGESTED, SEQ
 
 NO_COMMON_PURPOSE = "no-common-purpose"
 """Purpose of values from several views that have no purpose in common. An empty list would allow every purpose."""
-ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "deleted")
+ORDERING = (EVENT, CREATED, INGESTED, SEQ, DELETED)
+"""Public columns: when a row was true, known and stored, its sequence number, and whether it is a tombstone."""
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
@@ -136,9 +138,7 @@ def view_protection(view: ViewSpec) -> Protection:
 
 def quarantine_protection(view: str) -> Protection:
     """Return the keys of the columns of a view's quarantine, which holds rows as the source had them."""
-    return Protection(
-        default=f"quarantine/{view}/sensitive", keys=(("ingested_at", None), ("ingest_seq", None))
-    )
+    return Protection(default=f"quarantine/{view}/sensitive", keys=((INGESTED, None), (SEQ, None)))
 
 
 def quarantine_place(view: str, batch: str) -> str:

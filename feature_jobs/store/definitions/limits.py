@@ -17,11 +17,11 @@ EXACT = 2**53 - 1
 """Greatest whole number that JSON, and so the ledger, holds exactly."""
 
 
-def check_span(what: str, value: Any, *, longest: timedelta = LONGEST, allow_zero: bool = False) -> None:
+def check_span(subject: str, value: Any, *, longest: timedelta = LONGEST, allow_zero: bool = False) -> None:
     """Validate a time span.
 
     Args:
-        what: Names the span and its owner, for messages.
+        subject: Names the span and its owner, for messages.
         value: The value to validate.
         longest: The longest valid span.
         allow_zero: Whether a span of zero is valid.
@@ -30,31 +30,31 @@ def check_span(what: str, value: Any, *, longest: timedelta = LONGEST, allow_zer
         DefinitionError: The value is not a timedelta, is negative, or is too long.
     """
     if not isinstance(value, timedelta):
-        raise DefinitionError(f"{what} must be a timedelta, got {value!r}. Write timedelta(…).")
+        raise DefinitionError(f"{subject} must be a timedelta, got {value!r}. Write timedelta(…).")
     if value < timedelta(0) and allow_zero:
-        raise DefinitionError(f"{what} must not be negative, got {value}.")
+        raise DefinitionError(f"{subject} must not be negative, got {value}.")
     if value < timedelta(0) or (not value and not allow_zero):
-        raise DefinitionError(f"{what} must be positive, got {value}.")
+        raise DefinitionError(f"{subject} must be positive, got {value}.")
     if value > longest:
-        raise DefinitionError(f"{what} must be at most {longest.days} days, got {value.days} days.")
+        raise DefinitionError(f"{subject} must be at most {longest.days} days, got {value.days} days.")
 
 
-def check_number(what: str, value: Any) -> None:
+def check_number(subject: str, value: Any) -> None:
     """Validate a number.
 
     Args:
-        what: Names the number and its owner, for messages.
+        subject: Names the number and its owner, for messages.
         value: The value to validate.
 
     Raises:
         DefinitionError: The value is not a finite number, or is a whole number that the ledger cannot hold exactly.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DefinitionError(f"{what} must be a number, got {value!r}.")
+        raise DefinitionError(f"{subject} must be a number, got {value!r}.")
     if isinstance(value, int) and abs(value) > EXACT:
-        raise DefinitionError(f"{what} is a whole number greater than 2^53 - 1. Write it as a float.")
+        raise DefinitionError(f"{subject} is a whole number greater than 2^53 - 1. Write it as a float.")
     if not math.isfinite(value):
-        raise DefinitionError(f"{what} must be finite, got {value}.")
+        raise DefinitionError(f"{subject} must be finite, got {value}.")
 
 
 def clamp_span_s(seconds: float | None) -> float | None:

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cluster.errors import DefinitionError
+from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, INGESTED, SEQ
 
-RESERVED = frozenset(
-    {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
-)
+RESERVED = frozenset({EVENT, CREATED, INGESTED, SEQ, BUCKET, DELETED})
 """Columns that the platform adds to a feature table."""
 LONGEST_NAME = 200
 """Most characters of a view's or a service's name. Requests contain it, and a view's name is also a folder's name."""
@@ -29,11 +28,11 @@ class Named(NamedTuple):
     name: str
 
 
-def validate_name(what: str, name: str, *, longest: int | None = None) -> None:
+def validate_name(kind: str, name: str, *, longest: int | None = None) -> None:
     """Validate a name: letters, digits and underscores, a letter first.
 
     Args:
-        what: The kind of thing that has the name, for messages.
+        kind: The kind of thing that has the name, for messages.
         name: The name to validate.
         longest: The maximum number of characters. None is no limit.
 
@@ -41,10 +40,10 @@ def validate_name(what: str, name: str, *, longest: int | None = None) -> None:
         DefinitionError: The name is invalid or too long.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
+        raise DefinitionError(f"{kind} {name!r}: a name is letters, digits and underscores, a letter first.")
     if longest is not None and len(name) > longest:
         raise DefinitionError(
-            f"{what} '{name[:40]}…': a name has at most {longest} characters, got {len(name)}."
+            f"{kind} '{name[:40]}…': a name has at most {longest} characters, got {len(name)}."
         )
 
 

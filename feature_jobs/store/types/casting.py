@@ -73,8 +73,8 @@ def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) ->
         return _utf8(plain, name).cast(pa.string())
     if pa.types.is_null(plain.type) and len(plain) == 0:
         return plain.cast(pa.string())
-    wanted = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
-    raise SchemaMismatch(f"Join key '{name}' {wanted}, the source has {column.type}.")
+    requirement = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
+    raise SchemaMismatch(f"Join key '{name}' {requirement}, the source has {column.type}.")
 
 
 def _cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
