@@ -119,7 +119,7 @@ class FeatureStore:
         self._config = config
         self._ledger = ledger
         self._actor = actor
-        self._places = layout(config.storage)
+        self._paths = layout(config.storage)
 
     @classmethod
     def attach(
@@ -186,7 +186,7 @@ class FeatureStore:
         """Write a training set. See `TrainingSet.save`."""
         output = resolve(path)
         access = self._actor.access
-        write(training_set.table, output, training_set.spec, places=self._places, access=access)
+        write(training_set.table, output, training_set.spec, places=self._paths, access=access)
         write_bytes(manifest_path(output), json.dumps(training_set.manifest, indent=1).encode())
 
     def read(
@@ -244,7 +244,7 @@ class FeatureStore:
 
     @functools.cached_property
     def _online(self) -> OnlineStore:
-        return open_online(self._config.online, self._places, key_store(self._actor.access))
+        return open_online(self._config.online, self._paths, key_store(self._actor.access))
 
     def _check(self, action: Action, spec: ServiceSpec) -> None:
         region = self._config.cluster.region
