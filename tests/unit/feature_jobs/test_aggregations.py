@@ -49,10 +49,12 @@ def view(**changes: Any) -> FeatureView:
     return FeatureView("income", **(parts | changes))
 
 
-def applied(ledger: Ledger, given: FeatureView) -> ServiceSpec:
+def applied(ledger: Ledger, feature_view: FeatureView) -> ServiceSpec:
     """Apply a service with one view, and return its specification from the ledger."""
-    service = FeatureService("credit", views=[given])
-    definitions = Definitions(module="m", views={given.name: given}, services={"credit": service})
+    service = FeatureService("credit", views=[feature_view])
+    definitions = Definitions(
+        module="m", views={feature_view.name: feature_view}, services={"credit": service}
+    )
     apply(definitions, ledger, actor="user:test")
     return service_spec(ledger, "credit")
 
@@ -103,10 +105,10 @@ def test_view_without_aggregations_keeps_its_definition() -> None:
 
 def test_adding_a_window_is_safe_and_removing_one_breaks() -> None:
     """Readers of an earlier version keep their features, or lose one."""
-    more = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
-    (added,) = view_changes(view().definition(), more.definition())
-    (gone,) = view_changes(more.definition(), view().definition())
-    assert (added.text, added.impact.breaks, gone.impact.breaks) == (
+    wider = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
+    (added,) = view_changes(view().definition(), wider.definition())
+    (removed,) = view_changes(wider.definition(), view().definition())
+    assert (added.text, added.impact.breaks, removed.impact.breaks) == (
         "+ aggregations amount_max_1h ",
         False,
         True,
@@ -116,14 +118,14 @@ def test_adding_a_window_is_safe_and_removing_one_breaks() -> None:
 def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: Ledger) -> None:
     """A count of events has the sensitivity of the event id."""
     spec = applied(ledger, view()).views[0]
-    assert [(one.name, one.dtype, one.sensitivity, one.categorical) for one in spec.fields] == [
+    assert [(field.name, field.dtype, field.sensitivity, field.categorical) for field in spec.fields] == [
         ("amount_sum_1h", "float64", "personal", False),
         ("amount_sum_7d", "float64", "personal", False),
         ("shop_last_7d", "int32", "public", True),
         ("count_90m", "int64", "internal", False),
     ]
-    assert [one.name for one in spec.stored] == ["payment_id", "amount", "shop"]
-    assert [one.column_class for one in view_resources(spec, region="r")] == [
+    assert [field.name for field in spec.stored] == ["payment_id", "amount", "shop"]
+    assert [field.column_class for field in view_resources(spec, region="r")] == [
         "internal",
         "personal",
         "public",
@@ -170,9 +172,9 @@ def test_training_set_holds_the_aggregations_of_each_entity_row(
     service = applied(ledger, view())
     pinned = stored(tmp_path, access, service)
     hours = [0.5, 1, 1.5, 200, 1]
-    asked = [START + timedelta(hours=hour) for hour in hours]
+    times = [START + timedelta(hours=hour) for hour in hours]
     entities = pa.table(
-        {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(asked, TIME), "label": [0] * 5}
+        {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(times, TIME), "label": [0] * 5}
     )
     table = build(service, {"income": pinned}, entities, join_parts=join_here)
     assert table.column_names[3:] == service.columns
@@ -194,12 +196,12 @@ def test_materialised_state_has_the_events_known_at_its_time(
     assert spec.windows is not None
     pinned = stored(tmp_path, access, service)
     at_us = int(START.timestamp() * 1e6) + 5_400_000_000
-    found = {}
+    results = {}
     for hours in (0.5, 1):
         (row,) = rows(spec, pinned, START + timedelta(hours=hours))
         state = WindowState.unpack(Tiling(spec.windows), row.values[0])
-        found[hours] = row.keys, state.values(at_us)
-    assert found == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}
+        results[hours] = row.keys, state.values(at_us)
+    assert results == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}
 
 
 def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
@@ -222,6 +224,6 @@ def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
     table = offline.create_table(uri, events.schema, num_buckets=4)
     target = Target(uri=uri, keys=("customer_id",), buckets=4, protection=protection, access=access)
     files = offline.write_files(events, target, name="a")
-    said = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
-    offline.commit(DeltaTable(table.table_uri), events.schema, files, said, seq=2)
+    batch = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
+    offline.commit(DeltaTable(table.table_uri), events.schema, files, batch, seq=2)
     return snapshot(uri, view="income", keys=["customer_id"], protection=protection, access=access)

@@ -59,14 +59,14 @@ def test_publication_uses_only_outcomes_known_at_its_time(known: pl.DataFrame) -
     published = publications(known, year=2016)
     assert published.height > 500
     for row in published.sample(40, seed=1).iter_rows(named=True):
-        then = banded.filter(
+        expected = banded.filter(
             (pl.col("age_band") == row["age_band"])
             & (pl.col("schooling") == row["schooling"])
             & (pl.col("known_at") <= row["published_at"])
             & (pl.col("surveyed_at") <= row["month_end"])
             & (pl.col("surveyed_at") > row["month_end"] - TRAILING)
         )
-        assert (then.height, then["employed"].mean()) == (
+        assert (expected.height, expected["employed"].mean()) == (
             row["outcomes"],
             pytest.approx(row["employment_rate"]),
         )
@@ -74,23 +74,23 @@ def test_publication_uses_only_outcomes_known_at_its_time(known: pl.DataFrame) -
 
 def test_late_outcome_does_not_change_a_publication(known: pl.DataFrame) -> None:
     """Inverting every outcome that was not known yet leaves the rates unchanged."""
-    month_end, at = month_ends(2016)[5], month_ends(2016)[5] + timedelta(days=3)
+    month_end, published_at = month_ends(2016)[5], month_ends(2016)[5] + timedelta(days=3)
     banded = known.with_columns(age_band=pl.lit("a"), schooling=pl.lit("s"))
-    turned = banded.with_columns(
-        employed=pl.when(pl.col("known_at") > at).then(1 - pl.col("employed")).otherwise("employed")
+    inverted = banded.with_columns(
+        employed=pl.when(pl.col("known_at") > published_at).then(1 - pl.col("employed")).otherwise("employed")
     )
-    assert not turned.equals(banded)
-    expected = rates(banded, month_end=month_end, published_at=at)
-    assert expected.equals(rates(turned, month_end=month_end, published_at=at))
+    assert not inverted.equals(banded)
+    expected = rates(banded, month_end=month_end, published_at=published_at)
+    assert expected.equals(rates(inverted, month_end=month_end, published_at=published_at))
 
 
 def test_correction_includes_late_outcomes(known: pl.DataFrame) -> None:
     """A correction never has fewer outcomes than the first publication, and in total has more."""
     published = publications(known, year=2016).sort("published_at")
     counts = published.group_by("month_end", "age_band", "schooling", maintain_order=True).agg("outcomes")
-    twice = counts.filter(pl.col("outcomes").list.len() == 2)["outcomes"]
-    assert (twice.list.last() >= twice.list.first()).all()
-    assert twice.list.last().sum() > twice.list.first().sum()
+    corrected = counts.filter(pl.col("outcomes").list.len() == 2)["outcomes"]
+    assert (corrected.list.last() >= corrected.list.first()).all()
+    assert corrected.list.last().sum() > corrected.list.first().sum()
 
 
 def test_small_cohort_is_not_published(known: pl.DataFrame) -> None:
@@ -100,8 +100,8 @@ def test_small_cohort_is_not_published(known: pl.DataFrame) -> None:
 
 def test_outcome_is_known_only_after_the_entity_row(census: pl.DataFrame, known: pl.DataFrame) -> None:
     """So a cohort's rate cannot leak the label of the person it describes."""
-    asked = entities(census)
-    assert (known["known_at"] > asked["event_timestamp"]).all()
+    entity_rows = entities(census)
+    assert (known["known_at"] > entity_rows["event_timestamp"]).all()
 
 
 def test_person_is_published_before_the_entity_row(census: pl.DataFrame) -> None:
@@ -112,21 +112,21 @@ def test_person_is_published_before_the_entity_row(census: pl.DataFrame) -> None
 
 def test_checks_find_exactly_the_planted_faults(census: pl.DataFrame) -> None:
     """Faulty rows have ids that no real person has, and every real person passes."""
-    of_year = census.filter(pl.col("year") == 2017)
-    delivery = deliver(of_year, faults=NUM_FAULTS)
-    found = prepare(delivery.to_arrow(), person, now=NOW)
-    bad = found.filter(found[REASON].is_valid())
-    assert (NUM_FAULTS, ROWS_BY_YEAR[2017] + NUM_FAULTS) == (bad.num_rows, found.num_rows)
+    people = census.filter(pl.col("year") == 2017)
+    delivery = deliver(people, faults=NUM_FAULTS)
+    checked = prepare(delivery.to_arrow(), person, now=NOW)
+    bad = checked.filter(checked[REASON].is_valid())
+    assert (NUM_FAULTS, ROWS_BY_YEAR[2017] + NUM_FAULTS) == (bad.num_rows, checked.num_rows)
     assert min(bad["person_id"].to_pylist()) >= FIRST_FAULT_ID > census["person_id"].max()  # type: ignore[operator]
-    said = " ".join(bad[REASON].to_pylist())
-    assert all(word in said for word in ("AGEP", "SCHL", "event_timestamp lies in the future"))
-    assert entities(of_year).height == ROWS_BY_YEAR[2017]
+    reasons = " ".join(bad[REASON].to_pylist())
+    assert all(word in reasons for word in ("AGEP", "SCHL", "event_timestamp lies in the future"))
+    assert entities(people).height == ROWS_BY_YEAR[2017]
 
 
 def test_every_publication_passes_its_own_checks(known: pl.DataFrame) -> None:
     """The cohort view accepts all bands that the person view computes."""
-    found = prepare(publications(known, year=2018).to_arrow(), cohort, now=NOW)
-    assert found[REASON].null_count == found.num_rows
+    checked = prepare(publications(known, year=2018).to_arrow(), cohort, now=NOW)
+    assert checked[REASON].null_count == checked.num_rows
 
 
 def test_bands_have_readable_names_and_no_gaps() -> None:

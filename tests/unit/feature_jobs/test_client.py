@@ -121,25 +121,28 @@ def ledger(root: Path) -> Iterator[Ledger]:
 
 def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledger: Ledger) -> None:
     """It accepts entity rows of each kind, keeps their order, and records an event for each set."""
-    before = len(list(ledger.entries(TrainingSetBuilt)))
+    num_before = len(list(ledger.entries(TrainingSetBuilt)))
     polars = pl.DataFrame(pl.from_arrow(PEOPLE))
     sets = [store.training_set("credit", people) for people in (PEOPLE, polars, polars.to_pandas())]
     assert {
-        one.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None]) for one in sets
+        training_set.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None])
+        for training_set in sets
     } == {True}
     assert sets[0].to_polars()["income__amount"].to_list() == [8.0, 4.0, None]
     assert sets[0].to_pandas()["income__since"].notna().to_list() == [False, True, False]
-    built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][before:]
-    assert [one["row_hash"] for one in built] == [one.manifest["row_hash"] for one in sets]
+    built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][num_before:]
+    assert [training_set["row_hash"] for training_set in built] == [
+        training_set.manifest["row_hash"] for training_set in sets
+    ]
 
 
 def test_saved_training_set_has_rows_and_a_recorded_manifest(
     store: FeatureStore, ledger: Ledger, tmp_path: Path
 ) -> None:
     """`jobs.train` reads the same files from the command."""
-    made = store.training_set("credit", PEOPLE)
-    made.save(f"{tmp_path}/train.parquet")
-    assert read_parquet(f"{tmp_path}/train.parquet").equals(made.to_arrow())
+    training_set = store.training_set("credit", PEOPLE)
+    training_set.save(f"{tmp_path}/train.parquet")
+    assert read_parquet(f"{tmp_path}/train.parquet").equals(training_set.to_arrow())
     manifest = read_manifest(f"{tmp_path}/train.manifest.json")
     check_manifest(manifest, ledger)
     content = json.loads((tmp_path / "train.manifest.json").read_text())
@@ -167,12 +170,14 @@ def test_features_are_read_online_by_key(store: FeatureStore) -> None:
 
 def test_on_demand_features_are_equal_online_and_in_training(store: FeatureStore) -> None:
     """Without inputs, an online read leaves them out."""
-    made = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
+    training_set = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
     entities = [{"person_id": key} for key in PEOPLE["person_id"].to_pylist()]
     read = store.read("offers", entities, as_of=AT, features={"asked": [2.0, 2.0, 2.0]})
     expected = [0.25, 0.5, None]
     assert (
-        made.to_arrow()["terms__share"].to_pylist() == read.to_arrow()["terms__share"].to_pylist() == expected
+        training_set.to_arrow()["terms__share"].to_pylist()
+        == read.to_arrow()["terms__share"].to_pylist()
+        == expected
     )
     assert "terms__share" not in store.read("offers", entities, as_of=AT).to_arrow().column_names
 
@@ -185,8 +190,8 @@ def test_denied_read_is_recorded(root: Path, ledger: Ledger) -> None:
         with pytest.raises(AccessDenied, match="may not read online"):
             store.read("credit", [{"person_id": 1}])
     denied = [entry.payload for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
-    assert [one["action"] for one in denied] == ["build_training_set", "read_online"]
-    assert {one["entrypoint"] for one in denied} == {"feature_jobs.client"}
+    assert [payload["action"] for payload in denied] == ["build_training_set", "read_online"]
+    assert {payload["entrypoint"] for payload in denied} == {"feature_jobs.client"}
 
 
 def test_invalid_entity_rows_retired_view_and_missing_cluster_are_refused(

@@ -145,20 +145,20 @@ def test_source_without_tombstones_has_no_key_for_them() -> None:
 
 def test_from_columns_are_recorded_only_if_given() -> None:
     """So views of older releases keep their version."""
-    said, unsaid = (
+    declared, undeclared = (
         view(schema=[Field("amount", "float64", from_columns=columns)], transform=double).definition()
         for columns in (["gross", "tax"], [])
     )
-    assert said["schema"][0]["from_columns"] == ["gross", "tax"]
-    assert "from_columns" not in unsaid["schema"][0]
+    assert declared["schema"][0]["from_columns"] == ["gross", "tax"]
+    assert "from_columns" not in undeclared["schema"][0]
 
 
 def test_every_check_can_be_recorded_as_json() -> None:
     """Enums and time spans become JSON values, and the check can be rebuilt from them."""
-    rules = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
-    checks = [*rules, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
+    first_checks = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
+    checks = [*first_checks, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
     assert view(checks=checks).version != view().version
-    assert [rule.definition() for rule in rules] == [
+    assert [rule.definition() for rule in first_checks] == [
         {"check": "Unique", "of": ["person_id", "event_timestamp"], "keep": "first"},
         {"check": "Freshness", "maximum_age_s": 172800.0},
     ]
@@ -180,10 +180,10 @@ def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pyt
 
 def test_service_version_follows_its_views_and_their_order() -> None:
     """Another order, another version of a view, or fewer views give another service version."""
-    one, other = view(), replace(view(), name="wealth")
+    income, wealth = view(), replace(view(), name="wealth")
     versions = {
         FeatureService("credit", views=views).version
-        for views in ([one, other], [other, one], [one], [replace(one, owner="x"), other])
+        for views in ([income, wealth], [wealth, income], [income], [replace(income, owner="x"), wealth])
     }
     assert len(versions) == 4
 

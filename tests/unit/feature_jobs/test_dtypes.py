@@ -73,7 +73,7 @@ def view(
 
 
 def block(rows: int = 2, **columns: Any) -> pa.Table:
-    given = {
+    view_columns = {
         "price": pa.array([Decimal("1.5"), None][:rows]),
         "day": pa.array([dt.date(2026, 1, 31), None][:rows]),
         "blob": pa.array([b"\x00", None][:rows]),
@@ -82,15 +82,15 @@ def block(rows: int = 2, **columns: Any) -> pa.Table:
         "codes": pa.array([[2**53 + 1], None][:rows]),
     } | columns
     times = pa.array([NOW - timedelta(days=1)] * rows, pa.timestamp("us", "UTC"))
-    return pa.table({"id": list(range(rows)), "at": times, **given})
+    return pa.table({"id": list(range(rows)), "at": times, **view_columns})
 
 
-@pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[one[0] for one in JSON])
+@pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[value[0] for value in JSON])
 def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: Any) -> None:
     """A JSON value becomes an online value and the same JSON value again, and both give the same Arrow value."""
     assert online_value(as_json, dtype) == online
     assert list(to_json([online, None], dtype)) == [as_json, None]
-    arrow = [arrow_values([one, None], dtype) for one in (as_json, online)]
+    arrow = [arrow_values([value, None], dtype) for value in (as_json, online)]
     assert arrow[0].equals(arrow[1])
     assert arrow[0].type == DTYPES[dtype]
 
@@ -191,7 +191,7 @@ def test_list_with_wrong_length_or_null_element_goes_to_quarantine() -> None:
     prepared = prepare(block(4, emb=emb, **empty), view(), now=NOW)
     reasons = [None, "emb has not 3 elements", "emb has a null element", None]
     assert prepared[REASON].to_pylist() == reasons
-    assert [prepared.schema.field(name).type for name in RICH] == [DTYPES[one] for one in RICH.values()]
+    assert [prepared.schema.field(name).type for name in RICH] == [DTYPES[dtype] for dtype in RICH.values()]
 
 
 def test_text_and_json_lines_are_read_as_declared() -> None:
@@ -213,14 +213,14 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
         | {"codes": [2**53 + 1]},
         {"tags": []},
     ]
-    of_json = typed_rows(lines, RICH)
-    wanted = prepare(block(), view(), now=NOW)
+    from_json_lines = typed_rows(lines, RICH)
+    expected = prepare(block(), view(), now=NOW)
     for name in RICH:
-        assert columns[name].to_pylist() == of_json[name].to_pylist() == wanted[name].to_pylist()
+        assert columns[name].to_pylist() == from_json_lines[name].to_pylist() == expected[name].to_pylist()
     native = {"price": Decimal("1.5"), "day": dt.date(2026, 1, 31), "blob": memoryview(b"\x00")}
-    of_sql = typed_rows([native | {"emb": "[0.5, 1, 2]", "tags": ["a"], "codes": [1]}], RICH)
+    from_sql = typed_rows([native | {"emb": "[0.5, 1, 2]", "tags": ["a"], "codes": [1]}], RICH)
     for name in ("price", "day", "blob", "emb", "tags"):
-        assert of_sql[name][0] == of_json[name][0]
+        assert from_sql[name][0] == from_json_lines[name][0]
     with pytest.raises(SchemaMismatch, match=r"'price' should be decimal.*1 of 1 values"):
         typed_rows([{"price": 1.25}], RICH)
 
@@ -266,10 +266,14 @@ def test_profile_counts_nulls_of_rich_columns() -> None:
     """Lists, bytes, decimals and dates have no distribution."""
     fields = list(view().schema)
     good = prepare(block(), view(), now=NOW)
-    first = sketch(good, good, fields)
-    chosen = bins([first])
-    whole = profile([first], chosen, [count(good, chosen)])
-    assert (whole.nulls["price"], whole.nulls["tags"], whole.distributions) == (1, 0, {})
+    batch_sketch = sketch(good, good, fields)
+    batch_bins = bins([batch_sketch])
+    batch_profile = profile([batch_sketch], batch_bins, [count(good, batch_bins)])
+    assert (batch_profile.nulls["price"], batch_profile.nulls["tags"], batch_profile.distributions) == (
+        1,
+        0,
+        {},
+    )
 
 
 def test_row_hash_of_lists_does_not_depend_on_the_arrow_type() -> None:
@@ -281,7 +285,7 @@ def test_row_hash_of_lists_does_not_depend_on_the_arrow_type() -> None:
         pa.table({"a": [[1.0], None, [2.0]], "s": table["s"]}),
         pa.table({"a": [[1.0, 2.5], None, []]}),
     ]
-    assert len({row_hash(one) for one in (table, *changed)}) == 3
+    assert len({row_hash(other) for other in (table, *changed)}) == 3
     old = pa.table({"a": pa.array([[1.0, None], None, []]), "s": ["x", None, "z"]})
     before = "6c843d7cacf4d9af160c4c3006bab98713677422511ca1e5bd31da4caddeb6d5"
     old = old.append_column("d", pa.array([1, None, 3], pa.date32()))

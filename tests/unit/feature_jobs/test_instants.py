@@ -22,7 +22,7 @@ NS = pa.timestamp("ns", "UTC")
 
 
 @pytest.mark.parametrize(
-    ("shown", "utc"),
+    ("local_text", "utc"),
     [
         ("2024-01-01T00:00:00", "2024-01-01T08:00:00Z"),
         ("2024-07-01T00:00:00", "2024-07-01T07:00:00Z"),
@@ -36,28 +36,28 @@ NS = pa.timestamp("ns", "UTC")
         ("2024-01-01T00:00:00Z", "2024-01-01T00:00:00Z"),
     ],
 )
-def test_local_time_means_the_later_instant(shown: str, utc: str) -> None:
+def test_local_time_means_the_later_instant(local_text: str, utc: str) -> None:
     """Columns of every unit and text give the same instant. A time with a zone ignores the declared zone."""
-    local, expected = datetime.fromisoformat(shown), datetime.fromisoformat(utc)
-    assert parse(shown, ZONE, Rounding.exact) == expected
+    local, expected = datetime.fromisoformat(local_text), datetime.fromisoformat(utc)
+    assert parse(local_text, ZONE, Rounding.exact) == expected
     for unit in ("s", "ms", "us", "ns"):
         kind = pa.timestamp(unit, None if local.tzinfo is None else "UTC")
         column = pa.chunked_array([pa.array([local, None], kind)])
-        found = in_zone(column, ZONE)
-        assert (found.type, found.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
+        converted = in_zone(column, ZONE)
+        assert (converted.type, converted.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
 
 
 @given(
     st.datetimes(min_value=datetime(1900, 1, 1), max_value=datetime(2100, 1, 1)),
     st.sampled_from([ZONE, "Europe/London", "Asia/Dubai", "Australia/Lord_Howe", "Africa/Casablanca"]),
 )
-def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
+def test_columns_and_single_times_agree(local: datetime, zone: str) -> None:
     """Polars and Python give the same instant, which is never earlier than either reading of the local time."""
-    column = pa.chunked_array([pa.array([shown], pa.timestamp("us"))])
-    [found] = in_zone(column, zone).to_pylist()
-    assert found == instant(shown, zone)
-    readings = [shown.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
-    assert found == max(readings)
+    column = pa.chunked_array([pa.array([local], pa.timestamp("us"))])
+    [converted] = in_zone(column, zone).to_pylist()
+    assert converted == instant(local, zone)
+    readings = [local.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
+    assert converted == max(readings)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,10 @@ def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
 def test_nanoseconds_are_rounded_up_or_down(nanoseconds: int, up: int, down: int) -> None:
     """Also before 1970, and at both ends of the range of nanoseconds."""
     column = pa.chunked_array([pa.array([nanoseconds, None], NS)])
-    found = [to_micros(column, one).cast(pa.int64()).to_pylist() for one in (Rounding.up, Rounding.down)]
-    assert found == [[up, None], [down, None]]
+    rounded = [
+        to_micros(column, rounding).cast(pa.int64()).to_pylist() for rounding in (Rounding.up, Rounding.down)
+    ]
+    assert rounded == [[up, None], [down, None]]
 
 
 def test_feature_time_is_exact_or_refused() -> None:
@@ -101,8 +103,8 @@ def test_text_is_rounded_as_columns_are(text: object, up: int | None, exact: int
     """Python itself would truncate the finer digits."""
     day = datetime(2024, 1, 1, tzinfo=UTC)
     for rounding, expected in ((Rounding.up, up), (Rounding.exact, exact)):
-        found = parse(text, None, rounding)
-        assert found == (None if expected is None else day + timedelta(microseconds=expected))
+        parsed = parse(text, None, rounding)
+        assert parsed == (None if expected is None else day + timedelta(microseconds=expected))
 
 
 def test_zone_is_recorded_only_if_declared() -> None:

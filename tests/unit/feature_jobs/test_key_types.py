@@ -223,9 +223,9 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     reason = "person_id is int64, the feature table holds string"
     assert (event["rows_stored"], event["reasons"]) == (1, {reason: 1})
-    place = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_place("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
     assert orjson.loads(file["raw"][0].as_py()) == {
         "person_id": 7,
         "amount": 1.0,
@@ -233,8 +233,8 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
         "at": "2024-01-01 01:00:00+00:00",
         "known_at": "2024-01-01 01:00:00+00:00",
     }
-    tried = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
-    assert (tried.good, tried.reasons.to_pylist()) == (None, ["person_id is no string"])
+    replayed = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
+    assert (replayed.good, replayed.reasons.to_pylist()) == (None, ["person_id is no string"])
 
 
 def test_pushes_before_a_declaration_are_stored_if_they_fit(tmp_path: Path, access: KeyAccess) -> None:
@@ -296,12 +296,12 @@ def test_quarantined_bytes_and_deletions_can_be_replayed(tmp_path: Path, access:
     ingest_text(project, "a")
     assert project.stream().step() == 2
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
-    place = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_place("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
-    tried = try_again(file, view, now=NOW, baseline=None)
-    assert tried.good is not None
-    assert tried.good.select(["amount", "deleted"]).to_pylist() == [
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
+    replayed = try_again(file, view, now=NOW, baseline=None)
+    assert replayed.good is not None
+    assert replayed.good.select(["amount", "deleted"]).to_pylist() == [
         {"amount": b"\0\1\2", "deleted": False},
         {"amount": None, "deleted": True},
     ]

@@ -35,14 +35,14 @@ def test_deprecated_view_warns_and_retired_view_is_refused(
     """Both messages have the reason. Other views are not affected."""
     change(ledger, "old", ViewState.deprecated)
     change(ledger, "gone", ViewState.retired)
-    known = read_lifecycles(ledger)
-    heed(known, ["income"], doing="")
+    lifecycles = read_lifecycles(ledger)
+    heed(lifecycles, ["income"], doing="")
     assert caplog.text == ""
-    heed(known, ["income", "old"], doing="")
+    heed(lifecycles, ["income", "old"], doing="")
     assert "View 'old' is deprecated since" in caplog.text
     assert "Use 'wealth'." in caplog.text
     with pytest.raises(ViewRetired, match=r"'gone' is retired .* Use 'wealth'\. No rows\..*restore=true"):
-        heed(known, ["gone"], doing="No rows.")
+        heed(lifecycles, ["gone"], doing="No rows.")
 
 
 def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -> None:
@@ -55,8 +55,8 @@ def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -
     apply(Definitions(module="shop", views=views, services={}), ledger, actor="user:test")
     change(ledger, "income", ViewState.deprecated)
     change(ledger, "ended", ViewState.retired)
-    now = Definitions(module="shop", views={"income": views["income"]}, services={})
-    text = "\n".join(plan_lines(make_plan(now, read_recorded(ledger), read_lifecycles(ledger))))
+    module = Definitions(module="shop", views={"income": views["income"]}, services={})
+    text = "\n".join(plan_lines(make_plan(module, read_recorded(ledger), read_lifecycles(ledger))))
     assert "! View 'income' is deprecated" in text
     assert "! View 'ended' is retired" in text
     assert "feature_jobs.retire view=left" in text

@@ -62,10 +62,10 @@ def service(missing: Any = Missing.NULL) -> FeatureService:
     return FeatureService("credit", views=[INCOME, VISITS], missing=missing)
 
 
-def applied(ledger: Ledger, one: FeatureService) -> ServiceSpec:
-    views = {view.name: view for view in one.views}
-    apply(Definitions(module="m", views=views, services={one.name: one}), ledger, actor="t")
-    return service_spec(ledger, one.name)
+def applied(ledger: Ledger, service: FeatureService) -> ServiceSpec:
+    views = {view.name: view for view in service.views}
+    apply(Definitions(module="m", views=views, services={service.name: service}), ledger, actor="t")
+    return service_spec(ledger, service.name)
 
 
 def test_policy_is_part_of_the_version_unless_it_is_null() -> None:
@@ -73,9 +73,11 @@ def test_policy_is_part_of_the_version_unless_it_is_null() -> None:
     plain = FeatureService("credit", views=[PEOPLES_INCOME]).version
     assert plain == FeatureService("credit", views=[PEOPLES_INCOME], missing={"income": Missing.NULL}).version
     assert service().version == service({}).version
-    versions = {service(one).version for one in (Missing.NULL, Missing.REFUSE, {"income": Missing.REFUSE})}
+    versions = {
+        service(policy).version for policy in (Missing.NULL, Missing.REFUSE, {"income": Missing.REFUSE})
+    }
     assert len(versions) == 3
-    whole, fraction = (service({"income__amount": Default(one)}).version for one in (0, 0.0))
+    whole, fraction = (service({"income__amount": Default(policy)}).version for policy in (0, 0.0))
     assert whole == fraction not in versions
 
 
@@ -153,21 +155,27 @@ def test_serving_fills_as_training_does(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(sorted(VALUES)))
     view = FeatureView("v", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", dtype)])
     default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
-    one = FeatureService("s", views=[view], missing={"v__x": Default(default)})
-    policy = parse(one.missing_definition(), {"v__x": dtype})
+    service = FeatureService("s", views=[view], missing={"v__x": Default(default)})
+    policy = parse(service.missing_definition(), {"v__x": dtype})
     rows = data.draw(st.lists(st.tuples(VALUES[dtype], st.sampled_from(list(Status))), min_size=1))
-    status = [Status.null if known is Status.present and value is None else known for value, known in rows]
+    status = [
+        Status.null if value_status is Status.present and value is None else value_status
+        for value, value_status in rows
+    ]
     values = [
-        value if known is Status.present else None for (value, _), known in zip(rows, status, strict=True)
+        value if value_status is Status.present else None
+        for (value, _), value_status in zip(rows, status, strict=True)
     ]
     arrow = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}
     kind = arrow.get(dtype, pa.string() if dtype == "string" else pa.bool_())
-    absent = pa.array([known in ABSENT for known in status])
+    absent = pa.array([value_status in ABSENT for value_status in status])
     trained = fill(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})["v__x"].to_pylist()
     columns = {"v__x": list(values)}
-    put_in = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
+    filled_rows = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
     assert repr(columns["v__x"]) == repr(trained)
-    assert put_in.get("v__x", []) == [row for row, known in enumerate(status) if known in ABSENT]
+    assert filled_rows.get("v__x", []) == [
+        row for row, value_status in enumerate(status) if value_status in ABSENT
+    ]
 
 
 def test_refusal_names_feature_status_and_entity() -> None:
@@ -191,13 +199,13 @@ def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
 
 def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
     """Defaults replace values of unknown entities, not ingested nulls. The manifest has the share of defaults."""
-    amounts: list[Any] = [float(one) for one in range(PEOPLE)]
+    amounts: list[Any] = [float(number) for number in range(PEOPLE)]
     amounts[3] = None
     project.ingest(0, amount=pa.array(amounts, pa.float64()))
     project.write_entities(PEOPLE + 5)
     plain = project.build("plain")
-    one = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
-    applied(project.ledger, one)
+    number = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
+    applied(project.ledger, number)
     manifest = project.build()
     assert manifest["default_share"] == {"income__amount": 5 / (PEOPLE + 5)}
     assert manifest["null_share"] == {"income__amount": 1 / (PEOPLE + 5)}
@@ -208,7 +216,7 @@ def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
 def test_expired_value_gets_the_default(project: FeatureProject) -> None:
     """As online, the default replaces a value that is older than the TTL."""
     view = replace(PEOPLES_INCOME, ttl=timedelta(days=1))
-    one = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
-    applied(project.ledger, one)
+    with_default = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
+    applied(project.ledger, with_default)
     project.ingest(0)
     assert project.build()["default_share"] == {"income__amount": 1.0}

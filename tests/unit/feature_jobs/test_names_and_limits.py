@@ -108,34 +108,36 @@ def test_names_that_differ_only_in_case_are_refused(
 
 
 def recorded(*views: str, services: tuple[str, ...] = ()) -> Recorded:
-    known = {
+    views_recorded = {
         (name, "1"): RecordedView(name=name, version="1", definition=view(name).definition(), module="m")
         for name in views
     }
-    asked = {
+    services_recorded = {
         (name, "1"): RecordedService(
             name=name, version="1", view_order=[], view_versions={}, module="m", on_demand=[], missing={}
         )
         for name in services
     }
-    return Recorded(views=known, services=asked, uses=[])
+    return Recorded(views=views_recorded, services=services_recorded, uses=[])
 
 
 def definitions(*views: str, service: str | None = None) -> Definitions:
-    made = {name: view(name) for name in views}
-    services = {} if service is None else {service: FeatureService(service, views=list(made.values()))}
-    return Definitions(module="m", views=made, services=services)
+    views_by_name = {name: view(name) for name in views}
+    services = (
+        {} if service is None else {service: FeatureService(service, views=list(views_by_name.values()))}
+    )
+    return Definitions(module="m", views=views_by_name, services=services)
 
 
 def test_views_and_services_that_would_share_a_folder_are_refused_when_applied() -> None:
     """Names are compared within a module and with applied names. Names that are applied already stay valid."""
-    for given, known in (
+    for module, applied in (
         (definitions("Income", "income"), recorded()),
         (definitions("Income"), recorded("income")),
         (definitions("income", service="Credit"), recorded(services=("credit",))),
     ):
         with pytest.raises(DefinitionError, match="differs only in case"):
-            make_plan(given, known)
+            make_plan(module, applied)
     make_plan(definitions("Income", "income"), recorded("Income", "income"))
 
 
@@ -187,8 +189,8 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
     assert before(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
     fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
     spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)
-    kept = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
-    assert kept == datetime.min.replace(tzinfo=UTC)
+    oldest = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
+    assert oldest == datetime.min.replace(tzinfo=UTC)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def view(name: str = "income", **changes: Any) -> FeatureView:
 def module(*views: FeatureView, name: str = "shop") -> Definitions:
     """A module with these views and a service with all of them."""
     service = FeatureService("credit", views=views)
-    return Definitions(module=name, views={one.name: one for one in views}, services={service.name: service})
+    return Definitions(
+        module=name, views={view.name: view for view in views}, services={service.name: service}
+    )
 
 
 def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
@@ -132,8 +134,8 @@ def test_unknown_change_is_breaking_unless_it_adds_a_named_entry() -> None:
     """Definitions of later releases can be compared too."""
     old = view().definition() | {"windows": [{"name": "a", "days": 1}], "mode": "x"}
     new = view().definition() | {"windows": [{"name": "a", "days": 2}, {"name": "b"}], "mode": "y"}
-    found = {change.subject: change.impact for change in view_changes(old, new)}
-    assert found == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
+    impacts = {change.subject: change.impact for change in view_changes(old, new)}
+    assert impacts == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
 
 
 COLUMNS = st.dictionaries(
@@ -145,12 +147,18 @@ COLUMNS = st.dictionaries(
 def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Field]) -> None:
     """Reverting a change gives the reverse changes."""
     before, after = view(schema=old), view(schema=new)
-    there = view_changes(before.definition(), after.definition())
-    back = view_changes(after.definition(), before.definition())
-    assert (not there) == (before.version == after.version)
+    changes = view_changes(before.definition(), after.definition())
+    reverse = view_changes(after.definition(), before.definition())
+    assert (not changes) == (before.version == after.version)
     assert sorted(
-        (one.subject, one.before, one.after) for one in there if one.subject != "column order"
-    ) == sorted((one.subject, one.after, one.before) for one in back if one.subject != "column order")
+        (change.subject, change.before, change.after)
+        for change in changes
+        if change.subject != "column order"
+    ) == sorted(
+        (change.subject, change.after, change.before)
+        for change in reverse
+        if change.subject != "column order"
+    )
 
 
 def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
@@ -176,8 +184,10 @@ def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
 
 def test_definitions_of_an_older_release_never_count_as_removed(ledger: Ledger) -> None:
     """Their events do not say which module they came from. They are still compared."""
-    for one in (view("income"), view("gone")):
-        event = FeatureViewApplied(view=one.name, version=one.version, definition=one.definition())
+    for old_view in (view("income"), view("gone")):
+        event = FeatureViewApplied(
+            view=old_view.name, version=old_view.version, definition=old_view.definition()
+        )
         ledger.append(event, actor="user:test")
     steps = {(step.kind, step.name): step.operation for step in planned(ledger, view("income")).steps}
     assert steps == {("view", "income"): Operation.unchanged, ("service", "credit"): Operation.added}

@@ -40,11 +40,11 @@ def event_rows(frame: pl.DataFrame, spec: WindowSpec = SPEC) -> list[EventRow]:
 
 def offline_values(frame: pl.DataFrame, *instants_us: int, spec: WindowSpec = SPEC) -> list[list[Any]]:
     """Return the values that a training set would have."""
-    asked = [(1, "n", START + timedelta(microseconds=at_us - START_US)) for at_us in instants_us]
-    entities = pl.DataFrame(asked, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    found = aggregate(entities, frame, keys=list(KEYS), windows=spec).columns
-    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
-    return [list(row) for row in found.with_columns(*times).rows()]
+    entity_rows = [(1, "n", START + timedelta(microseconds=at_us - START_US)) for at_us in instants_us]
+    entities = pl.DataFrame(entity_rows, schema=KEYS | {"event_timestamp": TIME}, orient="row")
+    answers = aggregate(entities, frame, keys=list(KEYS), windows=spec).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in answers.schema.items() if dtype == TIME]
+    return [list(row) for row in answers.with_columns(*times).rows()]
 
 
 one_entity = event_frames().map(
@@ -75,19 +75,19 @@ def test_expiry_and_replay_change_no_later_answer(frame: pl.DataFrame, data: st.
     frame = frame.sort("created_timestamp")
     rows = event_rows(frame)
     state, at_us = WindowState(TILING), START_US
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         at_us = row.created_us
-        back = data.draw(st.integers(0, 3))
-        for again in [*rows[max(place - back, 0) : place], row]:
-            state.apply(again)
+        num_replayed = data.draw(st.integers(0, 3))
+        for replayed in [*rows[max(position - num_replayed, 0) : position], row]:
+            state.apply(replayed)
         if data.draw(st.booleans()):
             state.expire(at_us)
     instants = [at_us + hour * HOUR_US for hour in range(4)]
-    found = []
+    online = []
     for at_us in instants:
-        found.append(state.values(at_us))
+        online.append(state.values(at_us))
         state.expire(at_us)
-    assert found == offline_values(frame, *instants)
+    assert online == offline_values(frame, *instants)
 
 
 def row(event: str, at: float, value: Any, *, seq: int = 0, created: float | None = None) -> EventRow:
@@ -98,8 +98,10 @@ def row(event: str, at: float, value: Any, *, seq: int = 0, created: float | Non
 
 def only(column: str, *functions: str, hours: float = 5) -> WindowSpec:
     """Build aggregations of one column over one window."""
-    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
-    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
+    aggregations = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
+    return window_spec(
+        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
+    )
 
 
 def at(hour: float) -> int:
@@ -141,7 +143,7 @@ def test_pushed_version_gets_its_final_order_with_its_final_number() -> None:
     assert state.apply(replace(pushed, seq=11), was=pushed.seq)
     assert state.values(at(1)) == [9.0, 1.0]
     assert not state.apply(replace(pushed, seq=11), was=pushed.seq)
-    assert sorted(one.seq for one in state.rows()) == [12, 13]
+    assert sorted(version.seq for version in state.rows()) == [12, 13]
 
 
 def test_event_dated_ahead_counts_from_its_event_time() -> None:
@@ -166,8 +168,8 @@ def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int)
         for number, hour in enumerate(hours)
     ]
     frame = pl.DataFrame(data, schema=EVENTS)
-    for one in event_rows(frame, spec):
-        state.apply(one)
+    for event_row in event_rows(frame, spec):
+        state.apply(event_row)
     instants = [at(hour) for hour in (3.0, 4.999, 5.3, 7.0)]
     assert [state.values(at_us) for at_us in instants] == offline_values(frame, *instants, spec=spec)
 

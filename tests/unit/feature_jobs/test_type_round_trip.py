@@ -115,9 +115,9 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
     project.push(pushed(1, {name: value for name, (_, value) in VALUES.items()}), key="a")
     project.stream().step()
     at = pa.array([START + timedelta(hours=5)] * 2, pa.timestamp("us", "UTC"))
-    asked = pa.table({"person_id": [1, 9], "event_timestamp": at})
+    entities = pa.table({"person_id": [1, 9], "event_timestamp": at})
     spec = service_spec(project.ledger, "s")
-    table = assemble(spec, {"income": project.snapshot()}, asked, join_parts=join_here).table
+    table = assemble(spec, {"income": project.snapshot()}, entities, join_parts=join_here).table
     known, unknown = table.to_pylist()
     assert known["income__price"] == Decimal("-1234567890123456.7890")
     assert known["income__emb"] == np.array(VALUES["emb"][1], np.float32).tolist()
@@ -126,9 +126,9 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
     assert (unknown["income__blob"], unknown["income__codes"]) == (b"\x00", None)
     reader = FeatureReader(spec, project.store)
     vectors = reader.read([{"person_id": 9}], START + timedelta(hours=5))
-    put_in = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
-    assert set(put_in) == {"income__price", "income__emb", "income__born", "income__blob"}
-    served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in put_in}
+    filled_rows = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
+    assert set(filled_rows) == {"income__price", "income__emb", "income__born", "income__blob"}
+    served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in filled_rows}
     assert served == {
         "income__price": "7.0000",
         "income__emb": [0.0] * 4,

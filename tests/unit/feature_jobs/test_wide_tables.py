@@ -28,8 +28,8 @@ def test_append_and_replace_equal_the_methods_of_arrow() -> None:
 
 def test_columns_that_a_file_lacks_are_null() -> None:
     """The result has the requested order of columns."""
-    found = offline.with_columns(TABLE, ["z", "b", "y"])
-    assert found.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
+    completed = offline.with_columns(TABLE, ["z", "b", "y"])
+    assert completed.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
     assert offline.with_columns(TABLE, ["b", "a"]).column_names == ["b", "a"]
 
 
@@ -55,7 +55,7 @@ def test_each_column_has_its_key() -> None:
 
 def test_message_lists_the_first_of_many_names() -> None:
     """A view with 2,000 columns does not give a message with 2,000 names."""
-    said = did_you_mean("f7x", [f"f{number}" for number in range(2_000)])
-    assert "Did you mean 'f7" in said
-    assert said.endswith(" and 1,950 more.")
-    assert len(said) < 600
+    message = did_you_mean("f7x", [f"f{number}" for number in range(2_000)])
+    assert "Did you mean 'f7" in message
+    assert message.endswith(" and 1,950 more.")
+    assert len(message) < 600

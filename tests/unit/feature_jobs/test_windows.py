@@ -89,36 +89,41 @@ def test_aggregations_agree_with_the_definition_in_sql(
     oracle.register("events", events.to_arrow())
     oracle.register("entities", entities.with_row_index("position").to_arrow())
     for window in WINDOWS_H:
-        outputs = [one for one in SPEC.outputs if one.window_us == window * 3_600_000_000]
-        text = ", ".join(expression(one.column, one.function) for one in outputs)
+        outputs = [output for output in SPEC.outputs if output.window_us == window * 3_600_000_000]
+        text = ", ".join(expression(output.column, output.function) for output in outputs)
         expected = oracle.execute(ORACLE.format(outputs=text, window=window, cutoff=cutoff)).fetchall()
-        assert expected == actual.select(one.name for one in outputs).rows()
+        assert expected == actual.select(output.name for output in outputs).rows()
 
 
-def only(*wanted: tuple[str, str], hours: int = 5) -> WindowSpec:
+def only(*columns_and_functions: tuple[str, str], hours: int = 5) -> WindowSpec:
     """Build a few aggregations over one window."""
-    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for column, function in wanted]
-    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
+    aggregations = [
+        Aggregation(column, function, windows=[timedelta(hours=hours)])
+        for column, function in columns_and_functions
+    ]
+    return window_spec(
+        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
+    )
 
 
-def events(*given: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
+def events(*rows: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
     """Build events of one person from (id, event hour, created hour, amount)."""
-    nothing = dict.fromkeys(COLUMNS) | {"deleted": False} | more
+    defaults = dict.fromkeys(COLUMNS) | {"deleted": False} | more
     data = [
-        nothing
+        defaults
         | {"person": 1, "place": "n", "event_id": event, "ingest_seq": seq, "amount": amount}
         | {
             "event_timestamp": START + timedelta(hours=at),
             "created_timestamp": START + timedelta(hours=known),
         }
-        for seq, (event, at, known, amount) in enumerate(given)
+        for seq, (event, at, known, amount) in enumerate(rows)
     ]
     return pl.DataFrame(data, schema=EVENTS)
 
 
-def aggregated(frame: pl.DataFrame, spec: WindowSpec, *asked: float) -> list[tuple[Any, ...]]:
+def aggregated(frame: pl.DataFrame, spec: WindowSpec, *hours: float) -> list[tuple[Any, ...]]:
     """Return the aggregations at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
     return aggregate(entities, frame, keys=list(KEYS), windows=spec).columns.rows()
 
@@ -166,9 +171,9 @@ def test_only_a_null_key_is_absent() -> None:
         {"person": [1, None, 9], "place": "n", "event_timestamp": START},
         schema=KEYS | {"event_timestamp": TIME},
     )
-    found = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
-    assert found.absent.to_list() == [False, True, False]
-    assert found.columns.to_series().to_list() == [1, None, 0]
+    answers = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
+    assert answers.absent.to_list() == [False, True, False]
+    assert answers.columns.to_series().to_list() == [1, None, 0]
 
 
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
@@ -179,9 +184,9 @@ def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> 
     now = START + timedelta(hours=12)
     oldest = now - timedelta(hours=max(WINDOWS_H))
     corrected = corrected_by_old(frame, list(KEYS), "event_id", oldest)
-    kept = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
+    retained = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
     spec = only((EVERY, "count"), ("amount", "sum"))
-    assert aggregated(kept, spec, 12 + late_h) == aggregated(frame, spec, 12 + late_h)
+    assert aggregated(retained, spec, 12 + late_h) == aggregated(frame, spec, 12 + late_h)
 
 
 def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
@@ -206,20 +211,20 @@ def test_sums_of_fractions_are_exact_and_rounded_once() -> None:
     rng = np.random.default_rng(7)
     amounts = [1e15, 0.1, -1e15, 1e-300, 1e300, -1e300, *rng.normal(0, 1e6, 40), *rng.normal(0, 1e-9, 40)]
     frame = events(*[(str(i), i / 10, i / 10, amount) for i, amount in enumerate(amounts)])
-    found = aggregated(
+    actual = aggregated(
         frame, only(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)]
     )
     expected = [math.fsum(amounts[max(i - 19, 0) : i + 1]) for i in range(86)]
-    assert [row[0] for row in found] == expected
-    assert [row[1] for row in found] == [total / min(i + 1, 20) for i, total in enumerate(expected)]
+    assert [row[0] for row in actual] == expected
+    assert [row[1] for row in actual] == [total / min(i + 1, 20) for i, total in enumerate(expected)]
 
 
 def test_infinite_amounts_affect_only_their_windows() -> None:
     """Infinities of both signs give null."""
     frame = events(("a", 1, 1, math.inf), ("b", 2, 2, -math.inf), ("c", 3, 3, 1.0), ("d", 9, 9, 1.7e308))
     frame = pl.concat([frame, events(("e", 9, 9, 1.7e308))])
-    found = aggregated(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
-    assert found == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
+    actual = aggregated(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
+    assert actual == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
 
 
 def test_whole_numbers_too_large_for_their_sum_are_refused() -> None:
@@ -237,15 +242,15 @@ def test_distinct_is_exact_up_to_its_bound_and_estimated_above(
     monkeypatch.setattr(offline, "_PLACES_AT_ONCE", places)
     total = EXACT_DISTINCT + 300
     frame = events(*[(str(i), i / 1000, i / 1000, float(i // 2)) for i in range(2 * total)])
-    asked = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
-    found = aggregated(frame, only(("amount", "distinct"), hours=2), *asked)
+    hours = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
+    actual = aggregated(frame, only(("amount", "distinct"), hours=2), *hours)
 
     def values(hour: float) -> set[float]:
         return {float(i // 2) for i in range(2 * total) if hour - 2 < i / 1000 <= hour}
 
-    exact = [len(values(hour)) for hour in asked]
+    exact = [len(values(hour)) for hour in hours]
     assert exact[0] <= EXACT_DISTINCT
-    assert [row[0] for row in found] == [
+    assert [row[0] for row in actual] == [
         count if count <= EXACT_DISTINCT else max(estimate(registers_of(values(hour))), EXACT_DISTINCT + 1)
-        for hour, count in zip(asked, exact, strict=True)
+        for hour, count in zip(hours, exact, strict=True)
     ]
