@@ -120,8 +120,8 @@ def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, 
 def cast_time(column: pa.ChunkedArray, *, name: str, rounding: Rounding) -> pa.ChunkedArray:
     """Cast timestamps or dates to UTC microseconds. A time without a zone is taken as UTC.
 
-    Sources with another zone pass through `instants.zoned` first. A time outside the range of microseconds becomes the
-    first or last time in that range, hundreds of thousands of years away.
+    Times of sources that declare a zone were converted to UTC before. A time outside the range of microseconds becomes
+    the first or last time in that range, hundreds of thousands of years away.
 
     Args:
         column: Timestamps or dates.

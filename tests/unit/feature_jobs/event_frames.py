@@ -1,4 +1,4 @@
-"""Random events and entity rows. Keys, ids and times have few values, so ties, corrections and late rows are frequent."""
+"""Random events and entity rows. Keys, ids and times have few values, so ties and corrections are frequent."""
 
 from __future__ import annotations
 
