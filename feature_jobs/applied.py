@@ -1,4 +1,4 @@
-"""What a command over batches starts from: the view as it was applied, and its source."""
+"""Load the view and the source of a command over batches."""
 
 from __future__ import annotations
 
@@ -11,32 +11,41 @@ from feature_jobs.store.definitions.views import FeatureView
 
 
 def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
-    """The view as its module defines it and as it was applied, which is the same.
+    """Load a view from its module and its specification from the ledger, and require that their versions are equal.
+
+    Args:
+        definitions: The module of definitions.
+        name: The view's name.
+        ledger: The ledger.
 
     Raises:
-        DefinitionError: it was not applied, or was changed since.
+        DefinitionError: The view was not applied, or was changed after it was applied.
     """
     view = load_definitions(definitions).view(name)
     spec = view_spec(ledger, view.name)
     if spec.version != view.version:
         raise DefinitionError(
-            f"View '{view.name}' was changed since it was applied. "
+            f"View '{view.name}' was changed after it was applied. "
             f"Run `python -m feature_jobs.apply definitions={definitions}`."
         )
     return view, spec
 
 
 def given_source(view: FeatureView, path: str | None) -> BatchSource:
-    """The view's own source, or the file that the command names in its place.
+    """Return the source of a batch: the file that the command names, or else the view's own source.
+
+    Args:
+        view: The view.
+        path: Path of a file that replaces the view's source, or None.
 
     Raises:
-        SourceError: its own is a topic, which has no end.
+        SourceError: The view's source is a Kafka topic, which has no end.
     """
     if path is not None:
         return from_path(view.source, path)
     if isinstance(view.source, KafkaSource):
         raise SourceError(
-            f"View '{view.name}' has a topic as its source. Run `python -m feature_jobs.stream source=kafka "
+            f"View '{view.name}' has a Kafka topic as its source. Run `python -m feature_jobs.stream source=kafka "
             f"view={view.name}`, or give files with `source.path=…`."
         )
     return view.source

@@ -1,8 +1,8 @@
-"""`python -m feature_jobs.apply definitions=m [plan=true]`: print what would change, make keys, record the definitions.
+"""`python -m feature_jobs.apply definitions=m [plan=true]`: print a plan, create keys, record the definitions.
 
-The plan comes first and says of each change whether it breaks readers of earlier versions
-(`store/catalog/differences.py`). One that would break a registered model is refused. With `plan=true` it ends
-there: nothing is recorded, the key store is not asked, and the exit code is what applying would have.
+The plan says for each change whether it breaks readers of earlier versions (`store/catalog/differences.py`). A plan
+that would break a registered model is refused. With `plan=true` the command stops after the plan: it records nothing
+and does not call the key store. The exit code is the one that applying would have.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from cluster.session import require_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout
 from feature_jobs.store.catalog.lifecycle import read_lifecycles
-from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.protection import service_keys, view_keys
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, load_definitions
 from feature_jobs.store.definitions.views import Sensitivity
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.types.key_types import refuse_undeclared
+from feature_jobs.store.types.key_types import require_declared_types
 
 
 @dataclass(kw_only=True, slots=True)
 class ApplyConfig(PlatformConfig):
-    """What is applied."""
+    """Configuration of the apply command."""
 
     definitions: str = "feature_jobs.census"
+    """Module with the definitions."""
     plan: bool = False
-    """Only say what would change."""
+    """Print the plan only."""
     allow_breaking: bool = False
-    """Apply even what breaks a registered model, where the model's own version stays readable."""
+    """Apply changes that break a registered model, if the model's own view version stays readable."""
 
 
 @job("apply", ApplyConfig)
 def main(config: ApplyConfig) -> None:
-    """Plan, and apply."""
+    """Print the plan and apply the definitions."""
     record = require_record(config)
     definitions = load_definitions(config.definitions)
     ledger = open_ledger(config)
@@ -54,48 +55,49 @@ def main(config: ApplyConfig) -> None:
         ),
     )
     plan = make_plan(definitions, read_recorded(ledger), read_lifecycles(ledger))
-    print("\n".join(lines(plan)), flush=True)
-    for name in for_any_purpose(definitions):
+    print("\n".join(plan_lines(plan)), flush=True)
+    for name in views_without_purpose(definitions):
         print(
-            f"warning: view {name} has personal or sensitive fields and lists no purposes, so whoever may read columns "
-            "may read them for any purpose. List them with `purposes=[…]`.",
+            f"warning: view {name} has personal or sensitive fields and lists no purposes, so a principal that may "
+            "read its columns may read them for any purpose. List the purposes with `purposes=[…]`.",
             flush=True,
         )
-    refuse_broken(plan, allow_breaking=config.allow_breaking)
-    check_stored_keys(definitions, layout(config.storage))
+    require_no_broken_models(plan, allow_breaking=config.allow_breaking)
+    require_stored_key_types(definitions, layout(config.storage))
     if not config.plan:
         record_definitions(definitions, ledger, actor, region=region)
 
 
-def check_stored_keys(definitions: Definitions, places: Layout) -> None:
-    """Refuse a declared type of a join key that is not how the view's table stores it.
+def require_stored_key_types(definitions: Definitions, paths: Layout) -> None:
+    """Require that existing feature tables store their join keys with the declared types.
 
     Raises:
-        DefinitionError: naming view, key and both types.
+        DefinitionError: A type differs. The message names the view, the key and both types.
     """
     for name, view in definitions.views.items():
-        table = offline.open_table(places.features(name)) if view.key_types else None
-        refuse_undeclared(name, view.key_types, offline.stored_key_types(table, view.join_keys))
+        table = offline.open_table(paths.features(name)) if view.key_types else None
+        require_declared_types(name, view.key_types, offline.stored_key_types(table, view.join_keys))
 
 
-def for_any_purpose(definitions: Definitions) -> list[str]:
-    """The views whose protected fields are under no purpose."""
-    guarded = {Sensitivity.PERSONAL, Sensitivity.SENSITIVE}
+def views_without_purpose(definitions: Definitions) -> list[str]:
+    """Return the names of views that have personal or sensitive fields and list no purposes."""
+    protected = {Sensitivity.PERSONAL, Sensitivity.SENSITIVE}
     return sorted(
         name
         for name, view in definitions.views.items()
-        if not view.purposes and any(field.sensitivity in guarded for field in view.schema)
+        if not view.purposes and any(field.sensitivity in protected for field in view.schema)
     )
 
 
 def record_definitions(definitions: Definitions, ledger: Ledger, actor: Actor, *, region: str) -> None:
-    """Have the keys that the definitions need, then say in the ledger what changed."""
+    """Ensure that the keys of the definitions exist, then record the definitions that changed."""
     keys = key_store(actor.access)
-    for info in (
-        *(info for view in definitions.views.values() for info in view_keys(view, region=region)),
-        *(info for service in definitions.services.values() for info in service_keys(service, region=region)),
-    ):
-        keys.ensure(info)
+    for view in definitions.views.values():
+        for info in view_keys(view, region=region):
+            keys.ensure(info)
+    for service in definitions.services.values():
+        for info in service_keys(service, region=region):
+            keys.ensure(info)
     applied = apply(definitions, ledger, actor=actor.name)
     for kind, changed in (("view", applied.views), ("service", applied.services)):
         for name, version in changed.items():

@@ -1,11 +1,11 @@
-"""The feature store from a notebook or a script: attach, take a training set, read online by key.
+"""Client of the feature store for notebooks and scripts: build training sets and read features online.
 
     store = FeatureStore.attach(purpose="credit_scoring")
     train = store.training_set("credit", people).to_polars()
     now = store.read("credit", [{"customer_id": 7}]).to_pandas()
 
-It is what the jobs are: it finds the running cluster as they do, acts by an intent of its own, asks the same policies,
-and leaves the same events.
+The client works like a job: it finds the running cluster in the same way, has an intent of its own, is subject to the
+same policies, and records the same events.
 """
 
 from __future__ import annotations
@@ -60,24 +60,25 @@ ENTRYPOINT = "feature_jobs.client"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """A table, as whichever kind is wanted."""
+    """A table that can be converted to Arrow, Polars or pandas."""
 
     table: pa.Table
 
     def to_arrow(self) -> pa.Table:
-        """As Arrow, without a copy."""
+        """Return the rows as an Arrow table, without a copy."""
         return self.table
 
     def to_polars(self) -> pl.DataFrame:
-        """As Polars, without a copy where its types allow."""
+        """Return the rows as a Polars frame, without a copy if the types allow it."""
         return pl.DataFrame(pl.from_arrow(self.table))
 
     def to_pandas(self) -> pd.DataFrame:
-        """As pandas, with nullable dtypes for whole numbers and bools, so that a null costs no digits.
+        """Return the rows as a pandas frame.
 
-        Times keep their microseconds; dates, decimals, bytes and texts are Python's own, a list is a NumPy array.
+        Whole numbers and bools have nullable dtypes, so that large numbers stay exact beside nulls. Times keep their
+        microseconds. Dates, decimals, bytes and text are Python objects, and a list is a NumPy array.
         """
-        import pandas as pd  # only where it is used
+        import pandas as pd  # imported here because the import is slow
 
         nullable = {
             pa.bool_(): pd.BooleanDtype(),
@@ -98,27 +99,27 @@ class TrainingSet(Rows):
     store: FeatureStore
 
     def save(self, path: str) -> None:
-        """Write the rows as Parquet and the manifest beside it, for `jobs.train`."""
+        """Write the rows as a Parquet file, and the manifest beside it, for `jobs.train`."""
         self.store.save(self, path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineFeatures(Rows):
-    """Features of some entities, in their order."""
+    """Online features of some entities, in the order of the request."""
 
     status: dict[str, list[str]]
-    """`<view>__<feature>` to present, null, missing, expired or newer, an entity each."""
+    """`<view>__<feature>` to one status per entity: present, null, missing, expired or newer."""
 
 
 class FeatureStore:
-    """A running cluster's feature store, as somebody who may use it."""
+    """The feature store of a running cluster, used by one principal."""
 
     def __init__(self, config: PlatformConfig, ledger: Ledger, actor: Actor) -> None:
-        """As `attach` does."""
+        """Create a client from its parts. Use `attach` instead."""
         self._config = config
         self._ledger = ledger
         self._actor = actor
-        self._places = layout(config.storage)
+        self._paths = layout(config.storage)
 
     @classmethod
     def attach(
@@ -129,18 +130,18 @@ class FeatureStore:
         token_file: str | None = None,
         storage_root: str | None = None,
     ) -> FeatureStore:
-        """Find the running cluster.
+        """Connect to the running cluster.
 
         Args:
-            overrides: configuration as on a command line, "tier=enterprise_gpu" for one.
-            purpose: what the data is used for.
-            role: of the user of this machine, where the dev issuer gives the token.
-            token_file: an intent or a token, in place of that.
-            storage_root: of the project; else the one of this folder, or of the shell's variables.
+            overrides: Configuration as on a command line, such as "tier=enterprise_gpu".
+            purpose: The purpose that the data is used for.
+            role: The role of the machine's user, if the dev issuer issues the token.
+            token_file: File with an intent or a token, to use instead of the dev issuer.
+            storage_root: The project's storage root. By default that of the working directory or of the environment.
 
         Raises:
-            ClusterNotRunning: there is none.
-            Unauthenticated, ConfigError: the token does not hold.
+            ClusterNotRunning: No cluster is running.
+            Unauthenticated, ConfigError: The token is invalid.
         """
         config = _configuration(overrides)
         identity = config.identity
@@ -153,17 +154,21 @@ class FeatureStore:
         return cls(config, ledger, act(config, record, ledger, entrypoint=ENTRYPOINT))
 
     def training_set(self, service: str, entities: Entities, *, cutoff: bool = True) -> TrainingSet:
-        """Every entity row in its order, its columns, then `<view>__<feature>`; an event says that it was built.
+        """Build a training set and record it in the ledger.
 
         Args:
-            service: as it was applied last.
-            entities: join keys, `event_timestamp` (UTC where it has no zone), and any other columns.
-            cutoff: leave out what was created after an entity row's time.
+            service: Name of the feature service. Its newest version is used.
+            entities: Join keys, `event_timestamp` (UTC if it has no zone), and any other columns.
+            cutoff: Whether to leave out values that were created after an entity row's time.
+
+        Returns:
+            The entity rows in their order: their own columns, then one column `<view>__<feature>` per feature.
 
         Raises:
-            AccessDenied: for a view; an event says so.
-            TrainingSetError: entity rows that cannot be joined.
-            FeatureServiceNotFound, ViewRetired
+            AccessDenied: A view may not be read. The denial is recorded in the ledger.
+            TrainingSetError: The entity rows cannot be joined.
+            FeatureServiceNotFound: The service was not applied.
+            ViewRetired: A view of the service is retired.
         """
         spec = service_spec(self._ledger, service)
         self._check(Action.build_training_set, spec)
@@ -178,10 +183,10 @@ class FeatureStore:
         return TrainingSet(table=table, manifest=manifest, spec=spec, store=self)
 
     def save(self, training_set: TrainingSet, path: str) -> None:
-        """As `TrainingSet.save`."""
+        """Write a training set. See `TrainingSet.save`."""
         output = resolve(path)
         access = self._actor.access
-        write(training_set.table, output, training_set.spec, places=self._places, access=access)
+        write(training_set.table, output, training_set.spec, places=self._paths, access=access)
         write_bytes(manifest_path(output), json.dumps(training_set.manifest, indent=1).encode())
 
     def read(
@@ -192,37 +197,39 @@ class FeatureStore:
         as_of: dt.datetime | str | None = None,
         features: Mapping[str, Sequence[Any]] | None = None,
     ) -> OnlineFeatures:
-        """The features of entities as they stand online at a moment, by default now; no default stands in.
+        """Read the online features of entities. Missing values stay null: defaults are not filled in.
 
         Args:
-            service: as it was applied last.
-            entities: an object of join keys each.
-            as_of: time-to-live is applied there; without a zone it is UTC. The store has one row an entity: where that
-                is later, its status is `newer`, and a training set says what was known.
-            features: inputs of on-demand transforms, a value an entity; without them there is nothing made on demand.
+            service: Name of the feature service. Its newest version is used.
+            entities: The join keys of each entity.
+            as_of: The time of the read, by default now; UTC if it has no zone. TTL is applied at this time. The store
+                has one row per entity. If that row became known later, the status is `newer`. A training set has the
+                values that were known at an earlier time.
+            features: Inputs of on-demand transforms, with one value per entity. Without them, on-demand features are
+                left out.
 
         Raises:
-            AccessDenied: for a view; an event says so.
-            InvalidRequest: an entity lacks a key, or an input is missing.
+            AccessDenied: A view may not be read. The denial is recorded in the ledger.
+            InvalidRequest: An entity lacks a key, or an input is missing.
         """
         spec = service_spec(self._ledger, service)
         self._check(Action.read_online, spec)
         entities = keys_of(entities)
-        moment = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
-        vectors = FeatureReader(spec, self._online).read(entities, moment)
-        made = [name for one in spec.on_demand for name in one.columns]
-        dtypes = {
-            name: dtype for name, dtype in spec.dtypes.items() if features is not None or name not in made
-        }
+        read_time = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
+        vectors = FeatureReader(spec, self._online).read(entities, read_time)
+        dtypes = spec.dtypes
+        on_demand = [name for transform in spec.on_demand for name in transform.columns]
         if features is not None:
-            add_on_demand(spec, vectors, features, made)
+            add_on_demand(spec, vectors, features, on_demand)
+        else:
+            dtypes = {name: dtype for name, dtype in dtypes.items() if name not in on_demand}
         keys = {key: [entity.get(key) for entity in entities] for entity in entities[:1] for key in entity}
         columns = {name: arrow_values(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
-        status = {name: [str(one) for one in vectors.status[name]] for name in dtypes}
-        return OnlineFeatures(table=pa.table(keys | columns), status=status)
+        statuses = {name: [str(status) for status in vectors.status[name]] for name in dtypes}
+        return OnlineFeatures(table=pa.table(keys | columns), status=statuses)
 
     def close(self) -> None:
-        """Give back what is open."""
+        """Close the online store and the ledger."""
         if "_online" in self.__dict__:
             self._online.close()
         self._ledger.close()
@@ -237,7 +244,7 @@ class FeatureStore:
 
     @functools.cached_property
     def _online(self) -> OnlineStore:
-        return open_online(self._config.online, self._places, key_store(self._actor.access))
+        return open_online(self._config.online, self._paths, key_store(self._actor.access))
 
     def _check(self, action: Action, spec: ServiceSpec) -> None:
         region = self._config.cluster.region
@@ -250,10 +257,10 @@ class FeatureStore:
 
 
 def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Entities with keys as Python has them, where NumPy or pandas gave its own.
+    """Return the entities' keys as Python values. Values of NumPy and pandas are converted.
 
     Raises:
-        InvalidRequest: a key that is neither text nor a whole number of 64 bits.
+        InvalidRequest: A key is neither text nor a whole number of 64 bits.
     """
     plain = []
     for position, entity in enumerate(entities):
@@ -266,20 +273,21 @@ def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _configuration(overrides: Sequence[str]) -> PlatformConfig:
-    before = GlobalHydra.instance().hydra  # of an application that uses Hydra itself
+    """Compose the platform's configuration without changing the Hydra state of the calling application."""
+    callers_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("configs", version_base=None):
             return load(compose("platform", overrides=list(overrides)), PlatformConfig)
     finally:
-        GlobalHydra.instance().hydra = before
+        GlobalHydra.instance().hydra = callers_hydra
 
 
 def _arrow(entities: Entities) -> pa.Table:
-    """Entity rows of any kind as Arrow.
+    """Convert entity rows to an Arrow table.
 
     Raises:
-        TrainingSetError: they are no table, or have no rows.
+        TrainingSetError: They are not a table, or have no rows.
     """
     match entities:
         case pa.Table():
@@ -293,5 +301,5 @@ def _arrow(entities: Entities) -> pa.Table:
                 f"Entity rows must be a table of Arrow, Polars or pandas, got {type(entities).__name__}."
             )
     if table.num_rows == 0:
-        raise TrainingSetError("The entity rows are none.")
+        raise TrainingSetError("The table of entity rows is empty. Give at least one row.")
     return table

@@ -1,9 +1,9 @@
-"""A topic read and checked by several Ray actors, and committed by the driver.
+"""Read and check a Kafka topic with several Ray actors, and commit in the driver.
 
-Delta takes one commit after another anyway, so only what comes before is shared out, which pays where a transform is
-costly: each actor reads, transforms and checks its partitions, and the driver gives the numbers and commits what they
-all gave as one batch. Position, fencing and recovery are therefore those of one process, and an actor that died is
-started again at the committed offsets.
+Each actor reads, transforms and checks the messages of its partitions. The driver assigns sequence numbers and commits
+the results of all actors as one batch. Delta accepts only one commit at a time, so commits are not distributed. This
+pays off if a transform is expensive. Position, fencing and recovery are those of a single process. If an actor dies, a
+new one starts at the committed offsets.
 """
 
 from __future__ import annotations
@@ -31,76 +31,86 @@ from feature_jobs.store.streaming.kafka_consumer import (
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 
 MAX_DEATHS = 3
-"""In a row, of one consumer that gave nothing in between."""
+"""Most deaths of one consumer without a result in between. One more ends the command."""
 
 
 def consume_apart(stream: KafkaStream, reading: Reading, stopped: threading.Event, *, consumers: int) -> int:
-    """As `consume`, with so many actors; the first batch, which says of which types keys are, is the driver's alone.
+    """Consume a topic as `consume` does, with several actors. Return the number of rows stored.
+
+    The driver alone reads the first batch of a new table, because this batch sets the types of the join keys.
+
+    Args:
+        stream: The stream to the feature table.
+        reading: Settings of the consumer.
+        stopped: Set to stop.
+        consumers: Maximum number of actors.
 
     Raises:
-        SourceError: the brokers or the topic cannot be reached.
-        Fenced: a consumer that started later took over.
+        SourceError: The brokers or the topic cannot be reached.
+        Fenced: A consumer that started later took over.
     """
     total = consume(stream, reading, stopped, until_table=True)
     if not stream.key_types:
-        return total  # stopped, or at the end, before the first row
+        return total  # stopped, or at the end of the topic, before the first row
     ends = bounds(reading)
     offsets = stream.offsets(list(ends))
-    dealt = shares(list(ends), min(consumers, reading.max_rows))
-    crew = _Crew(stream, dataclasses.replace(reading, max_rows=reading.max_rows // len(dealt)))
+    partition_groups = shares(list(ends), min(consumers, reading.max_rows))
+    max_rows = reading.max_rows // len(partition_groups)
+    group = _ConsumerGroup(stream, dataclasses.replace(reading, max_rows=max_rows))
     try:
-        crew.start(dealt)
+        group.start(partition_groups)
         while not stopped.is_set() and is_left(offsets, ends if reading.once else None):
-            parts = crew.gather()
+            parts = group.gather()
             if parts:
                 messages = together(parts)
-                total += until_committed(lambda taken=messages: stream.store_checked(taken))  # type: ignore[misc]
+                total += until_committed(lambda batch=messages: stream.store_checked(batch))  # type: ignore[misc]
                 offsets |= {number: last + 1 for number, last in messages.reached.items()}
     finally:
-        crew.end()
+        group.end()
     return total
 
 
 @dataclass(kw_only=True, slots=True)
 class _Consumer:
-    """An actor with one answer on its way, never more: what it gave before is committed when it is asked again."""
+    """An actor with exactly one pending read. Its previous result is committed before the next read starts."""
 
     partitions: Sequence[int]
     actor: Any
-    answer: Any
+    pending: Any
+    """Ray reference of the pending read."""
     deaths: int = 0
 
 
 @dataclass(slots=True)
-class _Crew:
-    """The actors of one driver; they end with it."""
+class _ConsumerGroup:
+    """The actors of one driver. They end with it."""
 
     stream: KafkaStream
     reading: Reading
     consumers: list[_Consumer] = field(default_factory=list)
 
-    def start(self, dealt: Sequence[Sequence[int]]) -> None:
-        """An actor for each share of the partitions."""
-        for partitions in dealt:
-            actor = self._actor(partitions)
-            self.consumers.append(_Consumer(partitions=partitions, actor=actor, answer=actor.read.remote()))
+    def start(self, partition_groups: Sequence[Sequence[int]]) -> None:
+        """Start one actor for each group of partitions."""
+        for partitions in partition_groups:
+            actor = self._start_actor(partitions)
+            self.consumers.append(_Consumer(partitions=partitions, actor=actor, pending=actor.read.remote()))
 
     def gather(self) -> list[CheckedMessages]:
-        """What consumers have for the next commit; all that it returns must be committed before the next call."""
-        answers = [one.answer for one in self.consumers]
-        ready, _ = ray.wait(answers, num_returns=len(answers), timeout=self.reading.linger_s)
-        given = [self._answer(one) for one in self.consumers if one.answer in ready]
-        return [messages for messages in given if messages is not None]
+        """Return the results that are ready. The caller must commit all of them before the next call."""
+        pending = [consumer.pending for consumer in self.consumers]
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=self.reading.linger_s)
+        results = [self._result(consumer) for consumer in self.consumers if consumer.pending in ready]
+        return [messages for messages in results if messages is not None]
 
     def end(self) -> None:
-        """End the actors."""
-        for one in self.consumers:
-            ray.kill(one.actor)
+        """Kill the actors."""
+        for consumer in self.consumers:
+            ray.kill(consumer.actor)
 
-    def _answer(self, consumer: _Consumer) -> CheckedMessages | None:
-        """One that came, with the next asked for; none from an actor that died, in whose place another is started."""
+    def _result(self, consumer: _Consumer) -> CheckedMessages | None:
+        """Return a ready result and start the next read. If the actor died, replace it and return None."""
         try:
-            messages: CheckedMessages | None = ray.get(consumer.answer)
+            messages: CheckedMessages | None = ray.get(consumer.pending)
             consumer.deaths = 0
         except RayTaskError as error:
             raise refusal_behind(error) from error
@@ -108,16 +118,19 @@ class _Crew:
             consumer.deaths += 1
             if consumer.deaths > MAX_DEATHS:
                 raise
-            # Whatever is left of it must not be asked again: what it read and could not give would be missing.
+            # The old actor must not be used again: messages that it read but did not return would be lost.
             ray.kill(consumer.actor)
-            consumer.actor, messages = self._actor(consumer.partitions), None
-            print(f"the consumer of partitions {list(consumer.partitions)} died; another goes on", flush=True)
-        consumer.answer = consumer.actor.read.remote()
+            consumer.actor, messages = self._start_actor(consumer.partitions), None
+            print(
+                f"the consumer of partitions {list(consumer.partitions)} died; a new one continues",
+                flush=True,
+            )
+        consumer.pending = consumer.actor.read.remote()
         return messages
 
-    def _actor(self, partitions: Sequence[int]) -> Any:
-        """A reader from the committed offsets on; it holds no core, so that other jobs need not wait for its end."""
-        kind = ray.remote(PartitionReader).options(num_cpus=0, scheduling_strategy="SPREAD")
-        return kind.remote(
+    def _start_actor(self, partitions: Sequence[int]) -> Any:
+        """Start a reader at the committed offsets. It reserves no CPU, so that other jobs do not wait for it."""
+        actor_class = ray.remote(PartitionReader).options(num_cpus=0, scheduling_strategy="SPREAD")
+        return actor_class.remote(
             self.reading, self.stream.view.view, self.stream.offsets(partitions), self.stream.key_types
         )

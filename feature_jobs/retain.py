@@ -1,8 +1,8 @@
-"""`python -m feature_jobs.retain view=v [now=…]`: rows older than the view's retention are removed for good.
+"""`python -m feature_jobs.retain view=v [now=…]`: remove rows that are older than the view's retention, permanently.
 
-From the table's newest version and from every older one: the files that hold them are deleted, and training sets that
-were built from such a version are marked not reproducible. Killed at any point, run it again. The online store follows
-at the next materialisation; the event says which moment the rows were older than.
+Rows are removed from the table's newest version and from every older version. The files that hold them are deleted, and
+training sets that were built from such a version are marked as not reproducible. If the command was killed, run it
+again. The next materialisation updates the online store. The event records the time that the rows were older than.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from feature_jobs.store.offline.removal import Reason, remove
 
 @dataclass(kw_only=True, slots=True)
 class RetainConfig(PlatformConfig):
-    """Which view, as of when."""
+    """Configuration of the retain command."""
 
     definitions: str = "feature_jobs.census"
-    """Named for symmetry with the other commands: the view is read as it was applied."""
+    """Not used. It exists because the other commands have it; the view is read from the ledger."""
     view: str = "???"
+    """Name of the view."""
     now: str | None = None
-    """ISO 8601 instant from which age counts; none is now."""
+    """ISO 8601 instant at which the rows' age is computed. None means the current time."""
 
 
 @job("retain", RetainConfig, timed=True)
 def main(config: RetainConfig) -> None:
-    """Remove what is too old."""
+    """Remove the rows of one view that are older than its retention."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.retain")
     view = view_spec(ledger, config.view)
@@ -47,16 +48,16 @@ def main(config: RetainConfig) -> None:
     oldest = oldest_kept(view, instant(config.now, name="now"))
     pinned = newest(config, view, actor)
     reason = Reason(cause=f"retention, events before {oldest.isoformat()}", older_than=oldest.isoformat())
-    where = past_retention(pinned, view.windows, oldest)
-    removed = remove(pinned, where, reason, ledger, view=view.name, actor=actor.name)
+    predicate = past_retention(pinned, view.windows, oldest)
+    removed = remove(pinned, predicate, reason, ledger, view=view.name, actor=actor.name)
     print(f"view {view.name}: {removed} of {pinned.rows} rows removed, events before {oldest.isoformat()}")
 
 
 def oldest_kept(view: ViewSpec, now: dt.datetime) -> dt.datetime:
-    """The earliest event that is kept; one exactly as old as the retention is.
+    """Return the earliest event time that is retained. An event that is exactly as old as the retention is retained.
 
     Raises:
-        ConfigError: the view keeps its rows for ever.
+        ConfigError: The view has no retention.
     """
     if view.retention_s is None:
         raise ConfigError(

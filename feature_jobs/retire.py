@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.retire view=v reason=… [deprecate=true | restore=true]`: end a view, announce it, or take it
-back.
+"""`python -m feature_jobs.retire view=v reason=… [deprecate=true | restore=true]`: retire, deprecate or restore a view.
 
-Nothing is deleted: rows stay, every version stays readable, and a model that was made with the view goes on.
+Nothing is deleted. Rows stay, every version stays readable, and models that were trained with the view continue to use
+it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from feature_jobs.store.catalog.specifications import view_spec
 
 @dataclass(kw_only=True, slots=True)
 class RetireConfig(PlatformConfig):
-    """Which view, and why."""
+    """Configuration of the retire command."""
 
     view: str = "???"
+    """Name of the view."""
     reason: str = "???"
-    """Who uses the view reads it: say what to use instead."""
+    """Reason that users of the view see. Say what to use instead."""
     deprecate: bool = False
-    """Only warn whoever makes something new with it."""
+    """Deprecate the view: its use for new rows or training sets logs a warning."""
     restore: bool = False
-    """Make it active again."""
+    """Make the view active again."""
 
     def __post_init__(self) -> None:
         if self.deprecate and self.restore:
-            raise ValueError("deprecate and restore exclude each other.")
+            raise ValueError("deprecate and restore exclude each other. Set one of them.")
 
     @property
     def state(self) -> ViewState:
-        """What the view will be."""
+        """The view's new state."""
         if self.restore:
             return ViewState.active
         return ViewState.deprecated if self.deprecate else ViewState.retired
@@ -46,25 +47,26 @@ class RetireConfig(PlatformConfig):
 
 @job("retire", RetireConfig)
 def main(config: RetireConfig) -> None:
-    """Change one view's state."""
+    """Change the state of one view."""
     ledger = open_ledger(config)
     actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.retire")
     view = view_spec(ledger, config.view)
     region = view.region or config.cluster.region
     actor.check(Action.apply_definitions, Resource(kind="feature view", name=view.name, region=region))
-    known = read_lifecycles(ledger).get(view.name)
-    before = ViewState.active if known is None else known.state
-    if before is config.state:
-        print(f"view {view.name}: {before.value} already; nothing to do")
+    lifecycle = read_lifecycles(ledger).get(view.name)
+    previous = ViewState.active if lifecycle is None else lifecycle.state
+    if previous is config.state:
+        print(f"view {view.name}: {previous.value} already; nothing to do")
         return
     event = FeatureViewStateChanged(
-        view=view.name, state=config.state.value, previous=before.value, reason=config.reason
+        view=view.name, state=config.state.value, previous=previous.value, reason=config.reason
     )
     ledger.append(event, actor=actor.name)
-    print(f"view {view.name}: {before.value} -> {config.state.value}")
-    for use in read_recorded(ledger).uses:
-        if view.name in use.view_versions and config.state is not ViewState.active:
-            print(f"  model {use.model} version {use.version} goes on reading it")
+    print(f"view {view.name}: {previous.value} -> {config.state.value}")
+    if config.state is not ViewState.active:
+        for use in read_recorded(ledger).uses:
+            if view.name in use.view_versions:
+                print(f"  model {use.model} version {use.version} continues to read it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shipped example: employment in the US census of Massachusetts, real ACS records of 2015 to 2018.
+"""Example definitions: employment in Massachusetts, from real records of the American Community Survey, 2015 to 2018.
 
 python -m feature_jobs.apply definitions=feature_jobs.census
 """

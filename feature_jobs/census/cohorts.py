@@ -1,7 +1,8 @@
-"""Monthly employment rates per age band and schooling, as an office publishes them: early, then corrected.
+"""Monthly employment rates per age band and schooling, as a statistical office publishes them: early, then corrected.
 
-A month's first publication rests on the outcomes known when it appears; 20 days later a correction of the same month
-takes in those that came late. Neither ever holds an outcome that was not known at its own publication.
+The first publication of a month uses the outcomes that are known three days after the month's end. A correction is
+published 20 days after the month's end and includes late outcomes. No publication uses an outcome that was not known
+when it was published.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import polars as pl
 from feature_jobs.census.transforms import age_band, schooling
 
 PUBLISHED_AFTER = dt.timedelta(days=3)
+"""From a month's end to its first publication."""
 CORRECTED_AFTER = dt.timedelta(days=20)
+"""From a month's end to its correction."""
 TRAILING = dt.timedelta(days=365)
+"""How long before a month's end people of its rates were surveyed."""
 MIN_OUTCOMES = 5
+"""A rate of fewer outcomes is not published."""
 
 
 def publications(outcomes: pl.DataFrame, *, year: int) -> pl.DataFrame:
-    """All rows that the office publishes about the months of one year.
+    """Return all rows that the office publishes about the months of one year.
 
     Args:
         outcomes: AGEP, SCHL, employed (0 or 1), surveyed_at, known_at.
-        year: of the months.
+        year: The year of the months.
 
     Returns:
-        age_band, schooling, month_end, published_at, employment_rate, outcomes; sorted by publication.
+        age_band, schooling, month_end, published_at, employment_rate, outcomes; sorted by time of publication.
     """
     table = outcomes.to_arrow()
     banded = outcomes.with_columns(
@@ -41,7 +46,7 @@ def publications(outcomes: pl.DataFrame, *, year: int) -> pl.DataFrame:
 
 
 def rates(outcomes: pl.DataFrame, *, month_end: dt.datetime, published_at: dt.datetime) -> pl.DataFrame:
-    """The rates of people surveyed in the year up to a month's end, over outcomes known at publication."""
+    """Return the rates of people surveyed in the year up to a month's end, from outcomes known at publication."""
     surveyed = pl.col("surveyed_at").is_between(month_end - TRAILING, month_end, closed="right")
     return (
         outcomes.filter(surveyed & (pl.col("known_at") <= published_at))
@@ -57,5 +62,5 @@ def rates(outcomes: pl.DataFrame, *, month_end: dt.datetime, published_at: dt.da
 
 
 def month_ends(year: int) -> list[dt.datetime]:
-    """The last instant of each month: midnight at the start of the next."""
+    """Return the end of each month of a year: midnight at the start of the next month."""
     return [dt.datetime(year + month // 12, month % 12 + 1, 1, tzinfo=dt.UTC) for month in range(1, 13)]

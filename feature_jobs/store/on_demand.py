@@ -1,7 +1,7 @@
-"""On-demand transforms at work: the same function over Arrow in training and in serving.
+"""Run on-demand transforms: the same function over Arrow tables in training and in serving.
 
-Its code is not in the ledger, only its hash. Whoever calls it imports the module that it was applied from and refuses
-other code than that which was applied: a model must not be served with another function than it was trained with.
+The ledger holds the hash of a transform's code, not the code itself. Before a transform runs, its module is imported
+and the hash is compared. Other code is refused, because a model must be served with the function it was trained with.
 """
 
 from __future__ import annotations
@@ -25,58 +25,67 @@ from feature_jobs.store.types.status import FeatureVectors, Status
 
 
 def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
-    """Rows with the columns of a service's on-demand transforms; inputs and views' features are among its columns.
+    """Append the columns of a service's on-demand transforms.
+
+    Args:
+        spec: The service.
+        table: Rows with the transforms' inputs and the features of the service's views.
 
     Raises:
-        TrainingSetError: an input is missing or has the wrong type, or a transform fails.
-        DefinitionError: its code is not here, or is another.
+        TrainingSetError: An input is missing or has the wrong type, or a transform fails.
+        DefinitionError: The transform's module cannot be imported, or its code differs from the applied code.
     """
-    for one in spec.on_demand:
-        there = set(table.column_names)
-        for field in one.inputs:
-            if field.name not in there:
+    for transform in spec.on_demand:
+        available = set(table.column_names)
+        for field in transform.inputs:
+            if field.name not in available:
                 raise TrainingSetError(
                     f"The entity rows lack '{field.name}' ({field.dtype}), an input of on-demand transform "
-                    f"'{one.name}'. Give what requests will say."
+                    f"'{transform.name}'. Add the values that requests will have."
                 )
         try:
-            made = compute(one, table, service=spec)
+            computed = compute(transform, table, service=spec)
         except SchemaMismatch as error:
             raise TrainingSetError(str(error)) from error
-        table = with_appended(table, dict(zip(one.columns, made.columns, strict=True)))
+        table = with_appended(table, dict(zip(transform.columns, computed.columns, strict=True)))
     return table
 
 
 def from_request(
-    spec: ServiceSpec, given: Mapping[str, Sequence[Any]], features: Mapping[str, Sequence[Any]]
+    spec: ServiceSpec, inputs: Mapping[str, Sequence[Any]], features: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Any]]:
-    """The columns of a service's on-demand transforms, one value an entity.
+    """Compute the columns of a service's on-demand transforms for a request.
 
     Args:
-        spec: the service.
-        given: inputs that the request says.
-        features: `<view>__<feature>` as the online store has them; a time in microseconds.
+        spec: The service.
+        inputs: The request's inputs, one value per entity.
+        features: `<view>__<feature>` to values of the online store, one per entity.
+
+    Returns:
+        `<transform>__<feature>` to one value per entity, as in the online store.
 
     Raises:
-        InvalidRequest: an input is missing or has the wrong type, or the transform cannot work with it.
+        InvalidRequest: An input is missing or has the wrong type, or the transform fails with it.
     """
     columns: dict[str, list[Any]] = {}
     dtypes = spec.dtypes
-    for one in spec.on_demand:
-        dtypes |= {field.name: field.dtype for field in one.inputs}
-        if missing := [field.name for field in one.inputs if field.name not in given]:
+    for transform in spec.on_demand:
+        dtypes |= {field.name: field.dtype for field in transform.inputs}
+        if missing := [field.name for field in transform.inputs if field.name not in inputs]:
             raise InvalidRequest(
-                f"Input '{missing[0]}' is missing, which '{one.name}' is made of. Give it in \"features\"."
+                f"Input '{missing[0]}' is missing, which '{transform.name}' needs. Give it in \"features\"."
             )
-        wanted = _read(one, spec)
+        names = _source_columns(transform, spec)
         try:
-            arrays = {name: arrow_values({**features, **given}[name], dtypes[name]) for name in wanted}
-            made = compute(one, pa.table(arrays), service=spec)
+            arrays = {name: arrow_values({**features, **inputs}[name], dtypes[name]) for name in names}
+            computed = compute(transform, pa.table(arrays), service=spec)
         except (SchemaMismatch, TrainingSetError, ValueError, pa.ArrowException, TypeError) as error:
-            raise InvalidRequest(f"'{one.name}' cannot be made of what is given: {error}") from error
+            raise InvalidRequest(
+                f"'{transform.name}' cannot be computed from the request's values: {error}"
+            ) from error
         columns |= {
             name: online_values(column, field.dtype)
-            for name, field, column in zip(one.columns, one.fields, made.columns, strict=True)
+            for name, field, column in zip(transform.columns, transform.fields, computed.columns, strict=True)
         }
     return columns
 
@@ -87,10 +96,18 @@ def add_on_demand(
     given: Mapping[str, Sequence[Any]],
     wanted: Collection[str],
 ) -> None:
-    """Put the columns that are made on demand beside those that were read, where they are wanted and not given.
+    """Add the columns of on-demand transforms to features that were read online.
+
+    Nothing is added if the request itself gives all wanted on-demand columns.
+
+    Args:
+        spec: The service.
+        vectors: The features. Changed in place.
+        given: The request's inputs, and the features that the request gives itself.
+        wanted: Names of the columns that are needed.
 
     Raises:
-        InvalidRequest: an input is missing, or the transform cannot work with it.
+        InvalidRequest: An input is missing, or the transform fails with it.
     """
     if not made_on_demand(spec, wanted, given):
         return
@@ -100,76 +117,79 @@ def add_on_demand(
 
 
 def made_on_demand(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> list[OnDemandSpec]:
-    """The transforms of which a column is wanted that is not given."""
+    """Return the transforms with a column that is wanted and that the request does not give itself."""
     return [
-        one for one in spec.on_demand if any(name in wanted and name not in given for name in one.columns)
+        transform
+        for transform in spec.on_demand
+        if any(name in wanted and name not in given for name in transform.columns)
     ]
 
 
-def compute(one: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.Table:
-    """The transform's columns, in the order and with the types of its schema.
+def compute(transform: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -> pa.Table:
+    """Run a transform. Return its columns in the order and with the types of its schema.
 
     Raises:
-        SchemaMismatch: an input or an output is not what it should be.
-        TrainingSetError: it failed, or gave another number of rows.
+        SchemaMismatch: An input or an output has the wrong type, or an output is missing.
+        TrainingSetError: The transform failed, or returned another number of rows.
     """
-    asked = with_replaced(
-        table.select(_read(one, service)),
-        {field.name: _fitting(table[field.name], field) for field in one.inputs},
-    )
+    inputs = {field.name: _cast(table[field.name], field) for field in transform.inputs}
+    arguments = with_replaced(table.select(_source_columns(transform, service)), inputs)
     try:
-        made = load(one)(asked)
+        result = load(transform)(arguments)
     except DefinitionError:
         raise
     except Exception as error:
         raise TrainingSetError(
-            f"On-demand transform '{one.name}' failed: {type(error).__name__}: {error}."
+            f"On-demand transform '{transform.name}' failed: {type(error).__name__}: {error}."
         ) from error
-    if not isinstance(made, pa.Table) or made.num_rows != table.num_rows:
-        raise TrainingSetError(f"On-demand transform '{one.name}' must give a table with a row for each row.")
-    columns, there = {}, set(made.column_names)
-    for field in one.fields:
-        if field.name not in there:
-            raise SchemaMismatch(f"On-demand transform '{one.name}' gave no column '{field.name}'.")
-        columns[field.name] = _fitting(made[field.name], field)
+    if not isinstance(result, pa.Table) or result.num_rows != table.num_rows:
+        raise TrainingSetError(
+            f"On-demand transform '{transform.name}' must return a table with one row for each input row."
+        )
+    columns, available = {}, set(result.column_names)
+    for field in transform.fields:
+        if field.name not in available:
+            raise SchemaMismatch(f"On-demand transform '{transform.name}' returned no column '{field.name}'.")
+        columns[field.name] = _cast(result[field.name], field)
     return pa.table(columns)
 
 
-def _fitting(column: pa.ChunkedArray, field: FieldSpec) -> pa.ChunkedArray:
-    """A column as its field declares it."""
-    cast = cast_feature(column, DTYPES[field.dtype], name=field.name)
-    if (wanted := list_of(field.dtype)) is not None:
-        for said, failing in misfits(cast, wanted.length):
+def _cast(column: pa.ChunkedArray, field: FieldSpec) -> pa.ChunkedArray:
+    """Cast a column to its field's dtype. Raise SchemaMismatch if it does not fit."""
+    cast_column = cast_feature(column, DTYPES[field.dtype], name=field.name)
+    if (list_type := list_of(field.dtype)) is not None:
+        for fault, failing in misfits(cast_column, list_type.length):
             if pc.any(failing).as_py():
-                raise SchemaMismatch(f"Column '{field.name}' should be {field.dtype}: a list {said}.")
-    return cast
+                raise SchemaMismatch(f"Column '{field.name}' should be {field.dtype}: a list {fault}.")
+    return cast_column
 
 
 @functools.lru_cache(maxsize=256)
-def load(one: OnDemandSpec) -> Transform:
-    """The transform's function.
+def load(transform: OnDemandSpec) -> Transform:
+    """Import a transform's function.
 
     Raises:
-        DefinitionError: its module cannot be imported here, or its code is not what was applied.
+        DefinitionError: Its module cannot be imported, or its code differs from the applied code.
     """
-    module, _, name = one.function.partition(":")
+    module, _, name = transform.function.partition(":")
     try:
         function = functools.reduce(getattr, name.split("."), cast(Any, import_module(module)))
     except AttributeError as error:
         raise DefinitionError(
-            f"Module '{module}' has no '{name}', the code of on-demand transform '{one.name}'. Put the code here that "
-            "was applied."
+            f"Module '{module}' has no '{name}', the code of on-demand transform '{transform.name}'. Restore the code "
+            "that was applied."
         ) from error
-    found = hashlib.sha256(source_code(function).encode()).hexdigest()
-    if found != one.sha256:
+    sha256 = hashlib.sha256(source_code(function).encode()).hexdigest()
+    if sha256 != transform.sha256:
         raise DefinitionError(
-            f"The code of on-demand transform '{one.name}' ({one.function}) is not what was applied: its hash is "
-            f"{found[:8]}, not {one.sha256[:8]}. Put the applied code here, or give the new one another name."
+            f"The code of on-demand transform '{transform.name}' ({transform.function}) is not the applied code: its "
+            f"hash is {sha256[:8]}, not {transform.sha256[:8]}. Restore the applied code, or give the new function "
+            "another name."
         )
     return cast(Transform, function)
 
 
-def _read(one: OnDemandSpec, service: ServiceSpec) -> list[str]:
-    """The columns that the transform gets: its inputs, then the features of its sources."""
-    features = [column for view in service.views if view.name in one.sources for column in view.columns]
-    return [*(field.name for field in one.inputs), *features]
+def _source_columns(transform: OnDemandSpec, service: ServiceSpec) -> list[str]:
+    """Return the columns that the transform reads: its inputs, then the features of its sources."""
+    features = [column for view in service.views if view.name in transform.sources for column in view.columns]
+    return [*(field.name for field in transform.inputs), *features]

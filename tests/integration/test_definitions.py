@@ -151,7 +151,7 @@ def test_view_is_deprecated_retired_and_taken_back(project: Project) -> None:
     warned = project.run("feature_jobs.ingest", "definitions=baskets", "view=basket", check=True)
     assert "View 'basket' is deprecated" in warned.stderr
     told = project.run(*retire, check=True)
-    assert "model spender version 1 goes on reading it" in told.stdout
+    assert "model spender version 1 continues to read it" in told.stdout
     assert "is retired" in run(project, "apply", "plan=true")
     run(project, "ingest", "view=basket", refused="use purses")
     entities = ("service=shopping", "entities=shoppers.parquet", "output=baskets_out.parquet")

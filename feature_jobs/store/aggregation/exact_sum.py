@@ -1,8 +1,8 @@
-"""Sums of fractions that do not depend on the order of addition: the exact sum, rounded once.
+"""Sums of floats that do not depend on the order of addition: the exact sum, rounded once.
 
-Online they are `math.fsum` (Shewchuk 1997). Offline, where sums over overlapping windows are differences of running
-totals, each number is cut into whole 32-bit digits at fixed places ("superaccumulator", Kulisch 2002); sums of digits
-are exact in int64, and one rounding at the end gives the same bits.
+Online, `math.fsum` is used (Shewchuk 1997). Offline, sums over overlapping windows are differences of running totals.
+There, each number is split into 32-bit digits at fixed positions ("superaccumulator", Kulisch 2002). Sums of digits are
+exact in int64, and one rounding at the end gives the same bits as online.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 _DIGIT_BITS = 32
 _DIGIT = (1 << _DIGIT_BITS) - 1
-_LOWEST = 1074
-"""The smallest float64 is 2 to the minus this."""
+_MIN_EXPONENT = 1074
+"""The smallest positive float64 is 2 to the power of minus this."""
 _LARGE = 2.0**990
-"""Above this a digit's value, or a sum of digits, could leave float64."""
+"""Above this, the value of a digit or a sum of digits could be outside float64."""
 
 
 def exact_sum(values: Sequence[float]) -> float | None:
-    """The exact sum rounded to float64; infinite beyond its range, none for infinities of both signs."""
+    """Return the exact sum rounded to float64: infinite outside its range, None for infinities of both signs."""
     try:
         return math.fsum(values) + 0.0
     except ValueError:
@@ -38,14 +38,19 @@ def exact_sum(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Numbers as whole digits: a number is the sum of digit[k] * 2 ** (32 * (lowest + k) - 1074)."""
+    """Numbers split into digits. A number is the sum of digits[k] * 2 ** (32 * (lowest + k) - 1074)."""
 
     digits: list[Ints]
-    """One array a place, each as long as the numbers; below 2 ** 32 in size."""
+    """One array per position, with one digit per number. Each digit is less than 2 ** 32 in size."""
     lowest: int
+    """Position of the lowest digit."""
 
     def add_up(self, sums: Sequence[Ints]) -> Floats:
-        """What sums of the digits, place by place, stand for: exact, rounded once."""
+        """Return the numbers that sums of digits represent, rounded once.
+
+        Args:
+            sums: One array per position, with one sum of digits per result.
+        """
         sums = _carried(sums)
         with np.errstate(over="ignore"):
             parts = [np.ldexp(total.astype(np.float64), self._exponent(k)) for k, total in enumerate(sums)]
@@ -55,39 +60,39 @@ class Digits:
         if large.any():
             parts = [np.where(large, 0.0, part) for part in parts]
         rounded = np.fromiter(map(math.fsum, zip(*parts, strict=True)), np.float64, sums[0].size)
-        for place in np.flatnonzero(large):
-            whole = sum(int(total[place]) << (_DIGIT_BITS * k) for k, total in enumerate(sums))
-            rounded[place] = _rounded(Fraction(whole) * Fraction(2) ** self._exponent(0))
+        for index in np.flatnonzero(large):
+            whole = sum(int(total[index]) << (_DIGIT_BITS * k) for k, total in enumerate(sums))
+            rounded[index] = _rounded(Fraction(whole) * Fraction(2) ** self._exponent(0))
         return rounded
 
     def _exponent(self, k: int) -> int:
-        return _DIGIT_BITS * (self.lowest + k) - _LOWEST
+        return _DIGIT_BITS * (self.lowest + k) - _MIN_EXPONENT
 
 
 def digits_of(numbers: Floats) -> Digits:
-    """Finite numbers cut into digits at fixed places; as many places as they need together."""
+    """Split finite numbers into digits at fixed positions. There are as many positions as all numbers need together."""
     fractions, exponents = np.frexp(np.abs(numbers))
     mantissas = np.ldexp(fractions, 53).astype(np.int64)
-    shifts = exponents.astype(np.int64) - 53 + _LOWEST
-    # Subnormal numbers have zeros below the smallest place.
+    shifts = exponents.astype(np.int64) - 53 + _MIN_EXPONENT
+    # Subnormal numbers have zeros below the lowest position.
     mantissas, shifts = mantissas >> np.maximum(-shifts, 0), np.maximum(shifts, 0)
-    places, inner = shifts // _DIGIT_BITS, shifts % _DIGIT_BITS
-    used = places[mantissas != 0]
+    positions, inner_shifts = shifts // _DIGIT_BITS, shifts % _DIGIT_BITS
+    used = positions[mantissas != 0]
     lowest = int(used.min()) if used.size else 0
-    num_places = (int(used.max()) - lowest if used.size else 0) + 3
-    low = (mantissas & _DIGIT).astype(np.uint64) << inner.astype(np.uint64)
-    rest = (low >> np.uint64(_DIGIT_BITS)).astype(np.int64) + ((mantissas >> _DIGIT_BITS) << inner)
+    num_positions = (int(used.max()) - lowest if used.size else 0) + 3
+    low = (mantissas & _DIGIT).astype(np.uint64) << inner_shifts.astype(np.uint64)
+    high = (low >> np.uint64(_DIGIT_BITS)).astype(np.int64) + ((mantissas >> _DIGIT_BITS) << inner_shifts)
     signs = np.where(numbers < 0, -1, 1)
-    cut = np.zeros((num_places, numbers.size), np.int64)
-    first, rows = np.clip(places - lowest, 0, num_places - 3), np.arange(numbers.size)
-    cut[first, rows] = (low & np.uint64(_DIGIT)).astype(np.int64) * signs
-    cut[first + 1, rows] = (rest & _DIGIT) * signs
-    cut[first + 2, rows] = (rest >> _DIGIT_BITS) * signs
-    return Digits(list(cut), lowest)
+    digits = np.zeros((num_positions, numbers.size), np.int64)
+    first, columns = np.clip(positions - lowest, 0, num_positions - 3), np.arange(numbers.size)
+    digits[first, columns] = (low & np.uint64(_DIGIT)).astype(np.int64) * signs
+    digits[first + 1, columns] = (high & _DIGIT) * signs
+    digits[first + 2, columns] = (high >> _DIGIT_BITS) * signs
+    return Digits(list(digits), lowest)
 
 
 def _carried(sums: Sequence[Ints]) -> list[Ints]:
-    """The same total with every digit but the highest in 0 to 2 ** 32 - 1, so that each is a float64 exactly."""
+    """Carry digits over, so that all but the highest are in 0 to 2 ** 32 - 1 and each is exact as a float64."""
     carried = []
     carry = np.zeros_like(sums[0])
     for total in sums[:-1]:
@@ -104,19 +109,19 @@ def _rounded(total: Fraction) -> float:
         return math.inf if total > 0 else -math.inf
 
 
-def grown(parts: Sequence[float], value: float) -> list[float]:
-    """A few numbers with the same exact sum as the parts and the value (Shewchuk 1997, grow-expansion)."""
+def add_exactly(parts: Sequence[float], value: float) -> list[float]:
+    """Return a few floats whose exact sum is that of `parts` and `value` (Shewchuk 1997, grow-expansion)."""
     if not abs(value) < _LARGE:
         return [*parts, value]
-    grown_parts = []
+    new_parts = []
     for part in parts:
         if not abs(part) < _LARGE:
-            grown_parts.append(part)
+            new_parts.append(part)
             continue
         if abs(value) < abs(part):
             value, part = part, value
         total = value + part
-        if rest := part - (total - value):
-            grown_parts.append(rest)
+        if rounding_error := part - (total - value):
+            new_parts.append(rounding_error)
         value = total
-    return [*grown_parts, value]
+    return [*new_parts, value]

@@ -1,8 +1,8 @@
-"""Aggregates over intervals: many values, each of which counts at a stretch of neighbouring places.
+"""Aggregates over intervals of positions: each value counts at the positions of one interval.
 
-The places are the questions in order; a value counts at those from `start` up to, but not at, `stop`. Each function
-answers all places at once, in O((n + m) log m) for n values and m places, and none subtracts what was rounded. NumPy
-only; no loop over rows.
+The positions are the entity rows in order of entity and time. A value counts at the positions from `start` to before
+`stop`. Each function computes the results of all positions at once, in O((n + m) log m) for n values and m positions.
+No function subtracts rounded numbers. All loops over rows are inside NumPy.
 """
 
 from __future__ import annotations
@@ -16,26 +16,32 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 NONE = -1
-"""Stands for no value where ranks are asked for."""
+"""Rank of a position at which no value counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where values count."""
+    """Intervals of positions, one per value."""
 
     start: Ints
+    """First position of each interval."""
     stop: Ints
+    """Position after the last one of each interval."""
     rows: Ints
-    """Which row each value is of."""
+    """Row of each value."""
     places: int
+    """Number of positions."""
 
     def where(self, chosen: Bools) -> Spans:
-        """Some of them."""
+        """Select intervals by a mask."""
         return Spans(self.start[chosen], self.stop[chosen], self.rows[chosen], self.places)
 
 
 def totals(spans: Spans, amounts: Ints) -> Ints:
-    """The sum at each place; exact as long as the answer fits, since whole numbers wrap around on the way."""
+    """Return the sum of `amounts` at each position.
+
+    A sum that fits int64 is exact, because running totals that overflow wrap around.
+    """
     changes = np.zeros(spans.places + 1, np.int64)
     np.add.at(changes, spans.start, amounts)
     np.subtract.at(changes, spans.stop, amounts)
@@ -43,17 +49,17 @@ def totals(spans: Spans, amounts: Ints) -> Ints:
 
 
 def counts(spans: Spans) -> Ints:
-    """How many values count at each place."""
+    """Return the number of values at each position."""
     size = spans.places + 1
     changes = np.bincount(spans.start, minlength=size) - np.bincount(spans.stop, minlength=size)
     return np.cumsum(changes[:-1])
 
 
 def greatest(spans: Spans, ranks: Ints) -> Ints:
-    """The greatest rank (0 or more) at each place, `NONE` where nothing counts.
+    """Return the greatest rank at each position, `NONE` without values. Ranks are 0 or more.
 
-    A segment tree over the places: each interval is written to the few nodes that make it up, then every node hands its
-    greatest down to the two below it.
+    Uses a segment tree over the positions: each interval is written to the few nodes that cover it, then each node
+    passes its greatest rank down to its two children.
     """
     leaves = 1 << max(spans.places - 1, 0).bit_length()
     nodes = np.full(2 * leaves, NONE, np.int64)
@@ -74,16 +80,16 @@ def greatest(spans: Spans, ranks: Ints) -> Ints:
 
 
 def merged(spans: Spans, values: Ints) -> Spans:
-    """One value's overlapping intervals made one, so that counting intervals is counting different values.
+    """Merge overlapping intervals of equal values. Then the number of intervals is the number of different values.
 
     Args:
-        spans: where values count.
-        values: a code, 0 or more, of each; the same code is the same value.
+        spans: The intervals.
+        values: A code, 0 or more, of each value. Equal codes are equal values.
     """
     order = np.lexsort((spans.start, values))
     sorted_spans = Spans(spans.start[order], spans.stop[order], spans.rows[order], spans.places)
-    # Each value gets a stretch of its own, so that one running maximum does for all of them.
-    shift = _dense(values[order]) * (spans.places + 2)
+    # The intervals of each value are shifted to a range of their own, so that one running maximum serves all values.
+    shift = _dense_codes(values[order]) * (spans.places + 2)
     reach = np.maximum.accumulate(sorted_spans.stop + shift)
     begins = np.ones(order.size, bool)
     begins[1:] = (sorted_spans.start + shift)[1:] > reach[:-1]
@@ -94,19 +100,26 @@ def merged(spans: Spans, values: Ints) -> Spans:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Some of the places, and the values that count there."""
+    """Some positions, and the values that count there."""
 
     places: Ints
+    """The positions."""
     everywhere: Ints
-    """Rows of the values that count at all of them."""
+    """Rows of the values that count at all of these positions."""
     at: Ints
-    """Of the other values: which of these places (0 is the first) …"""
+    """For each pair of a position and another value: the position's index in `places`."""
     rows: Ints
-    """… and which row, pair by pair."""
+    """For each pair: the value's row."""
 
 
 def members(spans: Spans, places: Ints, *, size: int) -> Iterator[Run]:
-    """Which values count at the given places (rising), some `size` places at a time."""
+    """Yield the values that count at the given positions, `size` positions at a time.
+
+    Args:
+        spans: The intervals.
+        places: The positions, ascending.
+        size: Number of positions per result.
+    """
     for begin in range(0, places.size, size):
         run = places[begin : begin + size]
         first, last = np.searchsorted(run, spans.start), np.searchsorted(run, spans.stop)
@@ -122,8 +135,8 @@ def members(spans: Spans, places: Ints, *, size: int) -> Iterator[Run]:
         )
 
 
-def _dense(sorted_codes: Ints) -> Ints:
-    """Codes that rise, numbered without gaps."""
+def _dense_codes(sorted_codes: Ints) -> Ints:
+    """Renumber ascending codes without gaps."""
     steps = np.zeros(sorted_codes.size, np.int64)
     steps[1:] = sorted_codes[1:] != sorted_codes[:-1]
     return np.cumsum(steps)

@@ -1,46 +1,43 @@
-"""The online state of one entity of an aggregated view: its events in tiles of time, and what each tile has in short.
+"""The online state of one entity of an aggregated view: its events in tiles of time, with a summary of each tile.
 
-A window (t - w, t] is read from the summaries of the tiles that lie in it, and from the events themselves of the tile
-that its old edge cuts and of those that hold knowledge from after t; its new edge cuts none, because an event is known
-only after it happened. So the answer is that of `windows` for the same instant and knowledge, exactly.
+A window (t - w, t] is computed from summaries and events. A tile that is completely inside the window contributes its
+summary. Two kinds of tiles contribute their single events: the tile that the window's start cuts, and tiles with
+versions that became known after t. The window's end cuts no tile, because an event is known only after it happened. The
+result equals that of `offline/windows.py` for the same instant and the same known rows, exactly.
 
-Sketches and extremes cannot be taken back, so corrections and tombstones need the events: they are kept, packed, for as
-long as the longest window. Memory per entity is that of the events in it (about 60 bytes and their values each) and of
-at most some 260 summaries. Adding an event unpacks no other one; a correction unpacks the tile it touches.
+A value cannot be removed from a sketch or an extreme, so corrections and tombstones need the events. They are stored,
+packed, for the length of the longest window. Memory per entity is about 60 bytes plus the values for each event, and at
+most about 260 summaries. Adding an event unpacks no other event. A correction unpacks the tile of its event.
 
-Events come in any order, late and repeatedly: a version of an event is identified by (event_id, created, seq), and each
-event keeps those of its versions that count at some time. An event is forgotten one longest window after all its
-versions were known. Its older versions are then too old to count again, should they come, but for one case: a version
-dated ahead (event after created) that comes for the first time a longest window after what corrected it.
-
-A pushed version goes by a provisional number, behind all that are final, until it gets its own. Which of its event's
-final ones with equal created will then be behind it is open until that moment, so these are kept beside it.
+Events may arrive in any order, late and repeatedly. A version of an event is identified by (event_id, created, seq).
+Each event keeps those of its versions that can still count at some instant. An event is dropped when its last version
+has been known for the length of the longest window. If one of its older versions arrives after that, it is too old to
+count. There is one exception: a version dated ahead (event time after created time) that arrives for the first time
+more than a longest window after its correction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
+from cluster.errors import OnlineStoreOutdated
+from feature_jobs.store.aggregation.event_versions import Event, Version, newest_versions, with_version
 from feature_jobs.store.aggregation.hyperloglog import value_hash
-from feature_jobs.store.aggregation.partials import Ranked, add, answer, empty
-from feature_jobs.store.definitions.aggregations import EVERY, WindowSpec
-from feature_jobs.store.types.schema import PROVISIONAL
+from feature_jobs.store.aggregation.partials import Partial, RankedValue, add, answer, empty, updates_for
+from feature_jobs.store.definitions.aggregations import EVERY, Function, WindowSpec
 
 FORMAT = 1
-_ID_BYTES = 8
-_MOST_TILES = 256
+"""Version of the packed format."""
+_KEY_BYTES = 8
+_MAX_TILES = 256
 _BEGINNING = -(1 << 62)
+"""A time before all others."""
 NEVER = 1 << 62
-"""`since_us` of a state that lacks events, and so says nothing."""
-
-Version = list[Any]
-"""Created, seq, event and values of one version of an event; the values of a tombstone are none."""
-Event = list[Any]
-"""The id, when the last of all its versions was known, and the versions that count at some time, by (created, seq)."""
+"""`since_us` of a state that lacks events and therefore has no values at any instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,282 +49,321 @@ class EventRow:
     created_us: int
     seq: int
     values: tuple[Any, ...] | None
-    """In the order of `WindowSpec.columns`, timestamps as microseconds; none of a tombstone."""
+    """Values in the order of `WindowSpec.columns`, timestamps as microseconds. None for a tombstone."""
+
+
+class _TilingOutput(NamedTuple):
+    """One feature of the view."""
+
+    window_us: int
+    column: int | None
+    """Index of the column. None counts events."""
+    function: Function
 
 
 class Tiling:
-    """How a view's events are cut into tiles: four to the shortest window, unless the longest would have too many."""
+    """Division of a view's events into tiles of equal width.
+
+    A tile is a quarter of the shortest window, or wider if the longest window would have more than `_MAX_TILES` tiles.
+    """
 
     def __init__(self, windows: WindowSpec) -> None:
-        spans = [output.window_us for output in windows.outputs]
-        self.longest_us = max(spans)
-        self.width_us = max(min(spans) // 4, self.longest_us // _MOST_TILES, 1)
-        self.spans = tuple(dict.fromkeys(spans))
+        lengths = [output.window_us for output in windows.outputs]
+        self.longest_us = max(lengths)
+        self.width_us = max(min(lengths) // 4, self.longest_us // _MAX_TILES, 1)
+        self.windows_us = tuple(dict.fromkeys(lengths))
         columns = list(windows.columns)
-        self.functions = tuple(
-            frozenset(output.function for output in windows.outputs if output.column == column)
+        self.updates = tuple(
+            updates_for(Function(output.function) for output in windows.outputs if output.column == column)
             for column in columns
         )
+        """The updates of each column's partial aggregate."""
         self.outputs = tuple(
-            (
+            _TilingOutput(
                 output.window_us,
                 None if output.column == EVERY else columns.index(output.column),
-                output.function,
+                Function(output.function),
             )
             for output in windows.outputs
         )
 
 
 class WindowState:
-    """One entity's events."""
+    """The events of one entity."""
 
     def __init__(self, tiling: Tiling, *, since_us: int = _BEGINNING) -> None:
         self._tiling = tiling
         self.since_us = since_us
-        """Before this nothing can be said any more."""
+        """The earliest instant with values. For earlier ones, events were dropped."""
         self._tiles: dict[int, _Tile] = {}
 
     @classmethod
     def unpack(cls, tiling: Tiling, packed: bytes) -> WindowState:
-        """The state that `pack` gave, of the same view."""
-        known, since_us, tiles = msgpack.unpackb(packed)
-        assert known == FORMAT
+        """Rebuild a state from the bytes of `pack`.
+
+        Raises:
+            OnlineStoreOutdated: The bytes have another format.
+        """
+        packed_format, since_us, tiles = msgpack.unpackb(packed)
+        if packed_format != FORMAT:
+            raise OnlineStoreOutdated(
+                f"A stored window state has format {packed_format}, this release reads {FORMAT}. "
+                "Materialise the view again."
+            )
         state = cls(tiling, since_us=since_us)
-        state._tiles = {number: _Tile(*parts) for number, *parts in tiles}
+        state._tiles = {number: _Tile(*fields) for number, *fields in tiles}
         return state
 
     def pack(self) -> bytes:
-        """As bytes."""
-        tiles = [[number, *self._tiles[number].parts()] for number in sorted(self._tiles)]
+        """Pack the state as bytes."""
+        tiles = [[number, *self._tiles[number].packed_fields()] for number in sorted(self._tiles)]
         return bytes(msgpack.packb([FORMAT, self.since_us, tiles]))
 
     @property
     def newest_us(self) -> int:
-        """When the last version was known."""
+        """When the last version became known."""
         return max((tile.last_us for tile in self._tiles.values()), default=_BEGINNING)
 
     def rows(self) -> Iterator[EventRow]:
-        """All versions that are kept."""
+        """Yield all stored versions."""
         for tile in self._tiles.values():
-            for name, _, versions in tile.events:
+            for event_id, _, versions in tile.event_lists():
                 for created_us, seq, event_us, values in versions:
-                    yield EventRow(name, event_us, created_us, seq, None if values is None else tuple(values))
+                    row_values = None if values is None else tuple(values)
+                    yield EventRow(event_id, event_us, created_us, seq, row_values)
 
     def apply(self, row: EventRow, *, was: int | None = None) -> bool:
-        """Take a version of an event in; gives whether that changed anything.
+        """Add a version of an event. Return whether the state changed.
 
         Args:
-            row: the version.
-            was: the provisional number that it went by until now, if it did.
+            row: The version.
+            was: The version's previous, provisional sequence number, if it had one.
         """
-        key = value_hash(row.event_id).to_bytes(_ID_BYTES, "little")
-        version = [row.created_us, row.seq, row.event_us, None if row.values is None else _plain(row.values)]
+        key = _event_key(row.event_id)
+        values = None if row.values is None else _without_negative_zeros(row.values)
+        version = Version(row.created_us, row.seq, row.event_us, values)
         for number, tile in self._tiles.items():
-            place = tile.find(key, row.event_id)
-            if place is not None:
-                return self._correct(number, key, place, _with(tile.events[place], version, was))
-        self._place(key, [row.event_id, _known(version), [version]])
+            position = tile.find(key, row.event_id)
+            if position is not None:
+                return self._correct(number, position, key, with_version(tile.events[position], version, was))
+        self._append(key, Event(row.event_id, version.known_us, [version]))
         return True
 
     def values(self, as_of_us: int) -> list[Any] | None:
-        """The view's outputs at an instant; none where that is before `since_us`.
+        """Return the view's features at an instant, or None if it is before `since_us`.
 
         Raises:
-            InvalidRequest: a sum of whole numbers is beyond int64.
+            InvalidRequest: A sum of whole numbers is outside int64.
         """
         if as_of_us < self.since_us:
             return None
-        seen = {span: _Seen(*self._gather(as_of_us, as_of_us - span)) for span in self._tiling.spans}
-        return [seen[span].answer(column, function) for span, column, function in self._tiling.outputs]
+        windows = {
+            window_us: self._window(as_of_us, as_of_us - window_us) for window_us in self._tiling.windows_us
+        }
+        return [
+            windows[window_us].answer(column, function)
+            for window_us, column, function in self._tiling.outputs
+        ]
 
     def expire(self, now_us: int) -> None:
-        """Forget what no answer at this instant or later needs."""
+        """Drop everything that no answer at this instant or later needs."""
         for number, tile in list(self._tiles.items()):
             if tile.last_us + self._tiling.longest_us <= now_us:
                 del self._tiles[number]
-            elif tile.corrected and tile.last_us <= now_us:
-                tile.fill(
-                    [[name, known, _newest(versions)] for name, known, versions in tile.events], self._tiling
-                )
+            elif tile.has_corrections and tile.last_us <= now_us:
+                newest = [event._replace(versions=newest_versions(event.versions)) for event in tile.events]
+                tile.replace_events(newest, self._tiling)
         self.since_us = max(self.since_us, now_us)
 
-    def _correct(self, number: int, key: bytes, place: int, changed: Event) -> bool:
+    def _correct(self, number: int, position: int, key: bytes, changed: Event) -> bool:
+        """Replace an event of a tile. Return False if it is equal to the stored one."""
         tile = self._tiles[number]
-        if changed == tile.events[place]:
+        if changed == tile.events[position]:
             return False
         events = list(tile.events)
-        if changed[2][-1][2] // self._tiling.width_us == number:
-            events[place] = changed
-            tile.fill(events, self._tiling)
+        if self._tile_number(changed) == number:
+            events[position] = changed
+            tile.replace_events(events, self._tiling)
             return True
-        del events[place]
+        del events[position]
         if events:
-            tile.fill(events, self._tiling)
+            tile.replace_events(events, self._tiling)
         else:
             del self._tiles[number]
-        self._place(key, changed)
+        self._append(key, changed)
         return True
 
-    def _place(self, key: bytes, event: Event) -> None:
-        number = event[2][-1][2] // self._tiling.width_us
-        self._tiles.setdefault(number, _Tile()).append(key, event, self._tiling)
+    def _append(self, key: bytes, event: Event) -> None:
+        self._tiles.setdefault(self._tile_number(event), _Tile()).append(key, event, self._tiling)
 
-    def _gather(self, as_of_us: int, edge_us: int) -> tuple[list[Any], list[Version]]:
-        """Summaries of whole tiles, and versions of the others, of events after the edge that count at an instant."""
-        width = self._tiling.width_us
-        summaries, versions = [], []
+    def _tile_number(self, event: Event) -> int:
+        return event.newest.event_us // self._tiling.width_us
+
+    def _window(self, as_of_us: int, start_us: int) -> _Window:
+        """Collect the events after `start_us` that count at an instant: whole tiles, or single versions."""
+        width_us = self._tiling.width_us
+        tiles: list[_Tile] = []
+        versions: list[list[Any]] = []
         for number, tile in self._tiles.items():
-            start_us, settled = number * width, tile.last_us <= as_of_us
-            if settled and start_us > edge_us:
-                summaries.append(tile.summary)
-            elif not settled or start_us + width > edge_us:
-                versions += tile.counting(as_of_us, edge_us)
-        return summaries, versions
+            tile_start_us, all_known = number * width_us, tile.last_us <= as_of_us
+            if all_known and tile_start_us > start_us:
+                tile.load_summary()
+                tiles.append(tile)
+            elif not all_known or tile_start_us + width_us > start_us:
+                versions += tile.counting_versions(as_of_us, start_us)
+        return _Window(tiles, versions)
 
 
-class _Seen:
-    """What one window sees."""
+class _Window:
+    """The contents of one window at one instant."""
 
-    def __init__(self, summaries: list[Any], versions: list[Version]) -> None:
-        self._summaries = summaries
+    def __init__(self, tiles: list[_Tile], versions: list[list[Any]]) -> None:
+        self._tiles = tiles
+        """Tiles that are completely inside the window, with loaded summaries."""
         self._versions = versions
-        self._columns: dict[int, tuple[list[Any], list[Ranked]]] = {}
+        """Other versions, as unpacked lists."""
+        self._partials: dict[int, list[Partial]] = {}
+        self._values: dict[int, list[RankedValue]] = {}
 
-    def answer(self, column: int | None, function: str) -> Any:
-        """One output."""
+    def answer(self, column: int | None, function: Function) -> Any:
+        """Compute one feature. A column of None counts events."""
         if column is None:
-            return sum(summary[0] for summary in self._summaries) + len(self._versions)
-        if column not in self._columns:
-            self._columns[column] = (
-                [summary[1][column] for summary in self._summaries],
-                list(_ranked(self._versions, column)),
-            )
-        return answer(function, *self._columns[column])
+            return sum(tile.num_events for tile in self._tiles) + len(self._versions)
+        if column not in self._values:
+            self._partials[column] = [tile.partials[column] for tile in self._tiles]
+            self._values[column] = list(_ranked_values(self._versions, column))
+        return answer(function, self._partials[column], self._values[column])
 
 
 class _Tile:
-    """The events of a stretch of time, packed one after the other, and their summary: a count and a partial a column.
+    """The events of one interval of time, packed one after the other, and their summary.
 
-    An event lies in the tile of its last version, and the summary is of last versions.
+    An event belongs to the tile of its newest version. The summary covers newest versions only. Reads work on unpacked
+    lists, because creating `Event` and `Version` objects would take a third more time.
     """
 
     def __init__(
         self,
         last_us: int = _BEGINNING,
-        corrected: bool = False,
+        has_corrections: bool = False,
         keys: bytes = b"",
         packed: bytes = b"",
         summary: bytes = b"",
     ) -> None:
         self.last_us = last_us
-        """When the last version was known."""
-        self.corrected = corrected
+        """When the last version became known."""
+        self.has_corrections = has_corrections
         """Whether an event has several versions."""
         self._keys = keys
         self._packed = packed
         self._packed_summary = summary
         self._events: list[Event] | None = None
-        self._summary: list[Any] | None = None
+        self._event_lists: list[list[Any]] | None = None
+        self._has_summary = False
+        self.num_events = 0
+        """Number of events without tombstones. Part of the summary."""
+        self.partials: list[Partial] = []
+        """One partial aggregate per column. Part of the summary."""
 
-    def parts(self) -> tuple[int, bool, bytes, bytes, bytes]:
-        """What makes the tile again."""
-        if self._summary is not None:
-            self._packed_summary = msgpack.packb(self._summary, default=str)
-        return self.last_us, self.corrected, self._keys, self._packed, self._packed_summary
+    def packed_fields(self) -> tuple[int, bool, bytes, bytes, bytes]:
+        """Return the arguments that rebuild the tile."""
+        if self._has_summary:
+            self._packed_summary = msgpack.packb([self.num_events, self.partials], default=str)
+        return self.last_us, self.has_corrections, self._keys, self._packed, self._packed_summary
 
     @property
     def events(self) -> list[Event]:
-        """In the order of their keys."""
+        """The events, in the order of their keys in `_keys`."""
         if self._events is None:
-            unpacker = msgpack.Unpacker(max_buffer_size=0)
-            unpacker.feed(self._packed)
-            self._events = list(unpacker)
+            self._events = [Event.from_lists(*fields) for fields in self.event_lists()]
         return self._events
 
-    @property
-    def summary(self) -> list[Any]:
-        """How many events there are, and each column's partial."""
-        if self._summary is None:
-            self._summary = msgpack.unpackb(self._packed_summary)
-        return self._summary
+    def event_lists(self) -> Sequence[Sequence[Any]]:
+        """Return the events as lists with the fields of `Event`, for fast reads."""
+        if self._events is not None:
+            return self._events
+        if self._event_lists is None:
+            unpacker = msgpack.Unpacker(max_buffer_size=0)
+            unpacker.feed(self._packed)
+            self._event_lists = list(unpacker)
+        return self._event_lists
+
+    def load_summary(self) -> None:
+        """Unpack `num_events` and `partials`."""
+        if not self._has_summary:
+            self.num_events, self.partials = msgpack.unpackb(self._packed_summary)
+            self._has_summary = True
 
     def find(self, key: bytes, event_id: int | str) -> int | None:
-        """The place of an event."""
-        at = self._keys.find(key)
-        while at >= 0:
-            place, rest = divmod(at, _ID_BYTES)
-            if rest == 0 and self.events[place][0] == event_id:
-                return place
-            at = self._keys.find(key, at + 1)
+        """Return the position of an event, or None if it is not in the tile."""
+        offset = self._keys.find(key)
+        while offset >= 0:
+            position, remainder = divmod(offset, _KEY_BYTES)
+            if remainder == 0 and self.events[position].event_id == event_id:
+                return position
+            offset = self._keys.find(key, offset + 1)
         return None
 
     def append(self, key: bytes, event: Event, tiling: Tiling) -> None:
-        """One more event; the others stay packed."""
+        """Append an event. The other events stay packed.
+
+        Args:
+            key: The event's key, by which `find` finds it.
+            event: The event.
+            tiling: The view's tiling.
+        """
         if not self._keys:
-            self._summary = [0, [empty() for _ in tiling.functions]]
+            self.partials = [empty() for _ in tiling.updates]
+            self._has_summary = True
         if self._events is not None:
             self._events.append(event)
+        self._event_lists = None
         self._keys += key
         self._packed += msgpack.packb(event)
-        self.last_us = max(self.last_us, event[1])
-        self.corrected = self.corrected or len(event[2]) > 1
-        newest = event[2][-1]
-        if newest[3] is not None:
-            self.summary[0] += 1
-            for column, functions in enumerate(tiling.functions):
-                for ranked in _ranked([newest], column):
-                    add(self.summary[1][column], ranked, functions)
+        self.last_us = max(self.last_us, event.last_us)
+        self.has_corrections = self.has_corrections or len(event.versions) > 1
+        newest = event.newest
+        if newest.values is not None:
+            self.load_summary()
+            self.num_events += 1
+            for column, updates in enumerate(tiling.updates):
+                for ranked in _ranked_values([newest], column):
+                    add(self.partials[column], ranked, updates)
 
-    def fill(self, events: Iterable[Event], tiling: Tiling) -> None:
-        """These events in place of all."""
+    def replace_events(self, events: Iterable[Event], tiling: Tiling) -> None:
+        """Replace all events."""
         self.__init__()  # type: ignore[misc]
         for event in events:
-            self.append(value_hash(event[0]).to_bytes(_ID_BYTES, "little"), event, tiling)
+            self.append(_event_key(event.event_id), event, tiling)
 
-    def counting(self, as_of_us: int, edge_us: int) -> list[Version]:
-        """Of each event the version that counts at an instant, if it is no tombstone and after the edge."""
-        found = []
-        for _, _, versions in self.events:
-            version = next((one for one in reversed(versions) if _known(one) <= as_of_us), None)
-            if version is not None and version[3] is not None and version[2] > edge_us:
-                found.append(version)
-        return found
+    def counting_versions(self, as_of_us: int, start_us: int) -> list[list[Any]]:
+        """Return the version of each event that counts at an instant, without tombstones and events before the start.
 
-
-def _with(event: Event, version: Version, was: int | None) -> Event:
-    """An event with one more version, which may have had another number; those that count at no time any more go."""
-    name, known, versions = event
-    others = [one for one in versions if one[:2] != [version[0], was]]
-    if not any(one[:2] == version[:2] for one in others):
-        others.append(version)
-    kept: list[Version] = []
-    for one in sorted(others, reverse=True):
-        if all(_known(one) < _known(later) or not _stays_behind(later, one) for later in kept):
-            kept.append(one)
-    return [name, max(known, _known(version)), kept[::-1]]
+        Args:
+            as_of_us: The instant.
+            start_us: Start of the window. An event at this time is not in the window.
+        """
+        counting = []
+        for _, _, versions in self.event_lists():
+            for version in reversed(versions):
+                created_us, _, event_us, values = version
+                if created_us <= as_of_us and event_us <= as_of_us:
+                    if values is not None and event_us > start_us:
+                        counting.append(version)
+                    break
+        return counting
 
 
-def _stays_behind(later: Version, earlier: Version) -> bool:
-    """Whether the order of two versions will be the same when each has its final number."""
-    return bool(later[0] > earlier[0] or not later[1] >= PROVISIONAL > earlier[1])
-
-
-def _newest(versions: list[Version]) -> list[Version]:
-    """The last version, and those that may come behind it yet."""
-    return [one for one in versions if one is versions[-1] or not _stays_behind(versions[-1], one)]
-
-
-def _known(version: Version) -> int:
-    created_us, _, event_us, _ = version
-    return int(max(created_us, event_us))
-
-
-def _ranked(versions: Iterable[Version], column: int) -> Iterator[Ranked]:
-    """Values that are not null, in the order that `last` goes by."""
-    for created, seq, happened, values in versions:
+def _ranked_values(versions: Iterable[Sequence[Any]], column: int) -> Iterator[RankedValue]:
+    """Yield a column's values that are not null, with their order for `last`. No version may be a tombstone."""
+    for created_us, seq, event_us, values in versions:
         if values[column] is not None:
-            yield happened, created, seq, values[column]
+            yield event_us, created_us, seq, values[column]
 
 
-def _plain(values: tuple[Any, ...]) -> list[Any]:
+def _event_key(event_id: int | str) -> bytes:
+    return value_hash(event_id).to_bytes(_KEY_BYTES, "little")
+
+
+def _without_negative_zeros(values: tuple[Any, ...]) -> list[Any]:
     return [value + 0.0 if isinstance(value, float) else value for value in values]

@@ -1,1 +1,1 @@
-"""Definitions as plain specifications: in the ledger, compared, planned, and with their keys."""
+"""Applied definitions: their records in the ledger, specifications to read them, change plans, and encryption keys."""

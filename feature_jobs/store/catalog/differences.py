@@ -1,20 +1,20 @@
-"""What changed between two definitions of a view or a service, and what that does to whoever reads it.
+"""Compare two definitions of a view, and classify each change by its impact on readers of earlier versions.
 
-All versions of a view share one feature table and one place in the online store, so a change is judged by what it does
-to the readers of earlier versions:
+All versions of a view share one feature table and the same online rows. So a change has one of four impacts on readers
+of earlier versions:
 
-    safe          They go on as before. A new column is null in older rows; time-to-live, longer or shorter, is applied
-                  by each reader as its own version states it; checks, owner and descriptions say nothing about values;
-                  where rows come from is not what they mean.
-    restricts     They may lose access or old rows: purposes, region, a shorter retention. Never refused, because
-                  governance must be able to take effect at once.
-    breaking      They would read something else under the same name: a column is gone, so that new rows are null there;
-                  the transform's code, the query, or the columns that say when a row was true or known have changed.
-    incompatible  Rows of both versions cannot lie in one table: join keys, a column's type, or the class that decides
-                  the key its old files are under.
+    safe          They are not affected. A new column is null in older rows. Each reader applies the TTL of its own
+                  version. Checks, owner and descriptions do not affect values, and neither does the location of the
+                  source.
+    restricts     They may lose access or old rows: purposes, region, a shorter retention. Such a change is never
+                  refused, because governance must be able to take effect at once.
+    breaking      They would read other values under the same name: a column was removed, so it is null in new rows; or
+                  the transform's code, the query, or the columns of event time or created time have changed.
+    incompatible  Rows of both versions cannot be in one table: a change of join keys, of a column's type, or of a
+                  column's sensitivity, which selects the encryption key of its files.
 
-Definitions are compared as the JSON that the ledger holds, so a view can be compared without its module. What this
-release does not know counts as breaking.
+Definitions are compared as the JSON in the ledger, so no module is needed. A change in a part of the definition that
+this release does not know is breaking.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Definition = Mapping[str, Any]
 _SAFE = {"ttl_s": "time-to-live", "owner": "owner", "subject_key": "subject key"}
 _RESTRICTING = {"purposes": "purposes", "region": "region"}
 _MEANING = ("event_timestamp", "created_timestamp", "deleted", "query", "columns", "nulls", "zone")
-"""Of a source: what its rows say and when, as opposed to where they are."""
+"""Fields of a source that decide its rows' values and times. The other fields only say where the rows are."""
 _HANDLED = frozenset(
     {
         "name",
@@ -50,7 +50,7 @@ _HANDLED = frozenset(
 
 
 class Impact(enum.StrEnum):
-    """What a change does to readers of earlier versions, ascending."""
+    """Impact of a change on readers of earlier versions, in ascending order."""
 
     safe = "safe"
     restricts = "restricts"
@@ -59,38 +59,39 @@ class Impact(enum.StrEnum):
 
     @property
     def breaks(self) -> bool:
-        """Whether a reader of an earlier version would no longer get what it was made for."""
+        """Whether readers of an earlier version would no longer get the values they expect."""
         return self in (Impact.breaking, Impact.incompatible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One difference."""
+    """One change between two definitions."""
 
-    what: str
+    subject: str
+    """The part of the definition that changed."""
     before: str | None
-    """None where there was nothing."""
+    """None if the part was added."""
     after: str | None
-    """None where there is nothing any more."""
+    """None if the part was removed."""
     impact: Impact = Impact.safe
-    why: str = ""
-    """Of an impact that is not safe."""
+    reason: str = ""
+    """Reason for an impact that is not safe."""
 
     @property
     def text(self) -> str:
-        """As a plan prints it."""
+        """The change as a plan prints it."""
         match self.before, self.after:
             case None, after:
-                said = f"+ {self.what} {after}"
+                line = f"+ {self.subject} {after}"
             case before, None:
-                said = f"- {self.what} {before}"
+                line = f"- {self.subject} {before}"
             case before, after:
-                said = f"~ {self.what} {before} -> {after}"
-        return said if self.impact is Impact.safe else f"{said}  [{self.impact.value}: {self.why}]"
+                line = f"~ {self.subject} {before} -> {after}"
+        return line if self.impact is Impact.safe else f"{line}  [{self.impact.value}: {self.reason}]"
 
 
 def view_changes(before: Definition, after: Definition) -> list[Change]:
-    """The differences between two definitions of a view, the gravest kinds first."""
+    """Return the changes between two definitions of a view, with the most severe kinds first."""
     return [
         *_key_changes(before, after),
         *_column_changes(before, after),
@@ -106,24 +107,37 @@ def _key_changes(before: Definition, after: Definition) -> Iterator[Change]:
     old, new = list(before["join_keys"]), list(after["join_keys"])
     if old != new:
         yield Change(
-            what="join keys",
+            subject="join keys",
             before=", ".join(old),
             after=", ".join(new),
             impact=Impact.incompatible,
-            why="stored rows are filed under the old keys",
+            reason="stored rows have the old keys",
         )
         return
-    names = [", ".join(entity["name"] for entity in one["entities"]) for one in (before, after)]
-    if names[0] != names[1] or _keys_by_entity(before) != _keys_by_entity(after):
-        yield Change(what="entities", before=names[0], after=names[1])
-    types = [declared_key_types(one) for one in (before, after)]
+    old_names, new_names = _entity_names(before), _entity_names(after)
+    if old_names != new_names or _keys_by_entity(before) != _keys_by_entity(after):
+        yield Change(subject="entities", before=old_names, after=new_names)
+    old_types, new_types = declared_key_types(before), declared_key_types(after)
     for key in new:
-        was, now = types[0].get(key), types[1].get(key)
-        if was != now:
-            # What an undeclared key is stored as is not known here; applying looks at the table.
-            impact = Impact.safe if was is None or now is None else Impact.incompatible
-            why = "stored rows have keys of the old type" if impact is Impact.incompatible else ""
-            yield Change(what=f"join key {key} type", before=was, after=now, impact=impact, why=why)
+        old_type, new_type = old_types.get(key), new_types.get(key)
+        if old_type == new_type:
+            continue
+        subject = f"join key {key} type"
+        if old_type is None or new_type is None:
+            # The stored type of an undeclared key is not known here. `feature_jobs.apply` compares with the table.
+            yield Change(subject=subject, before=old_type, after=new_type)
+        else:
+            yield Change(
+                subject=subject,
+                before=old_type,
+                after=new_type,
+                impact=Impact.incompatible,
+                reason="stored rows have keys of the old type",
+            )
+
+
+def _entity_names(definition: Definition) -> str:
+    return ", ".join(entity["name"] for entity in definition["entities"])
 
 
 def _keys_by_entity(definition: Definition) -> list[list[str]]:
@@ -131,138 +145,160 @@ def _keys_by_entity(definition: Definition) -> list[list[str]]:
 
 
 def _column_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    old, new = ({field["name"]: field for field in one["schema"]} for one in (before, after))
-    for name in [*old, *(name for name in new if name not in old)]:
-        what = f"column {name}"
+    old, new = ({field["name"]: field for field in definition["schema"]} for definition in (before, after))
+    for name in _merged_keys(old, new):
+        subject = f"column {name}"
         if name not in new:
-            why = "rows ingested from now on are null there"
-            yield Change(what=what, before=_column(old[name]), after=None, impact=Impact.breaking, why=why)
+            yield Change(
+                subject=subject,
+                before=_column(old[name]),
+                after=None,
+                impact=Impact.breaking,
+                reason="rows ingested from now on are null there",
+            )
         elif name not in old:
-            yield Change(what=what, before=None, after=_column(new[name]))
+            yield Change(subject=subject, before=None, after=_column(new[name]))
         else:
-            yield from _field_changes(what, old[name], new[name])
-    kept = [[name for name in one if name in old and name in new] for one in (old, new)]
-    if kept[0] != kept[1]:
-        yield Change(what="column order", before=", ".join(kept[0]), after=", ".join(kept[1]))
+            yield from _field_changes(subject, old[name], new[name])
+    old_order, new_order = (
+        ", ".join(name for name in fields if name in old and name in new) for fields in (old, new)
+    )
+    if old_order != new_order:
+        yield Change(subject="column order", before=old_order, after=new_order)
 
 
-def _field_changes(what: str, before: Definition, after: Definition) -> Iterator[Change]:
-    for key, impact, why in (
+def _field_changes(subject: str, before: Definition, after: Definition) -> Iterator[Change]:
+    for key, impact, reason in (
         ("dtype", Impact.incompatible, "a stored column has one type; give the new one another name"),
-        ("sensitivity", Impact.incompatible, "older files are under the other class's key"),
+        ("sensitivity", Impact.incompatible, "older files are encrypted with the key of the old class"),
         ("categorical", Impact.safe, ""),
         ("description", Impact.safe, ""),
     ):
         old, new = before.get(key), after.get(key)
         if old != new:
-            yield Change(what=f"{what} {key}", before=_short(old), after=_short(new), impact=impact, why=why)
+            yield Change(
+                subject=f"{subject} {key}",
+                before=_short(old),
+                after=_short(new),
+                impact=impact,
+                reason=reason,
+            )
 
 
 def _code_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    old, new = (one.get("transform") or {} for one in (before, after))
+    old, new = (definition.get("transform") or {} for definition in (before, after))
     if old.get("sha256") != new.get("sha256"):
         yield Change(
-            what="transform",
+            subject="transform",
             before=_code(old),
             after=_code(new),
             impact=Impact.breaking,
-            why="rows ingested from now on are made by other code",
+            reason="rows ingested from now on are computed by other code",
         )
     elif old.get("name") != new.get("name"):
-        yield Change(what="transform name", before=_short(old.get("name")), after=_short(new.get("name")))
+        yield Change(subject="transform name", before=_short(old.get("name")), after=_short(new.get("name")))
     if before.get("created_lag_s") != after.get("created_lag_s"):
         yield Change(
-            what="created_lag",
+            subject="created_lag",
             before=_span(before.get("created_lag_s")),
             after=_span(after.get("created_lag_s")),
             impact=Impact.breaking,
-            why="rows count as known at other times",
+            reason="rows count as known at other times",
         )
 
 
 def _source_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    for key in [*before, *(key for key in after if key not in before)]:
+    for key in _merged_keys(before, after):
         old, new = before.get(key), after.get(key)
         if old != new:
-            impact = Impact.breaking if key in _MEANING else Impact.safe
-            why = "rows say something else, or at another time" if key in _MEANING else ""
+            changes_values = key in _MEANING
             yield Change(
-                what=f"source.{key}", before=_absent(old), after=_absent(new), impact=impact, why=why
+                subject=f"source.{key}",
+                before=_short_or_none(old),
+                after=_short_or_none(new),
+                impact=Impact.breaking if changes_values else Impact.safe,
+                reason="rows have other values or other times" if changes_values else "",
             )
 
 
 def _check_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    old, new = ([_check(check) for check in one.get("checks", [])] for one in (before, after))
-    gone, come = set(old) - set(new), set(new) - set(old)
-    yield from (Change(what="check", before=one, after=None) for one in old if one in gone)
-    yield from (Change(what="check", before=None, after=one) for one in new if one in come)
+    old, new = ([_check(check) for check in definition.get("checks", [])] for definition in (before, after))
+    removed, added = set(old) - set(new), set(new) - set(old)
+    yield from (Change(subject="check", before=check, after=None) for check in old if check in removed)
+    yield from (Change(subject="check", before=None, after=check) for check in new if check in added)
 
 
 def _governance_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    for key, what in (_SAFE | _RESTRICTING).items():
+    for key, subject in (_SAFE | _RESTRICTING).items():
         old, new = before.get(key), after.get(key)
         if old == new:
             continue
-        narrower = key == "region" or (key == "purposes" and _narrower(old or [], new or []))
-        show = _span if key == "ttl_s" else _short
+        restricts = key == "region" or (key == "purposes" and _removes_purpose(old or [], new or []))
+        text = _span if key == "ttl_s" else _short
         yield Change(
-            what=what,
-            before=show(old),
-            after=show(new),
-            impact=Impact.restricts if narrower else Impact.safe,
-            why="readers may lose access" if narrower else "",
+            subject=subject,
+            before=text(old),
+            after=text(new),
+            impact=Impact.restricts if restricts else Impact.safe,
+            reason="readers may lose access" if restricts else "",
         )
     old, new = before.get("retention_s"), after.get("retention_s")
     if old != new:
-        shorter = new is not None and (old is None or new < old)
+        is_shorter = new is not None and (old is None or new < old)
         yield Change(
-            what="retention",
+            subject="retention",
             before=_span(old),
             after=_span(new),
-            impact=Impact.restricts if shorter else Impact.safe,
-            why="older rows will go" if shorter else "",
+            impact=Impact.restricts if is_shorter else Impact.safe,
+            reason="older rows will be removed" if is_shorter else "",
         )
 
 
-def _narrower(old: list[str], new: list[str]) -> bool:
-    """Whether a purpose that was allowed no longer is; an empty list allows every purpose."""
+def _removes_purpose(old: list[str], new: list[str]) -> bool:
+    """Return whether a purpose that was allowed is not allowed any more. An empty list allows every purpose."""
     return bool(new) and (not old or not set(old) <= set(new))
 
 
 def _unknown_changes(before: Definition, after: Definition) -> Iterator[Change]:
-    """Of parts of a definition that have no rule of their own; a list of named things is compared by name."""
-    for key in [*before, *(key for key in after if key not in before)]:
+    """Yield changes of the parts that have no rule above. Lists of named entries are compared by name."""
+    for key in _merged_keys(before, after):
         old, new = before.get(key), after.get(key)
         if key in _HANDLED or old == new:
             continue
-        named = [_by_name(one) for one in (old, new)]
-        if named[0] is None or named[1] is None:
+        old_entries, new_entries = _by_name(old), _by_name(new)
+        if old_entries is None or new_entries is None:
             yield _unknown(key, old, new)
             continue
-        for name in dict.fromkeys([*named[0], *named[1]]):
-            was, now = named[0].get(name), named[1].get(name)
-            if was is None:
-                yield Change(what=f"{key} {name}", before=None, after="")
-            elif was != now:
-                yield _unknown(f"{key} {name}", was, now)
+        for name in _merged_keys(old_entries, new_entries):
+            old_entry, new_entry = old_entries.get(name), new_entries.get(name)
+            if old_entry is None:
+                yield Change(subject=f"{key} {name}", before=None, after="")
+            elif old_entry != new_entry:
+                yield _unknown(f"{key} {name}", old_entry, new_entry)
 
 
-def _unknown(what: str, before: Any, after: Any) -> Change:
+def _unknown(subject: str, before: Any, after: Any) -> Change:
     return Change(
-        what=what,
-        before=_absent(before),
-        after=_absent(after),
+        subject=subject,
+        before=_short_or_none(before),
+        after=_short_or_none(after),
         impact=Impact.breaking,
-        why="values may mean something else",
+        reason="values may have another meaning",
     )
 
 
 def _by_name(value: Any) -> dict[str, Any] | None:
+    """Index a list of named entries by name. Return None if the value is something else."""
     if value is None:
         return {}
-    if not isinstance(value, list) or not all(isinstance(one, dict) and "name" in one for one in value):
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and "name" in entry for entry in value):
         return None
-    return {one["name"]: one for one in value}
+    return {entry["name"]: entry for entry in value}
+
+
+def _merged_keys(before: Definition, after: Definition) -> list[str]:
+    """Return the keys of both, without repetition, the old ones first."""
+    return list(dict.fromkeys([*before, *after]))
 
 
 def _column(field: Definition) -> str:
@@ -270,8 +306,8 @@ def _column(field: Definition) -> str:
 
 
 def _check(check: Definition) -> str:
-    rest = ", ".join(f"{key}={value}" for key, value in check.items() if key not in ("check", "column"))
-    return f"{check.get('check')}({check.get('column', '')}{', ' if rest else ''}{rest})"
+    arguments = [f"{key}={value}" for key, value in check.items() if key not in ("check", "column")]
+    return f"{check.get('check')}({', '.join([check.get('column', ''), *arguments])})"
 
 
 def _code(transform: Definition) -> str:
@@ -284,7 +320,7 @@ def _span(seconds: float | None) -> str:
     return f"{seconds / 86400:g} days" if seconds >= 86400 else f"{seconds:g} s"
 
 
-def _absent(value: Any) -> str | None:
+def _short_or_none(value: Any) -> str | None:
     return None if value is None else _short(value)
 
 

@@ -1,7 +1,7 @@
-"""Whether a view is still meant to be used: active, deprecated or retired; a fold over the ledger.
+"""Lifecycle of views: active, deprecated or retired, as the ledger's events say.
 
-A deprecated view works and says so wherever something new is made with it. A retired one takes no more rows and goes
-into no new training set; what is stored stays, and the models that were made with it go on reading it.
+A deprecated view works, but new rows and new training sets of it log a warning. A retired view accepts no new rows and
+cannot be used for new training sets. Its stored rows stay, and models that were trained with it continue to read it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.ledger.events import FeatureViewStateChanged
 
 
 class ViewState(enum.StrEnum):
-    """What may be done with a view."""
+    """Lifecycle state of a view."""
 
     active = "active"
     deprecated = "deprecated"
@@ -31,36 +31,34 @@ class Lifecycle:
     state: ViewState
     reason: str
     since: str
-    """Day, ISO 8601."""
+    """Date of the change, ISO 8601."""
 
     def text(self, view: str) -> str:
-        """One sentence."""
+        """Return one sentence with the view's state, date and reason."""
         return f"View '{view}' is {self.state.value} since {self.since}: {self.reason.rstrip('.')}."
 
 
 def read_lifecycles(ledger: Ledger) -> dict[str, Lifecycle]:
-    """The views that are not active."""
-    found: dict[str, Lifecycle] = {}
+    """Read the states of the views that are not active, by view name."""
+    lifecycles: dict[str, Lifecycle] = {}
     for entry in ledger.entries(FeatureViewStateChanged):
-        state = ViewState(entry.payload["state"])
-        found.pop(entry.payload["view"], None)
+        view, state = entry.payload["view"], ViewState(entry.payload["state"])
+        lifecycles.pop(view, None)
         if state is not ViewState.active:
-            found[entry.payload["view"]] = Lifecycle(
-                state=state, reason=entry.payload["reason"], since=entry.time[:10]
-            )
-    return found
+            lifecycles[view] = Lifecycle(state=state, reason=entry.payload["reason"], since=entry.time[:10])
+    return lifecycles
 
 
 def heed(lifecycles: Mapping[str, Lifecycle], views: Iterable[str], *, doing: str) -> None:
-    """Go on with views that may be used; a deprecated one is logged as a warning.
+    """Require that no view is retired. Log a warning for each deprecated view.
 
     Args:
-        lifecycles: of the views that are not active.
-        views: names.
-        doing: what is about to be done, as in "no new rows are ingested".
+        lifecycles: The states of the views that are not active.
+        views: Names of the views to check.
+        doing: A sentence with the effect of a refusal, such as "No new rows are ingested."
 
     Raises:
-        ViewRetired: naming the view and why.
+        ViewRetired: A view is retired. The message has its reason.
     """
     for view in views:
         lifecycle = lifecycles.get(view)
@@ -68,7 +66,7 @@ def heed(lifecycles: Mapping[str, Lifecycle], views: Iterable[str], *, doing: st
             continue
         if lifecycle.state is ViewState.retired:
             raise ViewRetired(
-                f"{lifecycle.text(view)} {doing} Models that were made with it go on reading it. Use another view, or "
-                f"take it back with `python -m feature_jobs.retire view={view} restore=true reason=…`."
+                f"{lifecycle.text(view)} {doing} Models that were trained with it continue to read it. Use another "
+                f"view, or restore this one with `python -m feature_jobs.retire view={view} restore=true reason=…`."
             )
         logging.getLogger(__name__).warning("%s", lifecycle.text(view))

@@ -1,72 +1,75 @@
-"""What applying a module would change, before it changes anything; a pure function of the ledger and the definitions.
+"""Plan of what applying a module would change. A pure function of the recorded definitions and the new ones.
 
-A change is held against two things: the version that was applied last, which is what the plan shows, and the versions
-that registered models were made with, which must go on meaning what they meant. A model is broken by a plan only
-through a change that the version applied last does not have already, so that one break which was allowed is not asked
-about again.
+The new definitions are compared with two kinds of recorded versions. The differences from the version that was applied
+last are the plan's changes. The versions that registered models were trained with must keep their meaning. A plan
+breaks a model only by a breaking change that the last applied version does not have yet. So a break that was allowed
+once is not reported again.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import BreakingChange
 from feature_jobs.store.catalog.differences import Change, Impact, view_changes
 from feature_jobs.store.catalog.lifecycle import Lifecycle
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.catalog.specifications import Definitions
-from feature_jobs.store.definitions.names import refuse_new_alike
+from feature_jobs.store.definitions.names import require_distinct_new_names
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView, content_hash
 
+R = TypeVar("R", RecordedView, RecordedService)
 
-class Act(enum.StrEnum):
-    """What happens to a view or service."""
+
+class Operation(enum.StrEnum):
+    """What a step of a plan does to a view or service."""
 
     added = "added"
     changed = "changed"
     removed = "removed"
-    """It was applied from this module, which no longer has it. Nothing is dropped."""
+    """It was applied from this module, but the module does not define it any more. Its rows and versions stay."""
     unchanged = "unchanged"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What happens to one view or service."""
+    """What a plan does to one view or service."""
 
     kind: str
     """"view" or "service"."""
     name: str
-    act: Act
+    operation: Operation
     version: str
-    """After it; of a removed one, the version it stays at."""
+    """The version after the step. For a removed definition, its last version."""
     changes: Sequence[Change] = ()
     note: str = ""
-    """Of a view that is deprecated or retired."""
+    """The view's state, if it is deprecated or retired."""
 
     @property
     def breaks(self) -> bool:
-        """Whether readers of the version before would no longer get what they were made for."""
+        """Whether readers of the previous version would no longer get the values they expect."""
         return any(change.impact.breaks for change in self.changes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Broken:
+class BrokenModel:
     """A registered model version that a plan would break."""
 
     model: str
     version: int
     view: str
     view_version: str
-    """The one that the model was made with."""
+    """The view's version that the model was trained with."""
     changes: Sequence[Change]
+    """The breaking changes."""
 
     @property
-    def forever(self) -> bool:
-        """Whether it could not be allowed even by who wants to."""
+    def is_incompatible(self) -> bool:
+        """Whether `allow_breaking` cannot allow the break."""
         return any(change.impact is Impact.incompatible for change in self.changes)
 
 
@@ -76,29 +79,34 @@ class Plan:
 
     module: str
     steps: Sequence[Step]
-    broken: Sequence[Broken]
+    broken: Sequence[BrokenModel]
 
-    def of(self, *acts: Act) -> list[Step]:
-        """The steps of some kinds."""
-        return [step for step in self.steps if step.act in acts]
+    def steps_with(self, *operations: Operation) -> list[Step]:
+        """Return the steps with one of these operations."""
+        return [step for step in self.steps if step.operation in operations]
 
 
 def make_plan(
     definitions: Definitions, recorded: Recorded, lifecycles: Mapping[str, Lifecycle] | None = None
 ) -> Plan:
-    """Compare a module with what was applied; `lifecycles` has the views that are not active.
+    """Compare a module's definitions with the recorded ones.
+
+    Args:
+        definitions: The module's definitions.
+        recorded: All recorded definitions and models.
+        lifecycles: The states of views that are not active.
 
     Raises:
-        DefinitionError: a new name that differs only in case from another one.
+        DefinitionError: A new name differs only in case from another name.
     """
     views, services = recorded.newest_views, recorded.newest_services
-    refuse_new_alike("view", definitions.views, views)
-    refuse_new_alike("service", definitions.services, services)
+    require_distinct_new_names("view", definitions.views, views)
+    require_distinct_new_names("service", definitions.services, services)
     steps = [
         *(_view_step(view, views.get(view.name)) for view in definitions.views.values()),
-        *_removed("view", definitions, list(views.values())),
+        *_removed_steps("view", definitions.module, definitions.views, views.values()),
         *(_service_step(service, services.get(service.name)) for service in definitions.services.values()),
-        *_removed("service", definitions, list(services.values())),
+        *_removed_steps("service", definitions.module, definitions.services, services.values()),
     ]
     states = lifecycles or {}
     steps = [
@@ -107,96 +115,113 @@ def make_plan(
         else step
         for step in steps
     ]
-    return Plan(module=definitions.module, steps=steps, broken=list(_broken(definitions, recorded)))
+    broken = [
+        *_models_with_changed_code(definitions, recorded),
+        *_models_with_changed_views(definitions, recorded),
+    ]
+    return Plan(module=definitions.module, steps=steps, broken=broken)
 
 
-def refuse_broken(plan: Plan, *, allow_breaking: bool) -> None:
-    """Go on only with a plan that leaves every registered model what it was made with.
+def require_no_broken_models(plan: Plan, *, allow_breaking: bool) -> None:
+    """Require that a plan breaks no registered model.
 
     Args:
-        plan: what would be done.
-        allow_breaking: whether models may be broken where their versions stay readable.
+        plan: The plan.
+        allow_breaking: Whether to accept breaks that leave the model's own view version readable.
 
     Raises:
-        BreakingChange: naming model, version, view, changes, and what to do.
+        BreakingChange: A model would be broken. The message names model, view and changes, and says what to do.
     """
-    stopping = [one for one in plan.broken if one.forever or not allow_breaking]
-    if not stopping:
+    refused = [broken for broken in plan.broken if broken.is_incompatible or not allow_breaking]
+    if not refused:
         return
-    first = max(stopping, key=lambda one: one.forever)
-    more = len({(one.model, one.version) for one in stopping}) - 1
-    others = f" (and {more} other model version{'s' if more > 1 else ''})" if more else ""
+    first = max(refused, key=lambda broken: broken.is_incompatible)
+    num_others = len({(broken.model, broken.version) for broken in refused}) - 1
+    others = f" (and {num_others} other model version{'s' if num_others > 1 else ''})" if num_others else ""
     advice = (
         "allow_breaking does not help, because the model's own version would not stay readable."
-        if first.forever
-        else "With allow_breaking=true it is done all the same; the model then reads new rows as they now are."
+        if first.is_incompatible
+        else "allow_breaking=true applies it anyway; the model then reads new rows as the new version makes them."
     )
     raise BreakingChange(
-        f"View '{first.view}' would break model '{first.model}' version {first.version}{others}, which was made with "
-        f"view version {first.view_version}: {'; '.join(change.text for change in first.changes)}. Nothing was "
-        f"applied. Give the changed view a new name and let new models use that one. {advice}"
+        f"View '{first.view}' would break model '{first.model}' version {first.version}{others}, which was trained "
+        f"with view version {first.view_version}: {'; '.join(change.text for change in first.changes)}. Nothing was "
+        f"applied. Give the changed view a new name, and use that view for new models. {advice}"
     )
 
 
-def lines(plan: Plan) -> Iterator[str]:
-    """The plan as text."""
-    marks = {Act.added: "+", Act.changed: "~", Act.removed: "-", Act.unchanged: "="}
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yield the lines that print a plan."""
     yield f"plan for {plan.module}:"
     for step in plan.steps:
-        tail = {
-            Act.added: f"version {step.version}",
-            Act.changed: f"version {step.version}{', breaking' if step.breaks else ''}",
-            Act.removed: f"no longer in {plan.module}; its rows and versions stay",
-            Act.unchanged: "unchanged",
-        }[step.act]
-        yield f"  {marks[step.act]} {step.kind} {step.name}: {tail}"
-        yield from (f"      {change.text}" for change in step.changes)
-        if step.note:
-            yield f"      ! {step.note}"
-        elif step.act is Act.removed and step.kind == "view":
-            yield f"      to end it: python -m feature_jobs.retire view={step.name} reason=…"
-    for one in plan.broken:
-        yield f"  ! view {one.view} breaks model {one.model} version {one.version}"
-    counts = {act: len(plan.of(act)) for act in Act}
-    breaking = sum(step.breaks for step in plan.steps)
+        yield from _step_lines(step, plan.module)
+    for broken in plan.broken:
+        yield f"  ! view {broken.view} breaks model {broken.model} version {broken.version}"
+    counts = {operation: len(plan.steps_with(operation)) for operation in Operation}
+    num_breaking = sum(step.breaks for step in plan.steps)
     yield (
-        f"{counts[Act.added]} to add, {counts[Act.changed]} to change ({breaking} breaking), "
-        f"{counts[Act.removed]} no longer in the module, {counts[Act.unchanged]} unchanged"
+        f"{counts[Operation.added]} to add, {counts[Operation.changed]} to change ({num_breaking} breaking), "
+        f"{counts[Operation.removed]} no longer in the module, {counts[Operation.unchanged]} unchanged"
     )
+
+
+def _step_lines(step: Step, module: str) -> Iterator[str]:
+    match step.operation:
+        case Operation.added:
+            mark, text = "+", f"version {step.version}"
+        case Operation.changed:
+            mark, text = "~", f"version {step.version}{', breaking' if step.breaks else ''}"
+        case Operation.removed:
+            mark, text = "-", f"no longer in {module}; its rows and versions stay"
+        case Operation.unchanged:
+            mark, text = "=", "unchanged"
+    yield f"  {mark} {step.kind} {step.name}: {text}"
+    yield from (f"      {change.text}" for change in step.changes)
+    if step.note:
+        yield f"      ! {step.note}"
+    elif step.operation is Operation.removed and step.kind == "view":
+        yield f"      to end it: python -m feature_jobs.retire view={step.name} reason=…"
 
 
 def service_changes(before: RecordedService, after: FeatureService) -> list[Change]:
-    """The differences between two versions of a service; views' own changes stand with the views.
+    """Return the changes between two versions of a service. The changes inside its views belong to the views' steps.
 
-    Taking a view out is breaking for whoever reads the service by its name. Models name its version.
+    Removing a view is breaking for clients that read the service by its name. Models read one version of it.
     """
-    new = {view.name: view.version for view in after.views}
+    versions = {view.name: view.version for view in after.views}
     changes = [
         Change(
-            what="view",
+            subject="view",
             before=name,
             after=None,
             impact=Impact.breaking,
-            why="readers of the service lose its columns",
+            reason="readers of the service lose its columns",
         )
         for name in before.view_order
-        if name not in new
+        if name not in versions
     ]
-    changes += [Change(what="view", before=None, after=name) for name in new if name not in before.view_order]
+    added = [name for name in versions if name not in before.view_order]
+    changes += [Change(subject="view", before=None, after=name) for name in added]
     changes += [
-        Change(what=f"view {name}", before=before.view_versions[name], after=version)
-        for name, version in new.items()
+        Change(subject=f"view {name}", before=before.view_versions[name], after=version)
+        for name, version in versions.items()
         if before.view_versions.get(name, version) != version
     ]
-    orders = [
-        [name for name in one if name in new and name in before.view_order]
-        for one in (before.view_order, new)
-    ]
-    if orders[0] != orders[1]:
-        why = "join keys may be taken from other features"
-        order = [", ".join(one) for one in orders]
-        changes.append(Change(what="order", before=order[0], after=order[1], impact=Impact.breaking, why=why))
-    on_demand = [one.definition() for one in after.on_demand]
+    old_order, new_order = (
+        ", ".join(name for name in order if name in versions and name in before.view_order)
+        for order in (before.view_order, versions)
+    )
+    if old_order != new_order:
+        changes.append(
+            Change(
+                subject="order",
+                before=old_order,
+                after=new_order,
+                impact=Impact.breaking,
+                reason="join keys may come from other features",
+            )
+        )
+    on_demand = [transform.definition() for transform in after.on_demand]
     return [
         *changes,
         *_on_demand_changes(before.on_demand, on_demand),
@@ -205,116 +230,130 @@ def service_changes(before: RecordedService, after: FeatureService) -> list[Chan
 
 
 def _on_demand_changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[Change]:
-    old, new = ({one["name"]: one for one in some} for some in (before, after))
-    why = "readers of the service lose its columns, or get others"
+    old, new = (
+        {definition["name"]: definition for definition in definitions} for definitions in (before, after)
+    )
+    reason = "readers of the service lose its columns, or get other values"
     for name in dict.fromkeys([*old, *new]):
-        was, now = old.get(name), new.get(name)
-        if was is None:
-            yield Change(what="on-demand transform", before=None, after=name)
-        elif now is None:
-            yield Change(what="on-demand transform", before=name, after=None, impact=Impact.breaking, why=why)
-        elif was != now:
-            hashes = [content_hash(one)[:8] for one in (was, now)]
+        if name not in old:
+            yield Change(subject="on-demand transform", before=None, after=name)
+        elif name not in new:
             yield Change(
-                what=f"on-demand transform {name}",
-                before=hashes[0],
-                after=hashes[1],
+                subject="on-demand transform", before=name, after=None, impact=Impact.breaking, reason=reason
+            )
+        elif old[name] != new[name]:
+            yield Change(
+                subject=f"on-demand transform {name}",
+                before=content_hash(old[name])[:8],
+                after=content_hash(new[name])[:8],
                 impact=Impact.breaking,
-                why=why,
+                reason=reason,
             )
 
 
 def _missing_changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
-    """A default changes what training sets hold; a refusal what requests are answered."""
+    """Yield changes of policies. A default changes values in training sets; a refusal changes answers to requests."""
     for column in dict.fromkeys([*before, *after]):
-        was, now = before.get(column), after.get(column)
-        if was == now:
+        old, new = before.get(column), after.get(column)
+        if old == new:
             continue
-        impact, why = Impact.safe, ""
-        if "default" in {one["then"] for one in (was, now) if one is not None}:
-            impact, why = Impact.breaking, "training sets built from now on hold other values"
-        elif now is not None:
-            impact, why = Impact.restricts, "requests may be refused"
-        texts = ["null" if one is None else _then(one) for one in (was, now)]
-        what = f"where {column} is missing"
-        yield Change(what=what, before=texts[0], after=texts[1], impact=impact, why=why)
+        impact, reason = Impact.safe, ""
+        if "default" in {policy["then"] for policy in (old, new) if policy is not None}:
+            impact, reason = Impact.breaking, "training sets built from now on hold other values"
+        elif new is not None:
+            impact, reason = Impact.restricts, "requests may be refused"
+        yield Change(
+            subject=f"where {column} is missing",
+            before=_policy_text(old),
+            after=_policy_text(new),
+            impact=impact,
+            reason=reason,
+        )
 
 
-def _then(stated: dict[str, Any]) -> str:
-    return f"default {stated['value']!r}" if stated["then"] == "default" else str(stated["then"])
+def _policy_text(policy: dict[str, Any] | None) -> str:
+    if policy is None:
+        return "null"
+    return f"default {policy['value']!r}" if policy["then"] == "default" else str(policy["then"])
 
 
 def _view_step(view: FeatureView, before: RecordedView | None) -> Step:
-    version = view.version
-    if before is None:
-        return Step(kind="view", name=view.name, act=Act.added, version=version)
-    if before.version == version:
-        return Step(kind="view", name=view.name, act=Act.unchanged, version=version)
-    changes = view_changes(before.definition, view.definition())
-    return Step(kind="view", name=view.name, act=Act.changed, version=version, changes=changes)
+    return _step("view", view, before, lambda recorded: view_changes(recorded.definition, view.definition()))
 
 
 def _service_step(service: FeatureService, before: RecordedService | None) -> Step:
-    version = service.version
+    return _step("service", service, before, lambda recorded: service_changes(recorded, service))
+
+
+def _step(
+    kind: str,
+    definition: FeatureView | FeatureService,
+    before: R | None,
+    compare: Callable[[R], list[Change]],
+) -> Step:
+    """Return the step of one definition. `compare` lists the changes from a recorded version."""
+    name, version = definition.name, definition.version
     if before is None:
-        return Step(kind="service", name=service.name, act=Act.added, version=version)
+        return Step(kind=kind, name=name, operation=Operation.added, version=version)
     if before.version == version:
-        return Step(kind="service", name=service.name, act=Act.unchanged, version=version)
-    changes = service_changes(before, service)
-    return Step(kind="service", name=service.name, act=Act.changed, version=version, changes=changes)
+        return Step(kind=kind, name=name, operation=Operation.unchanged, version=version)
+    return Step(kind=kind, name=name, operation=Operation.changed, version=version, changes=compare(before))
 
 
-def _removed(
-    kind: str, definitions: Definitions, newest: Sequence[RecordedView | RecordedService]
+def _removed_steps(
+    kind: str,
+    module: str,
+    defined: Mapping[str, FeatureView] | Mapping[str, FeatureService],
+    newest: Iterable[RecordedView | RecordedService],
 ) -> Iterator[Step]:
-    present = definitions.views.keys() if kind == "view" else definitions.services.keys()
-    for one in newest:
-        if one.module == definitions.module and one.name not in present:
-            yield Step(kind=kind, name=one.name, act=Act.removed, version=one.version)
+    """Yield a step for each recorded definition that came from the module and is not defined in it any more."""
+    for recorded in newest:
+        if recorded.module == module and recorded.name not in defined:
+            yield Step(kind=kind, name=recorded.name, operation=Operation.removed, version=recorded.version)
 
 
-def _broken(definitions: Definitions, recorded: Recorded) -> Iterator[Broken]:
-    yield from _broken_code(definitions, recorded)
+def _models_with_changed_views(definitions: Definitions, recorded: Recorded) -> Iterator[BrokenModel]:
+    """Yield models whose views get breaking changes that the last applied version does not have yet."""
     newest = recorded.newest_views
     for use in recorded.uses:
         for name, version in use.view_versions.items():
-            made_with, view = recorded.views.get((name, version)), definitions.views.get(name)
-            if made_with is None or view is None or view.version in (version, newest[name].version):
+            trained_with, view = recorded.views.get((name, version)), definitions.views.get(name)
+            if trained_with is None or view is None or view.version in (version, newest[name].version):
                 continue
-            already = view_changes(made_with.definition, newest[name].definition)
+            applied_changes = view_changes(trained_with.definition, newest[name].definition)
             changes = [
                 change
-                for change in view_changes(made_with.definition, view.definition())
-                if change.impact.breaks and change not in already
+                for change in view_changes(trained_with.definition, view.definition())
+                if change.impact.breaks and change not in applied_changes
             ]
             if changes:
-                yield Broken(
+                yield BrokenModel(
                     model=use.model, version=use.version, view=name, view_version=version, changes=changes
                 )
 
 
-def _broken_code(definitions: Definitions, recorded: Recorded) -> Iterator[Broken]:
-    """On-demand transforms whose code is not what models call: they would refuse to serve."""
-    here = {
-        one["transform"]["name"]: one["transform"]["sha256"]
+def _models_with_changed_code(definitions: Definitions, recorded: Recorded) -> Iterator[BrokenModel]:
+    """Yield models whose on-demand transforms have other code now. Their replicas would refuse to start."""
+    hashes = {
+        transform["name"]: transform["sha256"]
         for service in definitions.services.values()
-        for one in (made.definition() for made in service.on_demand)
+        for transform in (on_demand.definition()["transform"] for on_demand in service.on_demand)
     }
     for use in recorded.uses:
-        for one in use.on_demand:
-            function, sha256 = one["transform"]["name"], one["transform"]["sha256"]
-            if here.get(function, sha256) != sha256:
+        for on_demand in use.on_demand:
+            function, sha256 = on_demand["transform"]["name"], on_demand["transform"]["sha256"]
+            if hashes.get(function, sha256) != sha256:
                 change = Change(
-                    what=f"code of {function}",
+                    subject=f"code of {function}",
                     before=sha256[:8],
-                    after=here[function][:8],
+                    after=hashes[function][:8],
                     impact=Impact.incompatible,
-                    why="the model's replicas would not start; give the new function another name",
+                    reason="the model's replicas would not start; give the new function another name",
                 )
-                yield Broken(
+                yield BrokenModel(
                     model=use.model,
                     version=use.version,
-                    view=one["name"],
+                    view=on_demand["name"],
                     view_version=sha256[:8],
                     changes=[change],
                 )

@@ -1,9 +1,9 @@
-"""Which key each column of the feature store is under.
+"""Encryption keys of the feature store's columns.
 
-A column keeps its key on its whole way: in the feature table, and in every training set that it was joined into. So
-whoever may not read it in one may not read it in the other. Join keys are internal: a reader of a table's public
-columns alone needs no key at all, and a join needs the internal one. The columns that order rows are public; they say
-nothing without the keys they belong to.
+A column has the same key in its feature table and in every training set. So a principal that may not read it in the
+table may not read it in a training set either. Join keys are internal: reading only public columns of a table needs no
+key, and a join needs the internal key. The columns that order rows are public, because without the join keys they
+reveal nothing about an entity.
 """
 
 from __future__ import annotations
@@ -14,45 +14,55 @@ from cluster.security.keys.store import KeyInfo
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView, Sensitivity
+from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, INGESTED, SEQ
 
 NO_COMMON_PURPOSE = "no-common-purpose"
-"""Stands where views' purposes exclude each other, because an empty list would allow every purpose."""
-ORDERING = ("event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "deleted")
+"""Purpose of values from several views that have no purpose in common. An empty list would allow every purpose."""
+ORDERING = (EVENT, CREATED, INGESTED, SEQ, DELETED)
+"""Public columns: when a row was true, known and stored, its sequence number, and whether it is a tombstone."""
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
-    """The keys of a view, as its definition describes them: those of its columns, offline and online, and those of its
-    quarantine and push log.
+    """Return the keys that a view's definition needs: for its columns, offline and online, its quarantine and push log.
 
-    The internal keys, which join keys are under, serve every purpose.
+    The internal keys, which protect join keys, allow every purpose.
+
+    Args:
+        view: The view.
+        region: The cluster's region, for views without a region.
     """
     classes = {field.sensitivity for field in view.schema} - {Sensitivity.PUBLIC, Sensitivity.INTERNAL}
-    purposes, where = tuple(view.purposes), view.region or region
+    purposes, key_region = tuple(view.purposes), view.region or region
     return [
         *(
-            KeyInfo(name=key_of(view.name, Sensitivity.INTERNAL), column_class="internal", region=where)
+            KeyInfo(name=key_of(view.name, Sensitivity.INTERNAL), column_class="internal", region=key_region)
             for key_of in (features_key, online_key)
         ),
         *(
-            KeyInfo(name=key_of(view.name, name), column_class=name.value, purposes=purposes, region=where)
+            KeyInfo(
+                name=key_of(view.name, column_class),
+                column_class=column_class.value,
+                purposes=purposes,
+                region=key_region,
+            )
             for key_of in (features_key, online_key)
-            for name in sorted(classes)
+            for column_class in sorted(classes)
         ),
         *(
-            KeyInfo(name=name, column_class="sensitive", purposes=purposes, region=where)
+            KeyInfo(name=name, column_class="sensitive", purposes=purposes, region=key_region)
             for name in (quarantine_protection(view.name).default, push_key(view.name))
         ),
     ]
 
 
 def view_key_names(view: ViewSpec) -> list[str]:
-    """The names of `view_keys`, from the view as it was applied."""
+    """Return the names of the keys in `view_keys`, from the view's specification."""
     classes = {Sensitivity(field.sensitivity) for field in view.stored} - {Sensitivity.PUBLIC}
     return [
         *(
-            key_of(view.name, name)
+            key_of(view.name, column_class)
             for key_of in (features_key, online_key)
-            for name in sorted(classes | {Sensitivity.INTERNAL})
+            for column_class in sorted(classes | {Sensitivity.INTERNAL})
         ),
         quarantine_protection(view.name).default,
         push_key(view.name),
@@ -60,54 +70,63 @@ def view_key_names(view: ViewSpec) -> list[str]:
 
 
 def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
-    """The key of what entity rows bring along into a service's training sets, and those of what is made on demand.
+    """Return the keys of a service's training sets: for columns of the entity rows, and for on-demand features.
 
-    Values that are made of several views are for the purposes that all of them allow.
+    A value that is computed from several views may be used for the purposes that all of them allow.
+
+    Args:
+        service: The service.
+        region: The cluster's region.
     """
-    fields = [field for one in service.on_demand for field in (*one.inputs, *one.schema)]
+    fields = [field for transform in service.on_demand for field in (*transform.inputs, *transform.schema)]
     classes = {field.sensitivity for field in fields} - {Sensitivity.PUBLIC, Sensitivity.INTERNAL}
-    stated = [set(view.purposes) for view in service.views if view.purposes]
-    common = tuple(sorted(set.intersection(*stated))) if stated else ()
+    declared = [set(view.purposes) for view in service.views if view.purposes]
+    common = tuple(sorted(set.intersection(*declared))) if declared else ()
     return [
         KeyInfo(name=_service_key(service.name), column_class="internal", region=region),
         *(
             KeyInfo(
-                name=_service_key(service.name, name),
-                column_class=name.value,
-                purposes=common if common or not stated else (NO_COMMON_PURPOSE,),
+                name=_service_key(service.name, column_class),
+                column_class=column_class.value,
+                purposes=common if common or not declared else (NO_COMMON_PURPOSE,),
                 region=region,
             )
-            for name in sorted(classes)
+            for column_class in sorted(classes)
         ),
     ]
 
 
 def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
-    """A view as the policies see it: its columns of each class."""
+    """Return a view as resources of the policies: one per class of its columns.
+
+    Args:
+        view: The view.
+        region: The cluster's region, for views without a region.
+    """
     return [
         Resource(
             kind="feature view",
             name=view.name,
-            column_class=name,
-            purposes=() if name in (Sensitivity.PUBLIC, Sensitivity.INTERNAL) else view.purposes,
+            column_class=column_class,
+            purposes=() if column_class in (Sensitivity.PUBLIC, Sensitivity.INTERNAL) else view.purposes,
             region=view.region or region,
         )
-        for name in sorted({field.sensitivity for field in view.stored})
+        for column_class in sorted({field.sensitivity for field in view.stored})
     ]
 
 
 def features_key(view: str, sensitivity: Sensitivity) -> str:
-    """The key of a view's columns of one class."""
+    """Return the name of the key of a view's columns of one class, in its feature table."""
     return f"features/{view}/{sensitivity.value}"
 
 
 def push_key(view: str) -> str:
-    """The key of a view's push log, which holds whole rows as they came."""
+    """Return the name of the key of a view's push log, which holds rows as they were pushed."""
     return f"push/{view}/sensitive"
 
 
 def view_protection(view: ViewSpec) -> Protection:
-    """Of a view's feature table."""
+    """Return the keys of the columns of a view's feature table."""
     return Protection(
         default=features_key(view.name, Sensitivity.INTERNAL),
         keys=(
@@ -118,23 +137,23 @@ def view_protection(view: ViewSpec) -> Protection:
 
 
 def quarantine_protection(view: str) -> Protection:
-    """Of a view's quarantine, which holds whole rows as they came."""
-    return Protection(
-        default=f"quarantine/{view}/sensitive", keys=(("ingested_at", None), ("ingest_seq", None))
-    )
+    """Return the keys of the columns of a view's quarantine, which holds rows as the source had them."""
+    return Protection(default=f"quarantine/{view}/sensitive", keys=((INGESTED, None), (SEQ, None)))
 
 
 def quarantine_place(view: str, batch: str) -> str:
-    """Where the quarantine of one batch says it belongs. Files of earlier releases say nothing."""
+    """Return the AAD of the quarantine file of one batch. Files of earlier releases have no AAD."""
     return f"{view}/quarantine/{batch}.parquet"
 
 
 def training_set_protection(service: ServiceSpec) -> Protection:
-    """Of a service's training sets: each feature under the key it has in its own table."""
-    made: dict[str, str] = {}
-    for one in service.on_demand:
-        made |= {field.name: field.sensitivity for field in one.inputs}
-        made |= {name: field.sensitivity for name, field in zip(one.columns, one.fields, strict=True)}
+    """Return the keys of the columns of a service's training sets. Each feature has the key of its feature table."""
+    on_demand: dict[str, str] = {}
+    for transform in service.on_demand:
+        on_demand |= {field.name: field.sensitivity for field in transform.inputs}
+        on_demand |= {
+            name: field.sensitivity for name, field in zip(transform.columns, transform.fields, strict=True)
+        }
     return Protection(
         default=_service_key(service.name),
         keys=(
@@ -145,7 +164,7 @@ def training_set_protection(service: ServiceSpec) -> Protection:
             ),
             *(
                 (name, None if sensitivity == Sensitivity.PUBLIC else _service_key(service.name, sensitivity))
-                for name, sensitivity in made.items()
+                for name, sensitivity in on_demand.items()
             ),
         ),
     )
@@ -160,5 +179,5 @@ def _service_key(service: str, sensitivity: str = Sensitivity.INTERNAL) -> str:
 
 
 def online_key(view: str, sensitivity: str) -> str:
-    """The key of a view's online values of one class."""
+    """Return the name of the key of a view's online values of one class."""
     return f"online/{view}/{sensitivity}"

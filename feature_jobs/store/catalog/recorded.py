@@ -1,4 +1,4 @@
-"""What the ledger knows of definitions, whole and as JSON, and which model versions were made with them."""
+"""All recorded definitions, as JSON from the ledger, and the model versions that were trained with them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied, Mod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedView:
-    """A version of a view as it was applied."""
+    """An applied version of a view."""
 
     name: str
     version: str
     definition: dict[str, Any]
     module: str
-    """It was applied from; empty where an older release did not say."""
+    """The module that it was applied from. Empty if an older release recorded the event without a module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedService:
-    """A version of a service as it was applied."""
+    """An applied version of a service."""
 
     name: str
     version: str
@@ -32,64 +32,66 @@ class RecordedService:
     on_demand: list[dict[str, Any]]
     """Definitions of its on-demand transforms."""
     missing: dict[str, dict[str, Any]]
-    """What becomes of missing values, by `<view>__<feature>`."""
+    """Policies for missing values, by `<view>__<feature>`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelUse:
-    """A registered model version, and the view versions that its training set was built with."""
+    """A registered model version, and the definitions that its training set was built with."""
 
     model: str
     version: int
     view_versions: dict[str, str]
     on_demand: list[dict[str, Any]]
-    """Definitions of the on-demand transforms, too."""
+    """Definitions of the on-demand transforms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """All of it."""
+    """All recorded versions of views and services, and their uses by models."""
 
     views: dict[tuple[str, str], RecordedView]
-    """By name and version, the one applied last at the end."""
+    """By name and version. The last one of each name is the version that was applied last."""
     services: dict[tuple[str, str], RecordedService]
+    """By name and version, in the same order."""
     uses: list[ModelUse]
 
     @property
     def newest_views(self) -> dict[str, RecordedView]:
-        """Of each view the version that was applied last."""
+        """The version of each view that was applied last, by name."""
         return {view.name: view for view in self.views.values()}
 
     @property
     def newest_services(self) -> dict[str, RecordedService]:
-        """Of each service the version that was applied last."""
+        """The version of each service that was applied last, by name."""
         return {service.name: service for service in self.services.values()}
 
 
 def read_recorded(ledger: Ledger) -> Recorded:
-    """Read views, services and models' lineage from the ledger."""
+    """Read views, services and the lineage of models from the ledger."""
     views: dict[tuple[str, str], RecordedView] = {}
     for entry in ledger.entries(FeatureViewApplied):
-        said = entry.payload
+        payload = entry.payload
         view = RecordedView(
-            name=said["view"],
-            version=said["version"],
-            definition=said["definition"],
-            module=said.get("module", ""),
+            name=payload["view"],
+            version=payload["version"],
+            definition=payload["definition"],
+            module=payload.get("module", ""),
         )
+        # Removed first, so that a version that is applied again moves to the end.
         views.pop((view.name, view.version), None)
         views[view.name, view.version] = view
     services: dict[tuple[str, str], RecordedService] = {}
     for entry in ledger.entries(FeatureServiceApplied):
-        said = entry.payload
+        payload = entry.payload
         service = RecordedService(
-            name=said["service"],
-            version=said["version"],
-            view_order=said["view_order"],
-            view_versions=said["views"],
-            module=said.get("module", ""),
-            on_demand=said.get("on_demand", []),
-            missing=said.get("missing", {}),
+            name=payload["service"],
+            version=payload["version"],
+            view_order=payload["view_order"],
+            view_versions=payload["views"],
+            module=payload.get("module", ""),
+            on_demand=payload.get("on_demand", []),
+            missing=payload.get("missing", {}),
         )
         services.pop((service.name, service.version), None)
         services[service.name, service.version] = service
@@ -97,7 +99,7 @@ def read_recorded(ledger: Ledger) -> Recorded:
 
 
 def _uses(ledger: Ledger, services: dict[tuple[str, str], RecordedService]) -> list[ModelUse]:
-    """Models without a feature service use no view."""
+    """List the model versions that were trained with a feature service."""
     uses = []
     for entry in ledger.entries(ModelRegistered):
         lineage = entry.payload["lineage"]

@@ -1,7 +1,7 @@
-"""From a user's module to the ledger, and from the ledger back to plain specifications.
+"""Record a module's definitions in the ledger, and rebuild specifications of them from the ledger.
 
-Applying is the only step that needs the definitions' code at hand besides ingestion: whoever reads features (training
-sets, the online store, replicas) rebuilds `ViewSpec` and `ServiceSpec` from events and never imports a user's module.
+Only `feature_jobs.apply` and ingestion import a user's module. All readers of features (training sets, the online
+store, replicas) rebuild `ViewSpec` and `ServiceSpec` from events.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
-from feature_jobs.store.definitions.aggregations import EVERY, WindowSpec, window_spec
-from feature_jobs.store.definitions.limits import within
+from feature_jobs.store.definitions.aggregations import EVERY, Function, WindowSpec, window_spec
+from feature_jobs.store.definitions.limits import clamp_span_s
 from feature_jobs.store.definitions.missing import NO_POLICY, MissingPolicy, parse
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView
@@ -28,7 +28,7 @@ N = TypeVar("N", FeatureView, FeatureService)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldSpec:
-    """A feature as the ledger knows it."""
+    """A feature, as recorded in the ledger."""
 
     name: str
     dtype: str
@@ -38,22 +38,23 @@ class FieldSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
-    """A view as the ledger knows it: what is needed to read it."""
+    """A view, as recorded in the ledger: everything that is needed to read it."""
 
     name: str
     version: str
     join_keys: list[str]
     fields: list[FieldSpec]
-    """What readers get."""
+    """The features that readers get."""
     ttl_s: float | None
+    """TTL in seconds. None means no limit."""
     purposes: tuple[str, ...] = ()
-    """What it may be used for; empty allows every purpose."""
+    """Purposes that the data may be used for. Empty allows every purpose."""
     region: str | None = None
-    """None is wherever the cluster is."""
+    """Region of the data. None means the cluster's region."""
     retention_s: float | None = None
-    """How long rows are kept after their event; None is for ever."""
+    """How long rows are stored after their event time, in seconds. None means forever."""
     windows: WindowSpec | None = None
-    """How the features are made of events; none where they are the columns of the feature table."""
+    """How the features are computed from events. None if they are the columns of the feature table."""
     event_fields: tuple[FieldSpec, ...] = ()
     """The columns of the feature table of an aggregated view."""
     key_types: dict[str, str] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnDemandSpec:
-    """An on-demand transform as the ledger knows it."""
+    """An on-demand transform, as recorded in the ledger."""
 
     name: str
     inputs: tuple[FieldSpec, ...]
@@ -80,9 +81,9 @@ class OnDemandSpec:
     """Names of views."""
     fields: tuple[FieldSpec, ...]
     function: str
-    """`module:name`"""
+    """The transform's function as `module:name`."""
     sha256: str
-    """Of its code."""
+    """SHA-256 of the function's code."""
 
     @property
     def columns(self) -> list[str]:
@@ -92,7 +93,7 @@ class OnDemandSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceSpec:
-    """A service as the ledger knows it."""
+    """A service, as recorded in the ledger."""
 
     name: str
     version: str
@@ -103,8 +104,7 @@ class ServiceSpec:
     @property
     def columns(self) -> list[str]:
         """Output column names of all views and on-demand transforms, in order."""
-        read = [column for view in self.views for column in view.columns]
-        return read + [column for one in self.on_demand for column in one.columns]
+        return list(self.dtypes)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -112,17 +112,17 @@ class ServiceSpec:
         parts: list[ViewSpec | OnDemandSpec] = [*self.views, *self.on_demand]
         return {
             column: field.dtype
-            for one in parts
-            for column, field in zip(one.columns, one.fields, strict=True)
+            for part in parts
+            for column, field in zip(part.columns, part.fields, strict=True)
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, to cross a process boundary."""
+        """Convert to plain data, which can cross a process boundary."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ServiceSpec:
-        """The spec that `to_dict` gave."""
+        """Rebuild a spec from the data of `to_dict`."""
         views = [
             ViewSpec(
                 **{
@@ -138,13 +138,13 @@ class ServiceSpec:
         on_demand = tuple(
             OnDemandSpec(
                 **{
-                    **one,
-                    "inputs": tuple(FieldSpec(**field) for field in one["inputs"]),
-                    "fields": tuple(FieldSpec(**field) for field in one["fields"]),
-                    "sources": tuple(one["sources"]),
+                    **transform,
+                    "inputs": tuple(FieldSpec(**field) for field in transform["inputs"]),
+                    "fields": tuple(FieldSpec(**field) for field in transform["fields"]),
+                    "sources": tuple(transform["sources"]),
                 }
             )
-            for one in data.get("on_demand", ())
+            for transform in data.get("on_demand", ())
         )
         policy = data.get("missing") or {"defaults": {}, "refused": ()}
         missing = MissingPolicy(defaults=policy["defaults"], refused=tuple(policy["refused"]))
@@ -161,10 +161,10 @@ class Definitions:
     services: dict[str, FeatureService]
 
     def view(self, name: str) -> FeatureView:
-        """The view of that name.
+        """Return the view with this name.
 
         Raises:
-            FeatureViewNotFound: the module has none.
+            FeatureViewNotFound: The module does not define it.
         """
         if name not in self.views:
             raise FeatureViewNotFound(
@@ -175,44 +175,48 @@ class Definitions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Applied:
-    """What an apply changed: names to versions."""
+    """The definitions that `apply` recorded."""
 
     views: dict[str, str]
+    """Name to version."""
     services: dict[str, str]
+    """Name to version."""
 
 
 def load_definitions(module: str) -> Definitions:
-    """Import a module and gather the views and services among its names.
+    """Import a module and collect the views and services at its top level, and the views of these services.
 
     Raises:
-        DefinitionError: the module is missing, broken, holds no view, or names two things alike.
+        DefinitionError: The module or one of its imports is missing, it has no view, or two definitions have one name.
     """
     loaded = import_module(module)
     values = list(vars(loaded).values())
     services = _by_name([value for value in values if isinstance(value, FeatureService)], module)
-    inner = [view for service in services.values() for view in service.views]
-    views = _by_name([value for value in values if isinstance(value, FeatureView)] + inner, module)
+    service_views = [view for service in services.values() for view in service.views]
+    views = _by_name([value for value in values if isinstance(value, FeatureView)] + service_views, module)
     if not views:
         raise DefinitionError(f"Module '{module}' holds no FeatureView at its top level.")
     return Definitions(module=module, views=views, services=services)
 
 
 def apply(definitions: Definitions, ledger: Ledger, *, actor: str) -> Applied:
-    """Record views and services whose newest recorded version is another."""
-    known = {name: spec.version for name, spec in view_specs(ledger).items()}
-    views = {name: view for name, view in definitions.views.items() if known.get(name) != view.version}
+    """Record the views and services that differ from their newest recorded version."""
+    recorded_views = {name: spec.version for name, spec in view_specs(ledger).items()}
+    views = {
+        name: view for name, view in definitions.views.items() if recorded_views.get(name) != view.version
+    }
     for view in views.values():
         event = FeatureViewApplied(
             view=view.name, version=view.version, definition=view.definition(), module=definitions.module
         )
         ledger.append(event, actor=actor)
-    recorded = {
+    recorded_services = {
         entry.payload["service"]: entry.payload["version"] for entry in ledger.entries(FeatureServiceApplied)
     }
     services = {
         name: service
         for name, service in definitions.services.items()
-        if recorded.get(name) != service.version
+        if recorded_services.get(name) != service.version
     }
     for service in services.values():
         ledger.append(_service_event(service, definitions.module), actor=actor)
@@ -223,15 +227,15 @@ def apply(definitions: Definitions, ledger: Ledger, *, actor: str) -> Applied:
 
 
 def view_specs(ledger: Ledger) -> dict[str, ViewSpec]:
-    """The newest version of every applied view."""
+    """Return the newest version of every applied view, by name."""
     return {spec.name: spec for spec in _all_views(ledger).values()}
 
 
 def view_spec(ledger: Ledger, name: str) -> ViewSpec:
-    """The newest version of an applied view.
+    """Return the newest version of an applied view.
 
     Raises:
-        FeatureViewNotFound: no view of that name was applied.
+        FeatureViewNotFound: No view of that name was applied.
     """
     known = view_specs(ledger)
     if name not in known:
@@ -243,26 +247,12 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
 
 
 def service_spec(ledger: Ledger, name: str, version: str | None = None) -> ServiceSpec:
-    """A version of an applied service, by default the newest.
+    """Return a version of an applied service, by default the newest.
 
     Raises:
-        FeatureServiceNotFound: no such service or version was applied.
+        FeatureServiceNotFound: No such service or version was applied.
     """
-    applied = [entry.payload for entry in ledger.entries(FeatureServiceApplied)]
-    of_name = [payload for payload in applied if payload["service"] == name]
-    if not of_name:
-        known = {payload["service"] for payload in applied}
-        raise FeatureServiceNotFound(
-            f"No feature service '{name}' has been applied.",
-            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
-        )
-    fitting = [payload for payload in of_name if version in (None, payload["version"])]
-    if not fitting:
-        versions = [payload["version"] for payload in of_name]
-        raise FeatureServiceNotFound(
-            f"Feature service '{name}' has no version '{version}'.{did_you_mean(str(version), versions)}"
-        )
-    payload = fitting[-1]
+    payload = _applied_service(ledger, name, version)
     known_views = _all_views(ledger)
     views = [known_views[view, payload["views"][view]] for view in payload["view_order"]]
     dtypes = {
@@ -272,13 +262,32 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
         name=name,
         version=payload["version"],
         views=views,
-        on_demand=tuple(_on_demand_spec(one) for one in payload.get("on_demand", [])),
+        on_demand=tuple(_on_demand_spec(definition) for definition in payload.get("on_demand", [])),
         missing=parse(payload.get("missing", {}), dtypes),
     )
 
 
+def _applied_service(ledger: Ledger, name: str, version: str | None) -> dict[str, Any]:
+    """Return the payload of the event that applied a version of a service."""
+    applied = [entry.payload for entry in ledger.entries(FeatureServiceApplied)]
+    of_name = [payload for payload in applied if payload["service"] == name]
+    if not of_name:
+        known = {payload["service"] for payload in applied}
+        raise FeatureServiceNotFound(
+            f"No feature service '{name}' has been applied.",
+            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+        )
+    matching = [payload for payload in of_name if version in (None, payload["version"])]
+    if not matching:
+        versions = [payload["version"] for payload in of_name]
+        raise FeatureServiceNotFound(
+            f"Feature service '{name}' has no version '{version}'.{did_you_mean(str(version), versions)}"
+        )
+    return matching[-1]
+
+
 def _all_views(ledger: Ledger) -> dict[tuple[str, str], ViewSpec]:
-    """Every version of every view; a version applied again counts as the newest."""
+    """Return every version of every view, by name and version. A version that is applied again is the newest."""
     specs: dict[tuple[str, str], ViewSpec] = {}
     for entry in ledger.entries(FeatureViewApplied):
         key = entry.payload["view"], entry.payload["version"]
@@ -300,16 +309,16 @@ def _view_spec(version: str, definition: dict[str, Any]) -> ViewSpec:
         fields=fields if windows is None else aggregated_fields(windows, fields),
         windows=windows,
         event_fields=() if windows is None else tuple(fields),
-        ttl_s=within(definition["ttl_s"]),
+        ttl_s=clamp_span_s(definition["ttl_s"]),
         purposes=tuple(definition["purposes"]),
         region=definition["region"],
-        retention_s=within(definition.get("retention_s")),
+        retention_s=clamp_span_s(definition.get("retention_s")),
         key_types=declared_key_types(definition),
     )
 
 
 def declared_key_types(definition: Mapping[str, Any]) -> dict[str, str]:
-    """The types of join keys that a view's definition declares."""
+    """Return the types of join keys that a view's definition declares."""
     return {
         key: dtype for entity in definition["entities"] for key, dtype in entity.get("key_types", {}).items()
     }
@@ -331,18 +340,21 @@ def _fields(schema: Iterable[dict[str, Any]]) -> list[FieldSpec]:
 
 
 def aggregated_fields(windows: WindowSpec, stored: Iterable[FieldSpec]) -> list[FieldSpec]:
-    """The features of an aggregated view; each is as sensitive as its column, a count of events as their ids."""
+    """Return the features of an aggregated view.
+
+    Each feature has the sensitivity of its column. A count of events has that of the event id.
+    """
     columns = {field.name: field for field in stored}
     fields = []
     for output in windows.outputs:
         column = columns[windows.event_id if output.column == EVERY else output.column]
-        chosen = output.function in ("min", "max", "last")
+        picks_value = Function(output.function).picks_value
         fields.append(
             FieldSpec(
                 name=output.name,
                 dtype=output.dtype,
                 sensitivity=column.sensitivity,
-                categorical=chosen and column.categorical,
+                categorical=picks_value and column.categorical,
             )
         )
     return fields
@@ -355,31 +367,38 @@ def _service_event(service: FeatureService, module: str) -> FeatureServiceApplie
         views={view.name: view.version for view in service.views},
         view_order=[view.name for view in service.views],
         module=module,
-        on_demand=[one.definition() for one in service.on_demand],
+        on_demand=[transform.definition() for transform in service.on_demand],
         missing=service.missing_definition(),
     )
 
 
 def import_module(module: str) -> ModuleType:
+    """Import a module of definitions, also from the working directory.
+
+    Raises:
+        DefinitionError: The module or one of its imports is missing.
+    """
     # `ray job submit` runs in the uploaded folder, which is not always on the path.
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    working_dir = str(Path.cwd())
+    if working_dir not in sys.path and "" not in sys.path:
+        sys.path.insert(0, working_dir)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise DefinitionError(
-                f"No module '{module}' for definitions. Start from the folder that holds it, or put it on PYTHONPATH."
+                f"No module '{module}' for definitions. Run the command in the folder that has it, or add the folder "
+                "to PYTHONPATH."
             ) from error
         raise DefinitionError(
             f"Definitions module '{module}' imports '{error.name}', which is missing."
         ) from error
 
 
-def _by_name(found: Iterable[N], module: str) -> dict[str, N]:
-    named: dict[str, N] = {}
-    for item in found:
-        if named.setdefault(item.name, item) is not item:
-            raise DefinitionError(f"Module '{module}' holds two definitions named '{item.name}'.")
-    return named
+def _by_name(definitions: Iterable[N], module: str) -> dict[str, N]:
+    """Index definitions by name. Raise DefinitionError if two have the same name."""
+    by_name: dict[str, N] = {}
+    for definition in definitions:
+        if by_name.setdefault(definition.name, definition) is not definition:
+            raise DefinitionError(f"Module '{module}' holds two definitions named '{definition.name}'.")
+    return by_name

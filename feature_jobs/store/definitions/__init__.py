@@ -1,1 +1,1 @@
-"""What a team declares about its features: plain objects, nothing that reads or writes."""
+"""Definitions of features, as plain objects without I/O."""

@@ -1,83 +1,121 @@
-"""What a view over events declares: sums, counts, extremes, last values and distinct counts over moving windows.
+"""Declared aggregations of an event view: sums, counts, extremes, last values and distinct counts over moving windows.
 
-This is the meaning that the offline join (`windows`) and the online state (`tiles`) share. For an entity and an
-instant t:
+These rules hold for the offline join (`offline/windows.py`) and for the online state (`aggregation/tiles.py`). For an
+entity and an instant t:
 
-1. Rows with v = max(event_timestamp, created_timestamp) <= t are known; the others do not exist yet.
-2. Rows of one entity with the same `event_id` are versions of one event. The version with the greatest
-   (created_timestamp, ingest_seq) among the known ones counts and the others do not, so a correction may move an event
-   to an earlier time. An event does not change its entity: that is a tombstone there and a new row here.
-3. An event whose counting version is a tombstone (`deleted`) is gone.
-4. Of the rest, those with event_timestamp in (t - w, t] are aggregated. Nulls in the column are skipped:
+1. Rows with max(event_timestamp, created_timestamp) <= t are known. Other rows do not exist yet.
+2. Rows of one entity with the same `event_id` are versions of one event. Among the known versions, only the one with
+   the greatest (created_timestamp, ingest_seq) counts. So a correction may move an event to an earlier time. An event
+   cannot move to another entity; write a tombstone for the old entity and a new row for the new one.
+3. If the version that counts is a tombstone (`deleted`), the event does not count.
+4. The remaining events with event_timestamp in (t - w, t] are aggregated. Nulls in the column are skipped:
 
-   - `count` counts what is not null, `count` of "*" the events; nothing gives 0.
-   - `sum` of whole numbers is int64, of fractions float64; nothing gives null, as in SQL.
-   - `mean` is the sum divided by the count, float64; nothing gives null.
-   - `min`, `max` and `last` have the column's dtype; nothing gives null. `last` is the value with the greatest
-     (event_timestamp, created_timestamp, ingest_seq).
-   - `distinct` counts different values: exactly up to `EXACT_DISTINCT`, above that by HyperLogLog.
+   - `count` is the number of values that are not null; `count` of "*" is the number of events. Without events it is 0.
+   - `sum` is int64 for whole numbers and float64 for fractions. Without values it is null, as in SQL.
+   - `mean` is the sum divided by the count, float64. Without values it is null.
+   - `min`, `max` and `last` have the column's dtype. Without values they are null. `last` is the value with the
+     greatest (event_timestamp, created_timestamp, ingest_seq).
+   - `distinct` is the number of different values: exact up to `EXACT_DISTINCT`, above that by HyperLogLog.
 
-Sums of fractions are the exact sum of the values, rounded once, so they do not depend on the order of addition and are
-the same offline and online, bit by bit. A zero is never negative. A sum beyond float64 is infinite; one with infinities
-of both signs is null.
+A sum of fractions is the exact sum of the values, rounded once. So it does not depend on the order of addition, and
+offline and online sums are equal bit by bit. Zero is never negative. A sum outside float64 is infinite; a sum with
+infinities of both signs is null.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any
 
 from cluster.errors import DefinitionError, did_you_mean
-from feature_jobs.store.definitions.limits import CENTURY as LONGEST
-from feature_jobs.store.definitions.limits import check_span
+from feature_jobs.store.definitions.limits import CENTURY, check_span
 from feature_jobs.store.types.dtypes import INTEGERS, NUMBERS, is_rich
 
-FUNCTIONS = ("sum", "count", "mean", "min", "max", "last", "distinct")
 EVERY = "*"
-"""Stands for the event itself, to count rows whatever their values are."""
+"""Column name that stands for the event itself: `count` of it counts events, whatever their values are."""
 EXACT_DISTINCT = 1024
-"""Up to here `distinct` is exact."""
+"""Up to this number of different values, `distinct` is exact."""
 _UNITS = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1_000))
+
+
+class Function(enum.StrEnum):
+    """The aggregation functions. This is their only list; their properties derive from it."""
+
+    SUM = "sum"
+    COUNT = "count"
+    MEAN = "mean"
+    MIN = "min"
+    MAX = "max"
+    LAST = "last"
+    DISTINCT = "distinct"
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether the column must be numeric."""
+        return self in (Function.SUM, Function.MEAN)
+
+    @property
+    def picks_value(self) -> bool:
+        """Whether the result is one of the column's values, with its dtype and categories."""
+        return self in (Function.MIN, Function.MAX, Function.LAST)
+
+    def dtype(self, column_dtype: str) -> str:
+        """Return the dtype of the result for a column of `column_dtype`."""
+        match self:
+            case Function.COUNT | Function.DISTINCT:
+                return "int64"
+            case Function.MEAN:
+                return "float64"
+            case Function.SUM:
+                return "int64" if column_dtype in INTEGERS else "float64"
+            case Function.MIN | Function.MAX | Function.LAST:
+                return column_dtype
+
+
+FUNCTIONS = tuple(function.value for function in Function)
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """One function of one column over some windows; each gives a feature, `<column>_<function>_<window>`."""
+    """One function of one column over some windows. Each window gives a feature, `<column>_<function>_<window>`."""
 
     column: str
+    """The column's name, or "*" to count events."""
     function: str
+    """One of `FUNCTIONS`."""
     _: KW_ONLY
     windows: Sequence[timedelta]
     """Lengths w of the windows (t - w, t]."""
 
     def __post_init__(self) -> None:
-        what = f"Aggregation('{self.column}', '{self.function}')"
+        owner = f"Aggregation('{self.column}', '{self.function}')"
         if self.function not in FUNCTIONS:
-            raise DefinitionError(f"{what}: unknown function.{did_you_mean(self.function, FUNCTIONS)}")
-        if self.column == EVERY and self.function != "count":
-            raise DefinitionError(f"{what}: only count takes '*'. Name a column.")
+            raise DefinitionError(f"{owner}: unknown function.{did_you_mean(self.function, FUNCTIONS)}")
+        if self.column == EVERY and self.function != Function.COUNT:
+            raise DefinitionError(f"{owner}: only count takes '*'. Name a column.")
         if isinstance(self.windows, timedelta):
-            raise DefinitionError(f"{what}: windows must be a list. Write windows=[timedelta(…)].")
+            raise DefinitionError(f"{owner}: windows must be a list. Write windows=[timedelta(…)].")
         object.__setattr__(self, "windows", tuple(self.windows))
         if not self.windows:
-            raise DefinitionError(f"{what} has no window. Give windows=[timedelta(…)].")
+            raise DefinitionError(f"{owner} has no window. Give windows=[timedelta(…)].")
         for window in self.windows:
-            check_span(f"{what}: a window", window, longest=LONGEST)
+            check_span(f"{owner}: a window", window, longest=CENTURY)
 
     def definition(self) -> list[dict[str, Any]]:
-        """What the aggregation gives, as it stands in the ledger: one entry per feature."""
-        start = self.function if self.column == EVERY else f"{self.column}_{self.function}"
-        spans = [window // timedelta(microseconds=1) for window in self.windows]
+        """Return the aggregation as the ledger records it: one entry per feature."""
+        prefix = self.function if self.column == EVERY else f"{self.column}_{self.function}"
+        windows_us = [window // timedelta(microseconds=1) for window in self.windows]
         return [
             {
-                "name": f"{start}_{window_text(window_us)}",
+                "name": f"{prefix}_{_window_text(window_us)}",
                 "column": self.column,
                 "function": self.function,
                 "window_us": window_us,
             }
-            for window_us in spans
+            for window_us in windows_us
         ]
 
 
@@ -87,29 +125,22 @@ class Output:
 
     name: str
     column: str
-    """The column it is made of, or "*"."""
+    """The aggregated column, or "*"."""
     function: str
     window_us: int
+    """Length of the window in microseconds."""
     column_dtype: str
-    """Of the column; int64 for "*"."""
+    """The column's dtype; int64 for "*"."""
 
     @property
     def dtype(self) -> str:
-        """Of the feature."""
-        match self.function:
-            case "count" | "distinct":
-                return "int64"
-            case "mean":
-                return "float64"
-            case "sum":
-                return "int64" if self.column_dtype in INTEGERS else "float64"
-            case _:
-                return self.column_dtype
+        """The feature's dtype."""
+        return Function(self.function).dtype(self.column_dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSpec:
-    """How an aggregated view's features are made of its events, as plain data."""
+    """How the features of an aggregated view are computed from its events, as plain data."""
 
     event_id: str
     """The column that identifies an event."""
@@ -118,22 +149,22 @@ class WindowSpec:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The aggregated columns and their dtypes, each once, in order."""
+        """The aggregated columns with their dtypes, without repetition, in order."""
         return {output.column: output.column_dtype for output in self.outputs if output.column != EVERY}
 
     @property
     def read(self) -> list[str]:
-        """The columns of the feature table that are needed."""
+        """The columns of the feature table that the aggregations read."""
         return list(dict.fromkeys([self.event_id, *self.columns]))
 
     @property
     def longest_us(self) -> int:
-        """The longest window."""
+        """Length of the longest window in microseconds."""
         return max(output.window_us for output in self.outputs)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WindowSpec:
-        """The spec that `dataclasses.asdict` gave."""
+        """Rebuild a spec from the dict that `dataclasses.asdict` made."""
         outputs = tuple(Output(**output) for output in data["outputs"])
         return cls(event_id=data["event_id"], event_id_dtype=data["event_id_dtype"], outputs=outputs)
 
@@ -141,42 +172,42 @@ class WindowSpec:
 def window_spec(
     event_id: str, aggregations: Iterable[Mapping[str, Any]], dtypes: Mapping[str, str]
 ) -> WindowSpec:
-    """The outputs of declared aggregations.
+    """Build the spec of a view's aggregations.
 
     Args:
-        event_id: the column that identifies an event.
-        aggregations: as `Aggregation.definition` gives them.
-        dtypes: of the view's columns.
+        event_id: The column that identifies an event.
+        aggregations: The entries of `Aggregation.definition`.
+        dtypes: The dtypes of the view's columns.
 
     Raises:
-        DefinitionError: a column is unknown or does not fit its function, or two outputs have one name.
+        DefinitionError: A column is unknown or does not fit its function, or two features have the same name.
     """
     outputs: dict[str, Output] = {}
-    for one in aggregations:
-        dtype = _dtype(one["column"], one["function"], dtypes)
+    for entry in aggregations:
+        column_dtype = _column_dtype(entry["column"], Function(entry["function"]), dtypes)
         output = Output(
-            name=one["name"],
-            column=one["column"],
-            function=one["function"],
-            window_us=one["window_us"],
-            column_dtype=dtype,
+            name=entry["name"],
+            column=entry["column"],
+            function=entry["function"],
+            window_us=entry["window_us"],
+            column_dtype=column_dtype,
         )
         if outputs.setdefault(output.name, output) is not output:
             raise DefinitionError(f"Two aggregations give the feature '{output.name}'. Remove one.")
-    return WindowSpec(
-        event_id=event_id, event_id_dtype=_dtype(event_id, "count", dtypes), outputs=tuple(outputs.values())
-    )
+    event_id_dtype = _column_dtype(event_id, Function.COUNT, dtypes)
+    return WindowSpec(event_id=event_id, event_id_dtype=event_id_dtype, outputs=tuple(outputs.values()))
 
 
-def window_text(window_us: int) -> str:
-    """A window as names have it: `7d`, `1h`, `90m`."""
+def _window_text(window_us: int) -> str:
+    """Format a window for a feature's name: `7d`, `1h`, `90m`."""
     for unit, size in _UNITS:
         if window_us % size == 0:
             return f"{window_us // size}{unit}"
     return f"{window_us}us"
 
 
-def _dtype(column: str, function: str, dtypes: Mapping[str, str]) -> str:
+def _column_dtype(column: str, function: Function, dtypes: Mapping[str, str]) -> str:
+    """Return the column's dtype after checking that the function accepts it."""
     if column == EVERY:
         return "int64"
     if column not in dtypes:
@@ -185,8 +216,8 @@ def _dtype(column: str, function: str, dtypes: Mapping[str, str]) -> str:
     if is_rich(dtype) and dtype != "date":
         raise DefinitionError(
             f"{function} of '{column}': windows take bools, numbers, text, times and dates, '{column}' is {dtype}. "
-            "Make such a column in the view's transform; count('*') counts events."
+            "Compute such a column in the view's transform; count('*') counts events."
         )
-    if function in ("sum", "mean") and dtype not in NUMBERS:
+    if function.needs_numbers and dtype not in NUMBERS:
         raise DefinitionError(f"{function} of '{column}' needs numbers, '{column}' is {dtype}.")
     return dtype

@@ -1,7 +1,7 @@
-"""Declarative rules: of single rows here, of whole batches in `batch_checks`; which fail, and in what words.
+"""Declarative checks of a view. Row checks are here; checks of whole batches are in `ingestion/batch_checks.py`.
 
-They are data, so a view's version and the ledger record what was checked. A null passes every rule but `NotNull`, as in
-SQL: whether a value may be absent and what it may be are separate decisions.
+Checks are data, so a view's version and the ledger record what was checked. A null passes every check except `NotNull`,
+as in SQL: whether a value may be null and which values are valid are separate decisions.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from feature_jobs.store.definitions.limits import EXACT, check_number
 from feature_jobs.store.types.dtypes import NUMBERS, decimal_of
 
 _BITS = {"int32": 31, "int64": 63}
+"""Bits of an integer dtype without the sign bit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check(ABC):
-    """A rule of a view."""
+    """A check of a view."""
 
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Join keys and features that it is about."""
+        """Join keys and features that the check reads."""
 
-    def verify(self, dtype: str | None) -> None:  # noqa: B027 (most rules fit any column)
-        """Raise when the rule cannot be asked of a column of this dtype; None is a join key's."""
+    def verify(self, dtype: str | None) -> None:  # noqa: B027 (most checks fit any column)
+        """Raise DefinitionError if the check does not fit a column of this dtype. None is the dtype of a join key."""
 
     def definition(self) -> dict[str, Any]:
-        """The rule as it stands in the ledger."""
+        """Return the check as the ledger records it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {"check": type(self).__name__} | {
             name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
@@ -44,13 +45,13 @@ class Check(ABC):
 
     @classmethod
     def from_definition(cls, recorded: Mapping[str, Any]) -> Self:
-        """The rule of this class that `definition` gave."""
+        """Rebuild a check of this class from its `definition`."""
         return cls(**{name: value for name, value in recorded.items() if name != "check"})
 
 
 @dataclass(frozen=True, slots=True)
 class RowCheck(Check):
-    """A rule that each row of a batch passes or fails by one column of its own."""
+    """A check that each row of a batch passes or fails, by the value of one column."""
 
     column: str
 
@@ -61,16 +62,16 @@ class RowCheck(Check):
     @property
     @abstractmethod
     def reason(self) -> str:
-        """What is wrong with a row that fails."""
+        """Why a row failed, as quarantine records it."""
 
     @abstractmethod
     def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """One non-null bool a row: true where the row fails."""
+        """Return a non-null mask of the rows that fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotNull(RowCheck):
-    """The value must be there."""
+    """The value must not be null."""
 
     @property
     def reason(self) -> str:
@@ -82,7 +83,7 @@ class NotNull(RowCheck):
 
 @dataclass(frozen=True, slots=True)
 class Range(RowCheck):
-    """The value must lie between two bounds, both included; an absent bound does not bind."""
+    """The value must be between two bounds, both included. A bound of None does not limit."""
 
     minimum: float | None = None
     maximum: float | None = None
@@ -105,7 +106,7 @@ class Range(RowCheck):
             )
         if dtype in _BITS and not self._holds_whole(_BITS[dtype]):
             raise DefinitionError(
-                f"Range('{self.column}') can never hold: no {dtype} lies in {self._bounds}. Every row would fail."
+                f"Range('{self.column}') can never hold: no {dtype} is within {self._bounds}. Every row would fail."
             )
 
     @property
@@ -119,7 +120,7 @@ class Range(RowCheck):
         return f"{low}..{high}"
 
     def _holds_whole(self, bits: int) -> bool:
-        """Whether a whole number of so many bits and a sign can pass."""
+        """Return whether any whole number of `bits` bits and a sign can pass."""
         low, high = -(1 << bits), (1 << bits) - 1
         if self.minimum is not None:
             low = max(low, math.ceil(self.minimum))
@@ -138,18 +139,18 @@ class Range(RowCheck):
         return pc.fill_null(fails, False)
 
     def _decimals_failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Compared as decimals: as floats, the ones next to a bound would be taken for it."""
+        """Compare as decimals. As a float, a value very close to a bound could become equal to the bound."""
         low, high = (None if bound is None else Decimal(str(bound)) for bound in (self.minimum, self.maximum))
-        failing = [
+        mask = [
             value is not None and ((low is not None and value < low) or (high is not None and value > high))
             for value in column.to_pylist()
         ]
-        return pa.chunked_array([pa.array(failing, pa.bool_())])
+        return pa.chunked_array([pa.array(mask, pa.bool_())])
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed(RowCheck):
-    """The value must be one of a few."""
+    """The value must be one of the listed values."""
 
     values: Sequence[str | int | bool] = ()
 
@@ -173,7 +174,9 @@ class Allowed(RowCheck):
         greatest = min(EXACT, (1 << _BITS.get(dtype or "int64", 63)) - 1)
         for value in self.values:
             if isinstance(value, int) and abs(value) > greatest:
-                raise DefinitionError(f"Allowed('{self.column}'): {value} is beyond {dtype or 'int64'}.")
+                raise DefinitionError(
+                    f"Allowed('{self.column}'): {value} is out of range for {dtype or 'int64'}."
+                )
 
     @property
     def reason(self) -> str:
@@ -186,19 +189,20 @@ class Allowed(RowCheck):
 
 @dataclass(frozen=True, slots=True)
 class Pattern(RowCheck):
-    """The whole text must match a regular expression (RE2, which knows no look-around and no back references)."""
+    """The whole text must match a regular expression (RE2, without look-around and back references)."""
 
     pattern: str = ""
 
     def __post_init__(self) -> None:
         if not self.pattern:
             raise DefinitionError(f"Pattern('{self.column}') needs a pattern.")
-        for text in (self.pattern, self._whole):  # alone too, so that no bracket of it closes ours
+        # The pattern must also be valid alone. Otherwise a ")" in it could close the group that `_whole` adds.
+        for regex in (self.pattern, self._whole):
             try:
-                pc.match_substring_regex(pa.array([""]), text)
+                pc.match_substring_regex(pa.array([""]), regex)
             except pa.ArrowInvalid as error:
                 raise DefinitionError(
-                    f"Pattern('{self.column}'): {self.pattern!r} is no regular expression of RE2: {error}."
+                    f"Pattern('{self.column}'): {self.pattern!r} is not a valid RE2 expression: {error}."
                 ) from error
 
     @property

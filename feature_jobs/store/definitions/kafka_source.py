@@ -1,4 +1,4 @@
-"""A Kafka topic as a view's source: one JSON object a message."""
+"""A Kafka topic as a view's source, with one JSON object per message."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from cluster.errors import DefinitionError
-from feature_jobs.store.types.instants import check_zone
+from feature_jobs.store.types.instants import validate_zone
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 @dataclass(frozen=True, slots=True)
 class KafkaSource:
-    """A topic, read by `python -m feature_jobs.stream source=kafka`.
+    """A topic that `python -m feature_jobs.stream source=kafka` reads.
 
-    Times in a message are ISO 8601 text, or whole milliseconds since 1970 as Kafka's own are. How to log in is no part
-    of a definition: it stands in the file that `kafka.properties_file` names.
+    Times in a message are ISO 8601 text, or whole milliseconds since 1970, as in Kafka's own timestamps. Credentials
+    are not part of a definition: they are in the file that `kafka.properties_file` names.
     """
 
     bootstrap_servers: str
     topic: str
     _: KW_ONLY
     event_timestamp: str
-    """Field that says when a row was true in the world."""
+    """Field with the event time: when the values were true in the world."""
     created_timestamp: str | None = None
-    """Field that says when the source knew it."""
+    """Field with the created time: when the source knew the values."""
     deleted: str | None = None
-    """Bool field; a row with it true is a tombstone."""
+    """Bool field that is true for tombstones."""
     zone: str | None = None
-    """Time zone of text times without one; None is UTC. Milliseconds since 1970 are UTC always."""
+    """Time zone of text times without one. None means UTC. Milliseconds since 1970 are always UTC."""
 
     def __post_init__(self) -> None:
         if not self.bootstrap_servers or not _TOPIC.fullmatch(self.topic):
@@ -40,7 +40,7 @@ class KafkaSource:
             )
         if not self.event_timestamp:
             raise DefinitionError(f"KafkaSource('{self.topic}') needs event_timestamp, the name of a field.")
-        check_zone(self.zone, f"KafkaSource('{self.topic}')")
+        validate_zone(self.zone, f"KafkaSource('{self.topic}')")
         if self.deleted in ("", self.event_timestamp, self.created_timestamp or self.event_timestamp):
             raise DefinitionError(f"KafkaSource('{self.topic}'): deleted must name a bool field of its own.")
         if self.created_timestamp == self.event_timestamp:
@@ -48,16 +48,16 @@ class KafkaSource:
 
     @property
     def path(self) -> str:
-        """As one word, which is how a definition records it."""
+        """The topic as one URL-like word, as definitions record it."""
         return f"kafka://{self.bootstrap_servers}/{self.topic}"
 
     @property
     def columns(self) -> dict[str, str]:
-        """Dtypes of fields that the view does not declare: none, their values go by JSON's own types."""
+        """Dtypes of fields that the view does not declare. Always empty: such fields have JSON's own types."""
         return {}
 
     def definition(self) -> dict[str, Any]:
-        """As it stands in the ledger."""
+        """Return the source as the ledger records it."""
         return {
             "path": self.path,
             "event_timestamp": self.event_timestamp,

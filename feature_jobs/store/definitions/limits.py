@@ -1,4 +1,4 @@
-"""Which numbers and time spans a definition may state, checked when it is made."""
+"""Limits of the numbers and time spans in definitions."""
 
 from __future__ import annotations
 
@@ -9,67 +9,71 @@ from typing import Any
 from cluster.errors import DefinitionError
 
 LONGEST = timedelta(days=3_652_058)
-"""Times lie within the years 1 to 9999, so no longer span makes a difference."""
+"""Longest time span. Times are clamp_span_s the years 1 to 9999, so a longer span would have the same effect."""
 CENTURY = timedelta(days=36_525)
 MAX_BUCKETS = 65_536
-"""Each bucket is a file of every batch."""
+"""Most buckets of a table. Each batch writes one file per bucket."""
 EXACT = 2**53 - 1
-"""The greatest whole number that JSON, and so the ledger, holds exactly."""
+"""Greatest whole number that JSON, and so the ledger, holds exactly."""
 
 
-def check_span(what: str, value: Any, *, longest: timedelta = LONGEST, zero: bool = False) -> None:
-    """Refuse what is no time span, or one that is negative or too long.
+def check_span(subject: str, value: Any, *, longest: timedelta = LONGEST, allow_zero: bool = False) -> None:
+    """Validate a time span.
 
     Args:
-        what: names the limit and its owner.
-        value: as it was given.
-        longest: the longest that is allowed.
-        zero: whether a span of nothing is allowed.
+        subject: Names the span and its owner, for messages.
+        value: The value to validate.
+        longest: The longest valid span.
+        allow_zero: Whether a span of zero is valid.
 
     Raises:
-        DefinitionError
+        DefinitionError: The value is not a timedelta, is negative, or is too long.
     """
     if not isinstance(value, timedelta):
-        raise DefinitionError(f"{what} must be a timedelta, got {value!r}. Write timedelta(…).")
-    if value < timedelta(0) and zero:
-        raise DefinitionError(f"{what} must not be negative, got {value}.")
-    if value < timedelta(0) or (not value and not zero):
-        raise DefinitionError(f"{what} must be positive, got {value}.")
+        raise DefinitionError(f"{subject} must be a timedelta, got {value!r}. Write timedelta(…).")
+    if value < timedelta(0) and allow_zero:
+        raise DefinitionError(f"{subject} must not be negative, got {value}.")
+    if value < timedelta(0) or (not value and not allow_zero):
+        raise DefinitionError(f"{subject} must be positive, got {value}.")
     if value > longest:
-        raise DefinitionError(f"{what} must be at most {longest.days} days, got {value.days} days.")
+        raise DefinitionError(f"{subject} must be at most {longest.days} days, got {value.days} days.")
 
 
-def check_number(what: str, value: Any) -> None:
-    """Refuse what is no finite number, or a whole one that the ledger cannot hold exactly.
+def check_number(subject: str, value: Any) -> None:
+    """Validate a number.
+
+    Args:
+        subject: Names the number and its owner, for messages.
+        value: The value to validate.
 
     Raises:
-        DefinitionError
+        DefinitionError: The value is not a finite number, or is a whole number that the ledger cannot hold exactly.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DefinitionError(f"{what} must be a number, got {value!r}.")
+        raise DefinitionError(f"{subject} must be a number, got {value!r}.")
     if isinstance(value, int) and abs(value) > EXACT:
-        raise DefinitionError(f"{what} is a whole number beyond 2^53 - 1. Give it as a float.")
+        raise DefinitionError(f"{subject} is a whole number greater than 2^53 - 1. Write it as a float.")
     if not math.isfinite(value):
-        raise DefinitionError(f"{what} must be finite, got {value}.")
+        raise DefinitionError(f"{subject} must be finite, got {value}.")
 
 
-def within(seconds: float | None) -> float | None:
-    """A span as the ledger has it, at most the longest: older releases took any."""
+def clamp_span_s(seconds: float | None) -> float | None:
+    """Limit a recorded span to `LONGEST`. Older releases recorded spans of any length."""
     return None if seconds is None else min(seconds, LONGEST.total_seconds())
 
 
 def check_buckets(num_buckets: int) -> None:
-    """Refuse a number of buckets that no table should have.
+    """Validate the number of buckets of a table.
 
     Raises:
-        ValueError
+        ValueError: The number is not from 1 to `MAX_BUCKETS`.
     """
     if not 1 <= num_buckets <= MAX_BUCKETS:
         raise ValueError(f"num_buckets must be between 1 and {MAX_BUCKETS}, got {num_buckets}.")
 
 
 def before(moment: datetime, span: timedelta) -> datetime:
-    """The moment that lies a span earlier, or the first moment there is."""
+    """Return the time that is `span` before `moment`, or the first time of the year 1 if that is earlier."""
     try:
         return moment - span
     except OverflowError:

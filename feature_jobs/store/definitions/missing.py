@@ -1,17 +1,18 @@
-"""What becomes of a feature of which nothing is known, or nothing fresh: null, a default, or no answer at all.
+"""Policies for missing and expired feature values: return null, use a default, or refuse the request.
 
-A feature service says it, for all its features or for some. Only `missing` and `expired` values are meant: a null that
-the source said is a value, and stays. A default is put in after all views were read, so a join key never comes from
-one, and before on-demand transforms, which see what the model sees. Serving does it value by value and training column
-by column, and a property test holds that both give the same.
+A feature service declares a policy for all of its features, or for some. A policy applies to missing, expired and newer
+values only. A null from the source is a value and stays. Defaults are filled in after all views were read, so a join
+key never comes from a default. They are filled in before on-demand transforms run, so that these see what the model
+sees. Serving fills values one by one and training fills whole columns; a property test checks that both give the same
+result.
 
-A refusal has no counterpart in training: such rows stay null there, and whoever builds the set sees how many they are.
+A refusal applies to requests only. In a training set such values stay null, and its report counts them.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeAlias
@@ -25,24 +26,24 @@ from feature_jobs.store.types.columns import with_replaced
 from feature_jobs.store.types.dtypes import from_json, is_rich, online_value, to_json
 
 Value: TypeAlias = Any
-"""Of a default: bool, number or text; of a date, a decimal, bytes or a list its JSON form."""
+"""A default: bool, number or text; the JSON form of a date, a decimal, bytes or a list."""
 ABSENT = frozenset({"missing", "expired", "newer"})
-"""Statuses of values that a policy is about."""
-_SAID = {"newer": "stored only as it was known after as_of"}
+"""Statuses of the values that a policy applies to."""
+_STATUS_TEXT = {"newer": "stored only as it was known after as_of"}
 
 
 class Missing(enum.StrEnum):
-    """What becomes of a value that is missing or expired, where it has no default."""
+    """Policies for a missing or expired value without a default."""
 
     NULL = "null"
     """The model gets null."""
     REFUSE = "refuse"
-    """The request is refused, and the answer says why."""
+    """The request is refused, and the response gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """The value that stands in for one that is missing or expired, online and in training sets."""
+    """A value that replaces missing and expired values, online and in training sets."""
 
     value: Value
 
@@ -52,10 +53,12 @@ Choice: TypeAlias = Missing | Default
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MissingPolicy:
-    """What a service says, as whoever reads it needs it: by `<view>__<feature>`, nothing for null."""
+    """The policy of a service, by `<view>__<feature>`. Features that become null are not listed."""
 
     defaults: dict[str, Value] = field(default_factory=dict)
+    """Feature to its default."""
     refused: tuple[str, ...] = ()
+    """Features whose absence refuses a request."""
 
     def __bool__(self) -> bool:
         return bool(self.defaults or self.refused)
@@ -64,56 +67,77 @@ class MissingPolicy:
 NO_POLICY = MissingPolicy()
 
 
-def definition(
-    service: str, given: Missing | Mapping[str, Choice], views: Mapping[str, Mapping[str, str]]
+def policy_definition(
+    service: str, choices: Missing | Mapping[str, Choice], views: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """A service's policy as JSON: `<view>__<feature>` to what is done, without those that are null.
+    """Return a service's policy as JSON, by `<view>__<feature>`. Features that become null are left out.
 
     Args:
-        service: its name.
-        given: one for all features, or by view or `<view>__<feature>`, of which the latter counts before the former.
-        views: name to feature to dtype.
+        service: The service's name, for messages.
+        choices: One choice for all features, or choices by view or `<view>__<feature>`. A feature's own choice takes
+            precedence over its view's.
+        views: View to feature to dtype.
 
     Raises:
-        DefinitionError: naming what is unknown, or the default that does not fit.
+        DefinitionError: A name is unknown, or a default does not fit its feature.
     """
-    if given is Missing.NULL:
+    if choices is Missing.NULL:
         return {}
-    chosen: dict[str, tuple[Choice, str]] = {}
-    for view, fields in views.items():
-        for name, dtype in fields.items():
-            column = f"{view}__{name}"
-            choice = given if isinstance(given, Missing) else given.get(column, given.get(view, Missing.NULL))
-            if isinstance(choice, Default) and not isinstance(given, Missing) and column not in given:
-                raise DefinitionError(
-                    f"Feature service '{service}': a default stands in for one feature, not for the view '{view}'. "
-                    f"Name the feature, as '{column}'."
-                )
-            chosen[column] = choice, dtype
-    if not isinstance(given, Missing):
-        known = [*views, *chosen]
-        for name in given:
-            if name not in known:
-                raise DefinitionError(
-                    f"Feature service '{service}' says what to do where '{name}' is missing, but has no such feature."
-                    f"{did_you_mean(name, known)}"
-                )
+    dtypes = {f"{view}__{name}": dtype for view, fields in views.items() for name, dtype in fields.items()}
+    if isinstance(choices, Missing):
+        chosen: dict[str, Choice] = dict.fromkeys(dtypes, choices)
+    else:
+        chosen = _choices_by_feature(service, choices, views)
     return {
-        column: _stated(f"Feature service '{service}', '{column}'", choice, dtype)
-        for column, (choice, dtype) in chosen.items()
+        column: _choice_definition(f"Feature service '{service}', '{column}'", choice, dtypes[column])
+        for column, choice in chosen.items()
         if choice is not Missing.NULL
     }
 
 
+def _choices_by_feature(
+    service: str, choices: Mapping[str, Choice], views: Mapping[str, Mapping[str, str]]
+) -> dict[str, Choice]:
+    """Resolve choices by view and by feature to one choice per `<view>__<feature>`.
+
+    Raises:
+        DefinitionError: A name is unknown, or a view has a default.
+    """
+    chosen: dict[str, Choice] = {}
+    for view, fields in views.items():
+        for name in fields:
+            column = f"{view}__{name}"
+            choice = choices.get(column, choices.get(view, Missing.NULL))
+            if isinstance(choice, Default) and column not in choices:
+                raise DefinitionError(
+                    f"Feature service '{service}': a default is for one feature, not for the view '{view}'. "
+                    f"Name the feature, as '{column}'."
+                )
+            chosen[column] = choice
+    known = [*views, *chosen]
+    for name in choices:
+        if name not in known:
+            raise DefinitionError(
+                f"Feature service '{service}' has a policy for '{name}', but no such view or feature."
+                f"{did_you_mean(name, known)}"
+            )
+    return chosen
+
+
 def parse(stated: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]) -> MissingPolicy:
-    """The policy in a definition's JSON; `dtypes` by `<view>__<feature>`."""
+    """Parse the JSON of `policy_definition`.
+
+    Args:
+        stated: The JSON, by `<view>__<feature>`.
+        dtypes: Dtypes by `<view>__<feature>`.
+    """
     return MissingPolicy(
         defaults={
-            column: _typed(one["value"], dtypes[column])
-            for column, one in stated.items()
-            if one["then"] == "default"
+            column: _typed(entry["value"], dtypes[column])
+            for column, entry in stated.items()
+            if entry["then"] == "default"
         },
-        refused=tuple(column for column, one in stated.items() if one["then"] == Missing.REFUSE),
+        refused=tuple(column for column, entry in stated.items() if entry["then"] == Missing.REFUSE),
     )
 
 
@@ -125,17 +149,20 @@ def settle(
     service: str,
     needed: Collection[str],
 ) -> dict[str, list[int]]:
-    """Put defaults into columns that were read online; gives the rows of each where one was put in.
+    """Fill defaults into columns that were read online.
 
     Args:
-        policy: the service's.
-        columns: `<view>__<feature>` to one value an entity, changed in place.
-        status: of each value.
-        service: its name, for the refusal.
-        needed: the columns that the answer rests on; of the others it does not matter.
+        policy: The service's policy.
+        columns: `<view>__<feature>` to one value per entity. Changed in place.
+        status: The status of each value.
+        service: The service's name, for messages.
+        needed: The columns that the answer depends on. The policy is applied to these only.
+
+    Returns:
+        The row numbers that were filled, by column.
 
     Raises:
-        FeatureAbsent: a needed value is missing or expired that may not be.
+        FeatureAbsent: A needed value is missing, expired or newer, and the policy refuses that.
     """
     refused = {
         name: list(map(str, status[name]))
@@ -144,59 +171,74 @@ def settle(
     }
     if refused:
         raise _refusal(service, refused)
-    put_in = {}
+    filled_rows = {}
     for name, default in policy.defaults.items():
         if name in needed and not ABSENT.isdisjoint(status[name]):
-            rows = [row for row, one in enumerate(status[name]) if one in ABSENT]
+            rows = [row for row, value_status in enumerate(status[name]) if value_status in ABSENT]
             for row in rows:
                 columns[name][row] = default
-            put_in[name] = rows
-    return put_in
+            filled_rows[name] = rows
+    return filled_rows
 
 
 def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array]) -> pa.Table:
-    """Put defaults into columns that were joined offline.
+    """Fill defaults into columns that were joined offline.
 
     Args:
-        policy: the service's.
-        table: has the columns, nulls where nothing is known.
-        absent: view to whether a row found nothing there, or nothing fresh.
+        policy: The service's policy.
+        table: The joined columns, with nulls for missing and expired values.
+        absent: View to a mask of the rows whose values from that view are missing or expired.
     """
     filled = {}
     for name, default in policy.defaults.items():
         column = table[name]
-        stands_in = pa.scalar(Decimal(default) if pa.types.is_decimal(column.type) else default, column.type)
-        filled[name] = pc.if_else(absent[view_of(name)], stands_in, column)
+        scalar = pa.scalar(Decimal(default) if pa.types.is_decimal(column.type) else default, column.type)
+        filled[name] = pc.if_else(absent[view_of(name)], scalar, column)
     return with_replaced(table, filled)
 
 
 def view_of(column: str) -> str:
-    """The view of a column. A view's name has no "__", but may end with "_"; a feature's begins with a letter."""
+    """Return the view's name in `<view>__<feature>`.
+
+    A view's name contains no "__" but may end with "_". A feature's name begins with a letter.
+    """
     name, _, rest = column.partition("__")
     return name + "_" * (len(rest) - len(rest.lstrip("_")))
 
 
-def _stated(what: str, choice: Choice, dtype: str) -> dict[str, Any]:
+def _choice_definition(owner: str, choice: Choice, dtype: str) -> dict[str, Any]:
+    """Return one choice as JSON.
+
+    Raises:
+        DefinitionError: It is not a choice, or its default does not fit the dtype.
+    """
     match choice:
         case Missing.REFUSE:
             return {"then": Missing.REFUSE.value}
         case Default(value=value) if _fits(value, dtype):
             typed = _typed(value, dtype)
-            # As the ledger writes whole numbers that not every reader of JSON holds exactly.
+            # The ledger writes large whole numbers as text, because not every JSON reader holds them exactly.
             is_large = isinstance(typed, int) and abs(typed) > 2**53
-            [shown] = to_json([str(typed) if is_large else typed], dtype)
-            return {"then": "default", "value": shown}
+            [json_value] = to_json([str(typed) if is_large else typed], dtype)
+            return {"then": "default", "value": json_value}
         case Default():
-            like = "none fits a time" if dtype == "timestamp" else f"give one of type {dtype}"
-            like = f"{like}, as JSON has it" if is_rich(dtype) else like
-            raise DefinitionError(f"{what}: the default {_shown(choice.value)} does not fit {dtype}; {like}.")
+            hint = (
+                "timestamps cannot have a default"
+                if dtype == "timestamp"
+                else f"give a value of type {dtype}"
+            )
+            hint = f"{hint}, in its JSON form" if is_rich(dtype) else hint
+            raise DefinitionError(
+                f"{owner}: the default {_value_text(choice.value)} does not fit {dtype}; {hint}."
+            )
         case _:
             raise DefinitionError(
-                f"{what}: {choice!r} is no policy. Use Missing.NULL, Missing.REFUSE or Default(…)."
+                f"{owner}: {choice!r} is not a policy. Use Missing.NULL, Missing.REFUSE or Default(…)."
             )
 
 
 def _fits(value: Any, dtype: str) -> bool:
+    """Return whether a value is a valid default for a dtype."""
     match dtype:
         case "bool":
             return isinstance(value, bool)
@@ -209,7 +251,7 @@ def _fits(value: Any, dtype: str) -> bool:
             )
         case "float32" | "float64":
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            return number and abs(value) <= float(np.finfo(dtype).max)  # which neither NaN nor infinity is
+            return number and abs(value) <= float(np.finfo(dtype).max)  # False for NaN and infinity
         case _ if is_rich(dtype):
             try:
                 from_json(value, dtype)
@@ -220,14 +262,14 @@ def _fits(value: Any, dtype: str) -> bool:
             return False
 
 
-def _shown(value: Any) -> str:
-    """Python refuses to write very large whole numbers."""
+def _value_text(value: Any) -> str:
+    """Format a value for a message. Python cannot convert very large whole numbers to text."""
     is_large = isinstance(value, int) and abs(value) > 10**99
     return "of more than 99 digits" if is_large else repr(value)
 
 
 def _typed(value: Any, dtype: str) -> Value:
-    """A default as the stores give its feature; the ledger has large whole numbers as text."""
+    """Convert a default to the value that the stores return for its dtype. Large whole numbers may be text."""
     match dtype:
         case "int32" | "int64":
             return int(value)
@@ -238,23 +280,20 @@ def _typed(value: Any, dtype: str) -> Value:
         case _ if is_rich(dtype):
             return online_value(value, dtype)
         case _:
-            kept: Value = value
-            return kept
+            unchanged: Value = value
+            return unchanged
 
 
 def _refusal(service: str, refused: dict[str, list[str]]) -> FeatureAbsent:
-    name, found = next(iter(refused.items()))
-    row, status = next(_absent_rows(found))
-    more = sum(len(list(_absent_rows(one))) for one in refused.values()) - 1
+    """Build the error that names the first refused value and counts the others."""
+    name, statuses = next(iter(refused.items()))
+    row = next(row for row, status in enumerate(statuses) if status in ABSENT)
+    num_absent = sum(status in ABSENT for statuses in refused.values() for status in statuses)
     view = view_of(name)
     feature = name[len(view) + 2 :]
     return FeatureAbsent(
-        f"Feature '{feature}' of view '{view}' is {_SAID.get(status, status)} for entities[{row}]"
-        f"{f', and {more} more values are not there' if more else ''}; feature service '{service}' refuses to go on "
-        f"without. Give '{name}' in \"features\", or ask again when the view has a newer value.",
+        f"Feature '{feature}' of view '{view}' is {_STATUS_TEXT.get(statuses[row], statuses[row])} for entities[{row}]"
+        f"{f', and {num_absent - 1} more values are absent' if num_absent > 1 else ''}; feature service '{service}' "
+        f"requires a value. Give '{name}' in \"features\", or retry when the view has a newer value.",
         status=refused,
     )
-
-
-def _absent_rows(status: Sequence[str]) -> Iterator[tuple[int, str]]:
-    return ((row, one) for row, one in enumerate(status) if one in ABSENT)

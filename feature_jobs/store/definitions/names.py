@@ -1,7 +1,7 @@
-"""Names in definitions: which are allowed, and which are too much alike.
+"""Validation of names in definitions.
 
-Delta, SQL engines and some disks take two names for one that differ only in case. So names that share a table or a
-folder must differ in more than that.
+Delta, SQL engines and some file systems treat two names that differ only in case as the same name. So names that share
+a table or a folder must differ in more than case.
 """
 
 from __future__ import annotations
@@ -11,45 +11,44 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cluster.errors import DefinitionError
+from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, INGESTED, SEQ
 
-RESERVED = frozenset(
-    {"event_timestamp", "created_timestamp", "ingested_at", "ingest_seq", "bucket", "deleted"}
-)
+RESERVED = frozenset({EVENT, CREATED, INGESTED, SEQ, BUCKET, DELETED})
 """Columns that the platform adds to a feature table."""
 LONGEST_NAME = 200
-"""Of a view or a service: clients ask by it, and a view's is also the name of a folder."""
+"""Most characters of a view's or a service's name. Requests contain it, and a view's name is also a folder's name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class Named(NamedTuple):
-    """A thing with a name."""
+    """A name and the kind of thing that has it."""
 
-    what: str
+    kind: str
     """"join key", "field" and so on."""
     name: str
 
 
-def check_name(what: str, name: str, *, longest: int | None = None) -> None:
-    """Refuse what is no name.
+def validate_name(kind: str, name: str, *, longest: int | None = None) -> None:
+    """Validate a name: letters, digits and underscores, a letter first.
 
     Args:
-        what: says whose name it is.
-        name: as it was given.
-        longest: how many characters it may have; None is any number.
+        kind: The kind of thing that has the name, for messages.
+        name: The name to validate.
+        longest: The maximum number of characters. None is no limit.
 
     Raises:
-        DefinitionError
+        DefinitionError: The name is invalid or too long.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DefinitionError(f"{what} {name!r}: a name is letters, digits and underscores, a letter first.")
+        raise DefinitionError(f"{kind} {name!r}: a name is letters, digits and underscores, a letter first.")
     if longest is not None and len(name) > longest:
         raise DefinitionError(
-            f"{what} '{name[:40]}…': a name has at most {longest} characters, got {len(name)}."
+            f"{kind} '{name[:40]}…': a name has at most {longest} characters, got {len(name)}."
         )
 
 
 def repeated_name(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time; None where all differ."""
+    """Return the first name that occurs a second time, or None if all names differ."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -58,51 +57,53 @@ def repeated_name(names: Iterable[str]) -> str | None:
     return None
 
 
-def refuse_reserved(owner: str, one: Named) -> None:
-    """Refuse a column's name that is the platform's, in any case.
+def require_not_reserved(owner: str, column: Named) -> None:
+    """Require that a column's name is not one of the platform's, in any case.
 
     Raises:
-        DefinitionError: naming both.
+        DefinitionError: The name is reserved, or differs only in case from a reserved name.
     """
-    if one.name in RESERVED:
-        raise DefinitionError(f"{owner}: the {one.what} name '{one.name}' is kept for the platform.")
-    if one.name.lower() in RESERVED:
+    kind, name = column
+    if name in RESERVED:
+        raise DefinitionError(f"{owner}: the {kind} name '{name}' is reserved for the platform.")
+    if name.lower() in RESERVED:
         raise DefinitionError(
-            f"{owner}: the {one.what} '{one.name}' differs only in case from '{one.name.lower()}', which is kept for "
-            "the platform. Rename it."
+            f"{owner}: the {kind} '{name}' differs only in case from '{name.lower()}', which is reserved for the "
+            "platform. Rename it."
         )
 
 
-def refuse_alike(owner: str, names: Iterable[Named]) -> None:
-    """Refuse names that are the same, or differ only in case.
+def require_distinct_names(owner: str, names: Iterable[Named]) -> None:
+    """Require that names differ in more than case.
 
     Raises:
-        DefinitionError: naming both.
+        DefinitionError: Two names are equal or differ only in case. The message has both.
     """
     seen: dict[str, Named] = {}
-    for one in names:
-        other = seen.setdefault(one.name.lower(), one)
-        if other is one:
+    for named in names:
+        other = seen.setdefault(named.name.lower(), named)
+        if other is named:
             continue
-        if other.name == one.name:
-            raise DefinitionError(f"{owner} names the {one.what} '{one.name}' twice.")
+        if other.name == named.name:
+            raise DefinitionError(f"{owner} names the {named.kind} '{named.name}' twice.")
         raise DefinitionError(
-            f"{owner}: the {other.what} '{other.name}' and the {one.what} '{one.name}' differ only in case. Rename one."
+            f"{owner}: the {other.kind} '{other.name}' and the {named.kind} '{named.name}' differ only in case. "
+            "Rename one."
         )
 
 
-def refuse_new_alike(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse new names that differ only in case from each other or from a known one; known names stay as they are.
+def require_distinct_new_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Require that new names differ in more than case from each other and from known names.
 
     Raises:
-        DefinitionError: naming both.
+        DefinitionError: Two names differ only in case. The message has both.
     """
-    taken = set(known)
-    spelled = {name.lower(): name for name in taken}
+    known = set(known)
+    by_lower_case = {name.lower(): name for name in known}
     for name in names:
-        other = spelled.setdefault(name.lower(), name)
-        if other != name and name not in taken:
+        other = by_lower_case.setdefault(name.lower(), name)
+        if other != name and name not in known:
             raise DefinitionError(
-                f"The {what} '{name}' differs only in case from the {what} '{other}', and some disks take both for "
-                "one folder. Rename it."
+                f"The {kind} '{name}' differs only in case from the {kind} '{other}', and some file systems treat both "
+                "as one folder. Rename it."
             )

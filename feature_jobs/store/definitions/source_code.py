@@ -1,6 +1,6 @@
-"""The source of a function and of all it stands on in its own module, as one text to hash.
+"""Source code of a function and of everything it uses from its own package, as one text to hash.
 
-The limit: helpers imported from other packages are not followed, so a change in a library is not seen.
+Functions of other packages are not included, so a change in a library does not change the hash.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from cluster.errors import DefinitionError
 
 
 def source_code(function: Any) -> str:
-    """The function's source, then that of the functions and plain constants it uses from its own package.
+    """Return the source of a function, and of the functions and plain constants that it uses from its own package.
 
     Raises:
-        DefinitionError: it is no plain function, or its source cannot be found.
+        DefinitionError: It is not a plain function, or its source cannot be read.
     """
     if not inspect.isfunction(function):
         raise DefinitionError(f"A transform must be a plain function, got {function!r}.")
@@ -74,5 +74,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    # A set's order changes from process to process.
+    # The order of a set differs between processes.
     return repr(sorted(value, key=repr)) if isinstance(value, set | frozenset) else repr(value)

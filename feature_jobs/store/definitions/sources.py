@@ -1,15 +1,15 @@
-"""Where a view's rows come from.
+"""Sources of a view's rows: files, SQL and Kafka.
 
-Columns of text files, and values of JSON and SQL, are read as the view declares them: its fields, the columns of times
-and of deletions, and its join keys. Any other column, which a transform may want, comes as text, unless `columns` gives
-its dtype.
+Columns of text files, JSON and SQL are read with the types that the view declares: its fields, its time and deletion
+columns, and its join keys. Any other column, which a transform may need, is read as text, unless `columns` declares its
+dtype.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,21 +18,21 @@ import sqlalchemy as sa
 from cluster.errors import DefinitionError, did_you_mean
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.types.dtypes import DTYPES as DTYPES
-from feature_jobs.store.types.instants import check_zone
+from feature_jobs.store.types.instants import validate_zone
 
 
 class FileFormat(enum.StrEnum):
-    """How rows are written in a file."""
+    """Format of a source file."""
 
     parquet = "parquet"
     csv = "csv"
-    """With a header, UTF-8."""
+    """UTF-8, with a header."""
     json = "json"
-    """One object a line."""
+    """One object per line."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of file names."""
+        """Suffixes of file names in this format."""
         return {
             FileFormat.parquet: (".parquet",),
             FileFormat.csv: (".csv", ".csv.gz"),
@@ -42,55 +42,56 @@ class FileFormat(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """Files of Parquet, CSV or JSON lines: a path, a folder or a glob, on this machine or by any fsspec URI.
+    """Files in Parquet, CSV or JSON lines: a path, a folder or a glob, on this machine or at any fsspec URI.
 
-    A relative path counts from the project root; `{storage}` at its start stands for the storage root.
+    A relative path starts at the project root. `{storage}` at the start of a path is replaced by the storage root.
     """
 
     path: str
     _: KW_ONLY
     event_timestamp: str
-    """Column that says when a row was true in the world."""
+    """Column with the event time: when the values were true in the world."""
     created_timestamp: str | None = None
-    """Column that says when the source knew it."""
+    """Column with the created time: when the source knew the values."""
     deleted: str | None = None
-    """Bool column; a row with it true is a tombstone: from then on the entity has no values, until a newer row."""
+    """Bool column that is true for tombstones. After a tombstone the entity has no values, until a newer row."""
     format: str | None = None
-    """`parquet`, `csv` or `json`; none goes by the name, and takes Parquet where that does not say."""
+    """`parquet`, `csv` or `json`. None chooses by the file's suffix, and Parquet for unknown suffixes."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Dtypes of columns that the view does not declare, or declares for its transform's output."""
+    """Dtypes of columns that the view does not declare, or that it declares only as output of its transform."""
     delimiter: str = ","
-    """Of CSV."""
+    """Delimiter of CSV."""
     nulls: Sequence[str] = ("",)
-    """What stands for null in CSV; in quotes it is text."""
+    """Texts that mean null in CSV. In quotes they are text."""
     zone: str | None = None
-    """IANA name of the time zone of times without one, as America/Los_Angeles; None is UTC. See `instants`."""
+    """IANA name of the time zone of times without one, such as America/Los_Angeles. None means UTC. See `instants`."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise DefinitionError("A FileSource needs a path.")
-        what = f"FileSource('{self.path}')"
-        _check_times(self, what)
+        owner = f"FileSource('{self.path}')"
+        _validate_columns(self, owner)
         if self.format is not None and self.format not in FileFormat.__members__:
             raise DefinitionError(
-                f"{what}: unknown format '{self.format}'.{did_you_mean(self.format, FileFormat.__members__)}"
+                f"{owner}: unknown format '{self.format}'.{did_you_mean(self.format, FileFormat.__members__)}"
             )
         if len(self.delimiter) != 1:
-            raise DefinitionError(f"{what}: delimiter must be one character, got {self.delimiter!r}.")
+            raise DefinitionError(f"{owner}: delimiter must be one character, got {self.delimiter!r}.")
         if isinstance(self.nulls, str):
-            raise DefinitionError(f"{what}: nulls must be a list, got '{self.nulls}'.")
+            raise DefinitionError(f"{owner}: nulls must be a list, got '{self.nulls}'.")
         object.__setattr__(self, "nulls", tuple(self.nulls))
 
     @property
     def kind(self) -> FileFormat:
-        """The format."""
+        """The files' format."""
         if self.format is not None:
             return FileFormat(self.format)
         name = PurePosixPath(self.path).name.lower()
-        return next((one for one in FileFormat if name.endswith(one.suffixes)), FileFormat.parquet)
+        matching = (file_format for file_format in FileFormat if name.endswith(file_format.suffixes))
+        return next(matching, FileFormat.parquet)
 
     def definition(self) -> dict[str, Any]:
-        """As it stands in the ledger: with what is used, so that views of before keep their version."""
+        """Return the source as the ledger records it. Unused fields are left out, so older views keep their version."""
         return {
             "path": self.path,
             "event_timestamp": self.event_timestamp,
@@ -108,52 +109,57 @@ class FileSource:
 class SqlSource:
     """A table or a query of a SQL database.
 
-    The address is given in one of three ways, so that no password comes into a definition or the ledger.
+    The database URL is given in one of three ways, so that no password gets into a definition or the ledger.
     """
 
     url: str | None = None
-    """SQLAlchemy URL without a password; a relative SQLite file counts from the project root."""
+    """SQLAlchemy URL without a password. A relative SQLite path starts at the project root."""
     url_env: str | None = None
-    """Environment variable that holds the URL, where the command runs."""
+    """Environment variable with the URL, on the machine where the command runs."""
     url_file: str | None = None
-    """File that holds the URL."""
+    """File with the URL."""
     query: str | None = None
+    """SQL query. Give either `query` or `table`."""
     table: str | None = None
-    """In place of a query; `schema.table` works."""
+    """Table, optionally as `schema.table`."""
     event_timestamp: str
+    """Column with the event time, as in `FileSource`."""
     created_timestamp: str | None = None
+    """Column with the created time, as in `FileSource`."""
     deleted: str | None = None
+    """Bool column of tombstones, as in `FileSource`."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Dtypes of other columns, as in `FileSource`."""
     zone: str | None = None
-    """As of a FileSource."""
+    """Time zone of times without one, as in `FileSource`."""
 
     def __post_init__(self) -> None:
-        _check_times(self, "SqlSource")
+        _validate_columns(self, "SqlSource")
         if [self.url, self.url_env, self.url_file].count(None) != 2:
             raise DefinitionError("A SqlSource needs one of url, url_env and url_file.")
         if (self.query is None) == (self.table is None):
             raise DefinitionError("A SqlSource needs a query or a table.")
         if self.url is not None and _has_password(self.url):
             raise DefinitionError(
-                "A SqlSource's url must not hold a password, because definitions stand in the ledger. "
+                "A SqlSource's url must not hold a password, because definitions are recorded in the ledger. "
                 "Give url_env or url_file."
             )
 
     @property
     def path(self) -> str:
-        """What events call it."""
-        where = self.url_env or self.url_file or "url"
-        return f"sql:{where}:{self.table or 'query'}"
+        """The source as one word, as events record it."""
+        address = self.url_env or self.url_file or "url"
+        return f"sql:{address}:{self.table or 'query'}"
 
     def definition(self) -> dict[str, Any]:
-        """As it stands in the ledger."""
+        """Return the source as the ledger records it."""
         names = ("url", "url_env", "url_file", "query", "table", "deleted", "zone")
-        given = {name: getattr(self, name) for name in names}
+        optional = {name: getattr(self, name) for name in names}
         return {
             "kind": "sql",
             "event_timestamp": self.event_timestamp,
             "created_timestamp": self.created_timestamp,
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, value in optional.items() if value is not None},
             **({} if not self.columns else {"columns": dict(self.columns)}),
         }
 
@@ -163,20 +169,13 @@ Source = BatchSource | KafkaSource
 
 
 def from_path(source: Source, path: str) -> FileSource:
-    """Another file in place of a view's own source, with the same columns."""
+    """Return a source for another file with the columns of a view's own source.
+
+    The file's format is that of its suffix. If the suffix is unknown, it is the format of the view's own files.
+    """
     if isinstance(source, FileSource):
-        named = any(path.lower().endswith(one.suffixes) for one in FileFormat)
-        return FileSource(
-            path,
-            event_timestamp=source.event_timestamp,
-            created_timestamp=source.created_timestamp,
-            deleted=source.deleted,
-            format=None if named else source.kind.value,
-            columns=source.columns,
-            delimiter=source.delimiter,
-            nulls=source.nulls,
-            zone=source.zone,
-        )
+        has_suffix = any(path.lower().endswith(file_format.suffixes) for file_format in FileFormat)
+        return replace(source, path=path, format=None if has_suffix else source.kind.value)
     return FileSource(
         path,
         event_timestamp=source.event_timestamp,
@@ -187,18 +186,25 @@ def from_path(source: Source, path: str) -> FileSource:
     )
 
 
-def _check_times(source: Source, what: str) -> None:
+def _validate_columns(source: BatchSource, owner: str) -> None:
+    """Validate the columns of times and deletions, the zone and the declared dtypes.
+
+    A created timestamp that names the event timestamp's column is set to None.
+
+    Raises:
+        DefinitionError: One of them is invalid.
+    """
     if not source.event_timestamp:
-        raise DefinitionError(f"{what} needs event_timestamp, the name of a column.")
-    check_zone(source.zone, what)
+        raise DefinitionError(f"{owner} needs event_timestamp, the name of a column.")
+    validate_zone(source.zone, owner)
     if source.deleted in ("", source.event_timestamp, source.created_timestamp or source.event_timestamp):
-        raise DefinitionError(f"{what}: deleted must name a bool column of its own.")
+        raise DefinitionError(f"{owner}: deleted must name a bool column of its own.")
     if source.created_timestamp == source.event_timestamp:
         object.__setattr__(source, "created_timestamp", None)
     for name, dtype in source.columns.items():
         if dtype not in DTYPES:
             raise DefinitionError(
-                f"{what}: column '{name}' has the unknown dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}"
+                f"{owner}: column '{name}' has the unknown dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}"
             )
 
 
@@ -206,5 +212,5 @@ def _has_password(url: str) -> bool:
     try:
         parsed = sa.engine.make_url(url)
     except sa.exc.ArgumentError as error:
-        raise DefinitionError("A SqlSource's url is no SQLAlchemy URL.") from error
+        raise DefinitionError("A SqlSource's url is not a valid SQLAlchemy URL.") from error
     return parsed.password is not None or any("pass" in key.lower() for key in parsed.query)

@@ -1,8 +1,8 @@
-"""What a team writes down about its features: plain objects in any importable module.
+"""Definitions of entities, fields and feature views: plain objects in any importable module.
 
-Everything is checked when the object is made, so a definition that exists can be applied. A view's version is a hash
-over its whole definition and its transform's source, so the ledger can tell which code made a row. Governance fields
-(sensitivity, owner, purposes, region, retention, subject key) are part of the definition from the start.
+A definition is validated when it is created, so every existing definition can be applied. A view's version is a hash of
+its whole definition and of its transform's source, so the ledger shows which code made a row. Governance fields
+(sensitivity, owner, purposes, region, retention, subject key) are part of the definition.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from cluster.ledger.chain import canonical
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.definitions.checks import Check, RowCheck
 from feature_jobs.store.definitions.limits import CENTURY, check_span
-from feature_jobs.store.definitions.names import LONGEST_NAME, Named, refuse_alike, refuse_reserved
-from feature_jobs.store.definitions.names import RESERVED as RESERVED
-from feature_jobs.store.definitions.names import check_name as check_name
+from feature_jobs.store.definitions.names import (
+    LONGEST_NAME,
+    Named,
+    require_distinct_names,
+    require_not_reserved,
+    validate_name,
+)
 from feature_jobs.store.definitions.source_code import source_code
 from feature_jobs.store.definitions.sources import DTYPES as DTYPES
 from feature_jobs.store.definitions.sources import FileSource as FileSource
 from feature_jobs.store.definitions.sources import Source
-from feature_jobs.store.types.dtypes import is_rich, spelled
-from feature_jobs.store.types.key_types import declared_types
+from feature_jobs.store.types.dtypes import canonical_dtype, is_rich
+from feature_jobs.store.types.key_types import validate_key_types
 
 Transform = Callable[[pa.Table], pa.Table]
 """A pure function over Arrow tables that keeps the number and order of rows."""
@@ -51,26 +55,26 @@ class Entity:
     name: str
     _: KW_ONLY
     join_keys: Sequence[str] | Mapping[str, str]
-    """Their names; or name to type, "int64" or "string", which then holds for every writer and reader."""
+    """The columns' names, or name to type ("int64" or "string"). All writers and readers must use declared types."""
     key_types: Mapping[str, str] = field(init=False, hash=False)
-    """The declared types; empty where none are declared."""
+    """The declared types. Empty if no types are declared."""
 
     def __post_init__(self) -> None:
-        check_name("Entity", self.name)
-        owner, given = f"Entity '{self.name}'", self.join_keys
-        types = declared_types(owner, given) if isinstance(given, Mapping) else {}
-        names = list(given) if isinstance(given, Mapping) else given
+        validate_name("Entity", self.name)
+        owner, keys = f"Entity '{self.name}'", self.join_keys
+        types = validate_key_types(owner, keys) if isinstance(keys, Mapping) else {}
+        names = list(keys) if isinstance(keys, Mapping) else keys
         object.__setattr__(self, "key_types", types)
         object.__setattr__(self, "join_keys", _names(owner, "join_keys", names))
         if not self.join_keys:
             raise DefinitionError(f"Entity '{self.name}' has no join key. Give join_keys=['…'].")
         for key in self.join_keys:
-            check_name(f"Join key of entity '{self.name}'", key)
+            validate_name(f"Join key of entity '{self.name}'", key)
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A feature: a column of a view."""
+    """A feature, which is a column of a view."""
 
     name: str
     dtype: str
@@ -80,15 +84,15 @@ class Field:
     """Whether the values are codes without an order."""
     description: str = ""
     from_columns: Sequence[str] = ()
-    """Source columns that the view's transform makes it from, for lineage; none says nothing, so all of them."""
+    """Source columns that the view's transform computes it from, for lineage. If empty, lineage uses all columns."""
 
     def __post_init__(self) -> None:
-        check_name("Field", self.name)
+        validate_name("Field", self.name)
         if self.dtype not in DTYPES:
             raise DefinitionError(
                 f"Field '{self.name}' has the unknown dtype '{self.dtype}'.{did_you_mean(self.dtype, DTYPES)}"
             )
-        object.__setattr__(self, "dtype", spelled(self.dtype))
+        object.__setattr__(self, "dtype", canonical_dtype(self.dtype))
         if self.categorical and is_rich(self.dtype):
             raise DefinitionError(
                 f"Field '{self.name}' is {self.dtype}, which has no categories. Remove categorical=True."
@@ -100,7 +104,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureView:
-    """Features of one kind of entity, from one source."""
+    """Features of one entity, from one source."""
 
     name: str
     _: KW_ONLY
@@ -108,26 +112,31 @@ class FeatureView:
     source: Source
     schema: Sequence[Field]
     ttl: timedelta | None = None
-    """How long a value counts after its event; none means forever."""
+    """How long a value counts after its event time. None means forever."""
     transform: Transform | None = None
+    """Function from the source's columns to the view's columns."""
     checks: Sequence[Check] = ()
+    """Checks that each batch must pass."""
     owner: str = ""
     purposes: Sequence[str] = ()
+    """Purposes that the data may be used for. Empty allows every purpose."""
     region: str | None = None
+    """Region of the data. None means the cluster's region."""
     retention: timedelta | None = None
+    """How long rows are stored after their event time. None means forever."""
     subject_key: str | None = None
-    """The column that identifies a natural person, for erasure."""
+    """Column that identifies a natural person, for erasure."""
     created_lag: timedelta = timedelta(0)
-    """From event to knowledge, where the source has no created timestamp."""
+    """Time from event time to created time, if the source has no created timestamp."""
     event_id: str | None = None
-    """Of a view over events: the column that identifies one; a correction reuses it."""
+    """Column that identifies an event, for a view with aggregations. A correction has the same id as its event."""
     aggregations: Sequence[Aggregation] = ()
-    """What the view's features are, in place of its columns."""
+    """Aggregations over events. If given, they are the view's features, instead of its columns."""
 
     def __post_init__(self) -> None:
-        check_name("Feature view", self.name, longest=LONGEST_NAME)
+        validate_name("Feature view", self.name, longest=LONGEST_NAME)
         if "__" in self.name:
-            raise DefinitionError(f"Feature view '{self.name}': '__' is kept for '<view>__<feature>'.")
+            raise DefinitionError(f"Feature view '{self.name}': '__' is reserved for '<view>__<feature>'.")
         for name in ("entities", "schema", "checks", "aggregations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "purposes", _names(f"View '{self.name}'", "purposes", self.purposes))
@@ -143,17 +152,17 @@ class FeatureView:
 
     @property
     def key_types(self) -> dict[str, str]:
-        """The declared types of join keys; a key without one is not among them."""
+        """The declared types of join keys. Keys without a declared type are left out."""
         return {key: dtype for entity in self.entities for key, dtype in entity.key_types.items()}
 
     @property
     def version(self) -> str:
-        """Content hash of the definition and the transform's code: 12 hex digits."""
+        """Content hash of the definition and the transform's code, in 12 hex digits."""
         return content_hash(self.definition())
 
     @property
     def windows(self) -> WindowSpec | None:
-        """How the features are made of events; none where they are the columns themselves."""
+        """How the features are computed from events. None if the features are the columns themselves."""
         if self.event_id is None:
             return None
         dtypes = {field.name: field.dtype for field in self.schema}
@@ -161,13 +170,13 @@ class FeatureView:
 
     @property
     def features(self) -> dict[str, str]:
-        """The features that readers get, by name with their dtypes."""
+        """The features that readers get, as name to dtype."""
         if self.windows is not None:
             return {output.name: output.dtype for output in self.windows.outputs}
         return {field.name: field.dtype for field in self.schema}
 
     def definition(self) -> dict[str, Any]:
-        """The whole definition as JSON, enough to read the view without this object."""
+        """Return the definition as JSON. It is enough to read the view without this object."""
         return {
             "name": self.name,
             "entities": [entity_definition(entity) for entity in self.entities],
@@ -192,7 +201,7 @@ class FeatureView:
         return {"event_id": self.event_id, "aggregations": self._outputs()}
 
     def _outputs(self) -> list[dict[str, Any]]:
-        return [output for one in self.aggregations for output in one.definition()]
+        return [output for aggregation in self.aggregations for output in aggregation.definition()]
 
     def _check_columns(self) -> None:
         if not self.entities or not self.join_keys:
@@ -201,21 +210,21 @@ class FeatureView:
             raise DefinitionError(f"View '{self.name}' has no features. Give schema=[Field(…)].")
         columns = [Named("join key", key) for key in self.join_keys]
         keys = set(self.join_keys)
-        for one in self.schema:
-            if one.name in keys:
+        for feature in self.schema:
+            if feature.name in keys:
                 raise DefinitionError(
-                    f"View '{self.name}': '{one.name}' is a join key and cannot be a feature too. "
+                    f"View '{self.name}': '{feature.name}' is a join key and cannot be a feature too. "
                     "Remove it from the schema, or give the feature another name in the transform."
                 )
-            if one.from_columns and self.transform is None:
+            if feature.from_columns and self.transform is None:
                 raise DefinitionError(
-                    f"View '{self.name}': field '{one.name}' says from_columns, but without a transform it is the "
-                    "source's column of its name. Leave it out."
+                    f"View '{self.name}': field '{feature.name}' has from_columns, but the view has no transform, so "
+                    "the field is the source column of the same name. Remove from_columns."
                 )
-            columns.append(Named("field", one.name))
+            columns.append(Named("field", feature.name))
         for column in columns:
-            refuse_reserved(f"View '{self.name}'", column)
-        refuse_alike(f"View '{self.name}'", columns)
+            require_not_reserved(f"View '{self.name}'", column)
+        require_distinct_names(f"View '{self.name}'", columns)
 
     def _check_rules(self) -> None:
         dtypes = {field.name: field.dtype for field in self.schema}
@@ -223,7 +232,7 @@ class FeatureView:
         for check in self.checks:
             if not isinstance(check, Check):
                 raise DefinitionError(
-                    f"View '{self.name}': {check!r} is no check. Use NotNull, Range, Allowed or another rule."
+                    f"View '{self.name}': {check!r} is not a check. Use NotNull, Range, Allowed or another check."
                 )
             for column in check.columns:
                 if column not in columns:
@@ -235,7 +244,7 @@ class FeatureView:
                     check.verify(self.key_types[column])
         if self.subject_key is not None and self.subject_key not in columns:
             raise DefinitionError(
-                f"View '{self.name}': subject_key '{self.subject_key}' is no column of it."
+                f"View '{self.name}': subject_key '{self.subject_key}' is not one of its columns."
                 f"{did_you_mean(self.subject_key, columns)}"
             )
 
@@ -244,7 +253,7 @@ class FeatureView:
             value = getattr(self, name)
             if value is not None:
                 check_span(f"View '{self.name}': {name}", value)
-        check_span(f"View '{self.name}': created_lag", self.created_lag, longest=CENTURY, zero=True)
+        check_span(f"View '{self.name}': created_lag", self.created_lag, longest=CENTURY, allow_zero=True)
 
     def _check_aggregations(self) -> None:
         if (self.event_id is None) != (not self.aggregations):
@@ -255,58 +264,59 @@ class FeatureView:
             return
         if self.ttl is not None:
             raise DefinitionError(
-                f"View '{self.name}' is aggregated: its windows say how long an event counts. Remove the ttl."
+                f"View '{self.name}' is aggregated: its windows define how long an event counts. Remove the ttl."
             )
+        dtypes = {field.name: field.dtype for field in self.schema}
         try:
-            windows = self.windows
+            windows = window_spec(self.event_id, self._outputs(), dtypes)
         except DefinitionError as error:
             raise DefinitionError(f"View '{self.name}': {error}") from error
-        assert windows is not None
         if windows.event_id_dtype not in ("string", "int64", "int32"):
             raise DefinitionError(
-                f"View '{self.name}': event_id '{self.event_id}' must be text or whole numbers, "
-                f"it is {windows.event_id_dtype}."
+                f"View '{self.name}': event_id '{self.event_id}' must be text or whole numbers, not "
+                f"{windows.event_id_dtype}."
             )
         longest = timedelta(microseconds=windows.longest_us)
         if self.retention is not None and self.retention < longest:
             raise DefinitionError(
-                f"View '{self.name}': events are kept for {self.retention} only, a window reaches back {longest}."
+                f"View '{self.name}': the retention is {self.retention}, but a window reaches back {longest}. "
+                "Make the retention at least as long."
             )
         keys = {key.lower(): key for key in self.join_keys}
         for output in windows.outputs:
             if (key := keys.get(output.name.lower())) is not None:
                 raise DefinitionError(
-                    f"View '{self.name}': the join key '{key}' and the feature '{output.name}' have one name. "
+                    f"View '{self.name}': the join key '{key}' and the feature '{output.name}' have the same name. "
                     "Rename the key."
                 )
 
 
 def content_hash(value: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of a value's canonical JSON."""
+    """Return the first 12 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()[:12]
 
 
 def entity_definition(entity: Entity) -> dict[str, Any]:
-    """An entity as JSON; with types only where they are declared, so that views of before keep their version."""
+    """Return an entity as JSON. Types are included only if declared, so that older views keep their version."""
     types = {"key_types": dict(entity.key_types)} if entity.key_types else {}
     return {"name": entity.name, "join_keys": list(entity.join_keys), **types}
 
 
 def field_definition(field: Field) -> dict[str, Any]:
-    """A field as JSON."""
+    """Return a field as JSON."""
     return {
         "name": field.name,
         "dtype": field.dtype,
         "sensitivity": field.sensitivity.value,
         "categorical": field.categorical,
         "description": field.description,
-        # Only where it is used, so that views of before keep their version.
+        # Included only if used, so that older views keep their version.
         **({"from_columns": list(field.from_columns)} if field.from_columns else {}),
     }
 
 
 def code_definition(transform: Transform | None) -> dict[str, str] | None:
-    """Which function it is, by name and by the hash of its code."""
+    """Return a transform's name and the hash of its code, or None without a transform."""
     if transform is None:
         return None
     code = source_code(transform)
@@ -318,7 +328,8 @@ def _seconds(span: timedelta | None) -> float | None:
     return None if span is None else span.total_seconds()
 
 
-def _names(owner: str, what: str, values: Sequence[str]) -> tuple[str, ...]:
+def _names(owner: str, argument: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return names as a tuple. Raise DefinitionError if a single string was given."""
     if isinstance(values, str):
-        raise DefinitionError(f"{owner}: {what} must be a list, got '{values}'. Write [{values!r}].")
+        raise DefinitionError(f"{owner}: {argument} must be a list, got '{values}'. Write [{values!r}].")
     return tuple(values)

@@ -1,1 +1,1 @@
-"""Column types, casts between them, and the names of the platform's own columns."""
+"""Column types, casts between them, and the names of the columns that the platform adds."""

@@ -1,4 +1,4 @@
-"""Bringing a source column to its declared type without losing anything, or refusing it by name."""
+"""Lossless casts of source columns to their declared types. A cast that would lose something raises SchemaMismatch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
-from feature_jobs.store.types.instants import TIME, Rounding, days, in_zone, micros
+from feature_jobs.store.types.instants import TIME, Rounding, in_zone, start_of_days, to_micros
 
-_PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
+_UNITS_PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 DECLARED_KEYS = {"int64": pa.int64(), "string": pa.string()}
-_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_FIRST_TIME, _LAST_TIME = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
-    """The column as `target`, when no value changes: NaN becomes null, a dictionary its values.
+    """Cast a column to `target` without changing a value.
+
+    NaN becomes null. A dictionary-encoded column is decoded first.
 
     Raises:
-        SchemaMismatch: the types do not fit, or a value would change.
+        SchemaMismatch: The types do not fit, or a value would change.
     """
     was_dictionary = pa.types.is_dictionary(column.type)
     plain = column.cast(column.type.value_type) if was_dictionary else column
     if pa.types.is_list(target):
-        return cast_list(plain, target, name=name)
+        return _cast_list(plain, target, name=name)
     if pa.types.is_floating(plain.type):
         plain = pc.if_else(pc.is_nan(plain), pa.scalar(None, plain.type), plain)
     if target == TIME:
@@ -36,15 +38,14 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
     if plain.type == target:
         return _utf8(plain, name)
     if pa.types.is_decimal(target) and pa.types.is_integer(plain.type):
-        plain = plain.cast(
-            pa.decimal128(38, 0)
-        )  # Arrow casts no int64 to a decimal of fewer digits than all int64 have
+        # Arrow does not cast int64 to a decimal with too few digits for every int64.
+        plain = plain.cast(pa.decimal128(38, 0))
     if not _fits(plain.type, target, was_dictionary=was_dictionary):
         raise _mismatch(name, target, column.type)
     try:
         result = _utf8(plain, name).cast(target)
     except pa.ArrowInvalid as error:
-        # Arrow's own words quote the value, and this message goes into the ledger.
+        # This message goes into the ledger. Arrow's message quotes the value, so it must not be used.
         raise _mismatch(name, target, column.type, reason="a value would change") from error
     narrowed = pa.types.is_floating(plain.type) and pa.types.is_floating(target)
     if narrowed and not pc.all(pc.equal(result.cast(plain.type), plain), min_count=0).as_py():
@@ -53,15 +54,15 @@ def cast_feature(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> 
 
 
 def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) -> pa.ChunkedArray:
-    """A join key as int64 or string.
+    """Cast a join key to int64 or string.
 
     Args:
-        column: of the source.
-        name: of the key.
-        dtype: the declared type; None takes either.
+        column: The source column.
+        name: The key's name, for messages.
+        dtype: The declared type. None accepts both types.
 
     Raises:
-        SchemaMismatch: it is neither integers nor strings, or not of the declared type.
+        SchemaMismatch: The column holds neither integers nor strings, or not the declared type.
     """
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     if dtype is not None and pa.types.is_null(plain.type):
@@ -72,15 +73,15 @@ def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) ->
         return _utf8(plain, name).cast(pa.string())
     if pa.types.is_null(plain.type) and len(plain) == 0:
         return plain.cast(pa.string())
-    wanted = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
-    raise SchemaMismatch(f"Join key '{name}' {wanted}, the source has {column.type}.")
+    requirement = "must be integers or strings" if dtype is None else f"is declared as {dtype}"
+    raise SchemaMismatch(f"Join key '{name}' {requirement}, the source has {column.type}.")
 
 
-def cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
-    """Lists, of any kind that Arrow has, with their elements cast; a NaN among them is a null element.
+def _cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.ChunkedArray:
+    """Cast lists of any Arrow list type, element by element. A NaN element becomes a null element.
 
     Raises:
-        SchemaMismatch: they are no lists, or an element does not fit.
+        SchemaMismatch: The column does not hold lists, or an element does not fit.
     """
     if pa.types.is_null(column.type):
         return column.cast(target)
@@ -93,19 +94,22 @@ def cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa.
         try:
             values = cast_feature(elements, target.value_type, name=name).combine_chunks()
         except SchemaMismatch as error:
-            raise SchemaMismatch(f"{error} These are the elements of its lists.") from error
+            raise SchemaMismatch(f"{error} The types are those of the list elements.") from error
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]), pa.int32())
         chunks.append(pa.ListArray.from_arrays(offsets, values, type=target, mask=chunk.is_null()))
     return pa.chunked_array(chunks, target)
 
 
 def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """What can be wrong with lists row by row, and a non-null bool a row that says where it is."""
+    """Yield each possible fault of a list column, with a non-null mask of the rows that have it.
+
+    Args:
+        column: Lists.
+        length: The declared number of elements. None allows any.
+    """
     if length is not None:
-        yield (
-            f"has not {length} elements",
-            pc.fill_null(pc.not_equal(pc.list_value_length(column), length), False),
-        )
+        wrong_length = pc.fill_null(pc.not_equal(pc.list_value_length(column), length), False)
+        yield f"has not {length} elements", wrong_length
     parents, elements = pc.list_parent_indices(column), pc.list_flatten(column)
     with_null = np.zeros(len(column), dtype=bool)
     if elements.null_count:
@@ -114,43 +118,45 @@ def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, 
 
 
 def cast_time(column: pa.ChunkedArray, *, name: str, rounding: Rounding) -> pa.ChunkedArray:
-    """A time as UTC microseconds; without a zone it is UTC (`instants.zoned` is for sources with another one).
+    """Cast timestamps or dates to UTC microseconds. A time without a zone is taken as UTC.
 
-    A time that microseconds cannot reach becomes the last or first that they can, hundreds of thousands of years away.
+    Times of sources that declare a zone were converted to UTC before. A time outside the range of microseconds becomes
+    the first or last time in that range, hundreds of thousands of years away.
 
     Args:
-        column: timestamps or dates.
-        name: of the column, for messages.
-        rounding: of times that are finer than microseconds.
+        column: Timestamps or dates.
+        name: The column's name, for messages.
+        rounding: How to round times that are finer than microseconds.
 
     Raises:
-        SchemaMismatch: it is no timestamp or date, or would be rounded though it must be exact.
+        SchemaMismatch: The column holds neither timestamps nor dates, or `rounding` is exact and a time is finer than
+            microseconds.
     """
     actual = column.type
     if pa.types.is_date(actual):
-        column = days(column)
+        column = start_of_days(column)
     if pa.types.is_null(actual):
         column = column.cast(TIME)
     if not pa.types.is_timestamp(column.type):
         raise _mismatch(name, TIME, actual)
     try:
-        return in_zone(micros(column, rounding), None)
+        return in_zone(to_micros(column, rounding), None)
     except pa.ArrowInvalid as error:
-        reason = "a time is finer than microseconds; round it where it is written"
+        reason = "a time is finer than microseconds; round it in the source"
         raise _mismatch(name, TIME, actual, reason=reason) from error
 
 
 def _cast_date(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
-    """Dates, and times at midnight UTC: pandas has no dates of its own."""
+    """Cast to dates. Times at midnight UTC are accepted, because pandas has no date type."""
     if pa.types.is_null(column.type):
         return column.cast(pa.date32())
     if not (pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)):
         raise _mismatch(name, pa.date32(), column.type)
     dates = column.cast(pa.date32())
     if pa.types.is_timestamp(column.type):
-        numbers = pc.cast(dates, pa.int32()).cast(pa.int64())
-        back = pc.multiply(numbers, _PER_DAY[column.type.unit])
-        if not pc.all(pc.equal(back, column.cast(pa.int64())), min_count=0).as_py():
+        days_since_epoch = pc.cast(dates, pa.int32()).cast(pa.int64())
+        midnights = pc.multiply(days_since_epoch, _UNITS_PER_DAY[column.type.unit])
+        if not pc.all(pc.equal(midnights, column.cast(pa.int64())), min_count=0).as_py():
             raise _mismatch(name, pa.date32(), column.type, reason="a time is not midnight in UTC")
     first, last = pa.scalar(date.min, pa.date32()), pa.scalar(date.max, pa.date32())
     if pc.any(pc.or_(pc.less(dates, first), pc.greater(dates, last)), min_count=0).as_py():
@@ -159,7 +165,7 @@ def _cast_date(column: pa.ChunkedArray, *, name: str) -> pa.ChunkedArray:
 
 
 def is_utf8(column: pa.ChunkedArray) -> bool:
-    """Whether text is what it should be; files of other writers need not be."""
+    """Return whether text is valid UTF-8. Files of other writers may not be."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -169,19 +175,24 @@ def is_utf8(column: pa.ChunkedArray) -> bool:
 
 def _utf8(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if is_text(column.type) and not is_utf8(column):
-        raise SchemaMismatch(f"Column '{name}' holds text that is not UTF-8. Write the source anew.")
+        raise SchemaMismatch(
+            f"Column '{name}' holds text that is not UTF-8. Write the source again in UTF-8."
+        )
     return column
 
 
 def _within_years(column: pa.ChunkedArray, name: str, actual: pa.DataType) -> pa.ChunkedArray:
-    beyond = pc.or_(pc.less(column, pa.scalar(_FIRST, TIME)), pc.greater(column, pa.scalar(_LAST, TIME)))
-    if pc.any(beyond, min_count=0).as_py():
+    too_early, too_late = (
+        pc.less(column, pa.scalar(_FIRST_TIME, TIME)),
+        pc.greater(column, pa.scalar(_LAST_TIME, TIME)),
+    )
+    if pc.any(pc.or_(too_early, too_late), min_count=0).as_py():
         raise _mismatch(name, TIME, actual, reason="a time is not within the years 1 to 9999")
     return column
 
 
 def _fits(actual: pa.DataType, target: pa.DataType, *, was_dictionary: bool) -> bool:
-    """Whether a cast between the kinds can be lossless at all."""
+    """Return whether a lossless cast between the two types is possible at all."""
     if pa.types.is_null(actual):
         return True
     numbers = pa.types.is_integer(actual) or pa.types.is_floating(actual)
@@ -215,7 +226,7 @@ def _is_binary(dtype: pa.DataType) -> bool:
 
 
 def is_text(dtype: pa.DataType) -> bool:
-    """Whether a column is text, in any encoding."""
+    """Return whether a type is one of Arrow's string types."""
     return bool(
         pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
     )

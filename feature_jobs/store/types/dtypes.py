@@ -1,18 +1,18 @@
-"""The dtypes of features: their names, their Arrow types, and how their values look as JSON and in the online store.
+"""Dtypes of features: names, Arrow types, JSON values and values in the online store.
 
-Scalars are named alone. `decimal(12, 2)` has 12 digits, 2 of them after the point. `list<float32>` is a list of any
-length, `list<float32, 384>` one of exactly 384 elements; a list is whole or null, its elements are never null.
+A scalar dtype is one word. `decimal(12, 2)` has 12 digits, 2 of them after the decimal point. `list<float32>` is a list
+of any length, `list<float32, 384>` a list of exactly 384 elements. A list may be null; its elements may not.
 
 | dtype | JSON | online store |
 |---|---|---|
 | bool, int32, int64, float32, float64, string | as they are | the same |
 | timestamp | ISO 8601 text in UTC, `2026-01-31T12:00:00.5Z` | microseconds since 1970 |
 | date | ISO 8601 text, `2026-01-31` | days since 1970 |
-| decimal(p, s) | text with all decimal places, `"12.50"`; taken is text or a whole number | the same text |
+| decimal(p, s) | text with all decimal places, `"12.50"`; input may also be a whole number | the same text |
 | bytes | base64 text (RFC 4648, section 4) | bytes |
-| list<…> | an array of its elements | of numbers a NumPy array, of text a list |
+| list<…> | an array of its elements | NumPy array of numbers, Python list of text |
 
-What one gives as JSON, the other takes unchanged: a push, a training set's default, an input of a request.
+All parts of the platform use the same JSON form: pushes, defaults for missing values, and inputs of requests.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import pyarrow as pa
 from feature_jobs.store.types.instants import Rounding, parse
 
 MAX_LIST = 65_536
-"""Elements of a list with a declared length."""
+"""Maximum declared length of a list."""
 MAX_DIGITS = 38
 ELEMENT = "element"
-"""What Parquet and Delta call a list's elements."""
+"""Field name of list elements in Parquet and Delta."""
 INTEGERS, FLOATS = frozenset({"int32", "int64"}), frozenset({"float32", "float64"})
 NUMBERS = INTEGERS | FLOATS
 _SCALARS: dict[str, pa.DataType] = {
@@ -56,7 +56,7 @@ _LIST = re.compile(r"list<\s*(\w+)\s*(?:,\s*(\d{1,9})\s*)?>")
 _DECIMAL = re.compile(r"decimal\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)")
 _DECIMAL_TEXT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 _DATE_TEXT = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
-_LARGEST = float(np.finfo(np.float32).max)
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
 _FIRST_DAY = dt.date(1970, 1, 1)
@@ -64,34 +64,34 @@ _FIRST_DAY = dt.date(1970, 1, 1)
 
 @dataclass(frozen=True, slots=True)
 class ListOf:
-    """A dtype of lists."""
+    """A list dtype."""
 
     element: str
     length: int | None
-    """None is any."""
+    """Number of elements. None allows any."""
 
     @property
     def is_numeric(self) -> bool:
-        """Whether the elements are of one width, numbers or bools."""
+        """Whether the elements are numbers or bools, so that all have the same width in bytes."""
         return self.element != "string"
 
 
 @dataclass(frozen=True, slots=True)
 class DecimalOf:
-    """A dtype of decimals."""
+    """A decimal dtype."""
 
     digits: int
     scale: int
 
 
 class _Dtypes(Mapping[str, pa.DataType]):
-    """Dtype to Arrow type; decimals and lists are looked up like the others."""
+    """Mapping of dtype to Arrow type. It also accepts every valid decimal and list dtype as a key."""
 
     def __getitem__(self, dtype: str) -> pa.DataType:
         return _arrow(dtype)
 
     def __iter__(self) -> Iterator[str]:
-        """Names to show; of decimals and lists an example each."""
+        """Yield names for messages: all scalars, and examples of decimals and lists."""
         return iter([*_SCALARS, *_EXAMPLES])
 
     def __len__(self) -> int:
@@ -102,37 +102,40 @@ DTYPES: Mapping[str, pa.DataType] = _Dtypes()
 """Every dtype with its Arrow type."""
 
 
-def spelled(dtype: str) -> str:
-    """A known dtype in its one spelling: `list<float32,4>` is `list<float32, 4>`.
+def canonical_dtype(dtype: str) -> str:
+    """Return a dtype in its canonical spelling: `list<float32,4>` becomes `list<float32, 4>`.
 
     Raises:
-        KeyError: it is unknown.
+        KeyError: The dtype is unknown.
     """
-    if (one := list_of(dtype)) is not None:
-        _arrow(dtype)
-        return f"list<{one.element}>" if one.length is None else f"list<{one.element}, {one.length}>"
-    if (number := decimal_of(dtype)) is not None:
-        _arrow(dtype)
-        return f"decimal({number.digits}, {number.scale})"
-    return dtype if dtype in _SCALARS else _unknown(dtype)
+    _arrow(dtype)
+    if (list_type := list_of(dtype)) is not None:
+        length = "" if list_type.length is None else f", {list_type.length}"
+        return f"list<{list_type.element}{length}>"
+    if (decimal_type := decimal_of(dtype)) is not None:
+        return f"decimal({decimal_type.digits}, {decimal_type.scale})"
+    return dtype
 
 
 @functools.cache
 def list_of(dtype: str) -> ListOf | None:
-    """The elements of a list; None for any other dtype."""
-    found = _LIST.fullmatch(dtype)
-    return None if found is None else ListOf(found[1], None if found[2] is None else int(found[2]))
+    """Parse a list dtype. Return None for any other dtype."""
+    match = _LIST.fullmatch(dtype)
+    return None if match is None else ListOf(match[1], None if match[2] is None else int(match[2]))
 
 
 @functools.cache
 def decimal_of(dtype: str) -> DecimalOf | None:
-    """The digits of a decimal; None for any other dtype."""
-    found = _DECIMAL.fullmatch(dtype)
-    return None if found is None else DecimalOf(int(found[1]), int(found[2]))
+    """Parse a decimal dtype. Return None for any other dtype."""
+    match = _DECIMAL.fullmatch(dtype)
+    return None if match is None else DecimalOf(int(match[1]), int(match[2]))
 
 
 def is_rich(dtype: str) -> bool:
-    """Whether a dtype is a date, bytes, a decimal or a list: one that no model takes as a single number or category."""
+    """Return whether a dtype is a date, bytes, a decimal or a list.
+
+    No model can take such a value as a single number or category.
+    """
     return dtype in ("date", "bytes") or decimal_of(dtype) is not None or list_of(dtype) is not None
 
 
@@ -140,38 +143,38 @@ def is_rich(dtype: str) -> bool:
 def _arrow(dtype: str) -> pa.DataType:
     if dtype in _SCALARS:
         return _SCALARS[dtype]
-    if (one := list_of(dtype)) is not None:
-        if one.element not in _ELEMENTS or (one.length is not None and not 1 <= one.length <= MAX_LIST):
-            return _unknown(dtype)
-        return pa.list_(pa.field(ELEMENT, _SCALARS[one.element]))
-    number = decimal_of(dtype)
-    if number is None or not (1 <= number.digits <= MAX_DIGITS and 0 <= number.scale <= number.digits):
-        return _unknown(dtype)
-    return pa.decimal128(number.digits, number.scale)
-
-
-def _unknown(dtype: str) -> Any:
-    raise KeyError(dtype)
+    if (list_type := list_of(dtype)) is not None:
+        length_fits = list_type.length is None or 1 <= list_type.length <= MAX_LIST
+        if list_type.element not in _ELEMENTS or not length_fits:
+            raise KeyError(dtype)
+        return pa.list_(pa.field(ELEMENT, _SCALARS[list_type.element]))
+    decimal_type = decimal_of(dtype)
+    if decimal_type is None:
+        raise KeyError(dtype)
+    digits, scale = decimal_type.digits, decimal_type.scale
+    if not (1 <= digits <= MAX_DIGITS and 0 <= scale <= digits):
+        raise KeyError(dtype)
+    return pa.decimal128(digits, scale)
 
 
 def from_json(value: Any, dtype: str) -> Any:
-    """A JSON value as Arrow takes it for a dtype.
+    """Convert a JSON value to the Python value that Arrow accepts for a dtype.
 
     Raises:
-        ValueError: it is none of that dtype. The message does not say the value.
+        ValueError: The value does not fit the dtype. The message does not contain the value.
     """
-    if (one := list_of(dtype)) is not None:
-        return _list(value, one)
-    if (number := decimal_of(dtype)) is not None:
-        return _decimal(value, number)
+    if (list_type := list_of(dtype)) is not None:
+        return _list(value, list_type)
+    if (decimal_type := decimal_of(dtype)) is not None:
+        return _decimal(value, decimal_type)
     converted = _scalar(value, dtype)
     if converted is None:
-        raise ValueError(f"it is no {dtype}")
+        raise ValueError(f"it is not a valid {dtype}")
     return converted
 
 
 def _scalar(value: Any, dtype: str) -> Any:
-    """None where the value does not fit."""
+    """Convert a JSON value to a scalar dtype. Return None if it does not fit."""
     kind = type(value)
     match dtype:
         case "timestamp":
@@ -192,12 +195,15 @@ def _scalar(value: Any, dtype: str) -> Any:
 
 
 def _float(value: Any, dtype: str) -> float | None:
-    """A fraction is rounded to the dtype, as every number that was written with decimals; a whole number is not."""
+    """Convert a number to a float dtype. Return None if it does not fit.
+
+    A JSON fraction may be rounded, as every number with decimals is. A whole number must be exact.
+    """
     try:
         number = float(value)
     except OverflowError:
         return None
-    if dtype == "float32" and not (abs(number) <= _LARGEST or math.isinf(number) or math.isnan(number)):
+    if dtype == "float32" and not (abs(number) <= _MAX_FLOAT32 or math.isinf(number) or math.isnan(number)):
         return None
     rounded = float(np.float32(number)) if dtype == "float32" else number
     return number if isinstance(value, float) or rounded == value else None
@@ -210,45 +216,63 @@ def _date(text: str) -> dt.date | None:
         return None
 
 
-def _decimal(value: Any, wanted: DecimalOf) -> Decimal:
-    """Exactly, or not at all; a float is none, because what was written before it was rounded is lost."""
+def _decimal(value: Any, decimal_type: DecimalOf) -> Decimal:
+    """Convert text or a whole number to a decimal, exactly.
+
+    A float is refused: it was rounded already, so the original decimal is lost.
+
+    Raises:
+        ValueError: The value does not fit.
+    """
     is_text = isinstance(value, str) and _DECIMAL_TEXT.fullmatch(value) is not None
     if not is_text and (isinstance(value, bool) or not isinstance(value, int | Decimal)):
         raise ValueError("a decimal is text or a whole number")
     number = Decimal(value)
-    if not number.is_finite():  # a database has NaN
-        raise ValueError("it is no finite number")
-    exact = Context(prec=wanted.digits, traps=[Inexact, InvalidOperation])
+    if not number.is_finite():  # NaN can come from a database
+        raise ValueError("it is not a finite number")
+    digits, scale = decimal_type.digits, decimal_type.scale
+    exact = Context(prec=digits, traps=[Inexact, InvalidOperation])
     try:
-        return number.quantize(Decimal(1).scaleb(-wanted.scale), context=exact)
+        return number.quantize(Decimal(1).scaleb(-scale), context=exact)
     except (Inexact, InvalidOperation) as error:
-        raise ValueError(f"it does not fit {wanted.digits} digits, {wanted.scale} after the point") from error
+        raise ValueError(f"it does not fit {digits} digits, {scale} after the point") from error
 
 
-def _list(value: Any, wanted: ListOf) -> list[Any]:
+def _list(value: Any, list_type: ListOf) -> list[Any]:
+    """Convert the elements of a JSON list.
+
+    Raises:
+        ValueError: The value is not a list, has the wrong length, or an element is null or does not fit.
+    """
     if not isinstance(value, list):
-        raise ValueError("it is no list")
-    if wanted.length is not None and len(value) != wanted.length:
-        raise ValueError(f"it has {len(value)} elements, not {wanted.length}")
-    if wanted.element in FLOATS and set(map(type, value)) == {float} and sum(map(abs, value)) <= _LARGEST:
-        return value  # the common case at once: a NaN, an infinity or a number too large would be in the sum
-    found = [_scalar(one, wanted.element) for one in value]
-    if any(one is None or one != one for one in found):
-        raise ValueError(f"an element is no {wanted.element}")
-    return found
+        raise ValueError("it is not a list")
+    if list_type.length is not None and len(value) != list_type.length:
+        raise ValueError(f"it has {len(value)} elements, not {list_type.length}")
+    if (
+        list_type.element in FLOATS
+        and set(map(type, value)) == {float}
+        and sum(map(abs, value)) <= _MAX_FLOAT32
+    ):
+        # The common case, checked fast: a NaN, an infinity or a too large number would make the sum too large or NaN.
+        return value
+    elements = [_scalar(element, list_type.element) for element in value]
+    if any(element is None or element != element for element in elements):
+        raise ValueError(f"an element is not a valid {list_type.element}")
+    return elements
 
 
 def to_json(values: Sequence[Any], dtype: str) -> Sequence[Any]:
-    """Values of the online store as JSON; arrays of NumPy stay, the writer of the answer knows them."""
+    """Convert values of the online store to JSON values. NumPy arrays stay; the response writer can encode them."""
     match dtype:
         case "timestamp":
-            return [None if one is None else _instant_text(one) for one in values]
+            return [None if value is None else _instant_text(value) for value in values]
         case "date":
             return [
-                None if one is None else (_FIRST_DAY + dt.timedelta(days=one)).isoformat() for one in values
+                None if value is None else (_FIRST_DAY + dt.timedelta(days=value)).isoformat()
+                for value in values
             ]
         case "bytes":
-            return [None if one is None else base64.b64encode(one).decode() for one in values]
+            return [None if value is None else base64.b64encode(value).decode() for value in values]
         case _:
             return values
 
@@ -258,43 +282,46 @@ def _instant_text(microseconds: int) -> str:
 
 
 def online_values(column: pa.ChunkedArray, dtype: str) -> list[Any]:
-    """A column as the online store has it."""
+    """Convert a column to the values that the online store holds."""
     if dtype == "timestamp":
         return list(column.cast(pa.int64()).to_pylist())
     if dtype == "date":
         return list(column.cast(pa.int32()).to_pylist())
     if decimal_of(dtype) is not None:
-        return [None if one is None else format(one, "f") for one in column.to_pylist()]
+        return [None if value is None else format(value, "f") for value in column.to_pylist()]
     return list(column.to_pylist())
 
 
 def online_value(value: Any, dtype: str) -> Any:
-    """One JSON value as the online store has it.
+    """Convert one JSON value to the value that the online store holds.
 
     Raises:
-        ValueError: it is none of that dtype.
+        ValueError: The value does not fit the dtype.
     """
     return online_values(pa.chunked_array([pa.array([from_json(value, dtype)], DTYPES[dtype])]), dtype)[0]
 
 
 def arrow_values(values: Sequence[Any], dtype: str) -> pa.Array:
-    """Values as the online store, or JSON, has them, as Arrow.
+    """Convert values of the online store, or JSON values, to an Arrow array.
 
     Raises:
-        ValueError: one is of another dtype; pyarrow's own errors are of that kind.
+        ValueError: A value does not fit the dtype. Errors of pyarrow are ValueErrors too.
     """
     target = DTYPES[dtype]
     if dtype in ("timestamp", "date", "bytes"):
-        values = [from_json(one, dtype) if isinstance(one, str) else one for one in values]
-        if dtype != "bytes" and all(one is None or isinstance(one, int) for one in values):
+        values = [from_json(value, dtype) if isinstance(value, str) else value for value in values]
+        if dtype != "bytes" and all(value is None or isinstance(value, int) for value in values):
             return pa.array(values, pa.int64() if dtype == "timestamp" else pa.int32()).cast(target)
-        return pa.array([_moment(one, dtype) for one in values], target)
-    if (number := decimal_of(dtype)) is not None:
-        return pa.array([None if one is None else _decimal(one, number) for one in values], target)
+        return pa.array([_python_time(value, dtype) for value in values], target)
+    if (decimal_type := decimal_of(dtype)) is not None:
+        return pa.array(
+            [None if value is None else _decimal(value, decimal_type) for value in values], target
+        )
     return pa.array(values, target)
 
 
-def _moment(value: Any, dtype: str) -> Any:
+def _python_time(value: Any, dtype: str) -> Any:
+    """Convert microseconds or days since 1970 to a datetime or date. Return any other value unchanged."""
     if not isinstance(value, int):
         return value
     return _EPOCH + value * _MICROSECOND if dtype == "timestamp" else _FIRST_DAY + dt.timedelta(days=value)
@@ -302,8 +329,9 @@ def _moment(value: Any, dtype: str) -> Any:
 
 @functools.cache
 def packed_element(dtype: str) -> np.dtype[Any] | None:
-    """How elements of a list lie one behind the other; None for text, and for what is no list."""
-    one = list_of(dtype)
-    if one is None or not one.is_numeric:
+    """Return the NumPy dtype in which a list's elements are packed. Return None for lists of text and other dtypes."""
+    list_type = list_of(dtype)
+    if list_type is None or not list_type.is_numeric:
         return None
-    return np.dtype("?" if one.element == "bool" else f"<{one.element[0]}{int(one.element[-2:]) // 8}")
+    element = list_type.element
+    return np.dtype("?" if element == "bool" else f"<{element[0]}{int(element[-2:]) // 8}")

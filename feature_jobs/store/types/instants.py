@@ -1,12 +1,12 @@
-"""Times as UTC microseconds: what a time without a zone means, and which way a finer time is rounded.
+"""Times as UTC microseconds: rules for times without a zone and for times finer than a microsecond.
 
-A time without a zone is UTC, unless the view's source declares a zone. Then it is what a clock in that zone showed.
-When clocks go back, such a clock shows an hour twice; when they go forward, it skips an hour. In both cases the later
-of the two possible instants counts: in the repeated hour the second pass, in the missing hour the offset from before
-the change. So a training set never sees a row before it was true.
+A time without a zone is UTC, unless the view's source declares a zone. Then it is local time in that zone. When clocks
+go back, one hour of local time occurs twice. When clocks go forward, one hour does not occur. In both cases the later
+of the two possible instants is used: the second occurrence of a repeated hour, and the old UTC offset for a missing
+hour. So a training set never sees a row before it was true.
 
-For the same reason the event and created times of rows are rounded up to the next microsecond, and the times of entity
-rows are rounded down. A feature's own time is never rounded: it is exact, or it is refused.
+For the same reason event times and created times of rows are rounded up to the next microsecond, and times of entity
+rows are rounded down. A feature of dtype timestamp is never rounded: a finer time is refused.
 """
 
 from __future__ import annotations
@@ -29,30 +29,35 @@ from feature_jobs.store.types.columns import with_replaced
 
 TIME = pa.timestamp("us", "UTC")
 _EPOCH = dt.datetime(1970, 1, 1)
-_CLOCKS = (dt.datetime(1, 1, 3), dt.datetime(9999, 12, 29))
-"""Times of day that Python reaches in every zone. Others stay as if they were UTC; no batch stores them."""
+_CONVERTIBLE = (dt.datetime(1, 1, 3), dt.datetime(9999, 12, 29))
+"""Local times that Python can convert to UTC in every zone. Other times stay as if they were UTC; no batch stores them.
+"""
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FINER = re.compile(r"[.,]\d{6}(\d+)")
 FINER_TEXT = r"[.,]\d{6}\d*[1-9]"
-"""Of text: a fraction of a second that microseconds do not hold."""
+"""Pattern of a fraction of a second, in text, that is finer than a microsecond."""
 
 
 class Rounding(enum.Enum):
-    """What becomes of a time that is finer than microseconds."""
+    """How to round a time that is finer than a microsecond."""
 
     up = "up"
-    """Of events and their creation."""
+    """For event times and created times."""
     down = "down"
-    """Of entity rows."""
+    """For times of entity rows."""
     exact = "exact"
-    """It is refused."""
+    """The time is refused."""
 
 
-def check_zone(zone: str | None, what: str) -> None:
-    """Refuse a zone that is not in the IANA time zone database.
+def validate_zone(zone: str | None, owner: str) -> None:
+    """Validate that a zone is in the IANA time zone database.
+
+    Args:
+        zone: The zone's name. None is valid.
+        owner: The source that declares it, for the message.
 
     Raises:
-        DefinitionError: naming it.
+        DefinitionError: The zone is unknown.
     """
     if zone is None:
         return
@@ -60,120 +65,136 @@ def check_zone(zone: str | None, what: str) -> None:
         zoneinfo.ZoneInfo(zone)
         _utc(pl.Series([_EPOCH]), zone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError, pl.exceptions.PolarsError) as error:
-        alike = difflib.get_close_matches(zone, zoneinfo.available_timezones(), n=1)
-        guess = f"did you mean '{alike[0]}'?" if alike else "give a name such as America/Los_Angeles."
-        raise DefinitionError(f"{what}: unknown zone '{zone}'; {guess}") from error
+        similar = difflib.get_close_matches(zone, zoneinfo.available_timezones(), n=1)
+        hint = f"did you mean '{similar[0]}'?" if similar else "give a name such as America/Los_Angeles."
+        raise DefinitionError(f"{owner}: unknown zone '{zone}'; {hint}") from error
 
 
-def micros(column: pa.ChunkedArray, rounding: Rounding) -> pa.ChunkedArray:
-    """A timestamp column in microseconds; a time that they cannot reach becomes the nearest that they can.
+def to_micros(column: pa.ChunkedArray, rounding: Rounding) -> pa.ChunkedArray:
+    """Convert a timestamp column to microseconds.
+
+    A time outside the range of microseconds becomes the nearest time in the range.
 
     Args:
-        column: of any unit; its zone stays.
-        rounding: of nanoseconds.
+        column: Timestamps of any unit. Their zone stays.
+        rounding: How to round nanoseconds.
 
     Raises:
-        ArrowInvalid: with `exact`, a time is finer than microseconds.
+        ArrowInvalid: `rounding` is exact and a time is finer than a microsecond.
     """
-    unit, kind = column.type.unit, pa.timestamp("us", column.type.tz)
+    unit, target = column.type.unit, pa.timestamp("us", column.type.tz)
     if unit == "us":
         return column
     numbers = column.cast(pa.int64())
     if unit == "ns":
-        whole = pc.divide(numbers, 1000)  # towards zero
-        rest = pc.subtract(numbers, pc.multiply(whole, 1000))
-        if rounding is Rounding.exact and pc.any(pc.not_equal(rest, 0), min_count=0).as_py():
+        whole = pc.divide(numbers, 1000)  # rounds towards zero
+        remainder = pc.subtract(numbers, pc.multiply(whole, 1000))
+        if rounding is Rounding.exact and pc.any(pc.not_equal(remainder, 0), min_count=0).as_py():
             raise pa.ArrowInvalid("a time is finer than microseconds")
         if rounding is Rounding.up:
-            return pc.add(whole, pc.greater(rest, 0).cast(pa.int64())).cast(kind)
-        return pc.subtract(whole, pc.less(rest, 0).cast(pa.int64())).cast(kind)
+            return pc.add(whole, pc.greater(remainder, 0).cast(pa.int64())).cast(target)
+        return pc.subtract(whole, pc.less(remainder, 0).cast(pa.int64())).cast(target)
     factor = 10**6 // _PER_SECOND[unit]
-    most = (2**63 - 1) // factor
-    inside = pc.min_element_wise(
-        pc.max_element_wise(numbers, -most, skip_nulls=False), most, skip_nulls=False
+    limit = (2**63 - 1) // factor
+    clamped = pc.min_element_wise(
+        pc.max_element_wise(numbers, -limit, skip_nulls=False), limit, skip_nulls=False
     )
-    return pc.multiply(inside, factor).cast(kind)
+    return pc.multiply(clamped, factor).cast(target)
 
 
 def in_zone(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
-    """A timestamp column as UTC, in its own unit; only times without a zone are read in the given one."""
+    """Convert a timestamp column to UTC. The unit stays.
+
+    Args:
+        column: Timestamps. If they have a zone, `zone` has no effect.
+        zone: The zone of times that have none. None means UTC.
+    """
     utc = pa.timestamp(column.type.unit, "UTC")
     if column.type.tz is not None or zone is None:
         return column.cast(utc)
-    local = pl.Series(pl.from_arrow(micros(column, Rounding.down)))
-    readable = pl.select(pl.when(local.is_between(*_CLOCKS)).then(local)).to_series()
-    shift = pl.Series(_utc(readable, zone).dt.epoch("us") - readable.dt.epoch("us")).fill_null(0).to_arrow()
+    local = pl.Series(pl.from_arrow(to_micros(column, Rounding.down)))
+    convertible = pl.select(pl.when(local.is_between(*_CONVERTIBLE)).then(local)).to_series()
+    shift_us = pl.Series(_utc(convertible, zone).dt.epoch("us") - convertible.dt.epoch("us"))
+    shift = shift_us.fill_null(0).to_arrow()
     per_second = _PER_SECOND[column.type.unit]
-    moved = pc.divide(shift, 10**6 // per_second) if per_second < 10**6 else shift
-    moved = pc.multiply(moved, per_second // 10**6) if per_second > 10**6 else moved
-    numbers = pc.add_checked(column.cast(pa.int64()), moved)
-    return pa.chunked_array([numbers] if isinstance(numbers, pa.Array) else numbers.chunks, pa.int64()).cast(
-        utc
-    )
+    if per_second < 10**6:
+        shift = pc.divide(shift, 10**6 // per_second)
+    elif per_second > 10**6:
+        shift = pc.multiply(shift, per_second // 10**6)
+    numbers = pc.add_checked(column.cast(pa.int64()), shift)
+    chunks = [numbers] if isinstance(numbers, pa.Array) else numbers.chunks
+    return pa.chunked_array(chunks, pa.int64()).cast(utc)
 
 
 def zoned(table: pa.Table, zone: str | None, times: Collection[str]) -> pa.Table:
-    """A source's rows with their times without a zone read in a zone.
+    """Convert a source's times without a zone to UTC.
 
     Args:
-        table: as the source has them.
-        zone: None leaves them as they are.
-        times: columns that hold times; a date there is the beginning of its day.
+        table: The source's rows.
+        zone: The zone of these times. None leaves the table unchanged.
+        times: Names of the columns that hold times. A date in them is the beginning of its day.
     """
     if zone is None:
         return table
     columns = {}
     for field, column in zip(table.schema, table.columns, strict=True):
         if field.name in times and pa.types.is_date(field.type):
-            column = days(column)
+            column = start_of_days(column)
         if pa.types.is_timestamp(column.type) and column.type.tz is None:
             columns[field.name] = in_zone(column, zone)
     return with_replaced(table, columns)
 
 
-def days(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dates as the beginning of their day, without a zone."""
+def start_of_days(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Convert dates to timestamps at the beginning of the day, without a zone."""
     return column.cast(pa.date64()).cast(pa.timestamp("ms"))
 
 
 def instant(value: dt.datetime, zone: str | None) -> dt.datetime:
-    """A Python time as UTC; one without a zone is read in the given one.
+    """Convert a Python time to UTC.
+
+    Args:
+        value: The time.
+        zone: The zone of a time that has none. None means UTC.
 
     Raises:
-        OverflowError: it is beyond Python's years.
+        OverflowError: The result is outside the years 1 to 9999.
     """
     if value.tzinfo is not None:
         return value.astimezone(dt.UTC)
     if zone is None:
         return value.replace(tzinfo=dt.UTC)
     local = value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
-    # Of a repeated hour fold=1 is the later one, of a missing hour fold=0.
+    # The later instant is fold=1 for a repeated hour, and fold=0 for a missing hour.
     return max(local.replace(fold=fold).astimezone(dt.UTC) for fold in (0, 1))
 
 
 def parse(text: Any, zone: str | None, rounding: Rounding) -> dt.datetime | None:
-    """An instant from ISO 8601 text; None where it is none, or cannot be held."""
+    """Parse ISO 8601 text as an instant in UTC.
+
+    Returns:
+        The instant. None if `text` is not ISO 8601 text, is outside the years 1 to 9999, or needs rounding although
+        `rounding` is exact.
+    """
     if not isinstance(text, str):
         return None
     try:
-        moment = instant(dt.datetime.fromisoformat(text), zone)
+        parsed = instant(dt.datetime.fromisoformat(text), zone)
         finer = _FINER.search(text)
         if finer is None or not finer[1].strip("0") or rounding is Rounding.down:
-            return moment
-        return moment + dt.timedelta(microseconds=1) if rounding is Rounding.up else None
+            return parsed
+        return parsed + dt.timedelta(microseconds=1) if rounding is Rounding.up else None
     except (ValueError, OverflowError):
         return None
 
 
 def _utc(local: pl.Series, zone: str) -> pl.Series:
-    """Times of a clock in a zone as UTC."""
-    utc = local.dt.replace_time_zone(zone, ambiguous="latest", non_existent="null").dt.convert_time_zone(
-        "UTC"
-    )
-    missing = np.flatnonzero((utc.is_null() & local.is_not_null()).to_numpy())
-    if missing.size == 0:
+    """Convert local times in a zone to UTC."""
+    zoned_times = local.dt.replace_time_zone(zone, ambiguous="latest", non_existent="null")
+    utc = zoned_times.dt.convert_time_zone("UTC")
+    non_existent = np.flatnonzero((utc.is_null() & local.is_not_null()).to_numpy())
+    if non_existent.size == 0:
         return utc
-    shown = local.gather(missing).to_list()
-    known = {one: instant(one, zone) for one in set(shown)}
-    found = pl.Series([known[one] for one in shown], dtype=utc.dtype)
-    return utc.scatter(missing, found)
+    local_times = local.gather(non_existent).to_list()
+    instants = {time: instant(time, zone) for time in set(local_times)}
+    return utc.scatter(non_existent, pl.Series([instants[time] for time in local_times], dtype=utc.dtype))

@@ -1,9 +1,9 @@
 """Types of join keys: whole numbers (`int64`) or text (`string`).
 
-An entity may declare them. Where it does not, a view's feature table decides with its first batch, and before that its
-online rows with the first push. Everybody who writes or reads is held to what was declared or decided.
+An entity may declare the types of its keys. If it does not, the first batch of a view's feature table sets them. Before
+the table exists, the first push to the online store sets them. All later writers and readers must use these types.
 
-The range is the same for every writer and reader: -(2^63 - 1) to 2^63 - 1.
+Whole numbers must be from -(2^63 - 1) to 2^63 - 1, for every writer and reader.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ import pyarrow.compute as pc
 from cluster.errors import DefinitionError, SchemaMismatch
 
 MAX_KEY = 2**63 - 1
-_OF_PYTHON = {int: "int64", str: "string"}
-KEY_DTYPES = tuple(_OF_PYTHON.values())
+_DTYPE_OF_CLASS = {int: "int64", str: "string"}
+KEY_DTYPES = tuple(_DTYPE_OF_CLASS.values())
 RANGE = "-(2^63 - 1) to 2^63 - 1"
+"""The range of whole-number keys, for messages."""
 
 
-def declared_types(owner: str, types: Mapping[str, Any]) -> dict[str, str]:
-    """The declared types of an entity's join keys.
+def validate_key_types(owner: str, types: Mapping[str, Any]) -> dict[str, str]:
+    """Return the declared types of an entity's join keys after validation.
 
     Raises:
-        DefinitionError: a type that no key has.
+        DefinitionError: A type is neither int64 nor string.
     """
     for key, dtype in types.items():
         if dtype not in KEY_DTYPES:
             raise DefinitionError(
-                f"{owner}: join key '{key}' has the type {dtype!r}. Give 'int64' for whole numbers of any width, or "
+                f"{owner}: join key '{key}' has the type {dtype!r}. Use 'int64' for whole numbers of any width, or "
                 "'string'."
             )
     return dict(types)
 
 
 def type_of(value: Any) -> str | None:
-    """The type of a key from JSON or Python; None for a value that is no key."""
-    dtype = _OF_PYTHON.get(type(value))
+    """Return the key type of a value from JSON or Python. Return None if the value cannot be a key."""
+    dtype = _DTYPE_OF_CLASS.get(type(value))
     return None if dtype == "int64" and abs(value) > MAX_KEY else dtype
 
 
 def kind_of(dtype: str | None) -> str:
-    """A key's type, for a message."""
+    """Describe a key type for a message. None describes both types."""
     match dtype:
         case "string":
             return "text"
@@ -55,27 +56,28 @@ def kind_of(dtype: str | None) -> str:
 
 
 def reason_against(row: Mapping[str, Any], keys: Iterable[str], types: dict[str, str]) -> str | None:
-    """Why a row has no key of the wanted types; None where it has.
+    """Return why a row's join keys are invalid, or None if all are valid.
 
     Args:
-        row: has the keys as plain values.
-        keys: join keys.
-        types: as they are stored or declared; the row decides those that are not known yet.
+        row: The keys' values by name.
+        keys: Names of the join keys.
+        types: The stored or declared types. A type that is not known yet is set from this row.
     """
     for key in keys:
         value = row.get(key)
-        given = type_of(value)
-        if given is None:
+        dtype = type_of(value)
+        if dtype is None:
             return f"{key} is null" if value is None else f"{key} is no key"
-        if types.setdefault(key, given) != given:
+        if types.setdefault(key, dtype) != dtype:
             return f"{key} is no {types[key]}"
     return None
 
 
 def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Which keys are beyond the range; None where no key is.
+    """Return a mask of the keys that are out of range, or None if all are in range.
 
-    The least key is looked at first: comparing with a number of Python's imports pandas, which takes a third of a join.
+    The minimum is checked first. Comparing the whole column with a Python number imports pandas, which takes a third of
+    the time of a join.
     """
     if not pa.types.is_int64(column.type):
         return None
@@ -86,24 +88,29 @@ def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def refuse_unlike(view: str, given: pa.Schema, stored: Mapping[str, str]) -> None:
-    """Go on only where a batch has the types of keys that the view's table has.
+    """Require that a batch's join keys have the types that the view's table stores.
+
+    Args:
+        view: The view's name, for messages.
+        given: The batch's schema.
+        stored: Join keys to their stored types.
 
     Raises:
-        SchemaMismatch: naming the key and both types.
+        SchemaMismatch: A type differs. The message names the key and both types.
     """
     for key, dtype in stored.items():
-        kind = given.field(key).type
-        if pa.types.is_int64(kind) != (dtype == "int64"):
+        source_type = given.field(key).type
+        if pa.types.is_int64(source_type) != (dtype == "int64"):
             raise SchemaMismatch(
-                f"Join key '{key}' of view '{view}' is stored as {dtype}, the source has {kind}."
+                f"Join key '{key}' of view '{view}' is stored as {dtype}, the source has {source_type}."
             )
 
 
-def refuse_undeclared(view: str, declared: Mapping[str, str], stored: Mapping[str, str]) -> None:
-    """Go on only where a view's table stores its keys as they are declared.
+def require_declared_types(view: str, declared: Mapping[str, str], stored: Mapping[str, str]) -> None:
+    """Require that a view's table stores its join keys with the declared types.
 
     Raises:
-        DefinitionError: naming the key and both types.
+        DefinitionError: A type differs. The message names the key and both types.
     """
     for key, dtype in declared.items():
         if stored.get(key, dtype) != dtype:

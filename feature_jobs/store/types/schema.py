@@ -1,10 +1,13 @@
-"""Names and types of the columns that the platform adds to a feature table."""
+"""Names of the columns that the platform adds to a feature table."""
 
 from __future__ import annotations
 
 EVENT, CREATED, SEQ = "event_timestamp", "created_timestamp", "ingest_seq"
+INGESTED, BUCKET = "ingested_at", "bucket"
+"""Time of the batch that stored the row, and the table's bucket that it is in."""
 DELETED = "deleted"
-"""Bool column of tombstones, in the tables of views that have them; a frame without it holds none."""
+"""Bool column that marks tombstones. Only tables of views with deletions have it; other tables have no tombstones."""
 PROVISIONAL = 1 << 62
-"""Added to a pushed row's number in the push log until the row has an `ingest_seq`: greater than every one of those,
-as the row's own will be greater than all that were given out before."""
+"""Offset of provisional sequence numbers. Until a pushed row has its `ingest_seq`, its number is this offset plus its
+number in the push log. So it is greater than every `ingest_seq`, as the row's own `ingest_seq` will be greater than all
+earlier ones."""

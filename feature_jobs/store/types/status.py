@@ -1,4 +1,4 @@
-"""What a read of features gives: values, and for each whether it was found."""
+"""The result of an online read: feature values, and a status for each value."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 
 
 class Status(enum.StrEnum):
-    """What is known of a value."""
+    """The status of a feature value."""
 
     present = "present"
     null = "null"
-    """The source said null."""
+    """The source has a null."""
     missing = "missing"
-    """Nothing is stored of the entity, or it was deleted."""
+    """No row of the entity is stored, or the entity was deleted."""
     expired = "expired"
+    """The value is older than the TTL."""
     newer = "newer"
-    """What is stored is later than that time. What was known then is not stored online; a training set says it."""
+    """The stored value became known only after the read's `as_of`. The online store holds one row per entity, so the
+    earlier value is available only through a training set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureVectors:
-    """The features of some entities."""
+    """Feature values of a list of entities."""
 
     columns: dict[str, list[Any]]
     """`<view>__<feature>` to one value per entity."""
     status: dict[str, Sequence[str]]
-    """Columns may share one list."""
+    """`<view>__<feature>` to one status per entity. Columns may share one list object."""

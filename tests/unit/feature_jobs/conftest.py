@@ -1,11 +1,13 @@
-"""A key broker for all tests of the feature store."""
+"""Fixtures for all tests of the feature store: a key broker, a Redis server, a ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
 from tests.broker import running_broker
 from tests.redis_server import running_redis
@@ -13,7 +15,7 @@ from tests.redis_server import running_redis
 
 @pytest.fixture(scope="package")
 def access() -> Iterator[KeyAccess]:
-    """With the keys of the views that the tests write."""
+    """Access to a key broker that has the keys of the tests' views."""
     views = ("income", "person", "cohort", "sparse", "household", "empty")
     keys = [f"features/{view}/internal" for view in views]
     pushed = ("push/income/sensitive", "quarantine/income/sensitive", "online/income/internal")
@@ -23,6 +25,14 @@ def access() -> Iterator[KeyAccess]:
 
 @pytest.fixture(scope="package")
 def redis_url() -> Iterator[str]:
-    """A Redis of the tests' own."""
+    """URL of a Redis server for the tests."""
     with running_redis() as url:
         yield url
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """An empty ledger."""
+    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    yield opened
+    opened.close()

@@ -1,4 +1,4 @@
-"""Random events and entity rows: few keys, ids and moments, so that ties, corrections and late rows abound."""
+"""Random events and entity rows. Keys, ids and times have few values, so ties and corrections are frequent."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _values = st.tuples(
 
 @st.composite
 def event_frames(draw: st.DrawFn, *, min_size: int = 0) -> pl.DataFrame:
-    """Events of a few people; a tombstone in five."""
+    """Events of a few people. One row in five is a tombstone."""
     ids = st.sampled_from("abcde")
     deleted = st.integers(0, 4).map(lambda number: number == 0)
     rows = draw(

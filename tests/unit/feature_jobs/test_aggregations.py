@@ -1,8 +1,7 @@
-"""Aggregated views: what may be declared, what features it gives, and their way through catalogue and training set."""
+"""Aggregated views: valid declarations, the features they give, and their path through catalog and training set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,17 +49,12 @@ def view(**changes: Any) -> FeatureView:
     return FeatureView("income", **(parts | changes))
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
-
-
-def applied(ledger: Ledger, given: FeatureView) -> ServiceSpec:
-    """The spec of a service of one view, as the ledger knows it."""
-    service = FeatureService("credit", views=[given])
-    definitions = Definitions(module="m", views={given.name: given}, services={"credit": service})
+def applied(ledger: Ledger, feature_view: FeatureView) -> ServiceSpec:
+    """Apply a service with one view, and return its specification from the ledger."""
+    service = FeatureService("credit", views=[feature_view])
+    definitions = Definitions(
+        module="m", views={feature_view.name: feature_view}, services={"credit": service}
+    )
     apply(definitions, ledger, actor="user:test")
     return service_spec(ledger, "credit")
 
@@ -79,8 +73,8 @@ def applied(ledger: Ledger, given: FeatureView) -> ServiceSpec:
         ({"aggregations": [Aggregation("amount", "sum", windows=[HOUR, HOUR])]}, "'amount_sum_1h'"),
     ],
 )
-def test_view_that_cannot_be_aggregated_says_why(changes: dict[str, Any], words: str) -> None:
-    """When it is made."""
+def test_invalid_aggregated_view_is_refused(changes: dict[str, Any], words: str) -> None:
+    """The error of the definition says what is wrong."""
     with pytest.raises(DefinitionError, match=words):
         view(**changes)
 
@@ -94,27 +88,27 @@ def test_view_that_cannot_be_aggregated_says_why(changes: dict[str, Any], words:
         ("amount", "sum", [timedelta(0)], "positive"),
     ],
 )
-def test_aggregation_without_meaning_says_why(
+def test_invalid_aggregation_is_refused(
     column: str, function: str, windows: list[timedelta], words: str
 ) -> None:
-    """When it is made."""
+    """The error of the definition says what is wrong."""
     with pytest.raises(DefinitionError, match=words):
         Aggregation(column, function, windows=windows)
 
 
 def test_view_without_aggregations_keeps_its_definition() -> None:
-    """So its version is what it was before there were any."""
+    """Its JSON has no key for aggregations, so views of older releases keep their version."""
     plain = view(event_id=None, aggregations=[])
     assert {"event_id", "aggregations"}.isdisjoint(plain.definition())
     assert plain.version != view().version
 
 
-def test_another_window_is_safe_and_one_less_breaks() -> None:
-    """Readers of earlier versions still have what they had, or not."""
-    more = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
-    (added,) = view_changes(view().definition(), more.definition())
-    (gone,) = view_changes(more.definition(), view().definition())
-    assert (added.text, added.impact.breaks, gone.impact.breaks) == (
+def test_adding_a_window_is_safe_and_removing_one_breaks() -> None:
+    """Readers of an earlier version keep their features, or lose one."""
+    wider = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
+    (added,) = view_changes(view().definition(), wider.definition())
+    (removed,) = view_changes(wider.definition(), view().definition())
+    assert (added.text, added.impact.breaks, removed.impact.breaks) == (
         "+ aggregations amount_max_1h ",
         False,
         True,
@@ -122,16 +116,16 @@ def test_another_window_is_safe_and_one_less_breaks() -> None:
 
 
 def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: Ledger) -> None:
-    """As the ledger knows them; a count of events is as sensitive as their ids."""
+    """A count of events has the sensitivity of the event id."""
     spec = applied(ledger, view()).views[0]
-    assert [(one.name, one.dtype, one.sensitivity, one.categorical) for one in spec.fields] == [
+    assert [(field.name, field.dtype, field.sensitivity, field.categorical) for field in spec.fields] == [
         ("amount_sum_1h", "float64", "personal", False),
         ("amount_sum_7d", "float64", "personal", False),
         ("shop_last_7d", "int32", "public", True),
         ("count_90m", "int64", "internal", False),
     ]
-    assert [one.name for one in spec.stored] == ["payment_id", "amount", "shop"]
-    assert [one.column_class for one in view_resources(spec, region="r")] == [
+    assert [field.name for field in spec.stored] == ["payment_id", "amount", "shop"]
+    assert [field.column_class for field in view_resources(spec, region="r")] == [
         "internal",
         "personal",
         "public",
@@ -139,20 +133,20 @@ def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: 
 
 
 def test_spec_crosses_a_process_boundary(ledger: Ledger) -> None:
-    """Whole, as plain data."""
+    """`from_dict` rebuilds an equal specification from `to_dict`."""
     spec = applied(ledger, view())
     assert ServiceSpec.from_dict(spec.to_dict()) == spec
 
 
 def test_feature_keeps_the_key_of_its_column_in_a_training_set(ledger: Ledger) -> None:
-    """Whoever may not read the amounts may not read their sums."""
+    """A principal that may not read the amounts may not read their sums."""
     keys = dict(training_set_protection(applied(ledger, view())).keys)
     assert keys["income__amount_sum_7d"] == "features/income/personal"
     assert keys["income__shop_last_7d"] is None
 
 
 def test_event_without_an_id_goes_to_quarantine() -> None:
-    """It could be neither corrected nor counted once."""
+    """Such an event could not be corrected, and repetitions of it would be counted."""
     block = pa.table(
         {"customer_id": [1, 2], "at": pa.array([START] * 2, TIME), "payment_id": ["a", None]}
         | {"amount": [1.0, 2.0], "shop": [1, 2]}
@@ -161,7 +155,7 @@ def test_event_without_an_id_goes_to_quarantine() -> None:
 
 
 def test_tombstone_keeps_the_id_of_the_event_it_removes() -> None:
-    """Its other values are null."""
+    """The other values of the tombstone are null."""
     deletable = view(source=FileSource("payments.parquet", event_timestamp="at", deleted="gone"))
     block = pa.table(
         {"customer_id": [1], "at": pa.array([START], TIME), "payment_id": ["a"], "amount": [1.0], "shop": [1]}
@@ -174,13 +168,13 @@ def test_tombstone_keeps_the_id_of_the_event_it_removes() -> None:
 def test_training_set_holds_the_aggregations_of_each_entity_row(
     ledger: Ledger, tmp_path: Path, access: KeyAccess
 ) -> None:
-    """An unknown customer counts nothing; so does one whose bucket has no file."""
+    """A customer without events has a count of 0, also if the customer's bucket has no file."""
     service = applied(ledger, view())
     pinned = stored(tmp_path, access, service)
     hours = [0.5, 1, 1.5, 200, 1]
-    asked = [START + timedelta(hours=hour) for hour in hours]
+    times = [START + timedelta(hours=hour) for hour in hours]
     entities = pa.table(
-        {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(asked, TIME), "label": [0] * 5}
+        {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(times, TIME), "label": [0] * 5}
     )
     table = build(service, {"income": pinned}, entities, join_parts=join_here)
     assert table.column_names[3:] == service.columns
@@ -193,25 +187,25 @@ def test_training_set_holds_the_aggregations_of_each_entity_row(
     assert table.schema.field("income__shop_last_7d").type == pa.int32()
 
 
-def test_materialisation_gives_each_entity_the_state_of_what_was_known(
+def test_materialised_state_has_the_events_known_at_its_time(
     ledger: Ledger, tmp_path: Path, access: KeyAccess
 ) -> None:
-    """Read at a later instant it says what the training set says; a correction of after the moment is not in it."""
+    """A read at a later instant equals the training set without corrections that came after the materialisation."""
     service = applied(ledger, view())
     spec = service.views[0]
     assert spec.windows is not None
     pinned = stored(tmp_path, access, service)
     at_us = int(START.timestamp() * 1e6) + 5_400_000_000
-    found = {}
+    results = {}
     for hours in (0.5, 1):
         (row,) = rows(spec, pinned, START + timedelta(hours=hours))
         state = WindowState.unpack(Tiling(spec.windows), row.values[0])
-        found[hours] = row.keys, state.values(at_us)
-    assert found == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}
+        results[hours] = row.keys, state.values(at_us)
+    assert results == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}
 
 
 def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
-    """Two payments of customer 1, at 0:30 and 1:00, the second one corrected."""
+    """Store two payments of customer 1, at 0:30 and 1:00, and a correction of the second one."""
     spec = service.views[0]
     times = [START + timedelta(hours=hour) for hour in (0.5, 1, 1)]
     events = pa.table(
@@ -230,6 +224,6 @@ def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
     table = offline.create_table(uri, events.schema, num_buckets=4)
     target = Target(uri=uri, keys=("customer_id",), buckets=4, protection=protection, access=access)
     files = offline.write_files(events, target, name="a")
-    said = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
-    offline.commit(DeltaTable(table.table_uri), events.schema, files, said, seq=2)
+    batch = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
+    offline.commit(DeltaTable(table.table_uri), events.schema, files, batch, seq=2)
     return snapshot(uri, view="income", keys=["customer_id"], protection=protection, access=access)

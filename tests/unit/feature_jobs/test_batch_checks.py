@@ -1,4 +1,4 @@
-"""Rules that need the whole batch, or the last good one: profiles, uniqueness, fences, and what refuses a batch."""
+"""Checks of a whole batch or against the last good batch: profiles, uniqueness, outliers, drift."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def batch(amount: Any, sector: Any = None, *, keys: Any = None, at: datetime = A
 
 
 def measured(*blocks: pa.Table, of: FeatureView | None = None, under: Profile | None = None) -> Any:
-    """The profile of a batch in these blocks, and its counts under another one's bins."""
+    """Return the profile of a batch in these blocks, and its counts in the bins of another profile."""
     of = of or view()
     prepared = [prepare(block, of, now=NOW) for block in blocks]
     good = [block.filter(pc.is_null(block[REASON])) for block in prepared]
@@ -91,8 +91,8 @@ def finding(rule: BatchCheck, after: pa.Table, before: pa.Table | None = None) -
 
 
 @pytest.mark.parametrize(("keep", "bad"), [(Keep.none, [1, 1, 0, 0, 0]), (Keep.first, [0, 1, 0, 0, 0])])
-def test_rows_alike_go_to_quarantine_as_the_rule_says(keep: Keep, bad: list[int]) -> None:
-    """All of them, or all but the first; a null is like nothing."""
+def test_repeated_rows_go_to_quarantine(keep: Keep, bad: list[int]) -> None:
+    """All of them, or all but the first. Rows with a null are never repeated."""
     rule = Unique(["person_id", "sector"], keep=keep)
     rows = batch([1.0] * 5, ["a", "a", "b", None, None], keys=[1, 1, 1, 2, 2])
     found = prepare(rows, view(rule), now=NOW)
@@ -100,7 +100,7 @@ def test_rows_alike_go_to_quarantine_as_the_rule_says(keep: Keep, bad: list[int]
     assert SOURCE not in found.column_names
 
 
-def test_rejected_row_keeps_what_the_source_said() -> None:
+def test_rejected_row_keeps_its_source_values() -> None:
     """As for every other reason."""
     found = prepare(batch([1.0, 2.0], keys=[1, 1]), view(Unique(["person_id"], keep=Keep.first)), now=NOW)
     assert json.loads(found[RAW][1].as_py())["amount"] == 2.0
@@ -109,7 +109,7 @@ def test_rejected_row_keeps_what_the_source_said() -> None:
 
 
 def test_a_bad_row_does_not_count_as_the_first() -> None:
-    """Or the good one would be lost for a row that is not stored."""
+    """Otherwise a good row would be rejected because of a row that is not stored."""
     rules = view(Unique(["person_id"], keep=Keep.first), Range("amount", minimum=0))
     assert prepare(batch([-1.0, 1.0], keys=[1, 1]), rules, now=NOW)[REASON].to_pylist() == [
         "amount outside 0..",
@@ -122,10 +122,8 @@ def test_a_bad_row_does_not_count_as_the_first() -> None:
     st.integers(0, 12),
     st.sampled_from(list(Keep)),
 )
-def test_a_batch_in_parts_is_judged_as_in_one_piece(
-    rows: list[tuple[int, str | None]], cut: int, keep: Keep
-) -> None:
-    """Where Ray cuts the blocks decides nothing."""
+def test_result_does_not_depend_on_blocks(rows: list[tuple[int, str | None]], cut: int, keep: Keep) -> None:
+    """The boundaries of Ray's blocks have no effect."""
     rule = Unique(["person_id", "sector"], keep=keep)
     whole = batch([1.0] * len(rows), [row[1] for row in rows], keys=[row[0] for row in rows])
     parts = [prepare_part(part, view(rule), now=NOW) for part in (whole.slice(0, cut), whole.slice(cut))]
@@ -140,7 +138,7 @@ def test_a_batch_in_parts_is_judged_as_in_one_piece(
 
 
 def test_a_value_far_outside_the_last_good_batch_is_a_bad_row() -> None:
-    """Quartiles 25 and 75: three ranges away is -125 and 225, both included; null passes."""
+    """Quartiles 25 and 75 give the bounds -125 and 225, both included. Null passes."""
     baseline, _ = measured(batch(np.arange(101.0)))
     found = prepare(
         batch([-125.0, -126.0, 225.0, 226.0, None]), view(Outlier("amount")), now=NOW, baseline=baseline
@@ -149,8 +147,8 @@ def test_a_value_far_outside_the_last_good_batch_is_a_bad_row() -> None:
 
 
 @pytest.mark.parametrize("before", [None, [7.0] * 100, [None] * 5])
-def test_without_a_range_to_measure_by_no_value_is_far_out(before: list[float | None] | None) -> None:
-    """The first batch, a constant column, an empty one."""
+def test_no_value_is_an_outlier_without_a_range(before: list[float | None] | None) -> None:
+    """For a first batch, a constant column and an empty batch."""
     baseline = None if before is None else measured(batch(before))[0]
     found = prepare(batch([1e9]), view(Outlier("amount")), now=NOW, baseline=baseline)
     assert found[REASON].to_pylist() == [None]
@@ -161,7 +159,7 @@ def test_without_a_range_to_measure_by_no_value_is_far_out(before: list[float | 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6) | st.none(), max_size=20), min_size=1, max_size=3))
 def test_counts_of_a_profile_are_exact(blocks: list[list[float | None]]) -> None:
-    """Every good value lies in one bin, however the batch is cut."""
+    """Every good value is in one bin, for any division into blocks."""
     tables = [batch(block) for block in blocks]
     profile, _ = measured(*tables)
     values = [value for block in blocks for value in block if value is not None]
@@ -175,15 +173,15 @@ def test_counts_of_a_profile_are_exact(blocks: list[list[float | None]]) -> None
 
 
 def test_deciles_of_many_blocks_are_near_those_of_the_whole() -> None:
-    """Within one in 256 of the rank, whatever the blocks' sizes and order."""
+    """Within 1/256 of the rank, for any size and order of blocks."""
     values = np.random.default_rng(1).lognormal(size=30_000)
     profile, _ = measured(batch(np.sort(values)[:20_000]), batch(np.sort(values)[20_000:]))
     shares = np.cumsum(profile.distributions["amount"].counts[:-1]) / len(values)
     assert np.abs(shares - np.arange(1, 10) / 10).max() < 2 / 256
 
 
-def test_a_profile_is_bounded_and_comes_back_from_json() -> None:
-    """A column of names gives no list of all names."""
+def test_profile_is_bounded_and_survives_json() -> None:
+    """A column with many different names does not store all of them."""
     names = [f"n{number % 500}" for number in range(5000)]
     profile, _ = measured(batch(np.arange(5000.0), names))
     one = profile.distributions["sector"]
@@ -191,8 +189,8 @@ def test_a_profile_is_bounded_and_comes_back_from_json() -> None:
     assert Profile.from_json(profile.to_json()) == profile
 
 
-def test_what_the_ledger_gets_holds_no_value() -> None:
-    """Counts alone: not even a category."""
+def test_ledger_gets_no_values_of_a_profile() -> None:
+    """It gets counts only, not even categories."""
     profile, _ = measured(batch([1234.5] * 20, ["secret"] * 20))
     assert profile.summary() == {"rows_in": 20, "rows": 20, "nulls": {"amount": 0, "sector": 0}}
 
@@ -201,7 +199,7 @@ def test_what_the_ledger_gets_holds_no_value() -> None:
 
 
 def test_null_share_counts_rows_that_went_to_quarantine() -> None:
-    """A broken source shows there first."""
+    """A broken source is visible in these rows first."""
     strict = view(NotNull("amount"))
     profile, counts = measured(batch([1.0, None, None, 1.0]), of=strict)
     facts = Facts(batch=profile, baseline=None, counts=counts, now=NOW)
@@ -212,8 +210,8 @@ def test_null_share_counts_rows_that_went_to_quarantine() -> None:
     assert found.said == "50.0% of 'amount' are null, at most 40.0% may be"
 
 
-def test_the_values_that_a_tombstone_lacks_are_not_missing() -> None:
-    """A day of deletions is no broken source."""
+def test_nulls_of_tombstones_do_not_count() -> None:
+    """A batch with many deletions is not a broken source."""
     source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
     with_ends = dataclasses.replace(view(), source=source)
     ends = batch([1.0, None, None]).append_column("gone", pa.array([False, True, False]))
@@ -222,7 +220,7 @@ def test_the_values_that_a_tombstone_lacks_are_not_missing() -> None:
 
 
 def test_freshness_is_the_age_of_the_newest_event() -> None:
-    """Exactly the maximum still passes."""
+    """An age equal to the maximum passes."""
     rule = Freshness(10 * DAY)
     assert finding(rule, batch([1.0], at=NOW - 10 * DAY)) is None
     late = finding(rule, batch([1.0], at=NOW - 10 * DAY - timedelta(seconds=1)))
@@ -231,13 +229,13 @@ def test_freshness_is_the_age_of_the_newest_event() -> None:
 
 @pytest.mark.parametrize(("rows", "passes"), [(49, False), (50, True), (200, True), (201, False)])
 def test_row_count_may_change_by_a_factor_both_ways(rows: int, passes: bool) -> None:
-    """Against the last good batch of 100 rows, within a factor of two."""
+    """Within a factor of two of the last good batch, which has 100 rows."""
     assert (finding(RowCount(2.0), batch([1.0] * rows), batch([1.0] * 100)) is None) == passes
     assert finding(RowCount(2.0), batch([1.0] * rows)) is None
 
 
 def test_stability_index_is_that_of_the_formula() -> None:
-    """Against shares 50:50 and 75:25: 0.25 ln 1.5 + 0.25 ln 2, and nothing for the same."""
+    """Shares 50:50 and 75:25 give 0.25 ln 1.5 + 0.25 ln 2, and equal shares give 0."""
     many = 10**9
     assert stability_index([many, many], [3 * many, many]) == pytest.approx(
         0.25 * np.log(1.5) + 0.25 * np.log(2)
@@ -246,7 +244,7 @@ def test_stability_index_is_that_of_the_formula() -> None:
 
 
 def test_drift_of_numbers_and_of_categories_is_found() -> None:
-    """A shift by one deviation, and a category that comes to prevail."""
+    """A shift by one standard deviation, and a new category with half of the rows."""
     random = np.random.default_rng(2)
     before = batch(random.normal(size=2000), ["a", "b"] * 1000)
     moved = batch(random.normal(1, size=2000), ["a", "c"] * 1000)
@@ -256,7 +254,7 @@ def test_drift_of_numbers_and_of_categories_is_found() -> None:
 
 
 def test_small_batches_are_seldom_refused_by_chance() -> None:
-    """Fifty rows of the same distribution have an index far above the threshold often, and are let through."""
+    """Fifty rows of the same distribution often have an index above the threshold, but are accepted."""
     random = np.random.default_rng(3)
     refused = above = 0
     for _ in range(100):
@@ -269,8 +267,8 @@ def test_small_batches_are_seldom_refused_by_chance() -> None:
     assert refused <= 2
 
 
-def test_a_feature_that_changed_its_kind_is_not_compared() -> None:
-    """The next version of a view may have another type under the same name, or no such feature."""
+def test_feature_with_another_type_is_not_compared() -> None:
+    """A view's next version may have another type under the same name, or no such feature."""
     baseline, _ = measured(batch([1.0] * 9, ["a"] * 9))
     good = pa.table({"amount": pa.array(["x"])})
     assert profiles.count(good, baseline.distributions) == {}

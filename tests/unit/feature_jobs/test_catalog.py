@@ -1,9 +1,8 @@
-"""From a module to the ledger and back, without the module."""
+"""Definitions are recorded from a module, and specifications are read from the ledger without the module."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -35,27 +34,20 @@ credit = FeatureService("credit", views=[income])
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder on the path."""
+    """A folder with users' modules, on the import path."""
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 def write(folder: Path, name: str, *, text: str = MODULE, days: int = 365) -> str:
-    """A user's module; gives its name."""
+    """Write a module of definitions and return its name."""
     (folder / f"{name}.py").write_text(dedent(text).replace("{days}", str(days)))
     return name
 
 
 def test_apply_twice_records_once(folder: Path, ledger: Ledger) -> None:
-    """The same definitions leave no second event."""
+    """Applying the same definitions again records no event."""
     definitions = load_definitions(write(folder, "defs_once"))
     first = apply(definitions, ledger, actor="user:test")
     second = apply(definitions, ledger, actor="user:test")
@@ -65,7 +57,7 @@ def test_apply_twice_records_once(folder: Path, ledger: Ledger) -> None:
 
 
 def test_changed_view_is_a_new_version_of_view_and_service(folder: Path, ledger: Ledger) -> None:
-    """The old version stays readable: a model trained on it keeps its features."""
+    """The old version stays readable, so a model that was trained with it keeps its features."""
     apply(load_definitions(write(folder, "defs_old")), ledger, actor="user:test")
     before = service_spec(ledger, "credit")
     apply(load_definitions(write(folder, "defs_new", days=30)), ledger, actor="user:test")
@@ -75,7 +67,7 @@ def test_changed_view_is_a_new_version_of_view_and_service(folder: Path, ledger:
 
 
 def test_going_back_to_an_old_definition_makes_it_the_newest(folder: Path, ledger: Ledger) -> None:
-    """What was applied last counts, not what is the youngest by content."""
+    """The newest version is the one that was applied last."""
     old, new = (load_definitions(write(folder, f"defs_{days}", days=days)) for days in (10, 20))
     for definitions in (old, new, old):
         apply(definitions, ledger, actor="user:test")
@@ -86,7 +78,7 @@ def test_going_back_to_an_old_definition_makes_it_the_newest(folder: Path, ledge
 
 
 def test_spec_needs_no_module_and_crosses_a_process_as_json(folder: Path, ledger: Ledger) -> None:
-    """A replica rebuilds the spec from the ledger alone."""
+    """A replica rebuilds the specification from the ledger alone."""
     apply(load_definitions(write(folder, "defs_gone")), ledger, actor="user:test")
     (folder / "defs_gone.py").unlink()
     spec = service_spec(ledger, "credit")
@@ -96,7 +88,7 @@ def test_spec_needs_no_module_and_crosses_a_process_as_json(folder: Path, ledger
 
 
 def test_unknown_names_are_refused_with_the_nearest(folder: Path, ledger: Ledger) -> None:
-    """View, service and version."""
+    """Errors for unknown views, services and versions suggest a similar name."""
     definitions = load_definitions(write(folder, "defs_names"))
     apply(definitions, ledger, actor="user:test")
     with pytest.raises(FeatureViewNotFound, match="Did you mean 'income'"):
@@ -118,14 +110,14 @@ def test_unknown_names_are_refused_with_the_nearest(folder: Path, ledger: Ledger
          "schema=[Field('a', 'int64')])", "two definitions named 'income'"),
     ],
 )  # fmt: skip
-def test_module_that_cannot_be_used_is_refused(folder: Path, text: str, words: str) -> None:
-    """Empty, broken, or ambiguous."""
+def test_invalid_module_is_refused(folder: Path, text: str, words: str) -> None:
+    """A module without views, with a missing import, or with two definitions of one name is refused."""
     name = write(folder, f"defs_bad_{abs(hash(words))}", text=text)
     with pytest.raises(DefinitionError, match=words):
         load_definitions(name)
 
 
 def test_missing_module_is_refused() -> None:
-    """The message says where to start from."""
+    """The error names the module."""
     with pytest.raises(DefinitionError, match=r"No module 'no_such_definitions\.inner'"):
         load_definitions("no_such_definitions.inner")

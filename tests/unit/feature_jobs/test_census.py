@@ -1,4 +1,4 @@
-"""The shipped example: real people, synthetic dates, and no publication that knows the future."""
+"""The census example: real people, generated dates, and publications without later outcomes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def known(census: pl.DataFrame) -> pl.DataFrame:
     return outcomes(census)
 
 
-def test_every_real_record_is_there_once(census: pl.DataFrame) -> None:
-    """Years as the packaged tables have them, each person with an outcome, surveyed in the year."""
+def test_every_real_record_occurs_once(census: pl.DataFrame) -> None:
+    """Each person has an outcome and a survey date in the year of the record."""
     assert dict(census.group_by("year").len().sort("year").iter_rows()) == ROWS_BY_YEAR
     assert census["person_id"].is_unique().all()
     assert {0, 1} == set(census["employed"].unique())
@@ -44,14 +44,14 @@ def test_every_real_record_is_there_once(census: pl.DataFrame) -> None:
 
 
 def test_dates_depend_on_the_id_alone(census: pl.DataFrame) -> None:
-    """The same person is surveyed on the same day, however the table is ordered, and days spread over the year."""
+    """Survey dates are the same in each run, and are spread over the year."""
     assert records().equals(census)
     per_month = census.filter(pl.col("year") == 2015)["surveyed_at"].dt.month().value_counts()
     assert per_month.filter(pl.col("surveyed_at") < 12)["count"].min() > 5000  # type: ignore[operator]
 
 
-def test_no_publication_holds_an_outcome_not_known_then(known: pl.DataFrame) -> None:
-    """Counted again from the outcomes: those known at publication, of the year up to the month's end."""
+def test_publication_uses_only_outcomes_known_at_its_time(known: pl.DataFrame) -> None:
+    """Rates equal those computed again from the outcomes known at publication."""
     banded = known.with_columns(
         age_band=pl.Series(age_band(known.to_arrow()["AGEP"])),
         schooling=pl.Series(schooling(known.to_arrow()["SCHL"])),
@@ -59,80 +59,78 @@ def test_no_publication_holds_an_outcome_not_known_then(known: pl.DataFrame) -> 
     published = publications(known, year=2016)
     assert published.height > 500
     for row in published.sample(40, seed=1).iter_rows(named=True):
-        then = banded.filter(
+        expected = banded.filter(
             (pl.col("age_band") == row["age_band"])
             & (pl.col("schooling") == row["schooling"])
             & (pl.col("known_at") <= row["published_at"])
             & (pl.col("surveyed_at") <= row["month_end"])
             & (pl.col("surveyed_at") > row["month_end"] - TRAILING)
         )
-        assert (then.height, then["employed"].mean()) == (
+        assert (expected.height, expected["employed"].mean()) == (
             row["outcomes"],
             pytest.approx(row["employment_rate"]),
         )
 
 
-def test_outcome_that_arrives_after_publication_changes_nothing_in_it(known: pl.DataFrame) -> None:
-    """Turning every outcome that was not known yet around leaves the publication as it is."""
-    month_end, at = month_ends(2016)[5], month_ends(2016)[5] + timedelta(days=3)
+def test_late_outcome_does_not_change_a_publication(known: pl.DataFrame) -> None:
+    """Inverting every outcome that was not known yet leaves the rates unchanged."""
+    month_end, published_at = month_ends(2016)[5], month_ends(2016)[5] + timedelta(days=3)
     banded = known.with_columns(age_band=pl.lit("a"), schooling=pl.lit("s"))
-    turned = banded.with_columns(
-        employed=pl.when(pl.col("known_at") > at).then(1 - pl.col("employed")).otherwise("employed")
+    inverted = banded.with_columns(
+        employed=pl.when(pl.col("known_at") > published_at).then(1 - pl.col("employed")).otherwise("employed")
     )
-    assert not turned.equals(banded)
-    expected = rates(banded, month_end=month_end, published_at=at)
-    assert expected.equals(rates(turned, month_end=month_end, published_at=at))
+    assert not inverted.equals(banded)
+    expected = rates(banded, month_end=month_end, published_at=published_at)
+    assert expected.equals(rates(inverted, month_end=month_end, published_at=published_at))
 
 
-def test_correction_has_the_late_outcomes_too(known: pl.DataFrame) -> None:
-    """Same month, later publication, never fewer outcomes, on the whole more."""
+def test_correction_includes_late_outcomes(known: pl.DataFrame) -> None:
+    """A correction never has fewer outcomes than the first publication, and in total has more."""
     published = publications(known, year=2016).sort("published_at")
     counts = published.group_by("month_end", "age_band", "schooling", maintain_order=True).agg("outcomes")
-    twice = counts.filter(pl.col("outcomes").list.len() == 2)["outcomes"]
-    assert (twice.list.last() >= twice.list.first()).all()
-    assert twice.list.last().sum() > twice.list.first().sum()
+    corrected = counts.filter(pl.col("outcomes").list.len() == 2)["outcomes"]
+    assert (corrected.list.last() >= corrected.list.first()).all()
+    assert corrected.list.last().sum() > corrected.list.first().sum()
 
 
-def test_cohort_too_small_is_not_published(known: pl.DataFrame) -> None:
-    """A rate over a handful of people is noise, and points at them."""
+def test_small_cohort_is_not_published(known: pl.DataFrame) -> None:
+    """A rate of few people is noise, and could identify them."""
     assert publications(known, year=2015)["outcomes"].min() == MIN_OUTCOMES
 
 
-def test_own_outcome_is_never_known_when_a_person_is_asked_about(
-    census: pl.DataFrame, known: pl.DataFrame
-) -> None:
-    """The cohort rate cannot leak the label of the person it describes."""
-    asked = entities(census)
-    assert (known["known_at"] > asked["event_timestamp"]).all()
+def test_outcome_is_known_only_after_the_entity_row(census: pl.DataFrame, known: pl.DataFrame) -> None:
+    """So a cohort's rate cannot leak the label of the person it describes."""
+    entity_rows = entities(census)
+    assert (known["known_at"] > entity_rows["event_timestamp"]).all()
 
 
-def test_person_is_published_before_being_asked_about(census: pl.DataFrame) -> None:
+def test_person_is_published_before_the_entity_row(census: pl.DataFrame) -> None:
     """Otherwise every feature would be missing."""
     people = deliver(census.head(1000), faults=0)
     assert (people["published_at"] <= entities(census.head(1000))["event_timestamp"]).all()
 
 
-def test_planted_faults_are_all_that_is_bad(census: pl.DataFrame) -> None:
-    """Each fault is found, with ids that no real person has; every real person passes."""
-    of_year = census.filter(pl.col("year") == 2017)
-    delivery = deliver(of_year, faults=NUM_FAULTS)
-    found = prepare(delivery.to_arrow(), person, now=NOW)
-    bad = found.filter(found[REASON].is_valid())
-    assert (NUM_FAULTS, ROWS_BY_YEAR[2017] + NUM_FAULTS) == (bad.num_rows, found.num_rows)
+def test_checks_find_exactly_the_planted_faults(census: pl.DataFrame) -> None:
+    """Faulty rows have ids that no real person has, and every real person passes."""
+    people = census.filter(pl.col("year") == 2017)
+    delivery = deliver(people, faults=NUM_FAULTS)
+    checked = prepare(delivery.to_arrow(), person, now=NOW)
+    bad = checked.filter(checked[REASON].is_valid())
+    assert (NUM_FAULTS, ROWS_BY_YEAR[2017] + NUM_FAULTS) == (bad.num_rows, checked.num_rows)
     assert min(bad["person_id"].to_pylist()) >= FIRST_FAULT_ID > census["person_id"].max()  # type: ignore[operator]
-    said = " ".join(bad[REASON].to_pylist())
-    assert all(word in said for word in ("AGEP", "SCHL", "event_timestamp lies in the future"))
-    assert entities(of_year).height == ROWS_BY_YEAR[2017]
+    reasons = " ".join(bad[REASON].to_pylist())
+    assert all(word in reasons for word in ("AGEP", "SCHL", "event_timestamp lies in the future"))
+    assert entities(people).height == ROWS_BY_YEAR[2017]
 
 
 def test_every_publication_passes_its_own_checks(known: pl.DataFrame) -> None:
-    """No band that the person view gives is unknown to the cohort view."""
-    found = prepare(publications(known, year=2018).to_arrow(), cohort, now=NOW)
-    assert found[REASON].null_count == found.num_rows
+    """The cohort view accepts all bands that the person view computes."""
+    checked = prepare(publications(known, year=2018).to_arrow(), cohort, now=NOW)
+    assert checked[REASON].null_count == checked.num_rows
 
 
 def test_bands_have_readable_names_and_no_gaps() -> None:
-    """Lower bounds are included; what is no age or code has no band."""
+    """Lower bounds are included, and an invalid age or code has no band."""
     ages = pa.chunked_array([[0.0, 15.9, 16.0, 25.0, 34.0, 64.0, 65.0, 94.0, -1.0, None]])
     assert age_band(ages).to_pylist() == [
         "0-15",
@@ -152,7 +150,7 @@ def test_bands_have_readable_names_and_no_gaps() -> None:
 
 
 def test_transform_keeps_rows_and_order(census: pl.DataFrame) -> None:
-    """A pure function over a table: the same rows, two more columns."""
+    """The transform adds two columns and changes nothing else."""
     table = census.head(100).to_arrow()
     banded = with_bands(table)
     assert table.equals(banded.select(table.column_names))
@@ -160,6 +158,6 @@ def test_transform_keeps_rows_and_order(census: pl.DataFrame) -> None:
 
 
 def test_service_gives_the_cohort_its_keys_from_the_person() -> None:
-    """The views are in the order that lets the join keys be found."""
+    """The person view comes first and has the join keys of the cohort view."""
     assert [view.name for view in employment.views] == ["person", "cohort"]
     assert set(cohort.join_keys) <= {field.name for field in person.schema}

@@ -1,4 +1,4 @@
-"""The way in from a notebook: what the jobs give, under what the jobs are under."""
+"""The client for notebooks gives the same results as the commands, under the same policies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ KEYS = ("features/income/internal", "online/income/internal", "training_sets/cre
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project whose cluster is this process: one view applied, ingested and materialised."""
+    """A project whose cluster is this process, with one view applied, ingested and materialised."""
     root = tmp_path_factory.mktemp("project")
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     places = layout(config.storage)
@@ -120,26 +120,29 @@ def ledger(root: Path) -> Iterator[Ledger]:
 
 
 def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledger: Ledger) -> None:
-    """From entity rows of any of them, in their order; each is an event."""
-    before = len(list(ledger.entries(TrainingSetBuilt)))
+    """It accepts entity rows of each kind, keeps their order, and records an event for each set."""
+    num_before = len(list(ledger.entries(TrainingSetBuilt)))
     polars = pl.DataFrame(pl.from_arrow(PEOPLE))
     sets = [store.training_set("credit", people) for people in (PEOPLE, polars, polars.to_pandas())]
     assert {
-        one.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None]) for one in sets
+        training_set.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None])
+        for training_set in sets
     } == {True}
     assert sets[0].to_polars()["income__amount"].to_list() == [8.0, 4.0, None]
     assert sets[0].to_pandas()["income__since"].notna().to_list() == [False, True, False]
-    built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][before:]
-    assert [one["row_hash"] for one in built] == [one.manifest["row_hash"] for one in sets]
+    built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][num_before:]
+    assert [training_set["row_hash"] for training_set in built] == [
+        training_set.manifest["row_hash"] for training_set in sets
+    ]
 
 
-def test_saved_training_set_is_what_the_command_would_have_written(
+def test_saved_training_set_has_rows_and_a_recorded_manifest(
     store: FeatureStore, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """Rows and manifest, which the ledger knows."""
-    made = store.training_set("credit", PEOPLE)
-    made.save(f"{tmp_path}/train.parquet")
-    assert read_parquet(f"{tmp_path}/train.parquet").equals(made.to_arrow())
+    """`jobs.train` reads the same files from the command."""
+    training_set = store.training_set("credit", PEOPLE)
+    training_set.save(f"{tmp_path}/train.parquet")
+    assert read_parquet(f"{tmp_path}/train.parquet").equals(training_set.to_arrow())
     manifest = read_manifest(f"{tmp_path}/train.manifest.json")
     check_manifest(manifest, ledger)
     content = json.loads((tmp_path / "train.manifest.json").read_text())
@@ -151,7 +154,7 @@ def test_saved_training_set_is_what_the_command_would_have_written(
 
 
 def test_features_are_read_online_by_key(store: FeatureStore) -> None:
-    """In the entities' order, with what is known of each value; times are times."""
+    """Results have the order of the entities, with a status for each value."""
     read = store.read("credit", [{"person_id": 1}, {"person_id": 9}], as_of="2024-01-02")
     assert read.to_arrow().to_pydict() == {
         "person_id": [1, 9],
@@ -165,33 +168,37 @@ def test_features_are_read_online_by_key(store: FeatureStore) -> None:
         store.read("credit", [{"id": 1}])
 
 
-def test_features_are_made_on_demand_of_what_is_given(store: FeatureStore) -> None:
-    """The same in a training set and online."""
-    made = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
+def test_on_demand_features_are_equal_online_and_in_training(store: FeatureStore) -> None:
+    """Without inputs, an online read leaves them out."""
+    training_set = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
     entities = [{"person_id": key} for key in PEOPLE["person_id"].to_pylist()]
     read = store.read("offers", entities, as_of=AT, features={"asked": [2.0, 2.0, 2.0]})
     expected = [0.25, 0.5, None]
     assert (
-        made.to_arrow()["terms__share"].to_pylist() == read.to_arrow()["terms__share"].to_pylist() == expected
+        training_set.to_arrow()["terms__share"].to_pylist()
+        == read.to_arrow()["terms__share"].to_pylist()
+        == expected
     )
     assert "terms__share" not in store.read("offers", entities, as_of=AT).to_arrow().column_names
 
 
-def test_policy_is_that_of_the_commands(root: Path, ledger: Ledger) -> None:
-    """A denial is an event."""
+def test_denied_read_is_recorded(root: Path, ledger: Ledger) -> None:
+    """A role without permission gets AccessDenied, and the ledger has the denial."""
     with FeatureStore.attach(storage_root=str(root), role="auditor") as store:
         with pytest.raises(AccessDenied, match="may not build training set"):
             store.training_set("credit", PEOPLE)
         with pytest.raises(AccessDenied, match="may not read online"):
             store.read("credit", [{"person_id": 1}])
     denied = [entry.payload for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
-    assert [one["action"] for one in denied] == ["build_training_set", "read_online"]
-    assert {one["entrypoint"] for one in denied} == {"feature_jobs.client"}
+    assert [payload["action"] for payload in denied] == ["build_training_set", "read_online"]
+    assert {payload["entrypoint"] for payload in denied} == {"feature_jobs.client"}
 
 
-def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger, tmp_path: Path) -> None:
-    """No table, no rows, a retired view, no cluster."""
-    for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "are none")):
+def test_invalid_entity_rows_retired_view_and_missing_cluster_are_refused(
+    store: FeatureStore, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Each has its own error."""
+    for entities, words in (([{"person_id": 1}], "must be a table"), (PEOPLE.slice(0, 0), "is empty")):
         with pytest.raises(TrainingSetError, match=words):
             store.training_set("credit", entities)
     for state in ("retired", "active"):
@@ -205,7 +212,7 @@ def test_what_the_command_refuses_is_refused(store: FeatureStore, ledger: Ledger
 
 
 def test_whole_numbers_keep_their_digits_in_pandas_beside_a_null() -> None:
-    """Whatever the table holds, and bools stay bools; what pandas gives is taken back unchanged."""
+    """All types survive the conversion to pandas and back."""
     large = 2**53 + 1
     at = datetime(1, 1, 1, 0, 0, 0, 5, tzinfo=UTC)
     table = pa.table(

@@ -1,4 +1,4 @@
-"""Definitions say at once what is wrong with them, and their version follows their meaning."""
+"""Definitions are validated when they are created, and their version depends on their content."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _scaled(table: pa.Table) -> pa.Table:
 
 
 def view(**changes: Any) -> FeatureView:
-    """A view that can be applied, with some parts changed."""
+    """A valid view, with some parts changed."""
     parts: dict[str, Any] = {
         "entities": [PERSON],
         "source": SOURCE,
@@ -66,25 +66,25 @@ def view(**changes: Any) -> FeatureView:
         (lambda: Entity("person", join_keys="person_id"), "must be a list"),
         (lambda: FileSource("", event_timestamp="at"), "needs a path"),
         (lambda: FileSource("x", event_timestamp="at", deleted="at"), "a bool column of its own"),
-        (lambda: view(schema=[Field("deleted", "bool")]), "kept for the platform"),
+        (lambda: view(schema=[Field("deleted", "bool")]), "reserved for the platform"),
         (lambda: view(entities=[]), "no entity"),
         (lambda: view(schema=[]), "no features"),
         (lambda: view(schema=[Field("a", "int64"), Field("a", "string")]), "the field 'a' twice"),
         (lambda: view(schema=[Field("person_id", "int64")]), "join key and cannot be a feature too"),
-        (lambda: view(schema=[Field("ingest_seq", "int64")]), "kept for the platform"),
+        (lambda: view(schema=[Field("ingest_seq", "int64")]), "reserved for the platform"),
         (lambda: view(checks=[NotNull("amuont")]), "unknown column 'amuont'. Did you mean 'amount'"),
-        (lambda: view(checks=["amount > 0"]), "is no check"),
+        (lambda: view(checks=["amount > 0"]), "is not a check"),
         (lambda: view(checks=[Range("sector", minimum=0)]), "needs a numeric column"),
         (lambda: view(checks=[Allowed("sector", values=[1])]), "do not fit dtype string"),
         (lambda: Range("amount"), "minimum or a maximum"),
         (lambda: Range("amount", minimum=2, maximum=1), "above maximum"),
         (lambda: Allowed("sector"), "needs values"),
         (lambda: Field("a", "int64", from_columns="x"), "must be a list"),
-        (lambda: view(schema=[Field("a", "int64", from_columns=["x"])]), "without a transform"),
+        (lambda: view(schema=[Field("a", "int64", from_columns=["x"])]), "has no transform"),
         (lambda: Pattern("sector"), "needs a pattern"),
-        (lambda: Pattern("sector", "a("), "is no regular expression of RE2"),
-        (lambda: Pattern("sector", "a)(b"), "is no regular expression of RE2"),
-        (lambda: Pattern("sector", "(?=a)"), "is no regular expression of RE2"),
+        (lambda: Pattern("sector", "a("), "is not a valid RE2 expression"),
+        (lambda: Pattern("sector", "a)(b"), "is not a valid RE2 expression"),
+        (lambda: Pattern("sector", "(?=a)"), "is not a valid RE2 expression"),
         (lambda: view(checks=[Pattern("amount", "a")]), "needs a column of text"),
         (lambda: Unique("sector"), "needs a list"),
         (lambda: view(checks=[Unique(["sector", "amuont"])]), "unknown column 'amuont'"),
@@ -107,14 +107,14 @@ def view(**changes: Any) -> FeatureView:
         (lambda: FeatureView("a__b", entities=[PERSON], source=SOURCE, schema=[Field("x", "int64")]), "'__'"),
     ],
 )
-def test_mistake_is_named(make: Callable[[], Any], words: str) -> None:
-    """A definition that cannot work does not come to be, and the message says why."""
+def test_invalid_definition_is_refused(make: Callable[[], Any], words: str) -> None:
+    """The error says what is wrong."""
     with pytest.raises(DefinitionError, match=re.escape(words)):
         make()
 
 
 def test_version_is_stable_for_the_same_definition() -> None:
-    """Equal content, equal version: applying twice changes nothing."""
+    """Equal definitions have equal versions."""
     assert view(transform=double).version == view(transform=double).version
 
 
@@ -133,63 +133,63 @@ def test_version_is_stable_for_the_same_definition() -> None:
         {"schema": [Field("amount", "float64"), Field("sector", "string")]},
     ],
 )
-def test_version_follows_every_part(changes: dict[str, Any]) -> None:
-    """What governance or readers depend on is part of the version."""
+def test_version_depends_on_every_part(changes: dict[str, Any]) -> None:
+    """Each part that governance or readers depend on changes the version."""
     assert view().version != view(**changes).version
 
 
-def test_a_view_without_tombstones_keeps_the_definition_it_had() -> None:
-    """A project from before sees no change."""
+def test_source_without_tombstones_has_no_key_for_them() -> None:
+    """So views of older releases keep their version."""
     assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
 
 
-def test_columns_that_a_feature_comes_from_are_recorded_where_they_are_said() -> None:
-    """A field that does not say them is described as before."""
-    said, unsaid = (
+def test_from_columns_are_recorded_only_if_given() -> None:
+    """So views of older releases keep their version."""
+    declared, undeclared = (
         view(schema=[Field("amount", "float64", from_columns=columns)], transform=double).definition()
         for columns in (["gross", "tax"], [])
     )
-    assert said["schema"][0]["from_columns"] == ["gross", "tax"]
-    assert "from_columns" not in unsaid["schema"][0]
+    assert declared["schema"][0]["from_columns"] == ["gross", "tax"]
+    assert "from_columns" not in undeclared["schema"][0]
 
 
-def test_every_rule_can_be_recorded() -> None:
-    """A version is a hash of JSON, which knows no enum and no time span."""
-    rules = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
-    checks = [*rules, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
+def test_every_check_can_be_recorded_as_json() -> None:
+    """Enums and time spans become JSON values, and the check can be rebuilt from them."""
+    first_checks = [Unique(["person_id", "event_timestamp"], keep="first"), Freshness(timedelta(days=2))]
+    checks = [*first_checks, Pattern("sector", "[a-z]+"), Outlier("amount"), RowCount(2.0), Drift("amount")]
     assert view(checks=checks).version != view().version
-    assert [rule.definition() for rule in rules] == [
+    assert [rule.definition() for rule in first_checks] == [
         {"check": "Unique", "of": ["person_id", "event_timestamp"], "keep": "first"},
         {"check": "Freshness", "maximum_age_s": 172800.0},
     ]
     assert [type(rule).from_definition(rule.definition()) for rule in checks] == checks
 
 
-def test_version_of_a_view_with_the_old_rules_is_what_it_was() -> None:
-    """Rules that came later change nothing for a view that has none of them."""
+def test_version_with_older_checks_is_unchanged() -> None:
+    """Checks of later releases do not change the version of views that do not use them."""
     checks = [NotNull("amount"), Range("amount", minimum=0), Allowed("sector", values=["a"])]
     assert view(checks=checks).version == "460fff526ed2"
 
 
 def test_version_follows_constants_and_helpers_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed factor in a helper is a changed feature."""
+    """Changing a constant in a helper function changes the version."""
     before = view(transform=double).version
     monkeypatch.setitem(globals(), "FACTOR", 3)
     assert view(transform=double).version != before
 
 
 def test_service_version_follows_its_views_and_their_order() -> None:
-    """A service is its views' versions, in order."""
-    one, other = view(), replace(view(), name="wealth")
+    """Another order, another version of a view, or fewer views give another service version."""
+    income, wealth = view(), replace(view(), name="wealth")
     versions = {
         FeatureService("credit", views=views).version
-        for views in ([one, other], [other, one], [one], [replace(one, owner="x"), other])
+        for views in ([income, wealth], [wealth, income], [income], [replace(income, owner="x"), wealth])
     }
     assert len(versions) == 4
 
 
 def test_definition_holds_governance_per_column() -> None:
-    """Sensitivity, owner and purposes reach the ledger."""
+    """The definition has sensitivity, owner and purposes."""
     definition = view().definition()
     assert [field["sensitivity"] for field in definition["schema"]] == ["personal", "internal"]
     assert (definition["owner"], definition["purposes"]) == ("risk", ["credit_scoring"])

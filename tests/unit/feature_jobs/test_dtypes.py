@@ -1,4 +1,4 @@
-"""Dtypes: their names, what casts to them without loss, and which rules, windows and categories they take."""
+"""Dtypes: names, lossless casts, JSON forms, and the checks, windows and defaults that they allow."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def view(
 
 
 def block(rows: int = 2, **columns: Any) -> pa.Table:
-    given = {
+    view_columns = {
         "price": pa.array([Decimal("1.5"), None][:rows]),
         "day": pa.array([dt.date(2026, 1, 31), None][:rows]),
         "blob": pa.array([b"\x00", None][:rows]),
@@ -82,15 +82,15 @@ def block(rows: int = 2, **columns: Any) -> pa.Table:
         "codes": pa.array([[2**53 + 1], None][:rows]),
     } | columns
     times = pa.array([NOW - timedelta(days=1)] * rows, pa.timestamp("us", "UTC"))
-    return pa.table({"id": list(range(rows)), "at": times, **given})
+    return pa.table({"id": list(range(rows)), "at": times, **view_columns})
 
 
-@pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[one[0] for one in JSON])
+@pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[value[0] for value in JSON])
 def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: Any) -> None:
-    """What one gives, the other takes unchanged; Arrow is made of either."""
+    """A JSON value becomes an online value and the same JSON value again, and both give the same Arrow value."""
     assert online_value(as_json, dtype) == online
     assert list(to_json([online, None], dtype)) == [as_json, None]
-    arrow = [arrow_values([one, None], dtype) for one in (as_json, online)]
+    arrow = [arrow_values([value, None], dtype) for value in (as_json, online)]
     assert arrow[0].equals(arrow[1])
     assert arrow[0].type == DTYPES[dtype]
 
@@ -123,14 +123,14 @@ def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: 
         ("list<string>", [["a"]]),
     ],
 )
-def test_json_of_another_form_is_refused(dtype: str, value: Any) -> None:
-    """A number without a unit, a rounded decimal, a list with a hole; no message says the value."""
+def test_json_value_that_does_not_fit_is_refused(dtype: str, value: Any) -> None:
+    """The message does not contain the value."""
     with pytest.raises(ValueError, match=r"^(?!.*(1\.555|1769860800000000))"):
         from_json(value, dtype)
 
 
 def test_a_dtype_has_one_spelling_and_limits() -> None:
-    """However it was written, so that a view's version does not depend on a space."""
+    """A dtype's spelling does not depend on spaces, so a view's version does not either."""
     assert Field("a", "list<float32,384>").dtype == "list<float32, 384>"
     assert Field("a", "decimal(12,2)").dtype == "decimal(12, 2)"
     unknown = ("list<list<int64>>", "list<date>", "list<int64, 0>", "list<int64, 65537>", "decimal(39, 2)")
@@ -160,8 +160,8 @@ def test_a_dtype_has_one_spelling_and_limits() -> None:
         ("int64", pa.array([[1]])),
     ],
 )
-def test_what_would_lose_something_is_refused_by_column(dtype: str, column: pa.Array) -> None:
-    """Also inside lists."""
+def test_lossy_cast_is_refused(dtype: str, column: pa.Array) -> None:
+    """The error names the column, also for elements of lists."""
     with pytest.raises(SchemaMismatch, match="Column 'c"):
         cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
 
@@ -178,24 +178,24 @@ def test_what_would_lose_something_is_refused_by_column(dtype: str, column: pa.A
         ("list<string, 2>", pa.nulls(1), [None]),
     ],
 )
-def test_other_types_of_the_same_values_are_taken(dtype: str, column: pa.Array, expected: list[Any]) -> None:
-    """Of any width, and of every list that Arrow has."""
+def test_lossless_cast_is_accepted(dtype: str, column: pa.Array, expected: list[Any]) -> None:
+    """Integers of any width and every list type of Arrow are accepted."""
     cast = cast_feature(pa.chunked_array([column]), DTYPES[dtype], name="c")
     assert (cast.to_pylist(), cast.type) == (expected, DTYPES[dtype])
 
 
-def test_a_list_of_another_length_is_its_row_s_alone() -> None:
-    """It goes to quarantine, as does one with a null among its elements; the types are those declared."""
+def test_list_with_wrong_length_or_null_element_goes_to_quarantine() -> None:
+    """Other rows are stored, with the declared types."""
     emb = pa.array([[0.5, 1.0, 2.0], [1.0], [1.0, float("nan"), 2.0], None])
     empty = {name: pa.nulls(4) for name in ("price", "day", "blob", "tags", "codes")}
     prepared = prepare(block(4, emb=emb, **empty), view(), now=NOW)
     reasons = [None, "emb has not 3 elements", "emb has a null element", None]
     assert prepared[REASON].to_pylist() == reasons
-    assert [prepared.schema.field(name).type for name in RICH] == [DTYPES[one] for one in RICH.values()]
+    assert [prepared.schema.field(name).type for name in RICH] == [DTYPES[dtype] for dtype in RICH.values()]
 
 
 def test_text_and_json_lines_are_read_as_declared() -> None:
-    """A list is a JSON array in CSV; bytes are base64."""
+    """CSV, JSON and SQL give the same values. A list is a JSON array in CSV, and bytes are base64."""
     text = {
         "price": ["1.5", None],
         "day": ["2026-01-31", None],
@@ -213,14 +213,14 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
         | {"codes": [2**53 + 1]},
         {"tags": []},
     ]
-    of_json = typed_rows(lines, RICH)
-    wanted = prepare(block(), view(), now=NOW)
+    from_json_lines = typed_rows(lines, RICH)
+    expected = prepare(block(), view(), now=NOW)
     for name in RICH:
-        assert columns[name].to_pylist() == of_json[name].to_pylist() == wanted[name].to_pylist()
+        assert columns[name].to_pylist() == from_json_lines[name].to_pylist() == expected[name].to_pylist()
     native = {"price": Decimal("1.5"), "day": dt.date(2026, 1, 31), "blob": memoryview(b"\x00")}
-    of_sql = typed_rows([native | {"emb": "[0.5, 1, 2]", "tags": ["a"], "codes": [1]}], RICH)
+    from_sql = typed_rows([native | {"emb": "[0.5, 1, 2]", "tags": ["a"], "codes": [1]}], RICH)
     for name in ("price", "day", "blob", "emb", "tags"):
-        assert of_sql[name][0] == of_json[name][0]
+        assert from_sql[name][0] == from_json_lines[name][0]
     with pytest.raises(SchemaMismatch, match=r"'price' should be decimal.*1 of 1 values"):
         typed_rows([{"price": 1.25}], RICH)
 
@@ -248,32 +248,36 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
         lambda: FeatureService("s", views=[view()], missing={"v__price": Default(1.5)}),
     ],
 )
-def test_what_makes_no_sense_of_a_dtype_is_refused_at_definition(make: Any) -> None:
-    """Rules, windows and defaults."""
+def test_unsuitable_check_window_or_default_is_refused(make: Any) -> None:
+    """The definition fails for a dtype that it does not fit."""
     with pytest.raises(DefinitionError):
         make()
 
 
 def test_bounds_of_decimals_are_exact() -> None:
-    """As floats, the neighbour of a bound would be taken for it."""
+    """Compared as floats, a value very close to a bound would count as equal."""
     rule = Range("c", minimum=0.1, maximum=1e17)
     numbers = ["0.1000000000", "0.0999999999", "100000000000000000.0000000001", None]
     column = pa.chunked_array([arrow_values(numbers, "decimal(38, 10)")])
     assert rule.failing(column).to_pylist() == [False, True, True, False]
 
 
-def test_rich_columns_have_nulls_in_a_batch_s_profile_and_no_distribution() -> None:
-    """There is nothing that a list or bytes could be counted by."""
+def test_profile_counts_nulls_of_rich_columns() -> None:
+    """Lists, bytes, decimals and dates have no distribution."""
     fields = list(view().schema)
     good = prepare(block(), view(), now=NOW)
-    first = sketch(good, good, fields)
-    chosen = bins([first])
-    whole = profile([first], chosen, [count(good, chosen)])
-    assert (whole.nulls["price"], whole.nulls["tags"], whole.distributions) == (1, 0, {})
+    batch_sketch = sketch(good, good, fields)
+    batch_bins = bins([batch_sketch])
+    batch_profile = profile([batch_sketch], batch_bins, [count(good, batch_bins)])
+    assert (batch_profile.nulls["price"], batch_profile.nulls["tags"], batch_profile.distributions) == (
+        1,
+        0,
+        {},
+    )
 
 
-def test_row_hash_of_lists_does_not_depend_on_the_library() -> None:
-    """Neither on offsets nor on the elements' name; and what an earlier release hashed is still known."""
+def test_row_hash_of_lists_does_not_depend_on_the_arrow_type() -> None:
+    """Hashes of an older release are still recognised."""
     table = pa.table({"a": [[1.0, 2.0], None, []], "s": [["x"], [None], []]})
     large = pa.schema([("a", pa.large_list(pa.float64())), ("s", pa.large_list(pa.large_string()))])
     assert row_hash(table.cast(large)) == row_hash(table)
@@ -281,7 +285,7 @@ def test_row_hash_of_lists_does_not_depend_on_the_library() -> None:
         pa.table({"a": [[1.0], None, [2.0]], "s": table["s"]}),
         pa.table({"a": [[1.0, 2.5], None, []]}),
     ]
-    assert len({row_hash(one) for one in (table, *changed)}) == 3
+    assert len({row_hash(other) for other in (table, *changed)}) == 3
     old = pa.table({"a": pa.array([[1.0, None], None, []]), "s": ["x", None, "z"]})
     before = "6c843d7cacf4d9af160c4c3006bab98713677422511ca1e5bd31da4caddeb6d5"
     old = old.append_column("d", pa.array([1, None, 3], pa.date32()))

@@ -1,4 +1,4 @@
-"""Times of sources: what a time without a zone means, and which way a finer time is rounded."""
+"""Times of sources: times without a zone, and rounding of times finer than a microsecond."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.errors import DefinitionError, SchemaMismatch
 from feature_jobs.store import FeatureView, FileSource, SqlSource
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.types.casting import cast_feature, cast_time
-from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, micros, parse
+from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, parse, to_micros
 from tests.feature_project import INCOME
 
 ZONE = "America/Los_Angeles"
@@ -22,7 +22,7 @@ NS = pa.timestamp("ns", "UTC")
 
 
 @pytest.mark.parametrize(
-    ("shown", "utc"),
+    ("local_text", "utc"),
     [
         ("2024-01-01T00:00:00", "2024-01-01T08:00:00Z"),
         ("2024-07-01T00:00:00", "2024-07-01T07:00:00Z"),
@@ -36,28 +36,28 @@ NS = pa.timestamp("ns", "UTC")
         ("2024-01-01T00:00:00Z", "2024-01-01T00:00:00Z"),
     ],
 )
-def test_local_time_is_read_by_one_rule(shown: str, utc: str) -> None:
-    """In columns of every unit and in text alike: the later of two instants; a time with a zone is what it says."""
-    local, expected = datetime.fromisoformat(shown), datetime.fromisoformat(utc)
-    assert parse(shown, ZONE, Rounding.exact) == expected
+def test_local_time_means_the_later_instant(local_text: str, utc: str) -> None:
+    """Columns of every unit and text give the same instant. A time with a zone ignores the declared zone."""
+    local, expected = datetime.fromisoformat(local_text), datetime.fromisoformat(utc)
+    assert parse(local_text, ZONE, Rounding.exact) == expected
     for unit in ("s", "ms", "us", "ns"):
         kind = pa.timestamp(unit, None if local.tzinfo is None else "UTC")
         column = pa.chunked_array([pa.array([local, None], kind)])
-        found = in_zone(column, ZONE)
-        assert (found.type, found.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
+        converted = in_zone(column, ZONE)
+        assert (converted.type, converted.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
 
 
 @given(
     st.datetimes(min_value=datetime(1900, 1, 1), max_value=datetime(2100, 1, 1)),
     st.sampled_from([ZONE, "Europe/London", "Asia/Dubai", "Australia/Lord_Howe", "Africa/Casablanca"]),
 )
-def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
-    """Polars' tables of zones and Python's, at any time: never earlier than either reading of the clock."""
-    column = pa.chunked_array([pa.array([shown], pa.timestamp("us"))])
-    [found] = in_zone(column, zone).to_pylist()
-    assert found == instant(shown, zone)
-    readings = [shown.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
-    assert found == max(readings)
+def test_columns_and_single_times_agree(local: datetime, zone: str) -> None:
+    """Polars and Python give the same instant, which is never earlier than either reading of the local time."""
+    column = pa.chunked_array([pa.array([local], pa.timestamp("us"))])
+    [converted] = in_zone(column, zone).to_pylist()
+    assert converted == instant(local, zone)
+    readings = [local.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
+    assert converted == max(readings)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,17 @@ def test_columns_and_single_times_agree(shown: datetime, zone: str) -> None:
         (1 - 2**63, -9223372036854775, -9223372036854776),
     ],
 )
-def test_finer_time_is_rounded_as_it_is_said(nanoseconds: int, up: int, down: int) -> None:
-    """Up or down, also before 1970 and at the ends of what nanoseconds reach."""
+def test_nanoseconds_are_rounded_up_or_down(nanoseconds: int, up: int, down: int) -> None:
+    """Also before 1970, and at both ends of the range of nanoseconds."""
     column = pa.chunked_array([pa.array([nanoseconds, None], NS)])
-    found = [micros(column, one).cast(pa.int64()).to_pylist() for one in (Rounding.up, Rounding.down)]
-    assert found == [[up, None], [down, None]]
+    rounded = [
+        to_micros(column, rounding).cast(pa.int64()).to_pylist() for rounding in (Rounding.up, Rounding.down)
+    ]
+    assert rounded == [[up, None], [down, None]]
 
 
 def test_feature_time_is_exact_or_refused() -> None:
-    """Nanoseconds that say nothing are cast, others are refused by column."""
+    """Nanoseconds that are whole microseconds are cast; other nanoseconds are refused."""
     whole = pa.chunked_array([pa.array([1000], NS)])
     assert cast_feature(whole, TIME, name="seen").to_pylist() == [datetime(1970, 1, 1, 0, 0, 0, 1, UTC)]
     with pytest.raises(SchemaMismatch, match=r"'seen' .*finer than microseconds"):
@@ -98,15 +100,15 @@ def test_feature_time_is_exact_or_refused() -> None:
     ],
 )
 def test_text_is_rounded_as_columns_are(text: object, up: int | None, exact: int | None) -> None:
-    """Python cuts off what is finer than microseconds."""
+    """Python itself would truncate the finer digits."""
     day = datetime(2024, 1, 1, tzinfo=UTC)
     for rounding, expected in ((Rounding.up, up), (Rounding.exact, exact)):
-        found = parse(text, None, rounding)
-        assert found == (None if expected is None else day + timedelta(microseconds=expected))
+        parsed = parse(text, None, rounding)
+        assert parsed == (None if expected is None else day + timedelta(microseconds=expected))
 
 
-def test_zone_stands_in_a_definition_only_where_it_is_declared() -> None:
-    """An unknown one is refused; a known one makes another version of the view."""
+def test_zone_is_recorded_only_if_declared() -> None:
+    """An unknown zone is refused, and a declared zone changes the view's version."""
     sources = [
         lambda zone: FileSource("x.parquet", event_timestamp="at", zone=zone),
         lambda zone: SqlSource(url="sqlite:///x.db", table="t", event_timestamp="at", zone=zone),

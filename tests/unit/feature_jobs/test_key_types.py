@@ -1,4 +1,4 @@
-"""Join keys have one type, declared or decided by the first batch, and everybody is held to it."""
+"""Join keys have one type, declared or set by the first batch, for all writers and readers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, Trai
 from cluster.ledger.events import BatchIngested
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.apply import check_stored_keys
+from feature_jobs.apply import require_stored_key_types
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
 from feature_jobs.store.catalog.differences import Impact, view_changes
@@ -31,7 +31,7 @@ from feature_jobs.store.offline.training_set import key_column
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.streaming.pushed_view import from_record
 from feature_jobs.store.streaming.streamed import MicroBatch, store_batch
-from feature_jobs.store.types.key_types import MAX_KEY, refuse_undeclared, refuse_unlike
+from feature_jobs.store.types.key_types import MAX_KEY, refuse_unlike, require_declared_types
 from tests.push_project import INCOME, START, PushProject, message, row
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
@@ -42,14 +42,14 @@ TEXT = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "strin
 
 @pytest.fixture
 def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    """Of a view that declares nothing."""
+    """A project whose view declares no key types."""
     opened = PushProject(tmp_path, access)
     yield opened
     opened.close()
 
 
 def ingest_text(project: PushProject, *people: str) -> None:
-    """A first batch whose keys are text, as files of a source would bring it."""
+    """Store a first batch with text keys, as from files."""
     count = len(people)
     good = pa.table(
         {
@@ -74,8 +74,8 @@ def read(project: PushProject, spec: ViewSpec, person: Any) -> list[Any]:
     return FeatureReader(service, project.store).read([{"person_id": person}], at).columns["income__amount"]
 
 
-def test_a_definition_says_a_type_only_where_it_is_declared() -> None:
-    """Views of before keep their version; one that declares a type has another."""
+def test_key_types_are_recorded_only_if_declared() -> None:
+    """Older views keep their version. A declared type changes the version."""
     assert INCOME.definition()["entities"] == [{"name": "person", "join_keys": ["person_id"]}]
     assert WHOLE.definition()["entities"][0]["key_types"] == {"person_id": "int64"}
     assert len({INCOME.version, WHOLE.version, TEXT.version}) == 3
@@ -86,13 +86,13 @@ def test_a_definition_says_a_type_only_where_it_is_declared() -> None:
 
 @pytest.mark.parametrize("dtype", ["int32", "float64", "text", int, None])
 def test_a_key_is_whole_numbers_or_text(dtype: Any) -> None:
-    """Nothing else can be stored as one."""
+    """Other key types are refused."""
     with pytest.raises(DefinitionError, match="join key 'k' has the type"):
         Entity("e", join_keys={"k": dtype})
 
 
 def test_one_key_has_one_type_in_a_service_and_in_its_checks() -> None:
-    """One entity row is for all views; a rule must fit the key."""
+    """An entity row has one value for all views, and a check must fit the key's type."""
     other = replace(TEXT, name="other")
     with pytest.raises(
         DefinitionError, match="'person_id' is int64 in view 'income' and string in view 'other'"
@@ -105,28 +105,28 @@ def test_one_key_has_one_type_in_a_service_and_in_its_checks() -> None:
 
 
 def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
-    """What is stored decides; applying looks at the table."""
+    """A declared type must also be the stored one."""
     [declared] = view_changes(INCOME.definition(), WHOLE.definition())
     [changed] = view_changes(WHOLE.definition(), TEXT.definition())
     assert (declared.text, declared.impact) == ("+ join key person_id type int64", Impact.safe)
     assert changed.impact is Impact.incompatible
-    refuse_undeclared("income", {"person_id": "int64"}, {"person_id": "int64"})
+    require_declared_types("income", {"person_id": "int64"}, {"person_id": "int64"})
     with pytest.raises(DefinitionError, match="declared as string, but its feature table holds int64"):
-        refuse_undeclared("income", {"person_id": "string"}, {"person_id": "int64"})
+        require_declared_types("income", {"person_id": "string"}, {"person_id": "int64"})
 
 
 def test_applying_a_type_that_the_table_does_not_have_is_refused(project: PushProject) -> None:
-    """By name, before anything is recorded; the type that it has may be declared at any time."""
-    check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+    """The error comes before anything is recorded. The stored type may be declared at any time."""
+    require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
     project.push(row(1, 1), key="a")
     assert project.stream().step() == 1
-    check_stored_keys(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
+    require_stored_key_types(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
     with pytest.raises(DefinitionError, match="View 'income': join key 'person_id' is declared as string"):
-        check_stored_keys(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+        require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
 
 
-def test_files_are_held_to_the_declared_type() -> None:
-    """A column of another type refuses the batch, naming the key; text that looks like numbers stays text."""
+def test_files_must_have_the_declared_key_type() -> None:
+    """The error names the key. Text that looks like numbers stays text."""
     times = pa.array([START, START], pa.timestamp("us", "UTC"))
     rest = {"amount": [1.0, 1.0], "sector": ["a", "b"], "at": times, "known_at": times}
     with pytest.raises(
@@ -148,7 +148,7 @@ def test_files_are_held_to_the_declared_type() -> None:
 
 
 def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
-    """-(2^63 - 1) to 2^63 - 1: in pushes, messages, files, entity rows and reads."""
+    """-(2^63 - 1) to 2^63 - 1 in pushes, messages, files, entity rows and reads."""
     with pytest.raises(InvalidRequest, match=r"rows\[0\]\.keys\.person_id must be .* -\(2\^63 - 1\)"):
         project.push(row(LOWEST, 1), key="a")
     project.push(row(-MAX_KEY, 1, 3.0), row(MAX_KEY, 1, 4.0), key="b")
@@ -181,16 +181,16 @@ def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
         ("string", pa.array([1])),
     ],
 )
-def test_entity_rows_are_held_to_the_type_of_the_table(kind: str, column: pa.Array) -> None:
-    """By name, before anything is joined."""
+def test_entity_rows_must_have_the_stored_key_type(kind: str, column: pa.Array) -> None:
+    """The error comes before the join."""
     view = ViewSpec(name="income", version="1", join_keys=["person_id"], fields=[], ttl_s=None)
     service = ServiceSpec(name="s", version="1", views=[view])
     with pytest.raises(TrainingSetError, match="Join key 'person_id'"):
         key_column("person_id", kind, view, service, pa.table({"person_id": column}))
 
 
-def test_reads_are_held_to_the_declared_type_before_the_first_row(tmp_path: Path, access: KeyAccess) -> None:
-    """So are pushes and messages."""
+def test_declared_key_type_holds_before_the_first_row(tmp_path: Path, access: KeyAccess) -> None:
+    """Reads, pushes and messages of another type are refused."""
     project = PushProject(tmp_path, access, view=TEXT)
     with pytest.raises(InvalidRequest, match="person_id must be text"):
         project.amounts(1)
@@ -204,10 +204,10 @@ def test_reads_are_held_to_the_declared_type_before_the_first_row(tmp_path: Path
     project.close()
 
 
-def test_a_push_that_the_table_cannot_take_goes_to_quarantine_and_stops_nobody(
+def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
     project: PushProject, access: KeyAccess
 ) -> None:
-    """It came before the table decided of which type keys are; what comes after is held to that."""
+    """It came before the table had a type. Other rows are stored, and later pushes must have the table's type."""
     project.push(row(7, 1), key="early")
     ingest_text(project, "a")
     project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
@@ -223,9 +223,9 @@ def test_a_push_that_the_table_cannot_take_goes_to_quarantine_and_stops_nobody(
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     reason = "person_id is int64, the feature table holds string"
     assert (event["rows_stored"], event["reasons"]) == (1, {reason: 1})
-    place = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_place("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
     assert orjson.loads(file["raw"][0].as_py()) == {
         "person_id": 7,
         "amount": 1.0,
@@ -233,14 +233,12 @@ def test_a_push_that_the_table_cannot_take_goes_to_quarantine_and_stops_nobody(
         "at": "2024-01-01 01:00:00+00:00",
         "known_at": "2024-01-01 01:00:00+00:00",
     }
-    tried = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
-    assert (tried.good, tried.reasons.to_pylist()) == (None, ["person_id is no string"])
+    replayed = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
+    assert (replayed.good, replayed.reasons.to_pylist()) == (None, ["person_id is no string"])
 
 
-def test_a_log_of_before_the_declaration_is_taken_as_far_as_it_fits(
-    tmp_path: Path, access: KeyAccess
-) -> None:
-    """The declared type makes the table, though the first pushes are of the other one."""
+def test_pushes_before_a_declaration_are_stored_if_they_fit(tmp_path: Path, access: KeyAccess) -> None:
+    """The declared type sets the table's type, although the first pushes have another one."""
     project = PushProject(tmp_path, access)
     project.push(row(7, 1), key="a")
     project.close()
@@ -254,10 +252,10 @@ def test_a_log_of_before_the_declaration_is_taken_as_far_as_it_fits(
     project.close()
 
 
-def test_killed_behind_the_commit_the_rows_set_aside_stay_aside(
+def test_rows_in_quarantine_stay_there_after_a_kill_behind_the_commit(
     project: PushProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows the commit is done at the next start, for the same rows."""
+    """The next start finishes the remaining work of the same rows."""
     project.push(row(7, 1), key="early")
     ingest_text(project, "a")
     project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
@@ -271,8 +269,10 @@ def test_killed_behind_the_commit_the_rows_set_aside_stay_aside(
     assert len(list(project.log.records(-1))) == 0
 
 
-def test_a_feature_of_another_type_than_the_table_is_set_aside_too(tmp_path: Path, access: KeyAccess) -> None:
-    """A definition that was changed must not stop what lies behind it."""
+def test_push_with_another_feature_type_than_the_table_goes_to_quarantine(
+    tmp_path: Path, access: KeyAccess
+) -> None:
+    """A changed definition does not block later rows."""
     project = PushProject(tmp_path, access)
     project.push(row(1, 1), key="a")
     assert project.stream().step() == 1
@@ -286,10 +286,8 @@ def test_a_feature_of_another_type_than_the_table_is_set_aside_too(tmp_path: Pat
     project.close()
 
 
-def test_bytes_and_deletions_that_were_set_aside_can_be_tried_again(
-    tmp_path: Path, access: KeyAccess
-) -> None:
-    """They lie in quarantine as a push says them: bytes in base64, a deletion by the source's name."""
+def test_quarantined_bytes_and_deletions_can_be_replayed(tmp_path: Path, access: KeyAccess) -> None:
+    """Quarantine holds bytes as base64, and a deletion under the source's column name."""
     source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
     view = replace(INCOME, schema=[Field("amount", "bytes")], source=source, checks=[])
     project = PushProject(tmp_path, access, view=view)
@@ -298,12 +296,12 @@ def test_bytes_and_deletions_that_were_set_aside_can_be_tried_again(
     ingest_text(project, "a")
     assert project.stream().step() == 2
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
-    place = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_place("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=place)
-    tried = try_again(file, view, now=NOW, baseline=None)
-    assert tried.good is not None
-    assert tried.good.select(["amount", "deleted"]).to_pylist() == [
+    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
+    replayed = try_again(file, view, now=NOW, baseline=None)
+    assert replayed.good is not None
+    assert replayed.good.select(["amount", "deleted"]).to_pylist() == [
         {"amount": b"\0\1\2", "deleted": False},
         {"amount": None, "deleted": True},
     ]

@@ -1,9 +1,6 @@
-"""A view that is deprecated says so, a retired one is refused for anything new."""
+"""A deprecated view logs a warning, and a retired view is refused for new rows and training sets."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,16 +10,9 @@ from cluster.ledger.events import FeatureViewStateChanged
 from feature_jobs.retire import RetireConfig
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.catalog.lifecycle import ViewState, heed, read_lifecycles
-from feature_jobs.store.catalog.plan import lines, make_plan
+from feature_jobs.store.catalog.plan import make_plan, plan_lines
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
 
 
 def change(ledger: Ledger, view: str, state: ViewState) -> None:
@@ -31,7 +21,7 @@ def change(ledger: Ledger, view: str, state: ViewState) -> None:
 
 
 def test_last_change_counts(ledger: Ledger) -> None:
-    """Deprecated, retired, and back."""
+    """A view can be deprecated, retired and restored."""
     for state in (ViewState.deprecated, ViewState.retired):
         change(ledger, "income", state)
         assert read_lifecycles(ledger)["income"].state is state
@@ -42,21 +32,21 @@ def test_last_change_counts(ledger: Ledger) -> None:
 def test_deprecated_view_warns_and_retired_view_is_refused(
     ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both say why and what to use; other views are left alone."""
+    """Both messages have the reason. Other views are not affected."""
     change(ledger, "old", ViewState.deprecated)
     change(ledger, "gone", ViewState.retired)
-    known = read_lifecycles(ledger)
-    heed(known, ["income"], doing="")
+    lifecycles = read_lifecycles(ledger)
+    heed(lifecycles, ["income"], doing="")
     assert caplog.text == ""
-    heed(known, ["income", "old"], doing="")
+    heed(lifecycles, ["income", "old"], doing="")
     assert "View 'old' is deprecated since" in caplog.text
     assert "Use 'wealth'." in caplog.text
     with pytest.raises(ViewRetired, match=r"'gone' is retired .* Use 'wealth'\. No rows\..*restore=true"):
-        heed(known, ["gone"], doing="No rows.")
+        heed(lifecycles, ["gone"], doing="No rows.")
 
 
-def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Ledger) -> None:
-    """A view that its module no longer has stays until somebody retires it."""
+def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -> None:
+    """A view that its module does not define any more stays active until it is retired."""
     entity, source = Entity("person", join_keys=["id"]), FileSource("a.parquet", event_timestamp="at")
     views = {
         name: FeatureView(name, entities=[entity], source=source, schema=[Field("a", "int64")])
@@ -65,8 +55,8 @@ def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Le
     apply(Definitions(module="shop", views=views, services={}), ledger, actor="user:test")
     change(ledger, "income", ViewState.deprecated)
     change(ledger, "ended", ViewState.retired)
-    now = Definitions(module="shop", views={"income": views["income"]}, services={})
-    text = "\n".join(lines(make_plan(now, read_recorded(ledger), read_lifecycles(ledger))))
+    module = Definitions(module="shop", views={"income": views["income"]}, services={})
+    text = "\n".join(plan_lines(make_plan(module, read_recorded(ledger), read_lifecycles(ledger))))
     assert "! View 'income' is deprecated" in text
     assert "! View 'ended' is retired" in text
     assert "feature_jobs.retire view=left" in text
@@ -74,7 +64,7 @@ def test_plan_says_what_is_deprecated_and_how_to_end_what_was_removed(ledger: Le
 
 
 def test_a_view_cannot_be_deprecated_and_restored_at_once() -> None:
-    """The command means one state."""
+    """The command sets one state."""
     with pytest.raises(ValueError, match="exclude each other"):
         RetireConfig(view="v", reason="r", deprecate=True, restore=True)
     assert RetireConfig(view="v", reason="r").state is ViewState.retired

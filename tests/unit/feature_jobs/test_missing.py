@@ -1,4 +1,4 @@
-"""What becomes of missing and expired features: as the service says, in serving and in training alike."""
+"""Policies for missing and expired features have the same effect in serving and in training."""
 
 from __future__ import annotations
 
@@ -62,32 +62,27 @@ def service(missing: Any = Missing.NULL) -> FeatureService:
     return FeatureService("credit", views=[INCOME, VISITS], missing=missing)
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
+def applied(ledger: Ledger, service: FeatureService) -> ServiceSpec:
+    views = {view.name: view for view in service.views}
+    apply(Definitions(module="m", views=views, services={service.name: service}), ledger, actor="t")
+    return service_spec(ledger, service.name)
 
 
-def applied(ledger: Ledger, one: FeatureService) -> ServiceSpec:
-    views = {view.name: view for view in one.views}
-    apply(Definitions(module="m", views=views, services={one.name: one}), ledger, actor="t")
-    return service_spec(ledger, one.name)
-
-
-def test_a_service_that_says_nothing_keeps_its_version() -> None:
-    """So does one that says null; what is said is part of the version."""
+def test_policy_is_part_of_the_version_unless_it_is_null() -> None:
+    """A service without a policy, or with Missing.NULL, keeps its version."""
     plain = FeatureService("credit", views=[PEOPLES_INCOME]).version
     assert plain == FeatureService("credit", views=[PEOPLES_INCOME], missing={"income": Missing.NULL}).version
     assert service().version == service({}).version
-    versions = {service(one).version for one in (Missing.NULL, Missing.REFUSE, {"income": Missing.REFUSE})}
+    versions = {
+        service(policy).version for policy in (Missing.NULL, Missing.REFUSE, {"income": Missing.REFUSE})
+    }
     assert len(versions) == 3
-    whole, fraction = (service({"income__amount": Default(one)}).version for one in (0, 0.0))
+    whole, fraction = (service({"income__amount": Default(policy)}).version for policy in (0, 0.0))
     assert whole == fraction not in versions
 
 
-def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
-    """A feature counts before its view, and a process gets it whole; older events say nothing."""
+def test_ledger_has_the_policy(ledger: Ledger) -> None:
+    """A feature's policy takes precedence over its view's. Events of older releases have no policy."""
     missing = {
         "income": Missing.REFUSE,
         "income__jobs": Default(2**31 - 1),
@@ -111,7 +106,7 @@ def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
     ("missing", "words"),
     [
         ({"income__amont": Missing.REFUSE}, "Did you mean 'income__amount'"),
-        ({"wealth": Missing.REFUSE}, "no such feature"),
+        ({"wealth": Missing.REFUSE}, "no such view or feature"),
         ({"income": Default(0.0)}, "for one feature, not for the view 'income'"),
         ({"income__amount": Default("much")}, "'much' does not fit float64"),
         ({"income__amount": Default(float("nan"))}, "does not fit float64"),
@@ -121,18 +116,18 @@ def test_the_ledger_says_what_the_definition_says(ledger: Ledger) -> None:
         ({"income__jobs": Default(2**31)}, "does not fit int32"),
         ({"income__jobs": Default(1.0)}, "1.0 does not fit int32"),
         ({"income__sector": Default(1)}, "1 does not fit string"),
-        ({"income__at": Default("2024-01-01")}, "none fits a time"),
-        ({"income__amount": "refuse "}, "is no policy"),
+        ({"income__at": Default("2024-01-01")}, "timestamps cannot have a default"),
+        ({"income__amount": "refuse "}, "is not a policy"),
     ],
 )
-def test_a_policy_that_cannot_work_is_refused(missing: Any, words: str) -> None:
-    """When it is written down."""
+def test_invalid_policy_is_refused(missing: Any, words: str) -> None:
+    """The definition of the service fails."""
     with pytest.raises(DefinitionError, match=words):
         service(missing)
 
 
-def test_a_plan_says_what_a_changed_policy_does(ledger: Ledger) -> None:
-    """A default changes training sets; a refusal restricts, and giving it up is safe."""
+def test_plan_shows_the_impact_of_a_changed_policy(ledger: Ledger) -> None:
+    """A default is breaking, a refusal restricts, and removing a refusal is safe."""
     applied(ledger, service({"income__jobs": Missing.REFUSE, "income__amount": Default(1.5)}))
     after = service({"income__sector": Missing.REFUSE, "income__amount": Default(2)})
     module = Definitions(module="m", views={"income": INCOME, "visits": VISITS}, services={"credit": after})
@@ -156,29 +151,35 @@ VALUES = {
 
 @given(st.data())
 def test_serving_fills_as_training_does(data: st.DataObject) -> None:
-    """The same values, where the same are missing or expired; a null that the source said stays."""
+    """Both fill the same missing and expired values. A null from the source stays."""
     dtype = data.draw(st.sampled_from(sorted(VALUES)))
     view = FeatureView("v", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", dtype)])
     default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
-    one = FeatureService("s", views=[view], missing={"v__x": Default(default)})
-    policy = parse(one.missing_definition(), {"v__x": dtype})
+    service = FeatureService("s", views=[view], missing={"v__x": Default(default)})
+    policy = parse(service.missing_definition(), {"v__x": dtype})
     rows = data.draw(st.lists(st.tuples(VALUES[dtype], st.sampled_from(list(Status))), min_size=1))
-    status = [Status.null if known is Status.present and value is None else known for value, known in rows]
+    status = [
+        Status.null if value_status is Status.present and value is None else value_status
+        for value, value_status in rows
+    ]
     values = [
-        value if known is Status.present else None for (value, _), known in zip(rows, status, strict=True)
+        value if value_status is Status.present else None
+        for (value, _), value_status in zip(rows, status, strict=True)
     ]
     arrow = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}
     kind = arrow.get(dtype, pa.string() if dtype == "string" else pa.bool_())
-    absent = pa.array([known in ABSENT for known in status])
+    absent = pa.array([value_status in ABSENT for value_status in status])
     trained = fill(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})["v__x"].to_pylist()
     columns = {"v__x": list(values)}
-    put_in = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
+    filled_rows = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
     assert repr(columns["v__x"]) == repr(trained)
-    assert put_in.get("v__x", []) == [row for row, known in enumerate(status) if known in ABSENT]
+    assert filled_rows.get("v__x", []) == [
+        row for row, value_status in enumerate(status) if value_status in ABSENT
+    ]
 
 
-def test_a_refusal_names_what_is_not_there() -> None:
-    """View, feature, status and entity; what nobody needs is never refused."""
+def test_refusal_names_feature_status_and_entity() -> None:
+    """A feature that the answer does not need is never refused."""
     policy = MissingPolicy(refused=("income__amount", "income__sector"))
     status = {"income__amount": ["present", "expired", "missing"], "income__sector": ["null"] * 3}
     columns = {name: [None] * 3 for name in status}
@@ -197,15 +198,14 @@ def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
 
 
 def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
-    """For entities that nothing is known of, while a null that was ingested stays; the manifest says how many, and the
-    set can be built again."""
-    amounts: list[Any] = [float(one) for one in range(PEOPLE)]
+    """Defaults replace values of unknown entities, not ingested nulls. The manifest has the share of defaults."""
+    amounts: list[Any] = [float(number) for number in range(PEOPLE)]
     amounts[3] = None
     project.ingest(0, amount=pa.array(amounts, pa.float64()))
     project.write_entities(PEOPLE + 5)
     plain = project.build("plain")
-    one = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
-    applied(project.ledger, one)
+    number = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
+    applied(project.ledger, number)
     manifest = project.build()
     assert manifest["default_share"] == {"income__amount": 5 / (PEOPLE + 5)}
     assert manifest["null_share"] == {"income__amount": 1 / (PEOPLE + 5)}
@@ -213,10 +213,10 @@ def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
     assert project.again()["row_hash"] == manifest["row_hash"] != plain["row_hash"]
 
 
-def test_an_expired_value_counts_as_not_there(project: FeatureProject) -> None:
-    """As online: beyond its time-to-live the default stands in."""
+def test_expired_value_gets_the_default(project: FeatureProject) -> None:
+    """As online, the default replaces a value that is older than the TTL."""
     view = replace(PEOPLES_INCOME, ttl=timedelta(days=1))
-    one = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
-    applied(project.ledger, one)
+    with_default = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
+    applied(project.ledger, with_default)
     project.ingest(0)
     assert project.build()["default_share"] == {"income__amount": 1.0}

@@ -1,4 +1,4 @@
-"""Names that are too much alike and limits that cannot hold are refused when they are written down."""
+"""Names that differ only in case, and limits that cannot work, are refused when a definition is created."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from feature_jobs.store import (
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.catalog.specifications import Definitions, FieldSpec, ViewSpec
-from feature_jobs.store.definitions.limits import LONGEST, before, within
+from feature_jobs.store.definitions.limits import LONGEST, before, clamp_span_s
 from feature_jobs.store.definitions.missing import view_of
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_instant, parse_span
 from feature_jobs.stream import KafkaConfig, StreamConfig
@@ -101,41 +101,43 @@ def on_demand(name: str = "made", **changes: Any) -> OnDemandTransform:
 def test_names_that_differ_only_in_case_are_refused(
     make: Callable[[], object], words: tuple[str, str]
 ) -> None:
-    """Both are named."""
+    """The error has both names."""
     with pytest.raises(DefinitionError) as refused:
         make()
     assert all(f"'{word}'" in str(refused.value) for word in words)
 
 
 def recorded(*views: str, services: tuple[str, ...] = ()) -> Recorded:
-    known = {
+    views_recorded = {
         (name, "1"): RecordedView(name=name, version="1", definition=view(name).definition(), module="m")
         for name in views
     }
-    asked = {
+    services_recorded = {
         (name, "1"): RecordedService(
             name=name, version="1", view_order=[], view_versions={}, module="m", on_demand=[], missing={}
         )
         for name in services
     }
-    return Recorded(views=known, services=asked, uses=[])
+    return Recorded(views=views_recorded, services=services_recorded, uses=[])
 
 
 def definitions(*views: str, service: str | None = None) -> Definitions:
-    made = {name: view(name) for name in views}
-    services = {} if service is None else {service: FeatureService(service, views=list(made.values()))}
-    return Definitions(module="m", views=made, services=services)
+    views_by_name = {name: view(name) for name in views}
+    services = (
+        {} if service is None else {service: FeatureService(service, views=list(views_by_name.values()))}
+    )
+    return Definitions(module="m", views=views_by_name, services=services)
 
 
 def test_views_and_services_that_would_share_a_folder_are_refused_when_applied() -> None:
-    """In one module, and against what was applied; what is there already stays."""
-    for given, known in (
+    """Names are compared within a module and with applied names. Names that are applied already stay valid."""
+    for module, applied in (
         (definitions("Income", "income"), recorded()),
         (definitions("Income"), recorded("income")),
         (definitions("income", service="Credit"), recorded(services=("credit",))),
     ):
         with pytest.raises(DefinitionError, match="differs only in case"):
-            make_plan(given, known)
+            make_plan(module, applied)
     make_plan(definitions("Income", "income"), recorded("Income", "income"))
 
 
@@ -160,11 +162,11 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
         (lambda: Range("amount", minimum=float("nan")), "minimum must be finite"),
         (lambda: Range("amount", maximum=float("inf")), "maximum must be finite"),
         (lambda: Range("amount", minimum="0"), "minimum must be a number"),  # type: ignore[arg-type]
-        (lambda: Range("amount", maximum=2**60), "beyond 2\\^53"),
+        (lambda: Range("amount", maximum=2**60), "greater than 2\\^53"),
         (lambda: view(checks=[Range("count", minimum=2**40)]), "can never hold: no int32"),
         (lambda: view(checks=[Range("count", maximum=-1e12)]), "can never hold: no int32"),
-        (lambda: view(checks=[Range("count", 0.2, 0.8)]), "can never hold: no int32 lies in 0.2..0.8"),
-        (lambda: view(checks=[Allowed("count", [2**31])]), "2147483648 is beyond int32"),
+        (lambda: view(checks=[Range("count", 0.2, 0.8)]), "can never hold: no int32 is within 0.2..0.8"),
+        (lambda: view(checks=[Allowed("count", [2**31])]), "2147483648 is out of range for int32"),
         (lambda: Allowed("count", [1, "a"]), "several types"),
         (lambda: Allowed("sector", "abc"), "must be a list"),
         (lambda: Unique(["amount", "amount"]), "'amount' twice"),
@@ -173,22 +175,22 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
         (lambda: Drift("amount", threshold=float("nan")), "threshold must be finite"),
     ],
 )
-def test_a_limit_that_cannot_hold_is_refused_at_once(make: Callable[[], object], words: str) -> None:
-    """Never when rows are read or joined."""
+def test_invalid_limit_is_refused(make: Callable[[], object], words: str) -> None:
+    """The definition fails, not a later read or join."""
     with pytest.raises(DefinitionError, match=words):
         make()
 
 
 def test_the_longest_spans_work_from_definition_to_reading() -> None:
-    """What is allowed overflows nowhere, and what an older release recorded is read as the longest span."""
+    """No valid span overflows, and a longer span of an older release is read as the longest valid one."""
     longest = view(ttl=LONGEST, retention=LONGEST, checks=[Freshness(LONGEST)])
     assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
-    assert (within(HUGE.total_seconds()), within(None)) == (LONGEST.total_seconds(), None)
+    assert (clamp_span_s(HUGE.total_seconds()), clamp_span_s(None)) == (LONGEST.total_seconds(), None)
     assert before(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
     fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
     spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)
-    kept = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
-    assert kept == datetime.min.replace(tzinfo=UTC)
+    oldest = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
+    assert oldest == datetime.min.replace(tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -210,18 +212,18 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
         ),
     ],
 )
-def test_a_setting_that_cannot_hold_is_refused(make: Callable[[], object], words: str) -> None:
-    """Where it is set, by name."""
+def test_invalid_setting_is_refused(make: Callable[[], object], words: str) -> None:
+    """The error names the setting."""
     with pytest.raises((ValueError, ConfigError), match=words):
         make()
 
 
 def test_a_chunk_longer_than_the_range_is_the_range() -> None:
-    """Also where its end would be beyond the last year."""
+    """Also if the chunk would end after the year 9999."""
     late = TimeRange(datetime(9990, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
     assert chunks(late, timedelta(days=100_000), []) == [late]
 
 
-def test_a_column_belongs_to_its_view_also_where_that_ends_with_an_underscore() -> None:
+def test_view_of_a_column_may_end_with_an_underscore() -> None:
     """A feature's name begins with a letter."""
     assert [view_of(name) for name in ("a__b", "a___b", "a__b__c")] == ["a", "a_", "a"]

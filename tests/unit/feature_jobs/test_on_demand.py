@@ -28,7 +28,7 @@ from feature_jobs.store import (
     OnDemandTransform,
     Sensitivity,
 )
-from feature_jobs.store.catalog.plan import lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.protection import service_keys, training_set_protection
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import (
@@ -63,13 +63,6 @@ TERMS = OnDemandTransform(
     transform=loan_terms,
 )
 CREDIT = FeatureService("credit", views=[INCOME], on_demand=[TERMS])
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
 
 
 def spec_of(ledger: Ledger, service: FeatureService = CREDIT) -> ServiceSpec:
@@ -133,7 +126,7 @@ def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
     features = {"income__amount": [1.0], "income__since": [0]}
     with pytest.raises(InvalidRequest, match="'asked' is missing"):
         from_request(spec, {}, features)
-    with pytest.raises(InvalidRequest, match="'terms' cannot be made"):
+    with pytest.raises(InvalidRequest, match="'terms' cannot be computed"):
         from_request(spec, {"asked": ["much"]}, features)
 
 
@@ -143,7 +136,7 @@ def test_code_other_than_the_applied_one_is_refused(
     """Changed or missing code. A plan that changes what a model calls is refused earlier."""
     monkeypatch.syspath_prepend(tmp_path)
     text = Path(__file__).read_text()
-    start, end = text.index("INCOME = "), text.index("@pytest.fixture\ndef ledger")
+    start, end = text.index("INCOME = "), text.index("def spec_of")
     head = (
         "import pyarrow as pa\nimport pyarrow.compute as pc\nfrom feature_jobs.store import Entity, FeatureService, "
         "FeatureView, Field, FileSource, OnDemandTransform, Sensitivity\n\n"
@@ -162,12 +155,12 @@ def test_code_other_than_the_applied_one_is_refused(
     linecache.clearcache()
     importlib.reload(importlib.import_module("lending"))
     load.cache_clear()
-    with pytest.raises(DefinitionError, match="is not what was applied"):
+    with pytest.raises(DefinitionError, match="is not the applied code"):
         with_on_demand(spec, rows([1.0], [1.0]))
     plan = make_plan(load_definitions("lending"), read_recorded(ledger))
-    assert "on-demand transform terms" in "\n".join(lines(plan))
+    assert "on-demand transform terms" in "\n".join(plan_lines(plan))
     with pytest.raises(BreakingChange, match=r"model 'loan' version 1.*code of lending:loan_terms"):
-        refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=True)
     path.write_text(re.sub("def loan_terms.*", "", path.read_text(), flags=re.DOTALL))
     monkeypatch.delattr("lending.loan_terms")
     with pytest.raises(DefinitionError, match="has no 'loan_terms'"):
@@ -196,7 +189,7 @@ def test_service_without_on_demand_keeps_its_version() -> None:
         (lambda: FeatureService("a", views=[OTHER], on_demand=[TERMS]), "reads the view 'income'"),
         (lambda: on_demand(inputs=[]), "needs inputs and a schema"),
         (lambda: on_demand(inputs=[ASKED, ASKED]), "names the field 'asked' twice"),
-        (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "kept for the platform"),
+        (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "reserved for the platform"),
     ],
 )
 def test_invalid_transform_is_refused(make: Any, words: str) -> None:

@@ -1,11 +1,9 @@
-"""What applying would change is said before it changes, and a model's features stay what they were."""
+"""A plan shows changes before they are made, and protects the features of registered models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +14,10 @@ from hypothesis import strategies as st
 from cluster.errors import BreakingChange
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied, ModelRegistered
-from feature_jobs.apply import for_any_purpose
+from feature_jobs.apply import views_without_purpose
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
 from feature_jobs.store.catalog.differences import Impact, view_changes
-from feature_jobs.store.catalog.plan import Act, Plan, lines, make_plan, refuse_broken
+from feature_jobs.store.catalog.plan import Operation, Plan, make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 
@@ -45,16 +43,11 @@ def view(name: str = "income", **changes: Any) -> FeatureView:
 
 
 def module(*views: FeatureView, name: str = "shop") -> Definitions:
-    """A module with these views and a service of all of them."""
+    """A module with these views and a service with all of them."""
     service = FeatureService("credit", views=views)
-    return Definitions(module=name, views={one.name: one for one in views}, services={service.name: service})
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield opened
-    opened.close()
+    return Definitions(
+        module=name, views={view.name: view for view in views}, services={service.name: service}
+    )
 
 
 def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
@@ -62,7 +55,7 @@ def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
 
 
 def register(ledger: Ledger, version: int = 1) -> None:
-    """A model made with the service as it is applied now."""
+    """Register a model that was trained with the applied service."""
     service = service_spec(ledger, "credit")
     event = ModelRegistered(
         name="loan",
@@ -130,19 +123,19 @@ def planned(ledger: Ledger, *views: FeatureView) -> Plan:
         ({"subject_key": "person_id"}, "subject key none -> person_id", Impact.safe),
     ],
 )
-def test_each_change_is_named_and_judged(changes: dict[str, Any], text: str, impact: Impact) -> None:
-    """Field by field, by what it does to whoever reads an earlier version."""
+def test_each_change_has_a_text_and_an_impact(changes: dict[str, Any], text: str, impact: Impact) -> None:
+    """The impact is the one on readers of an earlier version."""
     [change] = view_changes(view().definition(), view(**changes).definition())
     assert text in change.text
     assert (change.impact, impact.value in change.text) == (impact, impact is not Impact.safe)
 
 
-def test_what_has_no_rule_counts_as_breaking_but_a_new_named_part() -> None:
-    """Definitions of later releases are compared too: with caution, and by name where there are names."""
+def test_unknown_change_is_breaking_unless_it_adds_a_named_entry() -> None:
+    """Definitions of later releases can be compared too."""
     old = view().definition() | {"windows": [{"name": "a", "days": 1}], "mode": "x"}
     new = view().definition() | {"windows": [{"name": "a", "days": 2}, {"name": "b"}], "mode": "y"}
-    found = {change.what: change.impact for change in view_changes(old, new)}
-    assert found == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
+    impacts = {change.subject: change.impact for change in view_changes(old, new)}
+    assert impacts == {"windows a": Impact.breaking, "windows b": Impact.safe, "mode": Impact.breaking}
 
 
 COLUMNS = st.dictionaries(
@@ -151,57 +144,65 @@ COLUMNS = st.dictionaries(
 
 
 @given(old=COLUMNS, new=COLUMNS)
-def test_changes_are_none_exactly_where_the_version_stays(old: list[Field], new: list[Field]) -> None:
-    """And taking a change back removes what it added."""
+def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Field]) -> None:
+    """Reverting a change gives the reverse changes."""
     before, after = view(schema=old), view(schema=new)
-    there = view_changes(before.definition(), after.definition())
-    back = view_changes(after.definition(), before.definition())
-    assert (not there) == (before.version == after.version)
-    assert sorted((one.what, one.before, one.after) for one in there if one.what != "column order") == sorted(
-        (one.what, one.after, one.before) for one in back if one.what != "column order"
+    changes = view_changes(before.definition(), after.definition())
+    reverse = view_changes(after.definition(), before.definition())
+    assert (not changes) == (before.version == after.version)
+    assert sorted(
+        (change.subject, change.before, change.after)
+        for change in changes
+        if change.subject != "column order"
+    ) == sorted(
+        (change.subject, change.after, change.before)
+        for change in reverse
+        if change.subject != "column order"
     )
 
 
-def test_plan_tells_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
-    """Removed is what this module had; what another module applied is none of its business."""
+def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
+    """Definitions that another module applied do not count as removed."""
     applied(ledger, view("income"), view("old"), view("same"))
     apply(
         Definitions(module="other", views={"theirs": view("theirs")}, services={}), ledger, actor="user:test"
     )
     plan = planned(ledger, view("income", schema=[AMOUNT]), view("same"), view("new"))
-    acts = {(step.kind, step.name): step.act for step in plan.steps}
-    assert acts == {
-        ("view", "income"): Act.changed,
-        ("view", "same"): Act.unchanged,
-        ("view", "new"): Act.added,
-        ("view", "old"): Act.removed,
-        ("service", "credit"): Act.changed,
+    operations = {(step.kind, step.name): step.operation for step in plan.steps}
+    assert operations == {
+        ("view", "income"): Operation.changed,
+        ("view", "same"): Operation.unchanged,
+        ("view", "new"): Operation.added,
+        ("view", "old"): Operation.removed,
+        ("service", "credit"): Operation.changed,
     }
-    text = "\n".join(lines(plan))
+    text = "\n".join(plan_lines(plan))
     assert "- column sector string, internal  [breaking" in text
     assert "- view old: no longer in shop; its rows and versions stay" in text
     assert text.endswith("1 to add, 2 to change (2 breaking), 1 no longer in the module, 1 unchanged")
 
 
-def test_what_an_older_release_recorded_is_compared_and_never_counts_as_removed(ledger: Ledger) -> None:
-    """Its events do not say which module they came from."""
-    for one in (view("income"), view("gone")):
-        event = FeatureViewApplied(view=one.name, version=one.version, definition=one.definition())
+def test_definitions_of_an_older_release_never_count_as_removed(ledger: Ledger) -> None:
+    """Their events do not say which module they came from. They are still compared."""
+    for old_view in (view("income"), view("gone")):
+        event = FeatureViewApplied(
+            view=old_view.name, version=old_view.version, definition=old_view.definition()
+        )
         ledger.append(event, actor="user:test")
-    steps = {(step.kind, step.name): step.act for step in planned(ledger, view("income")).steps}
-    assert steps == {("view", "income"): Act.unchanged, ("service", "credit"): Act.added}
+    steps = {(step.kind, step.name): step.operation for step in planned(ledger, view("income")).steps}
+    assert steps == {("view", "income"): Operation.unchanged, ("service", "credit"): Operation.added}
 
 
 def test_breaking_change_without_a_model_is_applied(ledger: Ledger) -> None:
-    """Nobody reads the version before."""
+    """No model reads the previous version."""
     applied(ledger, view())
     plan = planned(ledger, view(schema=[AMOUNT]))
-    refuse_broken(plan, allow_breaking=False)
+    require_no_broken_models(plan, allow_breaking=False)
     assert [step.breaks for step in plan.steps] == [True, False]
 
 
 def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledger) -> None:
-    """The refusal names model, version, change and the way out; once allowed it is not asked about again."""
+    """The error names model, version, change and the solution. A break that was allowed once is not reported again."""
     applied(ledger, view())
     register(ledger)
     broken = view(schema=[AMOUNT])
@@ -209,44 +210,44 @@ def test_change_that_breaks_a_model_is_refused_unless_it_is_allowed(ledger: Ledg
     with pytest.raises(
         BreakingChange, match=r"model 'loan' version 1.*column sector.*new name.*allow_breaking"
     ):
-        refuse_broken(plan, allow_breaking=False)
-    refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=False)
+    require_no_broken_models(plan, allow_breaking=True)
     applied(ledger, broken)
-    refuse_broken(planned(ledger, replace(broken, owner="risk")), allow_breaking=False)
+    require_no_broken_models(planned(ledger, replace(broken, owner="risk")), allow_breaking=False)
     with pytest.raises(BreakingChange, match="transform"):
-        refuse_broken(planned(ledger, replace(broken, transform=as_it_is)), allow_breaking=False)
+        require_no_broken_models(planned(ledger, replace(broken, transform=as_it_is)), allow_breaking=False)
 
 
 def test_model_of_an_older_version_is_protected_too(ledger: Ledger) -> None:
-    """A safe change in between does not make its features free to break."""
+    """A safe change after the model was trained does not end its protection."""
     applied(ledger, view())
     register(ledger)
     wider = view(schema=[AMOUNT, SECTOR, CITY])
-    refuse_broken(planned(ledger, wider), allow_breaking=False)
+    require_no_broken_models(planned(ledger, wider), allow_breaking=False)
     applied(ledger, wider)
-    refuse_broken(planned(ledger, view(schema=[AMOUNT, SECTOR])), allow_breaking=False)
+    require_no_broken_models(planned(ledger, view(schema=[AMOUNT, SECTOR])), allow_breaking=False)
     with pytest.raises(BreakingChange, match="column amount"):
-        refuse_broken(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
+        require_no_broken_models(planned(ledger, view(schema=[SECTOR, CITY])), allow_breaking=False)
 
 
-def test_rows_that_cannot_share_a_table_are_refused_even_if_allowed(ledger: Ledger) -> None:
-    """The model's own version would not stay readable."""
+def test_incompatible_change_is_refused_even_if_allowed(ledger: Ledger) -> None:
+    """The model's own view version would not stay readable."""
     applied(ledger, view())
     for version in (1, 2):
         register(ledger, version)
     plan = planned(ledger, view(schema=[Field("amount", "int64"), SECTOR]))
     with pytest.raises(BreakingChange, match=r"1 other model version\).*does not help"):
-        refuse_broken(plan, allow_breaking=True)
+        require_no_broken_models(plan, allow_breaking=True)
 
 
-def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> None:
-    """Both are breaking for who reads the service by name, and no model does."""
+def test_removing_or_reordering_views_of_a_service_is_breaking(ledger: Ledger) -> None:
+    """Models are not affected, because they read one version of the service."""
     applied(ledger, view("income"), view("wealth"))
     register(ledger)
     for views in ([view("income")], [view("wealth"), view("income")]):
         plan = planned(ledger, *views)
         assert next(step for step in plan.steps if step.kind == "service").breaks
-        refuse_broken(plan, allow_breaking=False)
+        require_no_broken_models(plan, allow_breaking=False)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +259,10 @@ def test_service_loses_a_view_or_takes_keys_from_elsewhere(ledger: Ledger) -> No
         (Sensitivity.INTERNAL, [], []),
     ],
 )
-def test_protected_fields_for_any_purpose_are_warned_of(
+def test_view_without_purpose_for_protected_fields_is_listed(
     sensitivity: Sensitivity, purposes: list[str], warned: list[str]
 ) -> None:
-    """Whoever may read columns may read them."""
+    """A principal that may read its columns may read them for any purpose."""
     view = FeatureView(
         "v",
         entities=[Entity("person", join_keys=["id"])],
@@ -270,4 +271,4 @@ def test_protected_fields_for_any_purpose_are_warned_of(
         owner="test",
         purposes=purposes,
     )
-    assert for_any_purpose(Definitions(module="m", views={"v": view}, services={})) == warned
+    assert views_without_purpose(Definitions(module="m", views={"v": view}, services={})) == warned

@@ -1,4 +1,4 @@
-"""The online state of windowed aggregations: the same answers as offline, whatever came when and how often."""
+"""The online state of windowed aggregations equals the offline result, for any order and repetition of events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TILING = Tiling(SPEC)
 
 
 def event_rows(frame: pl.DataFrame, spec: WindowSpec = SPEC) -> list[EventRow]:
-    """A frame's rows as the state takes them."""
+    """Convert a frame's rows to `EventRow`."""
     times = [pl.col(name).dt.epoch("us") for name, dtype in frame.schema.items() if dtype == TIME]
     return [
         EventRow(
@@ -39,12 +39,12 @@ def event_rows(frame: pl.DataFrame, spec: WindowSpec = SPEC) -> list[EventRow]:
 
 
 def offline_values(frame: pl.DataFrame, *instants_us: int, spec: WindowSpec = SPEC) -> list[list[Any]]:
-    """What the training set would hold."""
-    asked = [(1, "n", START + timedelta(microseconds=at_us - START_US)) for at_us in instants_us]
-    entities = pl.DataFrame(asked, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    found = aggregate(entities, frame, keys=list(KEYS), windows=spec).columns
-    times = [pl.col(name).dt.epoch("us") for name, dtype in found.schema.items() if dtype == TIME]
-    return [list(row) for row in found.with_columns(*times).rows()]
+    """Return the values that a training set would have."""
+    entity_rows = [(1, "n", START + timedelta(microseconds=at_us - START_US)) for at_us in instants_us]
+    entities = pl.DataFrame(entity_rows, schema=KEYS | {"event_timestamp": TIME}, orient="row")
+    answers = aggregate(entities, frame, keys=list(KEYS), windows=spec).columns
+    times = [pl.col(name).dt.epoch("us") for name, dtype in answers.schema.items() if dtype == TIME]
+    return [list(row) for row in answers.with_columns(*times).rows()]
 
 
 one_entity = event_frames().map(
@@ -55,8 +55,7 @@ one_entity = event_frames().map(
 @settings(max_examples=settings.default.max_examples, deadline=None)
 @given(frame=one_entity, data=st.data())
 def test_state_agrees_with_offline_for_every_instant(frame: pl.DataFrame, data: st.DataObject) -> None:
-    """Any order, duplicates, and a state that is packed and unpacked in between; also for instants before the last
-    knowledge."""
+    """For any order, with repetitions, with packing in between, and for instants before the last version was known."""
     rows = event_rows(frame)
     state = WindowState(TILING)
     for row in data.draw(st.permutations(rows + rows[::2])):
@@ -72,44 +71,46 @@ def test_state_agrees_with_offline_for_every_instant(frame: pl.DataFrame, data: 
 @settings(max_examples=settings.default.max_examples, deadline=None)
 @given(frame=one_entity, data=st.data())
 def test_expiry_and_replay_change_no_later_answer(frame: pl.DataFrame, data: st.DataObject) -> None:
-    """Events come as their source knows them, the state forgets, and a crash makes some of them come again."""
+    """Events come in the order of their created time. The state expires, and a crash replays some of the events."""
     frame = frame.sort("created_timestamp")
     rows = event_rows(frame)
     state, at_us = WindowState(TILING), START_US
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         at_us = row.created_us
-        back = data.draw(st.integers(0, 3))
-        for again in [*rows[max(place - back, 0) : place], row]:
-            state.apply(again)
+        num_replayed = data.draw(st.integers(0, 3))
+        for replayed in [*rows[max(position - num_replayed, 0) : position], row]:
+            state.apply(replayed)
         if data.draw(st.booleans()):
             state.expire(at_us)
     instants = [at_us + hour * HOUR_US for hour in range(4)]
-    found = []
+    online = []
     for at_us in instants:
-        found.append(state.values(at_us))
+        online.append(state.values(at_us))
         state.expire(at_us)
-    assert found == offline_values(frame, *instants)
+    assert online == offline_values(frame, *instants)
 
 
 def row(event: str, at: float, value: Any, *, seq: int = 0, created: float | None = None) -> EventRow:
-    """A version of an event at an hour; no value is a tombstone."""
+    """Build a version of an event at an hour. Without a value it is a tombstone."""
     times = (START_US + int(hour * HOUR_US) for hour in (at, at if created is None else created))
     return EventRow(event, *times, seq, None if value is None else (value,))
 
 
 def only(column: str, *functions: str, hours: float = 5) -> WindowSpec:
-    """Aggregations of one column over one window."""
-    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
-    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
+    """Build aggregations of one column over one window."""
+    aggregations = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
+    return window_spec(
+        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
+    )
 
 
 def at(hour: float) -> int:
-    """An hour after the start."""
+    """Return an hour after the start, in microseconds."""
     return START_US + int(hour * HOUR_US)
 
 
-def test_events_of_the_past_are_forgotten_and_earlier_instants_not_answered() -> None:
-    """So the state's size is that of its longest window."""
+def test_old_events_are_dropped_and_earlier_instants_have_no_values() -> None:
+    """So the state's size depends only on the longest window."""
     state = WindowState(Tiling(only("amount", "count")))
     for number in range(2000):
         state.apply(row(str(number), number / 10, 1.0, seq=number))
@@ -119,8 +120,8 @@ def test_events_of_the_past_are_forgotten_and_earlier_instants_not_answered() ->
     assert len(state.pack()) < 10_000
 
 
-def test_repeated_version_that_was_corrected_stays_corrected() -> None:
-    """Although the correction moved the event far back, and all else from then is forgotten."""
+def test_repeated_old_version_does_not_undo_a_correction() -> None:
+    """Also if the correction moved the event far back, where all other events were dropped."""
     state = WindowState(Tiling(only("amount", "count")))
     state.apply(row("a", 20, 1.0))
     state.apply(row("a", 1, 1.0, seq=1, created=20.5))
@@ -129,8 +130,8 @@ def test_repeated_version_that_was_corrected_stays_corrected() -> None:
     assert state.values(at(21)) == [0]
 
 
-def test_pushed_version_takes_its_place_when_it_gets_its_number() -> None:
-    """Until then it is the last of its moment; what will be behind it is kept meanwhile, through forgetting too."""
+def test_pushed_version_gets_its_final_order_with_its_final_number() -> None:
+    """Before that it counts as the last version. Versions that may be later are kept, also through expiry."""
     state = WindowState(Tiling(only("amount", "sum", "last")))
     pushed = row("a", 1, 7.0, seq=PROVISIONAL + 4)
     state.apply(row("a", 1, 5.0, seq=10))
@@ -142,11 +143,11 @@ def test_pushed_version_takes_its_place_when_it_gets_its_number() -> None:
     assert state.apply(replace(pushed, seq=11), was=pushed.seq)
     assert state.values(at(1)) == [9.0, 1.0]
     assert not state.apply(replace(pushed, seq=11), was=pushed.seq)
-    assert sorted(one.seq for one in state.rows()) == [12, 13]
+    assert sorted(version.seq for version in state.rows()) == [12, 13]
 
 
-def test_event_dated_ahead_counts_from_then_on() -> None:
-    """And what it corrects until then."""
+def test_event_dated_ahead_counts_from_its_event_time() -> None:
+    """Until then, the version that it corrects counts."""
     state = WindowState(Tiling(only("amount", "sum")))
     state.apply(row("a", 1, 5.0))
     state.apply(row("a", 3, 7.0, seq=1, created=2))
@@ -155,7 +156,7 @@ def test_event_dated_ahead_counts_from_then_on() -> None:
 
 @pytest.mark.parametrize("num_values", [EXACT_DISTINCT - 10, EXACT_DISTINCT, EXACT_DISTINCT + 1, 3000])
 def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int) -> None:
-    """Whether one tile holds all values or several do, and whether an edge cuts one."""
+    """Also if one tile holds all values, or the window's start cuts a tile."""
     spec = only("size", "distinct")
     state = WindowState(Tiling(spec))
     hours = [10 * number / num_values for number in range(num_values)]
@@ -167,20 +168,20 @@ def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int)
         for number, hour in enumerate(hours)
     ]
     frame = pl.DataFrame(data, schema=EVENTS)
-    for one in event_rows(frame, spec):
-        state.apply(one)
+    for event_row in event_rows(frame, spec):
+        state.apply(event_row)
     instants = [at(hour) for hour in (3.0, 4.999, 5.3, 7.0)]
     assert [state.values(at_us) for at_us in instants] == offline_values(frame, *instants, spec=spec)
 
 
-def test_whole_numbers_beyond_int64_are_refused_while_they_count() -> None:
-    """The state holds them, and goes on without them."""
+def test_sum_outside_int64_is_refused_while_it_counts() -> None:
+    """When its events leave the window, reads work again."""
     tiling = Tiling(only("size", "sum"))
     state = WindowState(tiling)
     for number in range(3):
         state.apply(row(str(number), 1, 2**62, seq=number))
     state.apply(row("later", 4, 1, seq=9))
     state = WindowState.unpack(tiling, state.pack())
-    with pytest.raises(InvalidRequest, match="beyond int64"):
+    with pytest.raises(InvalidRequest, match="outside int64"):
         state.values(at(4))
     assert state.values(at(7)) == [1]

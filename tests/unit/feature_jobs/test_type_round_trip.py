@@ -1,4 +1,4 @@
-"""Every dtype from a push to the online store, the table, a training set, and back into a push unchanged."""
+"""Every dtype stays unchanged from a push to the online store, the table, a training set, and into a push again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pushed(person: int, features: dict[str, Any], hour: float = 1) -> dict[str, 
 
 
 def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list[Any]]:
-    """As `features:read` answers, parsed."""
+    """Read features as `features:read` does, and parse the response."""
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
     vectors = reader.read([{"person_id": person} for person in people], START + timedelta(hours=hour))
     for name, values in vectors.columns.items():  # as the client in a notebook gives them
@@ -74,10 +74,10 @@ def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list
 
 
 @pytest.mark.parametrize("names", [(), ("emb",), ("half", "emb", "born"), ("codes", "tags")])
-def test_what_is_read_can_be_pushed_again_unchanged(
+def test_values_that_were_read_can_be_pushed_again(
     tmp_path: Path, access: KeyAccess, names: tuple[str, ...]
 ) -> None:
-    """Before and after the stream and a materialisation, for one entity and for many, with nulls and without."""
+    """Before and after the stream and a materialisation, for one and for many entities, with and without nulls."""
     project = PushProject(tmp_path, access, view=typed_view(*names))
     sent = {name: VALUES[name][1] for name in names or VALUES}
     everyone = range(12)
@@ -101,8 +101,8 @@ def test_what_is_read_can_be_pushed_again_unchanged(
     project.close()
 
 
-def test_training_sets_hold_what_was_pushed(tmp_path: Path, access: KeyAccess) -> None:
-    """With the declared types, nulls where nothing is known, and a default where the service has one."""
+def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -> None:
+    """With the declared types, nulls for unknown entities, and the service's defaults."""
     view = typed_view()
     defaults = {
         "income__price": Default("7"),
@@ -115,9 +115,9 @@ def test_training_sets_hold_what_was_pushed(tmp_path: Path, access: KeyAccess) -
     project.push(pushed(1, {name: value for name, (_, value) in VALUES.items()}), key="a")
     project.stream().step()
     at = pa.array([START + timedelta(hours=5)] * 2, pa.timestamp("us", "UTC"))
-    asked = pa.table({"person_id": [1, 9], "event_timestamp": at})
+    entities = pa.table({"person_id": [1, 9], "event_timestamp": at})
     spec = service_spec(project.ledger, "s")
-    table = assemble(spec, {"income": project.snapshot()}, asked, join_parts=join_here).table
+    table = assemble(spec, {"income": project.snapshot()}, entities, join_parts=join_here).table
     known, unknown = table.to_pylist()
     assert known["income__price"] == Decimal("-1234567890123456.7890")
     assert known["income__emb"] == np.array(VALUES["emb"][1], np.float32).tolist()
@@ -126,9 +126,9 @@ def test_training_sets_hold_what_was_pushed(tmp_path: Path, access: KeyAccess) -
     assert (unknown["income__blob"], unknown["income__codes"]) == (b"\x00", None)
     reader = FeatureReader(spec, project.store)
     vectors = reader.read([{"person_id": 9}], START + timedelta(hours=5))
-    put_in = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
-    assert set(put_in) == {"income__price", "income__emb", "income__born", "income__blob"}
-    served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in put_in}
+    filled_rows = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
+    assert set(filled_rows) == {"income__price", "income__emb", "income__born", "income__blob"}
+    served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in filled_rows}
     assert served == {
         "income__price": "7.0000",
         "income__emb": [0.0] * 4,
@@ -140,8 +140,8 @@ def test_training_sets_hold_what_was_pushed(tmp_path: Path, access: KeyAccess) -
     project.close()
 
 
-def test_lists_are_encrypted_by_their_column_s_class(tmp_path: Path, access: KeyAccess) -> None:
-    """Parquet names the elements of a list; the list's key holds for them, and no statistics lie in the clear."""
+def test_lists_are_encrypted_with_the_key_of_their_column(tmp_path: Path, access: KeyAccess) -> None:
+    """The key covers the elements, and the file has no plain statistics."""
     project = PushProject(tmp_path, access, view=typed_view("tags", "emb"))
     project.push(pushed(1, {"tags": ["canary"], "emb": [0.5] * 4}), key="a")
     project.stream().step()
@@ -167,10 +167,10 @@ def test_lists_are_encrypted_by_their_column_s_class(tmp_path: Path, access: Key
         ("blob", "not base64"),
     ],
 )
-def test_a_value_of_another_form_is_its_row_s_alone(
+def test_row_with_an_invalid_value_goes_to_quarantine_alone(
     tmp_path: Path, access: KeyAccess, name: str, value: Any
 ) -> None:
-    """The reason names the column and its dtype; the other rows are taken."""
+    """The reason names the column and its dtype. The other rows are accepted."""
     project = PushProject(tmp_path, access, view=typed_view())
     answered = project.push(pushed(1, {name: value}), pushed(2, {}), key="a")
     assert answered["accepted"] == 1
@@ -179,7 +179,7 @@ def test_a_value_of_another_form_is_its_row_s_alone(
 
 
 def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, access: KeyAccess) -> None:
-    """First, last and different days of two hours, from the state and from the events."""
+    """For min, max, last, distinct and count over two hours."""
     view = FeatureView(
         "income",
         entities=INCOME.entities,

@@ -1,4 +1,4 @@
-"""Tables of many columns: changed at once, and named in messages within bounds."""
+"""Tables with many columns: changes in one step, and messages of limited length."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from feature_jobs.store.types.columns import with_appended, with_replaced
 TABLE = pa.table({"a": pa.array([1, 2]), "b": pa.array(["x", None])}).replace_schema_metadata({"k": "v"})
 
 
-def test_columns_are_appended_and_replaced_as_one_by_one() -> None:
-    """Order, types and metadata are those that Arrow's own methods give."""
+def test_append_and_replace_equal_the_methods_of_arrow() -> None:
+    """Order, types and metadata are equal."""
     c, a = pa.chunked_array([[1.5, 2.5]]), pa.chunked_array([["p", "q"]])
     expected = TABLE.append_column("c", c).append_column("d", a)
     assert with_appended(TABLE, {"c": c, "d": a}).equals(expected, check_metadata=True)
@@ -27,14 +27,14 @@ def test_columns_are_appended_and_replaced_as_one_by_one() -> None:
 
 
 def test_columns_that_a_file_lacks_are_null() -> None:
-    """In the order that is asked for."""
-    found = offline.with_columns(TABLE, ["z", "b", "y"])
-    assert found.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
+    """The result has the requested order of columns."""
+    completed = offline.with_columns(TABLE, ["z", "b", "y"])
+    assert completed.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
     assert offline.with_columns(TABLE, ["b", "a"]).column_names == ["b", "a"]
 
 
 def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
-    """However many; and none is added by a batch that is refused."""
+    """Any number of columns is one version, and a refused batch adds none."""
     table = offline.create_table(str(tmp_path / "t"), pa.schema({"a": pa.int64()}), num_buckets=1)
     new = {f"f{number}": pa.float64() for number in range(20)}
     with pytest.raises(SchemaMismatch, match="Column 'a'"):
@@ -46,16 +46,16 @@ def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
     assert {field.name for field in changed.schema().fields} == {"a", "bucket", *new}
 
 
-def test_keys_of_columns_are_those_of_each() -> None:
-    """Named, public, and all others."""
+def test_each_column_has_its_key() -> None:
+    """A column has its own key, no key, or the default key."""
     protection = Protection(default="d", keys=(("a", "k"), ("b", None)))
     assert protection.keys_of(["a", "b", "c"]) == {"a": "k", "b": None, "c": "d"}
     assert [protection.key_of(name) for name in "abc"] == ["k", None, "d"]
 
 
 def test_message_lists_the_first_of_many_names() -> None:
-    """A view of 2,000 columns makes no message of 2,000 names."""
-    said = did_you_mean("f7x", [f"f{number}" for number in range(2_000)])
-    assert "Did you mean 'f7" in said
-    assert said.endswith(" and 1,950 more.")
-    assert len(said) < 600
+    """A view with 2,000 columns does not give a message with 2,000 names."""
+    message = did_you_mean("f7x", [f"f{number}" for number in range(2_000)])
+    assert "Did you mean 'f7" in message
+    assert message.endswith(" and 1,950 more.")
+    assert len(message) < 600

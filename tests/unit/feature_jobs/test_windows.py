@@ -1,4 +1,4 @@
-"""Windowed aggregations offline, against DuckDB as an independent oracle and on the cases that trap naive ones."""
+"""Windowed aggregations offline, compared with DuckDB as an independent oracle, and known difficult cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ LAST = "last({0} ORDER BY live.event_timestamp, created_timestamp, ingest_seq) F
 
 
 def expression(column: str, function: str) -> str:
-    """An output in SQL; an entity without a key is nobody."""
+    """Return an output as SQL. An entity with a null key has null values."""
     match function:
         case "last":
             inner = LAST.format(column)
@@ -84,72 +84,77 @@ def oracle() -> duckdb.DuckDBPyConnection:
 def test_aggregations_agree_with_the_definition_in_sql(
     oracle: duckdb.DuckDBPyConnection, events: pl.DataFrame, entities: pl.DataFrame, cutoff: bool
 ) -> None:
-    """Late corrections, moved events, tombstones, ties at both edges of each window, nulls, several keys."""
+    """With late corrections, moved events, tombstones, events at both ends of a window, nulls, and several keys."""
     actual = aggregate(entities, events, keys=list(KEYS), windows=SPEC, cutoff=cutoff).columns
     oracle.register("events", events.to_arrow())
     oracle.register("entities", entities.with_row_index("position").to_arrow())
     for window in WINDOWS_H:
-        outputs = [one for one in SPEC.outputs if one.window_us == window * 3_600_000_000]
-        text = ", ".join(expression(one.column, one.function) for one in outputs)
+        outputs = [output for output in SPEC.outputs if output.window_us == window * 3_600_000_000]
+        text = ", ".join(expression(output.column, output.function) for output in outputs)
         expected = oracle.execute(ORACLE.format(outputs=text, window=window, cutoff=cutoff)).fetchall()
-        assert expected == actual.select(one.name for one in outputs).rows()
+        assert expected == actual.select(output.name for output in outputs).rows()
 
 
-def only(*wanted: tuple[str, str], hours: int = 5) -> WindowSpec:
-    """A few aggregations over one window."""
-    made = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for column, function in wanted]
-    return window_spec("event_id", [output for one in made for output in one.definition()], COLUMNS)
+def only(*columns_and_functions: tuple[str, str], hours: int = 5) -> WindowSpec:
+    """Build a few aggregations over one window."""
+    aggregations = [
+        Aggregation(column, function, windows=[timedelta(hours=hours)])
+        for column, function in columns_and_functions
+    ]
+    return window_spec(
+        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
+    )
 
 
-def events(*given: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
-    """Events of one person from (id, event hour, created hour, amount)."""
-    nothing = dict.fromkeys(COLUMNS) | {"deleted": False} | more
+def events(*rows: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
+    """Build events of one person from (id, event hour, created hour, amount)."""
+    defaults = dict.fromkeys(COLUMNS) | {"deleted": False} | more
     data = [
-        nothing
+        defaults
         | {"person": 1, "place": "n", "event_id": event, "ingest_seq": seq, "amount": amount}
         | {
             "event_timestamp": START + timedelta(hours=at),
             "created_timestamp": START + timedelta(hours=known),
         }
-        for seq, (event, at, known, amount) in enumerate(given)
+        for seq, (event, at, known, amount) in enumerate(rows)
     ]
     return pl.DataFrame(data, schema=EVENTS)
 
 
-def ask(frame: pl.DataFrame, spec: WindowSpec, *asked: float) -> list[tuple[Any, ...]]:
-    """The answers at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in asked]
+def aggregated(frame: pl.DataFrame, spec: WindowSpec, *hours: float) -> list[tuple[Any, ...]]:
+    """Return the aggregations at some hours."""
+    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
     return aggregate(entities, frame, keys=list(KEYS), windows=spec).columns.rows()
 
 
-def test_window_is_open_at_its_old_edge_and_closed_at_its_new_one() -> None:
-    """(t - w, t]: an event exactly w ago has left, one at this instant counts."""
+def test_window_excludes_its_start_and_includes_its_end() -> None:
+    """(t - w, t]: an event exactly w ago does not count, an event at t counts."""
     spec = only(("amount", "sum"))
-    assert ask(events(("a", 1, 1, 2.0)), spec, 0.5, 1, 5.999, 6) == [(None,), (2.0,), (2.0,), (None,)]
+    assert aggregated(events(("a", 1, 1, 2.0)), spec, 0.5, 1, 5.999, 6) == [(None,), (2.0,), (2.0,), (None,)]
 
 
 def test_correction_replaces_its_event_from_when_it_was_known() -> None:
-    """Never both, and never early."""
+    """The two versions never both count, and the correction never counts early."""
     spec = only(("amount", "sum"), (EVERY, "count"))
     frame = events(("a", 1, 1, 2.0), ("a", 1, 3, 7.0))
-    assert ask(frame, spec, 2, 3) == [(2.0, 1), (7.0, 1)]
+    assert aggregated(frame, spec, 2, 3) == [(2.0, 1), (7.0, 1)]
 
 
 def test_correction_may_move_an_event_back_in_time() -> None:
-    """The latest knowledge counts, not the latest event time."""
+    """The version that was created last counts, not the one with the latest event time."""
     frame = events(("a", 6, 6, 2.0), ("a", 1, 7, 2.0))
-    assert ask(frame, only((EVERY, "count")), 6.5, 7) == [(1,), (0,)]
+    assert aggregated(frame, only((EVERY, "count")), 6.5, 7) == [(1,), (0,)]
 
 
 def test_older_version_that_arrives_late_changes_nothing() -> None:
-    """What was created later stays, although the older version's event makes it available later."""
+    """The newer version stays, although the older version becomes available later."""
     frame = events(("a", 1, 2, 5.0), ("a", 4, 1, 9.0))
-    assert ask(frame, only(("amount", "sum")), 3, 5) == [(5.0,), (5.0,)]
+    assert aggregated(frame, only(("amount", "sum")), 3, 5) == [(5.0,), (5.0,)]
 
 
 def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
-    """Not those that would have none without it either."""
+    """Rows that have no events even without the cutoff are not counted."""
     frame = events(("a", 1, 4, 2.0), ("b", 3, 4, 2.0))
     times = [START + timedelta(hours=hour) for hour in (0, 1, 3, 4, 9)]
     entities = pl.DataFrame(
@@ -160,86 +165,92 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
 
-def test_only_nobody_is_absent() -> None:
-    """Somebody without events has a count of none, which is a value."""
+def test_only_a_null_key_is_absent() -> None:
+    """An entity without events has a count of 0, which is a value."""
     entities = pl.DataFrame(
         {"person": [1, None, 9], "place": "n", "event_timestamp": START},
         schema=KEYS | {"event_timestamp": TIME},
     )
-    found = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
-    assert found.absent.to_list() == [False, True, False]
-    assert found.columns.to_series().to_list() == [1, None, 0]
+    answers = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
+    assert answers.absent.to_list() == [False, True, False]
+    assert answers.columns.to_series().to_list() == [1, None, 0]
 
 
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames(min_size=12), late_h=st.integers(0, 3))
 def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> None:
-    """Where a correction moved an event past it, what it corrected goes too."""
+    """If a correction moved an event before the retention, the versions that it corrected are removed too."""
     frame = frame.with_columns(person=pl.lit(1, pl.Int64), place=pl.lit("n"))
     now = START + timedelta(hours=12)
     oldest = now - timedelta(hours=max(WINDOWS_H))
     corrected = corrected_by_old(frame, list(KEYS), "event_id", oldest)
-    kept = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
+    retained = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
     spec = only((EVERY, "count"), ("amount", "sum"))
-    assert ask(kept, spec, 12 + late_h) == ask(frame, spec, 12 + late_h)
+    assert aggregated(retained, spec, 12 + late_h) == aggregated(frame, spec, 12 + late_h)
 
 
 def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
-    """And a later version brings it back."""
+    """A later version restores the event."""
     frame = pl.concat([events(("a", 1, 1, 2.0)), events(("a", 1, 2, None), deleted=True)])
     frame = pl.concat([frame, events(("a", 1, 3, 4.0))]).with_columns(pl.Series("ingest_seq", [0, 1, 2]))
-    assert ask(frame, only(("amount", "sum"), (EVERY, "count")), 1, 2, 3) == [(2.0, 1), (None, 0), (4.0, 1)]
+    assert aggregated(frame, only(("amount", "sum"), (EVERY, "count")), 1, 2, 3) == [
+        (2.0, 1),
+        (None, 0),
+        (4.0, 1),
+    ]
 
 
-def test_nothing_gives_zero_counts_and_null_values() -> None:
-    """An unknown entity and an empty table alike."""
+def test_no_events_give_zero_counts_and_null_values() -> None:
+    """For an unknown entity and for an empty table."""
     spec = only(*[("amount", name) for name in ("count", "distinct", "sum", "mean", "min", "last")])
-    assert ask(events(), spec, 1) == [(0, 0, None, None, None, None)]
+    assert aggregated(events(), spec, 1) == [(0, 0, None, None, None, None)]
 
 
 def test_sums_of_fractions_are_exact_and_rounded_once() -> None:
-    """A payment and its reversal leave what is between them, though running totals would have lost it."""
+    """A large payment and its reversal leave the sum of the others exact, unlike running totals of floats."""
     rng = np.random.default_rng(7)
     amounts = [1e15, 0.1, -1e15, 1e-300, 1e300, -1e300, *rng.normal(0, 1e6, 40), *rng.normal(0, 1e-9, 40)]
     frame = events(*[(str(i), i / 10, i / 10, amount) for i, amount in enumerate(amounts)])
-    found = ask(frame, only(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)])
+    actual = aggregated(
+        frame, only(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)]
+    )
     expected = [math.fsum(amounts[max(i - 19, 0) : i + 1]) for i in range(86)]
-    assert [row[0] for row in found] == expected
-    assert [row[1] for row in found] == [total / min(i + 1, 20) for i, total in enumerate(expected)]
+    assert [row[0] for row in actual] == expected
+    assert [row[1] for row in actual] == [total / min(i + 1, 20) for i, total in enumerate(expected)]
 
 
-def test_infinite_amounts_leave_with_their_event() -> None:
-    """They spoil only the windows that they are in; both signs together are no number."""
+def test_infinite_amounts_affect_only_their_windows() -> None:
+    """Infinities of both signs give null."""
     frame = events(("a", 1, 1, math.inf), ("b", 2, 2, -math.inf), ("c", 3, 3, 1.0), ("d", 9, 9, 1.7e308))
     frame = pl.concat([frame, events(("e", 9, 9, 1.7e308))])
-    found = ask(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
-    assert found == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
+    actual = aggregated(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
+    assert actual == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
 
 
 def test_whole_numbers_too_large_for_their_sum_are_refused() -> None:
-    """Rather than to wrap around."""
+    """The sum does not wrap around."""
     frame = events(("a", 1, 1, None), ("b", 1, 1, None)).with_columns(size=pl.lit(2**62))
     with pytest.raises(TrainingSetError, match="Declare the column as float64"):
-        ask(frame, only(("size", "sum")), 2)
+        aggregated(frame, only(("size", "sum")), 2)
 
 
 @pytest.mark.parametrize("places", [1, 7, 256])
-def test_distinct_is_exact_to_its_bound_and_an_estimate_of_the_same_values_above(
+def test_distinct_is_exact_up_to_its_bound_and_estimated_above(
     monkeypatch: pytest.MonkeyPatch, places: int
 ) -> None:
-    """With any number of places at a time."""
+    """The number of positions per block does not matter."""
     monkeypatch.setattr(offline, "_ROWS_AT_ONCE", places)
     total = EXACT_DISTINCT + 300
     frame = events(*[(str(i), i / 1000, i / 1000, float(i // 2)) for i in range(2 * total)])
-    asked = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
-    found = ask(frame, only(("amount", "distinct"), hours=2), *asked)
+    hours = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
+    actual = aggregated(frame, only(("amount", "distinct"), hours=2), *hours)
 
     def values(hour: float) -> set[float]:
         return {float(i // 2) for i in range(2 * total) if hour - 2 < i / 1000 <= hour}
 
-    exact = [len(values(hour)) for hour in asked]
+    exact = [len(values(hour)) for hour in hours]
     assert exact[0] <= EXACT_DISTINCT
-    assert [row[0] for row in found] == [
+    assert [row[0] for row in actual] == [
         count if count <= EXACT_DISTINCT else max(estimate(registers_of(values(hour))), EXACT_DISTINCT + 1)
-        for hour, count in zip(asked, exact, strict=True)
+        for hour, count in zip(hours, exact, strict=True)
     ]

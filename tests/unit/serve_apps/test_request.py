@@ -172,7 +172,7 @@ def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, valu
         ("p__ids", [[1, 40_000]], "'p__ids' must be a list of 2 numbers .* got 40000"),
         ("due", 20484, "'due' must be date"),
         ("due", "tomorrow", "'due' must be date"),
-        ("query", [["a", 1]], r"'query' must be list<string>: an element is no string"),
+        ("query", [["a", 1]], r"'query' must be list<string>: an element is not a valid string"),
     ],
 )
 def test_wrong_list_or_date_is_refused_by_name(name: str, sent: Any, message: str) -> None:
