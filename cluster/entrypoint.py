@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.command_line import option_names, quote_texts
-from cluster.errors import ConfigError, RefusedError, nearest, refusal_behind
+from cluster.errors import ConfigError, RefusedError, refusal_behind, suggest_name
 from cluster.settings import load
 
 C = TypeVar("C")
@@ -123,5 +123,5 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
     unknown = re.match(r"Could not override '([^']+)'", text)
     if unknown:
         name = unknown[1]
-        return f"No option '{name}'.{nearest(name, option_names(schema))} `--help` lists the options."
+        return f"No option '{name}'.{suggest_name(name, option_names(schema))} `--help` lists the options."
     return " ".join(text.partition("Config search path:")[0].split())

@@ -117,7 +117,7 @@ class CommitConflict(SourceError):
     """Another job committed to the table at the same time; nothing was stored."""
 
 
-class BatchRefused(RefusedError):
+class BatchRejected(RefusedError):
     """The batch has too many bad rows or fails a batch rule; none of its rows were stored."""
 
 
@@ -232,10 +232,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not names:
         return " No names are known yet."
     more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return f"{nearest(name, names)} Known: {', '.join(names[:MAX_LISTED])}{more}."
+    return f"{suggest_name(name, names)} Known: {', '.join(names[:MAX_LISTED])}{more}."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return the most similar name as a suggestion, or "" if no name is similar.
 
     It is for clients that must not see all names.

@@ -30,7 +30,7 @@ from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyStore
-from cluster.storage import Layout, finite, local, write_bytes
+from cluster.storage import Layout, local, replace_non_finite, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]
 
@@ -147,7 +147,7 @@ class Registry:
             manifest_hash=hashlib.sha256(manifest).hexdigest(),
             files=files,
             lineage=asdict(lineage),
-            metrics=finite(dict(metrics)),
+            metrics=replace_non_finite(dict(metrics)),
             warnings=list(warnings),
         )
         self._ledger.append(event, actor=actor)

@@ -180,7 +180,7 @@ def _read(path: str) -> ClusterRecord | None:
         ) from None
 
 
-def read_record(storage: StorageConfig) -> ClusterRecord | None:
+def find_running_record(storage: StorageConfig) -> ClusterRecord | None:
     """Return the record of the cluster if it runs, else None."""
     record = find_record(storage)
     return record if record is not None and is_up(record) else None
@@ -200,17 +200,17 @@ def is_up(record: ClusterRecord) -> bool:
     )
 
 
-def recorded(config: PlatformConfig) -> ClusterRecord:
+def require_recorded_cluster(config: PlatformConfig) -> ClusterRecord:
     """Return the record of the cluster, even if its head does not answer, because other parts may still run.
 
     Raises:
         ClusterNotRunning: No record exists.
     """
     record = find_record(config.storage)
-    return require_record(config) if record is None else record
+    return require_running_cluster(config) if record is None else record
 
 
-def require_record(config: PlatformConfig) -> ClusterRecord:
+def require_running_cluster(config: PlatformConfig) -> ClusterRecord:
     """Return the record of the running cluster.
 
     Raises:
@@ -242,7 +242,7 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     from ray._private import ray_constants
     from ray._raylet import Config  # type: ignore[attr-defined]
 
-    record = require_record(config)
+    record = require_running_cluster(config)
     os.environ.update(record.environment())
     for name, level in RAY_LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)

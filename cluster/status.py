@@ -22,10 +22,10 @@ import psutil
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.node.parts import Part, PartStatus, State, look, missing
+from cluster.node.parts import Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
 from cluster.own_server import open_own
-from cluster.session import ClusterRecord, addresses, recorded, require_record
+from cluster.session import ClusterRecord, addresses, require_recorded_cluster, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.supervisor.head import restore_is_due
 
@@ -57,21 +57,23 @@ class Health:
 
     @property
     def is_healthy(self) -> bool:
-        return not (missing(self.parts) or self.problems or self.restoring)
+        return not (not_running(self.parts) or self.problems or self.restoring)
 
 
 def health(record: ClusterRecord) -> Health:
     """Check every part and the permissions of every path."""
-    return Health(parts=look(record), problems=permission_problems(record), restoring=restore_is_due(record))
+    return Health(
+        parts=inspect_parts(record), problems=permission_problems(record), restoring=restore_is_due(record)
+    )
 
 
 def show(config: PlatformConfig, flag: str | None) -> None:
     """Print the status in the requested format. Exit with 1 if the cluster is not healthy."""
     if flag == "--env":
-        variables = require_record(config).environment()
+        variables = require_running_cluster(config).environment()
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
         return
-    record = recorded(config)
+    record = require_recorded_cluster(config)
     cluster_health = health(record)
     if flag == "--json":
         details = {
@@ -140,7 +142,7 @@ def _show_health(cluster_health: Health) -> None:
         pid = f"pid {status.process.pid}" if status.process is not None else ""
         mark = "" if status.state is State.running else "  <- problem"
         print(f"  {status.part:18} {status.state:16} {pid}{mark}".rstrip())
-    lacking = missing(cluster_health.parts)
+    lacking = not_running(cluster_health.parts)
     if cluster_health.restoring:
         print("  the head was lost; its applications are being restored (progress: edge/supervisor.log)")
     if any(status.part is Part.supervisor for status in lacking):

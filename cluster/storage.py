@@ -169,18 +169,18 @@ def write_json(uri: str, content: Any) -> None:
 
 def json_text(content: Any) -> str:
     """Return plain data as indented JSON. NaN and infinities become null."""
-    return json.dumps(finite(content), indent=1, allow_nan=False)
+    return json.dumps(replace_non_finite(content), indent=1, allow_nan=False)
 
 
-def finite(content: Any) -> Any:
+def replace_non_finite(content: Any) -> Any:
     """Return plain data with each NaN and infinity replaced by None."""
     match content:
         case float():
             return content if math.isfinite(content) else None
         case dict():
-            return {key: finite(value) for key, value in content.items()}
+            return {key: replace_non_finite(value) for key, value in content.items()}
         case list() | tuple():
-            return [finite(value) for value in content]
+            return [replace_non_finite(value) for value in content]
         case _:
             return content
 
@@ -223,13 +223,13 @@ def sha256(uri: str) -> str:
 def write_parquet(table: pa.Table, uri: str) -> int:
     """Write a table as one Parquet file, atomically; return its size in bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=coded_columns(table.schema))
+    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary_columns(table.schema))
     data = sink.getvalue()
     write_bytes(uri, data)
     return int(data.size)
 
 
-def coded_columns(schema: pa.Schema) -> list[str]:
+def dictionary_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns that get a dictionary in Parquet.
 
     Floats and timestamps get none. Their values rarely repeat, and most of the time of writing would go into a

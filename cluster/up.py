@@ -39,23 +39,23 @@ from cluster.node.launch import (
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_parts, look, missing
+from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_parts, inspect_parts, not_running
 from cluster.node.scheduling import wait_for_turn
-from cluster.security.encryption.disks import keeps_secrets
-from cluster.security.encryption.scratch import memory_folder, sweep
-from cluster.security.installation import hold_to
+from cluster.security.encryption.disks import is_protected_at_rest
+from cluster.security.encryption.scratch import memory_folder, remove_abandoned
+from cluster.security.installation import apply_cluster_record
 from cluster.security.keys.keyring import check_keyring
-from cluster.security.private_folder import close_to_others, private_folder
+from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tls.pki import fetch_certificates
-from cluster.security.tokens.issuer import ensure_issuer, write_private
+from cluster.security.tokens.issuer import ensure_issuer, write_private_file
 from cluster.security.tokens.principal import current_actor
 from cluster.session import (
     METRICS_PORTS,
     ClusterRecord,
     addresses,
     find_own_record,
-    read_record,
+    find_running_record,
     record_path,
     write_record,
 )
@@ -98,7 +98,7 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     record = find_own_record(config.storage)
     if record is None:
         return None
-    if not record.starting and any(status.state is not State.dead for status in look(record)):
+    if not record.starting and any(status.state is not State.dead for status in inspect_parts(record)):
         return record
     end_all(record)
     remove_folders(record)
@@ -115,9 +115,9 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
         StartFailed: A part did not start within `REPAIR_DEADLINE_S`.
     """
     refuse_variables()
-    hold_to(record, config)
+    apply_cluster_record(record, config)
     prepare(config, record)
-    if not (lacking := missing(look(record))) and not restore_is_due(record):
+    if not (lacking := not_running(inspect_parts(record))) and not restore_is_due(record):
         raise _already_up(record)
     started, woken_at = time.monotonic(), -WAKE_EVERY_S
     print(f"repairing cluster {record.cluster_id}: {format_parts(lacking) or 'its applications'}", flush=True)
@@ -132,13 +132,13 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
             wake_supervisor(config, record)
             woken_at = now
         time.sleep(0.5)
-        lacking = missing(look(record))
+        lacking = not_running(inspect_parts(record))
     print(f"repaired after {time.monotonic() - started:.0f} s")
 
 
 def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
     """Make the supervisor try at once, or start a supervisor. One that does not run properly is replaced."""
-    status = next(status for status in look(record) if status.part is Part.supervisor)
+    status = next(status for status in inspect_parts(record) if status.part is Part.supervisor)
     if status.process is not None and status.state is State.running:
         # Before it holds its lock, it has no handler for the signal, and the signal would end it.
         if is_watched_by(config.storage, status.process.pid):
@@ -212,7 +212,7 @@ def check(config: PlatformConfig) -> None:
         PortInUse: A port is in use.
         ConfigError: A dangerous environment variable is set, or the tier does not allow the key store.
     """
-    if (record := read_record(config.storage)) is not None:
+    if (record := find_running_record(config.storage)) is not None:
         raise _already_up(record)
     refuse_variables()
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -299,7 +299,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     root, keys = local(storage.root), local(storage.keys)
     for folder in (root, keys, local(storage.tls), local(storage.edge)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        close_to_others(folder)
+        remove_access_of_others(folder)
     # Git and `ray job submit --working-dir` respect it. They must not include keys and data.
     ignore_file = root / ".gitignore"
     if not ignore_file.exists():
@@ -313,18 +313,18 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     else:
         ensure_tls(storage)
     if not Path(record.token_path).exists():
-        write_private(Path(record.token_path), secrets.token_hex(32).encode())
+        write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (root / "runs", memory_folder(otherwise=root / "runs")):
-        sweep(scratch_folder)
+        remove_abandoned(scratch_folder)
     if Path(record.runtime_folder).exists():
-        close_to_others(Path(record.runtime_folder))
-    private_folder(Path(record.runtime_folder))
+        remove_access_of_others(Path(record.runtime_folder))
+    ensure_private_folder(Path(record.runtime_folder))
 
 
 def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
     """Print a warning if Ray would spill objects to an unencrypted disk. Objects can contain protected columns."""
     folder = resolve(config.cluster.spill_folder) if config.cluster.spill_folder else record.temp_dir
-    if keeps_secrets(Path(folder)) is False:
+    if is_protected_at_rest(Path(folder)) is False:
         print(
             f"warning: when memory is short, Ray writes objects unencrypted to {folder}, which is neither in memory "
             "nor on an encrypted device. Set cluster.spill_folder=… to a folder in memory or on an encrypted device.",

@@ -31,7 +31,7 @@ def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureVi
     return view, spec
 
 
-def given_source(view: FeatureView, path: str | None) -> BatchSource:
+def batch_source(view: FeatureView, path: str | None) -> BatchSource:
     """Return the source of a batch: the file that the command names, or else the view's own source.
 
     Args:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout
 from feature_jobs.store.catalog.lifecycle import read_lifecycles
@@ -42,10 +42,10 @@ class ApplyConfig(PlatformConfig):
 @job("apply", ApplyConfig)
 def main(config: ApplyConfig) -> None:
     """Print the plan and apply the definitions."""
-    record = require_record(config)
+    record = require_running_cluster(config)
     definitions = load_definitions(config.definitions)
     ledger = open_ledger(config)
-    actor = act(config, record, ledger, entrypoint="feature_jobs.apply")
+    actor = create_actor(config, record, ledger, entrypoint="feature_jobs.apply")
     region = config.cluster.region
     actor.check(
         Action.read_metadata if config.plan else Action.apply_definitions,

@@ -25,29 +25,29 @@ from hydra.core.global_hydra import GlobalHydra
 
 from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig, load
 from cluster.storage import layout, resolve, write_bytes
-from feature_jobs.materialize import instant
-from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.materialize import parse_as_of
+from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, service_spec
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.on_demand import add_on_demand
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.types.dtypes import arrow_values
-from feature_jobs.store.types.key_types import kind_of, type_of
+from feature_jobs.store.types.dtypes import to_arrow
+from feature_jobs.store.types.key_types import describe_key_type, key_type_of
 from feature_jobs.training_set import (
     Request,
     TrainingSetConfig,
-    event_of,
+    built_event,
     join_entities,
     manifest_path,
-    write,
+    write_training_set,
 )
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ class FeatureStore:
         identity.role = identity.role if role is None else role
         identity.token_file = identity.token_file if token_file is None else token_file
         config.storage.root = config.storage.root if storage_root is None else storage_root
-        record = require_record(config)
+        record = require_running_cluster(config)
         ledger = open_ledger(config)
-        return cls(config, ledger, act(config, record, ledger, entrypoint=ENTRYPOINT))
+        return cls(config, ledger, create_actor(config, record, ledger, entrypoint=ENTRYPOINT))
 
     def training_set(self, service: str, entities: Entities, *, cutoff: bool = True) -> TrainingSet:
         """Build a training set and record it in the ledger.
@@ -173,12 +173,12 @@ class FeatureStore:
         spec = service_spec(self._ledger, service)
         self._check(Action.build_training_set, spec)
         views = [view.name for view in spec.views]
-        heed(read_lifecycles(self._ledger), views, doing="No new training set is built.")
+        require_not_retired(read_lifecycles(self._ledger), views, doing="No new training set is built.")
         rows = _arrow(entities)
         config = self._training_config(service, cutoff=cutoff)
         request = Request(spec=spec, entities=None, cutoff=cutoff, versions={})
         table, manifest = join_entities(config, request, rows, row_hash(rows), access=self._actor.access)
-        event = event_of(manifest, "", None)
+        event = built_event(manifest, "", None)
         manifest["seq"] = self._ledger.append(event, actor=self._actor.name).seq
         return TrainingSet(table=table, manifest=manifest, spec=spec, store=self)
 
@@ -186,7 +186,7 @@ class FeatureStore:
         """Write a training set. See `TrainingSet.save`."""
         output = resolve(path)
         access = self._actor.access
-        write(training_set.table, output, training_set.spec, places=self._paths, access=access)
+        write_training_set(training_set.table, output, training_set.spec, places=self._paths, access=access)
         write_bytes(manifest_path(output), json.dumps(training_set.manifest, indent=1).encode())
 
     def read(
@@ -215,7 +215,7 @@ class FeatureStore:
         spec = service_spec(self._ledger, service)
         self._check(Action.read_online, spec)
         entities = keys_of(entities)
-        read_time = instant(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
+        read_time = parse_as_of(as_of.isoformat() if isinstance(as_of, dt.datetime) else as_of)
         vectors = FeatureReader(spec, self._online).read(entities, read_time)
         dtypes = spec.dtypes
         on_demand = [name for transform in spec.on_demand for name in transform.columns]
@@ -224,7 +224,7 @@ class FeatureStore:
         else:
             dtypes = {name: dtype for name, dtype in dtypes.items() if name not in on_demand}
         keys = {key: [entity.get(key) for entity in entities] for entity in entities[:1] for key in entity}
-        columns = {name: arrow_values(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
+        columns = {name: to_arrow(vectors.columns[name], dtype) for name, dtype in dtypes.items()}
         statuses = {name: [str(status) for status in vectors.status[name]] for name in dtypes}
         return OnlineFeatures(table=pa.table(keys | columns), status=statuses)
 
@@ -244,7 +244,7 @@ class FeatureStore:
 
     @functools.cached_property
     def _online(self) -> OnlineStore:
-        return open_online(self._config.online, self._paths, key_store(self._actor.access))
+        return open_online_store(self._config.online, self._paths, key_store(self._actor.access))
 
     def _check(self, action: Action, spec: ServiceSpec) -> None:
         region = self._config.cluster.region
@@ -266,8 +266,10 @@ def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for position, entity in enumerate(entities):
         keys = {key: value.item() if hasattr(value, "item") else value for key, value in entity.items()}
         for key, value in keys.items():
-            if value is not None and type_of(value) is None:
-                raise InvalidRequest(f"entities[{position}].{key} must be {kind_of(None)}, got {value!r}.")
+            if value is not None and key_type_of(value) is None:
+                raise InvalidRequest(
+                    f"entities[{position}].{key} must be {describe_key_type(None)}, got {value!r}."
+                )
         plain.append(keys)
     return plain
 

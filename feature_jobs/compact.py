@@ -13,14 +13,14 @@ from deltalake import DeltaTable
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import FeatureTableRewritten
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
-from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline.compaction import current_target, fragmented_buckets, past_rewrites, rewrite
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.view_tables import view_snapshot
 
@@ -38,26 +38,26 @@ class CompactConfig(PlatformConfig):
 def main(config: CompactConfig) -> None:
     """Compact one view's table."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.compact")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.compact")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
-    pinned = newest(config, view, actor)
-    buckets = fragmented(pinned)
+    pinned = newest_snapshot(config, view, actor)
+    buckets = fragmented_buckets(pinned)
     if buckets:
-        rewrite(pinned, as_target(pinned), buckets)
-    replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
-    after = newest(config, view, actor)
+        rewrite(pinned, current_target(pinned), buckets)
+    replaced = record_rewrites(ledger, view.name, pinned.uri, actor=actor.name)
+    after = newest_snapshot(config, view, actor)
     print(
         f"view {view.name}: {replaced} files replaced, {len(after.files)} left, table version {after.version}"
     )
 
 
-def newest(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
+def newest_snapshot(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Snapshot:
     """Return the newest snapshot of the view's table."""
     return view_snapshot(view, layout(config.storage), actor.access)
 
 
-def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
+def record_rewrites(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
     """Append an event for each rewrite of the table that has none yet, also for rewrites of killed commands.
 
     Returns:
@@ -68,7 +68,9 @@ def record(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
         for entry in ledger.entries(FeatureTableRewritten)
         if entry.payload["view"] == view
     }
-    new = {version: files for version, files in rewrites(DeltaTable(uri)).items() if version not in recorded}
+    new = {
+        version: files for version, files in past_rewrites(DeltaTable(uri)).items() if version not in recorded
+    }
     for version, files in sorted(new.items()):
         event = FeatureTableRewritten(view=view, table_version=version, files_replaced=files)
         ledger.append(event, actor=actor)

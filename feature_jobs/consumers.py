@@ -18,15 +18,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.session import refusal_behind
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, together
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, combine
 from feature_jobs.store.streaming.kafka_consumer import (
+    ConsumerSettings,
     PartitionReader,
-    Reading,
-    bounds,
     consume,
-    is_left,
-    shares,
-    until_committed,
+    distribute_partitions,
+    end_offsets,
+    has_remaining,
+    retry_on_conflict,
 )
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 
@@ -34,7 +34,9 @@ MAX_DEATHS = 3
 """Most deaths of one consumer without a result in between. One more ends the command."""
 
 
-def consume_apart(stream: KafkaStream, reading: Reading, stopped: threading.Event, *, consumers: int) -> int:
+def consume_apart(
+    stream: KafkaStream, reading: ConsumerSettings, stopped: threading.Event, *, consumers: int
+) -> int:
     """Consume a topic as `consume` does, with several actors. Return the number of rows stored.
 
     The driver alone reads the first batch of a new table, because this batch sets the types of the join keys.
@@ -52,19 +54,19 @@ def consume_apart(stream: KafkaStream, reading: Reading, stopped: threading.Even
     total = consume(stream, reading, stopped, until_table=True)
     if not stream.key_types:
         return total  # stopped, or at the end of the topic, before the first row
-    ends = bounds(reading)
+    ends = end_offsets(reading)
     offsets = stream.offsets(list(ends))
-    partition_groups = shares(list(ends), min(consumers, reading.max_rows))
+    partition_groups = distribute_partitions(list(ends), min(consumers, reading.max_rows))
     max_rows = reading.max_rows // len(partition_groups)
     group = _ConsumerGroup(stream, dataclasses.replace(reading, max_rows=max_rows))
     try:
         group.start(partition_groups)
-        while not stopped.is_set() and is_left(offsets, ends if reading.once else None):
+        while not stopped.is_set() and has_remaining(offsets, ends if reading.once else None):
             parts = group.gather()
             if parts:
-                messages = together(parts)
-                total += until_committed(lambda batch=messages: stream.store_checked(batch))  # type: ignore[misc]
-                offsets |= {number: last + 1 for number, last in messages.reached.items()}
+                messages = combine(parts)
+                total += retry_on_conflict(lambda batch=messages: stream.store_checked(batch))  # type: ignore[misc]
+                offsets |= {number: last + 1 for number, last in messages.last_offsets.items()}
     finally:
         group.end()
     return total
@@ -86,7 +88,7 @@ class _ConsumerGroup:
     """The actors of one driver. They end with it."""
 
     stream: KafkaStream
-    reading: Reading
+    reading: ConsumerSettings
     consumers: list[_Consumer] = field(default_factory=list)
 
     def start(self, partition_groups: Sequence[Sequence[int]]) -> None:

@@ -31,13 +31,14 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import attach, require_record
+from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.applied import applied_view, given_source
+from feature_jobs.applied import applied_view, batch_source
 from feature_jobs.batches.mending import mend_batches, report
+from feature_jobs.batches.multiple_views import for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.batches.reading import (
     CheckedSource,
     OpenedSource,
@@ -54,18 +55,17 @@ from feature_jobs.batches.rules import (
     require_few_bad_rows,
     require_no_findings,
 )
-from feature_jobs.batches.several import for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.batches.storing import CheckedBatch, StoredBatch, empty_batch, store
 from feature_jobs.batches.work import Work
-from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
-from feature_jobs.store.definitions.limits import check_buckets
+from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.batch_checks import Finding
 from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
@@ -123,7 +123,7 @@ class IngestConfig(PlatformConfig):
             raise ValueError("again mends whole batches. Leave out start and end.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
-        check_buckets(self.num_buckets)
+        validate_num_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,8 +147,8 @@ class Run:
 @job("ingest", IngestConfig, timed=True)
 def main(config: IngestConfig) -> None:
     """Ingest a batch, or the chunks of a range, for each view."""
-    record, ledger = require_record(config), open_ledger(config)
-    actor = act(config, record, ledger, entrypoint="feature_jobs.ingest")
+    record, ledger = require_running_cluster(config), open_ledger(config)
+    actor = create_actor(config, record, ledger, entrypoint="feature_jobs.ingest")
     views = resolve_views(config.view, views_with_batches(config.definitions, ledger))
     if len(views) > 1 and config.source.path is not None:
         raise ConfigError("source.path is the source of one view. Name only that view.")
@@ -162,7 +162,7 @@ def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> Non
         RefusedError: the batch was not stored; the message says why.
     """
     view, spec = applied_view(config.definitions, name, ledger)
-    heed(read_lifecycles(ledger), [view.name], doing="No new rows are ingested.")
+    require_not_retired(read_lifecycles(ledger), [view.name], doing="No new rows are ingested.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     event_range, span = parse_range(config.start, config.end), parse_span(config.chunk)
     run = open_run(config, ledger, actor, view, spec)
@@ -199,7 +199,7 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
         ledger=ledger,
         actor=actor,
         view=view,
-        source=open_batch(view, given_source(view, config.source.path), places, key_types, work),
+        source=open_batch(view, batch_source(view, config.source.path), places, key_types, work),
         work=work,
         key_types=key_types,
         baseline=load_baseline(ledger, view, quarantine),
@@ -239,7 +239,7 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
 def find_committed(run: Run, plan: PlannedBatch) -> StoredBatch | None:
     """Return a batch that an earlier command committed, but was killed before it appended the event."""
     table = offline.open_table(run.target.uri)
-    committed = None if table is None else offline.committed(table, plan.ingest_id)
+    committed = None if table is None else offline.find_committed_batch(table, plan.ingest_id)
     return None if committed is None else StoredBatch(*committed)
 
 
@@ -316,7 +316,7 @@ def read_or_refuse(run: Run) -> CheckedSource:
             run.baseline,
             run.work,
             now=dt.datetime.now(dt.UTC),
-            ahead=Ahead.of(run.config.features.max_ahead_s),
+            ahead=FutureLimit.of(run.config.features.max_ahead_s),
         )
     except RefusedError as error:
         record_refusal(run, error, rows_in=run.source.rows)

@@ -19,25 +19,25 @@ from deltalake import DeltaTable
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ViewMaterialized
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batches.several import for_each, resolve_views, validate_views
+from feature_jobs.batches.multiple_views import for_each, resolve_views, validate_views
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec, view_specs
 from feature_jobs.store.ingestion.ranges import parse_instant
-from feature_jobs.store.offline.point_in_time import latest
+from feature_jobs.store.offline.point_in_time import latest_rows
 from feature_jobs.store.offline.tables import Snapshot, open_table
-from feature_jobs.store.online.events import merge_of
+from feature_jobs.store.online.events import merge_function
 from feature_jobs.store.online.frames import online_rows
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import state_rows, stored_view
-from feature_jobs.store.streaming.streamed import horizon
+from feature_jobs.store.streaming.micro_batches import table_horizon
 from feature_jobs.view_tables import view_snapshot
 
 
@@ -71,11 +71,13 @@ class Run:
 def main(config: MaterializeConfig) -> None:
     """Materialise each view."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.materialize")
-    places, as_of = layout(config.storage), instant(config.as_of)
+    actor = create_actor(
+        config, require_running_cluster(config), ledger, entrypoint="feature_jobs.materialize"
+    )
+    places, as_of = layout(config.storage), parse_as_of(config.as_of)
     views_with_rows = (name for name in view_specs(ledger) if open_table(places.features(name)) is not None)
     views = resolve_views(config.view, views_with_rows)
-    store = open_online(config.online, places, key_store(actor.access), readonly=False)
+    store = open_online_store(config.online, places, key_store(actor.access), readonly=False)
     run = Run(config=config, ledger=ledger, actor=actor, store=store, as_of=as_of)
     try:
         for_each(views, lambda view: materialise(run, view))
@@ -96,9 +98,9 @@ def materialise(run: Run, name: str) -> None:
     num_entities = run.store.replace(
         stored_view(view),
         pinned.key_types,
-        rows(view, pinned, run.as_of),
-        horizon=horizon(table),
-        merge=merge_of(view),
+        newest_rows(view, pinned, run.as_of),
+        horizon=table_horizon(table),
+        merge=merge_function(view),
     )
     event = ViewMaterialized(
         view=view.name,
@@ -111,7 +113,7 @@ def materialise(run: Run, name: str) -> None:
     print(f"view {view.name}: {num_entities} entities online as of {run.as_of.isoformat()}", flush=True)
 
 
-def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
+def newest_rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
     """Yield the newest row of every entity that was known at a moment, bucket by bucket.
 
     For a deleted entity, this is its tombstone. For a view with aggregations, rows contain the state of its windows.
@@ -124,10 +126,10 @@ def rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[Onlin
     for bucket in range(pinned.num_buckets):
         features = pinned.read(bucket, names)
         if not features.is_empty():
-            yield from online_rows(view, latest(features, keys=keys, as_of=as_of, tombstones=True))
+            yield from online_rows(view, latest_rows(features, keys=keys, as_of=as_of, tombstones=True))
 
 
-def instant(text: str | None, *, name: str = "as_of") -> dt.datetime:
+def parse_as_of(text: str | None, *, name: str = "as_of") -> dt.datetime:
     """Parse an ISO 8601 instant. A text without a time zone is UTC; None is now.
 
     Raises:

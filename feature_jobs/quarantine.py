@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, SourceError, did_you_mean
 from cluster.ledger import open_ledger
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, layout
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
@@ -43,7 +43,9 @@ class QuarantineConfig(PlatformConfig):
 def main(config: QuarantineConfig) -> None:
     """Show one view's quarantine."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.quarantine")
+    actor = create_actor(
+        config, require_running_cluster(config), ledger, entrypoint="feature_jobs.quarantine"
+    )
     spec = view_spec(ledger, config.view)
     action = Action.read_columns if config.rows else Action.read_metadata
     actor.check(action, resource(spec, region=config.cluster.region))

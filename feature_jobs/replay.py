@@ -22,23 +22,23 @@ from cluster.entrypoint import job
 from cluster.errors import Inconsistent, InvalidRequest, SourceError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import QuarantineReplayed
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from feature_jobs.applied import applied_view
 from feature_jobs.batches.rules import load_baseline
 from feature_jobs.batches.storing import open_or_create, stored_schema
-from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
-from feature_jobs.store.definitions.limits import check_buckets
+from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine import quarantined
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, try_again
+from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, recheck_rows
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.schema import SEQ
@@ -58,7 +58,7 @@ class ReplayConfig(PlatformConfig):
     """Number of buckets of a new table, if no row of the view was stored yet."""
 
     def __post_init__(self) -> None:
-        check_buckets(self.num_buckets)
+        validate_num_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,15 +75,15 @@ class BatchReplay:
 def main(config: ReplayConfig) -> None:
     """Replay one view's quarantine."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.replay")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.replay")
     places = layout(config.storage)
     view, spec = applied_view(config.definitions, config.view, ledger)
-    heed(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
+    require_not_retired(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     files = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
     target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
     baseline = load_baseline(ledger, view, files)
-    ahead = Ahead.of(config.features.max_ahead_s)
+    ahead = FutureLimit.of(config.features.max_ahead_s)
     refusals = []
     for batch in select_batches(files, config.batch):
         batch_replay = BatchReplay(view=view, batch=batch, files=files, target=target)
@@ -119,7 +119,7 @@ def select_batches(files: QuarantineFiles, wanted: str | None) -> list[str]:
 
 
 def replay(
-    batch_replay: BatchReplay, baseline: Profile | None, *, now: dt.datetime, ahead: Ahead = BATCH_LIMIT
+    batch_replay: BatchReplay, baseline: Profile | None, *, now: dt.datetime, ahead: FutureLimit = BATCH_LIMIT
 ) -> QuarantineReplayed:
     """Store the rows that are good now, and write those that stay to a separate file, for `finish`.
 
@@ -133,11 +133,11 @@ def replay(
     file = batch_replay.files.read(batch)
     replay_id = replay_id_of(batch, file)
     table = offline.open_table(target.uri)
-    committed = offline.committed(table, replay_id) if table is not None else None
+    committed = offline.find_committed_batch(table, replay_id) if table is not None else None
     if committed is not None:
         return replayed_event(batch_replay, *committed)
     key_types = offline.stored_key_types(table, view.join_keys)
-    rechecked = try_again(file, view, now=now, baseline=baseline, ahead=ahead, key_types=key_types)
+    rechecked = recheck_rows(file, view, now=now, baseline=baseline, ahead=ahead, key_types=key_types)
     bad = still_bad(file, rechecked)
     if bad.num_rows:
         batch_replay.files.write_pending(batch, replay_id, bad)

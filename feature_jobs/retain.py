@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from feature_jobs.compact import newest
-from feature_jobs.materialize import instant
+from feature_jobs.compact import newest_snapshot
+from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
-from feature_jobs.store.definitions.limits import before
+from feature_jobs.store.definitions.limits import subtract_span
 from feature_jobs.store.offline.past_retention import past_retention
-from feature_jobs.store.offline.removal import Reason, remove
+from feature_jobs.store.offline.removal import RemovalReason, remove_rows
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,14 +42,16 @@ class RetainConfig(PlatformConfig):
 def main(config: RetainConfig) -> None:
     """Remove the rows of one view that are older than its retention."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.retain")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.retain")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
-    oldest = oldest_kept(view, instant(config.now, name="now"))
-    pinned = newest(config, view, actor)
-    reason = Reason(cause=f"retention, events before {oldest.isoformat()}", older_than=oldest.isoformat())
+    oldest = oldest_kept(view, parse_as_of(config.now, name="now"))
+    pinned = newest_snapshot(config, view, actor)
+    reason = RemovalReason(
+        cause=f"retention, events before {oldest.isoformat()}", older_than=oldest.isoformat()
+    )
     predicate = past_retention(pinned, view.windows, oldest)
-    removed = remove(pinned, predicate, reason, ledger, view=view.name, actor=actor.name)
+    removed = remove_rows(pinned, predicate, reason, ledger, view=view.name, actor=actor.name)
     print(f"view {view.name}: {removed} of {pinned.rows} rows removed, events before {oldest.isoformat()}")
 
 
@@ -63,7 +65,7 @@ def oldest_kept(view: ViewSpec, now: dt.datetime) -> dt.datetime:
         raise ConfigError(
             f"View '{view.name}' has no retention: its rows are kept. Give it `retention=timedelta(…)` and apply it."
         )
-    return before(now, dt.timedelta(seconds=view.retention_s))
+    return subtract_span(now, dt.timedelta(seconds=view.retention_s))
 
 
 if __name__ == "__main__":

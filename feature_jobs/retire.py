@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import FeatureViewStateChanged
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from feature_jobs.store.catalog.lifecycle import ViewState, read_lifecycles
 from feature_jobs.store.catalog.recorded import read_recorded
@@ -49,7 +49,7 @@ class RetireConfig(PlatformConfig):
 def main(config: RetireConfig) -> None:
     """Change the state of one view."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.retire")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.retire")
     view = view_spec(ledger, config.view)
     region = view.region or config.cluster.region
     actor.check(Action.apply_definitions, Resource(kind="feature view", name=view.name, region=region))

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeysRotated, Subject
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStore
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.compact import newest, record
+from feature_jobs.compact import newest_snapshot, record_rewrites
 from feature_jobs.store.catalog.protection import view_key_names, view_resources
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.offline.compaction import as_target, rewrite
+from feature_jobs.store.offline.compaction import current_target, rewrite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,25 +53,27 @@ class RotateKeysConfig(PlatformConfig):
 def main(config: RotateKeysConfig) -> None:
     """Rotate one view's keys."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.rotate_keys")
+    actor = create_actor(
+        config, require_running_cluster(config), ledger, entrypoint="feature_jobs.rotate_keys"
+    )
     view, region = view_spec(ledger, config.view), config.cluster.region
     actor.check(Action.write_features, *view_resources(view, region=region))
     store = key_store(actor.access)
     infos = existing_keys(view_key_names(view), store)
     names = [info.name for info in infos]
-    actor.check(Action.manage_keys, *(Resource.of_key(info) for info in infos))
+    actor.check(Action.manage_keys, *(Resource.from_key(info) for info in infos))
     if config.rotate:
         ledger.require_known(Subject.key)
         rotate(view.name, names, store, ledger, actor=actor.name)
         print(f"view {view.name}: {len(names)} keys have a new version")
     if config.rewrite:
-        pinned = newest(config, view, actor)
-        rewrite(pinned, as_target(pinned), {file.bucket for file in pinned.files})
+        pinned = newest_snapshot(config, view, actor)
+        rewrite(pinned, current_target(pinned), {file.bucket for file in pinned.files})
         quarantine = QuarantineFiles(
             folder=layout(config.storage).quarantine(view.name), view=view.name, access=actor.access
         )
         quarantined = quarantine.reencrypt()
-        replaced = record(ledger, view.name, pinned.uri, actor=actor.name)
+        replaced = record_rewrites(ledger, view.name, pinned.uri, actor=actor.name)
         print(f"view {view.name}: {replaced} files of the table and {quarantined} quarantined rewritten")
 
 

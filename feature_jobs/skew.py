@@ -24,20 +24,20 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SkewChecked, ViewMaterialized
 from cluster.records import read_records
 from cluster.registry import Registry
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, write_json
-from feature_jobs.materialize import instant
+from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions.missing import NO_POLICY
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import build, join_here, key_column
+from feature_jobs.store.offline.training_set import build, join_in_process, key_column
 from feature_jobs.store.skew.comparison import (
     AS_OF,
     FLOOR_AS_OF,
@@ -47,12 +47,12 @@ from feature_jobs.store.skew.comparison import (
     REQUESTED,
     FeatureSkew,
     Verdict,
-    differing,
-    judge,
-    skew_of,
+    differs,
+    explain_differences,
+    feature_skew,
 )
-from feature_jobs.store.skew.served import TIME, Served, served
-from feature_jobs.store.skew.windows import judge_windows
+from feature_jobs.store.skew.served import TIME, ServedRequests, read_served
+from feature_jobs.store.skew.windows import explain_window_differences
 from feature_jobs.store.types.schema import DELETED
 from feature_jobs.view_tables import view_snapshot
 
@@ -107,11 +107,11 @@ class SkewResult:
 def main(config: SkewConfig) -> None:
     """Compare a model's served features with offline ones."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.skew")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.skew")
     places = layout(config.storage)
-    since = None if config.since is None else instant(config.since)
+    since = None if config.since is None else parse_as_of(config.since)
     records = read_records(local(places.predictions(config.name)), key_store(actor.access))
-    groups, left_out, without_score = served(records, since)
+    groups, left_out, without_score = read_served(records, since)
     if not groups:
         raise RefusedError(
             f"No prediction of '{config.name}' was made from the online store{f' since {since}' if since else ''}: "
@@ -192,22 +192,22 @@ class OfflineTables:
         return self._opened[view.name, view.version]
 
 
-def compare(spec: ServiceSpec, tables: OfflineTables, group: Served, result: SkewResult) -> None:
+def compare(spec: ServiceSpec, tables: OfflineTables, group: ServedRequests, result: SkewResult) -> None:
     """Compute one group's requests again offline, and add the verdicts to the result."""
     opened = {view.name: tables.open(view) for view in spec.views}
     pinned = {name: view.table for name, view in opened.items()}
-    joined = build(spec, pinned, group.asked(spec), join_parts=join_here)
+    joined = build(spec, pinned, group.entity_rows(spec), join_parts=join_in_process)
     result.rows += len(group.ids)
     for view in spec.views:
         if view.windows is not None:  # an aggregate is made of many events, so no single row can explain it
             continue
         requests = request_frame(view, spec, joined, opened[view.name], group)
         for field, name in zip(view.fields, view.columns, strict=True):
-            if name not in group.features or name in group.given:
+            if name not in group.features or name in group.client_inputs:
                 continue
             online, offline_values = group.column(name, field), pl.Series(pl.from_arrow(joined[name]))
             verdicts = verdicts_of(view, field.name, online, offline_values, requests, pinned[view.name])
-            result.features[name] += skew_of(online, offline_values, verdicts)
+            result.features[name] += feature_skew(online, offline_values, verdicts)
             mismatches = (verdicts == Verdict.mismatch.value).arg_true().to_list()
             for index in mismatches[: NUM_EXAMPLES - len(result.examples)]:
                 prediction_id, row = group.ids[index]
@@ -224,7 +224,7 @@ def verdicts_of(
 ) -> pl.Series:
     """Return the verdict on each served value. The entity's history is read only for values that differ."""
     verdicts = [Verdict.equal.value] * len(online)
-    differing_requests = requests.filter(differing(online, offline_values))
+    differing_requests = requests.filter(differs(online, offline_values))
     if differing_requests.is_empty():
         return pl.Series(verdicts)
     keys = list(pinned.key_types)
@@ -236,16 +236,18 @@ def verdicts_of(
         if view.windows is None:
             history = without_tombstone_values(pinned.read(bucket, [INGESTED, feature]), feature)
         else:
-            history = pinned.read(bucket, view.windows.read)
+            history = pinned.read(bucket, view.windows.table_columns)
         if history.is_empty():  # offline has no entity in this bucket, but a value was served
             for position in part[POSITION]:
                 verdicts[position] = Verdict.offline_missing.value
             continue
         served_values = online.gather(part[POSITION])
         if view.windows is None:
-            judged = judge(part, history, keys=keys, feature=feature, online=served_values, ttl=ttl)
+            judged = explain_differences(
+                part, history, keys=keys, feature=feature, online=served_values, ttl=ttl
+            )
         else:
-            judged = judge_windows(
+            judged = explain_window_differences(
                 part, history, keys=keys, windows=view.windows, feature=feature, online=served_values
             )
         for position, verdict in judged.iter_rows():
@@ -263,9 +265,9 @@ def without_tombstone_values(history: pl.DataFrame, feature: str) -> pl.DataFram
 
 
 def request_frame(
-    view: ViewSpec, spec: ServiceSpec, joined: pa.Table, opened: OpenedView, group: Served
+    view: ViewSpec, spec: ServiceSpec, joined: pa.Table, opened: OpenedView, group: ServedRequests
 ) -> pl.DataFrame:
-    """Return what `judge` needs of each request, except the values: keys, times, and the last materialisation."""
+    """Return what `explain_differences` needs of each request, except the values: keys, times, and the last materialisation."""
     keys = {key: key_column(key, kind, view, spec, joined) for key, kind in opened.table.key_types.items()}
     frame = pl.DataFrame(pl.from_arrow(pa.table(keys))).with_row_index(POSITION)
     before = [last_before(opened.materializations, at) for at in group.requested]

@@ -17,24 +17,24 @@ from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import CommitConflict, DefinitionError
 from cluster.ledger import Ledger, open_ledger
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.session import attach, require_record
+from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.definitions.kafka_source import KafkaSource
-from feature_jobs.store.definitions.limits import CENTURY, check_buckets
-from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.definitions.limits import CENTURY, validate_num_buckets
+from feature_jobs.store.ingestion.future_limit import FutureLimit
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
+from feature_jobs.store.streaming.micro_batches import Tally
 from feature_jobs.store.streaming.push_stream import PushStream
-from feature_jobs.store.streaming.pushed_view import pushed_view
-from feature_jobs.store.streaming.pusher import open_log
-from feature_jobs.store.streaming.streamed import Tally
+from feature_jobs.store.streaming.pushed_view import load_pushed_view
+from feature_jobs.store.streaming.pusher import open_push_log
 from feature_jobs.view_tables import view_target
 
 LONGEST_WAIT_S = 86_400
@@ -101,7 +101,7 @@ class StreamConfig(PlatformConfig):
             raise ValueError(f"interval_s must be positive, at most {LONGEST_WAIT_S}, got {self.interval_s}.")
         if self.max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {self.max_rows}.")
-        check_buckets(self.num_buckets)
+        validate_num_buckets(self.num_buckets)
 
 
 _ROWS = {StreamSource.push: "pushed", StreamSource.kafka: "Kafka"}
@@ -114,8 +114,8 @@ def main(config: StreamConfig) -> None:
         refuse_unused(("kafka",), by="source=push")
     ledger = open_ledger(config)
     needs_ray = config.source is StreamSource.kafka and config.kafka.consumers > 1
-    record = attach(config) if needs_ray else require_record(config)
-    actor = act(config, record, ledger, entrypoint="feature_jobs.stream")
+    record = attach(config) if needs_ray else require_running_cluster(config)
+    actor = create_actor(config, record, ledger, entrypoint="feature_jobs.stream")
     view = view_spec(ledger, config.view)
     actor.check(Action.write_features, *view_resources(view, region=config.cluster.region))
     stopped = _stop_on_signals()
@@ -127,10 +127,10 @@ def main(config: StreamConfig) -> None:
             tally = stream.tally
         case StreamSource.kafka:
             run_kafka(config, ledger, actor, stopped, tally)
-    print(f"view {view.name}: {counted(tally, _ROWS[config.source])}")
+    print(f"view {view.name}: {summarize(tally, _ROWS[config.source])}")
 
 
-def counted(tally: Tally, kind: str) -> str:
+def summarize(tally: Tally, kind: str) -> str:
     """Return one line with the numbers of rows of a run."""
     total = tally.stored + tally.quarantined
     text = f"{total} {kind} rows taken: {tally.stored} into the table, {tally.quarantined} quarantined"
@@ -147,8 +147,8 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
         view=view,
         target=view_target(view, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(view.name),
-        log=open_log(places, view.name, keys),
-        store=open_online(config.online, places, keys, readonly=False),
+        log=open_push_log(places, view.name, keys),
+        store=open_online_store(config.online, places, keys, readonly=False),
         ledger=ledger,
         actor=actor.name,
         max_rows=config.max_rows,
@@ -164,21 +164,21 @@ def run_kafka(
         DefinitionError: the view's source is not a Kafka topic.
     """
     from feature_jobs.consumers import consume_apart  # imports librdkafka, which a push stream does not need
-    from feature_jobs.store.streaming.kafka_consumer import Reading, consume
+    from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
 
-    view, places = pushed_view(ledger, config.view), layout(config.storage)
+    view, places = load_pushed_view(ledger, config.view), layout(config.storage)
     if not isinstance(view.view.source, KafkaSource):
         raise DefinitionError(
             f"View '{config.view}' has no KafkaSource. Run `python -m feature_jobs.ingest`."
         )
     lateness_s = config.kafka.max_lateness_s
-    ahead = Ahead.of(config.features.max_ahead_s, online_at_once=True)
+    ahead = FutureLimit.of(config.features.max_ahead_s, online_at_once=True)
     stream = KafkaStream(
         view=view,
         topic=view.view.source.topic,
         target=view_target(view.spec, places, actor.access, new_buckets=config.num_buckets),
         quarantine=places.quarantine(config.view),
-        store=open_online(config.online, places, key_store(actor.access), readonly=False),
+        store=open_online_store(config.online, places, key_store(actor.access), readonly=False),
         ledger=ledger,
         actor=actor.name,
         lateness=Lateness(None if lateness_s is None else round(lateness_s * 1e6), config.kafka.late),
@@ -186,7 +186,7 @@ def run_kafka(
         tally=tally or Tally(),
     )
     file = config.kafka.properties_file
-    reading = Reading(
+    reading = ConsumerSettings(
         source=view.view.source,
         properties_file=None if file is None else Path(resolve(file)),
         once=config.once,

@@ -18,27 +18,33 @@ from cluster.entrypoint import job
 from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import TrainingSetBuilt
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
-from cluster.session import attach, require_record
+from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, exists, layout, read_parquet, resolve, write_bytes, write_parquet
-from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import training_set_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
-from feature_jobs.store.offline.manifest import Manifest, check_files, check_manifest, describe, read_manifest
+from feature_jobs.store.offline.manifest import (
+    Manifest,
+    manifest_content,
+    read_manifest,
+    require_files,
+    require_reproducible,
+)
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
-from feature_jobs.store.offline.stored_training_set import place_of
+from feature_jobs.store.offline.stored_training_set import training_set_aad
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import (
-    Joined,
+    JoinedBucket,
     JoinParts,
     Part,
     assemble,
     join_bucket,
-    join_here,
+    join_in_process,
 )
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
@@ -96,14 +102,16 @@ def main(config: TrainingSetConfig) -> None:
     if config.manifest is not None:
         refuse_unused(("cutoff",), by="manifest=…")
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="feature_jobs.training_set")
-    request = requested(config, ledger)
+    actor = create_actor(
+        config, require_running_cluster(config), ledger, entrypoint="feature_jobs.training_set"
+    )
+    request = load_request(config, ledger)
     for view in request.spec.views:
         actor.check(Action.build_training_set, *view_resources(view, region=config.cluster.region))
     if request.original is None:
         views = [view.name for view in request.spec.views]
-        heed(read_lifecycles(ledger), views, doing="No new training set is built.")
-    manifest = produce(config, request, ledger, access=actor.access, actor=actor.name)
+        require_not_retired(read_lifecycles(ledger), views, doing="No new training set is built.")
+    manifest = build_training_set(config, request, ledger, access=actor.access, actor=actor.name)
     if any(manifest["hidden_share"].values()):
         print(hidden_warning(manifest["hidden_share"]))
     print(
@@ -112,7 +120,7 @@ def main(config: TrainingSetConfig) -> None:
     )
 
 
-def produce(
+def build_training_set(
     config: TrainingSetConfig, request: Request, ledger: Ledger, *, access: KeyAccess, actor: str
 ) -> dict[str, Any]:
     """Build a training set, write its rows and manifest, append an event, and return the manifest.
@@ -135,8 +143,8 @@ def produce(
     if original is not None:
         require_same_rows(original, table)
     output = resolve(config.output)
-    write(table, output, request.spec, places=places, access=access)
-    manifest["seq"] = ledger.append(event_of(manifest, output, original), actor=actor).seq
+    write_training_set(table, output, request.spec, places=places, access=access)
+    manifest["seq"] = ledger.append(built_event(manifest, output, original), actor=actor).seq
     write_bytes(manifest_path(output), json.dumps(manifest, indent=1).encode())
     return manifest
 
@@ -153,7 +161,7 @@ def join_entities(
     snapshots = pinned_tables(request, layout(config.storage), access)
     join_parts = choose_join(config, entities, snapshots)
     built = assemble(spec, snapshots, entities, join_parts=join_parts, cutoff=request.cutoff)
-    manifest = describe(
+    manifest = manifest_content(
         spec,
         snapshots,
         built,
@@ -165,7 +173,7 @@ def join_entities(
     return built.table, manifest
 
 
-def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
+def load_request(config: TrainingSetConfig, ledger: Ledger) -> Request:
     """Return the request for a service's newest version, or for the contents of a manifest.
 
     Raises:
@@ -183,7 +191,7 @@ def requested(config: TrainingSetConfig, ledger: Ledger) -> Request:
             spec=spec, entities=str(config.entities), cutoff=config.cutoff, versions=config.versions
         )
     manifest = read_manifest(config.manifest)
-    check_manifest(manifest, ledger)
+    require_reproducible(manifest, ledger)
     entities = config.entities or manifest.entities
     if entities is None:
         raise TrainingSetError(
@@ -210,7 +218,7 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
         for view in request.spec.views
     }
     for name in request.versions:
-        check_files(snapshots[name], name)
+        require_files(snapshots[name], name)
     return snapshots
 
 
@@ -218,7 +226,7 @@ def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[s
     """Return the function that joins: in this process for small work, in Ray tasks for large work."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
     if largest <= config.task_rows:
-        return join_here
+        return join_in_process
     attach(config)
     return join_in_tasks
 
@@ -236,7 +244,7 @@ def require_same_rows(original: Manifest, table: pa.Table) -> None:
         )
 
 
-def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -> TrainingSetBuilt:
+def built_event(manifest: dict[str, Any], output: str, original: Manifest | None) -> TrainingSetBuilt:
     """Return the event for a training set."""
     return TrainingSetBuilt(
         service=manifest["service"],
@@ -252,9 +260,11 @@ def event_of(manifest: dict[str, Any], output: str, original: Manifest | None) -
     )
 
 
-def write(table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess) -> None:
+def write_training_set(
+    table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess
+) -> None:
     """Write the rows: encrypted if the path is below the storage root, in the clear if the caller exports them."""
-    place = place_of(output, places)
+    place = training_set_aad(output, places)
     if place is not None:
         protected_files(access).write(table, output, training_set_protection(spec), place=place)
     else:
@@ -295,7 +305,7 @@ def hidden_warning(shares: dict[str, float]) -> str:
     )
 
 
-def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
+def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[JoinedBucket]:
     """Join each bucket in its own Ray task."""
     import ray  # imported only for large work
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.runtime import Predictions, Task
-from cluster.storage import finite
+from cluster.storage import replace_non_finite
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
             metrics = multiclass_metrics(predictions.scores, target)
         case Task.regression:
             metrics = regression_metrics(predictions.scores, target)
-    finite_metrics: dict[str, Any] = finite(metrics)  # a sum of very large values can overflow
+    finite_metrics: dict[str, Any] = replace_non_finite(metrics)  # a sum of very large values can overflow
     return finite_metrics
 
 

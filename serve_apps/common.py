@@ -19,7 +19,7 @@ from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
 from cluster.features_config import FeaturesConfig
-from cluster.session import ClusterRecord, attach, recorded
+from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
@@ -108,7 +108,7 @@ def ensure_common(config: PlatformConfig) -> None:
     Raises:
         DeployFailed: an application did not start; the message names it.
     """
-    record = recorded(config)
+    record = require_recorded_cluster(config)
     stored, settings = _stored_settings(config, record), Settings.of(config)
     if stored is not None:
         settings = settings.merged_over(stored)
@@ -124,7 +124,7 @@ def restore_common(config: PlatformConfig) -> None:
         DeployFailed: an application did not start; the message names it.
     """
     if not all(map(is_running, APPLICATIONS)):
-        record = recorded(config)
+        record = require_recorded_cluster(config)
         run_common(config, record, _stored_settings(config, record) or Settings.of(config))
 
 

@@ -20,14 +20,14 @@ from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.registry import CHAMPION, ModelVersion, Registry
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.keys.store import KeyNotFound
 from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from cluster.supervisor.head import restored
+from cluster.supervisor.head import mark_restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.common import ensure_common, restore_common
 from serve_apps.deployed_settings import with_deployed_settings
@@ -83,12 +83,12 @@ def main(config: DeployConfig) -> None:
     refuse_unused(UNUSED[config.action], by=f"action={config.action.value}")
     ledger = open_ledger(config)
     record = attach(config)
-    actor = act(config, record, ledger, entrypoint="serve_apps.deploy")
+    actor = create_actor(config, record, ledger, entrypoint="serve_apps.deploy")
     registry = Registry(ledger, layout(config.storage))
     match config.action:
         case DeployAction.restore:
             restore(config, ledger, registry, actor)
-            restored(record)
+            mark_restored(record)
         case DeployAction.remove:
             require_number(config.version)
             version = registry.get(require_name(config), config.version)

@@ -15,7 +15,7 @@ from cluster.ledger import Ledger
 from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
 from cluster.settings import OnlineConfig, StorageConfig, load
-from feature_jobs.batches.several import for_each
+from feature_jobs.batches.multiple_views import for_each
 from feature_jobs.ingest import IngestConfig, ingest
 from feature_jobs.store.catalog.specifications import apply, load_definitions
 

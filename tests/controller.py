@@ -33,7 +33,7 @@ from serve_apps.edge.control.controller import Controller
 from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.control.state import EdgeState
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Targets
 from tests.edge import edge_settings
@@ -137,7 +137,7 @@ class Running:
         self.controller = Controller(
             ledger=self.ledger,
             fetch_targets=fetch_targets or self.serve,
-            fetch_keys=written_keys(keys or local_keys(self.places), self.haproxy_file.with_name("keys")),
+            fetch_keys=key_writer(keys or local_keys(self.places), self.haproxy_file.with_name("keys")),
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,

@@ -26,8 +26,8 @@ from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy.keys import written_keys
-from serve_apps.edge.haproxy.limiting import Limit, Limited, Limits
+from serve_apps.edge.haproxy.keys import key_writer
+from serve_apps.edge.haproxy.request_limits import Limit, Limited, Limits
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Target
@@ -140,7 +140,7 @@ class Edge:
             access_folder=root / "access",
             secrets={TOKEN_VARIABLE: RAY_TOKEN, PROOF_VARIABLE: edge_proof(self.places)},
         )
-        self.keys = written_keys(local_keys(self.places), root / "keys")()
+        self.keys = key_writer(local_keys(self.places), root / "keys")()
         self.context = ssl.create_default_context(cafile=self.ca_file)
         self.load(ROLLOUT)
 

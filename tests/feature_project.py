@@ -19,7 +19,7 @@ from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, BucketFile, Snapshot, Target, snapshot
-from feature_jobs.training_set import TrainingSetConfig, produce, requested
+from feature_jobs.training_set import TrainingSetConfig, build_training_set, load_request
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -65,7 +65,7 @@ class FeatureProject:
             quarantine=None,
         )
         schema = protected_files(self.access).read(f"{self.uri}/{files[0].path}").schema
-        offline.check_schema(DeltaTable(self.uri), schema, view="income")
+        offline.evolve_schema(DeltaTable(self.uri), schema, view="income")
         offline.commit(DeltaTable(self.uri), schema, files, batch, seq=PEOPLE * (number + 1) - 1)
 
     def write(self, number: int, name: str, **columns: Any) -> list[BucketFile]:
@@ -108,7 +108,9 @@ class FeatureProject:
         config = TrainingSetConfig(
             storage=StorageConfig(root=str(self.root)), output=f"{self.root.parent}/{output}.parquet", **given
         )
-        return produce(config, requested(config, self.ledger), self.ledger, access=self.access, actor="test")
+        return build_training_set(
+            config, load_request(config, self.ledger), self.ledger, access=self.access, actor="test"
+        )
 
     def again(self, output: str = "train", **given: Any) -> dict[str, Any]:
         """The same from its manifest."""

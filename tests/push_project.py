@@ -17,7 +17,7 @@ from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.materialize import rows
+from feature_jobs.materialize import newest_rows
 from feature_jobs.store import (
     Aggregation,
     Entity,
@@ -32,16 +32,16 @@ from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply
 from feature_jobs.store.offline.tables import Snapshot, Target, open_table, snapshot
 from feature_jobs.store.offline.windows import aggregate
-from feature_jobs.store.online.events import merge_of
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.events import merge_function
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.windows import stored_view
-from feature_jobs.store.streaming.kafka_consumer import Reading, consume
+from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
+from feature_jobs.store.streaming.micro_batches import table_horizon
 from feature_jobs.store.streaming.push_stream import PushStream
-from feature_jobs.store.streaming.pushed_view import pushed_view
-from feature_jobs.store.streaming.pusher import Pusher, open_log
-from feature_jobs.store.streaming.streamed import horizon
+from feature_jobs.store.streaming.pushed_view import load_pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from serve_apps.features.request import parse_push
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -94,10 +94,10 @@ class PushProject:
         self.ledger = Ledger(f"sqlite:///{root}/ledger.db")
         definitions = Definitions(module="m", views={view.name: view}, services={})
         apply(definitions, self.ledger, actor="test")
-        self.view = pushed_view(self.ledger, view.name)
+        self.view = load_pushed_view(self.ledger, view.name)
         keys = key_store(access)
-        self.store = open_online(OnlineConfig(map_size_gib=0.1), self.places, keys, readonly=False)
-        self.log = open_log(self.places, view.name, keys)
+        self.store = open_online_store(OnlineConfig(map_size_gib=0.1), self.places, keys, readonly=False)
+        self.log = open_push_log(self.places, view.name, keys)
         self.pusher = Pusher(self.view, self.places, self.store, self.log)
 
     def push(self, *rows: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class PushProject:
 
     def consume(self, **changes: Any) -> int:
         """Take what is in the topic; gives how many rows."""
-        reading = Reading(
+        reading = ConsumerSettings(
             source=self.topic, once=True, linger_s=0.01, max_rows=changes.pop("max_rows", 50_000)
         )
         return consume(self.kafka(**changes), reading, threading.Event())
@@ -189,8 +189,10 @@ class PushProject:
         """The table as it is now, as of the end."""
         spec, pinned, table = self.view.spec, self.snapshot(), open_table(self.target().uri)
         assert table is not None
-        found, merge = rows(spec, pinned, END), merge_of(spec)
-        self.store.replace(stored_view(spec), pinned.key_types, found, horizon=horizon(table), merge=merge)
+        found, merge = newest_rows(spec, pinned, END), merge_function(spec)
+        self.store.replace(
+            stored_view(spec), pinned.key_types, found, horizon=table_horizon(table), merge=merge
+        )
 
     def served(self, *hours: float) -> list[dict[str, list[Any]]]:
         """What the online store says of two people at each hour."""
@@ -202,7 +204,7 @@ class PushProject:
         """What the table says of them."""
         spec, pinned = self.view.spec, self.snapshot()
         assert spec.windows is not None
-        parts = [pinned.read(bucket, spec.windows.read) for bucket in range(pinned.num_buckets)]
+        parts = [pinned.read(bucket, spec.windows.table_columns) for bucket in range(pinned.num_buckets)]
         events = pl.concat([part for part in parts if not part.is_empty()], how="diagonal_relaxed")
         said = []
         for hour in hours:

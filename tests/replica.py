@@ -99,7 +99,7 @@ class Replica:
 
     def as_edge(self, **said: str) -> dict[str, str]:
         """Headers that the edge would send."""
-        return EdgeHeaders(**said).sent(edge_proof(self.places))
+        return EdgeHeaders(**said).to_headers(edge_proof(self.places))
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.address, timeout=10)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
-from cluster.ledger.chain import Entry, check, read_lines
+from cluster.ledger.chain import Entry, read_lines, verify_chain
 from cluster.ledger.checkpoint import load_public_key, verify_signatures
 from cluster.ledger.store import Ledger
-from cluster.security.ledger_reader import add_flags, open_reader
+from cluster.security.ledger_reader import add_ledger_flags, open_reader
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.ledger", description="Export and verify the ledger."
     )
-    add_flags(parser)
+    add_ledger_flags(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write every event as one JSON line")
     export.add_argument("--output", type=Path, help="file to write instead of standard output")
@@ -51,7 +51,7 @@ def _export(ledger: Ledger, output: Path | None) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    entries = check(_entries(arguments))
+    entries = verify_chain(_entries(arguments))
     if arguments.public_key is not None:
         entries = verify_signatures(entries, load_public_key(arguments.public_key))
     count = sum(1 for _ in entries)

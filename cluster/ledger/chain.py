@@ -94,7 +94,7 @@ def build_entry(
     )
 
 
-def check(entries: Iterable[Entry]) -> Iterator[Entry]:
+def verify_chain(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Yield the entries, and verify that each one follows the one before.
 
     Raises:

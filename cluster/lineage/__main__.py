@@ -15,7 +15,7 @@ from cluster.errors import RefusedError
 from cluster.lineage.openlineage import run_events
 from cluster.lineage.trace import ModelTrace, as_json, describe, trace_model
 from cluster.registry import LATEST
-from cluster.security.ledger_reader import add_flags, open_reader
+from cluster.security.ledger_reader import add_ledger_flags, open_reader
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         prog="python -m cluster.lineage",
         description="Show the source columns that a model version was built from.",
     )
-    add_flags(parser)
+    add_ledger_flags(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--version", required=True, help=f"a number, an alias, or {LATEST}")
     parser.add_argument("--format", choices=["text", "json", "openlineage"], default="text")

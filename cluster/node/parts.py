@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from cluster import processes
-from cluster.security.keys.client import broker_answers
+from cluster.security.keys.client import is_broker_alive
 from cluster.session import ClusterRecord
 
 
@@ -65,7 +65,7 @@ class PartStatus:
     process: psutil.Process | None = None
 
 
-def look(record: ClusterRecord) -> list[PartStatus]:
+def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
     """Return the current status of every part of a cluster."""
     running = find_parts(record)
     return [
@@ -76,7 +76,7 @@ def look(record: ClusterRecord) -> list[PartStatus]:
     ]
 
 
-def missing(parts: Iterable[PartStatus]) -> list[PartStatus]:
+def not_running(parts: Iterable[PartStatus]) -> list[PartStatus]:
     """Return the parts that do not run."""
     return [status for status in parts if status.state is not State.running]
 
@@ -162,7 +162,7 @@ def _created_at(process: psutil.Process) -> float:
 
 
 _PROBES: dict[Part, Callable[[ClusterRecord], bool]] = {
-    Part.broker: lambda record: broker_answers(Path(record.key_socket)),
+    Part.broker: lambda record: is_broker_alive(Path(record.key_socket)),
     Part.gcs: lambda record: processes.port_answers(record.ports["gcs"]),
     Part.haproxy: lambda record: processes.port_answers(record.ports["edge"]),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cluster.security.private_folder import above, openness
+from cluster.security.private_folder import find_exposed_parent, find_exposure
 from cluster.session import ClusterRecord
 from cluster.storage import Layout, is_uri
 
@@ -47,7 +47,11 @@ def _private_folders(record: ClusterRecord) -> list[Path]:
 
 def _folder_problems(folder: Path, owner: int) -> list[str]:
     try:
-        return [problem for problem in (openness(folder, owner=owner), above(folder, owner=owner)) if problem]
+        return [
+            problem
+            for problem in (find_exposure(folder, owner=owner), find_exposed_parent(folder, owner=owner))
+            if problem
+        ]
     except FileNotFoundError:
         return [f"{folder} does not exist"]
 

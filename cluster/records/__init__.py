@@ -4,11 +4,11 @@ Replicas write with `segments`, and all readers use `reading`. `typed` converts 
 signature. `matching` joins predictions with their outcomes.
 """
 
-from cluster.records.matching import Matched, match
+from cluster.records.matching import MatchedAnswers, match_outcomes
 from cluster.records.reading import (
     Log,
-    all_outcomes,
     count_records,
+    iter_outcomes,
     read_log,
     read_outcomes,
     read_predictions,
@@ -17,25 +17,25 @@ from cluster.records.reading import (
 )
 from cluster.records.schema import SHADOW, OutcomeRecord, PredictionRecord, Record
 from cluster.records.segments import MAX_AGE_S, SegmentWriter
-from cluster.records.typed import Typed, typed
+from cluster.records.typed import TypedRows, to_typed_rows
 
 __all__ = [
     "MAX_AGE_S",
     "Log",
-    "Matched",
+    "MatchedAnswers",
     "SHADOW",
     "OutcomeRecord",
     "PredictionRecord",
     "Record",
     "SegmentWriter",
-    "Typed",
-    "all_outcomes",
+    "TypedRows",
+    "iter_outcomes",
     "count_records",
-    "match",
+    "match_outcomes",
     "read_log",
     "read_outcomes",
     "read_predictions",
     "read_records",
     "read_shadow_predictions",
-    "typed",
+    "to_typed_rows",
 ]

@@ -13,12 +13,12 @@ from typing import Any
 
 import polars as pl
 
-from cluster.records.reading import ODD, OUTCOME, Outcome, exact_column
-from cluster.runtime import Truths
+from cluster.records.reading import INVALID_OUTCOME, OUTCOME, Outcome, exact_column
+from cluster.runtime import OutcomeParser
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Matched:
+class MatchedAnswers:
     """Answers with their outcomes."""
 
     answers: pl.DataFrame
@@ -30,7 +30,9 @@ class Matched:
     """Number of outcomes of rows that the logged answer does not have."""
 
 
-def match(answers: pl.DataFrame, outcomes: Iterable[Outcome], truths: Mapping[int, Truths]) -> Matched:
+def match_outcomes(
+    answers: pl.DataFrame, outcomes: Iterable[Outcome], truths: Mapping[int, OutcomeParser]
+) -> MatchedAnswers:
     """Assign each answered row its last valid outcome.
 
     Args:
@@ -50,16 +52,16 @@ def match(answers: pl.DataFrame, outcomes: Iterable[Outcome], truths: Mapping[in
         if key not in versions:
             (unknown_rows if prediction_id in logged else unknown_predictions).add(key)
         elif (version_truths := truths.get(versions[key])) is not None:
-            outcome = version_truths.of(value)
+            outcome = version_truths.parse(value)
             last_is_invalid[key] = outcome is None
             if outcome is not None:
                 valid[key] = outcome
     requested = answers.filter(pl.col("version").is_in(list(truths)))
     keys = requested.select(key_columns).rows()
-    return Matched(
+    return MatchedAnswers(
         answers=requested.with_columns(
             exact_column(OUTCOME, [valid.get(key) for key in keys]),
-            pl.Series(ODD, [last_is_invalid.get(key, False) for key in keys], dtype=pl.Boolean),
+            pl.Series(INVALID_OUTCOME, [last_is_invalid.get(key, False) for key in keys], dtype=pl.Boolean),
         ),
         unknown_predictions=len(unknown_predictions),
         unknown_rows=len(unknown_rows),

@@ -112,7 +112,7 @@ class Log:
     """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
     for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
     `probabilities` (a dict by class). `cluster.records.typed` converts them to the types of a version's signature.
-    Inputs with a name in `TAKEN` are left out."""
+    Inputs with a name in `RESERVED_COLUMNS` are left out."""
     failures: pl.DataFrame
     """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
 
@@ -128,7 +128,7 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
                 failed.append(common | {"row": row, "fault": fault})
             else:
                 features = record["features"].items()
-                inputs = {name: values[row] for name, values in features if name not in TAKEN}
+                inputs = {name: values[row] for name, values in features if name not in RESERVED_COLUMNS}
                 answered.append(common | {"row": row} | record["predictions"][row] | inputs)
     return Log(answers=_frame(answered, _COMMON), failures=_frame(failed, _COMMON | {"fault": pl.String}))
 
@@ -144,7 +144,7 @@ def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
     return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
-def all_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
+def iter_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
     """Yield all outcomes in the order in which they were received. Raises as `read_records`."""
     frame = _received_outcomes(folder, store)
     names = ("prediction_id", "row", "outcome")
@@ -204,8 +204,10 @@ _COMMON: dict[str, Any] = {
     "as_of": _TIME,
 }
 """Columns whose type is the same for all models and versions."""
-OUTCOME, ODD = "outcome", "odd_outcome"
-TAKEN = frozenset({*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, ODD})
+OUTCOME, INVALID_OUTCOME = "outcome", "odd_outcome"
+RESERVED_COLUMNS = frozenset(
+    {*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, INVALID_OUTCOME}
+)
 """Reserved column names. An input with such a name is left out, because the client chooses its value: the client must
 not be able to change an answer's arm or label."""
 _OUTCOME: dict[str, Any] = {

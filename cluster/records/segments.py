@@ -30,7 +30,7 @@ import orjson
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.records.schema import Record
-from cluster.security.encryption.envelope import ValueCipher, place_of
+from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
 from cluster.synced import sync_folder
 
@@ -94,7 +94,7 @@ class SegmentWriter:
         lines = [
             base64.b64encode(
                 self._cipher.encrypt(
-                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), place_of(aad, b"%d" % number)
+                    orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), value_aad(aad, b"%d" % number)
                 )
             )
             + b"\n"
@@ -103,7 +103,7 @@ class SegmentWriter:
         segment.write(b"".join(lines))
         segment.count = count + len(records)
 
-    def leave_if_old(self) -> None:
+    def close_if_old(self) -> None:
         """Close the segment if it is old or large. The next record starts a new segment.
 
         It must not run at the same time as `sync`.
@@ -301,7 +301,7 @@ def _belongs_to_log(path: Path, key: object) -> bool:
 
 def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, aad: str) -> dict[str, Any]:
     try:
-        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), place_of(aad, b"%d" % number))
+        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), value_aad(aad, b"%d" % number))
     except (ArtifactTampered, ValueError) as error:
         raise RecordLogCorrupt(
             f"{path}, line {number + 2}: the record was changed, or an earlier one was removed. "

@@ -10,36 +10,36 @@ from typing import Any
 
 import polars as pl
 
-from cluster.records.reading import TAKEN, exact_column
-from cluster.runtime import ModelSignature, Task, Truths
+from cluster.records.reading import RESERVED_COLUMNS, exact_column
+from cluster.runtime import ModelSignature, OutcomeParser, Task
 from cluster.runtime.values import value_type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Typed:
+class TypedRows:
     """Rows of one version, in the types of its signature."""
 
     rows: pl.DataFrame
     """The logged rows, with each input and answer in its type. A missing value or one of another type is null."""
     names: tuple[str, ...]
     """Names of the columns with inputs and answers."""
-    odd: dict[str, int]
+    num_invalid: dict[str, int]
     """Maps input to the number of its values of another type; inputs without such values are not listed."""
 
 
-def typed(rows: pl.DataFrame, signature: ModelSignature) -> Typed:
+def to_typed_rows(rows: pl.DataFrame, signature: ModelSignature) -> TypedRows:
     """Convert one version's rows, as `cluster.records.read_log` returns them, to the types of its signature."""
     num_invalid_by_input = {}
     columns = _answers(rows, signature)
     for spec in signature.inputs:
-        if spec.length is not None or spec.name in TAKEN:  # a list stays as it was logged
+        if spec.length is not None or spec.name in RESERVED_COLUMNS:  # a list stays as it was logged
             continue
         column, num_invalid = column_of(spec.name, _values(rows, spec.name), spec.dtype)
         columns.append(column)
         if num_invalid:
             num_invalid_by_input[spec.name] = num_invalid
     names = tuple(column.name for column in columns)
-    return Typed(rows=rows.with_columns(columns), names=names, odd=num_invalid_by_input)
+    return TypedRows(rows=rows.with_columns(columns), names=names, num_invalid=num_invalid_by_input)
 
 
 def column_of(name: str, values: list[Any], dtype: str) -> tuple[pl.Series, int]:
@@ -61,8 +61,8 @@ _POLARS: dict[type, Any] = {bool: pl.Boolean, str: pl.String, int: pl.Int64, flo
 def _answers(rows: pl.DataFrame, signature: ModelSignature) -> list[pl.Series]:
     if signature.task is Task.regression:
         return [column_of("value", _values(rows, "value"), "double")[0]]
-    truths = Truths(signature)
-    labels = [None if value is None else truths.of(value) for value in _values(rows, "label")]
+    truths = OutcomeParser(signature)
+    labels = [None if value is None else truths.parse(value) for value in _values(rows, "label")]
     label = exact_column("label", labels)
     if signature.task is Task.binary:
         return [label, column_of("probability", _values(rows, "probability"), "double")[0]]

@@ -3,9 +3,9 @@
 from cluster.runtime.encoding import Encoder, encode
 from cluster.runtime.loader import load_model, open_model
 from cluster.runtime.model import Model
+from cluster.runtime.outcome_parser import OutcomeParser
 from cluster.runtime.predictions import Predictions
 from cluster.runtime.signature import InputSpec, ModelSignature, Precision, Task, parse_signature
-from cluster.runtime.truths import Truths
 
 __all__ = [
     "Encoder",
@@ -15,7 +15,7 @@ __all__ = [
     "Precision",
     "Predictions",
     "Task",
-    "Truths",
+    "OutcomeParser",
     "encode",
     "load_model",
     "open_model",

@@ -27,7 +27,7 @@ class Predictions:
     """float64. Binary: probability of the positive class, [rows]. Multiclass: probabilities, [rows, classes].
     Regression: values, [rows]."""
 
-    def checked(self) -> Predictions:
+    def require_finite(self) -> Predictions:
         """Return these predictions if every score is finite.
 
         Without this check, NaN would be below the threshold and become a label.

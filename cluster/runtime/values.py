@@ -15,19 +15,19 @@ from typing import Any
 
 from cluster.runtime.signature import NUMERIC
 
-GREATEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 """Largest integer; the smallest is its negative. Logs hold integers as signed 64 bits."""
 EXACT_IN_FLOAT = 2**53
 """A float represents every integer up to this one exactly; a larger float can stand for several integers."""
 
 
-class NotOfType(ValueError):
+class WrongValueType(ValueError):
     """A value does not belong to a type."""
 
-    def __init__(self, value: Any, wanted: str) -> None:
-        super().__init__(wanted)
+    def __init__(self, value: Any, expected: str) -> None:
+        super().__init__(expected)
         self.value = value
-        self.wanted = wanted
+        self.expected = expected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class ValueType:
 
     base: type
     """bool, int, float or str. An int also belongs to float."""
-    wanted: str
+    expected: str
     """Description of the type, for error messages."""
     least: int = 1
     greatest: int = 0
@@ -47,7 +47,7 @@ class ValueType:
         """Python types that values may have."""
         return _TYPES[self.base]
 
-    def fit(self, values: list[Any]) -> list[Any]:
+    def convert(self, values: list[Any]) -> list[Any]:
         """Return the values. For an integer type, floats such as 50.0 become ints.
 
         Raises:
@@ -81,15 +81,15 @@ class ValueType:
         for number in numbers:
             if isinstance(number, float):
                 if not math.isfinite(number):
-                    raise NotOfType(number, "finite")
+                    raise WrongValueType(number, "finite")
             elif not self.least <= number <= self.greatest:
-                raise NotOfType(number, f"{self.wanted} from {self.least} to {self.greatest}")
+                raise WrongValueType(number, f"{self.expected} from {self.least} to {self.greatest}")
 
     def convert_or_null(self, values: list[Any]) -> tuple[list[Any], int]:
         """Return the values, with null for each that does not belong to the type, and the number of those."""
         try:
-            return self.fit(values), 0
-        except NotOfType:
+            return self.convert(values), 0
+        except WrongValueType:
             converted = [self._convert_or_null(value) for value in values]
             return converted, sum(
                 new is None and old is not None for new, old in zip(converted, values, strict=True)
@@ -104,13 +104,13 @@ class ValueType:
         ):
             value = int(value)
         if type(value) not in self.types:
-            raise NotOfType(value, self.wanted)
-        return self.fit([value])[0]
+            raise WrongValueType(value, self.expected)
+        return self.convert([value])[0]
 
     def _convert_or_null(self, value: Any) -> Any:
         try:
             return self._convert(value)
-        except NotOfType:
+        except WrongValueType:
             return None
 
 
@@ -127,14 +127,14 @@ _TYPES: dict[type, frozenset[type]] = {
 def value_type(dtype: str) -> ValueType | None:
     """Return the `ValueType` for the name of an Arrow type, as in signatures and views, or None if it is not known."""
     if dtype == "bool":
-        return ValueType(base=bool, wanted="true or false")
+        return ValueType(base=bool, expected="true or false")
     if dtype in ("string", "large_string"):
-        return ValueType(base=str, wanted="text")
+        return ValueType(base=str, expected="text")
     if dtype not in NUMERIC:
         return None
     if not dtype.startswith(("int", "uint")):
-        return ValueType(base=float, wanted="a number", least=-GREATEST, greatest=GREATEST)
+        return ValueType(base=float, expected="a number", least=-MAX_INTEGER, greatest=MAX_INTEGER)
     unsigned, bits = dtype.startswith("u"), int(dtype.lstrip("uint"))
-    greatest = min(2 ** (bits - (not unsigned)) - 1, GREATEST)
-    least = 0 if unsigned else max(-(2 ** (bits - 1)), -GREATEST)
-    return ValueType(base=int, wanted=f"a whole number ({dtype})", least=least, greatest=greatest)
+    greatest = min(2 ** (bits - (not unsigned)) - 1, MAX_INTEGER)
+    least = 0 if unsigned else max(-(2 ** (bits - 1)), -MAX_INTEGER)
+    return ValueType(base=int, expected=f"a whole number ({dtype})", least=least, greatest=greatest)

@@ -31,9 +31,9 @@ from pathlib import Path
 
 from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
-from cluster.security.authorization.audit import Decisions
+from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.installation import hold_to
+from cluster.security.installation import apply_cluster_record
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
@@ -65,7 +65,7 @@ class Actor:
     """The same identity for requests to the key broker. Plain data, so workers can receive it."""
     policy: Policy
     environment: str
-    decisions: Decisions
+    decisions: DecisionRecorder
 
     @property
     def name(self) -> str:
@@ -80,13 +80,13 @@ class Actor:
         """
         for resource in resources:
             decision = self.policy.decide(self.principal, action, resource, environment=self.environment)
-            self.decisions.decided(self.principal, action, resource, decision, at=time.time())
+            self.decisions.record_decision(self.principal, action, resource, decision, at=time.time())
             if not decision.allowed:
                 self.decisions.flush()  # a job usually ends after a denial
                 self.policy.check(self.principal, action, resource, environment=self.environment)
 
 
-def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
+def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
     """Return the actor of this process, which runs a job. Adds the actor's name to the process's log lines.
 
     Args:
@@ -101,9 +101,9 @@ def act(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entryp
             configuration contradicts the running cluster.
         Unauthenticated: the token is invalid, or is an intent for another entrypoint. An event counts it.
     """
-    hold_to(record, config)
+    apply_cluster_record(record, config)
     places = Layout(record.storage_root)
-    decisions = Decisions(ledger.append)
+    decisions = DecisionRecorder(ledger.append)
     with _recording_unauthenticated(decisions):
         principal, path = _identify(config, places, entrypoint)
     _name_in_logs(principal.subject)
@@ -133,12 +133,12 @@ def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
         Unauthenticated, AccessDenied: the token is invalid or lacks the right. An event records it.
         ConfigError: the file cannot be read, or there is no issuer.
     """
-    policy, decisions = Policy.load(), Decisions(ledger.append)
+    policy, decisions = Policy.load(), DecisionRecorder(ledger.append)
     trust, token = Trust.of(_issuer_of(places), places), read_token_file(token_file)
     with _recording_unauthenticated(decisions):
         reader = trust.tokens.verify(token)
     whole_ledger = Resource(kind="ledger", name="ledger")
-    decisions.decided(
+    decisions.record_decision(
         reader,
         Action.read_ledger,
         whole_ledger,
@@ -149,12 +149,12 @@ def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _recording_unauthenticated(decisions: Decisions) -> Iterator[None]:
+def _recording_unauthenticated(decisions: DecisionRecorder) -> Iterator[None]:
     """Record an `Unauthenticated` error as an event, then raise it again."""
     try:
         yield
     except Unauthenticated as error:
-        decisions.unauthenticated(str(error), at=time.time())
+        decisions.count_unauthenticated(str(error), at=time.time())
         decisions.flush()
         raise
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.security.tokens.intent import mint_intent
-from cluster.security.tokens.issuer import mint_token, replace_private, rotate_issuer
+from cluster.security.tokens.issuer import mint_token, replace_private_file, rotate_issuer
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import (
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> str:
     text = _mint(places, arguments)
     if arguments.output is None:
         return text
-    replace_private(arguments.output, text.encode())
+    replace_private_file(arguments.output, text.encode())
     return ""
 
 

@@ -19,7 +19,7 @@ OUTSIDE_PRODUCTION = ("local", "test", "staging")
 """Environments that are not production, from the least to the most strict. Every other name is production."""
 
 
-def hold_to(record: ClusterRecord, config: PlatformConfig) -> None:
+def apply_cluster_record(record: ClusterRecord, config: PlatformConfig) -> None:
     """Set environment, region, issuer and tier of a configuration from the cluster's record, in place.
 
     Records of an earlier release lack these fields. The configuration's own values then count.

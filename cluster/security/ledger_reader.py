@@ -12,7 +12,7 @@ from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_ledger_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the ledger and the reader."""
     parser.add_argument(
         "--root", default=".falaj", help="storage root (default: .falaj below the project root)"

@@ -19,12 +19,12 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation, Subject
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.keys.keyring import rotate_local_kek
 from cluster.security.keys.store import KeyRevoked, KeyStore
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig, SecretsKind
 from cluster.storage import layout, local
 
@@ -64,7 +64,7 @@ def main(config: ManageKeysConfig) -> None:
     if config.action is KeyAction.rotate_kek:
         refuse_unused(("key", "confirm"), by="action=rotate_kek")
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint=ENTRYPOINT)
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint=ENTRYPOINT)
     ledger.require_known(Subject.key)
     match config.action:
         case KeyAction.rotate_kek:
@@ -104,7 +104,7 @@ def revoke(name: str, store: KeyStore, ledger: Ledger, actor: Actor) -> None:
     """
     with contextlib.suppress(KeyRevoked):  # `store.revoke` decides whether something is left to do
         info = store.info(name)
-        actor.check(Action.manage_keys, Resource.of_key(info))
+        actor.check(Action.manage_keys, Resource.from_key(info))
         ledger.append(KeyRevocation(name=name, described=info.plain()), actor=actor.name)
     store.revoke(name)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 
 
-def private_folder(path: Path) -> Path:
+def ensure_private_folder(path: Path) -> Path:
     """Return a folder of this user with mode 0700. Creates it and its parents if they are missing.
 
     Raises:
@@ -23,7 +23,7 @@ def private_folder(path: Path) -> Path:
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
-    problem = openness(path) or above(path)
+    problem = find_exposure(path) or find_exposed_parent(path)
     if problem is not None:
         raise ConfigError(
             f"The folder {path} must be a folder of mode 0700 that belongs to user {os.geteuid()}, below folders that "
@@ -32,14 +32,14 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def close_to_others(path: Path) -> None:
+def remove_access_of_others(path: Path) -> None:
     """Remove the rights of other users on a folder. Leaves folders of other users unchanged."""
     status = path.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         path.chmod(stat.S_IMODE(status.st_mode) & ~0o077)
 
 
-def openness(path: Path, *, owner: int | None = None) -> str | None:
+def find_exposure(path: Path, *, owner: int | None = None) -> str | None:
     """Return why another user can enter a folder, or None if only its owner can.
 
     Args:
@@ -56,7 +56,7 @@ def openness(path: Path, *, owner: int | None = None) -> str | None:
     return f"{path} has mode {mode:04o}" if mode & 0o077 else None
 
 
-def above(path: Path, *, owner: int | None = None) -> str | None:
+def find_exposed_parent(path: Path, *, owner: int | None = None) -> str | None:
     """Return how another user can rename a path through a parent folder, or None if no parent allows it.
 
     In a folder with the sticky bit, such as /tmp, only the owner of an entry can rename it.

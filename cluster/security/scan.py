@@ -43,12 +43,12 @@ _BROKEN = (pa.ArrowException, OSError, EOFError, zlib.error, LZMAError, zipfile.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class CanaryMatch:
     """A canary that was found in the clear."""
 
     canary: str
     path: str
-    place: str
+    location: str
     """`bytes`, `name`, a column, a table or a member of an archive."""
 
 
@@ -62,7 +62,7 @@ class _Readable(Protocol):
 
 def scan(
     paths: Iterable[Path], canaries: Iterable[str], *, unread: list[Path] | None = None
-) -> Iterator[Found]:
+) -> Iterator[CanaryMatch]:
     """Yield every canary found in the regular files at or below the paths.
 
     Args:
@@ -75,7 +75,7 @@ def scan(
         for file in _files(root):
             relative_path = os.path.relpath(file, root.parent)
             yield from (
-                Found(canary=canary, path=str(file), place="name")
+                CanaryMatch(canary=canary, path=str(file), location="name")
                 for canary in forms_by_canary
                 if canary in relative_path
             )
@@ -115,7 +115,7 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in names)
 
 
-def _scan_file(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
+def _scan_file(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     if file.stat().st_size == 0:
         return
     with file.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -125,7 +125,7 @@ def _scan_file(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
         yield from _scan_unpacked(file, head, forms_by_canary)
 
 
-def _scan_unpacked(file: Path, head: bytes, forms_by_canary: _Forms) -> Iterator[Found]:
+def _scan_unpacked(file: Path, head: bytes, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     if head.startswith(b"PAR1"):
         yield from _scan_parquet(file, forms_by_canary)
     elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -145,8 +145,10 @@ def _scan_unpacked(file: Path, head: bytes, forms_by_canary: _Forms) -> Iterator
                 yield from _hits(_find_in_stream(stream, forms_by_canary), file, codec)
 
 
-def _hits(canaries: Iterable[str], file: Path, place: str) -> Iterator[Found]:
-    return (Found(canary=canary, path=str(file), place=place) for canary in dict.fromkeys(canaries))
+def _hits(canaries: Iterable[str], file: Path, location: str) -> Iterator[CanaryMatch]:
+    return (
+        CanaryMatch(canary=canary, path=str(file), location=location) for canary in dict.fromkeys(canaries)
+    )
 
 
 def _find_in_bytes(data: bytes | mmap.mmap, forms_by_canary: _Forms) -> Iterator[str]:
@@ -165,7 +167,7 @@ def _find_in_stream(stream: _Readable, forms_by_canary: _Forms) -> Iterator[str]
         previous_end = data[-overlap:] if overlap else b""
 
 
-def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
+def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             with (
@@ -176,7 +178,7 @@ def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
                 yield from _hits(_find_in_stream(unpacked, forms_by_canary), file, member.filename)
 
 
-def _scan_parquet(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
+def _scan_parquet(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     for name in pq.ParquetFile(file).schema_arrow.names:
         with contextlib.suppress(*_BROKEN):  # encrypted: its raw bytes were already searched
             batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=[name])
@@ -210,7 +212,7 @@ def _contains(column: pa.ChunkedArray, number: int) -> bool:
         return False  # out of the column's range
 
 
-def _scan_sqlite(file: Path, forms_by_canary: _Forms) -> Iterator[Found]:
+def _scan_sqlite(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     """Search a database value by value, because a long value is split over several pages."""
     with (
         contextlib.suppress(sqlite3.Error),
@@ -249,7 +251,7 @@ def main() -> None:
     unread: list[Path] = []
     hits = list(scan(arguments.paths, arguments.canary, unread=unread))
     for hit in hits:
-        print(f"{hit.path}: {hit.canary!r} in the clear ({hit.place})")
+        print(f"{hit.path}: {hit.canary!r} in the clear ({hit.location})")
     for file in unread:
         print(f"{file}: not searched, because it may not be read", file=sys.stderr)
     print(f"{len(hits)} found")

@@ -28,8 +28,8 @@ from cluster.node.launch import edge_log, environment, key_log, start_process, s
 from cluster.node.locks import supervisor_lock
 from cluster.node.parts import BROKER, EDGE, RAY_PARTS, Part, State, find_parts, probe_state
 from cluster.node.scheduling import wait_for_turn
-from cluster.security.private_folder import private_folder
-from cluster.session import ClusterRecord, find_record, recorded
+from cluster.security.private_folder import ensure_private_folder
+from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.supervisor import daemons, head
 from cluster.supervisor.metrics import SupervisorMetrics
@@ -90,8 +90,8 @@ def main(config: PlatformConfig) -> None:
     """Watch until SIGTERM, or until the storage root's record names another cluster or none."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     wait_for_turn()
-    record, stopped, registry = recorded(config), threading.Event(), CollectorRegistry()
-    folder = private_folder(Path(record.runtime_folder))
+    record, stopped, registry = require_recorded_cluster(config), threading.Event(), CollectorRegistry()
+    folder = ensure_private_folder(Path(record.runtime_folder))
     supervisor = Supervisor(
         ThisMachine(config, record),
         record_restart=restart_recorder(config, record),

@@ -17,7 +17,7 @@ import psutil
 
 from cluster.node.launch import gcs_folder
 from cluster.node.parts import RAY_PARTS, Part, find_parts
-from cluster.security.private_folder import private_folder
+from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
 
@@ -59,8 +59,8 @@ def restart_daemon(record: ClusterRecord, part: Part, environment: dict[str, str
         ConfigError: Another user could have changed the command or the GCS's state.
         OSError: The process could not be started.
     """
-    private_folder(Path(record.runtime_folder))
-    private_folder(gcs_folder(record).parent)
+    ensure_private_folder(Path(record.runtime_folder))
+    ensure_private_folder(gcs_folder(record).parent)
     try:
         saved = json.loads(_file(record).read_text()).get(part.name)
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ from cluster import processes
 from cluster.errors import ConfigError
 from cluster.node.launch import cluster_overrides, gcs_folder, run_command, start_ray, start_serve
 from cluster.node.parts import RAY_PARTS, part_of
-from cluster.security.private_folder import private_folder
+from cluster.security.private_folder import ensure_private_folder
 from cluster.security.tokens.intent import mint_intent, write_intent
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
@@ -33,7 +33,7 @@ def restore_is_due(record: ClusterRecord) -> bool:
     return _marker(record).exists()
 
 
-def restored(record: ClusterRecord) -> None:
+def mark_restored(record: ClusterRecord) -> None:
     """Mark all applications as restored, by the supervisor or by an operator."""
     _marker(record).unlink(missing_ok=True)
 
@@ -49,8 +49,8 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
         ConfigError: Another user can change the cluster's folders.
         OSError: A file or process could not be created.
     """
-    private_folder(Path(record.runtime_folder))
-    private_folder(gcs_folder(record).parent)
+    ensure_private_folder(Path(record.runtime_folder))
+    ensure_private_folder(gcs_folder(record).parent)
     _marker(record).touch()
     remove_commands(record)
     processes.end(record.cluster_id, owner=record.owner, only=_belongs_to_ray, grace_s=GRACE_S)

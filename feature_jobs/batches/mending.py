@@ -12,7 +12,7 @@ from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.mending import Place, mend
+from feature_jobs.store.offline.mending import BatchLocation, mend
 
 
 def mend_batches(
@@ -53,7 +53,7 @@ def mend_batches(
             protection=target.protection,
             access=target.access,
         )
-        place = Place(pinned=pinned, target=target, quarantine=quarantine, view=template.view)
+        place = BatchLocation(pinned=pinned, target=target, quarantine=quarantine, view=template.view)
         event = replace(template, batch=batch, mend_id=uuid.uuid4().hex[:16])
         events.append(mend(place, rows, event, ledger, actor=actor))
     return events

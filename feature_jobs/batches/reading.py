@@ -16,8 +16,8 @@ from cluster.storage import Layout
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.sources import BatchSource, SqlSource
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.files import SourceFiles, open_source, size_bytes
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.ranges import TimeRange
 from feature_jobs.store.ingestion.source_blocks import (
@@ -39,7 +39,7 @@ from feature_jobs.store.ingestion.typed import (
     typed_rows,
 )
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, prepare_part
-from feature_jobs.store.types.key_types import refuse_unlike
+from feature_jobs.store.types.key_types import require_stored_types
 from feature_jobs.store.types.schema import EVENT
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def read_checked_rows(
     work: Work,
     *,
     now: dt.datetime,
-    ahead: Ahead = BATCH_LIMIT,
+    ahead: FutureLimit = BATCH_LIMIT,
 ) -> CheckedSource:
     """Read, transform and check all rows, in this process or with Ray Data.
 
@@ -230,7 +230,7 @@ def _checked_heads(
 
     def check_head(first: pa.Table) -> None:
         if first.num_rows:
-            refuse_unlike(view.name, check(first).schema, key_types)
+            require_stored_types(view.name, check(first).schema, key_types)
         else:
             empty_part(view, first.column_names, now=now)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import BatchRefused
+from cluster.errors import BatchRejected
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.batches.work import Block, Work
@@ -30,7 +30,7 @@ from feature_jobs.store.ingestion.batch_checks import (
 )
 from feature_jobs.store.ingestion.profile import Distribution, Profile, Sketch
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.validation import REASON, SOURCE, reject, repeated, unique_rules
+from feature_jobs.store.ingestion.validation import REASON, SOURCE, find_repeated_rows, reject, unique_rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +72,10 @@ def apply_batch_rules(
         [work.run(_sketch, block, view.schema, previous) for block in blocks]
     )
     sketches = [block.sketch for block in first_pass]
-    chosen = profiles.bins(sketches)
+    chosen = profiles.choose_bins(sketches)
     counted = work.get([work.run(_count, block, chosen) for block in blocks])
     measured = profiles.profile(sketches, chosen, counted)
-    counts = profiles.added(block.counts for block in first_pass)
+    counts = profiles.add_counts(block.counts for block in first_pass)
     facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
     return BatchResult(profile=measured, findings=collect_findings(view.checks, facts))
 
@@ -98,7 +98,7 @@ def require_few_bad_rows(
     if share <= max_bad_share:
         return
     reason, count = max(reasons.items(), key=lambda item: item[1])
-    raise BatchRefused(
+    raise BatchRejected(
         f"View '{view.name}': {share:.1%} of {rows} rows are bad, at most {max_bad_share:.1%} may be; "
         f"mostly: {reason} ({count}). Nothing was stored. Correct the source, or raise max_bad_share."
     )
@@ -112,7 +112,7 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
     """
     if result.findings:
         messages = "; ".join(finding.said for finding in result.findings)
-        raise BatchRefused(
+        raise BatchRejected(
             f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch nevertheless "
             "with batch_rules=report."
         )
@@ -174,7 +174,7 @@ def _select(block: pa.Table, names: list[str]) -> pa.Table:
 
 
 def _repeated(rule: Unique, *parts: pa.Table) -> list[pa.Array]:
-    return repeated(parts, rule)
+    return find_repeated_rows(parts, rule)
 
 
 def _reject(block: pa.Table, failing: list[pa.Array], number: int, reason: str, is_last: bool) -> pa.Table:

@@ -107,7 +107,7 @@ def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> D
     table = offline.open_table(target.uri)
     if table is None:
         table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
-    offline.check_schema(table, schema, view=view)
+    offline.evolve_schema(table, schema, view=view)
     return DeltaTable(target.uri)
 
 

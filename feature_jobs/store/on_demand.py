@@ -18,13 +18,13 @@ from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, Trai
 from feature_jobs.store.catalog.specifications import FieldSpec, OnDemandSpec, ServiceSpec, import_module
 from feature_jobs.store.definitions.source_code import source_code
 from feature_jobs.store.definitions.views import DTYPES, Transform
-from feature_jobs.store.types.casting import cast_feature, misfits
-from feature_jobs.store.types.columns import with_appended, with_replaced
-from feature_jobs.store.types.dtypes import arrow_values, list_of, online_values
+from feature_jobs.store.types.casting import cast_feature, list_faults
+from feature_jobs.store.types.columns import append_columns, replace_columns
+from feature_jobs.store.types.dtypes import list_of, online_values, to_arrow
 from feature_jobs.store.types.status import FeatureVectors, Status
 
 
-def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
+def append_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
     """Append the columns of a service's on-demand transforms.
 
     Args:
@@ -47,7 +47,7 @@ def with_on_demand(spec: ServiceSpec, table: pa.Table) -> pa.Table:
             computed = compute(transform, table, service=spec)
         except SchemaMismatch as error:
             raise TrainingSetError(str(error)) from error
-        table = with_appended(table, dict(zip(transform.columns, computed.columns, strict=True)))
+        table = append_columns(table, dict(zip(transform.columns, computed.columns, strict=True)))
     return table
 
 
@@ -77,7 +77,7 @@ def from_request(
             )
         names = _source_columns(transform, spec)
         try:
-            arrays = {name: arrow_values({**features, **inputs}[name], dtypes[name]) for name in names}
+            arrays = {name: to_arrow({**features, **inputs}[name], dtypes[name]) for name in names}
             computed = compute(transform, pa.table(arrays), service=spec)
         except (SchemaMismatch, TrainingSetError, ValueError, pa.ArrowException, TypeError) as error:
             raise InvalidRequest(
@@ -109,14 +109,16 @@ def add_on_demand(
     Raises:
         InvalidRequest: An input is missing, or the transform fails with it.
     """
-    if not made_on_demand(spec, wanted, given):
+    if not transforms_to_run(spec, wanted, given):
         return
     for name, values in from_request(spec, given, vectors.columns).items():
         vectors.columns[name] = values
         vectors.status[name] = [Status.null if value is None else Status.present for value in values]
 
 
-def made_on_demand(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> list[OnDemandSpec]:
+def transforms_to_run(
+    spec: ServiceSpec, wanted: Collection[str], given: Collection[str]
+) -> list[OnDemandSpec]:
     """Return the transforms with a column that is wanted and that the request does not give itself."""
     return [
         transform
@@ -133,9 +135,9 @@ def compute(transform: OnDemandSpec, table: pa.Table, *, service: ServiceSpec) -
         TrainingSetError: The transform failed, or returned another number of rows.
     """
     inputs = {field.name: _cast(table[field.name], field) for field in transform.inputs}
-    arguments = with_replaced(table.select(_source_columns(transform, service)), inputs)
+    arguments = replace_columns(table.select(_source_columns(transform, service)), inputs)
     try:
-        result = load(transform)(arguments)
+        result = load_transform(transform)(arguments)
     except DefinitionError:
         raise
     except Exception as error:
@@ -158,14 +160,14 @@ def _cast(column: pa.ChunkedArray, field: FieldSpec) -> pa.ChunkedArray:
     """Cast a column to its field's dtype. Raise SchemaMismatch if it does not fit."""
     cast_column = cast_feature(column, DTYPES[field.dtype], name=field.name)
     if (list_type := list_of(field.dtype)) is not None:
-        for fault, failing in misfits(cast_column, list_type.length):
+        for fault, failing in list_faults(cast_column, list_type.length):
             if pc.any(failing).as_py():
                 raise SchemaMismatch(f"Column '{field.name}' should be {field.dtype}: a list {fault}.")
     return cast_column
 
 
 @functools.lru_cache(maxsize=256)
-def load(transform: OnDemandSpec) -> Transform:
+def load_transform(transform: OnDemandSpec) -> Transform:
     """Import a transform's function.
 
     Raises:

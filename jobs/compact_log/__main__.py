@@ -17,11 +17,11 @@ from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.records.compaction import compact
 from cluster.records.table import LogTable
 from cluster.registry import Registry
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 
@@ -40,7 +40,11 @@ class CompactLogConfig(PlatformConfig):
 def main(config: CompactLogConfig) -> None:
     """Compact the prediction log and the outcome log of a model."""
     ledger = open_ledger(config)
-    compact_logs(config, ledger, act(config, require_record(config), ledger, entrypoint="jobs.compact_log"))
+    compact_logs(
+        config,
+        ledger,
+        create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.compact_log"),
+    )
 
 
 def compact_logs(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None:

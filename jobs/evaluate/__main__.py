@@ -12,11 +12,11 @@ from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
 from cluster.runtime.hardware import Hardware
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.slices import slice_metrics, smallest_slice
@@ -30,7 +30,7 @@ from jobs.train.target import encode_target
 def main(config: EvaluateConfig) -> None:
     """Evaluate one version and append the result to the ledger."""
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="jobs.evaluate")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.evaluate")
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
     # The result becomes part of the version's entry in the registry, so the same right as for registering is needed.
     actor.check(Action.register_model, version.resource(region=config.cluster.region))

@@ -12,14 +12,14 @@ from cluster.errors import TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelMonitored
 from cluster.registry import Registry
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
 from cluster.session import attach
 from cluster.storage import exists, file_name, layout, resolve, sha256, write_bytes, write_json
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.figures import Figures, measure_version
-from jobs.monitor.logged import ServedVersion, read
+from jobs.monitor.logged import ServedVersion, read_served_log
 from jobs.monitor.plots import performance_plot
 from jobs.monitor.reference import reference_rows
 from jobs.monitor.report import Output, alerting_chunks, describe
@@ -36,11 +36,11 @@ def main(config: MonitorConfig) -> None:
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
     ledger = open_ledger(config)
-    actor = act(config, attach(config), ledger, entrypoint="jobs.monitor")
+    actor = create_actor(config, attach(config), ledger, entrypoint="jobs.monitor")
     places = layout(config.storage)
     source = read_training_set(config.reference, protected_files(actor.access), places=places, ledger=ledger)
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    logged = read(config, Registry(ledger, places), key_store(actor.access))
+    logged = read_served_log(config, Registry(ledger, places), key_store(actor.access))
     run = MonitorRun(config, source, reference_uri, folder, ledger, actor)
     output = Output()
     for served in logged.served:

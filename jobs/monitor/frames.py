@@ -12,8 +12,8 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from cluster.errors import InvalidRequest, TrainingSetError, did_you_mean
-from cluster.records.reading import TAKEN
-from cluster.runtime import InputSpec, Model, ModelSignature, Task, Truths
+from cluster.records.reading import RESERVED_COLUMNS
+from cluster.runtime import InputSpec, Model, ModelSignature, OutcomeParser, Task
 from jobs.monitor.chunks import CHUNK, reference_chunks
 
 TIME, TRUTH, PREDICTED, SCORE = "_time", "_truth", "_predicted", "_score"
@@ -146,7 +146,7 @@ def _read_inputs(signature: ModelSignature, rows: pl.DataFrame) -> _Inputs:
     for spec in signature.inputs:
         if spec.length is not None:
             continue
-        if spec.name in TAKEN:
+        if spec.name in RESERVED_COLUMNS:
             unusable[spec.name] = "hidden by a column of the same name"
         elif spec.name not in rows.columns:
             unusable[spec.name] = "absent"
@@ -172,15 +172,15 @@ def _encode_truths(signature: ModelSignature, values: Sequence[Any]) -> list[Any
 
 
 def _truth_encoder(signature: ModelSignature) -> Callable[[Any], Any]:
-    truths = Truths(signature)
+    truths = OutcomeParser(signature)
     match signature.task, signature.classes:
         case Task.binary, (negative, positive):
             codes: dict[Any, Any] = {negative: 0, positive: 1}
         case Task.multiclass, tuple() as classes:
             codes = {name: str(name) for name in classes}
         case _:
-            return truths.of
-    return lambda value: codes.get(truths.of(value))
+            return truths.parse
+    return lambda value: codes.get(truths.parse(value))
 
 
 def _is_categorical(spec: InputSpec) -> bool:

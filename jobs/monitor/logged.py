@@ -9,16 +9,24 @@ from typing import NamedTuple
 import polars as pl
 
 from cluster.errors import RefusedError
-from cluster.records import Log, Matched, Typed, all_outcomes, match, read_log, typed
-from cluster.records.reading import ODD, OUTCOME, exact_column
+from cluster.records import (
+    Log,
+    MatchedAnswers,
+    TypedRows,
+    iter_outcomes,
+    match_outcomes,
+    read_log,
+    to_typed_rows,
+)
+from cluster.records.reading import INVALID_OUTCOME, OUTCOME, exact_column
 from cluster.registry import ModelVersion, Registry
-from cluster.runtime import Truths
+from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.keys.store import KeyStore
 from cluster.storage import layout, local
 from jobs.monitor.config import MonitorConfig
 
-_COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, ODD)
+_COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, INVALID_OUTCOME)
 """Columns that are kept in addition to inputs and answers."""
 
 
@@ -54,7 +62,7 @@ class ServedLog:
 
     def left_out(self, served: ServedVersion) -> dict[str, int]:
         """Count what is in no figure, by reason: rows of this version, and outcomes that belong to no version."""
-        odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[ODD].sum())
+        odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[INVALID_OUTCOME].sum())
         counts = {
             "rows_without_score": served.failed,
             "odd_outcomes": odd_outcomes,
@@ -71,7 +79,7 @@ class _VersionKey(NamedTuple):
     number: int
 
 
-def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLog:
+def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLog:
     """Read a model's logged predictions, with outcomes where they are known.
 
     Raises:
@@ -87,19 +95,21 @@ def read(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLo
         numbers |= set(log.answers["version"].to_list())
     versions = {number: registry.get(config.name, number) for number in sorted(numbers)}
     signatures = {number: load_signature(version, store) for number, version in versions.items()}
-    matched = Matched(answers=log.answers, unknown_predictions=0, unknown_rows=0)
+    matched = MatchedAnswers(answers=log.answers, unknown_predictions=0, unknown_rows=0)
     answers: dict[_VersionKey, pl.DataFrame] = {}
     if not log.answers.is_empty():
-        truths = {number: Truths(signature) for number, signature in signatures.items()}
-        matched = match(log.answers, all_outcomes(local(places.outcomes(config.name)), store), truths)
+        truths = {number: OutcomeParser(signature) for number, signature in signatures.items()}
+        matched = match_outcomes(
+            log.answers, iter_outcomes(local(places.outcomes(config.name)), store), truths
+        )
         groups = matched.answers.group_by("variant", "version", maintain_order=True)
         answers = {_VersionKey(*key): rows for key, rows in groups}
     served = []
     for key in dict.fromkeys([*answers, *num_failed]):
         rows, odd_inputs = pl.DataFrame(), dict[str, int]()
         if key in answers:
-            typed_answers = typed(answers[key], signatures[key.number])
-            rows, odd_inputs = _monitored_columns(typed_answers), typed_answers.odd
+            typed_answers = to_typed_rows(answers[key], signatures[key.number])
+            rows, odd_inputs = _monitored_columns(typed_answers), typed_answers.num_invalid
         served.append(
             ServedVersion(
                 variant=key.variant,
@@ -122,7 +132,7 @@ def _count_failures(log: Log) -> Counter[_VersionKey]:
     return Counter(_VersionKey(*row) for row in log.failures.select("variant", "version").iter_rows())
 
 
-def _monitored_columns(answers: Typed) -> pl.DataFrame:
+def _monitored_columns(answers: TypedRows) -> pl.DataFrame:
     """Select the columns to monitor. Columns of Python objects are dropped, because a frame cannot be stored with them.
 
     Outcome and label are always kept. If their values have several types, they are converted to text, which means the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from cluster.entrypoint import job
-from cluster.session import read_record
+from cluster.session import find_running_record
 from cluster.storage import layout, local
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.report import write_report
@@ -32,14 +32,14 @@ def main(config: PipelineConfig) -> None:
             f"{error}\nThe cluster is still up. `make demo` resumes at this stage; `make down` stops the cluster."
         ) from None
     summary = summarise(config, runner, demo)
-    record = read_record(config.storage)
+    record = find_running_record(config.storage)
     write_report(config, runner, summary, record, demo=demo)
     print_summary(summary, record, seconds=time.perf_counter() - started, demo=demo)
 
 
 def ensure_cluster(config: PipelineConfig, runner: Runner) -> None:
     """Start a cluster if none is up. If the deployment stage is finished, restore the deployment on the new cluster."""
-    if read_record(config.storage) is not None:
+    if find_running_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return
     runner.execute((("cluster.up",),), name="cluster")

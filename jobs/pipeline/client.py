@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
@@ -30,7 +30,7 @@ def edge_access(config: PlatformConfig, *, purpose: str) -> EdgeAccess:
     Raises:
         ClusterNotRunning: No cluster is up.
     """
-    record = require_record(config)
+    record = require_running_cluster(config)
     places = layout(config.storage)
     context = ssl.create_default_context(cafile=f"{places.tls}/ca.pem")
     token = mint_token(places, subject="demo-app", role=Role.service, purpose=purpose, ttl_s=TOKEN_TTL_S)

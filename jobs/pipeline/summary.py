@@ -10,13 +10,13 @@ from typing import Any
 import polars as pl
 
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.chain import check
+from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
 from cluster.records import Log, read_log
 from cluster.registry import Registry
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.keys.access import key_store
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.storage import layout, local, write_json
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
@@ -34,7 +34,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     ledger = open_ledger(config)
     results = runner.results()
     answers = _answers(demo)
-    actor = act(config, require_record(config), ledger, entrypoint="jobs.pipeline")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.pipeline")
     log = local(places.predictions(config.name))
     variants = _variants(config, Registry(ledger, places), results)
     summary = {
@@ -51,7 +51,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
         **count_logged(read_log(log, key_store(actor.access)), answers),
         "monitor": _monitor(select_versions(results["monitor"], variants)),
         "rollback_ms": results["check"]["rollback_ms"],
-        "ledger": {"verified": True, "events": sum(1 for _ in check(ledger.entries()))},
+        "ledger": {"verified": True, "events": sum(1 for _ in verify_chain(ledger.entries()))},
         "seconds": {name: round(stage.seconds, 1) for name, stage in runner.finished.items()},
     }
     write_json(str(demo / "summary.json"), summary)

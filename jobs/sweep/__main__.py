@@ -26,12 +26,12 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
-from cluster.security.encryption.scratch import scratch
-from cluster.session import attach, require_record
-from cluster.storage import finite, layout, local, resolve, write_json
+from cluster.security.encryption.scratch import scratch_directory
+from cluster.session import attach, require_running_cluster
+from cluster.storage import layout, local, replace_non_finite, resolve, write_json
 from jobs.sweep.config import SweepConfig
 from jobs.sweep.trials import Trial, best_trial, trial_from_result
 from jobs.train.data import Dataset, read_training_set
@@ -61,7 +61,7 @@ def main(config: SweepConfig) -> None:
             "tabular network."
         )
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="jobs.sweep")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.sweep")
     actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
     source = read_training_set(
         config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
@@ -73,7 +73,7 @@ def main(config: SweepConfig) -> None:
     trials = run_trials(config, dataset, family.parameters)
     best = best_trial(trials)
     finished = [trial for trial in trials if trial.cause is None]
-    results = [finite(asdict(trial)) for trial in trials]
+    results = [replace_non_finite(asdict(trial)) for trial in trials]
     # The cause of a failure stays out of the ledger: the message of an unknown error may contain values of rows.
     events = [{name: value for name, value in result.items() if name != "cause"} for result in results]
     event = SweepFinished(
@@ -105,7 +105,7 @@ def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) ->
     # line per trial instead.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with scratch(local(f"{layout(config.storage).root}/runs")) as folder:
+    with scratch_directory(local(f"{layout(config.storage).root}/runs")) as folder:
         grid = build_tuner(config, dataset, parameters, folder=folder, concurrent=concurrent).fit()
     deadline_s = config.sweep.trial_deadline_s
     return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]

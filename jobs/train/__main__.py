@@ -19,12 +19,12 @@ from cluster.runtime import ModelSignature, Precision, Predictions, open_model
 from cluster.runtime.hardware import Hardware
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
-from cluster.security.encryption.scratch import memory_folder, scratch
+from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
-from cluster.session import attach, require_record
+from cluster.session import attach, require_running_cluster
 from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
 from jobs.metrics import headline, score
 from jobs.train.config import TrainConfig
@@ -43,7 +43,7 @@ def main(config: TrainConfig) -> None:
     if family.name == "lightgbm":
         refuse_unused(("deepspeed",), by="model=lightgbm")
     ledger = open_ledger(config)
-    actor = act(config, require_record(config), ledger, entrypoint="jobs.train")
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.train")
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
@@ -56,7 +56,7 @@ def main(config: TrainConfig) -> None:
     runs = local(f"{layout(config.storage).root}/runs")
     # Checkpoints may have to be on a disk that several machines share. The model folder is in memory where possible,
     # because the model is not encrypted until it is registered.
-    with scratch(runs) as checkpoints, scratch(memory_folder(otherwise=runs)) as folder:
+    with scratch_directory(runs) as checkpoints, scratch_directory(memory_folder(otherwise=runs)) as folder:
         fit(config, family, dataset, folder=folder, checkpoints=checkpoints)
         lineage = build_lineage(config, source, family.parameters)
         result = evaluate_held_out(folder, dataset, requested_precision(family.parameters))

@@ -21,7 +21,7 @@ from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedF
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
 from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import has_row_hash
-from feature_jobs.store.offline.stored_training_set import place_of, read_kept
+from feature_jobs.store.offline.stored_training_set import read_stored_training_set, training_set_aad
 from feature_jobs.store.types.dtypes import list_of
 from jobs.train.columns import value_type
 from jobs.train.config import LearningConfig
@@ -81,8 +81,8 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
         )
     manifest_uri = f"{uri.removesuffix('.parquet')}.manifest.json"
     try:
-        if place_of(uri, places) is not None:
-            table = read_kept(uri, manifest_uri, places=places, ledger=ledger, files=files)
+        if training_set_aad(uri, places) is not None:
+            table = read_stored_training_set(uri, manifest_uri, places=places, ledger=ledger, files=files)
         else:
             table = files.read(uri)
     except ProtectedFileCorrupt as error:

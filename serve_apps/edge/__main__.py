@@ -22,10 +22,10 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
-from cluster.security.installation import hold_to
+from cluster.security.installation import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
-from cluster.session import ClusterRecord, recorded
+from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
@@ -35,8 +35,8 @@ from serve_apps.edge.control.state import state_file
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 from serve_apps.edge.haproxy.config import EdgeSettings
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy.keys import written_keys
-from serve_apps.edge.haproxy.limiting import Limit, Limits
+from serve_apps.edge.haproxy.keys import key_writer
+from serve_apps.edge.haproxy.request_limits import Limit, Limits
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import serve_targets
 
@@ -119,7 +119,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
-        holder=urlsplit(record.serve_http_url).netloc,
+        serve_proxy=urlsplit(record.serve_http_url).netloc,
     )
 
 
@@ -128,9 +128,9 @@ def main(config: EdgeConfig) -> None:
     """Run until SIGTERM, or until a second edge is started, which takes over without refusing a request."""
     logging.basicConfig(level=logging.INFO)
     wait_for_turn()
-    record = recorded(config)
+    record = require_recorded_cluster(config)
     restart_as_part_of(record)
-    hold_to(record, config)
+    apply_cluster_record(record, config)
     places = layout(config.storage)
     edge = local(places.edge)
     edge_settings = settings(config, record)
@@ -159,7 +159,7 @@ def main(config: EdgeConfig) -> None:
         controller = Controller(
             ledger=ledger,
             fetch_targets=serve_targets(record),
-            fetch_keys=written_keys(trust.keys, edge / "keys"),
+            fetch_keys=key_writer(trust.keys, edge / "keys"),
             haproxy=haproxy,
             settings=edge_settings,
             state_file=state_file(config),

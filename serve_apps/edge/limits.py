@@ -13,12 +13,12 @@ from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import EdgeLimitSet, Subject
-from cluster.security.acting import act
+from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from serve_apps.edge.control.state import wait_until_applied
-from serve_apps.edge.haproxy.limiting import MAX_NAME_BYTES, Limit, Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited, OwnLimits
 
 
 class LimitAction(enum.Enum):
@@ -67,8 +67,8 @@ def main(config: LimitsCommand) -> None:
     """Set limits, or show them."""
     if config.action is LimitAction.show:
         refuse_unused(("principal", "tenant", "requests_per_s", "concurrent"), by="action=show")
-    record, ledger = require_record(config), open_ledger(config)
-    actor = act(config, record, ledger, entrypoint="serve_apps.edge.limits")
+    record, ledger = require_running_cluster(config), open_ledger(config)
+    actor = create_actor(config, record, ledger, entrypoint="serve_apps.edge.limits")
     edge = Resource(kind="edge", name="limits", region=config.cluster.region)
     match config.action:
         case LimitAction.show:
@@ -90,7 +90,7 @@ def read_own_limits(ledger: Ledger) -> OwnLimits:
     """Return the own limits after the ledger's last event."""
     limits = OwnLimits()
     for entry in ledger.entries():
-        if Subject.limit.has(entry.type):
+        if Subject.limit.includes(entry.type):
             limits = limits.apply(entry.event())
     return limits
 

@@ -30,17 +30,17 @@ from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
 from cluster.security.tokens.principal import Principal
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import from_plain
 from cluster.storage import layout
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import service_spec
-from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.ingestion.future_limit import FutureLimit
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import PushLog, PushLogFull
-from feature_jobs.store.streaming.pushed_view import PushedView, pushed_view
-from feature_jobs.store.streaming.pusher import Pusher, open_log
+from feature_jobs.store.streaming.pushed_view import PushedView, load_pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.replica.access import AccessCheck
@@ -67,10 +67,12 @@ class Features:
         self._region = self._platform.cluster.region
         all_features = Resource(kind="features", name="*", region=self._region)
         self._access = AccessCheck.of(self._platform, all_features, self._ledger)
-        self._record = require_record(self._platform)
-        self._engine = open_online(self._platform.online, self._places, self._keys(""), readonly=False).engine
+        self._record = require_running_cluster(self._platform)
+        self._engine = open_online_store(
+            self._platform.online, self._places, self._keys(""), readonly=False
+        ).engine
         self._logs: dict[str, PushLog] = {}
-        self._ahead = Ahead.of(self._platform.features.max_ahead_s, online_at_once=True)
+        self._ahead = FutureLimit.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
         self._opening = threading.Lock()  # a process may open an LMDB folder only once
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
@@ -138,7 +140,7 @@ class Features:
 
     def _read_view(self, name: str, period: int) -> PushedView:
         try:
-            return pushed_view(self._ledger, name)
+            return load_pushed_view(self._ledger, name)
         except FeatureViewNotFound:
             raise
         except ViewRetired as error:
@@ -154,7 +156,7 @@ class Features:
         with self._opening:
             if name not in self._logs:
                 try:
-                    self._logs[name] = open_log(self._places, name, self._keys(_purpose(view)))
+                    self._logs[name] = open_push_log(self._places, name, self._keys(_purpose(view)))
                 except ConfigError as error:
                     raise Unavailable(str(error)) from error
             return self._logs[name]

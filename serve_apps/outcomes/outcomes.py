@@ -19,12 +19,12 @@ from cluster.ledger.chain import canonical
 from cluster.ledger.events import OutcomesReceived
 from cluster.records import OutcomeRecord
 from cluster.registry import Registry
-from cluster.runtime import Truths
+from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import from_plain
 from cluster.storage import layout, local
 from serve_apps.predictor.log_keys import outcome_key
@@ -81,7 +81,7 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
     )
 
 
-def normalise(records: list[OutcomeRecord], types: Sequence[Truths]) -> list[OutcomeRecord]:
+def normalise(records: list[OutcomeRecord], types: Sequence[OutcomeParser]) -> list[OutcomeRecord]:
     """Convert each outcome to the class or number that it stands for, by the first version whose type it fits.
 
     Args:
@@ -93,10 +93,10 @@ def normalise(records: list[OutcomeRecord], types: Sequence[Truths]) -> list[Out
     """
     normalised = []
     for position, record in enumerate(records):
-        values = (outcome_type.of(record.outcome) for outcome_type in types)
+        values = (outcome_type.parse(record.outcome) for outcome_type in types)
         value = next((value for value in values if value is not None), None)
         if value is None:
-            wanted = " or ".join(dict.fromkeys(outcome_type.wanted for outcome_type in types))
+            wanted = " or ".join(dict.fromkeys(outcome_type.expected for outcome_type in types))
             raise InvalidRequest(
                 f"outcomes[{position}].outcome must be {wanted}, got {shortened(record.outcome)}."
             )
@@ -110,9 +110,9 @@ class OutcomeTypes:
     def __init__(self, registry: Registry, store: KeyStore) -> None:
         self._registry = registry
         self._store = store
-        self._by_model: dict[str, dict[int, Truths]] = {}
+        self._by_model: dict[str, dict[int, OutcomeParser]] = {}
 
-    def of(self, model: str) -> list[Truths]:
+    def of(self, model: str) -> list[OutcomeParser]:
         """Return the type of each version, the newest first.
 
         Raises:
@@ -140,7 +140,7 @@ class OutcomeTypes:
                 except (RefusedError, OSError) as error:  # this version cannot serve, but others may
                     LOG.warning("the signature of %s version %s cannot be read: %s", model, number, error)
                 else:
-                    by_version[number] = Truths(signature)
+                    by_version[number] = OutcomeParser(signature)
 
 
 class Outcomes:
@@ -159,7 +159,7 @@ class Outcomes:
         self._region = platform.cluster.region
         all_outcomes = Resource(kind="outcomes", name="*", region=self._region)
         self._access = AccessCheck.of(platform, all_outcomes, self._ledger)
-        self._store = key_store(service_access(platform, require_record(platform), name="outcomes"))
+        self._store = key_store(service_access(platform, require_running_cluster(platform), name="outcomes"))
         self._durability = platform.replica.durability
         self._types = OutcomeTypes(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from cluster.errors import InvalidRequest, nearest
+from cluster.errors import InvalidRequest, suggest_name
 from cluster.runtime.signature import InputSpec, ModelSignature, Task
 from serve_apps.predictor.request import fit_values, shortened
 from serve_apps.predictor.tensors import DATATYPES, RawData, Tensor, parameters_of, read_tensor, to_raw
@@ -221,7 +221,7 @@ def label_datatype(signature: ModelSignature) -> str:
 
 def _input_values(spec: InputSpec | None, tensor: Tensor, inputs: dict[str, InputSpec]) -> list[Any]:
     if spec is None:
-        raise InvalidRequest(f"The model has no input '{tensor.name}'.{nearest(tensor.name, inputs)}")
+        raise InvalidRequest(f"The model has no input '{tensor.name}'.{suggest_name(tensor.name, inputs)}")
     wanted = DATATYPES[datatype(spec.dtype)]
     if tensor.datatype.kind is not wanted.kind:
         raise InvalidRequest(
@@ -250,7 +250,7 @@ def _requested_outputs(body: dict[str, Any], known: tuple[str, ...]) -> tuple[Re
         if not isinstance(name, str):
             raise InvalidRequest("Each output must be an object with a name.")
         if name not in known:
-            raise InvalidRequest(f"The model has no output '{name}'.{nearest(name, known)}")
+            raise InvalidRequest(f"The model has no output '{name}'.{suggest_name(name, known)}")
         if name in requested:
             raise InvalidRequest(f"Output '{name}' is requested twice.")
         raw = _flag(parameters_of(content, f"Output '{name}'"), "binary_data", all_raw)

@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.catalog.specifications import ServiceSpec
-from feature_jobs.store.definitions.missing import Value, settle
-from feature_jobs.store.on_demand import add_on_demand, made_on_demand
+from feature_jobs.store.definitions.missing import Value, fill_online
+from feature_jobs.store.on_demand import add_on_demand, transforms_to_run
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.types.dtypes import to_json
 from feature_jobs.store.types.status import Status
@@ -63,7 +63,9 @@ def model_inputs(
     defaulted: dict[str, list[int]] = {}
     if spec.missing:
         needed = _needed(spec, wanted, overrides)
-        defaulted = settle(spec.missing, vectors.columns, vectors.status, service=spec.name, needed=needed)
+        defaulted = fill_online(
+            spec.missing, vectors.columns, vectors.status, service=spec.name, needed=needed
+        )
     add_on_demand(spec, vectors, overrides, wanted)
     dtypes = spec.dtypes if defaulted else {}
     columns = {name: overrides[name] if name in overrides else vectors.columns[name] for name in wanted}
@@ -79,7 +81,7 @@ def model_inputs(
 
 def _needed(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> set[str]:
     """Return the columns that the answer depends on: the inputs, and the views' columns behind on-demand inputs."""
-    transforms = made_on_demand(spec, wanted, given)
+    transforms = transforms_to_run(spec, wanted, given)
     sources = {source for transform in transforms for source in transform.sources}
     source_columns = {column for view in spec.views if view.name in sources for column in view.columns}
     return (source_columns | set(wanted)) - set(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.runtime import InputSpec
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec
-from feature_jobs.store.on_demand import load
+from feature_jobs.store.on_demand import load_transform
 from feature_jobs.store.types.dtypes import is_rich
 
 
@@ -16,7 +16,7 @@ def on_demand_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:
     """
     inputs: dict[str, InputSpec | FieldSpec] = {}
     for transform in spec.on_demand:
-        load(transform)
+        load_transform(transform)
         for field in transform.inputs:
             if is_rich(field.dtype) or field.dtype == "timestamp":
                 inputs[field.name] = field

@@ -13,11 +13,11 @@ from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
-from cluster.session import ClusterRecord, require_record
+from cluster.session import ClusterRecord, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
 from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
 from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from serve_apps.predictor.shadow import Shadowing
@@ -63,7 +63,7 @@ class Parts:
         registered = registry.get(name, version)
         registry.check_files(registered, actor=f"service:{name}")
         purpose = platform.identity.purpose or serving_purpose(ledger, registered)
-        cluster = require_record(platform)
+        cluster = require_running_cluster(platform)
         access = service_access(platform, cluster, name=name, purpose=purpose)
         return cls(
             platform=platform,
@@ -100,7 +100,7 @@ class Parts:
         if not signature.service:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)
-        online = open_online(self.platform.online, self.places, self.store)
+        online = open_online_store(self.platform.online, self.places, self.store)
         region = self.platform.cluster.region
         model = self.version.resource(region=region)
         return ServedFeatures(

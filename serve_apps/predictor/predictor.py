@@ -123,8 +123,8 @@ class Predictor:
         try:
             # Each request is encoded by itself, so that a value that cannot be encoded fails only its own request.
             if self._batches is None:
-                return self._model.predict(columns).checked().rows(), ""
-            return (await self._batches.predict(self._model.encode(columns))).checked().rows(), ""
+                return self._model.predict(columns).require_finite().rows(), ""
+            return (await self._batches.predict(self._model.encode(columns))).require_finite().rows(), ""
         except InvalidRequest:
             raise
         except ModelFailed as failed:

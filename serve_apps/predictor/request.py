@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from cluster.errors import InvalidRequest, did_you_mean, nearest
+from cluster.errors import InvalidRequest, did_you_mean, suggest_name
 from cluster.runtime.signature import InputSpec
-from cluster.runtime.values import NotOfType, ValueType, value_type
+from cluster.runtime.values import ValueType, WrongValueType, value_type
 from feature_jobs.store.catalog.specifications import FieldSpec
 from feature_jobs.store.types.dtypes import from_json, list_of
 from serve_apps.replica.contract import MAX_ENTITIES
@@ -62,7 +62,7 @@ def override(inputs: Mapping[str, RequestInput], name: str, value: Any, count: i
     """
     spec = inputs.get(name)
     if spec is None:
-        raise InvalidRequest(f"The model has no input '{name}'.{nearest(name, inputs)}")
+        raise InvalidRequest(f"The model has no input '{name}'.{suggest_name(name, inputs)}")
     is_list = spec.length is not None if isinstance(spec, InputSpec) else list_of(spec.dtype) is not None
     several = isinstance(value, list) and (not is_list or {type(one) for one in value} & {list, NoneType})
     values = value if several else [value] * count
@@ -87,13 +87,13 @@ def fit_values(spec: RequestInput, values: list[Any]) -> list[Any]:
     if spec.length is not None:
         return [None if value is None else _fit_list(spec, kind, value) for value in values]
     try:
-        return kind.fit(values)
-    except NotOfType as error:
+        return kind.convert(values)
+    except WrongValueType as error:
         if isinstance(error.value, dict | list):
             got = type(error.value).__name__
             raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {got}.") from error
         raise InvalidRequest(
-            f"Input '{spec.name}' must be {error.wanted}, got {shortened(error.value)}."
+            f"Input '{spec.name}' must be {error.expected}, got {shortened(error.value)}."
         ) from error
 
 
@@ -101,9 +101,9 @@ def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
     """Validate a list of the input's type; encoding later finds numbers that a float32 cannot hold."""
     try:
         if not isinstance(value, list) or len(value) != spec.length or None in value:
-            raise NotOfType(value, "")
-        return kind.fit(value)
-    except NotOfType as error:
+            raise WrongValueType(value, "")
+        return kind.convert(value)
+    except WrongValueType as error:
         raise InvalidRequest(
             f"Input '{spec.name}' must be a list of {spec.length} numbers ({spec.dtype}) or null, "
             f"got {shortened(error.value)}."

@@ -246,7 +246,7 @@ class Shadowing:
         address = destination.addresses[next(self._turn) % len(destination.addresses)]
         app = destination.shadow.app
         try:
-            headers = copy.edge.sent(self._proof) | {"authorization": f"Bearer {self._token()}"}
+            headers = copy.edge.to_headers(self._proof) | {"authorization": f"Bearer {self._token()}"}
             if copy.json_length:
                 headers[JSON_LENGTH] = copy.json_length
             path = f"/{app}{copy.path(self._model)}"

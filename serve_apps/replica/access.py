@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cluster.errors import Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
-from cluster.security.authorization.audit import Append, Decisions, keep_flushed
+from cluster.security.authorization.audit import Append, DecisionRecorder, start_flushing
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.installation import hold_to
+from cluster.security.installation import apply_cluster_record
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.trust import Trust
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
@@ -52,9 +52,9 @@ class AccessCheck:
         self._policy = policy
         self._resource = resource
         self._environment = environment
-        self._decisions = Decisions(append)
+        self._decisions = DecisionRecorder(append)
         self._ended = threading.Event()
-        self._keeper = keep_flushed(self._decisions, every_s=FLUSH_S, stopped=self._ended)
+        self._keeper = start_flushing(self._decisions, every_s=FLUSH_S, stopped=self._ended)
         self._known: dict[str, tuple[Principal, float]] = {}
 
     @classmethod
@@ -64,7 +64,7 @@ class AccessCheck:
         Raises:
             ConfigError: the configuration contradicts the cluster's record.
         """
-        hold_to(require_record(config), config)
+        apply_cluster_record(require_running_cluster(config), config)
         return cls(
             Trust.of(config.identity.issuer, layout(config.storage)).tokens,
             policy=Policy.load(region=config.cluster.region),
@@ -95,7 +95,7 @@ class AccessCheck:
         try:
             principal = self._principal(authorization)
         except Unauthenticated as error:
-            self._decisions.unauthenticated(str(error), at=time.time())
+            self._decisions.count_unauthenticated(str(error), at=time.time())
             raise
         self.check(principal, action, self._resource if resource is None else resource)
         return principal
@@ -108,7 +108,7 @@ class AccessCheck:
         """
         for resource in resources:
             decision = self._policy.decide(principal, action, resource, environment=self._environment)
-            self._decisions.decided(principal, action, resource, decision, at=time.time())
+            self._decisions.record_decision(principal, action, resource, decision, at=time.time())
             if not decision.allowed:
                 self._policy.check(principal, action, resource, environment=self._environment)
 

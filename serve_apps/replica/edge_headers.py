@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.security.private_file import read_secret_file
-from cluster.security.tokens.issuer import write_private
+from cluster.security.tokens.issuer import write_private_file
 from cluster.storage import Layout, local
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm
 
@@ -57,7 +57,7 @@ def edge_proof(places: Layout) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = path.with_name(f".{_FILE}.{uuid.uuid4().hex}")
-        write_private(new, secrets.token_hex(32).encode())
+        write_private_file(new, secrets.token_hex(32).encode())
         with contextlib.suppress(FileExistsError):  # another process was first
             os.link(new, path)
         new.unlink()
@@ -76,7 +76,7 @@ class EdgeHeaders:
     unit_hash: str = ""
     arrived: str = ""
 
-    def sent(self, proof: str) -> dict[str, str]:
+    def to_headers(self, proof: str) -> dict[str, str]:
         """Return the request headers with the proof; empty values are left out."""
         values = {name: getattr(self, field) for name, field in _FIELDS.items()}
         return {PROOF: proof} | {name: value for name, value in values.items() if value}

@@ -78,7 +78,7 @@ class RecordLog:
         self._schedule_release()
         if not self._waiting and self._syncing is None:
             with contextlib.suppress(OSError):  # the segment's requests have their answers already
-                self._writer.leave_if_old()
+                self._writer.close_if_old()
 
     async def after_durable(self, answer: T) -> T:
         """Return an answer after all records appended before are durable.

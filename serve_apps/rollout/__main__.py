@@ -22,9 +22,9 @@ from cluster.ledger.events import (
 )
 from cluster.records import SHADOW
 from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import attach, require_record
+from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.state import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
@@ -40,8 +40,8 @@ def main(config: RolloutConfig) -> None:
     refuse_unused(OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
     if config.action is RolloutAction.weight and "weight" not in given_options():
         raise RolloutError("Give the new weight in percent of units: `weight=…`.")
-    record, ledger = require_record(config), open_ledger(config)
-    actor = act(config, record, ledger, entrypoint="serve_apps.rollout")
+    record, ledger = require_running_cluster(config), open_ledger(config)
+    actor = create_actor(config, record, ledger, entrypoint="serve_apps.rollout")
     states = read_states(ledger)
     if config.name not in states:
         raise ModelNotFound(f"Model '{config.name}' is not deployed.{did_you_mean(config.name, states)}")

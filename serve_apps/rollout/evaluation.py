@@ -8,9 +8,9 @@ import polars as pl
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt, RefusedError, RolloutError
 from cluster.ledger import Ledger
-from cluster.records import all_outcomes, match, read_log
+from cluster.records import iter_outcomes, match_outcomes, read_log
 from cluster.registry import Registry
-from cluster.runtime import Truths
+from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
@@ -30,7 +30,7 @@ def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollo
     places = layout(config.storage)
     registry, store = Registry(ledger, places), key_store(actor.access)
     log = read_log(local(places.predictions(config.name)), store)
-    outcomes = list(all_outcomes(local(places.outcomes(config.name)), store))
+    outcomes = list(iter_outcomes(local(places.outcomes(config.name)), store))
     if log.answers.is_empty() or not outcomes:
         raise RolloutError(
             f"'{config.name}' has no predictions with outcomes yet, so there is nothing to compare."
@@ -38,7 +38,9 @@ def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollo
     of_rollout = log.answers.filter(pl.col("rollout") == rollout.id)
     numbers = {rollout.treatment_version, *of_rollout["version"].to_list()}
     signatures = {number: load_signature(registry.get(config.name, number), store) for number in numbers}
-    matched = match(log.answers, outcomes, {number: Truths(one) for number, one in signatures.items()})
+    matched = match_outcomes(
+        log.answers, outcomes, {number: OutcomeParser(one) for number, one in signatures.items()}
+    )
     finding = judge(
         matched.answers.filter(pl.col("rollout") == rollout.id),
         signature=signatures[rollout.treatment_version],

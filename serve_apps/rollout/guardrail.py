@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from cluster.records.reading import ODD
+from cluster.records.reading import INVALID_OUTCOME
+from cluster.runtime.outcome_parser import OutcomeParser
 from cluster.runtime.signature import ModelSignature, Task
-from cluster.runtime.truths import Truths
 
 
 class Verdict(enum.StrEnum):
@@ -61,7 +61,7 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
     """
     task = signature.task
     arms_only = matched.filter(pl.col("arm").is_in(["treatment", "control"]))
-    odd = int(arms_only[ODD].sum()) if ODD in matched.columns else 0
+    odd = int(arms_only[INVALID_OUTCOME].sum()) if INVALID_OUTCOME in matched.columns else 0
     usable = matched.with_columns(pl.Series(TRUTH, truths(matched["outcome"], signature), dtype=pl.Float64))
     usable = usable.filter(pl.col(TRUTH).is_not_null())
     arms = {arm: usable.filter(pl.col("arm") == arm) for arm in ("treatment", "control")}
@@ -93,8 +93,8 @@ TRUTH = "_truth"
 
 def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
     """Convert values to what the task compares: a class's position, or a finite number; None for anything else."""
-    types = Truths(signature)
-    converted = [None if value is None else types.of(value) for value in values.to_list()]
+    types = OutcomeParser(signature)
+    converted = [None if value is None else types.parse(value) for value in values.to_list()]
     if signature.classes is None:
         return [None if value is None else float(value) for value in converted]
     positions = {name: float(position) for position, name in enumerate(signature.classes)}

@@ -124,7 +124,7 @@ def read_states(ledger: Ledger) -> States:
     """
     states: States = {}
     for entry in ledger.entries():
-        if Subject.serving.has(entry.type):
+        if Subject.serving.includes(entry.type):
             states = apply(states, entry.event(), time=entry.time)
     return states
 

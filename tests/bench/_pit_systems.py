@@ -140,12 +140,12 @@ def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = Fa
     from cluster.storage import read_parquet, write_parquet
     from feature_jobs.store.offline.row_hash import row_hash
     from feature_jobs.store.offline.tables import snapshot
-    from feature_jobs.store.offline.training_set import assemble, join_here
+    from feature_jobs.store.offline.training_set import assemble, join_in_process
     from tests.bench._pit_tables import access_of, service
 
     spec, protections = service(protected=tables == "protected")
     access = access_of(folder)
-    join_parts = _ray_tasks() if tasks else join_here
+    join_parts = _ray_tasks() if tasks else join_in_process
 
     def run() -> dict[str, float]:
         entities = read_parquet(str(folder / "entities.parquet"))

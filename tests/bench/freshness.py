@@ -22,7 +22,7 @@ import numpy as np
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store.streaming.kafka_consumer import Reading, consume
+from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
 from tests.broker import running_broker
 from tests.kafka_broker import MockBroker
 from tests.push_project import PushProject, kafka_view, message, row
@@ -38,7 +38,7 @@ KEYS = [
 def stream(root: str, access: KeyAccess, servers: str) -> None:
     """A consumer, until it is killed."""
     project = PushProject(Path(root), access, view=kafka_view(servers))
-    reading = Reading(source=project.topic, linger_s=0.05)
+    reading = ConsumerSettings(source=project.topic, linger_s=0.05)
     consume(project.kafka(), reading, threading.Event())
 
 

@@ -32,7 +32,7 @@ from cluster.security.keys.access import key_store
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 
@@ -65,7 +65,7 @@ def view_of(features: int) -> ViewSpec:
 
 def rows(features: int) -> Iterator[OnlineRow]:
     """One row an entity."""
-    draw, at = np.random.default_rng(0), microseconds(AT)
+    draw, at = np.random.default_rng(0), epoch_microseconds(AT)
     entities = entities_of(features)
     for first in range(0, entities, 10_000):
         piece = draw.standard_normal((min(10_000, entities - first), features)).tolist()
@@ -195,7 +195,7 @@ def main() -> None:
             "redis": OnlineConfig(kind=OnlineKind.redis, url=url),
         }
         for engine, config in configs.items():
-            store = open_online(config, Layout(str(folder)), key_store(access), readonly=False)
+            store = open_online_store(config, Layout(str(folder)), key_store(access), readonly=False)
             for features in (*FEATURES, LIST):
                 with ExitStack() as peers:
                     kind = "sqlite" if engine == "lmdb" else "redis"

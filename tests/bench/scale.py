@@ -83,7 +83,7 @@ def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
     """All figures for so many models."""
     wanted = many(count, port)
     splits = RunningMap(edge.haproxy, Path(edge.settings.map_file))
-    splits.bring(wanted.entries)
+    splits.update(wanted.entries)
     text = render(wanted, edge.keys, edge.settings)
     figures = {"render_ms": milliseconds(lambda: render(wanted, edge.keys, edge.settings))}
     edge.haproxy.stop()
@@ -93,7 +93,7 @@ def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
     last = f"m{count - 1}"
     back = routes({last: ModelState(champion_version=1, apps={1: f"{last}-v1"})}, {}).entries
     changes = iter([wanted.entries | back, wanted.entries] * TURNS)
-    figures["change_ms"] = milliseconds(lambda: splits.bring(next(changes)))
+    figures["change_ms"] = milliseconds(lambda: splits.update(next(changes)))
     others = iter(
         render(many(count, port, replicas=1 + turn % 2), edge.keys, edge.settings) for turn in range(TURNS)
     )

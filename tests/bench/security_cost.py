@@ -34,8 +34,8 @@ from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.training_set import build, join_here
-from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.offline.training_set import build, join_in_process
+from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 
 # This file is run by its path, which leaves the project's root out.
@@ -127,7 +127,7 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
         pinned = offline.snapshot(uri, view="v", keys=["id"], protection=protection, access=access)
         service = ServiceSpec(name="s", version="1", views=[spec])
         works[name] = lambda pinned=pinned, service=service: build(  # type: ignore[misc]
-            service, {"v": pinned}, asked, join_parts=join_here
+            service, {"v": pinned}, asked, join_parts=join_in_process
         )
     return works
 
@@ -135,8 +135,8 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
 def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
     """Many requests, each for another entity."""
     store = key_store(access)
-    online = open_online(OnlineConfig(map_size_gib=0.5), Layout(str(folder)), store, readonly=False)
-    at = microseconds(START)
+    online = open_online_store(OnlineConfig(map_size_gib=0.5), Layout(str(folder)), store, readonly=False)
+    at = epoch_microseconds(START)
     values = np.random.default_rng(3).normal(size=ONLINE_FEATURES).tolist()
     sealed = SegmentWriter(folder / "predictions" / "m", store=store, key=LOG_KEY)
     plain = os.open(folder / "plain.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -28,10 +28,10 @@ from cluster.security.keys.access import key_store
 from cluster.storage import layout
 from feature_jobs.materialize import MaterializeConfig, Run, materialise
 from feature_jobs.store.catalog.specifications import service_spec
-from feature_jobs.store.online.reader import FeatureReader, open_online
-from feature_jobs.store.streaming.pushed_view import pushed_view
-from feature_jobs.store.streaming.pusher import Pusher, open_log
-from feature_jobs.training_set import TrainingSetConfig, produce, requested
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
+from feature_jobs.store.streaming.pushed_view import load_pushed_view
+from feature_jobs.store.streaming.pusher import Pusher, open_push_log
+from feature_jobs.training_set import TrainingSetConfig, build_training_set, load_request
 from tests.batch_project import BatchProject, keys_of
 from tests.broker import running_broker
 
@@ -72,8 +72,8 @@ class Wide:
         self.project, self.width = project, width
         self.places = layout(project.storage)
         self.keys = key_store(project.access)
-        self.store = open_online(project.online, self.places, self.keys, readonly=False)
-        self.log = open_log(self.places, "wide", self.keys)
+        self.store = open_online_store(project.online, self.places, self.keys, readonly=False)
+        self.log = open_push_log(self.places, "wide", self.keys)
         self.pushes = 0
 
     def ingest(self) -> None:
@@ -85,8 +85,8 @@ class Wide:
         config = TrainingSetConfig(
             storage=self.project.storage, service="service", entities=entities, output=output
         )
-        asked = requested(config, self.project.ledger)
-        produce(config, asked, self.project.ledger, access=self.project.access, actor="bench")
+        asked = load_request(config, self.project.ledger)
+        build_training_set(config, asked, self.project.ledger, access=self.project.access, actor="bench")
 
     def materialise(self) -> None:
         config = MaterializeConfig(storage=self.project.storage, view="wide")
@@ -106,7 +106,7 @@ class Wide:
             "features": {f"f{number}": 1.0 for number in range(self.width)},
             "event_timestamp": (AT + dt.timedelta(hours=self.pushes)).isoformat(),
         }
-        pusher = Pusher(pushed_view(self.project.ledger, "wide"), self.places, self.store, self.log)
+        pusher = Pusher(load_pushed_view(self.project.ledger, "wide"), self.places, self.store, self.log)
         now = dt.datetime.now(dt.UTC)
         answer = pusher.push([row], idempotency_key=str(self.pushes), digest=b"", now=now)
         assert answer["accepted"] == 1

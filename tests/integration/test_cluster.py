@@ -28,7 +28,7 @@ from cluster.ledger.events import (
     ServingRestored,
 )
 from cluster.ledger.store import Entry
-from cluster.node.parts import Part, look, missing
+from cluster.node.parts import Part, inspect_parts, not_running
 from cluster.session import is_up, metrics_urls
 from cluster.settings import PlatformConfig, StorageConfig
 
@@ -284,7 +284,7 @@ def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
     """Status says what is dead, `up` brings it back in place, and another cluster lives on."""
     empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
     first = empty_project.record
-    there = {one.part: one.process for one in look(first)}
+    there = {one.part: one.process for one in inspect_parts(first)}
     lost = (Part.supervisor, Part.raylet)
     for part in lost:
         process = there[part]
@@ -297,7 +297,7 @@ def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
     assert status.stdout.count("<- problem") >= 2
     assert "cluster.up" in status.stdout
     assert "repaired" in empty_project.up("cluster.num_cpus=2", "cluster.region=oman").stdout
-    assert missing(look(first)) == []
+    assert not_running(inspect_parts(first)) == []
     assert empty_project.record == first
     with attached_driver(empty_project) as driver:
         assert first.cluster_id in empty_project.run("cluster.down", check=True).stdout

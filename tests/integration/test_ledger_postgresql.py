@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.ledger import Ledger
-from cluster.ledger.chain import check
+from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import ClusterStopped
 from cluster.registry import Registry
 from cluster.security.tls.certificates import ensure_tls
@@ -111,7 +111,7 @@ def test_concurrent_writers_on_postgresql_never_fork(url: str, tmp_path: Path) -
     for writer in writers:
         writer.join()
     ledger = Ledger(url)
-    assert len(list(check(ledger.entries()))) == 100
+    assert len(list(verify_chain(ledger.entries()))) == 100
     assert Registry(ledger, Layout(str(tmp_path))).names() == []
     ledger.close()
 

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from cluster import processes
-from cluster.node.parts import Part, look, missing
+from cluster.node.parts import Part, inspect_parts, not_running
 from cluster.security.tls.certificates import EDGE_NAME, ensure_tls
 from cluster.storage import Layout
 from tests import scoring_project as scoring
@@ -126,17 +126,21 @@ def test_a_reload_of_the_edge_costs_no_request(project: Project) -> None:
 def test_a_killed_gcs_broker_and_edge_controller_cost_no_request(project: Project) -> None:
     """All three at once: their supervisor starts them again, and what serves needs none of them for a while."""
     record = project.record
-    lost = {one.part: one.process for one in look(record) if one.part in (Part.gcs, Part.broker, Part.edge)}
+    lost = {
+        one.part: one.process
+        for one in inspect_parts(record)
+        if one.part in (Part.gcs, Part.broker, Part.edge)
+    }
     with UnderLoad(project, per_s=PER_S) as load:
         for process in lost.values():
             assert process is not None
             process.kill()
         killed_at = time.monotonic()
-        load.until(lambda: missing(look(record)) == [])
+        load.until(lambda: not_running(inspect_parts(record)) == [])
         print(f"all run again after {time.monotonic() - killed_at:.1f} s")
         load.more(AFTERWARDS)
     check(load.outcome())
-    now = {one.part: one.process for one in look(record) if one.part in lost}
+    now = {one.part: one.process for one in inspect_parts(record) if one.part in lost}
     assert all(now[part] != process for part, process in lost.items())
 
 

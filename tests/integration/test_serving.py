@@ -26,7 +26,7 @@ from polars.testing import assert_frame_equal
 
 from cluster import processes
 from cluster.ledger import open_ledger
-from cluster.ledger.chain import check
+from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import ArtifactRefused, PredictionsCompacted, SkewChecked
 from cluster.records import (
     PredictionRecord,
@@ -593,5 +593,5 @@ def submit(project: Project, module: str, *arguments: str) -> dict[str, Any]:
 def test_the_ledger_of_all_this_verifies(project: Project) -> None:
     """After everything above."""
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-    assert sum(1 for _ in check(ledger.entries())) == ledger.head()
+    assert sum(1 for _ in verify_chain(ledger.entries())) == ledger.head()
     assert project.run("cluster.ledger", "verify").returncode == 0

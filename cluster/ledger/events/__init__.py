@@ -131,7 +131,7 @@ class Subject(enum.Enum):
     key = ("Key",)
     limit = ("EdgeLimit",)
 
-    def has(self, type_name: str) -> bool:
+    def includes(self, type_name: str) -> bool:
         """Return whether an event type changes this subject."""
         return type_name.startswith(self.value)
 
@@ -150,7 +150,7 @@ def parse(type_name: str, payload: dict[str, Json], *, seq: int) -> LedgerEvent:
         return UnknownEvent(stored_type=type_name, content=payload)
     known = cls.__dataclass_fields__
     if not payload.keys() <= known.keys():
-        if any(subject.has(type_name) for subject in Subject):
+        if any(subject.includes(type_name) for subject in Subject):
             return UnknownEvent(stored_type=type_name, content=payload)
         payload = {name: value for name, value in payload.items() if name in known}
     try:
@@ -170,7 +170,7 @@ def require_known(event: LedgerEvent, subject: Subject) -> None:
     Raises:
         ReleaseTooOld: The event is unknown and changes the subject. The message names its type.
     """
-    if isinstance(event, UnknownEvent) and subject.has(event.type):
+    if isinstance(event, UnknownEvent) and subject.includes(event.type):
         raise ReleaseTooOld(
             f"The ledger has an event {event.type}, which changes {subject.name}, and this release does not "
             "understand it. Update this installation to the newest release that writes to the ledger."

@@ -25,7 +25,7 @@ from cluster.security.authorization.policy import Action, Decision, Resource
 from cluster.security.tokens.principal import Principal
 
 OTHER_REASONS = "other"
-NOBODY = "unauthenticated"
+UNAUTHENTICATED_ACTOR = "unauthenticated"
 """Actor of events about unauthenticated requests."""
 MAX_SEEN_PERMITS = 10_000
 """Permissions per window for which the sampling decision is remembered."""
@@ -61,7 +61,7 @@ def _digest(principal: Principal, action: Action, resource: Resource, window: in
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
-class Decisions:
+class DecisionRecorder:
     """Records decisions through `append`. Thread-safe.
 
     An error of `append` reaches the caller. The denial is then not recorded, and the caller must not answer as if it
@@ -91,7 +91,7 @@ class Decisions:
         self._permits: set[bytes] = set()
         self._seen_permits: set[tuple[str, str, Action, Resource]] = set()
 
-    def decided(
+    def record_decision(
         self, principal: Principal, action: Action, resource: Resource, decision: Decision, *, at: float
     ) -> None:
         """Record or count a denial.
@@ -108,7 +108,7 @@ class Decisions:
         if recorded:
             self._append(_event(principal, action, resource, decision), actor=principal.subject)
 
-    def unauthenticated(self, reason: str, *, at: float) -> None:
+    def count_unauthenticated(self, reason: str, *, at: float) -> None:
         """Count an unauthenticated request. The count is recorded when the window ends."""
         with self._lock:
             due = self._start_window(at)
@@ -134,7 +134,7 @@ class Decisions:
     def _take_counts(self) -> list[_DueEvent]:
         unauthenticated, self._unauthenticated = self._unauthenticated, {}
         return [
-            *(_DueEvent(event, NOBODY) for event in unauthenticated.values()),
+            *(_DueEvent(event, UNAUTHENTICATED_ACTOR) for event in unauthenticated.values()),
             *(_DueEvent(denials.event, denials.actor) for denials in self._denials.take_counts()),
         ]
 
@@ -170,7 +170,9 @@ class Decisions:
             self._append(event, actor=actor)
 
 
-def keep_flushed(decisions: Decisions, *, every_s: float, stopped: threading.Event) -> threading.Thread:
+def start_flushing(
+    decisions: DecisionRecorder, *, every_s: float, stopped: threading.Event
+) -> threading.Thread:
     """Start a thread that records counts every `every_s` seconds and once at the end, also if no request arrives."""
 
     def flush_until_stopped() -> None:

@@ -126,7 +126,7 @@ class Resource:
     """Whether the ledger records that it serves requests now."""
 
     @classmethod
-    def of_key(cls, key: KeyAttributes) -> Resource:
+    def from_key(cls, key: KeyAttributes) -> Resource:
         """Return the resource of a key."""
         return cls(
             kind="key",

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-MEMORY = frozenset({"tmpfs", "ramfs"})
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 MOUNTS, DEVICES = Path("/proc/self/mountinfo"), Path("/sys/dev/block")
 
 
@@ -20,7 +20,7 @@ class Mount:
     kind: str
 
 
-def mounts(table: str) -> list[Mount]:
+def parse_mounts(table: str) -> list[Mount]:
     """Parse the mounts in the text of a `mountinfo` file (proc(5)), in the order in which they were made."""
     parsed = []
     for line in table.splitlines():
@@ -31,7 +31,7 @@ def mounts(table: str) -> list[Mount]:
     return parsed
 
 
-def keeps_secrets(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES) -> bool | None:
+def is_protected_at_rest(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES) -> bool | None:
     """Return whether a folder, or its nearest existing parent, is in memory or on an encrypted device.
 
     Only encryption by Linux counts. Encryption by the hypervisor or the disk itself cannot be detected from here.
@@ -44,14 +44,16 @@ def keeps_secrets(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES
     Returns:
         None if the mount cannot be found on this machine.
     """
-    mount = mount_of(folder, table=table)
-    return None if mount is None else mount.kind in MEMORY or _is_encrypted(devices / mount.device)
+    mount = find_mount(folder, table=table)
+    return (
+        None if mount is None else mount.kind in MEMORY_FILE_SYSTEMS or _is_encrypted(devices / mount.device)
+    )
 
 
-def mount_of(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
+def find_mount(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
     """Return the mount of a folder or of its nearest existing parent, or None if it cannot be found."""
     try:
-        all_mounts = mounts(table.read_text())
+        all_mounts = parse_mounts(table.read_text())
     except (OSError, IndexError):
         return None
     path = os.path.realpath(folder)

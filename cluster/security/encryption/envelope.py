@@ -137,7 +137,7 @@ def open_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) ->
     return b"".join(open_chunks(io.BytesIO(data), store=store, key=key, identity=identity))
 
 
-def place_of(table: str, entity: bytes) -> bytes:
+def value_aad(table: str, entity: bytes) -> bytes:
     """Return the AAD of a value for `ValueCipher`. No two pairs of arguments give the same bytes.
 
     Args:

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ConfigError
-from cluster.security.encryption.disks import MEMORY, mount_of
-from cluster.security.private_folder import close_to_others, openness
+from cluster.security.encryption.disks import MEMORY_FILE_SYSTEMS, find_mount
+from cluster.security.private_folder import find_exposure, remove_access_of_others
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (holds a private folder of this user)
 MIN_FREE_BYTES = 2**30
@@ -35,8 +35,8 @@ def memory_folder(*, otherwise: Path) -> Path:
     """Return this user's folder in shared memory, or `otherwise` if there is no shared memory or too little room."""
     folder = SHARED_MEMORY / f"falaj-{os.geteuid()}"
     try:
-        mount = mount_of(SHARED_MEMORY)
-        if mount is None or mount.kind not in MEMORY:
+        mount = find_mount(SHARED_MEMORY)
+        if mount is None or mount.kind not in MEMORY_FILE_SYSTEMS:
             return otherwise
         if shutil.disk_usage(SHARED_MEMORY).free < MIN_FREE_BYTES:
             return otherwise
@@ -49,7 +49,7 @@ def memory_folder(*, otherwise: Path) -> Path:
 
 
 @contextlib.contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
+def scratch_directory(parent: Path) -> Iterator[Path]:
     """Yield a new folder below `parent` for this process, and remove it at the end.
 
     Folders of killed processes are removed first.
@@ -58,8 +58,8 @@ def scratch(parent: Path) -> Iterator[Path]:
         ConfigError: `parent` belongs to another user, who could read or replace what is written there.
     """
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    close_to_others(parent)
-    if (problem := openness(parent)) is not None:
+    remove_access_of_others(parent)
+    if (problem := find_exposure(parent)) is not None:
         raise ConfigError(f"{problem}, so nothing is written there. Remove it, or ask its owner to do so.")
     with _locked_parent(parent):
         _sweep(parent)
@@ -74,7 +74,7 @@ def scratch(parent: Path) -> Iterator[Path]:
         os.close(owner)
 
 
-def sweep(parent: Path) -> None:
+def remove_abandoned(parent: Path) -> None:
     """Remove the folders that killed processes left below a folder."""
     if parent.is_dir():
         with _locked_parent(parent):

@@ -14,7 +14,7 @@ from cluster.entrypoint import job
 from cluster.ledger import open_ledger
 from cluster.ledger.events import KeyRelabelled
 from cluster.metrics import serve_metrics
-from cluster.security.authorization.audit import Decisions, keep_flushed
+from cluster.security.authorization.audit import DecisionRecorder, start_flushing
 from cluster.security.authorization.policy import Action, Decision, Policy, Resource
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.configured import open_store
@@ -23,7 +23,7 @@ from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
-from cluster.session import recorded
+from cluster.session import require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 
@@ -47,23 +47,25 @@ ACTIONS = {
 def main(config: PlatformConfig) -> None:
     """Serve the configured key store until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
-    record = recorded(config)  # also if the head does not answer, because replicas need their keys
+    record = require_recorded_cluster(
+        config
+    )  # also if the head does not answer, because replicas need their keys
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
     ledger = open_ledger(config)
-    decisions = Decisions(ledger.append)
+    decisions = DecisionRecorder(ledger.append)
 
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
-        action, key = ACTIONS[operation], Resource.of_key(info)
+        action, key = ACTIONS[operation], Resource.from_key(info)
         decision = policy.decide(principal, action, key, environment=config.identity.environment)
         if operation is not Operation.names:  # a listing leaves out other keys and denies nothing
-            decisions.decided(principal, action, key, decision, at=time.time())
+            decisions.record_decision(principal, action, key, decision, at=time.time())
         return decision
 
     def audit(denial: Denial[Principal]) -> None:
         LOG.warning("%s", denial)
         if denial.principal is None:
-            decisions.unauthenticated(denial.reason, at=time.time())
+            decisions.count_unauthenticated(denial.reason, at=time.time())
 
     def relabelling(principal: Principal, old: KeyInfo, new: KeyInfo) -> None:
         event = KeyRelabelled(name=new.name, was=old.plain(), becomes=new.plain())
@@ -79,7 +81,7 @@ def main(config: PlatformConfig) -> None:
         relabelling=relabelling,
     )
     broker = Broker(gate, Path(record.key_socket), metrics=BrokerMetrics(registry))
-    flusher = keep_flushed(decisions, every_s=FLUSH_S, stopped=stopped)
+    flusher = start_flushing(decisions, every_s=FLUSH_S, stopped=stopped)
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     broker.run(stopped)
     flusher.join()

@@ -26,7 +26,7 @@ from cluster.security.keys.gate import Gate
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyStoreUnavailable
 from cluster.security.keys.wire import PING, check_socket_path, error_to_plain, peer_uid, receive, send
-from cluster.security.private_folder import private_folder
+from cluster.security.private_folder import ensure_private_folder
 
 MAX_CONNECTIONS = 256
 IDLE_S = 600.0
@@ -156,7 +156,7 @@ def peer_allowed(uid: int, *, own: int) -> bool:
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[Socket]:
     """Yield a listening socket, and remove its file at the end."""
-    private_folder(path.parent)
+    ensure_private_folder(path.parent)
     lock = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         try:

@@ -183,7 +183,7 @@ class BrokerKeyStore:
         )
 
 
-def broker_answers(path: Path, *, timeout_s: float = 2.0) -> bool:
+def is_broker_alive(path: Path, *, timeout_s: float = 2.0) -> bool:
     """Return whether a broker at a socket answers, with any answer."""
     try:
         with Socket(AF_UNIX, SOCK_STREAM) as connection:

@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
-from cluster.security.tokens.issuer import replace_private
+from cluster.security.tokens.issuer import replace_private_file
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local
 
@@ -71,7 +71,7 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
         key = ec.generate_private_key(ec.SECP256R1())
         usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
         edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
-        replace_private(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
+        replace_private_file(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
     node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
     if renew or node_is_due:
         write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
@@ -124,10 +124,10 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
     signer, key = _authority(authority), ec.generate_private_key(ec.SECP256R1())
     certificate = _leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    replace_private(folder / NODE_KEY_NAME, _key_pem(key))
-    replace_private(folder / NODE_CERTIFICATE_NAME, _pem(certificate), mode=0o644)
+    replace_private_file(folder / NODE_KEY_NAME, _key_pem(key))
+    replace_private_file(folder / NODE_CERTIFICATE_NAME, _pem(certificate), mode=0o644)
     if folder != authority:
-        replace_private(folder / CA_NAME, _pem(signer.certificate), mode=0o644)
+        replace_private_file(folder / CA_NAME, _pem(signer.certificate), mode=0o644)
 
 
 def _authority(folder: Path) -> _Authority:
@@ -137,8 +137,8 @@ def _authority(folder: Path) -> _Authority:
     """
     if not (folder / CA_NAME).exists() or not (folder / CA_KEY_NAME).exists():
         new_key = ec.generate_private_key(ec.SECP256R1())
-        replace_private(folder / CA_KEY_NAME, _key_pem(new_key))
-        replace_private(folder / CA_NAME, _pem(_self_signed(new_key)), mode=0o644)
+        replace_private_file(folder / CA_KEY_NAME, _key_pem(new_key))
+        replace_private_file(folder / CA_NAME, _pem(_self_signed(new_key)), mode=0o644)
     key = serialization.load_pem_private_key((folder / CA_KEY_NAME).read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{folder / CA_KEY_NAME} is not a key of an elliptic curve. Remove the folder.")

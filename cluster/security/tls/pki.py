@@ -19,7 +19,7 @@ from cluster.security.tls.certificates import (
     NODE_KEY_NAME,
     in_last_third,
 )
-from cluster.security.tokens.issuer import replace_private
+from cluster.security.tokens.issuer import replace_private_file
 from cluster.settings import VaultConfig
 from cluster.storage import Layout, local
 
@@ -58,10 +58,10 @@ def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime |
         "\n".join((issued.certificate.strip(), *(authority.strip() for authority in issued.ca_chain))) + "\n"
     )
     key = issued.private_key.strip() + "\n"
-    replace_private(folder / CA_NAME, f"{issued.ca_chain[-1].strip()}\n".encode(), mode=0o644)
-    replace_private(folder / NODE_KEY_NAME, key.encode())
-    replace_private(folder / NODE_CERTIFICATE_NAME, chain.encode(), mode=0o644)
-    replace_private(folder / EDGE_NAME, (chain + key).encode())
+    replace_private_file(folder / CA_NAME, f"{issued.ca_chain[-1].strip()}\n".encode(), mode=0o644)
+    replace_private_file(folder / NODE_KEY_NAME, key.encode())
+    replace_private_file(folder / NODE_CERTIFICATE_NAME, chain.encode(), mode=0o644)
+    replace_private_file(folder / EDGE_NAME, (chain + key).encode())
 
 
 def _is_due(path: Path, at: dt.datetime) -> bool:

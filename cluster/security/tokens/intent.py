@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.tokens.issuer import ISSUER, replace_private, sign
+from cluster.security.tokens.issuer import ISSUER, replace_private_file, sign
 from cluster.security.tokens.principal import Principal, Verifier, principal_of
 from cluster.security.tokens.verification import (
     MAX_TOKEN_BYTES,
@@ -125,7 +125,7 @@ def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path 
 
 def write_intent(path: Path, token: str) -> None:
     """Write an intent to a file that only its owner can read. Replaces an older file completely."""
-    replace_private(path, token.encode())
+    replace_private_file(path, token.encode())
 
 
 def read_intent(path: Path, verifier: IntentVerifier, *, entrypoint: str | None = None) -> Intent:

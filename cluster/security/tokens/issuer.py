@@ -123,7 +123,7 @@ def sign(places: Layout, claims: dict[str, str], *, audience: str, token_type: s
     return jwt.encode(header, all_claims, key, algorithms=[ALGORITHM])
 
 
-def write_private(path: Path, data: bytes) -> None:
+def write_private_file(path: Path, data: bytes) -> None:
     """Write a new file that only its owner can read.
 
     Raises:
@@ -134,7 +134,7 @@ def write_private(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def replace_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def replace_private_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write or replace a file, completely or not at all. Only its owner can read it, unless `mode` allows more."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -168,9 +168,9 @@ def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
     So every signed token can be verified, also after an interruption.
     """
     published = [key.as_dict(private=False), *old]
-    replace_private(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
-    replace_private(keys / PUBLIC_NAME, key.as_pem(private=False), mode=0o644)
-    replace_private(keys / PRIVATE_NAME, key.as_pem(private=True))
+    replace_private_file(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
+    replace_private_file(keys / PUBLIC_NAME, key.as_pem(private=False), mode=0o644)
+    replace_private_file(keys / PRIVATE_NAME, key.as_pem(private=True))
 
 
 def no_issuer(path: Path) -> ConfigError:

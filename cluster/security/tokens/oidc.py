@@ -227,7 +227,7 @@ def jwks_fetcher(url: str, *, ca_file: str | None = None, timeout_s: float = TIM
     return lambda: download(url, ca_file=ca_file, timeout_s=timeout_s)
 
 
-def discovered(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
+def discovery_fetcher(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
     """Return a function that fetches the JWKS that an issuer's OpenID configuration names.
 
     It reads the configuration each time.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.errors import ConfigError
 from cluster.security.tokens.intent import INTENT_AUDIENCE, INTENT_TYPE, MAX_TTL_S, IntentVerifier, is_intent
 from cluster.security.tokens.issuer import ISSUER
-from cluster.security.tokens.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovered, jwks_fetcher
+from cluster.security.tokens.oidc import MAX_AGE_S, KeySource, RemoteKeys, discovery_fetcher, jwks_fetcher
 from cluster.security.tokens.principal import ClaimNames, Principal, TokenVerifier, local_keys
 from cluster.security.tokens.verification import ACCESS_TYPES, KEY_TYPES, TokenRules
 from cluster.settings import IssuerConfig
@@ -50,7 +50,7 @@ class Trust:
         fetch = (
             jwks_fetcher(issuer.jwks_url, ca_file=issuer.ca_file)
             if issuer.jwks_url
-            else discovered(issuer.url, ca_file=issuer.ca_file)
+            else discovery_fetcher(issuer.url, ca_file=issuer.ca_file)
         )
         keys = RemoteKeys(fetch, algorithms=tuple(KEY_TYPES), max_age_s=keys_max_age_s)
         names = ClaimNames(

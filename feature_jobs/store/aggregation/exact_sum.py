@@ -45,7 +45,7 @@ class Digits:
     lowest: int
     """Position of the lowest digit."""
 
-    def add_up(self, sums: Sequence[Ints]) -> Floats:
+    def total(self, sums: Sequence[Ints]) -> Floats:
         """Return the numbers that sums of digits represent, rounded once.
 
         Args:
@@ -69,7 +69,7 @@ class Digits:
         return _DIGIT_BITS * (self.lowest + k) - _MIN_EXPONENT
 
 
-def digits_of(numbers: Floats) -> Digits:
+def split_digits(numbers: Floats) -> Digits:
     """Split finite numbers into digits at fixed positions. There are as many positions as all numbers need together."""
     fractions, exponents = np.frexp(np.abs(numbers))
     mantissas = np.ldexp(fractions, 53).astype(np.int64)

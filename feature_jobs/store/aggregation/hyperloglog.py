@@ -43,7 +43,7 @@ def value_hash(value: Value) -> int:
     return xxhash.xxh64_intdigest(content)
 
 
-def places_and_ranks(
+def registers_and_ranks(
     hashes: npt.NDArray[np.uint64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """Return the register of each hash, given by its first bits, and the position of the first set bit in the rest."""
@@ -58,7 +58,7 @@ def registers_of(values: Iterable[Value]) -> Registers:
     """Return the registers of a set of values."""
     hashes = np.fromiter(map(value_hash, values), np.uint64)
     registers = np.zeros(REGISTERS, np.uint8)
-    indices, ranks = places_and_ranks(hashes)
+    indices, ranks = registers_and_ranks(hashes)
     np.maximum.at(registers, indices, ranks)
     return registers
 
@@ -73,7 +73,7 @@ def estimate(registers: Registers) -> int:
     return 0 if math.isinf(total) else round(_ALPHA * REGISTERS * REGISTERS / total)
 
 
-def beyond(exact: int, registers: Registers) -> int:
+def estimate_above(exact: int, registers: Registers) -> int:
     """Estimate the number of different values, when it is known to be greater than `exact`."""
     return max(estimate(registers), exact + 1)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.aggregation.exact_sum import add_exactly, exact_sum
-from feature_jobs.store.aggregation.hyperloglog import beyond, registers_of
+from feature_jobs.store.aggregation.hyperloglog import estimate_above, registers_of
 from feature_jobs.store.definitions.aggregations import EXACT_DISTINCT, Function
 
 Partial = list[Any]
@@ -150,7 +150,7 @@ def _distinct(partials: Sequence[Partial], ranked_values: Sequence[RankedValue])
     for field in fields:
         if isinstance(field, bytes):
             registers = np.maximum(registers, np.frombuffer(field, np.uint8))
-    return beyond(EXACT_DISTINCT, registers)
+    return estimate_above(EXACT_DISTINCT, registers)
 
 
 _UPDATES: dict[Function, Update] = {

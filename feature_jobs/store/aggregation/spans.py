@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-NONE = -1
+NO_RANK = -1
 """Rank of a position at which no value counts."""
 
 
@@ -29,12 +29,12 @@ class Spans:
     """Position after the last one of each interval."""
     rows: Ints
     """Row of each value."""
-    places: int
+    num_positions: int
     """Number of positions."""
 
-    def where(self, chosen: Bools) -> Spans:
+    def select(self, chosen: Bools) -> Spans:
         """Select intervals by a mask."""
-        return Spans(self.start[chosen], self.stop[chosen], self.rows[chosen], self.places)
+        return Spans(self.start[chosen], self.stop[chosen], self.rows[chosen], self.num_positions)
 
 
 def totals(spans: Spans, amounts: Ints) -> Ints:
@@ -42,7 +42,7 @@ def totals(spans: Spans, amounts: Ints) -> Ints:
 
     A sum that fits int64 is exact, because running totals that overflow wrap around.
     """
-    changes = np.zeros(spans.places + 1, np.int64)
+    changes = np.zeros(spans.num_positions + 1, np.int64)
     np.add.at(changes, spans.start, amounts)
     np.subtract.at(changes, spans.stop, amounts)
     return np.cumsum(changes[:-1])
@@ -50,19 +50,19 @@ def totals(spans: Spans, amounts: Ints) -> Ints:
 
 def counts(spans: Spans) -> Ints:
     """Return the number of values at each position."""
-    size = spans.places + 1
+    size = spans.num_positions + 1
     changes = np.bincount(spans.start, minlength=size) - np.bincount(spans.stop, minlength=size)
     return np.cumsum(changes[:-1])
 
 
 def greatest(spans: Spans, ranks: Ints) -> Ints:
-    """Return the greatest rank at each position, `NONE` without values. Ranks are 0 or more.
+    """Return the greatest rank at each position, `NO_RANK` without values. Ranks are 0 or more.
 
     Uses a segment tree over the positions: each interval is written to the few nodes that cover it, then each node
     passes its greatest rank down to its two children.
     """
-    leaves = 1 << max(spans.places - 1, 0).bit_length()
-    nodes = np.full(2 * leaves, NONE, np.int64)
+    leaves = 1 << max(spans.num_positions - 1, 0).bit_length()
+    nodes = np.full(2 * leaves, NO_RANK, np.int64)
     left, right = spans.start + leaves, spans.stop + leaves
     while left.size:
         odd_left, odd_right = (left & 1).astype(bool), (right & 1).astype(bool)
@@ -76,10 +76,10 @@ def greatest(spans: Spans, ranks: Ints) -> Ints:
         below = nodes[2 * width : 4 * width]
         np.maximum(below, np.repeat(nodes[width : 2 * width], 2), out=below)
         width *= 2
-    return nodes[leaves : leaves + spans.places]
+    return nodes[leaves : leaves + spans.num_positions]
 
 
-def merged(spans: Spans, values: Ints) -> Spans:
+def merge_equal_values(spans: Spans, values: Ints) -> Spans:
     """Merge overlapping intervals of equal values. Then the number of intervals is the number of different values.
 
     Args:
@@ -87,50 +87,52 @@ def merged(spans: Spans, values: Ints) -> Spans:
         values: A code, 0 or more, of each value. Equal codes are equal values.
     """
     order = np.lexsort((spans.start, values))
-    sorted_spans = Spans(spans.start[order], spans.stop[order], spans.rows[order], spans.places)
+    sorted_spans = Spans(spans.start[order], spans.stop[order], spans.rows[order], spans.num_positions)
     # The intervals of each value are shifted to a range of their own, so that one running maximum serves all values.
-    shift = _dense_codes(values[order]) * (spans.places + 2)
+    shift = _dense_codes(values[order]) * (spans.num_positions + 2)
     reach = np.maximum.accumulate(sorted_spans.stop + shift)
     begins = np.ones(order.size, bool)
     begins[1:] = (sorted_spans.start + shift)[1:] > reach[:-1]
     heads = np.flatnonzero(begins)
     ends = np.append(heads[1:], order.size) - 1
-    return Spans(sorted_spans.start[heads], (reach - shift)[ends], sorted_spans.rows[heads], spans.places)
+    return Spans(
+        sorted_spans.start[heads], (reach - shift)[ends], sorted_spans.rows[heads], spans.num_positions
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PositionBlock:
     """Some positions, and the values that count there."""
 
-    places: Ints
+    positions: Ints
     """The positions."""
     everywhere: Ints
     """Rows of the values that count at all of these positions."""
-    at: Ints
-    """For each pair of a position and another value: the position's index in `places`."""
+    position_indices: Ints
+    """For each pair of a position and another value: the position's index in `positions`."""
     rows: Ints
     """For each pair: the value's row."""
 
 
-def members(spans: Spans, places: Ints, *, size: int) -> Iterator[Run]:
+def iterate_blocks(spans: Spans, positions: Ints, *, size: int) -> Iterator[PositionBlock]:
     """Yield the values that count at the given positions, `size` positions at a time.
 
     Args:
         spans: The intervals.
-        places: The positions, ascending.
+        positions: The positions, ascending.
         size: Number of positions per result.
     """
-    for begin in range(0, places.size, size):
-        run = places[begin : begin + size]
+    for begin in range(0, positions.size, size):
+        run = positions[begin : begin + size]
         first, last = np.searchsorted(run, spans.start), np.searchsorted(run, spans.stop)
         lengths = last - first
         everywhere = lengths == run.size
         lengths[everywhere] = 0
         offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        yield Run(
-            places=run,
+        yield PositionBlock(
+            positions=run,
             everywhere=spans.rows[everywhere],
-            at=np.repeat(first, lengths) + offsets,
+            position_indices=np.repeat(first, lengths) + offsets,
             rows=np.repeat(spans.rows, lengths),
         )
 

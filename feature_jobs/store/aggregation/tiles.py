@@ -28,7 +28,7 @@ from cluster.errors import OnlineStoreOutdated
 from feature_jobs.store.aggregation.event_versions import Event, Version, newest_versions, with_version
 from feature_jobs.store.aggregation.hyperloglog import value_hash
 from feature_jobs.store.aggregation.partials import Partial, RankedValue, add, answer, empty, updates_for
-from feature_jobs.store.definitions.aggregations import EVERY, Function, WindowSpec
+from feature_jobs.store.definitions.aggregations import ALL_EVENTS, Function, WindowSpec
 
 FORMAT = 1
 """Version of the packed format."""
@@ -36,7 +36,7 @@ _KEY_BYTES = 8
 _MAX_TILES = 256
 _BEGINNING = -(1 << 62)
 """A time before all others."""
-NEVER = 1 << 62
+NO_INSTANT = 1 << 62
 """`since_us` of a state that lacks events and therefore has no values at any instant."""
 
 
@@ -81,7 +81,7 @@ class Tiling:
         self.outputs = tuple(
             _TilingOutput(
                 output.window_us,
-                None if output.column == EVERY else columns.index(output.column),
+                None if output.column == ALL_EVENTS else columns.index(output.column),
                 Function(output.function),
             )
             for output in windows.outputs

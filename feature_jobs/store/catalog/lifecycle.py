@@ -49,7 +49,7 @@ def read_lifecycles(ledger: Ledger) -> dict[str, Lifecycle]:
     return lifecycles
 
 
-def heed(lifecycles: Mapping[str, Lifecycle], views: Iterable[str], *, doing: str) -> None:
+def require_not_retired(lifecycles: Mapping[str, Lifecycle], views: Iterable[str], *, doing: str) -> None:
     """Require that no view is retired. Log a warning for each deprecated view.
 
     Args:

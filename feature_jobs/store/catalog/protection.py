@@ -141,7 +141,7 @@ def quarantine_protection(view: str) -> Protection:
     return Protection(default=f"quarantine/{view}/sensitive", keys=((INGESTED, None), (SEQ, None)))
 
 
-def quarantine_place(view: str, batch: str) -> str:
+def quarantine_aad(view: str, batch: str) -> str:
     """Return the AAD of the quarantine file of one batch. Files of earlier releases have no AAD."""
     return f"{view}/quarantine/{batch}.parquet"
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
-from feature_jobs.store.definitions.aggregations import EVERY, Function, WindowSpec, window_spec
+from feature_jobs.store.definitions.aggregations import ALL_EVENTS, Function, WindowSpec, window_spec
 from feature_jobs.store.definitions.limits import clamp_span_s
-from feature_jobs.store.definitions.missing import NO_POLICY, MissingPolicy, parse
+from feature_jobs.store.definitions.missing import NO_POLICY, MissingPolicy, parse_policy
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView
 
@@ -263,7 +263,7 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
         version=payload["version"],
         views=views,
         on_demand=tuple(_on_demand_spec(definition) for definition in payload.get("on_demand", [])),
-        missing=parse(payload.get("missing", {}), dtypes),
+        missing=parse_policy(payload.get("missing", {}), dtypes),
     )
 
 
@@ -347,7 +347,7 @@ def aggregated_fields(windows: WindowSpec, stored: Iterable[FieldSpec]) -> list[
     columns = {field.name: field for field in stored}
     fields = []
     for output in windows.outputs:
-        column = columns[windows.event_id if output.column == EVERY else output.column]
+        column = columns[windows.event_id if output.column == ALL_EVENTS else output.column]
         picks_value = Function(output.function).picks_value
         fields.append(
             FieldSpec(

@@ -31,10 +31,10 @@ from datetime import timedelta
 from typing import Any
 
 from cluster.errors import DefinitionError, did_you_mean
-from feature_jobs.store.definitions.limits import CENTURY, check_span
+from feature_jobs.store.definitions.limits import CENTURY, validate_span
 from feature_jobs.store.types.dtypes import INTEGERS, NUMBERS, is_rich
 
-EVERY = "*"
+ALL_EVENTS = "*"
 """Column name that stands for the event itself: `count` of it counts events, whatever their values are."""
 EXACT_DISTINCT = 1024
 """Up to this number of different values, `distinct` is exact."""
@@ -94,7 +94,7 @@ class Aggregation:
         owner = f"Aggregation('{self.column}', '{self.function}')"
         if self.function not in FUNCTIONS:
             raise DefinitionError(f"{owner}: unknown function.{did_you_mean(self.function, FUNCTIONS)}")
-        if self.column == EVERY and self.function != Function.COUNT:
+        if self.column == ALL_EVENTS and self.function != Function.COUNT:
             raise DefinitionError(f"{owner}: only count takes '*'. Name a column.")
         if isinstance(self.windows, timedelta):
             raise DefinitionError(f"{owner}: windows must be a list. Write windows=[timedelta(…)].")
@@ -102,11 +102,11 @@ class Aggregation:
         if not self.windows:
             raise DefinitionError(f"{owner} has no window. Give windows=[timedelta(…)].")
         for window in self.windows:
-            check_span(f"{owner}: a window", window, longest=CENTURY)
+            validate_span(f"{owner}: a window", window, longest=CENTURY)
 
     def definition(self) -> list[dict[str, Any]]:
         """Return the aggregation as the ledger records it: one entry per feature."""
-        prefix = self.function if self.column == EVERY else f"{self.column}_{self.function}"
+        prefix = self.function if self.column == ALL_EVENTS else f"{self.column}_{self.function}"
         windows_us = [window // timedelta(microseconds=1) for window in self.windows]
         return [
             {
@@ -150,10 +150,10 @@ class WindowSpec:
     @property
     def columns(self) -> dict[str, str]:
         """The aggregated columns with their dtypes, without repetition, in order."""
-        return {output.column: output.column_dtype for output in self.outputs if output.column != EVERY}
+        return {output.column: output.column_dtype for output in self.outputs if output.column != ALL_EVENTS}
 
     @property
-    def read(self) -> list[str]:
+    def table_columns(self) -> list[str]:
         """The columns of the feature table that the aggregations read."""
         return list(dict.fromkeys([self.event_id, *self.columns]))
 
@@ -208,7 +208,7 @@ def _window_text(window_us: int) -> str:
 
 def _column_dtype(column: str, function: Function, dtypes: Mapping[str, str]) -> str:
     """Return the column's dtype after checking that the function accepts it."""
-    if column == EVERY:
+    if column == ALL_EVENTS:
         return "int64"
     if column not in dtypes:
         raise DefinitionError(f"Aggregated column '{column}' is unknown.{did_you_mean(column, dtypes)}")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
-from feature_jobs.store.definitions.limits import EXACT, check_number
+from feature_jobs.store.definitions.limits import EXACT, validate_number
 from feature_jobs.store.types.dtypes import NUMBERS, decimal_of
 
 _BITS = {"int32": 31, "int64": 63}
@@ -33,7 +33,7 @@ class Check(ABC):
     def columns(self) -> tuple[str, ...]:
         """Join keys and features that the check reads."""
 
-    def verify(self, dtype: str | None) -> None:  # noqa: B027 (most checks fit any column)
+    def validate_dtype(self, dtype: str | None) -> None:  # noqa: B027 (most checks fit any column)
         """Raise DefinitionError if the check does not fit a column of this dtype. None is the dtype of a join key."""
 
     def definition(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class RowCheck(Check):
         """Why a row failed, as quarantine records it."""
 
     @abstractmethod
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """Return a non-null mask of the rows that fail."""
 
 
@@ -77,7 +77,7 @@ class NotNull(RowCheck):
     def reason(self) -> str:
         return f"{self.column} is null"
 
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.is_null(column)
 
 
@@ -93,13 +93,13 @@ class Range(RowCheck):
             raise DefinitionError(f"Range('{self.column}') needs a minimum or a maximum.")
         for name in ("minimum", "maximum"):
             if getattr(self, name) is not None:
-                check_number(f"Range('{self.column}'): {name}", getattr(self, name))
+                validate_number(f"Range('{self.column}'): {name}", getattr(self, name))
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise DefinitionError(
                 f"Range('{self.column}'): minimum {self.minimum} is above maximum {self.maximum}."
             )
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         if dtype is not None and dtype not in NUMBERS and decimal_of(dtype) is None:
             raise DefinitionError(
                 f"Range('{self.column}') needs a numeric column, '{self.column}' is {dtype}."
@@ -128,7 +128,7 @@ class Range(RowCheck):
             high = min(high, math.floor(self.maximum))
         return low <= high
 
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         if pa.types.is_decimal(column.type):
             return self._decimals_failing(column)
         fails = pc.equal(pc.is_null(column), None)
@@ -165,7 +165,7 @@ class Allowed(RowCheck):
                 f"Allowed('{self.column}'): the values {list(self.values)} are of several types."
             )
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         kind = {"string": str, "bool": bool, "int32": int, "int64": int}.get(dtype or "")
         if dtype is not None and not all(type(value) is kind for value in self.values):
             raise DefinitionError(
@@ -182,7 +182,7 @@ class Allowed(RowCheck):
     def reason(self) -> str:
         return f"{self.column} is none of the allowed values"
 
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         known = pc.is_in(column, value_set=pa.array(self.values, type=column.type))
         return pc.and_(pc.invert(known), pc.is_valid(column))
 
@@ -209,7 +209,7 @@ class Pattern(RowCheck):
     def _whole(self) -> str:
         return rf"\A(?:{self.pattern})\z"
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         if dtype not in (None, "string"):
             raise DefinitionError(
                 f"Pattern('{self.column}') needs a column of text, '{self.column}' is {dtype}."
@@ -219,5 +219,5 @@ class Pattern(RowCheck):
     def reason(self) -> str:
         return f"{self.column} does not match {self.pattern}"
 
-    def failing(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.fill_null(pc.invert(pc.match_substring_regex(column, self._whole)), False)

@@ -17,7 +17,9 @@ EXACT = 2**53 - 1
 """Greatest whole number that JSON, and so the ledger, holds exactly."""
 
 
-def check_span(subject: str, value: Any, *, longest: timedelta = LONGEST, allow_zero: bool = False) -> None:
+def validate_span(
+    subject: str, value: Any, *, longest: timedelta = LONGEST, allow_zero: bool = False
+) -> None:
     """Validate a time span.
 
     Args:
@@ -39,7 +41,7 @@ def check_span(subject: str, value: Any, *, longest: timedelta = LONGEST, allow_
         raise DefinitionError(f"{subject} must be at most {longest.days} days, got {value.days} days.")
 
 
-def check_number(subject: str, value: Any) -> None:
+def validate_number(subject: str, value: Any) -> None:
     """Validate a number.
 
     Args:
@@ -62,7 +64,7 @@ def clamp_span_s(seconds: float | None) -> float | None:
     return None if seconds is None else min(seconds, LONGEST.total_seconds())
 
 
-def check_buckets(num_buckets: int) -> None:
+def validate_num_buckets(num_buckets: int) -> None:
     """Validate the number of buckets of a table.
 
     Raises:
@@ -72,7 +74,7 @@ def check_buckets(num_buckets: int) -> None:
         raise ValueError(f"num_buckets must be between 1 and {MAX_BUCKETS}, got {num_buckets}.")
 
 
-def before(moment: datetime, span: timedelta) -> datetime:
+def subtract_span(moment: datetime, span: timedelta) -> datetime:
     """Return the time that is `span` before `moment`, or the first time of the year 1 if that is earlier."""
     try:
         return moment - span

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
-from feature_jobs.store.types.columns import with_replaced
+from feature_jobs.store.types.columns import replace_columns
 from feature_jobs.store.types.dtypes import from_json, is_rich, online_value, to_json
 
 Value: TypeAlias = Any
@@ -124,7 +124,7 @@ def _choices_by_feature(
     return chosen
 
 
-def parse(stated: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]) -> MissingPolicy:
+def parse_policy(stated: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]) -> MissingPolicy:
     """Parse the JSON of `policy_definition`.
 
     Args:
@@ -141,7 +141,7 @@ def parse(stated: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]) ->
     )
 
 
-def settle(
+def fill_online(
     policy: MissingPolicy,
     columns: dict[str, list[Any]],
     status: Mapping[str, Sequence[str]],
@@ -181,7 +181,7 @@ def settle(
     return filled_rows
 
 
-def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array]) -> pa.Table:
+def fill_offline(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array]) -> pa.Table:
     """Fill defaults into columns that were joined offline.
 
     Args:
@@ -194,7 +194,7 @@ def fill(policy: MissingPolicy, table: pa.Table, absent: Mapping[str, pa.Array])
         column = table[name]
         scalar = pa.scalar(Decimal(default) if pa.types.is_decimal(column.type) else default, column.type)
         filled[name] = pc.if_else(absent[view_of(name)], scalar, column)
-    return with_replaced(table, filled)
+    return replace_columns(table, filled)
 
 
 def view_of(column: str) -> str:

@@ -47,7 +47,7 @@ def validate_name(kind: str, name: str, *, longest: int | None = None) -> None:
         )
 
 
-def repeated_name(names: Iterable[str]) -> str | None:
+def first_repeated_name(names: Iterable[str]) -> str | None:
     """Return the first name that occurs a second time, or None if all names differ."""
     seen: set[str] = set()
     for name in names:

@@ -20,7 +20,7 @@ from cluster.errors import DefinitionError, did_you_mean
 from cluster.ledger.chain import canonical
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.definitions.checks import Check, RowCheck
-from feature_jobs.store.definitions.limits import CENTURY, check_span
+from feature_jobs.store.definitions.limits import CENTURY, validate_span
 from feature_jobs.store.definitions.names import (
     LONGEST_NAME,
     Named,
@@ -239,9 +239,9 @@ class FeatureView:
                     raise DefinitionError(
                         f"View '{self.name}' checks the unknown column '{column}'.{did_you_mean(column, columns)}"
                     )
-                check.verify(dtypes.get(column))
+                check.validate_dtype(dtypes.get(column))
                 if isinstance(check, RowCheck) and column in self.key_types:
-                    check.verify(self.key_types[column])
+                    check.validate_dtype(self.key_types[column])
         if self.subject_key is not None and self.subject_key not in columns:
             raise DefinitionError(
                 f"View '{self.name}': subject_key '{self.subject_key}' is not one of its columns."
@@ -252,8 +252,8 @@ class FeatureView:
         for name in ("ttl", "retention"):
             value = getattr(self, name)
             if value is not None:
-                check_span(f"View '{self.name}': {name}", value)
-        check_span(f"View '{self.name}': created_lag", self.created_lag, longest=CENTURY, allow_zero=True)
+                validate_span(f"View '{self.name}': {name}", value)
+        validate_span(f"View '{self.name}': created_lag", self.created_lag, longest=CENTURY, allow_zero=True)
 
     def _check_aggregations(self) -> None:
         if (self.event_id is None) != (not self.aggregations):

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
 from feature_jobs.store.definitions.checks import Check
-from feature_jobs.store.definitions.limits import check_number, check_span
+from feature_jobs.store.definitions.limits import validate_number, validate_span
 from feature_jobs.store.ingestion.profile import Distribution, Profile
 from feature_jobs.store.types.dtypes import NUMBERS, is_rich, list_of
 from feature_jobs.store.types.schema import CREATED, EVENT
@@ -63,7 +63,7 @@ class Unique(Check):
     def columns(self) -> tuple[str, ...]:
         return tuple(name for name in self.of if name not in TIMES)
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         if dtype is not None and list_of(dtype) is not None:
             raise DefinitionError(f"Unique({list(self.of)}) cannot compare lists, and one column is {dtype}.")
 
@@ -75,7 +75,7 @@ class Unique(Check):
         """The reason that a failing row gets. Stored in quarantine, and compared with there."""
         return f"{', '.join(self.of)} not unique in the batch"
 
-    def failing(self, rows: pa.Table) -> pa.Array:
+    def failing_mask(self, rows: pa.Table) -> pa.Array:
         """Return one bool per row: true if the row fails.
 
         Args:
@@ -102,7 +102,7 @@ class Outlier(Check):
     fences: float = 3.0
 
     def __post_init__(self) -> None:
-        check_number(f"Outlier('{self.column}'): fences", self.fences)
+        validate_number(f"Outlier('{self.column}'): fences", self.fences)
         if self.fences <= 0:
             raise DefinitionError(f"Outlier('{self.column}'): fences must be positive, got {self.fences}.")
 
@@ -110,7 +110,7 @@ class Outlier(Check):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         if dtype not in NUMBERS:
             raise DefinitionError(f"Outlier('{self.column}') needs a numeric feature.")
 
@@ -119,7 +119,7 @@ class Outlier(Check):
         """The reason that a failing row gets."""
         return f"{self.column} more than {self.fences:g} interquartile ranges outside the last good batch"
 
-    def failing(self, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
+    def failing_mask(self, column: pa.ChunkedArray, baseline: Profile | None) -> pa.ChunkedArray:
         """Return one non-null bool per row: true if the row fails."""
         previous = None if baseline is None else baseline.distributions.get(self.column)
         if previous is None or previous.quartiles is None or previous.quartiles[0] == previous.quartiles[2]:
@@ -170,7 +170,7 @@ class NullShare(BatchCheck):
     maximum: float
 
     def __post_init__(self) -> None:
-        check_number(f"NullShare('{self.column}'): maximum", self.maximum)
+        validate_number(f"NullShare('{self.column}'): maximum", self.maximum)
         if not 0 <= self.maximum < 1:
             raise DefinitionError(
                 f"NullShare('{self.column}'): maximum must be at least 0 and below 1, got {self.maximum}."
@@ -180,7 +180,7 @@ class NullShare(BatchCheck):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         _require_feature("NullShare", self.column, dtype)
 
     def finding(self, facts: Facts) -> Finding | None:
@@ -198,7 +198,7 @@ class Freshness(BatchCheck):
     maximum_age: timedelta
 
     def __post_init__(self) -> None:
-        check_span("Freshness: maximum_age", self.maximum_age)
+        validate_span("Freshness: maximum_age", self.maximum_age)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -233,7 +233,7 @@ class RowCount(BatchCheck):
     factor: float
 
     def __post_init__(self) -> None:
-        check_number("RowCount: factor", self.factor)
+        validate_number("RowCount: factor", self.factor)
         if self.factor <= 1:
             raise DefinitionError(f"RowCount: factor must be above 1, got {self.factor}.")
 
@@ -265,7 +265,7 @@ class Drift(BatchCheck):
     threshold: float = 0.2
 
     def __post_init__(self) -> None:
-        check_number(f"Drift('{self.column}'): threshold", self.threshold)
+        validate_number(f"Drift('{self.column}'): threshold", self.threshold)
         if self.threshold <= 0:
             raise DefinitionError(
                 f"Drift('{self.column}'): threshold must be positive, got {self.threshold}."
@@ -275,7 +275,7 @@ class Drift(BatchCheck):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def verify(self, dtype: str | None) -> None:
+    def validate_dtype(self, dtype: str | None) -> None:
         _require_feature("Drift", self.column, dtype)
         if dtype in ("timestamp", "date"):
             raise DefinitionError(f"Drift('{self.column}'): a time changes with every batch. Use Freshness.")

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from cluster.errors import InvalidRequest, SourceError
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.pushed_rows import (
-    AT_ONCE,
+    ONLINE_FUTURE_LIMIT,
     POSITION,
     CheckedRows,
     bad_rows,
@@ -29,7 +29,7 @@ from feature_jobs.store.ingestion.pushed_rows import (
     typed_column,
 )
 from feature_jobs.store.ingestion.validation import SOURCE, prepare_part
-from feature_jobs.store.types.key_types import reason_against
+from feature_jobs.store.types.key_types import key_fault
 
 NO_VALUE = "the message has no value; to delete, send an object whose `deleted` field is true"
 """Reason for a message without a value. Kafka's own tombstone does not tell when an entity was deleted, and its value
@@ -43,7 +43,7 @@ def check_messages(
     *,
     key_types: Mapping[str, str],
     now: dt.datetime,
-    ahead: Ahead = AT_ONCE,
+    ahead: FutureLimit = ONLINE_FUTURE_LIMIT,
 ) -> CheckedRows:
     """Transform and check messages. `POSITION` is a row's index in `messages`.
 
@@ -91,7 +91,7 @@ def _parse(message: bytes | None, view: FeatureView, types: dict[str, str]) -> d
         return "the message is no JSON"
     if not isinstance(row, dict):
         return "the message is no JSON object"
-    if (reason := reason_against(row, view.join_keys, types)) is not None:
+    if (reason := key_fault(row, view.join_keys, types)) is not None:
         return reason
     source = view.source
     times = [name for name in (source.event_timestamp, source.created_timestamp) if name in row]
@@ -99,7 +99,7 @@ def _parse(message: bytes | None, view: FeatureView, types: dict[str, str]) -> d
 
 
 def _check(
-    rows: list[dict[str, Any]], positions: list[int], view: FeatureView, now: dt.datetime, ahead: Ahead
+    rows: list[dict[str, Any]], positions: list[int], view: FeatureView, now: dt.datetime, ahead: FutureLimit
 ) -> Iterator[CheckedRows]:
     """Yield the checked rows in as few parts as can be prepared."""
     reasons: dict[int, str] = {}

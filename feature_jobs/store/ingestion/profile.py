@@ -120,7 +120,7 @@ def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
     )
 
 
-def bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
+def choose_bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
     """Choose cut points and categories for a batch from its sketches. The distributions' counts are still empty."""
     chosen: dict[str, Distribution] = {}
     for name in sketches[0].numbers if sketches else ():
@@ -155,7 +155,7 @@ def profile(
     counted: Iterable[Mapping[str, Sequence[int]]],
 ) -> Profile:
     """Build a batch's profile from the results of both passes over its blocks."""
-    totals = added(counted)
+    totals = add_counts(counted)
     nulls: Counter[str] = Counter()
     for block in sketches:
         nulls.update(block.nulls)
@@ -178,7 +178,7 @@ def profile(
     )
 
 
-def added(counted: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
+def add_counts(counted: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
     """Add up the counts of several blocks that have the same bins."""
     totals: dict[str, list[int]] = {}
     for block in counted:

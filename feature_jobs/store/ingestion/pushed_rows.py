@@ -16,20 +16,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import InvalidRequest, SourceError, nearest
+from cluster.errors import InvalidRequest, SourceError, suggest_name
 from feature_jobs.store.definitions.sources import Source
 from feature_jobs.store.definitions.views import DTYPES, FeatureView, FileSource
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
 from feature_jobs.store.types.dtypes import from_json
-from feature_jobs.store.types.instants import Rounding, parse
-from feature_jobs.store.types.key_types import kind_of, type_of
+from feature_jobs.store.types.instants import Rounding, parse_instant
+from feature_jobs.store.types.key_types import describe_key_type, key_type_of
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 MAX_ROWS = 1000
 ROW_FIELDS = frozenset({"keys", "features", EVENT, CREATED, DELETED})
 POSITION = "__position"
-AT_ONCE = Ahead(online_at_once=True)
+ONLINE_FUTURE_LIMIT = FutureLimit(online_at_once=True)
 """Default limit for times of rows that go online at once."""
 
 
@@ -68,7 +68,7 @@ def check_rows(
     *,
     key_types: Mapping[str, str],
     now: dt.datetime,
-    ahead: Ahead = AT_ONCE,
+    ahead: FutureLimit = ONLINE_FUTURE_LIMIT,
 ) -> CheckedRows:
     """Transform and check pushed rows.
 
@@ -114,7 +114,7 @@ def _validate_shape(path: str, row: Any, view: FeatureView) -> None:
             raise InvalidRequest(f"{path}.{name} must be an object.")
         is_any_name_allowed = name == "features" and view.transform is not None
         if not is_any_name_allowed and (unknown := value.keys() - set(known)):
-            guess = nearest(min(unknown), known)
+            guess = suggest_name(min(unknown), known)
             raise InvalidRequest(f"{path}.{name} has '{min(unknown)}', view '{view.name}' has not.{guess}")
     if missing := set(view.join_keys) - row["keys"].keys():
         raise InvalidRequest(f"{path}.keys lacks '{min(missing)}'.")
@@ -129,11 +129,11 @@ def _validate_keys(
         expected = key_types.get(key)
         for position, row in enumerate(rows):
             value = row["keys"][key]
-            actual = type_of(value)
+            actual = key_type_of(value)
             expected = expected or actual
             if actual is None or actual != expected:
                 raise InvalidRequest(
-                    f"rows[{position}].keys.{key} must be {kind_of(expected)}, got {value!r}."
+                    f"rows[{position}].keys.{key} must be {describe_key_type(expected)}, got {value!r}."
                 )
 
 
@@ -185,7 +185,7 @@ def parse_times(
 
     A value that cannot be parsed becomes null, and its row gets a reason.
     """
-    times = [parse(value, zone, Rounding.up) for value in values]
+    times = [parse_instant(value, zone, Rounding.up) for value in values]
     _add_reasons(times, values, f"{name} is no {kind}", reasons)
     return pa.array(times, DTYPES["timestamp"])
 
@@ -227,7 +227,7 @@ def _add_reasons(
 def _convert(value: Any, dtype: str, zone: str | None) -> Any:
     """Return a JSON value converted to a dtype, or None if it does not fit."""
     try:
-        return parse(value, zone, Rounding.exact) if dtype == "timestamp" else from_json(value, dtype)
+        return parse_instant(value, zone, Rounding.exact) if dtype == "timestamp" else from_json(value, dtype)
     except ValueError:
         return None
 

@@ -15,7 +15,7 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from cluster.storage import list_files
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.types.schema import SEQ
 
@@ -48,7 +48,7 @@ class QuarantineFiles:
         return protected_files(self.access).read(
             self.path(batch),
             protection=self._protection,
-            place=quarantine_place(self.view, batch),
+            place=quarantine_aad(self.view, batch),
             unplaced=True,
         )
 
@@ -92,7 +92,7 @@ class QuarantineFiles:
         files, protection = protected_files(self.access), self._protection
         batches = self.batches()
         for batch in batches:
-            path, aad = self.path(batch), quarantine_place(self.view, batch)
+            path, aad = self.path(batch), quarantine_aad(self.view, batch)
             files.reprotect(path, path, protection, was=protection, place=aad, unplaced=True)
         for path in list_files(f"{self.folder}/profiles", ".parquet"):
             files.reprotect(path, path, protection, was=protection, place=self._profile_aad(_stem(path)))
@@ -106,7 +106,7 @@ class QuarantineFiles:
         # A file of an earlier release may lack a column.
         ordered = rows.select([name for name in COLUMNS if name in rows.column_names])
         protected_files(self.access).write(
-            ordered, path, self._protection, place=quarantine_place(self.view, batch)
+            ordered, path, self._protection, place=quarantine_aad(self.view, batch)
         )
 
     def _pending_path(self, replay_id: str) -> str:

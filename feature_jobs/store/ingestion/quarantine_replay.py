@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, RAW, REASON, prepare, unique_rules
-from feature_jobs.store.types.key_types import reason_against
+from feature_jobs.store.types.key_types import key_fault
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 
@@ -35,13 +35,13 @@ class RecheckedRows:
     """Rows of the feature table, without the columns that ingestion adds; None if no row is good."""
 
 
-def try_again(
+def recheck_rows(
     file: pa.Table,
     view: FeatureView,
     *,
     now: dt.datetime,
     baseline: Profile | None,
-    ahead: Ahead = BATCH_LIMIT,
+    ahead: FutureLimit = BATCH_LIMIT,
     key_types: Mapping[str, str] | None = None,
 ) -> RecheckedRows:
     """Check the rows of a quarantine file again.
@@ -87,7 +87,7 @@ def _recheck_as_pushed(
     types: dict[str, str],
     *,
     now: dt.datetime,
-    ahead: Ahead,
+    ahead: FutureLimit,
 ) -> RecheckedRows:
     flat_rows = [json.loads(text) for text in file["raw"].to_pylist()]
     reasons: list[str | None] = repeated_reasons.to_pylist()
@@ -95,7 +95,7 @@ def _recheck_as_pushed(
         if any(row.get(key) is None for key in view.join_keys):  # a push cannot contain such a row
             reasons[position] = file["reason"][position].as_py()
         elif reasons[position] is None:
-            reasons[position] = reason_against(row, view.join_keys, types)
+            reasons[position] = key_fault(row, view.join_keys, types)
     to_check = [position for position, reason in enumerate(reasons) if reason is None]
     good = []
     for start in range(0, len(to_check), MAX_ROWS):

@@ -37,8 +37,8 @@ from feature_jobs.store.ingestion.typed import (
 )
 from feature_jobs.store.ingestion.validation import RAW, prepare_part, raw_field, time_columns, unique_rules
 from feature_jobs.store.types.casting import cast_time
-from feature_jobs.store.types.columns import with_replaced
-from feature_jobs.store.types.instants import TIME, zoned
+from feature_jobs.store.types.columns import replace_columns
+from feature_jobs.store.types.instants import TIME, table_to_utc
 
 HEAD_ROWS = 1000
 """Number of first rows that types are derived from."""
@@ -112,9 +112,9 @@ class BlockReader:
         if not self.casts and not self.unread:
             return block
         block = block.drop_columns(sorted(self.unread.intersection(block.column_names)))
-        block = zoned(block, self.view.source.zone, time_columns(self.view))
+        block = table_to_utc(block, self.view.source.zone, time_columns(self.view))
         columns = zip(block.column_names, block.columns, strict=True)
-        return with_replaced(
+        return replace_columns(
             block,
             {
                 name: _cast_column(column, self.casts[name], name, roles)

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from cluster.errors import SourceError
 from cluster.storage import resolve
-from feature_jobs.store.definitions.names import repeated_name
+from feature_jobs.store.definitions.names import first_repeated_name
 from feature_jobs.store.definitions.sources import SqlSource
 
 CHUNK_ROWS = 50_000
@@ -63,7 +63,7 @@ def read_chunks(
         with engine.connect().execution_options(stream_results=True, max_row_buffer=CHUNK_ROWS) as connection:
             result = connection.execute(_statement(source))
             names = list(result.keys())
-            if (duplicate := repeated_name(names)) is not None:
+            if (duplicate := first_repeated_name(names)) is not None:
                 raise SourceError(
                     f"The query on {masked_url} gives two columns '{duplicate}'. Rename one of them."
                 )

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 from cluster.errors import SchemaMismatch
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.types.casting import cast_feature
-from feature_jobs.store.types.columns import with_replaced
+from feature_jobs.store.types.columns import replace_columns
 from feature_jobs.store.types.dtypes import DTYPES, from_json, is_rich, list_of
-from feature_jobs.store.types.instants import FINER_TEXT, TIME, Rounding, in_zone, instant
+from feature_jobs.store.types.instants import FINER_TEXT, TIME, Rounding, column_to_utc, utc_instant
 
 _ZONED = r"[T ]\d{2}:.*(Z|[+-]\d{2}(:?\d{2})?)$"
 _LONG = {"float32": r"^[+-]?\d{8,}$", "float64": r"^[+-]?\d{16,}$"}
@@ -121,7 +121,7 @@ def typed_text(block: pa.Table, types: Mapping[str, str], roles: Roles = _NO_ROL
         SchemaMismatch: values do not fit; the message has the column and their number.
     """
     columns = zip(block.column_names, block.columns, strict=True)
-    return with_replaced(
+    return replace_columns(
         block,
         {
             name: text_column(column, types[name], name=name, roles=roles)
@@ -285,7 +285,7 @@ def _parse_times(column: pa.ChunkedArray, rounding: Rounding, zone: str | None) 
     column = pc.replace_substring_regex(column, r"(\.\d{6})\d+", r"\1")
     zoned, null = pc.match_substring_regex(column, _ZONED), pa.scalar(None, pa.string())
     with_zone = pc.if_else(zoned, column, null).cast(TIME)
-    without_zone = in_zone(pc.if_else(zoned, null, column).cast(pa.timestamp("us")), zone)
+    without_zone = column_to_utc(pc.if_else(zoned, null, column).cast(pa.timestamp("us")), zone)
     round_up = pc.multiply(finer.cast(pa.int64()), pa.scalar(1)).cast(pa.duration("us"))
     return pc.add(pc.coalesce(with_zone, without_zone), round_up)
 
@@ -293,9 +293,9 @@ def _parse_times(column: pa.ChunkedArray, rounding: Rounding, zone: str | None) 
 def _utc_time(value: Any, zone: str | None) -> dt.datetime | None:
     """Convert a database's time or date to UTC."""
     if value is None or isinstance(value, dt.datetime):
-        return None if value is None else instant(value, zone)
+        return None if value is None else utc_instant(value, zone)
     if isinstance(value, dt.date):
-        return instant(dt.datetime.combine(value, dt.time()), zone)
+        return utc_instant(dt.datetime.combine(value, dt.time()), zone)
     raise TypeError("neither a time nor a date")
 
 

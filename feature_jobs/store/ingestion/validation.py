@@ -21,19 +21,19 @@ import pyarrow.compute as pc
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
 from feature_jobs.store.definitions.checks import RowCheck
 from feature_jobs.store.definitions.views import DTYPES, FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
 from feature_jobs.store.ingestion.batch_checks import Outlier, Unique
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
-from feature_jobs.store.types.casting import cast_feature, cast_key, cast_time, is_utf8, misfits
+from feature_jobs.store.types.casting import cast_feature, cast_key, cast_time, is_utf8, list_faults
 from feature_jobs.store.types.dtypes import list_of
-from feature_jobs.store.types.instants import TIME, Rounding, zoned
-from feature_jobs.store.types.key_types import RANGE, beyond_range
+from feature_jobs.store.types.instants import TIME, Rounding, table_to_utc
+from feature_jobs.store.types.key_types import RANGE, out_of_range
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 REASON, RAW, SOURCE = "__reason", "__raw", "__source"
 SOURCE_SCHEMA = b"source_schema"
 """Metadata key of the column `RAW`. The value is the source's Arrow schema, in base64."""
-BATCH_LIMIT = Ahead()
+BATCH_LIMIT = FutureLimit()
 """Default limit for times of rows from files and databases."""
 EARLIEST = datetime.min.replace(tzinfo=UTC)
 """The earliest time that Python's `datetime` can hold."""
@@ -51,7 +51,7 @@ def prepare(
     *,
     now: datetime,
     baseline: Profile | None = None,
-    ahead: Ahead = BATCH_LIMIT,
+    ahead: FutureLimit = BATCH_LIMIT,
 ) -> pa.Table:
     """Validate a whole batch.
 
@@ -74,7 +74,7 @@ def prepare(
     """
     part = prepare_part(block, view, now=now, baseline=baseline, ahead=ahead)
     for rule in unique_rules(view):
-        [failing] = repeated([part], rule)
+        [failing] = find_repeated_rows([part], rule)
         part = reject(part, failing, rule.reason)
     return part.drop_columns([SOURCE]) if SOURCE in part.column_names else part
 
@@ -85,13 +85,13 @@ def prepare_part(
     *,
     now: datetime,
     baseline: Profile | None = None,
-    ahead: Ahead = BATCH_LIMIT,
+    ahead: FutureLimit = BATCH_LIMIT,
 ) -> pa.Table:
     """Validate a part of a batch like `prepare`, except for `Unique` rules, which need the whole batch.
 
     For a view with `Unique` rules, the last column is `SOURCE`: the source row as a struct, which `reject` needs.
     """
-    transformed = _Columns(_transform(zoned(block, view.source.zone, time_columns(view)), view), view)
+    transformed = _Columns(_transform(table_to_utc(block, view.source.zone, time_columns(view)), view), view)
     columns: dict[str, pa.ChunkedArray] = {}
     declared = view.key_types
     for key in view.join_keys:
@@ -124,7 +124,7 @@ def unique_rules(view: FeatureView) -> list[Unique]:
     return [check for check in view.checks if isinstance(check, Unique)]
 
 
-def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
+def find_repeated_rows(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
     """Return for each part one bool per row: true if the rule rejects the row.
 
     Rows that are bad already do not count.
@@ -136,7 +136,9 @@ def repeated(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
     whole = pa.concat_tables([part.select([*rule.of, REASON]) for part in parts])
     good = pc.is_null(whole[REASON])
     failing = np.zeros(whole.num_rows, dtype=bool)
-    failing[np.flatnonzero(good.to_numpy())] = rule.failing(whole.filter(good)).to_numpy(zero_copy_only=False)
+    failing[np.flatnonzero(good.to_numpy())] = rule.failing_mask(whole.filter(good)).to_numpy(
+        zero_copy_only=False
+    )
     ends = np.cumsum([part.num_rows for part in parts])[:-1]
     return [pa.array(part) for part in np.split(failing, ends)]
 
@@ -218,22 +220,22 @@ def _deleted(columns: _Columns, view: FeatureView) -> pa.ChunkedArray | None:
 
 
 def _rules(
-    table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None, ahead: Ahead
+    table: pa.Table, view: FeatureView, now: datetime, baseline: Profile | None, ahead: FutureLimit
 ) -> Iterator[_Rule]:
     for key in view.join_keys:
         yield _Rule(f"{key} is null", pc.is_null(table[key]))
-        if (beyond := beyond_range(table[key])) is not None:
+        if (beyond := out_of_range(table[key])) is not None:
             yield _Rule(f"{key} is outside {RANGE}", beyond)
     if view.event_id is not None:
         yield _Rule(f"{view.event_id} is null", pc.is_null(table[view.event_id]))
     yield _Rule(f"{EVENT} is null", pc.is_null(table[EVENT]))
     latest, start = pa.scalar(now + ahead.limit, TIME), pa.scalar(EARLIEST, TIME)
     for name, label in ((EVENT, EVENT), (CREATED, _created_label(view))):
-        yield _Rule(f"{label} lies in the future", ahead.failing(name, table, latest, view.created_lag))
+        yield _Rule(f"{label} lies in the future", ahead.failing_mask(name, table, latest, view.created_lag))
         yield _Rule(f"{name} lies before the year 1", pc.fill_null(pc.less(table[name], start), False))
     for field in view.schema:
         if (list_type := list_of(field.dtype)) is not None:
-            for problem, failing in misfits(table[field.name], list_type.length):
+            for problem, failing in list_faults(table[field.name], list_type.length):
                 yield _Rule(f"{field.name} {problem}", failing)
     keys, has_tombstones = set(view.join_keys), DELETED in table.column_names
     for check in view.checks:
@@ -254,8 +256,8 @@ def _failing(check: RowCheck | Outlier, column: pa.ChunkedArray, baseline: Profi
     """Return which rows fail a rule. The rule may not fit a join key's type, which is known only here."""
     try:
         if isinstance(check, Outlier):
-            return check.failing(column, baseline)
-        return check.failing(column)
+            return check.failing_mask(column, baseline)
+        return check.failing_mask(column)
     except (pa.ArrowException, TypeError) as error:
         raise SchemaMismatch(
             f"The rule {type(check).__name__} does not fit column '{check.column}', which is {column.type}: {error}."

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from feature_jobs.store.types.columns import numpy_of
+from feature_jobs.store.types.columns import to_numpy
 
 Hashes = npt.NDArray[np.uint64]
 _NULL = np.uint64(0x9AE16A3B2F90404F)
@@ -36,9 +36,9 @@ def bucket_of(table: pa.Table, keys: Sequence[str], *, num_buckets: int) -> npt.
 
 def _hash(column: pa.ChunkedArray) -> Hashes:
     hashes = (
-        _mix(numpy_of(column).view(np.uint64)) if pa.types.is_int64(column.type) else _hash_strings(column)
+        _mix(to_numpy(column).view(np.uint64)) if pa.types.is_int64(column.type) else _hash_strings(column)
     )
-    return np.where(numpy_of(column.is_null()), _NULL, hashes)
+    return np.where(to_numpy(column.is_null()), _NULL, hashes)
 
 
 def _hash_strings(column: pa.ChunkedArray) -> Hashes:
@@ -47,7 +47,7 @@ def _hash_strings(column: pa.ChunkedArray) -> Hashes:
         encoded = encoded.combine_chunks()
     texts = encoded.dictionary.to_pylist()
     hashes = np.fromiter((xxhash.xxh64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
-    by_row: Hashes = hashes[numpy_of(encoded.indices)]
+    by_row: Hashes = hashes[to_numpy(encoded.indices)]
     return by_row
 
 

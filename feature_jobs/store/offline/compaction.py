@@ -27,7 +27,7 @@ MAX_COMMITS = 10
 _KEY = "falaj.rewrite"
 
 
-def fragmented(pinned: Snapshot) -> list[int]:
+def fragmented_buckets(pinned: Snapshot) -> list[int]:
     """Return the buckets that have more than one file."""
     counts = Counter(file.bucket for file in pinned.files)
     return sorted(bucket for bucket, count in counts.items() if count > 1)
@@ -62,7 +62,7 @@ def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[i
     return replace_files(pinned.uri, old, new, metadata=metadata), len(old)
 
 
-def rewrites(table: DeltaTable) -> dict[int, int]:
+def past_rewrites(table: DeltaTable) -> dict[int, int]:
     """Return the number of replaced files by table version, for every rewrite in the table's history."""
     return {
         int(entry["version"]): int(json.loads(entry[_KEY])["files"])
@@ -120,7 +120,7 @@ def replace_files(
     )
 
 
-def as_target(pinned: Snapshot) -> Target:
+def current_target(pinned: Snapshot) -> Target:
     """Return the target that writes files with the table's current keys and protection."""
     return Target(
         uri=pinned.uri,

@@ -18,7 +18,7 @@ from cluster.storage import exists, read_bytes, resolve
 from feature_jobs.store.catalog.specifications import OnDemandSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import view_of
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import Built
+from feature_jobs.store.offline.training_set import BuiltTrainingSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def read_manifest(path: str) -> Manifest:
         ) from error
 
 
-def check_manifest(manifest: Manifest, ledger: Ledger) -> None:
+def require_reproducible(manifest: Manifest, ledger: Ledger) -> None:
     """Require that the ledger has the training set and that none of its rows was removed.
 
     Raises:
@@ -98,7 +98,7 @@ def require_recorded(manifest: Manifest, ledger: Ledger) -> None:
         )
 
 
-def check_files(pinned: Snapshot, view: str) -> None:
+def require_files(pinned: Snapshot, view: str) -> None:
     """Require that all files of a pinned table version exist.
 
     Raises:
@@ -112,10 +112,10 @@ def check_files(pinned: Snapshot, view: str) -> None:
         )
 
 
-def describe(
+def manifest_content(
     spec: ServiceSpec,
     snapshots: dict[str, Snapshot],
-    built: Built,
+    built: BuiltTrainingSet,
     *,
     entities: str | None,
     entities_hash: str,

@@ -35,7 +35,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from cluster.security.encryption.access import protected_files
 from cluster.storage import exists
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import replace_files
@@ -48,7 +48,7 @@ _QUARANTINE = pa.schema({"reason": pa.string(), "raw": pa.string(), INGESTED: TI
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class BatchLocation:
     """The table and the quarantine of a batch."""
 
     pinned: Snapshot
@@ -79,7 +79,9 @@ class Difference:
     """Rows for quarantine: `reason`, `raw`, `ingest_seq`."""
 
 
-def mend(place: Place, rows: pa.Table, event: BatchMended, ledger: Ledger, *, actor: str) -> BatchMended:
+def mend(
+    place: BatchLocation, rows: pa.Table, event: BatchMended, ledger: Ledger, *, actor: str
+) -> BatchMended:
     """Replace the stored rows of a batch with the right ones and return the event in the ledger.
 
     Args:
@@ -156,7 +158,7 @@ def compare(pinned: Snapshot, rows: pa.Table, quarantined: pa.Table) -> Differen
     )
 
 
-def record_mendings(place: Place, ledger: Ledger, *, actor: str) -> list[BatchMended]:
+def record_mendings(place: BatchLocation, ledger: Ledger, *, actor: str) -> list[BatchMended]:
     """Append an event for every mending in the table's history that the ledger lacks, and return these events.
 
     The ledger lacks a mending when the job was killed after its commit.
@@ -175,7 +177,7 @@ def record_mendings(place: Place, ledger: Ledger, *, actor: str) -> list[BatchMe
     return events
 
 
-def _with_sequence(place: Place, rows: pa.Table, batch: str) -> pa.Table:
+def _with_sequence(place: BatchLocation, rows: pa.Table, batch: str) -> pa.Table:
     numbers = offline.batch_sequence(place.target.uri, batch)
     if numbers is None or len(numbers) != rows.num_rows:
         recorded = "does not have the batch" if numbers is None else f"has {len(numbers)}"
@@ -191,14 +193,14 @@ def _stored_rows(pinned: Snapshot, names: Sequence[str], first: int, last: int) 
     parts = []
     for bucket in range(pinned.num_buckets):
         for table in pinned.tables(bucket, [*names, SEQ]):
-            frame = pl.DataFrame(pl.from_arrow(offline.with_columns(table, [*names, SEQ])))
+            frame = pl.DataFrame(pl.from_arrow(offline.select_or_null(table, [*names, SEQ])))
             parts.append(frame.filter(pl.col(SEQ).is_between(first, last)))
     rows = pl.concat(parts, how="vertical_relaxed") if parts else pl.DataFrame(schema={SEQ: pl.Int64})
     missing = [pl.lit(None).alias(name) for name in names if name not in rows.columns]
     return rows.with_columns(missing)
 
 
-def _rewrite(place: Place, difference: Difference, event: BatchMended) -> None:
+def _rewrite(place: BatchLocation, difference: Difference, event: BatchMended) -> None:
     """Replace the files that hold outdated rows, and add the right rows, in one transaction."""
     pinned, run = place.pinned, uuid.uuid4().hex
     is_outdated = pl.col(SEQ).is_in(sorted(difference.outdated))
@@ -214,7 +216,7 @@ def _rewrite(place: Place, difference: Difference, event: BatchMended) -> None:
         now = pa.repeat(pa.scalar(datetime.now(UTC), TIMESTAMP), difference.put.num_rows)
         rows = difference.put.drop_columns([SEQ]).append_column(INGESTED, now)
         rows = rows.append_column(SEQ, difference.put[SEQ])
-        offline.check_schema(DeltaTable(pinned.uri), rows.schema, view=place.view)
+        offline.evolve_schema(DeltaTable(pinned.uri), rows.schema, view=place.view)
         new += offline.write_files(rows, place.target, name=f"mended-{run}")
     replace_files(pinned.uri, old, new, metadata={_KEY: json.dumps(asdict(event))})
 
@@ -237,7 +239,7 @@ def _quarantine_rows(rows: pa.Table) -> pa.Table:
     return renamed.add_column(2, INGESTED, now)
 
 
-def _read_quarantine(place: Place, batch: str) -> pa.Table:
+def _read_quarantine(place: BatchLocation, batch: str) -> pa.Table:
     """Read the quarantine file of a batch. Without a file the result has no rows."""
     path = place.quarantine_file(batch)
     if not exists(path):
@@ -245,7 +247,7 @@ def _read_quarantine(place: Place, batch: str) -> pa.Table:
     rows = protected_files(place.target.access).read(
         path,
         protection=quarantine_protection(place.view),
-        place=quarantine_place(place.view, batch),
+        place=quarantine_aad(place.view, batch),
         unplaced=True,
     )
     return rows.select(_QUARANTINE.names)
@@ -255,7 +257,7 @@ def _content(rows: pa.Table) -> list[tuple[int, str, str]]:
     return sorted(zip(*(rows[name].to_pylist() for name in (SEQ, "reason", "raw")), strict=True))
 
 
-def _write_quarantine(place: Place, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
+def _write_quarantine(place: BatchLocation, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
     """Write the quarantine file of a batch, or delete it if there are no rows.
 
     Nothing happens if `current`, the content of the file, is the same. None for `current` writes in any case.
@@ -264,7 +266,7 @@ def _write_quarantine(place: Place, batch: str, current: pa.Table | None, rows: 
         return
     path = place.quarantine_file(batch)
     if rows.num_rows:
-        protection, aad = quarantine_protection(place.view), quarantine_place(place.view, batch)
+        protection, aad = quarantine_protection(place.view), quarantine_aad(place.view, batch)
         protected_files(place.target.access).write(rows, path, protection, place=aad)
     elif exists(path):
         fs, name = url_to_fs(path)

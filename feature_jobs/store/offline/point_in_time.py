@@ -35,7 +35,7 @@ _LATE = pl.col(CREATED) > pl.col(EVENT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answers:
+class JoinResult:
     """The result of a join."""
 
     columns: pl.DataFrame
@@ -46,7 +46,7 @@ class Answers:
     """Which entity rows have no result. The others may still have nulls that come from the source."""
 
 
-def answer(
+def join_features(
     entities: pl.DataFrame,
     features: pl.DataFrame,
     *,
@@ -55,7 +55,7 @@ def answer(
     ttl: timedelta | None,
     cutoff: bool = True,
     ordered: bool = False,
-) -> Answers:
+) -> JoinResult:
     """Join each entity row with the features that were known at its time.
 
     Args:
@@ -85,16 +85,16 @@ def answer(
         pl.when(~pl.col(_ABSENT)).then(pl.col(name)).alias(name) for name in columns
     )
     results = results.sort(_POSITION)
-    return Answers(columns=results.select(columns), hidden=hidden, absent=results[_ABSENT])
+    return JoinResult(columns=results.select(columns), hidden=hidden, absent=results[_ABSENT])
 
 
-def latest(
+def latest_rows(
     features: pl.DataFrame, *, keys: Sequence[str], as_of: datetime, tombstones: bool = False
 ) -> pl.DataFrame:
     """Return the row of each entity that a join at one moment takes. The TTL is not applied.
 
     Args:
-        features: as in `answer`.
+        features: as in `join_features`.
         keys: join keys.
         as_of: the moment.
         tombstones: whether to return the tombstones of deleted entities, which say since when there are no values.

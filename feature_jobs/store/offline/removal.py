@@ -26,8 +26,8 @@ from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotR
 from cluster.security.encryption.access import protected_files
 from cluster.storage import list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.compaction import as_target, replace_files
-from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, file_aad, with_columns
+from feature_jobs.store.offline.compaction import current_target, replace_files
+from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, file_aad, select_or_null
 
 GRACE = timedelta(days=1)
 """A younger file that no table version refers to may belong to a running job, so it is not touched."""
@@ -35,7 +35,7 @@ _KEY = "falaj.removal"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reason:
+class RemovalReason:
     """Why rows are removed, as recorded in events."""
 
     cause: str
@@ -43,7 +43,9 @@ class Reason:
     """ISO 8601 time: rows with an older event are removed. None if age is not the rule."""
 
 
-def remove(pinned: Snapshot, where: pl.Expr, reason: Reason, ledger: Ledger, *, view: str, actor: str) -> int:
+def remove_rows(
+    pinned: Snapshot, where: pl.Expr, reason: RemovalReason, ledger: Ledger, *, view: str, actor: str
+) -> int:
     """Remove the rows for which an expression is true, in every version, and return their number in the newest one.
 
     Args:
@@ -57,7 +59,7 @@ def remove(pinned: Snapshot, where: pl.Expr, reason: Reason, ledger: Ledger, *, 
     Raises:
         SourceError: another job rewrote the same files at the same time. The same call can be repeated safely.
     """
-    counts = holding(pinned, where)
+    counts = count_matching_rows(pinned, where)
     removed = _rewrite_without(pinned, where, counts, reason)
     _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
     fs, root = url_to_fs(pinned.uri)
@@ -69,7 +71,7 @@ def remove(pinned: Snapshot, where: pl.Expr, reason: Reason, ledger: Ledger, *, 
     return removed
 
 
-def holding(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
+def count_matching_rows(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
     """Return the number of matching rows by file, for all files on disk that have any, in any version or in none."""
     known = _ever_added(pinned.uri)
     counts = {}
@@ -82,7 +84,9 @@ def holding(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
     return counts
 
 
-def _rewrite_without(pinned: Snapshot, where: pl.Expr, counts: Mapping[str, int], reason: Reason) -> int:
+def _rewrite_without(
+    pinned: Snapshot, where: pl.Expr, counts: Mapping[str, int], reason: RemovalReason
+) -> int:
     """Replace the newest version's files that hold such rows, and return the number of removed rows."""
     old = [file for file in pinned.files if file.path in counts]
     if not old:
@@ -108,15 +112,21 @@ def file_without(pinned: Snapshot, file: BucketFile, where: pl.Expr, *, name: st
         f"{pinned.uri}/{file.path}", protection=pinned.protection, place=file_aad(pinned.uri, file.path)
     )
     columns = list(dict.fromkeys([*table.column_names, *where.meta.root_names()]))
-    rows = pl.DataFrame(pl.from_arrow(with_columns(table, columns)))
+    rows = pl.DataFrame(pl.from_arrow(select_or_null(table, columns)))
     rows = rows.filter(~_is_true(where)).select(table.column_names)
     if rows.is_empty():
         return None
-    return offline.write_bucket(rows, table.schema, as_target(pinned), bucket=file.bucket, name=name)
+    return offline.write_bucket(rows, table.schema, current_target(pinned), bucket=file.bucket, name=name)
 
 
 def _record_lost_training_sets(
-    pinned: Snapshot, counts: Mapping[str, int], reason: Reason, ledger: Ledger, *, view: str, actor: str
+    pinned: Snapshot,
+    counts: Mapping[str, int],
+    reason: RemovalReason,
+    ledger: Ledger,
+    *,
+    view: str,
+    actor: str,
 ) -> None:
     """Append one event for each training set that cannot be built again, unless the ledger has it already.
 
@@ -190,7 +200,7 @@ def _read(pinned: Snapshot, path: str, columns: list[str]) -> pl.DataFrame:
     table = protected_files(pinned.access).read(
         f"{pinned.uri}/{path}", columns, protection=pinned.protection, place=file_aad(pinned.uri, path)
     )
-    return pl.DataFrame(pl.from_arrow(with_columns(table, columns)))
+    return pl.DataFrame(pl.from_arrow(select_or_null(table, columns)))
 
 
 def _is_true(where: pl.Expr) -> pl.Expr:

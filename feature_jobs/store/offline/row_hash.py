@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.store.types.columns import numpy_of
+from feature_jobs.store.types.columns import to_numpy
 
 
 def row_hash(table: pa.Table) -> str:
@@ -35,7 +35,7 @@ def _hash(table: pa.Table, *, lists_as_text: bool) -> str:
     header = [table.num_rows, *zip(table.column_names, types, strict=True)]
     digest = hashlib.sha256(json.dumps(header).encode())
     for column in columns:
-        valid = numpy_of(column.is_valid())
+        valid = to_numpy(column.is_valid())
         digest.update(np.packbits(valid).tobytes())
         for part in (
             _list_bytes(column) if _is_list(column.type) and not lists_as_text else _value_bytes(column)
@@ -69,27 +69,27 @@ def _type_name(dtype: pa.DataType) -> str:
 
 def _list_bytes(column: pa.ChunkedArray) -> Iterator[bytes | memoryview]:
     """Yield the lengths of lists, then their elements as a column."""
-    yield numpy_of(pc.list_value_length(column)).astype("<i8").tobytes()
+    yield to_numpy(pc.list_value_length(column)).astype("<i8").tobytes()
     elements = _plain(pc.list_flatten(column))
-    yield np.packbits(numpy_of(elements.is_valid())).tobytes()
+    yield np.packbits(to_numpy(elements.is_valid())).tobytes()
     yield from _list_bytes(elements) if _is_list(elements.type) else _value_bytes(elements)
 
 
 def _value_bytes(column: pa.ChunkedArray) -> list[bytes | memoryview]:
     dtype = column.type
     if pa.types.is_boolean(dtype):
-        return [np.packbits(numpy_of(column, null=False)).tobytes()]
+        return [np.packbits(to_numpy(column, null=False)).tobytes()]
     if pa.types.is_floating(dtype):
-        numbers = numpy_of(column)
+        numbers = to_numpy(column)
         return [np.where(np.isnan(numbers), np.array(np.nan, numbers.dtype), numbers).tobytes()]
     if pa.types.is_integer(dtype):
-        return [numpy_of(column).tobytes()]
+        return [to_numpy(column).tobytes()]
     if pa.types.is_timestamp(dtype) or pa.types.is_date64(dtype):
-        return [numpy_of(column.cast(pa.int64())).tobytes()]
+        return [to_numpy(column.cast(pa.int64())).tobytes()]
     if not pa.types.is_string(dtype):
         texts = [None if value is None else str(value) for value in column.to_pylist()]
         column = pa.chunked_array([texts], pa.string())
-    lengths = numpy_of(pc.binary_length(column)).astype("<i8").tobytes()
+    lengths = to_numpy(pc.binary_length(column)).astype("<i8").tobytes()
     return [lengths, *(_text_bytes(chunk) for chunk in column.drop_null().chunks if len(chunk))]
 
 

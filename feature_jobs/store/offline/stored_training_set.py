@@ -21,12 +21,12 @@ from feature_jobs.store.offline.manifest import read_manifest, require_recorded
 from feature_jobs.store.offline.row_hash import has_row_hash
 
 
-def place_of(uri: str, places: Layout) -> str | None:
+def training_set_aad(uri: str, places: Layout) -> str | None:
     """Return the AAD of a training set: its path below the storage root; None for a file outside of it."""
     return uri.removeprefix(f"{places.root}/") if uri.startswith(f"{places.root}/") else None
 
 
-def read_kept(
+def read_stored_training_set(
     uri: str, manifest_uri: str, *, places: Layout, ledger: Ledger, files: ProtectedFiles
 ) -> pa.Table:
     """Read the rows of a training set below the storage root, with the caller's keys in `files`.
@@ -45,7 +45,7 @@ def read_kept(
     require_recorded(manifest, ledger)
     spec = service_spec(ledger, manifest.service, manifest.service_version)
     table = files.read(
-        uri, protection=training_set_protection(spec), place=place_of(uri, places), unplaced=True
+        uri, protection=training_set_protection(spec), place=training_set_aad(uri, places), unplaced=True
     )
     if not has_row_hash(table, manifest.row_hash):
         raise TrainingSetError(

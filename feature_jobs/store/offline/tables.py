@@ -105,7 +105,7 @@ class Snapshot:
         """
         deleted = [DELETED] if self.tombstones else []
         names = [*self.key_types, EVENT, CREATED, *([SEQ] if sequence else []), *deleted, *columns]
-        tables = [with_columns(table, names) for table in self.tables(bucket, names)]
+        tables = [select_or_null(table, names) for table in self.tables(bucket, names)]
         if not tables:
             return pl.DataFrame()
         frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables, promote_options="permissive")))
@@ -177,7 +177,7 @@ def create_table(uri: str, schema: pa.Schema, *, num_buckets: int) -> DeltaTable
     )
 
 
-def check_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
+def evolve_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
     """Add the columns of a batch that the table lacks, in one table version.
 
     Raises:
@@ -298,7 +298,7 @@ def add_action(file: BucketFile, *, new_rows: bool) -> AddAction:
     return AddAction(file.path, file.size_bytes, {BUCKET: str(file.bucket)}, now, new_rows, stats)
 
 
-def committed(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
+def find_committed_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     """Return a committed batch and the table version that added it; None if it was not committed."""
     if table.transaction_version(_BATCH_APP + ingest_id) is None:
         return None
@@ -389,7 +389,7 @@ def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
     )
 
 
-def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+def select_or_null(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """Select columns in the given order; a column that an older file lacks is null."""
     present = set(table.column_names)
     if present.issuperset(names):

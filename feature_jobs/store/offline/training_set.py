@@ -19,17 +19,17 @@ import pyarrow.compute as pc
 
 from cluster.errors import TrainingSetError
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
-from feature_jobs.store.definitions.missing import fill
+from feature_jobs.store.definitions.missing import fill_offline
 from feature_jobs.store.definitions.views import DTYPES
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.point_in_time import answer
+from feature_jobs.store.offline.point_in_time import join_features
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.windows import aggregate
-from feature_jobs.store.on_demand import with_on_demand
+from feature_jobs.store.on_demand import append_on_demand
 from feature_jobs.store.types.casting import cast_time, is_text
-from feature_jobs.store.types.columns import with_appended
+from feature_jobs.store.types.columns import append_columns
 from feature_jobs.store.types.instants import Rounding
-from feature_jobs.store.types.key_types import beyond_range, kind_of
+from feature_jobs.store.types.key_types import describe_key_type, out_of_range
 from feature_jobs.store.types.schema import EVENT
 
 POSITION, ABSENT = "__position", "__absent"
@@ -40,16 +40,16 @@ Part = tuple[int, pl.DataFrame]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Joined:
+class JoinedBucket:
     """The result of a join of one bucket."""
 
     frame: pl.DataFrame
     """The features, `POSITION` of the entity row, and `ABSENT`, which is true where the entity row has no result."""
     hidden: int
-    """As in `point_in_time.Answers`."""
+    """As in `point_in_time.JoinResult`."""
 
 
-JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[Joined]]
+JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[JoinedBucket]]
 """Function that joins buckets of one view; the last argument is the cutoff."""
 
 
@@ -59,13 +59,13 @@ class ViewFeatures:
 
     table: pa.Table
     hidden: int
-    """As in `point_in_time.Answers`."""
+    """As in `point_in_time.JoinResult`."""
     absent: pa.Array
     """Bool: the entity row has no result, or only an expired one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Built:
+class BuiltTrainingSet:
     """A training set."""
 
     table: pa.Table
@@ -89,7 +89,7 @@ def assemble(
     *,
     join_parts: JoinParts,
     cutoff: bool = True,
-) -> Built:
+) -> BuiltTrainingSet:
     """Build a training set: the entity rows in their order, with a column `<view>__<feature>` for each feature.
 
     Args:
@@ -117,10 +117,10 @@ def assemble(
         requests = pa.table({**keys, EVENT: times})
         features[view.name] = join_view(view, snapshot, requests, join_parts, cutoff=cutoff)
         columns = zip(view.columns, features[view.name].table.columns, strict=True)
-        output = with_appended(output, dict(columns))
-    output = fill(spec.missing, output, {name: part.absent for name, part in features.items()})
-    return Built(
-        table=with_on_demand(spec, output),
+        output = append_columns(output, dict(columns))
+    output = fill_offline(spec.missing, output, {name: part.absent for name, part in features.items()})
+    return BuiltTrainingSet(
+        table=append_on_demand(spec, output),
         hidden={name: part.hidden for name, part in features.items()},
         absent={name: part.absent.true_count for name, part in features.items()},
     )
@@ -145,18 +145,20 @@ def join_view(
     )
 
 
-def join_here(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[Joined]:
+def join_in_process(
+    snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool
+) -> list[JoinedBucket]:
     """Join the buckets in this process, in threads: reads, joins and decryption release the interpreter lock."""
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(lambda part: join_bucket(snapshot, view, part, cutoff), parts))
 
 
-def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> Joined:
+def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> JoinedBucket:
     """Join the entity rows of one bucket with their features."""
     bucket, requests = part
     keys = list(snapshot.key_types)
     if view.windows is not None:
-        events = snapshot.read(bucket, view.windows.read)
+        events = snapshot.read(bucket, view.windows.table_columns)
         answers = aggregate(requests, events, keys=keys, windows=view.windows, cutoff=cutoff)
     else:
         names = [field.name for field in view.fields]
@@ -164,13 +166,13 @@ def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) ->
         features = snapshot.read(bucket, names, sequence=not ordered)
         if features.is_empty():
             nulls = [pl.lit(None).alias(name) for name in names]
-            return Joined(frame=requests.select(*nulls, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
+            return JoinedBucket(frame=requests.select(*nulls, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
         ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-        answers = answer(
+        answers = join_features(
             requests, features, keys=keys, columns=names, ttl=ttl, cutoff=cutoff, ordered=ordered
         )
     frame = answers.columns.with_columns(requests[POSITION], answers.absent.alias(ABSENT))
-    return Joined(frame=frame, hidden=answers.hidden)
+    return JoinedBucket(frame=frame, hidden=answers.hidden)
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:
@@ -214,8 +216,8 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
         if not _can_be_key(column.type, key_type):
             raise pa.ArrowInvalid(f"it is {column.type}")
         keys = column.cast(key_type)
-        if (beyond := beyond_range(keys)) is not None and pc.any(beyond).as_py():
-            raise pa.ArrowInvalid(f"it must be {kind_of(kind)}")
+        if (beyond := out_of_range(keys)) is not None and pc.any(beyond).as_py():
+            raise pa.ArrowInvalid(f"it must be {describe_key_type(kind)}")
         return keys
     except pa.ArrowException as error:
         raise TrainingSetError(f"Join key '{key}' must be {key_type}: {error}.") from error

@@ -19,21 +19,26 @@ import numpy as np
 import polars as pl
 
 from cluster.errors import TrainingSetError
-from feature_jobs.store.aggregation.exact_sum import digits_of
-from feature_jobs.store.aggregation.hyperloglog import REGISTERS, beyond, places_and_ranks, value_hash
+from feature_jobs.store.aggregation.exact_sum import split_digits
+from feature_jobs.store.aggregation.hyperloglog import (
+    REGISTERS,
+    estimate_above,
+    registers_and_ranks,
+    value_hash,
+)
 from feature_jobs.store.aggregation.spans import (
-    NONE,
+    NO_RANK,
     Bools,
     Ints,
     Spans,
     counts,
     greatest,
-    members,
-    merged,
+    iterate_blocks,
+    merge_equal_values,
     totals,
 )
-from feature_jobs.store.definitions.aggregations import EVERY, EXACT_DISTINCT, Output, WindowSpec
-from feature_jobs.store.offline.point_in_time import AVAILABLE, Answers
+from feature_jobs.store.definitions.aggregations import ALL_EVENTS, EXACT_DISTINCT, Output, WindowSpec
+from feature_jobs.store.offline.point_in_time import AVAILABLE, JoinResult
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 _GROUP, _KNOWN, _UNTIL, _POSITION = "__group", "__known", "__until", "__position"
@@ -77,7 +82,7 @@ def aggregate(
     keys: Sequence[str],
     windows: WindowSpec,
     cutoff: bool = True,
-) -> Answers:
+) -> JoinResult:
     """Aggregate, for each entity row, the events that were known at its time.
 
     Args:
@@ -105,7 +110,7 @@ def aggregate(
     versions = _versions(rows, windows, cutoff=cutoff)
     results = pl.DataFrame({_POSITION: known[_POSITION], **_results(_entity_rows(known), versions, windows)})
     positions = pl.select(pl.int_range(entities.height, dtype=pl.UInt32).alias(_POSITION))
-    return Answers(
+    return JoinResult(
         columns=positions.join(results, on=_POSITION, how="left", maintain_order="left").drop(_POSITION),
         hidden=_count_hidden(known, rows, versions, windows) if cutoff else 0,
         absent=numbered[_GROUP].is_null(),
@@ -191,14 +196,14 @@ class _Column:
     sorted_values: pl.Series
     """The distinct values, ascending."""
     ranks: Ints
-    """Index of each row's value in `sorted_values`; `NONE` for a null."""
+    """Index of each row's value in `sorted_values`; `NO_RANK` for a null."""
 
     @classmethod
     def of(cls, series: pl.Series) -> _Column:
         if series.dtype.is_float():
             series = series + 0.0  # -0.0 is 0.0
         values = series.drop_nulls().unique().sort()
-        ranks = series.rank("dense").cast(pl.Int64).fill_null(NONE + 1) - 1
+        ranks = series.rank("dense").cast(pl.Int64).fill_null(NO_RANK + 1) - 1
         return cls(series, series.is_not_null().to_numpy(), values, ranks.to_numpy())
 
 
@@ -206,10 +211,10 @@ def _result(
     output: Output, in_window: Spans, columns: dict[str, _Column], groups: Ints, sums: dict[str, pl.Series]
 ) -> pl.Series:
     """Compute one output. The dict `sums` caches the sums of this window, which the means need too."""
-    if output.column == EVERY:
+    if output.column == ALL_EVENTS:
         return pl.Series(counts(in_window))
     column = columns[output.column]
-    spans = in_window.where(column.present[in_window.rows])
+    spans = in_window.select(column.present[in_window.rows])
     match output.function:
         case "count":
             return pl.Series(counts(spans))
@@ -226,14 +231,14 @@ def _result(
         case "min":
             highest = len(column.sorted_values) - 1
             ranks = greatest(spans, highest - column.ranks[spans.rows])
-            return _gather(column.sorted_values, np.where(ranks == NONE, NONE, highest - ranks))
+            return _gather(column.sorted_values, np.where(ranks == NO_RANK, NO_RANK, highest - ranks))
         case _:
             raise AssertionError(output.function)
 
 
 def _gather(values: pl.Series, indices: Ints) -> pl.Series:
-    """Return values by index; null for the index `NONE`."""
-    return values.gather(pl.Series(indices).replace(NONE, None))
+    """Return values by index; null for the index `NO_RANK`."""
+    return values.gather(pl.Series(indices).replace(NO_RANK, None))
 
 
 def _sums(output: Output, column: _Column, spans: Spans, cache: dict[str, pl.Series]) -> pl.Series:
@@ -259,10 +264,10 @@ def _whole_sums(output: Output, series: pl.Series, spans: Spans) -> pl.Series:
 def _fraction_sums(output: Output, series: pl.Series, spans: Spans) -> pl.Series:
     numbers = series.fill_null(0.0).cast(pl.Float64).to_numpy()[spans.rows]
     finite = np.isfinite(numbers)
-    digits = digits_of(np.where(finite, numbers, 0.0))
-    sums = digits.add_up([totals(spans, digit) for digit in digits.digits])
+    digits = split_digits(np.where(finite, numbers, 0.0))
+    sums = digits.total([totals(spans, digit) for digit in digits.digits])
     if not finite.all():
-        up, down = (counts(spans.where(numbers == infinity)) > 0 for infinity in (np.inf, -np.inf))
+        up, down = (counts(spans.select(numbers == infinity)) > 0 for infinity in (np.inf, -np.inf))
         sums = np.where(up, np.where(down, np.nan, np.inf), np.where(down, -np.inf, sums))
     return pl.Series(sums).fill_nan(None)
 
@@ -272,22 +277,22 @@ def _distinct(column: _Column, spans: Spans, groups: Ints) -> Ints:
     if spans.rows.size == 0:
         return counts(spans)
     codes = groups[spans.rows] * len(column.sorted_values) + column.ranks[spans.rows]
-    spans = merged(spans, codes)
+    spans = merge_equal_values(spans, codes)
     distinct = counts(spans)
     many = np.flatnonzero(distinct > EXACT_DISTINCT)
     if many.size == 0:
         return distinct
-    spans = spans.where(np.searchsorted(many, spans.stop) > np.searchsorted(many, spans.start))
+    spans = spans.select(np.searchsorted(many, spans.stop) > np.searchsorted(many, spans.start))
     used, inverse = np.unique(column.ranks[spans.rows], return_inverse=True)
     hashes = np.fromiter(map(value_hash, column.sorted_values.gather(used).to_list()), np.uint64, used.size)
-    registers, ranks = places_and_ranks(hashes)
-    spans = Spans(spans.start, spans.stop, inverse, spans.places)
-    for run in members(spans, many, size=_ROWS_AT_ONCE):
+    registers, ranks = registers_and_ranks(hashes)
+    spans = Spans(spans.start, spans.stop, inverse, spans.num_positions)
+    for run in iterate_blocks(spans, many, size=_ROWS_AT_ONCE):
         shared = np.zeros(REGISTERS, np.uint8)
         np.maximum.at(shared, registers[run.everywhere], ranks[run.everywhere])
-        filled = np.tile(shared, (run.places.size, 1))
-        np.maximum.at(filled, (run.at, registers[run.rows]), ranks[run.rows])
-        distinct[run.places] = [beyond(EXACT_DISTINCT, row) for row in filled]
+        filled = np.tile(shared, (run.positions.size, 1))
+        np.maximum.at(filled, (run.position_indices, registers[run.rows]), ranks[run.rows])
+        distinct[run.positions] = [estimate_above(EXACT_DISTINCT, row) for row in filled]
     return distinct
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from feature_jobs.store.aggregation.tiles import NEVER, EventRow, Tiling, WindowState
+from feature_jobs.store.aggregation.tiles import NO_INSTANT, EventRow, Tiling, WindowState
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.definitions.aggregations import WindowSpec
 from feature_jobs.store.online.changes import Change, Merge
@@ -68,7 +68,7 @@ def assign_sequence_online(
     store.assign_sequence(view, key_types, list(zip(rows, numbers, strict=True)))
 
 
-def merge_of(view: ViewSpec) -> Merge | None:
+def merge_function(view: ViewSpec) -> Merge | None:
     """Return the function that merges states beyond the horizon; None for a view that is not aggregated."""
     return None if view.windows is None else _Merger(Tiling(view.windows)).merge
 
@@ -97,7 +97,7 @@ class _EventUpdate:
                 changed |= state.apply(replace(event.row, seq=event.final_seq), was=event.row.seq)
         if not changed:
             return None
-        if state.since_us < NEVER:
+        if state.since_us < NO_INSTANT:
             state.expire(state.newest_us - self.tiling.longest_us)
         return _next_row(old_row, state, max(event.row.seq for event in self.events))
 
@@ -116,14 +116,14 @@ class _Merger:
             # state lacks them.
             if horizon.covers(previous.seq):
                 return None
-            return _next_row(staged, WindowState(self.tiling, since_us=NEVER), previous.seq)
+            return _next_row(staged, WindowState(self.tiling, since_us=NO_INSTANT), previous.seq)
         old = WindowState.unpack(self.tiling, packed)
         beyond = [row for row in old.rows() if not horizon.covers(row.seq)]
         state = _state_of(self.tiling, staged, materialised=True)
         changed = [state.apply(row) for row in beyond]
         if not any(changed):
             return None
-        if old.since_us < NEVER:
+        if old.since_us < NO_INSTANT:
             state.since_us = max(state.since_us, old.since_us)
         return _next_row(staged, state, max(row.seq for row in beyond))
 
@@ -167,9 +167,9 @@ def _events(
 def _state_of(tiling: Tiling, row: OnlineRow | None, *, materialised: bool) -> WindowState:
     """Return the state in a row. An entity without a row has no events if the view was materialised."""
     if row is None:
-        return WindowState(tiling) if materialised else WindowState(tiling, since_us=NEVER)
+        return WindowState(tiling) if materialised else WindowState(tiling, since_us=NO_INSTANT)
     packed = _packed_state(row)
-    return WindowState(tiling, since_us=NEVER) if packed is None else WindowState.unpack(tiling, packed)
+    return WindowState(tiling, since_us=NO_INSTANT) if packed is None else WindowState.unpack(tiling, packed)
 
 
 def _packed_state(row: OnlineRow) -> bytes | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import msgpack
 import numpy as np
 
-from feature_jobs.store.types.dtypes import list_of, packed_element
+from feature_jobs.store.types.dtypes import list_of, packed_element_dtype
 
 _CODES = {
     "float64": "d",
@@ -132,14 +132,14 @@ def _struct(dtypes: Iterable[str]) -> struct.Struct | None:
 
 
 def _code(dtype: str) -> str | None:
-    list_type, element = list_of(dtype), packed_element(dtype)
+    list_type, element = list_of(dtype), packed_element_dtype(dtype)
     if list_type is None or element is None or list_type.length is None:
         return _CODES.get(dtype)
     return f"{list_type.length * element.itemsize}s"
 
 
 def _lists(dtypes: Iterable[str]) -> Lists:
-    elements = [packed_element(dtype) for dtype in dtypes]
+    elements = [packed_element_dtype(dtype) for dtype in dtypes]
     return tuple((position, element) for position, element in enumerate(elements) if element is not None)
 
 

@@ -21,7 +21,7 @@ from feature_jobs.store.online.lmdb_engine import LmdbEngine
 from feature_jobs.store.online.rows import Block, FoundRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import WindowedView
-from feature_jobs.store.types.key_types import kind_of, type_of
+from feature_jobs.store.types.key_types import describe_key_type, key_type_of
 from feature_jobs.store.types.status import FeatureVectors, Status
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -56,7 +56,7 @@ class FeatureReader:
         Raises:
             InvalidRequest: an entity lacks a join key, or has one of the wrong type.
         """
-        at_us = microseconds(as_of)
+        at_us = epoch_microseconds(as_of)
         columns: dict[str, list[Any]] = {}
         status: dict[str, Sequence[str]] = {}
         for view, names in zip(self.spec.views, self._columns, strict=True):
@@ -115,13 +115,13 @@ class FeatureReader:
             value = entity[key] if key in entity else self._from_earlier(view, key, earlier, position)
             if value is None:
                 return None
-            key_type, value_type = types.get(key), type_of(value)
+            key_type, value_type = types.get(key), key_type_of(value)
             if key_type not in (None, value_type):
                 types = self._types(view, refresh=True)
                 key_type = types.get(key)
             if value_type is None or key_type not in (None, value_type):
                 raise InvalidRequest(
-                    f"entities[{position}].{key} must be {kind_of(key_type)}, got {value!r}."
+                    f"entities[{position}].{key} must be {describe_key_type(key_type)}, got {value!r}."
                 )
             parts.append(value)
         return tuple(parts)
@@ -156,7 +156,7 @@ def _key_value(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def open_online(
+def open_online_store(
     config: OnlineConfig, places: Layout, keys: KeyStore, *, readonly: bool = True
 ) -> OnlineStore:
     """Open the configured online store.
@@ -186,7 +186,7 @@ def open_online(
             return OnlineStore(remote, keys)
 
 
-def microseconds(moment: dt.datetime) -> int:
+def epoch_microseconds(moment: dt.datetime) -> int:
     """Return the exact number of microseconds since 1970-01-01 UTC."""
     since = moment - _EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds

@@ -26,7 +26,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ArtifactTampered
-from cluster.security.encryption.envelope import NONCE_BYTES, ValueCipher, place_of
+from cluster.security.encryption.envelope import NONCE_BYTES, ValueCipher, value_aad
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.catalog.protection import online_key
 from feature_jobs.store.definitions.views import Sensitivity
@@ -128,7 +128,7 @@ class RowCipher:
     def __init__(self, view: str, hash_key: bytes, ciphers: Mapping[str, ValueCipher]) -> None:
         self.addresses = Addresses(hash_key).of
         self._ciphers = {
-            name: (cipher, place_of(online_key(view, name), b"")) for name, cipher in ciphers.items()
+            name: (cipher, value_aad(online_key(view, name), b"")) for name, cipher in ciphers.items()
         }
 
     @classmethod

@@ -19,10 +19,10 @@ from dataclasses import asdict, replace
 
 import polars as pl
 
-from feature_jobs.store.aggregation.tiles import NEVER, EventRow, Tiling, WindowState
+from feature_jobs.store.aggregation.tiles import NO_INSTANT, EventRow, Tiling, WindowState
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.definitions.aggregations import WindowSpec
-from feature_jobs.store.definitions.limits import before
+from feature_jobs.store.definitions.limits import subtract_span
 from feature_jobs.store.definitions.views import Sensitivity, content_hash
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import Snapshot
@@ -41,7 +41,7 @@ def stored_view(view: ViewSpec) -> ViewSpec:
     """
     if view.windows is None:
         return view
-    sensitivities = [field.sensitivity for field in view.stored if field.name in view.windows.read]
+    sensitivities = [field.sensitivity for field in view.stored if field.name in view.windows.table_columns]
     state = FieldSpec(
         name="state",
         dtype=f"windows-{content_hash(asdict(view.windows))}",
@@ -85,13 +85,13 @@ class WindowedView:
         if values is not None:
             return at_us, at_us, None not in values, values
         # There are no values because the state lacks events, or because it begins after this instant.
-        return None if state.since_us >= NEVER else (state.since_us, state.since_us, False, ())
+        return None if state.since_us >= NO_INSTANT else (state.since_us, state.since_us, False, ())
 
 
 def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Iterator[OnlineRow]:
     """Yield the state of every entity with the events that were known at a moment, bucket by bucket."""
     for bucket in range(pinned.num_buckets):
-        events = pinned.read(bucket, windows.read)
+        events = pinned.read(bucket, windows.table_columns)
         if not events.is_empty():
             yield from entity_states(events, list(pinned.key_types), windows, as_of)
 
@@ -108,7 +108,7 @@ def entity_states(
         as_of: the moment.
     """
     tiling = Tiling(windows)
-    since = before(as_of, dt.timedelta(microseconds=tiling.longest_us))
+    since = subtract_span(as_of, dt.timedelta(microseconds=tiling.longest_us))
     since_us = (since - _EPOCH) // dt.timedelta(microseconds=1)
     known = events.filter(as_of >= AVAILABLE)
     useful = _useful(known, keys, windows, since)
@@ -141,7 +141,7 @@ def _useful(
     plain = plain_columns(windows.columns)
     columns = [pl.col(name).alias(f"__value_{name}") for name in windows.columns]
     return (
-        known.filter(newest > before(since, longest))
+        known.filter(newest > subtract_span(since, longest))
         .sort(*keys, SEQ)
         .with_columns(*plain)
         .select(

@@ -82,12 +82,12 @@ class FeatureSkew:
         )
 
 
-def differing(online: pl.Series, offline: pl.Series) -> pl.Series:
+def differs(online: pl.Series, offline: pl.Series) -> pl.Series:
     """Return where served and offline values differ. Two nulls are equal. Both series must have one dtype."""
     return online.ne_missing(offline)
 
 
-def skew_of(online: pl.Series, offline: pl.Series, verdicts: pl.Series) -> FeatureSkew:
+def feature_skew(online: pl.Series, offline: pl.Series, verdicts: pl.Series) -> FeatureSkew:
     """Return the counts and the error of one feature.
 
     Args:
@@ -115,8 +115,8 @@ _VERDICT = (
 )
 
 
-def judge(
-    asked: pl.DataFrame,
+def explain_differences(
+    requests: pl.DataFrame,
     history: pl.DataFrame,
     *,
     keys: Sequence[str],
@@ -127,9 +127,9 @@ def judge(
     """Find out why served values of one feature differ from the offline ones.
 
     Args:
-        asked: the requests with a difference: `POSITION` (unique), join keys, `AS_OF`, `REQUESTED` (UTC), and for the
-            last materialisation before the request `FLOOR_SEQ` (the last `ingest_seq` it could read) and `FLOOR_AS_OF`.
-            The last two are null if there was no materialisation.
+        requests: the requests with a difference: `POSITION` (unique), join keys, `AS_OF`, `REQUESTED` (UTC). For the
+            last materialisation before the request: `FLOOR_SEQ` (the last `ingest_seq` it could read) and
+            `FLOOR_AS_OF`. The last two are null if there was no materialisation.
         history: all rows of the entities: join keys, times, `ingest_seq`, `ingested_at` and the feature.
         keys: join keys.
         feature: column of the feature in `history`.
@@ -139,7 +139,7 @@ def judge(
     Returns:
         `POSITION` and `verdict`, which is never `equal`.
     """
-    rows = _request_rows(asked.with_columns(online.alias(_ONLINE)), history, keys, feature, ttl)
+    rows = _request_rows(requests.with_columns(online.alias(_ONLINE)), history, keys, feature, ttl)
     visible = pl.col(_VISIBLE).fill_null(False)
     stored = visible & (pl.col(INGESTED) <= pl.col(REQUESTED))
     floor = pl.col(_RANK).filter(visible & pl.col(_AT_FLOOR)).max()

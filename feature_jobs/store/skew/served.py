@@ -19,18 +19,18 @@ from cluster.records.reading import is_faulty
 from cluster.records.typed import column_of
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec
 from feature_jobs.store.definitions.views import DTYPES
-from feature_jobs.store.types.dtypes import arrow_values, is_rich
+from feature_jobs.store.types.dtypes import is_rich, to_arrow
 from feature_jobs.store.types.schema import EVENT
 
 TIME = pl.Datetime("us", "UTC")
 
 
 @dataclass(kw_only=True, slots=True)
-class Served:
+class ServedRequests:
     """Rows of requests that one model version answered, all with the same inputs sent by the client."""
 
     version: int
-    given: tuple[str, ...]
+    client_inputs: tuple[str, ...]
     """Names of the inputs that the client sent."""
     ids: list[tuple[str, int]] = field(default_factory=list)
     """Prediction id, and index of the row in that prediction."""
@@ -43,13 +43,13 @@ class Served:
     def column(self, name: str, spec: FieldSpec) -> pl.Series:
         """Return the served values of a feature with the feature's dtype."""
         if is_rich(spec.dtype):
-            return pl.Series(name, pl.from_arrow(arrow_values(self.features[name], spec.dtype)))
+            return pl.Series(name, pl.from_arrow(to_arrow(self.features[name], spec.dtype)))
         dtype = pl.Series(pl.from_arrow(pa.array([], DTYPES[spec.dtype]))).dtype
         # The values may have another type than the feature. The online store returns a time as microseconds.
         logged = "int64" if spec.dtype == "timestamp" else spec.dtype
         return column_of(name, self.features[name], logged)[0].cast(dtype)
 
-    def asked(self, spec: ServiceSpec) -> pa.Table:
+    def entity_rows(self, spec: ServiceSpec) -> pa.Table:
         """Return the entity rows: join keys and `event_timestamp`.
 
         If a join key is a feature of an earlier view, the served value is taken, so that each view is compared on its
@@ -60,16 +60,16 @@ class Served:
             for feature in view.fields:
                 name = f"{view.name}__{feature.name}"
                 is_key = any(feature.name in other.join_keys for other in spec.views)
-                is_read = name in self.features and name not in self.given
+                is_read = name in self.features and name not in self.client_inputs
                 if is_key and feature.name not in columns and is_read:
                     columns[feature.name] = self.column(name, feature).to_arrow()
         return pa.table({**columns, EVENT: pa.array(self.as_of, DTYPES["timestamp"])})
 
 
-class Requests(NamedTuple):
+class LoggedRequests(NamedTuple):
     """The content of a log."""
 
-    groups: list[Served]
+    groups: list[ServedRequests]
     """The requests that can be repeated."""
     left_out: int
     """Number of rows of predictions that cannot be repeated."""
@@ -77,14 +77,14 @@ class Requests(NamedTuple):
     """Number of rows of requests that the model did not answer."""
 
 
-def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> Requests:
+def read_served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> LoggedRequests:
     """Read the requests from the records of a log, grouped by version, inputs and join keys.
 
     Args:
         records: records of the prediction log.
         since: time of the first request to read; None for all.
     """
-    groups: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Served] = {}
+    groups: dict[tuple[int, tuple[str, ...], tuple[str, ...]], ServedRequests] = {}
     left_out = without_score = 0
     for record in _since(records, since):
         if is_faulty(record):
@@ -96,10 +96,10 @@ def served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> R
             continue
         given = tuple(record["given"])
         group = groups.setdefault(
-            (record["version"], given, keys), Served(version=record["version"], given=given)
+            (record["version"], given, keys), ServedRequests(version=record["version"], client_inputs=given)
         )
         _add(group, record)
-    return Requests(list(groups.values()), left_out, without_score)
+    return LoggedRequests(list(groups.values()), left_out, without_score)
 
 
 def _since(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> Iterator[Mapping[str, Any]]:
@@ -108,7 +108,7 @@ def _since(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> I
             yield record
 
 
-def _add(group: Served, record: Mapping[str, Any]) -> None:
+def _add(group: ServedRequests, record: Mapping[str, Any]) -> None:
     """Append the rows of a record. A feature that a default replaced becomes null."""
     count = len(record["entities"])
     group.ids.extend((record["prediction_id"], row) for row in range(count))

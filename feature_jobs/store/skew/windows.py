@@ -1,4 +1,4 @@
-"""Find out why a served value of an aggregated view differs from the offline one: `comparison.judge` for such views.
+"""Explain why a served value of an aggregated view differs from the offline value.
 
 The online store had at least the events that the last materialisation before the request could read. So the value is
 computed again from those events, offline, at the request's `as_of`. Sums are exact, so equal values mean the same
@@ -21,8 +21,8 @@ from feature_jobs.store.types.schema import EVENT, SEQ
 _AT_FLOOR, _ONLINE = "__held", "__online"
 
 
-def judge_windows(
-    asked: pl.DataFrame,
+def explain_window_differences(
+    requests: pl.DataFrame,
     events: pl.DataFrame,
     *,
     keys: Sequence[str],
@@ -33,7 +33,7 @@ def judge_windows(
     """Find out why served values of one aggregated feature differ from the offline ones.
 
     Args:
-        asked: the requests with a difference, as in `comparison.judge`.
+        requests: the requests with a difference, as in `comparison.explain_differences`.
         events: all rows of the entities, as in `offline.windows.aggregate`.
         keys: join keys.
         windows: the view's aggregations.
@@ -48,7 +48,7 @@ def judge_windows(
         event_id_dtype=windows.event_id_dtype,
         outputs=tuple(output for output in windows.outputs if output.name == feature),
     )
-    parts = asked.with_columns(online.alias(_ONLINE)).partition_by(FLOOR_SEQ, FLOOR_AS_OF)
+    parts = requests.with_columns(online.alias(_ONLINE)).partition_by(FLOOR_SEQ, FLOOR_AS_OF)
     judged = pl.concat(_with_floor_values(part, events, keys, of_feature, feature) for part in parts)
     served, at_floor = pl.col(_ONLINE), pl.col(_AT_FLOOR)
     verdict = (

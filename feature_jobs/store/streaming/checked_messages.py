@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from cluster.errors import Inconsistent
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.message_rows import check_messages
-from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedRows
+from feature_jobs.store.ingestion.pushed_rows import ONLINE_FUTURE_LIMIT, POSITION, CheckedRows
 
 
 class Message(Protocol):
@@ -47,7 +47,7 @@ class CheckedMessages:
         return len(self.offsets)
 
     @property
-    def reached(self) -> dict[int, int]:
+    def last_offsets(self) -> dict[int, int]:
         """The last offset of each partition."""
         numbers = np.unique(self.partitions).tolist()
         return {number: int(self.offsets[self.partitions == number].max()) for number in numbers}
@@ -86,7 +86,7 @@ def to_checked(
     *,
     key_types: Mapping[str, str],
     now: dt.datetime,
-    ahead: Ahead = AT_ONCE,
+    ahead: FutureLimit = ONLINE_FUTURE_LIMIT,
     starts: Mapping[int, int] | None = None,
 ) -> CheckedMessages:
     """Transform and check messages; arguments as in `check_messages` and `CheckedMessages`."""
@@ -100,7 +100,7 @@ def to_checked(
     )
 
 
-def together(parts: Sequence[CheckedMessages]) -> CheckedMessages:
+def combine(parts: Sequence[CheckedMessages]) -> CheckedMessages:
     """Combine the messages of several readers that share no partition. There must be at least one part."""
     firsts = np.cumsum([0, *(len(part) for part in parts)])[:-1].tolist()
     good = [_shifted(part.rows.good, first) for part, first in zip(parts, firsts, strict=True)]

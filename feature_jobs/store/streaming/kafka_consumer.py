@@ -18,11 +18,11 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from cluster.errors import CommitConflict, ConfigError, SourceError
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.ingestion.pushed_rows import AT_ONCE
+from feature_jobs.store.ingestion.future_limit import FutureLimit
+from feature_jobs.store.ingestion.pushed_rows import ONLINE_FUTURE_LIMIT
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, to_checked
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
-from feature_jobs.store.streaming.streamed import MAX_ROWS
+from feature_jobs.store.streaming.micro_batches import MAX_ROWS
 
 T = TypeVar("T")
 ANSWER_S = 10.0
@@ -30,7 +30,7 @@ ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class ConsumerSettings:
     """What a consumer reads, and how."""
 
     source: KafkaSource
@@ -42,12 +42,12 @@ class Reading:
     """Longest wait in seconds for a batch of messages."""
     max_rows: int = MAX_ROWS
     """Largest number of messages in a batch."""
-    ahead: Ahead = AT_ONCE
+    ahead: FutureLimit = ONLINE_FUTURE_LIMIT
     """How far a row's times may be ahead of the clock."""
 
 
 def consume(
-    stream: KafkaStream, reading: Reading, stopped: threading.Event, *, until_table: bool = False
+    stream: KafkaStream, reading: ConsumerSettings, stopped: threading.Event, *, until_table: bool = False
 ) -> int:
     """Read and store messages until stopped; return the number of messages taken.
 
@@ -61,17 +61,19 @@ def consume(
         SourceError: the brokers or the topic cannot be reached.
         Fenced: a consumer that started later took over.
     """
-    consumer = Consumer(properties(reading))
+    consumer = Consumer(librdkafka_properties(reading))
     try:
-        until_committed(stream.start)
+        retry_on_conflict(stream.start)
         offsets = stream.offsets(_partitions(consumer, reading))
         ends = _ends(consumer, reading, offsets) if reading.once else None
         consumer.assign(_topic_partitions(reading, offsets))
         total = 0
-        while not stopped.is_set() and not (until_table and stream.key_types) and is_left(offsets, ends):
+        while (
+            not stopped.is_set() and not (until_table and stream.key_types) and has_remaining(offsets, ends)
+        ):
             messages = _next_messages(consumer, reading, offsets)
             if messages:
-                total += until_committed(lambda batch=messages: stream.take(batch))  # type: ignore[misc]
+                total += retry_on_conflict(lambda batch=messages: stream.store_messages(batch))  # type: ignore[misc]
         return total
     except KafkaException as error:
         raise SourceError(f"{reading.source.path} cannot be read: {error}.") from error
@@ -79,13 +81,13 @@ def consume(
         consumer.close()
 
 
-def bounds(reading: Reading) -> dict[int, int]:
+def end_offsets(reading: ConsumerSettings) -> dict[int, int]:
     """Return the current end offset of each partition of a topic.
 
     Raises:
         SourceError: the brokers or the topic cannot be reached.
     """
-    consumer = Consumer(properties(reading))
+    consumer = Consumer(librdkafka_properties(reading))
     try:
         return _ends(consumer, reading, _partitions(consumer, reading))
     except KafkaException as error:
@@ -94,12 +96,12 @@ def bounds(reading: Reading) -> dict[int, int]:
         consumer.close()
 
 
-def is_left(offsets: Mapping[int, int], ends: Mapping[int, int] | None) -> bool:
+def has_remaining(offsets: Mapping[int, int], ends: Mapping[int, int] | None) -> bool:
     """Return whether a partition is not read to its end yet; always true without ends."""
     return ends is None or any(offsets[number] < end for number, end in ends.items())
 
 
-def shares(partitions: Sequence[int], readers: int) -> list[list[int]]:
+def distribute_partitions(partitions: Sequence[int], readers: int) -> list[list[int]]:
     """Distribute partitions in turn among at most `readers` readers, each of which gets at least one."""
     readers = min(readers, len(partitions))
     return [list(partitions[first::readers]) for first in range(readers)]
@@ -109,7 +111,11 @@ class PartitionReader:
     """Reads and checks some partitions. It stores nothing, so it may be killed at any time."""
 
     def __init__(
-        self, reading: Reading, view: FeatureView, offsets: Mapping[int, int], key_types: Mapping[str, str]
+        self,
+        reading: ConsumerSettings,
+        view: FeatureView,
+        offsets: Mapping[int, int],
+        key_types: Mapping[str, str],
     ) -> None:
         """Prepare to read from the offsets. The first `read` opens librdkafka, so that the caller gets its errors."""
         self._reading, self._view, self._key_types = reading, view, dict(key_types)
@@ -124,7 +130,7 @@ class PartitionReader:
         """
         try:
             if self._consumer is None:
-                self._consumer = Consumer(properties(self._reading))
+                self._consumer = Consumer(librdkafka_properties(self._reading))
                 self._consumer.assign(_topic_partitions(self._reading, self._offsets))
             starts = dict(self._offsets)
             messages = _next_messages(self._consumer, self._reading, self._offsets)
@@ -142,7 +148,7 @@ class PartitionReader:
         )
 
 
-def properties(reading: Reading) -> dict[str, str | bool]:
+def librdkafka_properties(reading: ConsumerSettings) -> dict[str, str | bool]:
     """Return the properties for librdkafka: those of the file, and the ones that the platform needs.
 
     Raises:
@@ -174,7 +180,7 @@ def properties(reading: Reading) -> dict[str, str | bool]:
     }
 
 
-def until_committed(work: Callable[[], T]) -> T:
+def retry_on_conflict(work: Callable[[], T]) -> T:
     """Run `work`, and run it again for as long as another job's commit conflicts with it."""
     while True:
         try:
@@ -183,7 +189,7 @@ def until_committed(work: Callable[[], T]) -> T:
             continue
 
 
-def _partitions(consumer: Consumer, reading: Reading) -> list[int]:
+def _partitions(consumer: Consumer, reading: ConsumerSettings) -> list[int]:
     topic = reading.source.topic
     metadata = consumer.list_topics(topic, timeout=ANSWER_S).topics[topic]
     if metadata.error is not None:
@@ -191,11 +197,11 @@ def _partitions(consumer: Consumer, reading: Reading) -> list[int]:
     return sorted(metadata.partitions)
 
 
-def _topic_partitions(reading: Reading, offsets: Mapping[int, int]) -> list[TopicPartition]:
+def _topic_partitions(reading: ConsumerSettings, offsets: Mapping[int, int]) -> list[TopicPartition]:
     return [TopicPartition(reading.source.topic, number, offset) for number, offset in offsets.items()]
 
 
-def _ends(consumer: Consumer, reading: Reading, partitions: Iterable[int]) -> dict[int, int]:
+def _ends(consumer: Consumer, reading: ConsumerSettings, partitions: Iterable[int]) -> dict[int, int]:
     ends = {}
     for number in partitions:
         partition = TopicPartition(reading.source.topic, number)
@@ -203,7 +209,7 @@ def _ends(consumer: Consumer, reading: Reading, partitions: Iterable[int]) -> di
     return ends
 
 
-def _next_messages(consumer: Consumer, reading: Reading, offsets: dict[int, int]) -> list[Message]:
+def _next_messages(consumer: Consumer, reading: ConsumerSettings, offsets: dict[int, int]) -> list[Message]:
     """Return the next messages and set `offsets` to the positions after them."""
     messages = consumer.consume(min(reading.max_rows, 10_000), timeout=reading.linger_s)
     for message in messages:

@@ -28,16 +28,15 @@ from deltalake import DeltaTable
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
-from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedRows
+from feature_jobs.store.ingestion.future_limit import FutureLimit
+from feature_jobs.store.ingestion.pushed_rows import ONLINE_FUTURE_LIMIT, POSITION, CheckedRows
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, Message, to_checked
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
-from feature_jobs.store.streaming.pushed_view import PushedView
-from feature_jobs.store.streaming.streamed import (
+from feature_jobs.store.streaming.micro_batches import (
     MicroBatch,
     Tally,
     batch_event,
@@ -46,6 +45,7 @@ from feature_jobs.store.streaming.streamed import (
     store_batch,
     with_sequence,
 )
+from feature_jobs.store.streaming.pushed_view import PushedView
 from feature_jobs.store.types.schema import EVENT, SEQ
 
 GENERATION_APP, BATCH_APP = "falaj.kafka.generation", "falaj.kafka.batch"
@@ -88,7 +88,7 @@ class KafkaStream:
     ledger: Ledger
     actor: str
     lateness: Lateness
-    ahead: Ahead = AT_ONCE
+    ahead: FutureLimit = ONLINE_FUTURE_LIMIT
     tally: Tally = field(default_factory=Tally)
     _held: list[Message] = field(default_factory=list)
     """Unreadable messages before the first good row. They wait for it, because it decides the table's key types."""
@@ -117,7 +117,7 @@ class KafkaStream:
         table = offline.open_table(self.target.uri)
         return {number: position(table, self._offset_app(number)) + 1 for number in partitions}
 
-    def take(self, messages: Sequence[Message]) -> int:
+    def store_messages(self, messages: Sequence[Message]) -> int:
         """Store messages and put their rows online. Messages that the table has are skipped.
 
         Returns:
@@ -146,14 +146,14 @@ class KafkaStream:
         return len(fresh)
 
     def store_checked(self, messages: CheckedMessages) -> int:
-        """Do the same as `take` for messages that were already checked with the table's key types.
+        """Do the same as `store_messages` for messages that were already checked with the table's key types.
 
         Raises:
-            Fenced, CommitConflict: as in `take`.
+            Fenced, CommitConflict: as in `store_messages`.
             Inconsistent: the table lacks messages before these. Nothing was stored.
         """
         table = self._current()
-        apps = {number: self._offset_app(number) for number in messages.reached}
+        apps = {number: self._offset_app(number) for number in messages.last_offsets}
         fresh = messages.after({number: position(table, app) for number, app in apps.items()})
         if len(fresh):
             self._commit(table, fresh)
@@ -175,7 +175,7 @@ class KafkaStream:
         """Store messages, put their rows online, and append the ledger event."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
         judged = self._judge(messages, table)
-        offsets = {self._offset_app(number): offset for number, offset in messages.reached.items()}
+        offsets = {self._offset_app(number): offset for number, offset in messages.last_offsets.items()}
         batch = self._batch(
             judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
         )
@@ -219,7 +219,7 @@ class KafkaStream:
         for number in np.unique(partitions).tolist():
             app, in_partition = f"{self._offset_app(number)}.watermark", partitions == number
             watermark = position(table, app)
-            late[in_partition], watermarks[app] = self.lateness.judge(
+            late[in_partition], watermarks[app] = self.lateness.find_late(
                 events[in_partition].tolist(), BEGINNING if watermark == -1 else watermark
             )
         num_late = int(late.sum())

@@ -32,7 +32,7 @@ class Lateness:
     """Greatest allowed distance behind the partition's watermark in microseconds; None for no limit."""
     policy: LatePolicy
 
-    def judge(self, event_us: Iterable[int], watermark_us: int) -> tuple[list[bool], int]:
+    def find_late(self, event_us: Iterable[int], watermark_us: int) -> tuple[list[bool], int]:
         """Return which rows of one partition are late, and the watermark after them.
 
         Args:

@@ -23,7 +23,7 @@ import msgpack
 import pyarrow as pa
 
 from cluster.errors import ArtifactTampered, FalajError, InvalidRequest, RecordLogCorrupt
-from cluster.security.encryption.envelope import ValueCipher, place_of
+from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.catalog.protection import push_key
 
@@ -201,7 +201,7 @@ class PushLog:
         )
 
     def _aad(self, first: int) -> bytes:
-        return place_of(f"push/{self._view}", _bytes(first))
+        return value_aad(f"push/{self._view}", _bytes(first))
 
 
 def _repeated(stored: list[Any], digest: bytes) -> Appended:

@@ -27,9 +27,7 @@ from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import assign_sequence_online
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.incompatible_rows import SourceNames, move_incompatible, source_names
-from feature_jobs.store.streaming.push_log import PushLog, PushRecord
-from feature_jobs.store.streaming.pusher import provisional
-from feature_jobs.store.streaming.streamed import (
+from feature_jobs.store.streaming.micro_batches import (
     MAX_ROWS,
     PUSH_APP,
     PUSH_SEQ_APP,
@@ -40,6 +38,8 @@ from feature_jobs.store.streaming.streamed import (
     store_batch,
     with_sequence,
 )
+from feature_jobs.store.streaming.push_log import PushLog, PushRecord
+from feature_jobs.store.streaming.pusher import provisional
 from feature_jobs.store.types.casting import DECLARED_KEYS
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import DefinitionError, FeatureViewNotFound, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied
-from feature_jobs.store.catalog.lifecycle import heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.specifications import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions.aggregations import Aggregation
 from feature_jobs.store.definitions.checks import Check
@@ -32,7 +32,7 @@ class PushedView:
     """Stores and reads rows."""
 
 
-def pushed_view(ledger: Ledger, name: str) -> PushedView:
+def load_pushed_view(ledger: Ledger, name: str) -> PushedView:
     """Load the newest version of an applied view.
 
     Raises:
@@ -47,11 +47,11 @@ def pushed_view(ledger: Ledger, name: str) -> PushedView:
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.", hint=did_you_mean(name, known)
         )
-    heed(read_lifecycles(ledger), [name], doing="No new rows are taken.")
+    require_not_retired(read_lifecycles(ledger), [name], doing="No new rows are taken.")
     newest = versions[-1]
     definition, version = newest["definition"], newest["version"]
     if definition["transform"] is None:
-        view = from_record(definition)
+        view = view_from_definition(definition)
     else:
         view = _from_code(
             name, version, newest.get("module") or definition["transform"]["name"].split(":")[0]
@@ -75,7 +75,7 @@ def _from_code(name: str, version: str, module: str) -> FeatureView:
     return view
 
 
-def from_record(definition: dict[str, Any]) -> FeatureView:
+def view_from_definition(definition: dict[str, Any]) -> FeatureView:
     """Return a view without a transform from its definition in the ledger."""
     checks: dict[str, Any] = {check.__name__: check for check in _subclasses(Check)}
     return FeatureView(

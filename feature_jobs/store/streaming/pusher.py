@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 from cluster.errors import InvalidRequest
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.storage import Layout, local
-from feature_jobs.store.ingestion.ahead import Ahead
-from feature_jobs.store.ingestion.pushed_rows import AT_ONCE, POSITION, CheckedRows, check_rows
+from feature_jobs.store.ingestion.future_limit import FutureLimit
+from feature_jobs.store.ingestion.pushed_rows import ONLINE_FUTURE_LIMIT, POSITION, CheckedRows, check_rows
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
+from feature_jobs.store.streaming.micro_batches import with_sequence
 from feature_jobs.store.streaming.push_log import Appended, PushLog, PushRecord
 from feature_jobs.store.streaming.pushed_view import PushedView
-from feature_jobs.store.streaming.streamed import with_sequence
 from feature_jobs.store.types.schema import PROVISIONAL
 
 
@@ -51,7 +51,7 @@ class Pusher:
         store: OnlineStore,
         log: PushLog,
         *,
-        ahead: Ahead = AT_ONCE,
+        ahead: FutureLimit = ONLINE_FUTURE_LIMIT,
         table_keys: dict[str, Mapping[str, str]] | None = None,
     ) -> None:
         self._view, self._places, self._store, self._log = view, places, store, log
@@ -118,7 +118,7 @@ def provisional(good: pa.Table, first: int) -> pa.Table:
     return with_sequence(good, PROVISIONAL + first)
 
 
-def open_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
+def open_push_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
     """Open the push log of a view.
 
     Raises:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch
-from feature_jobs.store.types.instants import TIME, Rounding, in_zone, start_of_days, to_micros
+from feature_jobs.store.types.instants import TIME, Rounding, column_to_utc, start_of_days, to_micros
 
 _UNITS_PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 DECLARED_KEYS = {"int64": pa.int64(), "string": pa.string()}
@@ -100,7 +100,7 @@ def _cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa
     return pa.chunked_array(chunks, target)
 
 
-def misfits(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, pa.ChunkedArray]]:
+def list_faults(column: pa.ChunkedArray, length: int | None) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Yield each possible fault of a list column, with a non-null mask of the rows that have it.
 
     Args:
@@ -140,7 +140,7 @@ def cast_time(column: pa.ChunkedArray, *, name: str, rounding: Rounding) -> pa.C
     if not pa.types.is_timestamp(column.type):
         raise _mismatch(name, TIME, actual)
     try:
-        return in_zone(to_micros(column, rounding), None)
+        return column_to_utc(to_micros(column, rounding), None)
     except pa.ArrowInvalid as error:
         reason = "a time is finer than microseconds; round it in the source"
         raise _mismatch(name, TIME, actual, reason=reason) from error

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 
-def numpy_of(column: pa.ChunkedArray | pa.Array, *, null: int | bool = 0) -> npt.NDArray[Any]:
+def to_numpy(column: pa.ChunkedArray | pa.Array, *, null: int | bool = 0) -> npt.NDArray[Any]:
     """Return the values of a column of numbers or bools as a NumPy array.
 
     Args:
@@ -24,14 +24,14 @@ def numpy_of(column: pa.ChunkedArray | pa.Array, *, null: int | bool = 0) -> npt
     return pl.Series(pl.from_arrow(column)).fill_null(null).to_numpy()
 
 
-def with_appended(table: pa.Table, columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
+def append_columns(table: pa.Table, columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
     """Return the table with columns appended at the end. Appending one by one would copy the schema each time."""
     fields = [pa.field(name, column.type) for name, column in columns.items()]
     schema = pa.schema([*table.schema, *fields], metadata=table.schema.metadata)
     return pa.Table.from_arrays([*table.columns, *columns.values()], schema=schema)
 
 
-def with_replaced(table: pa.Table, columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
+def replace_columns(table: pa.Table, columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
     """Return the table with some columns replaced. A column's type may change."""
     schema = pa.schema(
         [

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs.store.types.instants import Rounding, parse
+from feature_jobs.store.types.instants import Rounding, parse_instant
 
 MAX_LIST = 65_536
 """Maximum declared length of a list."""
@@ -178,7 +178,7 @@ def _scalar(value: Any, dtype: str) -> Any:
     kind = type(value)
     match dtype:
         case "timestamp":
-            return parse(value, None, Rounding.exact)
+            return parse_instant(value, None, Rounding.exact)
         case "date":
             return _date(value) if kind is str else None
         case "bytes":
@@ -301,7 +301,7 @@ def online_value(value: Any, dtype: str) -> Any:
     return online_values(pa.chunked_array([pa.array([from_json(value, dtype)], DTYPES[dtype])]), dtype)[0]
 
 
-def arrow_values(values: Sequence[Any], dtype: str) -> pa.Array:
+def to_arrow(values: Sequence[Any], dtype: str) -> pa.Array:
     """Convert values of the online store, or JSON values, to an Arrow array.
 
     Raises:
@@ -328,7 +328,7 @@ def _python_time(value: Any, dtype: str) -> Any:
 
 
 @functools.cache
-def packed_element(dtype: str) -> np.dtype[Any] | None:
+def packed_element_dtype(dtype: str) -> np.dtype[Any] | None:
     """Return the NumPy dtype in which a list's elements are packed. Return None for lists of text and other dtypes."""
     list_type = list_of(dtype)
     if list_type is None or not list_type.is_numeric:

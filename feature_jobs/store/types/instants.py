@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
-from feature_jobs.store.types.columns import with_replaced
+from feature_jobs.store.types.columns import replace_columns
 
 TIME = pa.timestamp("us", "UTC")
 _EPOCH = dt.datetime(1970, 1, 1)
@@ -102,7 +102,7 @@ def to_micros(column: pa.ChunkedArray, rounding: Rounding) -> pa.ChunkedArray:
     return pc.multiply(clamped, factor).cast(target)
 
 
-def in_zone(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
+def column_to_utc(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
     """Convert a timestamp column to UTC. The unit stays.
 
     Args:
@@ -126,7 +126,7 @@ def in_zone(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, pa.int64()).cast(utc)
 
 
-def zoned(table: pa.Table, zone: str | None, times: Collection[str]) -> pa.Table:
+def table_to_utc(table: pa.Table, zone: str | None, times: Collection[str]) -> pa.Table:
     """Convert a source's times without a zone to UTC.
 
     Args:
@@ -141,8 +141,8 @@ def zoned(table: pa.Table, zone: str | None, times: Collection[str]) -> pa.Table
         if field.name in times and pa.types.is_date(field.type):
             column = start_of_days(column)
         if pa.types.is_timestamp(column.type) and column.type.tz is None:
-            columns[field.name] = in_zone(column, zone)
-    return with_replaced(table, columns)
+            columns[field.name] = column_to_utc(column, zone)
+    return replace_columns(table, columns)
 
 
 def start_of_days(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -150,7 +150,7 @@ def start_of_days(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.date64()).cast(pa.timestamp("ms"))
 
 
-def instant(value: dt.datetime, zone: str | None) -> dt.datetime:
+def utc_instant(value: dt.datetime, zone: str | None) -> dt.datetime:
     """Convert a Python time to UTC.
 
     Args:
@@ -169,7 +169,7 @@ def instant(value: dt.datetime, zone: str | None) -> dt.datetime:
     return max(local.replace(fold=fold).astimezone(dt.UTC) for fold in (0, 1))
 
 
-def parse(text: Any, zone: str | None, rounding: Rounding) -> dt.datetime | None:
+def parse_instant(text: Any, zone: str | None, rounding: Rounding) -> dt.datetime | None:
     """Parse ISO 8601 text as an instant in UTC.
 
     Returns:
@@ -179,7 +179,7 @@ def parse(text: Any, zone: str | None, rounding: Rounding) -> dt.datetime | None
     if not isinstance(text, str):
         return None
     try:
-        parsed = instant(dt.datetime.fromisoformat(text), zone)
+        parsed = utc_instant(dt.datetime.fromisoformat(text), zone)
         finer = _FINER.search(text)
         if finer is None or not finer[1].strip("0") or rounding is Rounding.down:
             return parsed
@@ -196,5 +196,5 @@ def _utc(local: pl.Series, zone: str) -> pl.Series:
     if non_existent.size == 0:
         return utc
     local_times = local.gather(non_existent).to_list()
-    instants = {time: instant(time, zone) for time in set(local_times)}
+    instants = {time: utc_instant(time, zone) for time in set(local_times)}
     return utc.scatter(non_existent, pl.Series([instants[time] for time in local_times], dtype=utc.dtype))

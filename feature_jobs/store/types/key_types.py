@@ -38,13 +38,13 @@ def validate_key_types(owner: str, types: Mapping[str, Any]) -> dict[str, str]:
     return dict(types)
 
 
-def type_of(value: Any) -> str | None:
+def key_type_of(value: Any) -> str | None:
     """Return the key type of a value from JSON or Python. Return None if the value cannot be a key."""
     dtype = _DTYPE_OF_CLASS.get(type(value))
     return None if dtype == "int64" and abs(value) > MAX_KEY else dtype
 
 
-def kind_of(dtype: str | None) -> str:
+def describe_key_type(dtype: str | None) -> str:
     """Describe a key type for a message. None describes both types."""
     match dtype:
         case "string":
@@ -55,7 +55,7 @@ def kind_of(dtype: str | None) -> str:
             return f"text or a whole number of 64 bits, {RANGE}"
 
 
-def reason_against(row: Mapping[str, Any], keys: Iterable[str], types: dict[str, str]) -> str | None:
+def key_fault(row: Mapping[str, Any], keys: Iterable[str], types: dict[str, str]) -> str | None:
     """Return why a row's join keys are invalid, or None if all are valid.
 
     Args:
@@ -65,7 +65,7 @@ def reason_against(row: Mapping[str, Any], keys: Iterable[str], types: dict[str,
     """
     for key in keys:
         value = row.get(key)
-        dtype = type_of(value)
+        dtype = key_type_of(value)
         if dtype is None:
             return f"{key} is null" if value is None else f"{key} is no key"
         if types.setdefault(key, dtype) != dtype:
@@ -73,7 +73,7 @@ def reason_against(row: Mapping[str, Any], keys: Iterable[str], types: dict[str,
     return None
 
 
-def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+def out_of_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """Return a mask of the keys that are out of range, or None if all are in range.
 
     The minimum is checked first. Comparing the whole column with a Python number imports pandas, which takes a third of
@@ -87,7 +87,7 @@ def beyond_range(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return pc.fill_null(pc.less(column, -MAX_KEY), False)
 
 
-def refuse_unlike(view: str, given: pa.Schema, stored: Mapping[str, str]) -> None:
+def require_stored_types(view: str, given: pa.Schema, stored: Mapping[str, str]) -> None:
     """Require that a batch's join keys have the types that the view's table stores.
 
     Args:

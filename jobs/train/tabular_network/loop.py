@@ -24,7 +24,7 @@ from cluster.errors import TrainingFailed
 from cluster.runtime import Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
-from cluster.security.encryption.scratch import memory_folder, scratch
+from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from jobs.train.progress import Report, divergence_message, send_report
 
 WARMUP_SHARE = 0.1
@@ -219,7 +219,7 @@ def _validation_loss(engine: Any, task: Task, validation: tuple[Any, Any]) -> fl
 
 def _save_and_report(engine: Any, metrics: dict[str, Any], rank: int) -> None:
     on_disk = Path(tempfile.gettempdir()) / f"falaj-runs-{os.geteuid()}"
-    with scratch(memory_folder(otherwise=on_disk)) as folder:
+    with scratch_directory(memory_folder(otherwise=on_disk)) as folder:
         engine.save_checkpoint(str(folder), client_state={"epoch": metrics["epoch"]})
         weights = consolidated_weights(engine)
         if rank == 0:

@@ -11,7 +11,7 @@ import logging
 import ssl
 from pathlib import Path
 
-from cluster.security.tokens.issuer import replace_private
+from cluster.security.tokens.issuer import replace_private_file
 
 LOG = logging.getLogger("falaj.edge")
 
@@ -52,7 +52,7 @@ class Certificate:
             content = self._file.read_bytes()
             copy = self._folder / f"{hashlib.sha256(content).hexdigest()[:16]}.pem"
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_private(copy, content)
+            replace_private_file(copy, content)
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(copy, password=_no_password)
             except ssl.SSLError:

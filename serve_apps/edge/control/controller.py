@@ -35,7 +35,7 @@ from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.edge.haproxy.limiting import Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
@@ -201,9 +201,9 @@ class Controller:
             LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
 
     def _update_maps(self, wanted: Routes) -> None:
-        self._splits.bring(wanted.entries)
+        self._splits.update(wanted.entries)
         for kind, running_map in self._limits.items():
-            running_map.bring(self._own_limits.entries(kind, self._settings.limits.of(kind)))
+            running_map.update(self._own_limits.entries(kind, self._settings.limits.of(kind)))
 
     def _update_config(self, wanted: Routes) -> None:
         """Load a changed configuration, in a thread, because a changed split must not wait for it."""

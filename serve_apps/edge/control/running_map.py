@@ -23,7 +23,7 @@ class RunningMap:
         self._entries: dict[str, str] | None = None
         self._changed: set[str] = set()
 
-    def bring(self, entries: Mapping[str, str]) -> None:
+    def update(self, entries: Mapping[str, str]) -> None:
         """Replace the map's entries by these, if they differ.
 
         Raises:

@@ -16,7 +16,7 @@ from serve_apps.edge.haproxy import (
     connections,
     dashboard,
     fallback,
-    limiting,
+    request_limits,
     scopes,
     split,
     unauthenticated,
@@ -24,8 +24,8 @@ from serve_apps.edge.haproxy import (
 from serve_apps.edge.haproxy.access_log import LOG_FORMAT
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, answer_json, refuse
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.edge.haproxy.limiting import Limits
 from serve_apps.edge.haproxy.openapi import document
+from serve_apps.edge.haproxy.request_limits import Limits
 from serve_apps.edge.haproxy.routes import Backend, Routes
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.edge.haproxy.token_checks import VERIFIED_TOKENS, token_checks
@@ -71,7 +71,7 @@ class EdgeSettings:
     max_connections_of_one_address: int
     wake_timeout_s: float
     """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
-    holder: str = ""
+    serve_proxy: str = ""
     """Address of Serve's proxy, which holds requests for a champion without a replica; if empty, they are refused."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
@@ -100,7 +100,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
     parts = [
         _global(settings),
         _defaults(settings),
-        limiting.tables(settings.limits),
+        request_limits.tables(settings.limits),
         unauthenticated.table(),
         connections.tables(),
         _frontend(keys, settings),
@@ -167,7 +167,7 @@ def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
             _authorization(settings),
             scopes.rules(claim=settings.scope_claim),
             dashboard.forwarding_rules(),
-            limiting.rules(settings.limits, tenant=settings.tenant),
+            request_limits.rules(settings.limits, tenant=settings.tenant),
             connections.check_length(settings.max_body_bytes),
             connections.wait_for_body(),
             _descriptions(),
@@ -294,12 +294,12 @@ def _plain_backends(routes: Routes, settings: EdgeSettings) -> list[str]:
     Champions, `outcomes` and `features` have no fallback. So each has a backend even without a replica, where requests
     wait for one.
     """
-    waiting = {*routes.champions, OUTCOMES_APP, FEATURES_APP} if settings.holder else set()
+    waiting = {*routes.champions, OUTCOMES_APP, FEATURES_APP} if settings.serve_proxy else set()
     missing = sorted(waiting - {backend.name for backend in routes.backends})
     return [
         backends.backend(
             application,
-            serve_proxy=settings.holder if application.name in waiting else "",
+            serve_proxy=settings.serve_proxy if application.name in waiting else "",
             wake_timeout_s=settings.wake_timeout_s,
         )
         for application in (*routes.backends, *(Backend(name, ()) for name in missing))

@@ -14,7 +14,7 @@ from pathlib import Path
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import KeysUnknown, Unauthenticated
-from cluster.security.tokens.issuer import replace_private
+from cluster.security.tokens.issuer import replace_private_file
 from cluster.security.tokens.oidc import KeySource
 from cluster.security.tokens.verification import KEY_TYPES, KID
 
@@ -30,7 +30,7 @@ class JwtKey:
     file: str
 
 
-def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, ...]]:
+def key_writer(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, ...]]:
     """Return a function that writes the issuer's present keys into a folder, and returns them sorted by `kid`.
 
     It leaves out a `kid` that our tokens could not name, because such text must not get into HAProxy's configuration.
@@ -52,7 +52,7 @@ def written_keys(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, 
             content = key.as_pem(private=False)
             file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.pem"
             if not file.exists():
-                replace_private(file, content)
+                replace_private_file(file, content)
             jwt_keys.append(JwtKey(kid=kid, algorithm=_ALGORITHMS[key.key_type], file=str(file)))
         return tuple(jwt_keys)
 

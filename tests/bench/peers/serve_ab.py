@@ -34,11 +34,11 @@ from cluster.runtime.loader import load_model
 from cluster.runtime.signature import LIGHTGBM_FILE
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store, service_access
-from cluster.session import require_record
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
 from feature_jobs.store.catalog.specifications import service_spec
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.request import parse_predict
 from serve_apps.replica.access import AccessCheck
@@ -81,12 +81,14 @@ class SameModel:
         places, ledger = layout(config.storage), open_ledger(config)
         self._version = Registry(ledger, places).get(MODEL, version)
         purpose = serving_purpose(ledger, self._version)
-        store = key_store(service_access(config, require_record(config), name=MODEL, purpose=purpose))
+        store = key_store(
+            service_access(config, require_running_cluster(config), name=MODEL, purpose=purpose)
+        )
         self._model = load_model(self._version, store)
         signature = self._model.signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         spec = service_spec(ledger, signature.service, signature.service_version)
-        self._reader = FeatureReader(spec, open_online(config.online, places, store))
+        self._reader = FeatureReader(spec, open_online_store(config.online, places, store))
         folder = Path(places.predictions(MODEL)).parent.parent / "peer" / "predictions" / MODEL
         self._log = SegmentWriter(folder, store=store, key=prediction_key(ledger, self._version))
 

@@ -16,7 +16,7 @@ from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import AccessDecided, StrangersRefused
 from cluster.security import acting
-from cluster.security.acting import act, check_reader
+from cluster.security.acting import check_reader, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.tokens.intent import FILE_VARIABLE, mint_intent, write_intent
@@ -66,7 +66,9 @@ def as_alice(places: Layout, tmp_path: Path, *, role: Role, purpose: str = "") -
 
 def test_without_a_token_the_local_user_acts(places: Layout, ledger: Ledger) -> None:
     """With the configured role and purpose, for this entrypoint only."""
-    actor = act(config(places, role="data_engineer", purpose="care"), record(places), ledger, entrypoint=JOB)
+    actor = create_actor(
+        config(places, role="data_engineer", purpose="care"), record(places), ledger, entrypoint=JOB
+    )
     assert actor.name.startswith("user:")
     assert (actor.principal.role, actor.principal.purpose) == (Role.data_engineer, "care")
     assert actor.principal.entrypoint == JOB
@@ -76,7 +78,7 @@ def test_without_a_token_the_local_user_acts(places: Layout, ledger: Ledger) -> 
 def test_access_token_is_exchanged_for_an_intent(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
     """With the same subject, role, purpose and tenant. The intent is in a private file, and workers get its path."""
     token_file = as_alice(places, tmp_path, role=Role.data_engineer)
-    actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    actor = create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
     assert (actor.name, actor.principal.entrypoint) == ("alice", JOB)
     intent_path = Path(actor.access.token.file or "")
     assert intent_path.stat().st_mode & 0o777 == 0o600
@@ -94,9 +96,9 @@ def test_intent_is_used_unchanged_for_its_entrypoint(
     path = tmp_path / "intent.jwt"
     write_intent(path, mint_intent(places, alice, entrypoint=JOB))
     monkeypatch.setenv(FILE_VARIABLE, str(path))
-    assert act(config(places), record(places), ledger, entrypoint=JOB).access.token.file == str(path)
+    assert create_actor(config(places), record(places), ledger, entrypoint=JOB).access.token.file == str(path)
     with pytest.raises(Unauthenticated, match=r"not for 'feature_jobs\.apply'"):
-        act(config(places), record(places), ledger, entrypoint="feature_jobs.apply")
+        create_actor(config(places), record(places), ledger, entrypoint="feature_jobs.apply")
     (counted,) = ledger.entries(StrangersRefused)
     assert counted.payload["count"] == 1
 
@@ -114,7 +116,7 @@ def test_invalid_identity_setting_is_refused(
 ) -> None:
     """The message names the setting."""
     with pytest.raises(ConfigError, match=match):
-        act(config(places, **identity), record(places), ledger, entrypoint=JOB)
+        create_actor(config(places, **identity), record(places), ledger, entrypoint=JOB)
 
 
 def test_readable_token_file_is_refused(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_readable_token_file_is_refused(places: Layout, ledger: Ledger, tmp_path
     token_file = as_alice(places, tmp_path, role=Role.admin)
     Path(token_file).chmod(0o644)
     with pytest.raises(ConfigError, match="0600"):
-        act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+        create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
 
 
 def test_denial_is_an_event_with_principal_resource_and_policy(
@@ -130,7 +132,7 @@ def test_denial_is_an_event_with_principal_resource_and_policy(
 ) -> None:
     """The check stops at the first denied resource."""
     token_file = as_alice(places, tmp_path, role=Role.data_scientist)
-    actor = act(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    actor = create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
     sensitive = Resource(kind="feature view", name="illness", column_class="sensitive", purposes=("care",))
     with pytest.raises(AccessDenied, match="purpose-not-listed"):
         actor.check(Action.build_training_set, VIEW, sensitive, VIEW)
@@ -147,7 +149,7 @@ def test_registrant_may_not_release_the_model_in_production(
     """Another principal may, and the registrant may roll it back."""
     token_file = as_alice(places, tmp_path, role=Role.approver)
     production = config(places, token_file=token_file, environment="production")
-    actor = act(production, record(places), ledger, entrypoint="serve_apps.rollout")
+    actor = create_actor(production, record(places), ledger, entrypoint="serve_apps.rollout")
     own_model, other_model = (
         Resource(kind="model", name="loan", registered_by=who) for who in ("alice", "bob")
     )
@@ -165,7 +167,7 @@ def test_command_line_cannot_weaken_a_production_cluster(
     token_file = as_alice(places, tmp_path, role=Role.approver)
     model = Resource(kind="model", name="loan", registered_by="alice", region="oman")
     job_config = config(places, token_file=token_file, environment=requested)
-    actor = act(
+    actor = create_actor(
         job_config,
         record(places, policy_environment="production", region="oman"),
         ledger,
@@ -182,9 +184,9 @@ def test_command_line_cannot_weaken_a_production_cluster(
 def test_stricter_environment_may_be_requested(places: Layout, ledger: Ledger) -> None:
     """A command may be stricter than its cluster."""
     strict = config(places, environment="production")
-    assert act(strict, record(places, policy_environment="local"), ledger, entrypoint=JOB).environment == (
-        "production"
-    )
+    assert create_actor(
+        strict, record(places, policy_environment="local"), ledger, entrypoint=JOB
+    ).environment == ("production")
 
 
 @pytest.mark.parametrize(
@@ -201,18 +203,18 @@ def test_contradiction_of_the_cluster_is_refused(
     issuer = dataclasses.asdict(IssuerConfig(url="https://ours.example"))
     production = record(places, policy_environment="production", region="oman", issuer=issuer)
     with pytest.raises(ConfigError, match=match):
-        act(config(places, **changed), production, ledger, entrypoint=JOB)
+        create_actor(config(places, **changed), production, ledger, entrypoint=JOB)
     elsewhere = config(places)
     elsewhere.cluster.region = "eu"
     with pytest.raises(ConfigError, match=r"cluster\.region=eu"):
-        act(elsewhere, production, ledger, entrypoint=JOB)
+        create_actor(elsewhere, production, ledger, entrypoint=JOB)
 
 
 def test_oidc_issuer_of_the_cluster_is_not_bypassed(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
     """The dev issuer's key may be left from an earlier use of the folder. Its tokens are refused."""
     issuer = dataclasses.asdict(IssuerConfig(url="https://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="A job needs an intent of https://127"):
-        act(config(places), record(places, issuer=issuer), ledger, entrypoint=JOB)
+        create_actor(config(places), record(places, issuer=issuer), ledger, entrypoint=JOB)
 
 
 @pytest.mark.parametrize("side", ["config", "record"])
@@ -223,7 +225,7 @@ def test_enterprise_tier_never_accepts_the_dev_issuer(places: Layout, ledger: Le
         job_config.tier = tier
     cluster_record = record(places, tier=tier.value if side == "record" else None)
     with pytest.raises(ConfigError, match="does not accept the dev issuer"):
-        act(job_config, cluster_record, ledger, entrypoint=JOB)
+        create_actor(job_config, cluster_record, ledger, entrypoint=JOB)
 
 
 def test_intent_is_renewed_while_the_job_lives(
@@ -231,7 +233,7 @@ def test_intent_is_renewed_while_the_job_lives(
 ) -> None:
     """A training of a day can still register its model."""
     monkeypatch.setattr(acting, "RENEW_S", 0.01)
-    actor = act(config(places), record(places), ledger, entrypoint=JOB)
+    actor = create_actor(config(places), record(places), ledger, entrypoint=JOB)
     path = Path(actor.access.token.file or "")
     first, deadline = path.read_text(), time.monotonic() + 10
     while path.read_text() == first:
@@ -247,14 +249,14 @@ def test_expired_intent_of_a_killed_job_is_removed(places: Layout, ledger: Ledge
     for path in (old, fresh):
         path.write_text("left")
     os.utime(old, (0, 0))
-    act(config(places), record(places), ledger, entrypoint=JOB)
+    create_actor(config(places), record(places), ledger, entrypoint=JOB)
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
 def test_worker_verifies_the_intent(places: Layout, ledger: Ledger) -> None:
     """Before it requests a key."""
     with running_broker() as broker:
-        actor = act(config(places), record(places), ledger, entrypoint=JOB)
+        actor = create_actor(config(places), record(places), ledger, entrypoint=JOB)
         access = dataclasses.replace(actor.access, socket=broker.socket)
         key_store(access)
         with pytest.raises(Unauthenticated, match=r"not for 'jobs\.train'"):
@@ -269,7 +271,7 @@ def test_log_lines_name_the_principal(
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(output)])
     path = tmp_path / "alice.jwt"
     write_intent(path, mint_token(places, subject="100%s alice", role=Role.admin, purpose=""))
-    act(config(places, token_file=str(path)), record(places), ledger, entrypoint=JOB)
+    create_actor(config(places, token_file=str(path)), record(places), ledger, entrypoint=JOB)
     logging.getLogger("anything").warning("careful")
     assert output.getvalue().endswith(" WARNING 100%s alice anything: careful\n")
 
@@ -312,7 +314,7 @@ def test_token_in_vault_is_fetched_and_renewed(
         double.state.kv["jobs/ingest"] = [{"jwt": tokens[0]}]
         job_config = config(places, token_file="vault:jobs/ingest#jwt")
         job_config.secrets.vault = VaultConfig(address=double.address, secret_file=str(secret))
-        actor = act(job_config, record(places), ledger, entrypoint=JOB)
+        actor = create_actor(job_config, record(places), ledger, entrypoint=JOB)
         assert (actor.name, actor.principal.entrypoint, actor.principal.purpose) == ("alice", JOB, "care")
         path = Path(actor.access.token.file or "")
         assert path.parent == Path(places.keys) / "intents"
@@ -327,4 +329,4 @@ def test_token_in_vault_is_fetched_and_renewed(
         ):
             job_config.identity.token_file = reference
             with pytest.raises(ConfigError, match=match):
-                act(job_config, record(places), ledger, entrypoint=JOB)
+                create_actor(job_config, record(places), ledger, entrypoint=JOB)

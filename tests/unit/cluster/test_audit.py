@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.ledger.events import AccessDecided, DenialsCounted, LedgerEvent, StrangersRefused
-from cluster.security.authorization.audit import NOBODY, OTHER_REASONS, Decisions, is_sampled
+from cluster.security.authorization.audit import (
+    OTHER_REASONS,
+    UNAUTHENTICATED_ACTOR,
+    DecisionRecorder,
+    is_sampled,
+)
 from cluster.security.authorization.denials import MAX_EVENTS_PER_ACTION, MAX_EVENTS_PER_RESOURCE, MAX_TRACKED
 from cluster.security.authorization.policy import Action, Decision, Resource
 from cluster.security.tokens.principal import Principal
@@ -40,9 +45,9 @@ def who(subject: str = "alice") -> Principal:
 def test_denial_is_recorded_with_all_details() -> None:
     """The event contains principal, action, resource and policies."""
     records = Records()
-    decisions = Decisions(records.write, permit_rate=0.0)
+    decisions = DecisionRecorder(records.write, permit_rate=0.0)
     for at in (10.0, 10.0, 11.0):
-        decisions.decided(who(), Action.deploy, MODEL, DENIED, at=at)
+        decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=at)
     assert len(records) == 3
     assert records[0] == AccessDecided(
         allowed=False,
@@ -63,12 +68,12 @@ def test_repeated_denials_are_counted() -> None:
     """The count is recorded when the window ends. The next window starts with single events again, and other resources
     have their own limit."""
     records = Records()
-    decisions = Decisions(records.write, window_s=60)
+    decisions = DecisionRecorder(records.write, window_s=60)
     for at in range(50):
-        decisions.decided(who(), Action.deploy, MODEL, DENIED, at=float(at))
+        decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=float(at))
     assert [type(record) for record in records] == [AccessDecided] * MAX_EVENTS_PER_RESOURCE
-    decisions.decided(who(), Action.deploy, replace(MODEL, name="other"), DENIED, at=59.0)
-    decisions.decided(who(), Action.deploy, MODEL, DENIED, at=60.0)
+    decisions.record_decision(who(), Action.deploy, replace(MODEL, name="other"), DENIED, at=59.0)
+    decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=60.0)
     assert [type(record) for record in records[MAX_EVENTS_PER_RESOURCE:]] == [
         AccessDecided,
         DenialsCounted,
@@ -88,11 +93,11 @@ def test_repeated_denials_are_counted() -> None:
 def test_many_denials_give_few_events_and_a_full_count(subjects: int, each: int) -> None:
     """Holds for many principals and for many resource names."""
     records = Records()
-    decisions = Decisions(records.write)
+    decisions = DecisionRecorder(records.write)
     for number in range(each):
         for subject in range(subjects):
             resource = replace(MODEL, name=f"m{number}")
-            decisions.decided(who(str(subject)), Action.deploy, resource, DENIED, at=1.0)
+            decisions.record_decision(who(str(subject)), Action.deploy, resource, DENIED, at=1.0)
     whole = sum(isinstance(record, AccessDecided) for record in records)
     assert whole == min(each, MAX_EVENTS_PER_ACTION) * subjects
     decisions.flush()
@@ -103,12 +108,12 @@ def test_many_denials_give_few_events_and_a_full_count(subjects: int, each: int)
 def test_unauthenticated_requests_are_counted_per_window_and_reason() -> None:
     """The counts are recorded when the window ends."""
     records = Records()
-    decisions = Decisions(records.write, window_s=60)
+    decisions = DecisionRecorder(records.write, window_s=60)
     for at in (0.0, 30.0, 59.0):
-        decisions.unauthenticated("expired", at=at)
-    decisions.unauthenticated("no token", at=31.0)
+        decisions.count_unauthenticated("expired", at=at)
+    decisions.count_unauthenticated("no token", at=31.0)
     assert records == []
-    decisions.unauthenticated("expired", at=60.0)
+    decisions.count_unauthenticated("expired", at=60.0)
     assert records == [
         StrangersRefused(reason="expired", count=3, first_at=0.0, last_at=59.0),
         StrangersRefused(reason="no token", count=1, first_at=31.0, last_at=31.0),
@@ -117,18 +122,18 @@ def test_unauthenticated_requests_are_counted_per_window_and_reason() -> None:
     assert records[2:] == [StrangersRefused(reason="expired", count=1, first_at=60.0, last_at=60.0)]
     decisions.flush()
     assert len(records) == 3
-    assert set(records.actors) == {NOBODY}
+    assert set(records.actors) == {UNAUTHENTICATED_ACTOR}
 
 
 def test_decision_of_a_known_principal_also_ends_a_window() -> None:
     """Its event follows the counts of the previous window."""
     records = Records()
-    decisions = Decisions(records.write, permit_rate=0.0)
-    decisions.unauthenticated("expired", at=1.0)
-    decisions.decided(who(), Action.predict, MODEL, ALLOWED, at=61.0)
+    decisions = DecisionRecorder(records.write, permit_rate=0.0)
+    decisions.count_unauthenticated("expired", at=1.0)
+    decisions.record_decision(who(), Action.predict, MODEL, ALLOWED, at=61.0)
     assert [type(record) for record in records] == [StrangersRefused]
-    decisions.unauthenticated("expired", at=62.0)
-    decisions.decided(who(), Action.predict, MODEL, DENIED, at=125.0)
+    decisions.count_unauthenticated("expired", at=62.0)
+    decisions.record_decision(who(), Action.predict, MODEL, DENIED, at=125.0)
     assert [type(record) for record in records] == [StrangersRefused, StrangersRefused, AccessDecided]
 
 
@@ -138,10 +143,10 @@ def test_unauthenticated_count_is_complete_and_memory_is_bounded(
 ) -> None:
     """Holds for any number of reasons and any order of times."""
     records = Records()
-    decisions = Decisions(records.write, max_reasons=max_reasons, window_s=50)
+    decisions = DecisionRecorder(records.write, max_reasons=max_reasons, window_s=50)
     for reason, at in requests:
         before = len(records)
-        decisions.unauthenticated(reason, at=at)
+        decisions.count_unauthenticated(reason, at=at)
         assert len(records) - before <= max_reasons
     decisions.flush()
     counted = [record for record in records if isinstance(record, StrangersRefused)]
@@ -152,9 +157,9 @@ def test_unauthenticated_count_is_complete_and_memory_is_bounded(
 def test_many_unauthenticated_reasons_give_few_events() -> None:
     """20,000 requests with different reasons."""
     records = Records()
-    decisions = Decisions(records.write, max_reasons=8)
+    decisions = DecisionRecorder(records.write, max_reasons=8)
     for number in range(20_000):
-        decisions.unauthenticated(f"reason {number}", at=number / 200)
+        decisions.count_unauthenticated(f"reason {number}", at=number / 200)
     decisions.flush()
     assert len(records) == 16
     assert sum(record.count for record in records if isinstance(record, StrangersRefused)) == 20_000
@@ -167,9 +172,9 @@ def test_sample_of_permissions_is_reproducible() -> None:
     samples = []
     for _ in range(2):
         records = Records()
-        decisions = Decisions(records.write, permit_rate=0.1)
+        decisions = DecisionRecorder(records.write, permit_rate=0.1)
         for subject in subjects * 2:
-            decisions.decided(who(subject), Action.predict, MODEL, ALLOWED, at=120.0)
+            decisions.record_decision(who(subject), Action.predict, MODEL, ALLOWED, at=120.0)
         samples.append(records.actors)
     expected = [
         subject for subject in subjects if is_sampled(who(subject), Action.predict, MODEL, window=2, rate=0.1)
@@ -184,19 +189,19 @@ def test_sample_of_permissions_is_reproducible() -> None:
 def test_sample_rates_0_and_1_are_exact(rate: float, recorded: int) -> None:
     """Rate 0 records no permission, rate 1 records all."""
     records = Records()
-    decisions = Decisions(records.write, permit_rate=rate)
+    decisions = DecisionRecorder(records.write, permit_rate=rate)
     for number in range(50):
-        decisions.decided(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
+        decisions.record_decision(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
     assert len(records) == recorded
 
 
 def test_recorded_permissions_per_window_are_bounded() -> None:
     """The limit does not apply to denials."""
     records = Records()
-    decisions = Decisions(records.write, permit_rate=1.0, max_permits=10)
+    decisions = DecisionRecorder(records.write, permit_rate=1.0, max_permits=10)
     for number in range(50):
-        decisions.decided(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
-        decisions.decided(who(str(number)), Action.predict, MODEL, DENIED, at=1.0)
+        decisions.record_decision(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
+        decisions.record_decision(who(str(number)), Action.predict, MODEL, DENIED, at=1.0)
     assert [record.allowed for record in records if isinstance(record, AccessDecided)].count(True) == 10
     assert len(records) == 60
 
@@ -208,17 +213,17 @@ def test_error_of_append_reaches_the_caller() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        Decisions(broken).decided(who(), Action.deploy, MODEL, DENIED, at=1.0)
+        DecisionRecorder(broken).record_decision(who(), Action.deploy, MODEL, DENIED, at=1.0)
 
 
 def test_counts_are_thread_safe() -> None:
     """A broker answers many requests at once."""
     records = Records()
-    decisions = Decisions(records.write)
+    decisions = DecisionRecorder(records.write)
 
     def many() -> None:
         for _ in range(2000):
-            decisions.unauthenticated("expired", at=1.0)
+            decisions.count_unauthenticated("expired", at=1.0)
 
     threads = [threading.Thread(target=many) for _ in range(4)]
     for thread in threads:
@@ -236,4 +241,4 @@ def test_counts_are_thread_safe() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     """They are refused when the recorder is created."""
     with pytest.raises(ValueError, match="must be"):
-        Decisions(Records().write, **wrong)  # type: ignore[arg-type]
+        DecisionRecorder(Records().write, **wrong)  # type: ignore[arg-type]

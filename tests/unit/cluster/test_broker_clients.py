@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.keys import client as client_module
 from cluster.security.keys.broker import Broker, peer_allowed
-from cluster.security.keys.client import BrokerKeyStore, broker_answers
+from cluster.security.keys.client import BrokerKeyStore, is_broker_alive
 from cluster.security.keys.gate import Denial
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import (
@@ -112,9 +112,9 @@ def test_real_socket_of_another_user_gets_no_token(tmp_path: Path) -> None:
 
 def test_ping_needs_no_token_and_records_no_denial(world: World) -> None:
     """The supervisor and `cluster.status` use it."""
-    assert not broker_answers(world.path)
+    assert not is_broker_alive(world.path)
     with world.serving():
-        assert broker_answers(world.path)
+        assert is_broker_alive(world.path)
     assert world.denials == []
 
 

@@ -1,4 +1,4 @@
-"""Tests of `keeps_secrets`, with a fake mount table and fake devices."""
+"""Tests of `is_protected_at_rest`, with a fake mount table and fake devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.encryption.disks import keeps_secrets
+from cluster.security.encryption.disks import is_protected_at_rest
 
 TABLE = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 23 22 0:23 / /dev/shm rw - tmpfs tmpfs rw
@@ -56,7 +56,7 @@ def test_memory_and_encrypted_devices_keep_secrets(
 ) -> None:
     """The nearest mount counts, and of two at the same path the later one. A half-encrypted volume does not count."""
     table, devices = machine
-    assert keeps_secrets(Path(folder), table=table, devices=devices) is expected
+    assert is_protected_at_rest(Path(folder), table=table, devices=devices) is expected
 
 
 @pytest.mark.parametrize("content", [None, "", "nonsense\n"])
@@ -65,9 +65,9 @@ def test_result_is_unknown_without_a_mount_table(tmp_path: Path, content: str | 
     table = tmp_path / "mountinfo"
     if content is not None:
         table.write_text(content)
-    assert keeps_secrets(Path("/tmp"), table=table, devices=tmp_path) is None
+    assert is_protected_at_rest(Path("/tmp"), table=table, devices=tmp_path) is None
 
 
 def test_real_mount_table_can_be_read() -> None:
     if Path("/dev/shm").is_mount():
-        assert keeps_secrets(Path("/dev/shm/anything")) is True
+        assert is_protected_at_rest(Path("/dev/shm/anything")) is True

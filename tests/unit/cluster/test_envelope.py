@@ -20,8 +20,8 @@ from cluster.security.encryption.envelope import (
     ValueCipher,
     is_sealed,
     open_bytes,
-    place_of,
     seal_bytes,
+    value_aad,
 )
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyRevoked, WrappedKeyInvalid
@@ -230,4 +230,4 @@ def test_different_values_have_different_aads(name: str, key: str, split: int) -
     joined = name + key
     table, entity = joined[:split], joined[split:].encode()
     same = (table, entity) == (name, key.encode())
-    assert (place_of(name, key.encode()) == place_of(table, entity)) == same
+    assert (value_aad(name, key.encode()) == value_aad(table, entity)) == same

@@ -93,5 +93,5 @@ def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None
     assert not head.restore_is_due(cluster)
     (Path(cluster.runtime_folder) / "restore-due").touch()
     assert head.restore_is_due(cluster)
-    head.restored(cluster)
+    head.mark_restored(cluster)
     assert not head.restore_is_due(cluster)

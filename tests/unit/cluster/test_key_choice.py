@@ -101,7 +101,7 @@ def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[
     ensure_issuer(places)
 
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
-        return policy.decide(principal, ACTIONS[operation], Resource.of_key(info))
+        return policy.decide(principal, ACTIONS[operation], Resource.from_key(info))
 
     gate = Gate(
         open_store(config, stopped=stopped),

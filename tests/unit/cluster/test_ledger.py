@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError, LedgerCorrupt, ReleaseTooOld
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
-from cluster.ledger.chain import GENESIS, Entry, build_entry, check, read_lines, to_json
+from cluster.ledger.chain import GENESIS, Entry, build_entry, read_lines, to_json, verify_chain
 from cluster.ledger.checkpoint import PUBLIC_NAME, ensure_signer, load_public_key, verify_signatures
 from cluster.ledger.events import (
     AccessDecided,
@@ -29,7 +29,7 @@ from cluster.ledger.events import (
     parse,
 )
 from cluster.registry import Registry
-from cluster.security.tokens.issuer import ensure_issuer, mint_token, write_private
+from cluster.security.tokens.issuer import ensure_issuer, mint_token, write_private_file
 from cluster.security.tokens.roles import Role
 from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
@@ -69,7 +69,7 @@ def chain(payloads: list[dict[str, Any]]) -> list[Entry]:
 def test_an_export_reads_back_and_verifies(payloads: list[dict[str, Any]]) -> None:
     """An export of any JSON payloads can be read back and verified."""
     entries = chain(payloads)
-    assert list(check(read_lines(entry.line() for entry in entries))) == entries
+    assert list(verify_chain(read_lines(entry.line() for entry in entries))) == entries
 
 
 @given(st.lists(PAYLOADS, min_size=2, max_size=6), st.data())
@@ -84,7 +84,7 @@ def test_change_of_one_field_is_reported_with_its_seq(
     )
     entries[position] = dataclasses.replace(entries[position], **{name: value})
     with pytest.raises(LedgerCorrupt) as caught:
-        list(check(entries))
+        list(verify_chain(entries))
     assert caught.value.seq == position + 1
 
 
@@ -95,7 +95,7 @@ def test_removed_entry_is_reported(payloads: list[dict[str, Any]], data: st.Data
     position = data.draw(st.integers(0, len(entries) - 2))
     del entries[position]
     with pytest.raises(LedgerCorrupt) as caught:
-        list(check(entries))
+        list(verify_chain(entries))
     assert caught.value.seq == position + 1
 
 
@@ -140,7 +140,7 @@ def test_unknown_event_is_stored_verified_and_ignored_by_readers(tmp_path: Path)
     _append_newer(ledger, "PipelineStarted", run="r1")
     moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
     ledger.append(moved, actor="user:b")
-    unknown, known = [entry.event() for entry in check(ledger.entries())]
+    unknown, known = [entry.event() for entry in verify_chain(ledger.entries())]
     assert unknown == UnknownEvent(stored_type="PipelineStarted", content={"run": "r1"})
     assert (unknown.type, unknown.payload()) == ("PipelineStarted", {"run": "r1"})
     assert known == moved
@@ -201,7 +201,7 @@ def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
         writer.start()
     for writer in writers:
         writer.join()
-    entries = list(check(Ledger(url).entries()))
+    entries = list(verify_chain(Ledger(url).entries()))
     assert len(entries) == 100
     assert len({entry.payload["cluster_id"] for entry in entries}) == 100
 
@@ -213,7 +213,7 @@ def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
     for number in range(5):
         ledger.append(ClusterStopped(cluster_id=str(number)), actor="user:a")
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
-    entries = list(verify_signatures(check(ledger.entries()), key))
+    entries = list(verify_signatures(verify_chain(ledger.entries()), key))
     assert any(entry.type == CheckpointSigned.__name__ for entry in entries)
     assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
 
@@ -232,9 +232,9 @@ def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:
             fields["payload"] = {"cluster_id": "forged"}
         forged.append(build_entry(**fields))
     key = load_public_key(tmp_path / "keys" / PUBLIC_NAME)
-    assert len(list(check(forged))) == len(forged)
+    assert len(list(verify_chain(forged))) == len(forged)
     with pytest.raises(LedgerCorrupt, match="Checkpoint"):
-        list(verify_signatures(check(forged), key))
+        list(verify_signatures(verify_chain(forged), key))
 
 
 def test_the_command_exports_and_verifies(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_export_requires_a_role_that_may_read_the_ledger(tmp_path: Path, role: R
     ledger = Ledger(f"sqlite:///{places.ledger_path}")
     ledger.append(ClusterStopped(cluster_id="1"), actor="user:a")
     token = tmp_path / "reader.jwt"
-    write_private(token, mint_token(places, subject="ann", role=role, purpose="").encode())
+    write_private_file(token, mint_token(places, subject="ann", role=role, purpose="").encode())
     result = run_main(ledger_command.main, "--root", str(tmp_path), "--token", str(token), "export")
     assert result.returncode == code, result.stderr
     assert ("ClusterStopped" in result.stdout) == (code == 0)

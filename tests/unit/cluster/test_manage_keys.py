@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import AccessDenied, ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.events import KeyEncryptionKeyRotated, KeyRevocation
-from cluster.security.acting import Actor, act
+from cluster.security.acting import Actor, create_actor
 from cluster.security.keys import keyring, ringfile
 from cluster.security.keys.kek import kek_from_file
 from cluster.security.keys.keyring import KEK_NAME, open_local, rotate_local_kek
@@ -46,7 +46,7 @@ def actor(tmp_path: Path, ledger: Ledger, *, role: str = "admin") -> Actor:
     record = ClusterRecord(
         **required | {"storage_root": str(tmp_path), "ports": {}, "pids": {}, "tls": False}
     )
-    return act(config(tmp_path, role=role), record, ledger, entrypoint=ENTRYPOINT)
+    return create_actor(config(tmp_path, role=role), record, ledger, entrypoint=ENTRYPOINT)
 
 
 def test_running_broker_follows_a_kek_rotation(tmp_path: Path, ledger: Ledger) -> None:

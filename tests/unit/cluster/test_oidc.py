@@ -16,7 +16,7 @@ from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.tokens.oidc import (
     MAX_DOCUMENT_BYTES,
     RemoteKeys,
-    discovered,
+    discovery_fetcher,
     download,
     jwks_fetcher,
     require_safe_url,
@@ -51,7 +51,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def verifier(issuer: Issuer, clock: Clock) -> TokenVerifier:
-    keys = RemoteKeys(discovered(issuer.url, timeout_s=1), clock=clock)
+    keys = RemoteKeys(discovery_fetcher(issuer.url, timeout_s=1), clock=clock)
     return TokenVerifier(keys, rules=TokenRules(issuer=issuer.url, audience=AUDIENCE))
 
 
@@ -136,7 +136,7 @@ def test_unreachable_issuer_is_unauthenticated(clock: Clock) -> None:
     url = f"http://127.0.0.1:{server.server_address[1]}"
     server.server_close()
     with pytest.raises(Unauthenticated):
-        RemoteKeys(discovered(url, timeout_s=1), clock=clock).find("k")
+        RemoteKeys(discovery_fetcher(url, timeout_s=1), clock=clock).find("k")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.security.private_folder import above, close_to_others, openness, private_folder
+from cluster.security.private_folder import (
+    ensure_private_folder,
+    find_exposed_parent,
+    find_exposure,
+    remove_access_of_others,
+)
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -39,11 +44,11 @@ def test_folder_and_parents_are_created_private(tmp_path: Path) -> None:
     """Independent of the umask. A second call returns the same folder."""
     before = os.umask(0)
     try:
-        folder = private_folder(tmp_path / "a" / "b")
+        folder = ensure_private_folder(tmp_path / "a" / "b")
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
-    assert private_folder(folder) == folder
+    assert ensure_private_folder(folder) == folder
 
 
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o750, 0o777])
@@ -53,9 +58,9 @@ def test_folder_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> N
     folder.mkdir()
     folder.chmod(mode)
     with pytest.raises(ConfigError, match=rf"mode 0700.*has mode {mode:04o}"):
-        private_folder(folder)
-    close_to_others(folder)
-    assert private_folder(folder) == folder
+        ensure_private_folder(folder)
+    remove_access_of_others(folder)
+    assert ensure_private_folder(folder) == folder
 
 
 @as_root
@@ -67,7 +72,7 @@ def test_folder_of_another_user_is_refused(tmp_path: Path, make: Callable[[Path]
     os.chown(folder, NOBODY, NOBODY, follow_symlinks=False)
     folder.chmod(0o700) if not folder.is_symlink() else None
     with pytest.raises(ConfigError, match=r"belongs to user 65534|is not a folder"):
-        private_folder(folder)
+        ensure_private_folder(folder)
 
 
 def test_writable_parent_is_refused_unless_it_is_sticky(tmp_path: Path) -> None:
@@ -76,9 +81,9 @@ def test_writable_parent_is_refused_unless_it_is_sticky(tmp_path: Path) -> None:
     parent.mkdir()
     parent.chmod(0o777)
     with pytest.raises(ConfigError, match=r"shared can be changed by others"):
-        private_folder(parent / "keys")
+        ensure_private_folder(parent / "keys")
     parent.chmod(0o1777)
-    assert private_folder(parent / "keys") == parent / "keys"
+    assert ensure_private_folder(parent / "keys") == parent / "keys"
 
 
 @as_root
@@ -87,14 +92,14 @@ def test_another_user_cannot_replace_the_folder(tmp_path: Path) -> None:
     runtime = Path("/tmp") / f"falaj-test-{os.getpid()}"
     code = "import os, sys; os.rename(sys.argv[1], sys.argv[1] + '-old'); os.mkdir(sys.argv[1])"
     try:
-        keys = private_folder(runtime / "keys")
+        keys = ensure_private_folder(runtime / "keys")
         refused = as_nobody(code, str(keys))
         assert refused.returncode != 0
         assert "PermissionError" in refused.stderr
         assert keys.stat().st_uid == 0
-        assert (openness(runtime), above(keys)) == (None, None)
+        assert (find_exposure(runtime), find_exposed_parent(keys)) == (None, None)
         runtime.chmod(0o777)
         assert as_nobody(code, str(keys)).returncode == 0
-        assert above(keys) is not None
+        assert find_exposed_parent(keys) is not None
     finally:
         shutil.rmtree(runtime)

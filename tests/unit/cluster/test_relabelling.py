@@ -25,7 +25,7 @@ LOG = KeyInfo(name="predictions/m/sensitive", column_class="sensitive", purposes
 
 
 def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
-    return POLICY.decide(principal, ACTIONS[operation], Resource.of_key(info), environment="production")
+    return POLICY.decide(principal, ACTIONS[operation], Resource.from_key(info), environment="production")
 
 
 class World:

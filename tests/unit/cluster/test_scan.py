@@ -136,14 +136,14 @@ def test_canary_is_found_across_database_pages(tmp_path: Path) -> None:
             break
     else:
         pytest.fail("the control: none was cut")
-    assert {one.place for one in scan([file], [CANARY])} == {"table t"}
+    assert {one.location for one in scan([file], [CANARY])} == {"table t"}
 
 
 def test_canary_is_found_across_two_chunks(tmp_path: Path) -> None:
     """An unpacked file is read in chunks."""
     content = b"x" * (PIECE_BYTES - 4) + CANARY.encode() + b"y" * 100
     (tmp_path / "a").write_bytes(gzip.compress(content, 1))
-    assert [one.place for one in scan([tmp_path], [CANARY])] == ["gzip"]
+    assert [one.location for one in scan([tmp_path], [CANARY])] == ["gzip"]
 
 
 @pytest.mark.parametrize("canary", ["1234567890123", "-98765432109876", "0.12345678901"])
@@ -167,7 +167,7 @@ def test_canary_in_a_folder_name_is_found(tmp_path: Path) -> None:
     """A partition's folder name contains a value."""
     (tmp_path / f"name={CANARY}").mkdir()
     (tmp_path / f"name={CANARY}" / "a").write_text("nothing")
-    assert {one.place for one in scan([tmp_path], [CANARY])} == {"name"}
+    assert {one.location for one in scan([tmp_path], [CANARY])} == {"name"}
 
 
 def test_unreadable_file_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

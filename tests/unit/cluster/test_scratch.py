@@ -15,8 +15,8 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.security.encryption import scratch as module
-from cluster.security.encryption.disks import MEMORY, Mount
-from cluster.security.encryption.scratch import memory_folder, scratch, sweep
+from cluster.security.encryption.disks import MEMORY_FILE_SYSTEMS, Mount
+from cluster.security.encryption.scratch import memory_folder, remove_abandoned, scratch_directory
 from cluster.security.scan import scan
 
 CANARY = "canary-of-a-category"
@@ -45,9 +45,9 @@ def test_sweep_removes_only_folders_of_dead_processes(tmp_path: Path) -> None:
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert [Path(one.path) for one in scan([left], [CANARY])], "the control"
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
     assert (left.exists(), held.exists()) == (False, True)
-    with scratch(tmp_path):
+    with scratch_directory(tmp_path):
         assert held.exists()
     living.communicate()
     assert list(scan([tmp_path], [CANARY])) == []
@@ -58,7 +58,7 @@ def test_scratch_folder_is_private_and_removed_after_an_error(tmp_path: Path) ->
     seen: list[Path] = []
 
     def fail() -> None:
-        with scratch(tmp_path / "new") as folder:
+        with scratch_directory(tmp_path / "new") as folder:
             seen.append(folder.parent)
             assert folder.parent.stat().st_mode & 0o777 == 0o700
             assert list(folder.iterdir()) == []
@@ -75,7 +75,7 @@ def test_concurrent_scratch_folders_do_not_remove_each_other(tmp_path: Path) -> 
 
     def work() -> None:
         for _ in range(20):
-            with scratch(tmp_path) as folder:
+            with scratch_directory(tmp_path) as folder:
                 (folder / "x").write_text("x")
                 if not (folder / "x").exists():
                     lost.append(folder)
@@ -94,7 +94,7 @@ def test_folder_of_an_earlier_release_is_removed_after_a_day(tmp_path: Path) -> 
     for folder in (old, young):
         folder.mkdir()
     os.utime(old, (time.time() - 90_000,) * 2)
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
     assert (old.exists(), young.exists()) == (False, True)
 
 
@@ -105,8 +105,8 @@ def test_memory_folder_must_be_private_and_have_room(tmp_path: Path, monkeypatch
     assert memory_folder(otherwise=tmp_path / "disk") == tmp_path / "disk", (
         "no memory at all, if /tmp is on a disk"
     )
-    kind = next(iter(MEMORY))
-    monkeypatch.setattr(module, "mount_of", lambda folder: Mount(folder="/", device="0:1", kind=kind))
+    kind = next(iter(MEMORY_FILE_SYSTEMS))
+    monkeypatch.setattr(module, "find_mount", lambda folder: Mount(folder="/", device="0:1", kind=kind))
     own = tmp_path / f"falaj-{os.geteuid()}"
     assert memory_folder(otherwise=tmp_path / "disk") == own
     own.chmod(0o755)
@@ -125,7 +125,7 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
     theirs = tmp_path / "falaj-runs-0"
     theirs.mkdir(mode=0o777)
     os.chown(theirs, 65534, 65534)
-    with pytest.raises(ConfigError, match="belongs to user 65534"), scratch(theirs):
+    with pytest.raises(ConfigError, match="belongs to user 65534"), scratch_directory(theirs):
         pass
     assert list(theirs.iterdir()) == []
 
@@ -135,5 +135,5 @@ def test_own_folder_becomes_private(tmp_path: Path) -> None:
     own = tmp_path / "runs"
     own.mkdir()
     own.chmod(0o755)
-    with scratch(own):
+    with scratch_directory(own):
         assert own.stat().st_mode & 0o777 == 0o700

@@ -62,15 +62,15 @@ def record(root: Path, port: int) -> ClusterRecord:
 
 def test_missing_record_error_says_how_to_start_a_cluster() -> None:
     with pytest.raises(ClusterNotRunning, match=r"python -m cluster\.up"):
-        session.require_record(PlatformConfig())
+        session.require_running_cluster(PlatformConfig())
 
 
 def test_record_is_read_back_unchanged(shell: Path, head: int) -> None:
     """The cluster counts as running while its head answers."""
     written = record(shell, head)
     session.write_record(written, StorageConfig())
-    assert session.require_record(PlatformConfig()) == written
-    assert session.read_record(StorageConfig()) == written
+    assert session.require_running_cluster(PlatformConfig()) == written
+    assert session.find_running_record(StorageConfig()) == written
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "{}", '{"cluster_id": "abc"}', "\0\0"])
@@ -80,7 +80,7 @@ def test_damaged_record_error_says_what_to_do(shell: Path, content: str) -> None
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"cluster\.json is damaged.*backup.*FALAJ_CLUSTER_RECORD="):
-        session.require_record(PlatformConfig())
+        session.require_running_cluster(PlatformConfig())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -113,9 +113,9 @@ def test_record_of_a_dead_cluster_can_be_found_but_not_used(shell: Path, head: i
     written = record(shell, silent)
     session.write_record(written, StorageConfig())
     assert session.find_record(StorageConfig()) == written
-    assert session.read_record(StorageConfig()) is None
+    assert session.find_running_record(StorageConfig()) is None
     with pytest.raises(ClusterNotRunning, match=r"does not answer.*cluster\.status.*cluster\.up"):
-        session.require_record(PlatformConfig())
+        session.require_running_cluster(PlatformConfig())
 
 
 def test_record_of_another_release_is_readable(shell: Path) -> None:
@@ -137,7 +137,7 @@ def test_record_is_found_from_a_subfolder(shell: Path, head: int, monkeypatch: p
     session.write_record(written, StorageConfig())
     (shell / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(shell / "a" / "b")
-    assert session.require_record(PlatformConfig()) == written
+    assert session.require_running_cluster(PlatformConfig()) == written
 
 
 def test_record_is_found_from_elsewhere_with_the_variables(
@@ -150,7 +150,7 @@ def test_record_is_found_from_elsewhere_with_the_variables(
     for name, value in written.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert session.require_record(PlatformConfig()) == written
+    assert session.require_running_cluster(PlatformConfig()) == written
 
 
 def test_variables_hold_no_secret(shell: Path) -> None:

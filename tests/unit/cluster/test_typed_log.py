@@ -11,16 +11,16 @@ import pytest
 from cluster.records import (
     OutcomeRecord,
     SegmentWriter,
-    all_outcomes,
-    match,
+    iter_outcomes,
+    match_outcomes,
     read_log,
     read_outcomes,
     read_predictions,
-    typed,
+    to_typed_rows,
 )
 from cluster.records.compaction import compact
-from cluster.records.reading import ODD
-from cluster.runtime import InputSpec, ModelSignature, Task, Truths
+from cluster.records.reading import INVALID_OUTCOME
+from cluster.runtime import InputSpec, ModelSignature, OutcomeParser, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
@@ -73,7 +73,7 @@ def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False
 
 
 def test_log_without_outcomes_is_empty(outcomes: Path, keyring: Keyring) -> None:
-    assert list(all_outcomes(outcomes, keyring)) == []
+    assert list(iter_outcomes(outcomes, keyring)) == []
     assert read_outcomes(outcomes, keyring).is_empty()
 
 
@@ -92,16 +92,16 @@ def test_value_of_another_type_does_not_change_other_values(
     records = [answer(1, LARGE, 7.0), answer(2, 1.5), answer(3, "x"), answer(4, True), answer(5, 2**63)]
     write(log, keyring, *records, answer(6, "old", version=2), compacted=compacted)
     answers = read_predictions(log, keyring)
-    version_rows = typed(answers.filter(version=1), FLAGS)
+    version_rows = to_typed_rows(answers.filter(version=1), FLAGS)
     assert version_rows.rows["x"].to_list() == [LARGE, 7, None, None, None, None]
-    assert version_rows.odd == {"x": 4}
+    assert version_rows.num_invalid == {"x": 4}
     texts = replace(FLAGS, inputs=(InputSpec(name="x", dtype="string", categories=("old",)),))
-    assert typed(answers.filter(version=2), texts).rows["x"].to_list() == ["old"]
+    assert to_typed_rows(answers.filter(version=2), texts).rows["x"].to_list() == ["old"]
 
 
 def test_input_that_no_record_has_is_null(log: Path, keyring: Keyring) -> None:
     write(log, keyring, answer(1, 5, name="other"))
-    assert typed(read_predictions(log, keyring), FLAGS).rows["x"].to_list() == [None]
+    assert to_typed_rows(read_predictions(log, keyring), FLAGS).rows["x"].to_list() == [None]
 
 
 @pytest.mark.parametrize("name", ["arm", "rollout", "version", "label", "probability", "row", "outcome"])
@@ -109,7 +109,7 @@ def test_input_with_a_reserved_name_is_left_out(log: Path, keyring: Keyring, nam
     """A client chooses an input's value, and could change an answer's arm or label."""
     write(log, keyring, answer(1, 5, name=name, rollout="r", arm="treatment"))
     signature = replace(FLAGS, inputs=(InputSpec(name=name, dtype="int64"),))
-    version_rows = typed(read_predictions(log, keyring), signature)
+    version_rows = to_typed_rows(read_predictions(log, keyring), signature)
     assert version_rows.rows.select("arm", "rollout", "version", "label", "probability", "row").rows() == [
         ("treatment", "r", 1, True, 0.75, 0)
     ]
@@ -121,7 +121,7 @@ def test_probabilities_are_read_by_each_versions_classes(log: Path, keyring: Key
         answers = [{"probabilities": shares, "label": classes[1]}]
         write(log, keyring, answer(version, 5, version=version, predictions=answers))
     signature = replace(FLAGS, task=Task.multiclass, classes=("b", "c", "d"))
-    version_rows = typed(read_predictions(log, keyring).filter(version=2), signature).rows
+    version_rows = to_typed_rows(read_predictions(log, keyring).filter(version=2), signature).rows
     assert version_rows["probabilities"].to_list() == [{"b": 0.25, "c": 0.5, "d": 0.25}]
     assert version_rows["label"].to_list() == ["c"]
 
@@ -168,9 +168,11 @@ def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
         outcome(4, "maybe", second=1),
     ]
     write(outcomes, keyring, *posted, compacted=compacted)
-    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
+    matched = match_outcomes(
+        read_predictions(log, keyring), iter_outcomes(outcomes, keyring), {1: OutcomeParser(FLAGS)}
+    )
     assert matched.answers["outcome"].to_list() == [True, False, None, False, True]
-    assert matched.answers[ODD].to_list() == [False, False, True, False, True]
+    assert matched.answers[INVALID_OUTCOME].to_list() == [False, False, True, False, True]
     assert (matched.unknown_predictions, matched.unknown_rows) == (1, 1)
     known = {(prediction_id, row): value for prediction_id, row, value in read_outcomes(outcomes, keyring)
         .select("prediction_id", "row", "outcome").rows()}  # fmt: skip
@@ -181,14 +183,18 @@ def test_outcomes_of_other_versions_are_ignored(log: Path, outcomes: Path, keyri
     """They count neither as unknown nor as invalid."""
     write(log, keyring, answer(1, 1), answer(2, 2, version=2))
     write(outcomes, keyring, outcome(1, True), outcome(2, "high"))
-    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
-    assert matched.answers.select("prediction_id", "outcome", ODD).rows() == [("p1", True, False)]
+    matched = match_outcomes(
+        read_predictions(log, keyring), iter_outcomes(outcomes, keyring), {1: OutcomeParser(FLAGS)}
+    )
+    assert matched.answers.select("prediction_id", "outcome", INVALID_OUTCOME).rows() == [("p1", True, False)]
     assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)
 
 
 def test_answers_without_outcomes_are_matched(log: Path, outcomes: Path, keyring: Keyring) -> None:
     write(log, keyring, answer(1, 1), answer(2, 2))
     assert read_outcomes(outcomes, keyring).is_empty()
-    matched = match(read_predictions(log, keyring), all_outcomes(outcomes, keyring), {1: Truths(FLAGS)})
+    matched = match_outcomes(
+        read_predictions(log, keyring), iter_outcomes(outcomes, keyring), {1: OutcomeParser(FLAGS)}
+    )
     assert matched.answers["outcome"].to_list() == [None, None]
     assert (matched.unknown_predictions, matched.unknown_rows) == (0, 0)

@@ -20,7 +20,7 @@ from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
-from cluster.security.private_folder import private_folder
+from cluster.security.private_folder import ensure_private_folder
 from cluster.session import write_record
 from cluster.settings import (
     ClusterConfig,
@@ -158,7 +158,7 @@ def test_spilling_to_an_unencrypted_disk_prints_a_warning(
 ) -> None:
     """It names the folder and the setting. Without information about the disk, there is no warning."""
     config.cluster.spill_folder = "/spill"
-    monkeypatch.setattr(up, "keeps_secrets", lambda folder: sealed if folder == Path("/spill") else None)
+    monkeypatch.setattr(up, "is_protected_at_rest", lambda folder: sealed if folder == Path("/spill") else None)
     up.warn_of_spilling(config, up.describe(config))
     message = capsys.readouterr().out
     assert ("/spill" in message and "cluster.spill_folder=" in message) == warns
@@ -191,7 +191,7 @@ def test_record_of_a_dead_cluster_does_not_block_a_start(config: PlatformConfig)
     record = up.describe(config)
     write_record(record, config.storage)
     assert up.running_record(config) is None
-    private_folder(Path(record.runtime_folder))
+    ensure_private_folder(Path(record.runtime_folder))
     assert up.running_record(config) is None
     assert not Path(record.runtime_folder).exists()
     up.check(config)
@@ -221,7 +221,7 @@ def test_repair_of_a_complete_cluster_is_refused(
 ) -> None:
     """The message says how to end the cluster."""
     monkeypatch.setattr(
-        up, "look", lambda record: [PartStatus(part=part, state=State.running) for part in Part]
+        up, "inspect_parts", lambda record: [PartStatus(part=part, state=State.running) for part in Part]
     )
     record = up.describe(config)
     try:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster.runtime import InputSpec, ModelSignature, Task, Truths
-from cluster.runtime.values import NotOfType, value_type
+from cluster.runtime import InputSpec, ModelSignature, OutcomeParser, Task
+from cluster.runtime.values import WrongValueType, value_type
 
 LARGE = 2**53 + 1
 INPUTS = (InputSpec(name="x", dtype="double"),)
@@ -30,7 +30,7 @@ def test_values_of_a_type_are_kept(dtype: str, values: list[Any], expected: list
     """Whole floats become ints for an integer type. Large integers lose no digit next to a float."""
     kind = value_type(dtype)
     assert kind is not None
-    result = list(kind.fit(values))
+    result = list(kind.convert(values))
     assert (result, list(map(type, result))) == (expected, list(map(type, expected)))
 
 
@@ -52,15 +52,15 @@ def test_value_of_another_type_is_refused_or_becomes_null(dtype: str, wrong: Any
     good: dict[str, Any] = {"bool": True, "string": "a", "double": 0.5}
     right = good.get(dtype, LARGE if dtype == "int64" else 7)
     for values in ([wrong], [right, wrong]):
-        with pytest.raises(NotOfType):
-            kind.fit(values)
+        with pytest.raises(WrongValueType):
+            kind.convert(values)
     assert kind.convert_or_null([right, wrong, None]) == ([right, None, None], 1)
 
 
-def truths(*classes: Any) -> Truths:
+def truths(*classes: Any) -> OutcomeParser:
     task = Task.binary if len(classes) == 2 else Task.multiclass
     signature = ModelSignature(task=task, inputs=INPUTS, label="y", classes=classes)
-    return Truths(signature)
+    return OutcomeParser(signature)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_outcome_is_parsed_as_a_class_or_none(
     """JSON can write a class in several ways."""
     for expected, outcomes in meanings.items():
         for outcome in outcomes:
-            result = truths(*classes).of(outcome)
+            result = truths(*classes).parse(outcome)
             assert (result, type(result)) == (expected, type(expected)), outcome
 
 
 def test_regression_outcome_must_be_a_finite_number() -> None:
     """Text and booleans are invalid."""
-    parser = Truths(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
-    assert [parser.of(value) for value in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
+    parser = OutcomeParser(ModelSignature(task=Task.regression, inputs=INPUTS, label="y"))
+    assert [parser.parse(value) for value in (1, 1.5, -0.0)] == [1.0, 1.5, 0.0]
     assert {
-        parser.of(value) for value in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)
+        parser.parse(value) for value in ("1.5", "high", True, float("nan"), float("inf"), 10**400, None)
     } == {None}

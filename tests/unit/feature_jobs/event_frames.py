@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 from hypothesis import strategies as st
 
-from feature_jobs.store.definitions.aggregations import EVERY, FUNCTIONS, Aggregation, window_spec
+from feature_jobs.store.definitions.aggregations import ALL_EVENTS, FUNCTIONS, Aggregation, window_spec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
@@ -38,7 +38,7 @@ SPEC = window_spec(
     [
         output
         for column, function in [
-            (EVERY, "count"),
+            (ALL_EVENTS, "count"),
             *(("amount", function) for function in FUNCTIONS),
             *(("size", function) for function in ("sum", "mean", "max")),
             *(("sector", function) for function in ("min", "last", "distinct")),

@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 from cluster.errors import DefinitionError
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.materialize import rows
+from feature_jobs.materialize import newest_rows
 from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource
 from feature_jobs.store.aggregation.tiles import Tiling, WindowState
 from feature_jobs.store.catalog.differences import view_changes
@@ -22,7 +22,7 @@ from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, 
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.offline.training_set import build, join_here
+from feature_jobs.store.offline.training_set import build, join_in_process
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -176,7 +176,7 @@ def test_training_set_holds_the_aggregations_of_each_entity_row(
     entities = pa.table(
         {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(times, TIME), "label": [0] * 5}
     )
-    table = build(service, {"income": pinned}, entities, join_parts=join_here)
+    table = build(service, {"income": pinned}, entities, join_parts=join_in_process)
     assert table.column_names[3:] == service.columns
     assert table.select(service.columns).to_pydict() == {
         "income__amount_sum_1h": [1.0, 6.0, 5.0, None, None],
@@ -198,7 +198,7 @@ def test_materialised_state_has_the_events_known_at_its_time(
     at_us = int(START.timestamp() * 1e6) + 5_400_000_000
     results = {}
     for hours in (0.5, 1):
-        (row,) = rows(spec, pinned, START + timedelta(hours=hours))
+        (row,) = newest_rows(spec, pinned, START + timedelta(hours=hours))
         state = WindowState.unpack(Tiling(spec.windows), row.values[0])
         results[hours] = row.keys, state.values(at_us)
     assert results == {0.5: ((1,), [None, 1.0, 7, 1]), 1: ((1,), [5.0, 6.0, 9, 2])}

@@ -14,10 +14,10 @@ import pytest
 
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import FileSource
-from feature_jobs.store.ingestion.ahead import Ahead
+from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.message_rows import check_messages
 from feature_jobs.store.ingestion.pushed_rows import check_rows
-from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from tests.push_project import INCOME, PushProject
 
@@ -35,7 +35,7 @@ def row(ahead_s: float, **more: Any) -> dict[str, Any]:
     return {"keys": {"person_id": 1}, "features": {"amount": 1.0}, "event_timestamp": at} | more
 
 
-def pushed(*rows: dict[str, Any], ahead: Ahead | None = None, view: Any = INCOME) -> list[Any]:
+def pushed(*rows: dict[str, Any], ahead: FutureLimit | None = None, view: Any = INCOME) -> list[Any]:
     """Return the indices and reasons of a push's bad rows."""
     arguments = {} if ahead is None else {"ahead": ahead}
     checked = check_rows(list(rows), view, key_types={}, now=NOW, **arguments)
@@ -75,10 +75,10 @@ def test_times_more_than_a_minute_ahead_are_rejected_from_every_source() -> None
 
 def test_limit_is_a_setting() -> None:
     """The setting is `features.max_ahead_s`."""
-    assert pushed(row(3600), row(3601), ahead=Ahead.of(3600, online_at_once=True)) == [
+    assert pushed(row(3600), row(3601), ahead=FutureLimit.of(3600, online_at_once=True)) == [
         (1, f"{EVENT}; {CREATED}")
     ]
-    assert pushed(row(1), ahead=Ahead.of(0, online_at_once=True)) == [(0, f"{EVENT}; {CREATED}")]
+    assert pushed(row(1), ahead=FutureLimit.of(0, online_at_once=True)) == [(0, f"{EVENT}; {CREATED}")]
 
 
 def test_computed_created_time_may_be_ahead_only_if_rows_go_online_later() -> None:
@@ -120,7 +120,7 @@ def test_quarantined_future_row_is_good_once_its_time_is_past() -> None:
             "raw": [orjson.dumps({"person_id": 1, "amount": 1.0, "at": NOW.isoformat()}).decode()],
         }
     )
-    early = try_again(file, LAGGED, now=NOW - timedelta(seconds=61), baseline=None)
-    later = try_again(file, LAGGED, now=NOW, baseline=None)
+    early = recheck_rows(file, LAGGED, now=NOW - timedelta(seconds=61), baseline=None)
+    later = recheck_rows(file, LAGGED, now=NOW, baseline=None)
     assert (early.good, early.reasons.to_pylist()) == (None, [EVENT])
     assert later.reasons.to_pylist() == [None]

@@ -36,10 +36,10 @@ from feature_jobs.store.ingestion.validation import (
     RAW,
     REASON,
     SOURCE,
+    find_repeated_rows,
     prepare,
     prepare_part,
     reject,
-    repeated,
 )
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
@@ -75,10 +75,10 @@ def measured(*blocks: pa.Table, of: FeatureView | None = None, under: Profile | 
     prepared = [prepare(block, of, now=NOW) for block in blocks]
     good = [block.filter(pc.is_null(block[REASON])) for block in prepared]
     sketches = [profiles.sketch(block, rows, of.schema) for block, rows in zip(prepared, good, strict=True)]
-    chosen = profiles.bins(sketches)
+    chosen = profiles.choose_bins(sketches)
     profile = profiles.profile(sketches, chosen, [profiles.count(rows, chosen) for rows in good])
     known = under.distributions if under else {}
-    return profile, profiles.added(profiles.count(rows, known) for rows in good)
+    return profile, profiles.add_counts(profiles.count(rows, known) for rows in good)
 
 
 def finding(rule: BatchCheck, after: pa.Table, before: pa.Table | None = None) -> Any:
@@ -127,7 +127,7 @@ def test_result_does_not_depend_on_blocks(rows: list[tuple[int, str | None]], cu
     rule = Unique(["person_id", "sector"], keep=keep)
     whole = batch([1.0] * len(rows), [row[1] for row in rows], keys=[row[0] for row in rows])
     parts = [prepare_part(part, view(rule), now=NOW) for part in (whole.slice(0, cut), whole.slice(cut))]
-    failing = repeated(parts, rule)
+    failing = find_repeated_rows(parts, rule)
     settled = pa.concat_tables(
         [reject(part, one, rule.reason) for part, one in zip(parts, failing, strict=True)]
     )

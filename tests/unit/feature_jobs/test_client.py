@@ -24,13 +24,13 @@ from cluster.session import write_record
 from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout, read_parquet
 from feature_jobs.client import FeatureStore, Rows
-from feature_jobs.materialize import rows
+from feature_jobs.materialize import newest_rows
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.manifest import check_manifest, read_manifest
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.offline.manifest import read_manifest, require_reproducible
+from feature_jobs.store.online.reader import open_online_store
 from jobs.train.data import join_keys
 from tests.broker import running_broker
 from tests.replica import listener, record
@@ -96,14 +96,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pinned = offline.snapshot(
             uri, view="income", keys=["person_id"], protection=protection, access=access
         )
-        online = open_online(OnlineConfig(map_size_gib=0.01), places, key_store(access), readonly=False)
+        online = open_online_store(OnlineConfig(map_size_gib=0.01), places, key_store(access), readonly=False)
         fill(online, spec, pinned)
         online.close()
         yield root
 
 
 def fill(online: Any, spec: Any, pinned: Any) -> None:
-    online.replace(spec, pinned.key_types, rows(spec, pinned, AT))
+    online.replace(spec, pinned.key_types, newest_rows(spec, pinned, AT))
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_saved_training_set_has_rows_and_a_recorded_manifest(
     training_set.save(f"{tmp_path}/train.parquet")
     assert read_parquet(f"{tmp_path}/train.parquet").equals(training_set.to_arrow())
     manifest = read_manifest(f"{tmp_path}/train.manifest.json")
-    check_manifest(manifest, ledger)
+    require_reproducible(manifest, ledger)
     content = json.loads((tmp_path / "train.manifest.json").read_text())
     assert content["columns"][0]["name"] == "income__amount"
     assert content["join_keys"] == ["person_id"]

@@ -16,15 +16,15 @@ from cluster.ledger.events import FeatureTableRewritten
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess, key_store
-from feature_jobs.compact import record
+from feature_jobs.compact import record_rewrites
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import compaction
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.compaction import as_target, fragmented, rewrite, rewrites
+from feature_jobs.store.offline.compaction import current_target, fragmented_buckets, past_rewrites, rewrite
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.offline.training_set import build, join_here
+from feature_jobs.store.offline.training_set import build, join_in_process
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -83,12 +83,12 @@ def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
 def joined(table: Snapshot) -> str:
     """Return the row hash of the point-in-time join."""
     service = ServiceSpec(name="s", version="1", views=[VIEW])
-    return row_hash(build(service, {"income": table}, PEOPLE, join_parts=join_here))
+    return row_hash(build(service, {"income": table}, PEOPLE, join_parts=join_in_process))
 
 
 def compact(uri: str, access: KeyAccess) -> int:
     table = pinned(uri, access)
-    return rewrite(table, as_target(table), fragmented(table))[0]
+    return rewrite(table, current_target(table), fragmented_buckets(table))[0]
 
 
 def test_compaction_leaves_one_sorted_file_per_bucket(uri: str, access: KeyAccess) -> None:
@@ -99,7 +99,7 @@ def test_compaction_leaves_one_sorted_file_per_bucket(uri: str, access: KeyAcces
     compact(uri, access)
     after = pinned(uri, access)
     assert [file.bucket for file in after.files] == [0, 1]
-    assert (after.rows, fragmented(after)) == (before.rows, [])
+    assert (after.rows, fragmented_buckets(after)) == (before.rows, [])
     assert joined(after) == expected[-1]
     assert [joined(pinned(uri, access, version)) for version in range(1, before.version + 1)] == expected
     for bucket in range(2):
@@ -121,7 +121,7 @@ def test_concurrent_ingestion_keeps_its_rows(
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(compaction, "_merged", slow)
-    rewrite(table, as_target(table), fragmented(table))
+    rewrite(table, current_target(table), fragmented_buckets(table))
     after = pinned(uri, access)
     assert after.rows == (BATCHES + 1) * ROWS
     assert len(after.files) == 4
@@ -143,7 +143,7 @@ def test_second_of_two_concurrent_compactions_changes_nothing(uri: str, access: 
     table = pinned(uri, access)
     compact(uri, access)
     with pytest.raises(SourceError, match="rewrote files"):
-        rewrite(table, as_target(table), fragmented(table))
+        rewrite(table, current_target(table), fragmented_buckets(table))
     assert pinned(uri, access).rows == BATCHES * ROWS
 
 
@@ -157,7 +157,7 @@ def test_kill_before_the_commit_leaves_the_table_unchanged(
         compaction, "replace_files", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        rewrite(table, as_target(table), fragmented(table))
+        rewrite(table, current_target(table), fragmented_buckets(table))
     monkeypatch.undo()
     assert (pinned(uri, access).files, joined(pinned(uri, access))) == (table.files, expected)
     compact(uri, access)
@@ -168,9 +168,9 @@ def test_next_run_records_the_event_of_a_killed_run(uri: str, access: KeyAccess,
     """The event is appended once."""
     version = compact(uri, access)
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    assert rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
-    assert record(ledger, "income", uri, actor="test") == 2 * BATCHES
-    assert record(ledger, "income", uri, actor="test") == 0
+    assert past_rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
+    assert record_rewrites(ledger, "income", uri, actor="test") == 2 * BATCHES
+    assert record_rewrites(ledger, "income", uri, actor="test") == 0
     (event,) = ledger.entries(FeatureTableRewritten)
     assert event.payload == {"view": "income", "table_version": version, "files_replaced": 2 * BATCHES}
 
@@ -189,7 +189,7 @@ def test_rewrite_after_a_key_rotation_uses_the_newest_keys(uri: str, access: Key
 
     assert versions(table).isdisjoint(newest)
     files.forget()
-    rewrite(table, as_target(table), {file.bucket for file in table.files})
+    rewrite(table, current_target(table), {file.bucket for file in table.files})
     after = pinned(uri, access)
     assert versions(after) == newest
     assert joined(after) == joined(table)

@@ -27,12 +27,12 @@ from feature_jobs.store import (
     Unique,
 )
 from feature_jobs.store.definitions.checks import Check
-from feature_jobs.store.ingestion.profile import bins, count, profile, sketch
+from feature_jobs.store.ingestion.profile import choose_bins, count, profile, sketch
 from feature_jobs.store.ingestion.typed import text_column, typed_rows
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.types.casting import cast_feature
-from feature_jobs.store.types.dtypes import DTYPES, arrow_values, from_json, online_value, to_json
+from feature_jobs.store.types.dtypes import DTYPES, from_json, online_value, to_arrow, to_json
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 RICH = {
@@ -90,7 +90,7 @@ def test_json_form_goes_to_the_store_and_back(dtype: str, as_json: Any, online: 
     """A JSON value becomes an online value and the same JSON value again, and both give the same Arrow value."""
     assert online_value(as_json, dtype) == online
     assert list(to_json([online, None], dtype)) == [as_json, None]
-    arrow = [arrow_values([value, None], dtype) for value in (as_json, online)]
+    arrow = [to_arrow([value, None], dtype) for value in (as_json, online)]
     assert arrow[0].equals(arrow[1])
     assert arrow[0].type == DTYPES[dtype]
 
@@ -258,8 +258,8 @@ def test_bounds_of_decimals_are_exact() -> None:
     """Compared as floats, a value very close to a bound would count as equal."""
     rule = Range("c", minimum=0.1, maximum=1e17)
     numbers = ["0.1000000000", "0.0999999999", "100000000000000000.0000000001", None]
-    column = pa.chunked_array([arrow_values(numbers, "decimal(38, 10)")])
-    assert rule.failing(column).to_pylist() == [False, True, True, False]
+    column = pa.chunked_array([to_arrow(numbers, "decimal(38, 10)")])
+    assert rule.failing_mask(column).to_pylist() == [False, True, True, False]
 
 
 def test_profile_counts_nulls_of_rich_columns() -> None:
@@ -267,7 +267,7 @@ def test_profile_counts_nulls_of_rich_columns() -> None:
     fields = list(view().schema)
     good = prepare(block(), view(), now=NOW)
     batch_sketch = sketch(good, good, fields)
-    batch_bins = bins([batch_sketch])
+    batch_bins = choose_bins([batch_sketch])
     batch_profile = profile([batch_sketch], batch_bins, [count(good, batch_bins)])
     assert (batch_profile.nulls["price"], batch_profile.nulls["tags"], batch_profile.distributions) == (
         1,

@@ -14,7 +14,14 @@ from cluster.errors import DefinitionError, SchemaMismatch
 from feature_jobs.store import FeatureView, FileSource, SqlSource
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.types.casting import cast_feature, cast_time
-from feature_jobs.store.types.instants import TIME, Rounding, in_zone, instant, parse, to_micros
+from feature_jobs.store.types.instants import (
+    TIME,
+    Rounding,
+    column_to_utc,
+    parse_instant,
+    to_micros,
+    utc_instant,
+)
 from tests.feature_project import INCOME
 
 ZONE = "America/Los_Angeles"
@@ -39,11 +46,11 @@ NS = pa.timestamp("ns", "UTC")
 def test_local_time_means_the_later_instant(local_text: str, utc: str) -> None:
     """Columns of every unit and text give the same instant. A time with a zone ignores the declared zone."""
     local, expected = datetime.fromisoformat(local_text), datetime.fromisoformat(utc)
-    assert parse(local_text, ZONE, Rounding.exact) == expected
+    assert parse_instant(local_text, ZONE, Rounding.exact) == expected
     for unit in ("s", "ms", "us", "ns"):
         kind = pa.timestamp(unit, None if local.tzinfo is None else "UTC")
         column = pa.chunked_array([pa.array([local, None], kind)])
-        converted = in_zone(column, ZONE)
+        converted = column_to_utc(column, ZONE)
         assert (converted.type, converted.to_pylist()) == (pa.timestamp(unit, "UTC"), [expected, None])
 
 
@@ -54,8 +61,8 @@ def test_local_time_means_the_later_instant(local_text: str, utc: str) -> None:
 def test_columns_and_single_times_agree(local: datetime, zone: str) -> None:
     """Polars and Python give the same instant, which is never earlier than either reading of the local time."""
     column = pa.chunked_array([pa.array([local], pa.timestamp("us"))])
-    [converted] = in_zone(column, zone).to_pylist()
-    assert converted == instant(local, zone)
+    [converted] = column_to_utc(column, zone).to_pylist()
+    assert converted == utc_instant(local, zone)
     readings = [local.replace(tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC) for fold in (0, 1)]
     assert converted == max(readings)
 
@@ -103,7 +110,7 @@ def test_text_is_rounded_as_columns_are(text: object, up: int | None, exact: int
     """Python itself would truncate the finer digits."""
     day = datetime(2024, 1, 1, tzinfo=UTC)
     for rounding, expected in ((Rounding.up, up), (Rounding.exact, exact)):
-        parsed = parse(text, None, rounding)
+        parsed = parse_instant(text, None, rounding)
         assert parsed == (None if expected is None else day + timedelta(microseconds=expected))
 
 

@@ -24,9 +24,9 @@ from feature_jobs.store import Unique
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.ingestion.message_rows import NO_VALUE, check_messages
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.streaming import kafka_consumer
-from feature_jobs.store.streaming.kafka_consumer import Reading, properties
+from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, librdkafka_properties
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
 from tests import forks
@@ -147,7 +147,7 @@ def test_quarantined_messages_are_checked_again(
     folder = project.places.quarantine("income")
     file = QuarantineFiles(folder=folder, view="income", access=access).read(name)
     lenient = dataclasses.replace(project.view.view, checks=())
-    rechecked = try_again(file, lenient, now=datetime.now(UTC), baseline=None)
+    rechecked = recheck_rows(file, lenient, now=datetime.now(UTC), baseline=None)
     assert rechecked.reasons.to_pylist() == ["the message is no JSON", "person_id is no int64", None]
     assert rechecked.good is not None
     assert rechecked.good["amount"].to_pylist() == [-5.0]
@@ -179,10 +179,10 @@ def test_consumer_with_an_older_generation_is_refused(project: PushProject, brok
     old.start()
     new.start()
     with pytest.raises(Fenced, match="started later"):
-        old.take([Sent(0, 1, b"{}")])
+        old.store_messages([Sent(0, 1, b"{}")])
     with pytest.raises(Fenced, match="started later"):
         old.start()
-    assert new.take([Sent(0, 0, b"{}")]) == 0, "the table has it already"
+    assert new.store_messages([Sent(0, 0, b"{}")]) == 0, "the table has it already"
     assert project.table().height == 1
 
 
@@ -225,9 +225,9 @@ def test_late_rows_are_counted_and_stored_or_quarantined(
 def test_lateness_does_not_depend_on_the_batches(events: list[int], max_us: int, cut: int) -> None:
     """Events in two parts give the same result as in one part."""
     lateness = Lateness(max_us, LatePolicy.accept)
-    first, watermark = lateness.judge(events[:cut], BEGINNING)
-    second, end = lateness.judge(events[cut:], watermark)
-    assert (first + second, end) == lateness.judge(events, BEGINNING)
+    first, watermark = lateness.find_late(events[:cut], BEGINNING)
+    second, end = lateness.find_late(events[cut:], watermark)
+    assert (first + second, end) == lateness.find_late(events, BEGINNING)
     late = first + second
     assert late == [
         event < max(events[:index], default=BEGINNING) - max_us for index, event in enumerate(events)
@@ -238,7 +238,7 @@ def test_unavailable_broker_is_named(project: PushProject, monkeypatch: pytest.M
     """The error names the topic."""
     monkeypatch.setattr(kafka_consumer, "ANSWER_S", 0.3)
     away = KafkaSource("127.0.0.1:1", TOPIC, event_timestamp="at")
-    reading = Reading(source=away, once=True)
+    reading = ConsumerSettings(source=away, once=True)
     with pytest.raises(SourceError, match=r"kafka://127\.0\.0\.1:1/incomes cannot be read"):
         kafka_consumer.consume(project.kafka(), reading, threading.Event())
 
@@ -248,11 +248,11 @@ def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> 
     file = tmp_path / "kafka.properties"
     file.write_text("# how to log in\nsasl.mechanism=PLAIN\nenable.auto.commit=true\n\n")
     source = KafkaSource("a:1", TOPIC, event_timestamp="at")
-    given = properties(Reading(source=source, properties_file=file))
+    given = librdkafka_properties(ConsumerSettings(source=source, properties_file=file))
     assert (given["sasl.mechanism"], given["enable.auto.commit"]) == ("PLAIN", False)
     file.write_text("nonsense\n")
     with pytest.raises(ConfigError, match="line 1 is not name=value"):
-        properties(Reading(source=source, properties_file=file))
+        librdkafka_properties(ConsumerSettings(source=source, properties_file=file))
 
 
 def test_killed_consumer_loses_and_duplicates_no_rows(
@@ -307,7 +307,7 @@ def test_conflict_is_retried(
 ) -> None:
     """A commit of another job between read and commit causes a retry and loses no row."""
     broker.send(TOPIC, message(1, 1, 5.0))
-    original_take, calls = KafkaStream.take, []
+    original_take, calls = KafkaStream.store_messages, []
 
     def take(stream: KafkaStream, messages: Any) -> int:
         calls.append(len(messages))
@@ -315,6 +315,6 @@ def test_conflict_is_retried(
             raise CommitConflict("meanwhile")
         return original_take(stream, messages)
 
-    monkeypatch.setattr(KafkaStream, "take", take)
+    monkeypatch.setattr(KafkaStream, "store_messages", take)
     assert project.consume() == 1
     assert calls == [1, 1]

@@ -21,17 +21,17 @@ from feature_jobs.apply import require_stored_key_types
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
 from feature_jobs.store.catalog.differences import Impact, view_changes
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, ViewSpec
 from feature_jobs.store.ingestion.message_rows import check_messages
-from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.typed import column_types, typed_text
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.training_set import key_column
 from feature_jobs.store.online.reader import FeatureReader
-from feature_jobs.store.streaming.pushed_view import from_record
-from feature_jobs.store.streaming.streamed import MicroBatch, store_batch
-from feature_jobs.store.types.key_types import MAX_KEY, refuse_unlike, require_declared_types
+from feature_jobs.store.streaming.micro_batches import MicroBatch, store_batch
+from feature_jobs.store.streaming.pushed_view import view_from_definition
+from feature_jobs.store.types.key_types import MAX_KEY, require_declared_types, require_stored_types
 from tests.push_project import INCOME, START, PushProject, message, row
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
@@ -79,7 +79,7 @@ def test_key_types_are_recorded_only_if_declared() -> None:
     assert INCOME.definition()["entities"] == [{"name": "person", "join_keys": ["person_id"]}]
     assert WHOLE.definition()["entities"][0]["key_types"] == {"person_id": "int64"}
     assert len({INCOME.version, WHOLE.version, TEXT.version}) == 3
-    assert from_record(WHOLE.definition()).key_types == {"person_id": "int64"}
+    assert view_from_definition(WHOLE.definition()).key_types == {"person_id": "int64"}
     two = Entity("pair", join_keys={"b": "string", "a": "int64"})
     assert (list(two.join_keys), two.key_types) == (["b", "a"], {"b": "string", "a": "int64"})
 
@@ -136,11 +136,11 @@ def test_files_must_have_the_declared_key_type() -> None:
     with pytest.raises(SchemaMismatch, match="declared as string, the source has int32"):
         prepare(pa.table({"person_id": pa.array([1, 2], pa.int32()), **rest}), TEXT, now=NOW)
     stored = prepare(pa.table({"person_id": ["1", "2"], **rest}), INCOME, now=NOW)
-    refuse_unlike("income", stored.schema, {"person_id": "string"})
+    require_stored_types("income", stored.schema, {"person_id": "string"})
     with pytest.raises(
         SchemaMismatch, match="'person_id' of view 'income' is stored as int64, the source has"
     ):
-        refuse_unlike("income", stored.schema, {"person_id": "int64"})
+        require_stored_types("income", stored.schema, {"person_id": "int64"})
     head = pa.table({"person_id": ["7", "8"]})
     types = column_types(TEXT, head, {})
     assert typed_text(head, {"person_id": types["person_id"]})["person_id"].to_pylist() == ["7", "8"]
@@ -223,7 +223,7 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     reason = "person_id is int64, the feature table holds string"
     assert (event["rows_stored"], event["reasons"]) == (1, {reason: 1})
-    aad = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_aad("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
     file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
     assert orjson.loads(file["raw"][0].as_py()) == {
@@ -233,7 +233,9 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
         "at": "2024-01-01 01:00:00+00:00",
         "known_at": "2024-01-01 01:00:00+00:00",
     }
-    replayed = try_again(file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"})
+    replayed = recheck_rows(
+        file, project.view.view, now=NOW, baseline=None, key_types={"person_id": "string"}
+    )
     assert (replayed.good, replayed.reasons.to_pylist()) == (None, ["person_id is no string"])
 
 
@@ -296,10 +298,10 @@ def test_quarantined_bytes_and_deletions_can_be_replayed(tmp_path: Path, access:
     ingest_text(project, "a")
     assert project.stream().step() == 2
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
-    aad = quarantine_place("income", event["ingest_id"])
+    aad = quarantine_aad("income", event["ingest_id"])
     uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
     file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
-    replayed = try_again(file, view, now=NOW, baseline=None)
+    replayed = recheck_rows(file, view, now=NOW, baseline=None)
     assert replayed.good is not None
     assert replayed.good.select(["amount", "deleted"]).to_pylist() == [
         {"amount": b"\0\1\2", "deleted": False},

@@ -9,7 +9,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewStateChanged
 from feature_jobs.retire import RetireConfig
 from feature_jobs.store import Entity, FeatureView, Field, FileSource
-from feature_jobs.store.catalog.lifecycle import ViewState, heed, read_lifecycles
+from feature_jobs.store.catalog.lifecycle import ViewState, read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.plan import make_plan, plan_lines
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply
@@ -36,13 +36,13 @@ def test_deprecated_view_warns_and_retired_view_is_refused(
     change(ledger, "old", ViewState.deprecated)
     change(ledger, "gone", ViewState.retired)
     lifecycles = read_lifecycles(ledger)
-    heed(lifecycles, ["income"], doing="")
+    require_not_retired(lifecycles, ["income"], doing="")
     assert caplog.text == ""
-    heed(lifecycles, ["income", "old"], doing="")
+    require_not_retired(lifecycles, ["income", "old"], doing="")
     assert "View 'old' is deprecated since" in caplog.text
     assert "Use 'wealth'." in caplog.text
     with pytest.raises(ViewRetired, match=r"'gone' is retired .* Use 'wealth'\. No rows\..*restore=true"):
-        heed(lifecycles, ["gone"], doing="No rows.")
+        require_not_retired(lifecycles, ["gone"], doing="No rows.")
 
 
 def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -> None:

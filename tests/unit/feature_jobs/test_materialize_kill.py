@@ -17,7 +17,7 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online import lmdb_engine as online_lmdb
 from feature_jobs.store.online import redis_engine as online_redis
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests import forks
@@ -38,7 +38,7 @@ def rows(value: int) -> Iterator[OnlineRow]:
 def materialise(config: OnlineConfig, root: str, first: int, began: Connection) -> None:
     """Materialise repeatedly in small pieces, until the process is killed."""
     online_lmdb.PIECE_ROWS = online_redis.PIECE_ROWS = 20
-    store = open_online(config, Layout(root), Keyring(Path(root) / "k.json", bytes(32)), readonly=False)
+    store = open_online_store(config, Layout(root), Keyring(Path(root) / "k.json", bytes(32)), readonly=False)
     began.send("began")
     for value in range(first, 10**6):
         store.replace(VIEW, KEY_TYPES, rows(value), horizon=Horizon(0, -1))
@@ -53,7 +53,7 @@ def test_killed_materialisation_leaves_the_previous_one(
     keys.ensure(KeyInfo(name="online/v/internal"))
     url = request.getfixturevalue("redis_url") if kind is OnlineKind.redis else "redis://unused"
     config = OnlineConfig(kind=kind, url=url, prefix=tmp_path.name, map_size_gib=0.05)
-    reader = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
+    reader = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
     reader.replace(VIEW, KEY_TYPES, rows(1))
     pushed = OnlineRow(keys=(PUSHED,), event_us=5, created_us=5, seq=PROVISIONAL, values=(5,))
     reader.put(VIEW, KEY_TYPES, [pushed])

@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from cluster.errors import SourceError
 from cluster.ledger.events import BatchMended
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.materialize import rows as materialised
+from feature_jobs.materialize import newest_rows as materialised
 from feature_jobs.store import Field, FileSource
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
@@ -24,9 +24,9 @@ from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import prepare
 from feature_jobs.store.offline import mending
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.mending import Place, mend
-from feature_jobs.store.offline.point_in_time import answer
-from feature_jobs.store.offline.removal import Reason, remove
+from feature_jobs.store.offline.mending import BatchLocation, mend
+from feature_jobs.store.offline.point_in_time import join_features
+from feature_jobs.store.offline.removal import RemovalReason, remove_rows
 from feature_jobs.store.offline.tables import Batch, Target
 from tests.feature_project import INCOME, START, TIME, FeatureProject
 
@@ -54,7 +54,7 @@ def prepared(rows: Sequence[Row]) -> pa.Table:
     return prepare(pa.table(columns), INCOME, now=NOW)
 
 
-def mending_place(project: FeatureProject) -> Place:
+def mending_place(project: FeatureProject) -> BatchLocation:
     spec = view_spec(project.ledger, "income")
     target = Target(
         uri=project.uri,
@@ -63,7 +63,7 @@ def mending_place(project: FeatureProject) -> Place:
         protection=view_protection(spec),
         access=project.access,
     )
-    return Place(
+    return BatchLocation(
         pinned=project.newest(), target=target, quarantine=f"{project.root}/quarantine", view="income"
     )
 
@@ -135,7 +135,7 @@ def training_value(project: FeatureProject, person: int, at: datetime) -> float 
         {"person_id": [person], "event_timestamp": [at]},
         schema_overrides=features.select("event_timestamp").schema,
     )
-    answered = answer(entity_rows, features, keys=["person_id"], columns=["amount"], ttl=None)
+    answered = join_features(entity_rows, features, keys=["person_id"], columns=["amount"], ttl=None)
     return answered.columns["amount"][0]  # type: ignore[no-any-return]
 
 
@@ -217,7 +217,9 @@ def test_mending_does_not_restore_removed_rows(project: FeatureProject) -> None:
     """A row that retention removed is neither in the table nor in quarantine, and is skipped."""
     ingest(project, "a", [(1, 1.0, H), (2, 22.0, 2 * H)])
     where = pl.col("event_timestamp") < START + 2 * H
-    remove(project.newest(), where, Reason(cause="retention"), project.ledger, view="income", actor="test")
+    remove_rows(
+        project.newest(), where, RemovalReason(cause="retention"), project.ledger, view="income", actor="test"
+    )
     event = mend_batch(project, "a", [(1, 1.0, H), (2, 2.0, 2 * H)])
     assert stored(project) == [(2, 2.0, 2, 1)]
     assert (event.rows_in, event.rows_kept, event.rows_changed) == (2, 0, 1)

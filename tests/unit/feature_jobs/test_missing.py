@@ -32,7 +32,13 @@ from feature_jobs.store.catalog.differences import Impact
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.definitions.missing import ABSENT, MissingPolicy, fill, parse, settle
+from feature_jobs.store.definitions.missing import (
+    ABSENT,
+    MissingPolicy,
+    fill_offline,
+    fill_online,
+    parse_policy,
+)
 from feature_jobs.store.types.status import Status
 from tests.feature_project import INCOME as PEOPLES_INCOME
 from tests.feature_project import PEOPLE, FeatureProject
@@ -156,7 +162,7 @@ def test_serving_fills_as_training_does(data: st.DataObject) -> None:
     view = FeatureView("v", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", dtype)])
     default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
     service = FeatureService("s", views=[view], missing={"v__x": Default(default)})
-    policy = parse(service.missing_definition(), {"v__x": dtype})
+    policy = parse_policy(service.missing_definition(), {"v__x": dtype})
     rows = data.draw(st.lists(st.tuples(VALUES[dtype], st.sampled_from(list(Status))), min_size=1))
     status = [
         Status.null if value_status is Status.present and value is None else value_status
@@ -169,9 +175,11 @@ def test_serving_fills_as_training_does(data: st.DataObject) -> None:
     arrow = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}
     kind = arrow.get(dtype, pa.string() if dtype == "string" else pa.bool_())
     absent = pa.array([value_status in ABSENT for value_status in status])
-    trained = fill(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})["v__x"].to_pylist()
+    trained = fill_offline(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})[
+        "v__x"
+    ].to_pylist()
     columns = {"v__x": list(values)}
-    filled_rows = settle(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
+    filled_rows = fill_online(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
     assert repr(columns["v__x"]) == repr(trained)
     assert filled_rows.get("v__x", []) == [
         row for row, value_status in enumerate(status) if value_status in ABSENT
@@ -183,10 +191,10 @@ def test_refusal_names_feature_status_and_entity() -> None:
     policy = MissingPolicy(refused=("income__amount", "income__sector"))
     status = {"income__amount": ["present", "expired", "missing"], "income__sector": ["null"] * 3}
     columns = {name: [None] * 3 for name in status}
-    assert settle(policy, columns, status, service="credit", needed={"income__sector"}) == {}
+    assert fill_online(policy, columns, status, service="credit", needed={"income__sector"}) == {}
     words = re.escape("'amount' of view 'income' is expired for entities[1], and 1 more")
     with pytest.raises(FeatureAbsent, match=words) as refused:
-        settle(policy, columns, status, service="credit", needed=set(status))
+        fill_online(policy, columns, status, service="credit", needed=set(status))
     assert refused.value.status == {"income__amount": ["present", "expired", "missing"]}
 
 

@@ -33,7 +33,7 @@ from feature_jobs.store import (
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
 from feature_jobs.store.catalog.specifications import Definitions, FieldSpec, ViewSpec
-from feature_jobs.store.definitions.limits import LONGEST, before, clamp_span_s
+from feature_jobs.store.definitions.limits import LONGEST, clamp_span_s, subtract_span
 from feature_jobs.store.definitions.missing import view_of
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_instant, parse_span
 from feature_jobs.stream import KafkaConfig, StreamConfig
@@ -186,7 +186,7 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
     longest = view(ttl=LONGEST, retention=LONGEST, checks=[Freshness(LONGEST)])
     assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
     assert (clamp_span_s(HUGE.total_seconds()), clamp_span_s(None)) == (LONGEST.total_seconds(), None)
-    assert before(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
+    assert subtract_span(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
     fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
     spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)
     oldest = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)

@@ -75,7 +75,7 @@ def ingest(
 ) -> int:
     """Ingest rows without Ray and return the table version."""
     opened = offline.open_table(uri) or offline.create_table(uri, table.schema, num_buckets=4)
-    offline.check_schema(opened, table.schema, view="income")
+    offline.evolve_schema(opened, table.schema, view="income")
     opened = DeltaTable(uri)
     seq = offline.last_seq(opened) + table.num_rows
     return offline.commit(
@@ -150,8 +150,8 @@ def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAcc
     version = ingest(uri, rows(10, 7), "b", access)
     ingest(uri, rows(17, 5), "c", access)
     table = DeltaTable(uri)
-    assert (batch("b", 7), version) == offline.committed(table, "b")
-    assert offline.committed(table, "never") is None
+    assert (batch("b", 7), version) == offline.find_committed_batch(table, "b")
+    assert offline.find_committed_batch(table, "never") is None
 
 
 def test_second_of_two_concurrent_commits_is_refused(uri: str, access: KeyAccess) -> None:

@@ -38,7 +38,7 @@ from feature_jobs.store.catalog.specifications import (
     load_definitions,
     service_spec,
 )
-from feature_jobs.store.on_demand import from_request, load, with_on_demand
+from feature_jobs.store.on_demand import append_on_demand, from_request, load_transform
 
 INCOME = FeatureView(
     "income",
@@ -87,7 +87,7 @@ def test_training_set_has_on_demand_columns_after_the_views(ledger: Ledger) -> N
     spec = spec_of(ledger)
     assert spec.columns == ["income__amount", "income__since", "terms__share", "terms__since"]
     assert ServiceSpec.from_dict(spec.to_dict()) == spec
-    table = with_on_demand(spec, rows([1, 2], [4.0, None]))
+    table = append_on_demand(spec, rows([1, 2], [4.0, None]))
     assert table["terms__share"].to_pylist() == [0.25, None]
     assert table["terms__since"] == table["income__since"]
 
@@ -108,7 +108,7 @@ def test_serving_equals_training(
 ) -> None:
     """For the same values. Times are the microseconds of the online store."""
     asked, amount = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    trained = with_on_demand(applied_spec, rows(asked, amount))
+    trained = append_on_demand(applied_spec, rows(asked, amount))
     micros = [1704067200000000] * len(pairs)
     features = {"income__amount": amount, "income__since": micros}
     served = from_request(applied_spec, {"asked": asked}, features)
@@ -120,9 +120,9 @@ def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
     """In training and in serving; the error names the input."""
     spec = spec_of(ledger)
     with pytest.raises(TrainingSetError, match="lack 'asked'"):
-        with_on_demand(spec, rows([1.0], [1.0]).drop_columns("asked"))
+        append_on_demand(spec, rows([1.0], [1.0]).drop_columns("asked"))
     with pytest.raises(TrainingSetError, match="'asked' should be double"):
-        with_on_demand(spec, rows(["much"], [1.0]))
+        append_on_demand(spec, rows(["much"], [1.0]))
     features = {"income__amount": [1.0], "income__since": [0]}
     with pytest.raises(InvalidRequest, match="'asked' is missing"):
         from_request(spec, {}, features)
@@ -150,13 +150,13 @@ def test_code_other_than_the_applied_one_is_refused(
         name="loan", version=1, family="t", task="b", manifest_hash="", files={}, lineage=lineage, metrics={}
     )
     ledger.append(model, actor="user:test")
-    with_on_demand(spec, rows([1.0], [1.0]))
+    append_on_demand(spec, rows([1.0], [1.0]))
     path.write_text(path.read_text().replace("pc.divide(", "pc.multiply(", 1) + "\n")
     linecache.clearcache()
     importlib.reload(importlib.import_module("lending"))
-    load.cache_clear()
+    load_transform.cache_clear()
     with pytest.raises(DefinitionError, match="is not the applied code"):
-        with_on_demand(spec, rows([1.0], [1.0]))
+        append_on_demand(spec, rows([1.0], [1.0]))
     plan = make_plan(load_definitions("lending"), read_recorded(ledger))
     assert "on-demand transform terms" in "\n".join(plan_lines(plan))
     with pytest.raises(BreakingChange, match=r"model 'loan' version 1.*code of lending:loan_terms"):
@@ -164,7 +164,7 @@ def test_code_other_than_the_applied_one_is_refused(
     path.write_text(re.sub("def loan_terms.*", "", path.read_text(), flags=re.DOTALL))
     monkeypatch.delattr("lending.loan_terms")
     with pytest.raises(DefinitionError, match="has no 'loan_terms'"):
-        with_on_demand(spec, rows([1.0], [1.0]))
+        append_on_demand(spec, rows([1.0], [1.0]))
 
 
 def test_personal_inputs_and_features_use_the_keys_of_their_class(ledger: Ledger) -> None:

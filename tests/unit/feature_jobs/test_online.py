@@ -19,7 +19,7 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.online import store as online_store
 from feature_jobs.store.online.lmdb_engine import LmdbEngine
-from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 
@@ -53,8 +53,8 @@ def row(key: int | str, *values: Any, event: float = 1, available: float | None 
     known = event if available is None else available
     return OnlineRow(
         keys=(key,),
-        event_us=microseconds(hour(event)),
-        created_us=microseconds(hour(known)),
+        event_us=epoch_microseconds(hour(event)),
+        created_us=epoch_microseconds(hour(known)),
         seq=0,
         values=values,
     )
@@ -75,7 +75,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
     if request.param == "redis":
         url = request.getfixturevalue("redis_url")
         config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
-    opened = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
+    opened = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
     opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
     opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
     yield opened
@@ -220,7 +220,7 @@ def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
 
 def test_empty_store_returns_missing(tmp_path: Path, keys: Keyring) -> None:
     """A replica may start before the first materialisation."""
-    empty = open_online(SMALL, Layout(str(tmp_path / "new")), keys)
+    empty = open_online_store(SMALL, Layout(str(tmp_path / "new")), keys)
     assert {"missing"} == set(read(empty, {"person_id": 1})[1].values())
     empty.close()
 
@@ -246,7 +246,7 @@ store.replace(view, {"person_id": "int64"}, [row])
 def test_open_reader_sees_what_another_process_writes(tmp_path: Path, keys: Keyring) -> None:
     """A replica does not have to restart after a materialisation."""
     service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
-    replica = open_online(SMALL, Layout(str(tmp_path)), keys)
+    replica = open_online_store(SMALL, Layout(str(tmp_path)), keys)
     reader = FeatureReader(service, replica)
     assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [None]
     subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)

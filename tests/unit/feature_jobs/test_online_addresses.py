@@ -21,7 +21,7 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, Vi
 from feature_jobs.store.online.addresses import ADDRESS_BYTES, Addresses
 from feature_jobs.store.online.changes import Change
 from feature_jobs.store.online.meta import STAMP_BYTES
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 
 SECRET = bytes(range(32))
@@ -78,7 +78,7 @@ def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path)
     """They have other addresses. Without the check, every entity would be missing."""
     keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
     keys.ensure(KeyInfo(name="online/v/internal"))
-    store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
     store.replace(VIEW, {"id": "int64"}, [row(1.0)])
     stored = store.engine.meta("v")
     assert stored is not None
@@ -87,7 +87,7 @@ def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path)
     store.engine.set_meta("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
     store.close()
 
-    store = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[VIEW]), store)
     attempts: list[Callable[[], object]] = [
         lambda: reader.read([{"id": 1}], AT),

@@ -13,7 +13,7 @@ from cluster.security.keys.keyring import Keyring
 from cluster.security.tls.certificates import ensure_tls
 from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
 from cluster.storage import Layout
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.reader import open_online_store
 from tests.ports import free_port
 from tests.redis_server import running_redis
 from tests.unit.feature_jobs.test_online_store import KEY_TYPES, PERSONS, VIEW, amounts, row, view_keys
@@ -28,7 +28,7 @@ def test_unavailable_redis_is_named(keys: Keyring) -> None:
     """The error has the address and the setting."""
     config = OnlineConfig(kind=OnlineKind.redis, url="redis://127.0.0.1:1/0")
     with pytest.raises(OnlineStoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*online\.url"):
-        open_online(config, Layout(""), keys).get(VIEW, PERSONS)
+        open_online_store(config, Layout(""), keys).get(VIEW, PERSONS)
 
 
 def test_redis_connection_uses_tls_and_a_password_file(tmp_path: Path, keys: Keyring) -> None:
@@ -48,12 +48,12 @@ def test_redis_connection_uses_tls_and_a_password_file(tmp_path: Path, keys: Key
         password_file=str(tmp_path / "password"),
     )
     with running_redis(*options, *tls):
-        store = open_online(config, places, keys)
+        store = open_online_store(config, places, keys)
         assert store.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)]) == 1
         assert amounts(store) == [1.0, None, None]
         store.close()
         for missing in ({"ca_file": None}, {"password_file": None}):
-            store = open_online(dataclasses.replace(config, **missing), places, keys)  # type: ignore[arg-type]
+            store = open_online_store(dataclasses.replace(config, **missing), places, keys)  # type: ignore[arg-type]
             with pytest.raises(OnlineStoreUnavailable):
                 store.get(VIEW, PERSONS)
             store.close()
@@ -61,7 +61,7 @@ def test_redis_connection_uses_tls_and_a_password_file(tmp_path: Path, keys: Key
 
 def test_full_store_names_the_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
     """The old rows stay."""
-    small = open_online(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
+    small = open_online_store(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
     small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
         small.put(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])

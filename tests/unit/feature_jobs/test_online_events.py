@@ -22,8 +22,8 @@ from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.online.engine import Write
-from feature_jobs.store.online.events import assign_sequence_online, merge_of, put_online
-from feature_jobs.store.online.reader import FeatureReader, open_online
+from feature_jobs.store.online.events import assign_sequence_online, merge_function, put_online
+from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import entity_states, stored_view
@@ -53,7 +53,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator
             keyring.ensure(KeyInfo(name=f"online/{view}/{name}"))
     remote = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="events")
     opened = [
-        open_online(config, Layout(str(folder)), keyring, readonly=False)
+        open_online_store(config, Layout(str(folder)), keyring, readonly=False)
         for config in (OnlineConfig(map_size_gib=0.1), remote)
     ]
     yield opened
@@ -139,7 +139,7 @@ class Pipeline:
             yield from entity_states(known, list(KEYS), SPEC, AS_OF)
             inside()
 
-        self.store.replace(stored_view(VIEW), TYPES, slow(), horizon=horizon, merge=merge_of(VIEW))
+        self.store.replace(stored_view(VIEW), TYPES, slow(), horizon=horizon, merge=merge_function(VIEW))
 
     def offline(self) -> list[dict[str, list[object]]]:
         """Return the values at each hour from the table, the online rows and the log."""

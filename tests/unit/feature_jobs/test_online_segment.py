@@ -21,7 +21,7 @@ from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online import lmdb_engine as online_lmdb
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.segment import Segment, write
 from feature_jobs.store.online.store import OnlineStore
@@ -73,7 +73,7 @@ def rows(value: float) -> Iterator[OnlineRow]:
 def store(tmp_path: Path) -> Iterator[OnlineStore]:
     keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
     keys.ensure(KeyInfo(name="online/v/internal"))
-    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
     yield opened
     opened.close()
 
@@ -144,7 +144,7 @@ def test_recreated_folder_is_opened_again(
         store.put(VIEW, KEY_TYPES, list(rows(2)))
 
     config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))
-    materialisation = open_online(config, places, store._keys, readonly=False)
+    materialisation = open_online_store(config, places, store._keys, readonly=False)
     materialisation.replace(VIEW, KEY_TYPES, rows(3))
     materialisation.close()
     assert amounts(store) == [3.0] * len(PEOPLE)
@@ -176,7 +176,7 @@ def test_altered_value_in_the_segment_is_refused(store: OnlineStore, tmp_path: P
     (path,) = files(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
-    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
+    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
     for requests in (PEOPLE, PEOPLE[:1]):
         with pytest.raises(ArtifactTampered):
             opened.read(VIEW, requests)

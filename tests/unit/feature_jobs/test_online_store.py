@@ -22,7 +22,7 @@ from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online.engine import Rows
-from feature_jobs.store.online.reader import FeatureReader, microseconds, open_online
+from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import FoundRow, OnlineStore
@@ -81,7 +81,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iter
         config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
     else:
         config = OnlineConfig(map_size_gib=0.05)
-    opened = open_online(config, Layout(str(tmp_path)), keys, readonly=False)
+    opened = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
     yield opened
     opened.close()
 
@@ -162,7 +162,7 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
 ) -> None:
     """Rows put before and after a materialisation give the same store as one materialisation of all rows."""
     config = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="property")
-    remote = open_online(config, Layout(""), keys)
+    remote = open_online_store(config, Layout(""), keys)
     horizon = Horizon(data.draw(st.integers(-1, len(known)), label="horizon"), -1)
     before = data.draw(
         st.lists(st.sampled_from(known), unique_by=id) if known else st.just([]), label="before"
@@ -187,7 +187,7 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
 @pytest.fixture(scope="module")
 def lmdb(tmp_path_factory: pytest.TempPathFactory, keys: Keyring) -> Iterator[OnlineStore]:
     config = OnlineConfig(map_size_gib=0.05)
-    opened = open_online(config, Layout(str(tmp_path_factory.mktemp("lmdb"))), keys, readonly=False)
+    opened = open_online_store(config, Layout(str(tmp_path_factory.mktemp("lmdb"))), keys, readonly=False)
     yield opened
     opened.close()
 
@@ -284,7 +284,7 @@ def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
     """With and without a fixed width, alone in its class or not."""
     dtypes = ("bool", "int32", "int64", "float32", "float64", "timestamp")
     fixed = a_view("v2", **{f"f_{dtype}": dtype for dtype in dtypes})
-    values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, microseconds(START))
+    values = (True, -(2**31), 2**63 - 1, 0.5, 1e300, epoch_microseconds(START))
     mixed = a_view("v3", name="string/personal", flag="bool/public", amount="float64/sensitive")
     for view, content in ((fixed, values), (mixed, ("é", False, float("inf")))):
         nulls = tuple(None if index % 2 else value for index, value in enumerate(content))
@@ -315,7 +315,7 @@ def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
 def test_batch_has_the_status_of_each_row(store: OnlineStore, seen_at: object, states: list[str]) -> None:
     """Present, null, expired, newer and deleted rows in one read, each as of the request's time."""
     view = ViewSpec(name="v", version="v1", join_keys=["id"], fields=VIEW.fields, ttl_s=7200)
-    hour = [microseconds(START.replace(hour=number)) for number in range(8)]
+    hour = [epoch_microseconds(START.replace(hour=number)) for number in range(8)]
     some = OnlineRow(keys=(2,), event_us=hour[1], created_us=hour[1], seq=0, values=(None, None))
     store.put(view, KEY_TYPES, [row(1, hour[1], 1.0), some, row(3, hour[5], 3.0), row(4, hour[1], None)])
     service = ServiceSpec(name="s", version="1", views=[view])
@@ -345,11 +345,11 @@ def test_batch_read_equals_single_reads(
     view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
     moment = START + timedelta(seconds=at)
     with tempfile.TemporaryDirectory() as folder:
-        store = open_online(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
+        store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
         rows = []
         for key, (second, null) in enumerate(drawn):
             values = [None if null and not complete else makers[dtype](key) for dtype in dtypes]
-            event = microseconds(START + timedelta(seconds=second))
+            event = epoch_microseconds(START + timedelta(seconds=second))
             rows.append(OnlineRow(keys=(key,), event_us=event, created_us=event, seq=0, values=values))
         store.put(view, KEY_TYPES, rows)
         requests = [{"id": key} for key in range(len(drawn) + (not complete))]

@@ -18,7 +18,7 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.windows import aggregate
-from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online
+from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online_store
 from feature_jobs.store.online.windows import entity_states, stored_view
 from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
 
@@ -63,7 +63,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineStore]:
     keyring = Keyring.create(folder / "keyring.json", bytes(32))
     for name in ("internal", "personal"):
         keyring.ensure(KeyInfo(name=f"online/visits/{name}"))
-    opened = open_online(OnlineConfig(map_size_gib=0.01), Layout(str(folder)), keyring, readonly=False)
+    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(folder)), keyring, readonly=False)
     yield opened
     opened.close()
 

@@ -20,14 +20,14 @@ from cluster.errors import ConfigError, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.ingestion.pushed_rows import POSITION
-from feature_jobs.store.streaming.checked_messages import CheckedMessages, to_checked, together
+from feature_jobs.store.streaming.checked_messages import CheckedMessages, combine, to_checked
 from feature_jobs.store.streaming.kafka_consumer import (
+    ConsumerSettings,
     PartitionReader,
-    Reading,
-    bounds,
     consume,
-    is_left,
-    shares,
+    distribute_partitions,
+    end_offsets,
+    has_remaining,
 )
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
@@ -97,9 +97,9 @@ def test_combined_parts_equal_the_result_of_one_reader(messages: list[Sent], rea
     """Every row, reason and value stays with its message."""
     parts = [
         check([message for message in messages if message.partition() in share])
-        for share in shares([0, 1, 2], readers)
+        for share in distribute_partitions([0, 1, 2], readers)
     ]
-    combined = together(parts)
+    combined = combine(parts)
     assert results(combined) == results(check(messages))
     values = dict(
         zip(zip(combined.partitions, combined.offsets, strict=True), combined.values.to_pylist(), strict=True)
@@ -113,7 +113,7 @@ def test_messages_in_the_table_are_skipped(messages: list[Sent], committed: list
     fresh = check(messages).after(dict(enumerate(committed)))
     remaining = [message for message in messages if message.offset() > committed[message.partition()]]
     assert results(fresh) == results(check(remaining))
-    assert fresh.reached == check(remaining).reached
+    assert fresh.last_offsets == check(remaining).last_offsets
 
 
 def test_messages_that_would_leave_a_gap_are_refused() -> None:
@@ -127,7 +127,7 @@ def test_messages_that_would_leave_a_gap_are_refused() -> None:
 @given(st.lists(st.integers(0, 50), unique=True, min_size=1), st.integers(1, 9))
 def test_each_partition_has_one_reader(partitions: list[int], readers: int) -> None:
     """The readers' numbers of partitions differ by at most one, and each reader has at least one."""
-    dealt = shares(partitions, readers)
+    dealt = distribute_partitions(partitions, readers)
     assert sorted(number for share in dealt for number in share) == sorted(partitions)
     sizes = [len(share) for share in dealt]
     assert len(dealt) <= readers
@@ -140,7 +140,7 @@ def test_first_row_ends_the_start_without_a_table(
     """The first row decides the key types. After a restart the table has them."""
     project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
     broker.send(TOPIC, b"nonsense", message(1, 1), message(2, 1))
-    reading = Reading(source=project.topic, linger_s=0.01, max_rows=1)
+    reading = ConsumerSettings(source=project.topic, linger_s=0.01, max_rows=1)
     stream, never = project.kafka(), threading.Event()
     assert stream.key_types == {}
     assert consume(stream, reading, never, until_table=True) == 2
@@ -162,7 +162,7 @@ def test_killed_readers_lose_and_duplicate_no_rows(
     single, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
     single.consume(lateness=lateness)
     first = apart.kafka(lateness=lateness)
-    reading = Reading(source=apart.topic, linger_s=0.01, max_rows=4, once=True)
+    reading = ConsumerSettings(source=apart.topic, linger_s=0.01, max_rows=4, once=True)
     total = consume(first, reading, threading.Event(), until_table=True)
     assert total + read_with_kills(apart.kafka(lateness=lateness), reading, draw) == 60
     columns = ["person_id", "event_timestamp", "amount", "sector"]
@@ -186,23 +186,23 @@ def roots(folder: Path) -> list[Path]:
     return made
 
 
-def read_with_kills(stream: KafkaStream, reading: Reading, draw: random.Random) -> int:
+def read_with_kills(stream: KafkaStream, reading: ConsumerSettings, draw: random.Random) -> int:
     """Read with two readers, and sometimes drop one with its messages; return the number of rows taken."""
     stream.start()
-    ends, total = bounds(reading), 0
-    dealt = shares(list(ends), 2)
+    ends, total = end_offsets(reading), 0
+    dealt = distribute_partitions(list(ends), 2)
 
     def start(share: list[int]) -> PartitionReader:
         return PartitionReader(reading, stream.view.view, stream.offsets(share), stream.key_types)
 
     readers = [start(share) for share in dealt]
-    while is_left(stream.offsets(list(ends)), ends):
+    while has_remaining(stream.offsets(list(ends)), ends):
         given = [reader.read() for reader in readers]
         if draw.random() < 0.3:
             dead = draw.randrange(2)
             given[dead], readers[dead] = None, start(dealt[dead])
         if parts := [one for one in given if one is not None]:
-            taken = together(parts)
+            taken = combine(parts)
             total += stream.store_checked(taken)
             assert stream.store_checked(taken) == 0, "the table has them already"
     return total
@@ -217,7 +217,7 @@ def sums(project: PushProject) -> dict[str, int]:
 
 def test_reader_names_a_missing_file(tmp_path: Path) -> None:
     """The first read raises the error, so that the reader's owner gets it."""
-    missing = Reading(source=VIEW.source, properties_file=tmp_path / "none")  # type: ignore[arg-type]
+    missing = ConsumerSettings(source=VIEW.source, properties_file=tmp_path / "none")  # type: ignore[arg-type]
     reader = PartitionReader(missing, VIEW, {0: 0}, KEYS)
     with pytest.raises(ConfigError, match="none cannot be read: No such file"):
         reader.read()

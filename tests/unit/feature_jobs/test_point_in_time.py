@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.offline.point_in_time import answer, latest
+from feature_jobs.store.offline.point_in_time import join_features, latest_rows
 from tests.pit_oracle import START, TIME, connect, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}
@@ -66,7 +66,7 @@ def test_join_agrees_with_the_definition_in_sql(
     columns, keys = ["amount", "sector"], list(KEYS)
     known, all_of_it = expected(oracle, entities, features, keys=keys, columns=columns, ttl=ttl)
     for cutoff, rows, count in ((True, known, hidden(known, all_of_it)), (False, all_of_it, 0)):
-        actual = answer(entities, features, keys=keys, columns=columns, ttl=ttl, cutoff=cutoff)
+        actual = join_features(entities, features, keys=keys, columns=columns, ttl=ttl, cutoff=cutoff)
         assert [row[:2] for row in rows] == actual.columns.rows()
         assert count == actual.hidden
         assert [not row[2] for row in rows] == actual.absent.to_list()
@@ -75,14 +75,14 @@ def test_join_agrees_with_the_definition_in_sql(
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)
 @given(features=feature_frames(), as_of=hours)
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
-    """`latest` returns the rows that a training set would have at that moment."""
-    rows = latest(features, keys=list(KEYS), as_of=as_of)
+    """`latest_rows` returns the rows that a training set would have at that moment."""
+    rows = latest_rows(features, keys=list(KEYS), as_of=as_of)
     requests = (
         features.select(list(KEYS))
         .unique(maintain_order=True)
         .with_columns(pl.lit(as_of).cast(TIME).alias("event_timestamp"))
     )
-    joined = answer(requests, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
+    joined = join_features(requests, features, keys=list(KEYS), columns=["ingest_seq"], ttl=None).columns
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
@@ -111,7 +111,7 @@ def amounts_at(features: pl.DataFrame, *hours_asked: int, ttl: timedelta | None 
     """Return the amounts that are known at some hours."""
     data = [(1, "n", START + timedelta(hours=hour)) for hour in hours_asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
-    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
+    joined = join_features(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
     return joined.columns["amount"].to_list()
 
 
@@ -166,8 +166,8 @@ def test_latest_omits_deleted_entities_or_returns_their_tombstones() -> None:
     """By default a deleted entity has no row. On request its tombstone is returned."""
     features = rows((1, 1, 1.0), (3, 3, 7.0), deleted=[1])
     at = START + timedelta(hours=4)
-    assert latest(features, keys=list(KEYS), as_of=at).is_empty()
-    tombstone = latest(features, keys=list(KEYS), as_of=at, tombstones=True)
+    assert latest_rows(features, keys=list(KEYS), as_of=at).is_empty()
+    tombstone = latest_rows(features, keys=list(KEYS), as_of=at, tombstones=True)
     assert tombstone["event_timestamp"].to_list() == [START + timedelta(hours=3)]
 
 
@@ -175,7 +175,7 @@ def test_ordered_rows_need_no_sequence_numbers() -> None:
     """The rows of one bucket file are sorted already."""
     features = rows((1, 1, 1.0), (1, 1, 2.0), (5, 5, 3.0), (2, 8, 4.0)).drop("ingest_seq")
     entities = rows((4, 4, None), (9, 9, None)).select(*KEYS, "event_timestamp")
-    joined = answer(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
+    joined = join_features(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
     assert joined.columns["amount"].to_list() == [2.0, 3.0]
 
 

@@ -15,12 +15,12 @@ from cluster.errors import DefinitionError, Inconsistent, InvalidRequest, Record
 from cluster.ledger.events import BatchIngested, FeatureViewApplied, FeatureViewStateChanged
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.materialize import rows as materialised
+from feature_jobs.materialize import newest_rows as materialised
 from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.offline.tables import open_table
 from feature_jobs.store.online.rows import OnlineRow
-from feature_jobs.store.streaming import streamed
-from feature_jobs.store.streaming.pushed_view import from_record, pushed_view
+from feature_jobs.store.streaming import micro_batches
+from feature_jobs.store.streaming.pushed_view import load_pushed_view, view_from_definition
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.push_project import INCOME, START, PushProject, payments_view, row
 from tests.unit.feature_jobs.push_kills import KILLS, run_and_kill
@@ -173,7 +173,7 @@ def test_online_equals_rebuild_for_late_and_deleted_rows(project: PushProject) -
     pinned, table = project.snapshot(), open_table(project.places.features("income"))
     assert table is not None
     known = list(materialised(spec, pinned, START.replace(year=2025)))
-    project.store.replace(spec, {"person_id": "int64"}, known, horizon=streamed.horizon(table))
+    project.store.replace(spec, {"person_id": "int64"}, known, horizon=micro_batches.table_horizon(table))
     assert project.store.get(spec, people) == pushed
     assert project.store.put(spec, {"person_id": "int64"}, known) == 0
 
@@ -186,7 +186,7 @@ def test_materialisation_keeps_pushes_that_the_table_lacks(project: PushProject)
     project.push(row(2, 2, 2.0), key="c")
     table = open_table(project.places.features("income"))
     assert table is not None
-    known = streamed.horizon(table)
+    known = micro_batches.table_horizon(table)
     assert (known.seq, known.offset) == (0, 0)
     assert not known.covers(PROVISIONAL + 1)
     project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=known)
@@ -194,7 +194,9 @@ def test_materialisation_keeps_pushes_that_the_table_lacks(project: PushProject)
     project.stream().step()
     table = open_table(project.places.features("income"))
     assert table is not None
-    project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=streamed.horizon(table))
+    project.store.replace(
+        project.view.spec, {"person_id": "int64"}, [], horizon=micro_batches.table_horizon(table)
+    )
     assert project.amounts(1, 2) == [None, None]
 
 
@@ -210,7 +212,7 @@ def test_concurrent_streams_duplicate_no_rows(project: PushProject) -> None:
             try:
                 if stream.step() == 0:
                     return
-            except streamed.CommitConflict:
+            except micro_batches.CommitConflict:
                 continue
             except BaseException as error:
                 errors.append(error)
@@ -253,7 +255,7 @@ def test_pushed_values_are_encrypted_everywhere(project: PushProject, tmp_path: 
 
 def test_view_without_a_transform_needs_no_module() -> None:
     """Its definition in the ledger is enough to check rows."""
-    again = from_record(INCOME.definition())
+    again = view_from_definition(INCOME.definition())
     assert (again.checks, again.join_keys, again.created_lag) == (
         INCOME.checks,
         INCOME.join_keys,
@@ -262,7 +264,7 @@ def test_view_without_a_transform_needs_no_module() -> None:
     assert [(field.name, field.dtype) for field in again.schema] == [
         (field.name, field.dtype) for field in INCOME.schema
     ]
-    assert from_record(payments_view().definition()).windows == payments_view().windows
+    assert view_from_definition(payments_view().definition()).windows == payments_view().windows
 
 
 def test_missing_or_changed_code_is_refused(project: PushProject) -> None:
@@ -273,12 +275,12 @@ def test_missing_or_changed_code_is_refused(project: PushProject) -> None:
     with pytest.raises(
         DefinitionError, match=r"transform, and its code cannot be imported.*'nowhere\.views'"
     ):
-        pushed_view(project.ledger, "income")
+        load_pushed_view(project.ledger, "income")
     elsewhere = definition | {"transform": {"name": "tests.push_project:row", "sha256": "0"}}
     event = FeatureViewApplied(view="income", version="abc", definition=elsewhere)
     project.ledger.append(event, actor="test")
     with pytest.raises(DefinitionError, match="applied as version abc"):
-        pushed_view(project.ledger, "income")
+        load_pushed_view(project.ledger, "income")
 
 
 def test_retired_view_accepts_no_pushes(project: PushProject) -> None:
@@ -287,7 +289,7 @@ def test_retired_view_accepts_no_pushes(project: PushProject) -> None:
     event = FeatureViewStateChanged(view="income", state="retired", previous="active", reason="old")
     project.ledger.append(event, actor="test")
     with pytest.raises(ViewRetired, match="No new rows are taken"):
-        pushed_view(project.ledger, "income")
+        load_pushed_view(project.ledger, "income")
     assert project.stream().step() == 1
 
 

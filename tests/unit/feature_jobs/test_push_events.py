@@ -13,7 +13,7 @@ import pytest
 
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.catalog.specifications import Definitions, apply
-from feature_jobs.store.streaming.pushed_view import pushed_view
+from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher
 from tests.push_project import PushProject, payment, payments_view
 from tests.unit.feature_jobs import push_kills
@@ -68,7 +68,7 @@ def test_view_with_new_windows_is_missing_until_materialised(
     ]
     changed = replace(payments_view(), aggregations=[longer])
     apply(Definitions(module="m", views={"income": changed}, services={}), payments.ledger, actor="test")
-    payments.view = pushed_view(payments.ledger, "income")
+    payments.view = load_pushed_view(payments.ledger, "income")
     payments.pusher = Pusher(payments.view, payments.places, payments.store, payments.log)
     payments.push(payment(4, 7, 1.0), key="b")
     assert payments.served(8) == [{"income__amount_sum_9h": [None, None]}]

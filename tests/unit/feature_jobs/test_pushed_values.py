@@ -15,8 +15,8 @@ from feature_jobs.store import FileSource, KafkaSource, SqlSource
 from feature_jobs.store.definitions.sources import Source
 from feature_jobs.store.ingestion.message_rows import check_messages
 from feature_jobs.store.ingestion.pushed_rows import check_rows, typed_column
-from feature_jobs.store.ingestion.quarantine_replay import try_again
-from feature_jobs.store.streaming.pushed_view import from_record
+from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
+from feature_jobs.store.streaming.pushed_view import view_from_definition
 from tests.push_project import INCOME, START, row
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -89,7 +89,7 @@ def test_quarantined_tombstone_is_still_a_tombstone_after_replay(stored_as: str)
     assert raw["gone"] is True
     raw[stored_as] = raw.pop("gone")
     file = pa.table({"reason": bad["reason"], "raw": [orjson.dumps(raw).decode()]})
-    rechecked = try_again(file, view, now=NOW + timedelta(hours=2), baseline=None)
+    rechecked = recheck_rows(file, view, now=NOW + timedelta(hours=2), baseline=None)
     assert rechecked.good is not None
     assert rechecked.good["deleted"].to_pylist() == [True]
 
@@ -105,7 +105,7 @@ def test_quarantined_tombstone_is_still_a_tombstone_after_replay(stored_as: str)
 )
 def test_view_from_the_ledger_has_its_time_zone(source: Source) -> None:
     """Replicas and streams have no module with definitions, so the ledger's record must contain the zone."""
-    view = from_record(replace(INCOME, source=source).definition())
+    view = view_from_definition(replace(INCOME, source=source).definition())
     assert view.source.zone == "Asia/Dubai"
     checked = check_rows(
         [row(1, 0) | {"event_timestamp": "2024-01-01T04:00:00"}], view, key_types={}, now=NOW

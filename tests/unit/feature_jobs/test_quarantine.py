@@ -22,11 +22,11 @@ from cluster.security.keys.access import KeyAccess
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection, view_protection
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection, view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.ingestion.quarantine import quarantined, source_rows, source_schema
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.quarantine_replay import try_again
+from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
 from feature_jobs.store.offline import tables as offline
 
@@ -129,7 +129,7 @@ def test_rows_without_types_are_checked_like_a_push() -> None:
         {"person_id": None, "amount": 1.0, "at": "2024-01-01T00:00:00Z"},
         {"person_id": 4, "amount": 3, "at": "2024-01-01 00:00:00+00:00", "note": "not of the view"},
     )
-    rechecked = try_again(file, view(), now=NOW, baseline=None)
+    rechecked = recheck_rows(file, view(), now=NOW, baseline=None)
     assert rechecked.reasons.to_pylist() == [None, "amount is no float64", "x", None]
     assert rechecked.good is not None
     assert rechecked.good.select(["person_id", "amount", "event_timestamp"]).to_pylist() == [
@@ -141,7 +141,7 @@ def test_rows_without_types_are_checked_like_a_push() -> None:
 def test_more_rows_than_a_push_may_have_are_checked_in_parts() -> None:
     """All rows are checked, also those beyond the limit of one push."""
     rows = [{"person_id": n, "amount": float(n), "at": "2024-01-01T00:00:00Z"} for n in range(2500)]
-    rechecked = try_again(untyped_file(*rows), view(Range("amount", maximum=2398)), now=NOW, baseline=None)
+    rechecked = recheck_rows(untyped_file(*rows), view(Range("amount", maximum=2398)), now=NOW, baseline=None)
     assert rechecked.good is not None
     assert rechecked.good["person_id"].to_pylist() == list(range(2399))
     assert rechecked.reasons.null_count == 2399
@@ -153,7 +153,7 @@ def test_repeated_rows_stay_while_the_view_has_the_unique_rule(rule: Unique) -> 
     file = quarantine_of(block([1.0, 2.0, -1.0], keys=[1, 1, 2]), view(rule, Range("amount", minimum=0)))
     num_repeated = 2 if rule.keep is Keep.none else 1
     for current_view, expected in ((view(rule), num_repeated), (view(), 0)):
-        rechecked = try_again(file, current_view, now=NOW, baseline=None)
+        rechecked = recheck_rows(file, current_view, now=NOW, baseline=None)
         assert rechecked.reasons.is_valid().to_pylist().count(True) == expected
 
 
@@ -233,7 +233,7 @@ def test_another_batchs_file_is_not_replayed(batch_replay: job.BatchReplay) -> N
     files.write(files.read(path), other_path, quarantine_protection("income"))
     assert job.replay(other, None, now=NOW).rows_in == 3
     run_replay(batch_replay)
-    assert files.keys(path).place == quarantine_place("income", "b1")
+    assert files.keys(path).place == quarantine_aad("income", "b1")
 
 
 def test_files_have_the_same_columns_in_the_same_order(tmp_path: Path, access: KeyAccess) -> None:

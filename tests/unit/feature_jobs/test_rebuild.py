@@ -16,7 +16,7 @@ from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.store import FeatureView, Field
-from feature_jobs.store.offline.compaction import as_target, rewrite
+from feature_jobs.store.offline.compaction import current_target, rewrite
 from feature_jobs.training_set import TrainingSetConfig
 from tests.feature_project import INCOME, PEOPLE, START, TIME, FeatureProject
 
@@ -40,7 +40,7 @@ def test_rebuild_gives_the_same_rows_after_all_kinds_of_changes(
         key_store(project.access).rotate(f"features/income/{name}")
     protected_files(project.access).forget()
     table = project.newest()
-    rewrite(table, as_target(table), range(2))
+    rewrite(table, current_target(table), range(2))
     project.apply(
         FeatureView(
             "income",

@@ -17,12 +17,12 @@ from cluster.security.keys.access import KeyAccess
 from feature_jobs.retain import oldest_kept
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline import removal
-from feature_jobs.store.offline.compaction import as_target, rewrite
-from feature_jobs.store.offline.removal import Reason, holding, remove
+from feature_jobs.store.offline.compaction import current_target, rewrite
+from feature_jobs.store.offline.removal import RemovalReason, count_matching_rows, remove_rows
 from tests.feature_project import PEOPLE, START, FeatureProject
 
 OLD = pl.col("event_timestamp") < START + timedelta(hours=1)
-RETENTION = Reason(cause="retention", older_than="2024-01-01T01:00:00+00:00")
+RETENTION = RemovalReason(cause="retention", older_than="2024-01-01T01:00:00+00:00")
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
     project.close()
 
 
-def remove_rows(project: FeatureProject, where: pl.Expr = OLD, reason: Reason = RETENTION) -> int:
-    return remove(project.newest(), where, reason, project.ledger, view="income", actor="test")
+def remove(project: FeatureProject, where: pl.Expr = OLD, reason: RemovalReason = RETENTION) -> int:
+    return remove_rows(project.newest(), where, reason, project.ledger, view="income", actor="test")
 
 
 def marked_training_sets(project: FeatureProject) -> list[int]:
@@ -46,11 +46,11 @@ def test_rows_are_removed_from_the_table_and_the_disk(project: FeatureProject) -
     for number in range(3):
         project.ingest(number)
     table = project.newest()
-    rewrite(table, as_target(table), range(2))
-    assert remove_rows(project) == PEOPLE
+    rewrite(table, current_target(table), range(2))
+    assert remove(project) == PEOPLE
     after = project.newest()
     assert after.rows == 2 * PEOPLE
-    assert holding(after, OLD) == {}
+    assert count_matching_rows(after, OLD) == {}
     frames = [
         pl.read_parquet(path, columns=["event_timestamp"]) for path in Path(project.uri).glob("*/*.parquet")
     ]
@@ -70,13 +70,13 @@ def test_only_training_sets_with_removed_rows_are_marked(
     project.ingest(0)
     lost = project.build("lost")
     table = project.newest()
-    rewrite(table, as_target(table), range(2))
-    assert remove_rows(project) == PEOPLE
+    rewrite(table, current_target(table), range(2))
+    assert remove(project) == PEOPLE
     assert marked_training_sets(project) == [lost["seq"]]
     assert project.again("kept")["row_hash"] == reproducible["row_hash"]
     with pytest.raises(TrainingSetError, match=r"not reproducible since .*\(retention\)"):
         project.again("lost")
-    assert remove_rows(project) == 0
+    assert remove(project) == 0
     assert len(marked_training_sets(project)) == len(list(project.ledger.entries(RowsRemoved))) == 1
 
 
@@ -84,7 +84,7 @@ def test_one_person_can_be_removed(project: FeatureProject) -> None:
     """The key's rows are removed from every batch. Other keys are not touched."""
     for number in range(2):
         project.ingest(number)
-    assert remove_rows(project, pl.col("person_id") == 3, Reason(cause="erasure")) == 2
+    assert remove(project, pl.col("person_id") == 3, RemovalReason(cause="erasure")) == 2
     rows = pl.concat([project.newest().read(bucket, ["amount"]) for bucket in range(2)])
     assert sorted(rows["person_id"].unique()) == [person for person in range(PEOPLE) if person != 3]
 
@@ -92,14 +92,14 @@ def test_one_person_can_be_removed(project: FeatureProject) -> None:
 def test_column_that_a_file_lacks_is_null(project: FeatureProject) -> None:
     """A condition on null is not true, so no row is removed."""
     project.ingest(0)
-    assert remove_rows(project, pl.col("sector") == "x") == 0
+    assert remove(project, pl.col("sector") == "x") == 0
     assert project.newest().rows == PEOPLE
 
 
 def test_bucket_without_rows_has_no_file(project: FeatureProject) -> None:
     """No file without rows is written."""
     project.ingest(0)
-    assert remove_rows(project) == PEOPLE
+    assert remove(project) == PEOPLE
     assert project.newest().files == ()
     project.ingest(1)
     assert project.newest().rows == PEOPLE
@@ -116,10 +116,10 @@ def test_killed_anywhere_the_next_run_does_the_rest(
     with monkeypatch.context() as patch:
         patch.setattr(removal, step, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            remove_rows(project)
+            remove(project)
     make_old(project)
-    remove_rows(project)
-    assert holding(project.newest(), OLD) == {}
+    remove(project)
+    assert count_matching_rows(project.newest(), OLD) == {}
     assert (project.newest().rows, marked_training_sets(project)) == (PEOPLE, [built["seq"]])
     assert len(list(project.ledger.entries(RowsRemoved))) == 1
 
@@ -129,10 +129,10 @@ def test_new_file_without_a_commit_is_not_deleted(project: FeatureProject) -> No
     project.ingest(1)
     project.write(0, "orphan")
     orphans = list(Path(project.uri).glob("*/orphan.parquet"))
-    remove_rows(project)
+    remove(project)
     assert all(path.exists() for path in orphans)
     make_old(project)
-    remove_rows(project)
+    remove(project)
     assert not any(path.exists() for path in orphans)
     assert project.newest().rows == PEOPLE
 

@@ -21,11 +21,11 @@ from feature_jobs.store.skew.comparison import (
     REQUESTED,
     FeatureSkew,
     Verdict,
-    differing,
-    judge,
-    skew_of,
+    differs,
+    explain_differences,
+    feature_skew,
 )
-from feature_jobs.store.skew.served import Served, served
+from feature_jobs.store.skew.served import ServedRequests, read_served
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
@@ -73,7 +73,7 @@ def verdict(
     )
     online = pl.Series([served], dtype=pl.Int64)
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
-    verdicts = judge(requests, rows, keys=["key"], feature="value", online=online, ttl=ttl)
+    verdicts = explain_differences(requests, rows, keys=["key"], feature="value", online=online, ttl=ttl)
     [only] = verdicts["verdict"].to_list()
     return str(only)
 
@@ -135,14 +135,14 @@ def test_null_on_both_sides_is_equal_and_floats_are_compared_exactly() -> None:
     """A difference in the last digit is a difference, because the value was made in another way."""
     online = pl.Series([None, 0.1 + 0.2, 1.0, None])
     offline = pl.Series([None, 0.3, 1.0, 2.0])
-    assert differing(online, offline).to_list() == [False, True, False, True]
+    assert differs(online, offline).to_list() == [False, True, False, True]
 
 
 def test_counts_and_smape_follow_the_formula() -> None:
     """Two thirds and twice 0 over three pairs. Nulls do not count. The sum of parts equals the whole."""
     online, offline = pl.Series([1, 0, 5, None]), pl.Series([2, 0, 5, 4])
     verdicts = pl.Series(["mismatch", "equal", "equal", "online_missing"])
-    skew = skew_of(online, offline, verdicts)
+    skew = feature_skew(online, offline, verdicts)
     assert skew.report() == {
         "compared": 4,
         "equal": 2,
@@ -152,10 +152,10 @@ def test_counts_and_smape_follow_the_formula() -> None:
         "mismatch": 1,
         "smape": pytest.approx(2 / 9),
     }
-    parts = [skew_of(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
+    parts = [feature_skew(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
     assert sum(parts, FeatureSkew()).report() == skew.report()
     text = pl.Series(["a"])
-    assert skew_of(text, text, pl.Series([Verdict.equal.value])).smape is None
+    assert feature_skew(text, text, pl.Series([Verdict.equal.value])).smape is None
 
 
 # From the log
@@ -180,17 +180,17 @@ def test_requests_that_cannot_be_repeated_are_counted() -> None:
     old = record(0)
     del old["given"]
     complete = record(1, entities=[{}, {}], given=["person__age_band", "person__seen"])
-    groups, left_out, _ = served([old, complete, record(2), record(3)], since=None)
+    groups, left_out, _ = read_served([old, complete, record(2), record(3)], since=None)
     assert [group.ids for group in groups] == [[("p2", 0), ("p2", 1), ("p3", 0), ("p3", 1)]]
     assert left_out == 4
-    [late], *_ = served([record(2), record(3)], since=at(13))
+    [late], *_ = read_served([record(2), record(3)], since=at(13))
     assert late.ids == [("p3", 0), ("p3", 1)]
 
 
 def test_requests_without_a_score_are_counted() -> None:
     """Records of this and of an older release, which logged a null for a NaN."""
     nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
-    requests = served(
+    requests = read_served(
         [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
     )
     assert requests == ([], 0, 4)
@@ -199,7 +199,7 @@ def test_requests_without_a_score_are_counted() -> None:
 def test_served_values_have_the_dtype_of_the_feature() -> None:
     """Other values in the same column do not change a digit."""
     large = 2**53 + 1
-    [group], *_ = served([record(1, features={"person__seen": [large, 1.5]})], since=None)
+    [group], *_ = read_served([record(1, features={"person__seen": [large, 1.5]})], since=None)
     spec = next(one for one in SERVICE.views[0].fields if one.name == "seen")
     assert group.column("person__seen", dataclasses.replace(spec, dtype="int64")).to_list() == [large, None]
 
@@ -216,27 +216,31 @@ def test_served_values_have_the_dtype_of_the_feature() -> None:
 )
 def test_served_values_of_every_type_can_be_compared(dtype: str, logged: Any, value: Any) -> None:
     """The values have the form of the online store."""
-    group = Served(version=1, given=(), features={"v__x": [logged, None]})
+    group = ServedRequests(version=1, client_inputs=(), features={"v__x": [logged, None]})
     assert group.column("v__x", dataclasses.replace(PERSON.fields[1], dtype=dtype)).to_list() == [value, None]
 
 
 def test_requests_are_grouped_by_version_and_client_inputs() -> None:
     """Each group can be read with one join."""
-    groups, *_ = served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
-    assert [(group.version, group.given) for group in groups] == [(1, ()), (2, ()), (1, ("person__seen",))]
+    groups, *_ = read_served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
+    assert [(group.version, group.client_inputs) for group in groups] == [
+        (1, ()),
+        (2, ()),
+        (1, ("person__seen",)),
+    ]
 
 
 def test_key_from_an_earlier_view_is_the_served_value() -> None:
     """If the client sent the key, the feature of the earlier view is not used."""
-    [group], *_ = served([record(1)], since=None)
-    assert group.asked(SERVICE).to_pydict()["age_band"] == ["a", "b"]
-    [sent], *_ = served([record(1, given=["person__age_band"])], since=None)
-    assert "age_band" not in sent.asked(SERVICE).column_names
+    [group], *_ = read_served([record(1)], since=None)
+    assert group.entity_rows(SERVICE).to_pydict()["age_band"] == ["a", "b"]
+    [sent], *_ = read_served([record(1, given=["person__age_band"])], since=None)
+    assert "age_band" not in sent.entity_rows(SERVICE).column_names
 
 
 def test_served_time_is_read_from_microseconds() -> None:
     """The online store returns times as microseconds."""
-    [group], *_ = served([record(1)], since=None)
+    [group], *_ = read_served([record(1)], since=None)
     seen = group.column("person__seen", PERSON.fields[1])
     assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]
 

@@ -18,7 +18,7 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, Vi
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Snapshot, snapshot
 from feature_jobs.store.skew.comparison import FeatureSkew
-from feature_jobs.store.skew.served import served
+from feature_jobs.store.skew.served import read_served
 
 TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -105,7 +105,7 @@ def compare_request(
         "given": list(given),
         "defaulted": defaulted or {},
     }
-    [group], *_ = served([record], since=None)
+    [group], *_ = read_served([record], since=None)
     result = SkewResult(rows=0, left_out=0, features=defaultdict(FeatureSkew), examples=[])
     compare(SERVICE, tables, group, result)  # type: ignore[arg-type]
     return result

@@ -10,7 +10,7 @@ import pytest
 
 from feature_jobs.store.definitions.aggregations import Aggregation, window_spec
 from feature_jobs.store.skew.comparison import AS_OF, FLOOR_AS_OF, FLOOR_SEQ, POSITION, REQUESTED
-from feature_jobs.store.skew.windows import judge_windows
+from feature_jobs.store.skew.windows import explain_window_differences
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
@@ -73,7 +73,7 @@ def test_difference_has_one_cause(
         | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
         orient="row",
     )
-    verdicts = judge_windows(
+    verdicts = explain_window_differences(
         requests,
         EVENTS,
         keys=["key"],
@@ -94,7 +94,7 @@ def test_requests_keep_their_order() -> None:
         orient="row",
     )
     online = pl.Series([2, 1, None, 7], dtype=pl.Int64)
-    verdicts = judge_windows(
+    verdicts = explain_window_differences(
         requests, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online
     )
     assert dict(verdicts.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}

@@ -13,10 +13,16 @@ from typing import Any
 import polars as pl
 import pytest
 
-from cluster.errors import BatchRefused, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
+from cluster.errors import BatchRejected, ClusterNotRunning, RefusedError, SchemaMismatch, SourceError
 from cluster.ledger.events import BatchIngested, FeatureViewStateChanged
 from cluster.ledger.events import BatchRefused as BatchRefusedEvent
-from feature_jobs.batches.several import ALL, for_each, resolve_views, validate_views, views_with_batches
+from feature_jobs.batches.multiple_views import (
+    ALL,
+    for_each,
+    resolve_views,
+    validate_views,
+    views_with_batches,
+)
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
@@ -122,7 +128,7 @@ def test_refused_view_does_not_stop_the_others(
     def ingest(view: str) -> None:
         done.append(view)
         if view in ("b", "c"):
-            raise BatchRefused(f"{view}\nis bad")
+            raise BatchRejected(f"{view}\nis bad")
 
     with pytest.raises(RefusedError, match=r"^2 of 4 views.*: b, c\.") as refused:
         for_each(["a", "b", "c", "d"], ingest)
@@ -144,7 +150,7 @@ def test_refusal_of_a_single_view_is_raised_unchanged(capsys: pytest.CaptureFixt
 
 def test_batch_with_too_many_bad_rows_is_refused_with_an_event(project: BatchProject) -> None:
     """The event has the number of bad rows."""
-    with pytest.raises(BatchRefused, match="of 5 rows are bad"):
+    with pytest.raises(BatchRejected, match="of 5 rows are bad"):
         project.ingest("csv", source={"path": f"{project.root}/rows*.jsonl"}, max_bad_share=0.1)
     *_, last = project.ledger.entries(BatchRefusedEvent)
     assert (last.payload["view"], last.payload["rows_bad"]) == ("csv", 2)

@@ -14,9 +14,9 @@ from cluster.errors import CommitConflict, ConfigError, DefinitionError
 from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
 from cluster.settings import OnlineConfig, StorageConfig, load
+from feature_jobs.store.streaming.micro_batches import Tally
 from feature_jobs.store.streaming.push_stream import PushStream
-from feature_jobs.store.streaming.streamed import Tally
-from feature_jobs.stream import StreamConfig, StreamSource, counted, push_stream, run, run_kafka
+from feature_jobs.stream import StreamConfig, StreamSource, push_stream, run, run_kafka, summarize
 from tests.kafka_broker import mock_broker
 from tests.push_project import PushProject, kafka_view, message, row
 
@@ -66,7 +66,7 @@ def test_once_streams_a_topic_to_its_end(tmp_path: Path, access: KeyAccess) -> N
         assert run_kafka(settings, project.ledger, actor(access), threading.Event(), tally) == 3
         assert project.table()["person_id"].to_list() == [1, 2]
         expected = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
-        assert counted(tally, "Kafka") == expected
+        assert summarize(tally, "Kafka") == expected
         project.log.close()
         project.ledger.engine.dispose()
 

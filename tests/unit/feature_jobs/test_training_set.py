@@ -21,7 +21,7 @@ from feature_jobs.store.definitions.missing import MissingPolicy
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
-from feature_jobs.store.offline.training_set import assemble, build, event_times, join_here
+from feature_jobs.store.offline.training_set import assemble, build, event_times, join_in_process
 from feature_jobs.training_set import hidden_warning, read_entities
 
 TIME = pa.timestamp("us", "UTC")
@@ -101,7 +101,7 @@ def entities(ids: Any, *at: float, **more: Any) -> pa.Table:
 
 def built(snapshots: dict[str, Snapshot], rows: pa.Table, service: ServiceSpec = SERVICE) -> pa.Table:
     """Build the training set."""
-    return build(service, snapshots, rows, join_parts=join_here)
+    return build(service, snapshots, rows, join_parts=join_in_process)
 
 
 def test_rows_and_columns_of_entities_come_first_in_order(snapshots: dict[str, Snapshot]) -> None:
@@ -126,7 +126,7 @@ def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> 
     defaults: dict[str, Any] = {"person__age_band": "old", "person__amount": -1.0, "cohort__rate": 0.0}
     service = replace(SERVICE, missing=MissingPolicy(defaults=defaults))
     rows = entities([1, 2, 99], 6, 20, 6)
-    training_set = assemble(service, snapshots, rows, join_parts=join_here)
+    training_set = assemble(service, snapshots, rows, join_parts=join_in_process)
     table = training_set.table
     assert table["person__age_band"].to_pylist() == ["old", "old", "old"]
     assert table["person__amount"].to_pylist() == [11.0, None, -1.0]
@@ -154,7 +154,7 @@ def test_cutoff_hides_and_counts_later_knowledge(tmp_path: Path, access: KeyAcce
     )
     service, rows = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
     with_it, without = (
-        assemble(service, {"person": table}, rows, join_parts=join_here, cutoff=cutoff)
+        assemble(service, {"person": table}, rows, join_parts=join_in_process, cutoff=cutoff)
         for cutoff in (True, False)
     )
     assert with_it.table["person__amount"].to_pylist() == [1.0, None, 2.0, None]

@@ -22,7 +22,7 @@ from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, Vi
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import BucketFile, Snapshot
-from feature_jobs.store.offline.training_set import assemble, join_here
+from feature_jobs.store.offline.training_set import assemble, join_in_process
 from tests.pit_oracle import connect, expected, hidden, random_entities, random_features
 
 PEOPLE, PLACES = [1, 2, 3], ["n", "s", "w"]
@@ -148,7 +148,7 @@ def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnec
     for cutoff in (True, False):
         built = assemble(
             ServiceSpec(name="s", version="1", views=views), snapshots, entities.to_arrow(),
-            join_parts=join_here, cutoff=cutoff,
+            join_parts=join_in_process, cutoff=cutoff,
         )  # fmt: skip
         columns, counts = definition(oracle, views, ttls, entities, tables, cutoff=cutoff)
         assert columns == {name: built.table[name].to_pylist() for name in columns}

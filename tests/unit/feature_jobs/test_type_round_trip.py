@@ -17,11 +17,11 @@ from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field, Sensitivity
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
-from feature_jobs.store.definitions.missing import settle
+from feature_jobs.store.definitions.missing import fill_online
 from feature_jobs.store.offline.row_hash import row_hash
-from feature_jobs.store.offline.training_set import assemble, join_here
+from feature_jobs.store.offline.training_set import assemble, join_in_process
 from feature_jobs.store.online.reader import FeatureReader
-from feature_jobs.store.types.dtypes import DTYPES, arrow_values, to_json
+from feature_jobs.store.types.dtypes import DTYPES, to_arrow, to_json
 from serve_apps.replica.http import answer
 from tests.push_project import INCOME, START, PushProject
 
@@ -67,7 +67,7 @@ def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
     vectors = reader.read([{"person_id": person} for person in people], START + timedelta(hours=hour))
     for name, values in vectors.columns.items():  # as the client in a notebook gives them
-        assert arrow_values(values, reader.dtypes[name]).type == DTYPES[reader.dtypes[name]]
+        assert to_arrow(values, reader.dtypes[name]).type == DTYPES[reader.dtypes[name]]
     columns = {name: to_json(values, reader.dtypes[name]) for name, values in vectors.columns.items()}
     content: dict[str, list[Any]] = orjson.loads(answer(columns).body)
     return {name.removeprefix("income__"): values for name, values in content.items()}
@@ -117,7 +117,7 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
     at = pa.array([START + timedelta(hours=5)] * 2, pa.timestamp("us", "UTC"))
     entities = pa.table({"person_id": [1, 9], "event_timestamp": at})
     spec = service_spec(project.ledger, "s")
-    table = assemble(spec, {"income": project.snapshot()}, entities, join_parts=join_here).table
+    table = assemble(spec, {"income": project.snapshot()}, entities, join_parts=join_in_process).table
     known, unknown = table.to_pylist()
     assert known["income__price"] == Decimal("-1234567890123456.7890")
     assert known["income__emb"] == np.array(VALUES["emb"][1], np.float32).tolist()
@@ -126,7 +126,7 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
     assert (unknown["income__blob"], unknown["income__codes"]) == (b"\x00", None)
     reader = FeatureReader(spec, project.store)
     vectors = reader.read([{"person_id": 9}], START + timedelta(hours=5))
-    filled_rows = settle(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
+    filled_rows = fill_online(spec.missing, vectors.columns, vectors.status, service="s", needed=spec.columns)
     assert set(filled_rows) == {"income__price", "income__emb", "income__born", "income__blob"}
     served = {name: to_json(vectors.columns[name], spec.dtypes[name])[0] for name in filled_rows}
     assert served == {

@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 from cluster.errors import SchemaMismatch, did_you_mean
 from cluster.security.encryption.parquet import Protection
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.types.columns import with_appended, with_replaced
+from feature_jobs.store.types.columns import append_columns, replace_columns
 
 TABLE = pa.table({"a": pa.array([1, 2]), "b": pa.array(["x", None])}).replace_schema_metadata({"k": "v"})
 
@@ -20,17 +20,17 @@ def test_append_and_replace_equal_the_methods_of_arrow() -> None:
     """Order, types and metadata are equal."""
     c, a = pa.chunked_array([[1.5, 2.5]]), pa.chunked_array([["p", "q"]])
     expected = TABLE.append_column("c", c).append_column("d", a)
-    assert with_appended(TABLE, {"c": c, "d": a}).equals(expected, check_metadata=True)
+    assert append_columns(TABLE, {"c": c, "d": a}).equals(expected, check_metadata=True)
     expected = TABLE.set_column(0, "a", a)
-    assert with_replaced(TABLE, {"a": a}).equals(expected, check_metadata=True)
-    assert with_replaced(TABLE, {}).equals(TABLE, check_metadata=True)
+    assert replace_columns(TABLE, {"a": a}).equals(expected, check_metadata=True)
+    assert replace_columns(TABLE, {}).equals(TABLE, check_metadata=True)
 
 
 def test_columns_that_a_file_lacks_are_null() -> None:
     """The result has the requested order of columns."""
-    completed = offline.with_columns(TABLE, ["z", "b", "y"])
+    completed = offline.select_or_null(TABLE, ["z", "b", "y"])
     assert completed.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
-    assert offline.with_columns(TABLE, ["b", "a"]).column_names == ["b", "a"]
+    assert offline.select_or_null(TABLE, ["b", "a"]).column_names == ["b", "a"]
 
 
 def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
     table = offline.create_table(str(tmp_path / "t"), pa.schema({"a": pa.int64()}), num_buckets=1)
     new = {f"f{number}": pa.float64() for number in range(20)}
     with pytest.raises(SchemaMismatch, match="Column 'a'"):
-        offline.check_schema(table, pa.schema({**new, "a": pa.string()}), view="v")
+        offline.evolve_schema(table, pa.schema({**new, "a": pa.string()}), view="v")
     assert DeltaTable(str(tmp_path / "t")).version() == 0
-    offline.check_schema(table, pa.schema({"a": pa.int64(), **new}), view="v")
+    offline.evolve_schema(table, pa.schema({"a": pa.int64(), **new}), view="v")
     changed = DeltaTable(str(tmp_path / "t"))
     assert changed.version() == 1
     assert {field.name for field in changed.schema().fields} == {"a", "bucket", *new}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.errors import TrainingSetError
 from feature_jobs.store.aggregation.hyperloglog import estimate, registers_of
 from feature_jobs.store.definitions.aggregations import (
-    EVERY,
+    ALL_EVENTS,
     EXACT_DISTINCT,
     Aggregation,
     WindowSpec,
@@ -67,7 +67,7 @@ def expression(column: str, function: str) -> str:
         case "mean":
             inner = f"avg({column})"
         case _:
-            inner = f"{function}({'event_id' if column == EVERY else column})"
+            inner = f"{function}({'event_id' if column == ALL_EVENTS else column})"
     return f"CASE WHEN e.person IS NOT NULL AND e.place IS NOT NULL THEN {inner} END"
 
 
@@ -136,7 +136,7 @@ def test_window_excludes_its_start_and_includes_its_end() -> None:
 
 def test_correction_replaces_its_event_from_when_it_was_known() -> None:
     """The two versions never both count, and the correction never counts early."""
-    spec = only(("amount", "sum"), (EVERY, "count"))
+    spec = only(("amount", "sum"), (ALL_EVENTS, "count"))
     frame = events(("a", 1, 1, 2.0), ("a", 1, 3, 7.0))
     assert aggregated(frame, spec, 2, 3) == [(2.0, 1), (7.0, 1)]
 
@@ -144,7 +144,7 @@ def test_correction_replaces_its_event_from_when_it_was_known() -> None:
 def test_correction_may_move_an_event_back_in_time() -> None:
     """The version that was created last counts, not the one with the latest event time."""
     frame = events(("a", 6, 6, 2.0), ("a", 1, 7, 2.0))
-    assert aggregated(frame, only((EVERY, "count")), 6.5, 7) == [(1,), (0,)]
+    assert aggregated(frame, only((ALL_EVENTS, "count")), 6.5, 7) == [(1,), (0,)]
 
 
 def test_older_version_that_arrives_late_changes_nothing() -> None:
@@ -160,7 +160,7 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     entities = pl.DataFrame(
         {"person": 1, "place": "n", "event_timestamp": times}, schema=KEYS | {"event_timestamp": TIME}
     )
-    spec = only((EVERY, "count"))
+    spec = only((ALL_EVENTS, "count"))
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec).hidden == 2
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
@@ -171,7 +171,9 @@ def test_only_a_null_key_is_absent() -> None:
         {"person": [1, None, 9], "place": "n", "event_timestamp": START},
         schema=KEYS | {"event_timestamp": TIME},
     )
-    answers = aggregate(entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((EVERY, "count")))
+    answers = aggregate(
+        entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((ALL_EVENTS, "count"))
+    )
     assert answers.absent.to_list() == [False, True, False]
     assert answers.columns.to_series().to_list() == [1, None, 0]
 
@@ -185,7 +187,7 @@ def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> 
     oldest = now - timedelta(hours=max(WINDOWS_H))
     corrected = corrected_by_old(frame, list(KEYS), "event_id", oldest)
     retained = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
-    spec = only((EVERY, "count"), ("amount", "sum"))
+    spec = only((ALL_EVENTS, "count"), ("amount", "sum"))
     assert aggregated(retained, spec, 12 + late_h) == aggregated(frame, spec, 12 + late_h)
 
 
@@ -193,7 +195,7 @@ def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
     """A later version restores the event."""
     frame = pl.concat([events(("a", 1, 1, 2.0)), events(("a", 1, 2, None), deleted=True)])
     frame = pl.concat([frame, events(("a", 1, 3, 4.0))]).with_columns(pl.Series("ingest_seq", [0, 1, 2]))
-    assert aggregated(frame, only(("amount", "sum"), (EVERY, "count")), 1, 2, 3) == [
+    assert aggregated(frame, only(("amount", "sum"), (ALL_EVENTS, "count")), 1, 2, 3) == [
         (2.0, 1),
         (None, 0),
         (4.0, 1),

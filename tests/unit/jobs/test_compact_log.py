@@ -14,7 +14,7 @@ from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.records import OutcomeRecord, SegmentWriter, count_records
 from cluster.registry import Registry
 from cluster.security.acting import Actor
-from cluster.security.authorization.audit import Decisions
+from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Policy
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.tokens.principal import Principal
@@ -83,7 +83,7 @@ def test_a_token_scoped_to_one_model_cannot_compact_the_logs_of_another(
         access=cast(KeyAccess, None),
         policy=Policy.load(),
         environment="development",
-        decisions=Decisions(ledger.append),
+        decisions=DecisionRecorder(ledger.append),
     )
     compacted: list[str] = []
     monkeypatch.setattr(compact_log, "compact_log", lambda log, *_, model: compacted.append(model) or 0)

@@ -22,7 +22,7 @@ from cluster.ledger.events import (
 from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.haproxy import unauthenticated
-from serve_apps.edge.haproxy.limiting import Limited
+from serve_apps.edge.haproxy.request_limits import Limited
 from tests.controller import (
     CHAMPION_ONLY,
     ONE,

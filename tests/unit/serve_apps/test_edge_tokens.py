@@ -20,13 +20,13 @@ from joserfc.jwk import ECKey, RSAKey
 from cluster.errors import Unauthenticated
 from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.tokens.issuer import ALGORITHM, AUDIENCE, ISSUER, rotate_issuer
-from cluster.security.tokens.oidc import RemoteKeys, discovered
+from cluster.security.tokens.oidc import RemoteKeys, discovery_fetcher
 from cluster.security.tokens.principal import TokenVerifier, local_keys
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.settings import IssuerConfig
 from serve_apps.edge.haproxy.config import render
-from serve_apps.edge.haproxy.keys import written_keys
+from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.access import AccessCheck
 from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
 from tests.oidc_issuer import Issuer, new_key
@@ -201,7 +201,7 @@ def test_oidc_keys_of_both_kinds_are_accepted_and_no_others(whole: Edge, tmp_pat
     issuer = Issuer()
     issuer.keys = [RSAKey.generate_key(2048, {"use": "sig"}, auto_kid=True), new_key()]
     config = IssuerConfig(url=issuer.url, role_claim="falaj_role")
-    keys = written_keys(Trust.of(config, whole.places).keys, tmp_path / "keys")()
+    keys = key_writer(Trust.of(config, whole.places).keys, tmp_path / "keys")()
     settings = dataclasses.replace(whole.settings, tokens=access_rules(config), role_claim="falaj_role")
     whole.haproxy.load(render(whole.routes(ROLLOUT), keys, settings))
     rsa, ec_key = issuer.keys
@@ -220,21 +220,21 @@ def test_oidc_keys_of_both_kinds_are_accepted_and_no_others(whole: Edge, tmp_pat
 def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_path: Path) -> None:
     """Of the development issuer and of an OIDC issuer, through a reload that an open connection survives."""
     issuer = Issuer()
-    remote = RemoteKeys(discovered(issuer.url), max_age_s=0, cooldown_s=0)
+    remote = RemoteKeys(discovery_fetcher(issuer.url), max_age_s=0, cooldown_s=0)
     old, new = issuer.keys[0], new_key()
     settings = dataclasses.replace(whole.settings, tokens=access_rules(IssuerConfig(url=issuer.url)))
     connection = whole.connect()
     assert whole.call(token=whole.token(), over=connection)[0] == 200
     for keys, good, bad in (([old], [old], [new]), ([old, new], [old, new], []), ([new], [new], [old])):
         issuer.keys = keys
-        whole.haproxy.load(render(whole.routes(ROLLOUT), written_keys(remote, tmp_path)(), settings))
+        whole.haproxy.load(render(whole.routes(ROLLOUT), key_writer(remote, tmp_path)(), settings))
         wait_until(lambda good=good: all(whole.call(token=issuer.token(key))[0] == 200 for key in good))  # type: ignore[misc]
         assert [whole.call(token=issuer.token(key))[0] for key in bad] == [401] * len(bad)
     assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "the connection was cut"
     issuer.close()
     current, stolen = whole.token(), whole.token()
     rotate_issuer(whole.places, keep_s=0)
-    fresh = written_keys(local_keys(whole.places), tmp_path)()
+    fresh = key_writer(local_keys(whole.places), tmp_path)()
     whole.haproxy.load(render(whole.routes(ROLLOUT), fresh, whole.settings))
     wait_until(lambda: whole.call(token=whole.token())[0] == 200)
     assert [whole.call(token=token)[0] for token in (current, stolen)] == [401, 401]

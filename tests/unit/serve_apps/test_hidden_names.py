@@ -17,7 +17,7 @@ from cluster.storage import Layout
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 from feature_jobs.store.ingestion.pushed_rows import check_rows
-from feature_jobs.store.streaming.pushed_view import pushed_view
+from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from serve_apps.predictor.request import override
 from serve_apps.replica.http import refusal
 from tests.push_project import INCOME, START
@@ -52,7 +52,7 @@ def test_unknown_views_services_and_models_list_nothing_to_a_client(ledger: Ledg
     """Not even the nearest name; an operator at a command gets the list."""
     registry = Registry(ledger, Layout(str(tmp_path)))
     for ask, name in (
-        (lambda: pushed_view(ledger, "layoff"), "layoffs"),
+        (lambda: load_pushed_view(ledger, "layoff"), "layoffs"),
         (lambda: service_spec(ledger, "plan"), "plans"),
         (lambda: registry.get("plan"), None),
     ):

@@ -16,7 +16,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.monitor.config import MonitorConfig
-from jobs.monitor.logged import read
+from jobs.monitor.logged import read_served_log
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
@@ -107,7 +107,7 @@ def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> No
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
     registry = Registry(open_ledger(config), replica.places)
-    logged = read(config, registry, key_store(replica.keys))
+    logged = read_served_log(config, registry, key_store(replica.keys))
     assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
     assert [one.rows.height for one in logged.served] == [20, 20, 1]
     assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]

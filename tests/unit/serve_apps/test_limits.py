@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cluster.ledger.events import EdgeLimitSet
 from cluster.security.tokens.roles import Role
-from serve_apps.edge.haproxy.limiting import Limit, Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import Limit, Limited, OwnLimits
 from serve_apps.edge.limits import LimitAction, LimitsCommand
 from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
 

@@ -31,9 +31,9 @@ from feature_jobs.store import (
 )
 from feature_jobs.store.catalog.protection import view_keys
 from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
-from feature_jobs.store.online.reader import microseconds, open_online
+from feature_jobs.store.online.reader import epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
-from feature_jobs.store.skew.served import served
+from feature_jobs.store.skew.served import read_served
 from tests.replica import MODEL, Replica, running_replica
 
 NOW = datetime(2024, 1, 10, tzinfo=UTC)
@@ -108,14 +108,18 @@ PREDICT = "/v1/models/m:predict"
 
 def put_online(places: Layout, keys: KeyAccess) -> None:
     ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=places.root)))
-    store = open_online(OnlineConfig(map_size_gib=0.1), places, key_store(keys), readonly=False)
+    store = open_online_store(OnlineConfig(map_size_gib=0.1), places, key_store(keys), readonly=False)
     for view in (INCOME, RENT, DEBT):
         for info in view_keys(view, region="local"):
             key_store(keys).ensure(info)
         kind = "string" if view is RENT else "int64"
         rows = [
             OnlineRow(
-                keys=(key,), event_us=microseconds(at), created_us=microseconds(at), seq=number, values=values
+                keys=(key,),
+                event_us=epoch_microseconds(at),
+                created_us=epoch_microseconds(at),
+                seq=number,
+                values=values,
             )
             for number, (key, (at, values)) in enumerate(ROWS[view.name].items())
         ]
@@ -176,7 +180,7 @@ def test_default_replaces_a_missing_value_and_is_reported(replica: Replica) -> N
     assert record["features"]["rent__mean"] == [8.0, None, None, None]
     assert record["features"]["half__debt"] == [1.0] * 4
     assert record["defaulted"] == {name: [1, 3] for name in defaults}
-    [group], *_ = served([record], since=None)
+    [group], *_ = read_served([record], since=None)
     assert group.features["income__amount"] == [4.0, None, None, None]
     assert group.features["income__region"] == ["south", None, None, None]
     defaulted, sent = (content["predictions"], ask(replica, 1, 2, 3, 4, income__amount=[4, -7, None, -7])[1])

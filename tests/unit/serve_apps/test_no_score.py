@@ -122,14 +122,14 @@ def test_non_finite_scores_of_any_engine_are_refused(signature: ModelSignature, 
     """At any place of any row."""
     shape = (3, 3) if signature.task is Task.multiclass else (3,)
     good = Predictions(signature=signature, scores=np.full(shape, 0.25))
-    assert good.checked() is good
+    assert good.require_finite() is good
     for place in range(good.scores.size):
         scores = good.scores.copy()
         scores.flat[place] = wrong
         with pytest.raises(ModelFailed, match="no finite score for 1 of 3 rows"):
-            replace(good, scores=scores).checked()
+            replace(good, scores=scores).require_finite()
     with pytest.raises(ModelFailed, match="1 of 1 rows"):
-        Predictions(signature=signature, scores=np.full((1, *shape[1:]), wrong)).checked()
+        Predictions(signature=signature, scores=np.full((1, *shape[1:]), wrong)).require_finite()
 
 
 class FailingEngine:
@@ -169,6 +169,6 @@ def test_only_the_request_without_a_score_fails_in_a_batch() -> None:
         return await asyncio.gather(*pending)
 
     good, bad, other = asyncio.run(ask())
-    assert [one.checked().rows() for one in (good, other)] == [[{"value": 2.0}], [{"value": 3.0}]]
+    assert [one.require_finite().rows() for one in (good, other)] == [[{"value": 2.0}], [{"value": 3.0}]]
     with pytest.raises(ModelFailed):
-        bad.checked()
+        bad.require_finite()

@@ -155,7 +155,7 @@ def test_removed_version_has_no_application(tmp_path: Path) -> None:
     state = read_states(ledger)["m"]
     assert state.apps == {1: "m-v1", 2: "m-v2", 3: "m-v3"}
     assert routes({"m": state}, {}).entries["m"].startswith("m-v1|m-v2|")
-    assert Subject.serving.has(REMOVED.type)
+    assert Subject.serving.includes(REMOVED.type)
     assert fold([*DEPLOYED, REMOVED, DEPLOYED[3]])["m"].apps[4] == "m-v4"
 
 

@@ -33,7 +33,7 @@ from cluster.errors import AccessDenied, SchemaMismatch
 from cluster.security.encryption.parquet.footer import PLACE, FileKeys, ProtectedFileCorrupt, read_footer
 from cluster.security.encryption.parquet.protection import Protection
 from cluster.security.keys.store import KeyNotFound, KeyRevoked, KeyStore, KeyStoreUnavailable
-from cluster.storage import coded_columns, write_bytes
+from cluster.storage import dictionary_columns, write_bytes
 
 CACHE_S = 60.0
 _KEY_DENIED = (AccessDenied, KeyRevoked, KeyNotFound)
@@ -80,7 +80,7 @@ class ProtectedFiles:
             sink,
             table.schema,
             compression="zstd",
-            use_dictionary=coded_columns(table.schema),
+            use_dictionary=dictionary_columns(table.schema),
             write_statistics=[
                 name for name, key in protection.keys_of(table.column_names).items() if key is None
             ],

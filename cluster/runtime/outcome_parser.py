@@ -17,7 +17,7 @@ from cluster.runtime.signature import Label, ModelSignature
 SHOWN_CLASSES = 10
 
 
-class Truths:
+class OutcomeParser:
     """Parser of the outcomes of one model version."""
 
     def __init__(self, signature: ModelSignature) -> None:
@@ -35,7 +35,7 @@ class Truths:
                     self._by_text[str(name)] = name
 
     @property
-    def wanted(self) -> str:
+    def expected(self) -> str:
         """Description of valid outcomes, for error messages."""
         if self._classes is None:
             return f"a number of at most {MAX_FLOAT32:.3g}"
@@ -43,7 +43,7 @@ class Truths:
         more = len(self._classes) - SHOWN_CLASSES
         return f"one of the model's classes {shown}" + (f" and {more} more" if more > 0 else "")
 
-    def of(self, value: Any) -> Label | None:
+    def parse(self, value: Any) -> Label | None:
         """Return the class or the number that an outcome means, or None if it is invalid."""
         if self._classes is None:
             return _number(value)

@@ -20,7 +20,7 @@ from feature_jobs.store.types.schema import CREATED, EVENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ahead:
+class FutureLimit:
     """How far event and created times may be ahead of the clock."""
 
     limit: timedelta = timedelta(seconds=60)
@@ -28,11 +28,11 @@ class Ahead:
     """True if the rows go online as soon as they arrive."""
 
     @classmethod
-    def of(cls, max_ahead_s: float, *, online_at_once: bool = False) -> Ahead:
+    def of(cls, max_ahead_s: float, *, online_at_once: bool = False) -> FutureLimit:
         """Return the limit for the setting `features.max_ahead_s`."""
         return cls(limit=timedelta(seconds=max_ahead_s), online_at_once=online_at_once)
 
-    def failing(self, name: str, table: pa.Table, latest: pa.Scalar, lag: timedelta) -> pa.ChunkedArray:
+    def failing_mask(self, name: str, table: pa.Table, latest: pa.Scalar, lag: timedelta) -> pa.ChunkedArray:
         """Return one non-null bool per row: true if the row's time is too far ahead.
 
         Args:

@@ -20,7 +20,7 @@ from deltalake import DeltaTable
 from cluster.errors import CommitConflict, Inconsistent
 from cluster.ledger.events import BatchIngested
 from cluster.security.encryption.access import protected_files
-from feature_jobs.store.catalog.protection import quarantine_place, quarantine_protection
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.offline import tables as offline
@@ -69,7 +69,7 @@ class Tally:
         self.reasons.update(batch.reasons)
 
 
-def horizon(table: DeltaTable) -> Horizon:
+def table_horizon(table: DeltaTable) -> Horizon:
     """Return the horizon of a table version: which rows of the online store it has."""
     return Horizon(seq=last_seq(table), offset=position(table, PUSH_APP))
 
@@ -167,7 +167,7 @@ def _write_bad(rows: MicroBatch, now: pa.Scalar, target: Target, *, view: str, q
         return None
     name = f"{rows.ingest_id}.parquet"
     bad = rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows))
-    aad = quarantine_place(view, rows.ingest_id)
+    aad = quarantine_aad(view, rows.ingest_id)
     protected_files(target.access).write(bad, f"{quarantine}/{name}", quarantine_protection(view), place=aad)
     return name
 
@@ -184,7 +184,7 @@ def _with_columns_of(table: DeltaTable | None, rows: pa.Table, target: Target, *
     if not rows.num_rows:
         return table
     known = set(_table_schema(table).names)
-    offline.check_schema(table, rows.schema, view=view)
+    offline.evolve_schema(table, rows.schema, view=view)
     return table if known >= set(rows.schema.names) else DeltaTable(target.uri)
 
 
