@@ -22,9 +22,9 @@ import psutil
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cluster import processes
-from tests import scoring_project as scoring
+from tests.clients.under_load import UnderLoad
 from tests.integration.conftest import Project
-from tests.under_load import UnderLoad
+from tests.projects import scoring
 
 MINUTES = float(os.environ.get("MINUTES", "10"))
 PEAK_S, SAMPLE_S, CONNECTIONS, SHARE = 15.0, 5.0, 16, 0.7

@@ -100,7 +100,7 @@ def measure(target: Target, *, connections: int, seconds: int, wrk: bool) -> Mea
         by_python = [
             sys.executable,
             "-m",
-            "tests.load",
+            "tests.clients.load",
             target.url,
             str(requests),
             str(connections),

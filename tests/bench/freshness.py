@@ -23,9 +23,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
-from tests.broker import running_broker
-from tests.kafka_broker import MockBroker
-from tests.push_project import PushProject, kafka_view, message, row
+from tests.projects.push import PushProject, kafka_view, message, row
+from tests.servers.kafka_broker import MockBroker
+from tests.servers.key_broker import running_broker
 
 ROWS, PEOPLE, PERIOD_S, DEADLINE_S = 250, 100, 0.02, 30.0
 KEYS = [

@@ -38,8 +38,8 @@ from feature_jobs.store.online.store import OnlineStore
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.broker import running_broker
-from tests.redis_server import running_redis
+from tests.servers.key_broker import running_broker
+from tests.servers.redis_server import running_redis
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTITIES = int(os.environ.get("ENTITIES", "1000000"))

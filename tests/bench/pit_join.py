@@ -28,7 +28,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.bench._pit_data import CASES, TINY, VIEWS, Case, feature_names, write_plain
 from tests.bench._pit_tables import KEYS, keep_access, write_tables
-from tests.broker import running_broker
+from tests.servers.key_broker import running_broker
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"

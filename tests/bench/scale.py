@@ -30,8 +30,8 @@ from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.state import ModelState, Rollout
-from tests.edge import Edge, running_edge
-from tests.ports import free_port
+from tests.servers.edge import Edge, running_edge
+from tests.servers.ports import free_port
 
 MODELS = (1, 20, 200)
 TURNS, REQUESTS, IDLE_S = 7, 400, 5.0

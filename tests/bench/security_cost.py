@@ -40,7 +40,7 @@ from feature_jobs.store.online.rows import OnlineRow
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.broker import running_broker
+from tests.servers.key_broker import running_broker
 
 ROWS, ENTITIES, FEATURES, BUCKETS, TURNS = 1_000_000, 100_000, 8, 8, 5
 ARTIFACT = Identity(artifact="models/m", version=1, part="model.onnx")

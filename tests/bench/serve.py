@@ -33,9 +33,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from _load import Measured, Target, has_wrk, measure
 
-from tests import scoring_project as scoring
 from tests.integration.conftest import Project
-from tests.ports import free_port
+from tests.projects import scoring
+from tests.servers.ports import free_port
 
 SECONDS, ROUNDS = int(os.environ.get("SECONDS", "4")), int(os.environ.get("ROUNDS", "5"))
 WEIGHT = float(os.environ.get("WEIGHT", "50"))

@@ -41,9 +41,9 @@ from cluster.settings import load
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.network import rows, write_network
-from tests.replica import Replica, running_replica
-from tests.trees import write_trees
+from tests.samples.network import rows, write_network
+from tests.samples.trees import write_trees
+from tests.servers.replica import Replica, running_replica
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((128, 2), (512, 3), (1024, 4))

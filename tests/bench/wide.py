@@ -32,8 +32,8 @@ from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.training_set import TrainingSetConfig, build_training_set, load_request
-from tests.batch_project import BatchProject, keys_of
-from tests.broker import running_broker
+from tests.projects.batch import BatchProject, keys_of
+from tests.servers.key_broker import running_broker
 
 WIDTHS = (100, 500, 2_000)
 ROUNDS = 3

@@ -24,7 +24,7 @@ from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import PortsConfig, StorageConfig
 from cluster.storage import Layout
-from tests.forked_commands import run_forked
+from tests.processes.forked_commands import run_forked
 
 NUM_REPLICA_PORTS = 1000
 COMMAND_TIMEOUT_S = 300.0

@@ -28,13 +28,13 @@ from cluster.security.tokens.issuer import ensure_issuer
 from cluster.session import write_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout
-from tests.edge import Edge, running_edge, treated_unit
-from tests.ports import free_port
-from tests.replica import listener, record
+from tests.servers.edge import Edge, running_edge, treated_unit
+from tests.servers.ports import free_port
+from tests.servers.replica import listener, record
 
 REPLICA = """
 import sys
-from tests.edge import Echo, Mirror
+from tests.servers.edge import Echo, Mirror
 Mirror(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
 """
 

@@ -12,7 +12,7 @@ import configs
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.conftest import exports
 from tests.integration.test_scaling import BODY, MODEL, PREDICT, SIGNATURE, Version
-from tests.replica import register
+from tests.servers.replica import register
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -21,7 +21,7 @@ from cluster.ledger.events import ClusterStopped
 from cluster.registry import Registry
 from cluster.security.tls.certificates import ensure_tls
 from cluster.storage import Layout
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 
 def _binary(name: str) -> str | None:

@@ -26,8 +26,8 @@ from cluster import processes
 from cluster.node.parts import Part, inspect_parts, not_running
 from cluster.security.tls.certificates import EDGE_NAME, ensure_tls
 from cluster.storage import Layout
-from tests import scoring_project as scoring
-from tests.under_load import Outcome, UnderLoad
+from tests.clients.under_load import Outcome, UnderLoad
+from tests.projects import scoring
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -19,9 +19,9 @@ from tritonclient.utils import InferenceServerException
 
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.tokens.roles import Role
-from tests.edge import Edge, running_edge
-from tests.replica import running_features, running_replica
-from tests.stock_client import StockClient, wanted
+from tests.clients.stock_client import StockClient, wanted
+from tests.servers.edge import Edge, running_edge
+from tests.servers.replica import running_features, running_replica
 
 SIGNATURE = ModelSignature(
     task=Task.multiclass,

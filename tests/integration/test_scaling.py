@@ -22,7 +22,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
-from tests.replica import MODEL, register
+from tests.servers.replica import MODEL, register
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -38,8 +38,8 @@ from cluster.records import (
 )
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
+from tests.clients.stock_client import StockClient, wanted
 from tests.integration.client import Client
-from tests.stock_client import StockClient, wanted
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

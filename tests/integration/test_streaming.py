@@ -20,7 +20,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline.tables import snapshot
-from tests.kafka_broker import MockBroker, mock_broker
+from tests.servers.kafka_broker import MockBroker, mock_broker
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.clients.stock_client import StockClient
 from tests.integration.client import Client
-from tests.stock_client import StockClient
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

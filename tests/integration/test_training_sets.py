@@ -14,7 +14,7 @@ import pytest
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetNotReproducible
 from cluster.settings import PlatformConfig, StorageConfig
-from tests.pit_oracle import START, Rows, connect, expected, random_entities, random_features
+from tests.samples.pit_oracle import START, Rows, connect, expected, random_entities, random_features
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project

@@ -44,7 +44,7 @@ from serve_apps.predictor.request import parse_predict
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import answer, read_json, refusal
 from serve_apps.rollout.assignment import Arm, assign, bounds
-from tests.scoring_project import MODEL
+from tests.projects.scoring import MODEL
 
 ROOT_VARIABLE = "BENCH_STORAGE_ROOT"
 LIMITS = bounds(float(os.environ["BENCH_WEIGHT"]))

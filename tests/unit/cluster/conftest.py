@@ -11,7 +11,7 @@ import pytest
 
 from cluster.security.keys import broker
 from cluster.security.keys.keyring import Keyring
-from tests.broker_world import INFO, OPEN, World
+from tests.servers.key_broker_world import INFO, OPEN, World
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,9 @@ from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, StorageConfig, Tier, VaultConfig
 from cluster.storage import Layout
-from tests.broker import running_broker
-from tests.oidc_issuer import Issuer
-from tests.vault_double import VaultDouble
+from tests.servers.key_broker import running_broker
+from tests.servers.oidc_issuer import Issuer
+from tests.servers.vault_double import VaultDouble
 
 JOB = "feature_jobs.ingest"
 VIEW = Resource(kind="feature view", name="income")

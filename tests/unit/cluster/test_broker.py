@@ -19,7 +19,7 @@ from cluster.security.keys.store import (
     KeyStoreUnavailable,
 )
 from cluster.security.keys.wire import MAX_BYTES
-from tests.broker_world import (
+from tests.servers.key_broker_world import (
     INFO,
     NAME,
     OPEN,

@@ -28,7 +28,7 @@ from cluster.security.keys.store import (
     KeyNotFound,
     KeyStoreUnavailable,
 )
-from tests.broker_world import (
+from tests.servers.key_broker_world import (
     INFO,
     NAME,
     SECRET,

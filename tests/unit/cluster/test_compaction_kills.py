@@ -20,8 +20,8 @@ from cluster.records.segments import list_segments
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
-from tests import forks
-from tests.record_log import PERSONAL, fill, ids, new_keyring, prediction, run
+from tests.processes import forks
+from tests.samples.record_log import PERSONAL, fill, ids, new_keyring, prediction, run
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 """Number of killed processes, which take seconds to start. Every single step is broken in every run."""

@@ -17,7 +17,7 @@ from cluster.command_line import quote_texts
 from cluster.entrypoint import job
 from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
-from tests.commands import run_main
+from tests.processes.commands import run_main
 
 PROGRAM = """
 from dataclasses import dataclass

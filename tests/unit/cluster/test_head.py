@@ -20,7 +20,7 @@ from cluster.session import ClusterRecord
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from cluster.supervisor import daemons, head
-from tests.replica import record
+from tests.servers.replica import record
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout
-from tests.commands import run_main
+from tests.processes.commands import run_main
 
 
 @pytest.fixture(scope="module")

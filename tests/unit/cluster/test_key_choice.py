@@ -34,7 +34,7 @@ from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, load
 from cluster.storage import Layout
-from tests.vault_double import VaultDouble
+from tests.servers.vault_double import VaultDouble
 
 INFO = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit_scoring",))
 SECRET = b"a data key of thirty-two bytes.."

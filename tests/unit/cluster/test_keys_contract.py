@@ -1,6 +1,6 @@
 """The contract of every key store, checked for the keyring, the keyring behind its broker, and Vault.
 
-Vault is a double (tests/vault_double.py), unless VAULT_ADDR and VAULT_TOKEN name a real one with a Transit engine at
+Vault is a double (tests/servers/vault_double.py), unless VAULT_ADDR and VAULT_TOKEN name a real one with a Transit engine at
 `transit` and KV version 2 at `secret`.
 """
 
@@ -35,7 +35,7 @@ from cluster.security.keys.store import (
     WrappedKeyInvalid,
 )
 from cluster.security.keys.vault import VaultKeyStore
-from tests.vault_double import VaultDouble
+from tests.servers.vault_double import VaultDouble
 
 INCOME = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit_scoring",))
 HEALTH = KeyInfo(name="features/health/sensitive", column_class="sensitive", region="eu", tenant="north")

@@ -35,8 +35,8 @@ from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
 from serve_apps.edge.limits import read_own_limits
 from serve_apps.rollout.state import read_states
-from tests import forks
-from tests.commands import run_main
+from tests.processes import forks
+from tests.processes.commands import run_main
 
 JSON = st.recursive(
     st.none()

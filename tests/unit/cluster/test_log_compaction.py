@@ -24,7 +24,7 @@ from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyRevoked
-from tests.record_log import PERSONAL, fill, ids, new_keyring, outcome, post, prediction, run
+from tests.samples.record_log import PERSONAL, fill, ids, new_keyring, outcome, post, prediction, run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from cluster import metrics
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 
 def _scrape(port: int) -> bytes:

@@ -24,7 +24,7 @@ from cluster.security.tokens.oidc import (
 )
 from cluster.security.tokens.principal import TokenVerifier
 from cluster.security.tokens.verification import TokenRules
-from tests.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
+from tests.servers.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
 
 
 class Clock:

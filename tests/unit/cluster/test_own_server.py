@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.own_server import NotOurServer, listener_uid, open_own, require_own_peer
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 LISTENER = """
 import socket, sys

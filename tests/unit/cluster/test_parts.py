@@ -19,7 +19,7 @@ from cluster.node.launch import end_all
 from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
 from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, processes_by_part, state_of
 from cluster.settings import StorageConfig
-from tests.replica import record
+from tests.servers.replica import record
 
 PYTHON, SITE = "/venv/bin/python3", "/venv/lib/python3.11/site-packages"
 

@@ -12,7 +12,7 @@ import pytest
 from cluster.node.permissions import permission_problems
 from cluster.session import ClusterRecord
 from cluster.storage import Layout
-from tests.replica import record
+from tests.servers.replica import record
 
 FILES = (
     "keys/ray_token",

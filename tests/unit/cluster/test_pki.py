@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, InvalidRequest
 from cluster.security.tls.pki import fetch_certificates
 from cluster.settings import VaultConfig
 from cluster.storage import Layout
-from tests.vault_double import VaultDouble
+from tests.servers.vault_double import VaultDouble
 
 
 @pytest.fixture

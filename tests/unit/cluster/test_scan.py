@@ -21,7 +21,7 @@ from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from cluster.security.scan import PIECE_BYTES, main, scan
-from tests.commands import run_main
+from tests.processes.commands import run_main
 
 CANARY = "canary-7f3a9"
 TEXT = f"before {CANARY} after"

@@ -18,7 +18,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 from cluster.supervisor.__main__ import is_recorded
 from cluster.supervisor.metrics import SupervisorMetrics
 from cluster.supervisor.watch import GCS_TRIES, SILENT_S, STOPPED_S, YOUNG_S, Supervisor
-from tests.replica import record
+from tests.servers.replica import record
 
 
 @dataclass

@@ -16,7 +16,7 @@ from cluster.security.tls import certificates as tls
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.session import tls_environment
 from cluster.storage import Layout
-from tests.commands import run_main
+from tests.processes.commands import run_main
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
-from tests.oidc_issuer import Issuer, new_key
+from tests.servers.oidc_issuer import Issuer, new_key
 
 
 @pytest.fixture

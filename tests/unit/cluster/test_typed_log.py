@@ -24,7 +24,7 @@ from cluster.runtime import InputSpec, ModelSignature, OutcomeParser, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from tests.record_log import prediction
+from tests.samples.record_log import prediction
 
 LARGE = 2**53 + 1
 PERSONAL, OUTCOMES = "predictions/m/personal", "outcomes/m/sensitive"

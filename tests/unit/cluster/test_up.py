@@ -31,7 +31,7 @@ from cluster.settings import (
     Tier,
     load,
 )
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 
 @pytest.fixture
@@ -158,7 +158,9 @@ def test_spilling_to_an_unencrypted_disk_prints_a_warning(
 ) -> None:
     """It names the folder and the setting. Without information about the disk, there is no warning."""
     config.cluster.spill_folder = "/spill"
-    monkeypatch.setattr(up, "is_protected_at_rest", lambda folder: sealed if folder == Path("/spill") else None)
+    monkeypatch.setattr(
+        up, "is_protected_at_rest", lambda folder: sealed if folder == Path("/spill") else None
+    )
     up.warn_of_spilling(config, up.describe(config))
     message = capsys.readouterr().out
     assert ("/spill" in message and "cluster.spill_folder=" in message) == warns

@@ -1,4 +1,4 @@
-"""The key store in Vault, through hvac and a Vault double (tests/vault_double.py)."""
+"""The key store in Vault, through hvac and a Vault double (tests/servers/vault_double.py)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cluster.security.keys.store import (
 from cluster.security.keys.vault import VaultKeyStore, flatten, unflatten
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
-from tests.vault_double import VaultDouble
+from tests.servers.vault_double import VaultDouble
 
 NAME = "features/income/personal"
 FLAT = "falaj.features.income.personal"

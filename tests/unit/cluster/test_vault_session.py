@@ -1,4 +1,4 @@
-"""Login to Vault and its renewal, KV and PKI, through hvac and a Vault double (tests/vault_double.py)."""
+"""Login to Vault and its renewal, KV and PKI, through hvac and a Vault double (tests/servers/vault_double.py)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cluster.security.keys.vault_session import (
     read_secret,
     renew,
 )
-from tests.vault_double import VaultDouble
+from tests.servers.vault_double import VaultDouble
 
 NAME = "features/income/personal"
 

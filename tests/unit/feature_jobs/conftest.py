@@ -9,8 +9,8 @@ import pytest
 
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess
-from tests.broker import running_broker
-from tests.redis_server import running_redis
+from tests.servers.key_broker import running_broker
+from tests.servers.redis_server import running_redis
 
 
 @pytest.fixture(scope="package")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.security.keys.access import KeyAccess
-from tests import forks
-from tests.push_project import serve
+from tests.processes import forks
+from tests.projects.push import serve
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 

@@ -19,7 +19,7 @@ from feature_jobs.store.ingestion.message_rows import check_messages
 from feature_jobs.store.ingestion.pushed_rows import check_rows
 from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.validation import REASON, prepare
-from tests.push_project import INCOME, PushProject
+from tests.projects.push import INCOME, PushProject
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
 EVENT, CREATED = "event_timestamp lies in the future", "created_timestamp lies in the future"

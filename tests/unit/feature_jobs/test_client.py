@@ -32,8 +32,8 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.manifest import read_manifest, require_reproducible
 from feature_jobs.store.online.reader import open_online_store
 from jobs.train.data import join_keys
-from tests.broker import running_broker
-from tests.replica import listener, record
+from tests.servers.key_broker import running_broker
+from tests.servers.replica import listener, record
 
 AT = datetime(2024, 1, 1, tzinfo=UTC)
 INCOME = FeatureView(

@@ -22,7 +22,7 @@ from feature_jobs.store.types.instants import (
     to_micros,
     utc_instant,
 )
-from tests.feature_project import INCOME
+from tests.projects.features import INCOME
 
 ZONE = "America/Los_Angeles"
 NS = pa.timestamp("ns", "UTC")

@@ -29,9 +29,9 @@ from feature_jobs.store.streaming import kafka_consumer
 from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, librdkafka_properties
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
-from tests import forks
-from tests.kafka_broker import MockBroker, mock_broker
-from tests.push_project import PushProject, consume_until_killed, kafka_view, message, payments_view
+from tests.processes import forks
+from tests.projects.push import PushProject, consume_until_killed, kafka_view, message, payments_view
+from tests.servers.kafka_broker import MockBroker, mock_broker
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 TOPIC = "incomes"

@@ -32,7 +32,7 @@ from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.streaming.micro_batches import MicroBatch, store_batch
 from feature_jobs.store.streaming.pushed_view import view_from_definition
 from feature_jobs.store.types.key_types import MAX_KEY, require_declared_types, require_stored_types
-from tests.push_project import INCOME, START, PushProject, message, row
+from tests.projects.push import INCOME, START, PushProject, message, row
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
 LOWEST = -(2**63)

@@ -20,7 +20,7 @@ from feature_jobs.store.online import redis_engine as online_redis
 from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests import forks
+from tests.processes import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 PEOPLE, PUSHED = 400, 401

@@ -28,7 +28,7 @@ from feature_jobs.store.offline.mending import BatchLocation, mend
 from feature_jobs.store.offline.point_in_time import join_features
 from feature_jobs.store.offline.removal import RemovalReason, remove_rows
 from feature_jobs.store.offline.tables import Batch, Target
-from tests.feature_project import INCOME, START, TIME, FeatureProject
+from tests.projects.features import INCOME, START, TIME, FeatureProject
 
 Row = tuple[int | None, float, timedelta]
 """Person, amount, and time after the start."""

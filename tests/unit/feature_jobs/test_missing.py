@@ -40,8 +40,8 @@ from feature_jobs.store.definitions.missing import (
     parse_policy,
 )
 from feature_jobs.store.types.status import Status
-from tests.feature_project import INCOME as PEOPLES_INCOME
-from tests.feature_project import PEOPLE, FeatureProject
+from tests.projects.features import INCOME as PEOPLES_INCOME
+from tests.projects.features import PEOPLE, FeatureProject
 
 INCOME = FeatureView(
     "income",

@@ -14,8 +14,8 @@ from cluster.security.tls.certificates import ensure_tls
 from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
 from cluster.storage import Layout
 from feature_jobs.store.online.reader import open_online_store
-from tests.ports import free_port
-from tests.redis_server import running_redis
+from tests.servers.ports import free_port
+from tests.servers.redis_server import running_redis
 from tests.unit.feature_jobs.test_online_store import KEY_TYPES, PERSONS, VIEW, amounts, row, view_keys
 
 

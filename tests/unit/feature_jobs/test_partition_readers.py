@@ -31,8 +31,8 @@ from feature_jobs.store.streaming.kafka_consumer import (
 )
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
-from tests.kafka_broker import MockBroker, mock_broker
-from tests.push_project import PushProject, kafka_view, message
+from tests.projects.push import PushProject, kafka_view, message
+from tests.servers.kafka_broker import MockBroker, mock_broker
 
 TOPIC, KEYS = "incomes", {"person_id": "int64"}
 VIEW = kafka_view("a:1")

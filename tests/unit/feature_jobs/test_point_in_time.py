@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.store.offline.point_in_time import join_features, latest_rows
-from tests.pit_oracle import START, TIME, connect, expected, hidden
+from tests.samples.pit_oracle import START, TIME, connect, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}
 FEATURES = KEYS | {

@@ -22,7 +22,7 @@ from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.streaming import micro_batches
 from feature_jobs.store.streaming.pushed_view import load_pushed_view, view_from_definition
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.push_project import INCOME, START, PushProject, payments_view, row
+from tests.projects.push import INCOME, START, PushProject, payments_view, row
 from tests.unit.feature_jobs.push_kills import KILLS, run_and_kill
 
 
@@ -276,7 +276,7 @@ def test_missing_or_changed_code_is_refused(project: PushProject) -> None:
         DefinitionError, match=r"transform, and its code cannot be imported.*'nowhere\.views'"
     ):
         load_pushed_view(project.ledger, "income")
-    elsewhere = definition | {"transform": {"name": "tests.push_project:row", "sha256": "0"}}
+    elsewhere = definition | {"transform": {"name": "tests.projects.push:row", "sha256": "0"}}
     event = FeatureViewApplied(view="income", version="abc", definition=elsewhere)
     project.ledger.append(event, actor="test")
     with pytest.raises(DefinitionError, match="applied as version abc"):

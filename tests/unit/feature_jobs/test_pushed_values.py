@@ -17,7 +17,7 @@ from feature_jobs.store.ingestion.message_rows import check_messages
 from feature_jobs.store.ingestion.pushed_rows import check_rows, typed_column
 from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.streaming.pushed_view import view_from_definition
-from tests.push_project import INCOME, START, row
+from tests.projects.push import INCOME, START, row
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 

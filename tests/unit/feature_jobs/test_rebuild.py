@@ -18,7 +18,7 @@ from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.store import FeatureView, Field
 from feature_jobs.store.offline.compaction import current_target, rewrite
 from feature_jobs.training_set import TrainingSetConfig
-from tests.feature_project import INCOME, PEOPLE, START, TIME, FeatureProject
+from tests.projects.features import INCOME, PEOPLE, START, TIME, FeatureProject
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline import removal
 from feature_jobs.store.offline.compaction import current_target, rewrite
 from feature_jobs.store.offline.removal import RemovalReason, count_matching_rows, remove_rows
-from tests.feature_project import PEOPLE, START, FeatureProject
+from tests.projects.features import PEOPLE, START, FeatureProject
 
 OLD = pl.col("event_timestamp") < START + timedelta(hours=1)
 RETENTION = RemovalReason(cause="retention", older_than="2024-01-01T01:00:00+00:00")

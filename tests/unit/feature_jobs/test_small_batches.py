@@ -26,8 +26,8 @@ from feature_jobs.batches.multiple_views import (
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
-from tests.batch_project import BatchProject, keys_of
-from tests.broker import running_broker
+from tests.projects.batch import BatchProject, keys_of
+from tests.servers.key_broker import running_broker
 
 AT = "2024-01-01T00:00:00Z"
 VIEWS = ("parquet", "csv", "json", "sql")

@@ -17,8 +17,8 @@ from cluster.settings import OnlineConfig, StorageConfig, load
 from feature_jobs.store.streaming.micro_batches import Tally
 from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.stream import StreamConfig, StreamSource, push_stream, run, run_kafka, summarize
-from tests.kafka_broker import mock_broker
-from tests.push_project import PushProject, kafka_view, message, row
+from tests.projects.push import PushProject, kafka_view, message, row
+from tests.servers.kafka_broker import mock_broker
 
 
 def config(root: Path, **overrides: Any) -> StreamConfig:

@@ -23,7 +23,7 @@ from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import BucketFile, Snapshot
 from feature_jobs.store.offline.training_set import assemble, join_in_process
-from tests.pit_oracle import connect, expected, hidden, random_entities, random_features
+from tests.samples.pit_oracle import connect, expected, hidden, random_entities, random_features
 
 PEOPLE, PLACES = [1, 2, 3], ["n", "s", "w"]
 AMOUNTS = [None, 0.5, 1.5, 2.5]

@@ -23,7 +23,7 @@ from feature_jobs.store.offline.training_set import assemble, join_in_process
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.types.dtypes import DTYPES, to_arrow, to_json
 from serve_apps.replica.http import answer
-from tests.push_project import INCOME, START, PushProject
+from tests.projects.push import INCOME, START, PushProject
 
 VALUES: dict[str, tuple[str, Any]] = {
     "flag": ("bool", True),

@@ -21,7 +21,7 @@ from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, StorageConfig
 from jobs.compact_log import __main__ as compact_log
-from tests.broker import running_broker
+from tests.servers.key_broker import running_broker
 
 KEYS = ("predictions/m/sensitive", "outcomes/m/sensitive")
 

@@ -29,7 +29,7 @@ from cluster.runtime.torch_engine import TorchEngine
 from jobs.train.__main__ import requested_precision
 from jobs.train.quantise import bounded_layers, quantisation_cost, quantise
 from jobs.train.tabular_network.family import Parameters
-from tests.network import as_int8, rows, write_network
+from tests.samples.network import as_int8, rows, write_network
 
 INPUTS = (
     InputSpec(name="p__age", dtype="double"),

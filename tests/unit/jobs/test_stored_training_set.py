@@ -20,8 +20,8 @@ from feature_jobs.store.catalog.protection import training_set_protection
 from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import row_hash
 from jobs.train.data import TrainingSet, read_training_set
-from tests.broker import running_broker
-from tests.feature_project import FeatureProject
+from tests.projects.features import FeatureProject
+from tests.servers.key_broker import running_broker
 
 KEYS = ("features/income/internal", "features/income/personal", "training_sets/credit/internal")
 

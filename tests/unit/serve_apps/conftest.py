@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.edge import ROLLOUT, Edge, running_edge
+from tests.servers.edge import ROLLOUT, Edge, running_edge
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.config import render
 from serve_apps.replica.contract import MAX_BODY_BYTES
 from serve_apps.replica.http import LOG
-from tests.edge import ROLLOUT, Edge
-from tests.replica import Replica, running_features, running_replica
+from tests.servers.edge import ROLLOUT, Edge
+from tests.servers.replica import Replica, running_features, running_replica
 
 SIGNATURE = ModelSignature(
     task=Task.regression, inputs=(InputSpec(name="p__age", dtype="double"),), label="y"

@@ -20,7 +20,7 @@ from cluster.runtime.encoding import Matrix
 from cluster.settings import BatchingConfig
 from serve_apps.predictor import batching
 from serve_apps.predictor.batching import Batches, saves_time
-from tests.replica import running_replica
+from tests.servers.replica import running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="a", dtype="double"),), label="y")
 BAD = 666.0

@@ -19,7 +19,7 @@ from cluster.settings import (
 )
 from serve_apps import common
 from serve_apps.common import Settings, run_common, settings_at_start
-from tests.replica import record
+from tests.servers.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
 DEFAULT = Settings.of(PlatformConfig())

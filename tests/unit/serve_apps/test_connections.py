@@ -12,7 +12,7 @@ import pytest
 
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.connections import MAX_LOGINS
-from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
+from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
 
 
 def begun(edge: Edge, data: bytes) -> ssl.SSLSocket:

@@ -23,7 +23,7 @@ from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.request_limits import Limited
-from tests.controller import (
+from tests.servers.controller import (
     CHAMPION_ONLY,
     ONE,
     ROLLED_BACK,

@@ -27,7 +27,7 @@ from cluster.security.keys.store import KeyInfo
 from cluster.settings import Durability
 from serve_apps.replica.http import Unavailable
 from serve_apps.replica.record_log import RecordLog
-from tests.replica import MODEL, Replica, running_replica
+from tests.servers.replica import MODEL, Replica, running_replica
 
 KEY = "outcomes/m/sensitive"
 VALUE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")

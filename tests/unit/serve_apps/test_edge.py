@@ -12,8 +12,8 @@ from cluster.security.tokens.issuer import AUDIENCE, sign
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.control.haproxy_process import ConfigRefused
 from serve_apps.rollout.assignment import assign, bounds
-from tests.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit, wait_until
-from tests.ports import free_port
+from tests.servers.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit, wait_until
+from tests.servers.ports import free_port
 
 
 def test_edge_and_python_assign_the_same_arm(edge: Edge) -> None:

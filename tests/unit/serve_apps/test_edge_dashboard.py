@@ -13,7 +13,7 @@ import pytest
 from cluster.security.tokens.issuer import AUDIENCE, mint_token, sign
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.dashboard import COOKIE
-from tests.edge import PREDICT, RAY_TOKEN, Edge
+from tests.servers.edge import PREDICT, RAY_TOKEN, Edge
 
 SAME_SITE = {"sec-fetch-site": "same-origin"}
 

@@ -18,8 +18,8 @@ from cluster.errors import ConfigError
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.storage import Layout
 from serve_apps.replica.edge_headers import PROOF, UNPROVED, EdgeHeaderReader, EdgeHeaders, edge_proof
-from tests.edge import PREDICT, Edge, running_edge
-from tests.replica import Replica, running_replica
+from tests.servers.edge import PREDICT, Edge, running_edge
+from tests.servers.replica import Replica, running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 BODY = b'{"entities": [{"id": 1}], "features": {"age": 3}}'

@@ -19,7 +19,7 @@ from cluster.security.tokens.oidc import RemoteKeys
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.control import last_state as last
 from serve_apps.replica.targets import Targets
-from tests.controller import (
+from tests.servers.controller import (
     CHAMPION_ONLY,
     ONE,
     ROLLED_BACK,

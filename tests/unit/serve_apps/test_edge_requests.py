@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.edge import PREDICT, Edge
+from tests.servers.edge import PREDICT, Edge
 
 
 def answer_to_a_head(edge: Edge, headers: list[tuple[str, str]], *, path: str = PREDICT) -> tuple[int, Any]:

@@ -28,8 +28,8 @@ from cluster.settings import IssuerConfig
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.access import AccessCheck
-from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
-from tests.oidc_issuer import Issuer, new_key
+from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
+from tests.servers.oidc_issuer import Issuer, new_key
 
 
 def forged(edge: Edge, key: Any, *, alg: str = ALGORITHM, kid: str | None = None, **changes: Any) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from cluster.runtime import InputSpec, ModelSignature, Precision, Task, open_model
-from tests.network import write_network
-from tests.replica import Replica, running_replica
-from tests.trees import write_trees
+from tests.samples.network import write_network
+from tests.samples.trees import write_trees
+from tests.servers.replica import Replica, running_replica
 
 AGE = InputSpec(name="p__age", dtype="double")
 SEX = InputSpec(name="p__sex", dtype="string", categories=("f", "m"))

@@ -16,8 +16,8 @@ import pytest
 from serve_apps.edge.haproxy.answers import NO_ANSWER
 from serve_apps.edge.haproxy.config import ANSWER_MS, render
 from serve_apps.replica.targets import ScaledToZero
-from tests.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
-from tests.ports import free_port
+from tests.servers.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
+from tests.servers.ports import free_port
 
 
 @contextlib.contextmanager

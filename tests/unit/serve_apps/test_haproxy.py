@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve_apps.edge.control import haproxy_process as haproxy
-from tests.edge import ROLLOUT, Edge
+from tests.servers.edge import ROLLOUT, Edge
 
 
 @contextlib.contextmanager

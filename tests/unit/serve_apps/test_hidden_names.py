@@ -20,7 +20,7 @@ from feature_jobs.store.ingestion.pushed_rows import check_rows
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from serve_apps.predictor.request import override
 from serve_apps.replica.http import refusal
-from tests.push_project import INCOME, START
+from tests.projects.push import INCOME, START
 
 SECRET = FeatureView(
     "layoffs",

@@ -21,7 +21,7 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import Rollout
-from tests.replica import MODEL, Replica, register, running_replica
+from tests.servers.replica import MODEL, Replica, register, running_replica
 from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
 
 WORDS = ModelSignature(

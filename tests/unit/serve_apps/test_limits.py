@@ -19,7 +19,7 @@ from cluster.ledger.events import EdgeLimitSet
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.request_limits import Limit, Limited, OwnLimits
 from serve_apps.edge.limits import LimitAction, LimitsCommand
-from tests.edge import PREDICT, ROLLOUT, Edge, wait_until
+from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
 
 WIDE = Limit(requests_per_s=100_000, concurrent=1000)
 NAMES = st.text(min_size=1, max_size=20)

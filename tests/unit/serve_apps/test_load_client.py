@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.load import Answer, Load
+from tests.clients.load import Answer, Load
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -34,7 +34,7 @@ from feature_jobs.store.catalog.specifications import Definitions, apply, view_s
 from feature_jobs.store.online.reader import epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.skew.served import read_served
-from tests.replica import MODEL, Replica, running_replica
+from tests.servers.replica import MODEL, Replica, running_replica
 
 NOW = datetime(2024, 1, 10, tzinfo=UTC)
 PERSON = Entity("person", join_keys=["person_id"])

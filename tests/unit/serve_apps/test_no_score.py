@@ -21,7 +21,7 @@ from cluster.runtime.model import Model
 from cluster.runtime.signature import ONNX_FILE
 from cluster.security.keys.access import key_store
 from serve_apps.predictor.batching import Batches
-from tests.replica import MODEL, Replica, running_replica, write_model
+from tests.servers.replica import MODEL, Replica, running_replica, write_model
 
 AGE = InputSpec(name="p__age", dtype="double")
 BINARY = ModelSignature(task=Task.binary, inputs=(AGE,), label="y", classes=("no", "yes"))

@@ -18,7 +18,7 @@ from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 from serve_apps.predictor.on_demand_inputs import on_demand_inputs
-from tests.replica import Replica, running_replica
+from tests.servers.replica import Replica, running_replica
 
 INCOME = FeatureView(
     "income",

@@ -11,7 +11,7 @@ import pytest
 from uvicorn.protocols.http import httptools_impl
 
 from serve_apps.replica.one_write import answer_in_one_write
-from tests.replica import served
+from tests.servers.replica import served
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]}
 

@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.openapi import MAX_BYTES, document
-from tests.edge import Edge
+from tests.servers.edge import Edge
 
 DOCUMENT = document()
 

@@ -15,7 +15,7 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
-from tests.replica import MODEL, Replica, running_replica, write_model
+from tests.servers.replica import MODEL, Replica, running_replica, write_model
 
 FLAGS = ModelSignature(
     task=Task.binary, inputs=(InputSpec(name="x", dtype="double"),), label="y", classes=(False, True)

@@ -12,7 +12,7 @@ import pytest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.tokens.roles import Role
 from serve_apps.predictor.tensors import to_raw
-from tests.replica import Replica, running_replica
+from tests.servers.replica import Replica, running_replica
 
 AGE = InputSpec(name="p__age", dtype="double")
 SEX = InputSpec(name="p__sex", dtype="string", categories=("f", "m"))

@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from cluster.settings import ReplicaConfig
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.scaling import ONGOING, replica_options
-from tests.edge import PREDICT, Edge
+from tests.servers.edge import PREDICT, Edge
 
 NO_DELAY = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
 

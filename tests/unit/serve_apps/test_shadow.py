@@ -34,8 +34,8 @@ from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Sh
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
-from tests.ports import free_port
-from tests.replica import MODEL, Replica, application, running_replica, served, write_model
+from tests.servers.ports import free_port
+from tests.servers.replica import MODEL, Replica, application, running_replica, served, write_model
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 APP = "m-v2"

@@ -16,7 +16,7 @@ import pytest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.replica import http as http_module
 from serve_apps.replica.timeouts import with_timeout
-from tests.replica import Replica, running_replica
+from tests.servers.replica import Replica, running_replica
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 BODIES = {

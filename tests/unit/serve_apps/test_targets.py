@@ -12,7 +12,7 @@ import pytest
 
 from serve_apps.edge.haproxy.config import render
 from serve_apps.replica.targets import ScaledToZero, read_targets
-from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
+from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
 
 PROXY, REPLICA = 8000, 30001
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_apps.edge.haproxy.unauthenticated import SHOW_COMMAND, Reason, RefusalCounts, parse_counts
-from tests.edge import PREDICT, Edge, wait_until
+from tests.servers.edge import PREDICT, Edge, wait_until
 
 NUMBERS = st.lists(st.integers(min_value=0, max_value=5), max_size=8)
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from serve_apps.edge.haproxy.config import render
-from tests.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit
-from tests.ports import free_port
+from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit
+from tests.servers.ports import free_port
 
 
 class HoldingEcho(Echo):

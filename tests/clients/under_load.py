@@ -16,9 +16,9 @@ from types import TracebackType
 
 from cluster.records import read_predictions
 from cluster.security.keys.access import key_store
-from tests import scoring_project as scoring
+from tests.clients.load import Answer, Load, percentile
 from tests.integration.conftest import Project
-from tests.load import Answer, Load, percentile
+from tests.projects import scoring
 
 CONNECTIONS = 8
 

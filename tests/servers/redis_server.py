@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 START_DEADLINE_S = 10
 

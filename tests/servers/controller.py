@@ -36,8 +36,8 @@ from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Targets
-from tests.edge import edge_settings
-from tests.ports import free_port
+from tests.servers.edge import edge_settings
+from tests.servers.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
 CHAMPION_ONLY = "m-v1|m-v1|champion|none|-|0|10000"

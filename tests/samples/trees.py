@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.runtime import ModelSignature, Task
 from cluster.runtime.signature import LIGHTGBM_FILE, SIGNATURE_FILE
-from tests.network import rows
+from tests.samples.network import rows
 
 OBJECTIVES = {Task.binary: "binary", Task.multiclass: "multiclass", Task.regression: "regression"}
 

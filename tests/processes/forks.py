@@ -7,7 +7,7 @@ import sys
 from multiprocessing.context import ForkServerContext
 
 _TARGETS = (
-    "tests.push_project",
+    "tests.projects.push",
     "tests.unit.cluster.test_ledger",
     "tests.unit.cluster.test_compaction_kills",
     "tests.unit.feature_jobs.test_materialize_kill",

@@ -47,8 +47,8 @@ from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.edge_headers import EdgeHeaders, edge_proof
-from tests.broker import running_broker
-from tests.push_project import INCOME
+from tests.projects.push import INCOME
+from tests.servers.key_broker import running_broker
 
 MODEL = "m"
 

@@ -76,7 +76,7 @@ def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [module, *args]
-    checkout = str(Path(__file__).parent.parent)
+    checkout = str(Path(__file__).parents[2])
     sys.path[:] = [cwd, *(entry for entry in sys.path if entry not in ("", checkout))]
     sys.modules.pop(module, None)
     code = 0

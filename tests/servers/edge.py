@@ -33,7 +33,7 @@ from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.state import ModelState, Rollout
-from tests.ports import free_port
+from tests.servers.ports import free_port
 
 PREDICT = "/v1/models/m:predict"
 SALT = "sé"
