@@ -267,7 +267,7 @@ def without_tombstone_values(history: pl.DataFrame, feature: str) -> pl.DataFram
 def request_frame(
     view: ViewSpec, spec: ServiceSpec, joined: pa.Table, opened: OpenedView, group: ServedRequests
 ) -> pl.DataFrame:
-    """Return what `explain_differences` needs of each request, except the values: keys, times, and the last materialisation."""
+    """Return keys, times and the last materialisation of each request, as `explain_differences` needs them."""
     keys = {key: key_column(key, kind, view, spec, joined) for key, kind in opened.table.key_types.items()}
     frame = pl.DataFrame(pl.from_arrow(pa.table(keys))).with_row_index(POSITION)
     before = [last_before(opened.materializations, at) for at in group.requested]

@@ -3,7 +3,7 @@
 Each answer is kept with what became of it, so that it can be held against logs afterwards. As an HTTP client does, it
 sends nothing twice: a connection that ends between two requests is opened again, one that ends within one is a failure.
 
-    python -m tests.clients.load URL REQUESTS_FILE CONNECTIONS SECONDS     as `tests/bench/_load.py` uses it, without wrk
+    python -m tests.clients.load URL REQUESTS_FILE CONNECTIONS SECONDS   # what benches use without wrk
 """
 
 from __future__ import annotations

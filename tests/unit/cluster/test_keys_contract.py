@@ -1,7 +1,7 @@
 """The contract of every key store, checked for the keyring, the keyring behind its broker, and Vault.
 
-Vault is a double (tests/servers/vault_double.py), unless VAULT_ADDR and VAULT_TOKEN name a real one with a Transit engine at
-`transit` and KV version 2 at `secret`.
+Vault is a double (tests/servers/vault_double.py), unless VAULT_ADDR and VAULT_TOKEN name a real one
+with a Transit engine at `transit` and KV version 2 at `secret`.
 """
 
 from __future__ import annotations
