@@ -29,7 +29,7 @@ from cluster.records.segments import UNFINISHED, list_segments, segment_class, s
 from cluster.records.table import CLASS, HISTORY, LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.synced import sync_folder
+from cluster.fsync import sync_folder
 
 LOCK = ".compaction"
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20

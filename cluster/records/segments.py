@@ -32,7 +32,7 @@ from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.records.schema import Record
 from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
-from cluster.synced import sync_folder
+from cluster.fsync import sync_folder
 
 SUFFIX = ".records"
 UNFINISHED = ".new"

@@ -49,7 +49,7 @@ from cluster.security.keys.store import (
     write_wrapped,
 )
 from cluster.settings import SecretsConfig, SecretsKind, Tier
-from cluster.synced import sync_folder
+from cluster.fsync import sync_folder
 
 SCHEME = "kr"
 ALTCHARS = b"-_"
