@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
-from cluster.own_server import PortState, listener_uid
+from cluster.port_owner import PortState, listener_uid
 from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
