@@ -33,7 +33,7 @@ from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticate
 from cluster.ledger import Ledger
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.installation import apply_cluster_record
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
@@ -91,7 +91,7 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
 
     Args:
         config: names the token and the issuer; updated with the running cluster's settings, see
-            `cluster/security/installation.py`.
+            `cluster/security/recorded_settings.py`.
         record: record of the running cluster.
         ledger: where decisions are recorded.
         entrypoint: the module that runs, such as "feature_jobs.ingest".

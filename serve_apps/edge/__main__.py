@@ -22,7 +22,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
-from cluster.security.installation import apply_cluster_record
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_recorded_cluster
