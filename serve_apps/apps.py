@@ -1,4 +1,4 @@
-"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/common.py`."""
+"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/shared_apps.py`."""
 
 from __future__ import annotations
 

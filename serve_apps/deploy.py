@@ -29,7 +29,7 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
-from serve_apps.common import ensure_common, restore_common
+from serve_apps.shared_apps import ensure_common, restore_common
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key

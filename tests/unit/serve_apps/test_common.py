@@ -18,7 +18,7 @@ from cluster.settings import (
     StorageConfig,
 )
 from serve_apps import common
-from serve_apps.common import Settings, run_common, settings_at_start
+from serve_apps.shared_apps import Settings, run_common, settings_at_start
 from tests.servers.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")

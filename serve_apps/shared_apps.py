@@ -1,4 +1,4 @@
-"""`python -m serve_apps.common`: start Serve and the applications that belong to no model; `cluster.up` runs it.
+"""`python -m serve_apps.shared_apps`: start Serve and the applications that belong to no model; `cluster.up` runs it.
 
 `features` and `outcomes` start with the cluster, with the cluster's settings. A deployment with other settings (another
 online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with
