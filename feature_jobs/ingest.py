@@ -36,7 +36,7 @@ from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.applied import applied_view, batch_source
+from feature_jobs.batches.inputs import applied_view, batch_source
 from feature_jobs.batches.mending import mend_batches, report
 from feature_jobs.batches.multiple_views import for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.batches.reading import (

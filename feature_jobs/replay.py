@@ -27,7 +27,7 @@ from cluster.security.authorization.policy import Action
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.applied import applied_view
+from feature_jobs.batches.inputs import applied_view
 from feature_jobs.batches.rules import load_baseline
 from feature_jobs.batches.storing import open_or_create, stored_schema
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
