@@ -31,7 +31,7 @@ from feature_jobs.store.ingestion.source_blocks import (
     native_key_types,
 )
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
-from feature_jobs.store.ingestion.typed import (
+from feature_jobs.store.ingestion.declared_types import (
     Roles,
     column_types,
     declared_columns,

@@ -27,7 +27,7 @@ from feature_jobs.store.ingestion.files import (
     tables,
 )
 from feature_jobs.store.ingestion.partitions import partitions_of, with_partitions
-from feature_jobs.store.ingestion.typed import (
+from feature_jobs.store.ingestion.declared_types import (
     Roles,
     column_types,
     declared_columns,
