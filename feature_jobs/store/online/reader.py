@@ -20,7 +20,7 @@ from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.online.lmdb_engine import LmdbEngine
 from feature_jobs.store.online.rows import Block, FoundRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import WindowedView
+from feature_jobs.store.online.window_states import WindowedView
 from feature_jobs.store.types.key_types import describe_key_type, key_type_of
 from feature_jobs.store.types.status import FeatureVectors, Status
 
