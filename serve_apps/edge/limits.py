@@ -17,7 +17,7 @@ from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited, OwnLimits
 
 

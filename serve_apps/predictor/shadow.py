@@ -36,7 +36,7 @@ from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.replica.edge_headers import EdgeHeaders
 from serve_apps.replica.targets import Targets, addresses_of
 from serve_apps.rollout.assignment import BUCKETS
-from serve_apps.rollout.state import Shadow, States, apply
+from serve_apps.rollout.serving_state import Shadow, States, apply
 
 LOG = logging.getLogger("falaj.serve")
 LEDGER_INTERVAL_S = 1.0

@@ -26,12 +26,12 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
-from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
 from serve_apps.rollout.guardrail import Verdict
-from serve_apps.rollout.state import ModelState, Rollout, read_states
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 
 @job("rollout", RolloutConfig)

@@ -3,7 +3,7 @@
 A window (t - w, t] is computed from summaries and events. A tile that is completely inside the window contributes its
 summary. Two kinds of tiles contribute their single events: the tile that the window's start cuts, and tiles with
 versions that became known after t. The window's end cuts no tile, because an event is known only after it happened. The
-result equals that of `offline/windows.py` for the same instant and the same known rows, exactly.
+result equals that of `offline/window_values.py` for the same instant and the same known rows, exactly.
 
 A value cannot be removed from a sketch or an extreme, so corrections and tombstones need the events. They are stored,
 packed, for the length of the longest window. Memory per entity is about 60 bytes plus the values for each event, and at

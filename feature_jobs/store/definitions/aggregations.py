@@ -1,6 +1,6 @@
 """Declared aggregations of an event view: sums, counts, extremes, last values and distinct counts over moving windows.
 
-These rules hold for the offline join (`offline/windows.py`) and for the online state (`aggregation/tiles.py`). For an
+These rules hold for the offline join (`offline/window_values.py`) and for the online state (`aggregation/tiles.py`). For an
 entity and an instant t:
 
 1. Rows with max(event_timestamp, created_timestamp) <= t are known. Other rows do not exist yet.

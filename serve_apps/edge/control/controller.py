@@ -26,11 +26,11 @@ from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
-from serve_apps.edge.control.last_state import LastState
+from serve_apps.edge.control.last_answers import LastState
 from serve_apps.edge.control.metrics import EdgeMetrics
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
-from serve_apps.edge.control.state import EdgeState, write_state
+from serve_apps.edge.control.edge_state import EdgeState, write_state
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
@@ -39,7 +39,7 @@ from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
-from serve_apps.rollout.state import States, apply
+from serve_apps.rollout.serving_state import States, apply
 
 LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
