@@ -87,7 +87,7 @@ def main(config: PlatformConfig) -> None:
         )
         return
     try:
-        run_common(config, record, settings)
+        run_shared_apps(config, record, settings)
     except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
@@ -102,7 +102,7 @@ def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings
     return Settings.of(config) if stored is None else stored
 
 
-def ensure_common(config: PlatformConfig) -> None:
+def ensure_shared_apps(config: PlatformConfig) -> None:
     """Start the applications with this configuration's settings, or restart them if the settings changed.
 
     Raises:
@@ -114,10 +114,10 @@ def ensure_common(config: PlatformConfig) -> None:
         settings = settings.merged_over(stored)
     changed = stored is not None and settings != stored
     if changed or not all(map(is_running, APPLICATIONS)):
-        run_common(config, record, settings)
+        run_shared_apps(config, record, settings)
 
 
-def restore_common(config: PlatformConfig) -> None:
+def restore_shared_apps(config: PlatformConfig) -> None:
     """Start the applications with their stored settings, not with this configuration's.
 
     Raises:
@@ -125,10 +125,10 @@ def restore_common(config: PlatformConfig) -> None:
     """
     if not all(map(is_running, APPLICATIONS)):
         record = require_recorded_cluster(config)
-        run_common(config, record, _stored_settings(config, record) or Settings.of(config))
+        run_shared_apps(config, record, _stored_settings(config, record) or Settings.of(config))
 
 
-def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
+def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
     """Start or restart both applications at the same time, and store their settings.
 
     Raises:
