@@ -33,7 +33,7 @@ from cluster.security.encryption.scratch import scratch_directory
 from cluster.session import attach, require_running_cluster
 from cluster.storage import layout, local, replace_non_finite, resolve, write_json
 from jobs.sweep.config import SweepConfig
-from jobs.sweep.trials import Trial, best_trial, trial_from_result
+from jobs.sweep.results import Trial, best_trial, trial_from_result
 from jobs.train.data import Dataset, read_training_set
 from jobs.train.describe import prepare_and_describe
 from jobs.train.families import FitContext, resolve_family
