@@ -1,7 +1,7 @@
 """Logs of predictions and outcomes: one prediction record per HTTP answer, and the outcomes that arrive later.
 
-Replicas write with `segments`, and all readers use `reading`. `signature_types` converts a version's rows to the types of
-its signature. `matching` joins predictions with their outcomes.
+Replicas write with `segments`, and all readers use `reading`. `signature_types` converts a version's rows to the types
+of its signature. `matching` joins predictions with their outcomes.
 """
 
 from cluster.records.matching import MatchedAnswers, match_outcomes

@@ -33,8 +33,8 @@ from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticate
 from cluster.ledger import Ledger
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.keys.access import KeyAccess
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,

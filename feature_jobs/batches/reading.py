@@ -16,6 +16,13 @@ from cluster.storage import Layout
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.sources import BatchSource, SqlSource
 from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.declared_types import (
+    Roles,
+    column_types,
+    declared_columns,
+    find_zoneless,
+    typed_rows,
+)
 from feature_jobs.store.ingestion.files import SourceFiles, open_source, size_bytes
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.profile import Profile
@@ -31,13 +38,6 @@ from feature_jobs.store.ingestion.source_blocks import (
     native_key_types,
 )
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
-from feature_jobs.store.ingestion.declared_types import (
-    Roles,
-    column_types,
-    declared_columns,
-    find_zoneless,
-    typed_rows,
-)
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, prepare_part
 from feature_jobs.store.types.key_types import require_stored_types
 from feature_jobs.store.types.schema import EVENT

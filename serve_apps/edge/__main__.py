@@ -29,9 +29,9 @@ from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
+from serve_apps.edge.control.edge_state import state_file
 from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.control.metrics import EdgeMetrics
-from serve_apps.edge.control.edge_state import state_file
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 from serve_apps.edge.haproxy.config import EdgeSettings
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE

@@ -21,6 +21,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ConfigError
+from cluster.fsync import sync_folder
 from cluster.security.keys.kek import KEK_BYTES, Derivation, create_kek_file, kek_from_file
 from cluster.security.keys.ringfile import (
     Entry,
@@ -49,7 +50,6 @@ from cluster.security.keys.store import (
     write_wrapped,
 )
 from cluster.settings import SecretsConfig, SecretsKind, Tier
-from cluster.fsync import sync_folder
 
 SCHEME = "kr"
 ALTCHARS = b"-_"

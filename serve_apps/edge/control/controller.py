@@ -25,12 +25,12 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
+from serve_apps.edge.control.edge_state import EdgeState, write_state
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
 from serve_apps.edge.control.last_answers import LastState
 from serve_apps.edge.control.metrics import EdgeMetrics
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
-from serve_apps.edge.control.edge_state import EdgeState, write_state
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render

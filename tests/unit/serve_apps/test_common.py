@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.features_config import FeaturesConfig
 from cluster.settings import (
     Durability,
+    FeaturesConfig,
     IdentityConfig,
     OnlineConfig,
     OnlineKind,
@@ -81,7 +81,7 @@ def test_new_head_keeps_the_stored_settings(tmp_path: Path, monkeypatch: pytest.
     assert settings_at_start(config, mine) == DEFAULT
     run_shared_apps(config, mine, DISK)
     assert settings_at_start(config, mine) == DISK
-    stored = tmp_path / "edge" / "shared_apps.json"
+    stored = tmp_path / "edge" / "common.json"
     whole = stored.read_text()
     for damaged in ("", "[]", whole.replace("durability", "durable")):
         stored.write_text(damaged)
