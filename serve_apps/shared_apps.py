@@ -18,9 +18,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
-from cluster.features_config import FeaturesConfig
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
-from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
+from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
+from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP

@@ -25,7 +25,7 @@ from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
-from cluster.settings import from_plain
+from cluster.settings_conversion import from_plain
 from cluster.storage import layout, local
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, ModelFailed, RefusedError
 from cluster.records import PredictionRecord
-from cluster.settings import from_plain
+from cluster.settings_conversion import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
