@@ -61,16 +61,16 @@ from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_re
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.definitions.batch_checks import Finding
 from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.batch_checks import Finding
 from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
 from feature_jobs.store.ingestion.validation import REASON
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.view_tables import view_target
 
 

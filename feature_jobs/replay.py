@@ -35,12 +35,12 @@ from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine import quarantined
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, recheck_rows
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import SEQ
 from feature_jobs.view_tables import view_target
 

@@ -25,7 +25,6 @@ from feature_jobs.store.ingestion.declared_types import (
 )
 from feature_jobs.store.ingestion.files import SourceFiles, open_source, size_bytes
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.ranges import TimeRange
 from feature_jobs.store.ingestion.source_blocks import (
     BATCH_ROWS,
@@ -39,6 +38,7 @@ from feature_jobs.store.ingestion.source_blocks import (
 )
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, prepare_part
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.key_types import require_stored_types
 from feature_jobs.store.types.schema import EVENT
 

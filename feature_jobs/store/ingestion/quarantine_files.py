@@ -16,7 +16,7 @@ from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from cluster.storage import list_files
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
-from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import SEQ
 
 COLUMNS = ("reason", "raw", "ingested_at", SEQ)

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, RAW, REASON, prepare, unique_rules
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.key_types import key_fault
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
