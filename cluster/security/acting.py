@@ -44,11 +44,11 @@ from cluster.security.tokens.intent import (
     read_token_file,
     write_intent,
 )
+from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, current_actor
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.source import TokenSource
+from cluster.security.tokens.source import RENEW_S, TokenSource
 from cluster.security.tokens.trust import Trust
-from cluster.security.tokens.verification import RENEW_S, TOKEN_TTL_S
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
