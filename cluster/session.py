@@ -40,7 +40,7 @@ METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metric
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
     """Return the variables that turn TLS between Ray's processes on or off.
 
-    The certificates are those of `cluster/security/tls`. Head and drivers must have the same values.
+    `cluster/security/tls` makes the certificates. Head and drivers must have the same values.
     """
     folder = f"{storage_root}/tls"
     files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}

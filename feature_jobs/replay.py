@@ -121,7 +121,7 @@ def select_batches(files: QuarantineFiles, wanted: str | None) -> list[str]:
 def replay(
     batch_replay: BatchReplay, baseline: Profile | None, *, now: dt.datetime, ahead: FutureLimit = BATCH_LIMIT
 ) -> QuarantineReplayed:
-    """Store the rows that are good now, and write those that stay to a separate file, for `finish`.
+    """Store the rows that are good now. Write the rows that still fail to a separate file, for `finish`.
 
     Nothing is stored if an earlier run has stored the rows already.
 
@@ -216,7 +216,7 @@ def record_replay(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> N
 
 
 def finish(files: QuarantineFiles, event: QuarantineReplayed) -> None:
-    """Replace the batch's quarantine file by the rows that stay, or remove it if none stay."""
+    """Replace the batch's quarantine file by the rows that still fail, or remove it if there are none."""
     if event.rows_quarantined:
         files.publish_pending(event.batch, event.replay_id)
     else:

@@ -42,7 +42,7 @@ class Machine(Protocol):
     """The supervisor's operations on the machine."""
 
     def find(self) -> dict[Part, psutil.Process]:
-        """Search all processes; return those of the parts."""
+        """Find the running parts among all processes of the machine."""
 
     def answers(self, part: Part) -> bool:
         """Return whether a running part answers."""

@@ -85,7 +85,7 @@ class Batches:
         self._due: asyncio.Handle | None = None
 
     async def predict(self, matrix: Matrix) -> Predictions:
-        """Return the model's predictions for these rows; errors are those of a call for these rows alone."""
+        """Return the model's predictions for these rows. Raises what the model would raise for these rows alone."""
         loop = asyncio.get_running_loop()
         if self._num_rows + len(matrix) > self._max_rows:
             self._answer()

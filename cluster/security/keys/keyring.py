@@ -143,7 +143,7 @@ class Keyring:
         return _require_live(self._load().ring.keys, name).info
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt a secret under the newest version."""
+        """Encrypt a secret with the newest version of the key."""
         opened = self._load()
         entry = _require_live(opened.ring.keys, name)
         check_secret(name, secret)
@@ -164,7 +164,7 @@ class Keyring:
             raise not_this_key(name) from None
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret again under the newest version."""
+        """Wrap a secret again, with the newest version of the key."""
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:
@@ -340,7 +340,7 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
 
 
 def _finish_kek_rotation(folder: Path) -> Keyring:
-    """Replace the old key's file by the new one. The keyring is already under the new key."""
+    """Replace the file of the old key-encryption key by the new key's file, which already encrypts the keyring."""
     ring, kek = folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME)
     keyring = Keyring(ring, kek, newer=lambda: _keks_in(folder))
     os.replace(folder / NEW_KEK_NAME, folder / KEK_NAME)

@@ -10,7 +10,7 @@ packed, for the length of the longest window. Memory per entity is about 60 byte
 most about 260 summaries. Adding an event unpacks no other event. A correction unpacks the tile of its event.
 
 Events may arrive in any order, late and repeatedly. A version of an event is identified by (event_id, created, seq).
-Each event keeps those of its versions that can still count at some instant. An event is dropped when its last version
+Each event keeps only the versions that can still count at some instant. An event is dropped when its last version
 has been known for the length of the longest window. If one of its older versions arrives after that, it is too old to
 count. There is one exception: a version dated ahead (event time after created time) that arrives for the first time
 more than a longest window after its correction.

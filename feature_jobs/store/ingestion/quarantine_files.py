@@ -88,7 +88,7 @@ class QuarantineFiles:
         )
 
     def reencrypt(self) -> int:
-        """Write all quarantine files and profiles again under the newest key; return the number of quarantine files."""
+        """Encrypt all quarantine files and profiles again with the newest key; return the number of files."""
         files, protection = protected_files(self.access), self._protection
         batches = self.batches()
         for batch in batches:

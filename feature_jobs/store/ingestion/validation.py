@@ -313,5 +313,5 @@ def _printable(rows: pa.Table) -> pa.Table:
 
 
 def json_form(value: object) -> str:
-    """Return a value that JSON lacks as text: bytes as base64, times and decimals as Python prints them."""
+    """Return a text for a value that JSON cannot hold: base64 for bytes, Python's own text for times and decimals."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

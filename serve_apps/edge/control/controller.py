@@ -294,7 +294,7 @@ class Controller:
             self._append(event, actor=ACTOR)
 
     def _read_refusals(self) -> None:
-        """Read the worker's counts, which end with it; a worker that does not answer delays nothing."""
+        """Read the HAProxy worker's counts before the worker ends. A worker that does not answer is skipped."""
         if self._loaded is None:
             return
         try:
