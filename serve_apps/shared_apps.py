@@ -2,8 +2,8 @@
 
 `features` and `outcomes` start with the cluster, with the cluster's settings. A deployment with other settings (another
 online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with
-those. A later deployment without such settings leaves them unchanged. A new head after a lost one starts them with the
-same settings.
+those. A later deployment without such settings leaves them unchanged. If the head is lost, the new
+head starts them with the same settings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings, with stored values for defaults; `disk` durability stays `disk`."""
+        """Return these settings. A setting at its default takes the stored value; durability is `disk` if either is."""
         default = Settings.of(PlatformConfig())
         on_disk = Durability.disk.value in (self.durability, stored.durability)
         return Settings(

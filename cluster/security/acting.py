@@ -13,7 +13,7 @@ token for long. Intents in Vault are fetched again at the same interval. Intents
 process that writes the file.
 
 The job checks the policies before each action. Its workers show the same file, and the key broker checks again for
-every key, so a job without its own check still gets no key. Every denial is an event.
+every key. So a job cannot get a forbidden key by skipping its own check. Every denial is an event.
 """
 
 from __future__ import annotations

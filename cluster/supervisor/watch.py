@@ -67,7 +67,7 @@ class Machine(Protocol):
 
 
 def must_restart(state: State, *, unhealthy_s: float, age_s: float) -> bool:
-    """Return whether a part must be restarted: it is dead, or it is not young and has been silent too long."""
+    """Return whether a part must be restarted: it is dead, or it has been silent too long and is not just starting."""
     return state is State.dead or (state is State.silent and unhealthy_s >= SILENT_S and age_s >= YOUNG_S)
 
 

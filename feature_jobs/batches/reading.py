@@ -226,7 +226,7 @@ def _checked_heads(
     *,
     now: dt.datetime,
 ) -> list[pa.Table]:
-    """Return the first rows of every file, after a check that refuses within a second what does not fit the view."""
+    """Return the first rows of every file. A file that does not fit the view is refused here, within a second."""
 
     def check_head(first: pa.Table) -> None:
         if first.num_rows:

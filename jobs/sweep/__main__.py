@@ -213,7 +213,7 @@ def concurrent_trials(config: SweepConfig, *, available: float) -> int:
 
 
 def limit_fit_rows(dataset: Dataset, max_rows: int, *, seed: int) -> Dataset:
-    """Return the dataset with at most `max_rows` rows to fit on, drawn by the seed."""
+    """Return the dataset with at most `max_rows` rows to fit on. The seed decides which."""
     positions = np.flatnonzero(dataset.fit)
     if len(positions) <= max_rows:
         return dataset

@@ -1,6 +1,7 @@
-"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: set own limits of one principal or tenant.
+"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: set the limits of one principal or tenant.
 
-`action=show` prints the own limits. Without either number, the default of `configs/edge.yaml` applies again.
+`action=show` prints the limits that were set. If neither number is given, the defaults of `configs/edge.yaml` apply
+again.
 """
 
 from __future__ import annotations

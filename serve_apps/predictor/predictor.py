@@ -119,7 +119,7 @@ class Predictor:
                 return answer({"name": name, "ready": True})
 
     async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
-        """Return the predictions as rows and an empty fault; or no rows, and why the model has no score."""
+        """Return the predictions as rows, and why there are none. The reason is empty if the model has a score."""
         try:
             # Each request is encoded by itself, so that a value that cannot be encoded fails only its own request.
             if self._batches is None:

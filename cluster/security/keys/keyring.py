@@ -307,7 +307,7 @@ def open_local(folder: Path) -> Keyring:
 
 
 def rotate_local_kek(folder: Path) -> Keyring:
-    """Put the keyring below `folder` under a new key-encryption key. `open_local` completes an interrupted rotation.
+    """Encrypt the keyring below `folder` with a new key-encryption key. `open_local` completes an interrupted rotation.
 
     Raises:
         See `open_local`.

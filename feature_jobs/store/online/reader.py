@@ -193,7 +193,7 @@ def epoch_microseconds(moment: dt.datetime) -> int:
 
 
 def _block_status(block: Block, oldest_us: int, at_us: int) -> list[Status]:
-    """Return each row's status at a moment, and set the values of rows that are not present then to null."""
+    """Return each row's status at a moment. If a row is not `present` at that moment, set its values to null."""
     if block.within(oldest_us, at_us):
         return [_PRESENT] * len(block.moments)
     status = [

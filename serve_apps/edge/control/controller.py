@@ -230,7 +230,7 @@ class Controller:
             self._finish_loading()
 
     def _valid_keys(self) -> tuple[JwtKey, ...]:
-        """Return the issuer's keys, or the stored ones until the issuer has answered to this controller."""
+        """Return the issuer's keys. Until the issuer has answered this controller, return the stored keys."""
         if self._keys.answered_at:
             return self._keys.value
         return self._last.without_old_keys(now=time.time()).keys
