@@ -25,9 +25,9 @@ from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
-from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
+from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
