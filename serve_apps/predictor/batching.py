@@ -1,7 +1,7 @@
 """Answer concurrent requests by one call of the model.
 
-A replica answers in one event loop. Requests that arrived while the model was busy are read together after it, and are
-joined without waiting. So a single request is answered at once, and batches grow with the load. If waiting is allowed
+A replica answers in one event loop. While the model runs, the loop reads no requests. Afterwards it reads all that have
+arrived, and joins them without waiting for more. So a single request is answered at once, and batches grow with the load. If waiting is allowed
 (`max_wait_ms`), a batch waits for as many requests as the previous one had, but not longer than that.
 
 `serve.batch` does the same with queues and tasks, and works only inside a Serve replica. Measured for a model that
