@@ -346,7 +346,7 @@ def check(run: Run, rows: CheckedSource) -> CheckedBatch:
 
 
 def check_or_refuse(run: Run, rows: CheckedSource) -> CheckedBatch:
-    """Return the checked batch if it may be stored; append an event if not.
+    """Return the checked batch if it may be stored. Otherwise append an event and raise.
 
     Raises:
         RefusedError: the batch has too many bad rows, or fails a batch rule.

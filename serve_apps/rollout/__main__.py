@@ -71,7 +71,7 @@ def main(config: RolloutConfig) -> None:
 def require_permission(
     config: RolloutConfig, ledger: Ledger, actor: Actor, action: Action, version: int | str
 ) -> ModelVersion:
-    """Return the version, after checking that the actor may do the action to it.
+    """Check that the actor may do the action on a version, and return the version.
 
     Raises:
         ModelNotFound: the version is not registered.
