@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cluster.command_line import option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, refusal_behind, suggest_name
-from cluster.settings import load
+from cluster.settings_conversion import load
 
 C = TypeVar("C")
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
-from cluster.own_server import PortState, listener_uid
+from cluster.port_owner import PortState, listener_uid
 from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
@@ -40,7 +40,7 @@ METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metric
 def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
     """Return the variables that turn TLS between Ray's processes on or off.
 
-    The certificates are those of `cluster/security/tls`. Head and drivers must have the same values.
+    `cluster/security/tls` makes the certificates. Head and drivers must have the same values.
     """
     folder = f"{storage_root}/tls"
     files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from cluster.errors import ConfigError
-from cluster.features_config import FeaturesConfig as FeaturesConfig
-
-T = TypeVar("T")
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+MAX_AHEAD_S = 31 * 86_400
 
 
 class Tier(enum.Enum):
@@ -95,6 +88,20 @@ class OnlineConfig:
             )
         if "{" in self.prefix or "}" in self.prefix:
             raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
+
+
+@dataclass(kw_only=True, slots=True)
+class FeaturesConfig:
+    """Settings for the rows of all feature views."""
+
+    max_ahead_s: float = 60.0
+    """How far a row's times may be in the future, in seconds, when the row is pushed, streamed or ingested."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_ahead_s <= MAX_AHEAD_S:
+            raise ValueError(
+                f"features.max_ahead_s must be between 0 and {MAX_AHEAD_S}, got {self.max_ahead_s}."
+            )
 
 
 class SecretsKind(enum.Enum):
@@ -366,38 +373,3 @@ class PlatformConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
-
-
-def load(config: DictConfig, schema: type[T]) -> T:
-    """Validate a composed configuration and return it as its dataclass.
-
-    Raises:
-        ConfigError: A key is unknown, a mandatory value is missing, or a value has a wrong type or is out of range.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-        return cast(T, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_describe(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def to_plain(config: PlatformConfig) -> dict[str, Any]:
-    """Return the platform's sections of a configuration as plain values, to send them to another process."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    names = {section.name for section in fields(PlatformConfig)}
-    return {key: value for key, value in cast(dict[str, Any], values).items() if key in names}
-
-
-def from_plain(values: dict[str, Any]) -> PlatformConfig:
-    """Return the configuration whose plain values `to_plain` returned."""
-    return load(OmegaConf.create(values), PlatformConfig)
-
-
-def _describe(error: OmegaConfBaseException) -> str:
-    reason = str(error.msg or error).splitlines()[0].rstrip(".")
-    key = f"'{error.full_key}': " if error.full_key else ""
-    if reason.startswith("Structured config of type") or "Missing mandatory value" in reason:
-        return f"Configuration {key}a value is needed; give it as `{error.full_key}=…`."
-    return f"Configuration {key}{reason}. `--cfg job` shows the current values."

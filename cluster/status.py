@@ -24,7 +24,7 @@ from cluster import processes
 from cluster.entrypoint import job
 from cluster.node.parts import Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
-from cluster.own_server import open_own
+from cluster.port_owner import open_own
 from cluster.session import ClusterRecord, addresses, require_recorded_cluster, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.supervisor.head import restore_is_due

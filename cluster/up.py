@@ -43,9 +43,9 @@ from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_par
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.disks import is_protected_at_rest
 from cluster.security.encryption.scratch import memory_folder, remove_abandoned
-from cluster.security.installation import apply_cluster_record
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tls.pki import fetch_certificates
 from cluster.security.tokens.issuer import ensure_issuer, write_private_file

@@ -2,7 +2,7 @@
 
 The plan says for each change whether it breaks readers of earlier versions (`store/catalog/differences.py`). A plan
 that would break a registered model is refused. With `plan=true` the command stops after the plan: it records nothing
-and does not call the key store. The exit code is the one that applying would have.
+and does not call the key store. It exits with the code that applying would give.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ApplyConfig(PlatformConfig):
     plan: bool = False
     """Print the plan only."""
     allow_breaking: bool = False
-    """Apply changes that break a registered model, if the model's own view version stays readable."""
+    """Apply changes that break a registered model, if it can still read the view version that it was trained with."""
 
 
 @job("apply", ApplyConfig)

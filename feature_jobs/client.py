@@ -29,7 +29,8 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
-from cluster.settings import PlatformConfig, load
+from cluster.settings import PlatformConfig
+from cluster.settings_conversion import load
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired

@@ -2,7 +2,7 @@
 
 Each actor reads, transforms and checks the messages of its partitions. The driver assigns sequence numbers and commits
 the results of all actors as one batch. Delta accepts only one commit at a time, so commits are not distributed. This
-pays off if a transform is expensive. Position, fencing and recovery are those of a single process. If an actor dies, a
+pays off if a transform is expensive. Position, fencing and recovery work as with a single process. If an actor dies, a
 new one starts at the committed offsets.
 """
 

@@ -36,7 +36,7 @@ from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.applied import applied_view, batch_source
+from feature_jobs.batches.inputs import applied_view, batch_source
 from feature_jobs.batches.mending import mend_batches, report
 from feature_jobs.batches.multiple_views import for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.batches.reading import (
@@ -61,16 +61,16 @@ from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_re
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.definitions.batch_checks import Finding
 from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
-from feature_jobs.store.ingestion.batch_checks import Finding
 from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
 from feature_jobs.store.ingestion.validation import REASON
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.view_tables import view_target
 
 
@@ -346,7 +346,7 @@ def check(run: Run, rows: CheckedSource) -> CheckedBatch:
 
 
 def check_or_refuse(run: Run, rows: CheckedSource) -> CheckedBatch:
-    """Return the checked batch if it may be stored; append an event if not.
+    """Return the checked batch if it may be stored. Otherwise append an event and raise.
 
     Raises:
         RefusedError: the batch has too many bad rows, or fails a batch rule.

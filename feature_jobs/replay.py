@@ -27,7 +27,7 @@ from cluster.security.authorization.policy import Action
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.applied import applied_view
+from feature_jobs.batches.inputs import applied_view
 from feature_jobs.batches.rules import load_baseline
 from feature_jobs.batches.storing import open_or_create, stored_schema
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
@@ -35,12 +35,12 @@ from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.quarantine import quarantined
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, recheck_rows
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import SEQ
 from feature_jobs.view_tables import view_target
 
@@ -121,7 +121,7 @@ def select_batches(files: QuarantineFiles, wanted: str | None) -> list[str]:
 def replay(
     batch_replay: BatchReplay, baseline: Profile | None, *, now: dt.datetime, ahead: FutureLimit = BATCH_LIMIT
 ) -> QuarantineReplayed:
-    """Store the rows that are good now, and write those that stay to a separate file, for `finish`.
+    """Store the rows that are good now. Write the rows that still fail to a separate file, for `finish`.
 
     Nothing is stored if an earlier run has stored the rows already.
 
@@ -216,7 +216,7 @@ def record_replay(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> N
 
 
 def finish(files: QuarantineFiles, event: QuarantineReplayed) -> None:
-    """Replace the batch's quarantine file by the rows that stay, or remove it if none stay."""
+    """Replace the batch's quarantine file by the rows that still fail, or remove it if there are none."""
     if event.rows_quarantined:
         files.publish_pending(event.batch, event.replay_id)
     else:

@@ -42,7 +42,7 @@ class RotateKeysConfig(PlatformConfig):
     rotate: bool = True
     """Create new versions of the view's keys."""
     rewrite: bool = True
-    """Write the view's table and quarantine again under the newest versions."""
+    """Encrypt the view's table and quarantine again with the newest versions of their keys."""
 
     def __post_init__(self) -> None:
         if not (self.rotate or self.rewrite):
@@ -78,7 +78,7 @@ def main(config: RotateKeysConfig) -> None:
 
 
 def existing_keys(names: list[str], store: KeyStore) -> list[KeyInfo]:
-    """Return those of the keys that exist. A view that an earlier release applied may lack keys that came later."""
+    """Return the keys that exist. A view that an earlier release applied may lack keys that were added later."""
     infos = []
     for name in names:
         with contextlib.suppress(KeyNotFound):

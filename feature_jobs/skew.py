@@ -52,7 +52,7 @@ from feature_jobs.store.skew.comparison import (
     feature_skew,
 )
 from feature_jobs.store.skew.served import TIME, ServedRequests, read_served
-from feature_jobs.store.skew.windows import explain_window_differences
+from feature_jobs.store.skew.window_differences import explain_window_differences
 from feature_jobs.store.types.schema import DELETED
 from feature_jobs.view_tables import view_snapshot
 

@@ -126,7 +126,7 @@ def build_training_set(
     """Build a training set, write its rows and manifest, append an event, and return the manifest.
 
     Raises:
-        TrainingSetError: the entity rows cannot be joined, or are not those of the original manifest.
+        TrainingSetError: the entity rows cannot be joined, or differ from the original manifest's.
         Inconsistent: the result is not the same as in the original manifest; nothing was written.
     """
     original, places = request.original, layout(config.storage)
@@ -232,7 +232,7 @@ def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[s
 
 
 def require_same_rows(original: Manifest, table: pa.Table) -> None:
-    """Refuse rows that are not those of the original manifest.
+    """Refuse rows that differ from the original manifest's rows.
 
     Raises:
         Inconsistent: the rows differ, although all their inputs are unchanged.

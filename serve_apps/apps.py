@@ -1,4 +1,4 @@
-"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/common.py`."""
+"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/shared_apps.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ray.serve.schema import ApplicationStatus
 from cluster.errors import ArtifactTampered, FalajError
 from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
-from cluster.settings import PlatformConfig, to_plain
+from cluster.settings import PlatformConfig
+from cluster.settings_conversion import to_plain
 from cluster.storage import layout
 from serve_apps.deployed_settings import store_settings
 from serve_apps.predictor.predictor import Predictor

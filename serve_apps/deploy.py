@@ -29,13 +29,13 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
-from serve_apps.common import ensure_common, restore_common
 from serve_apps.deployed_settings import with_deployed_settings
-from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key
 from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant
-from serve_apps.rollout.state import ModelState, States, read_states
+from serve_apps.rollout.serving_state import ModelState, States, read_states
+from serve_apps.shared_apps import ensure_shared_apps, restore_shared_apps
 
 
 class DeployAction(enum.Enum):
@@ -148,7 +148,7 @@ def deploy(
         with contextlib.suppress(KeyNotFound):
             info = merged_key(keys.info(info.name), info)
         keys.ensure(info)
-    ensure_common(config)
+    ensure_shared_apps(config)
     app = ensure_model(config, version, actor=actor.name)
     state = read_states(ledger).get(version.name)
     if state is None or state.apps.get(version.version) != app:
@@ -185,7 +185,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
             restored_apps.append(app)
             print(f"restored {app}")
     with _collect_failure("features or outcomes", failed):
-        (restore_common if config.as_deployed else ensure_common)(config)
+        (restore_shared_apps if config.as_deployed else ensure_shared_apps)(config)
     event = ServingRestored(applications=restored_apps, failed=failed, seconds=time.perf_counter() - started)
     ledger.append(event, actor=actor.name)
     if failed:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 
 from cluster.errors import ConfigError
-from cluster.settings import PlatformConfig, from_plain, to_plain
+from cluster.settings import PlatformConfig
+from cluster.settings_conversion import from_plain, to_plain
 from cluster.storage import exists, layout, read_bytes, write_bytes
 
 SECTIONS = ("replica", "online")

@@ -10,8 +10,8 @@ from cluster.security.acting import Actor
 from cluster.security.authorization.policy import Action
 from cluster.settings import PlatformConfig
 from serve_apps.apps import app_name, remove_app
-from serve_apps.edge.control.state import wait_until_applied
-from serve_apps.rollout.state import ModelState, read_states
+from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.rollout.serving_state import ModelState, read_states
 
 
 def require_number(version: str) -> None:

@@ -118,7 +118,7 @@ def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
         StartFailed: Serve did not start. The message has the command's output.
     """
     print("starting Serve, with features and outcomes", flush=True)
-    command = [sys.executable, "-m", "serve_apps.common", *cluster_overrides(config, record)]
+    command = [sys.executable, "-m", "serve_apps.shared_apps", *cluster_overrides(config, record)]
     output = run_command(command, config, record, failure="Serve did not start", timeout_s=RAY_START_S)
     print(output, end="", flush=True)
 

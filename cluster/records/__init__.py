@@ -1,7 +1,7 @@
 """Logs of predictions and outcomes: one prediction record per HTTP answer, and the outcomes that arrive later.
 
-Replicas write with `segments`, and all readers use `reading`. `typed` converts a version's rows to the types of its
-signature. `matching` joins predictions with their outcomes.
+Replicas write with `segments`, and all readers use `reading`. `signature_types` converts a version's rows to the types
+of its signature. `matching` joins predictions with their outcomes.
 """
 
 from cluster.records.matching import MatchedAnswers, match_outcomes
@@ -17,7 +17,7 @@ from cluster.records.reading import (
 )
 from cluster.records.schema import SHADOW, OutcomeRecord, PredictionRecord, Record
 from cluster.records.segments import MAX_AGE_S, SegmentWriter
-from cluster.records.typed import TypedRows, to_typed_rows
+from cluster.records.signature_types import TypedRows, to_typed_rows
 
 __all__ = [
     "MAX_AGE_S",

@@ -24,12 +24,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
+from cluster.fsync import sync_folder
 from cluster.records.columns import SEGMENT, to_row
 from cluster.records.segments import UNFINISHED, list_segments, segment_class, segment_records
 from cluster.records.table import CLASS, HISTORY, LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.synced import sync_folder
 
 LOCK = ".compaction"
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20

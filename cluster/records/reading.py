@@ -111,8 +111,8 @@ class Log:
     answers: pl.DataFrame
     """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
     for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
-    `probabilities` (a dict by class). `cluster.records.typed` converts them to the types of a version's signature.
-    Inputs with a name in `RESERVED_COLUMNS` are left out."""
+    `probabilities` (a dict by class). `cluster.records.signature_types` converts them to the types of a version's
+    signature. Inputs with a name in `RESERVED_COLUMNS` are left out."""
     failures: pl.DataFrame
     """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
 

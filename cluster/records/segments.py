@@ -29,10 +29,10 @@ from typing import Any
 import orjson
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt
+from cluster.fsync import sync_folder
 from cluster.records.schema import Record
 from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
-from cluster.synced import sync_folder
 
 SUFFIX = ".records"
 UNFINISHED = ".new"

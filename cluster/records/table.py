@@ -22,9 +22,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
+from cluster.fsync import sync_file, sync_folder
 from cluster.records.columns import LINE, SEGMENT, schema, to_record
 from cluster.security.encryption.parquet import ProtectedFiles, Protection
-from cluster.synced import sync_file, sync_folder
 
 FOLDER, UNFINISHED_FOLDER = "table", "table.new"
 HISTORY = "_delta_log"

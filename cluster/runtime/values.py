@@ -86,7 +86,7 @@ class ValueType:
                 raise WrongValueType(number, f"{self.expected} from {self.least} to {self.greatest}")
 
     def convert_or_null(self, values: list[Any]) -> tuple[list[Any], int]:
-        """Return the values, with null for each that does not belong to the type, and the number of those."""
+        """Return the values, with null for each value of another type, and the number of such values."""
         try:
             return self.convert(values), 0
         except WrongValueType:

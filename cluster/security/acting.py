@@ -13,7 +13,7 @@ token for long. Intents in Vault are fetched again at the same interval. Intents
 process that writes the file.
 
 The job checks the policies before each action. Its workers show the same file, and the key broker checks again for
-every key, so a job without its own check still gets no key. Every denial is an event.
+every key. So a job cannot get a forbidden key by skipping its own check. Every denial is an event.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticate
 from cluster.ledger import Ledger
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.installation import apply_cluster_record
 from cluster.security.keys.access import KeyAccess
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,
@@ -44,11 +44,11 @@ from cluster.security.tokens.intent import (
     read_token_file,
     write_intent,
 )
+from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, current_actor
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.source import TokenSource
+from cluster.security.tokens.source import RENEW_S, TokenSource
 from cluster.security.tokens.trust import Trust
-from cluster.security.tokens.verification import RENEW_S, TOKEN_TTL_S
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
@@ -91,7 +91,7 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
 
     Args:
         config: names the token and the issuer; updated with the running cluster's settings, see
-            `cluster/security/installation.py`.
+            `cluster/security/recorded_settings.py`.
         record: record of the running cluster.
         ledger: where decisions are recorded.
         entrypoint: the module that runs, such as "feature_jobs.ingest".

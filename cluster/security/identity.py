@@ -19,14 +19,13 @@ from pathlib import Path
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.security.tokens.intent import mint_intent
-from cluster.security.tokens.issuer import mint_token, replace_private_file, rotate_issuer
+from cluster.security.tokens.issuer import TOKEN_TTL_S, mint_token, replace_private_file, rotate_issuer
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import (
     LEEWAY_S,
     MAX_LIFETIME_S,
     MAX_TOKEN_BYTES,
-    TOKEN_TTL_S,
     scoped_models,
 )
 from cluster.settings import StorageConfig

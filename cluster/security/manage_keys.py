@@ -76,7 +76,7 @@ def main(config: ManageKeysConfig) -> None:
 
 
 def rotate_kek(config: PlatformConfig, ledger: Ledger, actor: Actor) -> int:
-    """Put the keyring under a new key-encryption key and return the number of its keys.
+    """Encrypt the keyring with a new key-encryption key and return the number of its keys.
 
     Raises:
         ConfigError: the keys are in Vault, or under a passphrase.

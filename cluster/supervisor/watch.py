@@ -42,7 +42,7 @@ class Machine(Protocol):
     """The supervisor's operations on the machine."""
 
     def find(self) -> dict[Part, psutil.Process]:
-        """Search all processes; return those of the parts."""
+        """Find the running parts among all processes of the machine."""
 
     def answers(self, part: Part) -> bool:
         """Return whether a running part answers."""
@@ -67,7 +67,7 @@ class Machine(Protocol):
 
 
 def must_restart(state: State, *, unhealthy_s: float, age_s: float) -> bool:
-    """Return whether a part must be restarted: it is dead, or it is not young and has been silent too long."""
+    """Return whether a part must be restarted: it is dead, or it has been silent too long and is not just starting."""
     return state is State.dead or (state is State.silent and unhealthy_s >= SILENT_S and age_s >= YOUNG_S)
 
 

@@ -16,9 +16,15 @@ from cluster.storage import Layout
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.sources import BatchSource, SqlSource
 from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.declared_types import (
+    Roles,
+    column_types,
+    declared_columns,
+    find_zoneless,
+    typed_rows,
+)
 from feature_jobs.store.ingestion.files import SourceFiles, open_source, size_bytes
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.ranges import TimeRange
 from feature_jobs.store.ingestion.source_blocks import (
     BATCH_ROWS,
@@ -31,14 +37,8 @@ from feature_jobs.store.ingestion.source_blocks import (
     native_key_types,
 )
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
-from feature_jobs.store.ingestion.typed import (
-    Roles,
-    column_types,
-    declared_columns,
-    find_zoneless,
-    typed_rows,
-)
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, prepare_part
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.key_types import require_stored_types
 from feature_jobs.store.types.schema import EVENT
 
@@ -226,7 +226,7 @@ def _checked_heads(
     *,
     now: dt.datetime,
 ) -> list[pa.Table]:
-    """Return the first rows of every file, after a check that refuses within a second what does not fit the view."""
+    """Return the first rows of every file. A file that does not fit the view is refused here, within a second."""
 
     def check_head(first: pa.Table) -> None:
         if first.num_rows:

@@ -1,7 +1,7 @@
 """Apply the rules for whole batches to validated blocks: uniqueness, and comparison with the last good batch.
 
-The rules are pure functions (`validation`, `profile` and `batch_checks` in `store/ingestion`). The steps here run them
-on each block, in this process or in Ray tasks.
+The rules are pure functions: `validation` and `profiling` in `store/ingestion`, and `batch_checks` in
+`store/definitions`. The steps here run them on each block, in this process or in Ray tasks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from cluster.errors import BatchRejected
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.batches.work import Block, Work
-from feature_jobs.store.definitions.views import FeatureView, Field
-from feature_jobs.store.ingestion import profile as profiles
-from feature_jobs.store.ingestion.batch_checks import (
+from feature_jobs.store.definitions.batch_checks import (
     Drift,
     Facts,
     Finding,
@@ -28,9 +26,12 @@ from feature_jobs.store.ingestion.batch_checks import (
     Unique,
     collect_findings,
 )
-from feature_jobs.store.ingestion.profile import Distribution, Profile, Sketch
+from feature_jobs.store.definitions.views import FeatureView, Field
+from feature_jobs.store.ingestion import profiling
+from feature_jobs.store.ingestion.profiling import Sketch
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import REASON, SOURCE, find_repeated_rows, reject, unique_rules
+from feature_jobs.store.types.batch_profile import Distribution, Profile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +73,10 @@ def apply_batch_rules(
         [work.run(_sketch, block, view.schema, previous) for block in blocks]
     )
     sketches = [block.sketch for block in first_pass]
-    chosen = profiles.choose_bins(sketches)
+    chosen = profiling.choose_bins(sketches)
     counted = work.get([work.run(_count, block, chosen) for block in blocks])
-    measured = profiles.profile(sketches, chosen, counted)
-    counts = profiles.add_counts(block.counts for block in first_pass)
+    measured = profiling.profile(sketches, chosen, counted)
+    counts = profiling.add_counts(block.counts for block in first_pass)
     facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
     return BatchResult(profile=measured, findings=collect_findings(view.checks, facts))
 
@@ -184,8 +185,8 @@ def _reject(block: pa.Table, failing: list[pa.Array], number: int, reason: str, 
 
 def _sketch(block: pa.Table, fields: Sequence[Field], previous: Mapping[str, Distribution]) -> _FirstPass:
     good = block.filter(pc.is_null(block[REASON]))
-    return _FirstPass(profiles.sketch(block, good, fields), profiles.count(good, previous))
+    return _FirstPass(profiling.sketch(block, good, fields), profiling.count(good, previous))
 
 
 def _count(block: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
-    return profiles.count(block.filter(pc.is_null(block[REASON])), chosen)
+    return profiling.count(block.filter(pc.is_null(block[REASON])), chosen)

@@ -1,6 +1,15 @@
 """The feature store: definitions, offline tables, the point-in-time join, the online store."""
 
 from feature_jobs.store.definitions.aggregations import Aggregation
+from feature_jobs.store.definitions.batch_checks import (
+    Drift,
+    Freshness,
+    Keep,
+    NullShare,
+    Outlier,
+    RowCount,
+    Unique,
+)
 from feature_jobs.store.definitions.checks import Allowed, Check, NotNull, Pattern, Range
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 from feature_jobs.store.definitions.missing import Default, Missing
@@ -12,15 +21,6 @@ from feature_jobs.store.definitions.views import (
     Field,
     Sensitivity,
     Transform,
-)
-from feature_jobs.store.ingestion.batch_checks import (
-    Drift,
-    Freshness,
-    Keep,
-    NullShare,
-    Outlier,
-    RowCount,
-    Unique,
 )
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""Compact the segments that replicas wrote into tables."""
+"""Move logged records from the replicas' segments into tables."""

@@ -68,7 +68,7 @@ class MonitorRun:
 
         Args:
             served: Answers of the version.
-            left_out: Counts of what is in no figure, by reason.
+            left_out: Counts of what no figure includes, by reason.
         """
         reference = reference_rows(self.source, served.version, self.config)
         figures = measure_version(self.config, served, reference, access=self.actor.access)

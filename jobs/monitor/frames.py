@@ -104,7 +104,7 @@ def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame,
 def _reference_frame(
     model: Model, rows: pl.DataFrame, label: str, inputs: pd.DataFrame
 ) -> tuple[pd.DataFrame, str]:
-    """Return the frame, and the reason why it has no scores (empty if it has scores)."""
+    """Return the reference rows with truths and scores, and the reason why there are no scores (else empty)."""
     signature = model.signature
     frame = inputs.assign(**{TRUTH: _encode_truths(signature, rows[label].to_list())})
     try:

@@ -61,7 +61,7 @@ class ServedLog:
     """Number of outcomes whose prediction is in the log but does not have the row."""
 
     def left_out(self, served: ServedVersion) -> dict[str, int]:
-        """Count what is in no figure, by reason: rows of this version, and outcomes that belong to no version."""
+        """Count what no figure includes, by reason: rows of this version, and outcomes that belong to no version."""
         odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[INVALID_OUTCOME].sum())
         counts = {
             "rows_without_score": served.failed,

@@ -118,7 +118,7 @@ def _estimate_fault(frames: Frames, reference: pd.DataFrame) -> str:
 
 
 def _class_fault(frames: Frames, reference: pd.DataFrame, *, least: int) -> str:
-    """Return which class has fewer than `least` reference rows; empty if no class has."""
+    """Return a text that names the class with fewer than `least` reference rows; empty if each class has enough."""
     if frames.task is Task.regression or reference.empty:
         return ""
     counts = reference[TRUTH].value_counts()

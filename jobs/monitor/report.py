@@ -44,7 +44,7 @@ def alerting_chunks(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> d
 def describe(name: str, figures: dict[str, Any]) -> list[str]:
     """Describe a version's figures in lines of text.
 
-    The order is: performance, alerts, undefined figures with their reason, and counts of what is in no figure.
+    The order is: performance, alerts, undefined figures with their reason, and counts of what no figure includes.
     """
     return [
         f"{name}: {line}"

@@ -33,7 +33,7 @@ from cluster.security.encryption.scratch import scratch_directory
 from cluster.session import attach, require_running_cluster
 from cluster.storage import layout, local, replace_non_finite, resolve, write_json
 from jobs.sweep.config import SweepConfig
-from jobs.sweep.trials import Trial, best_trial, trial_from_result
+from jobs.sweep.results import Trial, best_trial, trial_from_result
 from jobs.train.data import Dataset, read_training_set
 from jobs.train.describe import prepare_and_describe
 from jobs.train.families import FitContext, resolve_family
@@ -213,7 +213,7 @@ def concurrent_trials(config: SweepConfig, *, available: float) -> int:
 
 
 def limit_fit_rows(dataset: Dataset, max_rows: int, *, seed: int) -> Dataset:
-    """Return the dataset with at most `max_rows` rows to fit on, drawn by the seed."""
+    """Return the dataset with at most `max_rows` rows to fit on. The seed decides which."""
     positions = np.flatnonzero(dataset.fit)
     if len(positions) <= max_rows:
         return dataset

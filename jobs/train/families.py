@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 from omegaconf import OmegaConf
 
 from cluster.errors import ConfigError
-from cluster.settings import ScalingConfig, load
+from cluster.settings import ScalingConfig
+from cluster.settings_conversion import load
 from jobs.train.config import DeepSpeedConfig
 from jobs.train.data import Dataset
 

@@ -22,16 +22,16 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
-from cluster.security.installation import apply_cluster_record
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
+from serve_apps.edge.control.edge_state import state_file
 from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.control.metrics import EdgeMetrics
-from serve_apps.edge.control.state import state_file
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 from serve_apps.edge.haproxy.config import EdgeSettings
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE

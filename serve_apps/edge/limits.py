@@ -1,6 +1,7 @@
-"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: set own limits of one principal or tenant.
+"""`python -m serve_apps.edge.limits principal=alice requests_per_s=50`: set the limits of one principal or tenant.
 
-`action=show` prints the own limits. Without either number, the default of `configs/edge.yaml` applies again.
+`action=show` prints the limits that were set. If neither number is given, the defaults of `configs/edge.yaml` apply
+again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited, OwnLimits
 
 

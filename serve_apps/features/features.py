@@ -31,7 +31,7 @@ from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
 from cluster.security.tokens.principal import Principal
 from cluster.session import require_running_cluster
-from cluster.settings import from_plain
+from cluster.settings_conversion import from_plain
 from cluster.storage import layout
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import service_spec

@@ -25,13 +25,13 @@ from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
-from cluster.settings import from_plain
+from cluster.settings_conversion import from_plain
 from cluster.storage import layout, local
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc
 from serve_apps.replica.access import AccessCheck
-from serve_apps.replica.contract import MAX_ENTITIES, MAX_OUTCOMES, PREDICTION_ID_PATTERN
 from serve_apps.replica.http import LOG, Unavailable, answer, read_json, refusal
+from serve_apps.replica.http_contract import MAX_ENTITIES, MAX_OUTCOMES, PREDICTION_ID_PATTERN
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.record_log import RecordLog
 

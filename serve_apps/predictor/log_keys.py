@@ -79,8 +79,8 @@ def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
 def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -> Resource:
     """Return the model as a resource for `:predict`, which reads features by key.
 
-    It has the highest class of the views, the purposes that all of them list, and the region of a view that has its
-    own. So the policies require the same as for `features:read`.
+    Its class is the highest class of the views. Its purposes are those that all views list. Its region is that of a
+    view in another region, if there is one. So the policies require the same as for `features:read`.
     """
     resources = [resource for view in views for resource in view_resources(view, region=region)]
     other_regions = sorted({resource.region for resource in resources} - {region})

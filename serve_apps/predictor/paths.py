@@ -1,4 +1,4 @@
-"""Parse a request's path into an operation: those of the protocol, with or without a version, and `:predict`."""
+"""Parse a request's path into an operation: `:predict`, or an operation of the Open Inference Protocol."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, ModelFailed, RefusedError
 from cluster.records import PredictionRecord
-from cluster.settings import from_plain
+from cluster.settings_conversion import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
 from serve_apps.predictor.inputs import model_inputs
@@ -25,9 +25,9 @@ from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
-from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
+from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
@@ -119,7 +119,7 @@ class Predictor:
                 return answer({"name": name, "ready": True})
 
     async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
-        """Return the predictions as rows and an empty fault; or no rows, and why the model has no score."""
+        """Return the predictions as rows, and why there are none. The reason is empty if the model has a score."""
         try:
             # Each request is encoded by itself, so that a value that cannot be encoded fails only its own request.
             if self._batches is None:

@@ -13,7 +13,7 @@ from cluster.runtime.signature import InputSpec
 from cluster.runtime.values import ValueType, WrongValueType, value_type
 from feature_jobs.store.catalog.specifications import FieldSpec
 from feature_jobs.store.types.dtypes import from_json, list_of
-from serve_apps.replica.contract import MAX_ENTITIES
+from serve_apps.replica.http_contract import MAX_ENTITIES
 
 MAX_INTEGER = 2**63
 MAX_QUOTED = 60

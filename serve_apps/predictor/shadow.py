@@ -5,8 +5,8 @@ the shadow is slow or down, copies are dropped and counted, and no answer waits.
 shadow. Replicas read the ledger's head in the background, so without a shadow a request costs one attribute access.
 
 A copy goes directly to a replica of the shadow's application, with this replica's own token. The client's token is not
-sent, and of the client's headers only those that the model reads. The shadow logs the copy under the same request id,
-with arm and variant `shadow`.
+sent. Of the client's headers, only those that the model reads are sent. The shadow logs the copy under the same request
+id, with arm and variant `shadow`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.replica.edge_headers import EdgeHeaders
 from serve_apps.replica.targets import Targets, addresses_of
 from serve_apps.rollout.assignment import BUCKETS
-from serve_apps.rollout.state import Shadow, States, apply
+from serve_apps.rollout.serving_state import Shadow, States, apply
 
 LOG = logging.getLogger("falaj.serve")
 LEDGER_INTERVAL_S = 1.0

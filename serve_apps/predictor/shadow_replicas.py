@@ -8,7 +8,7 @@ import select
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from cluster.own_server import require_own_peer
+from cluster.port_owner import require_own_peer
 
 INTERVAL_S, FIRST_RETRY_S = 10.0, 1.0
 TIMEOUT_S = 5.0

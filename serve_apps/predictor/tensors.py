@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cluster.errors import InvalidRequest
 from feature_jobs.store.types.dtypes import MAX_LIST
 from serve_apps.predictor.request import MAX_INTEGER, Scalar, shortened
-from serve_apps.replica.contract import MAX_ENTITIES
+from serve_apps.replica.http_contract import MAX_ENTITIES
 
 _LENGTH = struct.Struct("<I")
 """Length of an item of BYTES."""

@@ -15,7 +15,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
 from cluster.security.authorization.audit import Append, DecisionRecorder, start_flushing
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.installation import apply_cluster_record
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.trust import Trust
 from cluster.session import require_running_cluster

@@ -24,7 +24,7 @@ from cluster.errors import (
     OnlineStoreUnavailable,
     Unauthenticated,
 )
-from serve_apps.replica.contract import MAX_BODY_BYTES
+from serve_apps.replica.http_contract import MAX_BODY_BYTES
 from serve_apps.replica.timeouts import with_timeout
 
 LOG = logging.getLogger("falaj.serve")

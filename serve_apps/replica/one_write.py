@@ -1,8 +1,8 @@
 """Send an answer's head and body in one write.
 
-Uvicorn writes them separately. On loopback a write costs more than everything else that uvicorn does, and the first one
-wakes the edge for half an answer. Uvicorn has no setting for it, and Serve has no choice of servers, so this module
-replaces the class that writes.
+Uvicorn writes them separately. On loopback a write costs more than everything else that uvicorn does, and the first
+write wakes the edge although the body is still missing. Uvicorn has no setting for it, and Serve has no choice of
+servers, so this module replaces the class that writes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Options by which Serve scales a model version's replicas.
 
-Serve (2.60) counts a replica's ongoing requests within the replica's own event loop. A model that answers without
-waiting never leaves one to count: under 100 busy connections, 605 of 605 counts were zero. By that count no version
-would be scaled up, and a busy one would be removed as idle. So a replica measures its load itself
-(`serve_apps/replica/ongoing.py`), and the policy here takes the greater of both.
+Serve (2.60) counts a replica's ongoing requests within the replica's own event loop. A model that never waits answers a
+request within one step of that loop, so no count can fall between the request's start and end: under 100 busy
+connections, 605 of 605 counts were zero. By that count no version would be scaled up, and a busy version would be
+stopped as idle. So a replica measures its load itself (`serve_apps/replica/ongoing.py`), and the policy here takes the
+greater of both.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]
     """Return the number of replicas that the load needs; Serve rounds it up and applies bounds and delays.
 
     A replica that has not reported yet may be busy, so the number does not go down until all have reported. Serve's
-    controller unpickles this function, and has nothing else of this module but `ONGOING`.
+    controller unpickles this function. Of this module, it can use only `ONGOING`.
     """
     reported = (context.aggregated_metrics or {}).get(ONGOING, {})
     ongoing = max(sum(reported.values()), context.total_num_requests)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.own_server import open_own
+from cluster.port_owner import open_own
 from cluster.session import ClusterRecord
 
 RUNNING = "RUNNING"

@@ -1,7 +1,7 @@
 """A timeout for a result that is usually ready.
 
-Setting and cancelling a timer takes as long as reading a request whose body came with its head, which is the usual
-case. So the coroutine's first step runs without a timer, and a timer is set only if that step has to wait.
+Setting and cancelling a timer takes as long as reading a request whose head and body arrive together, as they usually
+do. So the coroutine's first step runs without a timer, and a timer is set only if that step has to wait.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
-from serve_apps.edge.control.state import wait_until_applied
+from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
 from serve_apps.rollout.guardrail import Verdict
-from serve_apps.rollout.state import ModelState, Rollout, read_states
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 
 @job("rollout", RolloutConfig)
@@ -71,7 +71,7 @@ def main(config: RolloutConfig) -> None:
 def require_permission(
     config: RolloutConfig, ledger: Ledger, actor: Actor, action: Action, version: int | str
 ) -> ModelVersion:
-    """Return the version, after checking that the actor may do the action to it.
+    """Check that the actor may do the action on a version, and return the version.
 
     Raises:
         ModelNotFound: the version is not registered.

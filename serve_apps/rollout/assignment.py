@@ -2,7 +2,8 @@
 
 A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. The treatment takes
 buckets from 0 upwards. Its concurrent control arm takes the same number from 9999 downwards. So a larger weight never
-moves a unit from one arm to the other. Beyond 50 % the arms meet: control gets the rest, and inference is over.
+moves a unit from one arm to the other. Above 50 % the arms meet: control gets only the rest, and the arms can no longer
+be compared.
 """
 
 from __future__ import annotations

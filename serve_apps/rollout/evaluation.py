@@ -18,7 +18,7 @@ from cluster.storage import layout, local
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
-from serve_apps.rollout.state import Rollout
+from serve_apps.rollout.serving_state import Rollout
 
 
 def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:

@@ -29,7 +29,7 @@ from cluster.storage import write_bytes
 from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
-from serve_apps.rollout.state import ModelState, Rollout
+from serve_apps.rollout.serving_state import ModelState, Rollout
 from tests.servers.edge import Edge, running_edge
 from tests.servers.ports import free_port
 

@@ -37,7 +37,7 @@ from cluster.runtime.encoding import Matrix
 from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
-from cluster.settings import load
+from cluster.settings_conversion import load
 
 # This file is run by its path, which leaves the project's root out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import configs
-from cluster.settings import PlatformConfig, load
+from cluster.settings import PlatformConfig
+from cluster.settings_conversion import load
 
 ROOT = Path(configs.__file__).parent
 GROUPS = sorted(

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from cluster.ledger import Ledger
 from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
-from cluster.settings import OnlineConfig, StorageConfig, load
+from cluster.settings import OnlineConfig, StorageConfig
+from cluster.settings_conversion import load
 from feature_jobs.batches.multiple_views import for_each
 from feature_jobs.ingest import IngestConfig, ingest
 from feature_jobs.store.catalog.specifications import apply, load_definitions

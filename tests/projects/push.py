@@ -31,10 +31,10 @@ from feature_jobs.store import (
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply
 from feature_jobs.store.offline.tables import Snapshot, Target, open_table, snapshot
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.online.events import merge_function
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
-from feature_jobs.store.online.windows import stored_view
+from feature_jobs.store.online.window_states import stored_view
 from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy

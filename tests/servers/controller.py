@@ -30,8 +30,8 @@ from cluster.security.tokens.principal import local_keys
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.edge.control.controller import Controller
+from serve_apps.edge.control.edge_state import EdgeState
 from serve_apps.edge.control.haproxy_process import HAProxy
-from serve_apps.edge.control.state import EdgeState
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof

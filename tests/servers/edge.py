@@ -32,7 +32,7 @@ from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
-from serve_apps.rollout.state import ModelState, Rollout
+from serve_apps.rollout.serving_state import ModelState, Rollout
 from tests.servers.ports import free_port
 
 PREDICT = "/v1/models/m:predict"

@@ -36,8 +36,8 @@ from cluster.settings import (
     PlatformConfig,
     ReplicaConfig,
     StorageConfig,
-    to_plain,
 )
+from cluster.settings_conversion import to_plain
 from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
 from feature_jobs.store.catalog.protection import view_keys

@@ -55,7 +55,7 @@ class BrokerKeyStore:
         return KeyInfo.from_plain(self._request(Operation.info, name=check_name(name)))
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt a secret under the newest version."""
+        """Encrypt a secret with the newest version of the key."""
         check_secret(check_name(name), secret)
         return self._request_text(Operation.wrap, name=name, secret=base64.b64encode(secret).decode())
 
@@ -68,7 +68,7 @@ class BrokerKeyStore:
             raise self._invalid_answer() from None
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret again under the newest version."""
+        """Wrap a secret again, with the newest version of the key."""
         return self._request_text(Operation.rewrap, name=check_name(name), wrapped=wrapped)
 
     def rotate(self, name: str) -> int:

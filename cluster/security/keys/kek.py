@@ -18,8 +18,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from cluster.errors import ConfigError
+from cluster.fsync import sync_folder
 from cluster.security.keys.store import KeyFileRefused
-from cluster.synced import sync_folder
 
 KEK_BYTES = 32
 SALT_BYTES = 16

@@ -21,6 +21,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ConfigError
+from cluster.fsync import sync_folder
 from cluster.security.keys.kek import KEK_BYTES, Derivation, create_kek_file, kek_from_file
 from cluster.security.keys.ringfile import (
     Entry,
@@ -49,7 +50,6 @@ from cluster.security.keys.store import (
     write_wrapped,
 )
 from cluster.settings import SecretsConfig, SecretsKind, Tier
-from cluster.synced import sync_folder
 
 SCHEME = "kr"
 ALTCHARS = b"-_"
@@ -143,7 +143,7 @@ class Keyring:
         return _require_live(self._load().ring.keys, name).info
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt a secret under the newest version."""
+        """Encrypt a secret with the newest version of the key."""
         opened = self._load()
         entry = _require_live(opened.ring.keys, name)
         check_secret(name, secret)
@@ -164,7 +164,7 @@ class Keyring:
             raise not_this_key(name) from None
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret again under the newest version."""
+        """Wrap a secret again, with the newest version of the key."""
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:
@@ -307,7 +307,7 @@ def open_local(folder: Path) -> Keyring:
 
 
 def rotate_local_kek(folder: Path) -> Keyring:
-    """Put the keyring below `folder` under a new key-encryption key. `open_local` completes an interrupted rotation.
+    """Encrypt the keyring below `folder` with a new key-encryption key. `open_local` completes an interrupted rotation.
 
     Raises:
         See `open_local`.
@@ -340,7 +340,7 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
 
 
 def _finish_kek_rotation(folder: Path) -> Keyring:
-    """Replace the old key's file by the new one. The keyring is already under the new key."""
+    """Replace the file of the old key-encryption key by the new key's file, which already encrypts the keyring."""
     ring, kek = folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME)
     keyring = Keyring(ring, kek, newer=lambda: _keks_in(folder))
     os.replace(folder / NEW_KEK_NAME, folder / KEK_NAME)

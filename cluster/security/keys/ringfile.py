@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cluster.errors import RefusedError
+from cluster.fsync import sync_folder
 from cluster.security.keys.kek import Derivation
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo, KeyringDamaged, canonical
-from cluster.synced import sync_folder
 
 FORMAT = "falaj-keyring"
 VERSION = 1

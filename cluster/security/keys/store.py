@@ -160,7 +160,7 @@ class KeyStore(Protocol):
         """
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt up to 64 KiB under the newest version. Returns text `<scheme>:v<version>:<base64>`.
+        """Encrypt up to 64 KiB with the newest version of the key. Returns text `<scheme>:v<version>:<base64>`.
 
         Raises:
             KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
@@ -176,7 +176,7 @@ class KeyStore(Protocol):
         """
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Return the same secret wrapped under the newest version, without revealing it to the caller.
+        """Return the same secret wrapped with the newest version of the key, without revealing it to the caller.
 
         Raises:
             KeyNotFound, KeyRevoked, WrappedKeyInvalid: see `unwrap`.

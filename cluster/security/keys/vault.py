@@ -99,7 +99,7 @@ class VaultKeyStore:
         return record.info
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt a secret under the newest version."""
+        """Encrypt a secret with the newest version of the key."""
         self.info(name)  # raises for a missing key, which Vault might otherwise create
         check_secret(name, secret)
         with translated_errors(f"encrypt with key '{name}'"):
@@ -132,7 +132,7 @@ class VaultKeyStore:
         return base64.b64decode(str(require_part(answer, "data").get("plaintext")), validate=True)
 
     def rewrap(self, name: str, wrapped: str) -> str:
-        """Wrap a secret again under the newest version."""
+        """Wrap a secret again, with the newest version of the key."""
         return self.wrap(name, self.unwrap(name, wrapped))
 
     def rotate(self, name: str) -> int:

@@ -4,10 +4,10 @@
     python -m cluster.security.tls renew
     python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
 
-`cluster.up` creates the certificates of authority, edge and head at first use. It renews those of edge and head when
-less than a third of their lifetime is left. It keeps the authority, and all certificates of another authority. In
-production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge needs one PEM file with
-certificate and key. Ray needs one file each for certificate, key and authority.
+`cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
+edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate of
+another authority. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge needs one
+PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from cluster.storage import Layout, local
 
 
 def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime | None = None) -> None:
-    """Ensure certificates for localhost and this machine. New ones are fetched in the last third of their lifetime.
+    """Ensure certificates for localhost and this machine. Renew them when a third of their lifetime is left.
 
     Args:
         places: paths below the storage root.

@@ -22,11 +22,13 @@ from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, TOKEN_TTL_S
+from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S
 from cluster.settings import Tier
 from cluster.storage import Layout, local
 
 ALGORITHM = "ES256"
+TOKEN_TTL_S = 900
+"""Default lifetime of an access token, and lifetime of a job's own intent, in seconds."""
 ISSUER = "falaj-dev"
 AUDIENCE = "falaj"
 PRIVATE_NAME = "issuer.pem"

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from cluster.errors import Unauthenticated
 from cluster.security.private_file import read_secret_file
-from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.issuer import TOKEN_TTL_S, mint_token
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.verification import RENEW_S, TOKEN_TTL_S
 from cluster.storage import Layout
+
+RENEW_S = 300
+"""Seconds after which a process renews its own token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

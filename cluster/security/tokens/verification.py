@@ -26,10 +26,6 @@ FindKey = Callable[[str], Key | None]
 
 MAX_TOKEN_BYTES = 4096
 MAX_LIFETIME_S = 7 * 86_400
-TOKEN_TTL_S = 900
-"""Default lifetime of an access token, and lifetime of a job's own intent, in seconds."""
-RENEW_S = 300
-"""Seconds after which a process renews its own token."""
 LEEWAY_S = 30
 MAX_TEXT = 200
 MODEL_SCOPE = "model:"

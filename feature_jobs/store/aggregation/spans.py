@@ -40,7 +40,8 @@ class Spans:
 def totals(spans: Spans, amounts: Ints) -> Ints:
     """Return the sum of `amounts` at each position.
 
-    A sum that fits int64 is exact, because running totals that overflow wrap around.
+    A sum that fits int64 is exact, even if the running totals overflow: int64 wraps around, so their difference is
+    right.
     """
     changes = np.zeros(spans.num_positions + 1, np.int64)
     np.add.at(changes, spans.start, amounts)

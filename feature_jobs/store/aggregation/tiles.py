@@ -3,14 +3,14 @@
 A window (t - w, t] is computed from summaries and events. A tile that is completely inside the window contributes its
 summary. Two kinds of tiles contribute their single events: the tile that the window's start cuts, and tiles with
 versions that became known after t. The window's end cuts no tile, because an event is known only after it happened. The
-result equals that of `offline/windows.py` for the same instant and the same known rows, exactly.
+result equals that of `offline/window_values.py` for the same instant and the same known rows, exactly.
 
 A value cannot be removed from a sketch or an extreme, so corrections and tombstones need the events. They are stored,
 packed, for the length of the longest window. Memory per entity is about 60 bytes plus the values for each event, and at
 most about 260 summaries. Adding an event unpacks no other event. A correction unpacks the tile of its event.
 
 Events may arrive in any order, late and repeatedly. A version of an event is identified by (event_id, created, seq).
-Each event keeps those of its versions that can still count at some instant. An event is dropped when its last version
+Each event keeps only the versions that can still count at some instant. An event is dropped when its last version
 has been known for the length of the longest window. If one of its older versions arrives after that, it is too old to
 count. There is one exception: a version dated ahead (event time after created time) that arrives for the first time
 more than a longest window after its correction.

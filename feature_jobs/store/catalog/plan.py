@@ -127,7 +127,7 @@ def require_no_broken_models(plan: Plan, *, allow_breaking: bool) -> None:
 
     Args:
         plan: The plan.
-        allow_breaking: Whether to accept breaks that leave the model's own view version readable.
+        allow_breaking: Whether to accept a break if the model can still read the view version that it was trained with.
 
     Raises:
         BreakingChange: A model would be broken. The message names model, view and changes, and says what to do.

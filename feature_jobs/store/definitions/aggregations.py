@@ -1,7 +1,7 @@
 """Declared aggregations of an event view: sums, counts, extremes, last values and distinct counts over moving windows.
 
-These rules hold for the offline join (`offline/windows.py`) and for the online state (`aggregation/tiles.py`). For an
-entity and an instant t:
+These rules hold for the offline join (`offline/window_values.py`) and for the online state (`aggregation/tiles.py`).
+For an entity and an instant t:
 
 1. Rows with max(event_timestamp, created_timestamp) <= t are known. Other rows do not exist yet.
 2. Rows of one entity with the same `event_id` are versions of one event. Among the known versions, only the one with

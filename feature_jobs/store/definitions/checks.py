@@ -1,4 +1,4 @@
-"""Declarative checks of a view. Row checks are here; checks of whole batches are in `ingestion/batch_checks.py`.
+"""Declarative checks of a view. Row checks are here; checks of whole batches are in `batch_checks.py`.
 
 Checks are data, so a view's version and the ledger record what was checked. A null passes every check except `NotNull`,
 as in SQL: whether a value may be null and which values are valid are separate decisions.

@@ -74,7 +74,7 @@ class OnDemandTransform:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureService:
-    """The features that one model reads: those of views, in order, then those of on-demand transforms.
+    """The features that one model reads: first the views' features, in order, then the on-demand features.
 
     If the entity rows lack a join key, the feature with the same name in an earlier view is used.
     """

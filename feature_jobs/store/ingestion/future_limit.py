@@ -3,9 +3,9 @@
 Online, an entity has one row. A row with tomorrow's time would hide today's value there, while offline today's value
 still counts. So such a row goes to quarantine, whichever source it comes from. Small clock differences are allowed.
 
-A created time that is only computed as event time + the view's `created_lag` is a special case. In a batch from a file
-or a database it may be in the future, because its rows go online by a materialisation, which takes only what is known
-by then. A pushed or streamed row goes online at once, so there it may not.
+A created time that is only computed as event time + the view's `created_lag` is a special case. In a file or
+a database it may be in the future: such rows go online by a materialisation, which leaves out what is not known yet. A
+pushed or streamed row goes online at once, so its created time may not be in the future.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Read INT96 times of Parquet exactly. Spark, Impala and old Hive write them as a day and nanoseconds within the day.
 
 By default, Arrow reads them as nanoseconds, which overflow outside the years 1677 to 2262. It can also read them as
-microseconds, which cuts off finer parts. Here both are read, and no time changes except by the rules of `instants`.
+microseconds, which cuts off finer parts. This module reads both, so times are only changed by the rounding rules of
+`instants`.
 """
 
 from __future__ import annotations

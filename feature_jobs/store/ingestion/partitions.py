@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from feature_jobs.store.ingestion.typed import Roles, typed_text
+from feature_jobs.store.ingestion.declared_types import Roles, typed_text
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 """The folder's value for null."""

@@ -16,7 +16,7 @@ from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from cluster.storage import list_files
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
-from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import SEQ
 
 COLUMNS = ("reason", "raw", "ingested_at", SEQ)
@@ -88,7 +88,7 @@ class QuarantineFiles:
         )
 
     def reencrypt(self) -> int:
-        """Write all quarantine files and profiles again under the newest key; return the number of quarantine files."""
+        """Encrypt all quarantine files and profiles again with the newest key; return the number of files."""
         files, protection = protected_files(self.access), self._protection
         batches = self.batches()
         for batch in batches:

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
 from feature_jobs.store.ingestion.pushed_rows import MAX_ROWS, POSITION, check_rows
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, RAW, REASON, prepare, unique_rules
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.key_types import key_fault
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
@@ -71,8 +71,8 @@ def recheck_rows(
 def _reasons_of_repeated_rows(file: pa.Table, view: FeatureView) -> pa.ChunkedArray:
     """Return the reasons of rows that were not unique in their batch, and null for all other rows.
 
-    The row that such a row equals may be stored, and is not in the file. So these rows stay in quarantine as long as
-    the view has the rule.
+    The other row with the same values may be in the table and not in this file. So these rows stay in quarantine as
+    long as the view has the rule.
     """
     stays = pa.chunked_array([pa.repeat(pa.scalar(False), file.num_rows)])
     for rule in unique_rules(view):

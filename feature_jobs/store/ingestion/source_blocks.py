@@ -18,6 +18,14 @@ import pyarrow as pa
 from cluster.errors import SchemaMismatch, SourceError
 from feature_jobs.store.definitions.sources import DTYPES, FileFormat
 from feature_jobs.store.definitions.views import FeatureView
+from feature_jobs.store.ingestion.declared_types import (
+    Roles,
+    column_types,
+    declared_columns,
+    find_zoneless,
+    typed_rows,
+    typed_text,
+)
 from feature_jobs.store.ingestion.files import (
     SourceFiles,
     head,
@@ -27,14 +35,6 @@ from feature_jobs.store.ingestion.files import (
     tables,
 )
 from feature_jobs.store.ingestion.partitions import partitions_of, with_partitions
-from feature_jobs.store.ingestion.typed import (
-    Roles,
-    column_types,
-    declared_columns,
-    find_zoneless,
-    typed_rows,
-    typed_text,
-)
 from feature_jobs.store.ingestion.validation import RAW, prepare_part, raw_field, time_columns, unique_rules
 from feature_jobs.store.types.casting import cast_time
 from feature_jobs.store.types.columns import replace_columns

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import SchemaMismatch, SourceError, did_you_mean
+from feature_jobs.store.definitions.batch_checks import Outlier, Unique
 from feature_jobs.store.definitions.checks import RowCheck
 from feature_jobs.store.definitions.views import DTYPES, FeatureView
-from feature_jobs.store.ingestion.batch_checks import Outlier, Unique
 from feature_jobs.store.ingestion.future_limit import FutureLimit
-from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.casting import cast_feature, cast_key, cast_time, is_utf8, list_faults
 from feature_jobs.store.types.dtypes import list_of
 from feature_jobs.store.types.instants import TIME, Rounding, table_to_utc
@@ -313,5 +313,5 @@ def _printable(rows: pa.Table) -> pa.Table:
 
 
 def json_form(value: object) -> str:
-    """Return a value that JSON lacks as text: bytes as base64, times and decimals as Python prints them."""
+    """Return a text for a value that JSON cannot hold: base64 for bytes, Python's own text for times and decimals."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

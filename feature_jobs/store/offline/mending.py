@@ -260,7 +260,7 @@ def _content(rows: pa.Table) -> list[tuple[int, str, str]]:
 def _write_quarantine(place: BatchLocation, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
     """Write the quarantine file of a batch, or delete it if there are no rows.
 
-    Nothing happens if `current`, the content of the file, is the same. None for `current` writes in any case.
+    `current` is the present content of the file. Nothing is written if it is already right; None always writes.
     """
     if current is not None and _content(current) == _content(rows):
         return

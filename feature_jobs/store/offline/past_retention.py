@@ -1,8 +1,8 @@
 """Select the rows of a feature table that are past their retention.
 
-A row is past retention when its event is too old. In a table of events, so are the older versions of an event whose
-correction is too old. A correction may move an event far into the past. If only the correction were removed, the
-version that it corrected would count again.
+A row is past retention when its event is too old. In a table of events, the older versions of an event are also past
+retention if its correction is too old. A correction may move an event far into the past. If only the correction were
+removed, the version that it corrected would count again.
 """
 
 from __future__ import annotations

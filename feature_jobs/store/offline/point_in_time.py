@@ -145,8 +145,8 @@ def _count_hidden(
 ) -> int:
     """Count the entity rows without a result that would have one without the cutoff.
 
-    The cutoff hides only rows that were created after their event. So without the cutoff the result is the greater one
-    of the joined row and the greatest row of that kind.
+    The cutoff hides only rows that were created after their event. So without the cutoff, the result is one of two
+    rows: the joined row, or the greatest row that was created after its event. The greater of the two wins.
     """
     late = (
         rows.lazy()

@@ -148,7 +148,7 @@ def key_types(schema: pa.Schema, keys: Sequence[str]) -> dict[str, str]:
 
 
 def stored_key_types(table: DeltaTable | None, keys: Sequence[str]) -> dict[str, str]:
-    """Return how a table stores those of the join keys that it has; empty if there is no table."""
+    """Return the stored type of each join key that is in the table; empty if there is no table."""
     if table is None:
         return {}
     schema = pa.schema(table.schema().to_arrow())

@@ -24,7 +24,7 @@ from feature_jobs.store.definitions.views import DTYPES
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import join_features
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.on_demand import append_on_demand
 from feature_jobs.store.types.casting import cast_time, is_text
 from feature_jobs.store.types.columns import append_columns

@@ -67,5 +67,5 @@ _BLOCK = struct.Struct("<q8x")
 
 @functools.lru_cache(maxsize=256)
 def _blocks(count: int) -> tuple[struct.Struct, struct.Struct]:
-    """Return the formats of a number of keys: whole numbers as blocks, and the blocks one by one."""
+    """Return two formats for `count` keys: whole numbers packed as blocks, and the blocks split again."""
     return struct.Struct("<" + "q8x" * count), struct.Struct(f"{ADDRESS_BYTES}s" * count)

@@ -1,8 +1,9 @@
 """The interface of an engine of the online store. Engines handle bytes; `store.py` handles keys, types and times.
 
-A view has one meta, whose first bytes are its stamp, and rows by address. Rows belong to a generation. Every read and
-every write passes the stamp that the caller knows. If the view has another meta by now, the call changes nothing and
-its result says so.
+For each view, an engine stores rows by address, and one meta that says how to read them (`meta.py`). Each new meta
+starts with a new stamp, a unique id. A caller reads the meta first, and passes its stamp to every read and write. If
+another process has replaced the meta since then, the call changes nothing and its result says so. Rows belong to a
+generation: a materialisation writes a new one and then switches to it.
 """
 
 from __future__ import annotations

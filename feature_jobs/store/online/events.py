@@ -24,7 +24,7 @@ from feature_jobs.store.online.changes import Change, Merge
 from feature_jobs.store.online.frames import online_rows
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import stored_view
+from feature_jobs.store.online.window_states import stored_view
 from feature_jobs.store.types.schema import DELETED
 
 

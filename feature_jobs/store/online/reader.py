@@ -20,7 +20,7 @@ from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.online.lmdb_engine import LmdbEngine
 from feature_jobs.store.online.rows import Block, FoundRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import WindowedView
+from feature_jobs.store.online.window_states import WindowedView
 from feature_jobs.store.types.key_types import describe_key_type, key_type_of
 from feature_jobs.store.types.status import FeatureVectors, Status
 
@@ -193,7 +193,7 @@ def epoch_microseconds(moment: dt.datetime) -> int:
 
 
 def _block_status(block: Block, oldest_us: int, at_us: int) -> list[Status]:
-    """Return each row's status at a moment, and set the values of rows that are not present then to null."""
+    """Return each row's status at a moment. If a row is not `present` at that moment, set its values to null."""
     if block.within(oldest_us, at_us):
         return [_PRESENT] * len(block.moments)
     status = [

@@ -165,7 +165,7 @@ class RedisEngine:
         self._redis.close()
 
     def _put_after(self, rows: bytes, recent: bytes, after: bytes) -> Rows:
-        """Return address and row of the rows that were put after a turn."""
+        """Return address and row of the rows that were put after the write with this number."""
         addresses = self._execute("ZRANGEBYSCORE", recent, after, "+inf")
         stored = self._at(rows, addresses)
         return [

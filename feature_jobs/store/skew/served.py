@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from cluster.records.reading import is_faulty
-from cluster.records.typed import column_of
+from cluster.records.signature_types import column_of
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec
 from feature_jobs.store.definitions.views import DTYPES
 from feature_jobs.store.types.dtypes import is_rich, to_arrow

@@ -101,7 +101,7 @@ def to_checked(
 
 
 def combine(parts: Sequence[CheckedMessages]) -> CheckedMessages:
-    """Combine the messages of several readers that share no partition. There must be at least one part."""
+    """Combine the messages of several readers, each of which reads other partitions. `parts` must not be empty."""
     firsts = np.cumsum([0, *(len(part) for part in parts)])[:-1].tolist()
     good = [_shifted(part.rows.good, first) for part, first in zip(parts, firsts, strict=True)]
     bad = [_shifted(part.rows.bad, first) for part, first in zip(parts, firsts, strict=True)]

@@ -149,7 +149,7 @@ class PartitionReader:
 
 
 def librdkafka_properties(reading: ConsumerSettings) -> dict[str, str | bool]:
-    """Return the properties for librdkafka: those of the file, and the ones that the platform needs.
+    """Return the properties for librdkafka: the properties in the file, and those that the platform needs.
 
     Raises:
         ConfigError: the file cannot be read, or a line is not `name=value`.

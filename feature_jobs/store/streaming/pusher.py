@@ -100,7 +100,7 @@ class Pusher:
         return appended.answer
 
     def _known_key_types(self) -> Mapping[str, str]:
-        """Return the key types of the table; without a table, those of earlier pushes in the online store."""
+        """Return the key types of the table. Without a table, return those of earlier pushes, from the online store."""
         view = self._view.view
         if view.name not in self._table_keys:
             table = offline.open_table(self._places.features(view.name))

@@ -25,12 +25,12 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
+from serve_apps.edge.control.edge_state import EdgeState, write_state
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
-from serve_apps.edge.control.last_state import LastState
+from serve_apps.edge.control.last_answers import LastState
 from serve_apps.edge.control.metrics import EdgeMetrics
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
-from serve_apps.edge.control.state import EdgeState, write_state
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
@@ -39,7 +39,7 @@ from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
-from serve_apps.rollout.state import States, apply
+from serve_apps.rollout.serving_state import States, apply
 
 LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
@@ -230,7 +230,7 @@ class Controller:
             self._finish_loading()
 
     def _valid_keys(self) -> tuple[JwtKey, ...]:
-        """Return the issuer's keys, or the stored ones until the issuer has answered to this controller."""
+        """Return the issuer's keys. Until the issuer has answered this controller, return the stored keys."""
         if self._keys.answered_at:
             return self._keys.value
         return self._last.without_old_keys(now=time.time()).keys
@@ -294,7 +294,7 @@ class Controller:
             self._append(event, actor=ACTOR)
 
     def _read_refusals(self) -> None:
-        """Read the worker's counts, which end with it; a worker that does not answer delays nothing."""
+        """Read the HAProxy worker's counts before the worker ends. A worker that does not answer is skipped."""
         if self._loaded is None:
             return
         try:

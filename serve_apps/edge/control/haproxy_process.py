@@ -126,7 +126,7 @@ class HAProxy:
         return True
 
     def set_map(self, file: Path, key: str, value: str) -> None:
-        """Change or add an entry of the running map in every worker, including those that drain.
+        """Change or add an entry of the running map in every worker, also in workers that drain.
 
         Raises:
             OSError: a worker does not answer; the others have the change.
@@ -217,7 +217,7 @@ class HAProxy:
         return sockets
 
     def _for_each_worker(self, change: Callable[[Query], object]) -> None:
-        """Apply a change to each worker, those of our own master first; one that fails does not stop the others."""
+        """Apply a change to each worker, our own master's first. If one fails, the others still get the change."""
         if self._reloading:
             change(self.query)
             return

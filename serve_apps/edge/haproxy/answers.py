@@ -18,7 +18,7 @@ def error_body(status: int, message: str | None = None) -> str:
 def error_file(status: int) -> str:
     """Return the HTTP response that HAProxy sends for its own error of this status.
 
-    The client gets 503 for 502 and 504 (no answer, or none in time). The access record keeps 502 and 504 apart.
+    For 502 (no answer) and 504 (no answer in time), the client gets 503. The access record has the original status.
     """
     if status in (502, 504):
         status, body = 503, error_body(503, NO_ANSWER)

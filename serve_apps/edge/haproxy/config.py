@@ -29,8 +29,8 @@ from serve_apps.edge.haproxy.request_limits import Limits
 from serve_apps.edge.haproxy.routes import Backend, Routes
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.edge.haproxy.token_checks import VERIFIED_TOKENS, token_checks
-from serve_apps.replica.contract import PREDICTION_ID_HEADER
 from serve_apps.replica.edge_headers import PREFIX
+from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 
 _LIVE = '{"live":true}'
 _SERVER = json.dumps(

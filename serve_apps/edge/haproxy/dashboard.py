@@ -2,8 +2,8 @@
 
 A user of the dashboard can run code as the cluster's user. A program sends its token in the Authorization header. A
 browser gives it once to `/ray/login`, which stores it in a cookie that scripts cannot read and other sites cannot use.
-SameSite keeps the cookie from other sites. `Sec-Fetch-Site` (for web sockets, which lack it, `Origin`) keeps it from
-other ports of this host, which count as the same site.
+SameSite protects the cookie from other sites. Other ports of this host count as the same site, so the edge also checks
+`Sec-Fetch-Site`, or `Origin` for web sockets, which do not send `Sec-Fetch-Site`.
 
 The edge adds Ray's own token when it sends a request on. It uses the header that Ray's login does not read, because that
 login would give the token away in a cookie. The token is in HAProxy's environment, not in its configuration file.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from serve_apps.replica.contract import (
+from serve_apps.replica.http_contract import (
     MAX_BODY_BYTES,
     MAX_ENTITIES,
     MAX_OUTCOMES,

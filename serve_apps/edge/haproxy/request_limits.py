@@ -2,8 +2,9 @@
 
 Ledger events become HAProxy's maps, and rules enforce them. Requests that were let through are counted over a sliding
 second. So a client that sends twice the limit gets about half of its requests answered, not none. Each edge counts by
-itself: with N edges a limit holds N times. Counts survive a reload, because the outgoing worker sends them to the new
-one as its peer. Requests that the outgoing worker still answers do not count as concurrent in the new one.
+itself: with N edges, a client can get N times its limit. Counts survive a reload, because the outgoing worker sends
+them to the new one as its peer. Requests that the outgoing worker still answers do not count as concurrent in the new
+one.
 """
 
 from __future__ import annotations

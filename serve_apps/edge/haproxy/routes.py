@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
 from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
-from serve_apps.rollout.state import ModelState, States
+from serve_apps.rollout.serving_state import ModelState, States
 
 NO_ROLLOUT = "none"
 """A map entry's rollout id, while no rollout runs."""

@@ -65,7 +65,7 @@ def log_authenticated() -> str:
 
 
 def parse_counts(table_text: str) -> dict[Reason, int]:
-    """Parse the worker's counts from its answer to `SHOW_COMMAND`."""
+    """Parse an HAProxy worker's counts of refusals from its answer to `SHOW_COMMAND`."""
     found = {name: int(count) for name, count in re.findall(r"(gpc\d+|http_err_cnt)=(\d+)", table_text)}
     counts = {reason: found.get(f"gpc{index}", 0) for index, reason in enumerate(Reason)}
     counts[Reason.request] += max(0, found.get("http_err_cnt", 0) - found.get(f"gpc{_REPLICA_REFUSALS}", 0))
@@ -96,11 +96,11 @@ class RefusalCounts:
         return replace(self, worker_counts=worker_counts, unreported=unreported)
 
     def reset_worker(self) -> RefusalCounts:
-        """Forget the worker's counts after a reload: the new worker starts at zero."""
+        """Forget the old worker's counts after a reload of HAProxy: the new worker starts at zero."""
         return replace(self, worker_counts={})
 
     def report(self, *, at: float) -> tuple[RefusalCounts, list[StrangersRefused]]:
-        """Return the counts with nothing left to report, and the events of what was unreported."""
+        """Return the counts with nothing left to report, and one event for each unreported count."""
         events = [
             StrangersRefused(reason=reason.value, count=count, first_at=self.reported_at, last_at=at)
             for reason, count in self.unreported.items()

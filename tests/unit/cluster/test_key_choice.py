@@ -32,7 +32,8 @@ from cluster.security.keys.vault import VaultKeyStore
 from cluster.security.tokens.issuer import ensure_issuer, mint_token
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
-from cluster.settings import PlatformConfig, load
+from cluster.settings import PlatformConfig
+from cluster.settings_conversion import load
 from cluster.storage import Layout
 from tests.servers.vault_double import VaultDouble
 

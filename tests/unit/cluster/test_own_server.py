@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.own_server import NotOurServer, listener_uid, open_own, require_own_peer
+from cluster.port_owner import NotOurServer, listener_uid, open_own, require_own_peer
 from tests.servers.ports import free_port
 
 LISTENER = """

@@ -22,15 +22,8 @@ from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import write_record
-from cluster.settings import (
-    ClusterConfig,
-    LedgerConfig,
-    PlatformConfig,
-    PortsConfig,
-    StorageConfig,
-    Tier,
-    load,
-)
+from cluster.settings import ClusterConfig, LedgerConfig, PlatformConfig, PortsConfig, StorageConfig, Tier
+from cluster.settings_conversion import load
 from tests.servers.ports import free_port
 
 

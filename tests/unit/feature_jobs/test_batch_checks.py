@@ -29,9 +29,8 @@ from feature_jobs.store import (
     RowCount,
     Unique,
 )
-from feature_jobs.store.ingestion import profile as profiles
-from feature_jobs.store.ingestion.batch_checks import BatchCheck, Facts, stability_index
-from feature_jobs.store.ingestion.profile import Profile
+from feature_jobs.store.definitions.batch_checks import BatchCheck, Facts, stability_index
+from feature_jobs.store.ingestion import profiling
 from feature_jobs.store.ingestion.validation import (
     RAW,
     REASON,
@@ -41,6 +40,7 @@ from feature_jobs.store.ingestion.validation import (
     prepare_part,
     reject,
 )
+from feature_jobs.store.types.batch_profile import Profile
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)
@@ -74,11 +74,11 @@ def measured(*blocks: pa.Table, of: FeatureView | None = None, under: Profile | 
     of = of or view()
     prepared = [prepare(block, of, now=NOW) for block in blocks]
     good = [block.filter(pc.is_null(block[REASON])) for block in prepared]
-    sketches = [profiles.sketch(block, rows, of.schema) for block, rows in zip(prepared, good, strict=True)]
-    chosen = profiles.choose_bins(sketches)
-    profile = profiles.profile(sketches, chosen, [profiles.count(rows, chosen) for rows in good])
+    sketches = [profiling.sketch(block, rows, of.schema) for block, rows in zip(prepared, good, strict=True)]
+    chosen = profiling.choose_bins(sketches)
+    profile = profiling.profile(sketches, chosen, [profiling.count(rows, chosen) for rows in good])
     known = under.distributions if under else {}
-    return profile, profiles.add_counts(profiles.count(rows, known) for rows in good)
+    return profile, profiling.add_counts(profiling.count(rows, known) for rows in good)
 
 
 def finding(rule: BatchCheck, after: pa.Table, before: pa.Table | None = None) -> Any:
@@ -271,4 +271,4 @@ def test_feature_with_another_type_is_not_compared() -> None:
     """A view's next version may have another type under the same name, or no such feature."""
     baseline, _ = measured(batch([1.0] * 9, ["a"] * 9))
     good = pa.table({"amount": pa.array(["x"])})
-    assert profiles.count(good, baseline.distributions) == {}
+    assert profiling.count(good, baseline.distributions) == {}

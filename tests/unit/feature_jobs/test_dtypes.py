@@ -27,8 +27,8 @@ from feature_jobs.store import (
     Unique,
 )
 from feature_jobs.store.definitions.checks import Check
-from feature_jobs.store.ingestion.profile import choose_bins, count, profile, sketch
-from feature_jobs.store.ingestion.typed import text_column, typed_rows
+from feature_jobs.store.ingestion.declared_types import text_column, typed_rows
+from feature_jobs.store.ingestion.profiling import choose_bins, count, profile, sketch
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.types.casting import cast_feature

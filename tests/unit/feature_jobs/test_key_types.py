@@ -23,9 +23,9 @@ from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSourc
 from feature_jobs.store.catalog.differences import Impact, view_changes
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, ViewSpec
+from feature_jobs.store.ingestion.declared_types import column_types, typed_text
 from feature_jobs.store.ingestion.message_rows import check_messages
 from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
-from feature_jobs.store.ingestion.typed import column_types, typed_text
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.training_set import key_column
 from feature_jobs.store.online.reader import FeatureReader

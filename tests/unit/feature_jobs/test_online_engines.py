@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from cluster.errors import ConfigError, OnlineStoreUnavailable
 from cluster.security.keys.keyring import Keyring
 from cluster.security.tls.certificates import ensure_tls
-from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
+from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig
+from cluster.settings_conversion import load
 from cluster.storage import Layout
 from feature_jobs.store.online.reader import open_online_store
 from tests.servers.ports import free_port

@@ -26,7 +26,7 @@ from feature_jobs.store.online.events import assign_sequence_online, merge_funct
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.windows import entity_states, stored_view
+from feature_jobs.store.online.window_states import entity_states, stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
 from tests.unit.feature_jobs.test_online_windows import (

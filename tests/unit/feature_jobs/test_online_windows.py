@@ -17,9 +17,9 @@ from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online_store
-from feature_jobs.store.online.windows import entity_states, stored_view
+from feature_jobs.store.online.window_states import entity_states, stored_view
 from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
 
 CLASSES = {"amount": "personal", "sector": "public"}

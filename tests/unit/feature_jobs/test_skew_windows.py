@@ -10,7 +10,7 @@ import pytest
 
 from feature_jobs.store.definitions.aggregations import Aggregation, window_spec
 from feature_jobs.store.skew.comparison import AS_OF, FLOOR_AS_OF, FLOOR_SEQ, POSITION, REQUESTED
-from feature_jobs.store.skew.windows import explain_window_differences
+from feature_jobs.store.skew.window_differences import explain_window_differences
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

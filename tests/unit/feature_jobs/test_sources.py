@@ -20,10 +20,16 @@ from cluster.errors import DefinitionError, SchemaMismatch, SourceError
 from cluster.storage import Layout
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
 from feature_jobs.store.definitions.sources import Source, from_path
+from feature_jobs.store.ingestion.declared_types import (
+    Roles,
+    column_types,
+    text_column,
+    typed_rows,
+    value_column,
+)
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.source_blocks import block_reader
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
-from feature_jobs.store.ingestion.typed import Roles, column_types, text_column, typed_rows, value_column
 
 FIELDS = [Field("amount", "float64"), Field("items", "int64"), Field("city", "string"), Field("new", "bool")]
 DAY = datetime(2024, 1, 1, tzinfo=UTC)

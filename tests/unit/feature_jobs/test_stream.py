@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from cluster.errors import CommitConflict, ConfigError, DefinitionError
 from cluster.security.acting import Actor
 from cluster.security.keys.access import KeyAccess
-from cluster.settings import OnlineConfig, StorageConfig, load
+from cluster.settings import OnlineConfig, StorageConfig
+from cluster.settings_conversion import load
 from feature_jobs.store.streaming.micro_batches import Tally
 from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.stream import StreamConfig, StreamSource, push_stream, run, run_kafka, summarize

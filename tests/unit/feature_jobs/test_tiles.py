@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.errors import InvalidRequest
 from feature_jobs.store.aggregation.tiles import EventRow, Tiling, WindowState
 from feature_jobs.store.definitions.aggregations import EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.event_frames import COLUMNS, EVENTS, KEYS, SPEC, START, TIME, event_frames
 

@@ -22,9 +22,9 @@ from feature_jobs.store.definitions.aggregations import (
     WindowSpec,
     window_spec,
 )
-from feature_jobs.store.offline import windows as offline
+from feature_jobs.store.offline import window_values as offline
 from feature_jobs.store.offline.past_retention import corrected_by_old
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from tests.unit.feature_jobs.event_frames import (
     COLUMNS,
     EVENTS,

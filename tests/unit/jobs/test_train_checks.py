@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from cluster.errors import ConfigError, TrainingFailed, TrainingSetError
 from cluster.runtime import Task
 from jobs.metrics import headline, regression_metrics
-from jobs.sweep.trials import best_trial, trial_from_result
+from jobs.sweep.results import best_trial, trial_from_result
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.data import Dataset, TrainingSet, prepare

@@ -22,8 +22,8 @@ import pytest
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.config import render
-from serve_apps.replica.contract import MAX_BODY_BYTES
 from serve_apps.replica.http import LOG
+from serve_apps.replica.http_contract import MAX_BODY_BYTES
 from tests.servers.edge import ROLLOUT, Edge
 from tests.servers.replica import Replica, running_features, running_replica
 

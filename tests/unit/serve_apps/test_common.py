@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.features_config import FeaturesConfig
 from cluster.settings import (
     Durability,
+    FeaturesConfig,
     IdentityConfig,
     OnlineConfig,
     OnlineKind,
@@ -17,8 +17,8 @@ from cluster.settings import (
     ReplicaConfig,
     StorageConfig,
 )
-from serve_apps import common
-from serve_apps.common import Settings, run_common, settings_at_start
+from serve_apps import shared_apps
+from serve_apps.shared_apps import Settings, run_shared_apps, settings_at_start
 from tests.servers.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
@@ -74,12 +74,12 @@ def test_deployment_with_own_settings_gets_them() -> None:
 
 def test_new_head_keeps_the_stored_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of a deployment survive a lost head; the next cluster starts with its own."""
-    monkeypatch.setattr(common, "run", lambda apps: None)
+    monkeypatch.setattr(shared_apps, "run", lambda apps: None)
     config = PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
     (tmp_path / "edge").mkdir()
     mine = record(tmp_path, "", 1)
     assert settings_at_start(config, mine) == DEFAULT
-    run_common(config, mine, DISK)
+    run_shared_apps(config, mine, DISK)
     assert settings_at_start(config, mine) == DISK
     stored = tmp_path / "edge" / "common.json"
     whole = stored.read_text()

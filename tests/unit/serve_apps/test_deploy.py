@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.registry import Lineage, ModelVersion
 from serve_apps.deploy import describe
-from serve_apps.rollout.state import ModelState, Rollout, Shadow
+from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow
 
 VERSION = ModelVersion(
     name="m",

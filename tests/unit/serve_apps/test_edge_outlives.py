@@ -17,7 +17,7 @@ from cluster.ledger.events import (
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.oidc import RemoteKeys
 from cluster.security.tokens.principal import local_keys
-from serve_apps.edge.control import last_state as last
+from serve_apps.edge.control import last_answers as last
 from serve_apps.replica.targets import Targets
 from tests.servers.controller import (
     CHAMPION_ONLY,

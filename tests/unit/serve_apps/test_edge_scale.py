@@ -10,7 +10,7 @@ import pytest
 from cluster.storage import write_bytes
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
-from serve_apps.rollout.state import ModelState, Rollout
+from serve_apps.rollout.serving_state import ModelState, Rollout
 from tests.servers.edge import Edge
 
 ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=50)

@@ -16,7 +16,7 @@ from cluster.settings import LedgerConfig
 from serve_apps.edge.__main__ import EdgeConfig, wait_for_ledger
 from serve_apps.edge.control import succession
 from serve_apps.edge.control.haproxy_process import HAProxy
-from serve_apps.edge.control.last_state import KEYS_HOLD_S, LastState
+from serve_apps.edge.control.last_answers import KEYS_HOLD_S, LastState
 from serve_apps.edge.control.succession import sole_controller
 from serve_apps.edge.haproxy.keys import JwtKey
 from serve_apps.replica.targets import ScaledToZero

@@ -20,7 +20,7 @@ from jobs.monitor.logged import read_served_log
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
-from serve_apps.rollout.state import Rollout
+from serve_apps.rollout.serving_state import Rollout
 from tests.servers.replica import MODEL, Replica, register, running_replica
 from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
 

@@ -35,7 +35,7 @@ from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
-from serve_apps.rollout.state import ModelState, read_states
+from serve_apps.rollout.serving_state import ModelState, read_states
 from tests.processes.commands import run_main
 from tests.unit.serve_apps.test_rollout_state import fold
 

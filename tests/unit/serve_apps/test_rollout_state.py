@@ -22,7 +22,7 @@ from cluster.ledger.events import (
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.haproxy.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
-from serve_apps.rollout.state import ModelState, States, apply
+from serve_apps.rollout.serving_state import ModelState, States, apply
 
 DEPLOYED: list[LedgerEvent] = [
     ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),

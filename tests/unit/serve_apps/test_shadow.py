@@ -24,7 +24,8 @@ from cluster.records import read_shadow_predictions
 from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig, to_plain
+from cluster.settings import PlatformConfig, StorageConfig
+from cluster.settings_conversion import to_plain
 from serve_apps.predictor import parts as parts_module
 from serve_apps.predictor import shadow as shadow_module
 from serve_apps.predictor import shadow_replicas

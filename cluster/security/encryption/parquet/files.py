@@ -178,7 +178,7 @@ class ProtectedFiles:
         place: str | None = None,
         unplaced: bool = False,
     ) -> int:
-        """Rewrite a file under the newest key versions or under other keys, and return its new size in bytes.
+        """Encrypt a file again, with the newest key versions or with other keys. Return its new size in bytes.
 
         Old key versions still decrypt old files. So this is needed only after a key may have leaked or a column's class
         changed. Arrow can rotate keys without a rewrite only if the keys are in separate files beside the data. Such

@@ -1,12 +1,8 @@
-"""Statistics of a batch, with which the next batch is compared.
+"""Compute a batch's profile: the statistics with which the next batch is compared.
 
 A profile takes two passes over a batch's blocks. The results of the blocks are added up in both. The first pass gives
 counts and a sketch of each feature, and bins are chosen from the sketches. The second pass counts the values in each
 bin exactly.
-
-A profile holds no row, no minimum and no maximum. But its quartiles and categories are values, so it is stored beside
-the quarantine, encrypted with the quarantine's key. The ledger gets only `summary`: the number of rows, and the number
-of nulls of each column.
 
 Rows in quarantine count among the nulls, where a broken source shows first. They do not count in distributions, which
 describe good rows.
@@ -14,10 +10,9 @@ describe good rows.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.store.definitions.views import Field
+from feature_jobs.store.types.batch_profile import Distribution, Profile
 from feature_jobs.store.types.dtypes import is_rich
 from feature_jobs.store.types.schema import DELETED, EVENT
 
@@ -37,47 +33,6 @@ SKETCH_POINTS = 257
 MAX_CATEGORIES = 50
 MAX_COUNTED = 10_000
 """Maximum number of distinct categories that one block reports."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Distribution:
-    """The distribution of a feature's values. Stored profiles have these field names."""
-
-    counts: list[int]
-    edges: list[float] | None = None
-    """For numbers: ascending cut points. A bin includes its upper cut point; the last bin has no upper one."""
-    categories: list[Any] | None = None
-    """For categories: the most frequent ones. The last entry of `counts` is for all others."""
-    quartiles: list[float] | None = None
-    """For numbers: the three quartiles."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
-    """Statistics of a batch, of bounded size. Stored profiles and events have these field names."""
-
-    rows_in: int
-    rows: int
-    """Number of rows without those in quarantine."""
-    nulls: dict[str, int]
-    """Number of nulls in all rows, by feature."""
-    newest_event_us: int | None
-    distributions: dict[str, Distribution]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the part that the ledger may hold, because it contains no value."""
-        return {"rows_in": self.rows_in, "rows": self.rows, "nulls": self.nulls}
-
-    def to_json(self) -> str:
-        """Return the whole profile as JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Profile:
-        """Return the profile from the text of `to_json`."""
-        data = json.loads(text)
-        distributions = {name: Distribution(**fields) for name, fields in data.pop("distributions").items()}
-        return cls(**data, distributions=distributions)
 
 
 class OrderStatistics(NamedTuple):

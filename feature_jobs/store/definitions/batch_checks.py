@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from cluster.errors import DefinitionError
 from feature_jobs.store.definitions.checks import Check
 from feature_jobs.store.definitions.limits import validate_number, validate_span
-from feature_jobs.store.ingestion.profile import Distribution, Profile
+from feature_jobs.store.types.batch_profile import Distribution, Profile
 from feature_jobs.store.types.dtypes import NUMBERS, is_rich, list_of
 from feature_jobs.store.types.schema import CREATED, EVENT
 

@@ -108,7 +108,7 @@ def column_types(view: FeatureView, head: pa.Table, key_types: Mapping[str, str]
 
 
 def declared_columns(view: FeatureView) -> set[str]:
-    """Return the columns that a view names: its own columns, and those that its source gives a dtype."""
+    """Return the columns that a view names: its own columns, and the columns whose dtype its source declares."""
     source = view.source
     times = {source.event_timestamp, source.created_timestamp, source.deleted} - {None}
     return {*view.join_keys, *(field.name for field in view.schema), *map(str, times), *source.columns}

@@ -14,7 +14,7 @@ import polars as pl
 
 from feature_jobs.store.definitions.aggregations import WindowSpec
 from feature_jobs.store.offline.point_in_time import AVAILABLE
-from feature_jobs.store.offline.windows import aggregate
+from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.skew.comparison import AS_OF, FLOOR_AS_OF, FLOOR_SEQ, POSITION, Verdict
 from feature_jobs.store.types.schema import EVENT, SEQ
 

@@ -1,9 +1,9 @@
-"""`python -m serve_apps.common`: start Serve and the applications that belong to no model; `cluster.up` runs it.
+"""`python -m serve_apps.shared_apps`: start Serve and the applications that belong to no model; `cluster.up` runs it.
 
 `features` and `outcomes` start with the cluster, with the cluster's settings. A deployment with other settings (another
 online store, outcomes on disk before they are answered, another file with the replicas' token) restarts them with
-those. A later deployment without such settings leaves them unchanged. A new head after a lost one starts them with the
-same settings.
+those. A later deployment without such settings leaves them unchanged. If the head is lost, the new
+head starts them with the same settings.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
-from cluster.features_config import FeaturesConfig
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
-from cluster.settings import Durability, OnlineConfig, OnlineKind, PlatformConfig, to_plain
+from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
+from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
@@ -53,7 +53,7 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings, with stored values for defaults; `disk` durability stays `disk`."""
+        """Return these settings. A setting at its default takes the stored value; durability is `disk` if either is."""
         default = Settings.of(PlatformConfig())
         on_disk = Durability.disk.value in (self.durability, stored.durability)
         return Settings(
@@ -87,7 +87,7 @@ def main(config: PlatformConfig) -> None:
         )
         return
     try:
-        run_common(config, record, settings)
+        run_shared_apps(config, record, settings)
     except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
@@ -102,7 +102,7 @@ def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings
     return Settings.of(config) if stored is None else stored
 
 
-def ensure_common(config: PlatformConfig) -> None:
+def ensure_shared_apps(config: PlatformConfig) -> None:
     """Start the applications with this configuration's settings, or restart them if the settings changed.
 
     Raises:
@@ -114,10 +114,10 @@ def ensure_common(config: PlatformConfig) -> None:
         settings = settings.merged_over(stored)
     changed = stored is not None and settings != stored
     if changed or not all(map(is_running, APPLICATIONS)):
-        run_common(config, record, settings)
+        run_shared_apps(config, record, settings)
 
 
-def restore_common(config: PlatformConfig) -> None:
+def restore_shared_apps(config: PlatformConfig) -> None:
     """Start the applications with their stored settings, not with this configuration's.
 
     Raises:
@@ -125,10 +125,10 @@ def restore_common(config: PlatformConfig) -> None:
     """
     if not all(map(is_running, APPLICATIONS)):
         record = require_recorded_cluster(config)
-        run_common(config, record, _stored_settings(config, record) or Settings.of(config))
+        run_shared_apps(config, record, _stored_settings(config, record) or Settings.of(config))
 
 
-def run_common(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
+def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Settings) -> None:
     """Start or restart both applications at the same time, and store their settings.
 
     Raises:

@@ -1,0 +1,52 @@
+"""Convert a configuration to the dataclasses of `cluster/settings.py`, and these to plain values and back.
+
+Hydra composes the configuration. Plain values are sent to other processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.errors import ConfigError
+from cluster.settings import PlatformConfig
+
+T = TypeVar("T")
+
+
+def load(config: DictConfig, schema: type[T]) -> T:
+    """Validate a composed configuration and return it as its dataclass.
+
+    Raises:
+        ConfigError: A key is unknown, a mandatory value is missing, or a value has a wrong type or is out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        return cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_describe(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def to_plain(config: PlatformConfig) -> dict[str, Any]:
+    """Return the platform's sections of a configuration as plain values, to send them to another process."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    names = {section.name for section in fields(PlatformConfig)}
+    return {key: value for key, value in cast(dict[str, Any], values).items() if key in names}
+
+
+def from_plain(values: dict[str, Any]) -> PlatformConfig:
+    """Return the configuration whose plain values `to_plain` returned."""
+    return load(OmegaConf.create(values), PlatformConfig)
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0].rstrip(".")
+    key = f"'{error.full_key}': " if error.full_key else ""
+    if reason.startswith("Structured config of type") or "Missing mandatory value" in reason:
+        return f"Configuration {key}a value is needed; give it as `{error.full_key}=…`."
+    return f"Configuration {key}{reason}. `--cfg job` shows the current values."
