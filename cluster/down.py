@@ -11,7 +11,7 @@ from cluster.node.launch import end_all, remove_folders
 from cluster.node.locks import command_lock
 from cluster.security.tokens.principal import current_actor
 from cluster.session import find_record, record_path
-from cluster.settings import PlatformConfig, StorageConfig
+from cluster.settings import PlatformConfig
 
 
 @job("cluster", PlatformConfig)
@@ -21,11 +21,10 @@ def main(config: PlatformConfig) -> None:
     if record is None:
         print("no cluster is up")
         return
-    storage = StorageConfig(root=record.storage_root)
-    with command_lock(storage):
+    with command_lock(record.storage):
         ended = end_all(record)
         open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
-        Path(record_path(storage)).unlink(missing_ok=True)
+        Path(record_path(record.storage)).unlink(missing_ok=True)
         remove_folders(record)
     print(f"ended {ended} processes of cluster {record.cluster_id}; state stays at {record.storage_root}")
 

@@ -16,7 +16,7 @@ from cluster.errors import refusal_behind as refusal_behind
 from cluster.port_owner import PortState, listener_uid
 from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
-from cluster.storage import RECORD_NAME, ROOT_VARIABLE, is_uri, layout, project_root, write_bytes
+from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
 
 RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
@@ -37,12 +37,12 @@ METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metric
 """Names of the ports where Falaj's own processes serve metrics."""
 
 
-def tls_environment(storage_root: str, *, on: bool) -> dict[str, str]:
+def tls_environment(places: Layout, *, on: bool) -> dict[str, str]:
     """Return the variables that turn TLS between Ray's processes on or off.
 
     `cluster/security/tls` makes the certificates. Head and drivers must have the same values.
     """
-    folder = f"{storage_root}/tls"
+    folder = places.tls
     files = {"SERVER_CERT": "node.pem", "SERVER_KEY": "node.key", "CA_CERT": "ca.pem"}
     paths = {f"RAY_TLS_{variable}": f"{folder}/{name}" for variable, name in files.items()}
     return {"RAY_USE_TLS": "1", **paths} if on else {"RAY_USE_TLS": "0"}
@@ -90,6 +90,19 @@ class ClusterRecord:
     overrides: list[str] | None = None
     """Configuration of the cluster's processes, as command-line arguments."""
 
+    local_root: str | None = None
+    """`storage.local`; null is `storage_root`."""
+
+    @property
+    def storage(self) -> StorageConfig:
+        """Configuration of the cluster's storage."""
+        return StorageConfig(root=self.storage_root, local=self.local_root)
+
+    @property
+    def layout(self) -> Layout:
+        """Folders of the cluster's state."""
+        return Layout(self.storage_root, self.local_root or "")
+
     @property
     def runtime_folder(self) -> str:
         """Folder of the cluster's sockets."""
@@ -100,7 +113,7 @@ class ClusterRecord:
         """User id of the cluster's processes. If the record has none, it is the owner of the state folder."""
         if self.owner_uid is not None:
             return self.owner_uid
-        folder = Path(self.storage_root)
+        folder = Path(self.layout.disk)
         return folder.stat().st_uid if folder.is_dir() else os.geteuid()
 
     def environment(self) -> dict[str, str]:
@@ -112,9 +125,9 @@ class ClusterRecord:
             "RAY_AUTH_TOKEN_PATH": self.token_path,
             **LOOPBACK,
             **NO_TELEMETRY,
-            **tls_environment(self.storage_root, on=self.tls),
+            **tls_environment(self.layout, on=self.tls),
             ROOT_VARIABLE: self.project_root,
-            RECORD_VARIABLE: record_path(StorageConfig(root=self.storage_root)),
+            RECORD_VARIABLE: record_path(self.storage),
         }
 
 
@@ -137,9 +150,8 @@ def addresses(record: ClusterRecord) -> str:
 
 
 def record_path(storage: StorageConfig) -> str:
-    """Return the path of the record of a storage root's cluster. For a remote root it is in the project's folder."""
-    root = layout(storage).root
-    return f"{project_root() / '.falaj' if is_uri(root) else root}/{RECORD_NAME}"
+    """Return the path of the record of a storage's cluster."""
+    return f"{layout(storage).disk}/{RECORD_NAME}"
 
 
 def write_record(record: ClusterRecord, storage: StorageConfig) -> None:

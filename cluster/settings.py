@@ -38,6 +38,9 @@ class StorageConfig:
 
     root: str = ".falaj"
     """fsspec URI, or a path relative to the project root."""
+    local: str | None = None
+    """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null is `root`; if
+    that is remote, `.falaj` in the project's folder."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,8 @@
 """Paths of all state, and functions to read and write files there.
 
-Every path is an fsspec URI or a local path. Writes are atomic: a file gets a temporary name in the same folder, is
-flushed to disk, and is then renamed. All Parquet files of features, quarantine and predictions go through this module.
+Every path is an fsspec URI or a local path. Writes are atomic. On a disk, a file gets a temporary name in the same
+folder, is flushed, and is then renamed. An object store gets it in one request, which succeeds or
+leaves nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import math
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -27,6 +29,9 @@ from cluster.settings import StorageConfig
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
 RECORD_NAME = "cluster.json"
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "az")
+"""Schemes of stores in which one request writes a whole file."""
+WRITE_CHECKS = 4
 
 
 def project_root() -> Path:
@@ -63,47 +68,57 @@ def local(path: str) -> Path:
         ConfigError: The path is a remote URI.
     """
     if is_uri(path):
-        raise ConfigError(
-            f"'{path}' is remote, but this state must be on a local disk. Set a local storage.root."
-        )
+        raise ConfigError(f"'{path}' is remote, but this state must be on a local disk. Set storage.local.")
     return Path(path)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The folders below `storage.root`."""
+    """The folders of all state: shared ones below `root`, and those of this machine below `disk`."""
 
     root: str
+    """`storage.root`."""
+    local: str = ""
+    """`storage.local`; empty is `root`."""
+
+    @property
+    def disk(self) -> str:
+        """Folder of the state that never leaves this machine."""
+        return self.local or self.root
 
     @property
     def ledger_path(self) -> str:
-        return f"{self.root}/ledger.db"
+        return f"{self.disk}/ledger.db"
 
     @property
     def online(self) -> str:
-        return f"{self.root}/online"
+        return f"{self.disk}/online"
 
     @property
     def keys(self) -> str:
-        return f"{self.root}/keys"
+        return f"{self.disk}/keys"
 
     @property
     def tls(self) -> str:
-        return f"{self.root}/tls"
+        return f"{self.disk}/tls"
 
     @property
     def edge(self) -> str:
-        return f"{self.root}/edge"
+        return f"{self.disk}/edge"
 
     @property
     def demo(self) -> str:
-        return f"{self.root}/demo"
+        return f"{self.disk}/demo"
+
+    @property
+    def runs(self) -> str:
+        return f"{self.disk}/runs"
 
     def features(self, view: str) -> str:
         return f"{self.root}/features/{view}"
 
     def push(self, view: str) -> str:
-        return f"{self.root}/push/{view}"
+        return f"{self.disk}/push/{view}"
 
     def quarantine(self, view: str) -> str:
         return f"{self.root}/quarantine/{view}"
@@ -115,10 +130,10 @@ class Layout:
         return f"{self.root}/models/{name}/{version}"
 
     def predictions(self, model: str) -> str:
-        return f"{self.root}/predictions/{model}"
+        return f"{self.disk}/predictions/{model}"
 
     def outcomes(self, model: str) -> str:
-        return f"{self.root}/outcomes/{model}"
+        return f"{self.disk}/outcomes/{model}"
 
     def serving(self, app: str) -> str:
         return f"{self.root}/serving/{app}.json"
@@ -131,8 +146,11 @@ class Layout:
 
 
 def layout(storage: StorageConfig) -> Layout:
-    """Return the layout of a configured storage root."""
-    return Layout(resolve(storage.root))
+    """Return the layout of a configured storage."""
+    root = resolve(storage.root)
+    if storage.local is not None:
+        return Layout(root, str(local(resolve(storage.local))))
+    return Layout(root, f"{project_root()}/.falaj" if is_uri(root) else "")
 
 
 def file_name(text: str) -> str:
@@ -144,9 +162,21 @@ def file_name(text: str) -> str:
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
+def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path or URI, and the path in it.
+
+    Listings are not cached: another process may have written a file since.
+    """
+    fs, path = url_to_fs(uri, use_listings_cache=False) if is_uri(uri) else url_to_fs(uri)
+    return fs, str(path)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically."""
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
+    if urlsplit(uri).scheme in OBJECT_STORES:
+        fs.pipe_file(path, bytes(data))
+        return
     fs.makedirs(fs._parent(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -160,6 +190,44 @@ def write_bytes(uri: str, data: bytes) -> None:
         if fs.exists(temporary):
             fs.rm(temporary)
         raise
+
+
+def require_exclusive_writes(root: str) -> None:
+    """Check that of two simultaneous writers who create the same file, one fails. Delta's commits depend on it.
+
+    Raises:
+        ConfigError: Both succeeded, or the store cannot be reached.
+    """
+    if urlsplit(root).scheme not in OBJECT_STORES:
+        return
+    fs, path = file_system(f"{root}/.falaj-write-check/{uuid.uuid4().hex}")
+    try:
+        num_created = max(_race(fs, f"{path}-{attempt}") for attempt in range(WRITE_CHECKS))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"storage.root {root} cannot be used: {error}. Check bucket and credentials."
+        ) from error
+    if num_created > 1:
+        raise ConfigError(
+            f"storage.root {root}: the store let two writers create the same file (it ignores If-None-Match), so "
+            "commits could be lost. Use a store that supports conditional writes."
+        )
+
+
+def _race(fs: fsspec.AbstractFileSystem, path: str) -> int:
+    """Create a file from two threads; return how many succeeded."""
+    with ThreadPoolExecutor(2) as writers:
+        num_created = sum(writers.map(lambda data: _created(fs, path, data), (b"a", b"b")))
+    fs.rm_file(path)
+    return num_created
+
+
+def _created(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_json(uri: str, content: Any) -> None:
@@ -194,19 +262,19 @@ def _replace(fs: fsspec.AbstractFileSystem, temporary: str, path: str) -> None:
 
 def read_bytes(uri: str) -> bytes:
     """Return a file's content."""
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     return bytes(fs.cat_file(path))
 
 
 def exists(uri: str) -> bool:
     """Return whether a file or folder exists."""
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     return bool(fs.exists(path))
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Return the files directly in a folder, sorted; empty if the folder does not exist."""
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     if not fs.exists(path):
         return []
     names = sorted(str(name) for name in fs.ls(path, detail=False) if str(name).endswith(suffix))
@@ -215,7 +283,7 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 
 def sha256(uri: str) -> str:
     """Return the SHA-256 of a file's content in hex. The file is read in chunks."""
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     with fs.open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -247,7 +315,7 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
     INT96 timestamps become nanoseconds if all values of the column fit into 64 bits, else microseconds.
     """
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     with fs.open(path, "rb") as file:
         # `pq.read_table` would import Arrow's dataset layer, and with it pandas.
         parquet = pq.ParquetFile(file)

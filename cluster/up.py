@@ -60,7 +60,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import layout, local, project_root, resolve
+from cluster.storage import layout, local, project_root, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 
@@ -269,6 +269,7 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         cluster_id=cluster_id,
         project_root=str(project_root()),
         storage_root=storage.root,
+        local_root=storage.local or None,
         ray_address=f"127.0.0.1:{ports['gcs']}",
         dashboard_url=f"http://127.0.0.1:{ports['dashboard']}",
         edge_url=f"https://127.0.0.1:{ports['edge']}",
@@ -296,7 +297,7 @@ def describe(config: PlatformConfig) -> ClusterRecord:
 def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     """Create the folders, keys and certificates that do not exist yet."""
     storage = layout(config.storage)
-    root, keys = local(storage.root), local(storage.keys)
+    root, keys = local(storage.disk), local(storage.keys)
     for folder in (root, keys, local(storage.tls), local(storage.edge)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_access_of_others(folder)
@@ -304,6 +305,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     ignore_file = root / ".gitignore"
     if not ignore_file.exists():
         ignore_file.write_text("*\n")
+    require_exclusive_writes(storage.root)
     ensure_signer(keys)
     if config.identity.issuer.url is None:
         ensure_issuer(storage, tier=config.tier)
@@ -314,7 +316,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_tls(storage)
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
-    for scratch_folder in (root / "runs", memory_folder(otherwise=root / "runs")):
+    for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):
         remove_abandoned(scratch_folder)
     if Path(record.runtime_folder).exists():
         remove_access_of_others(Path(record.runtime_folder))

@@ -21,7 +21,7 @@ from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.events import LedgerEvent, Subject, UnknownEvent, is_known, require_known
 from cluster.settings import PlatformConfig, Tier
-from cluster.storage import is_uri, layout, local
+from cluster.storage import layout, local
 
 _LOCK_KEY = 0x0FA1A7
 _PAGE = 1000
@@ -132,20 +132,16 @@ def open_ledger(config: PlatformConfig) -> Ledger:
     """Open the configured ledger. It signs checkpoints once `cluster.up` has created the key.
 
     Raises:
-        ConfigError: A remote storage root has no ledger database, or the tier requires TLS and the URL does not.
+        ConfigError: The tier requires TLS to the database, and the URL does not.
     """
     storage = layout(config.storage)
     url = config.ledger.url
     if url is None:
-        if is_uri(storage.root):
-            raise ConfigError(
-                f"storage.root {storage.root} is remote: set ledger.url to a PostgreSQL database."
-            )
-        Path(storage.root).mkdir(parents=True, exist_ok=True)
+        Path(storage.disk).mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{storage.ledger_path}"
     elif config.tier is Tier.enterprise_gpu:
         _require_tls(url)
-    signer = None if is_uri(storage.root) else load_signer(local(storage.keys))
+    signer = load_signer(local(storage.keys))
     return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
 
 

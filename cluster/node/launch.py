@@ -55,7 +55,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
         **LOOPBACK,
-        **tls_environment(record.storage_root, on=record.tls),
+        **tls_environment(record.layout, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.replica.direct.middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
@@ -220,6 +220,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
     """
     return [
         f"storage.root={record.storage_root}",
+        *([f"++storage.local={record.local_root}"] if record.local_root else []),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),

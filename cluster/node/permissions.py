@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cluster.security.private_folder import find_exposed_parent, find_exposure
 from cluster.session import ClusterRecord
-from cluster.storage import Layout, is_uri
 
 PUBLIC_FILES = ("*.pub.pem", "jwks.json", "ca.pem", "node.pem", "*.log", "*.lock")
 """Name patterns of files below `keys/` and `tls/` that hold no secret."""
@@ -23,7 +22,7 @@ def permission_problems(record: ClusterRecord) -> list[str]:
     each folder above them: a user who can rename a folder can replace it.
     """
     owner = record.owner
-    storage, runtime = Layout(record.storage_root), Path(record.runtime_folder)
+    storage, runtime = record.layout, Path(record.runtime_folder)
     problems = [problem for folder in _private_folders(record) for problem in _folder_problems(folder, owner)]
     for folder in map(Path, (storage.keys, storage.tls, storage.edge)):
         secret = str(folder) in (storage.keys, storage.tls)
@@ -34,15 +33,13 @@ def permission_problems(record: ClusterRecord) -> list[str]:
 
 
 def _private_folders(record: ClusterRecord) -> list[Path]:
-    storage, runtime = Layout(record.storage_root), Path(record.runtime_folder)
+    storage, runtime = record.layout, Path(record.runtime_folder)
     folders = [runtime, Path(record.gcs_dir).parent if record.gcs_dir else runtime]
     # Every Ray driver opens Ray's own folder to all users, so its parent must be private. In clusters of earlier
     # releases, Ray's folder is the folder for sockets itself.
     if record.temp_dir != record.runtime_folder:
         folders.append(Path(record.temp_dir).parent)
-    if not is_uri(record.storage_root):
-        folders += [Path(folder) for folder in (storage.root, storage.keys, storage.tls, storage.edge)]
-    return folders
+    return [*folders, *(Path(folder) for folder in (storage.disk, storage.keys, storage.tls, storage.edge))]
 
 
 def _folder_problems(folder: Path, owner: int) -> list[str]:

@@ -102,7 +102,7 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
         Unauthenticated: the token is invalid, or is an intent for another entrypoint. An event counts it.
     """
     apply_cluster_record(record, config)
-    places = Layout(record.storage_root)
+    places = record.layout
     decisions = DecisionRecorder(ledger.append)
     with _recording_unauthenticated(decisions):
         principal, path = _identify(config, places, entrypoint)
@@ -114,7 +114,7 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
             token=TokenSource(file=str(path)),
             entrypoint=entrypoint,
             owner=record.owner_uid,
-            root=places.root,
+            root=places.disk,
             issuer=config.identity.issuer,
         ),
         policy=Policy.load(region=config.cluster.region),
@@ -160,8 +160,8 @@ def _recording_unauthenticated(decisions: DecisionRecorder) -> Iterator[None]:
 
 
 def _issuer_of(places: Layout) -> IssuerConfig:
-    record = find_record(StorageConfig(root=places.root))
-    is_own_record = record is not None and record.storage_root == places.root
+    record = find_record(StorageConfig(root=places.root, local=places.local or None))
+    is_own_record = record is not None and record.layout.disk == places.disk
     return IssuerConfig(**record.issuer) if is_own_record and record and record.issuer else IssuerConfig()
 
 

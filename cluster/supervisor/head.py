@@ -19,7 +19,7 @@ from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig
-from cluster.storage import Layout, local, resolve
+from cluster.storage import local, resolve
 from cluster.supervisor.daemons import remove_commands, save_commands
 
 ACTOR = "system:supervisor"
@@ -92,7 +92,7 @@ def supervisor_intent(config: PlatformConfig, record: ClusterRecord) -> Path:
             f"{config.identity.issuer.url} for '{RESTORE_MODULE}' and the role supervisor. Set it, or restore them "
             f"yourself with `python -m {RESTORE_MODULE} action=restore`."
         )
-    storage = Layout(record.storage_root)
+    storage = record.layout
     principal = Principal(subject=ACTOR, role=Role.supervisor, purpose="", expires_at=int(time.time()))
     folder = local(storage.keys) / "intents"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) ->
     # line per trial instead.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with scratch_directory(local(f"{layout(config.storage).root}/runs")) as folder:
+    with scratch_directory(local(layout(config.storage).runs)) as folder:
         grid = build_tuner(config, dataset, parameters, folder=folder, concurrent=concurrent).fit()
     deadline_s = config.sweep.trial_deadline_s
     return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]

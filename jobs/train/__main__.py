@@ -53,7 +53,7 @@ def main(config: TrainConfig) -> None:
     config = replace(config, split=resolve_split(config.split, source))
     dataset, data_warnings = prepare_and_describe(config, source, threshold=config.threshold)
     attach(config)
-    runs = local(f"{layout(config.storage).root}/runs")
+    runs = local(layout(config.storage).runs)
     # Checkpoints may have to be on a disk that several machines share. The model folder is in memory where possible,
     # because the model is not encrypted until it is registered.
     with scratch_directory(runs) as checkpoints, scratch_directory(memory_folder(otherwise=runs)) as folder:

@@ -31,7 +31,7 @@ class KeyAccess:
     owner: int | None = None
     """The user that the broker runs as."""
     root: str = ""
-    """Storage root of the dev issuer, if its tokens are accepted."""
+    """Folder of the dev issuer's keys (`Layout.disk`), if its tokens are accepted."""
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
 
 
@@ -43,7 +43,7 @@ def service_access(
         token_file = TokenSource(file=resolve(config.identity.service_token_file))
         return KeyAccess(socket=record.key_socket, token=token_file, owner=record.owner_uid)
     token = TokenSource(
-        root=record.storage_root, subject=f"service:{name}", role=Role.service, purpose=purpose
+        root=record.layout.disk, subject=f"service:{name}", role=Role.service, purpose=purpose
     )
     return KeyAccess(socket=record.key_socket, token=token, owner=record.owner_uid)
 

@@ -27,7 +27,7 @@ class TokenSource:
     file: str | None = None
     """A file with the token, read again for every use."""
     root: str = ""
-    """Storage root of the dev issuer, if there is no file."""
+    """Folder of the dev issuer's keys (`Layout.disk`), if there is no file."""
     subject: str = ""
     role: Role = Role.service
     purpose: str = ""

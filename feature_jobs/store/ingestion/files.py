@@ -14,10 +14,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from cluster.errors import SourceError
-from cluster.storage import Layout, int96_columns, is_uri, resolve, sha256
+from cluster.storage import Layout, file_system, int96_columns, is_uri, resolve, sha256
 from feature_jobs.store.definitions.sources import FileFormat, FileSource
 from feature_jobs.store.ingestion.int96 import exact_times
 from feature_jobs.store.ingestion.partitions import partitions_of, with_digest
@@ -83,7 +82,7 @@ def find(uri: str, kind: FileFormat) -> list[str]:
     Raises:
         SourceError: no file was found.
     """
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     if fs.isdir(path):
         names = [name for suffix in kind.suffixes for name in fs.glob(f"{path}/**/*{suffix}")]
     elif any(sign in path for sign in "*?["):
@@ -162,7 +161,7 @@ def parquet_schema(path: str, source: FileSource) -> pa.Schema:
 
 def size_bytes(paths: list[str]) -> int:
     """Return the stored size of some files in bytes."""
-    return sum(int(fs.size(name)) for fs, name in map(url_to_fs, paths))
+    return sum(int(fs.size(name)) for fs, name in map(file_system, paths))
 
 
 def csv_options(paths: list[str], source: FileSource) -> dict[str, Any]:
@@ -244,7 +243,7 @@ def _nonblank_lines(file: IO[bytes]) -> Iterator[str]:
 @contextmanager
 def _open(path: str, source: FileSource) -> Iterator[IO[bytes]]:
     """Open a file, and decompress it according to its name. Errors become a SourceError that quotes no row."""
-    fs, name = url_to_fs(path)
+    fs, name = file_system(path)
     try:
         with fs.open(name, "rb", compression="infer") as file:
             yield file

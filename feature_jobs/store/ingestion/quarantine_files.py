@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pyarrow as pa
-from fsspec.core import url_to_fs
 
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from cluster.storage import list_files
+from cluster.storage import file_system, list_files
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import SEQ
@@ -62,12 +61,12 @@ class QuarantineFiles:
 
     def publish_pending(self, batch: str, replay_id: str) -> None:
         """Replace a batch's quarantine file by the pending file of a replay."""
-        fs, path = url_to_fs(self.path(batch))
-        fs.mv(url_to_fs(self._pending_path(replay_id))[1], path)
+        fs, path = file_system(self.path(batch))
+        fs.mv(file_system(self._pending_path(replay_id))[1], path)
 
     def remove(self, batch: str) -> None:
         """Remove a batch's quarantine file."""
-        fs, path = url_to_fs(self.path(batch))
+        fs, path = file_system(self.path(batch))
         fs.rm(path)
 
     def read_profile(self, batch: str) -> Profile:

@@ -28,13 +28,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
-from fsspec.core import url_to_fs
 
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from cluster.security.encryption.access import protected_files
-from cluster.storage import exists
+from cluster.storage import exists, file_system
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
@@ -269,5 +268,5 @@ def _write_quarantine(place: BatchLocation, batch: str, current: pa.Table | None
         protection, aad = quarantine_protection(place.view), quarantine_aad(place.view, batch)
         protected_files(place.target.access).write(rows, path, protection, place=aad)
     elif exists(path):
-        fs, name = url_to_fs(path)
+        fs, name = file_system(path)
         fs.rm(name)

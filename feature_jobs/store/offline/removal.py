@@ -19,12 +19,11 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
-from fsspec.core import url_to_fs
 
 from cluster.ledger import Ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.security.encryption.access import protected_files
-from cluster.storage import list_files, read_bytes
+from cluster.storage import file_system, list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, replace_files
 from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, file_aad, select_or_null
@@ -62,7 +61,7 @@ def remove_rows(
     counts = count_matching_rows(pinned, where)
     removed = _rewrite_without(pinned, where, counts, reason)
     _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
-    fs, root = url_to_fs(pinned.uri)
+    fs, root = file_system(pinned.uri)
     for path in counts:
         fs.rm(f"{root}/{path}")
     # A training set may have been built from the previous version in the meantime, so check again.
@@ -191,7 +190,7 @@ def _files_of(uri: str, version: int) -> set[str]:
 
 
 def _is_young(uri: str) -> bool:
-    fs, path = url_to_fs(uri)
+    fs, path = file_system(uri)
     modified: datetime = fs.modified(path)
     return datetime.now(UTC) - modified < GRACE
 

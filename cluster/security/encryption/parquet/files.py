@@ -27,13 +27,12 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
-from fsspec.core import url_to_fs
 
 from cluster.errors import AccessDenied, SchemaMismatch
 from cluster.security.encryption.parquet.footer import PLACE, FileKeys, ProtectedFileCorrupt, read_footer
 from cluster.security.encryption.parquet.protection import Protection
 from cluster.security.keys.store import KeyNotFound, KeyRevoked, KeyStore, KeyStoreUnavailable
-from cluster.storage import dictionary_columns, write_bytes
+from cluster.storage import dictionary_columns, file_system, write_bytes
 
 CACHE_S = 60.0
 _KEY_DENIED = (AccessDenied, KeyRevoked, KeyNotFound)
@@ -125,7 +124,7 @@ class ProtectedFiles:
             OSError: an error of the file system.
         """
         self._expire()
-        fs, path = url_to_fs(uri)
+        fs, path = file_system(uri)
         try:
             with fs.open(path, "rb") as source:
                 if protection is not None:
@@ -150,7 +149,7 @@ class ProtectedFiles:
         Raises:
             ProtectedFileCorrupt: the footer is missing or incomplete.
         """
-        fs, path = url_to_fs(uri)
+        fs, path = file_system(uri)
         with fs.open(path, "rb") as source:
             return read_footer(source)
 

@@ -1,0 +1,93 @@
+"""A double of S3 on loopback: moto. It answers one request at a time, because with several threads two writers who
+create the same file sometimes both succeed.
+
+    python -m tests.servers.object_store PORT
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers.ports import free_port
+
+BUCKET = "falaj"
+
+
+@contextlib.contextmanager
+def object_store() -> Iterator[dict[str, str]]:
+    """Start the server with an empty bucket; yield the environment variables of its clients."""
+    if importlib.util.find_spec("moto") is None:
+        pytest.skip("moto is not installed: nothing was tested against an S3 server")
+    url = f"http://127.0.0.1:{free_port()}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.servers.object_store", url.rpartition(":")[2]],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not _answers(url):
+            assert time.monotonic() < deadline, "moto did not start"
+            time.sleep(0.1)
+        request = urllib.request.Request(f"{url}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def object_store_environment() -> Iterator[str]:
+    """Set the variables in this process; yield the URI of the bucket."""
+    with object_store() as variables:
+        previous = dict(os.environ)
+        os.environ.update(variables)
+        try:
+            yield f"s3://{BUCKET}"
+        finally:
+            os.environ.clear()
+            os.environ.update(previous)
+
+
+def main() -> None:
+    """Serve on a port of the loopback address."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import run_simple
+
+    app = DomainDispatcherApplication(create_backend_app)
+    run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=False)
+
+
+if __name__ == "__main__":
+    main()
