@@ -125,7 +125,7 @@ def replay(
     Nothing is stored if an earlier run has stored the rows already.
 
     Raises:
-        SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table meanwhile.
+        SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table at the same time.
         Inconsistent: the numbers of rows do not add up; nothing was committed.
     """
     batch, target, view = batch_replay.batch, batch_replay.target, batch_replay.view

@@ -38,7 +38,7 @@ def mend_batches(
         actor: name of the actor, for the events.
 
     Raises:
-        SourceError: a batch holds only a part of the source, or another job rewrote the same files meanwhile.
+        SourceError: a batch holds only a part of the source, or another job rewrote the same files at the same time.
     """
     if partial := [batch for batch, is_whole in stored.items() if not is_whole]:
         raise SourceError(

@@ -163,8 +163,8 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
     if result.findings:
         messages = "; ".join(finding.said for finding in result.findings)
         raise BatchRejected(
-            f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch nevertheless "
-            "with batch_rules=report."
+            f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch anyway with "
+            "batch_rules=report."
         )
 
 
