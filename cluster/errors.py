@@ -15,7 +15,7 @@
     │   ├── SourceError               a source that is missing, empty or unreadable
     │   │   ├── SchemaMismatch        a column is missing or has the wrong type
     │   │   └── CommitConflict        another job committed to the table at the same time; nothing was stored
-    │   ├── BatchRefused              too many bad rows, or a failed batch rule: nothing was stored
+    │   ├── BatchRejected             too many bad rows, or a failed batch rule: nothing was stored
     │   ├── TrainingSetError
     │   ├── TrainingFailed            training gave no usable model: the loss is NaN, or no trial of a sweep finished
     │   ├── SkewFound                 a served feature differs from the offline value

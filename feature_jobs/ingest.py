@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, RefusedError, SourceError
@@ -47,15 +45,15 @@ from feature_jobs.batches.reading import (
     select_range,
 )
 from feature_jobs.batches.rules import (
-    apply_batch_rules,
+    CheckedBatch,
+    check_batch,
     describe_ignored,
     load_baseline,
     new_columns,
-    reject_repeated_rows,
     require_few_bad_rows,
     require_no_findings,
 )
-from feature_jobs.batches.storing import CheckedBatch, StoredBatch, empty_batch, store
+from feature_jobs.batches.storing import StoredBatch, empty_batch, store
 from feature_jobs.batches.work import Work
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
@@ -68,10 +66,9 @@ from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatc
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
-from feature_jobs.store.ingestion.validation import REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.view_tables import view_target
+from feature_jobs.view_tables import view_quarantine, view_target
 
 
 class BatchRules(enum.Enum):
@@ -190,7 +187,7 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
         SourceError: the source is missing or cannot be read.
     """
     places = layout(config.storage)
-    quarantine = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
+    quarantine = view_quarantine(view.name, places, actor.access)
     target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
     key_types = offline.stored_key_types(offline.open_table(target.uri), view.join_keys)
     work = Work(config.task_values, lambda: attach(config))
@@ -283,7 +280,7 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
         history.stored,
         template,
         target=run.target,
-        quarantine=run.quarantine.folder,
+        quarantine=run.quarantine,
         ledger=run.ledger,
         actor=run.actor.name,
     )
@@ -329,29 +326,13 @@ def read_or_refuse(run: Run) -> CheckedSource:
     return rows
 
 
-def check(run: Run, rows: CheckedSource) -> CheckedBatch:
-    """Count the rows of a batch, and apply the rules for whole batches."""
-    blocks = reject_repeated_rows(rows.blocks, run.view, run.work)
-    counts: list[_BlockCounts] = run.work.get([run.work.run(_count, block, num_cpus=0.1) for block in blocks])
-    reasons: Counter[str] = Counter()
-    for block in counts:
-        reasons.update(block.reasons)
-    return CheckedBatch(
-        blocks=blocks,
-        sizes=[block.rows for block in counts],
-        reasons=dict(reasons),
-        result=apply_batch_rules(blocks, run.view, run.baseline, run.work, now=dt.datetime.now(dt.UTC)),
-        columns=rows.columns,
-    )
-
-
 def check_or_refuse(run: Run, rows: CheckedSource) -> CheckedBatch:
     """Return the checked batch if it may be stored. Otherwise append an event and raise.
 
     Raises:
         RefusedError: the batch has too many bad rows, or fails a batch rule.
     """
-    checked = check(run, rows)
+    checked = check_batch(rows.blocks, run.view, run.baseline, run.work, columns=rows.columns)
     if checked.rows == 0 and run.source.rows:  # a chunk without rows
         return checked
     try:
@@ -408,17 +389,6 @@ def ingested_event(run: Run, plan: PlannedBatch, stored: StoredBatch, new: list[
         source_columns=batch.columns,
         new_columns=new,
     )
-
-
-class _BlockCounts(NamedTuple):
-    rows: int
-    reasons: dict[str, int]
-    """Number of bad rows by reason."""
-
-
-def _count(block: pa.Table) -> _BlockCounts:
-    reasons = pc.value_counts(block[REASON].drop_null()).to_pylist()
-    return _BlockCounts(block.num_rows, {reason["values"]: reason["counts"] for reason in reasons})
 
 
 if __name__ == "__main__":

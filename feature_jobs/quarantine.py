@@ -16,10 +16,11 @@ from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import exists, layout
+from cluster.storage import layout
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
 from feature_jobs.store.ingestion.quarantine import quarantined
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.view_tables import view_quarantine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,9 +59,7 @@ def main(config: QuarantineConfig) -> None:
         batches = {config.batch: batches[config.batch]}
     total = sum(sum(reasons.values()) for reasons in batches.values())
     print(f"view {spec.name}: {total} rows in quarantine, of {len(batches)} batches")
-    files = QuarantineFiles(
-        folder=layout(config.storage).quarantine(spec.name), view=spec.name, access=actor.access
-    )
+    files = view_quarantine(spec.name, layout(config.storage), actor.access)
     for batch, reasons in batches.items():
         print(f"batch {batch}: {sum(reasons.values())} rows")
         for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
@@ -75,7 +74,7 @@ def print_rows(files: QuarantineFiles, batch: str, limit: int) -> None:
     Raises:
         SourceError: the batch's file is missing.
     """
-    if not exists(files.path(batch)):
+    if not files.exists(batch):
         raise SourceError(f"{files.path(batch)} is missing. Restore it from a backup.")
     for row in files.read(batch).slice(0, limit).select(["reason", "raw"]).to_pylist():
         print(json.dumps({"reason": row["reason"], "row": json.loads(row["raw"])}))

@@ -11,7 +11,6 @@ file. If the command was killed in between, the next run finds the id in the tab
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -36,13 +35,13 @@ from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.quarantine import quarantined
-from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles, replay_id_of
 from feature_jobs.store.ingestion.quarantine_replay import RecheckedRows, recheck_rows
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.store.types.schema import SEQ
-from feature_jobs.view_tables import view_target
+from feature_jobs.store.types.schema import INGESTED, SEQ
+from feature_jobs.view_tables import view_quarantine, view_target
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +79,7 @@ def main(config: ReplayConfig) -> None:
     view, spec = applied_view(config.definitions, config.view, ledger)
     require_not_retired(read_lifecycles(ledger), [view.name], doing="No quarantined rows are replayed.")
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
-    files = QuarantineFiles(folder=places.quarantine(view.name), view=view.name, access=actor.access)
+    files = view_quarantine(view.name, places, actor.access)
     target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
     baseline = load_baseline(ledger, view, files)
     ahead = FutureLimit.of(config.features.max_ahead_s)
@@ -126,7 +125,7 @@ def replay(
     Nothing is stored if an earlier run has stored the rows already.
 
     Raises:
-        SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table meanwhile.
+        SchemaMismatch, SourceError: the rows do not fit the view, or another job wrote to the table at the same time.
         Inconsistent: the numbers of rows do not add up; nothing was committed.
     """
     batch, target, view = batch_replay.batch, batch_replay.target, batch_replay.view
@@ -165,7 +164,7 @@ def commit(batch_replay: BatchReplay, good: pa.Table, record: offline.Batch, *, 
     table = open_or_create(target, schema, view=view)
     seq = offline.last_seq(table)
     num_rows = good.num_rows
-    rows = good.append_column(offline.INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), num_rows))
+    rows = good.append_column(INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), num_rows))
     rows = rows.append_column(SEQ, pa.array(range(seq + 1, seq + 1 + num_rows), pa.int64()))
     files = offline.write_files(rows, target, name=record.ingest_id)
     num_written = sum(file.rows for file in files)
@@ -175,12 +174,6 @@ def commit(batch_replay: BatchReplay, good: pa.Table, record: offline.Batch, *, 
             f"store + {record.rows_quarantined} still bad. Nothing was committed."
         )
     return offline.commit(table, schema, files, record, seq=seq + num_rows)
-
-
-def replay_id_of(batch: str, file: pa.Table) -> str:
-    """Return the id of a replay. It stays the same as long as no row has left the quarantine."""
-    rows = ",".join(map(str, sorted(file[SEQ].to_pylist())))
-    return hashlib.sha256(f"replay:{batch}:{rows}".encode()).hexdigest()[:16]
 
 
 def replayed_event(

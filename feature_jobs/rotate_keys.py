@@ -28,8 +28,8 @@ from cluster.storage import layout
 from feature_jobs.compact import newest_snapshot, record_rewrites
 from feature_jobs.store.catalog.protection import view_key_names, view_resources
 from feature_jobs.store.catalog.specifications import view_spec
-from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline.compaction import current_target, rewrite
+from feature_jobs.view_tables import view_quarantine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,10 +69,7 @@ def main(config: RotateKeysConfig) -> None:
     if config.rewrite:
         pinned = newest_snapshot(config, view, actor)
         rewrite(pinned, current_target(pinned), {file.bucket for file in pinned.files})
-        quarantine = QuarantineFiles(
-            folder=layout(config.storage).quarantine(view.name), view=view.name, access=actor.access
-        )
-        quarantined = quarantine.reencrypt()
+        quarantined = view_quarantine(view.name, layout(config.storage), actor.access).reencrypt()
         replaced = record_rewrites(ledger, view.name, pinned.uri, actor=actor.name)
         print(f"view {view.name}: {replaced} files of the table and {quarantined} quarantined rewritten")
 

@@ -42,7 +42,6 @@ from feature_jobs.store.skew.comparison import (
     AS_OF,
     FLOOR_AS_OF,
     FLOOR_SEQ,
-    INGESTED,
     POSITION,
     REQUESTED,
     FeatureSkew,
@@ -53,7 +52,7 @@ from feature_jobs.store.skew.comparison import (
 )
 from feature_jobs.store.skew.served import TIME, ServedRequests, read_served
 from feature_jobs.store.skew.window_differences import explain_window_differences
-from feature_jobs.store.types.schema import DELETED
+from feature_jobs.store.types.schema import DELETED, INGESTED
 from feature_jobs.view_tables import view_snapshot
 
 NUM_EXAMPLES = 20

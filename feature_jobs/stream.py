@@ -35,7 +35,7 @@ from feature_jobs.store.streaming.micro_batches import Tally
 from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import open_push_log
-from feature_jobs.view_tables import view_target
+from feature_jobs.view_tables import view_quarantine, view_target
 
 LONGEST_WAIT_S = 86_400
 
@@ -146,7 +146,7 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
     return PushStream(
         view=view,
         target=view_target(view, places, actor.access, new_buckets=config.num_buckets),
-        quarantine=places.quarantine(view.name),
+        quarantine=view_quarantine(view.name, places, actor.access),
         log=open_push_log(places, view.name, keys),
         store=open_online_store(config.online, places, keys, readonly=False),
         ledger=ledger,
@@ -177,7 +177,7 @@ def run_kafka(
         view=view,
         topic=view.view.source.topic,
         target=view_target(view.spec, places, actor.access, new_buckets=config.num_buckets),
-        quarantine=places.quarantine(config.view),
+        quarantine=view_quarantine(config.view, places, actor.access),
         store=open_online_store(config.online, places, key_store(actor.access), readonly=False),
         ledger=ledger,
         actor=actor.name,

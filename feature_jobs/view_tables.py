@@ -1,4 +1,4 @@
-"""Open a view's feature table, for reading at one version or for writing."""
+"""Open a view's feature table, for reading at one version or for writing, and its quarantine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from cluster.security.keys.access import KeyAccess
 from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
 
 
@@ -45,3 +46,8 @@ def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_bucket
         protection=view_protection(view),
         access=access,
     )
+
+
+def view_quarantine(view: str, places: Layout, access: KeyAccess) -> QuarantineFiles:
+    """Return the quarantine of the view with this name."""
+    return QuarantineFiles(folder=places.quarantine(view), view=view, access=access)

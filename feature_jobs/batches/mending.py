@@ -11,6 +11,7 @@ import pyarrow as pa
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.mending import BatchLocation, mend
 
@@ -21,7 +22,7 @@ def mend_batches(
     template: BatchMended,
     *,
     target: offline.Target,
-    quarantine: str,
+    quarantine: QuarantineFiles,
     ledger: Ledger,
     actor: str,
 ) -> list[BatchMended]:
@@ -32,12 +33,12 @@ def mend_batches(
         stored: the batches by id; true if the batch holds the whole source.
         template: an event with the view and the source.
         target: the view's table.
-        quarantine: folder of the view's quarantine.
+        quarantine: the view's quarantine.
         ledger: ledger for the events.
         actor: name of the actor, for the events.
 
     Raises:
-        SourceError: a batch holds only a part of the source, or another job rewrote the same files meanwhile.
+        SourceError: a batch holds only a part of the source, or another job rewrote the same files at the same time.
     """
     if partial := [batch for batch, is_whole in stored.items() if not is_whole]:
         raise SourceError(
@@ -53,7 +54,7 @@ def mend_batches(
             protection=target.protection,
             access=target.access,
         )
-        place = BatchLocation(pinned=pinned, target=target, quarantine=quarantine, view=template.view)
+        place = BatchLocation(pinned=pinned, target=target, quarantine=quarantine)
         event = replace(template, batch=batch, mend_id=uuid.uuid4().hex[:16])
         events.append(mend(place, rows, event, ledger, actor=actor))
     return events

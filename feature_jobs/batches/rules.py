@@ -7,6 +7,7 @@ The rules are pure functions: `validation` and `profiling` in `store/ingestion`,
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,6 +41,55 @@ class BatchResult:
 
     profile: Profile
     findings: list[Finding]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedBatch:
+    """A batch after transform and checks."""
+
+    blocks: list[Block]
+    """Validated tables, in the order of the source."""
+    sizes: list[int]
+    """Number of rows of each block."""
+    reasons: dict[str, int]
+    """Number of bad rows by reason."""
+    result: BatchResult
+    columns: list[str]
+    """Columns of the source."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def rows_bad(self) -> int:
+        return sum(self.reasons.values())
+
+
+def check_batch(
+    blocks: list[Block], view: FeatureView, baseline: Profile | None, work: Work, *, columns: list[str]
+) -> CheckedBatch:
+    """Count the rows of a batch, and apply the rules for whole batches.
+
+    Args:
+        blocks: validated blocks.
+        view: the batch's view.
+        baseline: profile of the last good batch, if there is one.
+        work: runs the steps.
+        columns: columns of the source.
+    """
+    blocks = reject_repeated_rows(blocks, view, work)
+    counts: list[_BlockCounts] = work.get([work.run(_count_rows, block, num_cpus=0.1) for block in blocks])
+    reasons: Counter[str] = Counter()
+    for block in counts:
+        reasons.update(block.reasons)
+    return CheckedBatch(
+        blocks=blocks,
+        sizes=[block.rows for block in counts],
+        reasons=dict(reasons),
+        result=apply_batch_rules(blocks, view, baseline, work, now=dt.datetime.now(dt.UTC)),
+        columns=columns,
+    )
 
 
 def reject_repeated_rows(blocks: list[Block], view: FeatureView, work: Work) -> list[Block]:
@@ -93,7 +143,7 @@ def require_few_bad_rows(
         max_bad_share: maximum share of bad rows.
 
     Raises:
-        BatchRefused: the share is larger; the message has the most frequent reason.
+        BatchRejected: the share is larger; the message has the most frequent reason.
     """
     share = sum(reasons.values()) / max(rows, 1)
     if share <= max_bad_share:
@@ -109,13 +159,13 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
     """Refuse a batch that fails a batch rule.
 
     Raises:
-        BatchRefused: the batch fails at least one rule; the message has all of them.
+        BatchRejected: the batch fails at least one rule; the message has all of them.
     """
     if result.findings:
         messages = "; ".join(finding.said for finding in result.findings)
         raise BatchRejected(
-            f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch nevertheless "
-            "with batch_rules=report."
+            f"View '{view.name}': {messages}. Nothing was stored. Correct the source, or store the batch anyway with "
+            "batch_rules=report."
         )
 
 
@@ -125,8 +175,8 @@ def describe_ignored(view: FeatureView, columns: list[str]) -> str:
     The text is empty if there are none, or if the view has a transform, which may read any column.
     """
     source = view.source
-    times = (source.event_timestamp, source.created_timestamp)
-    read = {*view.join_keys, *(field.name for field in view.schema), *times}
+    of_source = (source.event_timestamp, source.created_timestamp, source.deleted)
+    read = {*view.join_keys, *(field.name for field in view.schema), *of_source}
     ignored = [name for name in columns if name not in read and view.transform is None]
     return f"; ignored, because the view does not have them: {', '.join(ignored)}" if ignored else ""
 
@@ -162,6 +212,17 @@ def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
     ]
     before = set(known[-1]) if known else set(columns)
     return [name for name in columns if name not in before]
+
+
+class _BlockCounts(NamedTuple):
+    rows: int
+    reasons: dict[str, int]
+    """Number of bad rows by reason."""
+
+
+def _count_rows(block: pa.Table) -> _BlockCounts:
+    reasons = pc.value_counts(block[REASON].drop_null()).to_pylist()
+    return _BlockCounts(block.num_rows, {reason["values"]: reason["counts"] for reason in reasons})
 
 
 class _FirstPass(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -12,35 +12,12 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import Inconsistent
-from feature_jobs.batches.rules import BatchResult
-from feature_jobs.batches.work import Block, Work
+from feature_jobs.batches.rules import CheckedBatch
+from feature_jobs.batches.work import Work
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.types.schema import SEQ
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckedBatch:
-    """A batch after transform and checks."""
-
-    blocks: list[Block]
-    """Validated tables, in the order of the source."""
-    sizes: list[int]
-    """Number of rows of each block."""
-    reasons: dict[str, int]
-    """Number of bad rows by reason."""
-    result: BatchResult
-    columns: list[str]
-    """Columns of the source."""
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def rows_bad(self) -> int:
-        return sum(self.reasons.values())
+from feature_jobs.store.types.schema import INGESTED, SEQ
 
 
 class StoredBatch(NamedTuple):
@@ -127,7 +104,7 @@ def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
 def stored_schema(validated: pa.Schema) -> pa.Schema:
     """Return the stored columns of validated rows."""
     columns = [column for column in validated if column.name not in (REASON, RAW)]
-    return pa.schema([*columns, pa.field(offline.INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
+    return pa.schema([*columns, pa.field(INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
 
 
 class _WrittenBlock(NamedTuple):
@@ -143,9 +120,9 @@ def _schema(block: pa.Table) -> pa.Schema:
 def _write(block: pa.Table, first_seq: int, target: offline.Target, name: str) -> _WrittenBlock:
     now = pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP)
     num_rows = block.num_rows
-    block = block.append_column(offline.INGESTED, pa.repeat(now, num_rows))
+    block = block.append_column(INGESTED, pa.repeat(now, num_rows))
     block = block.append_column(SEQ, pa.array(range(first_seq, first_seq + num_rows), pa.int64()))
     good = block.filter(pc.is_null(block[REASON])).drop_columns([REASON, RAW])
-    bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, offline.INGESTED, SEQ])
+    bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, INGESTED, SEQ])
     files = offline.write_files(good, target, name=name) if good.num_rows else []
-    return _WrittenBlock(files, bad.rename_columns(["reason", "raw", offline.INGESTED, SEQ]))
+    return _WrittenBlock(files, bad.rename_columns(["reason", "raw", INGESTED, SEQ]))

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
-from feature_jobs.store.catalog.specifications import FieldSpec, OnDemandSpec, ServiceSpec, import_module
+from feature_jobs.store.catalog.specifications import FieldSpec, OnDemandSpec, ServiceSpec
+from feature_jobs.store.definitions.modules import import_module
 from feature_jobs.store.definitions.source_code import source_code
 from feature_jobs.store.definitions.views import DTYPES, Transform
 from feature_jobs.store.types.casting import cast_feature, list_faults

@@ -30,6 +30,7 @@ from feature_jobs.store import (
 )
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline.tables import Snapshot, Target, open_table, snapshot
 from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.online.events import merge_function
@@ -112,7 +113,7 @@ class PushProject:
         return PushStream(
             view=spec,
             target=self.target(),
-            quarantine=self.places.quarantine(spec.name),
+            quarantine=self.quarantine(),
             log=self.log,
             store=self.store,
             ledger=self.ledger,
@@ -131,6 +132,11 @@ class PushProject:
             access=self.access,
         )
 
+    def quarantine(self) -> QuarantineFiles:
+        """The view's quarantine."""
+        name = self.view.spec.name
+        return QuarantineFiles(folder=self.places.quarantine(name), view=name, access=self.access)
+
     def kafka(self, **changes: Any) -> KafkaStream:
         """The stream of the view's topic."""
         given = {"lateness": Lateness(None, LatePolicy.accept)} | changes
@@ -138,7 +144,7 @@ class PushProject:
             view=self.view,
             topic=self.topic.topic,
             target=self.target(),
-            quarantine=self.places.quarantine(self.view.spec.name),
+            quarantine=self.quarantine(),
             store=self.store,
             ledger=self.ledger,
             actor="test",

@@ -306,8 +306,9 @@ def _column(field: Definition) -> str:
 
 
 def _check(check: Definition) -> str:
+    column = [check["column"]] if "column" in check else []
     arguments = [f"{key}={value}" for key, value in check.items() if key not in ("check", "column")]
-    return f"{check.get('check')}({', '.join([check.get('column', ''), *arguments])})"
+    return f"{check.get('check')}({', '.join([*column, *arguments])})"
 
 
 def _code(transform: Definition) -> str:

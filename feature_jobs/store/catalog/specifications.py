@@ -6,12 +6,8 @@ store, replicas) rebuild `ViewSpec` and `ServiceSpec` from events.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from cluster.errors import DefinitionError, FeatureServiceNotFound, FeatureViewNotFound, did_you_mean
@@ -20,6 +16,7 @@ from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from feature_jobs.store.definitions.aggregations import ALL_EVENTS, Function, WindowSpec, window_spec
 from feature_jobs.store.definitions.limits import clamp_span_s
 from feature_jobs.store.definitions.missing import NO_POLICY, MissingPolicy, parse_policy
+from feature_jobs.store.definitions.modules import import_module
 from feature_jobs.store.definitions.services import FeatureService
 from feature_jobs.store.definitions.views import FeatureView
 
@@ -370,29 +367,6 @@ def _service_event(service: FeatureService, module: str) -> FeatureServiceApplie
         on_demand=[transform.definition() for transform in service.on_demand],
         missing=service.missing_definition(),
     )
-
-
-def import_module(module: str) -> ModuleType:
-    """Import a module of definitions, also from the working directory.
-
-    Raises:
-        DefinitionError: The module or one of its imports is missing.
-    """
-    # `ray job submit` runs in the uploaded folder, which is not always on the path.
-    working_dir = str(Path.cwd())
-    if working_dir not in sys.path and "" not in sys.path:
-        sys.path.insert(0, working_dir)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise DefinitionError(
-                f"No module '{module}' for definitions. Run the command in the folder that has it, or add the folder "
-                "to PYTHONPATH."
-            ) from error
-        raise DefinitionError(
-            f"Definitions module '{module}' imports '{error.name}', which is missing."
-        ) from error
 
 
 def _by_name(definitions: Iterable[N], module: str) -> dict[str, N]:

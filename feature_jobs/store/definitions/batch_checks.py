@@ -72,7 +72,7 @@ class Unique(Check):
 
     @property
     def reason(self) -> str:
-        """The reason that a failing row gets. Stored in quarantine, and compared with there."""
+        """The reason that a failing row gets. Quarantine files store it, and a replay compares it with this text."""
         return f"{', '.join(self.of)} not unique in the batch"
 
     def failing_mask(self, rows: pa.Table) -> pa.Array:

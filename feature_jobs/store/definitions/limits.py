@@ -9,7 +9,7 @@ from typing import Any
 from cluster.errors import DefinitionError
 
 LONGEST = timedelta(days=3_652_058)
-"""Longest time span. Times are clamp_span_s the years 1 to 9999, so a longer span would have the same effect."""
+"""Longest time span. All times are in the years 1 to 9999, so a longer span would have the same effect."""
 CENTURY = timedelta(days=36_525)
 MAX_BUCKETS = 65_536
 """Most buckets of a table. Each batch writes one file per bucket."""

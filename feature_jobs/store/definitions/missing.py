@@ -6,7 +6,7 @@ key never comes from a default. They are filled in before on-demand transforms r
 sees. Serving fills values one by one and training fills whole columns; a property test checks that both give the same
 result.
 
-A refusal applies to requests only. In a training set such values stay null, and its report counts them.
+A refusal applies to requests only. In a training set such values stay null, and the manifest has the share of nulls.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError, FeatureAbsent, did_you_mean
+from feature_jobs.store.definitions.limits import EXACT
 from feature_jobs.store.types.columns import replace_columns
 from feature_jobs.store.types.dtypes import from_json, is_rich, online_value, to_json
 
@@ -218,7 +219,7 @@ def _choice_definition(owner: str, choice: Choice, dtype: str) -> dict[str, Any]
         case Default(value=value) if _fits(value, dtype):
             typed = _typed(value, dtype)
             # The ledger writes large whole numbers as text, because not every JSON reader holds them exactly.
-            is_large = isinstance(typed, int) and abs(typed) > 2**53
+            is_large = isinstance(typed, int) and abs(typed) > EXACT
             [json_value] = to_json([str(typed) if is_large else typed], dtype)
             return {"then": "default", "value": json_value}
         case Default():

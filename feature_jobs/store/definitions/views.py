@@ -116,7 +116,7 @@ class FeatureView:
     transform: Transform | None = None
     """Function from the source's columns to the view's columns."""
     checks: Sequence[Check] = ()
-    """Checks that each batch must pass."""
+    """Checks of rows, which send bad rows to quarantine, and of whole batches, which refuse a bad batch."""
     owner: str = ""
     purposes: Sequence[str] = ()
     """Purposes that the data may be used for. Empty allows every purpose."""

@@ -104,7 +104,7 @@ def head(path: str, rows: int, source: FileSource) -> pa.Table:
 
 
 def tables(path: str, rows: int, source: FileSource) -> Iterator[pa.Table]:
-    """Yield a file in parts of about `rows` rows, at least one part.
+    """Yield a file in parts, at least one: of 16 MiB for CSV, of at most `rows` rows for the other formats.
 
     All columns of a CSV file are text. A JSON lines file gives its lines in one column `text`.
 

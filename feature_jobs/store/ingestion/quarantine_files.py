@@ -6,6 +6,7 @@ cannot be read. Files of earlier releases are not bound to a batch; they can sti
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,12 +14,12 @@ import pyarrow as pa
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from cluster.storage import file_system, list_files
+from cluster.storage import exists, file_system, list_files
 from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.store.types.schema import SEQ
+from feature_jobs.store.types.schema import INGESTED, SEQ
 
-COLUMNS = ("reason", "raw", "ingested_at", SEQ)
+COLUMNS = ("reason", "raw", INGESTED, SEQ)
 """Columns of a quarantine file, in order. `raw` is the source row as JSON."""
 
 
@@ -37,6 +38,10 @@ class QuarantineFiles:
     def batches(self) -> list[str]:
         """Return the batches that have a quarantine file."""
         return [_stem(path) for path in list_files(self.folder, ".parquet")]
+
+    def exists(self, batch: str) -> bool:
+        """Return whether a batch has a quarantine file."""
+        return exists(self.path(batch))
 
     def read(self, batch: str) -> pa.Table:
         """Return a batch's quarantined rows.
@@ -87,19 +92,43 @@ class QuarantineFiles:
         )
 
     def reencrypt(self) -> int:
-        """Encrypt all quarantine files and profiles again with the newest key; return the number of files."""
-        files, protection = protected_files(self.access), self._protection
+        """Write all files again under the newest key, and return the number of batches in quarantine."""
+        pending = [_stem(path) for path in list_files(f"{self.folder}/pending", ".parquet")]
         batches = self.batches()
         for batch in batches:
-            path, aad = self.path(batch), quarantine_aad(self.view, batch)
-            files.reprotect(path, path, protection, was=protection, place=aad, unplaced=True)
+            self._reprotect(self.path(batch), quarantine_aad(self.view, batch))
         for path in list_files(f"{self.folder}/profiles", ".parquet"):
-            files.reprotect(path, path, protection, was=protection, place=self._profile_aad(_stem(path)))
+            self._reprotect(path, self._profile_aad(_stem(path)))
+        self._reencrypt_pending(pending, batches)
         return len(batches)
 
     @property
     def _protection(self) -> Protection:
         return quarantine_protection(self.view)
+
+    def _reencrypt_pending(self, pending: list[str], batches: list[str]) -> None:
+        """Write the pending files of killed replays again, and delete those that no replay can publish any more.
+
+        A pending file is bound to its batch, but its name has only the replay id. Each batch with rows in quarantine
+        has one possible replay id, which its next replay looks for.
+        """
+        if not pending:
+            return
+        batch_of = {replay_id_of(batch, self.read(batch)): batch for batch in batches}
+        for replay_id in pending:
+            path = self._pending_path(replay_id)
+            if replay_id in batch_of:
+                self._reprotect(path, quarantine_aad(self.view, batch_of[replay_id]))
+            elif exists(path):  # a replay may have published it in the meantime
+                fs, name = file_system(path)
+                fs.rm(name)
+
+    def _reprotect(self, path: str, aad: str) -> None:
+        protection = self._protection
+        # Only files of earlier releases have no AAD. They get one here.
+        protected_files(self.access).reprotect(
+            path, path, protection, was=protection, place=aad, unplaced=True
+        )
 
     def _write(self, rows: pa.Table, path: str, batch: str) -> None:
         # A file of an earlier release may lack a column.
@@ -116,6 +145,12 @@ class QuarantineFiles:
 
     def _profile_aad(self, batch: str) -> str:
         return f"{self.view}/profiles/{batch}.parquet"
+
+
+def replay_id_of(batch: str, file: pa.Table) -> str:
+    """Return the id of a batch's next replay. It stays the same as long as no row has left the quarantine."""
+    rows = ",".join(map(str, sorted(file[SEQ].to_pylist())))
+    return hashlib.sha256(f"replay:{batch}:{rows}".encode()).hexdigest()[:16]
 
 
 def _stem(path: str) -> str:

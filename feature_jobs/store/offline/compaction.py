@@ -20,7 +20,8 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import Inconsistent, SourceError
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, Target
+from feature_jobs.store.offline.tables import BucketFile, Snapshot, Target
+from feature_jobs.store.types.schema import BUCKET
 
 MAX_COMMITS = 10
 """How often a commit is tried while other writers commit to the same table."""

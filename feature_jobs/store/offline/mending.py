@@ -33,17 +33,16 @@ from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from cluster.security.encryption.access import protected_files
-from cluster.storage import exists, file_system
-from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
+from feature_jobs.store.ingestion.quarantine_files import COLUMNS, QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import replace_files
 from feature_jobs.store.offline.removal import file_without
-from feature_jobs.store.offline.tables import INGESTED, TIMESTAMP, BucketFile, Snapshot, Target
-from feature_jobs.store.types.schema import DELETED, SEQ
+from feature_jobs.store.offline.tables import TIMESTAMP, BucketFile, Snapshot, Target
+from feature_jobs.store.types.schema import DELETED, INGESTED, SEQ
 
 _KEY = "falaj.mend"
-_QUARANTINE = pa.schema({"reason": pa.string(), "raw": pa.string(), INGESTED: TIMESTAMP, SEQ: pa.int64()})
+_QUARANTINE = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), TIMESTAMP, pa.int64()), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +52,13 @@ class BatchLocation:
     pinned: Snapshot
     """The newest version of the table."""
     target: Target
-    quarantine: str
-    """Quarantine folder of the view."""
-    view: str
+    quarantine: QuarantineFiles
+    """Quarantine of the view."""
 
-    def quarantine_file(self, batch: str) -> str:
-        """Return the path of the batch's quarantine file."""
-        return f"{self.quarantine}/{batch}.parquet"
+    @property
+    def view(self) -> str:
+        """Name of the view."""
+        return self.quarantine.view
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +93,7 @@ def mend(
         SourceError: the batch had another number of rows, or another job rewrote the same files at the same time.
     """
     record_mendings(place, ledger, actor=actor)
-    quarantined = _read_quarantine(place, event.batch)
+    quarantined = _read_quarantine(place.quarantine, event.batch)
     difference = compare(place.pinned, _with_sequence(place, rows, event.batch), quarantined)
     event = replace(
         event,
@@ -107,15 +106,15 @@ def mend(
         reasons=dict(Counter(difference.bad["reason"].to_pylist())),
     )
     if not difference.put.num_rows and not difference.outdated:
-        _write_quarantine(place, event.batch, quarantined, difference.bad)
+        _write_quarantine(place.quarantine, event.batch, quarantined, difference.bad)
         ledger.append(event, actor=actor)
         return event
     # Until the table is rewritten, the quarantine holds the old and the new bad rows, so that a crash loses none.
     still_bad = pc.is_in(quarantined[SEQ], difference.bad[SEQ].combine_chunks())
     all_bad = pa.concat_tables([difference.bad, quarantined.filter(pc.invert(still_bad))])
-    _write_quarantine(place, event.batch, quarantined, all_bad)
+    _write_quarantine(place.quarantine, event.batch, quarantined, all_bad)
     _rewrite(place, difference, event)
-    _write_quarantine(place, event.batch, None, difference.bad)
+    _write_quarantine(place.quarantine, event.batch, None, difference.bad)
     recorded = record_mendings(place, ledger, actor=actor)
     return recorded[-1] if recorded else event
 
@@ -238,35 +237,23 @@ def _quarantine_rows(rows: pa.Table) -> pa.Table:
     return renamed.add_column(2, INGESTED, now)
 
 
-def _read_quarantine(place: BatchLocation, batch: str) -> pa.Table:
+def _read_quarantine(files: QuarantineFiles, batch: str) -> pa.Table:
     """Read the quarantine file of a batch. Without a file the result has no rows."""
-    path = place.quarantine_file(batch)
-    if not exists(path):
-        return _QUARANTINE.empty_table()
-    rows = protected_files(place.target.access).read(
-        path,
-        protection=quarantine_protection(place.view),
-        place=quarantine_aad(place.view, batch),
-        unplaced=True,
-    )
-    return rows.select(_QUARANTINE.names)
+    return files.read(batch).select(_QUARANTINE.names) if files.exists(batch) else _QUARANTINE.empty_table()
 
 
 def _content(rows: pa.Table) -> list[tuple[int, str, str]]:
     return sorted(zip(*(rows[name].to_pylist() for name in (SEQ, "reason", "raw")), strict=True))
 
 
-def _write_quarantine(place: BatchLocation, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
+def _write_quarantine(files: QuarantineFiles, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
     """Write the quarantine file of a batch, or delete it if there are no rows.
 
     `current` is the present content of the file. Nothing is written if it is already right; None always writes.
     """
     if current is not None and _content(current) == _content(rows):
         return
-    path = place.quarantine_file(batch)
     if rows.num_rows:
-        protection, aad = quarantine_protection(place.view), quarantine_aad(place.view, batch)
-        protected_files(place.target.access).write(rows, path, protection, place=aad)
-    elif exists(path):
-        fs, name = file_system(path)
-        fs.rm(name)
+        files.write(batch, rows)
+    elif files.exists(batch):
+        files.remove(batch)

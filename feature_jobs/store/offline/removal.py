@@ -26,7 +26,8 @@ from cluster.security.encryption.access import protected_files
 from cluster.storage import file_system, list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, replace_files
-from feature_jobs.store.offline.tables import BUCKET, BucketFile, Snapshot, file_aad, select_or_null
+from feature_jobs.store.offline.tables import BucketFile, Snapshot, file_aad, select_or_null
+from feature_jobs.store.types.schema import BUCKET
 
 GRACE = timedelta(days=1)
 """A younger file that no table version refers to may belong to a running job, so it is not touched."""

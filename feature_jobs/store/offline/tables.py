@@ -26,9 +26,9 @@ from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import AVAILABLE
-from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
+from feature_jobs.store.types.casting import same_type
+from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, SEQ
 
-BUCKET, INGESTED = "bucket", "ingested_at"
 TIMESTAMP = pa.timestamp("us", "UTC")
 _SEQ_APP, _BATCH_APP = "falaj.seq", "falaj.batch."
 _BUCKETS_KEY, _BATCH_KEY = "falaj.buckets", "falaj.batch"
@@ -396,9 +396,3 @@ def select_or_null(table: pa.Table, names: Sequence[str]) -> pa.Table:
         return table.select(list(names))
     nulls = pa.nulls(table.num_rows)
     return pa.table([table[name] if name in present else nulls for name in names], names=list(names))
-
-
-def same_type(stored: pa.DataType, new: pa.DataType) -> bool:
-    """Return whether a stored column can take values of a type. Encodings of text count as one type."""
-    names = {str(stored), str(new)}
-    return stored == new or names <= {"string", "large_string", "string_view"}

@@ -117,6 +117,21 @@ def header_of(packed: bytes) -> Header:
     return Header(event - _OFFSET, created - _OFFSET, seq - _OFFSET, bool(flags & _DELETED), layout)
 
 
+def online_row(header: Header, found: FoundRow | None) -> OnlineRow:
+    """Return a stored row without its keys."""
+    values: Sequence[Any] = ()
+    if found is not None:
+        _, _, _, values = found
+    return OnlineRow(
+        keys=(),
+        event_us=header.event_us,
+        created_us=header.created_us,
+        seq=header.seq,
+        values=values,
+        deleted=header.deleted,
+    )
+
+
 def rank_of(row: OnlineRow) -> bytes:
     """Return the rank of a row, which the engines compare as bytes."""
     return struct.pack(">QQQ", row.event_us + _OFFSET, row.created_us + _OFFSET, row.seq + _OFFSET)

@@ -27,11 +27,11 @@ from feature_jobs.store.online.rows import (
     EVERYTHING,
     Block,
     FoundRow,
-    Header,
     Horizon,
     OnlineRow,
     RowCipher,
     header_of,
+    online_row,
     open_hash_key,
     rank_of,
 )
@@ -292,9 +292,9 @@ class OnlineStore:
             carried = []
             for (address, packed, staged), old_row, new_row in zip(recent, old, new, strict=True):
                 row: OnlineRow | None
-                row = previous_row = _online_row(header_of(packed), old_row)
+                row = previous_row = online_row(header_of(packed), old_row)
                 if merge is not None:
-                    staged_row = None if staged is None else _online_row(header_of(staged), new_row)
+                    staged_row = None if staged is None else online_row(header_of(staged), new_row)
                     row = merge(staged_row, previous_row, horizon)
                 if row is not None:
                     carried.append((address, cipher.pack(address, row, layout, 0)))
@@ -314,7 +314,7 @@ class OnlineStore:
         found = generation.cipher.unpack(addresses, stored, generation.plans)
         writes = []
         for change, address, packed, found_row in zip(changes, addresses, stored, found, strict=True):
-            old_row = None if packed is None else _online_row(header_of(packed), found_row)
+            old_row = None if packed is None else online_row(header_of(packed), found_row)
             row = change.make(old_row, generation.meta.materialised)
             if row is not None:
                 content = generation.cipher.pack(address, row, generation.meta.layouts[number], number)
@@ -370,21 +370,6 @@ class OnlineStore:
         classes = sorted({part.sensitivity for plan in plans for part in plan.parts})
         cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
         return _Generation(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, expires_at=expires_at)
-
-
-def _online_row(header: Header, found: FoundRow | None) -> OnlineRow:
-    """Return a stored row without its keys."""
-    values: Sequence[object] = ()
-    if found is not None:
-        _, _, _, values = found
-    return OnlineRow(
-        keys=(),
-        event_us=header.event_us,
-        created_us=header.created_us,
-        seq=header.seq,
-        values=values,
-        deleted=header.deleted,
-    )
 
 
 class _Counter:

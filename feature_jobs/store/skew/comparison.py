@@ -23,11 +23,10 @@ from typing import Any
 import polars as pl
 
 from feature_jobs.store.offline.point_in_time import AVAILABLE
-from feature_jobs.store.types.schema import CREATED, EVENT, SEQ
+from feature_jobs.store.types.schema import CREATED, EVENT, INGESTED, SEQ
 
 POSITION, AS_OF, REQUESTED = "__position", "__as_of", "__requested"
 FLOOR_SEQ, FLOOR_AS_OF = "__floor_seq", "__floor_as_of"
-INGESTED = "ingested_at"
 _ONLINE, _OFFLINE, _EXPLAINED = "__online", "__known", "__excused"
 _VALUE, _AVAILABLE, _RANK = "__value", "__available", "__rank"
 _VISIBLE, _FRESH, _AT_FLOOR = "__visible", "__fresh", "__at_floor"

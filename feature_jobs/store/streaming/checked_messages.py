@@ -65,7 +65,7 @@ class CheckedMessages:
             if start > committed[number] + 1:
                 raise Inconsistent(
                     f"Partition {number} was read from offset {start}, but the table has it only up to "
-                    f"{committed[number]}. Nothing was stored. Start the readers again from the table's offsets."
+                    f"{committed[number]}. Nothing was stored. Run the command again: it reads from the table's offset."
                 )
         is_new = np.zeros(len(self), dtype=bool)
         for number, offset in committed.items():

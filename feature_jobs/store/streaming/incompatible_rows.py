@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.ingestion.validation import json_form
-from feature_jobs.store.offline.tables import same_type
 from feature_jobs.store.streaming.push_log import PushRecord
+from feature_jobs.store.types.casting import same_type
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT
 
 

@@ -30,6 +30,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.pushed_rows import ONLINE_FUTURE_LIMIT, POSITION, CheckedRows
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import put_online
@@ -83,7 +84,7 @@ class KafkaStream:
     view: PushedView
     topic: str
     target: Target
-    quarantine: str
+    quarantine: QuarantineFiles
     store: OnlineStore
     ledger: Ledger
     actor: str
@@ -110,7 +111,7 @@ class KafkaStream:
             self._finish(table)
         if position(table, GENERATION_APP) < self.generation:
             claim = self._batch(_NO_ROWS, {}, offline.last_seq(table) + 1, 0)
-            store_batch(table, claim, self.target, view=self.view.spec, quarantine=self.quarantine)
+            store_batch(table, claim, self.target, quarantine=self.quarantine)
 
     def offsets(self, partitions: Sequence[int]) -> dict[int, int]:
         """Return the offset from which to read each partition."""
@@ -179,9 +180,7 @@ class KafkaStream:
         batch = self._batch(
             judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
         )
-        stored, self._table = store_batch(
-            table, batch, self.target, view=self.view.spec, quarantine=self.quarantine
-        )
+        stored, self._table = store_batch(table, batch, self.target, quarantine=self.quarantine)
         self.tally.add(stored)
         self._put_online(batch.good)
         self._append_event(stored, self._table.version())

@@ -19,14 +19,13 @@ from deltalake import DeltaTable
 
 from cluster.errors import CommitConflict, Inconsistent
 from cluster.ledger.events import BatchIngested
-from cluster.security.encryption.access import protected_files
-from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.pushed_rows import POSITION
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import INGESTED, TIMESTAMP, Batch, Target, last_seq
+from feature_jobs.store.offline.tables import TIMESTAMP, Batch, Target, last_seq
 from feature_jobs.store.online.rows import Horizon
-from feature_jobs.store.types.schema import SEQ
+from feature_jobs.store.types.schema import BUCKET, INGESTED, SEQ
 
 PUSH_APP, PUSH_SEQ_APP = "falaj.push", "falaj.push.seq"
 """Application transactions: the number of the last push-log row in the table, and its `ingest_seq`."""
@@ -89,7 +88,7 @@ def refresh(table: DeltaTable | None, uri: str) -> DeltaTable | None:
 
 
 def store_batch(
-    table: DeltaTable | None, rows: MicroBatch, target: Target, *, view: ViewSpec, quarantine: str
+    table: DeltaTable | None, rows: MicroBatch, target: Target, *, quarantine: QuarantineFiles
 ) -> tuple[Batch, DeltaTable]:
     """Write the files of a batch and commit them together with the position.
 
@@ -97,8 +96,7 @@ def store_batch(
         table: the version from which the position was read; None if there is no table yet.
         rows: the batch.
         target: the table.
-        view: view of the table.
-        quarantine: quarantine folder of the view.
+        quarantine: quarantine of the table's view.
 
     Returns:
         What the commit records about the batch, and the table after the commit.
@@ -110,13 +108,13 @@ def store_batch(
     """
     if rows.good.num_rows + rows.bad.num_rows != rows.rows_in:
         raise Inconsistent(
-            f"View '{view.name}': {rows.rows_in} rows in are not {rows.good.num_rows} good + {rows.bad.num_rows} bad. "
-            "Nothing was committed."
+            f"View '{quarantine.view}': {rows.rows_in} rows in are not {rows.good.num_rows} good + "
+            f"{rows.bad.num_rows} bad. Nothing was committed."
         )
     now = pa.scalar(dt.datetime.now(dt.UTC), TIMESTAMP)
     good = rows.good.append_column(INGESTED, pa.repeat(now, rows.good.num_rows))
     before = _numbers(table, rows.positions)
-    table = _with_columns_of(table, good, target, view=view.name)
+    table = _with_columns_of(table, good, target, view=quarantine.view)
     if _numbers(table, rows.positions) != before:
         raise CommitConflict(
             f"Another job streamed into {target.uri} at the same time. Nothing was stored. Run it again."
@@ -129,7 +127,7 @@ def store_batch(
         rows_stored=good.num_rows,
         rows_quarantined=rows.bad.num_rows,
         reasons=dict(Counter(rows.bad["reason"].to_pylist())),
-        quarantine=_write_bad(rows, now, target, view=view.name, quarantine=quarantine),
+        quarantine=_write_bad(rows, now, quarantine),
         rows_late=rows.rows_late,
     )
     schema = good.schema if good.num_rows else _table_schema(table)
@@ -161,15 +159,12 @@ def with_sequence(rows: pa.Table, first: int) -> pa.Table:
     return rows.drop_columns([POSITION]).append_column(SEQ, numbers)
 
 
-def _write_bad(rows: MicroBatch, now: pa.Scalar, target: Target, *, view: str, quarantine: str) -> str | None:
+def _write_bad(rows: MicroBatch, now: pa.Scalar, quarantine: QuarantineFiles) -> str | None:
     """Write the bad rows of a batch to quarantine and return the file's name; None if there are no bad rows."""
     if not rows.bad.num_rows:
         return None
-    name = f"{rows.ingest_id}.parquet"
-    bad = rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows))
-    aad = quarantine_aad(view, rows.ingest_id)
-    protected_files(target.access).write(bad, f"{quarantine}/{name}", quarantine_protection(view), place=aad)
-    return name
+    quarantine.write(rows.ingest_id, rows.bad.append_column(INGESTED, pa.repeat(now, rows.bad.num_rows)))
+    return f"{rows.ingest_id}.parquet"
 
 
 def _numbers(table: DeltaTable | None, positions: Mapping[str, int]) -> list[int]:
@@ -190,4 +185,4 @@ def _with_columns_of(table: DeltaTable | None, rows: pa.Table, target: Target, *
 
 def _table_schema(table: DeltaTable) -> pa.Schema:
     schema = pa.schema(table.schema().to_arrow())
-    return pa.schema([column for column in schema if column.name != offline.BUCKET])
+    return pa.schema([column for column in schema if column.name != BUCKET])

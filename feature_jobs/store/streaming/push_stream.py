@@ -22,6 +22,7 @@ from cluster.ledger.events import BatchIngested
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.pushed_rows import POSITION
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import Batch, Target
 from feature_jobs.store.online.events import assign_sequence_online
@@ -49,7 +50,7 @@ class PushStream:
 
     view: ViewSpec
     target: Target
-    quarantine: str
+    quarantine: QuarantineFiles
     log: PushLog
     store: OnlineStore
     ledger: Ledger
@@ -85,7 +86,7 @@ class PushStream:
             )
         records = self._compatible(records, table)
         batch = micro_batch(records, first_seq=1 + (-1 if table is None else offline.last_seq(table)))
-        stored, table = store_batch(table, batch, self.target, view=self.view, quarantine=self.quarantine)
+        stored, table = store_batch(table, batch, self.target, quarantine=self.quarantine)
         self._finish(table, records[-1].last, stored)
         self.tally.add(stored)
         return batch.rows_in

@@ -237,3 +237,8 @@ def _mismatch(
 ) -> SchemaMismatch:
     tail = f" ({reason})" if reason else ""
     return SchemaMismatch(f"Column '{name}' should be {expected}, the source has {actual}{tail}.")
+
+
+def same_type(stored: pa.DataType, new: pa.DataType) -> bool:
+    """Return whether a stored column can take values of a type. Encodings of text count as one type."""
+    return stored == new or (is_text(stored) and is_text(new))

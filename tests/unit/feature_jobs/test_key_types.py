@@ -65,7 +65,7 @@ def ingest_text(project: PushProject, *people: str) -> None:
     batch = MicroBatch(
         ingest_id="files", rows_in=count, good=good, bad=bad, last_seq=count - 1, positions={"files": 1}
     )
-    store_batch(None, batch, project.target(), view=project.view.spec, quarantine="")
+    store_batch(None, batch, project.target(), quarantine=project.quarantine())
 
 
 def read(project: PushProject, spec: ViewSpec, person: Any) -> list[Any]:

@@ -63,9 +63,7 @@ def mending_place(project: FeatureProject) -> BatchLocation:
         protection=view_protection(spec),
         access=project.access,
     )
-    return BatchLocation(
-        pinned=project.newest(), target=target, quarantine=f"{project.root}/quarantine", view="income"
-    )
+    return BatchLocation(pinned=project.newest(), target=target, quarantine=quarantine(project))
 
 
 def ingest(project: FeatureProject, batch: str, rows: Sequence[Row]) -> None:

@@ -87,6 +87,13 @@ def test_policy_is_part_of_the_version_unless_it_is_null() -> None:
     assert whole == fraction not in versions
 
 
+@pytest.mark.parametrize("number", [2**53 - 1, 2**53, -(2**53), 2**53 + 1])
+def test_default_may_be_a_whole_number_that_json_does_not_hold_exactly(ledger: Ledger, number: int) -> None:
+    """The ledger has it as text."""
+    spec = applied(ledger, service({"visits__count_1d": Default(number)}))
+    assert spec.missing.defaults == {"visits__count_1d": number}
+
+
 def test_ledger_has_the_policy(ledger: Ledger) -> None:
     """A feature's policy takes precedence over its view's. Events of older releases have no policy."""
     missing = {

@@ -15,7 +15,17 @@ from cluster.errors import BreakingChange
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewApplied, ModelRegistered
 from feature_jobs.apply import views_without_purpose
-from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
+from feature_jobs.store import (
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    NotNull,
+    Range,
+    RowCount,
+    Sensitivity,
+)
 from feature_jobs.store.catalog.differences import Impact, view_changes
 from feature_jobs.store.catalog.plan import Operation, Plan, make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.recorded import read_recorded
@@ -114,6 +124,8 @@ def planned(ledger: Ledger, *views: FeatureView) -> Plan:
             Impact.breaking,
         ),
         ({"checks": [NotNull("amount")]}, "+ check NotNull(amount)", Impact.safe),
+        ({"checks": [RowCount(2.0)]}, "+ check RowCount(factor=2.0)", Impact.safe),
+        ({"checks": [Range("amount", minimum=0)]}, "+ check Range(amount, minimum=0", Impact.safe),
         ({"owner": "risk"}, "owner none -> risk", Impact.safe),
         ({"purposes": ["credit"]}, "purposes credit, fraud -> credit", Impact.restricts),
         ({"purposes": []}, "purposes credit, fraud -> all", Impact.safe),

@@ -18,7 +18,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import ProtectedFileCorrupt
-from cluster.security.keys.access import KeyAccess
+from cluster.security.keys.access import KeyAccess, key_store
 from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
 from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique
@@ -269,6 +269,43 @@ def test_replay_killed_before_its_commit_loses_nothing(
     assert len(quarantined_rows(batch_replay)) == 3
     run_replay(batch_replay)
     assert stored_amounts(batch_replay) == [-2.0, -1.0]
+
+
+def key_versions(files: QuarantineFiles) -> set[str]:
+    """Return the key versions of a view's quarantine files, with those of unfinished replays."""
+    wrapped = [
+        protected_files(files.access).keys(str(path)).wrapped
+        for path in Path(files.folder).rglob("*.parquet")
+    ]
+    return {text.split(":")[1] for keys in wrapped for text in keys.values()}
+
+
+def rotate_quarantine_key(files: QuarantineFiles) -> str:
+    """Rotate the key, encrypt the quarantine again, and return the new key version."""
+    version = key_store(files.access).rotate("quarantine/income/sensitive")
+    assert files.reencrypt() == len(files.batches())
+    return f"v{version}"
+
+
+def test_rotation_encrypts_the_rows_of_a_killed_replay_again(batch_replay: job.BatchReplay) -> None:
+    """The replay was killed after its commit. Its end must not bring back rows under the old key."""
+    job.replay(batch_replay, None, now=NOW)
+    newest = rotate_quarantine_key(batch_replay.files)
+    assert key_versions(batch_replay.files) == {newest}
+    run_replay(batch_replay)
+    assert key_versions(batch_replay.files) == {newest}
+    assert [amount for amount, _ in quarantined_rows(batch_replay)] == [-3.0]
+    assert stored_amounts(batch_replay) == [-2.0, -1.0]
+
+
+def test_rotation_deletes_rows_that_no_replay_can_publish(batch_replay: job.BatchReplay) -> None:
+    """The batch's rows changed after a replay was killed, so no later replay has the id of the pending file."""
+    files = batch_replay.files
+    job.replay(batch_replay, None, now=NOW)
+    files.write("b1", quarantine_of(block([-1.0, -2.0]), NOT_NEGATIVE))
+    newest = rotate_quarantine_key(files)
+    assert key_versions(files) == {newest}
+    assert [path.name for path in Path(files.folder).rglob("*.parquet")] == ["b1.parquet"]
 
 
 def test_quarantine_file_is_removed_once_all_rows_are_good(batch_replay: job.BatchReplay) -> None:

@@ -23,6 +23,8 @@ from feature_jobs.batches.multiple_views import (
     validate_views,
     views_with_batches,
 )
+from feature_jobs.batches.rules import describe_ignored
+from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
@@ -154,6 +156,19 @@ def test_batch_with_too_many_bad_rows_is_refused_with_an_event(project: BatchPro
         project.ingest("csv", source={"path": f"{project.root}/rows*.jsonl"}, max_bad_share=0.1)
     *_, last = project.ledger.entries(BatchRefusedEvent)
     assert (last.payload["view"], last.payload["rows_bad"]) == ("csv", 2)
+
+
+def test_new_column_of_tombstones_is_not_reported_as_ignored() -> None:
+    """The view reads it, though it is not a field. Other new columns are ignored."""
+    source = FileSource("x.parquet", event_timestamp="at", created_timestamp="known", deleted="gone")
+    view = FeatureView(
+        "view",
+        entities=[Entity("meter", join_keys=["meter_id"])],
+        source=source,
+        schema=[Field("watts", "float64")],
+    )
+    assert describe_ignored(view, ["meter_id", "watts", "at", "known", "gone"]) == ""
+    assert describe_ignored(view, ["gone", "note"]) == "; ignored, because the view does not have them: note"
 
 
 ZONED = """
