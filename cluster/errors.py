@@ -15,13 +15,13 @@
     │   ├── SourceError               a source that is missing, empty or unreadable
     │   │   ├── SchemaMismatch        a column is missing or has the wrong type
     │   │   └── CommitConflict        another job committed to the table at the same time; nothing was stored
-    │   ├── BatchRefused              too many bad rows, or a failed batch rule: nothing was stored
+    │   ├── BatchRejected             too many bad rows, or a failed batch rule: nothing was stored
     │   ├── TrainingSetError
     │   ├── TrainingFailed            training gave no usable model: the loss is NaN, or no trial of a sweep finished
     │   ├── SkewFound                 a served feature differs from the offline value
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file differs from the registered one
-    │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/parquet`)
+    │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/encryption/parquet`)
     │   ├── RecordLogCorrupt          a log of predictions or outcomes was changed, or a part of it is missing
     │   ├── KeyNotFound, KeyRevoked … errors of a key store; the tree continues in `security/keys/store.py`
     │   ├── LedgerCorrupt             the hash chain is broken

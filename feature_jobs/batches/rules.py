@@ -92,7 +92,7 @@ def require_few_bad_rows(
         max_bad_share: maximum share of bad rows.
 
     Raises:
-        BatchRefused: the share is larger; the message has the most frequent reason.
+        BatchRejected: the share is larger; the message has the most frequent reason.
     """
     share = sum(reasons.values()) / max(rows, 1)
     if share <= max_bad_share:
@@ -108,7 +108,7 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
     """Refuse a batch that fails a batch rule.
 
     Raises:
-        BatchRefused: the batch fails at least one rule; the message has all of them.
+        BatchRejected: the batch fails at least one rule; the message has all of them.
     """
     if result.findings:
         messages = "; ".join(finding.said for finding in result.findings)
