@@ -32,23 +32,21 @@ def main() -> None:
     parser.add_argument(
         "--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events"
     )
-    parser.add_argument(
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
         "--emit",
         action="store_true",
         help="send the OpenLineage events to the transport that OPENLINEAGE_URL or openlineage.yml configures",
     )
-    parser.add_argument("--output", type=Path, help="file to write instead of standard output")
+    target.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
         model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
+        if arguments.emit:
+            _emit(model_trace, arguments.namespace)
+            return
     except RefusedError as error:
         refuse(error)
-    if arguments.emit:
-        try:
-            _emit(model_trace, arguments.namespace)
-        except RefusedError as error:
-            refuse(error)
-        return
     text = _formatted(model_trace, arguments.format, arguments.namespace) + "\n"
     if arguments.output is None:
         sys.stdout.write(text)
