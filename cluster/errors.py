@@ -21,7 +21,7 @@
     │   ├── SkewFound                 a served feature differs from the offline value
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file differs from the registered one
-    │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/parquet`)
+    │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/encryption/parquet`)
     │   ├── RecordLogCorrupt          a log of predictions or outcomes was changed, or a part of it is missing
     │   ├── KeyNotFound, KeyRevoked … errors of a key store; the tree continues in `security/keys/store.py`
     │   ├── LedgerCorrupt             the hash chain is broken

@@ -188,7 +188,7 @@ class IssuerConfig:
     purpose_claim: str = "purpose"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
-    """Claim whose scopes `model:<name>` list the models that the principal may query. Without such a scope, the role
+    """Claim whose scopes `model:<name>` list the models that the principal may use. Without such a scope, the role
     alone decides."""
 
     def __post_init__(self) -> None:

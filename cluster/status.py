@@ -1,13 +1,12 @@
 """`python -m cluster.status [--env | --json] [key=value …]`: show the cluster's state, or the variables to reach it.
 
-Exit code 1 means that a part does not run, applications are not restored yet, or a path is open to other users of this
-machine.
+Exit code 1 means that a part does not run, applications are not restored yet, or a path has a wrong owner or wrong
+permissions.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -51,7 +50,7 @@ class Health:
 
     parts: list[PartStatus]
     problems: list[str]
-    """Paths that are open to other users."""
+    """Paths with a wrong owner or wrong permissions, and folders that are missing."""
     restoring: bool
     """Whether applications of a lost head are not all restored yet."""
 
@@ -108,8 +107,8 @@ def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
     It is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
     """
     try:
-        owner = os.geteuid() if record.owner_uid is None else record.owner_uid
-        with open_own(urllib.request.Request(record.metrics_url), owner=owner, timeout_s=5) as response:
+        request = urllib.request.Request(record.metrics_url)
+        with open_own(request, owner=record.owner, timeout_s=5) as response:
             return servers_down(response.read().decode())
     except (urllib.error.URLError, OSError):
         return {}
@@ -152,7 +151,7 @@ def _show_health(cluster_health: Health) -> None:
     elif lacking:
         print("  the supervisor restarts them; `python -m cluster.up` waits until all run")
     problems = cluster_health.problems
-    print("permissions    " + ("closed to other users" if not problems else "OPEN to other users:"))
+    print("permissions    " + ("closed to other users" if not problems else "problems:"))
     for problem in problems:
         print(f"  {problem}")
     if problems:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -43,7 +43,11 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def ensure_signer(keys: Path) -> Signer:
-    """Return the signer of a keys folder. Its key is created on first use, with mode 0600."""
+    """Return the signer of a keys folder. Its key is created on first use, with mode 0600.
+
+    Raises:
+        ConfigError: The key file holds no Ed25519 private key.
+    """
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (keys / PRIVATE_NAME).exists():
         _create_keys(keys)
@@ -75,10 +79,23 @@ def _create_keys(keys: Path) -> None:
 
 
 def _read_signer(path: Path) -> Signer:
-    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+    ) as error:  # damaged, under a password, of another type
+        raise _no_private_key(path) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path} holds no Ed25519 private key. Restore the ledger's signing key.")
+        raise _no_private_key(path)
     return Signer(key)
+
+
+def _no_private_key(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} holds no Ed25519 private key. Restore the ledger's signing key from a backup."
+    )
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:

@@ -51,7 +51,7 @@ class Projection:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """Return a connection to tables with all current events applied."""
+        """Yield a connection to the tables, after all current events are applied to them."""
         if self._position() < self._ledger.head():
             self._catch_up()
         with self._ledger.engine.connect() as connection:

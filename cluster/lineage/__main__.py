@@ -9,9 +9,10 @@ from pathlib import Path
 
 from openlineage.client import OpenLineageClient
 from openlineage.client.serde import Serde
+from openlineage.client.transport.console import ConsoleTransport
 
 from cluster.entrypoint import refuse
-from cluster.errors import RefusedError
+from cluster.errors import ConfigError, RefusedError
 from cluster.lineage.openlineage import run_events
 from cluster.lineage.trace import ModelTrace, as_json, describe, trace_model
 from cluster.registry import LATEST
@@ -31,28 +32,43 @@ def main() -> None:
     parser.add_argument(
         "--namespace", default="falaj", help="namespace of jobs and data sets in OpenLineage events"
     )
-    parser.add_argument(
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
         "--emit",
         action="store_true",
         help="send the OpenLineage events to the transport that OPENLINEAGE_URL or openlineage.yml configures",
     )
-    parser.add_argument("--output", type=Path, help="file to write instead of standard output")
+    target.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
         model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
+        if arguments.emit:
+            _emit(model_trace, arguments.namespace)
+            return
     except RefusedError as error:
         refuse(error)
-    if arguments.emit:
-        client = OpenLineageClient()
-        for event in run_events(model_trace, namespace=arguments.namespace):
-            client.emit(event)
-        client.close()
-        return
     text = _formatted(model_trace, arguments.format, arguments.namespace) + "\n"
     if arguments.output is None:
         sys.stdout.write(text)
     else:
         arguments.output.write_text(text)
+
+
+def _emit(trace: ModelTrace, namespace: str) -> None:
+    """Send the events.
+
+    Raises:
+        ConfigError: No transport is configured. OpenLineage would then only log the events, where nobody sees them.
+    """
+    client = OpenLineageClient()
+    if isinstance(client.transport, ConsoleTransport):
+        raise ConfigError(
+            "No OpenLineage transport is configured. Set OPENLINEAGE_URL, or write an openlineage.yml. To print the "
+            "events, use --format openlineage without --emit."
+        )
+    for event in run_events(trace, namespace=namespace):
+        client.emit(event)
+    client.close()
 
 
 def _formatted(trace: ModelTrace, output_format: str, namespace: str) -> str:

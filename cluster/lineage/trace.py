@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from cluster.errors import ModelNotFound, did_you_mean
+from cluster.errors import LedgerCorrupt, ModelNotFound, did_you_mean
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
     AliasMoved,
@@ -93,6 +93,7 @@ def trace_model(entries: Iterable[Entry], model: str, version: int | str) -> Mod
 
     Raises:
         ModelNotFound: The ledger has no such model, version or alias.
+        LedgerCorrupt: The ledger lacks a view version that the training set was built from.
     """
     history = _read(entries)
     version = _number(history, model, version)
@@ -217,10 +218,23 @@ def _columns(built: Entry | None, views: dict[tuple[str, str], dict[str, Any]]) 
     if built is None:
         return []
     return [
-        _column(view_field, views[view, version], version)
+        _column(view_field, definition, version)
         for view, version in built.payload["view_versions"].items()
-        for view_field in views[view, version]["schema"]
+        for definition in (_definition(views, view, version, built),)
+        for view_field in definition["schema"]
     ]
+
+
+def _definition(
+    views: dict[tuple[str, str], dict[str, Any]], view: str, version: str, built: Entry
+) -> dict[str, Any]:
+    if (view, version) not in views:
+        raise LedgerCorrupt(
+            f"Event {built.seq} names version {version} of feature view '{view}', but no event defines that version. "
+            "Check the ledger with `python -m cluster.ledger verify`, and restore it from a backup.",
+            seq=built.seq,
+        )
+    return views[view, version]
 
 
 def _column(view_field: dict[str, Any], definition: dict[str, Any], version: str) -> Column:

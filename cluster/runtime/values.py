@@ -51,7 +51,7 @@ class ValueType:
         """Return the values. For an integer type, floats such as 50.0 become ints.
 
         Raises:
-            NotOfType: A value does not belong to the type. It has the first such value.
+            WrongValueType: A value does not belong to the type. The error holds the first such value.
         """
         if len(values) == 1:  # most requests are for one entity
             value = values[0]

@@ -38,6 +38,7 @@ from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
     INTENT_AUDIENCE,
+    VAULT_SCHEME,
     intent_file,
     is_intent,
     mint_intent,
@@ -172,7 +173,7 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
     file = intent_file(config.identity.token_file, os.environ)
     if file is None:
         principal = _local_user(config)
-    elif reference.startswith("vault:"):
+    elif reference.startswith(VAULT_SCHEME):
         # Vault's client is slow to import, and few jobs need it.
         from cluster.security.keys.vault_token import token_in_vault
 

@@ -4,8 +4,8 @@
     python -m cluster.security.manage_keys action=revoke key=features/v/personal confirm=features/v/personal
 
 `rotate_kek` encrypts the keyring under a new key-encryption key while the broker keeps running. `revoke` destroys every
-version of a key. All data under that key is then lost, also in backups. To give a view's keys new versions, run `python
--m feature_jobs.rotate_keys`.
+version of a key. All data under that key is then lost, also in backups. To give a view's keys new versions, run
+`python -m feature_jobs.rotate_keys`.
 """
 
 from __future__ import annotations

@@ -47,9 +47,8 @@ ACTIONS = {
 def main(config: PlatformConfig) -> None:
     """Serve the configured key store until SIGTERM."""
     logging.basicConfig(level=logging.INFO)
-    record = require_recorded_cluster(
-        config
-    )  # also if the head does not answer, because replicas need their keys
+    # The broker also starts if the head does not answer, because replicas need their keys.
+    record = require_recorded_cluster(config)
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
     ledger = open_ledger(config)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from cluster.errors import ConfigError
 from cluster.security.keys.configured import connect_to_vault
 from cluster.security.keys.vault_session import read_secret
+from cluster.security.tokens.intent import VAULT_SCHEME
 from cluster.settings import VaultConfig
-
-SCHEME = "vault:"
 
 
 def token_in_vault(reference: str, vault: VaultConfig) -> str:
@@ -22,10 +21,10 @@ def token_in_vault(reference: str, vault: VaultConfig) -> str:
         KeyNotFound: no such secret.
         Unauthenticated, AccessDenied, KeyStoreUnavailable: from Vault.
     """
-    path, _, field = reference.removeprefix(SCHEME).partition("#")
+    path, _, field = reference.removeprefix(VAULT_SCHEME).partition("#")
     if not path or not field:
         raise ConfigError(
-            f"identity.token_file={reference} must be {SCHEME}<path>#<field> of a secret in KV."
+            f"identity.token_file={reference} must be {VAULT_SCHEME}<path>#<field> of a secret in KV."
         )
     if not vault.address:
         raise ConfigError(

@@ -37,6 +37,8 @@ INTENT_AUDIENCE = "falaj-intent"
 FILE_VARIABLE = "FALAJ_INTENT_FILE"
 DEFAULT_TTL_S = 3600
 MAX_TTL_S = 86_400
+VAULT_SCHEME = "vault:"
+"""Start of an `identity.token_file` that names a secret in Vault instead of a file."""
 _ENTRYPOINT = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
 
 

@@ -10,6 +10,9 @@ from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +20,14 @@ from cluster.errors import ConfigError, LedgerCorrupt, ReleaseTooOld
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger import __main__ as ledger_command
 from cluster.ledger.chain import GENESIS, Entry, build_entry, read_lines, to_json, verify_chain
-from cluster.ledger.checkpoint import PUBLIC_NAME, ensure_signer, load_public_key, verify_signatures
+from cluster.ledger.checkpoint import (
+    PRIVATE_NAME,
+    PUBLIC_NAME,
+    ensure_signer,
+    load_public_key,
+    load_signer,
+    verify_signatures,
+)
 from cluster.ledger.events import (
     AccessDecided,
     AliasMoved,
@@ -216,6 +226,26 @@ def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
     entries = list(verify_signatures(verify_chain(ledger.entries()), key))
     assert any(entry.type == CheckpointSigned.__name__ for entry in entries)
     assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("kind", ["damaged", "empty", "under a password", "another algorithm"])
+def test_a_signing_key_that_cannot_be_used_is_refused(tmp_path: Path, kind: str) -> None:
+    """The message names the file and says what to do."""
+    ensure_signer(tmp_path)
+    path = tmp_path / PRIVATE_NAME
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    password, none = serialization.BestAvailableEncryption(b"secret"), serialization.NoEncryption()
+    content = {
+        "damaged": path.read_bytes()[:60],
+        "empty": b"",
+        "under a password": Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, password),
+        "another algorithm": ec.generate_private_key(ec.SECP256R1()).private_bytes(pem, pkcs8, none),
+    }
+    path.write_bytes(content[kind])
+    for load in (load_signer, ensure_signer):
+        with pytest.raises(ConfigError, match=f"{path} holds no Ed25519 private key. Restore"):
+            load(tmp_path)
+    assert load_signer(tmp_path / "elsewhere") is None
 
 
 def test_a_rewritten_chain_fails_against_the_public_key(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openlineage.client.serde import Serde
 
-from cluster.errors import ModelNotFound
+from cluster.errors import LedgerCorrupt, ModelNotFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     AliasMoved,
@@ -230,6 +230,31 @@ def test_events_are_sent_to_the_configured_address(ledger: Ledger, monkeypatch: 
         __main__.main()
         server.shutdown()
     assert [event["eventType"] for event in received] == ["START", "COMPLETE"] * 5
+
+
+def test_events_without_a_configured_address_are_refused(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """OpenLineage would only log them."""
+    monkeypatch.delenv("OPENLINEAGE_URL", raising=False)
+    arguments = flags(ledger)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [*arguments, "--emit"])
+    with pytest.raises(SystemExit) as exited:
+        __main__.main()
+    assert exited.value.code == 2
+    assert "No OpenLineage transport is configured" in capsys.readouterr().err
+
+
+def test_an_unknown_view_version_is_refused(ledger: Ledger) -> None:
+    """The message names the training set's event, the view and its version."""
+    entries = [entry for entry in ledger.entries() if entry.payload.get("view") != "person"]
+    built = next(entry.seq for entry in entries if entry.type == "TrainingSetBuilt")
+    with pytest.raises(
+        LedgerCorrupt, match=f"Event {built} names version 1 of feature view 'person'"
+    ) as error:
+        trace_model(entries, "loan", 1)
+    assert error.value.seq == built
 
 
 def test_the_command_prints_and_writes_without_a_cluster(

@@ -1,4 +1,4 @@
-"""Tests that the cluster's token is sent only to the cluster's own_port processes."""
+"""Tests that the cluster's token is sent only to the cluster's own processes."""
 
 from __future__ import annotations
 
