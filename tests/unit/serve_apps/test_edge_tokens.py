@@ -135,9 +135,13 @@ def test_refusal_names_the_fault_of_the_token(edge: Edge) -> None:
     week_s = 7 * 86_400
     faults = {
         forged(edge, real, exp=None): "The token has no expiry (exp).",
-        forged(edge, real, exp=int(time.time()) + 2 * week_s): f"The token is valid for more than {week_s} s.",
+        forged(
+            edge, real, exp=int(time.time()) + 2 * week_s
+        ): f"The token is valid for more than {week_s} s.",
         forged(edge, real, aud="elsewhere"): "The token is of another issuer, or for another audience.",
-        resigned(edge, real, header=FORBIDDEN_HEADERS[0]): "The token's header has fields that are not allowed.",
+        resigned(
+            edge, real, header=FORBIDDEN_HEADERS[0]
+        ): "The token's header has fields that are not allowed.",
     }
     for token, message in faults.items():
         assert edge.call(token=token) == (401, {"error": message, "code": 401})
