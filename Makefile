@@ -1,10 +1,10 @@
 # make demo runs the whole loop on real data, make test runs all tests, make down stops what was started.
 PYTHON ?= python3
-# Which build of PyTorch to install: cpu or gpu.
-TORCH ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Which build of PyTorch to install, cpu or gpu; by default the one that is installed already.
+TORCH ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
@@ -14,6 +14,7 @@ help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
 	@echo "make test    all tests; they start and stop their own clusters"
 	@echo "make down    stop what make demo started"
+	@echo "make install install only; TORCH=gpu installs PyTorch for GPUs, the default is the CPU build"
 	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
@@ -22,13 +23,14 @@ help:
 
 install: $(STAMP)
 
-# Installs exactly what the locks name (`--no-deps`). Another lock needs an empty environment, so that nothing is left.
+# Installs exactly what the locks name (`--no-deps`). Another requirements.lock, or another build of PyTorch, starts
+# with an empty environment: otherwise old packages would stay, and pip would keep the CPU build, because it has the same version.
 $(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "refused: Falaj needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=…"; exit 2; }
 	@command -v c++ >/dev/null || { echo "refused: no C++ compiler (c++) found; DeepSpeed needs one. Install g++."; exit 2; }
 	@echo "installing the pinned lock into $(VENV); this takes some minutes the first time"
-	@cmp -s requirements.lock $(VENV)/requirements.lock || $(PYTHON) -m venv --clear $(VENV)
+	@[ -e $@ ] && cmp -s requirements.lock $(VENV)/requirements.lock || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	@$(BIN)/pip install --quiet --no-deps --requirement requirements-$(TORCH).lock
 	@$(BIN)/pip install --quiet --no-deps --editable .

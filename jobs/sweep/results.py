@@ -72,12 +72,16 @@ def best_trial(trials: list[Trial]) -> Trial:
     Raises:
         TrainingFailed: No trial has a finite loss. The cause of each trial is printed to standard error.
     """
-    finished = [trial for trial in trials if trial.cause is None]
-    if not finished:
+    best = min(trials, key=_finite_loss, default=None)
+    if best is None or best.validation_loss is None:
         for number, trial in enumerate(trials, start=1):
             print(f"trial {number}: {trial.describe()}", file=sys.stderr, flush=True)
         raise TrainingFailed(
             f"None of {len(trials)} trials has a finite {METRIC}, so the sweep has no best trial. "
             "Standard error has the cause of each."
         )
-    return min(finished, key=lambda trial: trial.validation_loss or 0.0)
+    return best
+
+
+def _finite_loss(trial: Trial) -> float:
+    return math.inf if trial.validation_loss is None else trial.validation_loss

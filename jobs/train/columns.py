@@ -10,6 +10,15 @@ def value_type(column: pa.ChunkedArray) -> pa.DataType:
     return column.type.value_type if pa.types.is_dictionary(column.type) else column.type
 
 
+def without_string_views(table: pa.Table) -> pa.Table:
+    """Return the table with `string_view` columns as `string`, because several of Arrow's functions lack that type."""
+    fields = [
+        field.with_type(pa.string()) if pa.types.is_string_view(field.type) else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(fields, metadata=table.schema.metadata))
+
+
 def is_text(dtype: pa.DataType) -> bool:
     """Return whether a type is one of Arrow's string types."""
     return bool(

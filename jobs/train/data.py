@@ -23,7 +23,7 @@ from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import has_row_hash
 from feature_jobs.store.offline.stored_training_set import read_stored_training_set, training_set_aad
 from feature_jobs.store.types.dtypes import list_of
-from jobs.train.columns import value_type
+from jobs.train.columns import is_text, value_type, without_string_views
 from jobs.train.config import LearningConfig
 from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, learn_classes
@@ -89,6 +89,7 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
         raise TrainingSetError(f"{uri} cannot be read: {error}") from error
     if table.num_rows == 0:
         raise TrainingSetError(f"Training set {uri} has no rows.")
+    table = without_string_views(table)
     manifest = read_manifest(manifest_uri, table) if exists(manifest_uri) else {}
     return TrainingSet(
         table=table,
@@ -211,13 +212,13 @@ def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
     """
     column_names = source.table.column_names
     known = set(column_names)
-    if duplicate := _first_duplicate(column_names):
+    if (duplicate := _first_duplicate(column_names)) is not None:
         raise TrainingSetError(f"The training set has two columns '{duplicate}'. Remove one of them.")
     for name in [*(config.inputs or []), *config.exclude]:
         if name not in known:
             raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, known)}")
     names = config.inputs if config.inputs is not None else _default_inputs(config, source)
-    if duplicate := _first_duplicate(names):
+    if (duplicate := _first_duplicate(names)) is not None:
         raise TrainingSetError(f"Input '{duplicate}' is named twice. Name it once in `inputs`.")
     if config.label in names:
         raise TrainingSetError(f"The label '{config.label}' is among the inputs. Remove it from `inputs`.")
@@ -260,8 +261,7 @@ def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared:
     dtype = value_type(column)
     if pa.types.is_nested(dtype):
         return _list_input(dtype, name, str(declared.get("dtype", "")))
-    is_text = pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
-    if not (is_text or declared.get("categorical")):
+    if not (is_text(dtype) or declared.get("categorical")):
         return InputSpec(name=name, dtype=str(dtype))
     categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(dtype).drop_null()).to_pylist()))
     if len(categories) > config.max_categories:
@@ -269,7 +269,7 @@ def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared:
             f"Input '{name}' has {len(categories)} categories, more than {config.max_categories}. Exclude it, or raise "
             "max_categories."
         )
-    return InputSpec(name=name, dtype="string" if is_text else str(dtype), categories=categories)
+    return InputSpec(name=name, dtype="string" if is_text(dtype) else str(dtype), categories=categories)
 
 
 def _list_input(dtype: pa.DataType, name: str, declared_dtype: str) -> InputSpec:

@@ -94,4 +94,5 @@ def describe(finding: Finding, *, min_outcomes: int) -> str:
 
 
 def describe_metrics(finding: Finding) -> str:
+    """Return both arms' metric as text; the finding must have both."""
     return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"

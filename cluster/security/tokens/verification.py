@@ -192,4 +192,4 @@ def _check_claims(claims: dict[str, Any], rules: TokenRules, now: float) -> None
     except (JoseError, ValueError, TypeError, OverflowError):
         raise Unauthenticated("The token's claims are malformed.") from None
     if claims["exp"] > now + rules.max_lifetime_s + rules.leeway_s:
-        raise Unauthenticated(f"The token would hold for more than {rules.max_lifetime_s} s.")
+        raise Unauthenticated(f"The token is valid for more than {rules.max_lifetime_s} s.")

@@ -102,7 +102,7 @@ def entity_states(
     """Yield the state of every entity that has events, with the events that were known at a moment.
 
     Args:
-        events: as in `offline.windows.aggregate`.
+        events: as in `offline.window_values.aggregate`.
         keys: join keys.
         windows: the view's aggregations.
         as_of: the moment.

@@ -34,7 +34,7 @@ def explain_window_differences(
 
     Args:
         requests: the requests with a difference, as in `comparison.explain_differences`.
-        events: all rows of the entities, as in `offline.windows.aggregate`.
+        events: all rows of the entities, as in `offline.window_values.aggregate`.
         keys: join keys.
         windows: the view's aggregations.
         feature: name of one output.

@@ -24,11 +24,11 @@ from serve_apps.edge.haproxy import (
 from serve_apps.edge.haproxy.access_log import LOG_FORMAT
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, answer_json, refuse
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.edge.haproxy.openapi import document
 from serve_apps.edge.haproxy.request_limits import Limits
 from serve_apps.edge.haproxy.routes import Backend, Routes
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.edge.haproxy.token_checks import VERIFIED_TOKENS, token_checks
+from serve_apps.edge.openapi.document import document
 from serve_apps.replica.edge_headers import PREFIX
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 
@@ -199,7 +199,7 @@ def _health() -> str:
 
 def _bearer_token() -> str:
     """Take the token from the Authorization header, or from the dashboard's login or cookie."""
-    return f"""    {refuse(400, "Give one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
+    return f"""    {refuse(400, "Send only one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
     http-request set-var(txn.token) http_auth_bearer
 {dashboard.login_rules()}"""
 
@@ -241,7 +241,7 @@ def _authorization(settings: EdgeSettings) -> str:
     Replicas check the tenant by the policies, too, but Ray's dashboard and GET /v2 do not. HAProxy reads a tenant that
     is not text as missing. Replicas refuse such a token. The dashboard does not, so it is refused here.
     """
-    message = "Your tenant is not the one that this installation is for."
+    message = "Your token is for another tenant than this installation."
     claimed = f"{{ var(txn.claims) -m sub -- '\"{settings.tenant_claim}\"' }}"
     lines = [
         "    acl of_a_tenant var(txn.tenant) -m found",

@@ -55,7 +55,7 @@ def rules(max_of_one_address: int) -> str:
 def check_length(max_body_bytes: int) -> str:
     """Return rules that refuse a body by its Content-Length, before HAProxy waits for the body."""
     length = "req.fhdr(content-length)"
-    unreadable = refuse(400, "Content-Length is no number of at most 10 digits.")
+    unreadable = refuse(400, f"Content-Length must be a number of at most {_MAX_LENGTH_DIGITS} digits.")
     return f"""    {unreadable} if {{ {length} -m len gt {_MAX_LENGTH_DIGITS} }}
     {refuse(413, "The body is too large.")} if {{ {length} -m int gt {max_body_bytes} }}"""
 
@@ -74,5 +74,5 @@ def wait_for_login_body(login: str) -> str:
     number = int(Counter.logins)
     too_many = f"{{ sc_conn_cur({number}) gt {MAX_LOGINS} }}"
     return f"""    http-request track-sc{number} str(logins) table {_LOGIN_TABLE} if {login}
-    {refuse(429, "Too many are signing in; try again.")} hdr retry-after 1 if {login} {too_many}
+    {refuse(429, "Too many sign-ins at the same time; try again.")} hdr retry-after 1 if {login} {too_many}
     http-request wait-for-body time {BODY_S}s if {login}"""

@@ -88,5 +88,5 @@ def _same_site() -> str:
     return f"""    http-request set-var-fmt(txn.own_origin) https://%[req.hdr(host)] if browser
     acl own_page req.fhdr(sec-fetch-site) -m str same-origin none
     acl own_page req.fhdr(origin),strcmp(txn.own_origin) eq 0
-    {refuse(403, "Another site sent this request; open the dashboard itself.")} if browser !own_page
+    {refuse(403, "This request came from another site. Open the dashboard directly.")} if browser !own_page
     http-request redirect code 303 location /ray/login if dashboard !{{ var(txn.token) -m found }} {{ req.fhdr(sec-fetch-mode) -m str navigate }}"""

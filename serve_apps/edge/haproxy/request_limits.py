@@ -149,7 +149,7 @@ def _limit_rules(kind: Limited, limits: Limits) -> list[str]:
         f"    http-request set-var({name}_concurrent) var({name}_limit),field(2,|)",
         f"    acl {fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",
         f"    acl {many} sc{number}_conn_cur,sub({name}_concurrent) -m int gt 0",
-        f"    {refuse(429, f'Your {kind.value} has asked too often within a second; try again.')} {retry} if {fast}",
+        f"    {refuse(429, f'Your {kind.value} sent too many requests in one second; try again.')} {retry} if {fast}",
         f"    {refuse(429, f'Your {kind.value} has too many requests open; try again.')} {retry} if {many}",
     ]
 

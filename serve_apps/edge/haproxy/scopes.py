@@ -23,7 +23,7 @@ def rules(*, claim: str) -> str:
     lines = [
         f"    http-request set-var(txn.scope) var(txn.claims),json_query('$.{claim}')",
         "    acl scoped var(txn.scope) -m reg (^|\\ )model:",
-        f"    {refuse(403, 'A token for some models is none for the dashboard.')} "
+        f"    {refuse(403, 'A token that is limited to some models cannot open the dashboard.')} "
         f"if dashboard {{ var(txn.claims) -m sub -- {MODEL_SCOPE} }}",
         '    http-request set-var-fmt(txn.asked_in_scope) "%[var(txn.model)] %[var(txn.scope)] " if scoped',
         f"    {refuse(403, 'The scope of your token does not name this model.')} "

@@ -57,7 +57,7 @@ def _read_route(map_file: str) -> str:
 
 def _choose_arm() -> str:
     """Compute the unit's bucket and arm, as `rollout.assignment.assign` does."""
-    return f"""    {refuse(400, "Give one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
+    return f"""    {refuse(400, "Send only one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
     http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
     acl has_unit var(txn.unit) -m len gt 0
     http-request set-var(txn.arm) str({Arm.none}) if by_model

@@ -73,7 +73,7 @@ def _read_token(rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str
 def _check_header(rules: TokenRules) -> str:
     """Refuse header fields and algorithms that are not accepted, before any key is used."""
     unwanted = " ".join(f"'{text}'" for text in NOT_ACCEPTED)
-    return f"""    {_refuse("The token has header fields that are not accepted here.")} if {{ var(txn.head) -m sub -- {unwanted} }}
+    return f"""    {_refuse("The token's header has fields that are not allowed.")} if {{ var(txn.head) -m sub -- {unwanted} }}
     {_refuse(f"The token is not signed with {' or '.join(rules.algorithms)}.")} unless {{ var(txn.alg) -m str {" ".join(rules.algorithms)} }}"""
 
 
@@ -96,10 +96,10 @@ def _check_claims(rules: TokenRules) -> str:
     """Check issuer, audience and times; the claims of a verified token can have expired since."""
     latest_s = rules.max_lifetime_s + rules.leeway_s
     return f"""{_for_us(rules.audience)}
-    {_refuse("The token's issuer or audience is not ours.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} for_us
-    {_refuse("The token says no expiry.")} unless {{ var(txn.exp) -m found }}
+    {_refuse("The token is of another issuer, or for another audience.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} for_us
+    {_refuse("The token has no expiry (exp).")} unless {{ var(txn.exp) -m found }}
     {_refuse("The token has expired.")} unless {{ var(txn.exp),sub(txn.now) -m int gt 0 }}
-    {_refuse(f"The token would hold for more than {rules.max_lifetime_s} s.")} if {{ var(txn.exp),sub(txn.now) -m int gt {latest_s} }}
+    {_refuse(f"The token is valid for more than {rules.max_lifetime_s} s.")} if {{ var(txn.exp),sub(txn.now) -m int gt {latest_s} }}
     {_refuse("The token is not valid yet.")} if {{ var(txn.nbf),sub(txn.now) -m int gt {NOT_BEFORE_LEEWAY_S} }}"""
 
 

@@ -215,14 +215,40 @@ def test_a_manifest_of_another_file_is_refused(tmp_path: Path, manifest: str, me
     """Lineage must not refer to rows that were not used in training."""
     pq.write_table(source().table, tmp_path / "t.parquet")
     (tmp_path / "t.manifest.json").write_text(manifest)
-    files = ProtectedFiles(Keyring.create(tmp_path / "keyring.json", b"k" * 32))
     with pytest.raises(TrainingSetError, match=message):
-        read_training_set(
-            str(tmp_path / "t.parquet"),
-            files,
-            places=Layout(str(tmp_path / "elsewhere")),
-            ledger=Ledger(f"sqlite:///{tmp_path}/l.db"),
-        )
+        read_file(tmp_path)
+
+
+def read_file(folder: Path) -> TrainingSet:
+    """Read `t.parquet` of a folder outside the storage root."""
+    return read_training_set(
+        str(folder / "t.parquet"),
+        ProtectedFiles(Keyring.create(folder / "keyring.json", b"k" * 32)),
+        places=Layout(str(folder / "elsewhere")),
+        ledger=Ledger(f"sqlite:///{folder}/l.db"),
+    )
+
+
+def test_arrow_string_views_are_text(tmp_path: Path) -> None:
+    """As input, label and split column, like any other text."""
+    texts = {
+        "code": [str(n % 3) for n in range(ROWS)],
+        "y": [("no", "yes")[n % 2] for n in range(ROWS)],
+        "town": [f"t{n}" for n in range(ROWS)],
+    }
+    settings = config(inputs=["age", "code"], split=SplitConfig(column="town"))
+    prepared = []
+    for dtype in (pa.string(), pa.string_view()):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        columns = {name: pa.array(values, dtype) for name, values in texts.items()}
+        pq.write_table(source(**columns).table, folder / "t.parquet")
+        prepared.append(prepare(settings, read_file(folder)))
+    expected, data = prepared
+    assert data.signature == expected.signature
+    assert np.array_equal(data.matrix, expected.matrix)
+    assert np.array_equal(data.target, expected.target)
+    assert np.array_equal(data.held_out, expected.held_out)
 
 
 @pytest.mark.parametrize("content", ["{nope", "[]", "{}", '{"best": 3}'])

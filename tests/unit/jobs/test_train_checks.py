@@ -113,12 +113,13 @@ def test_a_duplicate_input_or_column_is_refused() -> None:
     config = LearningConfig(name="m", training_set="t", label="y", inputs=["a", "a"])
     with pytest.raises(TrainingSetError, match="'a' is named twice"):
         prepare(config, source)
-    twice = pa.table([NOISE, NOISE, LABEL], names=["a", "a", "y"])
-    with pytest.raises(TrainingSetError, match="two columns 'a'"):
-        prepare(
-            LearningConfig(name="m", training_set="t", label="y"),
-            TrainingSet(table=twice, manifest={}, hash="h"),
-        )
+    for name in ("a", ""):
+        twice = pa.table([NOISE, NOISE, LABEL], names=[name, name, "y"])
+        with pytest.raises(TrainingSetError, match=f"two columns '{name}'"):
+            prepare(
+                LearningConfig(name="m", training_set="t", label="y"),
+                TrainingSet(table=twice, manifest={}, hash="h"),
+            )
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,23 @@ def test_invalid_tokens_are_401(edge: Edge) -> None:
         assert edge.call(token=forged(edge, real, aud=audiences))[0] == 200
 
 
+def test_refusal_names_the_fault_of_the_token(edge: Edge) -> None:
+    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    week_s = 7 * 86_400
+    faults = {
+        forged(edge, real, exp=None): "The token has no expiry (exp).",
+        forged(
+            edge, real, exp=int(time.time()) + 2 * week_s
+        ): f"The token is valid for more than {week_s} s.",
+        forged(edge, real, aud="elsewhere"): "The token is of another issuer, or for another audience.",
+        resigned(
+            edge, real, header=FORBIDDEN_HEADERS[0]
+        ): "The token's header has fields that are not allowed.",
+    }
+    for token, message in faults.items():
+        assert edge.call(token=token) == (401, {"error": message, "code": 401})
+
+
 def num_verified_tokens(edge: Edge) -> int:
     """Return how many valid signatures the running worker has stored."""
     head = edge.haproxy.query("show table verified_tokens").splitlines()[0]

@@ -62,7 +62,7 @@ def test_principal_over_its_rate_is_429_and_others_are_answered(limited: Edge) -
     assert [status for status, _, _ in alice] == [200] * 20 + [429] * 5
     assert alice[-1][1] == "1"
     assert alice[-1][2] == {
-        "error": "Your principal has asked too often within a second; try again.",
+        "error": "Your principal sent too many requests in one second; try again.",
         "code": 429,
     }
     assert {status for status, _, _ in flood(limited, "bob", 20)} == {200}

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from cluster.security.tokens.roles import Role
-from serve_apps.edge.haproxy.openapi import MAX_BYTES, document
+from serve_apps.edge.openapi.document import MAX_BYTES, document
 from tests.servers.edge import Edge
 
 DOCUMENT = document()

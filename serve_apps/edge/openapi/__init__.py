@@ -1,0 +1,1 @@
+"""The OpenAPI document that the edge serves: plain data, built by pure functions."""
