@@ -20,7 +20,15 @@ from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec,
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online_store
 from feature_jobs.store.online.windows import entity_states, stored_view
-from tests.unit.feature_jobs.event_frames import COLUMNS, KEYS, SPEC, START, TIME, WINDOWS_H, event_frames
+from tests.unit.feature_jobs.aggregation.event_frames import (
+    COLUMNS,
+    KEYS,
+    SPEC,
+    START,
+    TIME,
+    WINDOWS_H,
+    event_frames,
+)
 
 CLASSES = {"amount": "personal", "sector": "public"}
 

@@ -27,7 +27,7 @@ from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import FoundRow, OnlineStore
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.unit.feature_jobs.test_online import START, ServiceSpec
+from tests.unit.feature_jobs.online.test_reads import START, ServiceSpec
 
 KEY_TYPES = {"id": "int64"}
 PERSONS = [(1,), (2,), (3,)]

@@ -28,8 +28,8 @@ from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import entity_states, stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.unit.feature_jobs.event_frames import KEYS, SPEC, START, event_frames
-from tests.unit.feature_jobs.test_online_windows import (
+from tests.unit.feature_jobs.aggregation.event_frames import KEYS, SPEC, START, event_frames
+from tests.unit.feature_jobs.online.test_windows import (
     EVENT,
     EVERYONE,
     SERVICE,

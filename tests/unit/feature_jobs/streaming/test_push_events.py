@@ -16,8 +16,8 @@ from feature_jobs.store.catalog.specifications import Definitions, apply
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher
 from tests.projects.push import PushProject, payment, payments_view
-from tests.unit.feature_jobs import push_kills
-from tests.unit.feature_jobs.push_kills import run_and_kill
+from tests.unit.feature_jobs.streaming import push_kills
+from tests.unit.feature_jobs.streaming.push_kills import run_and_kill
 
 KILLS = (push_kills.KILLS + 1) // 2
 

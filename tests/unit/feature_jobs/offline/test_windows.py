@@ -25,7 +25,7 @@ from feature_jobs.store.definitions.aggregations import (
 from feature_jobs.store.offline import windows as offline
 from feature_jobs.store.offline.past_retention import corrected_by_old
 from feature_jobs.store.offline.windows import aggregate
-from tests.unit.feature_jobs.event_frames import (
+from tests.unit.feature_jobs.aggregation.event_frames import (
     COLUMNS,
     EVENTS,
     KEYS,

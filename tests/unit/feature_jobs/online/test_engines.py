@@ -16,7 +16,7 @@ from cluster.storage import Layout
 from feature_jobs.store.online.reader import open_online_store
 from tests.servers.ports import free_port
 from tests.servers.redis_server import running_redis
-from tests.unit.feature_jobs.test_online_store import KEY_TYPES, PERSONS, VIEW, amounts, row, view_keys
+from tests.unit.feature_jobs.online.test_store import KEY_TYPES, PERSONS, VIEW, amounts, row, view_keys
 
 
 @pytest.fixture(scope="module")

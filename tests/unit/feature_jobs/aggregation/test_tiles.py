@@ -16,7 +16,15 @@ from feature_jobs.store.aggregation.tiles import EventRow, Tiling, WindowState
 from feature_jobs.store.definitions.aggregations import EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.unit.feature_jobs.event_frames import COLUMNS, EVENTS, KEYS, SPEC, START, TIME, event_frames
+from tests.unit.feature_jobs.aggregation.event_frames import (
+    COLUMNS,
+    EVENTS,
+    KEYS,
+    SPEC,
+    START,
+    TIME,
+    event_frames,
+)
 
 HOUR_US = 3_600_000_000
 START_US = int(START.timestamp()) * 1_000_000

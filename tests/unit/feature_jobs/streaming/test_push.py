@@ -23,7 +23,7 @@ from feature_jobs.store.streaming import micro_batches
 from feature_jobs.store.streaming.pushed_view import load_pushed_view, view_from_definition
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.projects.push import INCOME, START, PushProject, payments_view, row
-from tests.unit.feature_jobs.push_kills import KILLS, run_and_kill
+from tests.unit.feature_jobs.streaming.push_kills import KILLS, run_and_kill
 
 
 @pytest.fixture
